@@ -1,0 +1,27 @@
+"""Randomness as a function: every draw is named by (seed, purpose, step, row), and nothing keeps a state.
+
+A run that resumes needs only its step number, and the same global row draws the same numbers whatever the batch
+size or the number of processes.
+"""
+
+import hashlib
+
+import numpy as np
+
+
+def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random.Generator:
+    """A fresh generator for one draw. Philox 4x64 (Salmon et al., 2011): keyed by seed and purpose, counted by step and row.
+
+    Args:
+        seed: 0 .. 2**64 - 1.
+        purpose: what is drawn ("noise", "timestep", "crop" …); different purposes are independent.
+        step: optimiser step, micro-step or epoch, 0-based.
+        row: row of the global batch, 0-based.
+    """
+    purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    return np.random.Generator(np.random.Philox(key=[seed, purpose_key], counter=[0, 0, step, row]))
+
+
+def standard_normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0, row: int = 0) -> np.ndarray:
+    """Float32 draws from N(0, 1) of the given shape."""
+    return generator(seed, purpose, step, row).standard_normal(shape, dtype=np.float32)
