@@ -1,0 +1,52 @@
+"""The backend seam: every operation whose fast form differs between CPU and Ascend.
+
+A *formulation* says how an operation is written, and an image has the formulation's own layout:
+
+- `cpu`: channels last, (B, H, W, C). A convolution is one `Gather` of its taps and one matrix product, so nothing is
+  ever transposed (docs/performance.md has the measurements behind each choice).
+- `ascend`: channels first, (B, C, H, W), native convolution and fused attention.
+
+Networks are built from these cells and never name an axis of an image themselves.
+"""
+
+from dreambooth_ms.ops.activation import Gelu, QuickGelu
+from dreambooth_ms.ops.attention import MultiHeadAttention
+from dreambooth_ms.ops.backend import Formulation, formulation, set_up_device, use_formulation
+from dreambooth_ms.ops.conv import conv2d
+from dreambooth_ms.ops.layout import (
+    AddPerChannel,
+    ConcatChannels,
+    FromPublicLayout,
+    ImageToTokens,
+    SplitChannels,
+    StoredLayout,
+    ToPublicLayout,
+    TokensToImage,
+    UpsampleNearest,
+)
+from dreambooth_ms.ops.linear import Dense, Embedding
+from dreambooth_ms.ops.norm import LayerNorm, group_norm
+
+__all__ = [
+    "AddPerChannel",
+    "ConcatChannels",
+    "Dense",
+    "Embedding",
+    "Formulation",
+    "FromPublicLayout",
+    "Gelu",
+    "ImageToTokens",
+    "LayerNorm",
+    "MultiHeadAttention",
+    "QuickGelu",
+    "SplitChannels",
+    "StoredLayout",
+    "ToPublicLayout",
+    "TokensToImage",
+    "UpsampleNearest",
+    "conv2d",
+    "formulation",
+    "group_norm",
+    "set_up_device",
+    "use_formulation",
+]

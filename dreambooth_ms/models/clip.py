@@ -1,0 +1,213 @@
+"""CLIP (Radford et al., 2021) with the module tree of transformers' CLIPModel and CLIPTextModel.
+
+Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space.
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
+from dreambooth_ms.ops import (
+    Dense,
+    Embedding,
+    FromPublicLayout,
+    Gelu,
+    ImageToTokens,
+    LayerNorm,
+    MultiHeadAttention,
+    QuickGelu,
+    conv2d,
+)
+from dreambooth_ms.ops.linear import empty_parameter
+
+
+class CLIPTextModel(nn.Cell):
+    """Token ids (B, S) -> normalised hidden states (B, S, D)."""
+
+    def __init__(self, spec: ClipTextSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.text_model = TextTransformer(spec)
+
+    def construct(self, ids_BS: Tensor) -> Tensor:
+        return self.text_model(ids_BS)
+
+
+class CLIPModel(nn.Cell):
+    """Both towers; images and texts meet as unit vectors (B, E)."""
+
+    def __init__(self, spec: ClipSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.text_model = TextTransformer(spec.text)
+        self.vision_model = VisionTransformer(spec.vision)
+        self.visual_projection = Dense(spec.vision.transformer.hidden_size, spec.projection_dim, has_bias=False)
+        self.text_projection = Dense(spec.text.transformer.hidden_size, spec.projection_dim, has_bias=False)
+        self.logit_scale = empty_parameter(())
+
+    def construct(self, ids_BS: Tensor, end_BS: Tensor, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts and images -> (B, E), (B, E). `end_BS` is 1 at each text's end token and 0 elsewhere."""
+        return self.encode_text(ids_BS, end_BS), self.encode_image(pictures_B3HW)
+
+    def encode_text(self, ids_BS: Tensor, end_BS: Tensor) -> Tensor:
+        """Token ids (B, S) -> unit vectors (B, E), read at the end token."""
+        hidden_BSD = self.text_model(ids_BS)
+        batch, length, width = hidden_BSD.shape
+        pooled_B1D = ops.bmm(ops.reshape(end_BS, (batch, 1, length)), hidden_BSD)
+        return _unit(self.text_projection(ops.reshape(pooled_B1D, (batch, width))))
+
+    def encode_image(self, pictures_B3HW: Tensor) -> Tensor:
+        """Pictures, normalised as this model expects them -> unit vectors (B, E)."""
+        return _unit(self.visual_projection(self.vision_model(pictures_B3HW)))
+
+
+class ClipImageEncoder(nn.Cell):
+    """`CLIPModel.encode_image` as a cell that can be compiled."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__(auto_prefix=False)
+        self.clip = clip
+
+    def construct(self, pictures_B3HW: Tensor) -> Tensor:
+        return self.clip.encode_image(pictures_B3HW)
+
+
+class TextTransformer(nn.Cell):
+    """Token ids (B, S) -> (B, S, D). Tokens see only the ones before them."""
+
+    def __init__(self, spec: ClipTextSpec) -> None:
+        super().__init__()
+        width, eps = spec.transformer.hidden_size, spec.transformer.layer_norm_eps
+        self.embeddings = TextEmbeddings(spec)
+        self.encoder = ClipEncoder(spec.transformer, causal=True)
+        self.final_layer_norm = LayerNorm(width, eps)
+
+    def construct(self, ids_BS: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(ids_BS)))
+
+
+class TextEmbeddings(nn.Cell):
+    """A vector per token plus one per position."""
+
+    def __init__(self, spec: ClipTextSpec) -> None:
+        super().__init__()
+        width = spec.transformer.hidden_size
+        self.token_embedding = Embedding(spec.vocab_size, width)
+        self.position_embedding = Embedding(spec.max_position_embeddings, width)
+
+    def construct(self, ids_BS: Tensor) -> Tensor:
+        x_BSD = self.token_embedding(ids_BS)
+        positions_SD = self.position_embedding.weight[: x_BSD.shape[1]]
+        return x_BSD + ops.broadcast_to(positions_SD, x_BSD.shape)
+
+
+class VisionTransformer(nn.Cell):
+    """Pictures (B, 3, H, W) -> (B, D), read at the class token."""
+
+    def __init__(self, spec: ClipVisionSpec) -> None:
+        super().__init__()
+        width, eps = spec.transformer.hidden_size, spec.transformer.layer_norm_eps
+        self.embeddings = VisionEmbeddings(spec)
+        # The public name has this spelling.
+        self.pre_layrnorm = LayerNorm(width, eps)
+        self.encoder = ClipEncoder(spec.transformer, causal=False)
+        self.post_layernorm = LayerNorm(width, eps)
+
+    def construct(self, pictures_B3HW: Tensor) -> Tensor:
+        hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
+        return self.post_layernorm(hidden_BPD[:, 0])
+
+
+class VisionEmbeddings(nn.Cell):
+    """The class token, then a vector per patch; plus one per position."""
+
+    def __init__(self, spec: ClipVisionSpec) -> None:
+        super().__init__()
+        width = spec.transformer.hidden_size
+        num_patches = (spec.image_size // spec.patch_size) ** 2
+        self.class_embedding = empty_parameter((width,))
+        self.from_public_layout = FromPublicLayout()
+        self.patch_embedding = conv2d(
+            3, width, spec.patch_size, stride=spec.patch_size, padding=(0, 0, 0, 0), has_bias=False
+        )
+        self.to_tokens = ImageToTokens()
+        self.position_embedding = Embedding(num_patches + 1, width)
+
+    def construct(self, pictures_B3HW: Tensor) -> Tensor:
+        patches_BPD = self.to_tokens(self.patch_embedding(self.from_public_layout(pictures_B3HW)))
+        batch, _, width = patches_BPD.shape
+        class_B1D = ops.broadcast_to(ops.reshape(self.class_embedding, (1, 1, width)), (batch, 1, width))
+        x_BPD = ops.concat((class_B1D, patches_BPD), 1)
+        return x_BPD + ops.broadcast_to(self.position_embedding.weight, x_BPD.shape)
+
+
+class ClipEncoder(nn.Cell):
+    """A stack of pre-norm transformer layers: (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, spec: TransformerSpec, causal: bool) -> None:
+        super().__init__()
+        self.layers = nn.CellList([ClipEncoderLayer(spec, causal) for _ in range(spec.num_hidden_layers)])
+
+    def construct(self, x_BSD: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BSD = layer(x_BSD)
+        return x_BSD
+
+
+class ClipEncoderLayer(nn.Cell):
+    """Self-attention and feed-forward, each behind a norm and added to its input."""
+
+    def __init__(self, spec: TransformerSpec, causal: bool) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(spec.hidden_size, spec.layer_norm_eps)
+        self.self_attn = ClipAttention(spec.hidden_size, spec.num_attention_heads, causal)
+        self.layer_norm2 = LayerNorm(spec.hidden_size, spec.layer_norm_eps)
+        self.mlp = ClipMlp(spec)
+
+    def construct(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.layer_norm1(x_BSD))
+        return x_BSD + self.mlp(self.layer_norm2(x_BSD))
+
+
+class ClipAttention(nn.Cell):
+    """Multi-head self-attention: (B, S, D) -> (B, S, D)."""
+
+    def __init__(self, width: int, num_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.q_proj = Dense(width, width)
+        self.k_proj = Dense(width, width)
+        self.v_proj = Dense(width, width)
+        self.attend = MultiHeadAttention(num_heads, width // num_heads, causal)
+        self.out_proj = Dense(width, width)
+
+    def construct(self, x_BSD: Tensor) -> Tensor:
+        return self.out_proj(self.attend(self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)))
+
+
+class ClipMlp(nn.Cell):
+    """The feed-forward part of a layer."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.fc1 = Dense(spec.hidden_size, spec.intermediate_size)
+        self.activation = QuickGelu() if spec.hidden_act == "quick_gelu" else Gelu()
+        self.fc2 = Dense(spec.intermediate_size, spec.hidden_size)
+
+    def construct(self, x_BSD: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_BSD)))
+
+
+def end_positions(ids_BS: np.ndarray, eos_token_id: int) -> np.ndarray:
+    """1.0 at each text's first end token, 0.0 elsewhere: (B, S) float32.
+
+    Configurations that still name 2 as the end token were written before it was corrected; there the end token is the
+    largest id of a text (transformers, `CLIPTextTransformer.forward`).
+    """
+    first = ids_BS.argmax(1) if eos_token_id == 2 else (ids_BS == eos_token_id).argmax(1)
+    return np.eye(ids_BS.shape[1], dtype=np.float32)[first]
+
+
+def _unit(x_BE: Tensor) -> Tensor:
+    norm_B1 = ops.sqrt((x_BE * x_BE).sum(1, keepdims=True))
+    return x_BE / ops.broadcast_to(norm_B1, x_BE.shape).astype(ms.float32)

@@ -1,0 +1,105 @@
+"""The transformer between the UNet's convolutions. Shapes: B batch, L image tokens, S text tokens, C channels."""
+
+from mindspore import Tensor, nn, ops
+
+from dreambooth_ms.models.layers import NoOp
+from dreambooth_ms.ops import (
+    Dense,
+    Gelu,
+    ImageToTokens,
+    LayerNorm,
+    MultiHeadAttention,
+    TokensToImage,
+    conv2d,
+    group_norm,
+)
+
+
+class Transformer2DModel(nn.Cell):
+    """Image with C channels, text (B, S, E) -> image with C channels, plus the input."""
+
+    def __init__(
+        self, channels: int, num_heads: int, context_dim: int, num_groups: int, use_linear_projection: bool
+    ) -> None:
+        super().__init__()
+        self.use_linear_projection = use_linear_projection
+        self.norm = group_norm(num_groups, channels, eps=1e-6)
+        self.proj_in = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
+        self.to_tokens = ImageToTokens()
+        self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, num_heads, context_dim)])
+        self.to_image = TokensToImage()
+        self.proj_out = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
+
+    def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.use_linear_projection:
+            tokens_BLC = self.proj_in(self.to_tokens(y))
+        else:
+            tokens_BLC = self.to_tokens(self.proj_in(y))
+        for block in self.transformer_blocks:
+            tokens_BLC = block(tokens_BLC, context_BSE)
+        if self.use_linear_projection:
+            y = self.to_image(self.proj_out(tokens_BLC), x)
+        else:
+            y = self.proj_out(self.to_image(tokens_BLC, x))
+        return x + y
+
+
+class BasicTransformerBlock(nn.Cell):
+    """Self-attention, cross-attention and feed-forward, each behind a norm and added to its input."""
+
+    def __init__(self, channels: int, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, num_heads)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, context_dim, num_heads)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def construct(self, x_BLC: Tensor, context_BSE: Tensor) -> Tensor:
+        y = self.norm1(x_BLC)
+        x_BLC = x_BLC + self.attn1(y, y)
+        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), context_BSE)
+        return x_BLC + self.ff(self.norm3(x_BLC))
+
+
+class Attention(nn.Cell):
+    """Queries from x (B, L, C), keys and values from the context (B, S, E) -> (B, L, C)."""
+
+    def __init__(self, channels: int, context_dim: int, num_heads: int, qkv_bias: bool = False) -> None:
+        super().__init__()
+        self.to_q = Dense(channels, channels, has_bias=qkv_bias)
+        self.to_k = Dense(context_dim, channels, has_bias=qkv_bias)
+        self.to_v = Dense(context_dim, channels, has_bias=qkv_bias)
+        self.attend = MultiHeadAttention(num_heads, channels // num_heads)
+        self.to_out = nn.CellList([Dense(channels, channels)])
+
+    def construct(self, x_BLC: Tensor, context_BSE: Tensor) -> Tensor:
+        out_BLC = self.attend(self.to_q(x_BLC), self.to_k(context_BSE), self.to_v(context_BSE))
+        return self.to_out[0](out_BLC)
+
+
+class FeedForward(nn.Cell):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.CellList([GEGLU(channels, 4 * channels), NoOp(), Dense(4 * channels, channels)])
+
+    def construct(self, x_BLC: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x_BLC))
+
+
+class GEGLU(nn.Cell):
+    """x W_1 * gelu(x W_2) (Shazeer, 2020): (B, L, C) -> (B, L, D)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = Dense(channels, 2 * out_channels)
+        self.out_channels = out_channels
+        self.gelu = Gelu()
+
+    def construct(self, x_BLC: Tensor) -> Tensor:
+        value, gate = ops.split(self.proj(x_BLC), self.out_channels, 2)
+        return value * self.gelu(gate)

@@ -1,0 +1,163 @@
+"""Multi-head attention (Vaswani et al., 2017). Softmax runs in float32.
+
+CPU: heads are gathered, and above a size only a slice of the score matrix exists at a time, forward and backward.
+Ascend: `flash_attention_score` within its limits, the plain form otherwise.
+
+Shapes: B batch, N heads, M = B * N, L queries, S keys, D channels of a head.
+"""
+
+import math
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from dreambooth_ms.ops.backend import Formulation, formulation
+
+# At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens.
+MAX_SCORES = 1 << 24
+
+
+class MultiHeadAttention(nn.Cell):
+    """softmax(q k^T / sqrt(D)) v: (B, L, N * D), (B, S, N * D), (B, S, N * D) -> (B, L, N * D).
+
+    With `causal`, a token sees itself and the ones before it.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, causal: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.on_cpu = formulation() is Formulation.CPU
+        self.attend = SlicedAttention(head_dim, causal)
+        # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
+        self.fused_shape = not self.on_cpu and not causal and head_dim % 16 == 0 and head_dim <= 512
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.fused_shape and q.dtype != ms.float32:
+            return ops.flash_attention_score(
+                q, k, v, self.num_heads, scalar_value=1 / math.sqrt(self.head_dim), input_layout="BSH"
+            )
+        out = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
+        return self._merge_heads(out, q.shape)
+
+    def _split_heads(self, x_BLC: Tensor) -> Tensor:
+        batch, length, _ = x_BLC.shape
+        if self.num_heads == 1:
+            return x_BLC
+        if self.on_cpu:
+            rows = ops.reshape(x_BLC, (batch, length * self.num_heads, self.head_dim))
+            rows = ops.gather(rows, _interchange(length, self.num_heads), 1)
+        else:
+            rows = ops.transpose(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)), (0, 2, 1, 3))
+        return ops.reshape(rows, (batch * self.num_heads, length, self.head_dim))
+
+    def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        batch, length, _ = shape
+        if self.num_heads == 1:
+            return x_MLD
+        if self.on_cpu:
+            rows = ops.reshape(x_MLD, (batch, self.num_heads * length, self.head_dim))
+            rows = ops.gather(rows, _interchange(self.num_heads, length), 1)
+        else:
+            rows = ops.transpose(ops.reshape(x_MLD, (batch, self.num_heads, length, self.head_dim)), (0, 2, 1, 3))
+        return ops.reshape(rows, shape)
+
+
+class SlicedAttention(nn.Cell):
+    """Attention of M independent heads: (M, L, D), (M, S, D), (M, S, D) -> (M, L, D).
+
+    Keeps q, k, v and the result; the backward pass computes the scores again, slice by slice.
+    """
+
+    def __init__(self, head_dim: int, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.scale = 1 / math.sqrt(head_dim)
+        self.times_transposed = ops.BatchMatMul(transpose_b=True)
+        self.times = ops.BatchMatMul()
+        self.transposed_times = ops.BatchMatMul(transpose_a=True)
+        self.softmax = ops.Softmax(-1)
+        self.slice = ops.Slice()
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads, queries, dim = q.shape
+        keys = k.shape[1]
+        out = ()
+        for head, num_heads in _head_slices(heads, queries, keys):
+            k_part = self.slice(k, (head, 0, 0), (num_heads, keys, dim))
+            v_part = self.slice(v, (head, 0, 0), (num_heads, keys, dim))
+            rows = ()
+            for row, num_rows in _row_slices(num_heads, queries, keys):
+                q_part = self.slice(q, (head, row, 0), (num_heads, num_rows, dim))
+                rows = rows + (self.times(self._weights(q_part, k_part, row), v_part),)
+            out = out + (_concat(rows, 1),)
+        return _concat(out, 0)
+
+    def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads, queries, dim = q.shape
+        keys = k.shape[1]
+        # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
+        # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
+        total = self.times(dout * out, ops.ones((heads, dim, 1), q.dtype))
+        dout_and_total = ops.concat((dout, total * -1.0), 2)
+        v_and_one = ops.concat((v, ops.ones((heads, keys, 1), v.dtype)), 2)
+        dq, dk, dv = (), (), ()
+        for head, num_heads in _head_slices(heads, queries, keys):
+            k_part = self.slice(k, (head, 0, 0), (num_heads, keys, dim))
+            v_part = self.slice(v_and_one, (head, 0, 0), (num_heads, keys, dim + 1))
+            dq_rows = ()
+            dk_part, dv_part = ops.zeros_like(k_part), ops.zeros_like(k_part)
+            for row, num_rows in _row_slices(num_heads, queries, keys):
+                q_part = self.slice(q, (head, row, 0), (num_heads, num_rows, dim))
+                dout_part = self.slice(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
+                weights = self._weights(q_part, k_part, row)
+                dscores = weights * self.times_transposed(dout_part, v_part) * self.scale
+                dq_rows = dq_rows + (self.times(dscores, k_part),)
+                dk_part = dk_part + self.transposed_times(dscores, q_part)
+                dout_part = self.slice(dout, (head, row, 0), (num_heads, num_rows, dim))
+                dv_part = dv_part + self.transposed_times(weights, dout_part)
+            dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (dk_part,), dv + (dv_part,)
+        return _concat(dq, 0), _concat(dk, 0), _concat(dv, 0)
+
+    def _weights(self, q: Tensor, k: Tensor, first_row: int) -> Tensor:
+        scores = self.times_transposed(q * self.scale, k).astype(ms.float32)
+        if self.causal:
+            scores = scores + ops.broadcast_to(_causal_mask(first_row, q.shape[1], k.shape[1]), scores.shape)
+        return self.softmax(scores).astype(q.dtype)
+
+
+def _concat(parts: tuple[Tensor, ...], axis: int) -> Tensor:
+    return ops.concat(parts, axis) if len(parts) > 1 else parts[0]
+
+
+@constexpr
+def _head_slices(heads: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+    """(first head, number of heads): as many whole heads as `MAX_SCORES` allows, and at least one."""
+    return _slices(heads, MAX_SCORES // (queries * keys))
+
+
+@constexpr
+def _row_slices(heads: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+    """(first query, number of queries) of the score matrices of these heads."""
+    return _slices(queries, MAX_SCORES // (heads * keys))
+
+
+def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:
+    step = max(1, min(length, at_most))
+    return tuple((start, min(step, length - start)) for start in range(0, length, step))
+
+
+@constexpr
+def _interchange(outer: int, inner: int) -> Tensor:
+    """The order of rows that turns (outer, inner) rows into (inner, outer) ones.
+
+    A gather copies D contiguous numbers a row; a transpose on CPU is slower and keeps 8 bytes an element (measured).
+    """
+    return Tensor(np.arange(outer * inner).reshape(outer, inner).T.reshape(-1), ms.int32)
+
+
+@constexpr
+def _causal_mask(first_row: int, rows: int, keys: int) -> Tensor:
+    visible = np.arange(keys)[None, :] <= first_row + np.arange(rows)[:, None]
+    return Tensor(np.where(visible, 0.0, np.finfo(np.float32).min)[None], ms.float32)

@@ -1,0 +1,161 @@
+"""The layout of images, and of the weights whose stored form is not the public one.
+
+Shapes: B batch, C channels, H height, W width, L = H * W tokens.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from dreambooth_ms.ops.backend import Formulation, formulation
+
+
+@dataclass(frozen=True)
+class StoredLayout:
+    """A convolution weight that is stored as (O, k * k * I), taps before channels; its public form is (O, I, k, k)."""
+
+    kernel_size: int
+
+    def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
+        """Public form -> stored form."""
+        return np.ascontiguousarray(weight_OIKK.transpose(0, 2, 3, 1)).reshape(weight_OIKK.shape[0], -1)
+
+    def restore(self, weight: np.ndarray) -> np.ndarray:
+        """Stored form -> public form."""
+        k = self.kernel_size
+        return np.ascontiguousarray(weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2))
+
+    def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the public form of a stored weight."""
+        k = self.kernel_size
+        return (shape[0], shape[1] // (k * k), k, k)
+
+
+class _ImageCell(nn.Cell):
+    """A cell that knows the layout of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last = formulation() is Formulation.CPU
+        self.channel_axis = 3 if self.channels_last else 1
+
+
+class FromPublicLayout(_ImageCell):
+    """(B, C, H, W), as files and schedulers hold images and latents -> an image of this formulation."""
+
+    def construct(self, x_BCHW: Tensor) -> Tensor:
+        if self.channels_last:
+            return ops.transpose(x_BCHW, (0, 2, 3, 1))
+        return x_BCHW
+
+
+class ToPublicLayout(_ImageCell):
+    """The inverse of `FromPublicLayout`."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            return ops.transpose(x, (0, 3, 1, 2))
+        return x
+
+
+class ImageToTokens(_ImageCell):
+    """An image -> (B, H * W, C)."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            return ops.reshape(x, (x.shape[0], -1, x.shape[3]))
+        return ops.transpose(ops.reshape(x, (x.shape[0], x.shape[1], -1)), (0, 2, 1))
+
+
+class TokensToImage(_ImageCell):
+    """(B, H * W, C) -> an image with the layout and the height and width of `like`."""
+
+    def construct(self, tokens_BLC: Tensor, like: Tensor) -> Tensor:
+        channels = tokens_BLC.shape[2]
+        if self.channels_last:
+            return ops.reshape(tokens_BLC, (like.shape[0], like.shape[1], like.shape[2], channels))
+        x_BCL = ops.transpose(tokens_BLC, (0, 2, 1))
+        return ops.reshape(x_BCL, (like.shape[0], channels, like.shape[2], like.shape[3]))
+
+
+class ConcatChannels(_ImageCell):
+    """Two images -> one with the channels of both."""
+
+    def construct(self, x: Tensor, y: Tensor) -> Tensor:
+        return ops.concat((x, y), self.channel_axis)
+
+
+class SplitChannels(_ImageCell):
+    """An image -> two, each with half of the channels."""
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.split(x, x.shape[self.channel_axis] // 2, self.channel_axis)
+
+
+class AddPerChannel(_ImageCell):
+    """An image plus one number per row and channel, (B, C)."""
+
+    def construct(self, x: Tensor, bias_BC: Tensor) -> Tensor:
+        batch, channels = bias_BC.shape
+        # Broadcasting inside `+` keeps an index table per kernel on CPU; broadcast_to does not (measured).
+        if self.channels_last:
+            return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, 1, 1, channels)), x.shape)
+        return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, channels, 1, 1)), x.shape)
+
+
+class UpsampleNearest(_ImageCell):
+    """An image -> one of twice its height and width; every pixel becomes a square of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upsample_rows = _UpsampleRows()
+
+    def construct(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            return self.upsample_rows(x)
+        batch, channels, height, width = x.shape
+        x = ops.broadcast_to(ops.reshape(x, (batch, channels, height, 1, width, 1)),
+                             (batch, channels, height, 2, width, 2))
+        return ops.reshape(x, (batch, channels, 2 * height, 2 * width))
+
+
+class _UpsampleRows(nn.Cell):
+    """Nearest upsampling by `Gather` on rows of pixels: a copy of C contiguous numbers each, and no index table."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        rows = ops.gather(ops.reshape(x, (batch, height * width, channels)), _parents(height, width), 1)
+        return ops.reshape(rows, (batch, 2 * height, 2 * width, channels))
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        batch, height, width, channels = x.shape
+        rows = ops.reshape(dout, (batch, 4 * height * width, channels))
+        dx = ops.gather(rows, _children(height, width, 0), 1)
+        for corner in range(1, 4):
+            dx = dx + ops.gather(rows, _children(height, width, corner), 1)
+        return (ops.reshape(dx, x.shape),)
+
+
+@constexpr
+def _parents(height: int, width: int) -> Tensor:
+    """For every pixel of the large image, the pixel of the small one that it repeats."""
+    return _index(_pixels(height, width).repeat(2, 0).repeat(2, 1))
+
+
+@constexpr
+def _children(height: int, width: int, corner: int) -> Tensor:
+    """For every pixel of the small image, the one of its four copies that stands in this corner."""
+    return _index(_pixels(2 * height, 2 * width)[corner // 2 :: 2, corner % 2 :: 2])
+
+
+@lru_cache(maxsize=256)
+def _pixels(height: int, width: int) -> np.ndarray:
+    return np.arange(height * width).reshape(height, width)
+
+
+def _index(rows: np.ndarray) -> Tensor:
+    return Tensor(rows.reshape(-1), ms.int32)

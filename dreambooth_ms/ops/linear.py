@@ -1,0 +1,40 @@
+"""Linear layer and embedding table, with the public parameter names `weight` and `bias`."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+
+class Dense(nn.Cell):
+    """y = x W^T + b on the last axis: (..., in) -> (..., out)."""
+
+    def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
+        self.weight = empty_parameter((out_channels, in_channels))
+        if has_bias:
+            self.bias = empty_parameter((out_channels,))
+        self.matmul = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.matmul(ops.reshape(x, (-1, self.in_channels)), self.weight)
+        if self.has_bias:
+            y = self.bias_add(y, self.bias)
+        return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
+
+
+class Embedding(nn.Cell):
+    """A table of vectors: ids (...,) int32 -> (..., dim)."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.weight = empty_parameter((size, dim))
+
+    def construct(self, ids: Tensor) -> Tensor:
+        return ops.gather(self.weight, ids, 0)
+
+
+def empty_parameter(shape: tuple[int, ...]) -> Parameter:
+    """A float32 parameter of zeros, to be filled from a file or by `models.initialise`."""
+    return Parameter(Tensor(np.zeros(shape, np.float32), ms.float32))

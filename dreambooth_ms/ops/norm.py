@@ -1,0 +1,130 @@
+"""Normalisation in float32. Shapes: B batch, P pixels, C channels, G groups."""
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
+
+from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.ops.linear import empty_parameter
+
+
+def group_norm(num_groups: int, channels: int, eps: float) -> nn.Cell:
+    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation."""
+    cell = ChannelsLastGroupNorm if formulation() is Formulation.CPU else ChannelsFirstGroupNorm
+    return cell(num_groups, channels, eps)
+
+
+class LayerNorm(nn.Cell):
+    """Layer normalisation (Ba et al., 2016) of the last axis: (..., C) -> (..., C)."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
+        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y, _, _ = self.norm(x.astype(ms.float32), self.weight, self.bias)
+        return y.astype(x.dtype)
+
+
+class ChannelsFirstGroupNorm(nn.Cell):
+    """(B, C, H, W) -> (B, C, H, W) by the device's operator."""
+
+    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
+
+    def construct(self, x_BCHW: Tensor) -> Tensor:
+        y = ops.group_norm(x_BCHW.astype(ms.float32), self.num_groups, self.weight, self.bias, self.eps)
+        return y.astype(x_BCHW.dtype)
+
+
+class ChannelsLastGroupNorm(nn.Cell):
+    """(B, H, W, C) -> (B, H, W, C). Sums over pixels are matrix products; nothing is transposed."""
+
+    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
+        self.normalise = _NormaliseGroups(num_groups, channels, eps)
+
+    def construct(self, x_BHWC: Tensor) -> Tensor:
+        batch, height, width, channels = x_BHWC.shape
+        x_BPC = ops.reshape(x_BHWC, (batch, height * width, channels)).astype(ms.float32)
+        y_BPC, _, _ = self.normalise(x_BPC, self.weight, self.bias)
+        return ops.reshape(y_BPC, x_BHWC.shape).astype(x_BHWC.dtype)
+
+
+class _NormaliseGroups(nn.Cell):
+    """(B, P, C) -> (B, P, C), with mean and reciprocal standard deviation as (B, C).
+
+    Its own backward pass keeps the input and the two statistics, and writes the gradient as
+    dx = a * dout + b * x + c with a, b, c per row and channel.
+    """
+
+    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+        super().__init__()
+        self.num_groups, self.channels, self.eps = num_groups, channels, eps
+        self.matmul, self.bmm = ops.MatMul(), ops.BatchMatMul()
+
+    def construct(self, x_BPC: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, pixels, channels = x_BPC.shape
+        count = pixels * (channels // self.num_groups)
+        mean_BC = self._group_sum(self._pixel_sum(x_BPC)) * (1 / count)
+        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
+        variance_BC = self._group_sum(self._pixel_sum(centred_BPC * centred_BPC)) * (1 / count)
+        rstd_BC = ops.rsqrt(variance_BC + self.eps)
+        scale_BC = rstd_BC * _over_batch(weight_C, batch)
+        y_BPC = centred_BPC * _over_pixels(scale_BC, pixels) + _over_pixels(_over_batch(bias_C, batch), pixels)
+        return y_BPC, mean_BC, rstd_BC
+
+    def bprop(
+        self,
+        x_BPC: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        out: tuple[Tensor, Tensor, Tensor],
+        dout: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, pixels, channels = x_BPC.shape
+        count = pixels * (channels // self.num_groups)
+        _, mean_BC, rstd_BC = out
+        dy_BPC = dout[0]
+        weight_BC = _over_batch(weight_C, batch)
+        dbias_BC = self._pixel_sum(dy_BPC)
+        dweight_BC = (self._pixel_sum(dy_BPC * x_BPC) - mean_BC * dbias_BC) * rstd_BC
+        mean_dy_BC = self._group_sum(weight_BC * dbias_BC) * (1 / count)
+        mean_dy_xhat_BC = self._group_sum(weight_BC * dweight_BC) * (1 / count)
+        slope_BC = rstd_BC * rstd_BC * mean_dy_xhat_BC
+        shift_BC = mean_BC * slope_BC - rstd_BC * mean_dy_BC
+        dx_BPC = (
+            dy_BPC * _over_pixels(rstd_BC * weight_BC, pixels)
+            - x_BPC * _over_pixels(slope_BC, pixels)
+            + _over_pixels(shift_BC, pixels)
+        )
+        return dx_BPC, dweight_BC.sum(0), dbias_BC.sum(0)
+
+    def _pixel_sum(self, x_BPC: Tensor) -> Tensor:
+        batch, pixels, channels = x_BPC.shape
+        return ops.reshape(self.bmm(ops.ones((batch, 1, pixels), ms.float32), x_BPC), (batch, channels))
+
+    def _group_sum(self, x_BC: Tensor) -> Tensor:
+        """Sum over the channels of a group, given back to each of its channels."""
+        membership = _membership(self.channels, self.num_groups)
+        return self.matmul(self.matmul(x_BC, membership), ops.transpose(membership, (1, 0)))
+
+
+def _over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
+    batch, channels = x_BC.shape
+    return ops.broadcast_to(ops.reshape(x_BC, (batch, 1, channels)), (batch, pixels, channels))
+
+
+def _over_batch(x_C: Tensor, batch: int) -> Tensor:
+    return ops.broadcast_to(ops.reshape(x_C, (1, -1)), (batch, x_C.shape[0]))
+
+
+@constexpr
+def _membership(channels: int, num_groups: int) -> Tensor:
+    """(C, G): 1 where the channel belongs to the group."""
+    return Tensor(np.kron(np.eye(num_groups), np.ones((channels // num_groups, 1))), ms.float32)

@@ -1,0 +1,59 @@
+"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dreambooth_ms.errors import WeightError
+
+TEMPORARY_PREFIX = ".partial-"
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A path to write to; on leaving, what was written takes the target's name in one step.
+
+    On any error the partial file is removed and what had the target's name before is untouched.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise WeightError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+    partial = Path(name)
+    try:
+        yield partial
+        _sync(partial)
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and try again") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_path(target) as partial:
+        partial.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
