@@ -28,10 +28,11 @@ class MultiHeadAttention(nn.Cell):
     def __init__(self, num_heads: int, head_dim: int, causal: bool = False) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.on_cpu = formulation() is Formulation.CPU
+        on_cpu = formulation() is Formulation.CPU
+        self.interchange = GatherInterchange() if on_cpu else TransposeInterchange()
         self.attend = SlicedAttention(head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
-        self.fused_shape = not self.on_cpu and not causal and head_dim % 16 == 0 and head_dim <= 512
+        self.fused_shape = not on_cpu and not causal and head_dim % 16 == 0 and head_dim <= 512
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fused_shape and q.dtype != ms.float32:
@@ -45,23 +46,32 @@ class MultiHeadAttention(nn.Cell):
         batch, length, _ = x_BLC.shape
         if self.num_heads == 1:
             return x_BLC
-        if self.on_cpu:
-            rows = ops.reshape(x_BLC, (batch, length * self.num_heads, self.head_dim))
-            rows = ops.gather(rows, _interchange(length, self.num_heads), 1)
-        else:
-            rows = ops.transpose(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)), (0, 2, 1, 3))
+        rows = self.interchange(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)))
         return ops.reshape(rows, (batch * self.num_heads, length, self.head_dim))
 
     def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
         batch, length, _ = shape
         if self.num_heads == 1:
             return x_MLD
-        if self.on_cpu:
-            rows = ops.reshape(x_MLD, (batch, self.num_heads * length, self.head_dim))
-            rows = ops.gather(rows, _interchange(self.num_heads, length), 1)
-        else:
-            rows = ops.transpose(ops.reshape(x_MLD, (batch, self.num_heads, length, self.head_dim)), (0, 2, 1, 3))
+        rows = self.interchange(ops.reshape(x_MLD, (batch, self.num_heads, length, self.head_dim)))
         return ops.reshape(rows, shape)
+
+
+class TransposeInterchange(nn.Cell):
+    """(B, L, N, D) -> (B, N, L, D), or the way back."""
+
+    def construct(self, x_BLND: Tensor) -> Tensor:
+        return ops.transpose(x_BLND, (0, 2, 1, 3))
+
+
+class GatherInterchange(nn.Cell):
+    """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps 8 bytes an element (measured)."""
+
+    def construct(self, x_BLND: Tensor) -> Tensor:
+        return _interchange_rows(x_BLND)
+
+    def bprop(self, x_BLND: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (_interchange_rows(dout),)
 
 
 class SlicedAttention(nn.Cell):
@@ -148,12 +158,15 @@ def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, min(step, length - start)) for start in range(0, length, step))
 
 
+def _interchange_rows(x_BLND: Tensor) -> Tensor:
+    batch, outer, inner, dim = x_BLND.shape
+    rows = ops.gather(ops.reshape(x_BLND, (batch, outer * inner, dim)), _interchange(outer, inner), 1)
+    return ops.reshape(rows, (batch, inner, outer, dim))
+
+
 @constexpr
 def _interchange(outer: int, inner: int) -> Tensor:
-    """The order of rows that turns (outer, inner) rows into (inner, outer) ones.
-
-    A gather copies D contiguous numbers a row; a transpose on CPU is slower and keeps 8 bytes an element (measured).
-    """
+    """The order of rows that turns (outer, inner) rows into (inner, outer) ones."""
     return Tensor(np.arange(outer * inner).reshape(outer, inner).T.reshape(-1), ms.int32)
 
 

@@ -12,7 +12,7 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.ops.backend import Formulation, formulation
 from dreambooth_ms.ops.layout import StoredLayout
-from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
 
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""
@@ -71,7 +71,7 @@ class GatherConv2d(nn.Cell):
             self.bias = empty_parameter((out_channels,))
         self.stored_layouts = {"weight": StoredLayout(kernel_size)}
         self.product = _TapProduct(in_channels, out_channels, kernel_size, stride, padding)
-        self.bias_add = ops.BiasAdd()
+        self.bias_add = BiasAdd()
 
     def construct(self, x_BHWI: Tensor) -> Tensor:
         y_BHWO = self.product(x_BHWI, self.weight)

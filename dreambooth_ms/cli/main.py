@@ -1,0 +1,110 @@
+"""`dreambooth-ms COMMAND`: finds the command, and turns users' mistakes into lines on stderr.
+
+Nothing heavy is imported until a command runs, so that help and mistakes answer at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from dreambooth_ms import __version__
+from dreambooth_ms.errors import UserError
+
+PROGRAM = "dreambooth-ms"
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+"""128 + SIGINT, as shells report it."""
+
+
+class Command(NamedTuple):
+    """One command. `module` has `run(argv) -> int`; `schema` is a class of config.schema that describes its flags."""
+
+    module: str
+    summary: str
+    schema: str | None = None
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("dreambooth_ms.cli.train", "teach a base model a subject from a few pictures", "TrainConfig"),
+    "sample": Command("dreambooth_ms.cli.sample", "draw pictures with a base model and its adapters", "SampleConfig"),
+    "evaluate": Command("dreambooth_ms.cli.evaluate", "measure how well pictures match the subject and the prompts"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED_STATUS
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else USER_ERROR_STATUS
+    if arguments[0] == "--version":
+        print(f"{PROGRAM} {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(_unknown(name))
+    command = COMMANDS[name]
+    if command.schema is not None and ("-h" in rest or "--help" in rest):
+        print(_command_help(name, command.schema))
+        return 0
+    run = importlib.import_module(command.module).run
+    return run(rest)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [--config FILE] [--name value ...]",
+            "",
+            "Teach Stable Diffusion a new subject from a few photographs.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"`{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version.",
+        ]
+    )
+
+
+def _command_help(name: str, schema: str) -> str:
+    from dreambooth_ms.config import schema as schemas
+    from dreambooth_ms.config.describe import describe
+
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} {name} [--config FILE] [--name value ...]",
+            "",
+            f"{COMMANDS[name].summary.capitalize()}.",
+            "",
+            "Values come from the YAML files given by --config, then from the flags. Switches are written --name,",
+            "--name True, --name False or --no-name; lists --name a b or --name a,b.",
+            "",
+            describe(getattr(schemas, schema)),
+        ]
+    )
+
+
+def _unknown(name: str) -> str:
+    close = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+    return f"{name}: unknown command; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

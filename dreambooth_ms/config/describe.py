@@ -1,0 +1,110 @@
+"""A schema as data and as help text, read from the schema itself so that the two cannot diverge."""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dreambooth_ms.config.schema import RANGES
+
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+_PLACEHOLDERS = {bool: "[True|False]", int: "N", float: "X", str: "TEXT", list: "TEXT [TEXT ...]"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a schema, as flags, files and the help text see it.
+
+    kind is bool, int, float, str, list or the tuple of texts to choose from; default is dataclasses.MISSING where the
+    user has to give a value.
+    """
+
+    name: str
+    section: str
+    owner: type
+    kind: Any
+    optional: bool
+    default: Any
+
+    @property
+    def expected(self) -> str:
+        """What a value has to be, in words."""
+        what = f"one of {', '.join(self.kind)}" if isinstance(self.kind, tuple) else _WORDS[self.kind]
+        return f"{what}, or None" if self.optional else what
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for the value in a usage line."""
+        return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _PLACEHOLDERS[self.kind]
+
+
+@cache
+def schema_fields(schema: type) -> dict[str, Field]:
+    """Every field of every section, by name, in the order of the schema. Names are unique over the sections."""
+    known: dict[str, Field] = {}
+    for section, owner in sections(schema).items():
+        hints = get_type_hints(owner)
+        for one in fields(owner):
+            assert one.name not in known, f"{one.name} is a field of two sections"
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            kind, optional = _kind(hints[one.name])
+            known[one.name] = Field(one.name, section, owner, kind, optional, default)
+    return known
+
+
+def sections(schema: type) -> dict[str, type]:
+    """Section name -> its dataclass."""
+    hints = get_type_hints(schema)
+    return {one.name: hints[one.name] for one in fields(schema)}
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    optional = get_origin(hint) in (Union, UnionType)
+    if optional:
+        (hint,) = [argument for argument in get_args(hint) if argument is not NoneType]
+    if get_origin(hint) is Literal:
+        return get_args(hint), optional
+    return get_origin(hint) or hint, optional
+
+
+def field_documentation(owner: type) -> dict[str, str]:
+    """Field name -> the docstring under it, for one section; fields without one are left out."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(definition.body, definition.body[1:], strict=False):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = inspect.cleandoc(text)
+    return texts
+
+
+def describe(schema: type) -> str:
+    """The flags of a command as help text: by section, each with its choices, range and default."""
+    known = schema_fields(schema)
+    blocks = []
+    for section, owner in sections(schema).items():
+        texts = field_documentation(owner)
+        lines = [f"{section}: {inspect.getdoc(owner)}"]
+        for one in known.values():
+            if one.section == section:
+                lines.append(f"  --{one.name} {one.placeholder}")
+                lines += textwrap.wrap(
+                    f"{texts[one.name]} {_constraints(one)}",
+                    100,
+                    initial_indent=" " * 8,
+                    subsequent_indent=" " * 8,
+                    break_on_hyphens=False,
+                )
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _constraints(one: Field) -> str:
+    allowed = [RANGES[one.name].expected] if one.name in RANGES and one.kind in (int, float) else []
+    default = ",".join(one.default) if isinstance(one.default, list) else one.default
+    value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
+    return f"({'; '.join([*allowed, value])})"

@@ -1,0 +1,369 @@
+"""Everything a user can set: one dataclass per section, one docstring per field, defaults in one place.
+
+Field names are the flag names, in diffusers' spelling, and are unique over the sections of a command. The text under
+a field is what `--help` prints. Values are plain: numbers, text, booleans and lists of text.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Method: TypeAlias = Literal["lora"]
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
+LearningRateSchedule: TypeAlias = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+DeviceTarget: TypeAlias = Literal["auto", "CPU", "Ascend"]
+SamplingScheduler: TypeAlias = Literal["ddim", "euler", "dpm++_2m", "dpm++_2m_karras", "pndm"]
+
+POLYNOMIAL_END_LEARNING_RATE = 1e-7
+"""Where the polynomial schedule ends, as in diffusers."""
+
+
+class Findings(NamedTuple):
+    """What a check of one configuration found, one line per entry."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    pretrained_model_name_or_path: str
+    """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None: its main branch."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16. None: the plain files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The subject's pictures."""
+
+    instance_data_dir: str
+    """Folder with the pictures of the subject."""
+    instance_prompt: str
+    """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
+    resolution: int = 512
+    """Side of the square training pictures, in pixels."""
+    center_crop: bool = False
+    """Crop the centre of each picture, in place of a random part."""
+    random_flip: bool = False
+    """Mirror pictures left to right at random."""
+    image_interpolation_mode: Interpolation = "lanczos"
+    """Filter used to resize pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Prior preservation: pictures of the class keep the model from forgetting what the class looks like."""
+
+    with_prior_preservation: bool = False
+    """Train on pictures of the class beside those of the subject."""
+    prior_loss_weight: float = 1.0
+    """Weight of the class pictures' loss."""
+    class_data_dir: str | None = None
+    """Folder with the class pictures; those that are missing are generated into it."""
+    class_prompt: str | None = None
+    """Prompt that names the class, without the rare token: "a photo of dog"."""
+    num_class_images: int = 100
+    """Number of class pictures to have."""
+    sample_batch_size: int = 4
+    """Class pictures generated at a time."""
+    infer_steps: int = 50
+    """Denoising steps for each generated class picture."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance for generated class pictures; 1 turns it off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What is trained."""
+
+    method: Method = "lora"
+    """How the subject is taught."""
+    rank: int = 4
+    """Rank of the LoRA update; the size of the file grows with it."""
+    lora_alpha: int | None = None
+    """The update is scaled by lora_alpha / rank. None: equal to the rank, a scale of 1."""
+    lora_target_modules: list[str] = field(default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
+    """Layers of the UNet that get an update, by the end of their names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What the network learns to predict."""
+
+    prediction_type: PredictionType | None = None
+    """Prediction target. None: the one that the base model was trained with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 5e-4
+    """Learning rate after the warm-up."""
+    lr_scheduler: LearningRateSchedule = "constant"
+    """How the learning rate changes over the run."""
+    lr_warmup_steps: int = 500
+    """Steps of linear warm-up; not used by the constant schedule."""
+    lr_num_cycles: int = 1
+    """Number of restarts of the cosine_with_restarts schedule."""
+    lr_power: float = 1.0
+    """Power of the polynomial schedule."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of the gradients."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of the squared gradients."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run: how long, from where, and what it leaves behind."""
+
+    train_batch_size: int = 4
+    """Pictures of the subject per step; prior preservation adds as many of the class."""
+    max_train_steps: int | None = None
+    """Number of optimiser steps. None: decided by num_train_epochs."""
+    num_train_epochs: int = 1
+    """Passes over the pictures; not used when max_train_steps is given."""
+    seed: int | None = None
+    """Makes the run repeatable. None: drawn at random and recorded."""
+    output_dir: str = "lora-dreambooth-model"
+    """Folder for the trained weights and the checkpoints."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Number of checkpoints to keep; the oldest go first. None: all."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to resume from, or latest."""
+    logging_dir: str = "logs"
+    """Folder for the TensorBoard log, inside output_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where it runs."""
+
+    device_target: DeviceTarget = "auto"
+    """Device. auto: an Ascend if there is one, otherwise the CPU."""
+    ms_mode: int = 0
+    """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """The base model and the adapters on it."""
+
+    pretrained_model_name_or_path: str
+    """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    lora: list[str] = field(default_factory=list)
+    """Adapter files or folders; several are added up."""
+    lora_scale: float = 1.0
+    """Strength of the adapters: 0 is the base model, 1 is as trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """The pictures to make."""
+
+    prompt: str
+    """What to draw: a prompt, or the path of a text file with one prompt per line."""
+    negative_prompt: str = ""
+    """What to keep away from."""
+    num_images_per_prompt: int = 1
+    """Pictures per prompt."""
+    batch_size: int = 4
+    """Pictures drawn at a time."""
+    height: int | None = None
+    """Height in pixels. None: the model's own."""
+    width: int | None = None
+    """Width in pixels. None: the model's own."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
+    scheduler: SamplingScheduler = "ddim"
+    """Sampling method."""
+    seed: int = 0
+    """The same seed draws the same pictures."""
+    output_dir: str = "outputs"
+    """Folder for the pictures."""
+
+
+class Range(NamedTuple):
+    """The values that a field may take: in words, and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _at_least(lowest: float) -> Range:
+    return Range(f"at least {lowest}", lambda value: lowest <= value < math.inf)
+
+
+_POSITIVE = Range("greater than 0", lambda value: 0 < value < math.inf)
+_DECAY = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
+_NOT_EMPTY = Range("not empty", lambda value: len(value) > 0)
+_STEPS = Range("from 1 to 1000", lambda value: 1 <= value <= 1000)
+_SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and value % 8 == 0)
+
+RANGES: dict[str, Range] = {
+    "pretrained_model_name_or_path": _NOT_EMPTY,
+    "instance_data_dir": _NOT_EMPTY,
+    "instance_prompt": _NOT_EMPTY,
+    "resolution": _SIDE,
+    "prior_loss_weight": _at_least(0),
+    "class_data_dir": _NOT_EMPTY,
+    "class_prompt": _NOT_EMPTY,
+    "num_class_images": _at_least(1),
+    "sample_batch_size": _at_least(1),
+    "infer_steps": _STEPS,
+    "guidance_scale": _at_least(0),
+    "rank": _at_least(1),
+    "lora_alpha": _at_least(1),
+    "lora_target_modules": _NOT_EMPTY,
+    "learning_rate": _POSITIVE,
+    "lr_warmup_steps": _at_least(0),
+    "lr_num_cycles": _at_least(1),
+    "lr_power": _POSITIVE,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    "adam_weight_decay": _at_least(0),
+    "adam_epsilon": _POSITIVE,
+    "max_grad_norm": _POSITIVE,
+    "train_batch_size": _at_least(1),
+    "max_train_steps": _at_least(1),
+    "num_train_epochs": _at_least(1),
+    "seed": Range("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64),
+    "output_dir": _NOT_EMPTY,
+    "checkpointing_steps": _at_least(1),
+    "checkpoints_total_limit": _at_least(1),
+    "resume_from_checkpoint": _NOT_EMPTY,
+    "logging_dir": _NOT_EMPTY,
+    "ms_mode": Range("0 or 1", lambda value: value in (0, 1)),
+    "lora_scale": Range("a finite number", math.isfinite),
+    "prompt": _NOT_EMPTY,
+    "num_images_per_prompt": _at_least(1),
+    "batch_size": _at_least(1),
+    "height": _SIDE,
+    "width": _SIDE,
+    "num_inference_steps": _STEPS,
+}
+"""Ranges by field name, the same in every command. None is never out of range."""
+
+
+def out_of_range(config: Any) -> list[str]:
+    """One line per field of a sectioned config whose value is outside its entry in RANGES."""
+    lines = []
+    for section in fields(config):
+        for name, value in vars(getattr(config, section.name)).items():
+            if value is not None and name in RANGES and not RANGES[name].holds(value):
+                lines.append(f"--{name}: expected {RANGES[name].expected}, got {value!r}")
+    return lines
+
+
+def _changed(section: Any) -> list[str]:
+    """Names of the fields that differ from their defaults."""
+    defaults = type(section)()
+    return [name for name, value in vars(section).items() if value != getattr(defaults, name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Teach the base model a subject from a few pictures."""
+
+    model: ModelConfig
+    data: DataConfig
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> Findings:
+        """Ranges, and every rule that looks at more than one field. Reads no file."""
+        return Findings(out_of_range(self) + self._impossible(), self._doubtful())
+
+    def _impossible(self) -> list[str]:
+        prior, optimiser = self.prior, self.optimiser
+        uses_prior = prior.with_prior_preservation
+        same_folder = prior.class_data_dir is not None and (
+            os.path.realpath(prior.class_data_dir) == os.path.realpath(self.data.instance_data_dir)
+        )
+        rules = [
+            (
+                uses_prior and prior.class_data_dir is None,
+                "--with_prior_preservation: needs --class_data_dir, the folder of the class pictures",
+            ),
+            (
+                uses_prior and prior.class_prompt is None,
+                "--with_prior_preservation: needs --class_prompt, the prompt of the class pictures",
+            ),
+            (
+                uses_prior and same_folder,
+                "--class_data_dir: expected another folder than --instance_data_dir, "
+                "or class pictures would mix with those of the subject",
+            ),
+            (
+                optimiser.lr_scheduler == "polynomial" and optimiser.learning_rate <= POLYNOMIAL_END_LEARNING_RATE,
+                f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} "
+                f"and must start above it, got {optimiser.learning_rate:g}",
+            ),
+        ]
+        return [message for broken, message in rules if broken]
+
+    def _doubtful(self) -> list[str]:
+        prior, optimiser, run = self.prior, self.optimiser, self.run
+        reasons = {}
+        if not prior.with_prior_preservation:
+            reasons.update(dict.fromkeys(vars(prior), "without --with_prior_preservation"))
+        if optimiser.lr_scheduler == "constant":
+            reasons["lr_warmup_steps"] = "with --lr_scheduler constant"
+        if optimiser.lr_scheduler != "cosine_with_restarts":
+            reasons["lr_num_cycles"] = "without --lr_scheduler cosine_with_restarts"
+        if optimiser.lr_scheduler != "polynomial":
+            reasons["lr_power"] = "without --lr_scheduler polynomial"
+        if run.max_train_steps is not None:
+            reasons["num_train_epochs"] = "beside --max_train_steps"
+        changed = [*_changed(prior), *_changed(optimiser), *_changed(run)]
+        warnings = [f"--{name} has no effect {reasons[name]}" for name in changed if name in reasons]
+        warms_up = optimiser.lr_scheduler != "constant"
+        if warms_up and run.max_train_steps is not None and optimiser.lr_warmup_steps >= run.max_train_steps:
+            warnings.append(
+                f"--lr_warmup_steps {optimiser.lr_warmup_steps} is not less than --max_train_steps "
+                f"{run.max_train_steps}: the learning rate never arrives at --learning_rate"
+            )
+        return warnings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Draw pictures with a base model and its adapters."""
+
+    weights: WeightsConfig
+    pictures: PicturesConfig
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> Findings:
+        """Ranges, and every rule that looks at more than one field. Reads no file."""
+        warnings = []
+        if self.weights.lora_scale != 1.0 and not self.weights.lora:
+            warnings.append("--lora_scale has no effect without --lora")
+        if self.pictures.negative_prompt and self.pictures.guidance_scale <= 1:
+            warnings.append("--negative_prompt has no effect with a --guidance_scale of 1 or less")
+        return Findings(out_of_range(self), warnings)

@@ -1,0 +1,153 @@
+"""What users bring from other trainers: the same thing under another name, and things that are not here.
+
+A spelling only applies where its field exists, so one table serves every command.
+"""
+
+from typing import NamedTuple
+
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "pretrained_model_path": ("pretrained_model_name_or_path",),
+    "instance_data_path": ("instance_data_dir",),
+    "class_data_path": ("class_data_dir",),
+    "image_size": ("resolution",),
+    "hflip": ("random_flip",),
+    "infer_batch_size": ("sample_batch_size",),
+    "sampling_steps": ("infer_steps", "num_inference_steps"),
+    "sample_step": ("num_inference_steps",),
+    "scale": ("guidance_scale",),
+    "lora_r": ("rank",),
+    "lora_rank": ("rank",),
+    "lora_dim": ("rank",),
+    "network_dim": ("rank",),
+    "network_alpha": ("lora_alpha",),
+    "start_learning_rate": ("learning_rate",),
+    "base_learning_rate": ("learning_rate",),
+    "warmup_steps": ("lr_warmup_steps",),
+    "lr_cycles": ("lr_num_cycles",),
+    "weight_decay": ("adam_weight_decay",),
+    "per_batch_size": ("train_batch_size",),
+    "total_step": ("max_train_steps",),
+    "epochs": ("num_train_epochs",),
+    "save_path": ("output_dir",),
+    "output_path": ("output_dir",),
+    "save_interval": ("checkpointing_steps",),
+    "save_ckpt_interval": ("checkpointing_steps",),
+    "save_model_every_n_steps": ("checkpointing_steps",),
+    "max_num_ckpt": ("checkpoints_total_limit",),
+    "resume": ("resume_from_checkpoint",),
+    "mode": ("ms_mode",),
+}
+"""Another name -> the fields that it may stand for: the one that the command has."""
+
+BASE_THEN_ADAPTERS = "weight"
+"""`--weight base,adapter,adapter`: a list whose first entry is the base model and whose others are adapters."""
+
+
+class Refusal(NamedTuple):
+    """Why a flag is refused, and the values for which there is nothing to refuse."""
+
+    reason: str
+    unless: tuple[str, ...] = ()
+
+
+_NO_HUB_UPLOAD = Refusal("nothing is uploaded; publish the files of --output_dir with huggingface-cli")
+_NO_TEXT_ENCODER = Refusal("not in this version: the text encoders stay frozen, the UNet is trained")
+_NO_VALIDATION = Refusal(
+    "not in this version: no pictures are drawn during training; use `dreambooth-ms sample` after it"
+)
+_NO_CAPTIONS = Refusal("not in this version: all pictures of the subject share --instance_prompt")
+_NO_CONCEPTS = Refusal("not in this version: one run teaches one subject")
+_NO_DATASETS = Refusal("not in this version: pictures are read from the folder --instance_data_dir")
+_NO_OPTIMISERS = Refusal("not in this version: the optimiser is AdamW", ("adamw",))
+_ONE_PROCESS = Refusal("not in this version: a run uses one device")
+_NO_MODELARTS = Refusal("not in this version: copy the data to this machine first and give local folders")
+_NO_CUSTOM_DIFFUSION = Refusal("not in this version: Custom Diffusion is not a --method yet")
+_NO_PROMPT_OPTIONS = Refusal("not in this version: a prompt is at most 77 tokens")
+_SIZE_BY_PIXELS = Refusal("give --height and --width in pixels")
+_NO_IMAGE_INPUT = Refusal("not in this version: pictures are drawn from text only")
+
+REFUSED: dict[str, Refusal] = {
+    "hub_model_id": _NO_HUB_UPLOAD,
+    "hub_token": _NO_HUB_UPLOAD,
+    "push_to_hub": _NO_HUB_UPLOAD,
+    "report_to": Refusal("not in this version: the run is logged to TensorBoard only", ("tensorboard",)),
+    "wandb": Refusal("not in this version: the run is logged to TensorBoard only"),
+    "mixed_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
+    "prior_generation_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
+    "ms_amp_level": Refusal("not in this version: the precision follows the device", ("o0",)),
+    "use_8bit_adam": Refusal("8-bit Adam needs bitsandbytes, which has no Ascend or CPU counterpart; AdamW is used"),
+    "optimizer": _NO_OPTIMISERS,
+    "prodigy_beta3": _NO_OPTIMISERS,
+    "use_dora": Refusal("not in this version: the update is plain LoRA"),
+    "lora_dropout": Refusal("not in this version: LoRA has no dropout", ("0", "0.0")),
+    "train_text_encoder": _NO_TEXT_ENCODER,
+    "text_encoder_lr": _NO_TEXT_ENCODER,
+    "text_encoder_use_attention_mask": Refusal("not in this version: only models with CLIP text encoders are trained"),
+    "tokenizer_name": Refusal("the tokenizer of the base model is used"),
+    "tokenizer_max_length": Refusal("a prompt is always 77 tokens", ("77",)),
+    "pretrained_vae_model_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
+    "pretrained_vae_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
+    "gradient_checkpointing": Refusal("not in this version: lower --train_batch_size or --resolution to save memory"),
+    "gradient_accumulation_steps": Refusal("not in this version: raise --train_batch_size instead", ("1",)),
+    "use_ema": Refusal("not in this version: the weights are kept as trained, without an average"),
+    "scale_lr": Refusal("not in this version: give the --learning_rate itself"),
+    "snr_gamma": Refusal("not in this version: every timestep has the same weight in the loss"),
+    "offset_noise": Refusal("not in this version: the noise is plain Gaussian"),
+    "noise_offset": Refusal("not in this version: the noise is plain Gaussian", ("0", "0.0")),
+    "do_edm_style_training": Refusal("not in this version: training follows the base model's own noise schedule"),
+    "validation_prompt": _NO_VALIDATION,
+    "validation_epochs": _NO_VALIDATION,
+    "validation_steps": _NO_VALIDATION,
+    "validation_images": _NO_VALIDATION,
+    "num_validation_images": _NO_VALIDATION,
+    "infer_during_train": _NO_VALIDATION,
+    "save_sample_prompt": _NO_VALIDATION,
+    "save_sample_negative_prompt": _NO_VALIDATION,
+    "n_save_sample": _NO_VALIDATION,
+    "class_negative_prompt": Refusal("not in this version: class pictures are generated without a negative prompt"),
+    "dataset_name": _NO_DATASETS,
+    "dataset_config_name": _NO_DATASETS,
+    "caption_column": _NO_CAPTIONS,
+    "use_txt_as_label": _NO_CAPTIONS,
+    "use_filename_as_label": _NO_CAPTIONS,
+    "read_prompt_from_txt": _NO_CAPTIONS,
+    "concepts_list": _NO_CONCEPTS,
+    "repeats": Refusal("set the length of the run with --max_train_steps or --num_train_epochs", ("1",)),
+    "train_data_repeat": Refusal("set the length of the run with --max_train_steps or --num_train_epochs", ("1",)),
+    "use_aspect_ratio_bucket": Refusal("not in this version: pictures are cropped to a square of --resolution"),
+    "modifier_token": _NO_CUSTOM_DIFFUSION,
+    "initializer_token": _NO_CUSTOM_DIFFUSION,
+    "freeze_model": _NO_CUSTOM_DIFFUSION,
+    "real_prior": Refusal("not in this version: put your own pictures into --class_data_dir"),
+    "output_kohya_format": Refusal("not in this version: adapters are written with diffusers' names"),
+    "clip_skip": Refusal("not in this version: the text encoder's layer is the base model's own"),
+    "is_parallel": _ONE_PROCESS,
+    "data_sink": Refusal("not in this version: every step is driven from Python"),
+    "enable_modelarts": _NO_MODELARTS,
+    "sampler": Refusal("choose with --scheduler: ddim, euler, dpm++_2m, dpm++_2m_karras or pndm"),
+    "sd_xl_base_ratios": _SIZE_BY_PIXELS,
+    "support_long_prompts": _NO_PROMPT_OPTIONS,
+    "img": _NO_IMAGE_INPUT,
+    "strength": _NO_IMAGE_INPUT,
+    "add_pipeline": Refusal("not in this version: no refiner is run after the base model"),
+}
+"""Flags of other trainers that are not here -> why, and what to do. A value that turns one off asks for nothing."""
+
+METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
+    ("full", "custom_diffusion", "textual_inversion", "pivotal_tuning"),
+    "not in this version; lora teaches a subject with a file of a few megabytes",
+)
+"""Values of --method that are refused by name."""
+
+HARMLESS: dict[str, str] = {
+    "allow_tf32": "TF32 is a mode of NVIDIA GPUs",
+    "enable_xformers_memory_efficient_attention": "the attention that suits the device is chosen by itself",
+    "enable_npu_flash_attention": "the attention that suits the device is chosen by itself",
+    "set_grads_to_none": "gradients are values of a function here, never kept between steps",
+    "local_rank": "it is set by PyTorch's launcher, which is not used here",
+    "dataloader_num_workers": "a few pictures gain nothing from being loaded in parallel",
+    "num_parallel_workers": "a few pictures gain nothing from being loaded in parallel",
+    "pre_compute_text_embeddings": "prompts are always encoded once",
+    "skip_save_text_encoder": "only what was trained is saved",
+}
+"""Flags that are accepted and ignored -> why nothing is lost."""

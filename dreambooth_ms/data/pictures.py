@@ -1,0 +1,183 @@
+"""From a folder of photographs to float32 squares: find, open as people see them, resize, crop, flip.
+
+Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
+"""
+
+import hashlib
+import re
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dreambooth_ms.config.schema import Interpolation
+from dreambooth_ms.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_ASPECT_RATIO = 20
+"""A narrower strip would be enlarged to a picture of hundreds of megabytes before it is cropped."""
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What may be decoded, whatever the suffix says: Pillow would hand a PostScript file to an interpreter."""
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's decoders raise on damaged files."""
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """What a folder holds: pictures in natural order (2 before 10), and everything else."""
+
+    pictures: tuple[Path, ...]
+    skipped: tuple[Path, ...]
+
+
+class CropBox(NamedTuple):
+    """The corner of a square crop, in pixels of the resized picture."""
+
+    top: int
+    left: int
+
+
+def find_pictures(folder: str | Path) -> PictureFolder:
+    """The picture files at the top of a folder, recognised by their suffixes. Hidden files are skipped.
+
+    Raises:
+        DataError: there is no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    wanted = f"expected a folder with pictures ({', '.join(suffix[1:] for suffix in SUFFIXES)})"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; {wanted}")
+    try:
+        entries = sorted(folder.iterdir(), key=_natural_order)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); {wanted}") from error
+    pictures = tuple(path for path in entries if _looks_like_a_picture(path))
+    skipped = tuple(path for path in entries if not _looks_like_a_picture(path))
+    if not pictures:
+        raise DataError(f"{folder}: no picture in it, {_listed(skipped) or 'it is empty'}; {wanted}")
+    return PictureFolder(pictures, skipped)
+
+
+def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", path.stem.casefold())
+    return [(0, int(digits), "") if digits else (1, 0, text) for digits, text in parts], path.name
+
+
+def _looks_like_a_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def skipped_line(skipped: Sequence[Path]) -> str:
+    """One line to print about the entries of a folder that are not pictures; empty if there are none."""
+    return f"{skipped[0].parent}: skipped what is not a picture, {_listed(skipped)}" if skipped else ""
+
+
+def _listed(paths: Sequence[Path], limit: int = 5) -> str:
+    if not paths:
+        return ""
+    names = [repr(path.name)[1:-1] for path in paths[:limit]]
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return f"{len(paths)} found: {', '.join(names)}{more}"
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture as a viewer shows it: upright by its EXIF tag, in RGB, on white where it is transparent.
+
+    16-bit pictures are scaled to 8 bits. Of an animation, the first frame is read.
+
+    Raises:
+        DataError: the file is missing, damaged, not a picture, or too large or too narrow to be one.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            image.load()
+            picture = _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: too large to be a photograph ({error}); scale it down") from error
+    except Image.UnidentifiedImageError:
+        raise DataError(f"{path}: not a picture of a known format; save it as PNG or JPEG, or remove it") from None
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or JPEG, or remove it") from error
+    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
+        width, height = picture.size
+        raise DataError(f"{path}: {width}x{height} is too narrow for a square picture; crop it")
+    return picture
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits")
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """(width, height) after the shortest side is brought to `resolution`; the other side is rounded down."""
+    width, height = size
+    shortest = min(size)
+    return resolution * width // shortest, resolution * height // shortest
+
+
+def crop_range(size: tuple[int, int], resolution: int) -> CropBox:
+    """The largest (top, left) that a crop of a picture of this original size can have; one of the two is 0."""
+    width, height = resized_size(size, resolution)
+    return CropBox(height - resolution, width - resolution)
+
+
+def centre_crop(size: tuple[int, int], resolution: int) -> CropBox:
+    """The crop in the middle; a half pixel goes to the even neighbour, as torchvision's CenterCrop has it."""
+    highest = crop_range(size, resolution)
+    return CropBox(round(highest.top / 2), round(highest.left / 2))
+
+
+def random_crop(size: tuple[int, int], resolution: int, rng: np.random.Generator) -> CropBox:
+    """A crop drawn uniformly from all that fit."""
+    highest = crop_range(size, resolution)
+    return CropBox(int(rng.integers(highest.top + 1)), int(rng.integers(highest.left + 1)))
+
+
+def resize_and_crop(
+    image: Image.Image, resolution: int, interpolation: Interpolation, crop: CropBox, flip: bool = False
+) -> Image.Image:
+    """A square of resolution x resolution: shortest side resized to it, cropped at `crop`, then mirrored if asked."""
+    highest = crop_range(image.size, resolution)
+    if not (0 <= crop.top <= highest.top and 0 <= crop.left <= highest.left):
+        raise ValueError(f"crop {tuple(crop)} is outside (0, 0) .. {tuple(highest)}")
+    resized = image.resize(resized_size(image.size, resolution), Image.Resampling[interpolation.upper()])
+    square = resized.crop((crop.left, crop.top, crop.left + resolution, crop.top + resolution))
+    return ImageOps.mirror(square) if flip else square
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """RGB picture -> float32 (H, W, 3) in [-1, 1]; 0 becomes -1 and 255 becomes 1 exactly."""
+    return np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,41 @@
+"""The forward process of DDPM (Ho et al., 2020): how much signal and noise a timestep holds. Float64 numpy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.models.specs import NoiseScheduleSpec
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """x_t = signal_t x_0 + noise_t eps (eq. 4), with signal_t^2 + noise_t^2 = 1."""
+
+    alphas_cumprod: np.ndarray
+    """(T,) float64: the products written alpha-bar in the paper."""
+
+    @classmethod
+    def from_spec(cls, spec: NoiseScheduleSpec) -> "NoiseSchedule":
+        """The schedule of a model folder. `scaled_linear` is linear in the square root of beta (latent diffusion)."""
+        start, end, steps = spec.beta_start, spec.beta_end, spec.num_train_timesteps
+        if spec.beta_schedule == "scaled_linear":
+            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+        elif spec.beta_schedule == "linear":
+            betas = np.linspace(start, end, steps, dtype=np.float64)
+        else:
+            raise ConfigError(f"beta_schedule {spec.beta_schedule!r}: expected scaled_linear or linear")
+        return cls(np.cumprod(1 - betas))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T: timesteps run from 0 (almost clean) to T - 1 (almost noise)."""
+        return len(self.alphas_cumprod)
+
+    def signal(self, timesteps: np.ndarray) -> np.ndarray:
+        """Factor of the clean latents at these timesteps."""
+        return np.sqrt(self.alphas_cumprod[timesteps])
+
+    def noise(self, timesteps: np.ndarray) -> np.ndarray:
+        """Factor of the noise at these timesteps."""
+        return np.sqrt(1 - self.alphas_cumprod[timesteps])

@@ -1,0 +1,72 @@
+"""Optimisers as cells with explicit state, so that a checkpoint is their parameters and a step number."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+
+_update = ops.MultitypeFuncGraph("adamw_update")
+_map = ops.HyperMap()
+
+
+@dataclass(frozen=True)
+class AdamWHyperparameters:
+    """Defaults as in the published DreamBooth scripts."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-2
+    epsilon: float = 1e-8
+
+
+class AdamW(nn.Cell):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2) on float32 parameters.
+
+    One fused kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction,
+    which therefore enters through the three numbers of `update_scalars`; they are inputs, so nothing is compiled again
+    when the learning rate changes.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], hyperparameters: AdamWHyperparameters) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters = ParameterTuple(parameters)
+        self.first_moments = ParameterTuple([_zeros_like(p, "first_moment") for p in parameters])
+        self.second_moments = ParameterTuple([_zeros_like(p, "second_moment") for p in parameters])
+        self.hyperparameters = hyperparameters
+        self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
+        self.fused_update = ops.AdamWeightDecay()
+
+    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
+        h = self.hyperparameters
+        correction1 = 1 - h.beta1**step
+        correction2 = math.sqrt(1 - h.beta2**step)
+        scalars = (
+            learning_rate * correction2 / correction1,
+            h.epsilon * correction2,
+            h.weight_decay * correction1 / correction2,
+        )
+        return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+
+    def construct(
+        self, gradients: tuple[Tensor, ...], learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor
+    ) -> tuple[Tensor, ...]:
+        update = ops.partial(_update, self.fused_update, self.beta1, self.beta2, learning_rate, epsilon, weight_decay)
+        return _map(update, self.parameters, self.first_moments, self.second_moments, gradients)
+
+
+@_update.register("Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor")
+def _update_tensor(
+    fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, parameter, first, second, gradient
+):
+    return fused_update(
+        parameter, first, second, learning_rate, beta1, beta2, epsilon, weight_decay, gradient
+    )
+
+
+def _zeros_like(parameter: Parameter, role: str) -> Parameter:
+    return Parameter(Tensor(np.zeros(parameter.shape, np.float32), ms.float32), name=f"{role}.{parameter.name}")

@@ -1,0 +1,40 @@
+"""safetensors files: read with a clear error, written whole or not at all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.weights.atomic import atomic_path
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a file, in their own dtype, and its metadata.
+
+    Raises:
+        WeightError: the file is missing, cut short, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise WeightError(f"{path}: no such file") from error
+    except (SafetensorError, OSError, TypeError) as error:
+        raise WeightError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file atomically. The tensors keep their dtype; `format: pt` lets other tools read the file.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full.
+    """
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with atomic_path(path) as partial:
+        try:
+            save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error

@@ -1,0 +1,597 @@
+"""What users may write on the command line and in files, and what they are told when it is wrong."""
+
+import ast
+import inspect
+import re
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dreambooth_ms.config import schema as schemas
+from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
+from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
+from dreambooth_ms.config.schema import RANGES, SampleConfig, TrainConfig
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
+from dreambooth_ms.errors import ConfigError
+
+REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
+PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a dog"]
+SAMPLE_REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a sks dog"]
+BOTH = pytest.mark.parametrize("schema", [TrainConfig, SampleConfig])
+
+
+def train(*flags: str) -> TrainConfig:
+    return load(TrainConfig, [*REQUIRED, *flags]).config
+
+
+def problems(*flags: str, schema: type = TrainConfig) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(schema, list(flags))
+    return str(caught.value).splitlines()
+
+
+def train_problems(*flags: str) -> list[str]:
+    return problems(*REQUIRED, *flags)
+
+
+def write(path, text: str) -> list[str]:
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+# --- The schema ---
+
+
+@BOTH
+def test_every_field_is_documented(schema):
+    for owner in sections(schema).values():
+        assert field_documentation(owner).keys() == owner.__dataclass_fields__.keys()
+
+
+def test_every_range_belongs_to_a_field():
+    assert RANGES.keys() <= schema_fields(TrainConfig).keys() | schema_fields(SampleConfig).keys()
+
+
+@BOTH
+def test_every_number_has_a_range(schema):
+    assert {name for name, one in schema_fields(schema).items() if one.kind in (int, float)} <= RANGES.keys()
+
+
+def test_defaults_are_those_of_the_published_lora_script():
+    published = {
+        "resolution": 512, "center_crop": False, "prior_loss_weight": 1.0, "num_class_images": 100, "seed": None,
+        "sample_batch_size": 4, "rank": 4, "learning_rate": 5e-4, "lr_scheduler": "constant", "lr_warmup_steps": 500,
+        "lr_num_cycles": 1, "lr_power": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
+        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "train_batch_size": 4, "num_train_epochs": 1,
+        "max_train_steps": None, "output_dir": "lora-dreambooth-model", "checkpointing_steps": 500,
+        "checkpoints_total_limit": None, "resume_from_checkpoint": None, "logging_dir": "logs",
+        "image_interpolation_mode": "lanczos", "with_prior_preservation": False,
+    }  # fmt: skip
+    known = schema_fields(TrainConfig)
+    assert {name: known[name].default for name in published} == published
+
+
+def test_every_class_of_the_schema_is_frozen():
+    config = train()
+    with pytest.raises(AttributeError):
+        config.method.rank = 8
+    with pytest.raises(AttributeError):
+        config.method = None
+
+
+def test_two_loads_share_no_list():
+    train().method.lora_target_modules.append("conv")
+    assert train().method.lora_target_modules == ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+# --- Flags ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [
+        (["--center_crop"], True),
+        (["--center_crop", "True"], True),
+        (["--center_crop", "true"], True),
+        (["--center_crop=True"], True),
+        (["--center-crop"], True),
+        (["--center_crop", "False"], False),
+        (["--center_crop=False"], False),
+        (["--no-center_crop"], False),
+        (["--no_center_crop"], False),
+        (["--no-center-crop"], False),
+        (["--center_crop", "--no-center_crop"], False),
+        (["--no-center_crop", "--center_crop"], True),
+    ],
+)
+def test_a_switch_is_written_in_any_usual_way(flags, value):
+    assert train(*flags).data.center_crop is value
+
+
+@pytest.mark.parametrize("flags", [["--rank", "8"], ["--rank=8"], ["--rank", "2", "--rank", "8"]])
+def test_a_value_follows_its_flag_and_the_last_one_counts(flags):
+    assert train(*flags).method.rank == 8
+
+
+@pytest.mark.parametrize("flags", [["to_q", "to_v"], ["to_q,to_v"], ["to_q,", "to_v"]])
+def test_a_list_is_written_with_spaces_or_commas(flags):
+    assert train("--lora_target_modules", *flags).method.lora_target_modules == ["to_q", "to_v"]
+
+
+def test_a_list_grows_when_its_flag_is_repeated():
+    config = load_sample_config([*SAMPLE_REQUIRED, "--lora", "a", "--lora=b,c"])
+    assert config.weights.lora == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("word", ["None", "null"])
+def test_none_can_be_said_where_it_means_something(word):
+    assert train("--seed", word).run.seed is None
+    assert train_problems("--rank", word) == [f"--rank: expected a whole number, got '{word}'"]
+
+
+def test_none_can_be_said_in_a_file_as_in_a_flag(tmp_path):
+    config = train(*write(tmp_path / "run.yaml", "seed: None\nclass_prompt: None\nmax_train_steps: null"))
+    assert (config.run.seed, config.prior.class_prompt, config.run.max_train_steps) == (None, None, None)
+
+
+def test_a_negative_number_is_a_value():
+    assert load_sample_config([*SAMPLE_REQUIRED, "--lora", "a", "--lora_scale", "-0.5"]).weights.lora_scale == -0.5
+
+
+def test_choices_are_found_in_any_case():
+    assert train("--device_target", "cpu").device.device_target == "CPU"
+
+
+def test_interpolation_is_plain_text_in_a_flag():
+    assert train("--instance_prompt", "a ${oc.env:HOME} dog").data.instance_prompt == "a ${oc.env:HOME} dog"
+
+
+@given((st.text() | st.text("\\${}?\"' :a\n")).filter(lambda text: text != "???"))
+@example("${")
+@example("\\${oc.env:HOME}")
+@example("\\\\${x} \\")
+@settings(max_examples=50, deadline=None)
+def test_any_prompt_survives_the_command_line_and_a_resolved_file(tmp_path_factory, prompt):
+    config = load(SampleConfig, [*SAMPLE_REQUIRED, f"--negative_prompt={prompt}"]).config
+    assert config.pictures.negative_prompt == prompt
+    resolved = write(tmp_path_factory.mktemp("resolved") / "config.yaml", to_yaml(config))
+    assert load(SampleConfig, resolved).config == config
+
+
+@given(
+    rank=st.integers(1, 10**6),
+    rate=st.floats(1e-300, 1e300),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    flip=st.booleans(),
+    schedule=st.sampled_from(schema_fields(TrainConfig)["lr_scheduler"].kind),
+    modules=st.lists(st.text("abc._0123456789", min_size=1), min_size=1),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_resolved_configuration_loads_again(tmp_path_factory, rank, rate, seed, flip, schedule, modules):
+    schedule = "constant" if rate <= schemas.POLYNOMIAL_END_LEARNING_RATE else schedule
+    flags = [f"--rank={rank}", f"--learning_rate={rate!r}", f"--seed={seed}", f"--random_flip={flip}"]
+    config = train(*flags, "--lr_scheduler", schedule, "--lora_target_modules", *modules)
+    assert (config.method.rank, config.optimiser.learning_rate, config.run.seed) == (rank, rate, seed)
+    assert (config.data.random_flip, config.method.lora_target_modules) == (flip, modules)
+    resolved = write(tmp_path_factory.mktemp("resolved") / "config.yaml", to_yaml(config))
+    assert load(TrainConfig, resolved).config == config
+
+
+# --- Files ---
+
+
+@pytest.mark.parametrize(
+    "text", ["rank: 8\nlearning_rate: 1e-5\n", "method: {rank: 8}\noptimiser:\n  learning_rate: 1e-5"]
+)
+def test_a_file_is_flat_or_by_section(tmp_path, text):
+    config = train(*write(tmp_path / "run.yaml", text))
+    assert (config.method.rank, config.optimiser.learning_rate) == (8, 1e-5)
+
+
+def test_the_section_and_the_field_called_method_are_told_apart(tmp_path):
+    assert train(*write(tmp_path / "run.yaml", "method: lora")).method.method == "lora"
+    assert train(*write(tmp_path / "run.yaml", "method: {method: lora, rank: 2}")).method.rank == 2
+
+
+def test_flags_win_over_files_wherever_they_stand_and_later_files_over_earlier(tmp_path):
+    first = write(tmp_path / "first.yaml", "rank: 8\nresolution: 256\nseed: 3")
+    second = write(tmp_path / "second.yaml", "resolution: 128\nseed: 4")
+    config = train("--seed", "5", *first, *second)
+    assert (config.method.rank, config.data.resolution, config.run.seed) == (8, 128, 5)
+
+
+def test_a_flag_replaces_the_list_of_a_file(tmp_path):
+    file = write(tmp_path / "run.yaml", "lora_target_modules: [to_k, to_q]")
+    assert train(*file).method.lora_target_modules == ["to_k", "to_q"]
+    assert train(*file, "--lora_target_modules", "to_v").method.lora_target_modules == ["to_v"]
+
+
+def test_a_file_may_give_what_is_required_and_use_other_spellings(tmp_path):
+    text = "pretrained_model_name_or_path: base\ninstance_data_path: dog\ninstance_prompt: a dog\nrun: {save_path: out}"
+    config = load_train_config(write(tmp_path / "run.yaml", text))
+    assert (config.data.instance_data_dir, config.run.output_dir) == ("dog", "out")
+
+
+def test_a_file_may_refer_to_itself_and_to_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOG", "rex")
+    text = "seed: 7\nrank: ${seed}\nclass_prompt: ${oc.env:DOG}"
+    config = train(*write(tmp_path / "run.yaml", text))
+    assert (config.method.rank, config.prior.class_prompt) == (7, "rex")
+
+
+def test_an_empty_section_or_file_changes_nothing(tmp_path):
+    assert train(*write(tmp_path / "run.yaml", "prior:\n")) == train(*write(tmp_path / "none.yaml", "")) == train()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("instanc_prompt: x", "{file}: instanc_prompt: unknown key; did you mean instance_prompt?"),
+        ("data: {resolutoin: 64}", "{file}: data.resolutoin: unknown key; did you mean resolution?"),
+        ("optimizer: {learning_rate: 1}", "{file}: optimizer: unknown section; did you mean optimiser?"),
+        ("data: {rank: 8}", "{file}: data.rank: belongs to section method"),
+        ("rank: 8.5", "{file}: rank: expected a whole number, got 8.5"),
+        ("rank: true", "{file}: rank: expected a whole number, got True"),
+        ("rank: [1, 2]", "{file}: rank: expected a whole number, got [1, 2]"),
+        ("rank: {a: 1}", "{file}: rank: expected a whole number, got {{'a': 1}}"),
+        ("rank:", "{file}: rank: expected a whole number, got None"),
+        ("center_crop: 3", "{file}: center_crop: expected True or False, got 3"),
+        ("learning_rate: fast", "{file}: learning_rate: expected a number, got 'fast'"),
+        ("lora_target_modules: {a: 1}", "{file}: lora_target_modules: expected a list of texts, got {{'a': 1}}"),
+        ("revision: 0123", "{file}: revision: expected text, got 83; put it in quotes"),
+        ("class_prompt: ???", "{file}: class_prompt: ??? stands for a value that is still to be given"),
+        ("push_to_hub: true", f"{{file}}: push_to_hub: {REFUSED['push_to_hub'].reason}"),
+        ("rank: 1\nrank: 2", "--config {file}: line 2: found duplicate key rank"),
+        ("- rank", "--config {file}: expected lines such as `rank: 4`"),
+        ("seed: ${nowhere}", "--config {file}: Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, text, message):
+    flags = write(tmp_path / "run.yaml", text)
+    assert train_problems(*flags) == [message.format(file=flags[1])]
+
+
+def test_a_mistake_in_the_syntax_of_a_file_is_named_with_its_line(tmp_path):
+    flags = write(tmp_path / "run.yaml", "seed: 1\nrank: 4: 5")
+    (line,) = train_problems(*flags)
+    assert line.startswith(f"--config {flags[1]}: line 2: mapping values are not allowed")
+
+
+def test_a_missing_file_is_the_one_thing_reported_about_what_it_may_hold(tmp_path):
+    file = str(tmp_path / "nothing.yaml")
+    assert problems("--config", file, "--with_prior_preservation", "--rank", "0") == [
+        f"--config {file}: No such file or directory",
+        "--rank: expected at least 1, got 0",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"rank: \x00"])
+def test_a_file_that_is_not_text_is_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    (line,) = train_problems("--config", str(path))
+    assert line.startswith(f"--config {path}: ")
+
+
+# --- Other people's names ---
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_stands_for_a_field_and_is_not_one(name):
+    targets = SPELLINGS[name]
+    known = [schema_fields(TrainConfig), schema_fields(SampleConfig)]
+    assert all(any(target in fields for fields in known) for target in targets)
+    assert all(name not in fields for fields in known)
+    assert all(len(set(targets) & fields.keys()) <= 1 for fields in known), "a spelling must mean one thing"
+
+
+def test_no_name_is_in_two_tables():
+    known = schema_fields(TrainConfig).keys() | schema_fields(SampleConfig).keys() | {BASE_THEN_ADAPTERS, "config"}
+    names = [*known, *SPELLINGS, *REFUSED, *HARMLESS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("flag", "section", "field"),
+    [
+        ("save_ckpt_interval", "run", "checkpointing_steps"),
+        ("max_num_ckpt", "run", "checkpoints_total_limit"),
+        ("lora_rank", "method", "rank"),
+        ("per_batch_size", "run", "train_batch_size"),
+        ("sampling_steps", "prior", "infer_steps"),
+    ],
+)
+def test_another_spelling_sets_the_field(flag, section, field):
+    assert getattr(getattr(train(f"--{flag}", "7"), section), field) == 7
+
+
+def test_a_spelling_means_what_the_command_has():
+    assert load_sample_config([*SAMPLE_REQUIRED, "--sampling_steps", "7"]).pictures.num_inference_steps == 7
+    assert problems(*SAMPLE_REQUIRED, "--lora_rank", "4", schema=SampleConfig)[0].startswith(
+        "--lora_rank: unknown flag"
+    )
+
+
+def test_a_value_and_a_mistake_keep_the_name_the_user_gave():
+    assert train_problems("--lora_rank", "x") == ["--lora_rank: expected a whole number, got 'x'"]
+
+
+def test_two_spellings_of_one_flag_are_refused():
+    assert train_problems("--rank", "4", "--lora_rank", "8") == [
+        "--lora_rank: means the same as --rank; give one of them"
+    ]
+
+
+def test_weight_is_the_base_and_then_adapters():
+    config = load_sample_config(["--weight", "base,one,two", "--prompt", "x"])
+    assert (config.weights.pretrained_model_name_or_path, config.weights.lora) == ("base", ["one", "two"])
+    assert load_sample_config(["--weight", "base", "--prompt", "x"]).weights.lora == []
+
+
+def test_weight_in_training_is_the_base_alone():
+    rest = REQUIRED[2:]
+    assert load_train_config(["--weight", "base", *rest]).model.pretrained_model_name_or_path == "base"
+    assert problems("--weight", "base,one", *rest) == ["--weight: expected one base model, got also one"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_flag_says_why_unless_it_asks_for_nothing(name):
+    assert train_problems(f"--{name}") == [f"--{name}: {REFUSED[name].reason}"]
+    for nothing in ("False", "None", "no", *REFUSED[name].unless):
+        assert train(f"--{name}", nothing) == train()
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_a_harmless_flag_is_ignored_with_one_note(name):
+    loaded = load(TrainConfig, [*REQUIRED, f"--{name}"])
+    assert loaded.config == train()
+    assert loaded.notes == (f"--{name} is accepted and ignored: {HARMLESS[name]}",)
+    assert load(TrainConfig, [*REQUIRED, f"--{name}", "False"]).notes == ()
+
+
+@pytest.mark.parametrize("name", METHODS_NOT_YET)
+def test_a_method_of_a_later_version_is_refused_by_name(name):
+    assert train_problems("--method", name) == [f"--method: {name}: {METHODS_NOT_YET[name]}"]
+
+
+# --- Mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "four"], "--rank: expected a whole number, got 'four'"),
+        (["--rank", "4.0"], "--rank: expected a whole number, got '4.0'"),
+        (["--rank"], "--rank: expected a whole number, got nothing"),
+        (["--rank", ""], "--rank: expected a whole number, got ''"),
+        (["--learning_rate", "fast"], "--learning_rate: expected a number, got 'fast'"),
+        (["--seed", "x"], "--seed: expected a whole number, or None, got 'x'"),
+        (["--center_crop", "maybe"], "--center_crop: expected True or False, got 'maybe'"),
+        (["--center_crop="], "--center_crop: expected True or False, got ''"),
+        (["--no-center_crop", "True"], "--no_center_crop: expected no value, got 'True'"),
+        (["--prediction_type", "x0"], "--prediction_type: expected one of epsilon, v_prediction, or None, got 'x0'"),
+        (
+            ["--class_prompt", "a", "dog"],
+            "--class_prompt: unexpected 'dog' after its value; put text with spaces in quotes",
+        ),
+        (["--config"], "--config: expected a YAML file, got nothing"),
+        (["--weight"], "--weight: expected a value, got nothing"),
+        (["--rnak", "8"], "--rnak: unknown flag; did you mean --rank?"),
+        (["--no-rank"], "--no_rank: unknown flag; did you mean --rank?"),
+        (["--qqqq", "8", "9"], "--qqqq: unknown flag"),
+        (["--"], "--: unknown flag"),
+        (["--rank=8", "9"], "--rank: unexpected '9' after its value; put text with spaces in quotes"),
+    ],
+)
+def test_one_mistake_is_one_clear_line(flags, message):
+    assert train_problems(*flags) == [message]
+
+
+def test_a_value_without_a_flag_is_reported():
+    assert problems("dog", *REQUIRED) == ["unexpected 'dog': a value follows its flag, as in --seed 1"]
+
+
+def test_what_is_required_is_asked_for():
+    assert problems() == [
+        "--pretrained_model_name_or_path: required",
+        "--instance_data_dir: required",
+        "--instance_prompt: required",
+    ]
+
+
+def test_a_misspelled_required_flag_is_not_also_reported_as_missing():
+    assert problems(*REQUIRED[:4], "--instanc_prompt", "x") == [
+        "--instanc_prompt: unknown flag; did you mean --instance_prompt?"
+    ]
+
+
+def test_a_required_value_in_the_wrong_section_is_not_also_reported_as_missing(tmp_path):
+    file = write(tmp_path / "run.yaml", "model: {instance_prompt: a dog}")
+    assert problems(*REQUIRED[:4], *file) == [f"{file[1]}: model.instance_prompt: belongs to section data"]
+
+
+def test_all_mistakes_are_reported_together(tmp_path):
+    file = write(tmp_path / "run.yaml", "resolution: wide\nzzz: 1")
+    assert problems(
+        *file,
+        "--rank",
+        "0",
+        "--method",
+        "full",
+        "--push_to_hub",
+        "--with_prior_preservation",
+        "--class_data_dir",
+        "dogs",
+    ) == [
+        f"{file[1]}: resolution: expected a whole number, got 'wide'",
+        f"{file[1]}: zzz: unknown key",
+        f"--method: full: {METHODS_NOT_YET['full']}",
+        f"--push_to_hub: {REFUSED['push_to_hub'].reason}",
+        "--pretrained_model_name_or_path: required",
+        "--instance_data_dir: required",
+        "--instance_prompt: required",
+        "--rank: expected at least 1, got 0",
+        "--with_prior_preservation: needs --class_prompt, the prompt of the class pictures",
+    ]
+
+
+def test_a_mistaken_value_is_not_also_reported_as_missing():
+    assert train_problems("--with_prior_preservation", "--class_prompt", "x", "--class_data_dir") == [
+        "--class_data_dir: expected text, or None, got nothing"
+    ]
+
+
+OUTSIDE = {
+    "resolution": ["0", "24", "100", "-64"],
+    "prior_loss_weight": ["-1", "nan", "inf"],
+    "num_class_images": ["0"],
+    "sample_batch_size": ["0"],
+    "infer_steps": ["0", "1001"],
+    "guidance_scale": ["-1", "nan"],
+    "rank": ["0", "-4"],
+    "lora_alpha": ["0"],
+    "learning_rate": ["0", "-1e-4", "nan", "inf"],
+    "lr_warmup_steps": ["-1"],
+    "lr_num_cycles": ["0"],
+    "lr_power": ["0"],
+    "adam_beta1": ["1", "-0.1"],
+    "adam_beta2": ["1.0", "nan"],
+    "adam_weight_decay": ["-1"],
+    "adam_epsilon": ["0"],
+    "max_grad_norm": ["0"],
+    "train_batch_size": ["0"],
+    "max_train_steps": ["0"],
+    "num_train_epochs": ["0"],
+    "seed": ["-1", str(2**64)],
+    "checkpointing_steps": ["0"],
+    "checkpoints_total_limit": ["0"],
+    "ms_mode": ["2"],
+    "instance_prompt": [""],
+    "class_data_dir": [""],
+    "output_dir": [""],
+    "resume_from_checkpoint": [""],
+    "logging_dir": [""],
+    "lora_target_modules": [""],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OUTSIDE.items() for value in values])
+def test_a_value_out_of_range_is_refused(name, value):
+    (line,) = train_problems(f"--{name}={value}")
+    assert line.startswith(f"--{name}: expected {RANGES[name].expected}, got ")
+
+
+@pytest.mark.parametrize(("name", "value"), [("height", "100"), ("width", "0"), ("num_inference_steps", "0"),
+                                             ("lora_scale", "nan"), ("batch_size", "0"), ("prompt", "")])  # fmt: skip
+def test_a_value_out_of_range_is_refused_in_sampling_too(name, value):
+    (line,) = problems(*SAMPLE_REQUIRED, f"--{name}={value}", schema=SampleConfig)
+    assert line.startswith(f"--{name}: expected {RANGES[name].expected}, got ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [("--resolution=32", 32), ("--lr_warmup_steps=0", 0), ("--adam_beta1=0", 0.0), (f"--seed={2**64 - 1}", 2**64 - 1)],
+)
+def test_the_ends_of_a_range_are_inside(flags, value):
+    name = flags[2:].split("=")[0]
+    config = train(flags)
+    assert getattr(getattr(config, schema_fields(TrainConfig)[name].section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (["--with_prior_preservation", "--class_prompt", "a dog"], "--with_prior_preservation: needs --class_data_dir"),
+        (["--with_prior_preservation", "--class_data_dir", "dogs"], "--with_prior_preservation: needs --class_prompt"),
+        ([*PRIOR, "--class_data_dir", "./dog/"], "--class_data_dir: expected another folder than --instance_data_dir"),
+        (["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"], "--learning_rate: the polynomial schedule ends"),
+    ],
+)
+def test_an_impossible_combination_is_refused(flags, start):
+    (line,) = train_problems(*flags)
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
+        (["--lr_warmup_steps", "0"], "--lr_warmup_steps has no effect with --lr_scheduler constant"),
+        (["--lr_power", "2"], "--lr_power has no effect without --lr_scheduler polynomial"),
+        (["--lr_num_cycles", "2"], "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts"),
+        (
+            ["--num_train_epochs", "2", "--max_train_steps", "9"],
+            "--num_train_epochs has no effect beside --max_train_steps",
+        ),
+        (
+            ["--max_train_steps", "500", "--lr_scheduler", "cosine"],
+            "--lr_warmup_steps 500 is not less than --max_train_steps 500: "
+            "the learning rate never arrives at --learning_rate",
+        ),
+    ],
+)
+def test_what_is_doubtful_is_noted(flags, note):
+    assert load(TrainConfig, [*REQUIRED, *flags]).notes == (note,)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        PRIOR,
+        ["--lr_warmup_steps", "0", "--lr_scheduler", "linear"],
+        ["--lr_num_cycles", "2", "--lr_scheduler", "cosine_with_restarts"],
+        ["--lr_power", "2", "--lr_scheduler", "polynomial"],
+        ["--num_train_epochs", "2"],
+        ["--max_train_steps", "400"],
+        ["--max_train_steps", "501", "--lr_scheduler", "cosine"],
+    ],
+)
+def test_what_makes_sense_is_not_noted(flags):
+    assert load(TrainConfig, [*REQUIRED, *flags]).notes == ()
+
+
+def test_what_has_no_effect_in_sampling_is_noted():
+    flags = ["--lora_scale", "0.5", "--negative_prompt", "blurry", "--guidance_scale", "1"]
+    assert load(SampleConfig, [*SAMPLE_REQUIRED, *flags]).notes == (
+        "--lora_scale has no effect without --lora",
+        "--negative_prompt has no effect with a --guidance_scale of 1 or less",
+    )
+
+
+def test_notes_are_told_or_printed(capsys):
+    told = []
+    load_train_config([*REQUIRED, "--allow_tf32"], tell=told.append)
+    assert (len(told), capsys.readouterr().err) == (1, "")
+    load_train_config([*REQUIRED, "--allow_tf32"])
+    assert capsys.readouterr().err == f"dreambooth-ms: note: {told[0]}\n"
+
+
+# --- Help ---
+
+
+@BOTH
+def test_help_names_every_field_with_its_text_and_default(schema):
+    text = re.sub(r"\s+", " ", describe(schema))
+    for name, one in schema_fields(schema).items():
+        documentation = re.sub(r"\s+", " ", field_documentation(one.owner)[name])
+        assert f"--{name} {one.placeholder} {documentation} (" in text
+
+
+def test_help_states_the_range_and_the_choices():
+    text = re.sub(r"\s+", " ", describe(TrainConfig))
+    assert "--rank N Rank of the LoRA update; the size of the file grows with it. (at least 1; default: 4)" in text
+    assert "--image_interpolation_mode {nearest,bilinear,bicubic,lanczos} " in text
+
+
+def test_help_says_what_is_required():
+    assert describe(TrainConfig).count("(required)") == 3
+
+
+def test_schema_docstrings_are_all_attached_to_something():
+    """A string that follows no field would be documentation that nobody sees."""
+    for definition in ast.parse(inspect.getsource(schemas)).body:
+        if isinstance(definition, ast.ClassDef):
+            for before, after in zip(definition.body, definition.body[1:], strict=False):
+                if isinstance(after, ast.Expr):
+                    assert isinstance(before, ast.AnnAssign)

@@ -1,0 +1,314 @@
+"""People's picture folders, and pictures as a viewer shows them."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dreambooth_ms import randomness
+from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.data import pictures
+from dreambooth_ms.data.pictures import CropBox, find_pictures, open_picture, resize_and_crop, skipped_line
+from dreambooth_ms.errors import DataError
+
+INTERPOLATIONS = schema_fields(TrainConfig)["image_interpolation_mode"].kind
+SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+def save(path, colour=RED, size=(8, 8), mode="RGB", **options):
+    Image.new(mode, size, colour).save(path, **options)
+    return path
+
+
+def corner(path) -> tuple[int, ...]:
+    image = open_picture(path)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+
+
+# --- Folders ---
+
+
+def test_pictures_come_in_the_order_people_number_them(tmp_path):
+    for name in ("dog10.png", "dog2.png", "Dog1.png", "dog.png", "cat.png", "2.png", "10.png"):
+        save(tmp_path / name)
+    names = [path.name for path in find_pictures(tmp_path).pictures]
+    assert names == ["2.png", "10.png", "cat.png", "dog.png", "Dog1.png", "dog2.png", "dog10.png"]
+
+
+@pytest.mark.parametrize("suffix", [*pictures.SUFFIXES, ".JPG", ".Png"])
+def test_every_usual_suffix_is_a_picture_and_opens(tmp_path, suffix):
+    save(tmp_path / f"dog{suffix}", size=(16, 16))
+    (path,) = find_pictures(tmp_path).pictures
+    assert open_picture(path).size == (16, 16)
+
+
+def test_everything_else_is_listed_as_skipped(tmp_path):
+    save(tmp_path / "dog.png")
+    save(tmp_path / ".hidden.png")
+    (tmp_path / "._dog.jpg").write_bytes(b"finder")
+    (tmp_path / "notes.txt").write_text("rex")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    found = find_pictures(str(tmp_path))
+    assert [path.name for path in found.pictures] == ["dog.png"]
+    assert {path.name for path in found.skipped} == {
+        ".hidden.png",
+        "._dog.jpg",
+        "notes.txt",
+        "folder.png",
+        "broken.png",
+    }
+
+
+def test_what_was_skipped_is_one_line(tmp_path):
+    save(tmp_path / "dog.png")
+    for name in [*(f"{number}.txt" for number in range(7)), "two\nlines.txt"]:
+        (tmp_path / name).touch()
+    line = skipped_line(find_pictures(tmp_path).skipped)
+    assert line == f"{tmp_path}: skipped what is not a picture, 8 found: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more"
+    assert "\n" not in skipped_line([tmp_path / "two\nlines.txt"])
+    assert skipped_line(()) == ""
+
+
+def test_a_folder_without_pictures_is_refused_with_what_it_holds(tmp_path):
+    with pytest.raises(DataError, match=f"^{tmp_path}: no picture in it, it is empty; expected a folder with pictures"):
+        find_pictures(tmp_path)
+    (tmp_path / "dog.heic").touch()
+    with pytest.raises(DataError, match=r"no picture in it, 1 found: dog.heic; expected a folder with pictures"):
+        find_pictures(tmp_path)
+
+
+def test_what_is_not_a_folder_is_refused(tmp_path):
+    with pytest.raises(DataError, match=f"^{tmp_path}/dogs: no such folder; expected a folder with pictures"):
+        find_pictures(tmp_path / "dogs")
+    path = save(tmp_path / "dog.png")
+    with pytest.raises(DataError, match=f"^{path}: not a folder; expected a folder with pictures"):
+        find_pictures(path)
+
+
+# --- Opening ---
+
+
+@pytest.mark.parametrize(
+    ("orientation", "store"),
+    [
+        (1, lambda upright: upright),
+        (2, lambda upright: upright[:, ::-1]),
+        (3, lambda upright: np.rot90(upright, 2)),
+        (4, lambda upright: upright[::-1]),
+        (5, lambda upright: upright.transpose(1, 0, 2)),
+        (6, lambda upright: np.rot90(upright, 1)),
+        (7, lambda upright: np.rot90(upright, 2).transpose(1, 0, 2)),
+        (8, lambda upright: np.rot90(upright, -1)),
+    ],
+)
+def test_a_photo_is_turned_upright_by_its_exif_tag(tmp_path, orientation, store):
+    """The file stores the pixels as EXIF 2.3, tag 274, describes each value."""
+    upright = np.zeros((2, 3, 3), dtype=np.uint8)
+    upright[0, 0] = 255
+    stored = store(upright)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "dog.png", exif=exif)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "dog.png")), upright)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "shown"),
+    [
+        ("RGB", RED, RED),
+        ("RGBA", (*RED, 255), RED),
+        ("RGBA", (*RED, 0), WHITE),
+        ("RGBA", (*BLACK, 128), (127, 127, 127)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (0, 0), WHITE),
+        ("1", 1, WHITE),
+        ("I;16", 65535, WHITE),
+        ("I;16", 32896, (128, 128, 128)),
+        ("I;16", 128, BLACK),
+        ("I;16", 129, (1, 1, 1)),
+    ],
+)
+def test_every_mode_looks_as_in_a_viewer(tmp_path, mode, colour, shown):
+    assert corner(save(tmp_path / "dog.png", colour, mode=mode)) == shown
+
+
+def test_a_transparent_palette_entry_is_white(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*BLACK, *RED])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "dog.png", transparency=0)
+    assert corner(tmp_path / "dog.png") == WHITE
+    assert open_picture(tmp_path / "dog.png").getpixel((1, 0)) == RED
+
+
+def test_a_cmyk_photo_has_its_colours(tmp_path):
+    path = save(tmp_path / "dog.jpg", (0, 255, 255, 0), mode="CMYK", quality=100)
+    assert np.abs(np.subtract(corner(path), RED)).max() <= 3
+
+
+@pytest.mark.parametrize("byte_order", ["<", ">"])
+def test_a_16_bit_tiff_of_either_byte_order_is_scaled(tmp_path, byte_order):
+    mode = {"<": "I;16", ">": "I;16B"}[byte_order]
+    Image.frombytes(mode, (8, 8), np.full(64, 32896, dtype=f"{byte_order}u2").tobytes()).save(tmp_path / "dog.tif")
+    assert corner(tmp_path / "dog.tif") == (128, 128, 128)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(np.int32, 70000), (np.int32, -1), (np.float32, 0.5)])
+def test_pixels_that_are_not_a_photo_are_refused_rather_than_clipped(tmp_path, kind, value):
+    Image.fromarray(np.full((8, 8), value, dtype=kind)).save(tmp_path / "dog.tif")
+    with pytest.raises(DataError, match=r"dog.tif: cannot be read \(its pixels"):
+        open_picture(tmp_path / "dog.tif")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, WHITE, BLACK)]
+    frames[0].save(tmp_path / f"dog.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    assert corner(tmp_path / f"dog.{suffix}") == RED
+
+
+def test_of_a_phone_photo_with_several_pictures_the_first_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (WHITE, BLACK)]
+    frames[0].save(tmp_path / "dog.mpo", save_all=True, append_images=frames[1:])
+    assert corner((tmp_path / "dog.mpo").rename(tmp_path / "dog.jpg")) == WHITE
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"^{tmp_path}/dog.png: no such file$"):
+        open_picture(tmp_path / "dog.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"])
+def test_a_file_that_is_no_picture_is_refused_whatever_its_name(tmp_path, content):
+    (tmp_path / "dog.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"dog.png: not a picture of a known format; save it as PNG or JPEG"):
+        open_picture(tmp_path / "dog.png")
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "BMP", "TIFF"])
+def test_a_truncated_picture_is_refused(tmp_path, name):
+    stream = io.BytesIO()
+    gradient(64, 64).save(stream, name)
+    path = tmp_path / "dog.png"
+    path.write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
+    with pytest.raises(DataError, match=f"^{path}: "):
+        open_picture(path)
+
+
+@given(
+    name=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]),
+    damage=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
+)
+@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_picture_is_opened_or_refused_but_never_crashes(tmp_path_factory, name, damage):
+    stream = io.BytesIO()
+    gradient(24, 16).save(stream, name)
+    content = bytearray(stream.getvalue())
+    for position, value in damage:
+        content[position % len(content)] = value
+    path = tmp_path_factory.mktemp("damaged") / "dog.png"
+    path.write_bytes(content)
+    try:
+        assert open_picture(path).mode == "RGB"
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    path = save(tmp_path / "dog.png", size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"dog.png: too large to be a photograph .* scale it down"):
+        open_picture(path)
+
+
+def test_a_strip_is_refused_before_it_is_enlarged(tmp_path):
+    open_picture(save(tmp_path / "wide.png", size=(200, 10)))
+    with pytest.raises(DataError, match=r"strip.png: 10x201 is too narrow for a square picture; crop it"):
+        open_picture(save(tmp_path / "strip.png", size=(10, 201)))
+
+
+# --- Resizing and cropping ---
+
+
+@given(size=SIZES, resolution=st.sampled_from([32, 64, 512]))
+def test_the_shortest_side_becomes_the_resolution_and_the_shape_stays(size, resolution):
+    resized = pictures.resized_size(size, resolution)
+    assert min(resized) == resolution
+    longest = resolution * max(size) / min(size)
+    assert longest - 1 < max(resized) <= longest
+    assert (resized[0] <= resized[1]) if size[0] <= size[1] else (resized[0] >= resized[1])
+
+
+@given(size=SIZES, seed=st.integers(0, 2**32))
+def test_every_crop_is_inside_the_resized_picture(size, seed):
+    width, height = pictures.resized_size(size, 64)
+    for crop in (pictures.centre_crop(size, 64), pictures.random_crop(size, 64, randomness.generator(seed, "crop"))):
+        assert 0 <= crop.top <= height - 64
+        assert 0 <= crop.left <= width - 64
+
+
+@pytest.mark.parametrize(("size", "tops", "lefts"), [((67, 64), {0}, {0, 1, 2, 3}), ((64, 66), {0, 1, 2}, {0})])
+def test_a_random_crop_reaches_both_ends_and_repeats_with_its_seed(size, tops, lefts):
+    crops, again = (
+        [pictures.random_crop(size, 64, randomness.generator(0, "crop", row=row)) for row in range(200)]
+        for _ in range(2)
+    )
+    assert ({crop.top for crop in crops}, {crop.left for crop in crops}) == (tops, lefts)
+    assert crops == again
+
+
+def test_the_centre_crop_leaves_the_same_margin_on_both_sides():
+    assert pictures.centre_crop((164, 64), 64) == CropBox(top=0, left=50)
+    assert pictures.centre_crop((64, 164), 64) == CropBox(top=50, left=0)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("size", [(90, 64), (64, 90), (50, 40), (64, 64)])
+def test_a_square_is_a_window_of_the_resized_picture(interpolation, size):
+    image = gradient(*size)
+    crop = pictures.crop_range(size, 64)
+    square = resize_and_crop(image, 64, interpolation, crop)
+    resized = np.asarray(
+        image.resize(pictures.resized_size(size, 64), getattr(Image.Resampling, interpolation.upper()))
+    )
+    assert np.array_equal(np.asarray(square), resized[crop.top : crop.top + 64, crop.left : crop.left + 64])
+    flipped = resize_and_crop(image, 64, interpolation, crop, flip=True)
+    assert np.array_equal(np.asarray(flipped), np.asarray(square)[:, ::-1])
+
+
+@pytest.mark.parametrize("crop", [CropBox(1, 0), CropBox(0, 27), CropBox(0, -1)])
+def test_a_crop_outside_the_picture_is_a_defect(crop):
+    with pytest.raises(ValueError, match="is outside"):
+        resize_and_crop(gradient(90, 64), 64, "lanczos", crop)
+
+
+# --- Arrays and digests ---
+
+
+def test_pixels_become_numbers_from_minus_one_to_one():
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    array = pictures.to_array(Image.fromarray(levels))
+    assert (array.dtype, array.shape) == (np.float32, (16, 16, 3))
+    assert (array.min(), array.max()) == (-1.0, 1.0)
+    assert np.array_equal(np.round((array + 1) * 127.5), levels)
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path):
+    path = save(tmp_path / "dog.png")
+    assert pictures.digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(DataError, match=r"nothing.png: cannot be read"):
+        pictures.digest(tmp_path / "nothing.png")

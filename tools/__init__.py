@@ -1,0 +1,1 @@
+"""Tools of the developers; none of this is installed with the package."""
