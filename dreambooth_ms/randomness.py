@@ -5,12 +5,13 @@ size or the number of processes.
 """
 
 import hashlib
+import secrets
 
 import numpy as np
 
 
 def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random.Generator:
-    """A fresh generator for one draw. Philox 4x64 (Salmon et al., 2011): keyed by seed and purpose, counted by step and row.
+    """A fresh generator for one draw: Philox 4x64 (Salmon et al., 2011), keyed by seed and purpose.
 
     Args:
         seed: 0 .. 2**64 - 1.
@@ -25,3 +26,8 @@ def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random
 def standard_normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0, row: int = 0) -> np.ndarray:
     """Float32 draws from N(0, 1) of the given shape."""
     return generator(seed, purpose, step, row).standard_normal(shape, dtype=np.float32)
+
+
+def draw_seed() -> int:
+    """A seed from the operating system's own randomness, for a run that names none."""
+    return secrets.randbits(32)

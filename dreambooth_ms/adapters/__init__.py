@@ -1,0 +1,1 @@
+"""Small trained changes to a frozen network: inject, list the trainables, merge."""

@@ -3,7 +3,6 @@
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
 
-import hashlib
 import re
 import struct
 import zlib
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps
 
 from dreambooth_ms.config.schema import Interpolation
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.weights.digest import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_ASPECT_RATIO = 20
@@ -178,6 +178,6 @@ def to_array(image: Image.Image) -> np.ndarray:
 def digest(path: str | Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return file_digest(Path(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error

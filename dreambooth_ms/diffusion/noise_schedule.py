@@ -1,11 +1,29 @@
 """The forward process of DDPM (Ho et al., 2020): how much signal and noise a timestep holds. Float64 numpy."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.specs import NoiseScheduleSpec
+
+
+class PredictionType(str, Enum):
+    """What the UNet predicts: the noise, or the velocity (Salimans and Ho, 2022)."""
+
+    EPSILON = "epsilon"
+    V_PREDICTION = "v_prediction"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseScheduleSpec:
+    """The forward process the model was trained with."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: PredictionType = PredictionType.EPSILON
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from mindspore import Tensor, ops
 
-from dreambooth_ms.models.specs import PredictionType
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
 
 
 def per_row(values_B: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

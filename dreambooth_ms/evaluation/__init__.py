@@ -1,0 +1,1 @@
+"""How well a subject was learnt, and what the class lost by it."""

@@ -1,0 +1,1 @@
+"""The networks as cells with the public module trees, and their families as data."""

@@ -5,14 +5,6 @@ fills these rows.
 """
 
 from dataclasses import dataclass
-from enum import Enum
-
-
-class PredictionType(str, Enum):
-    """What the UNet predicts: the noise, or the velocity (Salimans and Ho, 2022)."""
-
-    EPSILON = "epsilon"
-    V_PREDICTION = "v_prediction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +84,6 @@ class ClipSpec:
     projection_dim: int = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseScheduleSpec:
-    """The forward process the model was trained with."""
-
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: PredictionType = PredictionType.EPSILON
-
-
 SD_15_UNET = UNetSpec(
     block_out_channels=(320, 640, 1280, 1280),
     has_attention=(True, True, True, False),
@@ -122,9 +103,7 @@ SD_21_UNET = UNetSpec(
 SD_VAE = VaeSpec()
 
 CLIP_L_TEXT = ClipTextSpec(
-    transformer=TransformerSpec(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
+    transformer=TransformerSpec(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 )
 
 OPENCLIP_H_TEXT = ClipTextSpec(

@@ -153,9 +153,7 @@ class UpBlock(nn.Cell):
         resnets = []
         for i in range(self.num_layers):
             skip = skip_channels[first_skip + self.num_layers - 1 - i]
-            resnets.append(
-                ResnetBlock2D(in_channels + skip, channels, spec.norm_num_groups, spec.norm_eps, temb_dim)
-            )
+            resnets.append(ResnetBlock2D(in_channels + skip, channels, spec.norm_num_groups, spec.norm_eps, temb_dim))
             in_channels = channels
         self.concat = ConcatChannels()
         self.resnets = nn.CellList(resnets)

@@ -20,8 +20,8 @@ from dreambooth_ms.ops.layout import (
     ImageToTokens,
     SplitChannels,
     StoredLayout,
-    ToPublicLayout,
     TokensToImage,
+    ToPublicLayout,
     UpsampleNearest,
 )
 from dreambooth_ms.ops.linear import Dense, Embedding

@@ -65,7 +65,7 @@ class TransposeInterchange(nn.Cell):
 
 
 class GatherInterchange(nn.Cell):
-    """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps 8 bytes an element (measured)."""
+    """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps memory (measured)."""
 
     def construct(self, x_BLND: Tensor) -> Tensor:
         return _interchange_rows(x_BLND)

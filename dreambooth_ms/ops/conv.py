@@ -111,7 +111,7 @@ class _TapProduct(nn.Cell):
         return ops.reshape(y_BPO, (batch, out_height, out_width, self.out_channels))
 
     def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        batch, height, width, channels = x_BHWI.shape
+        channels = self.in_channels
         dout_rows = ops.reshape(dout, (-1, self.out_channels))
         if self.pointwise:
             dx = ops.reshape(self.times(dout_rows, weight), x_BHWI.shape)
@@ -134,7 +134,7 @@ class _TapProduct(nn.Cell):
         return ops.reshape(dx, shape)
 
     def _weight_gradient(self, x_BHWI: Tensor, dout: Tensor) -> Tensor:
-        batch, height, width, channels = x_BHWI.shape
+        _, height, width, channels = x_BHWI.shape
         rows_BPI = _with_zero_row(x_BHWI)
         index = _taps(height, width, self.kernel_size, self.stride, self.padding, 0, dout.shape[1] * dout.shape[2])
         columns = ops.reshape(ops.gather(rows_BPI, index, 1), (-1, self.taps * channels))

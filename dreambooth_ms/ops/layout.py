@@ -118,8 +118,9 @@ class UpsampleNearest(_ImageCell):
         if self.channels_last:
             return self.upsample_rows(x)
         batch, channels, height, width = x.shape
-        x = ops.broadcast_to(ops.reshape(x, (batch, channels, height, 1, width, 1)),
-                             (batch, channels, height, 2, width, 2))
+        x = ops.broadcast_to(
+            ops.reshape(x, (batch, channels, height, 1, width, 1)), (batch, channels, height, 2, width, 2)
+        )
         return ops.reshape(x, (batch, channels, 2 * height, 2 * width))
 
 

@@ -1,0 +1,1 @@
+"""From noise and text to pictures."""

@@ -8,7 +8,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-
 _update = ops.MultitypeFuncGraph("adamw_update")
 _map = ops.HyperMap()
 
@@ -40,6 +39,10 @@ class AdamW(nn.Cell):
         self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
 
+    def moments(self) -> list[Parameter]:
+        """The state, beside the parameters themselves, that a resumed run needs."""
+        return [*self.first_moments, *self.second_moments]
+
     def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
         h = self.hyperparameters
@@ -63,9 +66,7 @@ class AdamW(nn.Cell):
 def _update_tensor(
     fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, parameter, first, second, gradient
 ):
-    return fused_update(
-        parameter, first, second, learning_rate, beta1, beta2, epsilon, weight_decay, gradient
-    )
+    return fused_update(parameter, first, second, learning_rate, beta1, beta2, epsilon, weight_decay, gradient)
 
 
 def _zeros_like(parameter: Parameter, role: str) -> Parameter:

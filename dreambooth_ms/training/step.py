@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
-from dreambooth_ms.models.specs import PredictionType
 from dreambooth_ms.training.optimisers import AdamW
 
 
@@ -50,16 +50,14 @@ class TrainStep(nn.Cell):
         self.trainables = ParameterTuple(trainables)
         self.optimiser = optimiser
         self.max_grad_norm = max_grad_norm
-        self.differentiate = ops.GradOperation(get_by_list=True, sens_param=True)
+        self.loss_and_gradients = ops.value_and_grad(loss_cell, None, self.trainables, has_aux=True)
         self.set_train(True)
 
     def construct(
         self, learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, the loss cell's report, and the norm of the gradients before the clip."""
-        loss, report = self.loss_cell(*inputs)
-        sensitivity = (ops.ones_like(loss), ops.zeros_like(report))
-        gradients = self.differentiate(self.loss_cell, self.trainables)(*inputs, sensitivity)
+        (loss, report), gradients = self.loss_and_gradients(*inputs)
         gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
         updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
         return ops.depend(loss, updated), report, norm

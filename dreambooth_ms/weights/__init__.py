@@ -1,0 +1,1 @@
+"""Every file format, read strictly and written atomically."""

@@ -29,10 +29,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.chmod(0o666 & ~_umask())
         partial.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and try again") from error
     finally:
@@ -45,7 +45,8 @@ def write_bytes(target: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

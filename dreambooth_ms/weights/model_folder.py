@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.specs import (
     ClipSpec,
     ClipTextSpec,
     ClipVisionSpec,
-    NoiseScheduleSpec,
-    PredictionType,
     TransformerSpec,
     UNetSpec,
     VaeSpec,
@@ -69,6 +68,18 @@ class ModelFolder:
     def picture_size(self) -> int:
         """Height and width the model was trained at, in pixels."""
         return self.unet_spec.sample_size * self.vae_spec.downsampling
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of this size in pixels.
+
+        Raises:
+            WeightError: the networks cannot halve the size as often as they must.
+        """
+        step = self.vae_spec.downsampling * 2 ** (len(self.unet_spec.block_out_channels) - 1)
+        if height % step or width % step:
+            raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
+        factor = self.vae_spec.downsampling
+        return self.vae_spec.latent_channels, height // factor, width // factor
 
     def load_unet(self) -> UNet2DConditionModel:
         """The denoiser, filled."""
@@ -135,7 +146,8 @@ def weight_file(folder: Path, part: str, variant: str | None) -> Path:
     if not file.is_file():
         held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []
         raise WeightError(
-            f"{folder}: {part}/{file.name} is missing (found: {', '.join(held) or 'nothing'}); is the download complete?"
+            f"{folder}: {part}/{file.name} is missing (found: {', '.join(held) or 'nothing'}); "
+            "is the download complete?"
         )
     return file
 
@@ -194,7 +206,7 @@ def read_unet_config(config: Config) -> UNetSpec:
         WeightError: the configuration asks for something these networks do not have.
     """
     if config.get("addition_embed_type") or config.get("class_embed_type"):
-        raise WeightError("unet/config.json: extra conditioning (SDXL and others) is not supported yet; use SD 1.x or 2.x")
+        raise WeightError("unet/config.json: extra conditioning, as in SDXL, is not supported yet; use SD 1.x or 2.x")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]

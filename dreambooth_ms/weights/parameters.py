@@ -31,7 +31,7 @@ class PublicParameter:
     def write(self, value: np.ndarray) -> None:
         """Set the value, given in its public form; it is cast to the parameter's dtype."""
         stored = self.layout.store(value) if self.layout else value
-        dtype = ms.dtype_to_nptype(self.parameter.dtype)
+        dtype = np.float16 if self.parameter.dtype == ms.float16 else np.float32
         self.parameter.set_data(Tensor(np.ascontiguousarray(stored, dtype=dtype)))
 
 

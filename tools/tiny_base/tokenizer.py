@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer in CLIP's file format, whose merges make every word of the world one token."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 END_OF_WORD = "</w>"
@@ -44,7 +45,7 @@ def _merges_for(words: list[str]) -> list[tuple[str, str]]:
 def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     while True:
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
         if not pairs:
             return pieces
         _, i = min(pairs)

@@ -1,0 +1,144 @@
+"""A checkpoint is a folder that appears whole or not at all, with a manifest that says what it must hold.
+
+checkpoint-500/
+  manifest.json                      step, configuration, size and digest of every file
+  training_state.safetensors         trained parameters and optimiser moments, bit for bit
+  pytorch_lora_weights.safetensors   the adapter, for other tools
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, sync
+from dreambooth_ms.weights.digest import file_digest
+from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "training_state.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are all there and unchanged."""
+
+    path: Path
+    step: int
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Sequence[Parameter],
+    config: str,
+    write_results: Callable[[Path], Any],
+    keep: int | None = None,
+) -> Path:
+    """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
+
+    Args:
+        folder: the run's output folder.
+        step: optimiser steps done.
+        state: trained parameters and optimiser moments; their names must be unique.
+        config: the resolved configuration, as YAML.
+        write_results: writes the weights for other tools into the folder it is given.
+        keep: number of checkpoints to keep; None keeps all.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
+    """
+    target = folder / f"checkpoint-{step}"
+    partial = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
+        write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
+        write_results(partial)
+        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "files": files, "config": config}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sync(partial / MANIFEST)
+        sync(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync(folder)
+    except OSError as error:
+        raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and resume") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    if keep is not None:
+        for old in checkpoint_folders(folder)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:
+    """Set the parameters to the checkpoint's values, bit for bit.
+
+    Raises:
+        WeightError: the checkpoint belongs to another training.
+    """
+    tensors, _ = read_tensors(checkpoint.path / STATE)
+    wanted = {parameter.name: tuple(parameter.shape) for parameter in state}
+    held = {name: tensor.shape for name, tensor in tensors.items()}
+    if wanted != held:
+        differing = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+        raise WeightError(
+            f"{checkpoint.path}: belongs to another training; {len(differing)} parameters differ, "
+            f"such as {differing[0]}"
+        )
+    for parameter in state:
+        parameter.set_data(Tensor(np.ascontiguousarray(tensors[parameter.name])))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Check a checkpoint's files against its manifest.
+
+    Raises:
+        WeightError: no checkpoint, a cut or changed file, or a format of another version.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightError(f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged)") from error
+    if version != FORMAT:
+        raise WeightError(f"{path}: written in format {version}, this version reads format {FORMAT}")
+    for name, fingerprint in files.items():
+        if not (path / name).is_file() or _fingerprint(path / name) != fingerprint:
+            raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
+    return Checkpoint(path, step)
+
+
+def find_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that is whole, or None."""
+    for path in reversed(checkpoint_folders(folder)):
+        try:
+            return open_checkpoint(path)
+        except WeightError:
+            continue
+    return None
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}

@@ -1,0 +1,111 @@
+"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, and the loss as a picture."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.training.loop import StepReport
+
+HISTORY = "history.jsonl"
+_COLOURS = {"instance": (34, 94, 168), "class": (217, 95, 2)}
+_INK, _GRID = (60, 60, 60), (225, 225, 225)
+
+
+class Tracker:
+    """Writes every step's report to `history.jsonl` and to TensorBoard.
+
+    Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
+    """
+
+    def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._history = folder / HISTORY
+        kept = [line for line in read_history(folder) if line["step"] <= done]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._history.open("w", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / logging_dir), purge_step=done + 1)
+        except OSError as error:
+            raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
+        for line in kept:
+            self._write(line)
+
+    def log(self, report: StepReport) -> None:
+        """Record one step."""
+        losses = {f"{group}_loss": value for group, value in report.group_losses.items()}
+        values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+        self._write({"step": report.step, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, report.step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        self._file.close()
+        self._board.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The reports of a run so far; a last line that was cut short is left out."""
+    path = folder / HISTORY
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, int] = (960, 480)) -> None:
+    """Draw each group's loss over the steps, pale as it was and strong as a running mean."""
+    lines = list(history)
+    groups = [group for group in _COLOURS if lines and f"{group}_loss" in lines[0]]
+    width, height = size
+    left, top, right, bottom = 70, 44, width - 24, height - 44
+    image = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(image, "RGBA")
+    font = ImageFont.load_default(15)
+    highest = max((line[f"{group}_loss"] for line in lines for group in groups), default=1.0) * 1.05 or 1.0
+    last = max((line["step"] for line in lines), default=1)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = (step - 1) / max(last - 1, 1)
+        return left + across * (right - left), bottom - value / highest * (bottom - top)
+
+    for tick in np.linspace(0, highest, 5):
+        y = place(1, tick)[1]
+        canvas.line((left, y, right, y), fill=_GRID)
+        canvas.text((left - 8, y), f"{tick:.3f}", fill=_INK, font=font, anchor="rm")
+    for tick in np.unique(np.linspace(1, last, 6).astype(int)):
+        canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
+    canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
+    x = left
+    for group in groups:
+        steps = [line["step"] for line in lines]
+        values = np.array([line[f"{group}_loss"] for line in lines])
+        colour = _COLOURS[group]
+        canvas.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill=(*colour, 60), width=1)
+        canvas.line([place(s, v) for s, v in zip(steps, _running_mean(values), strict=True)], fill=colour, width=3)
+        label = f"{group} loss"
+        canvas.rectangle((x, 16, x + 16, 28), fill=colour)
+        canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
+        x += 48 + canvas.textlength(label, font=font)
+    image.save(path)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of a tenth of the run around each value, shorter at the ends."""
+    half = max(len(values) // 20, 1)
+    return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])

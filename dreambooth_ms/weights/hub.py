@@ -1,0 +1,33 @@
+"""From what a user names as the base model to a folder on this machine."""
+
+from pathlib import Path
+
+from dreambooth_ms.errors import WeightError
+
+WANTED_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+
+
+def find_model(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """A local folder as it is; any other name is looked up on the Hugging Face hub and downloaded once.
+
+    Raises:
+        WeightError: neither a folder here nor a model on the hub, or the hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise WeightError(f"{name_or_path}: expected a model folder, got a file; single-file models come later")
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise WeightError(f"{name_or_path}: no such folder, and not a hub name of the form owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    plain = [] if variant else ["*/*.fp16.safetensors", "*/*.non_ema.safetensors"]
+    try:
+        return Path(
+            snapshot_download(name_or_path, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=plain)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightError(f"{name_or_path}: no such folder here, and the hub did not give it ({reason})") from error

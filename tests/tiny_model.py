@@ -1,0 +1,70 @@
+"""Random Stable Diffusion pipelines of a few thousand weights, in the real folder layout."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.vae import AutoencoderKL
+from dreambooth_ms.weights.initialise import initialise
+from dreambooth_ms.weights.model_folder import (
+    save_network,
+    write_json,
+    write_text_config,
+    write_unet_config,
+    write_vae_config,
+)
+from tools.tiny_base.tokenizer import write_tokenizer
+
+UNET = UNetSpec(
+    block_out_channels=(16, 32),
+    has_attention=(True, False),
+    num_heads=(2, 2),
+    cross_attention_dim=24,
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=16,
+)
+VAE = VaeSpec(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+TEXT = TransformerSpec(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+
+
+def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsilon", sd2: bool = False) -> Path:
+    """A model folder that trains 32 x 32 pictures in milliseconds; `sd2` gives it SD 2's linear projections."""
+    spec = replace(UNET, use_linear_projection=sd2)
+    vocabulary = write_tokenizer(folder / "tokenizer", ["a", "photo", "of", "star"])
+    text = ClipTextSpec(transformer=TEXT, vocab_size=vocabulary, eos_token_id=vocabulary - 1)
+    parts = (
+        ("unet", UNet2DConditionModel(spec), write_unet_config(spec)),
+        ("vae", AutoencoderKL(VAE), write_vae_config(VAE, 32)),
+        ("text_encoder", CLIPTextModel(text), write_text_config(text, TEXT.hidden_size)),
+    )
+    for part, network, config in parts:
+        initialise(network, seed)
+        save_network(folder, part, network, config)
+    scheduler = {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+    return folder
