@@ -29,7 +29,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "train": Command("dreambooth_ms.cli.train", "teach a base model a subject from a few pictures", "TrainConfig"),
     "sample": Command("dreambooth_ms.cli.sample", "draw pictures with a base model and its adapters", "SampleConfig"),
-    "evaluate": Command("dreambooth_ms.cli.evaluate", "measure how well pictures match the subject and the prompts"),
+    "evaluate": Command("dreambooth_ms.cli.evaluate", "compare base and adapted model", "EvaluateConfig"),
 }
 
 

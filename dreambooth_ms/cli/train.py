@@ -2,8 +2,8 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -26,7 +26,7 @@ from dreambooth_ms.training.checkpoint import Checkpoint, find_latest, open_chec
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.run_folder import settle_config, write_config
+from dreambooth_ms.training.run_folder import seed_of, settle_config, write_config
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 from dreambooth_ms.weights.digest import file_digest
@@ -34,6 +34,15 @@ from dreambooth_ms.weights.lora_file import FILE_NAME, steps_taken, write_lora
 from dreambooth_ms.weights.model_folder import ModelFolder, weight_file
 
 INTERRUPTED_STATUS = 130
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """The pictures of prior preservation: where they are, under which prompt, and how many."""
+
+    folder: Path
+    prompt: str
+    count: int
 
 
 def run(argv: Sequence[str]) -> int:
@@ -48,10 +57,14 @@ def run(argv: Sequence[str]) -> int:
     write_config(config)
     unet = None
     groups = [instances]
-    if config.prior.with_prior_preservation:
-        unet = draw_missing_class_images(config, folder)
-        groups.append(_class_records(config))
-    plan = _plan(config, groups)
+    class_pictures = _class_pictures(config)
+    if class_pictures:
+        unet = draw_missing_class_images(config, folder, class_pictures)
+        groups.append(
+            read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
+        )
+    framing = Framing(config.data.resolution, config.data.center_crop, config.data.random_flip)
+    plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
     total = config.run.max_train_steps or config.run.num_train_epochs * plan.steps_per_epoch
     done = checkpoint.step if checkpoint else 0
     if (output / FILE_NAME).is_file() and steps_taken(output / FILE_NAME) >= total:
@@ -63,25 +76,27 @@ def run(argv: Sequence[str]) -> int:
     return _train_lora(config, folder, unet, batches, checkpoint, total)
 
 
-def draw_missing_class_images(config: TrainConfig, folder: ModelFolder) -> UNet2DConditionModel | None:
+def draw_missing_class_images(
+    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures
+) -> UNet2DConditionModel | None:
     """Draw the class pictures that are missing; returns the UNet if it was loaded for that."""
-    prior, class_folder = config.prior, Path(config.prior.class_data_dir)
-    numbers = missing_numbers(class_folder, prior.num_class_images)
+    prior = config.prior
+    numbers = missing_numbers(wanted.folder, wanted.count)
     if not numbers:
         return None
     unet, vae = folder.load_unet(), folder.load_vae()
-    embeddings = embed_prompts(folder, [prior.class_prompt])
+    embeddings = embed_prompts(folder, [wanted.prompt])
     batch_size = min(prior.sample_batch_size, len(numbers))
     settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
     draw_class_images(
         Sampler(unet, vae, folder.scheduler_config, settings),
-        class_folder,
+        wanted.folder,
         numbers,
-        prior.class_prompt,
-        embeddings[prior.class_prompt],
+        wanted.prompt,
+        embeddings[wanted.prompt],
         embeddings[""],
         folder.latent_shape(config.data.resolution, config.data.resolution),
-        config.run.seed,
+        seed_of(config),
         lambda pictures: tqdm(pictures, desc="class pictures", total=len(numbers), unit="picture"),
     )
     return unet
@@ -127,7 +142,7 @@ def _train_lora(
     method, run, output = config.method, config.run, Path(config.run.output_dir)
     alpha = float(method.lora_alpha or method.rank)
     layers = inject_lora(unet, method.rank, alpha, method.lora_target_modules)
-    initialise_lora(layers, run.seed)
+    initialise_lora(layers, seed_of(config))
     trainables = lora_trainables(layers)
     step_cell = _step_cell(config, folder, unet, trainables)
     state = [*trainables, *step_cell.optimiser.moments()]
@@ -199,14 +214,12 @@ def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
     return found
 
 
-def _class_records(config: TrainConfig) -> tuple[Any, ...]:
+def _class_pictures(config: TrainConfig) -> ClassPictures | None:
     prior = config.prior
-    return read_records(Path(prior.class_data_dir), prior.class_prompt, CLASS, tell, at_most=prior.num_class_images)
-
-
-def _plan(config: TrainConfig, groups: list[tuple[Any, ...]]) -> Plan:
-    framing = Framing(config.data.resolution, config.data.center_crop, config.data.random_flip)
-    return Plan(tuple(groups), config.run.train_batch_size, framing, config.run.seed)
+    if not prior.with_prior_preservation:
+        return None
+    assert prior.class_data_dir is not None and prior.class_prompt is not None, "TrainConfig.check comes first"
+    return ClassPictures(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
 
 
 def _load_encoder(folder: ModelFolder) -> Callable[[np.ndarray], np.ndarray]:

@@ -204,6 +204,34 @@ class PicturesConfig:
     """Folder for the pictures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """What base and adapted model are compared on."""
+
+    instance_data_dir: str
+    """Folder with photographs of the subject."""
+    prompt: str
+    """What to draw of the subject: a prompt, or the path of a text file with one prompt per line."""
+    class_prompt: str
+    """Prompt of the class, to see what the training did to it."""
+    clip: str | None = None
+    """Folder of the CLIP model that measures, in transformers' layout. None: the base model's own clip folder."""
+    num_images_per_prompt: int = 1
+    """Pictures per prompt; as many are drawn of the class prompt."""
+    batch_size: int = 4
+    """Pictures drawn at a time."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
+    scheduler: SamplingScheduler = "ddim"
+    """Sampling method."""
+    seed: int = 0
+    """The same seed draws the same pictures."""
+    output_dir: str = "evaluation"
+    """Folder for before_after.png and metrics.json."""
+
+
 class Range(NamedTuple):
     """The values that a field may take: in words, and as a test."""
 
@@ -262,6 +290,7 @@ RANGES: dict[str, Range] = {
     "height": _SIDE,
     "width": _SIDE,
     "num_inference_steps": _STEPS,
+    "clip": _NOT_EMPTY,
 }
 """Ranges by field name, the same in every command. None is never out of range."""
 
@@ -367,3 +396,19 @@ class SampleConfig:
         if self.pictures.negative_prompt and self.pictures.guidance_scale <= 1:
             warnings.append("--negative_prompt has no effect with a --guidance_scale of 1 or less")
         return Findings(out_of_range(self), warnings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare a base model with its adapted self: same prompts, same noise."""
+
+    weights: WeightsConfig
+    comparison: ComparisonConfig
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> Findings:
+        """Ranges. Reads no file."""
+        problems = out_of_range(self)
+        if not self.weights.lora:
+            problems.append("--lora: missing; name the adapter to compare the base with")
+        return Findings(problems, [])

@@ -86,7 +86,9 @@ def cached_posteriors(
     }
     found = {view: value for view, key in keys.items() if (value := cache.get(key)) is not None}
     missing = [view for view in views if view not in found]
-    encode = load_encoder() if missing else None
+    if not missing:
+        return found
+    encode = load_encoder()
     for view in progress(missing):
         square = resize_and_crop(open_picture(view.record.path), resolution, interpolation, view.crop, view.flip)
         value = encode(to_array(square).transpose(2, 0, 1)[None])

@@ -25,4 +25,4 @@ def write_picture(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings a picture was made with; empty if it holds none."""
     with Image.open(path) as image:
-        return json.loads(image.text[SETTINGS_KEY]) if SETTINGS_KEY in getattr(image, "text", {}) else {}
+        return json.loads(getattr(image, "text", {}).get(SETTINGS_KEY, "{}"))

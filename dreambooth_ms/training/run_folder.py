@@ -47,6 +47,12 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def seed_of(config: TrainConfig) -> int:
+    """The seed of a settled configuration."""
+    assert config.run.seed is not None, "settle_config comes first"
+    return config.run.seed
+
+
 def write_config(config: TrainConfig) -> None:
     """Write the resolved configuration into the run's folder."""
     write_bytes(Path(config.run.output_dir) / CONFIG, to_yaml(config).encode())

@@ -91,7 +91,7 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, 
     for tick in np.unique(np.linspace(1, last, 6).astype(int)):
         canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
-    x = left
+    x = float(left)
     for group in groups:
         steps = [line["step"] for line in lines]
         values = np.array([line[f"{group}_loss"] for line in lines])

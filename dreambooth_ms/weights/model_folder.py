@@ -174,9 +174,11 @@ def write_json(path: Path, content: Config) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def save_network(folder: Path, part: str, network: nn.Cell, config: Config, dtype: type = np.float32) -> None:
+def save_network(
+    folder: Path, part: str, network: nn.Cell, config: Config, dtype: type[np.floating] = np.float32
+) -> None:
     """Write a network's config.json and weights into `folder/part`."""
-    tensors = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
+    tensors: dict[str, np.ndarray] = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
     write_json(folder / part / "config.json", config)
     write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors)
 

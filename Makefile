@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.10 to 3.12:
+#   make quickstart   a trained adapter and a before/after picture, on CPU, without a download
+#   make test         all tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || echo python3)
+BIN := .venv/bin
+
+.PHONY: quickstart test test-real lint clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m tools.quickstart
+
+test: .venv/installed-tests
+	$(BIN)/python -m pytest -q
+
+# At real model size: about 20 GiB and a quarter of an hour.
+test-real: .venv/installed-tests
+	$(BIN)/python -m pytest -q -s -m real
+
+lint: .venv/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=…"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-tests: tests/requirements.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,21 @@
+"""What every test shares: the device, and both execution modes."""
+
+import pytest
+import torch
+
+from dreambooth_ms.ops import set_up_device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device():
+    """Graph mode on CPU, once for the whole run."""
+    torch.set_num_threads(2)
+    set_up_device("CPU", 0)
+
+
+@pytest.fixture
+def pynative(device):
+    """PyNative (`--ms_mode 1`) for one test."""
+    set_up_device("CPU", 1)
+    yield
+    set_up_device("CPU", 0)

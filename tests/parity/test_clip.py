@@ -1,0 +1,75 @@
+"""Both towers of CLIP compute what transformers' do on the same weights."""
+
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions
+from dreambooth_ms.weights.model_folder import BUFFERS, read_clip_config, read_text_config
+from dreambooth_ms.weights.parameters import load_strict
+from tests.parity.reference import (
+    ValueAndGradients,
+    gradients_of,
+    normal,
+    public_gradients,
+    relative_error,
+    small_clip,
+    small_text_encoder,
+    weights_of,
+    worst_gradient_error,
+)
+
+# Float32 sums in another order, through two layers: measured below 1e-6.
+FORWARD = 1e-5
+GRADIENT = 1e-4
+
+BEGIN, LARGEST = 58, 59
+
+
+def test_the_hidden_states_and_gradients_of_the_text_encoder_are_transformers():
+    reference = small_text_encoder()
+    ids = np.random.default_rng(0).integers(0, 60, (2, 12)).astype(np.int32)
+    sensitivity = normal(2, 12, 24)
+    expected = reference(torch.tensor(ids)).last_hidden_state
+    (expected * torch.tensor(sensitivity)).sum().backward()
+
+    network = CLIPTextModel(read_text_config(reference.config.to_dict()))
+    load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    result, gradients = ValueAndGradients(network, of_inputs=False)(Tensor(sensitivity), Tensor(ids))
+    forward = relative_error(result, expected)
+    backward, name = worst_gradient_error(public_gradients(network, gradients), gradients_of(reference))
+    print(f"text encoder: forward {forward:.1e}, gradients {backward:.1e} ({name})")
+    assert forward < FORWARD
+    assert backward < GRADIENT, name
+
+
+@pytest.mark.parametrize(
+    ("hidden_act", "eos_token_id", "ids"),
+    [
+        # Written before 2 was corrected: the end token is the largest id, and what follows it does not count.
+        ("quick_gelu", 2, [[BEGIN, 4, 2, LARGEST, LARGEST, 7], [BEGIN, 2, 9, 3, 11, LARGEST]]),
+        # The end token is 40, which is not the largest, and comes more than once.
+        ("gelu", 40, [[BEGIN, 4, 40, LARGEST, 40, 7], [BEGIN, 2, 9, 3, LARGEST, 40]]),
+    ],
+)
+def test_the_embeddings_of_texts_and_pictures_are_transformers(hidden_act, eos_token_id, ids):
+    reference = small_clip(hidden_act, eos_token_id)
+    ids, pictures = np.array(ids, np.int32), normal(2, 3, 20, 20)
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids).long(), torch.tensor(pictures))
+
+    network = CLIPModel(read_clip_config(reference.config.to_dict()))
+    load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    end = end_positions(ids, network.spec.text.eos_token_id)
+    text, image = network(Tensor(ids), Tensor(end), Tensor(pictures))
+    errors = relative_error(text, expected.text_embeds), relative_error(image, expected.image_embeds)
+    print("embeddings of texts and pictures", *(f"{error:.1e}" for error in errors))
+    assert max(errors) < FORWARD
+
+
+def test_the_end_of_a_text_is_its_first_end_token():
+    ids = np.array([[49406, 320, 49407, 49407], [49406, 320, 321, 49407]])
+    for eos_token_id in (2, 49407):
+        assert end_positions(ids, eos_token_id).tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
+    assert end_positions(ids, 320).tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]

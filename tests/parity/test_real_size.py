@@ -1,0 +1,131 @@
+"""The published sizes, with random weights: every network computes what the reference does.
+
+Each test holds at most two copies of one network: 860 M parameters are 3.5 GB a copy.
+"""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL as ReferenceVae
+from diffusers import UNet2DConditionModel as ReferenceUNet
+from mindspore import Tensor
+from transformers import CLIPTextConfig
+from transformers import CLIPTextModel as ReferenceText
+
+from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SD_VAE
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.weights.model_folder import BUFFERS
+from dreambooth_ms.weights.parameters import load_strict
+from tests.parity.reference import normal, relative_error, weights_of
+
+pytestmark = pytest.mark.real
+
+# Float32 sums of up to ten thousand products in another order, through some hundred layers.
+TOLERANCE = 1e-4
+
+ATTENTION_DOWN, ATTENTION_UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+# As in the config.json of the published models.
+PUBLISHED_UNET = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*ATTENTION_DOWN, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *ATTENTION_UP),
+    "layers_per_block": 2,
+}
+PUBLISHED_15 = {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}
+PUBLISHED_21 = {
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "sample_size": 96,
+    "use_linear_projection": True,
+}
+PUBLISHED_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+PUBLISHED_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+PUBLISHED_OPENCLIP_H = PUBLISHED_CLIP_L | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.fixture(autouse=True)
+def memory_is_given_back():
+    """The networks of one test are gone before the next begins."""
+    torch.manual_seed(0)
+    yield
+    gc.collect()
+
+
+def assert_close(name, ours, expected):
+    error = relative_error(ours, expected)
+    print(f"{name}: {error:.1e}")
+    assert error < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("spec", "published"), [(SD_15_UNET, PUBLISHED_15), (SD_21_UNET, PUBLISHED_21)], ids=["sd15", "sd21"]
+)
+def test_the_unet_at_256_pixels_is_diffusers(spec, published):
+    latents, timesteps = normal(1, 4, 32, 32), np.array([501], np.int32)
+    text = normal(1, 77, spec.cross_attention_dim)
+    reference = ReferenceUNet(**PUBLISHED_UNET, **published).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample.numpy()
+    network = UNet2DConditionModel(spec)
+    load_strict(network, weights_of(reference), "diffusers")
+    del reference
+    gc.collect()
+    assert_close("UNet", network(Tensor(latents), Tensor(timesteps), Tensor(text)), expected)
+
+
+def test_the_autoencoder_at_256_pixels_is_diffusers():
+    pictures, latents = normal(1, 3, 256, 256), normal(1, 4, 32, 32)
+    reference = ReferenceVae(**PUBLISHED_VAE).eval()
+    with torch.no_grad():
+        posterior = reference.encode(torch.tensor(pictures)).latent_dist
+        decoded = reference.decode(torch.tensor(latents)).sample
+    network = AutoencoderKL(SD_VAE)
+    load_strict(network, weights_of(reference), "diffusers")
+    del reference
+    gc.collect()
+    mean, log_variance = VaeEncoder(network)(Tensor(pictures))
+    assert_close("mean", mean, posterior.mean)
+    assert_close("log-variance", log_variance, posterior.logvar)
+    assert_close("decoded", VaeDecoder(network)(Tensor(latents)), decoded)
+
+
+@pytest.mark.parametrize(
+    ("spec", "published"),
+    [(CLIP_L_TEXT, PUBLISHED_CLIP_L), (OPENCLIP_H_TEXT, PUBLISHED_OPENCLIP_H)],
+    ids=["clip-l", "openclip-h"],
+)
+def test_the_text_encoder_is_transformers(spec, published):
+    ids = np.random.default_rng(0).integers(0, 49408, (2, 77)).astype(np.int32)
+    reference = ReferenceText(CLIPTextConfig(**published)).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids)).last_hidden_state.numpy()
+    network = CLIPTextModel(spec)
+    load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    del reference
+    gc.collect()
+    assert_close("text encoder", network(Tensor(ids)), expected)

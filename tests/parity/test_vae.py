@@ -1,0 +1,109 @@
+"""The autoencoder computes what diffusers' does on the same weights, under their present and their old names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+from safetensors.numpy import save_file
+
+from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec
+from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.weights.model_folder import (
+    open_model_folder,
+    read_vae_config,
+    write_text_config,
+    write_unet_config,
+)
+from dreambooth_ms.weights.parameters import load_strict, read_parameters
+from tests.parity.reference import normal, relative_error, small_vae, weights_of
+
+# Float32 sums in another order, through some fifteen layers: measured below 1e-6.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return small_vae()
+
+
+@pytest.fixture(scope="module")
+def ours(reference):
+    network = AutoencoderKL(read_vae_config(dict(reference.config)))
+    load_strict(network, weights_of(reference), "diffusers")
+    return network
+
+
+def test_encoding_is_diffusers(reference, ours):
+    pictures = normal(2, 3, 16, 24)
+    with torch.no_grad():
+        posterior = reference.encode(torch.tensor(pictures)).latent_dist
+    mean, log_variance = VaeEncoder(ours)(Tensor(pictures))
+    errors = relative_error(mean, posterior.mean), relative_error(log_variance, posterior.logvar)
+    print("mean and log-variance", *(f"{error:.1e}" for error in errors))
+    assert max(errors) < TOLERANCE
+
+
+def test_decoding_is_diffusers(reference, ours):
+    latents = normal(2, 4, 8, 12)
+    with torch.no_grad():
+        expected = reference.decode(torch.tensor(latents)).sample
+    error = relative_error(VaeDecoder(ours)(Tensor(latents)), expected)
+    print(f"decoded {error:.1e}")
+    assert error < TOLERANCE
+
+
+def test_the_log_variance_is_clipped_as_in_diffusers(reference, ours, pynative):
+    """The last convolution's bias alone drives it out of range, up in some channels and down in the others."""
+    channels = reference.config.latent_channels
+    extreme = np.array([-100, 100] * (channels // 2), np.float32)
+    weights = weights_of(reference) | {"quant_conv.bias": np.concatenate([np.zeros(channels, np.float32), extreme])}
+    network = AutoencoderKL(ours.spec)
+    load_strict(network, weights, "diffusers")
+    _, log_variance = network.encode(Tensor(normal(1, 3, 16, 16)))
+    limits = log_variance.asnumpy().reshape(channels, -1)
+    assert (limits == np.where(extreme > 0, 20, -30)[:, None]).all()
+
+
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+
+@pytest.mark.parametrize("stored_as", [(), (1, 1)], ids=["(O,I)", "(O,I,1,1)"])
+def test_attention_weights_under_their_old_names_are_understood(reference, tmp_path, stored_as):
+    weights, renamed = weights_of(reference), {}
+    for name, value in weights.items():
+        for new, old in OLD_NAMES.items():
+            if "attentions" in name and new in name:
+                name = name.replace(new, old)
+                value = value.reshape(value.shape + stored_as) if value.ndim == 2 else value
+        renamed[name] = value
+    assert len(renamed.keys() - weights.keys()) == 16  # four weights and four biases in each half
+    write_folder(tmp_path, dict(reference.config), renamed)
+
+    loaded = read_parameters(open_model_folder(tmp_path).load_vae())
+    assert loaded.keys() == weights.keys()
+    assert all(np.array_equal(loaded[name], weights[name]) for name in weights)
+
+
+def write_folder(path, vae_config, vae_weights):
+    """A model folder whose autoencoder is real and whose other parts only have configurations."""
+    unet = UNetSpec(block_out_channels=(32,), has_attention=(True,), num_heads=(2,), cross_attention_dim=16)
+    text = ClipTextSpec(
+        transformer=TransformerSpec(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    files = {
+        "model_index.json": {},
+        "unet/config.json": write_unet_config(unet),
+        "unet/diffusion_pytorch_model.safetensors": {},
+        "vae/config.json": vae_config,
+        "text_encoder/config.json": write_text_config(text, 16),
+        "text_encoder/model.safetensors": {},
+        "tokenizer/vocab.json": {},
+        "scheduler/scheduler_config.json": {},
+    }
+    for name, content in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(json.dumps(content, default=list))
+    (path / "vae").mkdir(exist_ok=True)
+    save_file(vae_weights, path / "vae" / "diffusion_pytorch_model.safetensors")

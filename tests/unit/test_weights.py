@@ -1,0 +1,375 @@
+"""Weights are read strictly and written whole or not at all, and a model folder says what is wrong with it."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+from mindspore import nn
+
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.specs import (
+    CLIP_L_TEXT,
+    OPENCLIP_H_TEXT,
+    SD_15_UNET,
+    SD_21_UNET,
+    SD_VAE,
+    ClipSpec,
+    ClipTextSpec,
+    ClipVisionSpec,
+    TransformerSpec,
+    UNetSpec,
+    VaeSpec,
+)
+from dreambooth_ms.ops import Dense, StoredLayout, conv2d
+from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.weights import model_folder
+from dreambooth_ms.weights.atomic import atomic_path, write_bytes
+from dreambooth_ms.weights.initialise import initialise
+from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
+from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+from tests.parity.reference import normal
+
+
+class Network(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv2d(3, 4, 3)
+        self.dense = nn.CellList([Dense(4, 2), Dense(2, 2)])
+        self.logit_scale = empty_parameter(())
+
+
+SHAPES = {
+    "conv.weight": (4, 3, 3, 3),
+    "conv.bias": (4,),
+    "dense.0.weight": (2, 4),
+    "dense.0.bias": (2,),
+    "dense.1.weight": (2, 2),
+    "dense.1.bias": (2,),
+    "logit_scale": (),
+}
+
+
+@pytest.fixture
+def tensors():
+    return {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+
+
+class TestLoading:
+    def test_a_network_has_the_public_names_and_shapes_before_and_after_it_is_filled(self, tensors):
+        network = Network()
+        for _ in range(2):
+            assert {name: parameter.shape for name, parameter in public_parameters(network).items()} == SHAPES
+            load_strict(network, tensors, "a file")
+
+    def test_what_was_loaded_is_read_back_bit_by_bit(self, tensors):
+        network = Network()
+        load_strict(network, tensors, "a file")
+        found = read_parameters(network)
+        assert found.keys() == tensors.keys()
+        assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+    def test_half_precision_is_widened(self, tensors):
+        network, halves = Network(), {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
+        load_strict(network, halves, "a file")
+        found = read_parameters(network)
+        assert all(found[name].dtype == np.float32 for name in tensors)
+        assert all(np.array_equal(found[name], halves[name]) for name in tensors)
+
+    def test_everything_that_does_not_fit_is_listed_together_and_nothing_is_written(self, tensors):
+        network = Network()
+        load_strict(network, tensors, "a file")
+        wrong = {name: tensor + 1 for name, tensor in tensors.items()} | {"lora.weight": np.zeros(3, np.float32)}
+        del wrong["dense.0.bias"], wrong["conv.bias"]
+        wrong["conv.weight"] = wrong["conv.weight"].reshape(4, 27)
+        with pytest.raises(WeightError) as error:
+            load_strict(network, wrong, "folder/a file")
+        message = str(error.value)
+        assert message.startswith("folder/a file does not fit Network")
+        assert "2 missing (conv.bias, dense.0.bias)" in message
+        assert "1 unexpected (lora.weight)" in message
+        assert "1 of another shape (conv.weight: expected (4, 3, 3, 3), got (4, 27))" in message
+        found = read_parameters(network)
+        assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+    def test_a_long_list_is_cut_and_counted(self, tensors):
+        with pytest.raises(WeightError, match=r"7 missing \(.*dense\.1\.bias and 2 more\)"):
+            load_strict(Network(), {}, "a file")
+
+    def test_only_the_named_surplus_may_be_there(self, tensors):
+        buffers = {"position_ids": np.zeros(1)}
+        load_strict(Network(), tensors | buffers, "a file", ignore_unexpected=("position_ids",))
+        with pytest.raises(WeightError, match="other_ids"):
+            load_strict(Network(), tensors | {"other_ids": np.zeros(1)}, "a file", ignore_unexpected=("position_ids",))
+
+    @pytest.mark.parametrize("kernel_size", [1, 3, 4])
+    def test_the_stored_layout_of_a_convolution_loses_no_bit(self, kernel_size):
+        layout, weight = StoredLayout(kernel_size), normal(5, 3, kernel_size, kernel_size)
+        stored = layout.store(weight)
+        assert stored.shape == (5, kernel_size**2 * 3)
+        assert np.array_equal(stored[1, :3], weight[1, :, 0, 0])  # the channels of a tap stand together
+        assert layout.public_shape(stored.shape) == weight.shape
+        assert np.array_equal(layout.restore(stored), weight)
+
+
+class TestStartValues:
+    def test_they_are_a_function_of_seed_and_name(self):
+        first, again, other = Network(), Network(), Network()
+        for network, seed in ((first, 0), (again, 0), (other, 1)):
+            initialise(network, seed)
+        first, again, other = map(read_parameters, (first, again, other))
+        matrices = [name for name in SHAPES if name.endswith("weight")]
+        assert all(np.array_equal(first[name], again[name]) for name in SHAPES)
+        assert not any(np.array_equal(first[name], other[name]) for name in matrices)
+        assert all((first[name] == 0).all() for name in SHAPES if name.endswith("bias"))
+
+
+class TestAtomicFiles:
+    def test_a_file_appears_with_its_content_and_ordinary_rights(self, tmp_path):
+        target = tmp_path / "new folder" / "file.bin"
+        write_bytes(target, b"content")
+        assert target.read_bytes() == b"content"
+        plain = tmp_path / "plain"
+        plain.touch()
+        assert target.stat().st_mode == plain.stat().st_mode
+        assert list(target.parent.iterdir()) == [target]
+
+    @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+    def test_a_failure_in_between_leaves_the_old_file_and_no_partial_one(self, tmp_path, failure):
+        target = tmp_path / "file.bin"
+        target.write_bytes(b"old")
+        with pytest.raises(failure), atomic_path(target) as partial:
+            partial.write_bytes(b"ne")
+            assert partial.parent == tmp_path
+            raise failure
+        assert target.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_a_full_disk_is_said_and_leaves_the_old_file(self, tmp_path, monkeypatch):
+        target = tmp_path / "file.safetensors"
+        write_tensors(target, {"a": np.ones(3, np.float32)})
+
+        def full(handle):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(WeightError, match=r"file\.safetensors.*No space left"):
+            write_tensors(target, {"a": np.zeros(3, np.float32)})
+        assert read_tensors(target)[0]["a"].tolist() == [1, 1, 1]
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_a_folder_that_cannot_be_written_is_named(self, tmp_path):
+        """Something else stands where the folder should be; unlike missing rights this stops the superuser too."""
+        (tmp_path / "taken").touch()
+        with pytest.raises(WeightError, match=r"taken/file\.bin.*choose another folder"):
+            write_bytes(tmp_path / "taken" / "file.bin", b"content")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+    def test_a_folder_without_the_right_to_write_is_named(self, tmp_path):
+        tmp_path.chmod(0o555)
+        with pytest.raises(WeightError, match=r"file\.bin.*choose another folder"):
+            write_bytes(tmp_path / "file.bin", b"content")
+
+
+class TestTensorFiles:
+    def test_tensors_keep_their_bits_and_dtypes(self, tmp_path):
+        tensors = {
+            "single": normal(3, 4),
+            "half": normal(2).astype(np.float16),
+            "turned": normal(3, 4).T,
+            "logit_scale": np.array(2.5, np.float32),
+        }
+        write_tensors(tmp_path / "file.safetensors", tensors, {"step": "7"})
+        found, metadata = read_tensors(tmp_path / "file.safetensors")
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+            assert np.array_equal(found[name], tensor)
+        assert metadata == {"format": "pt", "step": "7"}
+
+    @pytest.mark.parametrize("kind", ["truncated", "cut in its header", "empty", "missing", "text", "folder"])
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path, kind):
+        path = tmp_path / "weights.safetensors"
+        write_tensors(path, {"a": normal(100)})
+        content = path.read_bytes()
+        if kind in ("missing", "folder"):
+            path.unlink()
+        if kind == "folder":
+            path.mkdir()
+        damaged = {
+            "truncated": content[:-7],
+            "cut in its header": content[:20],
+            "empty": b"",
+            "text": b"<!DOCTYPE html><title>404 Not Found</title>",
+        }
+        if kind in damaged:
+            path.write_bytes(damaged[kind])
+        with pytest.raises(WeightError, match=r"weights\.safetensors: (no such file|not a readable safetensors file)"):
+            read_tensors(path)
+
+
+TEXT = ClipTextSpec(
+    transformer=TransformerSpec(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        layer_norm_eps=1e-4,
+    ),
+    vocab_size=30,
+    max_position_embeddings=8,
+    eos_token_id=29,
+)
+UNET = UNetSpec(
+    block_out_channels=(8, 16),
+    has_attention=(False, True),
+    num_heads=(1, 2),
+    cross_attention_dim=16,
+    layers_per_block=1,
+    use_linear_projection=True,
+    in_channels=5,
+    out_channels=6,
+    norm_num_groups=4,
+    norm_eps=1e-4,
+    sample_size=8,
+)
+VAE = VaeSpec(
+    block_out_channels=(8, 16),
+    layers_per_block=1,
+    in_channels=1,
+    latent_channels=5,
+    norm_num_groups=4,
+    scaling_factor=0.3,
+)
+VISION = ClipVisionSpec(
+    transformer=TransformerSpec(hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4),
+    image_size=24,
+    patch_size=6,
+)
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize("spec", [UNET, SD_15_UNET, SD_21_UNET], ids=["tiny", "sd15", "sd21"])
+    def test_a_unet_is_read_as_it_was_written(self, spec):
+        assert model_folder.read_unet_config(written(model_folder.write_unet_config(spec))) == spec
+
+    @pytest.mark.parametrize("spec", [VAE, SD_VAE], ids=["tiny", "sd"])
+    def test_an_autoencoder_is_read_as_it_was_written(self, spec):
+        assert model_folder.read_vae_config(written(model_folder.write_vae_config(spec, 64))) == spec
+
+    @pytest.mark.parametrize("spec", [TEXT, CLIP_L_TEXT, OPENCLIP_H_TEXT], ids=["tiny", "sd1", "sd2"])
+    def test_a_text_encoder_is_read_as_it_was_written(self, spec):
+        assert model_folder.read_text_config(written(model_folder.write_text_config(spec, 16))) == spec
+
+    def test_clip_is_read_as_it_was_written(self):
+        spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
+        assert model_folder.read_clip_config(written(model_folder.write_clip_config(spec))) == spec
+
+    def test_an_older_unet_has_the_same_number_of_heads_everywhere(self):
+        config = model_folder.write_unet_config(UNET) | {"attention_head_dim": 8}
+        assert model_folder.read_unet_config(config).num_heads == (8, 8)
+
+    def test_a_scheduler_says_what_the_model_predicts(self):
+        config = {"prediction_type": "v_prediction", "beta_end": 0.02, "beta_schedule": "linear"}
+        expected = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION, beta_end=0.02, beta_schedule="linear")
+        assert model_folder.read_scheduler_config(config) == expected
+        assert model_folder.read_scheduler_config({}) == NoiseScheduleSpec()
+        with pytest.raises(WeightError, match=r"'sample'.*epsilon or v_prediction"):
+            model_folder.read_scheduler_config({"prediction_type": "sample"})
+
+
+def written(config):
+    """What a reader of the JSON file gets: lists for tuples."""
+    return json.loads(json.dumps(config))
+
+
+PARTS = [
+    "model_index.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/vocab.json",
+    "scheduler/scheduler_config.json",
+]
+
+
+def test_clip_is_loaded_as_it_was_saved(tmp_path):
+    """Its temperature has no axis, and must not get one on the way."""
+    spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
+    network = CLIPModel(spec)
+    initialise(network, 0)
+    model_folder.save_network(tmp_path, "clip", network, model_folder.write_clip_config(spec))
+    saved, loaded = read_parameters(network), read_parameters(model_folder.load_clip(tmp_path / "clip"))
+    assert loaded.keys() == saved.keys()
+    assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+    assert loaded["logit_scale"].shape == ()
+
+
+class TestModelFolder:
+    @pytest.fixture
+    def text_encoder(self):
+        network = CLIPTextModel(TEXT)
+        initialise(network, 0)
+        return network
+
+    @pytest.fixture
+    def folder(self, tmp_path, text_encoder):
+        """Every part is there; only the text encoder's weights are real."""
+        for name in PARTS:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        (tmp_path / "unet/config.json").write_text(json.dumps(model_folder.write_unet_config(UNET)))
+        (tmp_path / "vae/config.json").write_text(json.dumps(model_folder.write_vae_config(VAE, 16)))
+        config = model_folder.write_text_config(TEXT, 16)
+        model_folder.save_network(tmp_path, "text_encoder", text_encoder, config)
+        return tmp_path
+
+    def test_it_knows_its_networks(self, folder):
+        found = model_folder.open_model_folder(folder)
+        assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET, VAE, TEXT)
+        assert found.schedule_spec == NoiseScheduleSpec()
+        assert found.picture_size == 16
+        assert found.tokenizer_path == folder / "tokenizer"
+
+    def test_a_network_is_loaded_as_it_was_saved(self, folder, text_encoder):
+        saved = read_parameters(text_encoder)
+        loaded = read_parameters(model_folder.open_model_folder(folder).load_text_encoder())
+        assert loaded.keys() == saved.keys()
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_a_missing_part_is_named(self, folder, part):
+        (folder / part).unlink()
+        with pytest.raises(WeightError) as error:
+            model_folder.open_model_folder(folder)
+        assert str(folder) in str(error.value)
+        assert part.rsplit("/", 1)[-1] in str(error.value)
+
+    @pytest.mark.parametrize("content", ["", "[1, 2]", "<!DOCTYPE html>", "{}"], ids=["empty", "list", "page", "bare"])
+    def test_a_configuration_that_says_nothing_is_named(self, folder, content):
+        (folder / "unet/config.json").write_text(content)
+        with pytest.raises(WeightError, match=r"unet/config\.json"):
+            model_folder.open_model_folder(folder)
+
+    def test_a_variant_that_is_not_there_is_named_beside_what_is(self, folder):
+        with pytest.raises(WeightError, match=r"unet/diffusion_pytorch_model\.fp16\.safetensors.*found: config\.json"):
+            model_folder.open_model_folder(folder, variant="fp16")
+
+    def test_weights_of_another_network_are_refused(self, folder):
+        config = model_folder.write_text_config(CLIP_L_TEXT, 16)
+        config["num_hidden_layers"], config["hidden_size"] = 1, 16
+        (folder / "text_encoder/config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
+            model_folder.open_model_folder(folder).load_text_encoder()
+
+    def test_sdxl_is_refused_by_its_name(self, folder):
+        (folder / "model_index.json").write_text('{"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}')
+        with pytest.raises(WeightError, match="SDXL"):
+            model_folder.open_model_folder(folder)
