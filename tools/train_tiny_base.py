@@ -82,23 +82,24 @@ NUM_SCENES = 24_000
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one network is trained: warm up, then a cosine to zero."""
+    """How one network is trained: warm up, then a cosine that would reach zero after `horizon` steps."""
 
     steps: int
     batch_size: int
     learning_rate: float
+    horizon: int
     warmup: int = 100
 
     def rate(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
-        progress = max(0.0, (step - self.warmup) / (self.steps - self.warmup))
+        progress = max(0.0, (step - self.warmup) / (self.horizon - self.warmup))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 SCHEDULES = {
-    "vae": Schedule(steps=850, batch_size=12, learning_rate=6e-4),
-    "clip": Schedule(steps=700, batch_size=64, learning_rate=1e-3),
-    "unet": Schedule(steps=2000, batch_size=32, learning_rate=8e-4),
+    "vae": Schedule(steps=850, batch_size=12, learning_rate=6e-4, horizon=850),
+    "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
+    "unet": Schedule(steps=2400, batch_size=20, learning_rate=8e-4, horizon=2400),
 }
 
 

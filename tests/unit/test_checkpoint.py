@@ -22,7 +22,6 @@ from dreambooth_ms.training.checkpoint import (
     save_checkpoint,
 )
 from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, write_bytes
-from dreambooth_ms.weights.tensor_file import write_tensors
 
 ADAPTER = "adapter.bin"
 AWKWARD = np.array([[-0.0, 1e-45, np.finfo(np.float32).max], [np.nan, -np.inf, 1 / 3]], np.float32)
@@ -92,20 +91,18 @@ class TestSavingAndRestoring:
         assert names(tmp_path) == ["checkpoint-3"]
 
     @pytest.mark.parametrize(
-        ("foreign", "named"),
+        ("change", "named"),
         [
-            ([("down", (2, 3)), ("moment.down", (2, 3))], "1 parameters differ, such as up"),
-            ([("down", (2, 3)), ("moment.down", (2, 3)), ("up", (8,))], "1 parameters differ, such as up"),
-            (
-                [("down", (2, 3)), ("mid", (1,)), ("moment.down", (2, 3)), ("up", (4,))],
-                "1 parameters differ, such as mid",
-            ),
-            ([("other", (2, 3))], "4 parameters differ, such as down"),
+            ({"up": None}, "1 parameters differ, such as up"),
+            ({"up": (8,)}, "1 parameters differ, such as up"),
+            ({"mid": (1,)}, "1 parameters differ, such as mid"),
+            ({"down": None, "first": (2, 3), "up": (8,)}, "3 parameters differ, such as down"),
         ],
         ids=["one fewer", "another shape", "one more", "another network"],
     )
-    def test_the_checkpoint_of_another_training_is_refused_with_the_difference(self, tmp_path, foreign, named):
-        state = [Parameter(Tensor(np.ones(shape, np.float32)), name=name) for name, shape in foreign]
+    def test_the_checkpoint_of_another_training_is_refused_with_the_difference(self, tmp_path, change, named):
+        shapes = {p.name: tuple(p.shape) for p in parameters()} | change
+        state = [Parameter(Tensor(np.ones(shape, np.float32)), name=name) for name, shape in shapes.items() if shape]
         before = bits(state)
         with pytest.raises(WeightError, match=f"checkpoint-3: belongs to another training; {named}"):
             restore(open_checkpoint(save(tmp_path, 3)), state)
@@ -225,10 +222,28 @@ class TestKeeping:
         def full_disk(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with pytest.raises(WeightError, match="checkpoint-3: cannot be written .No space left on device."):
+        with pytest.raises(WeightError, match=r"checkpoint-3: cannot be written \(No space left on device\)"):
             save(tmp_path, 3, keep=2, write_results=full_disk)
         assert steps_held(tmp_path) == [1, 2]
         assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+    def test_a_step_that_cannot_be_saved_again_is_still_there(self, tmp_path, monkeypatch):
+        save(tmp_path, 3, fill=1.0)
+
+        def refuse(path, target):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(checkpoint_module.Path, "rename", refuse)
+        with pytest.raises(WeightError, match=r"checkpoint-3: cannot be written \(Input/output error\)"):
+            save(tmp_path, 3, fill=2.0)
+        assert steps_held(tmp_path) == [3]
+
+    def test_an_older_training_that_goes_on_keeps_what_it_just_wrote(self, tmp_path):
+        """Resumed from checkpoint 1 by name, in a folder that holds later ones."""
+        for step in (1, 8, 9):
+            save(tmp_path, step)
+        path = save(tmp_path, 2, keep=2)
+        assert path.is_dir()
 
     def test_an_interrupt_leaves_nothing_half_written(self, tmp_path):
         def interrupted(target):
@@ -253,6 +268,6 @@ class TestUnwritableFolders:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr(checkpoint_module.tempfile, "mkdtemp", refuse)
-        with pytest.raises(WeightError, match="checkpoint-1: cannot be written .Permission denied."):
+        with pytest.raises(WeightError, match=r"checkpoint-1: cannot be written \(Permission denied\)"):
             save(tmp_path, 1)
         assert names(tmp_path) == []

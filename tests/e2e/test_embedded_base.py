@@ -1,0 +1,70 @@
+"""The embedded base draws what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
+from dreambooth_ms.randomness import generator
+from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
+from dreambooth_ms.weights.model_folder import open_model_folder
+from tools.tiny_base.checker import shows
+from tools.tiny_base.world import COLOURS, SHAPES
+
+BASE = Path("checkpoints/tiny-shapes")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return open_model_folder(BASE)
+
+
+def draw(base, prompts, settings, noise):
+    embeddings = encode_prompts(PromptTokenizer(base.tokenizer_path), base.load_text_encoder(), [*prompts, ""], 16)
+    sampler = Sampler(base.load_unet(), base.load_vae(), base.scheduler_config, settings)
+    text = np.stack([embeddings[prompt] for prompt in prompts])
+    return list(sampler.pictures(noise, text, embeddings[""]))
+
+
+def plain_prompts(count):
+    """Shape, colour and prompt; every shape equally often, shape and background of different colours."""
+    rows = []
+    for i in range(count):
+        colour, background = generator(11, "prompts", i).permutation(list(COLOURS))[:2]
+        shape = SHAPES[i % len(SHAPES)]
+        article = "an" if colour[0] in "aeiou" else "a"
+        ground = "an" if background[0] in "aeiou" else "a"
+        rows.append((shape, colour, f"a photo of {article} {colour} {shape} on {ground} {background} background"))
+    return rows
+
+
+def test_nine_of_ten_samples_show_the_shape_and_colour_of_their_prompt(base):
+    rows = plain_prompts(64)
+    noise = starting_noise(len(rows), base.latent_shape(64, 64), 0, "base quality")
+    pictures = draw(base, [prompt for _, _, prompt in rows], SamplingSettings("ddim", 25, 4.0, 32), noise)
+    right = [shows(picture, shape, colour) for (shape, colour, _), picture in zip(rows, pictures, strict=True)]
+    missed = [prompt for (_, _, prompt), is_right in zip(rows, right, strict=True) if not is_right]
+    print(f"{sum(right)} of {len(right)} right; missed: {missed}")
+    assert np.mean(right) >= 0.9, missed
+
+
+def test_the_folder_is_small():
+    assert sum(file.stat().st_size for file in BASE.rglob("*") if file.is_file()) <= 20e6
+
+
+def test_diffusers_loads_the_folder_and_gives_our_pictures_from_the_same_noise(base):
+    prompts = ["a photo of a red circle on a blue background", "a photo of a striped green and white heart"]
+    noise = starting_noise(2, base.latent_shape(64, 64), 5, "diffusers")
+    ours = draw(base, prompts, SamplingSettings("ddim", 10, 4.0, 2), noise)
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    theirs = pipeline(
+        prompts, latents=torch.tensor(noise), num_inference_steps=10, guidance_scale=4.0, output_type="np"
+    ).images
+    difference = np.abs(np.stack(ours) / 255 - theirs)
+    # Half a level of rounding to 8 bits, and the float32 difference of 10 steps.
+    assert difference.max() < 0.6 / 255 + 1e-3
