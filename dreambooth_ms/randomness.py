@@ -20,7 +20,9 @@ def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random
         row: row of the global batch, 0-based.
     """
     purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=[seed, purpose_key], counter=[0, 0, step, row]))
+    # As uint64 from the start: a list of large and small integers would pass through float64 and merge seeds.
+    key, counter = np.array([seed, purpose_key], np.uint64), np.array([0, 0, step, row], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def standard_normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0, row: int = 0) -> np.ndarray:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,8 @@ class Schedule:
 
 
 SCHEDULES = {
-    "vae": Schedule(steps=850, batch_size=12, learning_rate=6e-4, horizon=850),
+    "vae": Schedule(steps=600, batch_size=12, learning_rate=6e-4, horizon=850),
+    "vae_fine": Schedule(steps=1300, batch_size=6, learning_rate=4e-4, horizon=1300),
     "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
     "unet": Schedule(steps=2400, batch_size=20, learning_rate=8e-4, horizon=2400),
 }
@@ -159,7 +161,7 @@ def fit(stage: str, network: nn.Cell, loss_cell: nn.Cell, batch: Callable[[int],
     """Train a network by its schedule; a stopped run goes on from its newest state."""
     schedule, state_file = SCHEDULES[stage], WORK / f"{stage}.state.safetensors"
     trainables = [public.parameter for public in public_parameters(network).values()]
-    optimiser = AdamW(trainables, AdamWHyperparameters(weight_decay=1e-3))
+    optimiser = AdamW(trainables, AdamWHyperparameters(beta2=0.99, weight_decay=1e-3))
     step_cell = TrainStep(loss_cell, trainables, optimiser, max_grad_norm=1.0)
     state = [*trainables, *optimiser.first_moments, *optimiser.second_moments]
     first = 0
@@ -202,14 +204,18 @@ def train_vae() -> AutoencoderKL:
     network = AutoencoderKL(VAE)
     initialise(network, SEED)
     start_with_narrow_posterior(network)
-    size = SCHEDULES["vae"].batch_size
+    for stage in ("vae", "vae_fine"):
+        size = SCHEDULES[stage].batch_size
+        if not finished(stage, network):
+            fit(stage, network, VaeLoss(network), partial(vae_batch, stage, size))
+    return network
+
+
+def vae_batch(stage: str, size: int, step: int) -> tuple[np.ndarray, ...]:
+    """Pictures and posterior noise of a step; the few large batches come first, then many small ones."""
+    rows, _ = pictures(range(step * size, (step + 1) * size))
     latent_shape = (size, VAE.latent_channels, UNET.sample_size, UNET.sample_size)
-
-    def batch(step: int) -> tuple[np.ndarray, ...]:
-        rows, _ = pictures(range(step * size, (step + 1) * size))
-        return rows, standard_normal(latent_shape, SEED, "vae noise", step)
-
-    return network if finished("vae", network) else fit("vae", network, VaeLoss(network), batch)
+    return rows, standard_normal(latent_shape, SEED, f"{stage} noise", step)
 
 
 def start_with_narrow_posterior(vae: AutoencoderKL) -> None:

@@ -100,7 +100,7 @@ class _NormaliseGroups(nn.Cell):
     """(B, P, C) -> (B, P, C), with mean and reciprocal standard deviation as (B, C).
 
     Its own backward pass keeps the input and the two statistics, and writes the gradient as
-    dx = a * dout + b * x + c with a, b, c per row and channel.
+    dx = a * dout + b * (x - mean) + c with a, b, c per row and channel.
     """
 
     def __init__(self, num_groups: int, channels: int, eps: float) -> None:
@@ -134,15 +134,15 @@ class _NormaliseGroups(nn.Cell):
         dy_BPC = dout[0]
         weight_BC = _over_batch(weight_C, batch)
         dbias_BC = self._pixel_sum(dy_BPC)
-        dweight_BC = (self._pixel_sum(dy_BPC * x_BPC) - mean_BC * dbias_BC) * rstd_BC
+        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
+        dweight_BC = self._pixel_sum(dy_BPC * centred_BPC) * rstd_BC
         mean_dy_BC = self._group_sum(weight_BC * dbias_BC) * (1 / count)
         mean_dy_xhat_BC = self._group_sum(weight_BC * dweight_BC) * (1 / count)
         slope_BC = rstd_BC * rstd_BC * mean_dy_xhat_BC
-        shift_BC = mean_BC * slope_BC - rstd_BC * mean_dy_BC
         dx_BPC = (
             dy_BPC * _over_pixels(rstd_BC * weight_BC, pixels)
-            - x_BPC * _over_pixels(slope_BC, pixels)
-            + _over_pixels(shift_BC, pixels)
+            - centred_BPC * _over_pixels(slope_BC, pixels)
+            - _over_pixels(rstd_BC * mean_dy_BC, pixels)
         )
         return dx_BPC, dweight_BC.sum(0), dbias_BC.sum(0)
 

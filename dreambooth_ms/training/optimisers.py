@@ -46,8 +46,9 @@ class AdamW(nn.Cell):
     def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
         h = self.hyperparameters
-        correction1 = 1 - h.beta1**step
-        correction2 = math.sqrt(1 - h.beta2**step)
+        # The kernel holds the betas in float32; the corrections are those of these numbers.
+        correction1 = 1 - float(np.float32(h.beta1)) ** step
+        correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
         scalars = (
             learning_rate * correction2 / correction1,
             h.epsilon * correction2,

@@ -6,7 +6,8 @@ Reading gives specs and filled networks; writing gives a folder that diffusers l
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,31 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 # The names of the autoencoder's attention before diffusers 0.17, still in most published files.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+# What the configuration of a UNet may say besides the fields of the spec; the first value is diffusers' default.
+SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "only_cross_attention": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "transformer_layers_per_block": (1,),
+}
+SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
@@ -116,23 +142,35 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
     if not (path / "tokenizer" / "vocab.json").is_file():
         raise WeightError(f"{path}: tokenizer/vocab.json is missing; is the download complete?")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    return ModelFolder(
-        path=path,
-        variant=variant,
-        unet_spec=read_unet_config(read_json(path / "unet" / "config.json")),
-        vae_spec=read_vae_config(read_json(path / "vae" / "config.json")),
-        text_spec=read_text_config(read_json(path / "text_encoder" / "config.json")),
-        schedule_spec=read_scheduler_config(scheduler),
-        scheduler_config=scheduler,
-    )
+    with _complete_configuration(path):
+        return ModelFolder(
+            path=path,
+            variant=variant,
+            unet_spec=read_unet_config(read_json(path / "unet" / "config.json")),
+            vae_spec=read_vae_config(read_json(path / "vae" / "config.json")),
+            text_spec=read_text_config(read_json(path / "text_encoder" / "config.json")),
+            schedule_spec=read_scheduler_config(scheduler),
+            scheduler_config=scheduler,
+        )
 
 
 def load_clip(folder: Path) -> CLIPModel:
     """Both towers from a folder in transformers' layout."""
-    network = CLIPModel(read_clip_config(read_json(folder / "config.json", f"{folder} holds no CLIP model")))
+    config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
+    with _complete_configuration(folder):
+        network = CLIPModel(read_clip_config(config))
     file = folder / "model.safetensors"
     load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
     return network
+
+
+@contextmanager
+def _complete_configuration(folder: Path) -> Iterator[None]:
+    """Turns a key that a configuration lacks into an error for users."""
+    try:
+        yield
+    except KeyError as error:
+        raise WeightError(f"{folder}: a config.json lacks {error}; download it again") from error
 
 
 def weight_file(folder: Path, part: str, variant: str | None) -> Path:
@@ -207,8 +245,14 @@ def read_unet_config(config: Config) -> UNetSpec:
     Raises:
         WeightError: the configuration asks for something these networks do not have.
     """
-    if config.get("addition_embed_type") or config.get("class_embed_type"):
-        raise WeightError("unet/config.json: extra conditioning, as in SDXL, is not supported yet; use SD 1.x or 2.x")
+    for key, supported in SUPPORTED_UNET_SETTINGS.items():
+        if config.get(key, supported[0]) not in supported:
+            raise WeightError(
+                f"unet/config.json: {key} {config[key]!r} is not supported (only {supported[0]!r}); use SD 1.x or 2.x"
+            )
+    kinds = set(config["down_block_types"]) | set(config["up_block_types"])
+    if kinds - SUPPORTED_BLOCKS:
+        raise WeightError(f"unet/config.json: blocks {sorted(kinds - SUPPORTED_BLOCKS)} are not supported yet")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]

@@ -32,7 +32,8 @@ class PublicParameter:
         """Set the value, given in its public form; it is cast to the parameter's dtype."""
         stored = self.layout.store(value) if self.layout else value
         dtype = np.float16 if self.parameter.dtype == ms.float16 else np.float32
-        self.parameter.set_data(Tensor(np.ascontiguousarray(stored, dtype=dtype)))
+        # Not ascontiguousarray: that would give a scalar an axis.
+        self.parameter.set_data(Tensor(np.asarray(stored, dtype=dtype, order="C")))
 
 
 def public_parameters(root: nn.Cell) -> dict[str, PublicParameter]:

@@ -32,7 +32,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
     """
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    # Not ascontiguousarray: that would give a scalar an axis.
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with atomic_path(path) as partial:
         try:
             save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
