@@ -77,7 +77,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 KL_WEIGHT = 1e-6
 EMPTY_PROMPT_SHARE = 0.1
-NUM_SCENES = 24_000
+NUM_SCENES = 16_000
 """Scenes that the UNet sees, encoded once; VAE and CLIP draw theirs as they go."""
 
 
@@ -99,7 +99,7 @@ class Schedule:
 
 SCHEDULES = {
     "vae": Schedule(steps=600, batch_size=12, learning_rate=6e-4, horizon=850),
-    "vae_fine": Schedule(steps=1300, batch_size=6, learning_rate=4e-4, horizon=1300),
+    "vae_fine": Schedule(steps=900, batch_size=8, learning_rate=2e-4, horizon=900, warmup=20),
     "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
     "unet": Schedule(steps=2400, batch_size=20, learning_rate=8e-4, horizon=2400),
 }

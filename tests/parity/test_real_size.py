@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as ReferenceVae
 from diffusers import UNet2DConditionModel as ReferenceUNet
-from mindspore import Tensor
+from mindspore import ParameterTuple, Tensor, nn, ops
+from peft import LoraConfig
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceText
 
+from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SD_VAE
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -28,6 +30,10 @@ pytestmark = pytest.mark.real
 TOLERANCE = 1e-4
 
 ATTENTION_DOWN, ATTENTION_UP = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+# The same forward and backward; relative to the largest gradient of each matrix.
+GRADIENT_TOLERANCE = 1e-3
+RANK, TARGETS = 4, ["to_q", "to_k", "to_v", "to_out.0"]
+
 # As in the config.json of the published models.
 PUBLISHED_UNET = {
     "block_out_channels": (320, 640, 1280, 1280),
@@ -68,6 +74,22 @@ PUBLISHED_OPENCLIP_H = PUBLISHED_CLIP_L | {
 }
 
 
+class LoraGradients(nn.Cell):
+    """Gradients of the mean squared prediction with respect to the adapters."""
+
+    def __init__(self, unet, trainables):
+        super().__init__(auto_prefix=False)
+        self.differentiate = ops.value_and_grad(self.loss, None, ParameterTuple(trainables))
+        self.unet = unet
+
+    def loss(self, latents, timesteps, text):
+        prediction = self.unet(latents, timesteps, text)
+        return (prediction * prediction).mean()
+
+    def construct(self, latents, timesteps, text):
+        return self.differentiate(latents, timesteps, text)[1]
+
+
 @pytest.fixture(autouse=True)
 def memory_is_given_back():
     """The networks of one test are gone before the next begins."""
@@ -96,6 +118,32 @@ def test_the_unet_at_256_pixels_is_diffusers(spec, published):
     del reference
     gc.collect()
     assert_close("UNet", network(Tensor(latents), Tensor(timesteps), Tensor(text)), expected)
+
+
+def test_the_lora_gradients_of_the_sd15_unet_at_256_pixels_are_pefts():
+    latents, timesteps, text = normal(1, 4, 32, 32), np.array([501], np.int32), normal(1, 77, 768)
+    reference = ReferenceUNet(**PUBLISHED_UNET, **PUBLISHED_15).requires_grad_(False)
+    reference.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights=False))
+    trained = {n.replace(".default.", "."): p for n, p in reference.named_parameters() if p.requires_grad}
+    start = {name: parameter.detach().numpy().copy() for name, parameter in trained.items()}
+    prediction = reference(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample
+    (prediction**2).mean().backward()
+    expected = {name: parameter.grad.numpy() for name, parameter in trained.items()}
+    base = {n.replace(".base_layer.", "."): w for n, w in weights_of(reference).items() if ".lora_" not in n}
+    del reference, trained, prediction
+    gc.collect()
+
+    network = UNet2DConditionModel(SD_15_UNET)
+    load_strict(network, base, "diffusers")
+    del base
+    trainables = lora_trainables(inject_lora(network, RANK, RANK, TARGETS))
+    assert (len(trainables), sum(p.size for p in trainables)) == (256, 797_184)
+    for parameter in trainables:
+        parameter.set_data(Tensor(start[parameter.name]))
+    gradients = LoraGradients(network, trainables)(Tensor(latents), Tensor(timesteps), Tensor(text))
+    errors = {p.name: relative_error(g, expected[p.name]) for p, g in zip(trainables, gradients, strict=True)}
+    print(f"LoRA gradients: {max(errors.values()):.1e} at worst")
+    assert max(errors.values()) < GRADIENT_TOLERANCE
 
 
 def test_the_autoencoder_at_256_pixels_is_diffusers():
