@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.models.clip import CLIPTextModel
-from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.initialise import initialise
 from dreambooth_ms.weights.model_folder import (
     save_network,
+    write_clip_config,
     write_json,
     write_text_config,
     write_unet_config,
@@ -35,14 +36,22 @@ def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsi
     spec = replace(UNET, use_linear_projection=sd2)
     vocabulary = write_tokenizer(folder / "tokenizer", ["a", "photo", "of", "star"])
     text = ClipTextSpec(transformer=TEXT, vocab_size=vocabulary, eos_token_id=vocabulary - 1)
+    clip = ClipSpec(
+        text=text,
+        vision=ClipVisionSpec(transformer=TEXT, image_size=32, patch_size=16),
+        projection_dim=TEXT.hidden_size,
+    )
     parts = (
         ("unet", UNet2DConditionModel(spec), write_unet_config(spec)),
         ("vae", AutoencoderKL(VAE), write_vae_config(VAE, 32)),
         ("text_encoder", CLIPTextModel(text), write_text_config(text, TEXT.hidden_size)),
+        ("clip", CLIPModel(clip), write_clip_config(clip)),
     )
     for part, network, config in parts:
         initialise(network, seed)
         save_network(folder, part, network, config)
+    preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
     scheduler = {
         "_class_name": "DDIMScheduler",
         "beta_end": 0.012,

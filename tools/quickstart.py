@@ -40,7 +40,11 @@ Next:
 def main(extra: list[str]) -> int:
     """Run what is missing; `extra` flags go to the training."""
     if not Path("checkpoints/tiny-shapes/model_index.json").is_file():
-        print("quickstart: error: run it from the repository's folder, where checkpoints/ is", file=sys.stderr)
+        print(
+            "quickstart: error: checkpoints/tiny-shapes holds no model; run this from the repository's folder, "
+            "and make the model with python -m tools.train_tiny_base if it is not there",
+            file=sys.stderr,
+        )
         return 2
     if all((RUN / name).is_file() for name in RESULTS):
         print(f"{RUN} is complete: {', '.join(RESULTS)}. Remove the folder to start over.")

@@ -1,0 +1,101 @@
+"""Photographs in; an adapter, pictures, a sheet and figures out: the three commands one after the other."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.sampling.picture_file import read_settings
+from dreambooth_ms.training.trackers import read_history
+from tests.tiny_model import write_random_model
+from tools.tiny_base.world import write_subject
+
+
+def run(command, **values):
+    return main([command, *(part for name, value in values.items() for part in (f"--{name}", str(value)))])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base, photographs beside a stray file, and a run of two steps on them."""
+    home = tmp_path_factory.mktemp("home")
+    write_random_model(home / "base")
+    write_subject(home / "photographs")
+    (home / "photographs" / "notes.txt").write_text("not a picture")
+    status = run(
+        "train",
+        pretrained_model_name_or_path=home / "base",
+        instance_data_dir=home / "photographs",
+        instance_prompt="a photo of sks star",
+        with_prior_preservation=True,
+        class_data_dir=home / "class",
+        class_prompt="a photo of star",
+        num_class_images=3,
+        sample_batch_size=2,
+        infer_steps=2,
+        resolution=32,
+        train_batch_size=2,
+        max_train_steps=2,
+        seed=1,
+        output_dir=home / "run",
+    )
+    assert status == 0
+    return home
+
+
+def test_the_run_leaves_adapter_configuration_history_curve_and_log(home):
+    held = {path.name for path in (home / "run").iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "config.yaml", "history.jsonl", "loss.png", "logs"} <= held
+    history = read_history(home / "run")
+    assert [line["step"] for line in history] == [1, 2]
+    assert all(line["loss"] == pytest.approx(line["instance_loss"] + line["class_loss"], rel=1e-5) for line in history)
+
+
+def test_missing_class_pictures_are_drawn_and_say_how(home):
+    files = sorted((home / "class").iterdir())
+    assert [file.name for file in files] == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    assert read_settings(files[2])["prompt"] == "a photo of star"
+    pictures = [np.asarray(Image.open(file)) for file in files]
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_sampling_is_the_same_whatever_the_batch_size(home):
+    drawn = {}
+    for size in (1, 3):
+        status = run(
+            "sample",
+            weight=f"{home / 'base'},{home / 'run'}",
+            prompt="a photo of sks star",
+            num_images_per_prompt=3,
+            batch_size=size,
+            num_inference_steps=2,
+            seed=4,
+            output_dir=home / f"drawn{size}",
+        )
+        assert status == 0
+        drawn[size] = [np.asarray(Image.open(p)).astype(int) for p in sorted((home / f"drawn{size}").glob("*.png"))]
+    # Products of other shapes round differently; a level of 255 is far less than one picture differs from another.
+    assert len(drawn[1]) == 3
+    assert max(np.abs(a - b).max() for a, b in zip(drawn[1], drawn[3], strict=True)) <= 1
+    assert np.abs(drawn[1][0] - drawn[1][1]).max() > 10
+
+
+def test_evaluation_writes_a_sheet_and_the_figures_before_and_after(home):
+    status = run(
+        "evaluate",
+        weight=f"{home / 'base'},{home / 'run'}",
+        instance_data_dir=home / "photographs",
+        prompt="a photo of sks star",
+        class_prompt="a photo of star",
+        num_images_per_prompt=2,
+        num_inference_steps=2,
+        output_dir=home / "run",
+    )
+    assert status == 0
+    metrics = json.loads((home / "run" / "metrics.json").read_text())
+    assert metrics["before"]["class_drift"] == pytest.approx(0, abs=1e-6)
+    assert all(-1 <= value <= 2 for side in metrics.values() for value in side.values())
+    with Image.open(home / "run" / "before_after.png") as sheet:
+        assert min(sheet.size) > 400
