@@ -3,19 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.initialise import initialise
-from dreambooth_ms.weights.model_folder import (
-    save_network,
+from dreambooth_ms.weights.model_config import (
     write_clip_config,
-    write_json,
     write_text_config,
     write_unet_config,
     write_vae_config,
 )
+from dreambooth_ms.weights.model_folder import save_index, save_network, write_json
 from tools.tiny_base.tokenizer import write_tokenizer
 
 UNET = UNetSpec(
@@ -52,28 +52,5 @@ def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsi
         save_network(folder, part, network, config)
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
-    scheduler = {
-        "_class_name": "DDIMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": False,
-        "num_train_timesteps": 1000,
-        "prediction_type": prediction_type,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    write_json(folder / "model_index.json", index)
+    save_index(folder, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     return folder

@@ -39,14 +39,13 @@ from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.initialise import initialise  # noqa: E402
-from dreambooth_ms.weights.model_folder import (  # noqa: E402
-    save_network,
+from dreambooth_ms.weights.model_config import (  # noqa: E402
     write_clip_config,
-    write_json,
     write_text_config,
     write_unet_config,
     write_vae_config,
 )
+from dreambooth_ms.weights.model_folder import save_index, save_network, write_json  # noqa: E402
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
@@ -325,34 +324,7 @@ def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel
         FOLDER / "clip" / "preprocessor_config.json",
         {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "size": SIZE, "image_processor_type": "CLIPImageProcessor"},
     )
-    write_json(
-        FOLDER / "scheduler" / "scheduler_config.json",
-        {
-            "_class_name": "DDIMScheduler",
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "clip_sample": False,
-            "num_train_timesteps": 1000,
-            "prediction_type": "epsilon",
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-        },
-    )
-    write_json(
-        FOLDER / "model_index.json",
-        {
-            "_class_name": "StableDiffusionPipeline",
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
+    save_index(FOLDER, NoiseScheduleSpec())
 
 
 def main() -> None:

@@ -6,64 +6,40 @@ Reading gives specs and filled networks; writing gives a folder that diffusers l
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
-from dreambooth_ms.models.specs import (
-    ClipSpec,
-    ClipTextSpec,
-    ClipVisionSpec,
-    TransformerSpec,
-    UNetSpec,
-    VaeSpec,
-)
+from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.atomic import write_bytes
+from dreambooth_ms.weights.model_config import (
+    Config,
+    read_clip_config,
+    read_scheduler_config,
+    read_text_config,
+    read_unet_config,
+    read_vae_config,
+    write_scheduler_config,
+)
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
 
-Config = Mapping[str, Any]
+Spec = TypeVar("Spec")
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 # The names of the autoencoder's attention before diffusers 0.17, still in most published files.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-# What the configuration of a UNet may say besides the fields of the spec; the first value is diffusers' default.
-SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "addition_embed_type": (None,),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
-}
-SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
@@ -141,36 +117,32 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
         weight_file(path, part, variant)
     if not (path / "tokenizer" / "vocab.json").is_file():
         raise WeightError(f"{path}: tokenizer/vocab.json is missing; is the download complete?")
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    with _complete_configuration(path):
-        return ModelFolder(
-            path=path,
-            variant=variant,
-            unet_spec=read_unet_config(read_json(path / "unet" / "config.json")),
-            vae_spec=read_vae_config(read_json(path / "vae" / "config.json")),
-            text_spec=read_text_config(read_json(path / "text_encoder" / "config.json")),
-            schedule_spec=read_scheduler_config(scheduler),
-            scheduler_config=scheduler,
-        )
+    return ModelFolder(
+        path=path,
+        variant=variant,
+        unet_spec=_read_spec(path / "unet" / "config.json", read_unet_config),
+        vae_spec=_read_spec(path / "vae" / "config.json", read_vae_config),
+        text_spec=_read_spec(path / "text_encoder" / "config.json", read_text_config),
+        schedule_spec=_read_spec(path / "scheduler" / "scheduler_config.json", read_scheduler_config),
+        scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
+    )
 
 
 def load_clip(folder: Path) -> CLIPModel:
     """Both towers from a folder in transformers' layout."""
-    config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
-    with _complete_configuration(folder):
-        network = CLIPModel(read_clip_config(config))
+    network = CLIPModel(_read_spec(folder / "config.json", read_clip_config, f"{folder} holds no CLIP model"))
     file = folder / "model.safetensors"
     load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
     return network
 
 
-@contextmanager
-def _complete_configuration(folder: Path) -> Iterator[None]:
-    """Turns a key that a configuration lacks into an error for users."""
+def _read_spec(path: Path, read: Callable[[Config], Spec], otherwise: str | None = None) -> Spec:
+    """A configuration file as a spec; a key that it lacks is an error that names the file."""
+    config = read_json(path, otherwise)
     try:
-        yield
+        return read(config)
     except KeyError as error:
-        raise WeightError(f"{folder}: a config.json lacks {error}; download it again") from error
+        raise WeightError(f"{path}: {error} is missing; download it again") from error
 
 
 def weight_file(folder: Path, part: str, variant: str | None) -> Path:
@@ -221,6 +193,25 @@ def save_network(
     write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors)
 
 
+def save_index(folder: Path, schedule: NoiseScheduleSpec) -> None:
+    """Write what makes saved networks a Stable Diffusion 1 or 2 pipeline: model_index.json and the scheduler."""
+    write_json(folder / "scheduler" / "scheduler_config.json", write_scheduler_config(schedule))
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
 def new_vae_name(name: str) -> str:
     """A name of the autoencoder as current diffusers writes it."""
     for old, new in OLD_VAE_NAMES.items():
@@ -236,189 +227,4 @@ def fit_old_attention(tensors: Mapping[str, np.ndarray], network: nn.Cell) -> di
         if name in wanted and tensor.ndim == 4 and len(wanted[name].shape) == 2 and tensor.shape[2:] == (1, 1)
         else tensor
         for name, tensor in tensors.items()
-    }
-
-
-def read_unet_config(config: Config) -> UNetSpec:
-    """diffusers' UNet2DConditionModel configuration -> spec.
-
-    Raises:
-        WeightError: the configuration asks for something these networks do not have.
-    """
-    for key, supported in SUPPORTED_UNET_SETTINGS.items():
-        if config.get(key, supported[0]) not in supported:
-            raise WeightError(
-                f"unet/config.json: {key} {config[key]!r} is not supported (only {supported[0]!r}); use SD 1.x or 2.x"
-            )
-    kinds = set(config["down_block_types"]) | set(config["up_block_types"])
-    if kinds - SUPPORTED_BLOCKS:
-        raise WeightError(f"unet/config.json: blocks {sorted(kinds - SUPPORTED_BLOCKS)} are not supported yet")
-    channels = tuple(config["block_out_channels"])
-    # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
-    heads = config.get("num_attention_heads") or config["attention_head_dim"]
-    return UNetSpec(
-        block_out_channels=channels,
-        has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
-        num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
-        cross_attention_dim=config["cross_attention_dim"],
-        layers_per_block=config["layers_per_block"],
-        use_linear_projection=config.get("use_linear_projection", False),
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        norm_num_groups=config.get("norm_num_groups", 32),
-        norm_eps=config.get("norm_eps", 1e-5),
-        sample_size=config["sample_size"],
-    )
-
-
-def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
-    """The inverse of `read_unet_config`."""
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in spec.has_attention]
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(spec.has_attention)]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
-        "attention_head_dim": list(spec.num_heads),
-        "block_out_channels": list(spec.block_out_channels),
-        "center_input_sample": False,
-        "cross_attention_dim": spec.cross_attention_dim,
-        "down_block_types": down,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": spec.in_channels,
-        "layers_per_block": spec.layers_per_block,
-        "mid_block_scale_factor": 1,
-        "norm_eps": spec.norm_eps,
-        "norm_num_groups": spec.norm_num_groups,
-        "out_channels": spec.out_channels,
-        "sample_size": spec.sample_size,
-        "up_block_types": up,
-        "use_linear_projection": spec.use_linear_projection,
-    }
-
-
-def read_vae_config(config: Config) -> VaeSpec:
-    """diffusers' AutoencoderKL configuration -> spec."""
-    return VaeSpec(
-        block_out_channels=tuple(config["block_out_channels"]),
-        layers_per_block=config["layers_per_block"],
-        in_channels=config.get("in_channels", 3),
-        latent_channels=config["latent_channels"],
-        norm_num_groups=config.get("norm_num_groups", 32),
-        scaling_factor=config.get("scaling_factor", 0.18215),
-    )
-
-
-def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
-    """The inverse of `read_vae_config`."""
-    levels = len(spec.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": list(spec.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": spec.in_channels,
-        "latent_channels": spec.latent_channels,
-        "layers_per_block": spec.layers_per_block,
-        "norm_num_groups": spec.norm_num_groups,
-        "out_channels": spec.in_channels,
-        "sample_size": sample_size,
-        "scaling_factor": spec.scaling_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
-
-
-def read_text_config(config: Config) -> ClipTextSpec:
-    """transformers' CLIPTextModel configuration -> spec."""
-    return ClipTextSpec(
-        transformer=_read_transformer(config),
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        eos_token_id=config.get("eos_token_id", 2),
-    )
-
-
-def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]:
-    """The inverse of `read_text_config`."""
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        **_write_transformer(spec.transformer),
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_position_embeddings,
-        "bos_token_id": spec.eos_token_id - 1,
-        "eos_token_id": spec.eos_token_id,
-        "pad_token_id": spec.eos_token_id,
-        "projection_dim": projection_dim,
-    }
-
-
-def read_clip_config(config: Config) -> ClipSpec:
-    """transformers' CLIPModel configuration -> spec."""
-    vision = config["vision_config"]
-    return ClipSpec(
-        text=read_text_config(config["text_config"]),
-        vision=ClipVisionSpec(
-            transformer=_read_transformer(vision), image_size=vision["image_size"], patch_size=vision["patch_size"]
-        ),
-        projection_dim=config["projection_dim"],
-    )
-
-
-def write_clip_config(spec: ClipSpec) -> dict[str, Any]:
-    """The inverse of `read_clip_config`."""
-    vision = {
-        "model_type": "clip_vision_model",
-        **_write_transformer(spec.vision.transformer),
-        "image_size": spec.vision.image_size,
-        "patch_size": spec.vision.patch_size,
-        "projection_dim": spec.projection_dim,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": spec.projection_dim,
-        "text_config": write_text_config(spec.text, spec.projection_dim),
-        "vision_config": vision,
-    }
-
-
-def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
-    """Any diffusers scheduler's configuration -> the forward process.
-
-    Raises:
-        WeightError: the model predicts something else than noise or velocity.
-    """
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in {member.value for member in PredictionType}:
-        raise WeightError(f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction")
-    return NoiseScheduleSpec(
-        num_train_timesteps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.00085),
-        beta_end=config.get("beta_end", 0.012),
-        beta_schedule=config.get("beta_schedule", "scaled_linear"),
-        prediction_type=PredictionType(kind),
-    )
-
-
-def _read_transformer(config: Config) -> TransformerSpec:
-    return TransformerSpec(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        hidden_act=config.get("hidden_act", "quick_gelu"),
-        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
-    )
-
-
-def _write_transformer(spec: TransformerSpec) -> dict[str, Any]:
-    return {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "hidden_act": spec.hidden_act,
-        "layer_norm_eps": spec.layer_norm_eps,
     }

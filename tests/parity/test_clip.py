@@ -6,7 +6,8 @@ import torch
 from mindspore import Tensor
 
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions
-from dreambooth_ms.weights.model_folder import BUFFERS, read_clip_config, read_text_config
+from dreambooth_ms.weights.model_config import read_clip_config, read_text_config
+from dreambooth_ms.weights.model_folder import BUFFERS
 from dreambooth_ms.weights.parameters import load_strict
 from tests.parity.reference import (
     ValueAndGradients,

@@ -10,12 +10,8 @@ from safetensors.numpy import save_file
 
 from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
-from dreambooth_ms.weights.model_folder import (
-    open_model_folder,
-    read_vae_config,
-    write_text_config,
-    write_unet_config,
-)
+from dreambooth_ms.weights.model_config import read_vae_config, write_text_config, write_unet_config
+from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.parameters import load_strict, read_parameters
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
 

@@ -26,7 +26,7 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.ops import Dense, StoredLayout, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.weights import model_folder
+from dreambooth_ms.weights import model_config, model_folder
 from dreambooth_ms.weights.atomic import atomic_path, write_bytes
 from dreambooth_ms.weights.initialise import initialise
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
@@ -255,31 +255,31 @@ VISION = ClipVisionSpec(
 class TestConfigurations:
     @pytest.mark.parametrize("spec", [UNET, SD_15_UNET, SD_21_UNET], ids=["tiny", "sd15", "sd21"])
     def test_a_unet_is_read_as_it_was_written(self, spec):
-        assert model_folder.read_unet_config(written(model_folder.write_unet_config(spec))) == spec
+        assert model_config.read_unet_config(written(model_config.write_unet_config(spec))) == spec
 
     @pytest.mark.parametrize("spec", [VAE, SD_VAE], ids=["tiny", "sd"])
     def test_an_autoencoder_is_read_as_it_was_written(self, spec):
-        assert model_folder.read_vae_config(written(model_folder.write_vae_config(spec, 64))) == spec
+        assert model_config.read_vae_config(written(model_config.write_vae_config(spec, 64))) == spec
 
     @pytest.mark.parametrize("spec", [TEXT, CLIP_L_TEXT, OPENCLIP_H_TEXT], ids=["tiny", "sd1", "sd2"])
     def test_a_text_encoder_is_read_as_it_was_written(self, spec):
-        assert model_folder.read_text_config(written(model_folder.write_text_config(spec, 16))) == spec
+        assert model_config.read_text_config(written(model_config.write_text_config(spec, 16))) == spec
 
     def test_clip_is_read_as_it_was_written(self):
         spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
-        assert model_folder.read_clip_config(written(model_folder.write_clip_config(spec))) == spec
+        assert model_config.read_clip_config(written(model_config.write_clip_config(spec))) == spec
 
     def test_an_older_unet_has_the_same_number_of_heads_everywhere(self):
-        config = model_folder.write_unet_config(UNET) | {"attention_head_dim": 8}
-        assert model_folder.read_unet_config(config).num_heads == (8, 8)
+        config = model_config.write_unet_config(UNET) | {"attention_head_dim": 8}
+        assert model_config.read_unet_config(config).num_heads == (8, 8)
 
     def test_a_scheduler_says_what_the_model_predicts(self):
         config = {"prediction_type": "v_prediction", "beta_end": 0.02, "beta_schedule": "linear"}
         expected = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION, beta_end=0.02, beta_schedule="linear")
-        assert model_folder.read_scheduler_config(config) == expected
-        assert model_folder.read_scheduler_config({}) == NoiseScheduleSpec()
+        assert model_config.read_scheduler_config(config) == expected
+        assert model_config.read_scheduler_config({}) == NoiseScheduleSpec()
         with pytest.raises(WeightError, match=r"'sample'.*epsilon or v_prediction"):
-            model_folder.read_scheduler_config({"prediction_type": "sample"})
+            model_config.read_scheduler_config({"prediction_type": "sample"})
 
 
 def written(config):
@@ -305,7 +305,7 @@ def test_clip_is_loaded_as_it_was_saved(tmp_path):
     spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
     network = CLIPModel(spec)
     initialise(network, 0)
-    model_folder.save_network(tmp_path, "clip", network, model_folder.write_clip_config(spec))
+    model_folder.save_network(tmp_path, "clip", network, model_config.write_clip_config(spec))
     saved, loaded = read_parameters(network), read_parameters(model_folder.load_clip(tmp_path / "clip"))
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
@@ -325,9 +325,9 @@ class TestModelFolder:
         for name in PARTS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("{}")
-        (tmp_path / "unet/config.json").write_text(json.dumps(model_folder.write_unet_config(UNET)))
-        (tmp_path / "vae/config.json").write_text(json.dumps(model_folder.write_vae_config(VAE, 16)))
-        config = model_folder.write_text_config(TEXT, 16)
+        (tmp_path / "unet/config.json").write_text(json.dumps(model_config.write_unet_config(UNET)))
+        (tmp_path / "vae/config.json").write_text(json.dumps(model_config.write_vae_config(VAE, 16)))
+        config = model_config.write_text_config(TEXT, 16)
         model_folder.save_network(tmp_path, "text_encoder", text_encoder, config)
         return tmp_path
 
@@ -363,7 +363,7 @@ class TestModelFolder:
             model_folder.open_model_folder(folder, variant="fp16")
 
     def test_weights_of_another_network_are_refused(self, folder):
-        config = model_folder.write_text_config(CLIP_L_TEXT, 16)
+        config = model_config.write_text_config(CLIP_L_TEXT, 16)
         config["num_hidden_layers"], config["hidden_size"] = 1, 16
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
