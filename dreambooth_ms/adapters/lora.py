@@ -80,7 +80,7 @@ def inject_lora(root: nn.Cell, rank: int, alpha: float, target_modules: Sequence
     Raises:
         ConfigError: a target matches no linear layer, or the rank is larger than a layer.
     """
-    layers = {name: cell for name, cell in root.cells_and_names() if type(cell) is Dense}
+    layers = linear_layers(root)
     chosen = {name: cell for name, cell in layers.items() if any(_matches(name, target) for target in target_modules)}
     unmatched = [target for target in target_modules if not any(_matches(name, target) for name in layers)]
     if unmatched:
@@ -98,6 +98,11 @@ def inject_lora(root: nn.Cell, rank: int, alpha: float, target_modules: Sequence
         _replace(root, name, layer)
     public_parameters(root)
     return adapted
+
+
+def linear_layers(root: nn.Cell) -> dict[str, Dense]:
+    """The plain linear layers of a network by their public names."""
+    return {name: cell for name, cell in root.cells_and_names() if type(cell) is Dense}
 
 
 def initialise_lora(layers: dict[str, LoraDense], seed: int) -> None:

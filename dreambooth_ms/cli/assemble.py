@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.adapters.lora import LoraDense, inject_lora
+from dreambooth_ms.adapters.lora import LoraDense, inject_lora, linear_layers
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
@@ -32,9 +32,9 @@ def load_adapted_unet(folder: ModelFolder, weights: WeightsConfig) -> tuple[UNet
     if not adapters:
         return unet, {}
     adapter = _sum_of(adapters)
-    layers = inject_lora(unet, adapter.rank, adapter.alpha, adapter.target_modules)
-    if layers.keys() != adapter.factors.keys():
+    if not adapter.factors.keys() <= linear_layers(unet).keys():
         raise WeightError(f"{', '.join(weights.lora)}: was trained on another base than {folder.path}")
+    layers = inject_lora(unet, adapter.rank, adapter.alpha, adapter.target_modules)
     for name, layer in layers.items():
         layer.set_factors(*adapter.factors[name])
         layer.set_scale(weights.lora_scale)

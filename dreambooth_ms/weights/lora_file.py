@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+# Settings of peft under which the same factors mean another update than ours.
+UNSUPPORTED_SETTINGS = ("use_rslora", "use_dora", "alpha_pattern", "lora_bias")
 STEP_KEY = "dreambooth_ms_step"
 
 # Ending of a name -> which factor it is: diffusers since 0.22, PEFT, and diffusers' text encoders.
@@ -58,9 +61,20 @@ def write_lora(
     for layer, factor_a, factor_b in tensors:
         named[f"unet.{layer}.lora.down.weight"] = factor_a
         named[f"unet.{layer}.lora.up.weight"] = factor_b
-    metadata = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": sorted(target_modules)}
+    # diffusers 0.39 takes these for peft's LoraConfig and asks for the patterns by name (measured).
+    settings = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(target_modules),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+        "lora_bias": False,
+    }
+    metadata = json.dumps({f"unet.{key}": value for key, value in settings.items()}, sort_keys=True)
     path = folder / FILE_NAME
-    write_tensors(path, named, {METADATA_KEY: json.dumps(metadata, sort_keys=True), STEP_KEY: str(step)})
+    write_tensors(path, named, {METADATA_KEY: metadata, STEP_KEY: str(step)})
     return path
 
 
@@ -98,12 +112,18 @@ def read_lora(path: Path) -> LoraFile:
     if len(ranks) > 1:
         raise WeightError(f"{path}: layers of different ranks {sorted(ranks)} are not supported yet")
     rank = ranks.pop()
-    stated = _stated_alpha(metadata)
-    return LoraFile(factors, rank, float(rank) if stated is None else stated, stated is not None)
+    settings = _settings(metadata)
+    refused = [key for key in UNSUPPORTED_SETTINGS if settings.get(f"unet.{key}")]
+    if refused:
+        raise WeightError(f"{path}: trained with {', '.join(refused)}, which is not supported yet")
+    alpha = settings.get("unet.lora_alpha")
+    return LoraFile(factors, rank, float(rank if alpha is None else alpha), alpha is not None)
 
 
-def _stated_alpha(metadata: Mapping[str, str]) -> float | None:
+def _settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers' metadata says about an adapter; empty if there is none."""
     try:
-        return float(json.loads(metadata[METADATA_KEY])["unet.lora_alpha"])
-    except (KeyError, ValueError, TypeError):
-        return None
+        settings = json.loads(metadata[METADATA_KEY])
+    except (KeyError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
