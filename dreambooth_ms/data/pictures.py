@@ -60,8 +60,8 @@ def find_pictures(folder: str | Path) -> PictureFolder:
         entries = sorted(folder.iterdir(), key=_natural_order)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); {wanted}") from error
-    pictures = tuple(path for path in entries if _looks_like_a_picture(path))
-    skipped = tuple(path for path in entries if not _looks_like_a_picture(path))
+    pictures = tuple(path for path in entries if looks_like_a_picture(path))
+    skipped = tuple(path for path in entries if not looks_like_a_picture(path))
     if not pictures:
         raise DataError(f"{folder}: no picture in it, {_listed(skipped) or 'it is empty'}; {wanted}")
     return PictureFolder(pictures, skipped)
@@ -72,7 +72,8 @@ def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
     return [(0, int(digits), "") if digits else (1, 0, text) for digits, text in parts], path.name
 
 
-def _looks_like_a_picture(path: Path) -> bool:
+def looks_like_a_picture(path: Path) -> bool:
+    """Whether this is a file with a picture's suffix that is not hidden."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.data.pictures import SUFFIXES
+from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.pipeline import Sampler, starting_noise
@@ -25,7 +25,7 @@ def missing_numbers(folder: Path, wanted: int) -> list[int]:
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--class_data_dir {folder}: expected a folder, got a file")
-    held = {p.name for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")}
+    held = {p.name for p in folder.glob("*") if looks_like_a_picture(p)}
     free = (number for number in range(wanted + len(held)) if picture_name(number) not in held)
     return [next(free) for _ in range(max(wanted - len(held), 0))]
 

@@ -69,9 +69,7 @@ def save_checkpoint(
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        _put_in_place(partial, target)
         sync(folder)
     except OSError as error:
         raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and resume") from error
@@ -79,9 +77,25 @@ def save_checkpoint(
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     if keep is not None:
-        for old in checkpoint_folders(folder)[:-keep]:
+        others = [path for path in checkpoint_folders(folder) if path != target]
+        for old in others[: len(others) - (keep - 1)]:
             shutil.rmtree(old)
     return target
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give a finished folder its name; one that has the name already goes only after the new one is there."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = partial.with_name(f"{partial.name}-replaced")
+    target.rename(aside)
+    try:
+        partial.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
 
 
 def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from dreambooth_ms.config import schema as schemas
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
-from dreambooth_ms.config.schema import RANGES, SampleConfig, TrainConfig
+from dreambooth_ms.config.schema import RANGES, EvaluateConfig, SampleConfig, TrainConfig
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.errors import ConfigError
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a dog"]
 SAMPLE_REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a sks dog"]
-BOTH = pytest.mark.parametrize("schema", [TrainConfig, SampleConfig])
+EVERY_SCHEMA = pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, EvaluateConfig])
 
 
 def train(*flags: str) -> TrainConfig:
@@ -43,17 +43,18 @@ def write(path, text: str) -> list[str]:
 # --- The schema ---
 
 
-@BOTH
+@EVERY_SCHEMA
 def test_every_field_is_documented(schema):
     for owner in sections(schema).values():
         assert field_documentation(owner).keys() == owner.__dataclass_fields__.keys()
 
 
 def test_every_range_belongs_to_a_field():
-    assert RANGES.keys() <= schema_fields(TrainConfig).keys() | schema_fields(SampleConfig).keys()
+    fields = [schema_fields(schema).keys() for schema in (TrainConfig, SampleConfig, EvaluateConfig)]
+    assert RANGES.keys() <= set().union(*fields)
 
 
-@BOTH
+@EVERY_SCHEMA
 def test_every_number_has_a_range(schema):
     assert {name for name, one in schema_fields(schema).items() if one.kind in (int, float)} <= RANGES.keys()
 
@@ -570,7 +571,7 @@ def test_notes_are_told_or_printed(capsys):
 # --- Help ---
 
 
-@BOTH
+@EVERY_SCHEMA
 def test_help_names_every_field_with_its_text_and_default(schema):
     text = re.sub(r"\s+", " ", describe(schema))
     for name, one in schema_fields(schema).items():
