@@ -20,6 +20,7 @@ from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
+from dreambooth_ms.ops import compile_cache
 from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.checkpoint import Checkpoint, find_latest, open_checkpoint, restore, save_checkpoint
@@ -28,6 +29,7 @@ from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.run_folder import seed_of, settle_config, write_config
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 from dreambooth_ms.weights.digest import file_digest
 from dreambooth_ms.weights.lora_file import FILE_NAME, steps_taken, write_lora
@@ -163,18 +165,21 @@ def _train_lora(
 
     tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
     tracker = Tracker(output, run.logging_dir, done)
+    latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
+    rows = len(batches.plan.rows(0))
+    cache = compile_cache(folder.unet_spec, folder.text_spec, method, config.loss, config.optimiser, latent_shape, rows)
     try:
-        with tqdm(total=total, initial=done, desc="training", unit="step") as bar:
+        with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop, cache:
             for report in train(step_cell, batches, _learning_rate(config, total), done, total):
                 done = report.step
                 tracker.log(report)
                 bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
                 bar.update()
-                if done % run.checkpointing_steps == 0:
-                    save(done)
-    except KeyboardInterrupt:
-        tell(f"stopped; saved {save(done)}. Run the same command again to go on")
-        return INTERRUPTED_STATUS
+                if done % run.checkpointing_steps == 0 or stop.asked:
+                    saved = save(done)
+                if stop.asked:
+                    tell(f"stopped; saved {saved}. Run the same command again to go on")
+                    return INTERRUPTED_STATUS
     finally:
         tracker.close()
     write_adapter(output, total)

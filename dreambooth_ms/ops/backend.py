@@ -1,5 +1,7 @@
 """The device: the only place that asks for it, and the formulation of the operations that follows from it."""
 
+import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,6 +20,7 @@ class Formulation(Enum):
 
 
 _formulation = Formulation.CPU
+_cache_folder: Path | None = None
 
 
 def set_up_device(target: str, ms_mode: int) -> str:
@@ -33,7 +36,9 @@ def set_up_device(target: str, ms_mode: int) -> str:
     Raises:
         DeviceError: Ascend was asked for and there is none.
     """
-    global _formulation
+    global _formulation, _cache_folder
+    if os.environ.pop("MS_COMPILER_CACHE_ENABLE", "0") == "1":
+        _cache_folder = Path(os.environ.pop("MS_COMPILER_CACHE_PATH", "."))
     has_ascend = target != "CPU" and _has_ascend()
     if target == "Ascend" and not has_ascend:
         raise DeviceError("--device_target Ascend: no Ascend device was found here; use --device_target CPU or auto")
@@ -47,6 +52,28 @@ def set_up_device(target: str, ms_mode: int) -> str:
 def formulation() -> Formulation:
     """The formulation that cells built now will have."""
     return _formulation
+
+
+@contextmanager
+def compile_cache(*decides: object) -> Iterator[None]:
+    """Compile the one cell that is called inside with MindSpore's cache, if MS_COMPILER_CACHE_ENABLE=1 asks for it.
+
+    MindSpore knows a cached graph by its place in the order of compilation alone: it would take the text encoder's for
+    the step's in a run that has its embeddings already, and an old step for one of another configuration. So each
+    configuration gets a folder, and one graph in it.
+
+    Args:
+        decides: everything that decides the graph, beside the program; by its `repr`.
+    """
+    if _cache_folder is None:
+        yield
+        return
+    key = hashlib.sha256(repr((ms.__version__, _formulation, decides)).encode()).hexdigest()[:20]
+    os.environ |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(_cache_folder / key)}
+    try:
+        yield
+    finally:
+        del os.environ["MS_COMPILER_CACHE_ENABLE"], os.environ["MS_COMPILER_CACHE_PATH"]
 
 
 @contextmanager
