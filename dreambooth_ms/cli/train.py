@@ -167,7 +167,8 @@ def _train_lora(
     tracker = Tracker(output, run.logging_dir, done)
     latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
     rows = len(batches.plan.rows(0))
-    cache = compile_cache(folder.unet_spec, folder.text_spec, method, config.loss, config.optimiser, latent_shape, rows)
+    specs = (folder.unet_spec, folder.text_spec, folder.schedule_spec)
+    cache = compile_cache(specs, method, config.loss, config.optimiser, latent_shape, rows)
     try:
         with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop, cache:
             for report in train(step_cell, batches, _learning_rate(config, total), done, total):
