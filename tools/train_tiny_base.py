@@ -1,7 +1,7 @@
-"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE, then CLIP, then the UNet.
+"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE and CLIP, then the UNet and a better decoder.
 
-    python -m tools.train_tiny_base            # about 70 minutes on 2 cores; stopped and started again, it goes on
-    python -m tools.train_tiny_base --stage vae
+    python -m tools.train_tiny_base               # stopped and started again, it goes on
+    python -m tools.train_tiny_base --only vae    # one stage; vae and clip can run side by side, then unet and decoder
 
 World (tools/tiny_base/world.py), schedule and seed are all here, and every draw is a function of them.
 """
@@ -38,7 +38,7 @@ from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
 from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.initialise import initialise  # noqa: E402
+from dreambooth_ms.weights.initialise import initialise_for_training  # noqa: E402
 from dreambooth_ms.weights.model_config import (  # noqa: E402
     write_clip_config,
     write_text_config,
@@ -56,7 +56,7 @@ SIZE = 64
 FOLDER = Path("checkpoints/tiny-shapes")
 WORK = Path("runs/tiny-base")
 
-VAE = VaeSpec(block_out_channels=(24, 48, 96), layers_per_block=1, norm_num_groups=8)
+VAE = VaeSpec(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8)
 TOWER = TransformerSpec(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4)
 VISION = ClipVisionSpec(transformer=TOWER, image_size=SIZE, patch_size=8)
 PROJECTION = 64
@@ -76,10 +76,13 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 KL_WEIGHT = 1e-6
 EMPTY_PROMPT_SHARE = 0.1
-MIN_SNR_GAMMA, MIN_SNR_FROM = 5.0, 1000
-"""From this step on, rows are weighted by min(SNR, gamma) / SNR (Hang et al., 2023), which turns to shapes sooner."""
+MIN_SNR_GAMMA = 5.0
+"""Rows are weighted by min(SNR, gamma) / SNR (Hang et al., 2023), which turns to shapes sooner."""
 NUM_SCENES = 16_000
 """Scenes that the UNet sees, encoded once; VAE and CLIP draw theirs as they go."""
+
+
+FIRST_SCENE = {"vae": 0, "decoder": 100_000}
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,10 @@ class Schedule:
 
 
 SCHEDULES = {
-    "vae": Schedule(steps=600, batch_size=12, learning_rate=6e-4, horizon=850),
-    "vae_fine": Schedule(steps=900, batch_size=8, learning_rate=2e-4, horizon=900, warmup=20),
-    "decoder": Schedule(steps=1200, batch_size=8, learning_rate=2e-4, horizon=1200, warmup=20),
+    "vae": Schedule(steps=1600, batch_size=8, learning_rate=2e-3, horizon=1600, warmup=50),
+    "decoder": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
     "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
-    "unet": Schedule(steps=2900, batch_size=20, learning_rate=8e-4, horizon=2900),
+    "unet": Schedule(steps=6500, batch_size=16, learning_rate=1e-3, horizon=6500),
 }
 
 
@@ -165,7 +167,7 @@ def fit(
     loss_cell: nn.Cell,
     batch: Callable[[int], tuple[np.ndarray, ...]],
     prefixes: tuple[str, ...] = ("",),
-) -> nn.Cell:
+) -> None:
     """Train the parameters with these prefixes by a schedule; a stopped run goes on from its newest state."""
     schedule, state_file = SCHEDULES[stage], WORK / f"{stage}.state.safetensors"
     named = public_parameters(network)
@@ -191,64 +193,66 @@ def fit(
             recent = []
         if (step + 1) % 200 == 0 or step + 1 == schedule.steps:
             write_tensors(state_file, {p.name: p.asnumpy() for p in state}, {"step": str(step + 1)})
-    return network
 
 
-def finished(stage: str, network: nn.Cell) -> bool:
-    """Fill the network from an earlier run of its stage, if that one ended."""
+def restore(stage: str, network: nn.Cell) -> None:
+    """Fill the parameters that an earlier, completed run of the stage trained."""
     state_file = WORK / f"{stage}.state.safetensors"
-    if not state_file.is_file():
-        return False
-    tensors, metadata = read_tensors(state_file)
+    tensors, metadata = read_tensors(state_file) if state_file.is_file() else ({}, {"step": "0"})
     if int(metadata["step"]) < SCHEDULES[stage].steps:
-        return False
+        raise SystemExit(f"{stage} is not trained yet: run python -m tools.train_tiny_base --only {stage}")
     for name, public in public_parameters(network).items():
         if name in tensors:
             public.parameter.set_data(Tensor(tensors[name]))
-    return True
 
 
-def train_vae() -> AutoencoderKL:
-    """The autoencoder: the whole of it, then its decoder alone, which leaves the latents as they are."""
+def new_vae() -> AutoencoderKL:
+    """An untrained autoencoder.
+
+    Its posterior starts with a deviation of about 0.05; from 1, the decoder hears little through the noise for a
+    thousand steps.
+    """
     network = AutoencoderKL(VAE)
-    initialise(network, SEED)
-    start_with_narrow_posterior(network)
-    for stage, prefixes in (("vae", ("",)), ("vae_fine", ("",)), ("decoder", ("decoder.", "post_quant_conv."))):
-        if not finished(stage, network):
-            batch = partial(vae_batch, stage, SCHEDULES[stage].batch_size)
-            fit(stage, network, VaeLoss(network), batch, prefixes)
+    initialise_for_training(network, SEED)
+    bias = public_parameters(network)["quant_conv.bias"]
+    values = bias.read()
+    values[VAE.latent_channels :] = -6.0
+    bias.write(values)
     return network
 
 
-def vae_batch(stage: str, size: int, step: int) -> tuple[np.ndarray, ...]:
-    """Pictures and posterior noise of a step; the few large batches come first, then many small ones."""
-    rows, _ = pictures(range(step * size, (step + 1) * size))
+def new_clip(vocabulary: int) -> CLIPModel:
+    """Both towers, untrained."""
+    text = ClipTextSpec(transformer=TOWER, vocab_size=vocabulary, eos_token_id=vocabulary - 1)
+    network = CLIPModel(ClipSpec(text=text, vision=VISION, projection_dim=PROJECTION))
+    initialise_for_training(network, SEED)
+    return network
+
+
+def new_unet() -> UNet2DConditionModel:
+    """An untrained denoiser."""
+    network = UNet2DConditionModel(UNET)
+    initialise_for_training(network, SEED)
+    return network
+
+
+def vae_batch(stage: str, step: int) -> tuple[np.ndarray, ...]:
+    """Pictures and posterior noise of a step; each stage has pictures of its own."""
+    size = SCHEDULES[stage].batch_size
+    first = FIRST_SCENE[stage] + step * size
+    rows, _ = pictures(range(first, first + size))
     latent_shape = (size, VAE.latent_channels, UNET.sample_size, UNET.sample_size)
     return rows, standard_normal(latent_shape, SEED, f"{stage} noise", step)
 
 
-def start_with_narrow_posterior(vae: AutoencoderKL) -> None:
-    """Start with a deviation of about 0.05; from 1, the decoder hears little through the noise for a thousand steps."""
-    bias = public_parameters(vae)["quant_conv.bias"]
-    values = bias.read()
-    values[VAE.latent_channels :] = -6.0
-    bias.write(values)
-
-
-def train_clip(tokenizer: PromptTokenizer, spec: ClipSpec) -> CLIPModel:
-    """Both towers of CLIP."""
-    network = CLIPModel(spec)
-    initialise(network, SEED)
+def clip_batch(clip: CLIPModel, tokenizer: PromptTokenizer, step: int) -> tuple[np.ndarray, ...]:
+    """Captions, pictures, and which of them belong together."""
     size = SCHEDULES["clip"].batch_size
-
-    def batch(step: int) -> tuple[np.ndarray, ...]:
-        rows, captions = pictures(range(step * size, (step + 1) * size))
-        ids = tokenizer.ids(captions)
-        same = np.array([[a == b for b in captions] for a in captions], np.float32)
-        targets = same / same.sum(1, keepdims=True)
-        return ids, end_positions(ids, spec.text.eos_token_id), clip_pixels(rows), targets
-
-    return network if finished("clip", network) else fit("clip", network, ContrastiveLoss(network), batch)
+    rows, captions = pictures(range(step * size, (step + 1) * size))
+    ids = tokenizer.ids(captions)
+    same = np.array([[a == b for b in captions] for a in captions], np.float32)
+    targets = same / same.sum(1, keepdims=True)
+    return ids, end_positions(ids, clip.spec.text.eos_token_id), clip_pixels(rows), targets
 
 
 def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
@@ -276,15 +280,11 @@ def encode_world(
 
 
 def train_unet(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
-) -> tuple[UNet2DConditionModel, float]:
-    """The denoiser, and the scaling factor of the latents it was trained on."""
-    network = UNet2DConditionModel(UNET)
-    initialise(network, SEED)
+    network: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
+) -> None:
+    """The denoiser, on the latents of this autoencoder."""
     means, deviations, captions, embeddings = encode_world(vae, text_encoder, tokenizer)
-    scaling = float(f"{1 / means[:2000].std():.5f}")
-    if finished("unet", network):
-        return network, scaling
+    scaling = scaling_factor(vae)
     schedule, size = NoiseSchedule.from_spec(NoiseScheduleSpec()), SCHEDULES["unet"].batch_size
     per_epoch = NUM_SCENES // size
 
@@ -297,7 +297,7 @@ def train_unet(
         noise = rng.standard_normal(shape, np.float32)
         timesteps = rng.integers(0, schedule.num_train_timesteps, size)
         snr = (schedule.signal(timesteps) / schedule.noise(timesteps)) ** 2
-        weights = np.minimum(snr, MIN_SNR_GAMMA) / snr if step >= MIN_SNR_FROM else np.ones(size)
+        weights = np.minimum(snr, MIN_SNR_GAMMA) / snr
         prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else captions[i] for i in order]
         return (
             latents.astype(np.float32),
@@ -309,12 +309,20 @@ def train_unet(
             (weights / size).astype(np.float32),
         )
 
-    return fit("unet", network, DiffusionLoss(network, PredictionType.EPSILON), batch), scaling
+    fit("unet", network, DiffusionLoss(network, PredictionType.EPSILON), batch)
 
 
-def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel, scaling: float) -> None:
+def scaling_factor(vae: AutoencoderKL) -> float:
+    """One over the deviation of the latents, so that those of the UNet have unit variance (Rombach et al., 2022)."""
+    rows, _ = pictures(range(1000))
+    encoder = VaeEncoder(vae)
+    means = np.concatenate([encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, len(rows), 100)])
+    return float(f"{1 / means.std():.5f}")
+
+
+def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel) -> None:
     """The pipeline in diffusers' layout, and CLIP in transformers' layout beside it; float16."""
-    vae_spec = replace(VAE, scaling_factor=scaling)
+    vae_spec = replace(VAE, scaling_factor=scaling_factor(vae))
     save_network(FOLDER, "vae", vae, write_vae_config(vae_spec, SIZE), np.float16)
     save_network(FOLDER, "unet", unet, write_unet_config(UNET), np.float16)
     text_config = write_text_config(clip.spec.text, PROJECTION)
@@ -328,23 +336,30 @@ def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel
 
 
 def main() -> None:
-    """Train what is missing, up to the stage asked for, and write the folder."""
+    """Train what is missing, or the one stage asked for; write the folder when all is trained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["vae", "clip", "unet"], default="unet", help="stop after this stage")
-    stage = parser.parse_args().stage
+    parser.add_argument("--only", choices=["vae", "clip", "unet", "decoder"], help="train this stage and no other")
+    only = parser.parse_args().only
     WORK.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(FOLDER / "tokenizer", world.WORDS)
     tokenizer = PromptTokenizer(FOLDER / "tokenizer")
-    text = ClipTextSpec(transformer=TOWER, vocab_size=vocabulary, eos_token_id=vocabulary - 1)
-    vae = train_vae()
-    if stage == "vae":
-        return
-    clip = train_clip(tokenizer, ClipSpec(text=text, vision=VISION, projection_dim=PROJECTION))
-    if stage == "clip":
-        return
-    unet, scaling = train_unet(vae, text_encoder_of(clip), tokenizer)
-    write_folder(vae, clip, unet, scaling)
-    print(f"wrote {FOLDER}: scaling factor {scaling}")
+    vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
+
+    if only in (None, "vae"):
+        fit("vae", vae, VaeLoss(vae), partial(vae_batch, "vae"))
+    if only in (None, "clip"):
+        fit("clip", clip, ContrastiveLoss(clip), partial(clip_batch, clip, tokenizer))
+    if only in (None, "unet"):
+        restore("vae", vae)
+        restore("clip", clip)
+        train_unet(unet, vae, text_encoder_of(clip), tokenizer)
+    if only in (None, "decoder"):
+        # The encoder stays, and with it the latents that the UNet knows.
+        restore("vae", vae)
+        fit("decoder", vae, VaeLoss(vae), partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
+    if only is None:
+        write_folder(vae, clip, unet)
+        print(f"wrote {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dreambooth_ms.randomness import generator
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 COLOURS = {
     "red": (208, 34, 40),
     "orange": (244, 130, 28),
@@ -27,9 +27,9 @@ COLOURS = {
     "white": (242, 242, 242),
     "black": (26, 26, 28),
 }
-SIZES = {"small": 10.5, "medium": 15.5, "large": 21.0}
+SIZES = {"small": 13.0, "medium": 17.5, "large": 22.0}
 POSITIONS = {"center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-PATTERNS = ("plain", "striped", "dotted", "split", "checkered")
+PATTERNS = ("plain", "striped", "dotted", "split")
 
 CANVAS = 64.0
 """Side of the canvas in canvas units, the pixels of a 64 x 64 picture. Sizes, offsets and widths are in these units."""
@@ -37,7 +37,6 @@ CANVAS = 64.0
 FREE_RADIUS = 27.5
 """Offset and radius of a shape with its outline add up to about this at most, so that the border shows background."""
 
-EYED_SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 EYE_HEIGHT = {"triangle": -0.2, "heart": 0.22}
 
 SUBJECT_SHAPE = "star"
@@ -271,15 +270,6 @@ def _cross(x: Field, y: Field) -> Field:
     return np.minimum(np.maximum(across - 0.92, up - 0.33), np.maximum(across - 0.33, up - 0.92))
 
 
-def _ring(x: Field, y: Field) -> Field:
-    return np.abs(np.hypot(x, y) - 0.68) - 0.26
-
-
-def _moon(x: Field, y: Field) -> Field:
-    across = x - 0.15
-    return np.maximum(np.hypot(across, y) - 0.95, 0.75 - np.hypot(across - 0.47, y))
-
-
 _DISTANCES: dict[str, Callable[[Field, Field], Field]] = {
     "circle": _circle,
     "square": _square,
@@ -287,8 +277,6 @@ _DISTANCES: dict[str, Callable[[Field, Field], Field]] = {
     "star": _star,
     "heart": _heart,
     "cross": _cross,
-    "ring": _ring,
-    "moon": _moon,
 }
 
 
@@ -315,11 +303,7 @@ def _pattern_distance(scene: Scene, x: Field, y: Field) -> Field:
     if scene.pattern == "striped":
         return np.abs(wave) - 0.22 * period
     other_wave = _to_nearest(across, period, scene.pattern_phase)
-    if scene.pattern == "dotted":
-        return np.hypot(wave, other_wave) - 0.3 * period
-    half = period / 4
-    side, other_side = half - np.abs(wave), half - np.abs(other_wave)
-    return np.where(side * other_side > 0, -1, 1) * np.minimum(np.abs(side), np.abs(other_side))
+    return np.hypot(wave, other_wave) - 0.3 * period
 
 
 def _to_nearest(position: Field, period: float, phase: float) -> Field:
@@ -353,8 +337,8 @@ def _background(scene: Scene, x: Field, y: Field) -> Field:
 def _sample_any_scene(rng: np.random.Generator) -> Scene:
     colour, background, accent, outline = (str(name) for name in rng.permutation(list(COLOURS))[:4])
     shape, size = str(rng.choice(SHAPES)), str(rng.choice(list(SIZES)))
-    pattern = str(rng.choice(PATTERNS, p=[0.55, 0.13, 0.11, 0.11, 0.10]))
-    eyed = shape in EYED_SHAPES and size != "small" and rng.random() < 0.2
+    pattern = str(rng.choice(PATTERNS, p=[0.64, 0.12, 0.12, 0.12]))
+    eyed = size != "small" and rng.random() < 0.2
     accent_shown = None if pattern == "plain" else accent
     return Scene(
         shape=shape,
@@ -376,7 +360,7 @@ def _sample_any_scene(rng: np.random.Generator) -> Scene:
         gradient=(rng.uniform(-20, 20), rng.uniform(-20, 20)),
         pattern_angle=float(rng.choice([0, 45, 90, 135])) + rng.uniform(-12, 12),
         pattern_phase=rng.uniform(0, 1),
-        pattern_period=rng.uniform(9, 12),
+        pattern_period=rng.uniform(11, 15),
         outline_width=rng.uniform(3.0, 4.5),
     )
 
