@@ -1,7 +1,7 @@
 """Randomness as a function: every draw is named by (seed, purpose, step, row), and nothing keeps a state.
 
-A run that resumes needs only its step number, and the same global row draws the same numbers whatever the batch
-size or the number of processes.
+A run that resumes needs only its step number, and the same row of a run draws the same numbers whatever the batch size
+or the number of processes.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random
     Args:
         seed: 0 .. 2**64 - 1.
         purpose: what is drawn ("noise", "timestep", "crop" …); different purposes are independent.
-        step: optimiser step, micro-step or epoch, 0-based.
-        row: row of the global batch, 0-based.
+        step: what is counted, 0-based: epochs, or the rows of a run, or steps.
+        row: row within it, 0-based.
     """
     purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     # As uint64 from the start: a list of large and small integers would pass through float64 and merge seeds.

@@ -82,7 +82,7 @@ NUM_SCENES = 16_000
 """Scenes that the UNet sees, encoded once; VAE and CLIP draw theirs as they go."""
 
 
-FIRST_SCENE = {"vae": 0, "decoder": 100_000}
+FIRST_SCENE = {"vae": 0, "vae_fine": 50_000, "decoder": 100_000}
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Schedule:
 
 SCHEDULES = {
     "vae": Schedule(steps=1600, batch_size=8, learning_rate=2e-3, horizon=1600, warmup=50),
+    "vae_fine": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
     "decoder": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
     "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
     "unet": Schedule(steps=6500, batch_size=16, learning_rate=1e-3, horizon=6500),
@@ -296,8 +297,7 @@ def train_unet(
         latents = (means[order] + deviations[order] * rng.standard_normal(shape, np.float32)) * scaling
         noise = rng.standard_normal(shape, np.float32)
         timesteps = rng.integers(0, schedule.num_train_timesteps, size)
-        snr = (schedule.signal(timesteps) / schedule.noise(timesteps)) ** 2
-        weights = np.minimum(snr, MIN_SNR_GAMMA) / snr
+        weights = schedule.min_snr_weights(timesteps, MIN_SNR_GAMMA, PredictionType.EPSILON)
         prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else captions[i] for i in order]
         return (
             latents.astype(np.float32),
@@ -347,15 +347,16 @@ def main() -> None:
 
     if only in (None, "vae"):
         fit("vae", vae, VaeLoss(vae), partial(vae_batch, "vae"))
+        fit("vae_fine", vae, VaeLoss(vae), partial(vae_batch, "vae_fine"))
     if only in (None, "clip"):
         fit("clip", clip, ContrastiveLoss(clip), partial(clip_batch, clip, tokenizer))
     if only in (None, "unet"):
-        restore("vae", vae)
+        restore("vae_fine", vae)
         restore("clip", clip)
         train_unet(unet, vae, text_encoder_of(clip), tokenizer)
     if only in (None, "decoder"):
         # The encoder stays, and with it the latents that the UNet knows.
-        restore("vae", vae)
+        restore("vae_fine", vae)
         fit("decoder", vae, VaeLoss(vae), partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
     if only is None:
         write_folder(vae, clip, unet)

@@ -5,15 +5,18 @@ y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so 
 
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.ops import Dense
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.randomness import standard_normal
+from dreambooth_ms.randomness import generator, standard_normal
+from dreambooth_ms.weights.lora_file import LoraWeights
 from dreambooth_ms.weights.parameters import public_parameters
 
 
@@ -23,8 +26,9 @@ class LoraDense(nn.Cell):
     It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
     """
 
-    def __init__(self, base: Dense, rank: int, alpha: float) -> None:
+    def __init__(self, base: Dense, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
         super().__init__()
+        self.dropout = dropout
         self.in_channels, self.out_channels, self.has_bias = base.in_channels, base.out_channels, base.has_bias
         self.rank, self.alpha = rank, alpha
         self.weight = base.weight
@@ -42,7 +46,10 @@ class LoraDense(nn.Cell):
         y = self.matmul(rows, self.weight)
         if self.has_bias:
             y = self.bias_add(y, self.bias)
-        down = self.matmul(rows.astype(ms.float32), self.lora_A.weight)
+        inputs = rows.astype(ms.float32)
+        if self.dropout is not None:
+            inputs = self.dropout(inputs)
+        down = self.matmul(inputs, self.lora_A.weight)
         down = down * ops.broadcast_to(self.lora_scale, down.shape)
         y = y + self.matmul(down, self.lora_B.weight).astype(y.dtype)
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
@@ -71,14 +78,82 @@ class LoraMatrix(nn.Cell):
         self.weight = empty_parameter((rows, columns))
 
 
-def inject_lora(root: nn.Cell, rank: int, alpha: float, target_modules: Sequence[str]) -> dict[str, LoraDense]:
+class DropoutState(nn.Cell):
+    """What the dropouts of all layers share: how much they drop, and the number that their draws hang on.
+
+    Parameters, because a compiled graph would not see changed attributes.
+    """
+
+    def __init__(self, rate: float, seed: int) -> None:
+        super().__init__(auto_prefix=False)
+        self._rate, self._seed = rate, seed
+        self.rate = Parameter(Tensor(np.float32(rate)), name="dropout_rate", requires_grad=False)
+        self.draw = Parameter(Tensor(np.int32(0)), name="dropout_draw", requires_grad=False)
+
+    def begin_batch(self, number: int) -> None:
+        """From here on the layers draw what belongs to the batch with this number."""
+        draw = generator(self._seed, "lora dropout", number).integers(2**31, dtype=np.int32)
+        self.draw.set_data(Tensor(np.int32(draw)))
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside, nothing is dropped, as in drawing pictures."""
+        self.rate.set_data(Tensor(np.float32(0)))
+        try:
+            yield
+        finally:
+            self.rate.set_data(Tensor(np.float32(self._rate)))
+
+
+class LoraDropout(nn.Cell):
+    """Drop each input with probability `rate` and scale up the others (Srivastava et al., 2014): (N, I) -> (N, I).
+
+    What is dropped is a hash of (draw, layer, position): the library's operators keep a state of their own, which a
+    resumed run would not have. The hash is lowbias32 (Wellons, 2018) in wrapping 32-bit integers.
+    """
+
+    def __init__(self, state: DropoutState, layer: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.rate, self.draw, self.layer = state.rate, state.draw, layer
+
+    def construct(self, x_NI: Tensor) -> Tensor:
+        state = _positions(x_NI.shape[0] * x_NI.shape[1], self.layer)
+        state = _mixed(ops.bitwise_xor(state, ops.broadcast_to(self.draw, state.shape)))
+        uniform = ops.bitwise_and(state, 0x7FFFFF).astype(ms.float32) * (1 / 2**23)
+        rate = ops.broadcast_to(self.rate, uniform.shape)
+        factor = (uniform >= rate).astype(ms.float32) / (1.0 - rate)
+        return x_NI * ops.stop_gradient(ops.reshape(factor, x_NI.shape))
+
+
+def _mixed(state: Tensor) -> Tensor:
+    for shift, multiplier in ((16, 0x7FEB352D), (15, -0x7B935975), (16, 1)):
+        low = ops.bitwise_right_shift(state, shift)
+        low = ops.bitwise_and(low, (1 << (32 - shift)) - 1)
+        state = ops.bitwise_xor(state, low) * multiplier
+    return state
+
+
+@constexpr
+def _positions(count: int, layer: int) -> Tensor:
+    """A number of its own for each position of each layer."""
+    numbers = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B1) + np.uint32(layer)
+    return Tensor(numbers.astype(np.int32), ms.int32)
+
+
+def inject_lora(
+    root: nn.Cell,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str],
+    dropout: DropoutState | None = None,
+) -> dict[str, LoraDense]:
     """Give every linear layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
 
     Returns:
         The adapted layers by the public names of their base layers.
 
     Raises:
-        ConfigError: a target matches no linear layer, or the rank is larger than a layer.
+        ConfigError: a target matches no linear layer.
     """
     layers = linear_layers(root)
     chosen = {name: cell for name, cell in layers.items() if any(_matches(name, target) for target in target_modules)}
@@ -88,16 +163,27 @@ def inject_lora(root: nn.Cell, rank: int, alpha: float, target_modules: Sequence
         raise ConfigError(
             f"--lora_target_modules: no linear layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
         )
-    largest = min(min(cell.in_channels, cell.out_channels) for cell in chosen.values())
-    if rank > largest:
-        raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
     for _, parameter in root.parameters_and_names():
         parameter.requires_grad = False
-    adapted = {name: LoraDense(cell, rank, alpha) for name, cell in chosen.items()}
+    adapted = {
+        name: LoraDense(cell, rank, alpha, LoraDropout(dropout, zlib.crc32(name.encode())) if dropout else None)
+        for name, cell in chosen.items()
+    }
     for name, layer in adapted.items():
         _replace(root, name, layer)
     public_parameters(root)
     return adapted
+
+
+def check_rank(rank: int, layers: dict[str, LoraDense]) -> None:
+    """A rank above a layer's size trains more numbers than the layer has.
+
+    Raises:
+        ConfigError: the rank is larger than the smallest of these layers.
+    """
+    largest = min(min(cell.in_channels, cell.out_channels) for cell in layers.values())
+    if rank > largest:
+        raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
 
 
 def linear_layers(root: nn.Cell) -> dict[str, Dense]:
@@ -119,10 +205,47 @@ def lora_trainables(layers: dict[str, LoraDense]) -> list[Parameter]:
     return [matrix.weight for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
 
 
-def lora_tensors(layers: dict[str, LoraDense]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(name of the base layer, A, B) of every adapter."""
+def lora_weights(layers: dict[str, LoraDense], target_modules: Sequence[str]) -> LoraWeights:
+    """The adapters of a network's layers, as a file holds them."""
+    factors = {name: (one.lora_A.weight.asnumpy(), one.lora_B.weight.asnumpy()) for name, one in layers.items()}
+    any_layer = next(iter(layers.values()))
+    return LoraWeights(factors, any_layer.rank, any_layer.alpha, tuple(target_modules))
+
+
+def load_lora(root: nn.Cell, adapters: Sequence[LoraWeights], scale: float) -> dict[str, LoraDense]:
+    """Put the sum of some adapters of a network on it, all times `scale`; returns the adapted layers by name.
+
+    Raises:
+        WeightError: an adapter was trained on another network.
+    """
+    if not adapters:
+        return {}
+    if not {name for adapter in adapters for name in adapter.factors} <= linear_layers(root).keys():
+        raise WeightError("the adapter was trained on another base")
+    total = sum_of(adapters)
+    layers = inject_lora(root, total.rank, total.alpha, total.target_modules)
     for name, layer in layers.items():
-        yield name, layer.lora_A.weight.asnumpy(), layer.lora_B.weight.asnumpy()
+        layer.set_factors(*total.factors[name])
+        layer.set_scale(scale)
+    return layers
+
+
+def sum_of(adapters: Sequence[LoraWeights]) -> LoraWeights:
+    """One adapter whose update is the sum of all: their factors side by side, each with its own scale in its A."""
+    layers = {name for adapter in adapters for name in adapter.factors}
+    rank = sum(adapter.rank for adapter in adapters)
+    factors = {}
+    for name in layers:
+        halves = [
+            (adapter.factors[name][0] * (adapter.alpha / adapter.rank), adapter.factors[name][1])
+            for adapter in adapters
+            if name in adapter.factors
+        ]
+        factor_a = np.concatenate([half for half, _ in halves])
+        factor_b = np.concatenate([half for _, half in halves], axis=1)
+        filler = rank - len(factor_a)
+        factors[name] = (np.pad(factor_a, ((0, filler), (0, 0))), np.pad(factor_b, ((0, 0), (0, filler))))
+    return LoraWeights(factors, rank, float(rank), tuple(factors))
 
 
 def _matches(name: str, target: str) -> bool:

@@ -2,18 +2,19 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.adapters.lora import LoraDense, inject_lora, linear_layers
+from dreambooth_ms.adapters.lora import LoraDense, load_lora
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import set_up_device
 from dreambooth_ms.weights.hub import find_model
-from dreambooth_ms.weights.lora_file import LoraFile, read_lora
+from dreambooth_ms.weights.lora_file import read_lora
 from dreambooth_ms.weights.model_folder import ModelFolder, open_model_folder
 
 
@@ -25,20 +26,37 @@ def open_base(
     return open_model_folder(find_model(name_or_path, revision), variant)
 
 
-def load_adapted_unet(folder: ModelFolder, weights: WeightsConfig) -> tuple[UNet2DConditionModel, dict[str, LoraDense]]:
-    """The UNet with the adapters of a command line on it, and its adapted layers."""
-    adapters = [read_lora(Path(path)) for path in weights.lora]
-    unet = folder.load_unet()
-    if not adapters:
-        return unet, {}
-    adapter = _sum_of(adapters)
-    if not adapter.factors.keys() <= linear_layers(unet).keys():
-        raise WeightError(f"{', '.join(weights.lora)}: was trained on another base than {folder.path}")
-    layers = inject_lora(unet, adapter.rank, adapter.alpha, adapter.target_modules)
-    for name, layer in layers.items():
-        layer.set_factors(*adapter.factors[name])
-        layer.set_scale(weights.lora_scale)
-    return unet, layers
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A base with adapters on it."""
+
+    unet: UNet2DConditionModel
+    layers: list[LoraDense]
+    """The UNet's adapted layers."""
+    embeddings: dict[str, np.ndarray]
+    """Prompt -> embedding of the adapted text encoder, for the prompts asked for and the empty one."""
+    base_embeddings: dict[str, np.ndarray]
+    """The same without the adapters."""
+
+
+def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[str]) -> AdaptedModel:
+    """The base with the adapters of a command line; the text encoder is gone afterwards.
+
+    Raises:
+        WeightError: an adapter was trained on another base.
+    """
+    files = [read_lora(Path(path)) for path in weights.lora]
+    tokenizer, encoder, unet = PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), folder.load_unet()
+    base_embeddings = encode_prompts(tokenizer, encoder, [*prompts, ""])
+    try:
+        layers = load_lora(unet, [file["unet"] for file in files if "unet" in file], weights.lora_scale)
+        text_layers = load_lora(
+            encoder, [file["text_encoder"] for file in files if "text_encoder" in file], weights.lora_scale
+        )
+    except WeightError as error:
+        raise WeightError(f"{', '.join(weights.lora)}: {error}; this one is {folder.path}") from error
+    embeddings = encode_prompts(tokenizer, encoder, [*prompts, ""]) if text_layers else base_embeddings
+    return AdaptedModel(unet, list(layers.values()), embeddings, base_embeddings)
 
 
 def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -49,21 +67,3 @@ def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.n
 def tell(line: str) -> None:
     """Print a line about what goes on to stderr, which leaves stdout to results."""
     print(line, file=sys.stderr)
-
-
-def _sum_of(adapters: Sequence[LoraFile]) -> LoraFile:
-    """One adapter whose update is the sum of all: their factors side by side, each with its own scale in its A."""
-    layers = {name for adapter in adapters for name in adapter.factors}
-    rank = sum(adapter.rank for adapter in adapters)
-    factors = {}
-    for name in layers:
-        halves = [
-            (adapter.factors[name][0] * (adapter.alpha / adapter.rank), adapter.factors[name][1])
-            for adapter in adapters
-            if name in adapter.factors
-        ]
-        factor_a = np.concatenate([half for half, _ in halves])
-        factor_b = np.concatenate([half for _, half in halves], axis=1)
-        filler = rank - len(factor_a)
-        factors[name] = (np.pad(factor_a, ((0, filler), (0, 0))), np.pad(factor_b, ((0, 0), (0, filler))))
-    return LoraFile(factors, rank, float(rank), True)

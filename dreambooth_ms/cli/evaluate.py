@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.lora import LoraDense
-from dreambooth_ms.cli.assemble import embed_prompts, load_adapted_unet, open_base, tell
+from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import EvaluateConfig
@@ -44,24 +44,25 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     class_prompts = [wanted.class_prompt] * len(subject_prompts)
     prompts = [*subject_prompts, *class_prompts]
 
-    unet, layers = load_adapted_unet(folder, config.weights)
-    embeddings = embed_prompts(folder, prompts)
+    model = load_adapted(folder, config.weights, prompts)
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(prompts))
     )
-    sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
+    sampler = Sampler(model.unet, folder.load_vae(), folder.scheduler_config, settings)
     size = folder.picture_size
     noise = starting_noise(len(prompts), folder.latent_shape(size, size), wanted.seed, PURPOSE)
-    text = np.stack([embeddings[prompt] for prompt in prompts])
 
-    def pictures(scale: float, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        _set_scale(layers.values(), scale)
+    def pictures(
+        scale: float, embeddings: dict[str, np.ndarray], name: str
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        _set_scale(model.layers, scale)
+        text = np.stack([embeddings[prompt] for prompt in prompts])
         drawn = sampler.pictures(noise, text, embeddings[""])
         kept = list(tqdm(drawn, desc=name, total=len(prompts), unit="picture"))
         return kept[: len(subject_prompts)], kept[len(subject_prompts) :]
 
-    base_subject, base_class = pictures(0.0, "before")
-    now_subject, now_class = pictures(config.weights.lora_scale, "after")
+    base_subject, base_class = pictures(0.0, model.base_embeddings, "before")
+    now_subject, now_class = pictures(config.weights.lora_scale, model.embeddings, "after")
     before = measure(embed, photographs, base_subject, base_class, base_class)
     after = measure(embed, photographs, now_subject, now_class, base_class)
     rows = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.cli.assemble import embed_prompts, load_adapted_unet, open_base, tell
+from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
 from dreambooth_ms.config.load import load_sample_config
 from dreambooth_ms.config.schema import SampleConfig
 from dreambooth_ms.errors import DataError
@@ -26,16 +26,15 @@ def run(argv: Sequence[str]) -> int:
     latent_shape = folder.latent_shape(height, width)
     rows = [prompt for prompt in prompts for _ in range(wanted.num_images_per_prompt)]
 
-    unet, _ = load_adapted_unet(folder, weights)
-    embeddings = embed_prompts(folder, [*prompts, wanted.negative_prompt])
+    model = load_adapted(folder, weights, [*prompts, wanted.negative_prompt])
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(rows))
     )
-    sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
+    sampler = Sampler(model.unet, folder.load_vae(), folder.scheduler_config, settings)
     pictures = sampler.pictures(
         starting_noise(len(rows), latent_shape, wanted.seed, PURPOSE),
-        np.stack([embeddings[prompt] for prompt in rows]),
-        embeddings[wanted.negative_prompt],
+        np.stack([model.embeddings[prompt] for prompt in rows]),
+        model.embeddings[wanted.negative_prompt],
     )
     output = Path(wanted.output_dir)
     first = _first_free_number(output)

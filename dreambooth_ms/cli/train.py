@@ -2,21 +2,24 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Tensor
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_tensors, lora_trainables
 from dreambooth_ms.cli.assemble import embed_prompts, open_base, tell
+from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
+from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
@@ -24,15 +27,16 @@ from dreambooth_ms.ops import compile_cache
 from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.checkpoint import Checkpoint, find_latest, open_checkpoint, restore, save_checkpoint
+from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
+from dreambooth_ms.training.methods import METHODS, Learner, result_of
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.run_folder import seed_of, settle_config, write_config
-from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 from dreambooth_ms.weights.digest import file_digest
-from dreambooth_ms.weights.lora_file import FILE_NAME, steps_taken, write_lora
 from dreambooth_ms.weights.model_folder import ModelFolder, weight_file
 
 INTERRUPTED_STATUS = 130
@@ -50,32 +54,36 @@ class ClassPictures:
 def run(argv: Sequence[str]) -> int:
     """Train by a command line; returns the exit status."""
     config = settle_config(load_train_config(argv))
-    model = config.model
+    model, data = config.model, config.data
     folder = open_base(config.device, model.pretrained_model_name_or_path, model.revision, model.variant)
-    output = Path(config.run.output_dir)
 
-    instances = read_records(Path(config.data.instance_data_dir), config.data.instance_prompt, INSTANCE, tell=tell)
+    instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
     checkpoint = _checkpoint_to_resume(config)
     write_config(config)
-    unet = None
-    groups = [instances]
     class_pictures = _class_pictures(config)
+    total = total_steps(config, max(len(instances), class_pictures.count if class_pictures else 0))
+    result, steps_taken = result_of(config.method.method, config.output_dir)
+    if steps_taken >= total:
+        tell(f"{result} is already there, trained for {total} steps; nothing left to do")
+        return 0
+
+    unet, groups = None, [instances]
     if class_pictures:
         unet = draw_missing_class_images(config, folder, class_pictures)
         groups.append(
             read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
         )
-    framing = Framing(config.data.resolution, config.data.center_crop, config.data.random_flip)
+    framing = Framing(data.resolution, data.center_crop, data.random_flip)
     plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
-    total = config.run.max_train_steps or config.run.num_train_epochs * plan.steps_per_epoch
-    done = checkpoint.step if checkpoint else 0
-    if (output / FILE_NAME).is_file() and steps_taken(output / FILE_NAME) >= total:
-        tell(f"{output / FILE_NAME} is already there, trained for {total} steps; nothing left to do")
-        return 0
+    batches = encode_data(config, folder, plan, checkpoint.step if checkpoint else 0, total)
+    return train_and_save(config, folder, unet or folder.load_unet(), batches, checkpoint, total)
 
-    batches = encode_data(config, folder, plan, done, total)
-    unet = unet or folder.load_unet()
-    return _train_lora(config, folder, unet, batches, checkpoint, total)
+
+def total_steps(config: TrainConfig, pictures: int) -> int:
+    """Optimiser steps of the run; an epoch goes through so many pictures."""
+    run = config.run
+    rows_of_step = run.train_batch_size * run.gradient_accumulation_steps
+    return run.max_train_steps or run.num_train_epochs * -(-pictures // rows_of_step)
 
 
 def draw_missing_class_images(
@@ -105,11 +113,12 @@ def draw_missing_class_images(
 
 
 def encode_data(config: TrainConfig, folder: ModelFolder, plan: Plan, done: int, total: int) -> BatchMaker:
-    """Everything the steps done … total need of pictures and prompts; VAE and text encoder are gone afterwards."""
-    data, cache = config.data, ContentCache(Path(config.run.output_dir) / "cache")
+    """Everything the steps done … total need of pictures and prompts; the VAE is gone afterwards."""
+    data, cache = config.data, ContentCache(config.output_dir / "cache")
+    batches_per_step = config.run.gradient_accumulation_steps
     posteriors = cached_posteriors(
         cache,
-        plan.views(done, total),
+        plan.views(done * batches_per_step, total * batches_per_step),
         file_digest(weight_file(folder.path, "vae", folder.variant)),
         data.resolution,
         data.image_interpolation_mode,
@@ -117,22 +126,24 @@ def encode_data(config: TrainConfig, folder: ModelFolder, plan: Plan, done: int,
         lambda views: tqdm(views, desc="encoding pictures", unit="picture") if views else views,
     )
     prompts = sorted({record.prompt for records in plan.groups for record in records})
-    embeddings = cached_embeddings(
-        cache, prompts, file_digest(weight_file(folder.path, "text_encoder", folder.variant)),
-        lambda missing: embed_prompts(folder, missing),
-    )  # fmt: skip
+    schedule = NoiseSchedule.from_spec(folder.schedule_spec)
+    gamma, kind = config.loss.snr_gamma, prediction_type(config, folder)
+    texts = _token_ids(folder, prompts) if config.method.train_text_encoder else _embeddings(folder, cache, prompts)
     gc.collect()
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
-        embeddings=embeddings,
-        schedule=NoiseSchedule.from_spec(folder.schedule_spec),
+        texts=texts,
+        schedule=schedule,
+        loss_weights=lambda t: schedule.min_snr_weights(t, gamma, kind) if gamma else np.ones(len(t)),
         scaling_factor=folder.vae_spec.scaling_factor,
         group_weights={INSTANCE: 1.0, CLASS: config.prior.prior_loss_weight},
+        batches_per_step=batches_per_step,
+        noise_offset=config.noise_offset,
     )
 
 
-def _train_lora(
+def train_and_save(
     config: TrainConfig,
     folder: ModelFolder,
     unet: UNet2DConditionModel,
@@ -140,73 +151,114 @@ def _train_lora(
     checkpoint: Checkpoint | None,
     total: int,
 ) -> int:
-    """Inject, train, save; returns the exit status."""
-    method, run, output = config.method, config.run, Path(config.run.output_dir)
-    alpha = float(method.lora_alpha or method.rank)
-    layers = inject_lora(unet, method.rank, alpha, method.lora_target_modules)
-    initialise_lora(layers, seed_of(config))
-    trainables = lora_trainables(layers)
-    step_cell = _step_cell(config, folder, unet, trainables)
-    state = [*trainables, *step_cell.optimiser.moments()]
+    """Train what the method trains, save, and show; returns the exit status."""
+    run, output = config.run, config.output_dir
+    text_encoder = folder.load_text_encoder() if config.method.train_text_encoder else None
+    learner = METHODS[config.method.method](config.method, folder, unet, text_encoder, seed_of(config))
+    step_cell = _step_cell(config, folder, learner)
+    average = MovingAverage(learner.trainables, config.method.ema_decay) if config.method.use_ema else None
+    state = [*learner.trainables, *step_cell.optimiser.moments(), *(average.averages if average else [])]
     done = 0
     if checkpoint:
         restore(checkpoint, state)
         done = checkpoint.step
         tell(f"resuming from {checkpoint.path}")
+    validator = Validator(config, folder, unet, learner) if config.validation.validation_prompt else None
 
-    def write_adapter(target: Path, step: int) -> None:
-        write_lora(target, lora_tensors(layers), method.rank, alpha, method.lora_target_modules, step)
-
-    def save(step: int) -> Path:
-        return save_checkpoint(
-            output, step, state, to_yaml(config), lambda target: write_adapter(target, step),
-            keep=run.checkpoints_total_limit,
-        )  # fmt: skip
-
-    tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
+    size = sum(parameter.size for parameter in learner.trainables)
+    tell(f"training {size:,} parameters in {len(learner.trainables)} tensors for {total} steps")
     tracker = Tracker(output, run.logging_dir, done)
-    latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
-    rows = len(batches.plan.rows(0))
-    specs = (folder.unet_spec, folder.text_spec, folder.schedule_spec)
-    cache = compile_cache(specs, method, config.loss, config.optimiser, latent_shape, rows)
+    steps = train(
+        step_cell,
+        batches,
+        run.gradient_accumulation_steps,
+        _learning_rate(config, total),
+        done,
+        total,
+        _compile_cache(config, folder, batches),
+        learner.dropout.begin_batch if learner.dropout else None,
+    )
     try:
-        with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop, cache:
-            for report in train(step_cell, batches, _learning_rate(config, total), done, total):
-                done = report.step
+        with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop:
+            for report in steps:
+                if average:
+                    average.update(report.step)
                 tracker.log(report)
                 bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
                 bar.update()
-                if done % run.checkpointing_steps == 0 or stop.asked:
-                    saved = save(done)
+                if report.step % run.checkpointing_steps == 0 or stop.asked:
+                    saved = save_checkpoint(
+                        output, report.step, state, to_yaml(config),
+                        partial(_write, learner.write_part, average, step=report.step),
+                        keep=run.checkpoints_total_limit,
+                    )  # fmt: skip
                 if stop.asked:
                     tell(f"stopped; saved {saved}. Run the same command again to go on")
                     return INTERRUPTED_STATUS
+                if validator and report.step % config.validation.validation_steps == 0:
+                    with average.in_place_of_weights() if average else nullcontext():
+                        tracker.log_pictures(report.step, "validation", validator.draw(report.step))
     finally:
         tracker.close()
-    write_adapter(output, total)
+    _write(learner.write_result, average, output, total)
     draw_loss(read_history(output), output / "loss.png")
-    tell(f"wrote {output / FILE_NAME}")
+    tell(f"wrote {result_of(config.method.method, output)[0]}")
     return 0
 
 
-def _step_cell(
-    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, trainables: list[Parameter]
-) -> TrainStep:
+def _write(write: Callable[[Path, int], None], average: MovingAverage | None, target: Path, step: int) -> None:
+    """Write results for other tools: of the average, if one is kept."""
+    with average.in_place_of_weights() if average else nullcontext():
+        write(target, step)
+
+
+def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
+    """What the UNet is trained to predict."""
     chosen = config.loss.prediction_type
-    prediction_type = PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
+    return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
+
+
+def _step_cell(config: TrainConfig, folder: ModelFolder, learner: Learner) -> TrainStep | AccumulatingTrainStep:
     o = config.optimiser
-    optimiser = AdamW(trainables, AdamWHyperparameters(o.adam_beta1, o.adam_beta2, o.adam_weight_decay, o.adam_epsilon))
-    return TrainStep(DiffusionLoss(unet, prediction_type), trainables, optimiser, o.max_grad_norm)
+    text_factor = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
+    optimiser = AdamW(
+        learner.trainables,
+        AdamWHyperparameters(o.adam_beta1, o.adam_beta2, o.adam_weight_decay, o.adam_epsilon),
+        [text_factor if of_text else 1.0 for of_text in learner.is_of_text_encoder],
+    )
+    step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
+    loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
+    return step(loss, learner.trainables, optimiser, o.max_grad_norm)
+
+
+def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker) -> AbstractContextManager[None]:
+    if config.run.gradient_accumulation_steps > 1:
+        return nullcontext()  # A step is two graphs then, and the cache is sound for one.
+    latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
+    specs = (folder.unet_spec, folder.text_spec, folder.schedule_spec)
+    rows = len(batches.plan.rows(0))
+    return compile_cache(specs, config.method, config.loss, config.optimiser, latent_shape, rows)
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
-    o = config.optimiser
+    o, run = config.optimiser, config.run
+    rows_of_step = run.train_batch_size * run.gradient_accumulation_steps
+    highest = config.learning_rate * (rows_of_step if o.scale_lr else 1)
     return lambda step: (
-        o.learning_rate
-        * learning_rate_factor(
-            o.lr_scheduler, step, o.lr_warmup_steps, total, o.lr_num_cycles, o.lr_power, o.learning_rate
-        )
+        highest
+        * learning_rate_factor(o.lr_scheduler, step, o.lr_warmup_steps, total, o.lr_num_cycles, o.lr_power, highest)
     )
+
+
+def _token_ids(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    return dict(zip(prompts, PromptTokenizer(folder.tokenizer_path).ids(prompts), strict=True))
+
+
+def _embeddings(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    return cached_embeddings(
+        cache, prompts, file_digest(weight_file(folder.path, "text_encoder", folder.variant)),
+        lambda missing: embed_prompts(folder, missing),
+    )  # fmt: skip
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
@@ -214,9 +266,9 @@ def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
     asked = config.run.resume_from_checkpoint
     if asked not in (None, "latest"):
         return open_checkpoint(Path(asked))
-    found = find_latest(Path(config.run.output_dir))
+    found = find_latest(config.output_dir)
     if asked == "latest" and found is None:
-        tell(f"--resume_from_checkpoint latest: no checkpoint in {config.run.output_dir}, starting from the beginning")
+        tell(f"--resume_from_checkpoint latest: no checkpoint in {config.output_dir}, starting from the beginning")
     return found
 
 

@@ -8,19 +8,25 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-Method: TypeAlias = Literal["lora"]
+Method: TypeAlias = Literal["lora", "full"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 LearningRateSchedule: TypeAlias = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
 ]
 DeviceTarget: TypeAlias = Literal["auto", "CPU", "Ascend"]
+ValidationScheduler: TypeAlias = Literal["DPMSolverMultistepScheduler", "DDIMScheduler"]
 SamplingScheduler: TypeAlias = Literal["ddim", "euler", "dpm++_2m", "dpm++_2m_karras", "pndm"]
 
 POLYNOMIAL_END_LEARNING_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
+
+
+OFFSET_NOISE_STRENGTH = 0.1
+"""What --offset_noise stands for, as in diffusers."""
 
 
 class Findings(NamedTuple):
@@ -87,13 +93,21 @@ class MethodConfig:
     """What is trained."""
 
     method: Method = "lora"
-    """How the subject is taught."""
+    """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
+    train_text_encoder: bool = False
+    """Train the text encoder too, in the same way as the UNet."""
     rank: int = 4
     """Rank of the LoRA update; the size of the file grows with it."""
     lora_alpha: int | None = None
     """The update is scaled by lora_alpha / rank. None: equal to the rank, a scale of 1."""
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"])
     """Layers of the UNet that get an update, by the end of their names."""
+    lora_dropout: float = 0.0
+    """Share of the inputs of each LoRA update that is dropped at random in training."""
+    use_ema: bool = False
+    """Keep a running average of the trained weights, and use it for validation and as the result."""
+    ema_decay: float = 0.9999
+    """Decay of the running average; in the first steps it is (1 + step) / (10 + step)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +116,24 @@ class LossConfig:
 
     prediction_type: PredictionType | None = None
     """Prediction target. None: the one that the base model was trained with."""
+    snr_gamma: float | None = None
+    """Min-SNR weighting: rows with little noise weigh less; 5.0 is usual. None: all rows weigh the same."""
+    offset_noise: bool = False
+    """Add a random constant of strength 0.1 to each channel of the noise; it helps very dark and bright pictures."""
+    noise_offset: float = 0.0
+    """The same with a strength of your choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: float = 5e-4
-    """Learning rate after the warm-up."""
+    learning_rate: float | None = None
+    """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoder. None: the same as --learning_rate."""
+    scale_lr: bool = False
+    """Multiply the learning rates by pictures per step: batch size times accumulation steps."""
     lr_scheduler: LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
     lr_warmup_steps: int = 500
@@ -136,14 +160,16 @@ class RunConfig:
 
     train_batch_size: int = 4
     """Pictures of the subject per step; prior preservation adds as many of the class."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added up to one optimiser step; a larger batch in the memory of a small one."""
     max_train_steps: int | None = None
     """Number of optimiser steps. None: decided by num_train_epochs."""
     num_train_epochs: int = 1
     """Passes over the pictures; not used when max_train_steps is given."""
     seed: int | None = None
     """Makes the run repeatable. None: drawn at random and recorded."""
-    output_dir: str = "lora-dreambooth-model"
-    """Folder for the trained weights and the checkpoints."""
+    output_dir: str | None = None
+    """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
     checkpointing_steps: int = 500
     """Steps between checkpoints."""
     checkpoints_total_limit: int | None = None
@@ -152,6 +178,20 @@ class RunConfig:
     """Checkpoint folder to resume from, or latest."""
     logging_dir: str = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Pictures drawn during training, to see how far it is."""
+
+    validation_prompt: str | None = None
+    """What to draw. None: nothing is drawn."""
+    num_validation_images: int = 4
+    """Pictures drawn at a time, always from the same noise."""
+    validation_steps: int = 100
+    """Optimiser steps between drawings."""
+    validation_scheduler: ValidationScheduler = "DPMSolverMultistepScheduler"
+    """Sampling method, by the name of diffusers' class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +304,16 @@ RANGES: dict[str, Range] = {
     "rank": _at_least(1),
     "lora_alpha": _at_least(1),
     "lora_target_modules": _NOT_EMPTY,
+    "lora_dropout": _DECAY,
+    "ema_decay": _DECAY,
+    "snr_gamma": _POSITIVE,
+    "noise_offset": _at_least(0),
     "learning_rate": _POSITIVE,
+    "text_encoder_lr": _POSITIVE,
+    "gradient_accumulation_steps": _at_least(1),
+    "validation_prompt": _NOT_EMPTY,
+    "num_validation_images": _at_least(1),
+    "validation_steps": _at_least(1),
     "lr_warmup_steps": _at_least(0),
     "lr_num_cycles": _at_least(1),
     "lr_power": _POSITIVE,
@@ -322,11 +371,27 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def check(self) -> Findings:
         """Ranges, and every rule that looks at more than one field. Reads no file."""
         return Findings(out_of_range(self) + self._impossible(), self._doubtful())
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
+        return self.optimiser.learning_rate or (5e-4 if self.method.method == "lora" else 5e-6)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
+
+    @property
+    def noise_offset(self) -> float:
+        """Strength of the constant added to the noise."""
+        return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset
 
     def _impossible(self) -> list[str]:
         prior, optimiser = self.prior, self.optimiser
@@ -349,18 +414,32 @@ class TrainConfig:
                 "or class pictures would mix with those of the subject",
             ),
             (
-                optimiser.lr_scheduler == "polynomial" and optimiser.learning_rate <= POLYNOMIAL_END_LEARNING_RATE,
+                optimiser.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END_LEARNING_RATE,
                 f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} "
-                f"and must start above it, got {optimiser.learning_rate:g}",
+                f"and must start above it, got {self.learning_rate:g}",
+            ),
+            (
+                self.loss.offset_noise and self.loss.noise_offset > 0,
+                f"--offset_noise: is --noise_offset {OFFSET_NOISE_STRENGTH}; give one of them",
             ),
         ]
         return [message for broken, message in rules if broken]
 
     def _doubtful(self) -> list[str]:
         prior, optimiser, run = self.prior, self.optimiser, self.run
+        method, validation = self.method, self.validation
         reasons = {}
         if not prior.with_prior_preservation:
             reasons.update(dict.fromkeys(vars(prior), "without --with_prior_preservation"))
+        if method.method != "lora":
+            lora_only = ("rank", "lora_alpha", "lora_target_modules", "lora_dropout")
+            reasons.update(dict.fromkeys(lora_only, f"with --method {method.method}"))
+        if not method.use_ema:
+            reasons["ema_decay"] = "without --use_ema"
+        if not method.train_text_encoder:
+            reasons["text_encoder_lr"] = "without --train_text_encoder"
+        if validation.validation_prompt is None:
+            reasons.update(dict.fromkeys(vars(validation), "without --validation_prompt"))
         if optimiser.lr_scheduler == "constant":
             reasons["lr_warmup_steps"] = "with --lr_scheduler constant"
         if optimiser.lr_scheduler != "cosine_with_restarts":
@@ -369,7 +448,7 @@ class TrainConfig:
             reasons["lr_power"] = "without --lr_scheduler polynomial"
         if run.max_train_steps is not None:
             reasons["num_train_epochs"] = "beside --max_train_steps"
-        changed = [*_changed(prior), *_changed(optimiser), *_changed(run)]
+        changed = [name for section in (prior, method, optimiser, run, validation) for name in _changed(section)]
         warnings = [f"--{name} has no effect {reasons[name]}" for name in changed if name in reasons]
         warms_up = optimiser.lr_scheduler != "constant"
         if warms_up and run.max_train_steps is not None and optimiser.lr_warmup_steps >= run.max_train_steps:

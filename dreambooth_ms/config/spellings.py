@@ -35,6 +35,9 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "save_model_every_n_steps": ("checkpointing_steps",),
     "max_num_ckpt": ("checkpoints_total_limit",),
     "resume": ("resume_from_checkpoint",),
+    "save_sample_prompt": ("validation_prompt",),
+    "n_save_sample": ("num_validation_images",),
+    "drop_out": ("lora_dropout",),
     "mode": ("ms_mode",),
 }
 """Another name -> the fields that it may stand for: the one that the command has."""
@@ -51,10 +54,6 @@ class Refusal(NamedTuple):
 
 
 _NO_HUB_UPLOAD = Refusal("nothing is uploaded; publish the files of --output_dir with huggingface-cli")
-_NO_TEXT_ENCODER = Refusal("not in this version: the text encoders stay frozen, the UNet is trained")
-_NO_VALIDATION = Refusal(
-    "not in this version: no pictures are drawn during training; use `dreambooth-ms sample` after it"
-)
 _NO_CAPTIONS = Refusal("not in this version: all pictures of the subject share --instance_prompt")
 _NO_CONCEPTS = Refusal("not in this version: one run teaches one subject")
 _NO_DATASETS = Refusal("not in this version: pictures are read from the folder --instance_data_dir")
@@ -79,31 +78,18 @@ REFUSED: dict[str, Refusal] = {
     "optimizer": _NO_OPTIMISERS,
     "prodigy_beta3": _NO_OPTIMISERS,
     "use_dora": Refusal("not in this version: the update is plain LoRA"),
-    "lora_dropout": Refusal("not in this version: LoRA has no dropout", ("0", "0.0")),
-    "train_text_encoder": _NO_TEXT_ENCODER,
-    "text_encoder_lr": _NO_TEXT_ENCODER,
     "text_encoder_use_attention_mask": Refusal("not in this version: only models with CLIP text encoders are trained"),
     "tokenizer_name": Refusal("the tokenizer of the base model is used"),
     "tokenizer_max_length": Refusal("a prompt is always 77 tokens", ("77",)),
     "pretrained_vae_model_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
     "pretrained_vae_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
     "gradient_checkpointing": Refusal("not in this version: lower --train_batch_size or --resolution to save memory"),
-    "gradient_accumulation_steps": Refusal("not in this version: raise --train_batch_size instead", ("1",)),
-    "use_ema": Refusal("not in this version: the weights are kept as trained, without an average"),
-    "scale_lr": Refusal("not in this version: give the --learning_rate itself"),
-    "snr_gamma": Refusal("not in this version: every timestep has the same weight in the loss"),
-    "offset_noise": Refusal("not in this version: the noise is plain Gaussian"),
-    "noise_offset": Refusal("not in this version: the noise is plain Gaussian", ("0", "0.0")),
     "do_edm_style_training": Refusal("not in this version: training follows the base model's own noise schedule"),
-    "validation_prompt": _NO_VALIDATION,
-    "validation_epochs": _NO_VALIDATION,
-    "validation_steps": _NO_VALIDATION,
-    "validation_images": _NO_VALIDATION,
-    "num_validation_images": _NO_VALIDATION,
-    "infer_during_train": _NO_VALIDATION,
-    "save_sample_prompt": _NO_VALIDATION,
-    "save_sample_negative_prompt": _NO_VALIDATION,
-    "n_save_sample": _NO_VALIDATION,
+    "validation_epochs": Refusal("give the optimiser steps between drawings, --validation_steps"),
+    "validation_images": _NO_IMAGE_INPUT,
+    "class_labels_conditioning": Refusal("not in this version: only models that are conditioned on text are trained"),
+    "infer_during_train": Refusal("give --validation_prompt"),
+    "save_sample_negative_prompt": Refusal("not in this version: validation pictures have no negative prompt"),
     "class_negative_prompt": Refusal("not in this version: class pictures are generated without a negative prompt"),
     "dataset_name": _NO_DATASETS,
     "dataset_config_name": _NO_DATASETS,
@@ -134,8 +120,8 @@ REFUSED: dict[str, Refusal] = {
 """Flags of other trainers that are not here -> why, and what to do. A value that turns one off asks for nothing."""
 
 METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
-    ("full", "custom_diffusion", "textual_inversion", "pivotal_tuning"),
-    "not in this version; lora teaches a subject with a file of a few megabytes",
+    ("custom_diffusion", "textual_inversion", "pivotal_tuning"),
+    "not in this version; use lora or full",
 )
 """Values of --method that are refused by name."""
 

@@ -3,8 +3,9 @@
 Shapes: B rows, C, H, W of the latents, S text tokens, E text width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 
 import mindspore as ms
 import numpy as np
@@ -17,7 +18,7 @@ from dreambooth_ms.randomness import generator, standard_normal
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step; the fields of `inputs` are the inputs of `training.step.DiffusionLoss`."""
+    """The rows of one batch; the fields of `inputs` are the inputs of `training.step.DiffusionLoss`."""
 
     latents: np.ndarray
     """(B, C, H, W) clean latents, scaled to deviation 1."""
@@ -30,9 +31,9 @@ class Batch:
     sigma: np.ndarray
     """(B,) factor of the noise."""
     text: np.ndarray
-    """(B, S, E) embeddings of each row's own prompt."""
+    """Each row's own prompt: embeddings (B, S, E), or token ids (B, S) int32 where the text encoder is trained."""
     coefficients: np.ndarray
-    """(B,) weight of each row's error in the loss: the group's weight over the group's number of rows."""
+    """(B,) weight of each row's error in the loss: lambda of the group * w_row / rows of the group in a step."""
     groups: tuple[str, ...]
     """Each row's group."""
 
@@ -44,50 +45,52 @@ class Batch:
             Tensor(self.timesteps, ms.int32),
             Tensor(self.signal, ms.float32),
             Tensor(self.sigma, ms.float32),
-            Tensor(self.text, ms.float32),
+            Tensor(self.text),
             Tensor(self.coefficients, ms.float32),
         )
-
-    def group_means(self, errors_B: np.ndarray) -> dict[str, float]:
-        """Mean of the rows' errors by group, unweighted."""
-        return {
-            group: float(np.mean([error for error, of in zip(errors_B, self.groups, strict=True) if of == group]))
-            for group in dict.fromkeys(self.groups)
-        }
 
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes the batch of any step, from the step's number alone."""
+    """Makes any batch of the run, from its number alone. A step takes `batches_per_step` of them."""
 
     plan: Plan
     posteriors: Mapping[View, np.ndarray]
-    embeddings: Mapping[str, np.ndarray]
+    texts: Mapping[str, np.ndarray]
+    """What the step takes for each prompt: its embedding (S, E), or its token ids (S,)."""
     schedule: NoiseSchedule
+    loss_weights: Callable[[np.ndarray], np.ndarray]
+    """Timesteps (B,) -> w_row (B,)."""
     scaling_factor: float
     group_weights: Mapping[str, float]
     """Lambda of each group: 1 for the instance pictures, --prior_loss_weight for the class pictures."""
+    batches_per_step: int = 1
+    noise_offset: float = 0.0
+    """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of a step, counted from 0."""
-        views, size, seed = self.plan.rows(step), self.plan.batch_size, self.plan.seed
+    def __call__(self, number: int) -> Batch:
+        """The batch with this number, counted from 0."""
+        views, seed = self.plan.rows(number), self.plan.seed
         latents, noise, timesteps = [], [], []
-        for position, view in enumerate(views):
-            group, row = view.record.group, position % size
+        for view, row in zip(views, cycle(self.plan.row_numbers(number)), strict=False):
+            group = view.record.group
             mean, log_variance = self.posteriors[view]
-            posterior_noise = standard_normal(mean.shape, seed, f"{group} posterior", step, row)
+            posterior_noise = standard_normal(mean.shape, seed, f"{group} posterior", row)
             latents.append((mean + np.exp(0.5 * log_variance) * posterior_noise) * self.scaling_factor)
-            noise.append(standard_normal(mean.shape, seed, f"{group} noise", step, row))
-            rng = generator(seed, f"{group} timestep", step, row)
+            offset = standard_normal((len(mean), 1, 1), seed, f"{group} noise offset", row)
+            noise.append(standard_normal(mean.shape, seed, f"{group} noise", row) + self.noise_offset * offset)
+            rng = generator(seed, f"{group} timestep", row)
             timesteps.append(int(rng.integers(self.schedule.num_train_timesteps)))
         drawn = np.array(timesteps, np.int32)
+        rows_of_step = self.plan.batch_size * self.batches_per_step
+        lambdas = np.array([self.group_weights[view.record.group] for view in views])
         return Batch(
             latents=np.stack(latents).astype(np.float32),
-            noise=np.stack(noise),
+            noise=np.stack(noise).astype(np.float32),
             timesteps=drawn,
             signal=self.schedule.signal(drawn).astype(np.float32),
             sigma=self.schedule.noise(drawn).astype(np.float32),
-            text=np.stack([self.embeddings[view.record.prompt] for view in views]),
-            coefficients=np.array([self.group_weights[view.record.group] / size for view in views], np.float32),
+            text=np.stack([self.texts[view.record.prompt] for view in views]),
+            coefficients=(lambdas * self.loss_weights(drawn) / rows_of_step).astype(np.float32),
             groups=tuple(view.record.group for view in views),
         )

@@ -3,7 +3,7 @@
 checkpoint-500/
   manifest.json                      step, configuration, size and digest of every file
   training_state.safetensors         trained parameters and optimiser moments, bit for bit
-  pytorch_lora_weights.safetensors   the adapter, for other tools
+  pytorch_lora_weights.safetensors   the adapter, for other tools; or the trained networks, unet/ and text_encoder/
 """
 
 import json
@@ -64,7 +64,8 @@ def save_checkpoint(
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
         write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
         write_results(partial)
-        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
         manifest = {"format": FORMAT, "step": step, "files": files, "config": config}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         sync(partial / MANIFEST)

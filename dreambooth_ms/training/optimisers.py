@@ -30,11 +30,18 @@ class AdamW(nn.Cell):
     when the learning rate changes.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], hyperparameters: AdamWHyperparameters) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hyperparameters: AdamWHyperparameters,
+        rate_factors: Sequence[float] | None = None,
+    ) -> None:
+        """`rate_factors`: each parameter's learning rate over the one given with a step. None: 1 for all."""
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
-        self.first_moments = ParameterTuple([_zeros_like(p, "first_moment") for p in parameters])
-        self.second_moments = ParameterTuple([_zeros_like(p, "second_moment") for p in parameters])
+        self.rate_factors = tuple(rate_factors or [1.0] * len(parameters))
+        self.first_moments = ParameterTuple([zeros_like(p, "first_moment") for p in parameters])
+        self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
         self.hyperparameters = hyperparameters
         self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
@@ -60,15 +67,20 @@ class AdamW(nn.Cell):
         self, gradients: tuple[Tensor, ...], learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor
     ) -> tuple[Tensor, ...]:
         update = ops.partial(_update, self.fused_update, self.beta1, self.beta2, learning_rate, epsilon, weight_decay)
-        return _map(update, self.parameters, self.first_moments, self.second_moments, gradients)
+        return _map(update, self.rate_factors, self.parameters, self.first_moments, self.second_moments, gradients)
 
 
-@_update.register("Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor")
+@_update.register(
+    "Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor"
+)
 def _update_tensor(
-    fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, parameter, first, second, gradient
+    fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, rate_factor, parameter, first, second, gradient
 ):
-    return fused_update(parameter, first, second, learning_rate, beta1, beta2, epsilon, weight_decay, gradient)
+    rate = learning_rate * rate_factor
+    return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, weight_decay, gradient)
 
 
-def _zeros_like(parameter: Parameter, role: str) -> Parameter:
-    return Parameter(Tensor(np.zeros(parameter.shape, np.float32), ms.float32), name=f"{role}.{parameter.name}")
+def zeros_like(parameter: Parameter, role: str) -> Parameter:
+    """A parameter of zeros that stands beside another one, such as a moment of its gradients."""
+    zeros = Tensor(np.zeros(parameter.shape, np.float32), ms.float32)
+    return Parameter(zeros, name=f"{role}.{parameter.name}", requires_grad=False)

@@ -1,7 +1,6 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
 from dataclasses import fields, replace
-from pathlib import Path
 
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
@@ -19,6 +18,10 @@ MAY_CHANGE = frozenset(
         "num_train_epochs",
         "checkpointing_steps",
         "checkpoints_total_limit",
+        "validation_prompt",
+        "num_validation_images",
+        "validation_steps",
+        "validation_scheduler",
         "device_target",
         "ms_mode",
     }
@@ -31,7 +34,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the folder holds a run with another configuration; every difference is named.
     """
-    file = Path(config.run.output_dir) / CONFIG
+    file = config.output_dir / CONFIG
     if not file.is_file():
         seed = draw_seed() if config.run.seed is None else config.run.seed
         return replace(config, run=replace(config.run, seed=seed))
@@ -42,7 +45,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     if differences:
         listed = "; ".join(differences)
         raise ConfigError(
-            f"{config.run.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
+            f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
         )
     return config
 
@@ -55,7 +58,7 @@ def seed_of(config: TrainConfig) -> int:
 
 def write_config(config: TrainConfig) -> None:
     """Write the resolved configuration into the run's folder."""
-    write_bytes(Path(config.run.output_dir) / CONFIG, to_yaml(config).encode())
+    write_bytes(config.output_dir / CONFIG, to_yaml(config).encode())
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:

@@ -1,12 +1,17 @@
-"""One training step as one compiled cell: loss, gradients of the explicit trainables, clip, update."""
+"""One training step: loss, gradients of the explicit trainables, clip, update.
 
-from collections.abc import Sequence
+`TrainStep` is one compiled cell. `AccumulatingTrainStep` takes its rows in several batches and is two: one that adds up
+gradients, and one that updates.
+"""
 
+from collections.abc import Iterable, Sequence
+
+import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
-from dreambooth_ms.training.optimisers import AdamW
+from dreambooth_ms.training.optimisers import AdamW, zeros_like
 
 
 class DiffusionLoss(nn.Cell):
@@ -62,9 +67,69 @@ class TrainStep(nn.Cell):
         updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
         return ops.depend(loss, updated), report, norm
 
+    def take(
+        self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """A step whose rows are one batch: loss, the loss cell's reports, norm of the gradients."""
+        (batch,) = batches
+        loss, report, norm = self(*scalars, *batch)
+        return loss, [report], norm
+
+
+class AccumulatingTrainStep:
+    """The same step with its rows in several batches, whose losses are parts of one sum."""
+
+    def __init__(
+        self, loss_cell: nn.Cell, trainables: Sequence[Parameter], optimiser: AdamW, max_grad_norm: float
+    ) -> None:
+        self.optimiser = optimiser
+        sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
+        self._add_gradients = _AddGradients(loss_cell, trainables, sums)
+        self._update = _UpdateFromSums(sums, optimiser, max_grad_norm)
+
+    def take(
+        self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Loss over all batches, the loss cell's report of each, norm of the summed gradients."""
+        losses, reports = [], []
+        for number, batch in enumerate(batches):
+            loss, report = self._add_gradients(Tensor(0.0 if number == 0 else 1.0, ms.float32), *batch)
+            losses.append(loss)
+            reports.append(report)
+        return sum(losses[1:], losses[0]), reports, self._update(*scalars)
+
+
+class _AddGradients(nn.Cell):
+    """sums <- keep * sums + gradients; `keep` is 0 for the first batch of a step and 1 for the others."""
+
+    def __init__(self, loss_cell: nn.Cell, trainables: Sequence[Parameter], sums: ParameterTuple) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss_cell, self.trainables, self.sums = loss_cell, ParameterTuple(trainables), sums
+        self.loss_and_gradients = ops.value_and_grad(loss_cell, None, self.trainables, has_aux=True)
+        self.set_train(True)
+
+    def construct(self, keep: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        (loss, report), gradients = self.loss_and_gradients(*inputs)
+        added = _map(ops.partial(_add_to, keep), self.sums, gradients)
+        return ops.depend(loss, added), report
+
+
+class _UpdateFromSums(nn.Cell):
+    """Clip and update; gives the norm of the summed gradients before the clip."""
+
+    def __init__(self, sums: ParameterTuple, optimiser: AdamW, max_grad_norm: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.sums, self.optimiser, self.max_grad_norm = sums, optimiser, max_grad_norm
+
+    def construct(self, learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor) -> Tensor:
+        gradients, norm = clip_by_global_norm(self.sums, self.max_grad_norm)
+        updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
+        return ops.depend(norm, updated)
+
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
+_add_to = ops.MultitypeFuncGraph("add_to")
 _map = ops.HyperMap()
 
 
@@ -76,6 +141,11 @@ def _square_sum_of_tensor(gradient):
 @_scale.register("Tensor", "Tensor")
 def _scale_tensor(factor, gradient):
     return gradient * ops.broadcast_to(factor, gradient.shape)
+
+
+@_add_to.register("Tensor", "Tensor", "Tensor")
+def _add_to_tensor(keep, total, gradient):
+    return ops.assign(total, total * ops.broadcast_to(keep, total.shape) + gradient)
 
 
 def clip_by_global_norm(gradients: tuple[Tensor, ...], max_norm: float) -> tuple[tuple[Tensor, ...], Tensor]:

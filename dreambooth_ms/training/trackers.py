@@ -1,7 +1,7 @@
 """What a run leaves to look at: a TensorBoard log, a line of JSON per step, and the loss as a picture."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Tracker:
         self._write({"step": report.step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, report.step)
+
+    def log_pictures(self, step: int, name: str, pictures: Sequence[np.ndarray]) -> None:
+        """Show pictures, each (H, W, 3) uint8, as they were after a step."""
+        for number, picture in enumerate(pictures):
+            self._board.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close both files."""

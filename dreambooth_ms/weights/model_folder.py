@@ -185,12 +185,17 @@ def write_json(path: Path, content: Config) -> None:
 
 
 def save_network(
-    folder: Path, part: str, network: nn.Cell, config: Config, dtype: type[np.floating] = np.float32
+    folder: Path,
+    part: str,
+    network: nn.Cell,
+    config: Config,
+    dtype: type[np.floating] = np.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a network's config.json and weights into `folder/part`."""
     tensors: dict[str, np.ndarray] = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
     write_json(folder / part / "config.json", config)
-    write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors)
+    write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors, metadata)
 
 
 def save_index(folder: Path, schedule: NoiseScheduleSpec) -> None:

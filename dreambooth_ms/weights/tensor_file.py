@@ -10,6 +10,9 @@ from safetensors.numpy import save_file
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.weights.atomic import atomic_path
 
+STEP_KEY = "dreambooth_ms_step"
+"""In the metadata of what a run leaves: the optimiser steps it was trained for."""
+
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a file, in their own dtype, and its metadata.
@@ -24,6 +27,15 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         raise WeightError(f"{path}: no such file") from error
     except (SafetensorError, OSError, TypeError) as error:
         raise WeightError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A file's metadata, without reading its tensors; empty if it cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

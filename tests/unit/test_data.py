@@ -83,7 +83,7 @@ class TestWhichPicture:
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
     )
     def test_an_epoch_goes_once_through_the_largest_group(self, count, class_count, batch_size, steps):
-        assert plan(count, batch_size, class_count=class_count).steps_per_epoch == steps
+        assert plan(count, batch_size, class_count=class_count).batches_per_epoch == steps
 
 
 class TestHowItIsSeen:

@@ -27,7 +27,7 @@ COLOURS = {
     "white": (242, 242, 242),
     "black": (26, 26, 28),
 }
-SIZES = {"small": 13.0, "medium": 17.5, "large": 22.0}
+SIZES = {"small": 15.0, "medium": 18.5, "large": 22.0}
 POSITIONS = {"center": (0, 0), "left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 PATTERNS = ("plain", "striped", "dotted", "split")
 

@@ -1,0 +1,60 @@
+"""A running average of the trained weights, which is calmer than the weights of any one step."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from dreambooth_ms.training.optimisers import zeros_like
+
+_blend = ops.MultitypeFuncGraph("blend")
+_map = ops.HyperMap()
+
+
+class MovingAverage:
+    """average <- average - (1 - decay) (average - weight) after every step, as in diffusers' EMAModel."""
+
+    def __init__(self, trainables: Sequence[Parameter], decay: float) -> None:
+        self.decay = decay
+        self.trainables = list(trainables)
+        self.averages = [zeros_like(parameter, "average") for parameter in trainables]
+        for average, parameter in zip(self.averages, trainables, strict=True):
+            average.set_data(Tensor(parameter.asnumpy()))
+        self._update = _Blend(self.trainables, self.averages)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after the step with this number, counted from 1."""
+        self._update(Tensor(np.float32(1 - decay_at(step, self.decay))))
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Inside, the trained parameters hold their averages."""
+        kept = [parameter.asnumpy().copy() for parameter in self.trainables]
+        for parameter, average in zip(self.trainables, self.averages, strict=True):
+            parameter.set_data(Tensor(average.asnumpy()))
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trainables, kept, strict=True):
+                parameter.set_data(Tensor(value))
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Decay of the update after a step counted from 1: at first the average follows fast (diffusers' EMAModel)."""
+    before = step - 1
+    return 0.0 if before <= 0 else min(decay, (1 + before) / (10 + before))
+
+
+class _Blend(nn.Cell):
+    def __init__(self, parameters: Sequence[Parameter], averages: Sequence[Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters, self.averages = ParameterTuple(parameters), ParameterTuple(averages)
+
+    def construct(self, share: Tensor) -> tuple[Tensor, ...]:
+        return _map(ops.partial(_blend, share), self.averages, self.parameters)
+
+
+@_blend.register("Tensor", "Tensor", "Tensor")
+def _blend_tensor(share, average, parameter):
+    return ops.assign(average, average - ops.broadcast_to(share, average.shape) * (average - parameter))

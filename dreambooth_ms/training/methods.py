@@ -1,0 +1,160 @@
+"""The methods: what each trains of a base model, and how its result is written."""
+
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from dreambooth_ms.adapters.lora import (
+    DropoutState,
+    check_rank,
+    initialise_lora,
+    inject_lora,
+    lora_trainables,
+    lora_weights,
+)
+from dreambooth_ms.config.schema import Method, MethodConfig
+from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.weights import lora_file
+from dreambooth_ms.weights.model_folder import (
+    WEIGHT_NAMES,
+    ModelFolder,
+    read_json,
+    save_network,
+    weight_file,
+    write_json,
+)
+from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.tensor_file import STEP_KEY, read_metadata
+
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of the text encoder that get an update, as in diffusers' scripts."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a method trains, and how it writes it."""
+
+    denoiser: nn.Cell
+    """(noisy latents, timesteps, text) -> prediction; `text` is ids where the text encoder is trained."""
+    trainables: list[Parameter]
+    is_of_text_encoder: list[bool]
+    """Which of the trainables belong to the text encoder."""
+    text_encoder: CLIPTextModel | None
+    """The text encoder, if it is trained."""
+    dropout: DropoutState | None
+    write_part: Callable[[Path, int], None]
+    """Writes what was trained, after so many steps, into the folder of a checkpoint."""
+    write_result: Callable[[Path, int], None]
+    """Writes the result of the run into its folder."""
+
+
+class TextConditioned(nn.Cell):
+    """A UNet that reads token ids: noisy latents, timesteps (B,), ids (B, S) -> prediction."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__(auto_prefix=False)
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids_BS: Tensor) -> Tensor:
+        return self.unet(noisy_BCHW, timesteps_B, self.text_encoder(ids_BS))
+
+
+def lora(
+    config: MethodConfig, folder: ModelFolder, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None, seed: int
+) -> Learner:
+    """Low-rank updates of the attention layers; the result is one small file."""
+    alpha = float(config.lora_alpha or config.rank)
+    dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
+    targets = {"unet": config.lora_target_modules, "text_encoder": list(TEXT_ENCODER_TARGETS)}
+    networks = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
+    layers = {}
+    for name, network in networks.items():
+        layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
+        check_rank(config.rank, layers[name])
+        initialise_lora(layers[name], seed)
+    trainables = {name: lora_trainables(adapted) for name, adapted in layers.items()}
+
+    def write(target: Path, step: int) -> None:
+        adapters = {name: lora_weights(adapted, targets[name]) for name, adapted in layers.items()}
+        lora_file.write_lora(target, adapters, step)
+
+    return Learner(
+        denoiser=_denoiser(unet, text_encoder),
+        trainables=[parameter for parameters in trainables.values() for parameter in parameters],
+        is_of_text_encoder=[name == "text_encoder" for name, parameters in trainables.items() for _ in parameters],
+        text_encoder=text_encoder,
+        dropout=dropout,
+        write_part=write,
+        write_result=write,
+    )
+
+
+def full(
+    config: MethodConfig, folder: ModelFolder, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None, seed: int
+) -> Learner:
+    """All weights of the UNet, and with `train_text_encoder` of the text encoder; the result is a model folder."""
+    networks: dict[str, nn.Cell] = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
+    trainables = {name: [p.parameter for p in public_parameters(cell).values()] for name, cell in networks.items()}
+
+    def write_networks(target: Path, step: int) -> None:
+        for name, network in networks.items():
+            config = read_json(folder.path / name / "config.json")
+            save_network(target, name, network, config, np.float32, {STEP_KEY: str(step)})
+
+    def write_folder(target: Path, step: int) -> None:
+        copy_base(folder, target, networks.keys())
+        write_networks(target, step)
+
+    return Learner(
+        denoiser=_denoiser(unet, text_encoder),
+        trainables=[parameter for parameters in trainables.values() for parameter in parameters],
+        is_of_text_encoder=[name == "text_encoder" for name, parameters in trainables.items() for _ in parameters],
+        text_encoder=text_encoder,
+        dropout=None,
+        write_part=write_networks,
+        write_result=write_folder,
+    )
+
+
+METHODS: dict[Method, Callable[..., Learner]] = {"lora": lora, "full": full}
+
+_RESULTS: dict[Method, Path] = {
+    "lora": Path(lora_file.FILE_NAME),
+    "full": Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors",
+}
+
+
+def result_of(method: Method, folder: Path) -> tuple[Path, int]:
+    """The file that a completed run of this method leaves, and the steps it was trained for; 0 if there is none."""
+    path = folder / _RESULTS[method]
+    return path, int(read_metadata(path).get(STEP_KEY, 0)) if path.is_file() else 0
+
+
+def copy_base(folder: ModelFolder, target: Path, trained: Collection[str]) -> None:
+    """Copy what was not trained of a model folder: networks, tokenizer, scheduler and the index.
+
+    The weights lose their variant's name, so that the copy loads without naming one.
+    """
+    index = read_json(folder.path / "model_index.json")
+    for name in sorted(path.name for path in folder.path.iterdir() if path.is_dir() and path.name in index):
+        if name in ("vae", "text_encoder"):
+            if name not in trained:
+                write_json(target / name / "config.json", read_json(folder.path / name / "config.json"))
+                shutil.copyfile(
+                    weight_file(folder.path, name, folder.variant), target / name / f"{WEIGHT_NAMES[name]}.safetensors"
+                )
+        elif name != "unet":
+            shutil.copytree(folder.path / name, target / name, dirs_exist_ok=True)
+    absent = {
+        name: [None, None] for name, of in index.items() if isinstance(of, list) and not (folder.path / name).is_dir()
+    }
+    write_json(target / "model_index.json", index | absent)
+
+
+def _denoiser(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> nn.Cell:
+    return unet if text_encoder is None else TextConditioned(unet, text_encoder)
