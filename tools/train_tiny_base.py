@@ -78,7 +78,7 @@ KL_WEIGHT = 1e-6
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR_GAMMA = 5.0
 """Rows are weighted by min(SNR, gamma) / SNR (Hang et al., 2023), which turns to shapes sooner."""
-NUM_SCENES = 16_000
+NUM_SCENES = 12_000
 """Scenes that the UNet sees, encoded once; VAE and CLIP draw theirs as they go."""
 
 
@@ -106,7 +106,7 @@ SCHEDULES = {
     "vae_fine": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
     "decoder": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
     "clip": Schedule(steps=400, batch_size=64, learning_rate=1e-3, horizon=700),
-    "unet": Schedule(steps=6500, batch_size=16, learning_rate=1e-3, horizon=6500),
+    "unet": Schedule(steps=6000, batch_size=16, learning_rate=1e-3, horizon=6000),
 }
 
 
