@@ -18,6 +18,7 @@ from dreambooth_ms.ops import (
     MultiHeadAttention,
     QuickGelu,
     conv2d,
+    shared,
 )
 from dreambooth_ms.ops.linear import empty_parameter
 
@@ -131,7 +132,7 @@ class VisionEmbeddings(nn.Cell):
         self.patch_embedding = conv2d(
             3, width, spec.patch_size, stride=spec.patch_size, padding=(0, 0, 0, 0), has_bias=False
         )
-        self.to_tokens = ImageToTokens()
+        self.to_tokens = shared(ImageToTokens)
         self.position_embedding = Embedding(num_patches + 1, width)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class ClipAttention(nn.Cell):
         self.q_proj = Dense(width, width)
         self.k_proj = Dense(width, width)
         self.v_proj = Dense(width, width)
-        self.attend = MultiHeadAttention(num_heads, width // num_heads, causal)
+        self.attend = shared(MultiHeadAttention, num_heads, width // num_heads, causal)
         self.out_proj = Dense(width, width)
 
     def construct(self, x_BSD: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ class ClipMlp(nn.Cell):
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
         self.fc1 = Dense(spec.hidden_size, spec.intermediate_size)
-        self.activation = QuickGelu() if spec.hidden_act == "quick_gelu" else Gelu()
+        self.activation = shared(QuickGelu) if spec.hidden_act == "quick_gelu" else shared(Gelu)
         self.fc2 = Dense(spec.intermediate_size, spec.hidden_size)
 
     def construct(self, x_BSD: Tensor) -> Tensor:

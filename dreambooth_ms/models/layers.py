@@ -2,7 +2,7 @@
 
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import AddPerChannel, Dense, UpsampleNearest, conv2d, group_norm
+from dreambooth_ms.ops import AddPerChannel, Dense, UpsampleNearest, conv2d, group_norm, shared
 
 
 class ResnetBlock2D(nn.Cell):
@@ -20,7 +20,7 @@ class ResnetBlock2D(nn.Cell):
         self.has_time = temb_dim is not None
         if temb_dim is not None:
             self.time_emb_proj = Dense(temb_dim, out_channels)
-            self.add_per_channel = AddPerChannel()
+            self.add_per_channel = shared(AddPerChannel)
         self.norm2 = group_norm(num_groups, out_channels, eps)
         self.conv2 = conv2d(out_channels, out_channels)
         self.has_shortcut = in_channels != out_channels
@@ -53,7 +53,7 @@ class Upsample2D(nn.Cell):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.upsample = UpsampleNearest()
+        self.upsample = shared(UpsampleNearest)
         self.conv = conv2d(channels, channels)
 
     def construct(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dreambooth_ms.ops import (
     TokensToImage,
     conv2d,
     group_norm,
+    shared,
 )
 
 
@@ -25,9 +26,9 @@ class Transformer2DModel(nn.Cell):
         self.use_linear_projection = use_linear_projection
         self.norm = group_norm(num_groups, channels, eps=1e-6)
         self.proj_in = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
-        self.to_tokens = ImageToTokens()
+        self.to_tokens = shared(ImageToTokens)
         self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, num_heads, context_dim)])
-        self.to_image = TokensToImage()
+        self.to_image = shared(TokensToImage)
         self.proj_out = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class Attention(nn.Cell):
         self.to_q = Dense(channels, channels, has_bias=qkv_bias)
         self.to_k = Dense(context_dim, channels, has_bias=qkv_bias)
         self.to_v = Dense(context_dim, channels, has_bias=qkv_bias)
-        self.attend = MultiHeadAttention(num_heads, channels // num_heads)
+        self.attend = shared(MultiHeadAttention, num_heads, channels // num_heads)
         self.to_out = nn.CellList([Dense(channels, channels)])
 
     def construct(self, x_BLC: Tensor, context_BSE: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class GEGLU(nn.Cell):
         super().__init__()
         self.proj = Dense(channels, 2 * out_channels)
         self.out_channels = out_channels
-        self.gelu = Gelu()
+        self.gelu = shared(Gelu)
 
     def construct(self, x_BLC: Tensor) -> Tensor:
         value, gate = ops.split(self.proj(x_BLC), self.out_channels, 2)

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.models.transformer import Transformer2DModel
-from dreambooth_ms.ops import ConcatChannels, Dense, FromPublicLayout, ToPublicLayout, conv2d, group_norm
+from dreambooth_ms.ops import ConcatChannels, Dense, FromPublicLayout, ToPublicLayout, conv2d, group_norm, shared
 
 
 class UNet2DConditionModel(nn.Cell):
@@ -155,7 +155,7 @@ class UpBlock(nn.Cell):
             skip = skip_channels[first_skip + self.num_layers - 1 - i]
             resnets.append(ResnetBlock2D(in_channels + skip, channels, spec.norm_num_groups, spec.norm_eps, temb_dim))
             in_channels = channels
-        self.concat = ConcatChannels()
+        self.concat = shared(ConcatChannels)
         self.resnets = nn.CellList(resnets)
         if self.has_attention:
             self.attentions = nn.CellList([_transformer(spec, level) for _ in range(self.num_layers)])

@@ -8,7 +8,7 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm
+from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm, shared
 
 NORM_EPS = 1e-6
 
@@ -163,8 +163,8 @@ class PixelAttention(Attention):
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__(channels, channels, num_heads=1, qkv_bias=True)
         self.group_norm = group_norm(num_groups, channels, NORM_EPS)
-        self.to_tokens = ImageToTokens()
-        self.to_image = TokensToImage()
+        self.to_tokens = shared(ImageToTokens)
+        self.to_image = shared(TokensToImage)
 
     def construct(self, x: Tensor) -> Tensor:
         tokens_BLC = self.to_tokens(self.group_norm(x))

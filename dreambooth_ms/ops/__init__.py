@@ -11,7 +11,7 @@ Networks are built from these cells and never name an axis of an image themselve
 
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
-from dreambooth_ms.ops.backend import Formulation, compile_cache, formulation, set_up_device, use_formulation
+from dreambooth_ms.ops.backend import Formulation, compile_cache, formulation, set_up_device, shared, use_formulation
 from dreambooth_ms.ops.conv import conv2d
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
@@ -49,5 +49,6 @@ __all__ = [
     "formulation",
     "group_norm",
     "set_up_device",
+    "shared",
     "use_formulation",
 ]

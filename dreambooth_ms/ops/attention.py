@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.ops.backend import Formulation, formulation, ones, shared
 
 # At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens.
 MAX_SCORES = 1 << 24
@@ -29,8 +29,8 @@ class MultiHeadAttention(nn.Cell):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         on_cpu = formulation() is Formulation.CPU
-        self.interchange = GatherInterchange() if on_cpu else TransposeInterchange()
-        self.attend = SlicedAttention(head_dim, causal)
+        self.interchange = shared(GatherInterchange if on_cpu else TransposeInterchange)
+        self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
         self.fused_shape = not on_cpu and not causal and head_dim % 16 == 0 and head_dim <= 512
 
@@ -95,12 +95,12 @@ class SlicedAttention(nn.Cell):
         keys = k.shape[1]
         out = ()
         for head, num_heads in _head_slices(heads, queries, keys):
-            k_part = self.slice(k, (head, 0, 0), (num_heads, keys, dim))
-            v_part = self.slice(v, (head, 0, 0), (num_heads, keys, dim))
+            k_part = self._part(k, (head, 0, 0), (num_heads, keys, dim))
+            v_part = self._part(v, (head, 0, 0), (num_heads, keys, dim))
             rows = ()
             for row, num_rows in _row_slices(num_heads, queries, keys):
-                q_part = self.slice(q, (head, row, 0), (num_heads, num_rows, dim))
-                rows = rows + (self.times(self._weights(q_part, k_part, row), v_part),)
+                q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim))
+                rows = rows + (self.times(self._weights(q_part * self.scale, k_part, row), v_part),)
             out = out + (_concat(rows, 1),)
         return _concat(out, 0)
 
@@ -109,36 +109,42 @@ class SlicedAttention(nn.Cell):
         keys = k.shape[1]
         # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
         # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
-        total = self.times(dout * out, ops.ones((heads, dim, 1), q.dtype))
+        total = self.times(dout * out, ones((heads, dim, 1)).astype(q.dtype))
         dout_and_total = ops.concat((dout, total * -1.0), 2)
-        v_and_one = ops.concat((v, ops.ones((heads, keys, 1), v.dtype)), 2)
+        v_and_one = ops.concat((v, ones((heads, keys, 1)).astype(v.dtype)), 2)
         dq, dk, dv = (), (), ()
         for head, num_heads in _head_slices(heads, queries, keys):
-            k_part = self.slice(k, (head, 0, 0), (num_heads, keys, dim))
-            v_part = self.slice(v_and_one, (head, 0, 0), (num_heads, keys, dim + 1))
-            dq_rows = ()
-            dk_part, dv_part = ops.zeros_like(k_part), ops.zeros_like(k_part)
+            k_part = self._part(k, (head, 0, 0), (num_heads, keys, dim))
+            v_part = self._part(v_and_one, (head, 0, 0), (num_heads, keys, dim + 1))
+            dq_rows, dk_sum, dv_sum = (), (), ()
             for row, num_rows in _row_slices(num_heads, queries, keys):
-                q_part = self.slice(q, (head, row, 0), (num_heads, num_rows, dim))
-                dout_part = self.slice(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
+                q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim)) * self.scale
+                dout_part = self._part(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
                 weights = self._weights(q_part, k_part, row)
-                dscores = weights * self.times_transposed(dout_part, v_part) * self.scale
-                dq_rows = dq_rows + (self.times(dscores, k_part),)
-                dk_part = dk_part + self.transposed_times(dscores, q_part)
-                dout_part = self.slice(dout, (head, row, 0), (num_heads, num_rows, dim))
-                dv_part = dv_part + self.transposed_times(weights, dout_part)
-            dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (dk_part,), dv + (dv_part,)
+                dscores = weights * self.times_transposed(dout_part, v_part)
+                dq_rows = dq_rows + (self.times(dscores, k_part) * self.scale,)
+                dk_sum = dk_sum + (self.transposed_times(dscores, q_part),)
+                dout_part = self._part(dout, (head, row, 0), (num_heads, num_rows, dim))
+                dv_sum = dv_sum + (self.transposed_times(weights, dout_part),)
+            dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (_sum(dk_sum),), dv + (_sum(dv_sum),)
         return _concat(dq, 0), _concat(dk, 0), _concat(dv, 0)
 
-    def _weights(self, q: Tensor, k: Tensor, first_row: int) -> Tensor:
-        scores = self.times_transposed(q * self.scale, k).astype(ms.float32)
+    def _part(self, x: Tensor, first: tuple[int, int, int], size: tuple[int, int, int]) -> Tensor:
+        return x if size == x.shape else self.slice(x, first, size)
+
+    def _weights(self, scaled_q: Tensor, k: Tensor, first_row: int) -> Tensor:
+        scores = self.times_transposed(scaled_q, k).astype(ms.float32)
         if self.causal:
-            scores = scores + ops.broadcast_to(_causal_mask(first_row, q.shape[1], k.shape[1]), scores.shape)
-        return self.softmax(scores).astype(q.dtype)
+            scores = scores + ops.broadcast_to(_causal_mask(first_row, scaled_q.shape[1], k.shape[1]), scores.shape)
+        return self.softmax(scores).astype(scaled_q.dtype)
 
 
 def _concat(parts: tuple[Tensor, ...], axis: int) -> Tensor:
     return ops.concat(parts, axis) if len(parts) > 1 else parts[0]
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    return ops.addn(parts) if len(parts) > 1 else parts[0]
 
 
 @constexpr

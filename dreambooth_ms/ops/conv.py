@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.ops.backend import Formulation, formulation, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
 
@@ -70,8 +70,8 @@ class GatherConv2d(nn.Cell):
         if has_bias:
             self.bias = empty_parameter((out_channels,))
         self.stored_layouts = {"weight": StoredLayout(kernel_size)}
-        self.product = _TapProduct(in_channels, out_channels, kernel_size, stride, padding)
-        self.bias_add = BiasAdd()
+        self.product = shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
+        self.bias_add = shared(BiasAdd)
 
     def construct(self, x_BHWI: Tensor) -> Tensor:
         y_BHWO = self.product(x_BHWI, self.weight)

@@ -4,6 +4,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.ops.backend import ones, shared
+
 
 class Dense(nn.Cell):
     """y = x W^T + b on the last axis: (..., in) -> (..., out)."""
@@ -15,7 +17,7 @@ class Dense(nn.Cell):
         if has_bias:
             self.bias = empty_parameter((out_channels,))
         self.matmul = ops.MatMul(transpose_b=True)
-        self.bias_add = BiasAdd()
+        self.bias_add = shared(BiasAdd)
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.matmul(ops.reshape(x, (-1, self.in_channels)), self.weight)
@@ -36,7 +38,7 @@ class BiasAdd(nn.Cell):
         return self.add(x_NC, bias_C)
 
     def bprop(self, x_NC: Tensor, bias_C: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        return dout, ops.reshape(self.matmul(ops.ones((1, dout.shape[0]), dout.dtype), dout), (-1,))
+        return dout, ops.reshape(self.matmul(ones((1, dout.shape[0])).astype(dout.dtype), dout), (-1,))
 
 
 class Embedding(nn.Cell):

@@ -5,7 +5,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.ops.backend import Formulation, formulation, ones, shared
 from dreambooth_ms.ops.linear import empty_parameter
 
 
@@ -22,7 +22,7 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.channels = channels
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
-        self.normalise = _NormaliseRows(eps)
+        self.normalise = shared(_NormaliseRows, eps)
 
     def construct(self, x: Tensor) -> Tensor:
         x_NC = ops.reshape(x, (-1, self.channels)).astype(ms.float32)
@@ -62,7 +62,7 @@ class _NormaliseRows(nn.Cell):
         mean_dxhat_xhat_NC = ops.broadcast_to(self.matmul(dy_xhat_NC, weight_C1), x_NC.shape)
         dxhat_NC = dy_NC * _over_batch(weight_C, rows)
         dx_NC = (dxhat_NC - mean_dxhat_NC - xhat_NC * mean_dxhat_xhat_NC) * rstd_NC
-        ones_1N = ops.ones((1, rows), ms.float32)
+        ones_1N = ones((1, rows))
         dweight_C = ops.reshape(self.matmul(ones_1N, dy_xhat_NC), (channels,))
         dbias_C = ops.reshape(self.matmul(ones_1N, dy_NC), (channels,))
         return dx_NC, dweight_C, dbias_C
@@ -87,7 +87,7 @@ class ChannelsLastGroupNorm(nn.Cell):
     def __init__(self, num_groups: int, channels: int, eps: float) -> None:
         super().__init__()
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
-        self.normalise = _NormaliseGroups(num_groups, channels, eps)
+        self.normalise = shared(_NormaliseGroups, num_groups, channels, eps)
 
     def construct(self, x_BHWC: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWC.shape
@@ -108,6 +108,7 @@ class _NormaliseGroups(nn.Cell):
         self.num_groups, self.channels, self.eps = num_groups, channels, eps
         self.matmul, self.bmm = ops.MatMul(), ops.BatchMatMul()
         self.times_transposed = ops.MatMul(transpose_b=True)
+        self.bias_add = ops.BiasAdd()
 
     def construct(self, x_BPC: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, pixels, channels = x_BPC.shape
@@ -117,8 +118,8 @@ class _NormaliseGroups(nn.Cell):
         variance_BC = self._group_sum(self._pixel_sum(centred_BPC * centred_BPC)) * (1 / count)
         rstd_BC = ops.rsqrt(variance_BC + self.eps)
         scale_BC = rstd_BC * _over_batch(weight_C, batch)
-        y_BPC = centred_BPC * _over_pixels(scale_BC, pixels) + _over_pixels(_over_batch(bias_C, batch), pixels)
-        return y_BPC, mean_BC, rstd_BC
+        scaled_NC = ops.reshape(centred_BPC * _over_pixels(scale_BC, pixels), (-1, channels))
+        return ops.reshape(self.bias_add(scaled_NC, bias_C), x_BPC.shape), mean_BC, rstd_BC
 
     def bprop(
         self,
@@ -148,7 +149,7 @@ class _NormaliseGroups(nn.Cell):
 
     def _pixel_sum(self, x_BPC: Tensor) -> Tensor:
         batch, pixels, channels = x_BPC.shape
-        return ops.reshape(self.bmm(ops.ones((batch, 1, pixels), ms.float32), x_BPC), (batch, channels))
+        return ops.reshape(self.bmm(ones((batch, 1, pixels)), x_BPC), (batch, channels))
 
     def _group_sum(self, x_BC: Tensor) -> Tensor:
         """Sum over the channels of a group, given back to each of its channels."""

@@ -76,7 +76,7 @@ class AdamW(nn.Cell):
 def _update_tensor(
     fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, rate_factor, parameter, first, second, gradient
 ):
-    rate = learning_rate * rate_factor
+    rate = learning_rate if rate_factor == 1.0 else learning_rate * rate_factor
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, weight_decay, gradient)
 
 

@@ -11,6 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
+from dreambooth_ms.ops.parallel import SumOverProcesses
 from dreambooth_ms.training.optimisers import AdamW, zeros_like
 
 
@@ -45,12 +46,21 @@ class DiffusionLoss(nn.Cell):
 
 
 class TrainStep(nn.Cell):
-    """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update."""
+    """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
+
+    Where several processes train as one, `sum_gradients` gives the gradients of all their rows.
+    """
 
     def __init__(
-        self, loss_cell: nn.Cell, trainables: Sequence[Parameter], optimiser: AdamW, max_grad_norm: float
+        self,
+        loss_cell: nn.Cell,
+        trainables: Sequence[Parameter],
+        optimiser: AdamW,
+        max_grad_norm: float,
+        sum_gradients: SumOverProcesses | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
+        self.sum_gradients = sum_gradients
         self.loss_cell = loss_cell
         self.trainables = ParameterTuple(trainables)
         self.optimiser = optimiser
@@ -63,6 +73,8 @@ class TrainStep(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, the loss cell's report, and the norm of the gradients before the clip."""
         (loss, report), gradients = self.loss_and_gradients(*inputs)
+        if self.sum_gradients is not None:
+            gradients = self.sum_gradients(gradients)
         gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
         updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
         return ops.depend(loss, updated), report, norm
