@@ -8,12 +8,12 @@ import torch
 from mindspore import Tensor
 from safetensors.numpy import save_file
 
-from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
-from dreambooth_ms.weights.model_config import read_vae_config, write_text_config, write_unet_config
+from dreambooth_ms.weights.model_config import read_vae_config
 from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.parameters import load_strict, read_parameters
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
+from tests.tiny_model import write_random_model
 
 # Float32 sums in another order, through some fifteen layers: measured below 1e-6.
 TOLERANCE = 1e-5
@@ -83,23 +83,7 @@ def test_attention_weights_under_their_old_names_are_understood(reference, tmp_p
 
 
 def write_folder(path, vae_config, vae_weights):
-    """A model folder whose autoencoder is real and whose other parts only have configurations."""
-    unet = UNetSpec(block_out_channels=(32,), has_attention=(True,), num_heads=(2,), cross_attention_dim=16)
-    text = ClipTextSpec(
-        transformer=TransformerSpec(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    )
-    files = {
-        "model_index.json": {},
-        "unet/config.json": write_unet_config(unet),
-        "unet/diffusion_pytorch_model.safetensors": {},
-        "vae/config.json": vae_config,
-        "text_encoder/config.json": write_text_config(text, 16),
-        "text_encoder/model.safetensors": {},
-        "tokenizer/vocab.json": {},
-        "scheduler/scheduler_config.json": {},
-    }
-    for name, content in files.items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(json.dumps(content, default=list))
-    (path / "vae").mkdir(exist_ok=True)
+    """A model folder with this autoencoder."""
+    write_random_model(path)
+    (path / "vae" / "config.json").write_text(json.dumps(vae_config, default=list))
     save_file(vae_weights, path / "vae" / "diffusion_pytorch_model.safetensors")

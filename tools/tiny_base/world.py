@@ -336,8 +336,8 @@ def _background(scene: Scene, x: Field, y: Field) -> Field:
 
 def _sample_any_scene(rng: np.random.Generator) -> Scene:
     colour, background, accent, outline = (str(name) for name in rng.permutation(list(COLOURS))[:4])
-    shape, size = str(rng.choice(SHAPES)), str(rng.choice(list(SIZES)))
-    pattern = str(rng.choice(PATTERNS, p=[0.64, 0.12, 0.12, 0.12]))
+    shape, size = str(rng.choice(SHAPES)), str(rng.choice(list(SIZES), p=[0.15, 0.25, 0.6]))
+    pattern = str(rng.choice(PATTERNS, p=[0.7, 0.1, 0.1, 0.1]))
     eyed = size != "small" and rng.random() < 0.2
     accent_shown = None if pattern == "plain" else accent
     return Scene(
@@ -345,14 +345,14 @@ def _sample_any_scene(rng: np.random.Generator) -> Scene:
         colour=colour,
         background=background,
         size=size,
-        position=str(rng.choice(list(POSITIONS), p=[0.4, 0.15, 0.15, 0.15, 0.15])),
+        position=str(rng.choice(list(POSITIONS), p=[0.7, 0.075, 0.075, 0.075, 0.075])),
         pattern=pattern,
         accent=accent_shown,
         outline=outline if rng.random() < 0.18 else None,
         eyes=_eye_colour(colour, accent_shown) if eyed else None,
-        angle=rng.uniform(-15, 15),
-        aspect=rng.uniform(0.85, 1.15),
-        scale=rng.uniform(0.9, 1.1),
+        angle=rng.uniform(-8, 8),
+        aspect=rng.uniform(0.92, 1.08),
+        scale=rng.uniform(0.93, 1.07),
         offset=(rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)),
         shift=_sample_shift(rng),
         accent_shift=_sample_shift(rng),
