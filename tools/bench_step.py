@@ -1,0 +1,370 @@
+"""Time a training step: ours, and one of diffusers and peft on PyTorch, on this CPU.
+
+    python -m tools.bench_step                     # the embedded base's size; needs tests/requirements.txt
+    python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
+    python -m tools.bench_step --method full
+
+Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
+and one of the class, latents and embeddings given, AdamW, gradients clipped to norm 1. So both have the same loss, and
+that is checked. PyTorch gets a thread for every core; MindSpore's threads are what it takes by itself.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.models.specs import SD_15_UNET, UNetSpec
+from dreambooth_ms.randomness import generator, standard_normal
+from dreambooth_ms.weights.model_config import write_scheduler_config, write_unet_config
+
+# MindSpore and PyTorch are imported by the processes that are timed, each its own. A process inherits the peak memory
+# of the one that started it, so this one stays small.
+
+SEED = 0
+TEXT_TOKENS = 77
+RANK, TARGETS = 4, ["to_q", "to_k", "to_v", "to_out.0"]
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0
+SAME_LOSS = 1e-3
+"""How far the losses of the first step may differ, as a part of the loss; sums are taken in another order."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A UNet and the pictures that it is made for."""
+
+    unet: UNetSpec
+    resolution: int
+    """Side of the pictures, in pixels."""
+    downsampling: int
+    """Pixels of a picture per latent, along one side."""
+
+
+SIZES = {
+    "tiny": Size(
+        UNetSpec(
+            block_out_channels=(32, 64, 128),
+            has_attention=(False, True, True),
+            num_heads=(2, 4, 8),
+            cross_attention_dim=96,
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
+        resolution=64,
+        downsampling=4,
+    ),
+    "sd15": Size(SD_15_UNET, resolution=512, downsampling=8),
+}
+"""`tiny` is the size of the embedded base (tools/train_tiny_base.py)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is timed."""
+
+    unet: UNetSpec
+    latent_size: int
+    """Height and width of the latents."""
+    method: str
+    """lora: a small update beside frozen weights. full: all weights."""
+    steps: int
+    """Steps timed after the first."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The two rows of a step: a picture of the subject, and one of the class."""
+
+    latents: np.ndarray
+    """(2, C, h, w)."""
+    noise: np.ndarray
+    """(2, C, h, w)."""
+    timesteps: np.ndarray
+    """(2,) int32."""
+    text: np.ndarray
+    """(2, S, E)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A training that is ready for its first step."""
+
+    take: Callable[[Rows, int], tuple[float, float]]
+    """Takes the step with this number, counted from 1; returns the loss and the norm of the gradients."""
+    trained: Mapping[str, Callable[[], np.ndarray]]
+    """What is trained, by name; each reads its present value."""
+
+
+def draw_rows(job: Job, step: int) -> Rows:
+    """The rows of a step."""
+    latent_shape = (2, job.unet.in_channels, job.latent_size, job.latent_size)
+    return Rows(
+        standard_normal(latent_shape, SEED, "bench latents", step),
+        standard_normal(latent_shape, SEED, "bench noise", step),
+        generator(SEED, "bench timesteps", step).integers(1000, size=2, dtype=np.int32),
+        standard_normal((2, TEXT_TOKENS, job.unet.cross_attention_dim), SEED, "bench text", step),
+    )
+
+
+def start_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Value of a weight before the first step: a function of its public name, the same on both sides."""
+    if len(shape) == 1:
+        return np.full(shape, 1.0 if name.endswith(".weight") else 0.0, np.float32)
+    if name.endswith("lora_B.weight"):
+        return np.zeros(shape, np.float32)
+    # Uniform with variance 1 / (3 fan_in), from which PyTorch's layers start.
+    value = generator(SEED, f"bench {name}").random(shape, dtype=np.float32)
+    value -= 0.5
+    value *= 2 / np.sqrt(np.float32(np.prod(shape[1:])))
+    return value
+
+
+def build_ours(job: Job, mark: Callable[[str], None]) -> Side:
+    """The step of this toolkit, from the parts that `dreambooth-ms train` puts together."""
+    from dreambooth_ms.ops import set_up_device
+
+    set_up_device("CPU", 0)
+
+    from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+    from dreambooth_ms.data.batches import Batch
+    from dreambooth_ms.data.records import CLASS, INSTANCE
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.weights.parameters import public_parameters
+
+    mark("imported")
+    unet = UNet2DConditionModel(job.unet)
+    layers = inject_lora(unet, RANK, float(RANK), TARGETS) if job.method == "lora" else {}
+    named = public_parameters(unet)
+    for name, public in named.items():
+        if not name.endswith(".lora_scale"):
+            public.write(start_value(name, public.shape))
+    trainables = lora_trainables(layers) if layers else [public.parameter for public in named.values()]
+    optimiser = AdamW(trainables, AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
+    spec = NoiseScheduleSpec()
+    schedule = NoiseSchedule.from_spec(spec)
+    step_cell = TrainStep(DiffusionLoss(unet, spec.prediction_type), trainables, optimiser, MAX_GRAD_NORM)
+
+    def take(rows: Rows, step: int) -> tuple[float, float]:
+        batch = Batch(
+            **vars(rows),
+            signal=schedule.signal(rows.timesteps),
+            sigma=schedule.noise(rows.timesteps),
+            coefficients=np.ones(2),
+            groups=(INSTANCE, CLASS),
+        )
+        loss, _, norm = step_cell.take(optimiser.update_scalars(step, LEARNING_RATE), [batch.inputs()])
+        return float(loss.asnumpy()), float(norm.asnumpy())
+
+    return Side(take, {parameter.name: parameter.asnumpy for parameter in trainables})
+
+
+def build_peer(job: Job, mark: Callable[[str], None]) -> Side:
+    """The same step as diffusers' DreamBooth scripts take it."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
+
+    mark("imported")
+    torch.set_num_threads(os.cpu_count() or 1)
+    unet = UNet2DConditionModel.from_config(write_unet_config(job.unet))
+    if job.method == "lora":
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    unet.train()
+    trainables = {}
+    for peft_name, parameter in unet.named_parameters():
+        name = peft_name.replace(".base_layer.", ".").replace(".default.", ".")
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(start_value(name, tuple(parameter.shape))))
+        if parameter.requires_grad:
+            trainables[name] = parameter
+    optimiser = torch.optim.AdamW(trainables.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    scheduler = DDPMScheduler.from_config(write_scheduler_config(NoiseScheduleSpec()))
+
+    def take(rows: Rows, step: int) -> tuple[float, float]:
+        latents, noise, timesteps, text = map(torch.from_numpy, vars(rows).values())
+        prediction = unet(scheduler.add_noise(latents, noise, timesteps.long()), timesteps, text).sample
+        of_subject, of_class = prediction.chunk(2)
+        noise_of_subject, noise_of_class = noise.chunk(2)
+        loss = torch.nn.functional.mse_loss(of_subject, noise_of_subject)
+        loss = loss + torch.nn.functional.mse_loss(of_class, noise_of_class)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trainables.values(), MAX_GRAD_NORM)
+        optimiser.step()
+        optimiser.zero_grad()
+        return loss.item(), norm.item()
+
+    def reader(parameter: torch.nn.Parameter) -> Callable[[], np.ndarray]:
+        return lambda: parameter.detach().numpy()
+
+    return Side(take, {name: reader(parameter) for name, parameter in trainables.items()})
+
+
+SIDES: dict[str, Callable[[Job, Callable[[str], None]], Side]] = {"ours": build_ours, "peer": build_peer}
+
+
+def measure(side: str, job: Job, started: float) -> dict[str, Any]:
+    """Time one side in this process.
+
+    Args:
+        side: a key of `SIDES`.
+        job: what to time.
+        started: when this process was started, in seconds of the monotonic clock.
+
+    Returns:
+        `imported`, `built`, `first_step`: when each was done, in seconds after the start; `times`: seconds of every
+        step, the first included; `losses`; `peak_memory`: bytes.
+
+    Raises:
+        SystemExit: a loss or gradient is no number, or a weight stayed as it was; such a step is not worth timing.
+    """
+    marks: dict[str, float] = {}
+
+    def mark(name: str) -> None:
+        marks[name] = time.monotonic() - started
+
+    training = SIDES[side](job, mark)
+    mark("built")
+    before = {name: beginning(read()) for name, read in training.trained.items()}
+    times, losses = [], []
+    for step in range(1, job.steps + 2):
+        rows = draw_rows(job, step)
+        begun = time.monotonic()
+        loss, norm = training.take(rows, step)
+        times.append(time.monotonic() - begun)
+        losses.append(loss)
+        if step == 1:
+            mark("first_step")
+        if not (np.isfinite(loss) and 0 < norm < np.inf):
+            raise SystemExit(f"{side}, step {step}: the loss is {loss}, the norm of the gradients {norm}")
+    peak = peak_memory(resource.getrusage(resource.RUSAGE_SELF))
+    unchanged = [name for name, read in training.trained.items() if (beginning(read()) == before[name]).all()]
+    if unchanged:
+        raise SystemExit(f"{side}: {len(unchanged)} of {len(before)} weights did not change, such as {unchanged[0]}")
+    return {**marks, "times": times, "losses": losses, "peak_memory": peak}
+
+
+def beginning(value: np.ndarray) -> np.ndarray:
+    """A few numbers of a weight, enough to see whether it has changed."""
+    return value.reshape(-1)[:16].copy()
+
+
+def peak_memory(usage: resource.struct_rusage) -> int:
+    """Peak resident memory of a process, in bytes."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_child(command: Sequence[str]) -> dict[str, Any]:
+    """Run a process, telling it when it was started; returns what its last line of JSON says.
+
+    Raises:
+        SystemExit: the process failed, or said nothing.
+    """
+    started = ["--started", repr(time.monotonic())]
+    done = subprocess.run([*command, *started], stdout=subprocess.PIPE, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not said:
+        raise SystemExit(f"{' '.join(command)}: no measurement; status {done.returncode}")
+    report: dict[str, Any] = json.loads(said[-1])
+    return report
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of one process as the table shows them."""
+    first, *others = report["times"]
+    step = statistics.median(others)
+    return {
+        "step, s": step,
+        "first step done after, s": report["first_step"],
+        "  imports, s": report["imported"],
+        "  building, s": report["built"] - report["imported"],
+        "  compiling, warming up, s": first - step,
+        "peak memory, GiB": report["peak_memory"] / 2**30,
+    }
+
+
+def ratio_table(pairs: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]) -> str:
+    """Medians over all pairs (ours, peer) of every figure, their ratio, and the ratio within each pair."""
+    names = list(pairs[0][0])
+    width = max(map(len, names))
+    lines = [f"{'':{width}} {'ours':>10} {'peer':>10}   ours / peer (within each pair)"]
+    for name in names:
+        ours, peer = (statistics.median(pair[side][name] for pair in pairs) for side in (0, 1))
+        within = " ".join(ratio(pair[0][name], pair[1][name]) for pair in pairs)
+        lines.append(f"{name:{width}} {ours:10.3f} {peer:10.3f}   {ratio(ours, peer)} ({within})")
+    return "\n".join(lines)
+
+
+def ratio(ours: float, peer: float) -> str:
+    """Ours over theirs; a dash where theirs is nothing or, being a difference of timings, below it."""
+    return f"{ours / peer:.2f}" if peer > 0 else "-"
+
+
+def check_same_work(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> None:
+    """Both sides computed the same in their first step.
+
+    Raises:
+        SystemExit: their losses differ.
+    """
+    first, expected = ours["losses"][0], peer["losses"][0]
+    if abs(first - expected) > SAME_LOSS * expected:
+        raise SystemExit(f"the losses of the first step are {first} and {expected}: the two sides do not do the same")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
+    """The command line, and the job it describes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="the UNet (default: tiny)")
+    parser.add_argument("--method", choices=["lora", "full"], default="lora", help="what is trained (default: lora)")
+    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the UNet's own)")
+    parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
+    parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    size = SIZES[args.size]
+    resolution = args.resolution or size.resolution
+    step = size.downsampling * 2 ** (len(size.unet.block_out_channels) - 1)
+    if resolution < 1 or resolution % step:
+        parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
+    if args.pairs < 1 or args.steps < 1:
+        parser.error("--pairs and --steps: expected at least 1")
+    return args, Job(size.unet, resolution // size.downsampling, args.method, args.steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time both sides in turns and print the table; or, as one of its processes, time one side."""
+    args, job = parse(argv)
+    if args.side:
+        print(json.dumps(measure(args.side, job, args.started)), flush=True)
+        return
+    given = list(sys.argv[1:] if argv is None else argv)
+    print(
+        f"{args.size}, {args.method}, latents {job.latent_size} x {job.latent_size}, {os.cpu_count()} cores", flush=True
+    )
+    pairs = []
+    for _ in range(args.pairs):
+        ours, peer = (run_child([sys.executable, "-m", "tools.bench_step", *given, "--side", side]) for side in SIDES)
+        for side, report in (("ours", ours), ("peer", peer)):
+            losses = " ".join(f"{loss:.4f}" for loss in report["losses"])
+            print(f"{side}: {figures(report)['step, s']:.3f} s a step; losses {losses}", flush=True)
+        check_same_work(ours, peer)
+        pairs.append((figures(ours), figures(peer)))
+    print(ratio_table(pairs))
+
+
+if __name__ == "__main__":
+    main()
