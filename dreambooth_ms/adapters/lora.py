@@ -172,6 +172,8 @@ def inject_lora(
     for name, layer in adapted.items():
         _replace(root, name, layer)
     public_parameters(root)
+    # If it was compiled without the adapter, it would go on without.
+    root.compile_cache.clear()
     return adapted
 
 

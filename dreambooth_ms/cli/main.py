@@ -3,7 +3,9 @@
 Nothing heavy is imported until a command runs, so that help and mistakes answer at once.
 """
 
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,6 +16,8 @@ from dreambooth_ms.errors import UserError
 
 PROGRAM = "dreambooth-ms"
 USER_ERROR_STATUS = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""A disk that is full, or may not be written to."""
 INTERRUPTED_STATUS = 130
 """128 + SIGINT, as shells report it."""
 
@@ -36,15 +40,36 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # transformers, whose tokenizers are used, would advise to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return _dispatch(arguments)
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"{PROGRAM}: error: {line}", file=sys.stderr)
+            _complain(line)
+        return USER_ERROR_STATUS
+    except OSError as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        where = error.filename or "a file"
+        _complain(f"{where}: cannot be written ({reason}); free some space and run the same command again")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
+
+
+def _complain(line: str) -> None:
+    """Print a line about a mistake; file names that are not UTF-8 are escaped."""
+    print(f"{PROGRAM}: error: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def _disk_error(error: OSError) -> str | None:
+    """What is wrong with the disk, if that is what is wrong; of several errors shutil keeps only the texts."""
+    return next(
+        (os.strerror(code) for code in DISK_ERRORS if error.errno == code or os.strerror(code) in str(error)), None
+    )
 
 
 def _dispatch(arguments: list[str]) -> int:

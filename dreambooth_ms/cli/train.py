@@ -1,14 +1,14 @@
 """`dreambooth-ms train`: config -> records -> latents and embeddings -> batches -> steps -> checkpoints -> adapter."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Parameter, Tensor
 from tqdm import tqdm
 
 from dreambooth_ms.cli.assemble import embed_prompts, open_base, tell
@@ -67,15 +67,18 @@ def run(argv: Sequence[str]) -> int:
         tell(f"{result} is already there, trained for {total} steps; nothing left to do")
         return 0
 
+    cache = ContentCache(config.output_dir / "cache")
+    embeddings = _embeddings(folder, cache, [data.instance_prompt, config.prior.class_prompt or "", ""])
     unet, groups = None, [instances]
     if class_pictures:
-        unet = draw_missing_class_images(config, folder, class_pictures)
+        unet = draw_missing_class_images(config, folder, class_pictures, embeddings)
         groups.append(
             read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
         )
     framing = Framing(data.resolution, data.center_crop, data.random_flip)
     plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
-    batches = encode_data(config, folder, plan, checkpoint.step if checkpoint else 0, total)
+    texts = _token_ids(folder, embeddings) if config.method.train_text_encoder else embeddings
+    batches = encode_pictures(config, folder, plan, cache, texts, checkpoint.step if checkpoint else 0, total)
     return train_and_save(config, folder, unet or folder.load_unet(), batches, checkpoint, total)
 
 
@@ -87,7 +90,7 @@ def total_steps(config: TrainConfig, pictures: int) -> int:
 
 
 def draw_missing_class_images(
-    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures
+    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures, embeddings: Mapping[str, np.ndarray]
 ) -> UNet2DConditionModel | None:
     """Draw the class pictures that are missing; returns the UNet if it was loaded for that."""
     prior = config.prior
@@ -95,7 +98,6 @@ def draw_missing_class_images(
     if not numbers:
         return None
     unet, vae = folder.load_unet(), folder.load_vae()
-    embeddings = embed_prompts(folder, [wanted.prompt])
     batch_size = min(prior.sample_batch_size, len(numbers))
     settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
     draw_class_images(
@@ -112,10 +114,17 @@ def draw_missing_class_images(
     return unet
 
 
-def encode_data(config: TrainConfig, folder: ModelFolder, plan: Plan, done: int, total: int) -> BatchMaker:
-    """Everything the steps done … total need of pictures and prompts; the VAE is gone afterwards."""
-    data, cache = config.data, ContentCache(config.output_dir / "cache")
-    batches_per_step = config.run.gradient_accumulation_steps
+def encode_pictures(
+    config: TrainConfig,
+    folder: ModelFolder,
+    plan: Plan,
+    cache: ContentCache,
+    texts: Mapping[str, np.ndarray],
+    done: int,
+    total: int,
+) -> BatchMaker:
+    """Everything the steps done … total need of pictures; the VAE is gone afterwards."""
+    data, batches_per_step = config.data, config.run.gradient_accumulation_steps
     posteriors = cached_posteriors(
         cache,
         plan.views(done * batches_per_step, total * batches_per_step),
@@ -125,11 +134,9 @@ def encode_data(config: TrainConfig, folder: ModelFolder, plan: Plan, done: int,
         lambda: _load_encoder(folder),
         lambda views: tqdm(views, desc="encoding pictures", unit="picture") if views else views,
     )
-    prompts = sorted({record.prompt for records in plan.groups for record in records})
+    gc.collect()
     schedule = NoiseSchedule.from_spec(folder.schedule_spec)
     gamma, kind = config.loss.snr_gamma, prediction_type(config, folder)
-    texts = _token_ids(folder, prompts) if config.method.train_text_encoder else _embeddings(folder, cache, prompts)
-    gc.collect()
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
@@ -143,6 +150,35 @@ def encode_data(config: TrainConfig, folder: ModelFolder, plan: Plan, done: int,
     )
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a run trains, with the state that a checkpoint keeps."""
+
+    learner: Learner
+    step: TrainStep | AccumulatingTrainStep
+    average: MovingAverage | None
+
+    @property
+    def state(self) -> list[Parameter]:
+        """Trained weights, the optimiser's moments and the running averages."""
+        averages = self.average.averages if self.average else []
+        return [*self.learner.trainables, *self.step.optimiser.moments(), *averages]
+
+    def result_weights(self) -> AbstractContextManager[None]:
+        """Inside, the networks hold what the run is judged by: the average, if one is kept."""
+        return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def write_part(self, target: Path, step: int) -> None:
+        """Write what was trained into the folder of a checkpoint."""
+        with self.result_weights():
+            self.learner.write_part(target, step)
+
+    def write_result(self, target: Path, step: int) -> None:
+        """Write the result of the run."""
+        with self.result_weights():
+            self.learner.write_result(target, step)
+
+
 def train_and_save(
     config: TrainConfig,
     folder: ModelFolder,
@@ -153,73 +189,58 @@ def train_and_save(
 ) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     run, output = config.run, config.output_dir
-    text_encoder = folder.load_text_encoder() if config.method.train_text_encoder else None
-    learner = METHODS[config.method.method](config.method, folder, unet, text_encoder, seed_of(config))
-    step_cell = _step_cell(config, folder, learner)
-    average = MovingAverage(learner.trainables, config.method.ema_decay) if config.method.use_ema else None
-    state = [*learner.trainables, *step_cell.optimiser.moments(), *(average.averages if average else [])]
+    training = set_up_training(config, folder, unet)
     done = 0
     if checkpoint:
-        restore(checkpoint, state)
+        restore(checkpoint, training.state)
         done = checkpoint.step
         tell(f"resuming from {checkpoint.path}")
-    validator = Validator(config, folder, unet, learner) if config.validation.validation_prompt else None
+    validator = Validator(config, folder, unet, training.learner) if config.validation.validation_prompt else None
+    trainables, dropout = training.learner.trainables, training.learner.dropout
+    tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
 
-    size = sum(parameter.size for parameter in learner.trainables)
-    tell(f"training {size:,} parameters in {len(learner.trainables)} tensors for {total} steps")
-    tracker = Tracker(output, run.logging_dir, done)
     steps = train(
-        step_cell,
+        training.step,
         batches,
         run.gradient_accumulation_steps,
         _learning_rate(config, total),
         done,
         total,
         _compile_cache(config, folder, batches),
-        learner.dropout.begin_batch if learner.dropout else None,
+        dropout.begin_batch if dropout else None,
     )
+    tracker = Tracker(output, run.logging_dir, done)
     try:
         with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop:
             for report in steps:
-                if average:
-                    average.update(report.step)
+                if training.average:
+                    training.average.update(report.step)
                 tracker.log(report)
                 bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
                 bar.update()
                 if report.step % run.checkpointing_steps == 0 or stop.asked:
-                    saved = save_checkpoint(
-                        output, report.step, state, to_yaml(config),
-                        partial(_write, learner.write_part, average, step=report.step),
-                        keep=run.checkpoints_total_limit,
-                    )  # fmt: skip
+                    write_part = partial(training.write_part, step=report.step)
+                    keep = run.checkpoints_total_limit
+                    saved = save_checkpoint(output, report.step, training.state, to_yaml(config), write_part, keep)
                 if stop.asked:
                     tell(f"stopped; saved {saved}. Run the same command again to go on")
                     return INTERRUPTED_STATUS
                 if validator and report.step % config.validation.validation_steps == 0:
-                    with average.in_place_of_weights() if average else nullcontext():
+                    with training.result_weights():
                         tracker.log_pictures(report.step, "validation", validator.draw(report.step))
     finally:
         tracker.close()
-    _write(learner.write_result, average, output, total)
+    training.write_result(output, total)
     draw_loss(read_history(output), output / "loss.png")
     tell(f"wrote {result_of(config.method.method, output)[0]}")
     return 0
 
 
-def _write(write: Callable[[Path, int], None], average: MovingAverage | None, target: Path, step: int) -> None:
-    """Write results for other tools: of the average, if one is kept."""
-    with average.in_place_of_weights() if average else nullcontext():
-        write(target, step)
-
-
-def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
-    """What the UNet is trained to predict."""
-    chosen = config.loss.prediction_type
-    return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
-
-
-def _step_cell(config: TrainConfig, folder: ModelFolder, learner: Learner) -> TrainStep | AccumulatingTrainStep:
-    o = config.optimiser
+def set_up_training(config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel) -> Training:
+    """The method's trainables, with their optimiser and step, as they are before the first step."""
+    method, o = config.method, config.optimiser
+    text_encoder = folder.load_text_encoder() if method.train_text_encoder else None
+    learner = METHODS[method.method](method, folder, unet, text_encoder, seed_of(config))
     text_factor = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
     optimiser = AdamW(
         learner.trainables,
@@ -228,7 +249,17 @@ def _step_cell(config: TrainConfig, folder: ModelFolder, learner: Learner) -> Tr
     )
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
-    return step(loss, learner.trainables, optimiser, o.max_grad_norm)
+    return Training(
+        learner=learner,
+        step=step(loss, learner.trainables, optimiser, o.max_grad_norm),
+        average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
+    )
+
+
+def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
+    """What the UNet is trained to predict."""
+    chosen = config.loss.prediction_type
+    return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
 
 
 def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker) -> AbstractContextManager[None]:
@@ -250,11 +281,13 @@ def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
     )
 
 
-def _token_ids(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    return dict(zip(prompts, PromptTokenizer(folder.tokenizer_path).ids(prompts), strict=True))
+def _token_ids(folder: ModelFolder, prompts: Iterable[str]) -> dict[str, np.ndarray]:
+    distinct = sorted(prompts)
+    return dict(zip(distinct, PromptTokenizer(folder.tokenizer_path).ids(distinct), strict=True))
 
 
 def _embeddings(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Embeddings by the base's own text encoder, all at once, because each time it is compiled anew."""
     return cached_embeddings(
         cache, prompts, file_digest(weight_file(folder.path, "text_encoder", folder.variant)),
         lambda missing: embed_prompts(folder, missing),

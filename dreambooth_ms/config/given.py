@@ -91,7 +91,7 @@ def read_file(path: str, schema: type, report: Report) -> list[Given]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(content, dict):
             raise OSError("expected lines such as `rank: 4`")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         report.problems.append(f"--config {path}: {_in_one_line(error)}")
         report.unread_file = True
         return []

@@ -30,6 +30,9 @@ class Schema(Protocol):
 
 Config = TypeVar("Config", bound=Schema)
 
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""What no file can hold as text: Python's stand-ins for bytes that are not UTF-8, and the null character."""
+
 
 @dataclass(frozen=True)
 class Loaded(Generic[Config]):
@@ -160,7 +163,7 @@ def _report_unknown(given: Given, known: Mapping[str, Field], report: Report) ->
 
 def _converted(one: Field, value: Any, is_flag: bool) -> Any:
     """The value in the field's type, as OmegaConf's structured merge converts it. ConfigError if it is not one."""
-    if one.name == "method" and value in METHODS_NOT_YET:
+    if one.name == "method" and isinstance(value, str) and value in METHODS_NOT_YET:
         raise ConfigError(f"{value}: {METHODS_NOT_YET[value]}")
     plain = _unwrapped(one, value, is_flag)
     try:
@@ -176,9 +179,13 @@ def _unwrapped(one: Field, value: Any, is_flag: bool) -> Any:
     texts = value if isinstance(value, list) else [value]
     if "???" in texts:
         raise ConfigError("??? stands for a value that is still to be given")
+    if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):
+        raise ConfigError(f"expected text in UTF-8, got {value!r}; rename a file or folder that is called so")
     if value is None or (one.optional and value in ("None", "null")):
         return None
     if one.kind is list:
+        if any(isinstance(entry, dict | list) for entry in texts):
+            raise ConfigError(f"expected {one.expected}, got {value!r}")
         return _split(value) if isinstance(value, str) or is_flag else value
     if one.kind is str and not isinstance(value, str):
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")

@@ -3,8 +3,10 @@
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
 
+import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.weights.digest import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MIN_SIDE = 8
+"""A smaller picture is an icon or a tracking pixel: there is nothing to learn from it."""
 MAX_ASPECT_RATIO = 20
 """A narrower strip would be enlarged to a picture of hundreds of megabytes before it is cropped."""
 
@@ -54,8 +58,9 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     """
     folder = Path(folder)
     wanted = f"expected a folder with pictures ({', '.join(suffix[1:] for suffix in SUFFIXES)})"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; {wanted}")
+    # Of os.path, because those of pathlib raise on names that are too long or may not be looked at.
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}; {wanted}")
     try:
         entries = sorted(folder.iterdir(), key=_natural_order)
     except OSError as error:
@@ -99,9 +104,12 @@ def open_picture(path: str | Path) -> Image.Image:
         DataError: the file is missing, damaged, not a picture, or too large or too narrow to be one.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            image.load()
-            picture = _to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            # Pillow warns of sizes that phones have by now; what is really too large, it refuses.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_FORMATS) as image:
+                image.load()
+                picture = _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Image.DecompressionBombError as error:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_ms.data.pictures import digest, find_pictures, open_picture, skipped_line
+from dreambooth_ms.data.pictures import MIN_SIDE, digest, find_pictures, open_picture, skipped_line
+from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
 
@@ -30,11 +31,24 @@ def read_records(
     is found before the training starts; what is no picture is told once.
 
     Raises:
-        DataError: no usable folder, or a damaged picture.
+        DataError: no usable folder, or damaged pictures, one line each.
     """
     found = find_pictures(folder)
     if found.skipped:
         tell(skipped_line(found.skipped))
-    return tuple(
-        Record(path, digest(path), open_picture(path).size, prompt, group) for path in found.pictures[:at_most]
-    )
+    records, problems = [], []
+    for path in found.pictures[:at_most]:
+        try:
+            records.append(Record(path, digest(path), _size(path), prompt, group))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return tuple(records)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    width, height = open_picture(path).size
+    if min(width, height) < MIN_SIDE:
+        raise DataError(f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it")
+    return width, height

@@ -7,6 +7,7 @@ checkpoint-500/
 """
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -19,13 +20,14 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, sync
+from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
 from dreambooth_ms.weights.digest import file_digest
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"
-_NAME = re.compile(r"checkpoint-(\d+)")
+REPLACED = "-replaced"
+_NAME = re.compile(rf"checkpoint-(\d+)({REPLACED})?")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def save_checkpoint(
     partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
         write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
         write_results(partial)
@@ -80,23 +83,23 @@ def save_checkpoint(
     if keep is not None:
         others = [path for path in checkpoint_folders(folder) if path != target]
         for old in others[: len(others) - (keep - 1)]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; one that has the name already goes only after the new one is there."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = partial.with_name(f"{partial.name}-replaced")
-    target.rename(aside)
+    """Give a finished folder its name; one that has the name already counts until the new one is there."""
+    aside = target.with_name(target.name + REPLACED)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
     try:
         partial.rename(target)
     except OSError:
-        aside.rename(target)
+        if aside.exists():
+            aside.rename(target)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:
@@ -112,7 +115,7 @@ def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:
         differing = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
         raise WeightError(
             f"{checkpoint.path}: belongs to another training; {len(differing)} parameters differ, "
-            f"such as {differing[0]}"
+            f"such as {differing[0]}; repeat that training's flags, or start anew in another --output_dir"
         )
     for parameter in state:
         parameter.set_data(Tensor(np.ascontiguousarray(tensors[parameter.name])))
@@ -128,11 +131,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightError(f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged)") from error
+        raise WeightError(
+            f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged); "
+            "name a folder checkpoint-<step> of a run, or latest"
+        ) from error
     if version != FORMAT:
-        raise WeightError(f"{path}: written in format {version}, this version reads format {FORMAT}")
+        raise WeightError(
+            f"{path}: written in format {version}, this version reads format {FORMAT}; "
+            "go on with the version that wrote it, or start anew in another --output_dir"
+        )
     for name, fingerprint in files.items():
-        if not (path / name).is_file() or _fingerprint(path / name) != fingerprint:
+        if not _is_unchanged(path / name, fingerprint):
             raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
     return Checkpoint(path, step)
 
@@ -148,11 +157,18 @@ def find_latest(folder: Path) -> Checkpoint | None:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    if not folder.is_dir():
+    """The run's checkpoint folders, oldest first; one that was to be replaced by another of its step before that."""
+    if not os.path.isdir(folder):
         return []
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
+    matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [folder / match[0] for match in sorted(matches, key=lambda match: (int(match[1]), not match[2]))]
+
+
+def _is_unchanged(path: Path, fingerprint: dict[str, Any]) -> bool:
+    try:
+        return _fingerprint(path) == fingerprint
+    except OSError:
+        return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

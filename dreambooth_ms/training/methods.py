@@ -102,7 +102,8 @@ def full(
     trainables = {name: [p.parameter for p in public_parameters(cell).values()] for name, cell in networks.items()}
 
     def write_networks(target: Path, step: int) -> None:
-        for name, network in networks.items():
+        # The UNet last: `result_of` takes its file for a whole result.
+        for name, network in reversed(networks.items()):
             config = read_json(folder.path / name / "config.json")
             save_network(target, name, network, config, np.float32, {STEP_KEY: str(step)})
 
@@ -150,6 +151,8 @@ def copy_base(folder: ModelFolder, target: Path, trained: Collection[str]) -> No
                 )
         elif name != "unet":
             shutil.copytree(folder.path / name, target / name, dirs_exist_ok=True)
+            for path in (target / name).glob(f"*.{folder.variant}.*"):
+                path.replace(path.with_name(path.name.replace(f".{folder.variant}.", ".")))
     absent = {
         name: [None, None] for name, of in index.items() if isinstance(of, list) and not (folder.path / name).is_dir()
     }

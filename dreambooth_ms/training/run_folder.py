@@ -1,18 +1,25 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
+import os
 from dataclasses import fields, replace
+from pathlib import Path
 
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.randomness import draw_seed
-from dreambooth_ms.weights.atomic import write_bytes
+from dreambooth_ms.training.checkpoint import checkpoint_folders
+from dreambooth_ms.training.methods import METHODS, result_of
+from dreambooth_ms.training.trackers import HISTORY
+from dreambooth_ms.weights.atomic import remove_leftovers, write_bytes
 
 CONFIG = "config.yaml"
 
-# How long a run is, what it keeps and where it computes may change when it goes on; what it learns may not.
+# How long a run is, what it keeps, where it is and computes may change when it goes on; what it learns may not.
 MAY_CHANGE = frozenset(
     {
+        "output_dir",
+        "logging_dir",
         "resume_from_checkpoint",
         "max_train_steps",
         "num_train_epochs",
@@ -29,20 +36,30 @@ MAY_CHANGE = frozenset(
 
 
 def settle_config(config: TrainConfig) -> TrainConfig:
-    """The configuration with its seed: the folder's own if a run is there, otherwise a drawn one if none was given.
+    """The configuration with its learning rate and seed: the folder's own seed if a run is there, otherwise a drawn
+    one if none was given.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration; every difference is named.
+        ConfigError: the folder holds a run with another configuration, and every difference is named; or weights of
+            another program.
     """
+    config = _with_learning_rate(config)
     file = config.output_dir / CONFIG
-    if not file.is_file():
+    if not os.path.isfile(file):
+        foreign = _results(config.output_dir)
+        if foreign:
+            raise ConfigError(f"{foreign[0]}: would be replaced, and is of no run there; choose another --output_dir")
         seed = draw_seed() if config.run.seed is None else config.run.seed
         return replace(config, run=replace(config.run, seed=seed))
-    earlier = load(TrainConfig, ["--config", str(file)]).config
+    try:
+        earlier = _with_learning_rate(load(TrainConfig, ["--config", str(file)]).config)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
     if config.run.seed is None:
         config = replace(config, run=replace(config.run, seed=earlier.run.seed))
     differences = _differences(earlier, config)
-    if differences:
+    if differences and _was_trained(config.output_dir):
         listed = "; ".join(differences)
         raise ConfigError(
             f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
@@ -57,8 +74,25 @@ def seed_of(config: TrainConfig) -> int:
 
 
 def write_config(config: TrainConfig) -> None:
-    """Write the resolved configuration into the run's folder."""
+    """Write the resolved configuration into the run's folder, and clear it of what a killed run left half-written."""
+    remove_leftovers(config.output_dir)
     write_bytes(config.output_dir / CONFIG, to_yaml(config).encode())
+
+
+def _with_learning_rate(config: TrainConfig) -> TrainConfig:
+    """The same with the default of its method spelt out, so that it equals one that names it."""
+    return replace(config, optimiser=replace(config.optimiser, learning_rate=config.learning_rate))
+
+
+def _was_trained(folder: Path) -> bool:
+    """Whether a run took a step there. One that failed before may be started again with a mended configuration."""
+    return bool(_results(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
+
+
+def _results(folder: Path) -> list[Path]:
+    """The files in a folder that a run would replace at its end, by whatever method."""
+    paths = [result_of(method, folder)[0] for method in METHODS] if os.path.isdir(folder) else []
+    return [path for path in paths if path.is_file()]
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:

@@ -1,7 +1,9 @@
 """What a run leaves to look at: a TensorBoard log, a line of JSON per step, and the loss as a picture."""
 
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.weights.atomic import atomic_path, write_bytes
 
 HISTORY = "history.jsonl"
 _COLOURS = {"instance": (34, 94, 168), "class": (217, 95, 2)}
@@ -20,43 +23,83 @@ class Tracker:
     """Writes every step's report to `history.jsonl` and to TensorBoard.
 
     Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full.
     """
 
     def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._history = folder / HISTORY
+        self._folder = folder
         kept = [line for line in read_history(folder) if line["step"] <= done]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self._history.open("w", encoding="utf-8")
-            self._board = SummaryWriter(str(folder / logging_dir), purge_step=done + 1)
-        except OSError as error:
-            raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
-        for line in kept:
-            self._write(line)
+        write_bytes(folder / HISTORY, "".join(map(_json_line, kept)).encode())
+        with self._writing():
+            self._file = (folder / HISTORY).open("a", encoding="utf-8")
+            self._board = _Board(folder / logging_dir, done)
 
     def log(self, report: StepReport) -> None:
         """Record one step."""
         losses = {f"{group}_loss": value for group, value in report.group_losses.items()}
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
-        self._write({"step": report.step, **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, report.step)
+        with self._writing():
+            self._file.write(_json_line({"step": report.step, **values}))
+            self._file.flush()
+            self._board.add_scalars(values, report.step)
 
     def log_pictures(self, step: int, name: str, pictures: Sequence[np.ndarray]) -> None:
         """Show pictures, each (H, W, 3) uint8, as they were after a step."""
-        for number, picture in enumerate(pictures):
-            self._board.add_image(f"{name}/{number}", picture, step, dataformats="HWC")
+        with self._writing():
+            self._board.add_images({f"{name}/{number}": picture for number, picture in enumerate(pictures)}, step)
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._file.close()
-        self._board.close()
+        """Close both files; all that was logged is in them."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._board.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            message = f"{self._folder}: the log cannot be written ({error.strerror}); free some space and resume"
+            raise WeightError(message) from error
+
+
+class _Board:
+    """TensorBoard's file, written at once: tensorboardX's own writer does it in a thread, and a full disk ends the
+    thread, after which the training would wait for it forever."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._summary, self._event = summary, Event
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{done}")
+        # Hides what an interrupted run had logged of later steps.
+        self._write(done + 1, file_version="brain.Event:2")
+        self._write(done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+
+    def add_images(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        for name, picture in pictures.items():
+            self._write(step, summary=self._summary.image(name, picture, dataformats="HWC"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
         self._file.flush()
+
+
+def _json_line(values: dict[str, float]) -> str:
+    return json.dumps(values) + "\n"
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -65,7 +108,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -107,7 +150,8 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, 
         canvas.rectangle((x, 16, x + 16, 28), fill=colour)
         canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
         x += 48 + canvas.textlength(label, font=font)
-    image.save(path)
+    with atomic_path(path) as partial:
+        image.save(partial, format="PNG")
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

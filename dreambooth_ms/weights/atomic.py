@@ -1,9 +1,10 @@
 """Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dreambooth_ms.errors import WeightError
@@ -24,8 +25,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
         os.close(handle)
-    except OSError as error:
-        raise WeightError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightError(f"{target}: cannot be written ({reason}); choose another folder") from error
     partial = Path(name)
     try:
         yield partial
@@ -43,6 +45,19 @@ def write_bytes(target: Path, content: bytes) -> None:
     """Write a small file atomically."""
     with atomic_path(target) as partial:
         partial.write_bytes(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what programs that were killed while they wrote have left in a folder and those below it."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            if name.startswith(TEMPORARY_PREFIX):
+                path = Path(parent, name)
+                if name in folders:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """From what a user names as the base model to a folder on this machine."""
 
+import os
 from pathlib import Path
 
 from dreambooth_ms.errors import WeightError
@@ -13,10 +14,11 @@ def find_model(name_or_path: str, revision: str | None = None, variant: str | No
     Raises:
         WeightError: neither a folder here nor a model on the hub, or the hub cannot be reached.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    # Of os.path, because those of pathlib raise on names that are too long and on unknown users.
+    path = os.path.expanduser(name_or_path)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
         raise WeightError(f"{name_or_path}: expected a model folder, got a file; single-file models come later")
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise WeightError(f"{name_or_path}: no such folder, and not a hub name of the form owner/model")

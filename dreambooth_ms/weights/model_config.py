@@ -39,6 +39,7 @@ SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "timestep_post_act": (None,),
     "transformer_layers_per_block": (1,),
 }
+SUPPORTED_BETA_SCHEDULES = ("scaled_linear", "linear")
 SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 
 
@@ -55,7 +56,8 @@ def read_unet_config(config: Config) -> UNetSpec:
             )
     kinds = set(config["down_block_types"]) | set(config["up_block_types"])
     if kinds - SUPPORTED_BLOCKS:
-        raise WeightError(f"unet/config.json: blocks {sorted(kinds - SUPPORTED_BLOCKS)} are not supported yet")
+        unknown = ", ".join(sorted(kinds - SUPPORTED_BLOCKS))
+        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x or 2.x")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -191,16 +193,24 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """Any diffusers scheduler's configuration -> the forward process.
 
     Raises:
-        WeightError: the model predicts something else than noise or velocity.
+        WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
     """
     kind = config.get("prediction_type", "epsilon")
     if kind not in {member.value for member in PredictionType}:
-        raise WeightError(f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction")
+        raise WeightError(
+            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; use SD 1.x or 2.x"
+        )
+    betas = config.get("beta_schedule", "scaled_linear")
+    if betas not in SUPPORTED_BETA_SCHEDULES:
+        raise WeightError(
+            f"scheduler_config.json: beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; "
+            "use SD 1.x or 2.x"
+        )
     return NoiseScheduleSpec(
         num_train_timesteps=config.get("num_train_timesteps", 1000),
         beta_start=config.get("beta_start", 0.00085),
         beta_end=config.get("beta_end", 0.012),
-        beta_schedule=config.get("beta_schedule", "scaled_linear"),
+        beta_schedule=betas,
         prediction_type=PredictionType(kind),
     )
 

@@ -31,7 +31,7 @@ from dreambooth_ms.weights.model_config import (
     write_scheduler_config,
 )
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
-from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.weights.tensor_file import check_tensor_file, read_tensors, write_tensors
 
 Spec = TypeVar("Spec")
 
@@ -40,6 +40,11 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 # The names of the autoencoder's attention before diffusers 0.17, still in most published files.
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+UNMERGED_TOKENS = 2 * 256 + 2
+"""Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
+
+PARTS = ("unet", "vae", "text_encoder")
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
@@ -113,11 +118,12 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
     index = read_json(path / "model_index.json", f"{path} is not a model folder in diffusers' layout")
     if "text_encoder_2" in index:
         raise WeightError(f"{path}: this is an SDXL model, which this version cannot train yet; use SD 1.x or 2.x")
-    for part in ("unet", "vae", "text_encoder"):
-        weight_file(path, part, variant)
-    if not (path / "tokenizer" / "vocab.json").is_file():
-        raise WeightError(f"{path}: tokenizer/vocab.json is missing; is the download complete?")
-    return ModelFolder(
+    if not set(PARTS) <= index.keys():
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x or 2.x")
+    for part in PARTS:
+        check_tensor_file(weight_file(path, part, variant))
+    _check_tokenizer(path / "tokenizer")
+    folder = ModelFolder(
         path=path,
         variant=variant,
         unet_spec=_read_spec(path / "unet" / "config.json", read_unet_config),
@@ -126,6 +132,33 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
         schedule_spec=_read_spec(path / "scheduler" / "scheduler_config.json", read_scheduler_config),
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
     )
+    unet, latent_channels = folder.unet_spec, folder.vae_spec.latent_channels
+    if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
+        raise WeightError(
+            f"{path}: its unet takes {unet.in_channels} channels and gives {unet.out_channels}, a picture has "
+            f"{latent_channels}; use a text-to-image model, not one for inpainting, depth or upscaling"
+        )
+    if unet.cross_attention_dim != folder.text_spec.transformer.hidden_size:
+        raise WeightError(
+            f"{path}: its unet reads text of width {unet.cross_attention_dim}, its text_encoder gives "
+            f"{folder.text_spec.transformer.hidden_size}; take both from one model"
+        )
+    return folder
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """With a file cut short, transformers fails, or gives other tokens without a word."""
+    vocabulary = read_json(folder / "vocab.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name == "tokenizer_config.json" or (folder / name).exists():
+            read_json(folder / name)
+    try:
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightError(f"{folder / 'merges.txt'}: missing or not readable; is the download complete?") from error
+    made = sum(len(line.split()) == 2 and not line.startswith("#version") for line in merges)
+    if made < len(vocabulary) - UNMERGED_TOKENS:
+        raise WeightError(f"{folder / 'merges.txt'}: cut short; download it again")
 
 
 def load_clip(folder: Path) -> CLIPModel:
@@ -143,6 +176,8 @@ def _read_spec(path: Path, read: Callable[[Config], Spec], otherwise: str | None
         return read(config)
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
+    except TypeError as error:
+        raise WeightError(f"{path}: damaged ({error}); download it again") from error
 
 
 def weight_file(folder: Path, part: str, variant: str | None) -> Path:
@@ -171,7 +206,7 @@ def read_json(path: Path, otherwise: str | None = None) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightError(f"{otherwise or path.parent}: {path.name} is missing") from error
+        raise WeightError(f"{otherwise or path.parent}: {path.name} is missing; is the download complete?") from error
     except (OSError, ValueError) as error:
         raise WeightError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(content, dict):

@@ -1,7 +1,9 @@
 """safetensors files: read with a clear error, written whole or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,11 +22,27 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         WeightError: the file is missing, cut short, or not a safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def check_tensor_file(path: Path) -> None:
+    """Whether a file is there, whole and a safetensors file, without reading its tensors.
+
+    Raises:
+        WeightError: it is not.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file") from error
+        raise WeightError(f"{path}: no such file; check the path") from error
     except (SafetensorError, OSError, TypeError) as error:
         raise WeightError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
 

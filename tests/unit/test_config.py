@@ -1,10 +1,14 @@
 """What users may write on the command line and in files, and what they are told when it is wrong."""
 
 import ast
+import contextlib
 import inspect
 import re
+from dataclasses import MISSING
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -59,18 +63,88 @@ def test_every_number_has_a_range(schema):
     assert {name for name, one in schema_fields(schema).items() if one.kind in (int, float)} <= RANGES.keys()
 
 
-def test_defaults_are_those_of_the_published_lora_script():
-    published = {
-        "resolution": 512, "center_crop": False, "prior_loss_weight": 1.0, "num_class_images": 100, "seed": None,
-        "sample_batch_size": 4, "rank": 4, "learning_rate": 5e-4, "lr_scheduler": "constant", "lr_warmup_steps": 500,
-        "lr_num_cycles": 1, "lr_power": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2,
-        "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "train_batch_size": 4, "num_train_epochs": 1,
-        "max_train_steps": None, "output_dir": "lora-dreambooth-model", "checkpointing_steps": 500,
-        "checkpoints_total_limit": None, "resume_from_checkpoint": None, "logging_dir": "logs",
-        "image_interpolation_mode": "lanczos", "with_prior_preservation": False,
-    }  # fmt: skip
-    known = schema_fields(TrainConfig)
-    assert {name: known[name].default for name in published} == published
+# The flags of diffusers' train_dreambooth.py with their defaults; MISSING is required, False a switch that is off.
+FULL_SCRIPT: dict[str, Any] = {
+    "pretrained_model_name_or_path": MISSING, "revision": None, "variant": None, "tokenizer_name": None,
+    "instance_data_dir": MISSING, "instance_prompt": MISSING, "class_data_dir": None, "class_prompt": None,
+    "with_prior_preservation": False, "prior_loss_weight": 1.0, "num_class_images": 100, "resolution": 512,
+    "center_crop": False, "dataloader_num_workers": 0, "output_dir": "dreambooth-model", "seed": None,
+    "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None,
+    "skip_save_text_encoder": False, "train_batch_size": 4, "sample_batch_size": 4, "num_train_epochs": 1,
+    "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 5e-6,
+    "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0,
+    "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0, "set_grads_to_none": False, "offset_noise": False, "snr_gamma": None,
+    "train_text_encoder": False, "pre_compute_text_embeddings": False, "tokenizer_max_length": None,
+    "text_encoder_use_attention_mask": False, "validation_prompt": None, "num_validation_images": 4,
+    "validation_steps": 100, "validation_images": None, "validation_scheduler": "DPMSolverMultistepScheduler",
+    "class_labels_conditioning": None, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
+    "logging_dir": "logs", "report_to": "tensorboard", "mixed_precision": None, "prior_generation_precision": None,
+    "allow_tf32": False, "local_rank": -1, "enable_xformers_memory_efficient_attention": False,
+}  # fmt: skip
+_NOT_IN_LORA_SCRIPT = (
+    "validation_steps", "set_grads_to_none", "offset_noise", "snr_gamma", "skip_save_text_encoder",
+    "validation_scheduler",
+)  # fmt: skip
+LORA_SCRIPT = {name: default for name, default in FULL_SCRIPT.items() if name not in _NOT_IN_LORA_SCRIPT} | {
+    "output_dir": "lora-dreambooth-model", "learning_rate": 5e-4, "validation_epochs": 50, "rank": 4,
+    "lora_dropout": 0.0, "image_interpolation_mode": "lanczos",
+}  # fmt: skip
+BY_METHOD = ("output_dir", "learning_rate")
+"""Fields whose None stands for the default of the method's script."""
+EVERY_PUBLISHED_FLAG = pytest.mark.parametrize(
+    ("method", "name", "default"),
+    [
+        (method, name, default)
+        for method, script in (("full", FULL_SCRIPT), ("lora", LORA_SCRIPT))
+        for name, default in script.items()
+    ],
+)
+
+
+def test_the_published_scripts_are_listed_whole():
+    assert (len(FULL_SCRIPT), len(LORA_SCRIPT)) == (61, 59)
+
+
+@EVERY_PUBLISHED_FLAG
+def test_a_flag_of_the_published_script_has_its_default_or_says_what_becomes_of_it(method, name, default):
+    field = schema_fields(TrainConfig).get(name)
+    if name in BY_METHOD:
+        assert field.default is None
+        assert str(getattr(train("--method", method), name)) == str(default)
+    elif field is not None:
+        assert (field.default, type(field.default)) == (default, type(default))
+    elif name in HARMLESS:
+        assert load(TrainConfig, [*REQUIRED, f"--{name}"]).notes == (
+            f"--{name} is accepted and ignored: {HARMLESS[name]}",
+        )
+    else:
+        assert train_problems(f"--{name}", "something") == [f"--{name}: {REFUSED[name].reason}"]
+
+
+@EVERY_PUBLISHED_FLAG
+def test_a_command_that_spells_out_the_published_default_changes_nothing(method, name, default):
+    flags = ["--method", method, f"--{name}={default}"]
+    if name == "validation_epochs":
+        assert train_problems(*flags) == [f"--{name}: {REFUSED[name].reason}"]
+    elif default is not MISSING:
+        spelt_out, plain = train(*flags), train("--method", method)
+        assert (spelt_out.learning_rate, spelt_out.output_dir) == (plain.learning_rate, plain.output_dir)
+        if name not in BY_METHOD:
+            assert spelt_out == plain
+
+
+def test_defaults_that_hang_on_the_method_give_way_to_what_is_given():
+    config = train("--method", "full", "--learning_rate", "1e-5", "--output_dir", "dog")
+    assert (config.learning_rate, str(config.output_dir)) == (1e-5, "dog")
+
+
+def test_offset_noise_is_a_noise_offset_of_the_published_strength():
+    assert [train(*flags).noise_offset for flags in ([], ["--offset_noise"], ["--noise_offset", "0.05"])] == [
+        0.0,
+        0.1,
+        0.05,
+    ]
 
 
 def test_every_class_of_the_schema_is_frozen():
@@ -148,7 +222,7 @@ def test_interpolation_is_plain_text_in_a_flag():
     assert train("--instance_prompt", "a ${oc.env:HOME} dog").data.instance_prompt == "a ${oc.env:HOME} dog"
 
 
-@given((st.text() | st.text("\\${}?\"' :a\n")).filter(lambda text: text != "???"))
+@given((st.text() | st.text("\\${}?\"' :a\n")).filter(lambda text: text != "???" and "\0" not in text))
 @example("${")
 @example("\\${oc.env:HOME}")
 @example("\\\\${x} \\")
@@ -177,6 +251,117 @@ def test_any_resolved_configuration_loads_again(tmp_path_factory, rank, rate, se
     assert (config.data.random_flip, config.method.lora_target_modules) == (flip, modules)
     resolved = write(tmp_path_factory.mktemp("resolved") / "config.yaml", to_yaml(config))
     assert load(TrainConfig, resolved).config == config
+
+
+def values_of(one):
+    """Valid values of a field."""
+    number = {
+        int: st.integers(0, 40) | st.integers(0, 2**64 - 1),
+        float: st.floats(0, 2) | st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+        str: st.text("aé$\\{}: #'\"-~/\n", max_size=8) | st.sampled_from(["yes", "no", "1", "1e3", "=", "0x1F", "~"]),
+        bool: st.booleans(),
+        list: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
+    }
+    kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
+    valid = kinds.filter(lambda value: one.name not in RANGES or RANGES[one.name].holds(value))
+    if one.name in ("resolution", "height", "width"):
+        valid = st.integers(4, 200).map(lambda eighths: 8 * eighths)
+    return st.none() | valid if one.optional else valid
+
+
+RULES = ("--with_prior_preservation: needs", "expected another folder", "polynomial schedule", "--offset_noise: is",
+         "--lora: missing")  # fmt: skip
+
+
+def written_as_flag(name, value):
+    return [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+
+
+@EVERY_SCHEMA
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_valid_values_survive_the_command_line_and_a_resolved_file(tmp_path_factory, schema, data):
+    known = schema_fields(schema)
+    required = [name for name, one in known.items() if one.default is MISSING]
+    others = data.draw(st.lists(st.sampled_from(sorted(known.keys() - {*required})), max_size=8, unique=True))
+    given_values = {name: data.draw(values_of(known[name]), name) for name in [*required, *others]}
+    flags = [text for name, value in given_values.items() for text in written_as_flag(name, value)]
+    try:
+        config = load(schema, flags).config
+    except ConfigError as error:
+        # Only what two values mean together can be wrong with them.
+        assert all(any(rule in line for rule in RULES) for line in str(error).splitlines()), error
+        return
+    held = {name: value for section in sections(schema) for name, value in vars(getattr(config, section)).items()}
+    assert {name: held[name] for name in given_values} == given_values
+    resolved = write(tmp_path_factory.mktemp("resolved") / "config.yaml", to_yaml(config))
+    assert load(schema, resolved).config == config
+
+
+WORDS = st.text(max_size=6) | st.sampled_from(
+    [
+        "--",
+        "-",
+        "--=",
+        "==",
+        "True",
+        "None",
+        "???",
+        "${",
+        "1e400",
+        "9" * 400,
+        "-0",
+        ".",
+        "/",
+        "\ud800",
+        "\0",
+        "a,b",
+        "--no-",
+    ]
+)
+FLAGS = st.sampled_from(
+    [*schema_fields(TrainConfig), *SPELLINGS, *REFUSED, *HARMLESS, BASE_THEN_ADAPTERS, "config", "no_center_crop"]
+).map(lambda name: f"--{name}")
+
+
+@given(st.lists(FLAGS | WORDS | st.tuples(FLAGS, WORDS).map("=".join), max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_no_command_line_gives_anything_but_a_configuration_or_lines_about_it(argv):
+    for words in (argv, [*REQUIRED, *argv]):
+        try:
+            load(TrainConfig, words)
+        except ConfigError as error:
+            assert all(line.strip() for line in str(error).split("\n--"))
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates()
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*sections(TrainConfig), *schema_fields(TrainConfig)])
+            | st.text(max_size=4)
+            | st.integers(),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    TREES.map(lambda tree: yaml.safe_dump(tree).encode())
+    | st.binary(max_size=30)
+    | st.text(max_size=30).map(str.encode)
+)
+@settings(max_examples=60, deadline=None)
+def test_no_file_gives_anything_but_a_configuration_or_lines_about_it(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "run.yaml"
+    path.write_bytes(content)
+    with contextlib.suppress(ConfigError):
+        load(TrainConfig, [*REQUIRED, "--config", str(path)])
 
 
 # --- Files ---
@@ -238,7 +423,7 @@ def test_an_empty_section_or_file_changes_nothing(tmp_path):
         ("rank: {a: 1}", "{file}: rank: expected a whole number, got {{'a': 1}}"),
         ("rank:", "{file}: rank: expected a whole number, got None"),
         ("center_crop: 3", "{file}: center_crop: expected True or False, got 3"),
-        ("learning_rate: fast", "{file}: learning_rate: expected a number, got 'fast'"),
+        ("learning_rate: fast", "{file}: learning_rate: expected a number, or None, got 'fast'"),
         ("lora_target_modules: {a: 1}", "{file}: lora_target_modules: expected a list of texts, got {{'a': 1}}"),
         ("revision: 0123", "{file}: revision: expected text, got 83; put it in quotes"),
         ("class_prompt: ???", "{file}: class_prompt: ??? stands for a value that is still to be given"),
@@ -366,7 +551,8 @@ def test_a_method_of_a_later_version_is_refused_by_name(name):
         (["--rank", "4.0"], "--rank: expected a whole number, got '4.0'"),
         (["--rank"], "--rank: expected a whole number, got nothing"),
         (["--rank", ""], "--rank: expected a whole number, got ''"),
-        (["--learning_rate", "fast"], "--learning_rate: expected a number, got 'fast'"),
+        (["--learning_rate", "fast"], "--learning_rate: expected a number, or None, got 'fast'"),
+        (["--lr_power", "high"], "--lr_power: expected a number, got 'high'"),
         (["--seed", "x"], "--seed: expected a whole number, or None, got 'x'"),
         (["--center_crop", "maybe"], "--center_crop: expected True or False, got 'maybe'"),
         (["--center_crop="], "--center_crop: expected True or False, got ''"),
@@ -419,7 +605,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
         "--rank",
         "0",
         "--method",
-        "full",
+        "textual_inversion",
         "--push_to_hub",
         "--with_prior_preservation",
         "--class_data_dir",
@@ -427,7 +613,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ) == [
         f"{file[1]}: resolution: expected a whole number, got 'wide'",
         f"{file[1]}: zzz: unknown key",
-        f"--method: full: {METHODS_NOT_YET['full']}",
+        f"--method: textual_inversion: {METHODS_NOT_YET['textual_inversion']}",
         f"--push_to_hub: {REFUSED['push_to_hub'].reason}",
         "--pretrained_model_name_or_path: required",
         "--instance_data_dir: required",
@@ -474,6 +660,15 @@ OUTSIDE = {
     "resume_from_checkpoint": [""],
     "logging_dir": [""],
     "lora_target_modules": [""],
+    "lora_dropout": ["1", "-0.1", "nan"],
+    "ema_decay": ["1", "-0.1"],
+    "snr_gamma": ["0", "-5", "inf"],
+    "noise_offset": ["-0.1", "nan"],
+    "text_encoder_lr": ["0", "inf"],
+    "gradient_accumulation_steps": ["0"],
+    "validation_prompt": [""],
+    "num_validation_images": ["0"],
+    "validation_steps": ["0"],
 }
 
 
@@ -507,6 +702,7 @@ def test_the_ends_of_a_range_are_inside(flags, value):
         (["--with_prior_preservation", "--class_data_dir", "dogs"], "--with_prior_preservation: needs --class_prompt"),
         ([*PRIOR, "--class_data_dir", "./dog/"], "--class_data_dir: expected another folder than --instance_data_dir"),
         (["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"], "--learning_rate: the polynomial schedule ends"),
+        (["--offset_noise", "--noise_offset", "0.2"], "--offset_noise: is --noise_offset 0.1; give one of them"),
     ],
 )
 def test_an_impossible_combination_is_refused(flags, start):
@@ -525,6 +721,11 @@ def test_an_impossible_combination_is_refused(flags, start):
             ["--num_train_epochs", "2", "--max_train_steps", "9"],
             "--num_train_epochs has no effect beside --max_train_steps",
         ),
+        (["--method", "full", "--rank", "8"], "--rank has no effect with --method full"),
+        (["--method", "full", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --method full"),
+        (["--ema_decay", "0.99"], "--ema_decay has no effect without --use_ema"),
+        (["--text_encoder_lr", "1e-6"], "--text_encoder_lr has no effect without --train_text_encoder"),
+        (["--validation_steps", "9"], "--validation_steps has no effect without --validation_prompt"),
         (
             ["--max_train_steps", "500", "--lr_scheduler", "cosine"],
             "--lr_warmup_steps 500 is not less than --max_train_steps 500: "
@@ -546,6 +747,9 @@ def test_what_is_doubtful_is_noted(flags, note):
         ["--num_train_epochs", "2"],
         ["--max_train_steps", "400"],
         ["--max_train_steps", "501", "--lr_scheduler", "cosine"],
+        ["--method", "full", "--train_text_encoder", "--text_encoder_lr", "1e-6", "--use_ema", "--ema_decay", "0.99"],
+        ["--lora_dropout", "0.1", "--snr_gamma", "5", "--noise_offset", "0.2", "--scale_lr"],
+        ["--validation_prompt", "a dog", "--validation_steps", "9", "--num_validation_images", "1"],
     ],
 )
 def test_what_makes_sense_is_not_noted(flags):

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.schema import TrainConfig
@@ -57,6 +59,56 @@ def test_decaying_schedules_end_where_they_should(kind, end):
 def test_a_run_that_is_all_warm_up_still_has_a_factor_at_its_end(kind):
     """diffusers' polynomial divides by zero here."""
     assert 0.0 <= learning_rate_factor(kind, 10, 10, 10, 1, 1.0, 1e-4) <= 1.0
+
+
+LENGTH = st.integers(1, 2000)
+RATE = st.floats(1.1e-7, 1e3)
+FALLING = ("linear", "cosine", "polynomial")
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    warmup_steps=st.integers(0, 3000),
+    total_steps=LENGTH,
+    step=st.integers(0, 2000),
+    num_cycles=st.integers(1, 9),
+    power=st.floats(0.1, 9),
+    rate=RATE,
+)
+def test_the_rate_is_never_negative_nor_above_the_given_one(
+    kind, warmup_steps, total_steps, step, num_cycles, power, rate
+):
+    factor = learning_rate_factor(kind, min(step, total_steps), warmup_steps, total_steps, num_cycles, power, rate)
+    assert 0.0 <= factor <= 1.0 + 1e-12
+
+
+@given(st.sampled_from(sorted(set(KINDS) - {"constant"})), LENGTH, st.data())
+def test_the_rate_is_whole_when_the_warm_up_ends_and_rises_before(kind, warmup_steps, data):
+    step = data.draw(st.integers(0, warmup_steps - 1))
+    before, after, end = (
+        learning_rate_factor(kind, at, warmup_steps, warmup_steps + 10, 1, 1.0, 1e-4)
+        for at in (step, step + 1, warmup_steps)
+    )
+    assert before < after <= end == pytest.approx(1.0)
+
+
+@given(st.sampled_from(FALLING), LENGTH, st.integers(0, 100), st.floats(0.1, 9), RATE, st.data())
+def test_the_rate_never_rises_again_after_the_warm_up(kind, length, warmup_steps, power, rate, data):
+    total = warmup_steps + length
+    step = data.draw(st.integers(warmup_steps, total - 1))
+    now, then = (learning_rate_factor(kind, at, warmup_steps, total, 1, power, rate) for at in (step, step + 1))
+    assert then <= now + 1e-12
+
+
+@given(st.integers(1, 9), st.integers(1, 50), st.integers(0, 100))
+def test_every_restart_begins_at_the_whole_rate(num_cycles, length, warmup_steps):
+    total = warmup_steps + num_cycles * length
+    for cycle in range(num_cycles):
+        factor = learning_rate_factor(
+            "cosine_with_restarts", warmup_steps + cycle * length, warmup_steps, total, num_cycles, 1.0, 1e-4
+        )
+        # A quotient such as 3 / 7 * 7 may fall short of its cycle by a rounding, and then is the end of the one before.
+        assert min(abs(factor - 1), abs(factor)) < 1e-9
 
 
 def test_an_unknown_schedule_is_refused():

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -228,6 +230,52 @@ def test_a_damaged_picture_is_opened_or_refused_but_never_crashes(tmp_path_facto
         assert str(path) in str(error)
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, colour_type, rows):
+    """A PNG as no library here would write it."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "pixel", "shown"),
+    [(2, [65535, 0, 0], RED), (6, [65535, 0, 0, 0], WHITE), (4, [0, 65535], BLACK), (4, [0, 0], WHITE)],
+    ids=["RGB", "transparent RGB", "grey", "transparent grey"],
+)
+def test_16_bits_per_channel_look_as_in_a_viewer(tmp_path, colour_type, pixel, shown):
+    rows = (b"\0" + struct.pack(f">{len(pixel)}H", *pixel) * 8) * 8
+    (tmp_path / "dog.png").write_bytes(png(8, 8, 16, colour_type, rows))
+    assert corner(tmp_path / "dog.png") == shown
+
+
+def test_a_picture_of_few_colours_has_them(tmp_path):
+    gradient(64, 64).quantize(16).save(tmp_path / "dog.png")
+    assert np.asarray(open_picture(tmp_path / "dog.png")).std() > 10
+
+
+def test_a_jpeg_of_a_phone_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    gradient(64, 32).save(tmp_path / "dog.jpg", exif=exif)
+    assert open_picture(tmp_path / "dog.jpg").size == (32, 64)
+
+
+def test_a_header_that_claims_too_many_pixels_is_refused_before_they_are_made(tmp_path):
+    (tmp_path / "dog.png").write_bytes(png(60000, 60000, 8, 2, bytes(100)))
+    with pytest.raises(DataError, match=r"dog.png: too large to be a photograph .* scale it down"):
+        open_picture(tmp_path / "dog.png")
+
+
+def test_a_large_photograph_is_opened_without_a_word(tmp_path, monkeypatch, recwarn):
+    path = save(tmp_path / "dog.png", size=(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert open_picture(path).size == (40, 40)
+    assert not recwarn
+
+
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "dog.png", size=(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -288,6 +336,24 @@ def test_a_square_is_a_window_of_the_resized_picture(interpolation, size):
     assert np.array_equal(np.asarray(square), resized[crop.top : crop.top + 64, crop.left : crop.left + 64])
     flipped = resize_and_crop(image, 64, interpolation, crop, flip=True)
     assert np.array_equal(np.asarray(flipped), np.asarray(square)[:, ::-1])
+
+
+@given(
+    width=st.integers(8, 160),
+    height=st.integers(8, 160),
+    resolution=st.sampled_from([32, 40, 64]),
+    interpolation=st.sampled_from(INTERPOLATIONS),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=50, deadline=None)
+def test_any_picture_gives_a_square_whose_mirror_mirrored_is_itself(width, height, resolution, interpolation, seed):
+    image = gradient(width, height)
+    crop = pictures.random_crop(image.size, resolution, randomness.generator(seed, "crop"))
+    square, mirrored = (
+        np.asarray(resize_and_crop(image, resolution, interpolation, crop, flip)) for flip in (False, True)
+    )
+    assert square.shape == (resolution, resolution, 3)
+    assert np.array_equal(mirrored[:, ::-1], square)
 
 
 @pytest.mark.parametrize("crop", [CropBox(1, 0), CropBox(0, 27), CropBox(0, -1)])

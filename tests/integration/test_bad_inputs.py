@@ -1,0 +1,631 @@
+"""Whatever is wrong, the program says so in one line each, with what to do, and leaves everything as it was."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.spellings import METHODS_NOT_YET, REFUSED
+from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
+from dreambooth_ms.training.run_folder import CONFIG
+from dreambooth_ms.training.trackers import HISTORY
+from dreambooth_ms.weights.lora_file import FILE_NAME
+from tests.tiny_model import write_random_model
+
+PROGRAM = "dreambooth-ms: error: "
+UNET_WEIGHTS, UNET_CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+
+
+# --- What the cases start from ---
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A model and three photographs."""
+    shared = tmp_path_factory.mktemp("shared")
+    write_random_model(shared / "model")
+    (shared / "dog").mkdir()
+    for number in range(3):
+        (shared / "dog" / f"{number}.png").write_bytes(encoded("PNG", seed=number))
+    return shared
+
+
+@pytest.fixture(scope="module")
+def run(shared):
+    """The folder of a run that has ended: two steps, a checkpoint after each."""
+    assert main(train_command(shared, output_dir=shared / "run", checkpointing_steps=1)) == 0
+    return shared / "run"
+
+
+@pytest.fixture
+def place(shared, tmp_path, monkeypatch):
+    """The current folder, with a copy of all that."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "dog"):
+        shutil.copytree(shared / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def copied_run(run, place):
+    """A copy of the ended run as `out`."""
+    return shutil.copytree(run, place / "out")
+
+
+@pytest.fixture
+def encoded_pictures(run, place):
+    """What the run keeps of pictures and prompts, in a new folder `out`: nothing has to be computed before training."""
+    shutil.copytree(run / "cache", place / "out" / "cache")
+
+
+@pytest.fixture
+def refused(place, capsys):
+    """Runs a command line that must fail, and returns what it says.
+
+    It may change nothing but the files, and what is in the folders, that are named in `may_leave`.
+    """
+
+    def check(*arguments, may_leave=()):
+        before = contents(place)
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        said = capsys.readouterr().err.splitlines()
+        assert status == 2, said
+        errors = [line.removeprefix(PROGRAM) for line in said if line.startswith(PROGRAM)]
+        assert errors
+        assert errors == [line.removeprefix(PROGRAM) for line in said[-len(errors) :]], "errors come last"
+        assert not any("Traceback" in line for line in said)
+        after = contents(place)
+        changed = [name for name in after if after[name] != before.get(name)]
+        assert all(name in may_leave or name.startswith(tuple(f"{left}/" for left in may_leave)) for name in changed)
+        assert before.keys() <= after.keys(), "something was removed"
+        return errors
+
+    return check
+
+
+@pytest.fixture
+def train_refused(place, refused):
+    """The same for a training with some flags that differ; None leaves a flag out."""
+
+    def check(*more, may_leave=(), **flags):
+        return refused(*train_command(place, **flags), *more, may_leave=may_leave)
+
+    return check
+
+
+def train_command(place, **flags):
+    defaults = {
+        "pretrained_model_name_or_path": "model",
+        "instance_data_dir": "dog",
+        "instance_prompt": "a photo of star",
+        "resolution": 32,
+        "train_batch_size": 1,
+        "max_train_steps": 2,
+        "seed": 1,
+        "output_dir": "out",
+    }
+    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
+        defaults[name] = place / defaults[name]
+    given = {name: value for name, value in (defaults | flags).items() if value is not None}
+    return ["train", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
+
+
+def contents(folder):
+    """Every path below a folder, with the bytes of files."""
+    return {
+        os.path.relpath(os.path.join(parent, name), folder): read(os.path.join(parent, name))
+        for parent, folders, files in os.walk(folder)
+        for name in folders + files
+    }
+
+
+def read(path):
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def encoded(kind, size=(40, 48), seed=0, **options):
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def cut(content, share=0.5):
+    return content[: int(len(content) * share)]
+
+
+def png_that_claims(width, height):
+    """A PNG whose header speaks of so many pixels, with almost no data behind it."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+# --- Picture folders ---
+
+NO_PICTURE = "pictures: no picture in it, "
+SAVE_AGAIN = "; save it again as PNG or JPEG, or remove it"
+NOT_A_PICTURE = ": not a picture of a known format; save it as PNG or JPEG, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, f"{NO_PICTURE}it is empty; expected a folder with pictures (png, jpg, "),
+        ({".DS_Store": b"", "notes.txt": b"rex"}, f"{NO_PICTURE}2 found: .DS_Store, notes.txt; expected a folder"),
+        ({"dog.heic": b"", "dog.svg": b"<svg/>"}, f"{NO_PICTURE}2 found: dog.heic, dog.svg; expected a folder"),
+        ({"dog.jpg": cut(encoded("JPEG"))}, "pictures/dog.jpg: cannot be read (image file is truncated"),
+        ({"dog.png": cut(encoded("PNG"))}, "pictures/dog.png: cannot be read ("),
+        ({"dog.webp": cut(encoded("WEBP"))}, "pictures/dog.webp: "),
+        ({"dog.gif": cut(encoded("GIF"))}, "pictures/dog.gif: cannot be read (image file is truncated"),
+        ({"dog.png": b"<!DOCTYPE html><title>404 Not Found</title>"}, f"pictures/dog.png{NOT_A_PICTURE}"),
+        ({"dog.png": b""}, f"pictures/dog.png{NOT_A_PICTURE}"),
+        ({"dog.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"}, f"pictures/dog.jpg{NOT_A_PICTURE}"),
+        ({"dog.png": encoded("PNG", (1, 1))}, "pictures/dog.png: 1x1 pixels are too few to learn from; use a larger"),
+        ({"dog.png": encoded("PNG", (10, 300))}, "pictures/dog.png: 300x10 is too narrow for a square picture; crop"),
+        ({"dog.png": png_that_claims(60000, 60000)}, "pictures/dog.png: too large to be a photograph ("),
+        ({"dog.png": png_that_claims(12000, 10000)}, "pictures/dog.png: cannot be read (image file is truncated"),
+        ({"dog.png": encoded("PNG"), b"\xff\xfe.png": b""}, f"\\udcff\\udcfe.png{NOT_A_PICTURE}"),
+    ],
+    ids=[
+        "empty", "stray files", "other kinds", "truncated JPEG", "truncated PNG", "truncated WebP", "truncated GIF",
+        "a web page", "zero bytes", "PostScript", "one pixel", "a strip", "a decompression bomb", "a large header",
+        "a name that is not UTF-8",
+    ],
+)  # fmt: skip
+def test_a_picture_folder_that_cannot_be_used(place, train_refused, files, said):
+    os.mkdir("pictures")
+    for name, content in files.items():
+        with open(os.path.join(b"pictures", os.fsencode(name)), "wb") as file:
+            file.write(content)
+    (line,) = train_refused(instance_data_dir="pictures")
+    assert said in line
+    if "cannot be read" in line:
+        assert line.endswith(SAVE_AGAIN)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", "nowhere: no such folder; expected a folder with pictures"),
+        ("dog/0.png", "dog/0.png: not a folder; expected a folder with pictures"),
+        ("dog/0.png/below", "dog/0.png/below: no such folder; expected a folder with pictures"),
+        ("d" * 300, f"{'d' * 300}: no such folder; expected a folder with pictures"),
+        ("~nobody-of-that-name/dog", "~nobody-of-that-name/dog: no such folder; expected a folder with pictures"),
+        (os.fsdecode(b"d\xff"), "--instance_data_dir: expected text in UTF-8, got "),
+    ],
+    ids=["missing", "a file", "below a file", "too long", "an unknown user", "not UTF-8"],
+)
+def test_a_path_that_is_no_picture_folder(train_refused, path, said):
+    (line,) = train_refused(instance_data_dir=path)
+    assert line.startswith(said)
+
+
+def test_a_link_to_nowhere_and_a_folder_are_no_pictures(place, train_refused):
+    (place / "links").mkdir()
+    (place / "links" / "dog.png").symlink_to(place / "nowhere.png")
+    (place / "links" / "more.png").mkdir()
+    (line,) = train_refused(instance_data_dir="links")
+    assert line.startswith("links: no picture in it, 2 found: dog.png, more.png; expected a folder with pictures")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_a_picture_without_permission(place, train_refused):
+    (place / "dog" / "1.png").chmod(0)
+    (line,) = train_refused()
+    assert "dog/1.png: cannot be read (Permission denied)" in line
+
+
+def test_every_damaged_picture_is_named_at_once(place, train_refused):
+    (place / "dog" / "0.png").write_bytes(b"")
+    (place / "dog" / "2.png").write_bytes(cut(encoded("PNG")))
+    first, second = train_refused()
+    assert "dog/0.png: not a picture of a known format" in first
+    assert "dog/2.png: cannot be read" in second
+
+
+PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo", "num_class_images": 1}
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("dog/0.png", "--class_data_dir dog/0.png: expected a folder, got a file"),
+        ("pictures", f"pictures/dog.png{NOT_A_PICTURE}"),
+    ],
+    ids=["a file", "a damaged picture"],
+)
+def test_class_pictures_that_cannot_be_used(place, train_refused, folder, said):
+    (place / "pictures").mkdir()
+    (place / "pictures" / "dog.png").write_bytes(b"")
+    assert train_refused(class_data_dir=folder, **PRIOR, may_leave=["out"]) == [said]
+
+
+# --- Flags ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rnak", "8"], "--rnak: unknown flag; did you mean --rank?"),
+        (["--instance_promt", "x"], "--instance_promt: unknown flag; did you mean --instance_prompt?"),
+        (["--zzz"], "--zzz: unknown flag"),
+        (["dog"], "--output_dir: unexpected 'dog' after its value; put text with spaces in quotes"),
+        (["--rank", "four"], "--rank: expected a whole number, got 'four'"),
+        (["--rank"], "--rank: expected a whole number, got nothing"),
+        (["--learning_rate", "fast"], "--learning_rate: expected a number, or None, got 'fast'"),
+        (["--center_crop", "maybe"], "--center_crop: expected True or False, got 'maybe'"),
+        (["--method", "ful"], "--method: expected one of lora, full, got 'ful'"),
+        (["--method", "textual_inversion"], f"--method: textual_inversion: {METHODS_NOT_YET['textual_inversion']}"),
+        (["--lr_scheduler", "step"], "--lr_scheduler: expected one of linear, cosine, "),
+        (["--rank", "0"], "--rank: expected at least 1, got 0"),
+        (["--rank", "100000"], "--rank: expected 1 to 16, the size of the smallest adapted layer, got 100000"),
+        (["--resolution", "100"], "--resolution: expected a multiple of 8, at least 32, got 100"),
+        (["--learning_rate", "nan"], "--learning_rate: expected greater than 0, got nan"),
+        (["--lora_dropout", "1"], "--lora_dropout: expected at least 0 and less than 1, got 1.0"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps: expected at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected from 0 to 2**64 - 1, got -1"),
+        (["--with_prior_preservation", "--class_prompt", "x"], "--with_prior_preservation: needs --class_data_dir"),
+        (["--with_prior_preservation", "--class_data_dir", "x"], "--with_prior_preservation: needs --class_prompt"),
+        (["--offset_noise", "--noise_offset", "0.2"], "--offset_noise: is --noise_offset 0.1; give one of them"),
+        (["--rank", "4", "--lora_rank", "8"], "--lora_rank: means the same as --rank; give one of them"),
+        (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], "--learning_rate: the polynomial schedule ends"),
+        (["--use_8bit_adam"], f"--use_8bit_adam: {REFUSED['use_8bit_adam'].reason}"),
+        (["--mixed_precision", "fp16"], f"--mixed_precision: {REFUSED['mixed_precision'].reason}"),
+        (["--push_to_hub"], f"--push_to_hub: {REFUSED['push_to_hub'].reason}"),
+        (["--report_to", "wandb"], f"--report_to: {REFUSED['report_to'].reason}"),
+        (["--device_target", "GPU"], "--device_target: expected one of auto, CPU, Ascend, got 'GPU'"),
+        (["--device_target", "Ascend"], "--device_target Ascend: no Ascend device was found here; use --device_target"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_flag(train_refused, encoded_pictures, flags, said):
+    (line,) = train_refused(*flags, may_leave=[f"out/{CONFIG}"] if "100000" in flags else ())
+    assert line.startswith(said)
+
+
+def test_all_wrong_flags_are_reported_at_once(train_refused):
+    lines = train_refused("--rnak", "8", "--resolution", "wide", "--push_to_hub", "--lora_dropout", "2", seed=-1)
+    assert [line.split(":")[0] for line in lines] == [
+        *("--rnak", "--resolution", "--push_to_hub", "--lora_dropout", "--seed"),
+    ]
+
+
+def test_what_is_required_is_asked_for_by_every_command(refused):
+    assert len(refused("train")) == 3
+    assert len(refused("sample")) == 2
+    assert len(refused("evaluate")) == 5
+    assert refused("trian") == ["trian: unknown command; did you mean train?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"rank: 4: 5", "--config run.yaml: line 1: mapping values are not allowed in this context"),
+        (b"data:\n\trank: 4\n", "--config run.yaml: line 2: found character that cannot start any token"),
+        (b"\x89PNG\r\n\x1a\n", "--config run.yaml: "),
+        (b"- rank", "--config run.yaml: expected lines such as `rank: 4`"),
+        (b"rank: 4\n---\nrank: 5", "--config run.yaml: line 2: but found another document"),
+        (b"rank: !!python/object:os.system x", "--config run.yaml: line 1: could not determine a constructor"),
+        (b"a: &a [*a]", "--config run.yaml: line 1: YAML recursive aliases are not supported"),
+        (b"ranks: 4", "run.yaml: ranks: unknown key; did you mean rank?"),
+        (b"models: {rank: 4}", "run.yaml: models: unknown section; did you mean model?"),
+        (b"data: {rank: 4}", "run.yaml: data.rank: belongs to section method"),
+        (b"rank: four", "run.yaml: rank: expected a whole number, got 'four'"),
+        (b"rank: [4]", "run.yaml: rank: expected a whole number, got [4]"),
+        (b"method: {method: {method: lora}}", "run.yaml: method.method: expected one of lora, full, got {"),
+        (b"lora_target_modules: [{a: 1}]", "run.yaml: lora_target_modules: expected a list of texts, got [{'a': 1}]"),
+        (b'class_prompt: "a\\0b"', "run.yaml: class_prompt: expected text in UTF-8, got 'a\\x00b'"),
+        (b"push_to_hub: true", "run.yaml: push_to_hub: nothing is uploaded; publish the files of --output_dir"),
+    ],
+)
+def test_a_wrong_configuration_file(place, train_refused, text, said):
+    (place / "run.yaml").write_bytes(text)
+    (line,) = train_refused(config="run.yaml")
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nothing.yaml", "No such file or directory"),
+        ("dog", "Is a directory"),
+        ("y" * 300, "File name too long"),
+        ("dog/0.png", "'utf-8' codec can't decode byte 0x89 in position 0: invalid start byte"),
+    ],
+)
+def test_a_configuration_file_that_is_none(train_refused, path, said):
+    assert train_refused(config=path) == [f"--config {path}: {said}"]
+
+
+# --- Base models ---
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./nowhere", "./nowhere: no such folder, and not a hub name of the form owner/model"),
+        ("nowhere", "nowhere: no such folder, and not a hub name of the form owner/model"),
+        ("m" * 300, f"{'m' * 300}: no such folder, and not a hub name of the form owner/model"),
+        ("~nobody-of-that-name/model", "~nobody-of-that-name/model: no such folder, and not a hub name"),
+        ("dog/0.png", "dog/0.png: expected a model folder, got a file"),
+        (
+            "dog",
+            "dog is not a model folder in diffusers' layout: model_index.json is missing; is the download complete?",
+        ),
+        ("model/unet", "model/unet is not a model folder in diffusers' layout: model_index.json is missing"),
+    ],
+)
+def test_a_path_that_is_no_base_model(train_refused, name, said):
+    (line,) = train_refused(pretrained_model_name_or_path=name)
+    assert line.startswith(said)
+
+
+PARTS = (
+    "model_index.json", UNET_CONFIG, UNET_WEIGHTS, "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json", SCHEDULER_CONFIG,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_half_a_download_that_lacks_a_file(place, train_refused, part):
+    (place / "model" / part).unlink()
+    (line,) = train_refused()
+    assert part.split("/")[-1] in line
+    assert line.endswith("is the download complete?")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_half_a_download_that_cut_a_file(place, train_refused, part):
+    file = place / "model" / part
+    file.write_bytes(cut(file.read_bytes()))
+    (line,) = train_refused()
+    assert str(file) in line
+    assert line.endswith(("download it again", "copy or download it again"))
+
+
+def change(**changes):
+    """Give keys of a JSON file other values; ... removes one."""
+
+    def apply(path):
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+    return apply
+
+
+def write(content):
+    return lambda path: path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "said"),
+    [
+        (UNET_CONFIG, write(b"hello"), "unet/config.json: not readable as JSON ("),
+        (UNET_CONFIG, write(b"\xff\xfe"), "unet/config.json: not readable as JSON ("),
+        (UNET_CONFIG, write(b"[]"), "unet/config.json: expected a JSON object; download it again"),
+        (UNET_CONFIG, change(block_out_channels=...), "unet/config.json: 'block_out_channels' is missing; download"),
+        (UNET_CONFIG, change(block_out_channels=None), "unet/config.json: damaged ("),
+        (UNET_CONFIG, change(cross_attention_dim=...), "unet/config.json: 'cross_attention_dim' is missing; download"),
+        (UNET_CONFIG, change(cross_attention_dim=32), "its unet reads text of width 32, its text_encoder gives 24; "),
+        (UNET_CONFIG, change(in_channels=9), "its unet takes 9 channels and gives 4, a picture has 4; use a text-to"),
+        (UNET_CONFIG, change(class_embed_type="projection"), "class_embed_type 'projection' is not supported (only"),
+        (UNET_CONFIG, change(down_block_types=["KDownBlock2D"]), "blocks KDownBlock2D are not supported yet; use SD"),
+        ("vae/config.json", change(latent_channels=...), "vae/config.json: 'latent_channels' is missing; download"),
+        ("text_encoder/config.json", change(vocab_size=...), "text_encoder/config.json: 'vocab_size' is missing"),
+        (SCHEDULER_CONFIG, change(prediction_type="sample"), "'sample': expected epsilon or v_prediction; use SD 1.x"),
+        (SCHEDULER_CONFIG, change(beta_schedule="cosine"), "'cosine': expected scaled_linear or linear; use SD 1.x"),
+        ("model_index.json", change(text_encoder_2=[]), "this is an SDXL model, which this version cannot train yet"),
+        ("model_index.json", change(unet=..., _class_name="FluxPipeline"), "FluxPipeline is another kind of model; "),
+        (UNET_WEIGHTS, write(b""), f"{UNET_WEIGHTS}: not a readable safetensors file ("),
+        (UNET_WEIGHTS, write(b"<!DOCTYPE html>"), f"{UNET_WEIGHTS}: not a readable safetensors file ("),
+        ("tokenizer/merges.txt", write(b""), "tokenizer/merges.txt: cut short; download it again"),
+    ],
+)
+def test_a_model_folder_that_does_not_fit(place, train_refused, part, damage, said):
+    damage(place / "model" / part)
+    (line,) = train_refused()
+    assert said in line
+
+
+def test_a_variant_that_is_not_there(train_refused):
+    (line,) = train_refused(variant="fp16")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors is missing (found: config.json, diffusion_py" in line
+
+
+def test_weights_of_another_shape(place, encoded_pictures, train_refused):
+    change(block_out_channels=[16, 64])(place / "model" / UNET_CONFIG)
+    (line,) = train_refused(may_leave=[f"out/{CONFIG}"])
+    assert f"{UNET_WEIGHTS} does not fit UNet2DConditionModel: " in line
+    assert "conv1.weight: expected (64, 16, 3, 3), got (32, 16, 3, 3)" in line
+
+
+# --- Where the results go ---
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("dog/0.png", f"dog/0.png/{CONFIG}: cannot be written (File exists); choose another folder"),
+        ("dog/0.png/run", f"dog/0.png/run/{CONFIG}: cannot be written (Not a directory); choose another folder"),
+        ("o" * 300, f"{'o' * 300}/{CONFIG}: cannot be written (File name too long); choose another folder"),
+        ("/proc/x", f"/proc/x/{CONFIG}: cannot be written (No such file or directory); choose another folder"),
+        ("/proc/x/y", f"/proc/x/y/{CONFIG}: cannot be written (No such file or directory); choose another folder"),
+    ],
+    ids=["a file", "below a file", "too long", "not allowed", "below what is not allowed"],
+)
+def test_an_output_folder_that_cannot_be(train_refused, folder, said):
+    if folder.startswith("/proc") and not sys.platform.startswith("linux"):
+        pytest.skip("no /proc here")
+    assert train_refused(output_dir=folder) == [said]
+
+
+def test_the_run_of_another_configuration_is_left_alone_and_every_difference_named(shared, refused, copied_run):
+    flags = {"rank": 8, "learning_rate": 1e-5, "instance_prompt": "a star", "max_train_steps": 9}
+    (line,) = refused(*train_command(shared, **flags))
+    assert line == (
+        "out holds a run with another configuration (--instance_prompt: 'a photo of star' there, 'a star' here; "
+        "--rank: 4 there, 8 here; --learning_rate: 0.0005 there, 1e-05 here); choose another --output_dir"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", [b"hello", b"a: 1\nb: 2", b"\xff\x00", b""], ids=["text", "other keys", "bytes", "empty"]
+)
+def test_a_folder_with_the_configuration_of_another_program_is_left_alone(place, train_refused, text):
+    (place / "out").mkdir()
+    (place / "out" / CONFIG).write_bytes(text)
+    (line,) = train_refused()
+    assert line.startswith(f"out/{CONFIG}: not the configuration of a run (")
+    assert line.endswith("; choose another --output_dir")
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, UNET_WEIGHTS])
+def test_a_folder_with_weights_of_another_program_is_left_alone(place, train_refused, name):
+    (place / "out" / name).parent.mkdir(parents=True)
+    (place / "out" / name).write_bytes(b"weights")
+    assert train_refused() == [f"out/{name}: would be replaced, and is of no run there; choose another --output_dir"]
+
+
+def test_the_base_model_is_not_trained_in_its_own_folder(train_refused):
+    (line,) = train_refused(method="full", output_dir="model")
+    assert line.startswith(f"model/{UNET_WEIGHTS}: would be replaced")
+
+
+def test_a_log_that_cannot_be_written(train_refused, encoded_pictures):
+    (line,) = train_refused(logging_dir="/proc/x", may_leave=[f"out/{CONFIG}", f"out/{HISTORY}"])
+    assert line == "out: the log cannot be written (No such file or directory); free some space and resume"
+
+
+# --- Mending ---
+
+
+def test_a_command_that_failed_before_its_first_step_can_be_mended(train_refused):
+    """The configuration it left in its folder is in nobody's way."""
+    for folder in ("dog/0.png", "dog/1.png"):
+        lines = train_refused(class_data_dir=folder, **PRIOR, may_leave=["out"])
+        assert lines == [f"--class_data_dir {folder}: expected a folder, got a file"]
+
+
+def test_a_run_that_was_moved_is_still_that_run(shared, place, copied_run, capsys):
+    """And so is one whose command names what was a default."""
+    copied_run.rename(place / "elsewhere")
+    assert main(train_command(shared, output_dir="elsewhere", learning_rate=5e-4)) == 0
+    assert "nothing left to do" in capsys.readouterr().err
+
+
+# --- Resuming ---
+
+
+def cut_state(path):
+    (path / STATE).write_bytes(cut((path / STATE).read_bytes()))
+
+
+def cut_manifest(path):
+    (path / MANIFEST).write_text(cut((path / MANIFEST).read_text()))
+
+
+def other_format(path):
+    change(format=99)(path / MANIFEST)
+
+
+def no_adapter(path):
+    (path / FILE_NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_state, f"{STATE} is missing, cut short or changed; resume from another checkpoint"),
+        (no_adapter, f"{FILE_NAME} is missing, cut short or changed; resume from another checkpoint"),
+        (
+            cut_manifest,
+            f"not a checkpoint of this program ({MANIFEST} is missing or damaged); name a folder checkpoint-",
+        ),
+        (other_format, "written in format 99, this version reads format 1; go on with the version that wrote it"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_resumed_from(shared, copied_run, refused, damage, said):
+    damage(copied_run / "checkpoint-2")
+    command = train_command(shared, max_train_steps=3, resume_from_checkpoint="out/checkpoint-2")
+    (line,) = refused(*command)
+    assert line.startswith(f"out/checkpoint-2: {said}")
+    assert find_latest(copied_run).step == 1
+
+
+@pytest.mark.parametrize("path", ["nowhere", "dog", "dog/0.png", "c" * 300])
+def test_a_path_without_a_checkpoint(train_refused, path):
+    (line,) = train_refused(resume_from_checkpoint=path)
+    assert line.startswith(
+        f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged); name a folder"
+    )
+
+
+def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
+    flags = {"rank": 8, "resume_from_checkpoint": run / "checkpoint-1"}
+    (line,) = train_refused(**flags, may_leave=[f"out/{CONFIG}"])
+    assert line.startswith(f"{run}/checkpoint-1: belongs to another training; ")
+    assert line.endswith("; repeat that training's flags, or start anew in another --output_dir")
+
+
+# --- Drawing and comparing ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora", "nowhere"], "nowhere: no such file; check the path"),
+        (["--lora", "dog"], f"dog/{FILE_NAME}: no such file; check the path"),
+        (["--lora", "dog/0.png"], "dog/0.png: not a readable safetensors file ("),
+        (
+            ["--lora", f"model/{UNET_WEIGHTS}"],
+            f"model/{UNET_WEIGHTS}: not a LoRA of UNet and text encoder in diffusers'",
+        ),
+        (["--height", "100"], "--height: expected a multiple of 8, at least 32, got 100"),
+        (["--scheduler", "ddpm"], "--scheduler: expected one of ddim, euler, "),
+        (["--sampler", "ddim"], "--sampler: choose with --scheduler: ddim, euler, "),
+        (["--prompt", "dog/0.png"], "--prompt dog/0.png: not readable as UTF-8 text ("),
+        (["--prompt", "empty.txt"], "--prompt empty.txt: the file holds no prompt; write one per line"),
+        (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder in diffusers' layout: "),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(place, refused, flags, said):
+    (place / "empty.txt").write_text("\n")
+    (line,) = refused(
+        *("sample", "--pretrained_model_name_or_path", "model", "--prompt", "a star", "--output_dir", "out"), *flags
+    )
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora", ""], "--lora: missing; name the adapter to compare the base with"),
+        (["--clip", "dog"], "dog holds no CLIP model: config.json is missing; is the download complete?"),
+        (["--instance_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made(refused, flags, said):
+    (line,) = refused(
+        *("evaluate", "--pretrained_model_name_or_path", "model", "--prompt", "a star", "--class_prompt", "a photo"),
+        *("--instance_data_dir", "dog", "--output_dir", "out"),
+        *(flags if "--lora" in flags else ["--lora", "nowhere", *flags]),
+    )
+    assert line.startswith(said)
