@@ -1,6 +1,7 @@
 """An adapter goes to diffusers and comes from it in one file, with every number and with the same pictures."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,16 +13,19 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from dreambooth_ms.cli.assemble import load_adapted_unet
+from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.config.schema import WeightsConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
-from dreambooth_ms.weights.lora_file import FILE_NAME, read_lora, steps_taken, write_lora
+from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, result_of
+from dreambooth_ms.weights.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
 from dreambooth_ms.weights.model_folder import open_model_folder
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
 
 RANK, ALPHA, TARGETS = 3, 7, ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_RANK, TEXT_ALPHA = 2, 5
+PROMPT = "a photo of star"
 NOISE, TEXT, NEGATIVE = normal(1, 4, 16, 16), normal(1, 77, 24), normal(77, 24, seed=1)
 
 # Float32 sums in another order through four steps of the UNet: measured 4e-6.
@@ -34,11 +38,11 @@ def pipeline_of(model):
     return pipeline
 
 
-def draw(pipeline):
+def draw(pipeline, **prompt):
     """Diffusers' latents and picture (H, W, 3) in [0, 1]: DDIM, four steps, guidance 3."""
+    embeddings = {"prompt_embeds": torch.tensor(TEXT), "negative_prompt_embeds": torch.tensor(NEGATIVE)[None]}
     latents = pipeline(
-        prompt_embeds=torch.tensor(TEXT),
-        negative_prompt_embeds=torch.tensor(NEGATIVE)[None],
+        **(prompt or embeddings),
         latents=torch.tensor(NOISE),
         num_inference_steps=4,
         guidance_scale=3.0,
@@ -52,25 +56,30 @@ def draw(pipeline):
 def random_peft_adapter(model, alpha):
     """Diffusers' pipeline with an adapter as peft makes it, both factors away from zero."""
     pipeline = pipeline_of(model)
-    pipeline.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights=False))
-    with torch.no_grad():
-        for i, parameter in enumerate(p for name, p in pipeline.unet.named_parameters() if ".lora_" in name):
-            parameter.copy_(0.3 * torch.tensor(normal(*parameter.shape, seed=i)))
+    add_random_adapter(pipeline.unet, RANK, alpha, TARGETS)
     return pipeline
 
 
-def factors_of(pipeline):
-    """Layer -> (A, B) of the adapter that a pipeline uses."""
-    (adapter,) = pipeline.unet.peft_config
-    state = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter)
+def add_random_adapter(network, rank, alpha, targets):
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
+    network.add_adapter(config)
+    with torch.no_grad():
+        for i, parameter in enumerate(p for name, p in network.named_parameters() if ".lora_" in name):
+            parameter.copy_(0.3 * torch.tensor(normal(*parameter.shape, seed=i)))
+
+
+def factors_of(network):
+    """Layer -> (A, B) of the adapter that a network of a pipeline uses."""
+    (adapter,) = network.peft_config
+    state = get_peft_model_state_dict(network, adapter_name=adapter)
     tensors = {name: value.numpy() for name, value in state.items()}
     layers = {name.split(".lora_")[0] for name in tensors}
     return {layer: (tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]) for layer in layers}
 
 
-def scales_of(pipeline):
+def scales_of(network):
     """The factors on B A that peft uses, one per adapted layer."""
-    return [next(iter(m.scaling.values())) for m in pipeline.unet.modules() if hasattr(m, "scaling")]
+    return [next(iter(m.scaling.values())) for m in network.modules() if hasattr(m, "lora_A")]
 
 
 @pytest.fixture(scope="module")
@@ -95,22 +104,32 @@ def ours(model, diffusers_adapter, tmp_path_factory):
     """Our UNet's picture with that adapter, and the same adapter in a file of ours."""
     folder = open_model_folder(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(diffusers_adapter.folder)])
-    unet, _ = load_adapted_unet(folder, weights)
-    settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=1)
-    sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
-    *_, latents = sampler.denoise(NOISE, TEXT, NEGATIVE)
-    adapter = read_lora(diffusers_adapter.folder)
-    tensors = [(layer, *factors) for layer, factors in adapter.factors.items()]
+    networks = read_lora(diffusers_adapter.folder)
+    adapted = load_adapted(folder, weights, [])
     return SimpleNamespace(
-        adapter=adapter,
-        latents=latents.asnumpy()[0],
-        picture=next(sampler.pictures(NOISE, TEXT, NEGATIVE)),
-        file=write_lora(tmp_path_factory.mktemp("ours"), tensors, adapter.rank, adapter.alpha, TARGETS, step=500),
+        adapter=networks["unet"],
+        file=write_again(networks, tmp_path_factory.mktemp("ours")),
+        **vars(drawn(folder, adapted.unet, TEXT, NEGATIVE)),
     )
 
 
-def assert_same_picture(ours, pipeline):
-    latents, picture = draw(pipeline)
+def write_again(networks, target):
+    """Adapters that were read, in a file of ours, with the layers named as a training is asked for them."""
+    targets = {"unet": tuple(TARGETS), "text_encoder": TEXT_ENCODER_TARGETS}
+    asked = {name: replace(adapter, target_modules=targets[name]) for name, adapter in networks.items()}
+    return write_lora(target, asked, step=500)
+
+
+def drawn(folder, unet, text, negative):
+    """Our latents and picture."""
+    settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=1)
+    sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
+    *_, latents = sampler.denoise(NOISE, text, negative)
+    return SimpleNamespace(latents=latents.asnumpy()[0], picture=next(sampler.pictures(NOISE, text, negative)))
+
+
+def assert_same_picture(ours, pipeline, **prompt):
+    latents, picture = draw(pipeline, **prompt)
     error = relative_error(ours.latents, latents)
     levels = np.abs(ours.picture.astype(int) - np.rint(picture * 255)).max()
     print(f"latents {error:.1e}, pixels {levels:.0f} levels")
@@ -126,9 +145,10 @@ def assert_same_factors(ours, expected):
 
 class TestFromDiffusers:
     def test_every_factor_and_alpha_are_read(self, diffusers_adapter):
-        read = read_lora(diffusers_adapter.folder)
-        assert (read.rank, read.alpha, read.alpha_is_stated) == (RANK, ALPHA, True)
-        assert_same_factors(read.factors, factors_of(diffusers_adapter.pipeline))
+        networks = read_lora(diffusers_adapter.folder)
+        assert networks.keys() == {"unet"}
+        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, ALPHA)
+        assert_same_factors(networks["unet"].factors, factors_of(diffusers_adapter.pipeline.unet))
 
     def test_it_draws_the_same_picture(self, ours, diffusers_adapter):
         assert_same_picture(ours, diffusers_adapter.pipeline)
@@ -144,9 +164,10 @@ class TestFromDiffusers:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
         assert any(name.endswith("to_q.lora.down.weight") for name in load_file(tmp_path / FILE_NAME))
-        read = read_lora(tmp_path)
-        assert (read.rank, read.alpha, read.alpha_is_stated) == (RANK, RANK, False)
-        assert_same_factors(read.factors, factors_of(pipeline))
+        networks = read_lora(tmp_path)
+        assert networks.keys() == {"unet"}
+        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, RANK)
+        assert_same_factors(networks["unet"].factors, factors_of(pipeline.unet))
 
     @pytest.mark.parametrize(
         ("option", "said"),
@@ -184,30 +205,112 @@ class TestToDiffusers:
         # All it says is that there is nothing for the text encoder, which is so.
         assert len(set(loaded.said)) == 1
         assert "No LoRA keys associated to CLIPTextModel" in loaded.said[0]
-        assert_same_factors(factors_of(loaded.pipeline), ours.adapter.factors)
-        assert scales_of(loaded.pipeline) == [pytest.approx(ALPHA / RANK)] * len(ours.adapter.factors)
+        assert_same_factors(factors_of(loaded.pipeline.unet), ours.adapter.factors)
+        assert scales_of(loaded.pipeline.unet) == [pytest.approx(ALPHA / RANK)] * len(ours.adapter.factors)
 
     def test_it_draws_the_same_picture(self, loaded, ours):
         assert_same_picture(ours, loaded.pipeline)
 
     def test_what_we_write_we_read(self, ours):
-        assert steps_taken(ours.file) == 500
-        read = read_lora(ours.file)
-        assert (read.rank, read.alpha, read.alpha_is_stated) == (RANK, ALPHA, True)
-        assert_same_factors(read.factors, ours.adapter.factors)
+        assert result_of("lora", ours.file.parent) == (ours.file, 500)
+        networks = read_lora(ours.file)
+        assert networks.keys() == {"unet"}
+        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, ALPHA)
+        assert_same_factors(networks["unet"].factors, ours.adapter.factors)
+
+
+@pytest.fixture(scope="module")
+def both(model, tmp_path_factory):
+    """A file that diffusers wrote, the pipeline behind it, our picture with it, and a file of ours of the same."""
+    pipeline, folder = random_peft_adapter(model, ALPHA), tmp_path_factory.mktemp("both")
+    add_random_adapter(pipeline.text_encoder, TEXT_RANK, TEXT_ALPHA, list(TEXT_ENCODER_TARGETS))
+    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    values = {}
+    for name, network in networks.items():
+        values[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
+        values[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, **values)
+    base = open_model_folder(model)
+    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(folder)])
+    adapted = load_adapted(base, weights, [PROMPT])
+    picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT][None], adapted.embeddings[""])
+    read = read_lora(folder)
+    return SimpleNamespace(
+        pipeline=pipeline,
+        networks=networks,
+        read=read,
+        picture=picture,
+        adapted=adapted,
+        file=write_again(read, tmp_path_factory.mktemp("ours of both")),
+    )
+
+
+class TestWithATextEncoder:
+    """The file holds both networks' parts, of unlike rank and alpha; pictures are drawn from the prompt itself."""
+
+    def test_every_factor_and_alpha_of_both_are_read(self, both):
+        assert both.read.keys() == both.networks.keys()
+        for name, settings in (("unet", (RANK, ALPHA)), ("text_encoder", (TEXT_RANK, TEXT_ALPHA))):
+            assert (both.read[name].rank, both.read[name].alpha) == settings
+            assert_same_factors(both.read[name].factors, factors_of(both.networks[name]))
+
+    def test_it_draws_diffusers_picture(self, both):
+        assert_same_picture(both.picture, both.pipeline, prompt=PROMPT)
+
+    def test_the_part_of_the_text_encoder_shows_in_the_picture(self, both, model):
+        alone = random_peft_adapter(model, ALPHA)
+        assert relative_error(both.picture.latents, draw(alone, prompt=PROMPT)[0]) > 100 * LATENTS
+        base, adapted = both.adapted.base_embeddings[PROMPT], both.adapted.embeddings[PROMPT]
+        assert relative_error(adapted, base) > 0.1
+
+    def test_a_fresh_pipeline_takes_every_factor_and_alpha_from_our_file(self, both, model, caplog, monkeypatch):
+        pipeline = pipeline_of(model)
+        monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+        with caplog.at_level(logging.WARNING, logger="diffusers"):
+            pipeline.load_lora_weights(both.file.parent)
+        assert [record.getMessage() for record in caplog.records] == []
+        for name, scale in (("unet", ALPHA / RANK), ("text_encoder", TEXT_ALPHA / TEXT_RANK)):
+            network = getattr(pipeline, name)
+            assert_same_factors(factors_of(network), both.read[name].factors)
+            assert scales_of(network) == [pytest.approx(scale)] * len(both.read[name].factors)
+        assert_same_picture(both.picture, pipeline, prompt=PROMPT)
+
+    def test_what_we_write_we_read(self, both):
+        assert result_of("lora", both.file.parent) == (both.file, 500)
+        read = read_lora(both.file)
+        assert read.keys() == both.read.keys()
+        for name, adapter in read.items():
+            assert (adapter.rank, adapter.alpha) == (both.read[name].rank, both.read[name].alpha)
+            assert_same_factors(adapter.factors, both.read[name].factors)
+
+    def test_the_names_of_the_published_training_scripts_are_read(self, both, tmp_path):
+        """`lora_linear_layer.down` and `up` in the text encoder, as the scripts write them."""
+        layers = {
+            f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+            for name, network in both.networks.items()
+        }
+        StableDiffusionPipeline.save_lora_weights(tmp_path, **layers)
+        assert any(name.endswith("q_proj.lora_linear_layer.down.weight") for name in load_file(tmp_path / FILE_NAME))
+        for name, adapter in read_lora(tmp_path).items():
+            assert adapter.alpha == adapter.rank
+            assert_same_factors(adapter.factors, both.read[name].factors)
+
+
+def one_layer(name):
+    return LoraWeights({name: (normal(2, 16), normal(16, 2))}, 2, 2.0, tuple(TARGETS))
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(model, tmp_path):
     layer = "down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
-    file = write_lora(tmp_path, [(layer, normal(2, 16), normal(16, 2))], 2, 2.0, TARGETS, step=1)
+    file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
-    with pytest.raises(WeightError, match=f"{FILE_NAME}: was trained on another base than {model}"):
-        load_adapted_unet(open_model_folder(model), weights)
+    with pytest.raises(WeightError, match=f"{FILE_NAME}: the adapter was trained on another base; this one is {model}"):
+        load_adapted(open_model_folder(model), weights, [])
 
 
 def test_an_adapter_for_layers_of_another_size_is_refused(model, tmp_path):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    file = write_lora(tmp_path, [(layer, normal(2, 16), normal(16, 2))], 2, 2.0, TARGETS, step=1)
+    file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
     with pytest.raises(WeightError, match=r"the adapter does not fit the base: \(2, 16\) for \(2, 32\)"):
-        load_adapted_unet(open_model_folder(model), weights)
+        load_adapted(open_model_folder(model), weights, [])

@@ -1,9 +1,11 @@
-"""Training is what a plain loop in torch does on the same draws: loss, gradients, and LoRA weights after five steps.
+"""Training is what a plain loop in torch does on the same draws: loss, gradients, and weights after five steps.
 
-The loop is diffusers' UNet with peft's LoRA, torch's AdamW and clip, and the loss written out group by group.
+The loop is diffusers' UNet and transformers' text encoder, with peft's LoRA or without, torch's AdamW and clip, and the
+loss written out group by group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,25 +13,28 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from mindspore import Tensor
 from peft import LoraConfig
+from transformers import CLIPTextModel
 
-from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.config.schema import MethodConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
 from dreambooth_ms.training.loop import train
+from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.model_folder import open_model_folder
-from tests.parity.reference import normal, relative_error
+from dreambooth_ms.weights.parameters import PublicParameter, public_parameters
+from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.tiny_model import write_random_model
 
-RANK, ALPHA, TARGETS = 4, 6.0, ["to_q", "to_k", "to_v", "to_out.0"]
+RANK, ALPHA, TARGETS = 4, 6, ["to_q", "to_k", "to_v", "to_out.0"]
 # Latents are not square, so that no axis passes for another.
 LATENTS, TEXT, SCALING_FACTOR = (4, 8, 12), (7, 24), 0.5
-STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.02, 0.7
+STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.005, 0.7
+TEXT_RATE_FACTOR, GAMMA = 0.3, 1.5
 HYPERPARAMETERS = AdamWHyperparameters()
 
 # Float32 sums in another order, through the network's thirty layers: measured 1.3e-7.
@@ -43,19 +48,58 @@ ONE_WEIGHT = 2e-2 * LEARNING_RATE * STEPS
 
 
 @dataclass(frozen=True)
-class Case:
-    """Pictures of the subject per step, whether as many of the class come with them, and what is predicted."""
+class Trained:
+    """What is trained, to predict what."""
 
-    batch_size: int
-    prior: bool
+    method: str = "lora"
+    text: bool = False
     kind: str = "epsilon"
 
     def __str__(self):
-        return f"{self.batch_size}{'+' + str(self.batch_size) if self.prior else ''} rows, {self.kind}"
+        return f"{self.method}{' and text encoder' if self.text else ''}, {self.kind}"
 
 
-# Every number of rows is compiled once: 1, 2 (in two of the cases), 3 and 6, and 4 for the velocity.
-CASES = [Case(1, False), Case(2, False), Case(1, True), Case(3, False), Case(3, True), Case(2, True, "v_prediction")]
+@dataclass(frozen=True)
+class Case:
+    """Pictures of the subject per batch, whether as many of the class come with them, and how rows are weighted."""
+
+    trained: Trained
+    batch_size: int
+    prior: bool
+    min_snr: bool = False
+    batches_per_step: int = 1
+
+    def __str__(self):
+        rows = f"{self.batch_size}{'+' + str(self.batch_size) if self.prior else ''} rows"
+        times = f"{self.batches_per_step} x " if self.batches_per_step > 1 else ""
+        return f"{times}{rows}{', min-SNR' if self.min_snr else ''}, {self.trained}"
+
+
+LORA, LORA_V = Trained(), Trained(kind="v_prediction")
+LORA_TEXT, LORA_TEXT_V = Trained(text=True), Trained(text=True, kind="v_prediction")
+FULL, FULL_V = Trained("full"), Trained("full", kind="v_prediction")
+FULL_TEXT, FULL_TEXT_V = Trained("full", text=True), Trained("full", text=True, kind="v_prediction")
+
+# Every number of rows is compiled once for what is trained. Any two of the choices meet in some case.
+CASES = [
+    Case(LORA, 1, False),
+    Case(LORA, 2, False, min_snr=True),
+    Case(LORA, 1, True),
+    Case(LORA, 3, False),
+    Case(LORA, 3, True),
+    Case(LORA_V, 2, True, min_snr=True),
+    Case(LORA_V, 1, True, min_snr=True, batches_per_step=2),
+    Case(LORA_TEXT, 1, True, min_snr=True),
+    Case(LORA_TEXT, 2, False),
+    Case(LORA_TEXT_V, 3, False, min_snr=True),
+    Case(FULL, 3, False, min_snr=True),
+    Case(FULL_V, 1, True),
+    Case(FULL_V, 2, False, min_snr=True),
+    Case(FULL_TEXT, 1, True),
+    Case(FULL_TEXT, 2, False, min_snr=True),
+    Case(FULL_TEXT_V, 3, False),
+    Case(FULL_TEXT, 1, False, min_snr=True, batches_per_step=2),
+]
 
 
 def records(group, count):
@@ -70,124 +114,223 @@ def plan_of(batch_size, prior):
     return Plan(groups if prior else groups[:1], batch_size, Framing(32, True, False), seed=5)
 
 
-def batches_of(plan, schedule, posterior, embedding):
-    """Batches from a posterior and an embedding for each record."""
+def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1):
+    """Batches from a posterior and a text for each record."""
     known = [record for group in plan.groups for record in group]
     return BatchMaker(
         plan=plan,
         posteriors={view: posterior(known.index(view.record)) for view in plan.views(0, 60)},
-        embeddings={record.prompt: embedding(i) for i, record in enumerate(known)},
+        texts={record.prompt: text(i) for i, record in enumerate(known)},
         schedule=schedule,
+        loss_weights=loss_weights,
         scaling_factor=SCALING_FACTOR,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
+        batches_per_step=batches_per_step,
     )
 
 
 class Training:
-    """Our UNet of a model folder with its compiled step; every run starts anew."""
+    """Our networks of a model folder with their compiled steps; every run starts anew."""
 
-    def __init__(self, path):
+    def __init__(self, path, trained):
         folder = open_model_folder(path)
-        self.path = path
-        self.unet = folder.load_unet()
+        self.path, self.trained = path, trained
         self.schedule = NoiseSchedule.from_spec(folder.schedule_spec)
-        self.trainables = lora_trainables(inject_lora(self.unet, RANK, ALPHA, TARGETS))
-        self.optimiser = AdamW(self.trainables, HYPERPARAMETERS)
-        loss = DiffusionLoss(self.unet, folder.schedule_spec.prediction_type)
-        self.step_cell = TrainStep(loss, self.trainables, self.optimiser, MAX_GRAD_NORM)
-        # Both factors away from zero, so that both have gradients.
-        self.start = {p.name: 0.2 * normal(*p.shape, seed=i) for i, p in enumerate(self.trainables)}
+        self.vocabulary = folder.text_spec.vocab_size
+        text_encoder = folder.load_text_encoder() if trained.text else None
+        networks = {"unet": folder.load_unet()} | ({"text_encoder": text_encoder} if trained.text else {})
+        config = MethodConfig(
+            method=trained.method,
+            train_text_encoder=trained.text,
+            rank=RANK,
+            lora_alpha=ALPHA,
+            lora_target_modules=TARGETS,
+        )
+        self.learner = METHODS[trained.method](config, folder, networks["unet"], text_encoder, 0)
+        public = {
+            id(one.parameter): (f"{network}.{name}", one)
+            for network, cell in networks.items()
+            for name, one in public_parameters(cell).items()
+        }
+        self.parameters = dict(public[id(parameter)] for parameter in self.learner.trainables)
+        if trained.method == "lora":
+            # Both factors away from zero, so that both have gradients.
+            self.start = {
+                name: 0.2 * normal(*one.shape, seed=i) for i, (name, one) in enumerate(self.parameters.items())
+            }
+        else:
+            self.start = self.weights()
+        factors = [TEXT_RATE_FACTOR if of_text else 1.0 for of_text in self.learner.is_of_text_encoder]
+        self.optimiser = AdamW(self.learner.trainables, HYPERPARAMETERS, factors)
+        self.loss = DiffusionLoss(self.learner.denoiser, folder.schedule_spec.prediction_type)
+        self.step_cells = {}
+
+    def batches(self, case):
+        kind = PredictionType(self.trained.kind)
+        return batches_of(
+            plan_of(case.batch_size, case.prior),
+            self.schedule,
+            posterior=lambda i: normal(2, *LATENTS, seed=i),
+            text=self.token_ids if self.trained.text else lambda i: normal(*TEXT, seed=20 + i),
+            loss_weights=lambda t: self.schedule.min_snr_weights(t, GAMMA, kind) if case.min_snr else np.ones(len(t)),
+            batches_per_step=case.batches_per_step,
+        )
+
+    def token_ids(self, number):
+        return np.random.default_rng(number).integers(self.vocabulary, size=TEXT[0], dtype=np.int32)
+
+    def step_cell(self, batches_per_step):
+        """The step that takes so many batches."""
+        if batches_per_step not in self.step_cells:
+            kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
+            self.step_cells[batches_per_step] = kind(self.loss, self.learner.trainables, self.optimiser, MAX_GRAD_NORM)
+        return self.step_cells[batches_per_step]
 
     def run(self, batches):
-        for parameter in self.trainables:
-            parameter.set_data(Tensor(self.start[parameter.name]))
+        for name, one in self.parameters.items():
+            one.write(self.start[name])
         for moment in self.optimiser.moments():
-            moment.set_data(Tensor(np.zeros(moment.shape, np.float32)))
+            moment.set_data(0 * moment)
         base = self.base()
-        steps = train(self.step_cell, batches, lambda step: LEARNING_RATE, 0, STEPS)
+        step_cell = self.step_cell(batches.batches_per_step)
+        steps = train(step_cell, batches, batches.batches_per_step, lambda step: LEARNING_RATE, 0, STEPS)
         reports = [next(steps)]
         gradients = self.first_gradients()
         reports += steps
-        weights = {parameter.name: parameter.asnumpy().copy() for parameter in self.trainables}
         return SimpleNamespace(
-            reports=reports, gradients=gradients, weights=weights, base_before=base, base_after=self.base()
+            reports=reports, gradients=gradients, weights=self.weights(), base_before=base, base_after=self.base()
         )
+
+    def weights(self):
+        return {name: one.read() for name, one in self.parameters.items()}
 
     def first_gradients(self):
         """The clipped gradients of the first step: (1 - beta1) times them are its first moments."""
-        named = zip(self.trainables, self.optimiser.first_moments, strict=True)
-        return {parameter.name: moment.asnumpy() / (1 - HYPERPARAMETERS.beta1) for parameter, moment in named}
+        named = zip(self.parameters.items(), self.optimiser.first_moments, strict=True)
+        return {
+            name: PublicParameter(moment, one.layout).read() / (1 - HYPERPARAMETERS.beta1)
+            for (name, one), moment in named
+        }
 
     def base(self):
         """The bits of everything that is not trained."""
-        trained = {parameter.name for parameter in self.trainables}
-        return {p.name: p.asnumpy().tobytes() for p in self.unet.get_parameters() if p.name not in trained}
+        trained = {id(parameter) for parameter in self.learner.trainables}
+        parameters = self.learner.denoiser.get_parameters()
+        return {p.name: p.asnumpy().tobytes() for p in parameters if id(p) not in trained}
 
 
-def run_reference(path, start, batches, case):
-    """The same five steps in torch."""
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
-    unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False))
-    scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
-    trained = {name.replace(".default.", "."): p for name, p in unet.named_parameters() if p.requires_grad}
-    assert trained.keys() == start.keys()
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(torch.tensor(start[name]))
-    optimiser = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=HYPERPARAMETERS.weight_decay)
-    reports, gradients = [], None
-    for step in range(STEPS):
-        batch = batches(step)
+class Reference:
+    """The networks of a model folder in torch, to be trained from given weights."""
+
+    def __init__(self, path, trained, start):
+        self.unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
+        self.text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder") if trained.text else None
+        self.scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
+        self.kind = trained.kind
+        networks = [("unet", self.unet, TARGETS), ("text_encoder", self.text_encoder, list(TEXT_ENCODER_TARGETS))]
+        self.parameters = {}
+        for name, network, targets in networks if trained.text else networks[:1]:
+            if trained.method == "lora":
+                network.requires_grad_(False)
+                network.add_adapter(
+                    LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
+                )
+            self.parameters |= {
+                f"{name}.{key}".replace(".default.", "."): p for key, p in network.named_parameters() if p.requires_grad
+            }
+        assert self.parameters.keys() == start.keys()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(torch.tensor(start[name]))
+
+    def row_errors(self, batch):
+        """Mean squared error of each row."""
         latents, noise, text = map(torch.tensor, (batch.latents, batch.noise, batch.text))
+        if self.text_encoder:
+            text = self.text_encoder(text.long()).last_hidden_state
         timesteps = torch.tensor(batch.timesteps).long()
-        prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
-        target = noise if case.kind == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+        prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        target = noise if self.kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
+        return ((prediction - target) ** 2).mean((1, 2, 3))
+
+    def min_snr(self, timesteps):
+        """Hang et al., 2023, equation 11 and its form for the velocity."""
+        alphas = self.scheduler.alphas_cumprod[torch.tensor(timesteps).long()]
+        snr = alphas / (1 - alphas)
+        return snr.clamp(max=GAMMA) / (snr if self.kind == "epsilon" else snr + 1)
+
+
+def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, steps=STEPS):
+    """The same steps in torch, each of one batch."""
+    reference = Reference(training.path, case.trained, training.start)
+    trained = reference.parameters
+    groups = [
+        {
+            "params": [p for name, p in trained.items() if name.startswith(f"{network}.")],
+            "lr": rate,
+            "weight_decay": HYPERPARAMETERS.weight_decay,
+        }
+        for network, rate in (("unet", LEARNING_RATE), ("text_encoder", text_rate_factor * LEARNING_RATE))
+    ]
+    optimiser = torch.optim.AdamW(groups if case.trained.text else groups[:1])
+    reports, gradients = [], None
+    for step in range(steps):
+        batch = batches(step)
+        errors = reference.row_errors(batch)
+        weighted = errors * reference.min_snr(batch.timesteps) if case.min_snr else errors
         size = case.batch_size
-        losses = {INSTANCE: torch.nn.functional.mse_loss(prediction[:size], target[:size])}
-        loss = losses[INSTANCE]
+        loss, losses = weighted[:size].mean(), {INSTANCE: errors[:size].mean()}
         if case.prior:
-            losses[CLASS] = torch.nn.functional.mse_loss(prediction[size:], target[size:])
-            loss = loss + PRIOR_LOSS_WEIGHT * losses[CLASS]
+            loss = loss + PRIOR_LOSS_WEIGHT * weighted[size:].mean()
+            losses[CLASS] = errors[size:].mean()
         optimiser.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
         gradients = gradients or {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
         optimiser.step()
-        groups = {group: value.item() for group, value in losses.items()}
-        reports.append(SimpleNamespace(loss=loss.item(), group_losses=groups, grad_norm=norm.item()))
+        group_losses = {group: value.item() for group, value in losses.items()}
+        reports.append(SimpleNamespace(loss=loss.item(), group_losses=group_losses, grad_norm=norm.item()))
     weights = {name: parameter.detach().numpy() for name, parameter in trained.items()}
     return SimpleNamespace(reports=reports, gradients=gradients, weights=weights)
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory):
-    """A training for each prediction type."""
-    return {
-        kind: Training(write_random_model(tmp_path_factory.mktemp(kind), prediction_type=kind, sd2=sd2))
+def training_of(tmp_path_factory):
+    """What is trained -> the training; each is built once."""
+    paths = {
+        kind: write_random_model(tmp_path_factory.mktemp(kind), prediction_type=kind, sd2=sd2)
         for kind, sd2 in (("epsilon", False), ("v_prediction", True))
     }
+    return cache(lambda trained: Training(paths[trained.kind], trained))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def compared(request, trainings):
+def compared(request, training_of):
+    """Our run and torch's, which has all rows of a step in one batch."""
     case = request.param
-    training = trainings[case.kind]
-    batches = batches_of(
-        plan_of(case.batch_size, case.prior),
-        training.schedule,
-        posterior=lambda i: normal(2, *LATENTS, seed=i),
-        embedding=lambda i: normal(*TEXT, seed=20 + i),
-    )
-    compiled_before = len(training.step_cell.compile_cache)
-    ours = training.run(batches)
+    training = training_of(case.trained)
+    compiled_before = compilations(training, case)
+    ours = training.run(training.batches(case))
+    compiled = compilations(training, case) - compiled_before
+    case = in_one_batch(case)
+    batches = training.batches(case)
     return SimpleNamespace(
         case=case,
         training=training,
-        compiled=len(training.step_cell.compile_cache) - compiled_before,
+        compiled=compiled,
         ours=ours,
-        reference=run_reference(training.path, training.start, batches, case),
+        batches=batches,
+        reference=run_reference(training, batches, case),
     )
+
+
+def in_one_batch(case):
+    return replace(case, batch_size=case.batch_size * case.batches_per_step, batches_per_step=1)
+
+
+def compilations(training, case):
+    cell = training.step_cell(case.batches_per_step)
+    return len((cell if case.batches_per_step == 1 else cell._add_gradients).compile_cache)
 
 
 def pairs(compared):
@@ -201,10 +344,13 @@ def test_the_loss_of_every_step_is_torchs(compared):
     print(f"loss {max(abs(ours.loss / reference.loss - 1) for ours, reference in pairs(compared)):.1e}")
 
 
-def test_the_gradients_of_both_factors_are_torchs(compared):
+def test_the_gradients_of_all_trained_weights_are_torchs(compared):
     """After the clip, which is in force in every step."""
-    expected = compared.reference.gradients
-    worst = max(relative_error(ours, expected[name]) for name, ours in compared.ours.gradients.items())
+    ours, expected = compared.ours.gradients, compared.reference.gradients
+    if compared.case.trained.method == "lora":
+        worst = max(relative_error(gradient, expected[name]) for name, gradient in ours.items())
+    else:
+        worst, _ = worst_gradient_error(ours, expected)
     print(f"gradients {worst:.1e}")
     assert worst < GRADIENT
     for ours, reference in pairs(compared):
@@ -212,25 +358,61 @@ def test_the_gradients_of_both_factors_are_torchs(compared):
         assert ours.grad_norm == pytest.approx(reference.grad_norm, rel=LOSS)
 
 
-def test_the_weights_after_five_steps_are_torchs(compared):
+def differences(weights, expected, start):
+    """How far weights are from others: all together relative to the others' way from the start, and the largest."""
     ours, reference, start = (
-        np.concatenate([weights[name].ravel() for name in compared.training.start]).astype(np.float64)
-        for weights in (compared.ours.weights, compared.reference.weights, compared.training.start)
+        np.concatenate([values[name].ravel() for name in start]).astype(np.float64)
+        for values in (weights, expected, start)
     )
-    together = np.linalg.norm(ours - reference) / np.linalg.norm(reference - start)
-    one = np.abs(ours - reference).max()
+    return np.linalg.norm(ours - reference) / np.linalg.norm(reference - start), np.abs(ours - reference).max()
+
+
+def test_the_weights_after_five_steps_are_torchs(compared):
+    together, one = differences(compared.ours.weights, compared.reference.weights, compared.training.start)
     print(f"weights together {together:.1e}, one {one:.1e}")
     assert together < ALL_WEIGHTS
     assert one < ONE_WEIGHT
 
 
+def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
+    case, training, batches = compared.case, compared.training, compared.batches
+    other = run_reference(training, batches, replace(case, min_snr=not case.min_snr))
+    losses = zip(other.reports, compared.reference.reports, strict=True)
+    assert max(abs(one.loss / expected.loss - 1) for one, expected in losses) > 10 * LOSS
+    if case.batch_size > 1 or case.prior:
+        other = run_reference(training, lambda number: with_next_rows_text(batches(number)), case, steps=1)
+        assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
+    if case.trained.text:
+        other = run_reference(training, batches, case, text_rate_factor=1.0)
+        together, _ = differences(other.weights, compared.reference.weights, training.start)
+        assert together > 10 * ALL_WEIGHTS
+
+
+def with_next_rows_text(batch):
+    return replace(batch, text=np.roll(batch.text, 1, axis=0))
+
+
 def test_training_leaves_every_bit_of_the_base_as_it_was(compared):
-    assert len(compared.ours.base_before) > 100
+    assert (len(compared.ours.base_before) > 100) == (compared.case.trained.method == "lora")
     assert compared.ours.base_after == compared.ours.base_before
 
 
 def test_five_steps_of_one_shape_are_compiled_once(compared):
     assert compared.compiled <= 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.batches_per_step > 1], ids=str)
+def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
+    training = training_of(case.trained)
+    several, one = (training.run(training.batches(form)) for form in (case, in_one_batch(case)))
+    for ours, expected in zip(several.reports, one.reports, strict=True):
+        assert ours.loss == pytest.approx(expected.loss, rel=LOSS)
+        assert ours.group_losses == pytest.approx(expected.group_losses, rel=LOSS)
+        assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=LOSS)
+    together, furthest = differences(several.weights, one.weights, training.start)
+    print(f"weights together {together:.1e}, one {furthest:.1e}")
+    assert together < ALL_WEIGHTS
+    assert furthest < ONE_WEIGHT
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -243,7 +425,8 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         schedule,
         # A log-variance of -60 leaves the mean as it is.
         posterior=lambda i: np.stack([np.full(LATENTS, i, np.float32), np.full(LATENTS, -60, np.float32)]),
-        embedding=lambda i: np.full(TEXT, 100 + i, np.float32),
+        text=lambda i: np.full(TEXT, 100 + i, np.float32),
+        loss_weights=weight_of,
     )
     known = [record for group in plan.groups for record in group]
     used, noise = set(), []
@@ -256,10 +439,15 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
             assert (np.abs(batch.latents[row] - number * SCALING_FACTOR) < 1e-6).all()
             assert (batch.text[row] == 100 + number).all()
             assert batch.groups[row] == view.record.group
-            assert batch.coefficients[row] == np.float32((1.0 if number < 5 else PRIOR_LOSS_WEIGHT) / batch_size)
+            weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * weight_of(batch.timesteps[row])
+            assert batch.coefficients[row] == np.float32(weight / batch_size)
             alpha = schedule.alphas_cumprod[batch.timesteps[row]]
             assert (batch.signal[row] ** 2, batch.sigma[row] ** 2) == pytest.approx((alpha, 1 - alpha), rel=1e-5)
             used.add(number)
             noise.append(batch.noise[row].tobytes())
     assert used == set(range(7))
     assert len(set(noise)) == len(noise)
+
+
+def weight_of(timesteps):
+    return 1 + timesteps / 1000

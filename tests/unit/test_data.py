@@ -1,4 +1,4 @@
-"""Which picture, crop and side each row has, what is kept of them on disk, and which class pictures are missing."""
+"""Which picture, crop and side each row has, what is drawn for it, what is kept on disk, and what is missing."""
 
 from collections import Counter
 from dataclasses import replace
@@ -10,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth_ms.data.batches import Batch
+from dreambooth_ms.data.batches import Batch, BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
+from dreambooth_ms.training.loop import group_means
+from tests.parity.reference import normal
 
 LOOSE = Framing(resolution=32, center_crop=False, random_flip=True)
 """Pictures of 80 x 64 have 9 crops at 32 pixels, and two sides each."""
@@ -119,6 +122,72 @@ class TestHowItIsSeen:
         assert set(views) == set(used)
         assert sorted(views, key=used.index) == list(views)
         assert wanted.views(4, 4) == ()
+
+
+LATENTS = (4, 6, 10)
+PRIOR_LOSS_WEIGHT = 0.7
+
+
+def maker(wanted, batches_per_step=1, noise_offset=0.0):
+    """Batches of a plan: latents of their own for each picture, and rows that weigh 1 to 2 by their timestep."""
+    known = [record for group in wanted.groups for record in group]
+    return BatchMaker(
+        plan=wanted,
+        posteriors={view: normal(2, *LATENTS, seed=known.index(view.record)) for view in wanted.views(0, 60)},
+        texts={record.prompt: normal(7, 3, seed=i) for i, record in enumerate(known)},
+        schedule=NoiseSchedule.from_spec(NoiseScheduleSpec()),
+        loss_weights=lambda timesteps: 1 + timesteps / 1000,
+        scaling_factor=0.5,
+        group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
+        batches_per_step=batches_per_step,
+        noise_offset=noise_offset,
+    )
+
+
+class TestRows:
+    def test_two_batches_of_one_are_the_rows_of_one_batch_of_two(self):
+        """With class pictures a batch is (subject, class), and one of two is (subject, subject, class, class)."""
+        small = maker(plan(5, 1, class_count=3), batches_per_step=2, noise_offset=0.1)
+        large = maker(plan(5, 2, class_count=3), noise_offset=0.1)
+        for step in range(6):
+            first, second, both = vars(small(2 * step)), vars(small(2 * step + 1)), vars(large(step))
+            for field, rows in both.items():
+                cut = [part[field][row] for row in (0, 1) for part in (first, second)]
+                assert np.array_equal(rows, np.array(cut)), field
+            assert len({row.tobytes() for row in both["noise"]}) == 4
+            assert len(set(both["timesteps"])) > 1
+
+    @pytest.mark.parametrize(("batch_size", "batches_per_step"), [(1, 1), (3, 1), (1, 4), (2, 3)])
+    def test_the_coefficients_of_a_step_are_the_rows_weights_over_the_rows_of_their_group(
+        self, batch_size, batches_per_step
+    ):
+        make = maker(plan(5, batch_size, class_count=2), batches_per_step)
+        for number in range(batches_per_step):
+            batch = make(number)
+            lambdas = np.array([1.0 if group == INSTANCE else PRIOR_LOSS_WEIGHT for group in batch.groups])
+            expected = lambdas * (1 + batch.timesteps / 1000) / (batch_size * batches_per_step)
+            assert batch.coefficients == pytest.approx(expected, rel=1e-6)  # float32 rounding
+
+    def test_the_noise_offset_is_one_constant_per_channel_and_row(self):
+        """Beside the noise that there is without it, of the given strength, and of its own for every row."""
+        wanted, strength = plan(5, 2, class_count=3), 0.3
+        make, make_plain = maker(wanted, noise_offset=strength), maker(wanted)
+        offsets = []
+        for number in range(60):
+            with_offset, without = make(number), make_plain(number)
+            offset = with_offset.noise - without.noise
+            # Rounding of float32 sums of size 4.
+            assert np.ptp(offset, axis=(2, 3)).max() < 2e-6
+            offsets.append(offset[:, :, 0, 0])
+            for field in ("latents", "timesteps", "coefficients"):
+                assert np.array_equal(vars(with_offset)[field], vars(without)[field])
+        draws = np.array(offsets) / strength
+        assert len(np.unique(np.round(draws, 4))) > 0.9 * draws.size
+        # Five standard deviations of the estimates from 960 draws of N(0, 1).
+        assert abs(draws.mean()) < 5 / np.sqrt(draws.size)
+        assert abs(draws.std() - 1) < 5 / np.sqrt(2 * draws.size)
+        between_channels = np.corrcoef(draws.reshape(-1, LATENTS[0]).T) - np.eye(LATENTS[0])
+        assert np.abs(between_channels).max() < 5 / np.sqrt(draws.size / LATENTS[0])
 
 
 @pytest.fixture
@@ -299,4 +368,10 @@ def test_the_errors_of_a_batch_are_reported_by_group():
     groups = (INSTANCE, CLASS, INSTANCE, CLASS, CLASS)
     coefficients = np.array([9, 9, 9, 9, 9], np.float32)
     batch = Batch(nothing, nothing, nothing, nothing, nothing, nothing, coefficients, groups)
-    assert batch.group_means(np.array([1, 10, 3, 20, 60], np.float32)) == {INSTANCE: 2.0, CLASS: 30.0}
+    assert group_means([batch], np.array([1, 10, 3, 20, 60], np.float32)) == {INSTANCE: 2.0, CLASS: 30.0}
+
+
+def test_the_errors_of_several_batches_are_one_mean_by_group():
+    nothing = np.zeros(2, np.float32)
+    batch = Batch(nothing, nothing, nothing, nothing, nothing, nothing, nothing, (INSTANCE, CLASS))
+    assert group_means([batch, batch], np.array([1, 10, 3, 20], np.float32)) == {INSTANCE: 2.0, CLASS: 15.0}

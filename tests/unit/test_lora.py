@@ -1,19 +1,22 @@
-"""An adapter: what it costs, that it changes nothing until it is trained, and how several become one."""
+"""An adapter: what it costs, that it changes nothing until it is trained, what is dropped, and how several add up."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.lora import (
+    DropoutState,
     LoraDense,
+    check_rank,
     initialise_lora,
     inject_lora,
-    lora_tensors,
+    linear_layers,
     lora_trainables,
+    lora_weights,
+    sum_of,
 )
-from dreambooth_ms.cli.assemble import _sum_of
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -21,7 +24,7 @@ from dreambooth_ms.ops import Dense, conv, linear
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.weights.initialise import initialise
-from dreambooth_ms.weights.lora_file import LoraFile
+from dreambooth_ms.weights.lora_file import LoraWeights
 from dreambooth_ms.weights.parameters import public_parameters
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
@@ -72,6 +75,15 @@ def started():
     return layers
 
 
+class OneLayer(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.layer = Dense(6, 5)
+
+    def construct(self, x):
+        return self.layer(x)
+
+
 class TestItsEffect:
     def test_one_that_was_just_added_changes_no_bit(self, outputs):
         assert outputs.fresh.tobytes() == outputs.base.tobytes()
@@ -97,27 +109,39 @@ class TestItsEffect:
         layer.set_scale(-0.5)
         assert relative_error(layer(Tensor(x)), before - 0.75 * x @ factor_a.T @ factor_b.T) < 1e-6
 
+    def test_a_network_that_was_compiled_without_it_is_compiled_again(self):
+        network, x = OneLayer(), Tensor(normal(2, 6))
+        initialise(network, 0)
+        before = network(x).asnumpy()
+        random_factors(inject_lora(network, 2, 4.0, ["layer"]))
+        assert relative_error(network(x), before) > 0.1
+
     def test_factors_of_another_layer_are_refused(self):
         layer = LoraDense(Dense(6, 5), rank=2, alpha=2.0)
         with pytest.raises(WeightError, match=r"the adapter does not fit the base: \(2, 7\) for \(2, 6\)"):
             layer.set_factors(normal(2, 7), normal(5, 2))
 
 
+def bits_of_a(layers):
+    return {name: layer.lora_A.weight.asnumpy().tobytes() for name, layer in layers.items()}
+
+
 class TestItsStart:
     def test_b_is_zero_and_a_is_normal_with_deviation_one_over_the_rank(self, started):
-        assert all(not b.any() for _, _, b in lora_tensors(started))
-        draws = np.concatenate([a.ravel() for _, a, _ in lora_tensors(started)])
+        factors = lora_weights(started, TARGETS).factors
+        assert all(not b.any() for _, b in factors.values())
+        draws = np.concatenate([a.ravel() for a, _ in factors.values()])
         # Five standard deviations of the estimates from this many draws.
         assert abs(draws.mean()) < 5 / 8 / np.sqrt(draws.size)
         assert abs(draws.std() * 8 - 1) < 5 / np.sqrt(2 * draws.size)
 
     def test_every_layer_starts_from_draws_of_its_own_which_the_seed_decides(self, started):
-        starts = {name: a.tobytes() for name, a, _ in lora_tensors(started)}
+        starts = bits_of_a(started)
         assert len(set(starts.values())) == len(starts)
         initialise_lora(started, seed=4)
-        assert not {a.tobytes() for _, a, _ in lora_tensors(started)} & set(starts.values())
+        assert not set(bits_of_a(started).values()) & set(starts.values())
         initialise_lora(started, seed=3)
-        assert {name: a.tobytes() for name, a, _ in lora_tensors(started)} == starts
+        assert bits_of_a(started) == starts
 
 
 class TestItsPlaces:
@@ -172,12 +196,17 @@ class TestItsPlaces:
         assert not any(isinstance(cell, LoraDense) for cell in unet.cells())
 
     def test_a_rank_larger_than_a_layer_is_answered_with_the_range(self):
-        unet = UNet2DConditionModel(UNET)
+        layers = inject_lora(UNet2DConditionModel(UNET), 16, 16.0, TARGETS)
+        check_rank(16, layers)
         with pytest.raises(
             ConfigError, match="--rank: expected 1 to 16, the size of the smallest adapted layer, got 17"
         ):
-            inject_lora(unet, 17, 17.0, TARGETS)
-        assert inject_lora(unet, 16, 16.0, TARGETS)
+            check_rank(17, layers)
+
+    def test_a_layer_that_was_adapted_already_is_not_taken_for_a_plain_one(self):
+        unet = UNet2DConditionModel(UNET)
+        layers = inject_lora(unet, 4, 4.0, TARGETS)
+        assert not layers.keys() & linear_layers(unet).keys()
 
 
 @pytest.mark.parametrize(("spec", "weights"), [(SD_15_UNET, 797_184), (SD_21_UNET, 829_952)], ids=["SD 1.5", "SD 2.1"])
@@ -190,12 +219,101 @@ def test_rank_four_on_a_published_unet_trains_the_published_number_of_weights(sp
     assert sum(parameter.size for parameter in trainables) == weights
 
 
+RATE = 0.25
+
+
+class TwoLayers(nn.Cell):
+    """Two layers of the same size with adapters, each applied to the inputs itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Dense(64, 64), Dense(64, 64)
+        self.state = DropoutState(RATE, seed=5)
+        layers = inject_lora(self, 64, 64.0, ["first", "second"], self.state)
+        for layer in layers.values():
+            layer.set_factors(np.eye(64), np.eye(64))
+
+    def construct(self, x):
+        return self.first(x), self.second(x)
+
+
+class InputGradient(nn.Cell):
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.differentiate = ops.grad(network)
+
+    def construct(self, x):
+        return self.differentiate(x)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return TwoLayers()
+
+
+@pytest.fixture(scope="module")
+def drawn(network):
+    """For batch 7: what each layer lets through of ones, (400, 64)."""
+    network.state.begin_batch(7)
+    return tuple(y.asnumpy() for y in network(Tensor(np.ones((400, 64), np.float32))))
+
+
+class TestDropout:
+    """The base layers are zero and the adapters the identity, so what comes out is what the dropout lets through."""
+
+    def let_through(self, network, number):
+        network.state.begin_batch(number)
+        return network(Tensor(np.ones((400, 64), np.float32)))[0].asnumpy()
+
+    def test_the_given_share_is_dropped_and_the_mean_is_kept(self, drawn):
+        for kept in drawn:
+            assert set(np.unique(kept)) == {0, np.float32(1 / (1 - RATE))}
+            # Five standard deviations of the share of 25,600 draws.
+            assert abs((kept == 0).mean() - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / kept.size)
+
+    def test_rows_and_columns_lose_their_share_each(self, drawn):
+        """A hash of poor quality would drop in stripes."""
+        dropped = drawn[0] == 0
+        for axis in (0, 1):
+            deviation = np.sqrt(RATE * (1 - RATE) / dropped.shape[axis])
+            assert np.abs(dropped.mean(axis) - RATE).max() < 5 * deviation
+        neighbours = np.corrcoef(dropped[:, 1:].ravel(), dropped[:, :-1].ravel())[0, 1]
+        assert abs(neighbours) < 5 / np.sqrt(dropped.size)
+
+    def test_the_same_batch_draws_the_same_and_the_next_another(self, network, drawn):
+        following = self.let_through(network, 8)
+        assert np.array_equal(self.let_through(network, 7), drawn[0])
+        # Independent draws differ at 2 r (1 - r) of the places.
+        assert (following != drawn[0]).mean() == pytest.approx(2 * RATE * (1 - RATE), abs=0.02)
+        assert len(network.compile_cache) == 1
+
+    def test_layers_draw_for_themselves(self, drawn):
+        assert (drawn[0] != drawn[1]).mean() == pytest.approx(2 * RATE * (1 - RATE), abs=0.02)
+
+    def test_another_seed_draws_another(self, network, drawn):
+        other = DropoutState(RATE, seed=6)
+        other.begin_batch(7)
+        network.state.begin_batch(7)
+        assert int(other.draw.asnumpy()) != int(network.state.draw.asnumpy())
+
+    def test_off_it_is_the_identity_and_afterwards_it_drops_as_before(self, network, drawn):
+        x = normal(400, 64)
+        with network.state.off():
+            assert np.array_equal(network(Tensor(x))[0].asnumpy(), x)
+        assert np.array_equal(self.let_through(network, 7), drawn[0])
+
+    def test_the_gradient_passes_where_the_input_does(self, network, drawn):
+        network.state.begin_batch(7)
+        gradient = InputGradient(network.first)(Tensor(normal(400, 64))).asnumpy()
+        assert np.array_equal(gradient, drawn[0])
+
+
 def adapter(rank, alpha, seed, layers=("a", "b")):
     """An adapter of layers from 6 to 5 channels."""
     factors = {
         name: (normal(rank, 6, seed=seed + i), normal(5, rank, seed=seed + i)) for i, name in enumerate(sorted(layers))
     }
-    return LoraFile(factors, rank, alpha, alpha_is_stated=True)
+    return LoraWeights(factors, rank, alpha, tuple(factors))
 
 
 def update(adapter, name):
@@ -217,7 +335,8 @@ class TestTheSumOfSeveral:
         ids=["alike", "other ranks and alphas", "three", "other layers", "one alone"],
     )
     def test_its_update_is_the_sum_of_their_updates(self, adapters):
-        total = _sum_of(adapters)
+        total = sum_of(adapters)
+        assert set(total.target_modules) == total.factors.keys()
         assert total.factors.keys() == {name for adapter in adapters for name in adapter.factors}
         for name, (factor_a, factor_b) in total.factors.items():
             assert factor_a.shape == (total.rank, 6)

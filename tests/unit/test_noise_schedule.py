@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from mindspore import Tensor
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
@@ -52,6 +53,29 @@ def test_signal_and_noise_keep_the_variance():
 def test_an_unknown_schedule_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"squaredcos_cap_v2.*scaled_linear"):
         NoiseSchedule.from_spec(NoiseScheduleSpec(beta_schedule="squaredcos_cap_v2"))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+@pytest.mark.parametrize("kind", PredictionType)
+def test_min_snr_weights_are_those_of_diffusers_ratios(kind, gamma):
+    spec, timesteps = NoiseScheduleSpec(), np.arange(1000)
+    snr = compute_snr(diffusers_scheduler(spec), torch.tensor(timesteps)).numpy().astype(np.float64)
+    expected = np.minimum(snr, gamma) / (snr if kind is PredictionType.EPSILON else snr + 1)
+    weights = NoiseSchedule.from_spec(spec).min_snr_weights(timesteps, gamma, kind)
+    # diffusers' alphas, as above; at the first timestep 1 - alpha has lost three digits. Measured 2.6e-5.
+    assert np.abs(weights / expected - 1).max() < 1e-4
+    assert (weights <= 1).all()
+    assert {(snr > gamma).any(), (snr < gamma).any()} == {True}
+
+
+def test_min_snr_weighs_the_same_error_of_the_clean_latents_for_both_kinds():
+    """An error d of the latents is one of d signal / sigma of the noise, and of d / sigma of the velocity."""
+    schedule, timesteps = NoiseSchedule.from_spec(NoiseScheduleSpec()), np.arange(1000)
+    signal, sigma = schedule.signal(timesteps), schedule.noise(timesteps)
+    of_noise = schedule.min_snr_weights(timesteps, 5.0, PredictionType.EPSILON) * (signal / sigma) ** 2
+    of_velocity = schedule.min_snr_weights(timesteps, 5.0, PredictionType.V_PREDICTION) / sigma**2
+    assert of_noise == pytest.approx(np.minimum((signal / sigma) ** 2, 5.0), rel=1e-12)  # float64 rounding
+    assert of_velocity == pytest.approx(of_noise, rel=1e-12)
 
 
 @pytest.fixture

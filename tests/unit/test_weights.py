@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from dreambooth_ms.models.specs import (
     UNetSpec,
     VaeSpec,
 )
+from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Dense, StoredLayout, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import model_config, model_folder
 from dreambooth_ms.weights.atomic import atomic_path, write_bytes
-from dreambooth_ms.weights.initialise import initialise
+from dreambooth_ms.weights.initialise import RESIDUAL_ENDS, initialise, initialise_for_training
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
 from tests.parity.reference import normal
@@ -125,6 +127,38 @@ class TestStartValues:
         assert all(np.array_equal(first[name], again[name]) for name in SHAPES)
         assert not any(np.array_equal(first[name], other[name]) for name in matrices)
         assert all((first[name] == 0).all() for name in SHAPES if name.endswith("bias"))
+
+    def test_for_training_a_network_starts_as_the_identity_on_its_skip_path(self):
+        unet = UNet2DConditionModel(UNET)
+        initialise_for_training(unet, 3)
+        values = read_parameters(unet)
+        ends = {name for name in values if name.endswith(RESIDUAL_ENDS) or name == "conv_out.weight"}
+        assert {"conv_out.weight", "mid_block.resnets.0.conv2.weight"} <= ends
+        assert {name.split(".attentions.0.")[-1] for name in ends if "mid_block.attentions" in name} == {
+            "proj_out.weight",
+            "transformer_blocks.0.attn1.to_out.0.weight",
+            "transformer_blocks.0.attn2.to_out.0.weight",
+            "transformer_blocks.0.ff.net.2.weight",
+        }
+        for name, value in values.items():
+            if value.ndim < 2:
+                assert (value == (1 if name.endswith(".weight") else 0)).all(), name
+            elif name in ends:
+                assert not value.any(), name
+            else:
+                # Uniform draws: their variance is estimated with a deviation of 0.9 / sqrt(their number).
+                estimate = value.var() * np.prod(value.shape[1:])
+                assert abs(estimate - 1) < 5 * 0.9 / np.sqrt(value.size), name
+
+    def test_for_training_too_they_are_a_function_of_seed_and_name(self):
+        networks = [Network() for _ in range(3)]
+        for network, seed in zip(networks, (0, 0, 1), strict=True):
+            initialise_for_training(network, seed)
+        first, again, other = map(read_parameters, networks)
+        matrices = [name for name, shape in SHAPES.items() if len(shape) > 1]
+        assert all(np.array_equal(first[name], again[name]) for name in SHAPES)
+        assert not any(np.array_equal(first[name], other[name]) for name in matrices)
+        assert len({first[name].ravel()[0] for name in matrices}) == len(matrices)
 
 
 class TestAtomicFiles:
@@ -245,6 +279,7 @@ VAE = VaeSpec(
     norm_num_groups=4,
     scaling_factor=0.3,
 )
+UNET_OF_FOLDER = replace(UNET, out_channels=5)
 VISION = ClipVisionSpec(
     transformer=TransformerSpec(hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4),
     image_size=24,
@@ -296,6 +331,8 @@ PARTS = [
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
     "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json",
     "scheduler/scheduler_config.json",
 ]
 
@@ -325,7 +362,10 @@ class TestModelFolder:
         for name in PARTS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("{}")
-        (tmp_path / "unet/config.json").write_text(json.dumps(model_config.write_unet_config(UNET)))
+            if name.endswith(".safetensors"):
+                write_tensors(tmp_path / name, {})
+        (tmp_path / "model_index.json").write_text('{"unet": [], "vae": [], "text_encoder": []}')
+        (tmp_path / "unet/config.json").write_text(json.dumps(model_config.write_unet_config(UNET_OF_FOLDER)))
         (tmp_path / "vae/config.json").write_text(json.dumps(model_config.write_vae_config(VAE, 16)))
         config = model_config.write_text_config(TEXT, 16)
         model_folder.save_network(tmp_path, "text_encoder", text_encoder, config)
@@ -333,7 +373,7 @@ class TestModelFolder:
 
     def test_it_knows_its_networks(self, folder):
         found = model_folder.open_model_folder(folder)
-        assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET, VAE, TEXT)
+        assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET_OF_FOLDER, VAE, TEXT)
         assert found.schedule_spec == NoiseScheduleSpec()
         assert found.picture_size == 16
         assert found.tokenizer_path == folder / "tokenizer"

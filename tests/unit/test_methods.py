@@ -1,0 +1,176 @@
+"""What each method trains, and that the folder of a full training is a model folder that diffusers loads as it is."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from dreambooth_ms.config.schema import MethodConfig
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.training import methods
+from dreambooth_ms.training.methods import METHODS, result_of
+from dreambooth_ms.weights.lora_file import read_lora
+from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.parameters import public_parameters, read_parameters
+from tests.parity.reference import normal
+from tests.tiny_model import write_random_model
+
+STEP = 42
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def half_base(base, tmp_path_factory):
+    """The same base as diffusers saves a variant: in half precision, with a safety checker."""
+    folder = tmp_path_factory.mktemp("half")
+    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float16)
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    clip = CLIPConfig(text_config=tower, vision_config=tower | {"image_size": 8, "patch_size": 4}, projection_dim=8)
+    pipeline.register_modules(
+        safety_checker=StableDiffusionSafetyChecker(clip).half(), feature_extractor=CLIPImageProcessor()
+    )
+    pipeline.save_pretrained(folder, variant="fp16")
+    return folder
+
+
+def trained(path, method, text=False, variant=None, **settings):
+    """A learner whose trained weights have become others, as by a training."""
+    folder = open_model_folder(path, variant)
+    networks = {"unet": folder.load_unet()} | ({"text_encoder": folder.load_text_encoder()} if text else {})
+    config = MethodConfig(method=method, train_text_encoder=text, **settings)
+    learner = METHODS[method](config, folder, networks["unet"], networks.get("text_encoder"), 3)
+    chosen = {id(parameter) for parameter in learner.trainables}
+    for network in networks.values():
+        for i, one in enumerate(public_parameters(network).values()):
+            if id(one.parameter) in chosen:
+                one.write(one.read() + 0.1 * normal(*one.shape, seed=i))
+    return SimpleNamespace(
+        learner=learner, values={name: read_parameters(network) for name, network in networks.items()}
+    )
+
+
+def assert_holds(module, values):
+    state = {name: value.numpy() for name, value in module.state_dict().items() if "position_ids" not in name}
+    assert state.keys() == values.keys()
+    assert all(np.array_equal(state[name], values[name]) for name in values)
+
+
+class TestTheFolderOfAFullTraining:
+    @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
+    def test_diffusers_loads_the_trained_values_and_the_rest_of_the_base(self, base, tmp_path, text):
+        run = trained(base, "full", text)
+        run.learner.write_result(tmp_path, STEP)
+        pipeline, before = (StableDiffusionPipeline.from_pretrained(path) for path in (tmp_path, base))
+        rest = {} if text else {"text_encoder": weights_of(before.text_encoder)}
+        for name, values in (run.values | rest | {"vae": weights_of(before.vae)}).items():
+            assert_holds(getattr(pipeline, name), values)
+        assert not np.array_equal(weights_of(before.unet)["conv_in.weight"], run.values["unet"]["conv_in.weight"])
+        assert pipeline.scheduler.config == before.scheduler.config
+        assert pipeline.tokenizer("a photo").input_ids == before.tokenizer("a photo").input_ids
+        assert result_of("full", tmp_path) == (tmp_path / "unet" / "diffusion_pytorch_model.safetensors", STEP)
+
+    def test_we_read_it_as_a_base(self, base, tmp_path):
+        run = trained(base, "full", text=True)
+        run.learner.write_result(tmp_path, STEP)
+        folder = open_model_folder(tmp_path)
+        for name, network in (("unet", folder.load_unet()), ("text_encoder", folder.load_text_encoder())):
+            found = read_parameters(network)
+            assert all(np.array_equal(found[key], value) for key, value in run.values[name].items())
+
+    def test_of_a_variant_it_has_plain_names_and_loads_without_naming_one(self, half_base, tmp_path):
+        run = trained(half_base, "full", variant="fp16")
+        run.learner.write_result(tmp_path, STEP)
+        pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+        before = StableDiffusionPipeline.from_pretrained(half_base, variant="fp16")
+        assert_holds(pipeline.unet, run.values["unet"])
+        for name in ("vae", "text_encoder", "safety_checker"):
+            assert_holds(getattr(pipeline, name), weights_of(getattr(before, name)))
+        assert not [path.name for path in tmp_path.rglob("*fp16*")]
+
+    def test_a_safety_checker_that_the_base_names_but_lacks_is_named_no_more(self, base, tmp_path):
+        run = trained(base, "full")
+        index = json.loads((base / "model_index.json").read_text())
+        named = index | {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+        (base / "model_index.json").write_text(json.dumps(named))
+        try:
+            run.learner.write_result(tmp_path, STEP)
+        finally:
+            (base / "model_index.json").write_text(json.dumps(index))
+        assert json.loads((tmp_path / "model_index.json").read_text())["safety_checker"] == [None, None]
+        assert_holds(StableDiffusionPipeline.from_pretrained(tmp_path).unet, run.values["unet"])
+
+    def test_a_run_that_was_killed_while_it_wrote_has_no_result(self, base, tmp_path, monkeypatch):
+        run = trained(base, "full", text=True)
+        save = methods.save_network
+
+        def killed(target, name, *rest):
+            if name == "text_encoder":
+                raise KeyboardInterrupt
+            save(target, name, *rest)
+
+        monkeypatch.setattr(methods, "save_network", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.learner.write_result(tmp_path, STEP)
+        assert result_of("full", tmp_path)[1] == 0
+
+    def test_a_checkpoint_holds_only_what_was_trained(self, base, tmp_path):
+        trained(base, "full", text=True).learner.write_part(tmp_path, STEP)
+        assert {path.name for path in tmp_path.iterdir()} == {"unet", "text_encoder"}
+
+
+class TestWhatIsTrained:
+    def test_full_trains_every_weight_of_the_networks(self, base):
+        run = trained(base, "full", text=True)
+        sizes = {name: sum(value.size for value in values.values()) for name, values in run.values.items()}
+        flags = zip(run.learner.trainables, run.learner.is_of_text_encoder, strict=True)
+        found = {"unet": 0, "text_encoder": 0}
+        for parameter, of_text in flags:
+            found["text_encoder" if of_text else "unet"] += parameter.size
+        assert found == sizes
+
+    def test_lora_trains_two_factors_of_the_attention_layers_of_the_networks(self, base, tmp_path):
+        run = trained(base, "lora", text=True, rank=2, lora_alpha=3)
+        assert sum(run.learner.is_of_text_encoder) == 2 * 4
+        assert len(run.learner.trainables) == 2 * (32 + 4)
+        run.learner.write_result(tmp_path, STEP)
+        assert result_of("lora", tmp_path) == (tmp_path / "pytorch_lora_weights.safetensors", STEP)
+        for name, adapter in read_lora(tmp_path).items():
+            assert (adapter.rank, adapter.alpha) == (2, 3.0)
+            for layer, (factor_a, factor_b) in adapter.factors.items():
+                assert np.array_equal(factor_a, run.values[name][f"{layer}.lora_A.weight"])
+                assert np.array_equal(factor_b, run.values[name][f"{layer}.lora_B.weight"])
+
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
+    def test_every_trained_weight_has_a_name_of_its_own(self, base, method, text):
+        names = [parameter.name for parameter in trained(base, method, text).learner.trainables]
+        assert len(names) == len(set(names))
+
+    def test_a_rank_above_a_layer_of_the_text_encoder_is_refused(self, base):
+        with pytest.raises(ConfigError, match="--rank: expected 1 to 16"):
+            trained(base, "lora", text=True, rank=20)
+
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    def test_an_empty_folder_has_no_result(self, tmp_path, method):
+        assert result_of(method, tmp_path)[1] == 0
+
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    def test_a_result_that_cannot_be_read_is_none(self, tmp_path, method):
+        path, _ = result_of(method, tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"cut")
+        assert result_of(method, tmp_path) == (path, 0)
+
+
+def weights_of(module):
+    """All values of a network of a pipeline, which are never changed."""
+    return {name: value.numpy() for name, value in module.state_dict().items() if "position_ids" not in name}
