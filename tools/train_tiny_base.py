@@ -2,7 +2,7 @@
 
     python -m tools.train_tiny_base               # stopped and started again, it goes on
     python -m tools.train_tiny_base --only vae    # one stage; vae and clip can run side by side, then unet and decoder
-    msrun --worker_num 2 --local_worker_num 2 --join True -m tools.train_tiny_base --only unet   # half of the rows each
+    PYTHONPATH=. msrun --worker_num 2 --local_worker_num 2 --join True tools/train_tiny_base.py --only unet # half each
 
 World (tools/tiny_base/world.py), schedule and seed are all here, and every draw is a function of them.
 """

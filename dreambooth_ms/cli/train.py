@@ -56,6 +56,7 @@ def run(argv: Sequence[str]) -> int:
     config = settle_config(load_train_config(argv))
     model, data = config.model, config.data
     folder = open_base(config.device, model.pretrained_model_name_or_path, model.revision, model.variant)
+    folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
     checkpoint = _checkpoint_to_resume(config)
