@@ -15,7 +15,7 @@ from dreambooth_ms.data.pictures import find_pictures, open_picture
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure, metrics_json
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
-from dreambooth_ms.weights.atomic import atomic_path, write_bytes
+from dreambooth_ms.weights.atomic import atomic_path, check_writable, write_bytes
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
@@ -41,6 +41,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     photographs = [np.asarray(open_picture(p)) for p in find_pictures(wanted.instance_data_dir).pictures]
     embed = load_image_embedder(Path(wanted.clip) if wanted.clip else folder.path / "clip")
     subject_prompts = [p for p in read_prompts(wanted.prompt) for _ in range(wanted.num_images_per_prompt)]
+    output = Path(wanted.output_dir)
+    check_writable(output)
     class_prompts = [wanted.class_prompt] * len(subject_prompts)
     prompts = [*subject_prompts, *class_prompts]
 
@@ -76,7 +78,6 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
         f"Same prompts, same noise.   subject similarity {before.subject_similarity:.3f} -> "
         f"{after.subject_similarity:.3f}   class drift {after.class_drift:.3f}"
     )
-    output = Path(wanted.output_dir)
     with atomic_path(output / SHEET) as partial:
         draw_sheet(title, rows).save(partial, format="PNG")
     write_bytes(output / METRICS, metrics_json(before, after).encode())

@@ -12,6 +12,7 @@ from dreambooth_ms.config.schema import SampleConfig
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
+from dreambooth_ms.weights.atomic import check_writable
 
 PURPOSE = "sample"
 
@@ -25,6 +26,8 @@ def run(argv: Sequence[str]) -> int:
     height, width = wanted.height or folder.picture_size, wanted.width or folder.picture_size
     latent_shape = folder.latent_shape(height, width)
     rows = [prompt for prompt in prompts for _ in range(wanted.num_images_per_prompt)]
+    output = Path(wanted.output_dir)
+    check_writable(output)
 
     model = load_adapted(folder, weights, [*prompts, wanted.negative_prompt])
     settings = SamplingSettings(
@@ -36,7 +39,6 @@ def run(argv: Sequence[str]) -> int:
         np.stack([model.embeddings[prompt] for prompt in rows]),
         model.embeddings[wanted.negative_prompt],
     )
-    output = Path(wanted.output_dir)
     first = _first_free_number(output)
     for number, picture in enumerate(tqdm(pictures, desc="sampling", total=len(rows), unit="picture")):
         path = output / f"{first + number:05d}.png"

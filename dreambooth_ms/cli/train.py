@@ -21,6 +21,7 @@ from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
 from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.ops import compile_cache
@@ -36,6 +37,7 @@ from dreambooth_ms.training.run_folder import seed_of, settle_config, write_conf
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
+from dreambooth_ms.weights.atomic import check_writable
 from dreambooth_ms.weights.digest import file_digest
 from dreambooth_ms.weights.model_folder import ModelFolder, weight_file
 
@@ -59,10 +61,16 @@ def run(argv: Sequence[str]) -> int:
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
-    checkpoint = _checkpoint_to_resume(config)
-    write_config(config)
-    class_pictures = _class_pictures(config)
+    checkpoint, class_pictures = _checkpoint_to_resume(config), _class_pictures(config)
     total = total_steps(config, max(len(instances), class_pictures.count if class_pictures else 0))
+    if checkpoint and checkpoint.step > total:
+        raise ConfigError(
+            f"{checkpoint.path}: {checkpoint.step} steps are done, the run would end after {total}; "
+            "raise --max_train_steps, or choose another --output_dir"
+        )
+    if class_pictures and missing_numbers(class_pictures.folder, class_pictures.count):
+        check_writable(class_pictures.folder)
+    write_config(config)
     result, steps_taken = result_of(config.method.method, config.output_dir)
     if steps_taken >= total:
         tell(f"{result} is already there, trained for {total} steps; nothing left to do")

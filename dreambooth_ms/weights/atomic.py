@@ -26,8 +26,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
         os.close(handle)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise WeightError(f"{target}: cannot be written ({reason}); choose another folder") from error
+        raise _cannot_write(target, error) from error
     partial = Path(name)
     try:
         yield partial
@@ -39,6 +38,20 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and try again") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work, not after it, whether a folder, or the one it is to be made in, can be written to.
+
+    Raises:
+        WeightError: it cannot.
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=existing):
+            pass
+    except (OSError, ValueError) as error:
+        raise _cannot_write(folder, error) from error
 
 
 def write_bytes(target: Path, content: bytes) -> None:
@@ -67,6 +80,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError | ValueError) -> WeightError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return WeightError(f"{path}: cannot be written ({reason}); choose another folder")
 
 
 def _umask() -> int:

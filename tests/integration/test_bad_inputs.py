@@ -247,14 +247,20 @@ PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo", "num_class_
     ("folder", "said"),
     [
         ("dog/0.png", "--class_data_dir dog/0.png: expected a folder, got a file"),
-        ("pictures", f"pictures/dog.png{NOT_A_PICTURE}"),
+        ("/proc/x", "/proc/x: cannot be written (No such file or directory); choose another folder"),
     ],
-    ids=["a file", "a damaged picture"],
+    ids=["a file", "not allowed"],
 )
-def test_class_pictures_that_cannot_be_used(place, train_refused, folder, said):
+def test_a_folder_of_class_pictures_that_cannot_be(train_refused, folder, said):
+    if folder.startswith("/proc") and not sys.platform.startswith("linux"):
+        pytest.skip("no /proc here")
+    assert train_refused(class_data_dir=folder, **PRIOR) == [said]
+
+
+def test_a_damaged_class_picture(place, train_refused):
     (place / "pictures").mkdir()
     (place / "pictures" / "dog.png").write_bytes(b"")
-    assert train_refused(class_data_dir=folder, **PRIOR, may_leave=["out"]) == [said]
+    assert train_refused(class_data_dir="pictures", **PRIOR, may_leave=["out"]) == [f"pictures/dog.png{NOT_A_PICTURE}"]
 
 
 # --- Flags ---
@@ -517,11 +523,14 @@ def test_a_log_that_cannot_be_written(train_refused, encoded_pictures):
 # --- Mending ---
 
 
-def test_a_command_that_failed_before_its_first_step_can_be_mended(train_refused):
+def test_a_command_that_failed_before_its_first_step_can_be_mended(place, train_refused):
     """The configuration it left in its folder is in nobody's way."""
-    for folder in ("dog/0.png", "dog/1.png"):
+    for folder in ("cats", "dogs"):
+        (place / folder).mkdir()
+        (place / folder / "x.png").write_bytes(b"")
         lines = train_refused(class_data_dir=folder, **PRIOR, may_leave=["out"])
-        assert lines == [f"--class_data_dir {folder}: expected a folder, got a file"]
+        assert lines == [f"{folder}/x.png{NOT_A_PICTURE}"]
+        assert (place / "out" / CONFIG).is_file()
 
 
 def test_a_run_that_was_moved_is_still_that_run(shared, place, copied_run, capsys):
@@ -578,6 +587,14 @@ def test_a_path_without_a_checkpoint(train_refused, path):
     )
 
 
+def test_a_checkpoint_that_is_further_than_the_run(train_refused, run):
+    (line,) = train_refused(max_train_steps=1, resume_from_checkpoint=run / "checkpoint-2")
+    assert line == (
+        f"{run}/checkpoint-2: 2 steps are done, the run would end after 1; "
+        "raise --max_train_steps, or choose another --output_dir"
+    )
+
+
 def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
     flags = {"rank": 8, "resume_from_checkpoint": run / "checkpoint-1"}
     (line,) = train_refused(**flags, may_leave=[f"out/{CONFIG}"])
@@ -601,6 +618,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         (["--height", "100"], "--height: expected a multiple of 8, at least 32, got 100"),
         (["--scheduler", "ddpm"], "--scheduler: expected one of ddim, euler, "),
         (["--sampler", "ddim"], "--sampler: choose with --scheduler: ddim, euler, "),
+        (["--output_dir", "dog/0.png"], "dog/0.png: cannot be written (Not a directory); choose another folder"),
         (["--prompt", "dog/0.png"], "--prompt dog/0.png: not readable as UTF-8 text ("),
         (["--prompt", "empty.txt"], "--prompt empty.txt: the file holds no prompt; write one per line"),
         (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder in diffusers' layout: "),

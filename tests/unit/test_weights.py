@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Dense, StoredLayout, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import model_config, model_folder
-from dreambooth_ms.weights.atomic import atomic_path, write_bytes
+from dreambooth_ms.weights.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.weights.initialise import RESIDUAL_ENDS, initialise, initialise_for_training
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
@@ -161,7 +163,30 @@ class TestStartValues:
         assert len({first[name].ravel()[0] for name in matrices}) == len(matrices)
 
 
+    def test_for_training_words_start_as_loud_as_what_the_layers_may_add(self):
+        text_encoder = CLIPTextModel(TEXT)
+        initialise_for_training(text_encoder, 3)
+        values = read_parameters(text_encoder)
+        assert values["text_model.embeddings.token_embedding.weight"].std() == pytest.approx(1, abs=0.1)
+        assert values["text_model.embeddings.position_embedding.weight"].std() == pytest.approx(0.02, abs=0.002)
+        ends = [name for name in values if name.endswith(("out_proj.weight", "fc2.weight"))]
+        assert len(ends) == 2 * TEXT.transformer.num_hidden_layers
+        assert not any(values[name].any() for name in ends)
+
+
 class TestAtomicFiles:
+    def test_a_folder_that_can_be_written_to_is_left_as_it_is(self, tmp_path):
+        check_writable(tmp_path)
+        check_writable(tmp_path / "to be made" / "later")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_made(self, tmp_path):
+        file = tmp_path / "file"
+        file.touch()
+        for folder in (file, file / "below", Path("/proc/x") if sys.platform.startswith("linux") else file):
+            with pytest.raises(WeightError, match=r"cannot be written .*; choose another folder"):
+                check_writable(folder)
+
     def test_a_file_appears_with_its_content_and_ordinary_rights(self, tmp_path):
         target = tmp_path / "new folder" / "file.bin"
         write_bytes(target, b"content")
