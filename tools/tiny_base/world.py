@@ -179,6 +179,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
+def scene(seed: int, index: int) -> Scene:
+    """Scene number `index` of the world of this seed."""
+    return sample_scene(generator(seed, "scene", index))
+
+
 def draw(seed: int, index: int) -> tuple[np.ndarray, str]:
     """Picture and caption number `index` of the world of this seed.
 
@@ -186,8 +191,8 @@ def draw(seed: int, index: int) -> tuple[np.ndarray, str]:
         Picture, uint8 (64, 64, 3), RGB; its caption.
     """
     rng = generator(seed, "scene", index)
-    scene = sample_scene(rng)
-    return render(scene), caption(scene, rng)
+    drawn = sample_scene(rng)
+    return render(drawn), caption(drawn, rng)
 
 
 def subject_scenes(count: int = 5, seed: int = SUBJECT_SEED) -> list[Scene]:
