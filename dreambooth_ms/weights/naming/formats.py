@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from enum import Enum
+from functools import lru_cache
 
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes, vae_shapes
 from dreambooth_ms.models.specs import SD_15, ClipTextSpec, Family, ModelSpec, VaeSpec
@@ -50,6 +51,7 @@ _REST = r"(?:.+\.)?position_ids|.+\.logit_scale|.+\.text_projection(?:\.weight)?
 _IGNORABLE = re.compile(f"(?:{_SCHEDULES}|{_REST})")
 
 
+@lru_cache(maxsize=16)
 def naming_of(form: Format, model: ModelSpec) -> Naming:
     """The naming of a model, as a whole, in a format."""
     shapes = model_shapes(model)

@@ -140,5 +140,5 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
 
 
 def _may_project(file: StoredModel, part: str) -> bool:
-    """Whether the part's tower can have a projection that counts: SDXL's second, and SD 2's to tell it is whole."""
-    return part == "text_encoder_2" or file.model.family is Family.SD2
+    """Whether a projection of the part's tower counts: SDXL's second has one, and LDM's SD 2 with a whole tower."""
+    return part == "text_encoder_2" or (file.model.family is Family.SD2 and file.form is Format.STABILITY)

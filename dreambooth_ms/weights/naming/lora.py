@@ -32,6 +32,10 @@ _OTHER_METHODS = {
     "IA3": r"\.on_input$",
     "a trained bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
 }
+_OTHER_MODELS = {
+    "Flux": r"(?:double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]",
+    "SD 3 or another diffusion transformer": r"joint_blocks[._]\d+[._]|^transformer\.",
+}
 _MARKS = {
     LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"),
     LoraFormat.PEFT: ("base_model.model.",),
@@ -124,12 +128,15 @@ def recognise_lora(
             raise WeightError(f"{source}: trained with {method}, which is not supported; use a LoRA of factors A and B")
     if not any(re.search(r"lora[._]", name) for name in stored):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
+    for other, pattern in _OTHER_MODELS.items():
+        if any(re.search(pattern, name) for name in stored):
+            raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
     form = lora_format(stored)
     plans = [plan for model in models for plan in _plans(form, model, stored)]
     fitting = [plan for plan in plans if plan.report.fits]
     if not fitting:
         nearest = min(plans, key=lambda plan: plan.report.count)
-        nearest.report.check(source, f"a LoRA of {nearest.model.family.value} in {form.value}'s naming")
+        nearest.report.check(source, f"a LoRA of {nearest.model.family.value} in the naming of {form.value}")
     return LoraRecognition(fitting[0], tuple(plan.model for plan in fitting))
 
 
@@ -269,12 +276,12 @@ def _naming_for(form: LoraFormat, model: ModelSpec, layers: Iterable[str]) -> Na
 
 def _write_plan(form: LoraFormat, naming: Naming, layers: list[str]) -> WritePlan:
     plan = naming.write_plan([f"{layer}.{factor}" for layer in layers for factor in (DOWN, UP, ALPHA)])
-    homeless = [name for name in plan.left_out if not name.endswith(f".{ALPHA}")]
+    homeless = [layer for layer in layers if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
-        shown = ", ".join(dict.fromkeys(name.removesuffix(f".{DOWN}").removesuffix(f".{UP}") for name in homeless[:5]))
+        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
         raise WeightError(
-            f"{form.value}'s LoRA format has no place for {len(homeless)} of the factors ({shown}); "
-            "choose another format, or adapt other layers"
+            f"a LoRA in the naming of {form.value} has no place for {len(homeless)} of {len(layers)} layers "
+            f"({', '.join(homeless[:3])}{more}); choose another format, or adapt other layers"
         )
     return plan
 

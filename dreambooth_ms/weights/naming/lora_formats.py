@@ -7,6 +7,7 @@ for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the
 
 import re
 from enum import Enum
+from functools import lru_cache
 
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import Family, ModelSpec
@@ -77,6 +78,7 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
     return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
+@lru_cache(maxsize=32)
 def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
     """The naming of every factor that a LoRA for a model can have, for reading and writing.
 
@@ -151,13 +153,15 @@ def _other_spellings(form: LoraFormat, layers: dict[str, Shape], model: ModelSpe
         for factor, way in ((DOWN, "down"), (UP, "up"))
     }
     # Files of attention processors alone begin without the part.
-    bare = {
-        name: Slot(slot.name.removeprefix("unet."))
-        for form in (LoraFormat.DIFFUSERS_PROCESSORS, LoraFormat.DIFFUSERS)
-        for name, slot in _slots(form, layers, model).items()
-        if name.startswith("unet.")
-    }
-    return [alphas, text, linear, bare]
+    bare = [
+        {
+            name: Slot(slot.name.removeprefix("unet."))
+            for name, slot in _slots(written, layers, model).items()
+            if name.startswith("unet.")
+        }
+        for written in (LoraFormat.DIFFUSERS_PROCESSORS, LoraFormat.DIFFUSERS)
+    ]
+    return [alphas, text, linear, *bare]
 
 
 def _diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:

@@ -61,7 +61,7 @@ def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
 
 
 def _exception(pattern: Any, layer: str, source: str) -> Any:
-    """The value of the first key that a layer's name ends with. peft's keys are regular expressions, ours only names."""
+    """The value of the first key that a layer's name ends with. peft takes regular expressions, this only names."""
     if not isinstance(pattern, dict):
         raise WeightError(f"{source}: alpha_pattern is not an object; download it again")
     for key, value in pattern.items():

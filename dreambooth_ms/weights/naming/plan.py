@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from dreambooth_ms.weights.naming.report import Report
 from dreambooth_ms.weights.naming.slots import Assembly, Shape, Slot, slot_as_found
@@ -75,7 +76,7 @@ class Naming:
         Returns:
             The places of each public name, in the model's order, and the names that hold none.
         """
-        holders = self._holders(averages)
+        holders = self._holders_of_averages if averages else self._holders
         places: dict[str, list[Slot]] = {}
         unknown = []
         for name in names:
@@ -135,11 +136,18 @@ class Naming:
         places = {slot.name for slots in (self.slots, self.averages) for slot in slots.values()}
         return {name for name in names if self.clean(name) in places or self.ignorable(self.clean(name))}
 
-    def _holders(self, averages: bool) -> dict[str, dict[str, Slot]]:
-        """The rules backwards: name in a file -> the public names it holds."""
+    @cached_property
+    def _holders(self) -> dict[str, dict[str, Slot]]:
+        return self._backwards(self.slots)
+
+    @cached_property
+    def _holders_of_averages(self) -> dict[str, dict[str, Slot]]:
+        return self._backwards({**self.slots, **self.averages})
+
+    def _backwards(self, first: Mapping[str, Slot]) -> dict[str, dict[str, Slot]]:
+        """The rules read backwards: name in a file -> the public names it holds."""
         holders: dict[str, dict[str, Slot]] = {}
-        own = {**self.slots, **self.averages} if averages else self.slots
-        for slots in (own, *self.spellings):
+        for slots in (first, *self.spellings):
             for public, slot in slots.items():
                 holders.setdefault(self.clean(slot.name), {}).setdefault(public, slot)
         return holders
@@ -170,6 +178,13 @@ class WritePlan:
     """Public names that the format has no place for."""
     report: Report
     """What is missing for the parts to be whole."""
+
+    def shapes(self, public: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shapes of the file's tensors for the public shapes, in the order of writing; constants have none."""
+        return {
+            stored: assembly.shape([public[piece] for piece in assembly.pieces])
+            for stored, assembly in self.tensors.items()
+        }
 
 
 def parts_of(names: Iterable[str]) -> dict[str, None]:

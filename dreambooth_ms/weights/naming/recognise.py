@@ -91,13 +91,13 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> tuple[VaeSpec, Na
 
 
 def other_kind(names: Collection[str]) -> str:
-    """What a file is that holds no model, as far as its names tell."""
+    """What a file is, as far as its names tell: for a message to someone who expected another kind."""
+    if _form(dict.fromkeys(names, ())):
+        return "a whole model"
     for kind, pattern in _OTHER_KINDS.items():
         compiled = re.compile(pattern)
         if any(compiled.search(name) for name in names):
             return kind
-    if _form(dict.fromkeys(names, ())):
-        return "a whole model"
     shown = ", ".join(sorted(names)[:3]) or "nothing"
     return f"of an unknown kind (it holds {shown})"
 
