@@ -127,41 +127,42 @@ def _slots(form: LoraFormat, layers: dict[str, Shape], model: ModelSpec) -> dict
 def _other_spellings(form: LoraFormat, layers: dict[str, Shape], model: ModelSpec) -> list[dict[str, Slot]]:
     """What readers meet and nobody writes any more, or not as a rule."""
     if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
-        # The first text encoder is "te" beside one encoder and "te1" beside two; diffusers writes "te1" for both.
-        names = {"lora_te1_": "lora_te_", "lora_te_": "lora_te1_"}
-        return [
-            {
-                name: Slot(other + slot.name.removeprefix(prefix))
-                for name, slot in _slots(LoraFormat.KOHYA, layers, model).items()
-                for prefix, other in names.items()
-                if slot.name.startswith(prefix)
-            }
-        ]
+        return [_first_encoder_under_its_other_name(layers, model)]
     if form in (LoraFormat.PEFT, LoraFormat.MINDONE):
         return []
-    alphas = {f"{layer}.{ALPHA}": Slot(f"{layer}.{ALPHA}") for layer in layers}
-    text = {
-        f"{layer}.{factor}": Slot(f"{path}.to_{projection.removesuffix('_proj')}_lora.{way}.weight")
-        for layer in layers
-        for path, _, projection in [layer.rpartition(".")]
-        for factor, way in ((DOWN, "down"), (UP, "up"))
+    ways = ((DOWN, "down"), (UP, "up"))
+    attention = {
+        f"{path}.{letter}_proj.{factor}": Slot(f"{path}.to_{letter}_lora.{way}.weight")
+        for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers)
         if path.endswith(".self_attn")
+        for letter in ("q", "k", "v", "out")
+        for factor, way in ways
     }
-    linear = {
-        f"{layer}.{factor}": Slot(f"{layer}.lora.{way}.weight")
-        for layer in layers
-        for factor, way in ((DOWN, "down"), (UP, "up"))
-    }
-    # Files of attention processors alone begin without the part.
-    bare = [
-        {
-            name: Slot(slot.name.removeprefix("unet."))
-            for name, slot in _slots(written, layers, model).items()
-            if name.startswith("unet.")
-        }
-        for written in (LoraFormat.DIFFUSERS_PROCESSORS, LoraFormat.DIFFUSERS)
+    return [
+        {f"{layer}.{ALPHA}": Slot(f"{layer}.{ALPHA}") for layer in layers},
+        attention,
+        {f"{layer}.{factor}": Slot(f"{layer}.lora.{way}.weight") for layer in layers for factor, way in ways},
+        _without_part(_slots(LoraFormat.DIFFUSERS_PROCESSORS, layers, model)),
+        _without_part(_slots(LoraFormat.DIFFUSERS, layers, model)),
     ]
-    return [alphas, text, linear, *bare]
+
+
+def _first_encoder_under_its_other_name(layers: dict[str, Shape], model: ModelSpec) -> dict[str, Slot]:
+    """kohya says "te" where there is one encoder and "te1" where there are two; diffusers writes "te1" for both."""
+    others = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
+    slots = {}
+    for name, slot in _slots(LoraFormat.KOHYA, layers, model).items():
+        encoder, _, rest = slot.name.partition("_text_")
+        if encoder in others:
+            slots[name] = Slot(f"{others[encoder]}_text_{rest}")
+    return slots
+
+
+def _without_part(slots: dict[str, Slot]) -> dict[str, Slot]:
+    """Files of the UNet's attention processors alone begin without the part."""
+    return {
+        name: Slot(slot.name.removeprefix("unet.")) for name, slot in slots.items() if slot.name.startswith("unet.")
+    }
 
 
 def _diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:

@@ -107,23 +107,24 @@ class Naming:
             names: the public names there are values for.
             parts: the parts that are to be whole; None for those that any of the names belongs to.
         """
+        held = set(names)
         groups: dict[str, list[str]] = {}
         for name, slot in self.slots.items():
-            if name in names:
+            if name in held:
                 groups.setdefault(slot.name, []).append(name)
         # Blocks of rows are written together or not at all.
         groups = {stored: group for stored, group in groups.items() if len(group) >= self.slots[group[0]].blocks}
         written = {name for group in groups.values() for name in group}
-        whole = parts_of(name for name in self.slots if name in names) if parts is None else parts
+        whole = parts_of(name for name in self.slots if name in held) if parts is None else parts
         return WritePlan(
             tensors={stored: self._assembly(group) for stored, group in groups.items()},
             constants={
                 self.slots[name].name: value
                 for name, value in self.constants.items()
-                if name not in names and name.partition(".")[0] in whole
+                if name not in held and name.partition(".")[0] in whole
             },
             left_out=tuple(name for name in names if name not in written),
-            report=Report(missing=tuple(name for name in self.required(whole) if name not in names)),
+            report=Report(missing=tuple(name for name in self.required(whole) if name not in held)),
         )
 
     def _assembly(self, group: list[str]) -> Assembly:
