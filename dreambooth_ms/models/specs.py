@@ -5,6 +5,7 @@ fills these rows.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,19 @@ class UNetSpec:
     norm_eps: float = 1e-5
     sample_size: int = 64
     """Height and width of the latents the model was trained on."""
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    """Transformer blocks in each transformer, for all resolutions or for each; the middle has the last one's."""
+    addition_embed_type: str | None = None
+    """"text_time" if pooled text and sizes are added to the time embedding (SDXL)."""
+    addition_time_embed_dim: int | None = None
+    """Width that each of the sizes is encoded to."""
+    projection_class_embeddings_input_dim: int | None = None
+    """Width of pooled text and encoded sizes together."""
+
+    def transformer_layers(self, level: int) -> int:
+        """Transformer blocks in each transformer of a resolution."""
+        layers = self.transformer_layers_per_block
+        return layers if isinstance(layers, int) else layers[level]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +78,8 @@ class ClipTextSpec:
     vocab_size: int = 49408
     max_position_embeddings: int = 77
     eos_token_id: int = 49407
+    projection_dim: int | None = None
+    """Width of the projected pooled text; None for a tower without a projection of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +116,35 @@ SD_21_UNET = UNetSpec(
     sample_size=96,
 )
 
+SDXL_UNET = UNetSpec(
+    block_out_channels=(320, 640, 1280),
+    has_attention=(False, True, True),
+    num_heads=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    sample_size=128,
+    transformer_layers_per_block=(1, 2, 10),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+
+SDXL_REFINER_UNET = UNetSpec(
+    block_out_channels=(384, 768, 1536, 1536),
+    has_attention=(False, True, True, False),
+    num_heads=(6, 12, 24, 24),
+    cross_attention_dim=1280,
+    use_linear_projection=True,
+    sample_size=128,
+    transformer_layers_per_block=4,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2560,
+)
+
 SD_VAE = VaeSpec()
+
+SDXL_VAE = VaeSpec(scaling_factor=0.13025)
 
 CLIP_L_TEXT = ClipTextSpec(
     transformer=TransformerSpec(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -111,3 +155,50 @@ OPENCLIP_H_TEXT = ClipTextSpec(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
     )
 )
+
+OPENCLIP_BIGG_TEXT = ClipTextSpec(
+    transformer=TransformerSpec(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"
+    ),
+    projection_dim=1280,
+)
+
+
+class Family(Enum):
+    """The families of models whose networks these are."""
+
+    SD1 = "SD 1.x"
+    SD2 = "SD 2.x"
+    SDXL = "SDXL base"
+    SDXL_REFINER = "SDXL refiner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """All networks of a model. Only SDXL has a second text encoder, and SDXL's refiner has nothing but that one."""
+
+    family: Family
+    unet: UNetSpec
+    vae: VaeSpec
+    text_encoder: ClipTextSpec | None = None
+    text_encoder_2: ClipTextSpec | None = None
+
+
+SD_15 = ModelSpec(family=Family.SD1, unet=SD_15_UNET, vae=SD_VAE, text_encoder=CLIP_L_TEXT)
+
+SD_21 = ModelSpec(family=Family.SD2, unet=SD_21_UNET, vae=SD_VAE, text_encoder=OPENCLIP_H_TEXT)
+
+SDXL_BASE = ModelSpec(
+    family=Family.SDXL,
+    unet=SDXL_UNET,
+    vae=SDXL_VAE,
+    text_encoder=CLIP_L_TEXT,
+    text_encoder_2=OPENCLIP_BIGG_TEXT,
+)
+
+SDXL_REFINER = ModelSpec(
+    family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, vae=SDXL_VAE, text_encoder_2=OPENCLIP_BIGG_TEXT
+)
+
+PUBLISHED_MODELS = (SD_15, SD_21, SDXL_BASE, SDXL_REFINER)
+"""One model of each family, with the sizes it was published with."""

@@ -30,6 +30,7 @@ from dreambooth_ms.weights.model_config import (
     read_vae_config,
     write_scheduler_config,
 )
+from dreambooth_ms.weights.naming.formats import OLD_VAE_NAMES
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import check_tensor_file, read_tensors, write_tensors
 
@@ -37,9 +38,6 @@ Spec = TypeVar("Spec")
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-
-# The names of the autoencoder's attention before diffusers 0.17, still in most published files.
-OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 UNMERGED_TOKENS = 2 * 256 + 2
 """Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
@@ -254,8 +252,8 @@ def save_index(folder: Path, schedule: NoiseScheduleSpec) -> None:
 
 def new_vae_name(name: str) -> str:
     """A name of the autoencoder as current diffusers writes it."""
-    for old, new in OLD_VAE_NAMES.items():
-        name = name.replace(old, new)
+    for new, old in OLD_VAE_NAMES.items():
+        name = name.replace(f".{old}.", f".{new}.")
     return name
 
 

@@ -1,0 +1,68 @@
+"""What does not fit between a file and the networks it is for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dreambooth_ms.errors import WeightError
+
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """All misfits together; empty where everything fits."""
+
+    missing: tuple[str, ...] = ()
+    """Public names that no tensor of the file holds."""
+    unexpected: tuple[str, ...] = ()
+    """Names in the file that hold nothing known."""
+    misshaped: tuple[str, ...] = ()
+    """Public names, each with the shape that was expected and the one that was found."""
+    duplicate: tuple[str, ...] = ()
+    """Public names that several tensors hold, each with the names of these in the file."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is no misfit."""
+        return not (self.missing or self.unexpected or self.misshaped or self.duplicate)
+
+    @property
+    def count(self) -> int:
+        """The number of misfits."""
+        return len(self.missing) + len(self.unexpected) + len(self.misshaped) + len(self.duplicate)
+
+    def summary(self) -> str:
+        """One line: kinds of misfits with their counts, by part, with the first names of each; "fits" if none."""
+        kinds = (
+            ("missing", self.missing, _by_part),
+            ("unexpected", self.unexpected, _shown),
+            ("of another shape", self.misshaped, _by_part),
+            ("there more than once", self.duplicate, _by_part),
+        )
+        return "; ".join(f"{len(names)} {kind} ({show(names)})" for kind, names, show in kinds if names) or "fits"
+
+    def check(self, source: str, target: str) -> None:
+        """Stop if anything does not fit.
+
+        Args:
+            source: the file or folder, for the message.
+            target: the networks it is for, for the message.
+
+        Raises:
+            WeightError: the summary.
+        """
+        if not self.fits:
+            raise WeightError(f"{source} does not fit {target}: {self.summary()}")
+
+
+def _by_part(names: Sequence[str]) -> str:
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, []).append(rest)
+    return "; ".join(f"{part} {len(rest)}: {_shown(rest)}" for part, rest in parts.items())
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
