@@ -17,40 +17,9 @@ import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.format_error import FormatError, unreadable
 
 _PIECE = 1 << 20
-
-
-class FormatError(Exception):
-    """What is wrong with a file's content; becomes a WeightError where the file's name is known (`reading`)."""
-
-
-@contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Within it, everything wrong with a file becomes a WeightError that names it.
-
-    Raises:
-        WeightError: no such file, or it is not readable as the given kind.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        raise unreadable(path, kind, error.strerror) from error
-    except FormatError as error:
-        raise unreadable(path, kind, str(error)) from error
-
-
-def unreadable(path: Path, kind: str, reason: str | None) -> WeightError:
-    """The error for a file that does not hold what it should."""
-    return WeightError(f"{path}: not a readable {kind} ({reason}); copy or download it again")
-
-
-def quoted(value: object) -> str:
-    """Something out of a file, for a message: on one line and not too long."""
-    text = repr(value[:100] if isinstance(value, (str, bytes, list, tuple)) else value)
-    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 @dataclass(frozen=True)

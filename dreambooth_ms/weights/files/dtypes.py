@@ -105,9 +105,10 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
 
 
 def _widen_bfloat16(patterns: np.ndarray) -> np.ndarray:
-    wide = patterns.astype(np.uint32)
-    wide <<= 16
-    return wide.view(np.float32)
+    """Each pattern as the upper half of a float32."""
+    halves = np.zeros((patterns.size, 2), np.dtype("<u2"))
+    halves[:, 1] = patterns.reshape(-1)
+    return halves.view(np.dtype("<f4")).reshape(patterns.shape)
 
 
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:

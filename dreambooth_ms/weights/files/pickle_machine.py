@@ -7,11 +7,12 @@ nothing is copied, compared or walked through, and nothing but strings is hashed
 """
 
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from dreambooth_ms.weights.files.byte_ranges import FormatError
+from dreambooth_ms.weights.files.format_error import FormatError
 
 MAX_OPERATIONS = 2_000_000
 """Per pickle. A checkpoint of SDXL with the state of its optimiser has about 400,000."""
@@ -54,16 +55,22 @@ class PickleMachine:
         """
         self._stack, self._marks, self._memo = [], [], {}
         try:
-            for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
-                if number == MAX_OPERATIONS:
-                    raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
-                if operation.name in _LITERALS:
-                    self._stack.append(argument)
-                else:
-                    _STEPS[operation.name](self, argument)
+            with warnings.catch_warnings():
+                # Of texts with odd escapes, which only the oldest pickles can have.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
+                    if number == MAX_OPERATIONS:
+                        raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
+                    self._step(operation.name, argument)
             return self._stack.pop()
         except (ValueError, IndexError, KeyError) as error:
             raise FormatError("its pickle is cut short or damaged") from error
+
+    def _step(self, operation: str, argument: Any) -> None:
+        if operation in _LITERALS:
+            self._stack.append(argument)
+        else:
+            _STEPS[operation](self, argument)
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)

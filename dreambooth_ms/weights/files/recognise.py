@@ -1,9 +1,11 @@
 """What kind of container a file is, told by its content and never by its name."""
 
+import os
 import re
 from pathlib import Path
 
-from dreambooth_ms.weights.files.byte_ranges import FormatError, SourceFile, reading
+from dreambooth_ms.weights.files.byte_ranges import SourceFile
+from dreambooth_ms.weights.files.format_error import FormatError, reading
 from dreambooth_ms.weights.files.mindspore_ckpt import begins_like_a_checkpoint
 from dreambooth_ms.weights.files.signatures import seems_to_be
 from dreambooth_ms.weights.files.stored import Container
@@ -14,7 +16,10 @@ WEIGHT_MAP = "weight_map"
 
 _HEAD_BYTES = 4096
 
-_LEGACY_HEAD = re.compile(rb"\x80[\x02-\x05].{0,9}" + re.escape(LEGACY_MAGIC.to_bytes(10, "little")), re.DOTALL)
+# Protocol, the length of the pickle from protocol 4 on, the number's length, the number.
+_LEGACY_HEAD = re.compile(
+    rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\x0a" + re.escape(LEGACY_MAGIC.to_bytes(10, "little")), re.DOTALL
+)
 _LONGEST_HEADER = 1 << 40
 """Of safetensors; text read as a number is larger."""
 
@@ -25,7 +30,8 @@ def recognise(path: Path) -> Container:
     Raises:
         WeightError: no such file, or its content is of no kind that holds tensors; says what it seems to be.
     """
-    if path.is_dir():
+    # Of os.path, because that of pathlib raises on names that are too long.
+    if os.path.isdir(path):
         return Container.FOLDER
     with reading(path, "weight file"):
         source = SourceFile.at(path)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.weights.atomic import atomic_path
-from dreambooth_ms.weights.files.byte_ranges import FileRange, FormatError, SourceFile, quoted, read_values, reading
+from dreambooth_ms.weights.files.byte_ranges import FileRange, SourceFile, read_values
 from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.weights.files.signatures import seems_to_be
 from dreambooth_ms.weights.files.stored import (
     Container,
@@ -21,6 +22,7 @@ from dreambooth_ms.weights.files.stored import (
     TensorFile,
     check_names,
     checked_byte_count,
+    is_valid_text,
     raw_bytes,
     total_bytes,
 )
@@ -71,6 +73,8 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
 def _checked_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("its metadata is not text by name")
+    if not all(is_valid_text(name) and is_valid_text(value) for name, value in metadata.items()):
+        raise FormatError("its metadata is no valid text")
     return metadata
 
 

@@ -1,6 +1,7 @@
 """A model in several files, and the index that says which tensor is in which: `<stem>.safetensors.index.json`."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, check_room, sync, write_bytes
-from dreambooth_ms.weights.files.byte_ranges import FormatError, SourceFile, quoted, reading
+from dreambooth_ms.weights.files.byte_ranges import SourceFile
+from dreambooth_ms.weights.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.weights.files.recognise import WEIGHT_MAP, recognise
 from dreambooth_ms.weights.files.safetensors_file import read_safetensors, write_safetensors
 from dreambooth_ms.weights.files.stored import Container, Progress, StoredTensor, TensorFile, check_names, total_bytes
@@ -58,11 +60,14 @@ def _checked_places(weight_map: Any) -> dict[str, str]:
 
 def _read_shard(index: Path, name: str) -> TensorFile:
     path = index.with_name(name)
-    if not path.is_file():
+    # Of os.path, because that of pathlib raises on names that are too long.
+    if not os.path.isfile(path):
         raise WeightError(f"{index.parent}: {name} is missing, which {index.name} names; is the download complete?")
     container = recognise(path)
     if container not in _SHARD_READERS:
-        raise WeightError(f"{path}: a {container.value} cannot be a part of {index.name}; download both again")
+        raise WeightError(
+            f"{path}: {index.name} names it as a part, but it is a {container.value}; download both again"
+        )
     return _SHARD_READERS[container](path)
 
 

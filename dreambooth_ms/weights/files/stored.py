@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.weights.files.byte_ranges import FormatError, quoted
 from dreambooth_ms.weights.files.dtypes import DType, cast
+from dreambooth_ms.weights.files.format_error import FormatError, quoted
 
 MAX_TENSORS = 200_000
 """More names than this are no model, but an attempt to fill the memory."""
@@ -70,7 +70,7 @@ class Container(Enum):
     TORCH_ZIP = "PyTorch checkpoint"
     TORCH_LEGACY = "PyTorch checkpoint of a version before 1.6"
     MINDSPORE = "MindSpore checkpoint"
-    SHARDED = "index of a sharded model"
+    SHARDED = "sharded model's index"
     FOLDER = "folder"
 
 
@@ -109,10 +109,17 @@ def check_names(names: Sequence[str]) -> None:
     if len(names) > MAX_TENSORS:
         raise FormatError(f"{len(names)} tensors; at most {MAX_TENSORS} are read")
     for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise FormatError(f"the name {quoted(name)} is no valid text") from None
+        if not is_valid_text(name):
+            raise FormatError(f"the name {quoted(name)} is no valid text")
+
+
+def is_valid_text(text: str) -> bool:
+    """Whether a text can be written again; files can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:

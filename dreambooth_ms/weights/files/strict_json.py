@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from dreambooth_ms.weights.files.byte_ranges import FormatError, SourceFile, quoted
+from dreambooth_ms.weights.files.byte_ranges import SourceFile
+from dreambooth_ms.weights.files.format_error import FormatError, quoted
 
 MAX_JSON_BYTES = 25_000_000
 """Parsed, `[],[],…` takes 24 times its size; the header of an SDXL model has 0.3 MB."""

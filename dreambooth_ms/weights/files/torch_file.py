@@ -13,16 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.weights.files.byte_ranges import (
-    ByteRange,
-    FileRange,
-    FormatError,
-    SourceFile,
-    quoted,
-    read_values,
-    reading,
-)
+from dreambooth_ms.weights.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
 from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.weights.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.weights.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
 from dreambooth_ms.weights.files.zip_archive import ZipArchive
@@ -37,6 +30,9 @@ _LENGTH = struct.Struct("<q")
 
 _SMALL = 1 << 20
 """A tensor that repeats its elements may have so many bytes, however small the file."""
+
+# What all tensors take to read, for each byte of the file, and so many bytes more: names may share their values.
+_MOST_READ, _ALWAYS_READ = 32, 1 << 28
 
 
 def read_torch_zip(path: Path) -> TensorFile:
@@ -81,9 +77,10 @@ def read_torch_legacy(path: Path) -> TensorFile:
         magic, _, system, root, keys = [torch_machine(storages).run(pickles) for _ in range(5)]
         if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
             raise FormatError("its first pickles are not those of PyTorch")
+        found = find_tensors(root)
         ranges = _legacy_ranges(source, pickles.tell(), keys, storages)
         swapped = system.get("little_endian") is False
-        return _tensor_file(source, Container.TORCH_LEGACY, find_tensors(root), ranges, swapped)
+        return _tensor_file(source, Container.TORCH_LEGACY, found, ranges, swapped)
 
 
 def _legacy_ranges(
@@ -97,7 +94,7 @@ def _legacy_ranges(
         (length,) = _LENGTH.unpack(source.read(position, _LENGTH.size))
         if length != storages[key].count:
             raise FormatError(f"the storage {quoted(key)} is damaged: its length is not the one that was said")
-        ranges[key] = FileRange(source, position + _LENGTH.size, length * storages[key].itemsize)
+        ranges[key] = FileRange(source, position + _LENGTH.size, storages[key].byte_count)
         position += _LENGTH.size + ranges[key].size
     return ranges
 
@@ -108,9 +105,11 @@ def _tensor_file(
     check_names(list(found.views))
     tensors = {}
     for name, view in found.views.items():
-        if view.storage.key not in ranges:
-            raise FormatError(f"cut short, or damaged: the values of {quoted(name)} are missing")
+        if view.storage.key not in ranges or ranges[view.storage.key].size < view.storage.byte_count:
+            raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
         tensors[name] = _stored(name, view, ranges[view.storage.key], swapped, source.size)
+    if sum(_bytes_read(view, ranges) for view in found.views.values()) > _MOST_READ * source.size + _ALWAYS_READ:
+        raise FormatError("too many of its tensors share their values")
     return TensorFile(source.path, container, tensors, found.metadata, found.left_out)
 
 
@@ -118,12 +117,18 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
     """A view as a tensor, if its storage is large enough."""
     if view.dtype is None:
         raise FormatError(f"{quoted(name)} has a type that cannot be read, such as complex or quantised numbers")
-    if view.reach * view.dtype.itemsize > storage.size:
+    if view.reach * view.dtype.itemsize > view.storage.byte_count:
         raise FormatError(f"cut short, or damaged: the values of {quoted(name)} reach beyond their storage")
     tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, storage, swapped))
     if tensor.byte_count > max(storage.size, file_size, _SMALL):
         raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
     return tensor
+
+
+def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
+    """How much of its storage must be read for a view."""
+    compressed = isinstance(ranges[view.storage.key], DeflatedRange)
+    return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
 
 
 def _read_view(view: View, dtype: DType, storage: ByteRange, swapped: bool) -> np.ndarray:

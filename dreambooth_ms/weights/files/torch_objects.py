@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth_ms.weights.files.byte_ranges import FormatError, quoted
 from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.format_error import FormatError, quoted
 from dreambooth_ms.weights.files.pickle_machine import Global, PickleMachine, Placeholder
-from dreambooth_ms.weights.files.stored import checked_byte_count
+from dreambooth_ms.weights.files.stored import checked_byte_count, is_valid_text
 
 # Name of a kind of storage -> bytes per element, and the type if arrays can have it.
 _STORAGES: Mapping[str, tuple[int, DType | None]] = {
@@ -44,10 +44,10 @@ _REBUILD_PARAMETER = (
 _SIZE = Global("torch", "Size")
 _UNSIGNED = {"uint16": DType.U16, "uint32": DType.U32, "uint64": DType.U64}
 
-_DEEPEST = 8
+_DEEPEST = 4
 """Dictionaries within dictionaries that are looked into."""
 
-_LONGEST_NOTE = 1000
+_LONGEST_NAME, _LONGEST_NOTE = 40, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,11 @@ class Storage:
     itemsize: int
     dtype: DType | None
     count: int
+
+    @property
+    def byte_count(self) -> int:
+        """Size in bytes."""
+        return self.count * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,8 @@ class View:
         """How many elements of the storage there must be, up to the last that the tensor has."""
         if 0 in self.shape:
             return self.offset
-        return (
-            self.offset
-            + 1
-            + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
-        )
+        last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + last + 1
 
     @property
     def is_contiguous(self) -> bool:
@@ -124,8 +126,9 @@ def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
 
 
 def _storage(kind: Any, key: Any, count: Any, view_of_another: Any = None) -> Storage:
-    if not (isinstance(kind, Global) and kind.module in _STORAGE_MODULES and kind.name in _STORAGES):
-        raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(kind)}")
+    if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
+        name = kind.name if isinstance(kind, Global) else None
+        raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
     if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
         raise FormatError("its pickle is damaged: a storage without key or length")
     if view_of_another is not None:
@@ -171,12 +174,12 @@ def find_tensors(root: Any) -> Found:
     Raises:
         FormatError: there is no such dictionary.
     """
-    held = {path: views for path, mapping in _dictionaries(root) if (views := _views(mapping))}
+    held = [(path, views) for path, mapping in _dictionaries(root) if (views := _views(mapping))]
     if not held:
         raise FormatError("it holds no tensors by name")
-    largest = max(held, key=lambda path: len(held[path]))
-    left_out = {path or "top": len(views) for path, views in held.items() if path != largest}
-    return Found(held[largest], _notes(root), left_out)
+    largest = max(held, key=lambda item: len(item[1]))
+    left_out = {path or "top": len(views) for path, views in held if views is not largest[1]}
+    return Found(largest[1], _notes(root), left_out)
 
 
 def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -188,8 +191,10 @@ def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         seen.add(id(mapping))
         yield path, mapping
-        if depth < _DEEPEST:
-            queue.extend((f"{path}.{name}" if path else name, value, depth + 1) for name, value in mapping.items())
+        for name, value in mapping.items():
+            if depth < _DEEPEST and isinstance(value, dict):
+                short = name[:_LONGEST_NAME]
+                queue.append((f"{path}.{short}" if path else short, value, depth + 1))
 
 
 def _views(mapping: Mapping[str, Any]) -> dict[str, View]:
@@ -201,7 +206,10 @@ def _notes(root: Mapping[str, Any]) -> dict[str, str]:
     return {
         name: str(value)
         for name, value in root.items()
-        if (isinstance(value, str) and len(value) <= _LONGEST_NOTE)
-        or (isinstance(value, int) and abs(value) < 2**63)
-        or isinstance(value, float)
+        if is_valid_text(name)
+        and (
+            isinstance(value, float)
+            or (isinstance(value, int) and abs(value) < 2**63)
+            or (isinstance(value, str) and len(value) <= _LONGEST_NOTE and is_valid_text(value))
+        )
     }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from dreambooth_ms.weights.files.byte_ranges import ByteRange, DeflatedRange, FileRange, FormatError, SourceFile, quoted
+from dreambooth_ms.weights.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
+from dreambooth_ms.weights.files.format_error import FormatError, quoted
 
 _MAX_DIRECTORY_BYTES = 16_000_000
 """One entry in memory takes 13 times its size in the directory."""
