@@ -3,7 +3,7 @@
 A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries. A
 class or function is only a pair of names (`Global`), which is never looked up; what is called or constructed becomes a
 `Placeholder`, unless the reader of a format knows better. Time and memory are bounded by the number of operations:
-nothing is copied, compared or walked through, and nothing but strings is hashed.
+nothing is copied, compared or walked through, and nothing but texts and small numbers is hashed.
 """
 
 import pickletools
@@ -94,6 +94,9 @@ class PickleMachine:
         self._marks.append(len(self._stack))
 
     def _memoize(self, number: int | None = None) -> None:
+        # Longer numbers can be chosen so that they all collide in a dictionary.
+        if number is not None and not 0 <= number < 1 << 32:
+            raise FormatError("its pickle is damaged")
         self._memo[len(self._memo) if number is None else number] = self._stack[-1]
 
     def _pop_many(self, count: int) -> list[Any]:
