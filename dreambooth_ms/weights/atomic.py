@@ -13,14 +13,19 @@ TEMPORARY_PREFIX = ".partial-"
 
 
 @contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
+def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
     """A path to write to; on leaving, what was written takes the target's name in one step.
 
     On any error the partial file is removed and what had the target's name before is untouched.
 
+    Args:
+        target: the file to be.
+        size: how many bytes it will have, as far as that is known: a disk that lacks room is told at once.
+
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
     """
+    check_room(target, size)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
@@ -47,11 +52,35 @@ def check_writable(folder: Path) -> None:
         WeightError: it cannot.
     """
     try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=existing):
+        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
             pass
     except (OSError, ValueError) as error:
         raise _cannot_write(folder, error) from error
+
+
+def check_room(target: Path, size: int) -> None:
+    """Whether the disk has room for a file, before it is begun. One that it is to replace stays until it is whole.
+
+    Raises:
+        WeightError: there is too little, or no such place.
+    """
+    try:
+        free = shutil.disk_usage(_nearest_that_exists(target.parent)).free
+    except (OSError, ValueError) as error:
+        raise _cannot_write(target, error) from error
+    if size > free:
+        raise WeightError(
+            f"{target}: cannot be written (No space left on device: {_readable(size)} are needed, "
+            f"{_readable(free)} are free); free some space and try again"
+        )
+
+
+def _nearest_that_exists(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
 
 
 def write_bytes(target: Path, content: bytes) -> None:

@@ -1,29 +1,31 @@
-"""safetensors files: read with a clear error, written whole or not at all."""
+"""safetensors files as arrays in memory: read with a clear error, written whole or not at all."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.atomic import atomic_path
+from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.safetensors_file import read_safetensors, write_safetensors
+from dreambooth_ms.weights.files.stored import StoredTensor
 
 STEP_KEY = "dreambooth_ms_step"
 """In the metadata of what a run leaves: the optimiser steps it was trained for."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a file, in their own dtype, and its metadata.
+    """All tensors of a file and its metadata. Each has its own dtype, but bfloat16, which becomes float32.
 
     Raises:
         WeightError: the file is missing, cut short, or not a safetensors file.
     """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    file = read_safetensors(path)
+    return {name: _values(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
+
+
+def _values(tensor: StoredTensor) -> np.ndarray:
+    return (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
 
 
 def check_tensor_file(path: Path) -> None:
@@ -32,27 +34,14 @@ def check_tensor_file(path: Path) -> None:
     Raises:
         WeightError: it is not.
     """
-    with _opened(path):
-        pass
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file; check the path") from error
-    except (SafetensorError, OSError, TypeError) as error:
-        raise WeightError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    read_safetensors(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """A file's metadata, without reading its tensors; empty if it cannot be read."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
+        return dict(read_safetensors(path).metadata)
+    except WeightError:
         return {}
 
 
@@ -62,10 +51,5 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
     """
-    # Not ascontiguousarray: that would give a scalar an axis.
-    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with atomic_path(path) as partial:
-        try:
-            save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise OSError(None, str(error)) from error
+    stored = {name: StoredTensor.of(values) for name, values in tensors.items()}
+    write_safetensors(path, stored, {"format": "pt", **(metadata or {})})

@@ -1,0 +1,130 @@
+"""Element types of stored tensors, and casts between those that are floats.
+
+numpy has no bfloat16: its values are carried as uint16 bit patterns, and only the dtype beside them says so.
+"""
+
+from enum import Enum
+
+import numpy as np
+
+
+class DType(Enum):
+    """The type of a tensor's elements, in safetensors' spelling."""
+
+    F64 = "F64"
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    I64 = "I64"
+    I32 = "I32"
+    I16 = "I16"
+    I8 = "I8"
+    U64 = "U64"
+    U32 = "U32"
+    U16 = "U16"
+    U8 = "U8"
+    BOOL = "BOOL"
+
+    @property
+    def numpy(self) -> np.dtype:
+        """The array type that carries the values, little-endian."""
+        return _NUMPY[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return _NUMPY[self].itemsize
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be cast to the other floats."""
+        return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "DType":
+        """The type of an array's values; uint16 is taken for numbers, not for bfloat16.
+
+        Raises:
+            ValueError: no file format has this type.
+        """
+        found = _BY_NUMPY.get(values.dtype.newbyteorder("<"))
+        if found is None:
+            raise ValueError(f"arrays of {values.dtype} cannot be stored")
+        return found
+
+
+_NUMPY: dict[DType, np.dtype] = {
+    DType.F64: np.dtype("<f8"),
+    DType.F32: np.dtype("<f4"),
+    DType.F16: np.dtype("<f2"),
+    DType.BF16: np.dtype("<u2"),
+    DType.I64: np.dtype("<i8"),
+    DType.I32: np.dtype("<i4"),
+    DType.I16: np.dtype("<i2"),
+    DType.I8: np.dtype("i1"),
+    DType.U64: np.dtype("<u8"),
+    DType.U32: np.dtype("<u4"),
+    DType.U16: np.dtype("<u2"),
+    DType.U8: np.dtype("u1"),
+    DType.BOOL: np.dtype("?"),
+}
+_BY_NUMPY: dict[np.dtype, DType] = {
+    array_type: dtype for dtype, array_type in _NUMPY.items() if dtype is not DType.BF16
+}
+
+
+def to_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """Values of any float type as float32."""
+    return cast(values, dtype, DType.F32)
+
+
+def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
+    """float32 values as any float type, rounded to nearest, ties to even; NaN stays NaN."""
+    return cast(values, DType.F32, dtype)
+
+
+def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
+    """Values of one float type as another; the same array if the types are the same.
+
+    Rounds to nearest, ties to even. What is too large becomes infinite, NaN stays NaN. float64 becomes bfloat16 by way
+    of float32, as in PyTorch.
+
+    Raises:
+        ValueError: one of the types is no float.
+    """
+    if source is target:
+        return values
+    if not (source.is_float and target.is_float):
+        raise ValueError(f"cannot cast {source.value} to {target.value}")
+    if source is DType.BF16:
+        values = _widen_bfloat16(values)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if target is DType.BF16:
+            return _round_to_bfloat16(values.astype(np.float32, copy=False))
+        return values.astype(target.numpy, copy=False)
+
+
+def _widen_bfloat16(patterns: np.ndarray) -> np.ndarray:
+    """Each pattern as the upper half of a float32."""
+    halves = np.zeros((patterns.size, 2), np.dtype("<u2"))
+    halves[:, 1] = patterns.reshape(-1)
+    return halves.view(np.dtype("<f4")).reshape(patterns.shape)
+
+
+def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper half of each float32, plus one if the lower half is more than half of its last place, or just half
+    and the upper half odd.
+
+    In place as far as it goes: beside values of 4 bytes it needs 4 + 2 + 1 bytes per element.
+    """
+    bits = values.reshape(-1).view(np.uint32)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    patterns = rounded.astype(np.uint16)
+    not_numbers = np.isnan(values.reshape(-1))
+    # A NaN whose payload stands in the lower half would become infinite, so its quiet bit is set.
+    patterns[not_numbers] = (bits[not_numbers] >> 16) | 0x40
+    return patterns.reshape(values.shape)

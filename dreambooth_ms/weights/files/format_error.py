@@ -1,0 +1,45 @@
+"""What is wrong with a file's content, from where it is found to the line that the user reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dreambooth_ms.errors import WeightError
+
+
+class FormatError(Exception):
+    """What is wrong with a file's content; becomes a WeightError where the file's name is known (`reading`)."""
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Within it, everything wrong with a file becomes a WeightError that names it.
+
+    Raises:
+        WeightError: no such file, or it is not readable as the given kind.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise WeightError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise unreadable(path, kind, error.strerror) from error
+    except FormatError as error:
+        raise unreadable(path, kind, str(error)) from error
+
+
+def unreadable(path: Path, kind: str, reason: str | None) -> WeightError:
+    """The error for a file that does not hold what it should."""
+    return WeightError(f"{path}: not a readable {kind} ({reason}); copy or download it again")
+
+
+def quoted(value: object, within: bool = False) -> str:
+    """Something out of a file, for a message: on one line, short, and never walked through as a whole."""
+    if isinstance(value, str):
+        return repr(value[:100])
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 64):
+        return repr(value)
+    if isinstance(value, (list, tuple)) and not within:
+        shown = [quoted(item, within=True) for item in value[:8]]
+        return f"({', '.join(shown)}{', …' if len(value) > 8 else ''})"
+    return f"a {type(value).__name__}"

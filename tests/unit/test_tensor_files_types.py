@@ -1,0 +1,103 @@
+"""Casts between the floats of files: to the nearest value, and no bit is lost where none must be."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreambooth_ms.weights.files.dtypes import DType, cast, from_float32, to_float32
+from dreambooth_ms.weights.files.stored import StoredTensor
+
+FLOATS = [dtype for dtype in DType if dtype.is_float]
+
+
+def test_bfloat16_is_the_upper_half_of_float32():
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    wide = to_float32(patterns, DType.BF16)
+    assert wide.dtype == np.float32
+    assert np.array_equal(wide.view(np.uint32), patterns.astype(np.uint32) << 16)
+
+
+def test_every_bfloat16_survives_the_way_over_float32():
+    """But that a NaN may become a quiet one."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    wide = to_float32(patterns, DType.BF16)
+    back = from_float32(wide, DType.BF16)
+    number = ~np.isnan(wide)
+    assert np.array_equal(back[number], patterns[number])
+    assert np.array_equal(back[~number], patterns[~number] | 0x40)
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_bfloat16_is_the_nearest_and_of_two_the_even_one(value):
+    rounded = int(from_float32(np.array([value], np.float32), DType.BF16)[0])
+    # In float64, so that distances are exact; 3.4e38 is halfway between the largest number and what would follow.
+    neighbours = [pattern for pattern in range(rounded - 1, rounded + 2) if 0 <= pattern < 1 << 16]
+    wide = {p: float(to_float32(np.array([p], np.uint16), DType.BF16)[0]) for p in neighbours}
+    wide = {p: np.copysign(2.0**128, w) if np.isinf(w) else w for p, w in wide.items() if not np.isnan(w)}
+    distances = {p: abs(w - value) for p, w in wide.items() if np.signbit(w) == np.signbit(value)}
+    assert distances[rounded] == min(distances.values())
+    tied = [p for p, distance in distances.items() if distance == distances[rounded]]
+    assert len(tied) == 1 or rounded % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (0x3F808000, 0x3F80),  # halfway, the lower one is even
+        (0x3F818000, 0x3F82),  # halfway, the upper one is even
+        (0x3F808001, 0x3F81),
+        (0x7F7FFFFF, 0x7F80),  # the largest float32 is infinite
+        (0xFF7FFFFF, 0xFF80),
+        (0x00000001, 0x0000),
+        (0x80000000, 0x8000),
+        (0x7F800001, 0x7FC0),  # a NaN whose payload is in the lower half
+        (0xFFFFFFFF, 0xFFFF),
+    ],
+)
+def test_special_values_of_bfloat16(pattern, expected):
+    assert from_float32(np.array(pattern, np.uint32).view(np.float32), DType.BF16) == expected
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_every_float_becomes_every_other(source, target):
+    values = np.array([0.0, -0.0, 1.0, -2.5, 0.5, 448.0, np.inf, -np.inf, np.nan], np.float32)
+    held = cast(values, DType.F32, source)
+    assert held.dtype == source.numpy
+    found = cast(held.reshape(3, 3), source, target)
+    assert (found.shape, found.dtype) == ((3, 3), target.numpy)
+    assert np.array_equal(to_float32(found, target).ravel(), values, equal_nan=True)
+    assert np.array_equal(np.signbit(to_float32(found, target)).ravel(), np.signbit(values))
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_the_same_type_is_the_same_array(dtype):
+    values = np.zeros(2, dtype.numpy)
+    assert cast(values, dtype, dtype) is values
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_too_large_becomes_infinite_without_a_word():
+    values = np.array([1e300, -1e300, 1e-300])
+    assert np.array_equal(cast(values, DType.F64, DType.F16), np.array([np.inf, -np.inf, 0], np.float16))
+    assert cast(values, DType.F64, DType.BF16).tolist() == [0x7F80, 0xFF80, 0]
+
+
+def test_numbers_without_an_axis_keep_having_none():
+    assert cast(np.array(2.5, np.float32), DType.F32, DType.BF16).shape == ()
+    assert cast(np.array(0x4020, np.uint16), DType.BF16, DType.F32).shape == ()
+
+
+def test_integers_are_not_cast():
+    with pytest.raises(ValueError, match="cannot cast I64 to F16"):
+        cast(np.zeros(1, np.int64), DType.I64, DType.F16)
+    positions = StoredTensor.of(np.arange(3))
+    assert positions.cast_to(DType.F16) is positions
+
+
+def test_a_stored_tensor_is_cast_when_it_is_read():
+    tensor = StoredTensor.of(np.array([1, 2.5], np.float32)).cast_to(DType.BF16)
+    assert (tensor.dtype, tensor.shape, tensor.byte_count) == (DType.BF16, (2,), 4)
+    assert tensor.read().tolist() == [0x3F80, 0x4020]
+    assert tensor.cast_to(DType.BF16) is tensor
