@@ -162,7 +162,6 @@ class TestStartValues:
         assert not any(np.array_equal(first[name], other[name]) for name in matrices)
         assert len({first[name].ravel()[0] for name in matrices}) == len(matrices)
 
-
     def test_for_training_words_start_as_loud_as_what_the_layers_may_add(self):
         text_encoder = CLIPTextModel(TEXT)
         initialise_for_training(text_encoder, 3)
