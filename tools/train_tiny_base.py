@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,7 @@ SCHEDULES = {
     "clip": Schedule(steps=1000, batch_size=64, learning_rate=1e-3, horizon=1000),
     "unet": Schedule(steps=8000, batch_size=32, learning_rate=1.2e-3, horizon=8000),
     "unet_fine": Schedule(steps=4500, batch_size=32, learning_rate=8e-4, horizon=4500),
+    "unet_finest": Schedule(steps=6000, batch_size=32, learning_rate=6e-4, horizon=6000),
 }
 
 
@@ -334,11 +335,12 @@ def train_unet(
     In the two weak channels the posterior's noise is half and a quarter of all there is, and the error of guessing it
     drowned that of the shapes' outlines.
     """
-    means, deviations, captions, embeddings = encode_world(vae, text_encoder, tokenizer)
+    encoded = cache(lambda: encode_world(vae, text_encoder, tokenizer))
     schedule, size = NoiseSchedule.from_spec(NOISE), SCHEDULES["unet"].batch_size
     per_epoch = NUM_SCENES // size
 
     def batch(stage: str, posterior_noise: float, step: int) -> tuple[np.ndarray, ...]:
+        means, deviations, captions, embeddings = encoded()
         epoch, position = divmod(step, per_epoch)
         order = generator(SEED, "order", epoch).permutation(NUM_SCENES)
         order = order[position * size : (position + 1) * size]
@@ -363,7 +365,8 @@ def train_unet(
 
     loss = DiffusionLoss(network, NOISE.prediction_type)
     fit("unet", network, loss, partial(batch, "unet", 1.0))
-    fit("unet_fine", network, loss, partial(batch, "unet_fine", 0.0))
+    for stage in ("unet_fine", "unet_finest"):
+        fit(stage, network, loss, partial(batch, stage, 0.0))
 
 
 def whiten(vae: AutoencoderKL) -> None:
