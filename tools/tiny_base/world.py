@@ -56,7 +56,7 @@ CAPTION_FORMS = (
     (0.04, ("colour", "position", "background")),
     (0.05, ("colour", "size", "position", "background")),
 )
-PATTERN_MENTION = 0.85
+PATTERN_MENTION = 0.97
 NONSENSE_SHARE = 0.12
 PLACES = {
     "center": "in the center",
