@@ -66,7 +66,7 @@ TOWER = TransformerSpec(hidden_size=96, intermediate_size=288, num_hidden_layers
 VISION = ClipVisionSpec(transformer=TOWER, image_size=SIZE, patch_size=8)
 PROJECTION = 64
 UNET = UNetSpec(
-    block_out_channels=(32, 64, 128),
+    block_out_channels=(48, 64, 128),
     has_attention=(False, True, True),
     num_heads=(2, 4, 8),
     cross_attention_dim=TOWER.hidden_size,
@@ -80,10 +80,11 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 KL_WEIGHT = 1e-3
-"""At 1e-6, the principal deviations of the latents were 6.7, 3.9, 0.19 and 0.09: two channels held next to nothing, and
-the diffusion had little to see in them (measured)."""
 DECODER_NOISE = 0.15
-"""Of the latents' deviation; the decoder learns to see through it, as the UNet's latents are not clean either."""
+"""Deviation, where the latents' is 1.
+The decoder learns to see through it, as the UNet's latents are not clean either."""
+POSTERIOR_DEVIATION = 0.02
+"""Of the finished autoencoder, where the latents' is 1: as good as none, as in Stable Diffusion's own."""
 EMPTY_PROMPT_SHARE = 0.1
 NOISE = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION)
 """Predicting the velocity weighs the error of the clean latents by SNR + 1, so that what a very noisy picture shows is
@@ -102,28 +103,27 @@ FIRST_SCENE = {"vae": 0, "decoder": 100_000}
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one network is trained: warm up, then a cosine that would reach zero after `horizon` steps."""
+    """How one network is trained: warm up, hold the rate up to step `hold`, then a cosine down to zero."""
 
     steps: int
     batch_size: int
     learning_rate: float
-    horizon: int
-    warmup: int = 100
+    hold: int = 0
+    warmup: int = 50
 
     def rate(self, step: int) -> float:
         """Learning rate of a step counted from 0."""
-        progress = max(0.0, (step - self.warmup) / (self.horizon - self.warmup))
+        falls_from = max(self.warmup, self.hold)
+        progress = max(0.0, (step - falls_from) / (self.steps - falls_from))
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 SCHEDULES = {
-    "vae": Schedule(steps=3000, batch_size=8, learning_rate=2e-3, horizon=3000, warmup=50),
-    "decoder": Schedule(steps=1500, batch_size=8, learning_rate=1e-3, horizon=1500, warmup=50),
-    "clip_shapes": Schedule(steps=1600, batch_size=64, learning_rate=1e-3, horizon=1600, warmup=50),
-    "clip": Schedule(steps=1000, batch_size=64, learning_rate=1e-3, horizon=1000),
-    "unet": Schedule(steps=8000, batch_size=32, learning_rate=1.2e-3, horizon=8000),
-    "unet_fine": Schedule(steps=4500, batch_size=32, learning_rate=8e-4, horizon=4500),
-    "unet_finest": Schedule(steps=6000, batch_size=32, learning_rate=6e-4, horizon=6000),
+    "vae": Schedule(steps=3000, batch_size=8, learning_rate=2e-3),
+    "decoder": Schedule(steps=2000, batch_size=8, learning_rate=1e-3),
+    "clip": Schedule(steps=1000, batch_size=64, learning_rate=1e-3, warmup=100),
+    "clip_shapes": Schedule(steps=1600, batch_size=64, learning_rate=1e-3),
+    "unet": Schedule(steps=13_000, batch_size=32, learning_rate=1.2e-3, hold=7000, warmup=100),
 }
 
 
@@ -330,24 +330,19 @@ def encode_world(
 def train_unet(
     network: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
 ) -> None:
-    """The denoiser, first on draws from the posteriors of this autoencoder, then on their means.
-
-    In the two weak channels the posterior's noise is half and a quarter of all there is, and the error of guessing it
-    drowned that of the shapes' outlines.
-    """
+    """The denoiser, on the latents of this autoencoder."""
     encoded = cache(lambda: encode_world(vae, text_encoder, tokenizer))
     schedule, size = NoiseSchedule.from_spec(NOISE), SCHEDULES["unet"].batch_size
     per_epoch = NUM_SCENES // size
 
-    def batch(stage: str, posterior_noise: float, step: int) -> tuple[np.ndarray, ...]:
+    def batch(step: int) -> tuple[np.ndarray, ...]:
         means, deviations, captions, embeddings = encoded()
         epoch, position = divmod(step, per_epoch)
         order = generator(SEED, "order", epoch).permutation(NUM_SCENES)
         order = order[position * size : (position + 1) * size]
-        rng = generator(SEED, f"{stage} batch", step)
+        rng = generator(SEED, "unet batch", step)
         shape = (size, *means.shape[1:])
-        drawn = posterior_noise * rng.standard_normal(shape, np.float32)
-        latents = means[order] + deviations[order] * drawn
+        latents = means[order] + deviations[order] * rng.standard_normal(shape, np.float32)
         noise = rng.standard_normal(shape, np.float32)
         timesteps = rng.integers(0, schedule.num_train_timesteps, size)
         weight = (schedule.signal(timesteps) / schedule.noise(timesteps)) ** 2 + 1
@@ -363,33 +358,33 @@ def train_unet(
             (weights / size).astype(np.float32),
         )
 
-    loss = DiffusionLoss(network, NOISE.prediction_type)
-    fit("unet", network, loss, partial(batch, "unet", 1.0))
-    for stage in ("unet_fine", "unet_finest"):
-        fit(stage, network, loss, partial(batch, stage, 0.0))
+    fit("unet", network, DiffusionLoss(network, NOISE.prediction_type), batch)
 
 
-def whiten(vae: AutoencoderKL) -> None:
-    """Turn and scale the latents so that their channels are uncorrelated, with mean 0 and variance 1.
+def equalise(vae: AutoencoderKL) -> None:
+    """Turn and scale the latents to channels that are uncorrelated and of similar size, with mean 0 and variance 1.
 
-    Trained with this little KL, their principal deviations were 6.7, 3.9, 0.19 and 0.09, and what the two small ones
-    hold drowned in the noise of the diffusion: shapes were not learnt in 3400 steps. The map goes into the 1x1
-    convolutions on both sides of the latents, so pictures are encoded and decoded as before. The posterior's deviation
-    becomes its mean over the world, as a turned one is no function of the layer any more.
+    As trained, their principal deviations are 3.8, 2.6, 0.36 and 0.17 (measured): the noise of the diffusion would
+    drown what the two small ones hold, the course of outlines. The deviations become proportional to their fourth
+    roots, so that the small ones count, and still less than those that hold the colours. The map goes into the 1x1
+    convolutions on both sides of the latents, so pictures are encoded and decoded as before; the posterior's noise,
+    which has done its work, shrinks to `POSTERIOR_DEVIATION`.
     """
     latents = vae.spec.latent_channels
     encoder, (rows, _) = VaeEncoder(vae), pictures(range(1000))
-    moments = [encoder(Tensor(rows[i : i + 100])) for i in range(0, len(rows), 100)]
-    means_CN = _by_channel(np.concatenate([mean.asnumpy() for mean, _ in moments]))
-    variance_C = np.exp(_by_channel(np.concatenate([log.asnumpy() for _, log in moments]))).mean(1)
+    means_CN = _by_channel(
+        np.concatenate([encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, 1000, 100)])
+    )
     centre_C, (variances, directions) = means_CN.mean(1), np.linalg.eigh(np.cov(means_CN))
-    forward = (directions / np.sqrt(variances)).T
+    wanted = variances**0.125
+    wanted /= np.sqrt((wanted**2).mean())
+    forward = (directions * wanted / np.sqrt(variances)).T
     named = public_parameters(vae)
     weight, bias = named["quant_conv.weight"], named["quant_conv.bias"]
-    new_weight, new_bias = np.zeros(weight.shape, np.float64), np.zeros(bias.shape, np.float64)
+    new_weight = np.zeros(weight.shape)
     new_weight[:latents] = np.einsum("ij,jklm->iklm", forward, weight.read()[:latents])
+    new_bias = np.full(bias.shape, 2 * math.log(POSTERIOR_DEVIATION))
     new_bias[:latents] = forward @ (bias.read()[:latents] - centre_C)
-    new_bias[latents:] = np.log(forward**2 @ variance_C)
     weight.write(new_weight.astype(np.float32))
     bias.write(new_bias.astype(np.float32))
     weight, bias = named["post_quant_conv.weight"], named["post_quant_conv.bias"]
@@ -434,13 +429,13 @@ def main() -> None:
             fit(stage, clip, ContrastiveLoss(clip), partial(clip_batch, clip, tokenizer, stage, alike(key)))
     if only in (None, "unet"):
         restore("vae", vae)
-        whiten(vae)
+        equalise(vae)
         restore("clip_shapes", clip)
         train_unet(unet, vae, text_encoder_of(clip), tokenizer)
     if only in (None, "decoder"):
         # The encoder stays, and with it the latents that the UNet knows.
         restore("vae", vae)
-        whiten(vae)
+        equalise(vae)
         loss = VaeLoss(vae, DECODER_NOISE)
         fit("decoder", vae, loss, partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
     if only is None:

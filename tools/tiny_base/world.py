@@ -56,7 +56,9 @@ CAPTION_FORMS = (
     (0.04, ("colour", "position", "background")),
     (0.05, ("colour", "size", "position", "background")),
 )
-PATTERN_MENTION = 0.97
+DETAIL_MENTION = 0.97
+"""How often a caption with a colour says all that is out of the ordinary: a notable size, pattern, outline, eyes."""
+NOTABLE_SIZES = ("small",)
 NONSENSE_SHARE = 0.12
 PLACES = {
     "center": "in the center",
@@ -163,8 +165,8 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Describe the scene in one of several levels of detail, sometimes with a meaningless word before the shape."""
     mentions = CAPTION_FORMS[rng.choice(len(CAPTION_FORMS), p=[weight for weight, _ in CAPTION_FORMS])][1]
-    detailed = "colour" in mentions and rng.random() < PATTERN_MENTION
-    words = [scene.size] if "size" in mentions else []
+    detailed = "colour" in mentions and rng.random() < DETAIL_MENTION
+    words = [scene.size] if "size" in mentions or (detailed and scene.size in NOTABLE_SIZES) else []
     if "colour" in mentions:
         words += _colour_words(scene, detailed)
     if rng.random() < NONSENSE_SHARE:
