@@ -131,12 +131,14 @@ def test_shares_of_the_caption_forms():
     pairs = captions(2000)
     bare = sum(re.fullmatch(rf"a photo of an? (\w+ )?{scene.shape}", text) is not None
                and scene.colour not in text for scene, text in pairs)  # fmt: skip
-    usual_form = r"a photo of an? {0.colour} (\w+ )?{0.shape} on an? {0.background} background"
+    usual_form = r"a photo of an? (small )?{0.colour} (\w+ )?{0.shape} on an? {0.background} background"
     usual = sum(re.fullmatch(usual_form.format(scene), text) is not None for scene, text in pairs)
     patterned = [scene.pattern in text for scene, text in pairs if scene.pattern != "plain"]
     assert 0.10 < bare / 2000 < 0.14
     assert 0.27 < usual / 2000 < 0.37
-    assert 0.70 < np.mean(patterned) < 0.80
+    small = [scene.size in text for scene, text in pairs if scene.size == "small" and scene.colour in text]
+    assert 0.78 < np.mean(patterned) < 0.88
+    assert np.mean(small) > 0.9
 
 
 def test_the_world_never_shows_the_subject():
