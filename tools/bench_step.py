@@ -53,7 +53,7 @@ class Size:
 SIZES = {
     "tiny": Size(
         UNetSpec(
-            block_out_channels=(32, 64, 128),
+            block_out_channels=(48, 64, 128),
             has_attention=(False, True, True),
             num_heads=(2, 4, 8),
             cross_attention_dim=96,
