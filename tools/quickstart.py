@@ -22,7 +22,7 @@ EVALUATE = [
     "--instance_data_dir", "demo/subject",
     "--prompt", "configs/inference/quickstart_prompts.txt",
     "--class_prompt", "a photo of a star",
-    "--guidance_scale", "4",
+    "--guidance_scale", "3",
     "--batch_size", "12",
     "--output_dir", str(RUN),
 ]  # fmt: skip
@@ -32,7 +32,7 @@ NEXT = """
 Next:
   look at           {run}/before_after.png and {run}/loss.png
   draw more         .venv/bin/dreambooth-ms sample --pretrained_model_name_or_path checkpoints/tiny-shapes \\
-                      --lora {run} --prompt "a photo of a sks star on a pink background" --guidance_scale 4
+                      --lora {run} --prompt "a photo of a sks star on a pink background" --guidance_scale 3
   your own photos   .venv/bin/dreambooth-ms train --help, and README.md, "Train on your own photographs"
 """
 
