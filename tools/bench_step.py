@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ import numpy as np
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.models.specs import SD_15_UNET, UNetSpec
 from dreambooth_ms.randomness import generator, standard_normal
-from dreambooth_ms.weights.model_config import write_scheduler_config, write_unet_config
+from dreambooth_ms.weights.model_config import read_unet_config, write_scheduler_config, write_unet_config
 
 # MindSpore and PyTorch are imported by the processes that are timed, each its own. A process inherits the peak memory
 # of the one that started it, so this one stays small.
+
+BASE = Path(__file__).parents[1] / "checkpoints" / "tiny-shapes"
 
 SEED = 0
 TEXT_TOKENS = 77
@@ -52,21 +55,13 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        UNetSpec(
-            block_out_channels=(48, 64, 128),
-            has_attention=(False, True, True),
-            num_heads=(2, 4, 8),
-            cross_attention_dim=96,
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_size=16,
-        ),
+        read_unet_config(json.loads((BASE / "unet" / "config.json").read_text(encoding="utf-8"))),
         resolution=64,
         downsampling=4,
     ),
     "sd15": Size(SD_15_UNET, resolution=512, downsampling=8),
 }
-"""`tiny` is the size of the embedded base (tools/train_tiny_base.py)."""
+"""`tiny` is the size of the embedded base."""
 
 
 @dataclass(frozen=True)

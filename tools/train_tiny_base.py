@@ -372,9 +372,8 @@ def equalise(vae: AutoencoderKL) -> None:
     """
     latents = vae.spec.latent_channels
     encoder, (rows, _) = VaeEncoder(vae), pictures(range(1000))
-    means_CN = _by_channel(
-        np.concatenate([encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, 1000, 100)])
-    )
+    means = [encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, len(rows), 100)]
+    means_CN = _by_channel(np.concatenate(means))
     centre_C, (variances, directions) = means_CN.mean(1), np.linalg.eigh(np.cov(means_CN))
     wanted = variances**0.125
     wanted /= np.sqrt((wanted**2).mean())

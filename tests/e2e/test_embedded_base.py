@@ -16,11 +16,6 @@ from tools.tiny_base.world import COLOURS, SHAPES
 
 BASE = Path("checkpoints/tiny-shapes")
 
-pytestmark = pytest.mark.skipif(
-    not (BASE / "model_index.json").is_file(),
-    reason="the embedded base is not trained yet: python -m tools.train_tiny_base",
-)
-
 
 @pytest.fixture(scope="module")
 def base():

@@ -13,10 +13,6 @@ from dreambooth_ms.weights.lora_file import read_lora
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "checkpoints/tiny-shapes/model_index.json").is_file(),
-    reason="the embedded base is not trained yet: python -m tools.train_tiny_base",
-)
 SHORTER = {
     "--max_train_steps": "80",
     "--num_class_images": "8",
