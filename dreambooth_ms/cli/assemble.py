@@ -1,6 +1,5 @@
 """What several commands put together in the same way: base, adapters, embeddings, sampler."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.adapters.lora import LoraDense, load_lora
+from dreambooth_ms.cli.tell import tell as tell
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
@@ -62,8 +62,3 @@ def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[
 def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Embeddings of these prompts and of the empty one; the text encoder is gone afterwards."""
     return encode_prompts(PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), [*prompts, ""])
-
-
-def tell(line: str) -> None:
-    """Print a line about what goes on to stderr, which leaves stdout to results."""
-    print(line, file=sys.stderr)

@@ -1,7 +1,7 @@
 """CLIP's byte-level vocabulary, which is on board: models in single files bring no tokenizer of their own.
 
-The merges are the file that OpenAI published with CLIP (Radford et al., 2021), `vocabulary/bpe_simple_vocab_16e6.txt.gz`,
-as OpenCLIP's package carries it under the licence beside it. Every CLIP text encoder of Stable Diffusion reads it.
+The merges are the file that OpenAI published with CLIP (Radford et al., 2021), `vocabulary/`, as OpenCLIP's package
+carries it under the licence beside it. Every CLIP text encoder of Stable Diffusion reads these tokens.
 """
 
 import gzip

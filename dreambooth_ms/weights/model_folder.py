@@ -5,7 +5,6 @@
 Reading gives specs and filled networks; writing gives a folder that diffusers loads.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.weights.atomic import write_bytes
+from dreambooth_ms.weights.folder_layout import WEIGHT_NAMES, read_json, weight_file, write_json
 from dreambooth_ms.weights.model_config import (
     Config,
     read_clip_config,
@@ -43,13 +42,6 @@ UNMERGED_TOKENS = 2 * 256 + 2
 """Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
 
 PARTS = ("unet", "vae", "text_encoder")
-
-WEIGHT_NAMES = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "clip": "model",
-}
 
 
 @dataclass(frozen=True)
@@ -176,45 +168,6 @@ def _read_spec(path: Path, read: Callable[[Config], Spec], otherwise: str | None
         raise WeightError(f"{path}: {error} is missing; download it again") from error
     except TypeError as error:
         raise WeightError(f"{path}: damaged ({error}); download it again") from error
-
-
-def weight_file(folder: Path, part: str, variant: str | None) -> Path:
-    """The safetensors file of a part.
-
-    Raises:
-        WeightError: there is none.
-    """
-    stem = WEIGHT_NAMES[part] + (f".{variant}" if variant else "")
-    file = folder / part / f"{stem}.safetensors"
-    if not file.is_file():
-        held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []
-        raise WeightError(
-            f"{folder}: {part}/{file.name} is missing (found: {', '.join(held) or 'nothing'}); "
-            "is the download complete?"
-        )
-    return file
-
-
-def read_json(path: Path, otherwise: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightError: missing or not a JSON object; `otherwise` says what that means.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightError(f"{otherwise or path.parent}: {path.name} is missing; is the download complete?") from error
-    except (OSError, ValueError) as error:
-        raise WeightError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise WeightError(f"{path}: expected a JSON object; download it again")
-    return content
-
-
-def write_json(path: Path, content: Config) -> None:
-    """Write a JSON object atomically."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_network(

@@ -1,5 +1,7 @@
 """The tokenizer on board gives the tokens of OpenAI's CLIP, as transformers reads its files."""
 
+from itertools import pairwise
+
 import pytest
 from transformers import CLIPTokenizer
 
@@ -61,7 +63,7 @@ def test_merges_apply_in_their_order(folder, tokenizer):
     ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
     for word in ("bucket", "dreambooth", "photographs", "sks", "antidisestablishmentarianism"):
         pieces = [*word[:-1], word[-1] + "</w>"]
-        while candidates := [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in ranks]:
+        while candidates := [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]:
             _, i = min(candidates)
             pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
         assert tokenizer.tokenize(word) == pieces

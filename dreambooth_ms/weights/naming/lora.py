@@ -111,7 +111,10 @@ class Factors:
 
 
 def recognise_lora(
-    stored: Mapping[str, Shape], source: str, models: Iterable[ModelSpec] = PUBLISHED_MODELS
+    stored: Mapping[str, Shape],
+    source: str,
+    models: Iterable[ModelSpec] = PUBLISHED_MODELS,
+    parts: tuple[str, ...] | None = None,
 ) -> LoraRecognition:
     """The format of a LoRA, and which models it is for.
 
@@ -119,6 +122,7 @@ def recognise_lora(
         stored: names and shapes of the file's tensors.
         source: the file or folder, for the message.
         models: the models it may be for.
+        parts: the one part that a file of PEFT is for, where its folder tells.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
@@ -132,8 +136,10 @@ def recognise_lora(
         if any(re.search(pattern, name) for name in stored):
             raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
     form = lora_format(stored)
-    plans = [plan for model in models for plan in _plans(form, model, stored)]
+    plans = [plan for model in models for plan in _plans(form, model, stored, parts)]
     fitting = [plan for plan in plans if plan.report.fits]
+    if not plans:
+        raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
     if not fitting:
         nearest = min(plans, key=lambda plan: plan.report.count)
         nearest.report.check(source, f"a LoRA of {nearest.model.family.value} in the naming of {form.value}")
@@ -248,11 +254,13 @@ def folded(layer: Factors) -> Factors:
     return Factors(layer.down, up, float(layer.rank))
 
 
-def _plans(form: LoraFormat, model: ModelSpec, stored: Mapping[str, Shape]) -> list[LoraPlan]:
+def _plans(
+    form: LoraFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None
+) -> list[LoraPlan]:
     if form is not LoraFormat.PEFT:
         return [read_plan(form, model, stored)]
-    parts = ["unet", *(part for part in ("text_encoder", "text_encoder_2") if getattr(model, part))]
-    return [read_plan(form, model, stored, (part,)) for part in parts]
+    there = ["unet", *(part for part in ("text_encoder", "text_encoder_2") if getattr(model, part))]
+    return [read_plan(form, model, stored, (part,)) for part in there if parts is None or part in parts]
 
 
 def _layer(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> LoraLayer | None:
