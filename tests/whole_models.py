@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from dreambooth_ms.models.parameter_shapes import model_shapes
+from dreambooth_ms.models.specs import SDXL_BASE, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.stored import Container, StoredTensor
 from dreambooth_ms.weights.model_writing import plan_model
@@ -13,17 +14,43 @@ from dreambooth_ms.weights.naming.report import Report
 from dreambooth_ms.weights.opened_model import OpenedModel
 from tests.small_specs import SMALL
 
+_TOWER = TransformerSpec(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1)
+_GELU_TOWER = replace(_TOWER, hidden_act="gelu")
+_VAE = VaeSpec(block_out_channels=(32, 32), layers_per_block=1)
+_SD1_UNET = UNetSpec(
+    block_out_channels=(32, 64),
+    has_attention=(True, False),
+    num_heads=(8, 8),
+    cross_attention_dim=64,
+    layers_per_block=1,
+)
+_SDXL_UNET = replace(
+    SDXL_BASE.unet,
+    block_out_channels=(32, 64, 64),
+    num_heads=(1, 1, 1),
+    cross_attention_dim=128,
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 2, 2),
+    projection_class_embeddings_input_dim=6 * 256 + 64,
+)
+
+# Small models that run: their heads and norm groups are those that a single file leaves to its family.
+RUNNING = ModelSpec(family=Family.SD1, unet=_SD1_UNET, vae=_VAE, text_encoder=ClipTextSpec(transformer=_TOWER))
+RUNNING_SD2 = ModelSpec(
+    family=Family.SD2,
+    unet=replace(_SD1_UNET, num_heads=(1, 1), use_linear_projection=True, sample_size=96),
+    vae=_VAE,
+    text_encoder=ClipTextSpec(transformer=_GELU_TOWER),
+)
+RUNNING_SDXL = ModelSpec(
+    family=Family.SDXL,
+    unet=_SDXL_UNET,
+    vae=replace(_VAE, scaling_factor=SDXL_BASE.vae.scaling_factor),
+    text_encoder=ClipTextSpec(transformer=_TOWER),
+    text_encoder_2=ClipTextSpec(transformer=_GELU_TOWER, projection_dim=64),
+)
+
 SUFFIXES = {Format.DIFFUSERS: "", Format.STABILITY: ".safetensors", Format.MINDONE: ".ckpt"}
-
-
-def with_vocabulary(model, size):
-    """The model with another number of words in its text encoders, the last of which ends a prompt."""
-    encoders = {
-        name: replace(getattr(model, name), vocab_size=size, eos_token_id=size - 1)
-        for name in ("text_encoder", "text_encoder_2")
-        if getattr(model, name)
-    }
-    return replace(model, **encoders)
 
 
 def random_model(spec, path, dtype=DType.F32, seed=0, prediction_type="epsilon", parts=None):
@@ -33,9 +60,8 @@ def random_model(spec, path, dtype=DType.F32, seed=0, prediction_type="epsilon",
     there = tuple(dict.fromkeys(name.partition(".")[0] for name in shapes)) if parts is None else parts
     tensors = {}
     for name, shape in shapes.items():
-        values = StoredTensor.of(rng.standard_normal(shape, dtype=np.float32) / 8)
         if name.partition(".")[0] in there:
-            tensors[name] = values.cast_to(dtype)
+            tensors[name] = StoredTensor.of(_start_value(name, shape, rng)).cast_to(dtype)
     return OpenedModel(
         path=path,
         container=Container.SAFETENSORS,
@@ -47,6 +73,14 @@ def random_model(spec, path, dtype=DType.F32, seed=0, prediction_type="epsilon",
         prediction_type=prediction_type,
         averages=0,
     )
+
+
+def _start_value(name, shape, rng):
+    """Random, and such that nothing grows or vanishes on its way through the networks."""
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if len(shape) == 1:
+        return noise / 8 + np.float32("norm" in name and name.endswith(".weight"))
+    return noise / np.sqrt(np.prod(shape[1:]), dtype=np.float32)
 
 
 def write_model(form, target, family="sd15", **more):

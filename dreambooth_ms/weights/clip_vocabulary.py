@@ -6,6 +6,8 @@ carries it under the licence beside it. Every CLIP text encoder of Stable Diffus
 
 import gzip
 import json
+import tempfile
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
     write_bytes(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]).encode())
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(folder / "tokenizer_config.json", config)
+
+
+def tokenizer_on_board(pad_token: str = END) -> Path:
+    """A folder with the tokenizer, made when it is first asked for and gone when the program ends."""
+    return Path(_temporary_tokenizer(pad_token).name)
+
+
+@cache
+def _temporary_tokenizer(pad_token: str) -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory(prefix="dreambooth-ms-tokenizer-")
+    write_clip_tokenizer(Path(folder.name), pad_token)
+    return folder
 
 
 def byte_symbols() -> list[str]:

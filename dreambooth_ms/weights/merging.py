@@ -1,12 +1,13 @@
 """LoRAs become part of a model: W + scale * alpha / r * B A (Hu et al., 2021, section 4.1), weight by weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.weights.conversion import (
     DTYPES,
     ProgressBar,
@@ -71,38 +72,32 @@ def merged(model: OpenedModel, loras: Sequence[OpenedLora], scale: float) -> Ope
     """The model with the sum of the LoRAs, each times `scale`, in its weights; nothing is read yet.
 
     A weight is summed in float32 and rounded once to its own type. With a scale of 0 nothing changes, to the bit.
+
+    Raises:
+        WeightError: a LoRA adapts a network that the model does not hold.
     """
     updates: dict[str, list[Factors]] = {}
     for lora in loras:
+        lacking = [part for part in lora.parts if part not in model.parts]
+        if lacking:
+            raise WeightError(f"{lora.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
         for layer, factors in lora.factors.items():
             updates.setdefault(f"{layer}.weight", []).append(factors)
     if scale == 0:
         return model
-    return replace(model, tensors=_updated(model.tensors, updates, scale))
+    tensors = {name: _updated(own, updates.get(name, ()), scale) for name, own in model.tensors.items()}
+    return replace(model, tensors=tensors)
 
 
-def _updated(
-    tensors: Mapping[str, StoredTensor], updates: Mapping[str, Sequence[Factors]], scale: float
-) -> dict[str, StoredTensor]:
-    result = dict(tensors)
-    for name, factors in updates.items():
-        if name in tensors:
-            own = tensors[name]
-            summed = StoredTensor(own.shape, DType.F32, partial(_sum, own, factors, scale))
-            result[name] = summed.cast_to(own.dtype)
-    return result
+def _updated(weight: StoredTensor, factors: Sequence[Factors], scale: float) -> StoredTensor:
+    if not factors:
+        return weight
+    summed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, factors, scale))
+    return summed.cast_to(weight.dtype)
 
 
 def _sum(weight: StoredTensor, factors: Sequence[Factors], scale: float) -> np.ndarray:
     total = weight.cast_to(DType.F32).read()
     for own in factors:
-        total = total + scale * update(own)
+        total = total + np.float32(scale) * own.update()
     return total
-
-
-def update(own: Factors) -> np.ndarray:
-    """alpha / r * B A in float32, in the shape of the layer's weight: (O, I) or (O, I, K, K)."""
-    down, up = own.down.astype(np.float32), own.up.astype(np.float32)
-    product = up.reshape(up.shape[0], own.rank) @ down.reshape(own.rank, -1)
-    factor = 1.0 if own.alpha is None else own.alpha / own.rank
-    return np.float32(factor) * product.reshape(up.shape[0], *down.shape[1:])

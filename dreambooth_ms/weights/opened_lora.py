@@ -2,10 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
@@ -13,7 +15,7 @@ from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.open import open_tensor_file
 from dreambooth_ms.weights.files.stored import Container, StoredTensor, TensorFile
 from dreambooth_ms.weights.folder_layout import read_json
-from dreambooth_ms.weights.lora_file import FILE_NAME, METADATA_KEY
+from dreambooth_ms.weights.lora_file import FILE_NAME, METADATA_KEY, LoraWeights, read_lora
 from dreambooth_ms.weights.naming.lora import Factors, LoraLayer, LoraPlan, read_factors, recognise_lora
 from dreambooth_ms.weights.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.naming.lora_settings import settings_alpha
@@ -96,6 +98,46 @@ def open_lora(path: Path, models: Iterable[ModelSpec] = PUBLISHED_MODELS) -> Ope
         factors[name] = own
     families = tuple(dict.fromkeys(model.family.value for model in found.models))
     return _opened(path, file.container, found.plan, families, factors, [file])
+
+
+def read_adapters(path: Path, base: Callable[[], ModelSpec]) -> dict[str, LoraWeights]:
+    """The adapters of each network from a LoRA of any format, for a base.
+
+    Args:
+        path: a file or folder.
+        base: gives the base's model, which is asked for where a file's own names and settings are not enough.
+
+    Raises:
+        WeightError: no such file, no LoRA, or one for another model.
+    """
+    try:
+        return read_lora(path)
+    except WeightError:
+        if not holds_lora(path):
+            raise
+    lora = open_lora(path, [base()])
+    return {part: _adapter(lora.of_part(part)) for part in lora.parts}
+
+
+def _adapter(factors: Mapping[str, Factors]) -> LoraWeights:
+    """The factors of a network with one rank and one alpha for all: where these differ, scales go into A, and layers
+    of smaller rank get rows and columns of zeros.
+    """
+    scales = {(own.rank, float(own.rank if own.alpha is None else own.alpha)) for own in factors.values()}
+    pairs = {name: (own.down.astype(np.float32), own.up.astype(np.float32)) for name, own in factors.items()}
+    rank, alpha = max(scales)
+    if len(scales) > 1:
+        alpha = float(rank)
+        pairs = {name: _padded(pair, factors[name], rank) for name, pair in pairs.items()}
+    return LoraWeights(pairs, rank, alpha, tuple(pairs))
+
+
+def _padded(pair: tuple[np.ndarray, np.ndarray], own: Factors, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    down, up = pair
+    down = down * np.float32(1.0 if own.alpha is None else own.alpha / own.rank)
+    more = rank - own.rank
+    around = [(0, 0)] * (down.ndim - 2)
+    return np.pad(down, [(0, more), (0, 0), *around]), np.pad(up, [(0, 0), (0, more), *around])
 
 
 def _opened(

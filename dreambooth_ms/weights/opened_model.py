@@ -113,7 +113,7 @@ def open_model(path: Path, variant: str | None = None, use_averages: bool = Fals
         report=plan.report,
         prediction_type=said or found.prediction_type,
         averages=len(plan.averages),
-        notes=tuple(_without_doubt(found.notes) if said else found.notes) + tuple(_left_out(file)),
+        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *_left_out(file)),
         metadata=file.metadata,
         files=(path,),
     )
@@ -142,7 +142,8 @@ def _open_folder(path: Path, variant: str | None) -> OpenedModel:
         report=plan.report,
         prediction_type=said if isinstance(said, str) else None,
         averages=0,
-        notes=tuple(_without_doubt(found.notes)),
+        # A folder's configurations tell.
+        notes=tuple(_without(found.notes, "do not tell", "are assumed")),
         files=tuple(files.values()),
     )
 
@@ -187,9 +188,9 @@ def _with_vae_settings(model: ModelSpec, folder: Path) -> ModelSpec:
     return replace(model, vae=replace(model.vae, scaling_factor=factor)) if isinstance(factor, float) else model
 
 
-def _without_doubt(notes: Collection[str]) -> list[str]:
-    """The notes on what names do not tell, without what something else has told."""
-    return [note for note in notes if "do not tell" not in note and "are assumed" not in note]
+def _without(notes: Collection[str], *doubts: str) -> list[str]:
+    """The notes but those of some doubts, which something else has removed."""
+    return [note for note in notes if not any(doubt in note for doubt in doubts)]
 
 
 def _left_out(file: TensorFile) -> list[str]:
@@ -199,3 +200,10 @@ def _left_out(file: TensorFile) -> list[str]:
 def assumed_prediction(model: OpenedModel) -> str:
     """What a model predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
     return model.prediction_type or ("v_prediction" if model.spec.family is Family.SD2 else "epsilon")
+
+
+def notes_as_folder(model: OpenedModel) -> tuple[str, ...]:
+    """The notes on a single file that is read as a folder, with what is assumed of it."""
+    if model.prediction_type is not None:
+        return model.notes
+    return (*model.notes, f"It is taken to predict {assumed_prediction(model)}; converting can say otherwise.")

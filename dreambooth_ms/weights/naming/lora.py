@@ -109,6 +109,13 @@ class Factors:
         """r."""
         return int(self.down.shape[0])
 
+    def update(self) -> np.ndarray:
+        """alpha / r * B A in float32, in the shape of the layer's weight: (O, I) or (O, I, K, K)."""
+        down, up = self.down.astype(np.float32), self.up.astype(np.float32)
+        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return np.float32(scale) * product.reshape(up.shape[0], *down.shape[1:])
+
 
 def recognise_lora(
     stored: Mapping[str, Shape],
@@ -141,6 +148,12 @@ def recognise_lora(
     if not plans:
         raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
     if not fitting:
+        families = {plan.model.family for plan in plans}
+        others = [model for model in PUBLISHED_MODELS if model.family not in families]
+        own = _family_by_names(form, stored, parts, others)
+        if own:
+            wanted = " or ".join(family.value for family in families)
+            raise WeightError(f"{source}: this is a LoRA for {own.value}; expected one for {wanted}")
         nearest = min(plans, key=lambda plan: plan.report.count)
         nearest.report.check(source, f"a LoRA of {nearest.model.family.value} in the naming of {form.value}")
     return LoraRecognition(fitting[0], tuple(plan.model for plan in fitting))
@@ -261,6 +274,16 @@ def _plans(
         return [read_plan(form, model, stored)]
     there = ["unet", *(part for part in ("text_encoder", "text_encoder_2") if getattr(model, part))]
     return [read_plan(form, model, stored, (part,)) for part in there if parts is None or part in parts]
+
+
+def _family_by_names(
+    form: LoraFormat, stored: Mapping[str, Shape], parts: tuple[str, ...] | None, models: Iterable[ModelSpec]
+) -> Family | None:
+    """The family of the model that has all the names of a LoRA: with its sizes too, or else with others."""
+    plans = [plan for model in models for plan in _plans(form, model, stored, parts)]
+    named = [plan for plan in plans if not plan.report.missing and not plan.report.unexpected]
+    named.sort(key=lambda plan: len(plan.report.misshaped))
+    return named[0].model.family if named else None
 
 
 def _layer(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> LoraLayer | None:
