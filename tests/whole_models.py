@@ -28,10 +28,10 @@ _SDXL_UNET = replace(
     SDXL_BASE.unet,
     block_out_channels=(32, 64, 64),
     num_heads=(1, 1, 1),
-    cross_attention_dim=128,
+    cross_attention_dim=64 + 128,
     layers_per_block=1,
     transformer_layers_per_block=(1, 2, 2),
-    projection_class_embeddings_input_dim=6 * 256 + 64,
+    projection_class_embeddings_input_dim=6 * 256 + 128,
 )
 
 # Small models that run: their heads and norm groups are those that a single file leaves to its family.
@@ -47,7 +47,10 @@ RUNNING_SDXL = ModelSpec(
     unet=_SDXL_UNET,
     vae=replace(_VAE, scaling_factor=SDXL_BASE.vae.scaling_factor),
     text_encoder=ClipTextSpec(transformer=_TOWER),
-    text_encoder_2=ClipTextSpec(transformer=_GELU_TOWER, projection_dim=64),
+    # Of another width than the first, because diffusers tells them apart by it.
+    text_encoder_2=ClipTextSpec(
+        transformer=replace(_GELU_TOWER, hidden_size=128, num_attention_heads=2), projection_dim=128
+    ),
 )
 
 SUFFIXES = {Format.DIFFUSERS: "", Format.STABILITY: ".safetensors", Format.MINDONE: ".ckpt"}

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from mindspore import Tensor
 
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.model_folder import open_model_folder
@@ -92,14 +93,14 @@ def test_we_read_what_it_saves(written, tmp_path, options):
     assert values_of({name: again[name] for name in expected}) == values_of(expected)
 
 
-@pytest.mark.parametrize("written", ["sd1", "sd2"], indirect=True)
-def test_its_networks_from_our_file_give_our_outputs(written):
+@pytest.mark.parametrize("written", ["sd1"], indirect=True)
+def test_its_networks_from_our_file_give_our_outputs(written, pynative):
     pipeline = written.kind.from_single_file(
         str(written.file), config=str(written.folder), local_files_only=True, torch_dtype=torch.float32
     )
     ours = open_model_folder(written.file)
     latents, timesteps, text = normal(1, 4, 16, 16), np.array([500]), normal(1, 77, 64)
-    picture, ids = normal(1, 3, 32, 32), ours_ids(ours)
+    picture, ids = normal(1, 3, 32, 32), PromptTokenizer(ours.tokenizer_path).ids(["a photo of sks dog"])
     with torch.no_grad():
         noise = pipeline.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample
         mean = pipeline.vae.encode(torch.tensor(picture)).latent_dist.mean
@@ -108,9 +109,3 @@ def test_its_networks_from_our_file_give_our_outputs(written):
     assert relative_error(unet, noise) < TOLERANCE
     assert relative_error(VaeEncoder(ours.load_vae())(Tensor(picture))[0], mean) < TOLERANCE
     assert relative_error(ours.load_text_encoder()(Tensor(ids, ms.int32)), states) < TOLERANCE
-
-
-def ours_ids(folder):
-    from dreambooth_ms.data.text import PromptTokenizer
-
-    return PromptTokenizer(folder.tokenizer_path).ids(["a photo of sks dog"])
