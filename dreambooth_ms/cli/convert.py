@@ -25,6 +25,7 @@ def run(argv: Sequence[str]) -> int:
         form=wanted.format,
         dtype=wanted.dtype,
         base=Path(wanted.base) if wanted.base else None,
+        alpha=wanted.alpha,
         variant=wanted.variant,
         prediction_type=wanted.prediction_type,
         use_averages=wanted.use_ema,

@@ -21,6 +21,7 @@ def run(argv: Sequence[str]) -> int:
         [Path(path) for path in wanted.lora],
         Path(wanted.target),
         scale=wanted.scale,
+        alpha=wanted.alpha,
         form=wanted.format,
         dtype=wanted.dtype,
         variant=wanted.variant,

@@ -292,6 +292,8 @@ class ConversionConfig:
     """Type of the numbers to write. None: as they are."""
     base: str | None = None
     """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    alpha: float | None = None
+    """For a LoRA whose file does not hold its alpha, as those of mindone. None: its rank, a scale of 1."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
     prediction_type: PredictionType | None = None
@@ -325,6 +327,8 @@ class MergingConfig:
     extension a folder."""
     scale: float = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
+    alpha: float | None = None
+    """For LoRAs whose file does not hold their alpha, as those of mindone. None: their rank, a scale of 1."""
     format: ModelFormat | None = None
     """Format to write. None: told by the target's name."""
     dtype: WeightType | None = None
@@ -407,6 +411,7 @@ RANGES: dict[str, Range] = {
     "target": _NOT_EMPTY,
     "base": _NOT_EMPTY,
     "scale": Range("a finite number", math.isfinite),
+    "alpha": Range("a finite number", math.isfinite),
 }
 """Ranges by field name, the same in every command. None is never out of range."""
 

@@ -55,6 +55,7 @@ def convert(
     form: str | None = None,
     dtype: str | None = None,
     base: Path | None = None,
+    alpha: float | None = None,
     variant: str | None = None,
     prediction_type: str | None = None,
     use_averages: bool = False,
@@ -69,6 +70,7 @@ def convert(
         form: the format by its name in MODEL_FORMATS or LORA_FORMATS; None where the target's name is enough.
         dtype: fp32, fp16 or bf16; None keeps it.
         base: the model that a LoRA is for, where its sizes are not those of a published one.
+        alpha: of a LoRA whose file does not hold it.
         variant: which of the files of a folder are read.
         prediction_type: what the model predicts, where the source does not tell.
         use_averages: take the moving averages (EMA) instead of the weights.
@@ -81,7 +83,7 @@ def convert(
     check_free(target)
     if holds_lora(source):
         models = [open_model(base).spec] if base else PUBLISHED_MODELS
-        lora = open_lora(source, models)
+        lora = open_lora(source, models).with_alpha(alpha)
         write_lora_as(lora, target, lora_format_of(target, form), DTYPES[dtype] if dtype else None)
         for note in lora.notes:
             tell(note)

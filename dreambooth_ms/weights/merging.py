@@ -30,6 +30,7 @@ def merge(
     target: Path,
     *,
     scale: float,
+    alpha: float | None = None,
     form: str | None = None,
     dtype: str | None = None,
     variant: str | None = None,
@@ -44,6 +45,7 @@ def merge(
         loras: files or folders of any format and rank; their updates are added up.
         target: the file or folder to write.
         scale: strength of all of them.
+        alpha: of LoRAs whose file does not hold it.
         form: the target's format by its name; None where the target's name is enough.
         dtype: fp32, fp16 or bf16; None keeps that of the base.
         variant: which of the files of the base's folder are read.
@@ -59,7 +61,7 @@ def merge(
     if prediction_type:
         model = replace(model, prediction_type=prediction_type)
     model.check()
-    opened = [open_lora(path, [model.spec]) for path in loras]
+    opened = [open_lora(path, [model.spec]).with_alpha(alpha) for path in loras]
     for lora in opened:
         for note in lora.notes:
             tell(f"{lora.path}: {note}")

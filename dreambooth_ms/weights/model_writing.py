@@ -14,6 +14,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import Family
 from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, check_room, check_writable, sync
 from dreambooth_ms.weights.clip_vocabulary import SIZE, write_clip_tokenizer
+from dreambooth_ms.weights.files.byte_ranges import FileRange
 from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.weights.files.safetensors_file import write_safetensors
@@ -111,7 +112,13 @@ def assembled(
         own = dtype if dtype and pieces[0].dtype.is_float else pieces[0].dtype
         pieces = [piece.cast_to(own) for piece in pieces]
         load = partial(_build, assembly, pieces)
-        yield name, StoredTensor(assembly.shape([piece.shape for piece in pieces]), own, load)
+        yield name, StoredTensor(assembly.shape([p.shape for p in pieces]), own, load, _ranges(assembly, pieces))
+
+
+def _ranges(assembly: Assembly, pieces: list[StoredTensor]) -> tuple[FileRange, ...]:
+    """Where files have the bytes of an assembled tensor in their order; empty if nowhere."""
+    ordered = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
+    return tuple(one for piece in pieces for one in piece.ranges) if ordered else ()
 
 
 def _build(assembly: Assembly, pieces: list[StoredTensor]) -> np.ndarray:

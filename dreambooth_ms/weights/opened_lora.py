@@ -52,6 +52,13 @@ class OpenedLora:
         held = {layer.partition(".")[0] for layer in self.factors}
         return [part for part in PARTS if part in held]
 
+    def with_alpha(self, alpha: float | None) -> "OpenedLora":
+        """The LoRA with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
+        if alpha is None:
+            return self
+        told = {name: own if own.alpha is not None else replace(own, alpha=alpha) for name, own in self.factors.items()}
+        return replace(self, factors=told, notes=())
+
     def of_part(self, part: str) -> dict[str, Factors]:
         """The factors of a network, by the layers' names in it."""
         prefix = f"{part}."

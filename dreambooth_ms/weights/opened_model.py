@@ -9,6 +9,7 @@ import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import Family, ModelSpec
+from dreambooth_ms.weights.files.byte_ranges import FileRange
 from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.open import open_tensor_file
 from dreambooth_ms.weights.files.stored import Container, StoredTensor, TensorFile
@@ -155,8 +156,16 @@ def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[s
     for name, slot in plan.slots.items():
         own = stored[slot.name]
         read = blocks.read if slot.blocks > 1 else partial(_read, stored)
-        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(read, slot))
+        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(read, slot), _ranges(slot, own))
     return tensors
+
+
+def _ranges(slot: Slot, stored: StoredTensor) -> tuple[FileRange, ...]:
+    """Where the file has the bytes of a public tensor in their order: a block of rows is a part of its tensor's."""
+    if not slot.layout.keeps_order or len(stored.ranges) != 1:
+        return ()
+    size = stored.byte_count // slot.blocks
+    return (stored.ranges[0].part(slot.block * size, size),)
 
 
 def _read(stored: Mapping[str, StoredTensor], slot: Slot) -> np.ndarray:

@@ -197,14 +197,14 @@ class TestTargets:
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
     def test_a_source_that_breaks_off_leaves_nothing_behind(self, tmp_path, monkeypatch, capsys, form):
         path, planned = single_file(tmp_path)
-        read = StoredTensor.read
+        write = StoredTensor.write_to
 
-        def breaks(tensor):
+        def breaks(tensor, file):
             if tensor.shape == planned.model.tensors["vae.decoder.conv_out.weight"].shape:
                 raise WeightError("model.safetensors: changed while it was being read; try again")
-            return read(tensor)
+            write(tensor, file)
 
-        monkeypatch.setattr(StoredTensor, "read", breaks)
+        monkeypatch.setattr(StoredTensor, "write_to", breaks)
         assert main(["convert", str(path), str(tmp_path / f"out{SUFFIXES[form]}")]) == 2
         assert "changed while it was being read" in capsys.readouterr().err
         assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]

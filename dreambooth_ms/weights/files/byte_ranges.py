@@ -20,6 +20,7 @@ from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.format_error import FormatError, unreadable
 
 _PIECE = 1 << 20
+_COPIED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,27 @@ class FileRange:
                 if not count:
                     raise WeightError(f"{self.file.path}: changed while it was being read; try again")
                 filled += count
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Append the bytes to a file, by way of a small buffer: large ones would cost a page fault for every page.
+
+        Raises:
+            WeightError: they cannot be read any more.
+        """
+        buffer = memoryview(bytearray(min(self.size, _COPIED)))
+        with self.file.opened() as source:
+            source.seek(self.start)
+            left = self.size
+            while left:
+                count = source.readinto(buffer[: min(left, _COPIED)])  # type: ignore[attr-defined]
+                if not count:
+                    raise WeightError(f"{self.file.path}: changed while it was being read; try again")
+                target.write(buffer[:count])
+                left -= count
+
+    def part(self, start: int, size: int) -> "FileRange":
+        """Some of these bytes."""
+        return FileRange(self.file, self.start + start, size)
 
 
 @dataclass(frozen=True)
