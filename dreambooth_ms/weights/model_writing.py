@@ -100,6 +100,9 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     default = dtype or next(iter(model.dtypes))
     for name, value in plan.constants.items():
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
+    if form is Format.STABILITY and model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
+        # Where tools look for it in SDXL's files; it holds nothing.
+        tensors["v_pred"] = StoredTensor.of(np.zeros(0, np.float32))
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan)))
 
 
@@ -208,6 +211,8 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
     if plan.left_out:
         shown = ", ".join(plan.left_out[:3])
         yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
+    if model.has_latent_statistics:
+        yield "The mean and deviation of its latents are not carried over; keep the source for drawing with it."
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     yield from _notes_on_prediction(model, form)

@@ -48,6 +48,8 @@ class OpenedModel:
     """"epsilon" or "v_prediction"; None if nothing tells."""
     averages: int
     """How many moving averages (EMA) are there besides the weights."""
+    has_latent_statistics: bool = False
+    """Whether there are a mean and deviation of the latents besides, as in Playground v2.5."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
@@ -114,6 +116,7 @@ def open_model(path: Path, variant: str | None = None, use_averages: bool = Fals
         report=plan.report,
         prediction_type=said or found.prediction_type,
         averages=len(plan.averages),
+        has_latent_statistics="edm_mean" in shapes,
         notes=(*(_without(found.notes, "do not tell") if said else found.notes), *_left_out(file)),
         metadata=file.metadata,
         files=(path,),

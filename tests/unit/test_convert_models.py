@@ -146,6 +146,20 @@ class TestSingleFiles:
         assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
         assert open_model(tmp_path / "out").prediction_type == "epsilon"
 
+    def test_velocity_of_sdxl_is_said_where_other_tools_look_for_it(self, tmp_path):
+        model = random_model(SMALL["sdxl"], tmp_path, prediction_type="v_prediction")
+        plan_model(model, Format.STABILITY).write(tmp_path / "model.safetensors")
+        tensors = open_tensor_file(tmp_path / "model.safetensors").tensors
+        assert tensors["v_pred"].shape == (0,)
+        write_safetensors(tmp_path / "bare.safetensors", tensors)
+        assert open_model(tmp_path / "bare.safetensors").prediction_type == "v_prediction"
+
+    def test_statistics_of_latents_that_are_lost_are_told(self, tmp_path, capsys):
+        more = {name: StoredTensor.of(np.zeros(4, np.float32)) for name in ("edm_mean", "edm_std")}
+        path, _ = single_file(tmp_path, "sdxl", more)
+        assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+        assert "The mean and deviation of its latents are not carried over" in capsys.readouterr().err
+
     @pytest.mark.parametrize(("flags", "kind"), [([], "v_prediction"), (["--prediction_type", "epsilon"], "epsilon")])
     def test_of_sd_2_it_is_assumed_or_told(self, tmp_path, capsys, flags, kind):
         path, _ = single_file(tmp_path, "sd21")
