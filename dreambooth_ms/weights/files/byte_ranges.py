@@ -6,9 +6,10 @@ handle is kept: every read opens the file, and sees if it is still the one that 
 
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -125,25 +126,44 @@ class FileRange:
                 filled += count
 
     def copy_to(self, target: BinaryIO) -> None:
-        """Append the bytes to a file, by way of a small buffer: large ones would cost a page fault for every page.
+        """Append the bytes to a file: within the kernel where it can, else by way of a small buffer.
 
         Raises:
             WeightError: they cannot be read any more.
+            OSError: the file cannot be written to.
         """
-        buffer = memoryview(bytearray(min(self.size, _COPIED)))
+        failure = None
+        target.flush()
         with self.file.opened() as source:
-            source.seek(self.start)
-            left = self.size
-            while left:
-                count = source.readinto(buffer[: min(left, _COPIED)])  # type: ignore[attr-defined]
+            sent = _send(source, target, self.start, self.size)
+            source.seek(self.start + sent)
+            # Small, because memory that was never touched costs a page fault for every page.
+            buffer = memoryview(bytearray(min(self.size - sent, _COPIED)))
+            while sent < self.size and failure is None:
+                count = source.readinto(buffer[: min(self.size - sent, _COPIED)])  # type: ignore[attr-defined]
                 if not count:
                     raise WeightError(f"{self.file.path}: changed while it was being read; try again")
-                target.write(buffer[:count])
-                left -= count
+                sent += count
+                try:
+                    target.write(buffer[:count])
+                except OSError as error:
+                    failure = error  # Of the target; within, it would be taken for one of the source.
+        if failure is not None:
+            raise failure
 
     def part(self, start: int, size: int) -> "FileRange":
         """Some of these bytes."""
         return FileRange(self.file, self.start + start, size)
+
+
+def _send(source: BinaryIO, target: BinaryIO, start: int, size: int) -> int:
+    """Copy bytes from file to file without bringing them here; returns how many, 0 where the system cannot do it."""
+    sent = 0
+    if sys.platform == "linux":
+        with suppress(OSError):
+            while sent < size and (count := os.sendfile(target.fileno(), source.fileno(), start + sent, size - sent)):
+                sent += count
+    return sent
 
 
 @dataclass(frozen=True)
