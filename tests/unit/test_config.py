@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dreambooth_ms.config import schema as schemas
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
-from dreambooth_ms.config.schema import RANGES, EvaluateConfig, SampleConfig, TrainConfig
+from dreambooth_ms.config.schema import RANGES, ConvertConfig, EvaluateConfig, MergeConfig, SampleConfig, TrainConfig
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.errors import ConfigError
 
@@ -467,7 +467,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, content):
 def test_every_spelling_stands_for_a_field_and_is_not_one(name):
     targets = SPELLINGS[name]
     known = [schema_fields(TrainConfig), schema_fields(SampleConfig)]
-    assert all(any(target in fields for fields in known) for target in targets)
+    weights = [schema_fields(ConvertConfig), schema_fields(MergeConfig)]
+    assert all(any(target in fields for fields in known + weights) for target in targets)
     assert all(name not in fields for fields in known)
     assert all(len(set(targets) & fields.keys()) <= 1 for fields in known), "a spelling must mean one thing"
 
