@@ -54,7 +54,10 @@ def test_every_field_is_documented(schema):
 
 
 def test_every_range_belongs_to_a_field():
-    fields = [schema_fields(schema).keys() for schema in (TrainConfig, SampleConfig, EvaluateConfig)]
+    fields = [
+        schema_fields(schema).keys()
+        for schema in (TrainConfig, SampleConfig, EvaluateConfig, ConvertConfig, MergeConfig)
+    ]
     assert RANGES.keys() <= set().union(*fields)
 
 
