@@ -15,14 +15,24 @@ from hypothesis import strategies as st
 from dreambooth_ms.config import schema as schemas
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
-from dreambooth_ms.config.schema import RANGES, ConvertConfig, EvaluateConfig, MergeConfig, SampleConfig, TrainConfig
+from dreambooth_ms.config.schema import (
+    RANGES,
+    ConvertConfig,
+    EvaluateConfig,
+    InspectConfig,
+    MergeConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.errors import ConfigError
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a dog"]
 SAMPLE_REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a sks dog"]
-EVERY_SCHEMA = pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, EvaluateConfig])
+EVERY_SCHEMA = pytest.mark.parametrize(
+    "schema", [TrainConfig, SampleConfig, EvaluateConfig, ConvertConfig, InspectConfig, MergeConfig]
+)
 
 
 def train(*flags: str) -> TrainConfig:
