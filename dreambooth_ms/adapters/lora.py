@@ -6,6 +6,8 @@ y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so 
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
@@ -17,7 +19,15 @@ from dreambooth_ms.ops import Dense
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.lora_file import LoraWeights
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.naming.lora import Factors
+from dreambooth_ms.weights.parameters import PublicParameter, public_parameters
+
+
+class Adapted(Protocol):
+    """A layer with an adapter whose strength can be set."""
+
+    def set_scale(self, multiplier: float) -> None:
+        """0 is the base layer, 1 is as trained."""
 
 
 class LoraDense(nn.Cell):
@@ -214,22 +224,49 @@ def lora_weights(layers: dict[str, LoraDense], target_modules: Sequence[str]) ->
     return LoraWeights(factors, any_layer.rank, any_layer.alpha, tuple(target_modules))
 
 
-def load_lora(root: nn.Cell, adapters: Sequence[LoraWeights], scale: float) -> dict[str, LoraDense]:
+def load_lora(root: nn.Cell, adapters: Sequence[LoraWeights], scale: float) -> dict[str, Adapted]:
     """Put the sum of some adapters of a network on it, all times `scale`; returns the adapted layers by name.
+
+    Linear layers get an adapter beside them; updates of convolutions are added to their weights.
 
     Raises:
         WeightError: an adapter was trained on another network.
     """
     if not adapters:
         return {}
-    if not {name for adapter in adapters for name in adapter.factors} <= linear_layers(root).keys():
+    linear, parameters = linear_layers(root).keys(), public_parameters(root)
+    names = {name for adapter in adapters for name in adapter.factors}
+    if not all(name in linear or f"{name}.weight" in parameters for name in names):
         raise WeightError("the adapter was trained on another base")
-    total = sum_of(adapters)
-    layers = inject_lora(root, total.rank, total.alpha, total.target_modules)
-    for name, layer in layers.items():
-        layer.set_factors(*total.factors[name])
-        layer.set_scale(scale)
-    return layers
+    adapted: dict[str, Adapted] = {
+        name: FoldedUpdate(parameters[f"{name}.weight"], [own for own in adapters if name in own.factors], name)
+        for name in sorted(names - linear)
+    }
+    beside = [replace(own, factors={n: pair for n, pair in own.factors.items() if n in linear}) for own in adapters]
+    beside = [own for own in beside if own.factors]
+    if beside:
+        total = sum_of(beside)
+        layers = inject_lora(root, total.rank, total.alpha, total.target_modules)
+        for name, layer in layers.items():
+            layer.set_factors(*total.factors[name])
+        adapted |= layers
+    for one in adapted.values():
+        one.set_scale(scale)
+    return adapted
+
+
+class FoldedUpdate:
+    """The update of a convolution, in its weight; its scale can be set again, to 0 for the base's own bits."""
+
+    def __init__(self, weight: PublicParameter, adapters: Sequence[LoraWeights], name: str) -> None:
+        self._weight, self._base = weight, weight.read()
+        self._update = sum((Factors(*own.factors[name], own.alpha).update() for own in adapters), np.float32(0))
+        if self._update.shape != weight.shape:
+            raise WeightError(f"the adapter does not fit the base: {self._update.shape} for {weight.shape}")
+
+    def set_scale(self, multiplier: float) -> None:
+        """Weaken or strengthen the adapter: 0 is the base layer, 1 is as trained."""
+        self._weight.write(self._base + np.float32(multiplier) * self._update if multiplier else self._base)
 
 
 def sum_of(adapters: Sequence[LoraWeights]) -> LoraWeights:

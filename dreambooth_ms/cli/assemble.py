@@ -1,21 +1,21 @@
 """What several commands put together in the same way: base, adapters, embeddings, sampler."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.adapters.lora import LoraDense, load_lora
+from dreambooth_ms.adapters.lora import Adapted, load_lora
+from dreambooth_ms.cli.tell import tell as tell
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import set_up_device
 from dreambooth_ms.weights.hub import find_model
-from dreambooth_ms.weights.lora_file import read_lora
 from dreambooth_ms.weights.model_folder import ModelFolder, open_model_folder
+from dreambooth_ms.weights.opened_lora import read_adapters
 
 
 def open_base(
@@ -23,7 +23,10 @@ def open_base(
 ) -> ModelFolder:
     """Set up the device and open the base model."""
     set_up_device(device.device_target, device.ms_mode)
-    return open_model_folder(find_model(name_or_path, revision), variant)
+    folder = open_model_folder(find_model(name_or_path, revision), variant)
+    for note in folder.notes:
+        tell(f"{folder.path}: {note}")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class AdaptedModel:
     """A base with adapters on it."""
 
     unet: UNet2DConditionModel
-    layers: list[LoraDense]
+    layers: list[Adapted]
     """The UNet's adapted layers."""
     embeddings: dict[str, np.ndarray]
     """Prompt -> embedding of the adapted text encoder, for the prompts asked for and the empty one."""
@@ -45,7 +48,7 @@ def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[
     Raises:
         WeightError: an adapter was trained on another base.
     """
-    files = [read_lora(Path(path)) for path in weights.lora]
+    files = [read_adapters(Path(path), lambda: folder.opened().spec) for path in weights.lora]
     tokenizer, encoder, unet = PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), folder.load_unet()
     base_embeddings = encode_prompts(tokenizer, encoder, [*prompts, ""])
     try:
@@ -62,8 +65,3 @@ def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[
 def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Embeddings of these prompts and of the empty one; the text encoder is gone afterwards."""
     return encode_prompts(PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), [*prompts, ""])
-
-
-def tell(line: str) -> None:
-    """Print a line about what goes on to stderr, which leaves stdout to results."""
-    print(line, file=sys.stderr)

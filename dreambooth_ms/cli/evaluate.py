@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.lora import LoraDense
+from dreambooth_ms.adapters.lora import Adapted
 from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.load import load
@@ -85,6 +85,6 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     return before, after
 
 
-def _set_scale(layers: Iterable[LoraDense], scale: float) -> None:
+def _set_scale(layers: Iterable[Adapted], scale: float) -> None:
     for layer in layers:
         layer.set_scale(scale)

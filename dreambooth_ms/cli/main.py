@@ -34,6 +34,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command("dreambooth_ms.cli.train", "teach a base model a subject from a few pictures", "TrainConfig"),
     "sample": Command("dreambooth_ms.cli.sample", "draw pictures with a base model and its adapters", "SampleConfig"),
     "evaluate": Command("dreambooth_ms.cli.evaluate", "compare base and adapted model", "EvaluateConfig"),
+    "inspect": Command("dreambooth_ms.cli.inspect", "tell what a file or folder is", "InspectConfig"),
+    "convert": Command("dreambooth_ms.cli.convert", "write a model or a LoRA in another format", "ConvertConfig"),
+    "merge": Command("dreambooth_ms.cli.merge", "merge LoRAs into a model", "MergeConfig"),
 }
 
 
@@ -111,9 +114,10 @@ def _command_help(name: str, schema: str) -> str:
     from dreambooth_ms.config import schema as schemas
     from dreambooth_ms.config.describe import describe
 
+    positional = "".join(f" {field.upper()}" for field in getattr(getattr(schemas, schema), "POSITIONAL", ()))
     return "\n".join(
         [
-            f"usage: {PROGRAM} {name} [--config FILE] [--name value ...]",
+            f"usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]",
             "",
             f"{COMMANDS[name].summary.capitalize()}.",
             "",

@@ -38,8 +38,7 @@ from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, Tr
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 from dreambooth_ms.weights.atomic import check_writable
-from dreambooth_ms.weights.digest import file_digest
-from dreambooth_ms.weights.model_folder import ModelFolder, weight_file
+from dreambooth_ms.weights.model_folder import ModelFolder
 
 INTERRUPTED_STATUS = 130
 
@@ -137,7 +136,7 @@ def encode_pictures(
     posteriors = cached_posteriors(
         cache,
         plan.views(done * batches_per_step, total * batches_per_step),
-        file_digest(weight_file(folder.path, "vae", folder.variant)),
+        folder.digest("vae"),
         data.resolution,
         data.image_interpolation_mode,
         lambda: _load_encoder(folder),
@@ -298,7 +297,7 @@ def _token_ids(folder: ModelFolder, prompts: Iterable[str]) -> dict[str, np.ndar
 def _embeddings(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """Embeddings by the base's own text encoder, all at once, because each time it is compiled anew."""
     return cached_embeddings(
-        cache, prompts, file_digest(weight_file(folder.path, "text_encoder", folder.variant)),
+        cache, prompts, folder.digest("text_encoder"),
         lambda missing: embed_prompts(folder, missing),
     )  # fmt: skip
 

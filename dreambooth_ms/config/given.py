@@ -50,10 +50,17 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
     return next(iter(get_close_matches(name, candidates, n=1, cutoff=0.7)), None)
 
 
-def read_flags(argv: Sequence[str], known: Mapping[str, Field], report: Report) -> list[Given]:
-    """Split the command line at its flags. A value is a text, a list of texts, or True for a flag that stands alone."""
-    flags = []
+def read_flags(
+    argv: Sequence[str], known: Mapping[str, Field], report: Report, positional: Sequence[str] = ()
+) -> list[Given]:
+    """Split the command line at its flags. A value is a text, a list of texts, or True for a flag that stands alone.
+
+    Fields in `positional` may stand at the beginning without their flags, in this order.
+    """
+    flags: list[Given | None] = []
     rest = list(argv)
+    while len(flags) < len(positional) and rest and not rest[0].startswith("--"):
+        flags.append(Given(positional[len(flags)], rest.pop(0)))
     while rest:
         first = rest.pop(0)
         if not first.startswith("--"):

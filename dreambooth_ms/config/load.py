@@ -73,7 +73,7 @@ def load(schema: type[Config], argv: Sequence[str]) -> Loaded[Config]:
         ConfigError: every mistake found, one line each.
     """
     known, report = schema_fields(schema), Report()
-    flags = read_flags(argv, known, report)
+    flags = read_flags(argv, known, report, getattr(schema, "POSITIONAL", ()))
     values: dict[str, Any] = {}
     for given in flags:
         if given.name == "config":

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Method: TypeAlias = Literal["lora", "full"]
@@ -20,6 +20,11 @@ LearningRateSchedule: TypeAlias = Literal[
 DeviceTarget: TypeAlias = Literal["auto", "CPU", "Ascend"]
 ValidationScheduler: TypeAlias = Literal["DPMSolverMultistepScheduler", "DDIMScheduler"]
 SamplingScheduler: TypeAlias = Literal["ddim", "euler", "dpm++_2m", "dpm++_2m_karras", "pndm"]
+WeightType: TypeAlias = Literal["fp32", "fp16", "bf16"]
+ModelFormat: TypeAlias = Literal["diffusers", "stability", "mindone"]
+WeightFormat: TypeAlias = Literal[
+    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors"
+]
 
 POLYNOMIAL_END_LEARNING_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -272,6 +277,68 @@ class ComparisonConfig:
     """Folder for before_after.png and metrics.json."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig:
+    """From any format to any other; which they are is told from the files and the target's name."""
+
+    source: str
+    """Model or LoRA: a file or a folder, in any format that is read."""
+    target: str
+    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
+    extension a folder."""
+    format: WeightFormat | None = None
+    """Format to write, where the target's name leaves it open. None: told by the name."""
+    dtype: WeightType | None = None
+    """Type of the numbers to write. None: as they are."""
+    base: str | None = None
+    """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    alpha: float | None = None
+    """For a LoRA whose file does not hold its alpha, as those of mindone. None: its rank, a scale of 1."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, for a source that does not tell. None: SD 2.x velocity, others noise."""
+    use_ema: bool = False
+    """Take the moving averages that a single file may hold, in place of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionConfig:
+    """What is in a file or folder."""
+
+    source: str
+    """Model or LoRA: a file or a folder, in any format that is read."""
+    base: str | None = None
+    """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig:
+    """One or several LoRAs become part of a model's weights."""
+
+    base: str
+    """The model: a file or a folder, in any format that is read."""
+    lora: list[str]
+    """LoRA files or folders of any format and rank; several are added up."""
+    target: str
+    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
+    extension a folder."""
+    scale: float = 1.0
+    """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
+    alpha: float | None = None
+    """For LoRAs whose file does not hold their alpha, as those of mindone. None: their rank, a scale of 1."""
+    format: ModelFormat | None = None
+    """Format to write. None: told by the target's name."""
+    dtype: WeightType | None = None
+    """Type of the numbers to write. None: as they are in the model."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, for one that does not tell. None: SD 2.x velocity, others noise."""
+
+
 class Range(NamedTuple):
     """The values that a field may take: in words, and as a test."""
 
@@ -340,6 +407,11 @@ RANGES: dict[str, Range] = {
     "width": _SIDE,
     "num_inference_steps": _STEPS,
     "clip": _NOT_EMPTY,
+    "source": _NOT_EMPTY,
+    "target": _NOT_EMPTY,
+    "base": _NOT_EMPTY,
+    "scale": Range("a finite number", math.isfinite),
+    "alpha": Range("a finite number", math.isfinite),
 }
 """Ranges by field name, the same in every command. None is never out of range."""
 
@@ -490,4 +562,46 @@ class EvaluateConfig:
         problems = out_of_range(self)
         if not self.weights.lora:
             problems.append("--lora: missing; name the adapter to compare the base with")
+        return Findings(problems, [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Write a model or a LoRA in another format."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("source", "target")
+    """Fields that may be given without their flags, in this order."""
+
+    conversion: ConversionConfig
+
+    def check(self) -> Findings:
+        """Ranges. Reads no file."""
+        return Findings(out_of_range(self), [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Tell what a file or folder is."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("source",)
+    """Fields that may be given without their flags, in this order."""
+
+    inspection: InspectionConfig
+
+    def check(self) -> Findings:
+        """Ranges. Reads no file."""
+        return Findings(out_of_range(self), [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Merge LoRAs into a model."""
+
+    merging: MergingConfig
+
+    def check(self) -> Findings:
+        """Ranges. Reads no file."""
+        problems = out_of_range(self)
+        if not self.merging.lora:
+            problems.append("--lora: missing; name the LoRA to merge")
         return Findings(problems, [])

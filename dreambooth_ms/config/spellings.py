@@ -39,6 +39,11 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "n_save_sample": ("num_validation_images",),
     "drop_out": ("lora_dropout",),
     "mode": ("ms_mode",),
+    "weight_base": ("base",),
+    "weight_pretrained": ("base",),
+    "weight_lora": ("lora",),
+    "weight_merged": ("target",),
+    "lora_config_alpha": ("alpha",),
 }
 """Another name -> the fields that it may stand for: the one that the command has."""
 
@@ -134,6 +139,7 @@ HARMLESS: dict[str, str] = {
     "dataloader_num_workers": "a few pictures gain nothing from being loaded in parallel",
     "num_parallel_workers": "a few pictures gain nothing from being loaded in parallel",
     "pre_compute_text_embeddings": "prompts are always encoded once",
+    "lora_config_rank": "the rank is told from the LoRA's shapes",
     "skip_save_text_encoder": "only what was trained is saved",
 }
 """Flags that are accepted and ignored -> why nothing is lost."""

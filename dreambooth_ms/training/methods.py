@@ -1,6 +1,5 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,10 @@ from dreambooth_ms.weights import lora_file
 from dreambooth_ms.weights.model_folder import (
     WEIGHT_NAMES,
     ModelFolder,
-    read_json,
     save_network,
-    weight_file,
-    write_json,
 )
+from dreambooth_ms.weights.model_writing import plan_model, write_parts
+from dreambooth_ms.weights.naming.formats import Format
 from dreambooth_ms.weights.parameters import public_parameters
 from dreambooth_ms.weights.tensor_file import STEP_KEY, read_metadata
 
@@ -104,8 +102,7 @@ def full(
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
         for name, network in reversed(networks.items()):
-            config = read_json(folder.path / name / "config.json")
-            save_network(target, name, network, config, np.float32, {STEP_KEY: str(step)})
+            save_network(target, name, network, folder.config(name), np.float32, {STEP_KEY: str(step)})
 
     def write_folder(target: Path, step: int) -> None:
         copy_base(folder, target, networks.keys())
@@ -137,26 +134,15 @@ def result_of(method: Method, folder: Path) -> tuple[Path, int]:
 
 
 def copy_base(folder: ModelFolder, target: Path, trained: Collection[str]) -> None:
-    """Copy what was not trained of a model folder: networks, tokenizer, scheduler and the index.
+    """Write what was not trained of a base model: networks, tokenizer, scheduler and the index.
 
-    The weights lose their variant's name, so that the copy loads without naming one.
+    Weights have plain names whatever variant they were, so that the result loads without naming one.
     """
-    index = read_json(folder.path / "model_index.json")
-    for name in sorted(path.name for path in folder.path.iterdir() if path.is_dir() and path.name in index):
-        if name in ("vae", "text_encoder"):
-            if name not in trained:
-                write_json(target / name / "config.json", read_json(folder.path / name / "config.json"))
-                shutil.copyfile(
-                    weight_file(folder.path, name, folder.variant), target / name / f"{WEIGHT_NAMES[name]}.safetensors"
-                )
-        elif name != "unet":
-            shutil.copytree(folder.path / name, target / name, dirs_exist_ok=True)
-            for path in (target / name).glob(f"*.{folder.variant}.*"):
-                path.replace(path.with_name(path.name.replace(f".{folder.variant}.", ".")))
-    absent = {
-        name: [None, None] for name, of in index.items() if isinstance(of, list) and not (folder.path / name).is_dir()
-    }
-    write_json(target / "model_index.json", index | absent)
+    base = folder.opened()
+    planned = plan_model(base, Format.DIFFUSERS)
+    trained = {"unet", *trained}
+    kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
+    write_parts(target, base, kept)
 
 
 def _denoiser(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> nn.Cell:

@@ -9,17 +9,15 @@ WANTED_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
 
 def find_model(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """A local folder as it is; any other name is looked up on the Hugging Face hub and downloaded once.
+    """A local folder or file as it is; any other name is looked up on the Hugging Face hub and downloaded once.
 
     Raises:
-        WeightError: neither a folder here nor a model on the hub, or the hub cannot be reached.
+        WeightError: neither a folder or file here nor a model on the hub, or the hub cannot be reached.
     """
     # Of os.path, because those of pathlib raise on names that are too long and on unknown users.
     path = os.path.expanduser(name_or_path)
-    if os.path.isdir(path):
-        return Path(path)
     if os.path.exists(path):
-        raise WeightError(f"{name_or_path}: expected a model folder, got a file; single-file models come later")
+        return Path(path)
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise WeightError(f"{name_or_path}: no such folder, and not a hub name of the form owner/model")
     from huggingface_hub import snapshot_download

@@ -2,11 +2,11 @@
 
     unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-Reading gives specs and filled networks; writing gives a folder that diffusers loads.
+Reading gives specs and filled networks; writing gives a folder that diffusers loads. A model in a single file of any
+format is read as the folder that it would be converted to.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,13 @@ from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.weights.atomic import write_bytes
+from dreambooth_ms.weights.clip_vocabulary import tokenizer_on_board
+from dreambooth_ms.weights.digest import tensors_digest
+from dreambooth_ms.weights.files.open import open_tensor_file
+from dreambooth_ms.weights.files.recognise import recognise
+from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.folder_configs import folder_configs, tokenizers
+from dreambooth_ms.weights.folder_layout import INDEX, SCHEDULER, WEIGHT_NAMES, read_json, weight_file, write_json
 from dreambooth_ms.weights.model_config import (
     Config,
     read_clip_config,
@@ -30,9 +36,11 @@ from dreambooth_ms.weights.model_config import (
     read_vae_config,
     write_scheduler_config,
 )
+from dreambooth_ms.weights.model_writing import tokenizers_on_board
 from dreambooth_ms.weights.naming.formats import OLD_VAE_NAMES
+from dreambooth_ms.weights.opened_model import OpenedModel, assumed_prediction, notes_as_folder, open_model
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
-from dreambooth_ms.weights.tensor_file import check_tensor_file, read_tensors, write_tensors
+from dreambooth_ms.weights.tensor_file import check_weights, read_tensors, read_values, write_tensors
 
 Spec = TypeVar("Spec")
 
@@ -43,13 +51,6 @@ UNMERGED_TOKENS = 2 * 256 + 2
 """Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
 
 PARTS = ("unet", "vae", "text_encoder")
-
-WEIGHT_NAMES = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "clip": "model",
-}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,38 @@ class ModelFolder:
     text_spec: ClipTextSpec
     schedule_spec: NoiseScheduleSpec
     scheduler_config: Config
+    file: OpenedModel | None = None
+    """The model, if it is a single file."""
 
     @property
     def tokenizer_path(self) -> Path:
-        """Where the tokenizer's files are."""
-        return self.path / "tokenizer"
+        """Where the tokenizer's files are: the model's own, or for a single file those on board."""
+        return tokenizer_on_board(tokenizers(self.file.spec)["tokenizer"]) if self.file else self.path / "tokenizer"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about it, one sentence each."""
+        return notes_as_folder(self.file) if self.file else ()
+
+    def opened(self) -> OpenedModel:
+        """The tensors of the whole model by public name, none of which is read yet."""
+        return self.file or open_model(self.path, self.variant)
+
+    def tensors(self, part: str) -> dict[str, StoredTensor]:
+        """The tensors of a network by their names in it, none of which is read yet."""
+        if self.file:
+            return self.file.of_part(part)
+        stored = open_tensor_file(weight_file(self.path, part, self.variant)).tensors
+        named = {current_name(part, name): tensor for name, tensor in stored.items()}
+        return {name: tensor for name, tensor in named.items() if name not in BUFFERS}
+
+    def digest(self, part: str) -> str:
+        """What caches of a network's results are keyed by: the same for the same weights in any format."""
+        return tensors_digest(self.tensors(part))
+
+    def config(self, part: str) -> Config:
+        """The configuration of a network."""
+        return _configs(self.path, self.file)(f"{part}/config.json", None)
 
     @property
     def picture_size(self) -> int:
@@ -92,43 +120,47 @@ class ModelFolder:
 
     def load_vae(self) -> AutoencoderKL:
         """The autoencoder, filled."""
-        return self._load("vae", AutoencoderKL(self.vae_spec), rename=new_vae_name)
+        return self._load("vae", AutoencoderKL(self.vae_spec))
 
     def load_text_encoder(self) -> CLIPTextModel:
         """The text encoder, filled."""
         return self._load("text_encoder", CLIPTextModel(self.text_spec))
 
-    def _load(self, part: str, network: nn.Cell, rename: Any = None) -> Any:
-        file = weight_file(self.path, part, self.variant)
-        tensors, _ = read_tensors(file)
-        if rename is not None:
-            tensors = fit_old_attention({rename(name): tensor for name, tensor in tensors.items()}, network)
-        load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS)
+    def _load(self, part: str, network: nn.Cell) -> Any:
+        source = self.path if self.file else weight_file(self.path, part, self.variant)
+        tensors = fit_old_attention(read_values(self.tensors(part)), network)
+        load_strict(network, tensors, str(source))
         return network
 
 
 def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
-    """Check a folder and read its configurations.
+    """Check a folder, or a model in a single file, and read its configurations.
 
     Raises:
-        WeightError: it is no model folder, a part is missing, or it holds another kind of model.
+        WeightError: it is no model, a part is missing, or it holds another kind of model.
     """
-    index = read_json(path / "model_index.json", f"{path} is not a model folder in diffusers' layout")
+    file = None if path.is_dir() else _open_file(path)
+    config = _configs(path, file)
+    index = config(INDEX, f"{path} is not a model folder in diffusers' layout")
     if "text_encoder_2" in index:
         raise WeightError(f"{path}: this is an SDXL model, which this version cannot train yet; use SD 1.x or 2.x")
     if not set(PARTS) <= index.keys():
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x or 2.x")
-    for part in PARTS:
-        check_tensor_file(weight_file(path, part, variant))
-    _check_tokenizer(path / "tokenizer")
+    if file:
+        _check_file(file, PARTS)
+    else:
+        for part in PARTS:
+            check_weights(weight_file(path, part, variant))
+        _check_tokenizer(path / "tokenizer")
     folder = ModelFolder(
         path=path,
         variant=variant,
-        unet_spec=_read_spec(path / "unet" / "config.json", read_unet_config),
-        vae_spec=_read_spec(path / "vae" / "config.json", read_vae_config),
-        text_spec=_read_spec(path / "text_encoder" / "config.json", read_text_config),
-        schedule_spec=_read_spec(path / "scheduler" / "scheduler_config.json", read_scheduler_config),
-        scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
+        unet_spec=_read_spec(path, config, "unet/config.json", read_unet_config),
+        vae_spec=_read_spec(path, config, "vae/config.json", read_vae_config),
+        text_spec=_read_spec(path, config, "text_encoder/config.json", read_text_config),
+        schedule_spec=_read_spec(path, config, SCHEDULER, read_scheduler_config),
+        scheduler_config=config(SCHEDULER, None),
+        file=file,
     )
     unet, latent_channels = folder.unet_spec, folder.vae_spec.latent_channels
     if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -142,6 +174,40 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
             f"{folder.text_spec.transformer.hidden_size}; take both from one model"
         )
     return folder
+
+
+def _open_file(path: Path) -> OpenedModel:
+    try:
+        recognise(path)
+    except WeightError as error:
+        raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
+    return open_model(path)
+
+
+def _check_file(file: OpenedModel, parts: Collection[str]) -> None:
+    """A single file must hold every network, and words that the vocabulary on board has."""
+    file.check()
+    lacking = [part for part in parts if part not in file.parts]
+    if lacking:
+        raise WeightError(
+            f"{file.path}: holds no {' and no '.join(lacking)}; convert it into a folder and put them into that"
+        )
+    unknown = tokenizers(file.spec).keys() - tokenizers_on_board(file).keys()
+    if unknown:
+        raise WeightError(
+            f"{file.path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that"
+        )
+
+
+ConfigReader = Callable[[str, str | None], dict[str, Any]]
+"""From a path within the folder, and what it means that it is missing, to the JSON object there."""
+
+
+def _configs(path: Path, file: OpenedModel | None) -> ConfigReader:
+    if file is None:
+        return lambda name, otherwise: read_json(path / name, otherwise)
+    made = folder_configs(file.spec, file.parts, assumed_prediction(file))
+    return lambda name, otherwise: made[name]
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -161,60 +227,24 @@ def _check_tokenizer(folder: Path) -> None:
 
 def load_clip(folder: Path) -> CLIPModel:
     """Both towers from a folder in transformers' layout."""
-    network = CLIPModel(_read_spec(folder / "config.json", read_clip_config, f"{folder} holds no CLIP model"))
+    otherwise = f"{folder} holds no CLIP model"
+    network = CLIPModel(_read_spec(folder, _configs(folder, None), "config.json", read_clip_config, otherwise))
     file = folder / "model.safetensors"
     load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
     return network
 
 
-def _read_spec(path: Path, read: Callable[[Config], Spec], otherwise: str | None = None) -> Spec:
+def _read_spec(
+    path: Path, config: ConfigReader, name: str, read: Callable[[Config], Spec], otherwise: str | None = None
+) -> Spec:
     """A configuration file as a spec; a key that it lacks is an error that names the file."""
-    config = read_json(path, otherwise)
+    content = config(name, otherwise)
     try:
-        return read(config)
+        return read(content)
     except KeyError as error:
-        raise WeightError(f"{path}: {error} is missing; download it again") from error
+        raise WeightError(f"{path / name}: {error} is missing; download it again") from error
     except TypeError as error:
-        raise WeightError(f"{path}: damaged ({error}); download it again") from error
-
-
-def weight_file(folder: Path, part: str, variant: str | None) -> Path:
-    """The safetensors file of a part.
-
-    Raises:
-        WeightError: there is none.
-    """
-    stem = WEIGHT_NAMES[part] + (f".{variant}" if variant else "")
-    file = folder / part / f"{stem}.safetensors"
-    if not file.is_file():
-        held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []
-        raise WeightError(
-            f"{folder}: {part}/{file.name} is missing (found: {', '.join(held) or 'nothing'}); "
-            "is the download complete?"
-        )
-    return file
-
-
-def read_json(path: Path, otherwise: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightError: missing or not a JSON object; `otherwise` says what that means.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightError(f"{otherwise or path.parent}: {path.name} is missing; is the download complete?") from error
-    except (OSError, ValueError) as error:
-        raise WeightError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise WeightError(f"{path}: expected a JSON object; download it again")
-    return content
-
-
-def write_json(path: Path, content: Config) -> None:
-    """Write a JSON object atomically."""
-    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+        raise WeightError(f"{path / name}: damaged ({error}); download it again") from error
 
 
 def save_network(
@@ -250,10 +280,13 @@ def save_index(folder: Path, schedule: NoiseScheduleSpec) -> None:
     )
 
 
-def new_vae_name(name: str) -> str:
-    """A name of the autoencoder as current diffusers writes it."""
-    for new, old in OLD_VAE_NAMES.items():
-        name = name.replace(f".{old}.", f".{new}.")
+def current_name(part: str, name: str) -> str:
+    """A name in a network's file as current diffusers writes it, and transformers before 5.6."""
+    if part == "vae":
+        for new, old in OLD_VAE_NAMES.items():
+            name = name.replace(f".{old}.", f".{new}.")
+    if part.startswith("text_encoder") and name.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        return f"text_model.{name}"
     return name
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.open import open_tensor_file
 from dreambooth_ms.weights.files.safetensors_file import read_safetensors, write_safetensors
 from dreambooth_ms.weights.files.stored import StoredTensor
 
@@ -21,20 +22,27 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         WeightError: the file is missing, cut short, or not a safetensors file.
     """
     file = read_safetensors(path)
-    return {name: _values(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
+    return read_values(file.tensors), dict(file.metadata)
 
 
-def _values(tensor: StoredTensor) -> np.ndarray:
-    return (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
+def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
+    """Tensors as arrays in memory. Each has its own dtype, but bfloat16, which becomes float32."""
+    return {
+        name: (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
+        for name, tensor in tensors.items()
+    }
 
 
-def check_tensor_file(path: Path) -> None:
-    """Whether a file is there, whole and a safetensors file, without reading its tensors.
+def check_weights(path: Path) -> None:
+    """Whether a file is there, whole and of the kind that its name says, without reading its tensors.
 
     Raises:
         WeightError: it is not.
     """
-    read_safetensors(path)
+    if path.suffix == ".safetensors":
+        read_safetensors(path)
+    else:
+        open_tensor_file(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -15,14 +15,24 @@ from hypothesis import strategies as st
 from dreambooth_ms.config import schema as schemas
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
-from dreambooth_ms.config.schema import RANGES, EvaluateConfig, SampleConfig, TrainConfig
+from dreambooth_ms.config.schema import (
+    RANGES,
+    ConvertConfig,
+    EvaluateConfig,
+    InspectConfig,
+    MergeConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.errors import ConfigError
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a dog"]
 SAMPLE_REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a sks dog"]
-EVERY_SCHEMA = pytest.mark.parametrize("schema", [TrainConfig, SampleConfig, EvaluateConfig])
+EVERY_SCHEMA = pytest.mark.parametrize(
+    "schema", [TrainConfig, SampleConfig, EvaluateConfig, ConvertConfig, InspectConfig, MergeConfig]
+)
 
 
 def train(*flags: str) -> TrainConfig:
@@ -54,7 +64,10 @@ def test_every_field_is_documented(schema):
 
 
 def test_every_range_belongs_to_a_field():
-    fields = [schema_fields(schema).keys() for schema in (TrainConfig, SampleConfig, EvaluateConfig)]
+    fields = [
+        schema_fields(schema).keys()
+        for schema in (TrainConfig, SampleConfig, EvaluateConfig, ConvertConfig, MergeConfig)
+    ]
     assert RANGES.keys() <= set().union(*fields)
 
 
@@ -467,7 +480,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, content):
 def test_every_spelling_stands_for_a_field_and_is_not_one(name):
     targets = SPELLINGS[name]
     known = [schema_fields(TrainConfig), schema_fields(SampleConfig)]
-    assert all(any(target in fields for fields in known) for target in targets)
+    weights = [schema_fields(ConvertConfig), schema_fields(MergeConfig)]
+    assert all(any(target in fields for fields in known + weights) for target in targets)
     assert all(name not in fields for fields in known)
     assert all(len(set(targets) & fields.keys()) <= 1 for fields in known), "a spelling must mean one thing"
 

@@ -1,6 +1,7 @@
 """Tensors go into files and come out of them with every bit, one at a time, and files appear whole or not at all."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.files import mindspore_ckpt
+from dreambooth_ms.weights.files import byte_ranges, mindspore_ckpt
 from dreambooth_ms.weights.files.dtypes import DType, to_float32
 from dreambooth_ms.weights.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
 from dreambooth_ms.weights.files.open import open_tensor_file
@@ -221,3 +222,28 @@ class TestStreaming:
         assert length % 8 == 0
         assert all(entry["data_offsets"][0] % tensors[name].dtype.itemsize == 0 for name, entry in header.items())
         assert list(header) == ["b", "a", "y", "c", "d", "z"]
+
+
+class TestCopiedBytes:
+    """Tensors that a file holds as they are go from file to file, within the kernel or by way of a buffer."""
+
+    @pytest.fixture
+    def written(self, tmp_path):
+        write_safetensors(tmp_path / "first", one_of_each())
+        return read_safetensors(tmp_path / "first").tensors
+
+    @pytest.mark.parametrize("platform", ["linux", "darwin"])
+    def test_they_are_the_same(self, tmp_path, written, monkeypatch, platform):
+        monkeypatch.setattr(byte_ranges.sys, "platform", platform)
+        monkeypatch.setattr(byte_ranges, "_COPIED", 5)
+        assert all(tensor.ranges for tensor in written.values())
+        write_safetensors(tmp_path / "second", written)
+        assert (tmp_path / "second").read_bytes() == (tmp_path / "first").read_bytes()
+
+    def test_a_full_disk_is_the_targets_and_not_the_sources(self, written):
+        class Full(io.BytesIO):
+            def write(self, content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left on device"):
+            written["F32 (7,)"].write_to(Full())

@@ -4,6 +4,8 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+from dreambooth_ms.weights.clip_vocabulary import byte_symbols
+
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
@@ -15,7 +17,7 @@ def write_tokenizer(folder: Path, words: list[str]) -> int:
     Any text can be tokenised: what is no word of the world falls apart into letters.
     """
     merges = _merges_for(words)
-    symbols = list(_byte_symbols())
+    symbols = byte_symbols()
     vocabulary = symbols + [symbol + END_OF_WORD for symbol in symbols] + ["".join(pair) for pair in merges]
     vocabulary += [START, END]
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +52,6 @@ def _apply(merges: list[tuple[str, str]], pieces: list[str]) -> list[str]:
             return pieces
         _, i = min(pairs)
         pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
-
-
-def _byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in the order of GPT-2's and CLIP's vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -6,9 +6,10 @@ handle is kept: every read opens the file, and sees if it is still the one that 
 
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -20,6 +21,7 @@ from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.format_error import FormatError, unreadable
 
 _PIECE = 1 << 20
+_COPIED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,46 @@ class FileRange:
                 if not count:
                     raise WeightError(f"{self.file.path}: changed while it was being read; try again")
                 filled += count
+
+    def copy_to(self, target: BinaryIO) -> None:
+        """Append the bytes to a file: within the kernel where it can, else by way of a small buffer.
+
+        Raises:
+            WeightError: they cannot be read any more.
+            OSError: the file cannot be written to.
+        """
+        failure = None
+        target.flush()
+        with self.file.opened() as source:
+            sent = _send(source, target, self.start, self.size)
+            source.seek(self.start + sent)
+            # Small, because memory that was never touched costs a page fault for every page.
+            buffer = memoryview(bytearray(min(self.size - sent, _COPIED)))
+            while sent < self.size and failure is None:
+                count = source.readinto(buffer[: min(self.size - sent, _COPIED)])  # type: ignore[attr-defined]
+                if not count:
+                    raise WeightError(f"{self.file.path}: changed while it was being read; try again")
+                sent += count
+                try:
+                    target.write(buffer[:count])
+                except OSError as error:
+                    failure = error  # Of the target; within, it would be taken for one of the source.
+        if failure is not None:
+            raise failure
+
+    def part(self, start: int, size: int) -> "FileRange":
+        """Some of these bytes."""
+        return FileRange(self.file, self.start + start, size)
+
+
+def _send(source: BinaryIO, target: BinaryIO, start: int, size: int) -> int:
+    """Copy bytes from file to file without bringing them here; returns how many, 0 where the system cannot do it."""
+    sent = 0
+    if sys.platform == "linux":
+        with suppress(OSError):
+            while sent < size and (count := os.sendfile(target.fileno(), source.fileno(), start + sent, size - sent)):
+                sent += count
+    return sent
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _stored(name: str, parts: list[_Part]) -> StoredTensor:
     shape = () if first.dims == (0,) and values.size == dtype.itemsize else first.dims
     if checked_byte_count(shape, dtype) != values.size:
         raise FormatError(f"cut short, or damaged: {quoted(name)} has a size that does not fit its shape")
-    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape))
+    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), tuple(part.content for part in parts))
 
 
 def _text(parts: list[_Part]) -> str:
@@ -198,10 +198,14 @@ def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progre
     size = sum(len(head) + len(part) for name in tensors for head, part in _slices(name, tensors[name]))
     with atomic_path(path, size=size) as partial_path, partial_path.open("wb") as file:
         for name, tensor in tensors.items():
-            content = raw_bytes(tensor.read())
-            for head, part in _slices(name, tensor):
+            slices = list(_slices(name, tensor))
+            content = raw_bytes(tensor.read()) if len(slices) > 1 else None
+            for head, part in slices:
                 file.write(head)
-                file.write(content[part.start : part.stop])
+                if content is None:
+                    tensor.write_to(file)
+                else:
+                    file.write(content[part.start : part.stop])
                 if progress is not None:
                     progress(len(part))
 

@@ -23,7 +23,6 @@ from dreambooth_ms.weights.files.stored import (
     check_names,
     checked_byte_count,
     is_valid_text,
-    raw_bytes,
     total_bytes,
 )
 from dreambooth_ms.weights.files.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -54,7 +53,7 @@ def read_safetensors(path: Path) -> TensorFile:
 
 
 def _stored(values: FileRange, dtype: DType, shape: tuple[int, ...]) -> StoredTensor:
-    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape))
+    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), (values,))
 
 
 def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
@@ -128,7 +127,7 @@ def write_safetensors(
     with atomic_path(path, size=len(header) + total_bytes(ordered)) as partial_path, partial_path.open("wb") as file:
         file.write(header)
         for tensor in ordered.values():
-            file.write(raw_bytes(tensor.read()))
+            tensor.write_to(file)
             if progress is not None:
                 progress(tensor.byte_count)
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from dreambooth_ms.weights.files.byte_ranges import FileRange
 from dreambooth_ms.weights.files.dtypes import DType, cast
 from dreambooth_ms.weights.files.format_error import FormatError, quoted
 
@@ -33,6 +35,8 @@ class StoredTensor:
     dtype: DType
     load: Callable[[], np.ndarray] = field(repr=False)
     """Fetches or makes the values; called once per reading."""
+    ranges: tuple[FileRange, ...] = field(default=(), repr=False)
+    """Where the bytes of the values stand as they are, one range after the other; empty if nowhere."""
 
     @property
     def byte_count(self) -> int:
@@ -49,6 +53,17 @@ class StoredTensor:
         assert values.shape == self.shape, f"{values.shape} instead of {self.shape}"
         assert values.dtype == self.dtype.numpy, f"{values.dtype} instead of {self.dtype.value}"
         return values
+
+    def write_to(self, file: BinaryIO) -> None:
+        """Append the values to a file, in row-major order; without a copy in memory where a file holds them so.
+
+        Raises:
+            WeightError: they cannot be read any more.
+        """
+        if not self.ranges:
+            file.write(raw_bytes(self.read()))
+        for one in self.ranges:
+            one.copy_to(file)
 
     def cast_to(self, dtype: DType) -> "StoredTensor":
         """The same tensor in another float type; integers and truth values stay as they are."""

@@ -109,9 +109,19 @@ class Factors:
         """r."""
         return int(self.down.shape[0])
 
+    def update(self) -> np.ndarray:
+        """alpha / r * B A in float32, in the shape of the layer's weight: (O, I) or (O, I, K, K)."""
+        down, up = self.down.astype(np.float32), self.up.astype(np.float32)
+        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return np.float32(scale) * product.reshape(up.shape[0], *down.shape[1:])
+
 
 def recognise_lora(
-    stored: Mapping[str, Shape], source: str, models: Iterable[ModelSpec] = PUBLISHED_MODELS
+    stored: Mapping[str, Shape],
+    source: str,
+    models: Iterable[ModelSpec] = PUBLISHED_MODELS,
+    parts: tuple[str, ...] | None = None,
 ) -> LoraRecognition:
     """The format of a LoRA, and which models it is for.
 
@@ -119,6 +129,7 @@ def recognise_lora(
         stored: names and shapes of the file's tensors.
         source: the file or folder, for the message.
         models: the models it may be for.
+        parts: the one part that a file of PEFT is for, where its folder tells.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
@@ -132,9 +143,17 @@ def recognise_lora(
         if any(re.search(pattern, name) for name in stored):
             raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
     form = lora_format(stored)
-    plans = [plan for model in models for plan in _plans(form, model, stored)]
+    plans = [plan for model in models for plan in _plans(form, model, stored, parts)]
     fitting = [plan for plan in plans if plan.report.fits]
+    if not plans:
+        raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
     if not fitting:
+        families = {plan.model.family for plan in plans}
+        others = [model for model in PUBLISHED_MODELS if model.family not in families]
+        own = _family_by_names(form, stored, parts, others)
+        if own:
+            wanted = " or ".join(family.value for family in families)
+            raise WeightError(f"{source}: this is a LoRA for {own.value}; expected one for {wanted}")
         nearest = min(plans, key=lambda plan: plan.report.count)
         nearest.report.check(source, f"a LoRA of {nearest.model.family.value} in the naming of {form.value}")
     return LoraRecognition(fitting[0], tuple(plan.model for plan in fitting))
@@ -248,11 +267,23 @@ def folded(layer: Factors) -> Factors:
     return Factors(layer.down, up, float(layer.rank))
 
 
-def _plans(form: LoraFormat, model: ModelSpec, stored: Mapping[str, Shape]) -> list[LoraPlan]:
+def _plans(
+    form: LoraFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None
+) -> list[LoraPlan]:
     if form is not LoraFormat.PEFT:
         return [read_plan(form, model, stored)]
-    parts = ["unet", *(part for part in ("text_encoder", "text_encoder_2") if getattr(model, part))]
-    return [read_plan(form, model, stored, (part,)) for part in parts]
+    there = ["unet", *(part for part in ("text_encoder", "text_encoder_2") if getattr(model, part))]
+    return [read_plan(form, model, stored, (part,)) for part in there if parts is None or part in parts]
+
+
+def _family_by_names(
+    form: LoraFormat, stored: Mapping[str, Shape], parts: tuple[str, ...] | None, models: Iterable[ModelSpec]
+) -> Family | None:
+    """The family of the model that has all the names of a LoRA: with its sizes too, or else with others."""
+    plans = [plan for model in models for plan in _plans(form, model, stored, parts)]
+    named = [plan for plan in plans if not plan.report.missing and not plan.report.unexpected]
+    named.sort(key=lambda plan: len(plan.report.misshaped))
+    return named[0].model.family if named else None
 
 
 def _layer(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> LoraLayer | None:

@@ -24,6 +24,11 @@ class Layout(Enum):
     """(O, I) for (O, I, 1, 1)."""
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether the elements follow each other alike in both forms."""
+        return self is not Layout.TRANSPOSED
+
+    @property
     def inverse(self) -> "Layout":
         """The layout that undoes this one."""
         return {Layout.CONVOLUTION: Layout.LINEAR, Layout.LINEAR: Layout.CONVOLUTION}.get(self, self)

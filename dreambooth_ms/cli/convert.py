@@ -1,0 +1,42 @@
+"""`dreambooth-ms convert SOURCE TARGET`: a model or a LoRA in another format."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import ConvertConfig
+from dreambooth_ms.weights.conversion import convert
+from dreambooth_ms.weights.files.stored import Progress
+
+
+def run(argv: Sequence[str]) -> int:
+    """Convert by a command line; returns the exit status."""
+    loaded = load(ConvertConfig, argv)
+    for note in loaded.notes:
+        tell(note)
+    wanted = loaded.config.conversion
+    convert(
+        Path(wanted.source),
+        Path(wanted.target),
+        form=wanted.format,
+        dtype=wanted.dtype,
+        base=Path(wanted.base) if wanted.base else None,
+        alpha=wanted.alpha,
+        variant=wanted.variant,
+        prediction_type=wanted.prediction_type,
+        use_averages=wanted.use_ema,
+        tell=tell,
+        progress=bytes_bar,
+    )
+    return 0
+
+
+@contextmanager
+def bytes_bar(total: int) -> Iterator[Progress]:
+    """A progress bar over so many bytes."""
+    with tqdm(total=total, desc="writing", unit="B", unit_scale=True) as bar:
+        yield bar.update

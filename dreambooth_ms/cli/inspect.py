@@ -1,0 +1,16 @@
+"""`dreambooth-ms inspect SOURCE`: what a file or folder is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import InspectConfig
+from dreambooth_ms.weights.inspection import describe_source
+
+
+def run(argv: Sequence[str]) -> int:
+    """Inspect by a command line; returns the exit status."""
+    wanted = load(InspectConfig, argv).config.inspection
+    for line in describe_source(Path(wanted.source), Path(wanted.base) if wanted.base else None, wanted.variant):
+        print(line.encode(errors="backslashreplace").decode())
+    return 0

@@ -1,0 +1,32 @@
+"""`dreambooth-ms merge --base MODEL --lora LORA --target TARGET`: LoRAs become part of a model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreambooth_ms.cli.convert import bytes_bar
+from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import MergeConfig
+from dreambooth_ms.weights.merging import merge
+
+
+def run(argv: Sequence[str]) -> int:
+    """Merge by a command line; returns the exit status."""
+    loaded = load(MergeConfig, argv)
+    for note in loaded.notes:
+        tell(note)
+    wanted = loaded.config.merging
+    merge(
+        Path(wanted.base),
+        [Path(path) for path in wanted.lora],
+        Path(wanted.target),
+        scale=wanted.scale,
+        alpha=wanted.alpha,
+        form=wanted.format,
+        dtype=wanted.dtype,
+        variant=wanted.variant,
+        prediction_type=wanted.prediction_type,
+        tell=tell,
+        progress=bytes_bar,
+    )
+    return 0

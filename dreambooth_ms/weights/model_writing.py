@@ -1,0 +1,266 @@
+"""An opened model -> a file or folder in another format, tensor by tensor."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.specs import Family
+from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, check_room, check_writable, sync
+from dreambooth_ms.weights.clip_vocabulary import SIZE, write_clip_tokenizer
+from dreambooth_ms.weights.files.byte_ranges import FileRange
+from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
+from dreambooth_ms.weights.files.stored import Container, Progress, StoredTensor, total_bytes
+from dreambooth_ms.weights.folder_configs import folder_configs, tokenizers
+from dreambooth_ms.weights.folder_layout import INDEX, NETWORKS, WEIGHT_NAMES, read_json, variants, write_json
+from dreambooth_ms.weights.naming.formats import Format, naming_of
+from dreambooth_ms.weights.naming.plan import WritePlan
+from dreambooth_ms.weights.naming.slots import Assembly
+from dreambooth_ms.weights.opened_model import ABSENT, PREDICTION_METADATA, OpenedModel, assumed_prediction
+
+_ARCHITECTURES = {
+    Family.SD1: "stable-diffusion-v1",
+    Family.SD2: "stable-diffusion-v2",
+    Family.SDXL: "stable-diffusion-xl-v1-base",
+    Family.SDXL_REFINER: "stable-diffusion-xl-v1-refiner",
+}
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """What a file or folder of a model will hold. Nothing is read or written yet."""
+
+    model: OpenedModel
+    form: Format
+    tensors: Mapping[str, StoredTensor]
+    """By the names of the format, in the order of writing; in a folder behind the part and a dot."""
+    notes: tuple[str, ...]
+
+    @property
+    def byte_count(self) -> int:
+        """Size of the tensors."""
+        return total_bytes(self.tensors)
+
+    def check_place(self, path: Path) -> None:
+        """Find out before the work whether the file or folder can be written.
+
+        Raises:
+            WeightError: the name is taken, the disk lacks room, or the place cannot be written to.
+        """
+        check_free(path)
+        check_writable(path.parent)
+        check_room(path, self.byte_count)
+
+    def write(self, path: Path, progress: Progress | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        """Write the file or folder; it appears whole or not at all.
+
+        Args:
+            path: a name that is not taken.
+            progress: told the bytes that are written.
+            max_shard_bytes: values per file of a folder.
+
+        Raises:
+            WeightError: the name is taken, the disk lacks room, the place cannot be written to, or a tensor cannot be
+                read.
+        """
+        self.check_place(path)
+        if self.form is Format.DIFFUSERS:
+            with new_folder(path) as folder:
+                write_parts(folder, self.model, self.tensors, progress, max_shard_bytes)
+        elif self.form is Format.MINDONE:
+            write_mindspore_ckpt(path, self.tensors, progress)
+        else:
+            write_safetensors(path, self.tensors, _metadata(self.model), progress)
+
+
+def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> ModelTarget:
+    """What a model's file or folder in a format will hold.
+
+    Args:
+        model: the model, which must be whole.
+        form: the format.
+        dtype: the type of all floats; None keeps that of each tensor.
+
+    Raises:
+        WeightError: names are missing, unexpected, mis-shaped or there twice.
+    """
+    model.check()
+    plan = naming_of(form, model.spec).write_plan(list(model.tensors), model.parts)
+    plan.report.check(str(model.path), f"a model of {model.spec.family.value}")
+    tensors = dict(assembled(plan, model.tensors, dtype))
+    default = dtype or next(iter(model.dtypes))
+    for name, value in plan.constants.items():
+        tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
+    if form is Format.STABILITY and model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
+        # Where tools look for it in SDXL's files; it holds nothing.
+        tensors["v_pred"] = StoredTensor.of(np.zeros(0, np.float32))
+    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan)))
+
+
+def assembled(
+    plan: WritePlan, public: Mapping[str, StoredTensor], dtype: DType | None
+) -> Iterator[tuple[str, StoredTensor]]:
+    """Name and tensor of everything that a plan writes of public tensors."""
+    for name, assembly in plan.tensors.items():
+        pieces = [public[piece] for piece in assembly.pieces]
+        own = dtype if dtype and pieces[0].dtype.is_float else pieces[0].dtype
+        pieces = [piece.cast_to(own) for piece in pieces]
+        load = partial(_build, assembly, pieces)
+        yield name, StoredTensor(assembly.shape([p.shape for p in pieces]), own, load, _ranges(assembly, pieces))
+
+
+def _ranges(assembly: Assembly, pieces: list[StoredTensor]) -> tuple[FileRange, ...]:
+    """Where files have the bytes of an assembled tensor in their order; empty if nowhere."""
+    ordered = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
+    return tuple(one for piece in pieces for one in piece.ranges) if ordered else ()
+
+
+def _build(assembly: Assembly, pieces: list[StoredTensor]) -> np.ndarray:
+    return assembly.build([piece.read() for piece in pieces])
+
+
+def write_parts(
+    folder: Path,
+    model: OpenedModel,
+    tensors: Mapping[str, StoredTensor],
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the weights of networks, and everything else that makes a folder a model.
+
+    Args:
+        folder: where it goes.
+        model: whose configurations and other components it has.
+        tensors: by part, a dot and the name; a part without any has no weights in the folder.
+        progress: told the bytes that are written.
+        max_shard_bytes: values per file.
+    """
+    if model.container is Container.FOLDER:
+        _copy_the_rest(model, folder)
+    else:
+        _make_the_rest(model, folder)
+    for part in model.parts:
+        prefix = f"{part}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if own:
+            stem = WEIGHT_NAMES[part]
+            write_sharded_safetensors(
+                folder / part, stem, own, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=progress
+            )
+
+
+def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
+    """Configurations, tokenizers, the scheduler and whatever else a folder has, but the weights of networks.
+
+    Weights of other components lose their variant's name, so that the copy loads without naming one.
+    """
+    index = read_json(model.path / INDEX)
+    for name in sorted(path.name for path in model.path.iterdir() if path.is_dir() and path.name in index):
+        if name in NETWORKS:
+            write_json(folder / name / "config.json", read_json(model.path / name / "config.json"))
+            continue
+        shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
+        for variant in variants(folder / name):
+            for path in (folder / name).glob(f"*.{variant}.*"):
+                path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
+    absent = {name: ABSENT for name, of in index.items() if isinstance(of, list) and not (model.path / name).is_dir()}
+    write_json(folder / INDEX, index | absent)
+
+
+def _make_the_rest(model: OpenedModel, folder: Path) -> None:
+    for name, content in folder_configs(model.spec, model.parts, assumed_prediction(model)).items():
+        write_json(folder / name, content)
+    for name, pad_token in tokenizers_on_board(model).items():
+        write_clip_tokenizer(folder / name, pad_token)
+
+
+def tokenizers_on_board(model: OpenedModel) -> dict[str, str]:
+    """The tokenizers of a model that came without, as far as its encoders have CLIP's vocabulary."""
+    encoders = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    return {
+        name: pad_token
+        for name, pad_token in tokenizers(model.spec).items()
+        if encoders[name] in model.parts and getattr(model.spec, encoders[name]).vocab_size == SIZE
+    }
+
+
+def _metadata(model: OpenedModel) -> dict[str, str]:
+    """What other tools look for in a single file."""
+    kept = {name: value for name, value in model.metadata.items() if name != "format"}
+    architecture = _ARCHITECTURES[model.spec.family]
+    if model.spec.family is Family.SD2 and model.prediction_type:
+        architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
+    own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
+    if model.prediction_type:
+        own[PREDICTION_METADATA] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
+    return kept | own | {"format": "pt"}
+
+
+def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
+    if model.averages:
+        yield f"{model.averages} moving averages (EMA) are not written; --use_ema takes them in place of the weights."
+    if plan.left_out:
+        shown = ", ".join(plan.left_out[:3])
+        yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
+    if model.has_latent_statistics:
+        yield "The mean and deviation of its latents are not carried over; keep the source for drawing with it."
+    if model.missing_parts:
+        yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
+    yield from _notes_on_prediction(model, form)
+    if form is Format.DIFFUSERS and model.container is not Container.FOLDER:
+        lacking = tokenizers(model.spec).keys() - tokenizers_on_board(model).keys()
+        encoders = [name for name in lacking if name.replace("tokenizer", "text_encoder") in model.parts]
+        if encoders:
+            yield f"Its words are not CLIP's: put the model's own {', '.join(sorted(encoders))} into the folder."
+
+
+def _notes_on_prediction(model: OpenedModel, form: Format) -> Iterator[str]:
+    if model.prediction_type is None and form is Format.DIFFUSERS:
+        yield f"The scheduler says {assumed_prediction(model)}; --prediction_type says otherwise."
+    if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
+        yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."
+
+
+def check_free(path: Path) -> None:
+    """Whether a name is still free; an empty folder counts as free.
+
+    Raises:
+        WeightError: something has it.
+    """
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except (OSError, ValueError) as error:
+        raise WeightError(f"{path}: cannot be written ({error}); choose another name") from error
+    if taken:
+        raise WeightError(f"{path}: is there already; remove it, or choose another name")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name when all of it is written; on any error nothing is left.
+
+    Raises:
+        WeightError: the place cannot be written to, or the disk is full.
+    """
+    partial_folder = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        yield partial_folder
+        partial_folder.chmod(0o755)
+        partial_folder.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise WeightError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        if partial_folder is not None:
+            shutil.rmtree(partial_folder, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""Commands take a base and adapters of any format: the same weights give the same bits, whatever file they are in."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dreambooth_ms.cli.assemble import load_adapted
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.schema import MethodConfig, WeightsConfig
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.training.methods import METHODS
+from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.lora_file import read_lora
+from dreambooth_ms.weights.lora_writing import write_lora_as
+from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.model_writing import plan_model
+from dreambooth_ms.weights.naming.formats import Format
+from dreambooth_ms.weights.naming.lora_formats import LoraFormat
+from dreambooth_ms.weights.parameters import read_parameters
+from tests.small_specs import SMALL
+from tests.whole_loras import FILES, random_lora
+from tests.whole_models import RUNNING, SUFFIXES, random_model
+
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """One model in every format that is read."""
+    folder = tmp_path_factory.mktemp("bases")
+    model = random_model(RUNNING, folder)
+    paths = {}
+    for form, suffix in SUFFIXES.items():
+        paths[form.value] = folder / f"{form.value}{suffix}"
+        plan_model(model, form).write(paths[form.value])
+    state = load_file(paths["stability"])
+    paths["pickled"], paths["bin"], paths["shards"] = folder / "pickled.ckpt", folder / "bin", folder / "shards"
+    torch.save({"state_dict": state, "global_step": 5}, paths["pickled"])
+    plan_model(model, Format.DIFFUSERS).write(paths["shards"], max_shard_bytes=1_000_000)
+    plan_model(model, Format.DIFFUSERS).write(paths["bin"])
+    for file in paths["bin"].rglob("*.safetensors"):
+        name = file.name.replace("model.", "pytorch_model.") if file.name.startswith("model.") else file.name
+        torch.save(load_file(file), file.with_name(name.replace(".safetensors", ".bin")))
+        file.unlink()
+    return paths
+
+
+@pytest.fixture(scope="module")
+def opened(bases):
+    return {name: open_model_folder(path) for name, path in bases.items()}
+
+
+class TestBases:
+    @pytest.mark.parametrize("name", ["stability", "mindone", "pickled", "bin", "shards"])
+    def test_it_is_the_same_model_as_the_folder(self, opened, name):
+        found, folder = opened[name], opened["diffusers"]
+        for field in ("unet_spec", "vae_spec", "text_spec", "schedule_spec", "scheduler_config", "picture_size"):
+            assert getattr(found, field) == getattr(folder, field), field
+        for part in ("unet", "vae", "text_encoder"):
+            assert found.digest(part) == folder.digest(part)
+
+    def test_digests_tell_weights_apart(self, opened):
+        digests = {opened["stability"].digest(part) for part in ("unet", "vae", "text_encoder")}
+        assert len(digests) == 3
+
+    @pytest.mark.parametrize("name", ["stability", "bin"])
+    def test_networks_are_filled(self, opened, name):
+        for load in ("load_unet", "load_vae", "load_text_encoder"):
+            found, expected = (read_parameters(getattr(opened[one], load)()) for one in (name, "diffusers"))
+            assert found.keys() == expected.keys()
+            assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+    def test_a_folders_own_tokenizer_wins(self, opened, bases):
+        assert opened["diffusers"].tokenizer_path == bases["diffusers"] / "tokenizer"
+        assert (opened["stability"].tokenizer_path / "merges.txt").is_file()
+
+    def test_what_a_base_lacks_is_told(self, tmp_path, bases):
+        model = random_model(RUNNING, tmp_path, parts=("unet", "text_encoder"))
+        plan_model(model, Format.STABILITY).write(tmp_path / "model.safetensors")
+        with pytest.raises(WeightError, match="holds no vae; convert it into a folder and put them into that"):
+            open_model_folder(tmp_path / "model.safetensors")
+
+
+def train(base, output, pictures):
+    return main(
+        ["train", "--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(pictures), "--seed", "3"]
+        + ["--instance_prompt", PROMPT, "--resolution", "32", "--train_batch_size", "1", "--max_train_steps", "1"]
+        + ["--ms_mode", "1", "--output_dir", str(output)]
+    )
+
+
+def test_a_single_file_is_trained_on(bases, tmp_path, pynative):
+    """What is trained on is the same as from the folder: the tests of bases say so."""
+    (tmp_path / "dog").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "dog" / "0.png")
+    assert train(bases["stability"], tmp_path / "run", tmp_path / "dog") == 0
+    trained = read_lora(tmp_path / "run")["unet"].factors
+    assert all(np.abs(up).max() > 0 for _, up in trained.values())
+
+
+def adapted(opened, lora, scale=1.0):
+    """The weights of both networks with an adapter: layers' factors times their scale."""
+    weights = WeightsConfig(pretrained_model_name_or_path="", lora=[str(lora)], lora_scale=scale)
+    return load_adapted(opened, weights, [PROMPT])
+
+
+LINEAR = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.2", ".q_proj", ".out_proj")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return random_lora(RUNNING, tmp_path_factory.mktemp("lora"), choose=lambda layer: layer.endswith(LINEAR))
+
+
+@pytest.fixture(scope="module")
+def files(lora):
+    """The same LoRA in every format."""
+    paths = {}
+    for form in (LoraFormat.KOHYA, LoraFormat.PEFT, LoraFormat.MINDONE):
+        paths[form] = lora.path / f"{form.name}{FILES.get(form, '.safetensors')}"
+        write_lora_as(lora, paths[form], form)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def embedding(opened, files):
+    return adapted(opened["diffusers"], files[LoraFormat.KOHYA]).embeddings[PROMPT]
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("form", [LoraFormat.PEFT, LoraFormat.MINDONE], ids=lambda form: form.value)
+    def test_every_format_adapts_alike(self, opened, files, lora, embedding, form):
+        model = adapted(opened["diffusers"], files[form])
+        assert np.abs(model.embeddings[PROMPT] - embedding).max() < 1e-5
+        assert np.abs(model.base_embeddings[PROMPT] - embedding).max() > 0.01
+        parameters = read_parameters(model.unet)
+        for layer, own in lora.of_part("unet").items():
+            scale = parameters[f"{layer}.lora_scale"]
+            update = scale * parameters[f"{layer}.lora_B.weight"] @ parameters[f"{layer}.lora_A.weight"]
+            assert np.abs(update - own.update()).max() < 1e-5, layer
+
+    def test_updates_of_convolutions_are_in_their_weights(self, opened, tmp_path):
+        """1x1 ones, which kohya adapts in every SD 1 model, and 3x3 ones."""
+        ends = (".proj_in", ".conv1", ".to_q")
+        lora = random_lora(RUNNING, tmp_path, choose=lambda layer: layer.endswith(ends))
+        write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
+        base = read_parameters(opened["diffusers"].load_unet())
+        model = adapted(opened["diffusers"], tmp_path / "lora.safetensors", 0.5)
+        now = read_parameters(model.unet)
+        convolutions = {name: own for name, own in lora.of_part("unet").items() if not name.endswith(".to_q")}
+        assert len(convolutions) > 4
+        for layer, own in convolutions.items():
+            expected = base[f"{layer}.weight"] + 0.5 * own.update()
+            assert np.abs(now[f"{layer}.weight"] - expected).max() < 1e-6, layer
+        for one in model.layers:
+            one.set_scale(0.0)
+        now = read_parameters(model.unet)
+        assert all(np.array_equal(now[name], base[name]) for name in base)
+
+    def test_a_lora_for_another_family_says_for_which(self, opened, tmp_path):
+        lora = random_lora(SMALL["sdxl"], tmp_path)
+        write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
+        with pytest.raises(WeightError, match="this is a LoRA for SDXL base; expected one for SD 1"):
+            adapted(opened["diffusers"], tmp_path / "lora.safetensors")
+
+
+def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(opened, tmp_path):
+    base = opened["mindone"]
+    unet = base.load_unet()
+    METHODS["full"](MethodConfig(method="full"), base, unet, None, 0).write_result(tmp_path / "full", 1)
+    result = open_model_folder(tmp_path / "full")
+    for part in ("unet", "vae", "text_encoder"):
+        assert result.digest(part) == base.digest(part)
+    assert (result.unet_spec, result.schedule_spec) == (base.unet_spec, base.schedule_spec)
+    assert result.tokenizer_path == tmp_path / "full/tokenizer"
+
+
+def test_files_that_hold_a_model_but_no_base(tmp_path, bases, capsys):
+    assert train(tmp_path / "none.safetensors", tmp_path / "out", tmp_path) == 2
+    assert "no such folder" in capsys.readouterr().err
+    write_safetensors(tmp_path / "x.safetensors", dict(open_model_folder(bases["diffusers"]).tensors("unet")))
+    assert train(tmp_path / "x.safetensors", tmp_path / "out", tmp_path) == 2
+    assert "this is a UNet alone, in diffusers' naming without its folder" in capsys.readouterr().err

@@ -1,0 +1,186 @@
+"""LoRAs of every format go to every other and mean the same: the same factors, or at least the same update."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.weights.conversion import LORA_FORMATS
+from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.open import open_tensor_file
+from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.lora_writing import write_lora_as
+from dreambooth_ms.weights.naming.formats import Format
+from dreambooth_ms.weights.naming.lora_formats import LoraFormat
+from dreambooth_ms.weights.opened_lora import open_lora
+from tests.small_specs import PUBLISHED, SMALL
+from tests.whole_loras import FILES, attention, random_lora, write_lora_file
+from tests.whole_models import write_model
+
+NAMES = {form: name for name, form in LORA_FORMATS.items()}
+FAMILIES = ["sd15", "sd21", "sdxl"]
+DTYPES = {"sd15": DType.F32, "sd21": DType.F16, "sdxl": DType.BF16}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A model of each family, whose sizes --base tells."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {family: write_model(Format.STABILITY, folder / family, family)[0] for family in FAMILIES}
+
+
+def convert(source, target, form, base, *flags):
+    return main(["convert", str(source), str(target), "--format", NAMES[form], "--base", str(base), *flags])
+
+
+def assert_same_factors(found, expected):
+    assert found.factors.keys() == expected.factors.keys()
+    for layer, own in expected.factors.items():
+        other = found.factors[layer]
+        assert (other.rank, other.rank if other.alpha is None else other.alpha) == (own.rank, own.alpha), layer
+        assert np.array_equal(other.down, own.down.astype(other.down.dtype)), layer
+        assert np.array_equal(other.up, own.up.astype(other.up.dtype)), layer
+
+
+def assert_same_updates(found, expected):
+    """B was multiplied by alpha / r, once, and rounded to the file's type."""
+    digits = {DType.F32: 1e-6, DType.F16: 2e-3, DType.BF16: 2e-2}[expected.dtype]
+    for layer, own in expected.factors.items():
+        wanted = own.update()
+        assert np.abs(found.factors[layer].update() - wanted).max() <= digits * np.abs(wanted).max(), layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_through_every_format_changes_no_factor_and_no_alpha(tmp_path, bases, family):
+    forms = [form for form in LoraFormat if form is not LoraFormat.MINDONE]
+    path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "0", family, dtype=DTYPES[family])
+    for form in [*forms, LoraFormat.KOHYA, *reversed(forms)]:
+        source, path = path, tmp_path / f"{len(list(tmp_path.iterdir()))}{FILES.get(form, '.safetensors')}"
+        assert convert(source, path, form, bases[family]) == 0
+    found = open_lora(path, [SMALL[family]])
+    assert_same_factors(found, lora)
+    assert (found.dtype, found.notes) == (DTYPES[family], ())
+
+
+@pytest.mark.parametrize("form", [LoraFormat.DIFFUSERS, LoraFormat.PEFT, LoraFormat.KOHYA], ids=lambda form: form.value)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_mindone_and_back_the_update_is_the_same(tmp_path, bases, family, form, capsys):
+    path, lora = write_lora_file(form, tmp_path / "lora", family, choose=attention, dtype=DTYPES[family])
+    assert convert(path, tmp_path / "lora.ckpt", LoraFormat.MINDONE, bases[family]) == 0
+    back = tmp_path / f"back{FILES.get(form, '.safetensors')}"
+    assert convert(tmp_path / "lora.ckpt", back, form, bases[family]) == 0
+    said = capsys.readouterr().err
+    assert ("alpha is the rank" if family != "sdxl" else "have no alpha in the file: it is taken as the rank") in said
+    assert_same_updates(open_lora(back, [SMALL[family]]), lora)
+
+
+def test_the_fused_projections_of_mindones_text_tower_get_one_common_factor(tmp_path, bases):
+    path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", "sd15")
+    assert convert(path, tmp_path / "lora.ckpt", LoraFormat.MINDONE, bases["sd15"]) == 0
+    assert_same_updates(open_lora(tmp_path / "lora.ckpt", [SMALL["sd15"]]), lora)
+
+
+def test_layers_that_a_format_has_no_place_for_are_named_and_nothing_is_written(tmp_path, bases, capsys):
+    path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", "sdxl")
+    assert convert(path, tmp_path / "out.ckpt", LoraFormat.MINDONE, bases["sdxl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: a LoRA in the naming of mindone has no place for 96 of " in line
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", DType.F16), ("bf16", DType.BF16)])
+def test_numbers_are_rounded_to_the_type_that_is_asked_for(tmp_path, bases, name, dtype):
+    path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")
+    assert convert(path, tmp_path / "out.safetensors", LoraFormat.DIFFUSERS, bases["sd15"], "--dtype", name) == 0
+    assert {tensor.dtype for tensor in open_tensor_file(tmp_path / "out.safetensors").tensors.values()} == {dtype}
+
+
+def test_published_sizes_need_no_base(tmp_path):
+    lora = random_lora(PUBLISHED["sdxl"], tmp_path, choose=lambda layer: layer.startswith("unet.mid_block."))
+    write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
+    assert main(["convert", str(tmp_path / "lora.safetensors"), str(tmp_path / "peft"), "--format", "peft"]) == 0
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["peft_type"], config["auto_mapping"]["base_model_class"]) == ("LORA", "UNet2DConditionModel")
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("target", "said"),
+        [
+            ("out", "may be peft or diffusers; say which with --format (diffusers, diffusers_peft, "),
+            ("out.safetensors", "may be kohya or diffusers; say which with --format (diffusers, diffusers_peft, "),
+            ("out.bin", "PyTorch's pickles can run code and are not written; end it in .safetensors"),
+        ],
+    )
+    def test_a_name_that_leaves_the_format_open_is_not_guessed(self, tmp_path, bases, capsys, target, said):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")
+        assert main(["convert", str(path), str(tmp_path / target), "--base", str(bases["sd15"])]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / target).exists()
+
+    @pytest.mark.parametrize("name", ["out.ckpt", "pytorch_lora_weights.safetensors"])
+    def test_a_name_that_says_it_is_enough(self, tmp_path, bases, name):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", choose=attention)
+        assert main(["convert", str(path), str(tmp_path / name), "--base", str(bases["sd15"])]) == 0
+
+    @pytest.mark.parametrize(
+        ("form", "target"), [("kohya", "out.ckpt"), ("peft", "out.safetensors"), ("mindone", "out.safetensors")]
+    )
+    def test_a_format_that_is_kept_in_another_kind_of_file_is_refused(self, tmp_path, bases, capsys, form, target):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")
+        flags = ["--format", form, "--base", str(bases["sd15"])]
+        assert main(["convert", str(path), str(tmp_path / target), *flags]) == 2
+        assert f"--format {form} is written to a " in capsys.readouterr().err
+
+
+class TestSources:
+    @pytest.mark.parametrize("form", [LoraFormat.KOHYA, LoraFormat.DIFFUSERS, LoraFormat.MINDONE], ids=NAMES.get)
+    def test_a_lora_for_another_family_says_for_which(self, tmp_path, bases, capsys, form):
+        path, _ = write_lora_file(form, tmp_path / "lora", "sdxl", choose=attention)
+        assert main(["inspect", str(path), "--base", str(bases["sd15"])]) == 2
+        assert f"{path}: this is a LoRA for SDXL base; expected one for SD 1.x" in capsys.readouterr().err
+
+    def test_other_sizes_of_the_same_family_are_told_by_their_shapes(self, tmp_path, capsys):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", "sdxl")
+        assert main(["inspect", str(path)]) == 2
+        assert "does not fit a LoRA of SDXL base in the naming of kohya: " in capsys.readouterr().err
+
+    def test_rank_stabilised_scales_and_patterns_of_peft_are_read(self, tmp_path):
+        path, _ = write_lora_file(LoraFormat.PEFT, tmp_path / "lora", choose=attention, ranks=(4,), alphas=(2.0,))
+        config = json.loads((path / "adapter_config.json").read_text())
+        config |= {"use_rslora": True, "alpha_pattern": {"attn2.to_k": 8}}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        found = open_lora(path, [SMALL["sd15"]]).factors
+        # alpha / sqrt(4) is twice alpha / 4.
+        assert {own.alpha for layer, own in found.items() if layer.endswith("attn2.to_k")} == {16.0}
+        assert {own.alpha for layer, own in found.items() if not layer.endswith("attn2.to_k")} == {4.0}
+
+    def test_a_pickled_adapter_of_peft_is_read(self, tmp_path):
+        import torch
+        from safetensors.torch import load_file
+
+        path, lora = write_lora_file(LoraFormat.PEFT, tmp_path / "lora", choose=attention)
+        torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
+        (path / "adapter_model.safetensors").unlink()
+        assert_same_factors(open_lora(path, [SMALL["sd15"]]), lora)
+
+    @pytest.mark.parametrize("number", [np.nan, np.inf])
+    def test_an_alpha_that_is_no_number_is_refused(self, tmp_path, number):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")
+        tensors = dict(open_tensor_file(path).tensors)
+        name = next(name for name in tensors if name.endswith(".alpha"))
+        tensors[name] = type(tensors[name]).of(np.float32(number))
+        write_safetensors(tmp_path / "bent.safetensors", tensors)
+        with pytest.raises(WeightError, match="which is no scale"):
+            open_lora(tmp_path / "bent.safetensors", [SMALL["sd15"]])
+
+    def test_half_a_layer_is_missing_the_other_half(self, tmp_path, bases, capsys):
+        path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")
+        tensors = dict(open_tensor_file(path).tensors)
+        del tensors[next(name for name in tensors if name.endswith("lora_up.weight"))]
+        write_safetensors(tmp_path / "bent.safetensors", tensors)
+        target = tmp_path / "out.safetensors"
+        assert convert(tmp_path / "bent.safetensors", target, LoraFormat.DIFFUSERS, bases["sd15"]) == 2
+        assert "1 missing (unet 1: " in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""Models of every family go from every format to every other and come back bit by bit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.weights import atomic
+from dreambooth_ms.weights.conversion import model_format_of
+from dreambooth_ms.weights.files.dtypes import DType
+from dreambooth_ms.weights.files.open import open_tensor_file
+from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.model_writing import plan_model
+from dreambooth_ms.weights.naming.formats import Format, naming_of
+from dreambooth_ms.weights.opened_model import open_model
+from tests.small_specs import SMALL
+from tests.whole_models import SUFFIXES, random_model, values_of, write_model
+
+# From each format to each, itself included, once.
+DIFFUSERS, STABILITY, MINDONE = Format
+WAY = [DIFFUSERS, DIFFUSERS, STABILITY, STABILITY, MINDONE, MINDONE, DIFFUSERS, MINDONE, STABILITY, DIFFUSERS]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("sd15", DType.F32),
+        ("sd15", DType.F16),
+        ("sd15", DType.BF16),
+        ("sd21", DType.F16),
+        ("sdxl", DType.BF16),
+        ("refiner", DType.F32),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.value,
+)
+def test_the_way_through_every_format_to_every_other_changes_no_bit(tmp_path, family, dtype):
+    path, model = write_model(WAY[0], tmp_path / "0", family, dtype=dtype)
+    for step, form in enumerate(WAY[1:], 1):
+        source, path = path, tmp_path / f"{step}{SUFFIXES[form]}"
+        assert main(["convert", str(source), str(path)]) == 0
+        found = open_model(path)
+        found.check()
+        assert (found.form, found.spec.family, found.missing_parts) == (form, model.spec.family, [])
+    assert set(found.dtypes) == {dtype}
+    assert values_of(found.tensors) == values_of(model.tensors)
+
+
+@pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
+def test_numbers_are_rounded_to_the_type_that_is_asked_for(tmp_path, form):
+    path, model = write_model(form, tmp_path / "model")
+    for name, dtype in (("fp16", DType.F16), ("bf16", DType.BF16)):
+        out = tmp_path / f"{name}{SUFFIXES[form]}"
+        assert main(["convert", str(path), str(out), "--dtype", name]) == 0
+        expected = {public: own.cast_to(dtype) for public, own in model.tensors.items()}
+        found = open_model(out).tensors
+        assert values_of({public: found[public] for public in expected}) == values_of(expected)
+
+
+def test_a_large_folder_is_sharded_and_read_again(tmp_path):
+    model = random_model(SMALL["sd15"], tmp_path)
+    plan_model(model, Format.DIFFUSERS).write(tmp_path / "out", max_shard_bytes=100_000)
+    assert len(list((tmp_path / "out/unet").glob("*-of-*.safetensors"))) > 1
+    assert values_of(open_model(tmp_path / "out").tensors) == values_of(model.tensors)
+
+
+def test_the_only_variant_is_found_and_one_of_several_is_asked_for(tmp_path):
+    path, model = write_model(Format.DIFFUSERS, tmp_path / "model", dtype=DType.F16)
+    for file in path.rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert values_of(open_model(path).tensors) == values_of(model.tensors)
+    (path / "vae/diffusion_pytorch_model.ema.safetensors").write_bytes(b"")
+    with pytest.raises(WeightError, match="vae is there in the variants ema, fp16; name one with --variant"):
+        open_model(path)
+    assert open_model(path, "fp16").dtypes.keys() == {DType.F16}
+
+
+def single_file(tmp_path, family="sd15", more=None, without=(), name="model.safetensors"):
+    """A single file in Stability's naming, with other tensors besides or some left out."""
+    planned = plan_model(random_model(SMALL[family], tmp_path), Format.STABILITY)
+    tensors = {key: own for key, own in planned.tensors.items() if not key.startswith(tuple(without) or "\0")}
+    write_safetensors(tmp_path / name, tensors | (more or {}))
+    return tmp_path / name, planned
+
+
+class TestSingleFiles:
+    def test_without_an_autoencoder(self, tmp_path, capsys):
+        path, _ = single_file(tmp_path, without=["first_stage_model."])
+        assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+        assert "It has no vae, and neither has the target." in capsys.readouterr().err
+        found = open_model(tmp_path / "out")
+        assert (found.parts, found.missing_parts) == (("unet", "text_encoder"), ["vae"])
+        assert json.loads((tmp_path / "out/model_index.json").read_text())["vae"] == [None, None]
+
+    def test_moving_averages_are_left_or_taken(self, tmp_path, capsys):
+        naming = naming_of(Format.STABILITY, SMALL["sd15"])
+        averages = {slot.name: name for name, slot in naming.averages.items()}
+        more = {
+            stored: StoredTensor.of(np.full(naming.shapes[name], 7, np.float32)) for stored, name in averages.items()
+        }
+        more |= {"model_ema.decay": StoredTensor.of(np.float32(0.9999)), "betas": StoredTensor.of(np.zeros(1000))}
+        path, planned = single_file(tmp_path, more=more)
+        assert main(["convert", str(path), str(tmp_path / "plain")]) == 0
+        assert f"{len(averages)} moving averages (EMA) are not written" in capsys.readouterr().err
+        assert values_of(open_model(tmp_path / "plain").tensors) == values_of(planned.model.tensors)
+        assert main(["convert", str(path), str(tmp_path / "ema"), "--use_ema"]) == 0
+        found = open_model(tmp_path / "ema").tensors
+        assert all((found[name].read() == 7).all() for name in averages.values())
+        assert values_of({n: t for n, t in found.items() if n.startswith("vae.")}) == values_of(
+            {n: t for n, t in planned.model.tensors.items() if n.startswith("vae.")}
+        )
+
+    def test_averages_that_are_not_there_are_not_taken(self, tmp_path, capsys):
+        path, _ = single_file(tmp_path)
+        assert main(["convert", str(path), str(tmp_path / "out"), "--use_ema"]) == 2
+        assert "holds no moving averages" in capsys.readouterr().err
+
+    def test_everything_that_does_not_fit_is_listed_with_counts_and_nothing_is_written(self, tmp_path, capsys):
+        path, _ = single_file(tmp_path)
+        tensors = dict(open_tensor_file(path).tensors)
+        block = "model.diffusion_model.input_blocks.1.0.out_layers"
+        del tensors[f"{block}.0.weight"], tensors[f"{block}.0.bias"]
+        tensors[f"{block}.3.bias"] = StoredTensor.of(np.zeros(3, np.float32))
+        tensors["model.diffusion_model.surplus"] = StoredTensor.of(np.zeros(3, np.float32))
+        twice = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
+        tensors[twice.replace("text_model.", "")] = tensors[twice]
+        write_safetensors(tmp_path / "bent.safetensors", tensors)
+        assert main(["convert", str(tmp_path / "bent.safetensors"), str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "does not fit a model of SD 1.x in the naming of stability" in line
+        for part in (
+            "2 missing (unet 2: ",
+            "1 unexpected (model.diffusion_model.surplus)",
+            "1 of another shape (unet 1",
+        ):
+            assert part in line
+        assert "1 there more than once (text_encoder 1: " in line
+        assert not (tmp_path / "out").exists()
+
+    def test_what_it_predicts_comes_back(self, tmp_path):
+        """By the metadata of a single file; a folder has a scheduler."""
+        model = random_model(SMALL["sd21"], tmp_path, prediction_type="epsilon")
+        plan_model(model, Format.STABILITY).write(tmp_path / "model.safetensors")
+        assert main(["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "out")]) == 0
+        assert open_model(tmp_path / "out").prediction_type == "epsilon"
+
+    def test_velocity_of_sdxl_is_said_where_other_tools_look_for_it(self, tmp_path):
+        model = random_model(SMALL["sdxl"], tmp_path, prediction_type="v_prediction")
+        plan_model(model, Format.STABILITY).write(tmp_path / "model.safetensors")
+        tensors = open_tensor_file(tmp_path / "model.safetensors").tensors
+        assert tensors["v_pred"].shape == (0,)
+        write_safetensors(tmp_path / "bare.safetensors", tensors)
+        assert open_model(tmp_path / "bare.safetensors").prediction_type == "v_prediction"
+
+    def test_statistics_of_latents_that_are_lost_are_told(self, tmp_path, capsys):
+        more = {name: StoredTensor.of(np.zeros(4, np.float32)) for name in ("edm_mean", "edm_std")}
+        path, _ = single_file(tmp_path, "sdxl", more)
+        assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+        assert "The mean and deviation of its latents are not carried over" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(("flags", "kind"), [([], "v_prediction"), (["--prediction_type", "epsilon"], "epsilon")])
+    def test_of_sd_2_it_is_assumed_or_told(self, tmp_path, capsys, flags, kind):
+        path, _ = single_file(tmp_path, "sd21")
+        assert main(["convert", str(path), str(tmp_path / "out"), *flags]) == 0
+        assert ("--prediction_type says otherwise" in capsys.readouterr().err) is not bool(flags)
+        scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
+        assert scheduler["prediction_type"] == kind
+
+
+class TestTargets:
+    @pytest.mark.parametrize(
+        ("target", "flags", "said"),
+        [
+            ("out.bin", [], "PyTorch's pickles can run code and are not written"),
+            ("out.gguf", [], ".gguf is no kind of file that is written; end it in .safetensors or .ckpt"),
+            (
+                "out.ckpt",
+                ["--format", "stability"],
+                "--format stability is written to a file that ends in .safetensors",
+            ),
+            ("out", ["--format", "kohya"], "--format kohya: for LoRAs only; for a model choose one of diffusers"),
+            ("out.safetensors", ["--dtype", "fp8"], "--dtype: expected one of fp32, fp16, bf16, or None, got 'fp8'"),
+            ("model.safetensors", [], "is there already; remove it, or choose another name"),
+            ("model.safetensors/out.ckpt", [], "Not a directory"),
+        ],
+    )
+    def test_a_target_that_cannot_be(self, tmp_path, capsys, target, flags, said):
+        path, _ = single_file(tmp_path)
+        before = path.read_bytes()
+        assert main(["convert", str(path), str(tmp_path / target), *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+        assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("name", ["folder", "sd-v1.5", "new/folder"])
+    def test_a_name_without_an_extension_is_a_folder(self, tmp_path, name):
+        assert model_format_of(tmp_path / name, None) is Format.DIFFUSERS
+
+    @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
+    def test_a_disk_that_lacks_room_is_told_before_a_byte_is_written(self, tmp_path, monkeypatch, capsys, form):
+        path, planned = single_file(tmp_path)
+        free = type("usage", (), {"free": planned.byte_count - 1})
+        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: free)
+        assert main(["convert", str(path), str(tmp_path / f"out{SUFFIXES[form]}")]) == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+
+    @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
+    def test_a_source_that_breaks_off_leaves_nothing_behind(self, tmp_path, monkeypatch, capsys, form):
+        path, planned = single_file(tmp_path)
+        write = StoredTensor.write_to
+
+        def breaks(tensor, file):
+            if tensor.shape == planned.model.tensors["vae.decoder.conv_out.weight"].shape:
+                raise WeightError("model.safetensors: changed while it was being read; try again")
+            write(tensor, file)
+
+        monkeypatch.setattr(StoredTensor, "write_to", breaks)
+        assert main(["convert", str(path), str(tmp_path / f"out{SUFFIXES[form]}")]) == 2
+        assert "changed while it was being read" in capsys.readouterr().err
+        assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+
+    def test_the_folder_of_a_folder_has_all_that_the_first_has(self, tmp_path):
+        path, _ = write_model(Format.DIFFUSERS, tmp_path / "model")
+        (path / "tokenizer").mkdir()
+        (path / "tokenizer/vocab.json").write_text('{"own": 0}')
+        index = json.loads((path / "model_index.json").read_text())
+        (path / "unet/config.json").write_text(json.dumps({"attention_head_dim": 3}))
+        assert main(["convert", str(path), str(tmp_path / "out"), "--dtype", "fp16"]) == 0
+        assert json.loads((tmp_path / "out/tokenizer/vocab.json").read_text()) == {"own": 0}
+        assert json.loads((tmp_path / "out/unet/config.json").read_text()) == {"attention_head_dim": 3}
+        assert json.loads((tmp_path / "out/model_index.json").read_text()).keys() == index.keys()
