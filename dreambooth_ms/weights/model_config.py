@@ -1,6 +1,7 @@
 """The config.json files of diffusers and transformers -> specs, and back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
@@ -19,7 +20,7 @@ Config = Mapping[str, Any]
 # What the configuration of a UNet may say besides the fields of the spec; the first value is diffusers' default.
 SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -37,7 +38,6 @@ SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "time_cond_proj_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
 }
 SUPPORTED_BETA_SCHEDULES = ("scaled_linear", "linear")
 SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
@@ -51,16 +51,18 @@ def read_unet_config(config: Config) -> UNetSpec:
     """
     for key, supported in SUPPORTED_UNET_SETTINGS.items():
         if config.get(key, supported[0]) not in supported:
+            values = " or ".join(map(repr, supported))
             raise WeightError(
-                f"unet/config.json: {key} {config[key]!r} is not supported (only {supported[0]!r}); use SD 1.x or 2.x"
+                f"unet/config.json: {key} {config[key]!r} is not supported (only {values}); use SD 1.x, 2.x or SDXL"
             )
     kinds = set(config["down_block_types"]) | set(config["up_block_types"])
     if kinds - SUPPORTED_BLOCKS:
         unknown = ", ".join(sorted(kinds - SUPPORTED_BLOCKS))
-        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x or 2.x")
+        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x, 2.x or SDXL")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    layers = config.get("transformer_layers_per_block", 1)
     return UNetSpec(
         block_out_channels=channels,
         has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
@@ -73,16 +75,23 @@ def read_unet_config(config: Config) -> UNetSpec:
         norm_num_groups=config.get("norm_num_groups", 32),
         norm_eps=config.get("norm_eps", 1e-5),
         sample_size=config["sample_size"],
+        transformer_layers_per_block=layers if isinstance(layers, int) else tuple(layers),
+        addition_embed_type=config.get("addition_embed_type"),
+        addition_time_embed_dim=config.get("addition_time_embed_dim"),
+        projection_class_embeddings_input_dim=config.get("projection_class_embeddings_input_dim"),
     )
 
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in spec.has_attention]
+    layers = spec.transformer_layers_per_block
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(spec.has_attention)]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
+        "addition_embed_type": spec.addition_embed_type,
+        "addition_time_embed_dim": spec.addition_time_embed_dim,
         "attention_head_dim": list(spec.num_heads),
         "block_out_channels": list(spec.block_out_channels),
         "center_input_sample": False,
@@ -97,7 +106,9 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
         "norm_eps": spec.norm_eps,
         "norm_num_groups": spec.norm_num_groups,
         "out_channels": spec.out_channels,
+        "projection_class_embeddings_input_dim": spec.projection_class_embeddings_input_dim,
         "sample_size": spec.sample_size,
+        "transformer_layers_per_block": layers if isinstance(layers, int) else list(layers),
         "up_block_types": up,
         "use_linear_projection": spec.use_linear_projection,
     }
@@ -112,6 +123,8 @@ def read_vae_config(config: Config) -> VaeSpec:
         latent_channels=config["latent_channels"],
         norm_num_groups=config.get("norm_num_groups", 32),
         scaling_factor=config.get("scaling_factor", 0.18215),
+        latents_mean=tuple(config["latents_mean"]) if config.get("latents_mean") else None,
+        latents_std=tuple(config["latents_std"]) if config.get("latents_std") else None,
     )
 
 
@@ -125,6 +138,8 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "in_channels": spec.in_channels,
         "latent_channels": spec.latent_channels,
+        "latents_mean": spec.latents_mean and list(spec.latents_mean),
+        "latents_std": spec.latents_std and list(spec.latents_std),
         "layers_per_block": spec.layers_per_block,
         "norm_num_groups": spec.norm_num_groups,
         "out_channels": spec.in_channels,
@@ -144,10 +159,15 @@ def read_text_config(config: Config) -> ClipTextSpec:
     )
 
 
+def read_projected_text_config(config: Config) -> ClipTextSpec:
+    """transformers' CLIPTextModelWithProjection configuration -> spec."""
+    return replace(read_text_config(config), projection_dim=config["projection_dim"])
+
+
 def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]:
-    """The inverse of `read_text_config`."""
+    """The inverse of `read_text_config`, or of `read_projected_text_config` for a spec with a projection."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if spec.projection_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **_write_transformer(spec.transformer),
         "vocab_size": spec.vocab_size,
@@ -195,16 +215,20 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     Raises:
         WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
     """
+    scheduler = config.get("_class_name", "")
+    if scheduler.startswith("EDM"):
+        raise WeightError(f"scheduler_config.json: {scheduler}: EDM is not supported yet; use SD 1.x, 2.x or SDXL")
     kind = config.get("prediction_type", "epsilon")
     if kind not in {member.value for member in PredictionType}:
         raise WeightError(
-            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; use SD 1.x or 2.x"
+            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; "
+            "use SD 1.x, 2.x or SDXL"
         )
     betas = config.get("beta_schedule", "scaled_linear")
     if betas not in SUPPORTED_BETA_SCHEDULES:
         raise WeightError(
             f"scheduler_config.json: beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; "
-            "use SD 1.x or 2.x"
+            "use SD 1.x, 2.x or SDXL"
         )
     return NoiseScheduleSpec(
         num_train_timesteps=config.get("num_train_timesteps", 1000),

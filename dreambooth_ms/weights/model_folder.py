@@ -1,6 +1,6 @@
 """A model folder in diffusers' layout: model_index.json and a folder per network with its config.json and weights.
 
-    unet/  vae/  text_encoder/  tokenizer/  scheduler/
+    unet/  vae/  text_encoder/  tokenizer/  scheduler/        and in SDXL also text_encoder_2/  tokenizer_2/
 
 Reading gives specs and filled networks; writing gives a folder that diffusers loads.
 """
@@ -16,7 +16,7 @@ from mindspore import nn
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
@@ -24,6 +24,7 @@ from dreambooth_ms.weights.atomic import write_bytes
 from dreambooth_ms.weights.model_config import (
     Config,
     read_clip_config,
+    read_projected_text_config,
     read_scheduler_config,
     read_text_config,
     read_unet_config,
@@ -42,12 +43,17 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 UNMERGED_TOKENS = 2 * 256 + 2
 """Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
 
-PARTS = ("unet", "vae", "text_encoder")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoders by the names of their folders, and their tokenizers'."""
+
+SIZE_IDS = (5, 6)
+"""Numbers of a picture that SDXL's UNets read: the refiner's, the base's."""
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "clip": "model",
 }
 
@@ -60,14 +66,36 @@ class ModelFolder:
     variant: str | None
     unet_spec: UNetSpec
     vae_spec: VaeSpec
-    text_spec: ClipTextSpec
+    text_spec: ClipTextSpec | None
+    text_spec_2: ClipTextSpec | None
     schedule_spec: NoiseScheduleSpec
     scheduler_config: Config
+    zeros_for_empty_prompt: bool
+    """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
+    vae_path: Path
+    """Folder of the autoencoder, which may be another model's."""
 
     @property
-    def tokenizer_path(self) -> Path:
-        """Where the tokenizer's files are."""
-        return self.path / "tokenizer"
+    def text_encoders(self) -> tuple[str, ...]:
+        """The text encoders that there are, by the names of their folders."""
+        specs = {"text_encoder": self.text_spec, "text_encoder_2": self.text_spec_2}
+        return tuple(name for name, spec in specs.items() if spec)
+
+    @property
+    def tokenizer_paths(self) -> tuple[Path, ...]:
+        """Where the files of each text encoder's tokenizer are."""
+        return tuple(self.path / TOKENIZERS[name] for name in self.text_encoders)
+
+    @property
+    def num_size_ids(self) -> int:
+        """Numbers of a picture that the UNet reads."""
+        return self.unet_spec.num_size_ids((self.text_spec_2 and self.text_spec_2.projection_dim) or 0)
+
+    def weight_file(self, part: str) -> Path:
+        """The safetensors file of a network."""
+        if part == "vae" and self.vae_path != self.path / "vae":
+            return weight_file(self.vae_path.parent, self.vae_path.name, None, "vae")
+        return weight_file(self.path, part, self.variant)
 
     @property
     def picture_size(self) -> int:
@@ -95,11 +123,19 @@ class ModelFolder:
         return self._load("vae", AutoencoderKL(self.vae_spec), rename=new_vae_name)
 
     def load_text_encoder(self) -> CLIPTextModel:
-        """The text encoder, filled."""
+        """The first text encoder, filled."""
+        assert self.text_spec is not None, "SDXL's refiner has none"
         return self._load("text_encoder", CLIPTextModel(self.text_spec))
 
+    def load_text_encoders(self) -> TextEncoders:
+        """All text encoders as one network, filled."""
+        second = CLIPTextModelWithProjection(self.text_spec_2) if self.text_spec_2 else None
+        return TextEncoders(
+            self.load_text_encoder() if self.text_spec else None, second and self._load("text_encoder_2", second)
+        )
+
     def _load(self, part: str, network: nn.Cell, rename: Any = None) -> Any:
-        file = weight_file(self.path, part, self.variant)
+        file = self.weight_file(part)
         tensors, _ = read_tensors(file)
         if rename is not None:
             tensors = fit_old_attention({rename(name): tensor for name, tensor in tensors.items()}, network)
@@ -107,41 +143,70 @@ class ModelFolder:
         return network
 
 
-def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
+def open_model_folder(path: Path, variant: str | None = None, vae: Path | None = None) -> ModelFolder:
     """Check a folder and read its configurations.
+
+    Args:
+        path: the folder.
+        variant: of the weight files.
+        vae: another autoencoder's folder, or a model folder with one, to be used in place of the folder's own.
 
     Raises:
         WeightError: it is no model folder, a part is missing, or it holds another kind of model.
     """
     index = read_json(path / "model_index.json", f"{path} is not a model folder in diffusers' layout")
-    if "text_encoder_2" in index:
-        raise WeightError(f"{path}: this is an SDXL model, which this version cannot train yet; use SD 1.x or 2.x")
-    if not set(PARTS) <= index.keys():
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x or 2.x")
-    for part in PARTS:
+    encoders = [name for name in TOKENIZERS if index.get(name, [None, None]) != [None, None]]
+    if not ({"unet", "vae"} <= index.keys() and encoders):
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, 2.x or SDXL")
+    for part in ("unet", *encoders) if vae else ("unet", "vae", *encoders):
         check_tensor_file(weight_file(path, part, variant))
-    _check_tokenizer(path / "tokenizer")
+    for name in encoders:
+        _check_tokenizer(path / TOKENIZERS[name])
+    vae_path = _vae_folder(vae) if vae else path / "vae"
+    readers = {"text_encoder": read_text_config, "text_encoder_2": read_projected_text_config}
+    text_specs = {name: _read_spec(path / name / "config.json", readers[name]) for name in encoders}
     folder = ModelFolder(
         path=path,
         variant=variant,
         unet_spec=_read_spec(path / "unet" / "config.json", read_unet_config),
-        vae_spec=_read_spec(path / "vae" / "config.json", read_vae_config),
-        text_spec=_read_spec(path / "text_encoder" / "config.json", read_text_config),
+        vae_spec=_read_spec(vae_path / "config.json", read_vae_config),
+        text_spec=text_specs.get("text_encoder"),
+        text_spec_2=text_specs.get("text_encoder_2"),
         schedule_spec=_read_spec(path / "scheduler" / "scheduler_config.json", read_scheduler_config),
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
+        zeros_for_empty_prompt="text_encoder_2" in encoders and index.get("force_zeros_for_empty_prompt", True),
+        vae_path=vae_path,
     )
+    _check_fit(folder)
+    return folder
+
+
+def _vae_folder(path: Path) -> Path:
+    """The folder of an autoencoder, or the one inside a model folder; checked."""
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    check_tensor_file(weight_file(folder.parent, folder.name, None, "vae"))
+    return folder
+
+
+def _check_fit(folder: ModelFolder) -> None:
+    path, encoders = folder.path, folder.text_encoders
     unet, latent_channels = folder.unet_spec, folder.vae_spec.latent_channels
     if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
         raise WeightError(
             f"{path}: its unet takes {unet.in_channels} channels and gives {unet.out_channels}, a picture has "
             f"{latent_channels}; use a text-to-image model, not one for inpainting, depth or upscaling"
         )
-    if unet.cross_attention_dim != folder.text_spec.transformer.hidden_size:
+    width = sum(spec.transformer.hidden_size for spec in (folder.text_spec, folder.text_spec_2) if spec)
+    if unet.cross_attention_dim != width:
         raise WeightError(
-            f"{path}: its unet reads text of width {unet.cross_attention_dim}, its text_encoder gives "
-            f"{folder.text_spec.transformer.hidden_size}; take both from one model"
+            f"{path}: its unet reads text of width {unet.cross_attention_dim}, its {' and '.join(encoders)} "
+            f"{'gives' if len(encoders) == 1 else 'give'} {width}; take both from one model"
         )
-    return folder
+    if folder.num_size_ids not in (SIZE_IDS if folder.text_spec_2 else (0,)):
+        raise WeightError(
+            f"{path}: its unet reads {folder.num_size_ids} numbers of a picture beside the text of its "
+            f"{' and '.join(encoders)}; use SD 1.x, 2.x, SDXL or its refiner"
+        )
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -178,13 +243,13 @@ def _read_spec(path: Path, read: Callable[[Config], Spec], otherwise: str | None
         raise WeightError(f"{path}: damaged ({error}); download it again") from error
 
 
-def weight_file(folder: Path, part: str, variant: str | None) -> Path:
-    """The safetensors file of a part.
+def weight_file(folder: Path, part: str, variant: str | None, network: str | None = None) -> Path:
+    """The safetensors file of a part; `network` says what it is, if its folder has another name.
 
     Raises:
         WeightError: there is none.
     """
-    stem = WEIGHT_NAMES[part] + (f".{variant}" if variant else "")
+    stem = WEIGHT_NAMES[network or part] + (f".{variant}" if variant else "")
     file = folder / part / f"{stem}.safetensors"
     if not file.is_file():
         held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []

@@ -50,8 +50,8 @@ def outputs():
     """
     unet = UNet2DConditionModel(UNET)
     initialise(unet, 0)
-    text = Tensor(normal(2, 5, 24))
-    inputs = Tensor(normal(2, 4, 8, 8)), Tensor(np.array([7, 900], np.float32)), text, text, Tensor(np.float32(1))
+    text, guidance = Tensor(normal(2, 5, 24)), Tensor(np.float32(1))
+    inputs = Tensor(normal(2, 4, 8, 8)), Tensor(np.array([7, 900], np.float32)), guidance, text
     base = Denoiser(unet, guided=False)(*inputs).asnumpy()
     layers = inject_lora(unet, 2, 4.0, TARGETS)
     initialise_lora(layers, seed=3)
