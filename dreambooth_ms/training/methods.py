@@ -27,7 +27,7 @@ from dreambooth_ms.weights.model_folder import (
     save_network,
     write_json,
 )
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.parameters import name_prefix, public_parameters
 from dreambooth_ms.weights.tensor_file import STEP_KEY, read_metadata
 
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -80,7 +80,7 @@ def lora(
     for name, network in networks.items():
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
         check_rank(config.rank, layers[name])
-        initialise_lora(layers[name], seed)
+        initialise_lora(layers[name], seed, name_prefix(network))
     trainables = {
         name: lora_trainables({layer: cell for layer, cell in adapted.items() if _is_read(text_encoders, name, layer)})
         for name, adapted in layers.items()

@@ -532,7 +532,7 @@ class Readout(nn.Cell):
 
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior):
+def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynative):
     """Picture by picture, in float64, from the plan alone: no row may take another's prompt, pooled text or numbers."""
     plan, schedule = plan_of(batch_size, prior), NoiseSchedule.from_spec(NoiseScheduleSpec())
     known = [record for group in plan.groups for record in group]
