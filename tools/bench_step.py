@@ -2,7 +2,7 @@
 
     python -m tools.bench_step                     # the embedded base's size; needs tests/requirements.txt
     python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
-    python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px, about 25 GiB
+    python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px
     python -m tools.bench_step --method full
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject

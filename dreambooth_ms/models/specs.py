@@ -43,11 +43,14 @@ class UNetSpec:
         return layers if isinstance(layers, int) else layers[level]
 
     def num_size_ids(self, pooled_width: int) -> int:
-        """Size ids of a picture that are read beside pooled text of this width: 6 in SDXL, 5 in its refiner, or 0."""
-        if self.addition_embed_type is None:
+        """Size ids of a picture that are read beside pooled text of this width: 6 in SDXL, 5 in its refiner.
+
+        0 in other UNets, and where the width does not fit.
+        """
+        if not (self.projection_class_embeddings_input_dim and self.addition_time_embed_dim):
             return 0
-        assert self.projection_class_embeddings_input_dim and self.addition_time_embed_dim
-        return (self.projection_class_embeddings_input_dim - pooled_width) // self.addition_time_embed_dim
+        ids, rest = divmod(self.projection_class_embeddings_input_dim - pooled_width, self.addition_time_embed_dim)
+        return 0 if rest else ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     Raises:
         WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
     """
-    scheduler = config.get("_class_name", "")
+    scheduler = str(config.get("_class_name"))
     if scheduler.startswith("EDM"):
         raise WeightError(f"scheduler_config.json: {scheduler}: EDM is not supported yet; use SD 1.x, 2.x or SDXL")
     kind = config.get("prediction_type", "epsilon")

@@ -174,7 +174,7 @@ def open_model_folder(path: Path, variant: str | None = None, vae: Path | None =
         text_spec_2=text_specs.get("text_encoder_2"),
         schedule_spec=_read_spec(path / "scheduler" / "scheduler_config.json", read_scheduler_config),
         scheduler_config=read_json(path / "scheduler" / "scheduler_config.json"),
-        zeros_for_empty_prompt="text_encoder_2" in encoders and index.get("force_zeros_for_empty_prompt", True),
+        zeros_for_empty_prompt="text_encoder_2" in encoders and bool(index.get("force_zeros_for_empty_prompt", True)),
         vae_path=vae_path,
     )
     _check_fit(folder)
@@ -202,7 +202,8 @@ def _check_fit(folder: ModelFolder) -> None:
             f"{path}: its unet reads text of width {unet.cross_attention_dim}, its {' and '.join(encoders)} "
             f"{'gives' if len(encoders) == 1 else 'give'} {width}; take both from one model"
         )
-    if folder.num_size_ids not in (SIZE_IDS if folder.text_spec_2 else (0,)):
+    fits = folder.num_size_ids in SIZE_IDS if folder.text_spec_2 else unet.addition_embed_type is None
+    if not fits:
         raise WeightError(
             f"{path}: its unet reads {folder.num_size_ids} numbers of a picture beside the text of its "
             f"{' and '.join(encoders)}; use SD 1.x, 2.x, SDXL or its refiner"

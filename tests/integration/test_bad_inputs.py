@@ -455,6 +455,11 @@ def test_a_model_folder_that_does_not_fit(place, train_refused, part, damage, sa
     assert said in line
 
 
+def test_another_autoencoder_that_is_none(train_refused):
+    (line,) = train_refused(pretrained_vae_model_name_or_path="dog")
+    assert "dog/diffusion_pytorch_model.safetensors is missing (found: " in line
+
+
 def test_a_variant_that_is_not_there(train_refused):
     (line,) = train_refused(variant="fp16")
     assert "unet/diffusion_pytorch_model.fp16.safetensors is missing (found: config.json, diffusion_py" in line

@@ -332,6 +332,15 @@ class TestEmbeddingCache:
             assert {prompt: value.text[0, 0] for prompt, value in found.items()} == {p: len(p) for p in prompts}
         assert asked == [["a dog"], ["a sks dog"], ["a dog"]]
 
+    def test_pooled_text_is_kept_beside_the_embedding_and_nothing_where_there_is_none(self, tmp_path):
+        """The second look finds them on disk: nothing may be encoded any more."""
+        texts = {"SDXL": PromptText(normal(7, 3), normal(5)), "SD": PromptText(normal(7, 3, seed=1))}
+        cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: texts)
+        found = cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: {})
+        assert found["SD"].pooled.size == 0
+        for prompt, expected in texts.items():
+            assert all(np.array_equal(ours, one) for ours, one in zip(found[prompt], expected, strict=True))
+
 
 class TestClassPictures:
     def make(self, folder, *names):

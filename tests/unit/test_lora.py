@@ -135,6 +135,13 @@ class TestItsStart:
         assert abs(draws.mean()) < 5 / 8 / np.sqrt(draws.size)
         assert abs(draws.std() * 8 - 1) < 5 / np.sqrt(2 * draws.size)
 
+    def test_layers_of_the_same_name_in_another_network_start_from_other_draws(self, started):
+        starts = bits_of_a(started)
+        initialise_lora(started, seed=3, prefix="text_encoder_2.")
+        others = bits_of_a(started)
+        initialise_lora(started, seed=3)
+        assert all(others[name] != start for name, start in starts.items())
+
     def test_every_layer_starts_from_draws_of_its_own_which_the_seed_decides(self, started):
         starts = bits_of_a(started)
         assert len(set(starts.values())) == len(starts)

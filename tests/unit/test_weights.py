@@ -482,11 +482,13 @@ class TestModelFolder:
         assert (found.text_spec is None) == refiner
         assert found.text_spec_2.projection_dim == POOLED
 
-    def test_a_unet_that_reads_other_numbers_than_sdxls_is_refused(self, tmp_path):
+    @pytest.mark.parametrize(("wider", "count"), [(8, 7), (-16, 4), (1, 0), (None, 0)])
+    def test_a_unet_that_reads_other_numbers_than_sdxls_is_refused(self, tmp_path, wider, count):
         config = json.loads((write_random_sdxl(tmp_path) / "unet/config.json").read_text())
-        config["projection_class_embeddings_input_dim"] += 8
+        key = "projection_class_embeddings_input_dim"
+        config[key] = wider and config[key] + wider
         (tmp_path / "unet/config.json").write_text(json.dumps(config))
-        with pytest.raises(WeightError, match="its unet reads 7 numbers of a picture"):
+        with pytest.raises(WeightError, match=f"its unet reads {count} numbers of a picture"):
             model_folder.open_model_folder(tmp_path)
 
     def test_a_second_text_encoder_alone_is_no_sdxl(self, folder):
