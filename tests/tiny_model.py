@@ -1,10 +1,11 @@
 """Random Stable Diffusion pipelines of a few thousand weights, in the real folder layout."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
@@ -29,6 +30,73 @@ UNET = UNetSpec(
 )
 VAE = VaeSpec(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 TEXT = TransformerSpec(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+
+
+# SDXL in the same size: the finest resolution has no transformers, so what it says of their depth is not used.
+SDXL_TEXT = replace(TEXT, num_hidden_layers=2)
+SDXL_TEXT_2 = TransformerSpec(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu"
+)
+POOLED = 20
+SDXL_UNET = replace(
+    UNET,
+    has_attention=(False, True),
+    cross_attention_dim=SDXL_TEXT.hidden_size + SDXL_TEXT_2.hidden_size,
+    use_linear_projection=True,
+    transformer_layers_per_block=(2, 1),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=POOLED + 6 * 8,
+)
+REFINER_UNET = replace(
+    SDXL_UNET,
+    cross_attention_dim=SDXL_TEXT_2.hidden_size,
+    projection_class_embeddings_input_dim=POOLED + 5 * 8,
+)
+
+
+def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False) -> Path:
+    """A model folder of SDXL, or of its refiner, whose second tokenizer fills short prompts with another token."""
+    words = ["a", "photo", "of", "star"]
+    vocabulary = write_tokenizer(folder / "tokenizer_2", words)
+    settings = folder / "tokenizer_2" / "tokenizer_config.json", folder / "tokenizer_2" / "special_tokens_map.json"
+    for file in settings:
+        write_json(file, json.loads(file.read_text()) | {"pad_token": "!"})
+    words_of_text = {"vocab_size": vocabulary, "eos_token_id": vocabulary - 1}
+    text, text_2 = (
+        ClipTextSpec(transformer=SDXL_TEXT, **words_of_text),
+        ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words_of_text),
+    )
+    unet, vae = REFINER_UNET if refiner else SDXL_UNET, replace(VAE, scaling_factor=0.13025)
+    parts = [
+        ("unet", UNet2DConditionModel(unet), write_unet_config(unet)),
+        ("vae", AutoencoderKL(vae), write_vae_config(vae, 32)),
+        ("text_encoder_2", CLIPTextModelWithProjection(text_2), write_text_config(text_2, POOLED)),
+    ]
+    if not refiner:
+        write_tokenizer(folder / "tokenizer", words)
+        parts.append(("text_encoder", CLIPTextModel(text), write_text_config(text, SDXL_TEXT.hidden_size)))
+    for part, network, config in parts:
+        initialise(network, seed)
+        save_network(folder, part, network, config)
+    save_index(folder, NoiseScheduleSpec())
+    present, absent = ["transformers", "CLIPTextModel"], [None, None]
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": not refiner,
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": absent if refiner else present,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer": absent if refiner else ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        | ({"requires_aesthetics_score": True} if refiner else {}),
+    )
+    return folder
 
 
 def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsilon", sd2: bool = False) -> Path:

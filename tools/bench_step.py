@@ -2,6 +2,7 @@
 
     python -m tools.bench_step                     # the embedded base's size; needs tests/requirements.txt
     python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
+    python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px
     python -m tools.bench_step --method full
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.models.specs import SD_15_UNET, UNetSpec
+from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.model_config import read_unet_config, write_scheduler_config, write_unet_config
 
@@ -60,6 +61,7 @@ SIZES = {
         downsampling=4,
     ),
     "sd15": Size(SD_15_UNET, resolution=512, downsampling=8),
+    "sdxl": Size(SDXL_UNET, resolution=512, downsampling=8),
 }
 """`tiny` is the size of the embedded base."""
 
@@ -89,6 +91,10 @@ class Rows:
     """(2,) int32."""
     text: np.ndarray
     """(2, S, E)."""
+    pooled: np.ndarray
+    """(2, P) pooled text; (2, 0) for a UNet that reads none."""
+    size_ids: np.ndarray
+    """(2, 6) numbers of the pictures; (2, 0) likewise."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,15 @@ class Side:
 def draw_rows(job: Job, step: int) -> Rows:
     """The rows of a step."""
     latent_shape = (2, job.unet.in_channels, job.latent_size, job.latent_size)
+    pooled_width = (job.unet.projection_class_embeddings_input_dim or 0) - 6 * (job.unet.addition_time_embed_dim or 0)
+    sizes = [[1024, 768, 0, 17, 512, 512], [512, 512, 0, 0, 512, 512]] if pooled_width else [[], []]
     return Rows(
         standard_normal(latent_shape, SEED, "bench latents", step),
         standard_normal(latent_shape, SEED, "bench noise", step),
         generator(SEED, "bench timesteps", step).integers(1000, size=2, dtype=np.int32),
         standard_normal((2, TEXT_TOKENS, job.unet.cross_attention_dim), SEED, "bench text", step),
+        standard_normal((2, pooled_width), SEED, "bench pooled", step),
+        np.array(sizes, np.float32),
     )
 
 
@@ -190,8 +200,10 @@ def build_peer(job: Job, mark: Callable[[str], None]) -> Side:
     scheduler = DDPMScheduler.from_config(write_scheduler_config(NoiseScheduleSpec()))
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
-        latents, noise, timesteps, text = map(torch.from_numpy, vars(rows).values())
-        prediction = unet(scheduler.add_noise(latents, noise, timesteps.long()), timesteps, text).sample
+        latents, noise, timesteps, text, pooled, sizes = map(torch.from_numpy, vars(rows).values())
+        added = {"text_embeds": pooled, "time_ids": sizes} if sizes.numel() else None
+        noisy = scheduler.add_noise(latents, noise, timesteps.long())
+        prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample
         of_subject, of_class = prediction.chunk(2)
         noise_of_subject, noise_of_class = noise.chunk(2)
         loss = torch.nn.functional.mse_loss(of_subject, noise_of_subject)

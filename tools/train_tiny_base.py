@@ -29,7 +29,7 @@ from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen befor
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, TextEncoders, end_positions  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
     ClipSpec,
     ClipTextSpec,
@@ -323,7 +323,8 @@ def encode_world(
         means.append(mean.asnumpy().astype(np.float32))
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
         captions += texts
-    embeddings = encode_prompts(tokenizer, text_encoder, [*captions, ""], batch_size=100)
+    texts = encode_prompts(tokenizer, TextEncoders(text_encoder), [*captions, ""], batch_size=100)
+    embeddings = {caption: encoded.text for caption, encoded in texts.items()}
     return np.concatenate(means), np.concatenate(deviations), captions, embeddings
 
 
@@ -354,8 +355,8 @@ def train_unet(
             timesteps.astype(np.int32),
             schedule.signal(timesteps).astype(np.float32),
             schedule.noise(timesteps).astype(np.float32),
-            np.stack([embeddings[prompt] for prompt in prompts]),
             (weights / size).astype(np.float32),
+            np.stack([embeddings[prompt] for prompt in prompts]),
         )
 
     fit("unet", network, DiffusionLoss(network, NOISE.prediction_type), batch)

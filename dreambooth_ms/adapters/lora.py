@@ -20,7 +20,7 @@ from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.lora_file import LoraWeights
 from dreambooth_ms.weights.naming.lora import Factors
-from dreambooth_ms.weights.parameters import PublicParameter, public_parameters
+from dreambooth_ms.weights.parameters import PublicParameter, name_prefix, public_parameters
 
 
 class Adapted(Protocol):
@@ -175,8 +175,9 @@ def inject_lora(
         )
     for _, parameter in root.parameters_and_names():
         parameter.requires_grad = False
+    prefix = name_prefix(root)
     adapted = {
-        name: LoraDense(cell, rank, alpha, LoraDropout(dropout, zlib.crc32(name.encode())) if dropout else None)
+        name: LoraDense(cell, rank, alpha, LoraDropout(dropout, _number(prefix + name)) if dropout else None)
         for name, cell in chosen.items()
     }
     for name, layer in adapted.items():
@@ -203,11 +204,11 @@ def linear_layers(root: nn.Cell) -> dict[str, Dense]:
     return {name: cell for name, cell in root.cells_and_names() if type(cell) is Dense}
 
 
-def initialise_lora(layers: dict[str, LoraDense], seed: int) -> None:
-    """A ~ N(0, 1 / r^2) and B = 0, as the published DreamBooth scripts start; a function of (seed, name)."""
+def initialise_lora(layers: dict[str, LoraDense], seed: int, prefix: str = "") -> None:
+    """A ~ N(0, 1 / r^2) and B = 0, as the published DreamBooth scripts start; a function of (seed, prefix + name)."""
     for name, layer in layers.items():
         shape = layer.lora_A.weight.shape
-        draw = standard_normal(shape, seed, "lora start", zlib.crc32(name.encode()))
+        draw = standard_normal(shape, seed, "lora start", _number(prefix + name))
         layer.lora_A.weight.set_data(Tensor(draw / layer.rank))
         layer.lora_B.weight.set_data(Tensor(np.zeros(layer.lora_B.weight.shape, np.float32)))
 
@@ -285,6 +286,11 @@ def sum_of(adapters: Sequence[LoraWeights]) -> LoraWeights:
         filler = rank - len(factor_a)
         factors[name] = (np.pad(factor_a, ((0, filler), (0, 0))), np.pad(factor_b, ((0, 0), (0, filler))))
     return LoraWeights(factors, rank, float(rank), tuple(factors))
+
+
+def _number(name: str) -> int:
+    """A number for draws that hang on a layer's name."""
+    return zlib.crc32(name.encode())
 
 
 def _matches(name: str, target: str) -> bool:

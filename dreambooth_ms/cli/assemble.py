@@ -9,8 +9,10 @@ import numpy as np
 from dreambooth_ms.adapters.lora import Adapted, load_lora
 from dreambooth_ms.cli.tell import tell as tell
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import set_up_device
 from dreambooth_ms.weights.hub import find_model
@@ -19,11 +21,16 @@ from dreambooth_ms.weights.opened_lora import read_adapters
 
 
 def open_base(
-    device: DeviceConfig, name_or_path: str, revision: str | None = None, variant: str | None = None
+    device: DeviceConfig,
+    name_or_path: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
 ) -> ModelFolder:
-    """Set up the device and open the base model."""
+    """Set up the device and open the base model, with the autoencoder of another one if `vae` names it."""
     set_up_device(device.device_target, device.ms_mode)
-    folder = open_model_folder(find_model(name_or_path, revision), variant)
+    other_vae = find_model(vae) if vae else None
+    folder = open_model_folder(find_model(name_or_path, revision, variant), variant, other_vae)
     for note in folder.notes:
         tell(f"{folder.path}: {note}")
     return folder
@@ -36,32 +43,52 @@ class AdaptedModel:
     unet: UNet2DConditionModel
     layers: list[Adapted]
     """The UNet's adapted layers."""
-    embeddings: dict[str, np.ndarray]
-    """Prompt -> embedding of the adapted text encoder, for the prompts asked for and the empty one."""
-    base_embeddings: dict[str, np.ndarray]
+    embeddings: dict[str, PromptText]
+    """The prompts asked for and the empty one, as the adapted text encoders encode them."""
+    base_embeddings: dict[str, PromptText]
     """The same without the adapters."""
 
 
 def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[str]) -> AdaptedModel:
-    """The base with the adapters of a command line; the text encoder is gone afterwards.
+    """The base with the adapters of a command line; the text encoders are gone afterwards.
 
     Raises:
         WeightError: an adapter was trained on another base.
     """
     files = [read_adapters(Path(path), lambda: folder.opened().spec) for path in weights.lora]
-    tokenizer, encoder, unet = PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), folder.load_unet()
-    base_embeddings = encode_prompts(tokenizer, encoder, [*prompts, ""])
+    encoders, unet = folder.load_text_encoders(), folder.load_unet()
+    base_embeddings = encode(folder, encoders, prompts)
+    networks = {"unet": unet, **encoders.networks()}
     try:
-        layers = load_lora(unet, [file["unet"] for file in files if "unet" in file], weights.lora_scale)
-        text_layers = load_lora(
-            encoder, [file["text_encoder"] for file in files if "text_encoder" in file], weights.lora_scale
-        )
+        if not all(file.keys() <= networks.keys() for file in files):
+            raise WeightError("the adapter was trained on another base")
+        layers = {
+            name: load_lora(network, [file[name] for file in files if name in file], weights.lora_scale)
+            for name, network in networks.items()
+        }
     except WeightError as error:
         raise WeightError(f"{', '.join(weights.lora)}: {error}; this one is {folder.path}") from error
-    embeddings = encode_prompts(tokenizer, encoder, [*prompts, ""]) if text_layers else base_embeddings
-    return AdaptedModel(unet, list(layers.values()), embeddings, base_embeddings)
+    adapts_text = any(layers[name] for name in encoders.networks())
+    # Once compiled, the encoders would go on without their adapters.
+    adapted = TextEncoders(encoders.text_encoder, encoders.text_encoder_2)
+    embeddings = encode(folder, adapted, prompts) if adapts_text else base_embeddings
+    return AdaptedModel(unet, list(layers["unet"].values()), embeddings, base_embeddings)
 
 
-def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Embeddings of these prompts and of the empty one; the text encoder is gone afterwards."""
-    return encode_prompts(PromptTokenizer(folder.tokenizer_path), folder.load_text_encoder(), [*prompts, ""])
+def prompt_tokenizer(folder: ModelFolder) -> PromptTokenizer:
+    """The tokenizers of a base."""
+    pooled = folder.text_spec_2
+    return PromptTokenizer(*folder.tokenizer_paths, pooled_at=pooled.eos_token_id if pooled else None)
+
+
+def encode(folder: ModelFolder, encoders: TextEncoders, prompts: Sequence[str]) -> dict[str, PromptText]:
+    """These prompts, and the empty one as it stands for "no negative prompt": with most SDXL models that is zeros."""
+    encoded = encode_prompts(prompt_tokenizer(folder), encoders, [*prompts, ""])
+    if folder.zeros_for_empty_prompt:
+        encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
+    return encoded
+
+
+def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, PromptText]:
+    """`encode` by the base's own text encoders, which are gone afterwards."""
+    return encode(folder, folder.load_text_encoders(), prompts)

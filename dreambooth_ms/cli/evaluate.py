@@ -11,6 +11,7 @@ from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import EvaluateConfig
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import find_pictures, open_picture
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure, metrics_json
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
@@ -37,7 +38,10 @@ def run(argv: Sequence[str]) -> int:
 def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     """Write the sheet and the figures into the output folder; returns the figures before and after."""
     wanted = config.comparison
-    folder = open_base(config.device, config.weights.pretrained_model_name_or_path)
+    weights = config.weights
+    folder = open_base(
+        config.device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path
+    )
     photographs = [np.asarray(open_picture(p)) for p in find_pictures(wanted.instance_data_dir).pictures]
     embed = load_image_embedder(Path(wanted.clip) if wanted.clip else folder.path / "clip")
     subject_prompts = [p for p in read_prompts(wanted.prompt) for _ in range(wanted.num_images_per_prompt)]
@@ -46,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     class_prompts = [wanted.class_prompt] * len(subject_prompts)
     prompts = [*subject_prompts, *class_prompts]
 
-    model = load_adapted(folder, config.weights, prompts)
+    model = load_adapted(folder, weights, prompts)
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(prompts))
     )
@@ -55,16 +59,15 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     noise = starting_noise(len(prompts), folder.latent_shape(size, size), wanted.seed, PURPOSE)
 
     def pictures(
-        scale: float, embeddings: dict[str, np.ndarray], name: str
+        scale: float, embeddings: dict[str, PromptText], name: str
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         _set_scale(model.layers, scale)
-        text = np.stack([embeddings[prompt] for prompt in prompts])
-        drawn = sampler.pictures(noise, text, embeddings[""])
+        drawn = sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""])
         kept = list(tqdm(drawn, desc=name, total=len(prompts), unit="picture"))
         return kept[: len(subject_prompts)], kept[len(subject_prompts) :]
 
     base_subject, base_class = pictures(0.0, model.base_embeddings, "before")
-    now_subject, now_class = pictures(config.weights.lora_scale, model.embeddings, "after")
+    now_subject, now_class = pictures(weights.lora_scale, model.embeddings, "after")
     before = measure(embed, photographs, base_subject, base_class, base_class)
     after = measure(embed, photographs, now_subject, now_class, base_class)
     rows = [

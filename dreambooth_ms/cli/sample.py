@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
@@ -22,7 +21,9 @@ def run(argv: Sequence[str]) -> int:
     config = load_sample_config(argv)
     wanted, weights = config.pictures, config.weights
     prompts = read_prompts(wanted.prompt)
-    folder = open_base(config.device, weights.pretrained_model_name_or_path)
+    folder = open_base(
+        config.device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path
+    )
     height, width = wanted.height or folder.picture_size, wanted.width or folder.picture_size
     latent_shape = folder.latent_shape(height, width)
     rows = [prompt for prompt in prompts for _ in range(wanted.num_images_per_prompt)]
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     sampler = Sampler(model.unet, folder.load_vae(), folder.scheduler_config, settings)
     pictures = sampler.pictures(
         starting_noise(len(rows), latent_shape, wanted.seed, PURPOSE),
-        np.stack([model.embeddings[prompt] for prompt in rows]),
+        [model.embeddings[prompt] for prompt in rows],
         model.embeddings[wanted.negative_prompt],
     )
     first = _first_free_number(output)

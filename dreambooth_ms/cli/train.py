@@ -1,7 +1,7 @@
 """`dreambooth-ms train`: config -> records -> latents and embeddings -> batches -> steps -> checkpoints -> adapter."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +11,15 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from tqdm import tqdm
 
-from dreambooth_ms.cli.assemble import embed_prompts, open_base, tell
+from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenizer, tell
 from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
-from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -56,7 +56,13 @@ def run(argv: Sequence[str]) -> int:
     """Train by a command line; returns the exit status."""
     config = settle_config(load_train_config(argv))
     model, data = config.model, config.data
-    folder = open_base(config.device, model.pretrained_model_name_or_path, model.revision, model.variant)
+    folder = open_base(
+        config.device,
+        model.pretrained_model_name_or_path,
+        model.revision,
+        model.variant,
+        model.pretrained_vae_model_name_or_path,
+    )
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
@@ -85,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
         )
     framing = Framing(data.resolution, data.center_crop, data.random_flip)
     plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
-    texts = _token_ids(folder, embeddings) if config.method.train_text_encoder else embeddings
+    texts = prompt_tokenizer(folder).texts(list(embeddings)) if config.method.train_text_encoder else embeddings
     batches = encode_pictures(config, folder, plan, cache, texts, checkpoint.step if checkpoint else 0, total)
     return train_and_save(config, folder, unet or folder.load_unet(), batches, checkpoint, total)
 
@@ -98,7 +104,7 @@ def total_steps(config: TrainConfig, pictures: int) -> int:
 
 
 def draw_missing_class_images(
-    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures, embeddings: Mapping[str, np.ndarray]
+    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures, embeddings: Mapping[str, PromptText]
 ) -> UNet2DConditionModel | None:
     """Draw the class pictures that are missing; returns the UNet if it was loaded for that."""
     prior = config.prior
@@ -127,7 +133,7 @@ def encode_pictures(
     folder: ModelFolder,
     plan: Plan,
     cache: ContentCache,
-    texts: Mapping[str, np.ndarray],
+    texts: Mapping[str, PromptText],
     done: int,
     total: int,
 ) -> BatchMaker:
@@ -151,10 +157,11 @@ def encode_pictures(
         texts=texts,
         schedule=schedule,
         loss_weights=lambda t: schedule.min_snr_weights(t, gamma, kind) if gamma else np.ones(len(t)),
-        scaling_factor=folder.vae_spec.scaling_factor,
+        scaled=folder.vae_spec.scaled,
         group_weights={INSTANCE: 1.0, CLASS: config.prior.prior_loss_weight},
         batches_per_step=batches_per_step,
         noise_offset=config.noise_offset,
+        num_size_ids=folder.num_size_ids,
     )
 
 
@@ -247,13 +254,16 @@ def train_and_save(
 def set_up_training(config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
     method, o = config.method, config.optimiser
-    text_encoder = folder.load_text_encoder() if method.train_text_encoder else None
-    learner = METHODS[method.method](method, folder, unet, text_encoder, seed_of(config))
-    text_factor = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
+    text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
+    learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
+    text_rate = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
+    decay, text_decay = o.adam_weight_decay, config.text_encoder_weight_decay
+    largest_decay = max(decay, text_decay) or 1.0
     optimiser = AdamW(
         learner.trainables,
-        AdamWHyperparameters(o.adam_beta1, o.adam_beta2, o.adam_weight_decay, o.adam_epsilon),
-        [text_factor if of_text else 1.0 for of_text in learner.is_of_text_encoder],
+        AdamWHyperparameters(o.adam_beta1, o.adam_beta2, max(decay, text_decay), o.adam_epsilon),
+        [text_rate if of_text else 1.0 for of_text in learner.is_of_text_encoder],
+        [(text_decay if of_text else decay) / largest_decay for of_text in learner.is_of_text_encoder],
     )
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
@@ -274,7 +284,7 @@ def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker
     if config.run.gradient_accumulation_steps > 1:
         return nullcontext()  # A step is two graphs then, and the cache is sound for one.
     latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
-    specs = (folder.unet_spec, folder.text_spec, folder.schedule_spec)
+    specs = (folder.unet_spec, folder.text_spec, folder.text_spec_2, folder.schedule_spec)
     rows = len(batches.plan.rows(0))
     return compile_cache(specs, config.method, config.loss, config.optimiser, latent_shape, rows)
 
@@ -289,17 +299,11 @@ def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
     )
 
 
-def _token_ids(folder: ModelFolder, prompts: Iterable[str]) -> dict[str, np.ndarray]:
-    distinct = sorted(prompts)
-    return dict(zip(distinct, PromptTokenizer(folder.tokenizer_path).ids(distinct), strict=True))
-
-
-def _embeddings(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Embeddings by the base's own text encoder, all at once, because each time it is compiled anew."""
-    return cached_embeddings(
-        cache, prompts, folder.digest("text_encoder"),
-        lambda missing: embed_prompts(folder, missing),
-    )  # fmt: skip
+def _embeddings(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, PromptText]:
+    """Prompts by the base's own text encoders, all at once, because each time they are compiled anew."""
+    digests = [folder.digest(name) for name in folder.text_encoders]
+    key = " ".join([*digests, "zeros"] if folder.zeros_for_empty_prompt else digests)
+    return cached_embeddings(cache, prompts, key, lambda missing: embed_prompts(folder, missing))
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:

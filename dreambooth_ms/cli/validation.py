@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from dreambooth_ms.cli.assemble import embed_prompts
+from dreambooth_ms.cli.assemble import embed_prompts, encode
 from dreambooth_ms.config.schema import SamplingScheduler, TrainConfig, ValidationScheduler
-from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
@@ -41,20 +41,19 @@ class Validator:
         self._sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
         shape = folder.latent_shape(config.data.resolution, config.data.resolution)
         self._noise = starting_noise(wanted.num_validation_images, shape, seed_of(config), PURPOSE)
-        self._frozen_embeddings = None if learner.text_encoder else embed_prompts(folder, [self.prompt])
+        self._frozen_embeddings = None if learner.text_encoders else embed_prompts(folder, [self.prompt])
 
     def draw(self, step: int) -> list[np.ndarray]:
         """Draw and write the pictures after a step; returns them, each (H, W, 3) uint8."""
         with self._learner.dropout.off() if self._learner.dropout else nullcontext():
             embeddings = self._frozen_embeddings or self._embed()
-            text = np.repeat(embeddings[self.prompt][None], len(self._noise), axis=0)
-            pictures = list(self._sampler.pictures(self._noise, text, embeddings[""]))
+            prompts = [embeddings[self.prompt]] * len(self._noise)
+            pictures = list(self._sampler.pictures(self._noise, prompts, embeddings[""]))
         for number, picture in enumerate(pictures):
             path = self._output / f"step-{step:06d}-{number}.png"
             write_picture(path, picture, {**self._settings, "step": step, "number": number})
         return pictures
 
-    def _embed(self) -> dict[str, np.ndarray]:
-        tokenizer = PromptTokenizer(self._folder.tokenizer_path)
-        assert self._learner.text_encoder is not None
-        return encode_prompts(tokenizer, self._learner.text_encoder, [self.prompt, ""])
+    def _embed(self) -> dict[str, PromptText]:
+        assert self._learner.text_encoders is not None
+        return encode(self._folder, self._learner.text_encoders, [self.prompt])

@@ -51,6 +51,8 @@ class ModelConfig:
     """Branch, tag or commit on the hub. None: its main branch."""
     variant: str | None = None
     """Variant of the weight files, such as fp16. None: the plain files."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Autoencoder to use in place of the base's own: a folder, or a name on the hub. It computes in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class MethodConfig:
     method: Method = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: bool = False
-    """Train the text encoder too, in the same way as the UNet."""
+    """Train the text encoder too, of SDXL both, in the same way as the UNet."""
     rank: int = 4
     """Rank of the LoRA update; the size of the file grows with it."""
     lora_alpha: int | None = None
@@ -136,7 +138,7 @@ class OptimiserConfig:
     learning_rate: float | None = None
     """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full."""
     text_encoder_lr: float | None = None
-    """Learning rate of the text encoder. None: the same as --learning_rate."""
+    """Learning rate of the text encoder, of SDXL both. None: the same as --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps."""
     lr_scheduler: LearningRateSchedule = "constant"
@@ -153,6 +155,8 @@ class OptimiserConfig:
     """Decay of the mean of the squared gradients."""
     adam_weight_decay: float = 1e-2
     """Decoupled weight decay."""
+    adam_weight_decay_text_encoder: float | None = None
+    """Weight decay of the text encoder, of SDXL both. None: the same as --adam_weight_decay."""
     adam_epsilon: float = 1e-8
     """Added to the denominator of the update."""
     max_grad_norm: float = 1.0
@@ -215,6 +219,8 @@ class WeightsConfig:
 
     pretrained_model_name_or_path: str
     """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Autoencoder to use in place of the base's own: a folder, or a name on the hub."""
     lora: list[str] = field(default_factory=list)
     """Adapter files or folders; several are added up."""
     lora_scale: float = 1.0
@@ -228,7 +234,7 @@ class PicturesConfig:
     prompt: str
     """What to draw: a prompt, or the path of a text file with one prompt per line."""
     negative_prompt: str = ""
-    """What to keep away from."""
+    """What to keep away from. Empty: nothing; SDXL models are then guided by zeros where their folder asks for it."""
     num_images_per_prompt: int = 1
     """Pictures per prompt."""
     batch_size: int = 4
@@ -358,6 +364,7 @@ _SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and valu
 
 RANGES: dict[str, Range] = {
     "pretrained_model_name_or_path": _NOT_EMPTY,
+    "pretrained_vae_model_name_or_path": _NOT_EMPTY,
     "instance_data_dir": _NOT_EMPTY,
     "instance_prompt": _NOT_EMPTY,
     "resolution": _SIDE,
@@ -387,6 +394,7 @@ RANGES: dict[str, Range] = {
     "adam_beta1": _DECAY,
     "adam_beta2": _DECAY,
     "adam_weight_decay": _at_least(0),
+    "adam_weight_decay_text_encoder": _at_least(0),
     "adam_epsilon": _POSITIVE,
     "max_grad_norm": _POSITIVE,
     "train_batch_size": _at_least(1),
@@ -456,6 +464,12 @@ class TrainConfig:
         return self.optimiser.learning_rate or (5e-4 if self.method.method == "lora" else 5e-6)
 
     @property
+    def text_encoder_weight_decay(self) -> float:
+        """The text encoder's own weight decay, or the UNet's."""
+        own = self.optimiser.adam_weight_decay_text_encoder
+        return self.optimiser.adam_weight_decay if own is None else own
+
+    @property
     def output_dir(self) -> Path:
         """The run's folder."""
         return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
@@ -509,7 +523,8 @@ class TrainConfig:
         if not method.use_ema:
             reasons["ema_decay"] = "without --use_ema"
         if not method.train_text_encoder:
-            reasons["text_encoder_lr"] = "without --train_text_encoder"
+            text_only = ("text_encoder_lr", "adam_weight_decay_text_encoder")
+            reasons.update(dict.fromkeys(text_only, "without --train_text_encoder"))
         if validation.validation_prompt is None:
             reasons.update(dict.fromkeys(vars(validation), "without --validation_prompt"))
         if optimiser.lr_scheduler == "constant":

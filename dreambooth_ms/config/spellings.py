@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "pretrained_model_path": ("pretrained_model_name_or_path",),
+    "pretrained_vae_name_or_path": ("pretrained_vae_model_name_or_path",),
     "instance_data_path": ("instance_data_dir",),
     "class_data_path": ("class_data_dir",),
     "image_size": ("resolution",),
@@ -86,8 +87,6 @@ REFUSED: dict[str, Refusal] = {
     "text_encoder_use_attention_mask": Refusal("not in this version: only models with CLIP text encoders are trained"),
     "tokenizer_name": Refusal("the tokenizer of the base model is used"),
     "tokenizer_max_length": Refusal("a prompt is always 77 tokens", ("77",)),
-    "pretrained_vae_model_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
-    "pretrained_vae_name_or_path": Refusal("not in this version: the VAE of the base model is used"),
     "gradient_checkpointing": Refusal("not in this version: lower --train_batch_size or --resolution to save memory"),
     "do_edm_style_training": Refusal("not in this version: training follows the base model's own noise schedule"),
     "validation_epochs": Refusal("give the optimiser steps between drawings, --validation_steps"),
@@ -98,6 +97,8 @@ REFUSED: dict[str, Refusal] = {
     "class_negative_prompt": Refusal("not in this version: class pictures are generated without a negative prompt"),
     "dataset_name": _NO_DATASETS,
     "dataset_config_name": _NO_DATASETS,
+    "image_column": Refusal("not in this version: pictures are read from the folder --instance_data_dir", ("image",)),
+    "cache_dir": Refusal("set HF_HOME: downloads are kept where huggingface_hub keeps them"),
     "caption_column": _NO_CAPTIONS,
     "use_txt_as_label": _NO_CAPTIONS,
     "use_filename_as_label": _NO_CAPTIONS,
@@ -118,6 +119,7 @@ REFUSED: dict[str, Refusal] = {
     "sampler": Refusal("choose with --scheduler: ddim, euler, dpm++_2m, dpm++_2m_karras or pndm"),
     "sd_xl_base_ratios": _SIZE_BY_PIXELS,
     "support_long_prompts": _NO_PROMPT_OPTIONS,
+    "task": Refusal("not in this version: pictures are drawn from text only", ("txt2img",)),
     "img": _NO_IMAGE_INPUT,
     "strength": _NO_IMAGE_INPUT,
     "add_pipeline": Refusal("not in this version: no refiner is run after the base model"),
@@ -130,11 +132,20 @@ METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
 )
 """Values of --method that are refused by name."""
 
+_ONLY_PRODIGY = "it is an option of the Prodigy optimiser, and the optimiser is AdamW"
+
 HARMLESS: dict[str, str] = {
     "allow_tf32": "TF32 is a mode of NVIDIA GPUs",
     "enable_xformers_memory_efficient_attention": "the attention that suits the device is chosen by itself",
     "enable_npu_flash_attention": "the attention that suits the device is chosen by itself",
     "set_grads_to_none": "gradients are values of a function here, never kept between steps",
+    "prodigy_decouple": _ONLY_PRODIGY,
+    "prodigy_use_bias_correction": _ONLY_PRODIGY,
+    "prodigy_safeguard_warmup": _ONLY_PRODIGY,
+    "version": "the family is recognised from the model itself",
+    "clip_grad": "gradients are always clipped to --max_grad_norm",
+    "log_interval": "every step is logged",
+    "dataset_load_tokenizer": "prompts are always turned into tokens before the step",
     "local_rank": "it is set by PyTorch's launcher, which is not used here",
     "dataloader_num_workers": "a few pictures gain nothing from being loaded in parallel",
     "num_parallel_workers": "a few pictures gain nothing from being loaded in parallel",

@@ -1,19 +1,24 @@
 """A batch is rows: whatever a method wants of a picture is a value in its row.
 
-Shapes: B rows, C, H, W of the latents, S text tokens, E text width.
+Shapes: B rows, C, H, W of the latents, S text tokens, E text width, P width of pooled text, N size ids.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from dreambooth_ms.data.conditioning import Conditioning, PromptText, size_ids_of_view
 from dreambooth_ms.data.plan import Plan, View
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.randomness import generator, standard_normal
+
+
+def _no_rows() -> np.ndarray:
+    return np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Batch:
     """(B,) weight of each row's error in the loss: lambda of the group * w_row / rows of the group in a step."""
     groups: tuple[str, ...]
     """Each row's group."""
+    pooled: np.ndarray = field(default_factory=_no_rows)
+    """Each row's own pooled text (B, P), or the ends of its token ids (B, S); empty where the UNet reads none."""
+    size_ids: np.ndarray = field(default_factory=_no_rows)
+    """Each row's own size ids (B, N) (see `data.conditioning`); empty where the UNet reads none."""
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The rows as the compiled step takes them."""
@@ -45,8 +54,8 @@ class Batch:
             Tensor(self.timesteps, ms.int32),
             Tensor(self.signal, ms.float32),
             Tensor(self.sigma, ms.float32),
-            Tensor(self.text),
             Tensor(self.coefficients, ms.float32),
+            *Conditioning(self.text, self.pooled, self.size_ids).tensors(),
         )
 
 
@@ -56,17 +65,20 @@ class BatchMaker:
 
     plan: Plan
     posteriors: Mapping[View, np.ndarray]
-    texts: Mapping[str, np.ndarray]
-    """What the step takes for each prompt: its embedding (S, E), or its token ids (S,)."""
+    texts: Mapping[str, PromptText]
+    """What the step takes for each prompt: its embedding, or its token ids."""
     schedule: NoiseSchedule
     loss_weights: Callable[[np.ndarray], np.ndarray]
     """Timesteps (B,) -> w_row (B,)."""
-    scaling_factor: float
+    scaled: Callable[[np.ndarray], np.ndarray]
+    """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
     group_weights: Mapping[str, float]
     """Lambda of each group: 1 for the instance pictures, --prior_loss_weight for the class pictures."""
     batches_per_step: int = 1
     noise_offset: float = 0.0
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
+    num_size_ids: int = 0
+    """Size ids of each row: 6 for SDXL, 5 for its refiner."""
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
@@ -76,11 +88,15 @@ class BatchMaker:
             group = view.record.group
             mean, log_variance = self.posteriors[view]
             posterior_noise = standard_normal(mean.shape, seed, f"{group} posterior", row)
-            latents.append((mean + np.exp(0.5 * log_variance) * posterior_noise) * self.scaling_factor)
+            latents.append(self.scaled(mean + np.exp(0.5 * log_variance) * posterior_noise))
             offset = standard_normal((len(mean), 1, 1), seed, f"{group} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{group} noise", row) + self.noise_offset * offset)
             rng = generator(seed, f"{group} timestep", row)
             timesteps.append(int(rng.integers(self.schedule.num_train_timesteps)))
+        conditioning = Conditioning.of(
+            [self.texts[view.record.prompt] for view in views],
+            [size_ids_of_view(self.num_size_ids, view, self.plan.framing.resolution) for view in views],
+        )
         drawn = np.array(timesteps, np.int32)
         rows_of_step = self.plan.batch_size * self.batches_per_step
         lambdas = np.array([self.group_weights[view.record.group] for view in views])
@@ -90,7 +106,9 @@ class BatchMaker:
             timesteps=drawn,
             signal=self.schedule.signal(drawn).astype(np.float32),
             sigma=self.schedule.noise(drawn).astype(np.float32),
-            text=np.stack([self.texts[view.record.prompt] for view in views]),
+            text=conditioning.text,
             coefficients=(lambdas * self.loss_weights(drawn) / rows_of_step).astype(np.float32),
             groups=tuple(view.record.group for view in views),
+            pooled=conditioning.pooled,
+            size_ids=conditioning.size_ids,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.config.schema import Interpolation
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
@@ -92,26 +93,47 @@ def cached_posteriors(
     for view in progress(missing):
         square = resize_and_crop(open_picture(view.record.path), resolution, interpolation, view.crop, view.flip)
         value = encode(to_array(square).transpose(2, 0, 1)[None])
-        if not np.isfinite(value).all():
-            raise DataError(f"{view.record.path}: the autoencoder gave values that are no numbers; use another one")
+        flaw = _flaw(value)
+        if flaw:
+            raise DataError(
+                f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with "
+                "--pretrained_vae_model_name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
+            )
         cache.put(keys[view], value)
         found[view] = value
     return found
+
+
+def _flaw(posterior: np.ndarray) -> str | None:
+    """What is wrong with mean and log-variance (2, C, h, w), if anything is."""
+    if not np.isfinite(posterior).all():
+        return "values that are no numbers"
+    if not posterior[0].any():
+        return "nothing but zeros, which is black"
+    return None
 
 
 def cached_embeddings(
     cache: ContentCache,
     prompts: Sequence[str],
     encoder_digest: str,
-    encode: Callable[[Sequence[str]], dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """Text embedding (S, E) of every prompt; `encode` is called only if one is missing."""
-    keys = {prompt: content_key(prompt=prompt, encoder=encoder_digest) for prompt in prompts}
-    found = {prompt: value for prompt, key in keys.items() if (value := cache.get(key)) is not None}
+    encode: Callable[[Sequence[str]], dict[str, PromptText]],
+) -> dict[str, PromptText]:
+    """What the UNet reads of every prompt; `encode` is called only if one is missing."""
+    parts = PromptText._fields
+    keys = {
+        prompt: [content_key(prompt=prompt, encoder=encoder_digest, part=part) for part in parts] for prompt in prompts
+    }
+    found = {}
+    for prompt, its_keys in keys.items():
+        values = [value for key in its_keys if (value := cache.get(key)) is not None]
+        if len(values) == len(parts):
+            found[prompt] = PromptText(*values)
     missing = [prompt for prompt in keys if prompt not in found]
     if missing:
         embeddings = encode(missing)
         for prompt in missing:
-            cache.put(keys[prompt], embeddings[prompt])
+            for key, value in zip(keys[prompt], embeddings[prompt], strict=True):
+                cache.put(key, value)
             found[prompt] = embeddings[prompt]
     return found

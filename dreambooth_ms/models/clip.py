@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021) with the module tree of transformers' CLIPModel and CLIPTextModel.
+"""CLIP (Radford et al., 2021) with the module tree of transformers' CLIPModel and its text models.
 
 Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space.
 """
@@ -34,6 +34,65 @@ class CLIPTextModel(nn.Cell):
     def construct(self, ids_BS: Tensor) -> Tensor:
         return self.text_model(ids_BS)
 
+    def penultimate(self, ids_BS: Tensor) -> Tensor:
+        """Token ids (B, S) -> hidden states before the last layer (B, S, D), which SDXL reads."""
+        return self.text_model.both_states(ids_BS)[0]
+
+
+class CLIPTextModelWithProjection(nn.Cell):
+    """Token ids (B, S) -> hidden states before the last layer (B, S, D), and pooled text (B, E).
+
+    The text is pooled at its end token: `end_BS` is 1 there and 0 elsewhere.
+    """
+
+    name_prefix = "text_encoder_2."
+    """Its parameters would otherwise have the names of the encoder beside it."""
+
+    def __init__(self, spec: ClipTextSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.text_model = TextTransformer(spec)
+        self.text_projection = Dense(spec.transformer.hidden_size, spec.projection_dim, has_bias=False)
+
+    def construct(self, ids_BS: Tensor, end_BS: Tensor) -> tuple[Tensor, Tensor]:
+        penultimate_BSD, last_BSD = self.text_model.both_states(ids_BS)
+        return penultimate_BSD, self.text_projection(_at_end(last_BSD, end_BS))
+
+
+class TextEncoders(nn.Cell):
+    """The text encoders of a model as one network: token ids -> what its UNet reads.
+
+    SD 1 and 2: ids (B, S) -> (text (B, S, D),). SDXL: ids (B, T S), those of T tokenizers side by side, and the ends of
+    the last ones (B, S) -> (the states of all encoders side by side (B, S, E), pooled text (B, P)).
+    """
+
+    def __init__(
+        self, text_encoder: CLIPTextModel | None, text_encoder_2: CLIPTextModelWithProjection | None = None
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+
+    def construct(self, ids: Tensor, *end_BS: Tensor) -> tuple[Tensor, ...]:
+        if self.text_encoder_2 is None:
+            return (self.text_encoder(ids),)
+        if self.text_encoder is None:
+            return self.text_encoder_2(ids, end_BS[0])
+        ids_BS, ids_2_BS = ops.split(ids, end_BS[0].shape[1], 1)
+        states_2_BSD, pooled_BP = self.text_encoder_2(ids_2_BS, end_BS[0])
+        return ops.concat((self.text_encoder.penultimate(ids_BS), states_2_BSD), 2), pooled_BP
+
+    def networks(self) -> dict[str, nn.Cell]:
+        """The encoders that there are, by the names of their folders."""
+        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: network for name, network in named.items() if network is not None}
+
+    def is_read(self, network: str, parameter: str) -> bool:
+        """Whether what the UNet reads depends on a parameter: in SDXL it does not on the first encoder's end."""
+        if network != "text_encoder" or self.text_encoder_2 is None:
+            return True
+        last = self.text_encoder.spec.transformer.num_hidden_layers - 1
+        return not parameter.startswith((f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm."))
+
 
 class CLIPModel(nn.Cell):
     """Both towers; images and texts meet as unit vectors (B, E)."""
@@ -53,10 +112,7 @@ class CLIPModel(nn.Cell):
 
     def encode_text(self, ids_BS: Tensor, end_BS: Tensor) -> Tensor:
         """Token ids (B, S) -> unit vectors (B, E), read at the end token."""
-        hidden_BSD = self.text_model(ids_BS)
-        batch, length, width = hidden_BSD.shape
-        pooled_B1D = ops.bmm(ops.reshape(end_BS, (batch, 1, length)), hidden_BSD)
-        return _unit(self.text_projection(ops.reshape(pooled_B1D, (batch, width))))
+        return _unit(self.text_projection(_at_end(self.text_model(ids_BS), end_BS)))
 
     def encode_image(self, pictures_B3HW: Tensor) -> Tensor:
         """Pictures, normalised as this model expects them -> unit vectors (B, E)."""
@@ -85,7 +141,12 @@ class TextTransformer(nn.Cell):
         self.final_layer_norm = LayerNorm(width, eps)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids_BS)))
+        return self.both_states(ids_BS)[1]
+
+    def both_states(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The states before the last layer, as they are, and the normalised ones after it."""
+        before_last_BSD, last_BSD = self.encoder(self.embeddings(ids_BS))
+        return before_last_BSD, self.final_layer_norm(last_BSD)
 
 
 class TextEmbeddings(nn.Cell):
@@ -116,7 +177,7 @@ class VisionTransformer(nn.Cell):
         self.post_layernorm = LayerNorm(width, eps)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
+        _, hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
         return self.post_layernorm(hidden_BPD[:, 0])
 
 
@@ -144,16 +205,18 @@ class VisionEmbeddings(nn.Cell):
 
 
 class ClipEncoder(nn.Cell):
-    """A stack of pre-norm transformer layers: (B, S, D) -> (B, S, D)."""
+    """A stack of pre-norm transformer layers: (B, S, D) -> the same before the last layer, and after it."""
 
     def __init__(self, spec: TransformerSpec, causal: bool) -> None:
         super().__init__()
         self.layers = nn.CellList([ClipEncoderLayer(spec, causal) for _ in range(spec.num_hidden_layers)])
 
-    def construct(self, x_BSD: Tensor) -> Tensor:
+    def construct(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        before_last_BSD = x_BSD
         for layer in self.layers:
+            before_last_BSD = x_BSD
             x_BSD = layer(x_BSD)
-        return x_BSD
+        return before_last_BSD, x_BSD
 
 
 class ClipEncoderLayer(nn.Cell):
@@ -207,6 +270,11 @@ def end_positions(ids_BS: np.ndarray, eos_token_id: int) -> np.ndarray:
     """
     first = ids_BS.argmax(1) if eos_token_id == 2 else (ids_BS == eos_token_id).argmax(1)
     return np.eye(ids_BS.shape[1], dtype=np.float32)[first]
+
+
+def _at_end(hidden_BSD: Tensor, end_BS: Tensor) -> Tensor:
+    batch, length, width = hidden_BSD.shape
+    return ops.reshape(ops.bmm(ops.reshape(end_BS, (batch, 1, length)), hidden_BSD), (batch, width))
 
 
 def _unit(x_BE: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ fills these rows.
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetSpec:
@@ -40,6 +42,16 @@ class UNetSpec:
         layers = self.transformer_layers_per_block
         return layers if isinstance(layers, int) else layers[level]
 
+    def num_size_ids(self, pooled_width: int) -> int:
+        """Size ids of a picture that are read beside pooled text of this width: 6 in SDXL, 5 in its refiner.
+
+        0 in other UNets, and where the width does not fit.
+        """
+        if not (self.projection_class_embeddings_input_dim and self.addition_time_embed_dim):
+            return 0
+        ids, rest = divmod(self.projection_class_embeddings_input_dim - pooled_width, self.addition_time_embed_dim)
+        return 0 if rest else ids
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSpec:
@@ -51,11 +63,29 @@ class VaeSpec:
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    latents_mean: tuple[float, ...] | None = None
+    """Mean of each latent channel, which is taken off before scaling (Playground v2.5). None: 0."""
+    latents_std: tuple[float, ...] | None = None
+    """Deviation of each latent channel, which it is divided by. None: 1."""
 
     @property
     def downsampling(self) -> int:
         """Pixels of a picture per latent, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def scaled(self, latents: np.ndarray) -> np.ndarray:
+        """The autoencoder's latents (..., C, h, w) -> the diffusion's, of deviation 1 or so."""
+        factor = self.scaling_factor / self._by_channel(self.latents_std, 1.0)
+        return (latents - self._by_channel(self.latents_mean, 0.0)) * factor
+
+    def unscaled(self, latents: np.ndarray) -> np.ndarray:
+        """The inverse of `scaled`."""
+        factor = self._by_channel(self.latents_std, 1.0) / np.float32(self.scaling_factor)
+        return latents * factor + self._by_channel(self.latents_mean, 0.0)
+
+    @staticmethod
+    def _by_channel(values: tuple[float, ...] | None, otherwise: float) -> np.ndarray:
+        return np.array(otherwise if values is None else values, np.float32).reshape(-1, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +176,12 @@ SD_VAE = VaeSpec()
 
 SDXL_VAE = VaeSpec(scaling_factor=0.13025)
 
+PLAYGROUND_25_VAE = VaeSpec(
+    scaling_factor=0.5,
+    latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
+    latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
+)
+
 CLIP_L_TEXT = ClipTextSpec(
     transformer=TransformerSpec(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 )
@@ -199,6 +235,15 @@ SDXL_BASE = ModelSpec(
 SDXL_REFINER = ModelSpec(
     family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, vae=SDXL_VAE, text_encoder_2=OPENCLIP_BIGG_TEXT
 )
+
+PLAYGROUND_25 = ModelSpec(
+    family=Family.SDXL,
+    unet=SDXL_UNET,
+    vae=PLAYGROUND_25_VAE,
+    text_encoder=CLIP_L_TEXT,
+    text_encoder_2=OPENCLIP_BIGG_TEXT,
+)
+"""SDXL's networks with latents of another distribution."""
 
 PUBLISHED_MODELS = (SD_15, SD_21, SDXL_BASE, SDXL_REFINER)
 """One model of each family, with the sizes it was published with."""

@@ -20,14 +20,22 @@ class Transformer2DModel(nn.Cell):
     """Image with C channels, text (B, S, E) -> image with C channels, plus the input."""
 
     def __init__(
-        self, channels: int, num_heads: int, context_dim: int, num_groups: int, use_linear_projection: bool
+        self,
+        channels: int,
+        num_heads: int,
+        context_dim: int,
+        num_groups: int,
+        use_linear_projection: bool,
+        num_layers: int = 1,
     ) -> None:
         super().__init__()
         self.use_linear_projection = use_linear_projection
         self.norm = group_norm(num_groups, channels, eps=1e-6)
         self.proj_in = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
         self.to_tokens = shared(ImageToTokens)
-        self.transformer_blocks = nn.CellList([BasicTransformerBlock(channels, num_heads, context_dim)])
+        self.transformer_blocks = nn.CellList(
+            [BasicTransformerBlock(channels, num_heads, context_dim) for _ in range(num_layers)]
+        )
         self.to_image = shared(TokensToImage)
         self.proj_out = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
 

@@ -1,6 +1,7 @@
-"""The denoising UNet of Stable Diffusion 1 and 2, with the module tree of diffusers' UNet2DConditionModel.
+"""The denoising UNet of Stable Diffusion 1, 2 and XL, with the module tree of diffusers' UNet2DConditionModel.
 
-Shapes: B batch, C latent channels, H, W height and width of the latents, S text tokens, E text width, T time width.
+Shapes: B batch, C latent channels, H, W height and width of the latents, S text tokens, E text width, T time width,
+P width of pooled text, N size ids.
 """
 
 import math
@@ -16,7 +17,10 @@ from dreambooth_ms.ops import ConcatChannels, Dense, FromPublicLayout, ToPublicL
 
 
 class UNet2DConditionModel(nn.Cell):
-    """Noisy latents (B, C, H, W), timesteps (B,), text (B, S, E) -> prediction (B, C, H, W)."""
+    """Noisy latents (B, C, H, W), timesteps (B,), text (B, S, E) -> prediction (B, C, H, W).
+
+    SDXL's also takes pooled text (B, P) and size ids (B, N), which are added to the time embedding.
+    """
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -26,6 +30,10 @@ class UNet2DConditionModel(nn.Cell):
         self.from_public_layout = FromPublicLayout()
         self.time_proj = TimestepEncoding(channels[0])
         self.time_embedding = TimestepEmbedding(channels[0], temb_dim)
+        self.adds_text_and_sizes = spec.addition_embed_type == "text_time"
+        if self.adds_text_and_sizes:
+            self.add_time_proj = TimestepEncoding(spec.addition_time_embed_dim)
+            self.add_embedding = TimestepEmbedding(spec.projection_class_embeddings_input_dim, temb_dim)
         self.conv_in = conv2d(spec.in_channels, channels[0])
         self.down_blocks = nn.CellList(
             [DownBlock(spec, level, channels[max(level - 1, 0)], temb_dim) for level in range(len(channels))]
@@ -41,8 +49,15 @@ class UNet2DConditionModel(nn.Cell):
         self.conv_out = conv2d(channels[0], spec.out_channels)
         self.to_public_layout = ToPublicLayout()
 
-    def construct(self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor) -> Tensor:
+    def construct(
+        self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
+    ) -> Tensor:
         temb_BT = self.time_embedding(self.time_proj(timesteps_B))
+        if self.adds_text_and_sizes:
+            pooled_BP, sizes_BN = pooled_and_sizes
+            encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
+            encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
+            temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1))
         x = self.conv_in(self.from_public_layout(latents_BCHW))
         skips = (x,)
         for down_block in self.down_blocks:
@@ -179,6 +194,7 @@ def _transformer(spec: UNetSpec, level: int) -> Transformer2DModel:
         spec.cross_attention_dim,
         spec.norm_num_groups,
         spec.use_linear_projection,
+        spec.transformer_layers(level),
     )
 
 

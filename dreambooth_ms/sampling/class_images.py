@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.picture_file import write_picture
@@ -40,8 +41,8 @@ def draw_class_images(
     folder: Path,
     numbers: list[int],
     prompt: str,
-    text: np.ndarray,
-    negative: np.ndarray,
+    text: PromptText,
+    negative: PromptText,
     latent_shape: tuple[int, int, int],
     seed: int,
     progress: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]],
@@ -53,14 +54,14 @@ def draw_class_images(
         folder: where the files go; made if needed.
         numbers: which ones, from `missing_numbers`.
         prompt: the class prompt, for the files' metadata.
-        text: its embedding (S, E).
-        negative: embedding of the empty prompt (S, E).
+        text: the same, encoded.
+        negative: the empty prompt, encoded.
         latent_shape: (C, h, w).
         seed: the run's seed.
         progress: wraps the iterator of pictures.
     """
     noise = np.concatenate([starting_noise(1, latent_shape, seed, PURPOSE, number) for number in numbers])
-    texts = np.broadcast_to(text, (len(numbers), *text.shape))
+    texts = [text] * len(numbers)
     settings: dict[str, Any] = {"prompt": prompt, "seed": seed, **vars(sampler.settings)}
     for number, picture in zip(numbers, progress(sampler.pictures(noise, texts, negative)), strict=True):
         write_picture(folder / picture_name(number), picture, {**settings, "number": number})

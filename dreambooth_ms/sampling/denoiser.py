@@ -6,7 +6,8 @@ from mindspore import Tensor, nn, ops
 class Denoiser(nn.Cell):
     """negative + guidance * (positive - negative) (Ho and Salimans, 2022, eq. 6, with w = guidance - 1).
 
-    Latents (B, C, H, W), timesteps (B,), texts (B, S, E) twice, guidance () -> (B, C, H, W).
+    Latents (B, C, H, W), timesteps (B,), guidance (), conditioning -> (B, C, H, W). Where it is guided, the rows of the
+    conditioning are 2 B: the negative ones, then the positive ones.
     """
 
     def __init__(self, unet: nn.Cell, guided: bool) -> None:
@@ -14,15 +15,9 @@ class Denoiser(nn.Cell):
         self.unet = unet
         self.guided = guided
 
-    def construct(
-        self, latents: Tensor, timesteps_B: Tensor, text_BSE: Tensor, negative_BSE: Tensor, guidance: Tensor
-    ) -> Tensor:
+    def construct(self, latents: Tensor, timesteps_B: Tensor, guidance: Tensor, *conditioning: Tensor) -> Tensor:
         if not self.guided:
-            return self.unet(latents, timesteps_B, text_BSE)
-        prediction = self.unet(
-            ops.concat((latents, latents)),
-            ops.concat((timesteps_B, timesteps_B)),
-            ops.concat((negative_BSE, text_BSE)),
-        )
+            return self.unet(latents, timesteps_B, *conditioning)
+        prediction = self.unet(ops.concat((latents, latents)), ops.concat((timesteps_B, timesteps_B)), *conditioning)
         negative, positive = ops.split(prediction, latents.shape[0])
         return negative + (positive - negative) * ops.broadcast_to(guidance, latents.shape)

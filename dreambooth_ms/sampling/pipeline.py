@@ -1,9 +1,9 @@
-"""From starting noise and text embeddings to pictures.
+"""From starting noise and encoded prompts to pictures.
 
-Shapes: N pictures, B of them at a time, C, h, w of the latents, S text tokens, E text width.
+Shapes: N pictures, B of them at a time, C, h, w of the latents.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,15 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.data.conditioning import (
+    AESTHETIC_SCORE,
+    NEGATIVE_AESTHETIC_SCORE,
+    Conditioning,
+    PromptText,
+    size_ids,
+)
+from dreambooth_ms.data.pictures import CropBox
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder
 from dreambooth_ms.randomness import standard_normal
@@ -46,40 +55,62 @@ class Sampler:
         self._scheduler_config = scheduler_config
         self._denoiser = Denoiser(unet, guided=settings.guidance_scale > 1)
         self._decoder = VaeDecoder(vae)
-        self._scaling_factor = vae.spec.scaling_factor
+        self._unet_spec, self._vae_spec = unet.spec, vae.spec
 
-    def pictures(self, noise: np.ndarray, text: np.ndarray, negative: np.ndarray) -> Iterator[np.ndarray]:
+    def pictures(self, noise: np.ndarray, prompts: Sequence[PromptText], negative: PromptText) -> Iterator[np.ndarray]:
         """Pictures (H, W, 3) uint8, one per row of noise, as soon as their batch is done.
 
         Args:
             noise: (N, C, h, w) standard normal.
-            text: (N, S, E) embeddings of the prompts.
-            negative: (S, E) embedding of the negative prompt.
+            prompts: the encoded prompts, N.
+            negative: the encoded negative prompt.
+
+        Raises:
+            WeightError: a picture comes out as values that are no numbers, which a viewer would show as black.
         """
         size = self.settings.batch_size
         for start in range(0, len(noise), size):
             rows = np.arange(start, min(start + size, len(noise)))
             padded = np.resize(rows, size)
-            for latents in self.denoise(noise[padded], text[padded], negative):
+            for latents in self.denoise(noise[padded], [prompts[row] for row in padded], negative):
                 last = latents
-            decoded = self._decoder(last * (1 / self._scaling_factor)).asnumpy()
+            decoded = self._decoder(Tensor(self._vae_spec.unscaled(last.asnumpy()))).asnumpy()
+            for row, picture in zip(rows, decoded, strict=False):
+                if not np.isfinite(picture).all():
+                    raise WeightError(
+                        f"picture {row} came out as values that are no numbers; check the base's weights and the "
+                        "adapter's, or give another autoencoder with --pretrained_vae_model_name_or_path"
+                    )
             yield from to_pictures(decoded[: len(rows)])
 
-    def denoise(self, noise: np.ndarray, text: np.ndarray, negative: np.ndarray) -> Iterator[Tensor]:
+    def denoise(self, noise: np.ndarray, prompts: Sequence[PromptText], negative: PromptText) -> Iterator[Tensor]:
         """The latents (B, C, h, w) after every step: the caller decides what to show of them."""
         settings = self.settings
         scheduler = create_scheduler(settings.scheduler, self._scheduler_config, settings.num_inference_steps)
         rows = len(noise)
         latents = Tensor(noise, ms.float32) * float(scheduler.init_noise_sigma)
-        positive_BSE = Tensor(text, ms.float32)
-        negative_BSE = Tensor(np.broadcast_to(negative, text.shape).copy(), ms.float32)
+        conditioning = self._conditioning(noise.shape, prompts, negative).tensors()
         guidance = Tensor(settings.guidance_scale, ms.float32)
         for timestep in scheduler.timesteps:
             timesteps_B = Tensor(np.full(rows, float(timestep), np.float32))
             inputs = scheduler.scale_model_input(latents, timestep)
-            prediction = self._denoiser(inputs, timesteps_B, positive_BSE, negative_BSE, guidance)
+            prediction = self._denoiser(inputs, timesteps_B, guidance, *conditioning)
             latents = scheduler.step(prediction, timestep, latents)[0]
             yield latents
+
+    def _conditioning(
+        self, latent_shape: tuple[int, ...], prompts: Sequence[PromptText], negative: PromptText
+    ) -> Conditioning:
+        """Prompts, and the pictures' sizes as if they were whole; behind the same of the negative if it is guided."""
+        rows, _, height, width = latent_shape
+        size = width * self._vae_spec.downsampling, height * self._vae_spec.downsampling
+        count = self._unet_spec.num_size_ids(len(negative.pooled))
+        positive_ids, negative_ids = (
+            size_ids(count, size, CropBox(0, 0), size, score) for score in (AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE)
+        )
+        if not self._denoiser.guided:
+            return Conditioning.of(prompts, [positive_ids] * rows)
+        return Conditioning.of([negative] * rows + list(prompts), [negative_ids] * rows + [positive_ids] * rows)
 
 
 def starting_noise(

@@ -16,17 +16,14 @@ from dreambooth_ms.adapters.lora import (
     lora_weights,
 )
 from dreambooth_ms.config.schema import Method, MethodConfig
-from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.weights import lora_file
-from dreambooth_ms.weights.model_folder import (
-    WEIGHT_NAMES,
-    ModelFolder,
-    save_network,
-)
+from dreambooth_ms.weights.folder_layout import WEIGHT_NAMES, write_json
+from dreambooth_ms.weights.model_folder import ModelFolder, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
 from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.parameters import name_prefix, public_parameters
 from dreambooth_ms.weights.tensor_file import STEP_KEY, read_metadata
 
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -38,12 +35,12 @@ class Learner:
     """What a method trains, and how it writes it."""
 
     denoiser: nn.Cell
-    """(noisy latents, timesteps, text) -> prediction; `text` is ids where the text encoder is trained."""
+    """(noisy latents, timesteps, *conditioning) -> prediction; its text is ids where text encoders are trained."""
     trainables: list[Parameter]
     is_of_text_encoder: list[bool]
-    """Which of the trainables belong to the text encoder."""
-    text_encoder: CLIPTextModel | None
-    """The text encoder, if it is trained."""
+    """Which of the trainables belong to a text encoder."""
+    text_encoders: TextEncoders | None
+    """The text encoders, if they are trained."""
     dropout: DropoutState | None
     write_part: Callable[[Path, int], None]
     """Writes what was trained, after so many steps, into the folder of a checkpoint."""
@@ -52,40 +49,48 @@ class Learner:
 
 
 class TextConditioned(nn.Cell):
-    """A UNet that reads token ids: noisy latents, timesteps (B,), ids (B, S) -> prediction."""
+    """A UNet that reads token ids: noisy latents, timesteps (B,), ids, and SDXL's ends and size ids -> prediction."""
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders) -> None:
         super().__init__(auto_prefix=False)
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoders = unet, text_encoders
 
-    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids_BS: Tensor) -> Tensor:
-        return self.unet(noisy_BCHW, timesteps_B, self.text_encoder(ids_BS))
+    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids: Tensor, *ends_and_size_ids: Tensor) -> Tensor:
+        encoded = self.text_encoders(ids, *ends_and_size_ids[:1])
+        return self.unet(noisy_BCHW, timesteps_B, *encoded, *ends_and_size_ids[1:])
 
 
 def lora(
-    config: MethodConfig, folder: ModelFolder, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None, seed: int
+    config: MethodConfig,
+    folder: ModelFolder,
+    unet: UNet2DConditionModel,
+    text_encoders: TextEncoders | None,
+    seed: int,
 ) -> Learner:
     """Low-rank updates of the attention layers; the result is one small file."""
     alpha = float(config.lora_alpha or config.rank)
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
-    targets = {"unet": config.lora_target_modules, "text_encoder": list(TEXT_ENCODER_TARGETS)}
-    networks = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
+    networks = _networks(unet, text_encoders)
+    targets = {name: config.lora_target_modules if name == "unet" else list(TEXT_ENCODER_TARGETS) for name in networks}
     layers = {}
     for name, network in networks.items():
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
         check_rank(config.rank, layers[name])
-        initialise_lora(layers[name], seed)
-    trainables = {name: lora_trainables(adapted) for name, adapted in layers.items()}
+        initialise_lora(layers[name], seed, name_prefix(network))
+    trainables = {
+        name: lora_trainables({layer: cell for layer, cell in adapted.items() if _is_read(text_encoders, name, layer)})
+        for name, adapted in layers.items()
+    }
 
     def write(target: Path, step: int) -> None:
         adapters = {name: lora_weights(adapted, targets[name]) for name, adapted in layers.items()}
         lora_file.write_lora(target, adapters, step)
 
     return Learner(
-        denoiser=_denoiser(unet, text_encoder),
+        denoiser=_denoiser(unet, text_encoders),
         trainables=[parameter for parameters in trainables.values() for parameter in parameters],
-        is_of_text_encoder=[name == "text_encoder" for name, parameters in trainables.items() for _ in parameters],
-        text_encoder=text_encoder,
+        is_of_text_encoder=[name != "unet" for name, parameters in trainables.items() for _ in parameters],
+        text_encoders=text_encoders,
         dropout=dropout,
         write_part=write,
         write_result=write,
@@ -93,11 +98,22 @@ def lora(
 
 
 def full(
-    config: MethodConfig, folder: ModelFolder, unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None, seed: int
+    config: MethodConfig,
+    folder: ModelFolder,
+    unet: UNet2DConditionModel,
+    text_encoders: TextEncoders | None,
+    seed: int,
 ) -> Learner:
-    """All weights of the UNet, and with `train_text_encoder` of the text encoder; the result is a model folder."""
-    networks: dict[str, nn.Cell] = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder else {})
-    trainables = {name: [p.parameter for p in public_parameters(cell).values()] for name, cell in networks.items()}
+    """All weights of the UNet, and with `train_text_encoder` of the text encoders; the result is a model folder."""
+    networks = _networks(unet, text_encoders)
+    trainables = {
+        name: [
+            public.parameter
+            for parameter, public in public_parameters(network).items()
+            if _is_read(text_encoders, name, parameter)
+        ]
+        for name, network in networks.items()
+    }
 
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
@@ -109,10 +125,10 @@ def full(
         write_networks(target, step)
 
     return Learner(
-        denoiser=_denoiser(unet, text_encoder),
+        denoiser=_denoiser(unet, text_encoders),
         trainables=[parameter for parameters in trainables.values() for parameter in parameters],
-        is_of_text_encoder=[name == "text_encoder" for name, parameters in trainables.items() for _ in parameters],
-        text_encoder=text_encoder,
+        is_of_text_encoder=[name != "unet" for name, parameters in trainables.items() for _ in parameters],
+        text_encoders=text_encoders,
         dropout=None,
         write_part=write_networks,
         write_result=write_folder,
@@ -143,7 +159,19 @@ def copy_base(folder: ModelFolder, target: Path, trained: Collection[str]) -> No
     trained = {"unet", *trained}
     kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
     write_parts(target, base, kept)
+    if folder.vae:
+        write_json(target / "vae" / "config.json", folder.config("vae"))
 
 
-def _denoiser(unet: UNet2DConditionModel, text_encoder: CLIPTextModel | None) -> nn.Cell:
-    return unet if text_encoder is None else TextConditioned(unet, text_encoder)
+def _denoiser(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> nn.Cell:
+    return unet if text_encoders is None else TextConditioned(unet, text_encoders)
+
+
+def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, nn.Cell]:
+    """What is trained, by the names of the networks' folders."""
+    return {"unet": unet} | (text_encoders.networks() if text_encoders else {})
+
+
+def _is_read(text_encoders: TextEncoders | None, network: str, name: str) -> bool:
+    """Whether the prediction depends on a layer or parameter; what has no gradient would only decay."""
+    return text_encoders is None or text_encoders.is_read(network, name)

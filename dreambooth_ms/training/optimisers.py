@@ -35,11 +35,13 @@ class AdamW(nn.Cell):
         parameters: Sequence[Parameter],
         hyperparameters: AdamWHyperparameters,
         rate_factors: Sequence[float] | None = None,
+        decay_factors: Sequence[float] | None = None,
     ) -> None:
-        """`rate_factors`: each parameter's learning rate over the one given with a step. None: 1 for all."""
+        """Each parameter's learning rate and weight decay over those given with a step. None: 1 for all."""
         super().__init__(auto_prefix=False)
         self.parameters = ParameterTuple(parameters)
         self.rate_factors = tuple(rate_factors or [1.0] * len(parameters))
+        self.decay_factors = tuple(decay_factors or [1.0] * len(parameters))
         self.first_moments = ParameterTuple([zeros_like(p, "first_moment") for p in parameters])
         self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
         self.hyperparameters = hyperparameters
@@ -67,17 +69,38 @@ class AdamW(nn.Cell):
         self, gradients: tuple[Tensor, ...], learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor
     ) -> tuple[Tensor, ...]:
         update = ops.partial(_update, self.fused_update, self.beta1, self.beta2, learning_rate, epsilon, weight_decay)
-        return _map(update, self.rate_factors, self.parameters, self.first_moments, self.second_moments, gradients)
+        return _map(
+            update,
+            self.rate_factors,
+            self.decay_factors,
+            self.parameters,
+            self.first_moments,
+            self.second_moments,
+            gradients,
+        )
 
 
 @_update.register(
-    "Function", "Number", "Number", "Tensor", "Tensor", "Tensor", "Number", "Tensor", "Tensor", "Tensor", "Tensor"
+    *("Function", "Number", "Number", "Tensor", "Tensor", "Tensor"),
+    *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
 )
 def _update_tensor(
-    fused_update, beta1, beta2, learning_rate, epsilon, weight_decay, rate_factor, parameter, first, second, gradient
+    fused_update,
+    beta1,
+    beta2,
+    learning_rate,
+    epsilon,
+    weight_decay,
+    rate_factor,
+    decay_factor,
+    parameter,
+    first,
+    second,
+    gradient,
 ):
     rate = learning_rate if rate_factor == 1.0 else learning_rate * rate_factor
-    return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, weight_decay, gradient)
+    decay = weight_decay if decay_factor == 1.0 else weight_decay * decay_factor
+    return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
 
 
 def zeros_like(parameter: Parameter, role: str) -> Parameter:

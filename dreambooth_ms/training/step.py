@@ -34,14 +34,14 @@ class DiffusionLoss(nn.Cell):
         timesteps_B: Tensor,
         signal_B: Tensor,
         sigma_B: Tensor,
-        text_BSE: Tensor,
         coefficients_B: Tensor,
+        *conditioning: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the unscaled error of each row (B,)."""
         signal, sigma = per_row(signal_B, latents_BCHW.shape), per_row(sigma_B, latents_BCHW.shape)
         noisy = noisy_latents(latents_BCHW, noise_BCHW, signal, sigma)
         target = diffusion_target(self.prediction_type, latents_BCHW, noise_BCHW, signal, sigma)
-        errors_B = mean_squared_error(self.unet(noisy, timesteps_B, text_BSE), target)
+        errors_B = mean_squared_error(self.unet(noisy, timesteps_B, *conditioning), target)
         return (errors_B * coefficients_B).sum(), errors_B
 
 

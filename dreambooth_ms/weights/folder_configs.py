@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
-from dreambooth_ms.models.specs import ClipTextSpec, Family, ModelSpec, UNetSpec
+from dreambooth_ms.models.specs import Family, ModelSpec
 from dreambooth_ms.weights.clip_vocabulary import END
 from dreambooth_ms.weights.folder_layout import INDEX, SCHEDULER
 from dreambooth_ms.weights.model_config import (
@@ -33,6 +33,21 @@ _SPECIAL_PIPELINES = {
 }
 """By the channels that the UNet takes."""
 
+_EDM_SCHEDULER = {
+    "_class_name": "EDMDPMSolverMultistepScheduler",
+    "algorithm_type": "dpmsolver++",
+    "final_sigmas_type": "zero",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rho": 7.0,
+    "sigma_data": 0.5,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+}
+"""Of Playground v2.5, the one model whose latents have a mean and deviation of their own, as diffusers has it."""
+
 _SD2_NOISE_SAMPLE_SIZE = 64
 """Latents of the SD 2.x models that predict noise; those that predict velocity have 96."""
 
@@ -52,12 +67,12 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
     files = {
         INDEX: _index(model, parts),
         SCHEDULER: _scheduler(model, prediction_type),
-        "unet/config.json": write_unet_config(unet) | _added_conditioning(unet),
+        "unet/config.json": write_unet_config(unet),
         "vae/config.json": write_vae_config(model.vae, pixels) | ({"force_upcast": True} if _is_xl(model) else {}),
     }
     for part, spec in (("text_encoder", model.text_encoder), ("text_encoder_2", model.text_encoder_2)):
         if spec:
-            files[f"{part}/config.json"] = _text_config(spec)
+            files[f"{part}/config.json"] = write_text_config(spec, spec.projection_dim or spec.transformer.hidden_size)
     return {name: content for name, content in files.items() if _is_wanted(name, parts)}
 
 
@@ -105,27 +120,11 @@ def _index(model: ModelSpec, parts: Collection[str]) -> dict[str, Any]:
 
 
 def _scheduler(model: ModelSpec, prediction_type: str) -> dict[str, Any]:
+    if model.vae.latents_mean:
+        return _EDM_SCHEDULER
     config = write_scheduler_config(NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if not _is_xl(model):
         return config
     for key in ("clip_sample", "set_alpha_to_one"):
         del config[key]
     return config | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-
-
-def _added_conditioning(unet: UNetSpec) -> dict[str, Any]:
-    """What the UNets of SDXL have besides."""
-    layers = unet.transformer_layers_per_block
-    if unet.addition_embed_type is None:
-        return {}
-    return {
-        "addition_embed_type": unet.addition_embed_type,
-        "addition_time_embed_dim": unet.addition_time_embed_dim,
-        "projection_class_embeddings_input_dim": unet.projection_class_embeddings_input_dim,
-        "transformer_layers_per_block": layers if isinstance(layers, int) else list(layers),
-    }
-
-
-def _text_config(spec: ClipTextSpec) -> dict[str, Any]:
-    config = write_text_config(spec, spec.projection_dim or spec.transformer.hidden_size)
-    return config | ({"architectures": ["CLIPTextModelWithProjection"]} if spec.projection_dim else {})

@@ -34,22 +34,24 @@ _VARIANT = re.compile(
 )
 
 
-def weight_file(folder: Path, part: str, variant: str | None) -> Path:
+def weight_file(folder: Path, part: str, variant: str | None, network: str | None = None) -> Path:
     """The file with a part's weights, or the index of its shards: safetensors, else PyTorch's.
 
-    Without a variant, the plain files; where there are none, the only variant that is there.
+    Without a variant, the plain files; where there are none, the only variant that is there. `network` says what the
+    part is, if its folder has another name.
 
     Raises:
         WeightError: there is none, or there are only several variants.
     """
-    file = _weight_file(folder / part, part, variant)
+    stem = WEIGHT_NAMES[network or part]
+    file = _weight_file(folder / part, stem, variant)
     if file is None and variant is None:
         others = variants(folder / part)
         if len(others) > 1:
             raise WeightError(f"{folder}: {part} is there in the variants {', '.join(others)}; name one with --variant")
-        file = _weight_file(folder / part, part, others[0]) if others else None
+        file = _weight_file(folder / part, stem, others[0]) if others else None
     if file is None:
-        wanted = f"{WEIGHT_NAMES[part]}{f'.{variant}' if variant else ''}.safetensors"
+        wanted = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
         held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []
         raise WeightError(
             f"{folder}: {part}/{wanted} is missing (found: {', '.join(held) or 'nothing'}); is the download complete?"
@@ -57,8 +59,8 @@ def weight_file(folder: Path, part: str, variant: str | None) -> Path:
     return file
 
 
-def _weight_file(folder: Path, part: str, variant: str | None) -> Path | None:
-    stem, dotted = WEIGHT_NAMES[part], f".{variant}" if variant else ""
+def _weight_file(folder: Path, stem: str, variant: str | None) -> Path | None:
+    dotted = f".{variant}" if variant else ""
     names = [
         f"{name}{dotted}.{kind}" if not index else f"{name}.{kind}.index{dotted}.json"
         for kind, name in (("safetensors", stem), ("bin", _PICKLE_NAMES.get(stem, stem)))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dreambooth_ms.errors import WeightError
 
-WANTED_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"]
+# An autoencoder may be a repository of its own, with its weights at the top.
+WANTED_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors", "diffusion_pytorch_model.safetensors"]
 
 
 def find_model(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:

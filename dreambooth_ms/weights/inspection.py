@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.files.open import open_tensor_file
 from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.model_config import read_latent_settings
 from dreambooth_ms.weights.naming.infer import with_channels
 from dreambooth_ms.weights.naming.recognise import recognise_vae
 from dreambooth_ms.weights.opened_lora import OpenedLora, holds_lora, open_lora
@@ -43,7 +45,7 @@ def describe_source(path: Path, base: Path | None = None, variant: str | None = 
 
 def _model(model: OpenedModel) -> Iterator[str]:
     yield f"format: {model.form.value}, {model.container.value}"
-    sizes = "" if with_channels(model.spec, 4, 4) in _published() else ", not in a published size"
+    sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
     yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}"
     yield f"dtype: {', '.join(f'{dtype.value} ({count} tensors)' for dtype, count in model.dtypes.items())}"
@@ -59,8 +61,9 @@ def _model(model: OpenedModel) -> Iterator[str]:
     yield from (f"note: {note}" for note in model.notes)
 
 
-def _published() -> list[ModelSpec]:
-    return [with_channels(model, 4, 4) for model in PUBLISHED_MODELS]
+def _sizes(model: ModelSpec) -> ModelSpec:
+    """The model without what other models of the same sizes have otherwise: its use and the scale of its latents."""
+    return with_channels(replace(model, vae=replace(model.vae, **read_latent_settings({}, 0))), 4, 4)
 
 
 def _size_of(part: str, model: ModelSpec) -> str:
@@ -69,7 +72,8 @@ def _size_of(part: str, model: ModelSpec) -> str:
     if isinstance(spec, UNetSpec):
         return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.cross_attention_dim}"
     if isinstance(spec, VaeSpec):
-        return f", scale of the latents {spec.scaling_factor:g}"
+        own = ", mean and deviation of their own" if spec.latents_mean else ""
+        return f", scale of the latents {spec.scaling_factor:g}{own}"
     return f", {spec.transformer.num_hidden_layers} layers of width {spec.transformer.hidden_size}"
 
 

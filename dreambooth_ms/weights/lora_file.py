@@ -32,10 +32,13 @@ _ENDINGS = {
 }
 
 
+_TEXT_ENDINGS = (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")
+
 # How diffusers ends the names of each network's factors: down, up.
 _WRITTEN_ENDINGS = {
     "unet": (".lora.down.weight", ".lora.up.weight"),
-    "text_encoder": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "text_encoder": _TEXT_ENDINGS,
+    "text_encoder_2": _TEXT_ENDINGS,
 }
 
 
@@ -55,7 +58,7 @@ def write_lora(folder: Path, networks: Mapping[str, LoraWeights], step: int) -> 
 
     Args:
         folder: where `pytorch_lora_weights.safetensors` goes.
-        networks: the adapters of "unet" and, if it was trained, of "text_encoder".
+        networks: the adapters of "unet" and of the text encoders that were trained, "text_encoder", "text_encoder_2".
         step: optimiser steps taken.
     """
     named: dict[str, np.ndarray] = {}
@@ -83,7 +86,7 @@ def write_lora(folder: Path, networks: Mapping[str, LoraWeights], step: int) -> 
 
 
 def read_lora(path: Path) -> dict[str, LoraWeights]:
-    """Read the adapters of "unet" and "text_encoder" from a file, or from the folder that a training wrote.
+    """Read the adapters, by their networks, from a file, or from the folder that a training wrote.
 
     Raises:
         WeightError: no such file, not an adapter, an incomplete one, or one for other networks.

@@ -1,11 +1,14 @@
 """The config.json files of diffusers and transformers -> specs, and back."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import (
+    SD_VAE,
     ClipSpec,
     ClipTextSpec,
     ClipVisionSpec,
@@ -15,11 +18,12 @@ from dreambooth_ms.models.specs import (
 )
 
 Config = Mapping[str, Any]
+Spec = TypeVar("Spec")
 
 # What the configuration of a UNet may say besides the fields of the spec; the first value is diffusers' default.
 SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
+    "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -37,10 +41,23 @@ SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
     "time_cond_proj_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "transformer_layers_per_block": (1,),
 }
 SUPPORTED_BETA_SCHEDULES = ("scaled_linear", "linear")
 SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+
+
+def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> Spec:
+    """The spec that a configuration file says, by one of the readers below.
+
+    Raises:
+        WeightError: a key is missing, or a value is of another kind; the message names the file.
+    """
+    try:
+        return read(content)
+    except KeyError as error:
+        raise WeightError(f"{path}: {error} is missing; download it again") from error
+    except TypeError as error:
+        raise WeightError(f"{path}: damaged ({error}); download it again") from error
 
 
 def read_unet_config(config: Config) -> UNetSpec:
@@ -51,16 +68,18 @@ def read_unet_config(config: Config) -> UNetSpec:
     """
     for key, supported in SUPPORTED_UNET_SETTINGS.items():
         if config.get(key, supported[0]) not in supported:
+            values = " or ".join(map(repr, supported))
             raise WeightError(
-                f"unet/config.json: {key} {config[key]!r} is not supported (only {supported[0]!r}); use SD 1.x or 2.x"
+                f"unet/config.json: {key} {config[key]!r} is not supported (only {values}); use SD 1.x, 2.x or SDXL"
             )
     kinds = set(config["down_block_types"]) | set(config["up_block_types"])
     if kinds - SUPPORTED_BLOCKS:
         unknown = ", ".join(sorted(kinds - SUPPORTED_BLOCKS))
-        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x or 2.x")
+        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x, 2.x or SDXL")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
+    layers = config.get("transformer_layers_per_block", 1)
     return UNetSpec(
         block_out_channels=channels,
         has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
@@ -73,16 +92,23 @@ def read_unet_config(config: Config) -> UNetSpec:
         norm_num_groups=config.get("norm_num_groups", 32),
         norm_eps=config.get("norm_eps", 1e-5),
         sample_size=config["sample_size"],
+        transformer_layers_per_block=layers if isinstance(layers, int) else tuple(layers),
+        addition_embed_type=config.get("addition_embed_type"),
+        addition_time_embed_dim=config.get("addition_time_embed_dim"),
+        projection_class_embeddings_input_dim=config.get("projection_class_embeddings_input_dim"),
     )
 
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in spec.has_attention]
+    layers = spec.transformer_layers_per_block
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(spec.has_attention)]
     return {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
+        "addition_embed_type": spec.addition_embed_type,
+        "addition_time_embed_dim": spec.addition_time_embed_dim,
         "attention_head_dim": list(spec.num_heads),
         "block_out_channels": list(spec.block_out_channels),
         "center_input_sample": False,
@@ -97,7 +123,9 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
         "norm_eps": spec.norm_eps,
         "norm_num_groups": spec.norm_num_groups,
         "out_channels": spec.out_channels,
+        "projection_class_embeddings_input_dim": spec.projection_class_embeddings_input_dim,
         "sample_size": spec.sample_size,
+        "transformer_layers_per_block": layers if isinstance(layers, int) else list(layers),
         "up_block_types": up,
         "use_linear_projection": spec.use_linear_projection,
     }
@@ -111,8 +139,34 @@ def read_vae_config(config: Config) -> VaeSpec:
         in_channels=config.get("in_channels", 3),
         latent_channels=config["latent_channels"],
         norm_num_groups=config.get("norm_num_groups", 32),
-        scaling_factor=config.get("scaling_factor", 0.18215),
+        **read_latent_settings(config, config["latent_channels"]),
     )
+
+
+def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
+    """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
+
+    Raises:
+        TypeError: a value is no number, or there is not one for each of the channels.
+    """
+    factor = _numbers([config.get("scaling_factor", SD_VAE.scaling_factor)], "scaling_factor", 1)[0]
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    return {
+        "scaling_factor": factor,
+        "latents_mean": _numbers(mean, "latents_mean", channels) if mean else None,
+        "latents_std": _numbers(std, "latents_std", channels) if std else None,
+    }
+
+
+_LARGEST = 1e30
+"""Of numbers that can be calculated with in float32; neither infinity nor what is no number is below."""
+
+
+def _numbers(values: Any, name: str, count: int) -> tuple[float, ...]:
+    numbers = [value for value in values if isinstance(value, (int, float)) and abs(value) < _LARGEST]
+    if len(numbers) != len(values) or len(values) != count:
+        raise TypeError(f"{name}: expected {count} numbers, got {values}")
+    return tuple(numbers)
 
 
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
@@ -125,6 +179,8 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "in_channels": spec.in_channels,
         "latent_channels": spec.latent_channels,
+        "latents_mean": spec.latents_mean and list(spec.latents_mean),
+        "latents_std": spec.latents_std and list(spec.latents_std),
         "layers_per_block": spec.layers_per_block,
         "norm_num_groups": spec.norm_num_groups,
         "out_channels": spec.in_channels,
@@ -144,10 +200,15 @@ def read_text_config(config: Config) -> ClipTextSpec:
     )
 
 
+def read_projected_text_config(config: Config) -> ClipTextSpec:
+    """transformers' CLIPTextModelWithProjection configuration -> spec."""
+    return replace(read_text_config(config), projection_dim=config["projection_dim"])
+
+
 def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]:
-    """The inverse of `read_text_config`."""
+    """The inverse of `read_text_config`, or of `read_projected_text_config` for a spec with a projection."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if spec.projection_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **_write_transformer(spec.transformer),
         "vocab_size": spec.vocab_size,
@@ -195,16 +256,20 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     Raises:
         WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
     """
+    scheduler = str(config.get("_class_name"))
+    if scheduler.startswith("EDM"):
+        raise WeightError(f"scheduler_config.json: {scheduler}: EDM is not supported yet; use SD 1.x, 2.x or SDXL")
     kind = config.get("prediction_type", "epsilon")
     if kind not in {member.value for member in PredictionType}:
         raise WeightError(
-            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; use SD 1.x or 2.x"
+            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; "
+            "use SD 1.x, 2.x or SDXL"
         )
     betas = config.get("beta_schedule", "scaled_linear")
     if betas not in SUPPORTED_BETA_SCHEDULES:
         raise WeightError(
             f"scheduler_config.json: beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; "
-            "use SD 1.x or 2.x"
+            "use SD 1.x, 2.x or SDXL"
         )
     return NoiseScheduleSpec(
         num_train_timesteps=config.get("num_train_timesteps", 1000),

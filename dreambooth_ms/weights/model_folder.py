@@ -1,6 +1,6 @@
 """A model folder in diffusers' layout: model_index.json and a folder per network with its config.json and weights.
 
-    unet/  vae/  text_encoder/  tokenizer/  scheduler/
+    unet/  vae/  text_encoder/  tokenizer/  scheduler/        and in SDXL also text_encoder_2/  tokenizer_2/
 
 Reading gives specs and filled networks; writing gives a folder that diffusers loads. A model in a single file of any
 format is read as the folder that it would be converted to.
@@ -9,14 +9,14 @@ format is read as the folder that it would be converted to.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
@@ -29,7 +29,10 @@ from dreambooth_ms.weights.folder_configs import folder_configs, tokenizers
 from dreambooth_ms.weights.folder_layout import INDEX, SCHEDULER, WEIGHT_NAMES, read_json, weight_file, write_json
 from dreambooth_ms.weights.model_config import (
     Config,
+    Spec,
     read_clip_config,
+    read_config,
+    read_projected_text_config,
     read_scheduler_config,
     read_text_config,
     read_unet_config,
@@ -38,11 +41,10 @@ from dreambooth_ms.weights.model_config import (
 )
 from dreambooth_ms.weights.model_writing import tokenizers_on_board
 from dreambooth_ms.weights.naming.formats import OLD_VAE_NAMES
-from dreambooth_ms.weights.opened_model import OpenedModel, assumed_prediction, notes_as_folder, open_model
+from dreambooth_ms.weights.opened_model import ABSENT, OpenedModel, assumed_prediction, notes_as_folder, open_model
+from dreambooth_ms.weights.opened_vae import OpenedVae, open_vae
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import check_weights, read_tensors, read_values, write_tensors
-
-Spec = TypeVar("Spec")
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -50,7 +52,13 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 UNMERGED_TOKENS = 2 * 256 + 2
 """Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
 
-PARTS = ("unet", "vae", "text_encoder")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoders by the names of their folders, and their tokenizers'."""
+
+_TEXT_READERS = {"text_encoder": read_text_config, "text_encoder_2": read_projected_text_config}
+
+SIZE_IDS = (5, 6)
+"""Numbers of a picture that SDXL's UNets read: the refiner's, the base's."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,36 @@ class ModelFolder:
     variant: str | None
     unet_spec: UNetSpec
     vae_spec: VaeSpec
-    text_spec: ClipTextSpec
+    text_spec: ClipTextSpec | None
+    text_spec_2: ClipTextSpec | None
     schedule_spec: NoiseScheduleSpec
     scheduler_config: Config
+    zeros_for_empty_prompt: bool
+    """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
     file: OpenedModel | None = None
     """The model, if it is a single file."""
+    vae: OpenedVae | None = None
+    """Another model's autoencoder, if it takes the place of its own."""
 
     @property
-    def tokenizer_path(self) -> Path:
-        """Where the tokenizer's files are: the model's own, or for a single file those on board."""
-        return tokenizer_on_board(tokenizers(self.file.spec)["tokenizer"]) if self.file else self.path / "tokenizer"
+    def text_encoders(self) -> tuple[str, ...]:
+        """The text encoders that there are, by the names of their folders."""
+        specs = {"text_encoder": self.text_spec, "text_encoder_2": self.text_spec_2}
+        return tuple(name for name, spec in specs.items() if spec)
+
+    @property
+    def tokenizer_paths(self) -> tuple[Path, ...]:
+        """Where each text encoder's tokenizer is: in the model's folder, or for a single file on board."""
+        names = [TOKENIZERS[encoder] for encoder in self.text_encoders]
+        if self.file is None:
+            return tuple(self.path / name for name in names)
+        pad_tokens = tokenizers(self.file.spec)
+        return tuple(tokenizer_on_board(pad_tokens[name]) for name in names)
+
+    @property
+    def num_size_ids(self) -> int:
+        """Numbers of a picture that the UNet reads."""
+        return self.unet_spec.num_size_ids((self.text_spec_2 and self.text_spec_2.projection_dim) or 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -79,13 +107,22 @@ class ModelFolder:
 
     def opened(self) -> OpenedModel:
         """The tensors of the whole model by public name, none of which is read yet."""
-        return self.file or open_model(self.path, self.variant)
+        model = self.file or open_model(self.path, self.variant)
+        return self.vae.in_place_of_own(model) if self.vae else model
+
+    def weight_file(self, part: str) -> Path:
+        """The file with the weights of a network."""
+        if part == "vae" and self.vae:
+            return self.vae.path
+        return self.path if self.file else weight_file(self.path, part, self.variant)
 
     def tensors(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it, none of which is read yet."""
+        if part == "vae" and self.vae:
+            return dict(self.vae.tensors)
         if self.file:
             return self.file.of_part(part)
-        stored = open_tensor_file(weight_file(self.path, part, self.variant)).tensors
+        stored = open_tensor_file(self.weight_file(part)).tensors
         named = {current_name(part, name): tensor for name, tensor in stored.items()}
         return {name: tensor for name, tensor in named.items() if name not in BUFFERS}
 
@@ -95,6 +132,8 @@ class ModelFolder:
 
     def config(self, part: str) -> Config:
         """The configuration of a network."""
+        if part == "vae" and self.vae:
+            return self.vae.config
         return _configs(self.path, self.file)(f"{part}/config.json", None)
 
     @property
@@ -123,18 +162,31 @@ class ModelFolder:
         return self._load("vae", AutoencoderKL(self.vae_spec))
 
     def load_text_encoder(self) -> CLIPTextModel:
-        """The text encoder, filled."""
+        """The first text encoder, filled."""
+        assert self.text_spec is not None, "SDXL's refiner has none"
         return self._load("text_encoder", CLIPTextModel(self.text_spec))
 
+    def load_text_encoders(self) -> TextEncoders:
+        """All text encoders as one network, filled."""
+        second = CLIPTextModelWithProjection(self.text_spec_2) if self.text_spec_2 else None
+        return TextEncoders(
+            self.load_text_encoder() if self.text_spec else None, second and self._load("text_encoder_2", second)
+        )
+
     def _load(self, part: str, network: nn.Cell) -> Any:
-        source = self.path if self.file else weight_file(self.path, part, self.variant)
         tensors = fit_old_attention(read_values(self.tensors(part)), network)
-        load_strict(network, tensors, str(source))
+        load_strict(network, tensors, str(self.weight_file(part)))
         return network
 
 
-def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
+def open_model_folder(path: Path, variant: str | None = None, vae: Path | None = None) -> ModelFolder:
     """Check a folder, or a model in a single file, and read its configurations.
+
+    Args:
+        path: the folder or file.
+        variant: of a folder's weight files.
+        vae: another autoencoder to be used in place of its own: its folder, a model folder with one, or a file that
+            holds it alone.
 
     Raises:
         WeightError: it is no model, a part is missing, or it holds another kind of model.
@@ -142,38 +194,70 @@ def open_model_folder(path: Path, variant: str | None = None) -> ModelFolder:
     file = None if path.is_dir() else _open_file(path)
     config = _configs(path, file)
     index = config(INDEX, f"{path} is not a model folder in diffusers' layout")
-    if "text_encoder_2" in index:
-        raise WeightError(f"{path}: this is an SDXL model, which this version cannot train yet; use SD 1.x or 2.x")
-    if not set(PARTS) <= index.keys():
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x or 2.x")
+    encoders = _encoders(index, file)
+    if not ({"unet", "vae"} <= index.keys() and encoders):
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, 2.x or SDXL")
+    parts = ["unet", *encoders] if vae else ["unet", "vae", *encoders]
     if file:
-        _check_file(file, PARTS)
+        _check_file(file, parts)
     else:
-        for part in PARTS:
-            check_weights(weight_file(path, part, variant))
-        _check_tokenizer(path / "tokenizer")
+        _check_parts(path, variant, parts, encoders)
+    unet_spec = _read_spec(path, config, "unet/config.json", read_unet_config)
+    vae_spec = file.spec.vae if file else _read_spec(path, config, "vae/config.json", read_vae_config)
+    other_vae = open_vae(vae, vae_spec, unet_spec.sample_size * vae_spec.downsampling) if vae else None
+    text_specs = {name: _read_spec(path, config, f"{name}/config.json", _TEXT_READERS[name]) for name in encoders}
     folder = ModelFolder(
         path=path,
         variant=variant,
-        unet_spec=_read_spec(path, config, "unet/config.json", read_unet_config),
-        vae_spec=_read_spec(path, config, "vae/config.json", read_vae_config),
-        text_spec=_read_spec(path, config, "text_encoder/config.json", read_text_config),
+        unet_spec=unet_spec,
+        vae_spec=other_vae.spec if other_vae else vae_spec,
+        text_spec=text_specs.get("text_encoder"),
+        text_spec_2=text_specs.get("text_encoder_2"),
         schedule_spec=_read_spec(path, config, SCHEDULER, read_scheduler_config),
         scheduler_config=config(SCHEDULER, None),
+        zeros_for_empty_prompt="text_encoder_2" in encoders and bool(index.get("force_zeros_for_empty_prompt", True)),
         file=file,
+        vae=other_vae,
     )
+    _check_fit(folder)
+    return folder
+
+
+def _encoders(index: Config, file: OpenedModel | None) -> list[str]:
+    """The text encoders that a folder has, or that a single file should have, by the names of their folders."""
+    if file:
+        return [name for name in TOKENIZERS if getattr(file.spec, name)]
+    return [name for name in TOKENIZERS if index.get(name, ABSENT) != ABSENT]
+
+
+def _check_parts(path: Path, variant: str | None, parts: Collection[str], encoders: Collection[str]) -> None:
+    """A folder must hold the weights of every network, and the tokenizers of its text encoders."""
+    for part in parts:
+        check_weights(weight_file(path, part, variant))
+    for name in encoders:
+        _check_tokenizer(path / TOKENIZERS[name])
+
+
+def _check_fit(folder: ModelFolder) -> None:
+    path, encoders = folder.path, folder.text_encoders
     unet, latent_channels = folder.unet_spec, folder.vae_spec.latent_channels
     if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
         raise WeightError(
             f"{path}: its unet takes {unet.in_channels} channels and gives {unet.out_channels}, a picture has "
             f"{latent_channels}; use a text-to-image model, not one for inpainting, depth or upscaling"
         )
-    if unet.cross_attention_dim != folder.text_spec.transformer.hidden_size:
+    width = sum(spec.transformer.hidden_size for spec in (folder.text_spec, folder.text_spec_2) if spec)
+    if unet.cross_attention_dim != width:
         raise WeightError(
-            f"{path}: its unet reads text of width {unet.cross_attention_dim}, its text_encoder gives "
-            f"{folder.text_spec.transformer.hidden_size}; take both from one model"
+            f"{path}: its unet reads text of width {unet.cross_attention_dim}, its {' and '.join(encoders)} "
+            f"{'gives' if len(encoders) == 1 else 'give'} {width}; take both from one model"
         )
-    return folder
+    fits = folder.num_size_ids in SIZE_IDS if folder.text_spec_2 else unet.addition_embed_type is None
+    if not fits:
+        raise WeightError(
+            f"{path}: its unet reads {folder.num_size_ids} numbers of a picture beside the text of its "
+            f"{' and '.join(encoders)}; use SD 1.x, 2.x, SDXL or its refiner"
+        )
 
 
 def _open_file(path: Path) -> OpenedModel:
@@ -238,13 +322,7 @@ def _read_spec(
     path: Path, config: ConfigReader, name: str, read: Callable[[Config], Spec], otherwise: str | None = None
 ) -> Spec:
     """A configuration file as a spec; a key that it lacks is an error that names the file."""
-    content = config(name, otherwise)
-    try:
-        return read(content)
-    except KeyError as error:
-        raise WeightError(f"{path / name}: {error} is missing; download it again") from error
-    except TypeError as error:
-        raise WeightError(f"{path / name}: damaged ({error}); download it again") from error
+    return read_config(path / name, config(name, otherwise), read)
 
 
 def save_network(

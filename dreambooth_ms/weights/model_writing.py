@@ -25,7 +25,13 @@ from dreambooth_ms.weights.folder_layout import INDEX, NETWORKS, WEIGHT_NAMES, r
 from dreambooth_ms.weights.naming.formats import Format, naming_of
 from dreambooth_ms.weights.naming.plan import WritePlan
 from dreambooth_ms.weights.naming.slots import Assembly
-from dreambooth_ms.weights.opened_model import ABSENT, PREDICTION_METADATA, OpenedModel, assumed_prediction
+from dreambooth_ms.weights.opened_model import (
+    ABSENT,
+    LATENT_STATISTICS,
+    PREDICTION_METADATA,
+    OpenedModel,
+    assumed_prediction,
+)
 
 _ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -100,10 +106,20 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     default = dtype or next(iter(model.dtypes))
     for name, value in plan.constants.items():
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
-    if form is Format.STABILITY and model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
-        # Where tools look for it in SDXL's files; it holds nothing.
-        tensors["v_pred"] = StoredTensor.of(np.zeros(0, np.float32))
+    if form is Format.STABILITY:
+        tensors |= _marks(model)
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan)))
+
+
+def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
+    """What SDXL's single files say of themselves in tensors: where other tools look for it."""
+    vae, marks = model.spec.vae, {}
+    if model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
+        marks["v_pred"] = np.zeros(0, np.float32)
+    if vae.latents_mean and vae.latents_std:
+        statistics = zip(LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
+        marks |= {name: np.array(values, np.float32).reshape(1, -1, 1, 1) for name, values in statistics}
+    return {name: StoredTensor.of(values) for name, values in marks.items()}
 
 
 def assembled(
@@ -172,8 +188,9 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
         for variant in variants(folder / name):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
-    absent = {name: ABSENT for name, of in index.items() if isinstance(of, list) and not (model.path / name).is_dir()}
-    write_json(folder / INDEX, index | absent)
+    components = [name for name, of in index.items() if isinstance(of, list)]
+    absent = [name for name in components if name not in model.parts and not (model.path / name).is_dir()]
+    write_json(folder / INDEX, index | dict.fromkeys(absent, ABSENT))
 
 
 def _make_the_rest(model: OpenedModel, folder: Path) -> None:
@@ -211,8 +228,8 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
     if plan.left_out:
         shown = ", ".join(plan.left_out[:3])
         yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
-    if model.has_latent_statistics:
-        yield "The mean and deviation of its latents are not carried over; keep the source for drawing with it."
+    if form is Format.MINDONE and model.spec.vae.latents_mean:
+        yield "A MindSpore checkpoint has no place for the mean and deviation of its latents: keep the source."
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     yield from _notes_on_prediction(model, form)
@@ -224,7 +241,7 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
 
 
 def _notes_on_prediction(model: OpenedModel, form: Format) -> Iterator[str]:
-    if model.prediction_type is None and form is Format.DIFFUSERS:
+    if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:
         yield f"The scheduler says {assumed_prediction(model)}; --prediction_type says otherwise."
     if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
         yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."

@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.specs import Family, ModelSpec
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
 from dreambooth_ms.weights.files.byte_ranges import FileRange
 from dreambooth_ms.weights.files.dtypes import DType
 from dreambooth_ms.weights.files.open import open_tensor_file
 from dreambooth_ms.weights.files.stored import Container, StoredTensor, TensorFile
 from dreambooth_ms.weights.folder_layout import INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.weights.model_config import Config, read_config, read_latent_settings
 from dreambooth_ms.weights.naming.formats import Format
 from dreambooth_ms.weights.naming.plan import ReadPlan
 from dreambooth_ms.weights.naming.recognise import recognise_model
 from dreambooth_ms.weights.naming.report import Report
 from dreambooth_ms.weights.naming.slots import Slot
+
+LATENT_STATISTICS = ("edm_mean", "edm_std")
+"""Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
 
 PREDICTION_METADATA = "modelspec.prediction_type"
 """Where single files say what they predict, by the Stability ModelSpec: "epsilon" or "v"."""
@@ -48,8 +52,6 @@ class OpenedModel:
     """"epsilon" or "v_prediction"; None if nothing tells."""
     averages: int
     """How many moving averages (EMA) are there besides the weights."""
-    has_latent_statistics: bool = False
-    """Whether there are a mean and deviation of the latents besides, as in Playground v2.5."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
@@ -110,13 +112,12 @@ def open_model(path: Path, variant: str | None = None, use_averages: bool = Fals
         path=path,
         container=file.container,
         form=found.form,
-        spec=found.model,
+        spec=_with_latent_statistics(found.model, file),
         tensors=public_tensors(plan, file.tensors),
         parts=parts,
         report=plan.report,
         prediction_type=said or found.prediction_type,
         averages=len(plan.averages),
-        has_latent_statistics="edm_mean" in shapes,
         notes=(*(_without(found.notes, "do not tell") if said else found.notes), *_left_out(file)),
         metadata=file.metadata,
         files=(path,),
@@ -193,11 +194,31 @@ class _LastRead:
         return slot.restore(self._values[slot.name])
 
 
+def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
+    """The model with the mean and deviation of its latents as a single file holds them, if it does."""
+    if not all(name in file.tensors for name in LATENT_STATISTICS):
+        return model
+    mean, std = (_statistic(file, name) for name in LATENT_STATISTICS)
+    config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
+    return _with_latents(model, file.path, config)
+
+
+def _statistic(file: TensorFile, name: str) -> list[float]:
+    values = file.tensors[name].cast_to(DType.F32).read().reshape(-1)
+    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+    return [float(str(value)) for value in values]
+
+
 def _with_vae_settings(model: ModelSpec, folder: Path) -> ModelSpec:
-    """The model with the scale of its latents as its folder says it."""
-    config = read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").exists() else {}
-    factor = config.get("scaling_factor", model.vae.scaling_factor)
-    return replace(model, vae=replace(model.vae, scaling_factor=factor)) if isinstance(factor, float) else model
+    """The model with the scale, mean and deviation of its latents as its folder says them."""
+    file = folder / "vae" / "config.json"
+    return _with_latents(model, file, read_json(file)) if file.exists() else model
+
+
+def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
+    channels = model.vae.latent_channels
+    settings = read_config(source, config, lambda said: read_latent_settings(said, channels))
+    return replace(model, vae=replace(model.vae, **settings))
 
 
 def _without(notes: Collection[str], *doubts: str) -> list[str]:

@@ -36,19 +36,25 @@ class PublicParameter:
         self.parameter.set_data(Tensor(np.asarray(stored, dtype=dtype, order="C")))
 
 
+def name_prefix(root: nn.Cell) -> str:
+    """What tells a network's parameters from those of another with the same public names; "" for most."""
+    return getattr(root, "name_prefix", "")
+
+
 def public_parameters(root: nn.Cell) -> dict[str, PublicParameter]:
     """Every parameter of a network by its public name, in the order of the module tree.
 
-    The parameters themselves are renamed to the same names: attaching a cell prefixes only relative to its parent, so
-    names can repeat until they are set once from the root.
+    The parameters themselves are renamed to the same names, behind the root's `name_prefix`: attaching a
+    cell prefixes only relative to its parent, so names can repeat until they are set once from the root.
     """
+    prefix_of_root = name_prefix(root)
     layouts = {}
     for cell_name, cell in root.cells_and_names():
         prefix = f"{cell_name}." if cell_name else ""
         layouts.update({prefix + name: layout for name, layout in getattr(cell, "stored_layouts", {}).items()})
     found = {}
     for name, parameter in root.parameters_and_names():
-        parameter.name = name
+        parameter.name = prefix_of_root + name
         found[name] = PublicParameter(parameter, layouts.get(name))
     return found
 

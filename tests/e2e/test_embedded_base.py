@@ -23,10 +23,9 @@ def base():
 
 
 def draw(base, prompts, settings, noise):
-    embeddings = encode_prompts(PromptTokenizer(base.tokenizer_path), base.load_text_encoder(), [*prompts, ""], 16)
+    embeddings = encode_prompts(PromptTokenizer(*base.tokenizer_paths), base.load_text_encoders(), [*prompts, ""], 16)
     sampler = Sampler(base.load_unet(), base.load_vae(), base.scheduler_config, settings)
-    text = np.stack([embeddings[prompt] for prompt in prompts])
-    return list(sampler.pictures(noise, text, embeddings[""]))
+    return list(sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""]))
 
 
 def plain_prompts(count):

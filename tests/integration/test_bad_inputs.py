@@ -438,7 +438,11 @@ def write(content):
         ("text_encoder/config.json", change(vocab_size=...), "text_encoder/config.json: 'vocab_size' is missing"),
         (SCHEDULER_CONFIG, change(prediction_type="sample"), "'sample': expected epsilon or v_prediction; use SD 1.x"),
         (SCHEDULER_CONFIG, change(beta_schedule="cosine"), "'cosine': expected scaled_linear or linear; use SD 1.x"),
-        ("model_index.json", change(text_encoder_2=[]), "this is an SDXL model, which this version cannot train yet"),
+        (
+            "model_index.json",
+            change(text_encoder_2=[]),
+            "text_encoder_2/model.safetensors is missing (found: ",
+        ),
         ("model_index.json", change(unet=..., _class_name="FluxPipeline"), "FluxPipeline is another kind of model; "),
         (UNET_WEIGHTS, write(b""), f"{UNET_WEIGHTS}: not a readable safetensors file ("),
         (UNET_WEIGHTS, write(b"<!DOCTYPE html>"), f"{UNET_WEIGHTS}: not a readable safetensors file ("),
@@ -449,6 +453,11 @@ def test_a_model_folder_that_does_not_fit(place, train_refused, part, damage, sa
     damage(place / "model" / part)
     (line,) = train_refused()
     assert said in line
+
+
+def test_another_autoencoder_that_is_none(train_refused):
+    (line,) = train_refused(pretrained_vae_model_name_or_path="dog")
+    assert "dog/diffusion_pytorch_model.safetensors is missing (found: " in line
 
 
 def test_a_variant_that_is_not_there(train_refused):

@@ -73,8 +73,9 @@ class TestBases:
             assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
     def test_a_folders_own_tokenizer_wins(self, opened, bases):
-        assert opened["diffusers"].tokenizer_path == bases["diffusers"] / "tokenizer"
-        assert (opened["stability"].tokenizer_path / "merges.txt").is_file()
+        assert opened["diffusers"].tokenizer_paths == (bases["diffusers"] / "tokenizer",)
+        (on_board,) = opened["stability"].tokenizer_paths
+        assert (on_board / "merges.txt").is_file()
 
     def test_what_a_base_lacks_is_told(self, tmp_path, bases):
         model = random_model(RUNNING, tmp_path, parts=("unet", "text_encoder"))
@@ -134,8 +135,8 @@ class TestAdapters:
     @pytest.mark.parametrize("form", [LoraFormat.PEFT, LoraFormat.MINDONE], ids=lambda form: form.value)
     def test_every_format_adapts_alike(self, opened, files, lora, embedding, form):
         model = adapted(opened["diffusers"], files[form])
-        assert np.abs(model.embeddings[PROMPT] - embedding).max() < 1e-5
-        assert np.abs(model.base_embeddings[PROMPT] - embedding).max() > 0.01
+        assert np.abs(model.embeddings[PROMPT].text - embedding.text).max() < 1e-5
+        assert np.abs(model.base_embeddings[PROMPT].text - embedding.text).max() > 0.01
         parameters = read_parameters(model.unet)
         for layer, own in lora.of_part("unet").items():
             scale = parameters[f"{layer}.lora_scale"]
@@ -175,7 +176,7 @@ def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(open
     for part in ("unet", "vae", "text_encoder"):
         assert result.digest(part) == base.digest(part)
     assert (result.unet_spec, result.schedule_spec) == (base.unet_spec, base.schedule_spec)
-    assert result.tokenizer_path == tmp_path / "full/tokenizer"
+    assert result.tokenizer_paths == (tmp_path / "full/tokenizer",)
 
 
 def test_files_that_hold_a_model_but_no_base(tmp_path, bases, capsys):

@@ -27,6 +27,30 @@ SD_2_FORM = {
 """SD 2: linear projections, heads by resolution."""
 
 
+SDXL_FORM = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+"""SDXL: no transformer at the finest resolution, several blocks in others; pooled text of width 20, 6 size ids."""
+
+REFINER_FORM = SDXL_FORM | {
+    "block_out_channels": (16, 32, 32, 32),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (1, 2, 4, 4),
+    "transformer_layers_per_block": 2,
+    "projection_class_embeddings_input_dim": 20 + 5 * 8,
+}
+"""SDXL's refiner: four resolutions, none of the outer ones with transformers; 5 ids."""
+
+
 class ValueAndGradients(nn.Cell):
     """A cell's result and all its gradients in one compilation: (sensitivity, *inputs) -> result, gradients.
 
@@ -163,19 +187,12 @@ def small_clip(hidden_act: str, eos_token_id: int, seed: int = 0) -> CLIPModel:
     )
 
 
-def small_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """transformers' text tower alone."""
+def small_text_encoder(seed: int = 0, kind: type = CLIPTextModel, **settings) -> CLIPTextModel:
+    """transformers' text tower alone, or another kind of it."""
     torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        hidden_size=24,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        vocab_size=60,
-        max_position_embeddings=12,
-        eos_token_id=59,
-    )
-    return _disturbed(CLIPTextModel(config))
+    sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    words = {"vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 59}
+    return _disturbed(kind(CLIPTextConfig(**sizes | words | settings)))
 
 
 def _disturbed(module: torch.nn.Module) -> torch.nn.Module:

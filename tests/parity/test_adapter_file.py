@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.config.schema import WeightsConfig
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, result_of
@@ -109,7 +110,7 @@ def ours(model, diffusers_adapter, tmp_path_factory):
     return SimpleNamespace(
         adapter=networks["unet"],
         file=write_again(networks, tmp_path_factory.mktemp("ours")),
-        **vars(drawn(folder, adapted.unet, TEXT, NEGATIVE)),
+        **vars(drawn(folder, adapted.unet, PromptText(TEXT[0]), PromptText(NEGATIVE))),
     )
 
 
@@ -124,8 +125,8 @@ def drawn(folder, unet, text, negative):
     """Our latents and picture."""
     settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=1)
     sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
-    *_, latents = sampler.denoise(NOISE, text, negative)
-    return SimpleNamespace(latents=latents.asnumpy()[0], picture=next(sampler.pictures(NOISE, text, negative)))
+    *_, latents = sampler.denoise(NOISE, [text], negative)
+    return SimpleNamespace(latents=latents.asnumpy()[0], picture=next(sampler.pictures(NOISE, [text], negative)))
 
 
 def assert_same_picture(ours, pipeline, **prompt):
@@ -233,7 +234,7 @@ def both(model, tmp_path_factory):
     base = open_model_folder(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(folder)])
     adapted = load_adapted(base, weights, [PROMPT])
-    picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT][None], adapted.embeddings[""])
+    picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT], adapted.embeddings[""])
     read = read_lora(folder)
     return SimpleNamespace(
         pipeline=pipeline,
@@ -260,7 +261,7 @@ class TestWithATextEncoder:
     def test_the_part_of_the_text_encoder_shows_in_the_picture(self, both, model):
         alone = random_peft_adapter(model, ALPHA)
         assert relative_error(both.picture.latents, draw(alone, prompt=PROMPT)[0]) > 100 * LATENTS
-        base, adapted = both.adapted.base_embeddings[PROMPT], both.adapted.embeddings[PROMPT]
+        base, adapted = both.adapted.base_embeddings[PROMPT].text, both.adapted.embeddings[PROMPT].text
         assert relative_error(adapted, base) > 0.1
 
     def test_a_fresh_pipeline_takes_every_factor_and_alpha_from_our_file(self, both, model, caplog, monkeypatch):

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor
+from transformers import CLIPTextModelWithProjection as ReferenceWithProjection
 
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions
-from dreambooth_ms.weights.model_config import read_clip_config, read_text_config
+from dreambooth_ms.models.clip import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    TextEncoders,
+    end_positions,
+)
+from dreambooth_ms.weights.model_config import read_clip_config, read_projected_text_config, read_text_config
 from dreambooth_ms.weights.model_folder import BUFFERS
 from dreambooth_ms.weights.parameters import load_strict
 from tests.parity.reference import (
@@ -43,6 +50,43 @@ def test_the_hidden_states_and_gradients_of_the_text_encoder_are_transformers():
     print(f"text encoder: forward {forward:.1e}, gradients {backward:.1e} ({name})")
     assert forward < FORWARD
     assert backward < GRADIENT, name
+
+
+@pytest.mark.parametrize(
+    ("end", "ids"),
+    [(2, [[BEGIN, 4, 2, LARGEST, 0, 0], [BEGIN, 2, 9, 3, 11, LARGEST]]), (40, [[BEGIN, 4, 40, 0, 40, 0]] * 2)],
+    ids=["largest id", "end token"],
+)
+def test_sdxl_reads_the_states_before_the_last_layer_of_both_encoders_and_the_pooled_text_of_the_second(end, ids):
+    """The two tokenizers fill short prompts with different tokens, so each encoder has its own ids."""
+    first = small_text_encoder()
+    second = small_text_encoder(1, ReferenceWithProjection, projection_dim=20, hidden_act="gelu", eos_token_id=end)
+    ids_2 = np.array(ids, np.int32)
+    ids_1 = np.where(ids_2 == 0, LARGEST, ids_2)
+    expected = [
+        encoder(torch.tensor(tokens).long(), output_hidden_states=True)
+        for encoder, tokens in ((first, ids_1), (second, ids_2))
+    ]
+    states = torch.cat([one.hidden_states[-2] for one in expected], 2)
+    sensitivity = normal(2, 6, 48)
+    (states * torch.tensor(sensitivity)).sum().backward()
+
+    ours = CLIPTextModel(read_text_config(first.config.to_dict()))
+    projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
+    for network, reference in ((ours, first), (projected, second)):
+        load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    encoders = TextEncoders(ours, projected)
+    ends = end_positions(ids_2, projected.spec.eos_token_id)
+    text, pooled = encoders(Tensor(np.concatenate([ids_1, ids_2], 1)), Tensor(ends))
+    errors = relative_error(text, states), relative_error(pooled, expected[1].text_embeds)
+    print("states and pooled text", *(f"{error:.1e}" for error in errors))
+    assert max(errors) < FORWARD
+
+    names = {name for cell in (ours, projected) for name in (p.name for p in cell.get_parameters())}
+    assert len(names) == len(list(encoders.get_parameters())), "names of both encoders must differ"
+    unread = {name for name, p in first.named_parameters() if p.grad is None}
+    assert len(unread) == 18
+    assert {name for name, _ in first.named_parameters() if not encoders.is_read("text_encoder", name)} == unread
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The published sizes, with random weights: every network computes what the reference does.
 
-Each test holds at most two copies of one network: 860 M parameters are 3.5 GB a copy.
+Each test holds at most two copies of one network: 860 M parameters are 3.5 GB a copy. Of the UNet of SDXL, 2.6 B
+parameters and 10.3 GB, there is one at a time: each side draws its weights by their names.
 """
 
 import gc
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +17,25 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 from peft import LoraConfig
 from transformers import CLIPTextConfig
 from transformers import CLIPTextModel as ReferenceText
+from transformers import CLIPTextModelWithProjection as ReferenceProjectedText
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.models.clip import CLIPTextModel
-from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SD_VAE
+from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, end_positions
+from dreambooth_ms.models.specs import (
+    CLIP_L_TEXT,
+    OPENCLIP_BIGG_TEXT,
+    OPENCLIP_H_TEXT,
+    SD_15_UNET,
+    SD_21_UNET,
+    SD_VAE,
+    SDXL_REFINER_UNET,
+    SDXL_UNET,
+    SDXL_VAE,
+)
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 from dreambooth_ms.weights.model_folder import BUFFERS
-from dreambooth_ms.weights.parameters import load_strict
+from dreambooth_ms.weights.parameters import load_strict, public_parameters
 from tests.parity.reference import normal, relative_error, weights_of
 
 pytestmark = pytest.mark.real
@@ -74,6 +88,42 @@ PUBLISHED_OPENCLIP_H = PUBLISHED_CLIP_L | {
 }
 
 
+PUBLISHED_OPENCLIP_BIGG = PUBLISHED_CLIP_L | {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+    "eos_token_id": 49407,
+}
+ADDED = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "layers_per_block": 2,
+    "sample_size": 128,
+    "use_linear_projection": True,
+}
+PUBLISHED_SDXL = ADDED | {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", *ATTENTION_DOWN[:2]),
+    "up_block_types": (*ATTENTION_UP[:2], "UpBlock2D"),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10),
+    "projection_class_embeddings_input_dim": 2816,
+}
+PUBLISHED_REFINER = ADDED | {
+    "block_out_channels": (384, 768, 1536, 1536),
+    "down_block_types": ("DownBlock2D", *ATTENTION_DOWN[:2], "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *ATTENTION_UP[:2], "UpBlock2D"),
+    "attention_head_dim": (6, 12, 24, 24),
+    "cross_attention_dim": 1280,
+    "transformer_layers_per_block": 4,
+    "projection_class_embeddings_input_dim": 2560,
+}
+
+
 class LoraGradients(nn.Cell):
     """Gradients of the mean squared prediction with respect to the adapters."""
 
@@ -120,6 +170,50 @@ def test_the_unet_at_256_pixels_is_diffusers(spec, published):
     assert_close("UNet", network(Tensor(latents), Tensor(timesteps), Tensor(text)), expected)
 
 
+@pytest.mark.parametrize(
+    ("spec", "published"),
+    [(SDXL_UNET, PUBLISHED_SDXL), (SDXL_REFINER_UNET, PUBLISHED_REFINER)],
+    ids=["base", "refiner"],
+)
+def test_the_unet_of_sdxl_at_256_pixels_is_diffusers(spec, published):
+    ids = np.array([[1024, 768, 0, 17, 512, 640][: spec.num_size_ids(1280)]], np.float32)
+    text, pooled = normal(1, 77, spec.cross_attention_dim), normal(1, 1280)
+    inputs = normal(1, 4, 32, 32), np.array([501], np.int32), text, pooled, ids
+
+    with torch.device("meta"):
+        reference = ReferenceUNet(**published)
+    reference = reference.to_empty(device="cpu").eval()
+    shapes = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(torch.from_numpy(drawn_weight(name, shapes[name])))
+        latents, timesteps, *conditions = map(torch.tensor, inputs)
+        added = {"text_embeds": conditions[1], "time_ids": conditions[2]}
+        expected = reference(latents, timesteps, conditions[0], added_cond_kwargs=added).sample.numpy()
+    del reference, parameter
+    gc.collect()
+
+    network = UNet2DConditionModel(spec)
+    weights = public_parameters(network)
+    assert {name: weight.shape for name, weight in weights.items()} == shapes
+    for name, weight in weights.items():
+        weight.write(drawn_weight(name, shapes[name]))
+    assert_close("UNet", network(*map(Tensor, inputs)), expected)
+
+
+def drawn_weight(name, shape):
+    """A weight by its name, of the size that PyTorch's layers start from."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if len(shape) == 1:
+        return (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * rng.standard_normal(
+            shape, np.float32
+        )
+    weight = rng.random(shape, np.float32)
+    weight -= 0.5
+    weight *= 2 / np.sqrt(np.float32(np.prod(shape[1:])))
+    return weight
+
+
 def test_the_lora_gradients_of_the_sd15_unet_at_256_pixels_are_pefts():
     latents, timesteps, text = normal(1, 4, 32, 32), np.array([501], np.int32), normal(1, 77, 768)
     reference = ReferenceUNet(**PUBLISHED_UNET, **PUBLISHED_15).requires_grad_(False)
@@ -147,6 +241,8 @@ def test_the_lora_gradients_of_the_sd15_unet_at_256_pixels_are_pefts():
 
 
 def test_the_autoencoder_at_256_pixels_is_diffusers():
+    """SDXL's is of the same size; only the scaling of its latents, which it does not do itself, is another."""
+    assert replace(SDXL_VAE, scaling_factor=SD_VAE.scaling_factor) == SD_VAE
     pictures, latents = normal(1, 3, 256, 256), normal(1, 4, 32, 32)
     reference = ReferenceVae(**PUBLISHED_VAE).eval()
     with torch.no_grad():
@@ -177,3 +273,39 @@ def test_the_text_encoder_is_transformers(spec, published):
     del reference
     gc.collect()
     assert_close("text encoder", network(Tensor(ids)), expected)
+
+
+def test_the_second_text_encoder_of_sdxl_is_transformers():
+    ids = np.random.default_rng(0).integers(0, 49406, (2, 77)).astype(np.int32)
+    ids[0, 20:], ids[1, 76] = 49407, 49407
+    reference = ReferenceProjectedText(CLIPTextConfig(**PUBLISHED_OPENCLIP_BIGG)).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids).long(), output_hidden_states=True)
+    network = CLIPTextModelWithProjection(OPENCLIP_BIGG_TEXT)
+    load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    del reference
+    gc.collect()
+    penultimate, pooled = network(Tensor(ids), Tensor(end_positions(ids, OPENCLIP_BIGG_TEXT.eos_token_id)))
+    assert_close("states before the last layer", penultimate, expected.hidden_states[-2])
+    assert_close("pooled text", pooled, expected.text_embeds)
+
+
+def test_the_first_text_encoder_of_sdxl_is_transformers_before_its_last_layer():
+    ids = np.random.default_rng(0).integers(0, 49408, (2, 77)).astype(np.int32)
+    reference = ReferenceText(CLIPTextConfig(**PUBLISHED_CLIP_L)).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor(ids).long(), output_hidden_states=True).hidden_states[-2]
+    network = CLIPTextModel(CLIP_L_TEXT)
+    load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    assert_close("states before the last layer", Penultimate(network)(Tensor(ids)), expected)
+
+
+class Penultimate(nn.Cell):
+    """`CLIPTextModel.penultimate` as a cell that can be compiled."""
+
+    def __init__(self, text_encoder):
+        super().__init__(auto_prefix=False)
+        self.text_encoder = text_encoder
+
+    def construct(self, ids):
+        return self.text_encoder.penultimate(ids)

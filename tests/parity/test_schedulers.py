@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from mindspore import Tensor
 
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
 from dreambooth_ms.weights.model_folder import open_model_folder
@@ -125,7 +126,7 @@ def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler):
     ).images
 
     sampler.settings = replace(sampler.settings, scheduler=name)
-    pictures = list(sampler.pictures(noise, text, negative))
+    pictures = list(sampler.pictures(noise, [PromptText(row) for row in text], PromptText(negative)))
     assert len(pictures) == 3
     assert min(picture.std() for picture in expected) > 0.1, "a flat picture shows no difference"
     differences = np.abs(np.stack(pictures).astype(int) - np.rint(expected * 255))

@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from mindspore import nn, ops
 from peft import LoraConfig
-from transformers import CLIPTextModel
+from PIL import Image, ImageOps
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dreambooth_ms.config.schema import MethodConfig
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
+from dreambooth_ms.models.clip import end_positions
+from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
@@ -28,13 +33,13 @@ from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, Tr
 from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.parameters import PublicParameter, public_parameters
 from tests.parity.reference import normal, relative_error, worst_gradient_error
-from tests.tiny_model import write_random_model
+from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
 RANK, ALPHA, TARGETS = 4, 6, ["to_q", "to_k", "to_v", "to_out.0"]
 # Latents are not square, so that no axis passes for another.
-LATENTS, TEXT, SCALING_FACTOR = (4, 8, 12), (7, 24), 0.5
+LATENTS, TEXT, SDXL_TEXT_SHAPE, SCALING_FACTOR = (4, 8, 12), (7, 24), (7, 24 + 16), 0.5
 STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.005, 0.7
-TEXT_RATE_FACTOR, GAMMA = 0.3, 1.5
+TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR, GAMMA = 0.3, 0.1, 1.5
 HYPERPARAMETERS = AdamWHyperparameters()
 
 # Float32 sums in another order, through the network's thirty layers: measured 1.3e-7.
@@ -54,9 +59,11 @@ class Trained:
     method: str = "lora"
     text: bool = False
     kind: str = "epsilon"
+    sdxl: bool = False
 
     def __str__(self):
-        return f"{self.method}{' and text encoder' if self.text else ''}, {self.kind}"
+        what = f"{self.method}{' and text encoder' if self.text else ''}"
+        return f"{what}, SDXL" if self.sdxl else f"{what}, {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Case:
 LORA, LORA_V = Trained(), Trained(kind="v_prediction")
 LORA_TEXT, LORA_TEXT_V = Trained(text=True), Trained(text=True, kind="v_prediction")
 FULL, FULL_V = Trained("full"), Trained("full", kind="v_prediction")
+SDXL, SDXL_TEXT, SDXL_FULL = Trained(sdxl=True), Trained(text=True, sdxl=True), Trained("full", sdxl=True)
 FULL_TEXT, FULL_TEXT_V = Trained("full", text=True), Trained("full", text=True, kind="v_prediction")
 
 # Every number of rows is compiled once for what is trained. Any two of the choices meet in some case.
@@ -99,33 +107,42 @@ CASES = [
     Case(FULL_TEXT, 2, False, min_snr=True),
     Case(FULL_TEXT_V, 3, False),
     Case(FULL_TEXT, 1, False, min_snr=True, batches_per_step=2),
+    Case(SDXL, 1, True),
+    Case(SDXL, 2, False, min_snr=True),
+    Case(SDXL, 3, True),
+    Case(SDXL_TEXT, 1, True, min_snr=True),
+    Case(SDXL_FULL, 2, False),
 ]
 
 
 def records(group, count):
+    """Pictures of which no two have the same size, in either group."""
+    longer = 7 * (group == CLASS)
     return tuple(
-        Record(Path(f"{group}-{i}.png"), f"{group} {i}", (32, 32), f"{group} prompt {i}", group) for i in range(count)
+        Record(Path(f"{group}-{i}.png"), f"{group} {i}", (50 + longer, 60 + 9 * i), f"{group} prompt {i}", group)
+        for i in range(count)
     )
 
 
 def plan_of(batch_size, prior):
     """Five pictures of the subject and two of the class, each with a prompt of its own."""
     groups = (records(INSTANCE, 5), records(CLASS, 2))
-    return Plan(groups if prior else groups[:1], batch_size, Framing(32, True, False), seed=5)
+    return Plan(groups if prior else groups[:1], batch_size, Framing(32, False, True), seed=5)
 
 
-def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1):
+def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1, num_size_ids=0):
     """Batches from a posterior and a text for each record."""
     known = [record for group in plan.groups for record in group]
     return BatchMaker(
         plan=plan,
         posteriors={view: posterior(known.index(view.record)) for view in plan.views(0, 60)},
-        texts={record.prompt: text(i) for i, record in enumerate(known)},
+        texts={record.prompt: PromptText(*text(i)) for i, record in enumerate(known)},
         schedule=schedule,
         loss_weights=loss_weights,
-        scaling_factor=SCALING_FACTOR,
+        scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
         batches_per_step=batches_per_step,
+        num_size_ids=num_size_ids,
     )
 
 
@@ -136,9 +153,9 @@ class Training:
         folder = open_model_folder(path)
         self.path, self.trained = path, trained
         self.schedule = NoiseSchedule.from_spec(folder.schedule_spec)
-        self.vocabulary = folder.text_spec.vocab_size
-        text_encoder = folder.load_text_encoder() if trained.text else None
-        networks = {"unet": folder.load_unet()} | ({"text_encoder": text_encoder} if trained.text else {})
+        self.vocabulary, self.num_size_ids = folder.text_spec.vocab_size, folder.num_size_ids
+        text_encoders = folder.load_text_encoders() if trained.text else None
+        networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
         config = MethodConfig(
             method=trained.method,
             train_text_encoder=trained.text,
@@ -146,7 +163,7 @@ class Training:
             lora_alpha=ALPHA,
             lora_target_modules=TARGETS,
         )
-        self.learner = METHODS[trained.method](config, folder, networks["unet"], text_encoder, 0)
+        self.learner = METHODS[trained.method](config, folder, networks["unet"], text_encoders, 0)
         public = {
             id(one.parameter): (f"{network}.{name}", one)
             for network, cell in networks.items()
@@ -160,8 +177,11 @@ class Training:
             }
         else:
             self.start = self.weights()
-        factors = [TEXT_RATE_FACTOR if of_text else 1.0 for of_text in self.learner.is_of_text_encoder]
-        self.optimiser = AdamW(self.learner.trainables, HYPERPARAMETERS, factors)
+        rates, decays = (
+            [factor if of_text else 1.0 for of_text in self.learner.is_of_text_encoder]
+            for factor in (TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR)
+        )
+        self.optimiser = AdamW(self.learner.trainables, HYPERPARAMETERS, rates, decays)
         self.loss = DiffusionLoss(self.learner.denoiser, folder.schedule_spec.prediction_type)
         self.step_cells = {}
 
@@ -171,13 +191,25 @@ class Training:
             plan_of(case.batch_size, case.prior),
             self.schedule,
             posterior=lambda i: normal(2, *LATENTS, seed=i),
-            text=self.token_ids if self.trained.text else lambda i: normal(*TEXT, seed=20 + i),
+            text=self.token_ids if self.trained.text else self.embedding,
             loss_weights=lambda t: self.schedule.min_snr_weights(t, GAMMA, kind) if case.min_snr else np.ones(len(t)),
             batches_per_step=case.batches_per_step,
+            num_size_ids=self.num_size_ids,
         )
 
+    def embedding(self, number):
+        if self.trained.sdxl:
+            return normal(*SDXL_TEXT_SHAPE, seed=20 + number), normal(POOLED, seed=20 + number)
+        return (normal(*TEXT, seed=20 + number),)
+
     def token_ids(self, number):
-        return np.random.default_rng(number).integers(self.vocabulary, size=TEXT[0], dtype=np.int32)
+        """Of SDXL, for two encoders, with an end token that is not at the same place in all prompts."""
+        rng, end = np.random.default_rng(number), self.vocabulary - 1
+        if not self.trained.sdxl:
+            return (rng.integers(self.vocabulary, size=TEXT[0], dtype=np.int32),)
+        ids = rng.integers(end, size=2 * TEXT[0], dtype=np.int32)
+        ids[-1 - number % 3] = end
+        return ids, end_positions(ids[None, TEXT[0] :], end)[0]
 
     def step_cell(self, batches_per_step):
         """The step that takes so many batches."""
@@ -224,12 +256,17 @@ class Reference:
 
     def __init__(self, path, trained, start):
         self.unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
-        self.text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder") if trained.text else None
+        kinds = {"text_encoder": CLIPTextModel} | (
+            {"text_encoder_2": CLIPTextModelWithProjection} if trained.sdxl else {}
+        )
+        self.text_encoders = {
+            name: kind.from_pretrained(path, subfolder=name) for name, kind in kinds.items() if trained.text
+        }
         self.scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
         self.kind = trained.kind
-        networks = [("unet", self.unet, TARGETS), ("text_encoder", self.text_encoder, list(TEXT_ENCODER_TARGETS))]
         self.parameters = {}
-        for name, network, targets in networks if trained.text else networks[:1]:
+        for name, network in {"unet": self.unet, **self.text_encoders}.items():
+            targets = TARGETS if name == "unet" else list(TEXT_ENCODER_TARGETS)
             if trained.method == "lora":
                 network.requires_grad_(False)
                 network.add_adapter(
@@ -238,20 +275,35 @@ class Reference:
             self.parameters |= {
                 f"{name}.{key}".replace(".default.", "."): p for key, p in network.named_parameters() if p.requires_grad
             }
+        # What the prediction does not depend on has no gradient, and torch's optimiser leaves it alone.
+        self.unread = {name: self.parameters.pop(name) for name in self.parameters.keys() - start.keys()}
         assert self.parameters.keys() == start.keys()
+        assert bool(self.unread) == (trained.sdxl and trained.text)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(torch.tensor(start[name]))
 
     def row_errors(self, batch):
         """Mean squared error of each row."""
-        latents, noise, text = map(torch.tensor, (batch.latents, batch.noise, batch.text))
-        if self.text_encoder:
-            text = self.text_encoder(text.long()).last_hidden_state
+        latents, noise = map(torch.tensor, (batch.latents, batch.noise))
+        text, added = self.conditioning(batch)
         timesteps = torch.tensor(batch.timesteps).long()
-        prediction = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
         target = noise if self.kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
         return ((prediction - target) ** 2).mean((1, 2, 3))
+
+    def conditioning(self, batch):
+        """What the UNet reads: text, and for SDXL pooled text and the numbers of the pictures."""
+        text, pooled, size_ids = map(torch.tensor, (batch.text, batch.pooled, batch.size_ids))
+        if len(self.text_encoders) == 1:
+            text = self.text_encoders["text_encoder"](text.long()).last_hidden_state
+        elif self.text_encoders:
+            ids, ids_2 = text.long().chunk(2, 1)
+            first = self.text_encoders["text_encoder"](ids, output_hidden_states=True)
+            second = self.text_encoders["text_encoder_2"](ids_2, output_hidden_states=True)
+            text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2), second.text_embeds
+        return text, {"text_embeds": pooled, "time_ids": size_ids} if size_ids.numel() else None
 
     def min_snr(self, timesteps):
         """Hang et al., 2023, equation 11 and its form for the velocity."""
@@ -266,11 +318,14 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
     trained = reference.parameters
     groups = [
         {
-            "params": [p for name, p in trained.items() if name.startswith(f"{network}.")],
+            "params": [p for name, p in trained.items() if name.startswith("unet.") == of_unet],
             "lr": rate,
-            "weight_decay": HYPERPARAMETERS.weight_decay,
+            "weight_decay": decay * HYPERPARAMETERS.weight_decay,
         }
-        for network, rate in (("unet", LEARNING_RATE), ("text_encoder", text_rate_factor * LEARNING_RATE))
+        for of_unet, rate, decay in (
+            (True, LEARNING_RATE, 1.0),
+            (False, text_rate_factor * LEARNING_RATE, TEXT_DECAY_FACTOR),
+        )
     ]
     optimiser = torch.optim.AdamW(groups if case.trained.text else groups[:1])
     reports, gradients = [], None
@@ -285,6 +340,7 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
             losses[CLASS] = errors[size:].mean()
         optimiser.zero_grad()
         loss.backward()
+        assert all(parameter.grad is None for parameter in reference.unread.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
         gradients = gradients or {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
         optimiser.step()
@@ -301,7 +357,8 @@ def training_of(tmp_path_factory):
         kind: write_random_model(tmp_path_factory.mktemp(kind), prediction_type=kind, sd2=sd2)
         for kind, sd2 in (("epsilon", False), ("v_prediction", True))
     }
-    return cache(lambda trained: Training(paths[trained.kind], trained))
+    paths["sdxl"] = write_random_sdxl(tmp_path_factory.mktemp("sdxl"))
+    return cache(lambda trained: Training(paths["sdxl" if trained.sdxl else trained.kind], trained))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -380,16 +437,26 @@ def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
     losses = zip(other.reports, compared.reference.reports, strict=True)
     assert max(abs(one.loss / expected.loss - 1) for one, expected in losses) > 10 * LOSS
     if case.batch_size > 1 or case.prior:
-        other = run_reference(training, lambda number: with_next_rows_text(batches(number)), case, steps=1)
-        assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
+        for field in read_fields(case.trained):
+            other = run_reference(
+                training, lambda number, field=field: with_next_rows(field, batches(number)), case, steps=1
+            )
+            assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
     if case.trained.text:
         other = run_reference(training, batches, case, text_rate_factor=1.0)
         together, _ = differences(other.weights, compared.reference.weights, training.start)
         assert together > 10 * ALL_WEIGHTS
 
 
-def with_next_rows_text(batch):
-    return replace(batch, text=np.roll(batch.text, 1, axis=0))
+def read_fields(trained):
+    """What the reference reads of the rows' conditioning: it finds the ends of token ids by itself."""
+    if not trained.sdxl:
+        return ("text",)
+    return ("text", "size_ids") if trained.text else ("text", "pooled", "size_ids")
+
+
+def with_next_rows(field, batch):
+    return replace(batch, **{field: np.roll(getattr(batch, field), 1, axis=0)})
 
 
 def test_training_leaves_every_bit_of_the_base_as_it_was(compared):
@@ -425,11 +492,12 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         schedule,
         # A log-variance of -60 leaves the mean as it is.
         posterior=lambda i: np.stack([np.full(LATENTS, i, np.float32), np.full(LATENTS, -60, np.float32)]),
-        text=lambda i: np.full(TEXT, 100 + i, np.float32),
+        text=lambda i: (np.full(TEXT, 100 + i, np.float32), np.full(3, 200 + i, np.float32)),
         loss_weights=weight_of,
+        num_size_ids=6,
     )
     known = [record for group in plan.groups for record in group]
-    used, noise = set(), []
+    used, seen, noise = set(), set(), []
     for step in range(10):
         batch = make_batch(step)
         assert batch.groups == (INSTANCE,) * batch_size + (CLASS,) * batch_size
@@ -438,6 +506,10 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
             number = known.index(view.record)
             assert (np.abs(batch.latents[row] - number * SCALING_FACTOR) < 1e-6).all()
             assert (batch.text[row] == 100 + number).all()
+            assert (batch.pooled[row] == 200 + number).all()
+            (width, height), (top, left) = view.record.size, corner(view)
+            assert batch.size_ids[row].tolist() == [height, width, top, left, 32, 32]
+            seen |= {("mirrored", view.flip), ("below the top", top > 0), ("right of the left", left > 0)}
             assert batch.groups[row] == view.record.group
             weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * weight_of(batch.timesteps[row])
             assert batch.coefficients[row] == np.float32(weight / batch_size)
@@ -446,7 +518,60 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
             used.add(number)
             noise.append(batch.noise[row].tobytes())
     assert used == set(range(7))
+    assert {("mirrored", True), ("mirrored", False), ("below the top", True)} <= seen
     assert len(set(noise)) == len(noise)
+
+
+class Readout(nn.Cell):
+    """A denoiser whose prediction can be told by hand: noisy latents plus the means of all that it is told."""
+
+    def construct(self, noisy_BCHW, timesteps_B, text, pooled, size_ids):
+        told_B = text.mean((1, 2)) + pooled.mean(1) + size_ids.mean(1) + timesteps_B * 0.001
+        return noisy_BCHW + ops.broadcast_to(ops.reshape(told_B, (-1, 1, 1, 1)), noisy_BCHW.shape)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynative):
+    """Picture by picture, in float64, from the plan alone: no row may take another's prompt, pooled text or numbers."""
+    plan, schedule = plan_of(batch_size, prior), NoiseSchedule.from_spec(NoiseScheduleSpec())
+    known = [record for group in plan.groups for record in group]
+    texts = {record: (normal(*SDXL_TEXT_SHAPE, seed=i), normal(POOLED, seed=i)) for i, record in enumerate(known)}
+    make_batch = batches_of(
+        plan,
+        schedule,
+        posterior=lambda i: normal(2, *LATENTS, seed=i),
+        text=lambda i: texts[known[i]],
+        loss_weights=weight_of,
+        num_size_ids=6,
+    )
+    loss_cell = DiffusionLoss(Readout(), PredictionType.EPSILON)
+    for step in range(3):
+        batch, expected = make_batch(step), 0.0
+        for row, view in enumerate(plan.rows(step)):
+            (text, pooled), (width, height) = texts[view.record], view.record.size
+            timestep = int(batch.timesteps[row])
+            told = text.astype(float).mean() + pooled.astype(float).mean() + timestep * 0.001
+            told += np.mean([height, width, *corner(view), 32, 32])
+            alpha = schedule.alphas_cumprod[timestep]
+            noisy = batch.latents[row] * alpha**0.5 + batch.noise[row] * (1 - alpha) ** 0.5
+            error = np.mean((noisy + told - batch.noise[row]) ** 2)
+            weight = PRIOR_LOSS_WEIGHT if view.record.group == CLASS else 1.0
+            expected += weight * weight_of(timestep) * error / batch_size
+        loss, _ = loss_cell(*batch.inputs())
+        assert float(loss.asnumpy()) == pytest.approx(expected, rel=1e-5)
+
+
+def corner(view):
+    """Top and left of the crop as diffusers' script has them: it resizes, mirrors, and crops the outcome."""
+    width, height = view.record.size
+    shortest = min(width, height)
+    resized = Image.new("L", (32 * width // shortest, 32 * height // shortest))
+    resized.putpixel((view.crop.left, view.crop.top), 255)
+    resized.putpixel((view.crop.left + 31, view.crop.top), 254)
+    levels = np.asarray(ImageOps.mirror(resized) if view.flip else resized)
+    top, left = np.argwhere(levels >= 254).min(0)
+    return int(top), int(left)
 
 
 def weight_of(timesteps):

@@ -12,8 +12,10 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.weights.model_config import read_unet_config
 from dreambooth_ms.weights.parameters import load_strict
 from tests.parity.reference import (
+    REFINER_FORM,
     SD_1_FORM,
     SD_2_FORM,
+    SDXL_FORM,
     ValueAndGradients,
     gradients_of,
     normal,
@@ -34,30 +36,44 @@ MODES_FORWARD = 1e-6
 MODES_GRADIENT = 2e-5
 
 
-@pytest.fixture(scope="module", params=[SD_1_FORM, SD_2_FORM], ids=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=[SD_1_FORM, SD_2_FORM, SDXL_FORM], ids=["sd1", "sd2", "sdxl"])
 def compared(request):
     """Both networks on the same weights and inputs; latents are not square, so that no axis passes for another."""
     reference = small_unet(request.param)
     latents, text, sensitivity = normal(2, 4, 16, 24), normal(2, 7, 24), normal(2, 4, 16, 24, seed=1)
     timesteps = np.array([3, 981], np.int32)
-    latents_torch, text_torch = (torch.tensor(values, requires_grad=True) for values in (latents, text))
-    expected = reference(latents_torch, torch.tensor(timesteps), text_torch).sample
+    added = added_conditions(reference.config.projection_class_embeddings_input_dim)
+    latents_torch, text_torch, *added_torch = (
+        torch.tensor(values, requires_grad=True) for values in (latents, text, *added)
+    )
+    added_torch = dict(zip(("text_embeds", "time_ids"), added_torch, strict=False))
+    expected = reference(
+        latents_torch, torch.tensor(timesteps), text_torch, added_cond_kwargs=added_torch or None
+    ).sample
     (expected * torch.tensor(sensitivity)).sum().backward()
 
     network = UNet2DConditionModel(read_unet_config(dict(reference.config)))
     load_strict(network, weights_of(reference), "diffusers")
-    inputs = (Tensor(sensitivity), Tensor(latents), Tensor(timesteps), Tensor(text))
+    inputs = tuple(map(Tensor, (sensitivity, latents, timesteps, text, *added)))
     result, (input_gradients, gradients) = ValueAndGradients(network)(*inputs)
     return SimpleNamespace(
         expected=expected,
-        expected_input_gradients=(latents_torch.grad, text_torch.grad),
+        expected_input_gradients=(latents_torch.grad, text_torch.grad, *(one.grad for one in added_torch.values())),
         expected_gradients=gradients_of(reference),
         network=network,
         inputs=inputs,
         result=result,
-        input_gradients=(input_gradients[0], input_gradients[2]),
+        input_gradients=(input_gradients[0], *input_gradients[2:]),
         gradients=public_gradients(network, gradients),
     )
+
+
+def added_conditions(width):
+    """Pooled text, and sizes of which no two are the same, so that one in a wrong place would show."""
+    if width is None:
+        return ()
+    sizes = np.array([[1024, 768, 0, 17, 512, 640], [600, 431, 88, 0, 333, 256]], np.float32)
+    return normal(2, 20), sizes[:, : (width - 20) // 8]
 
 
 def test_the_prediction_is_diffusers(compared):
@@ -66,12 +82,12 @@ def test_the_prediction_is_diffusers(compared):
     assert error < FORWARD
 
 
-def test_the_gradients_of_latents_and_text_are_diffusers(compared):
+def test_the_gradients_of_all_inputs_are_diffusers(compared):
     errors = [
         relative_error(ours, reference)
         for ours, reference in zip(compared.input_gradients, compared.expected_input_gradients, strict=True)
     ]
-    print("gradients of latents and text", *(f"{error:.1e}" for error in errors))
+    print("gradients of inputs", *(f"{error:.1e}" for error in errors))
     assert max(errors) < GRADIENT
 
 
@@ -94,6 +110,22 @@ def test_pynative_computes_what_the_graph_computes(compared, pynative):
     print(f"PyNative against graph: forward {forward:.1e}, gradients {backward:.1e}")
     assert forward < MODES_FORWARD
     assert backward < MODES_GRADIENT
+
+
+def test_the_refiner_is_diffusers_too(pynative):
+    reference = small_unet(REFINER_FORM)
+    network = UNet2DConditionModel(read_unet_config(dict(reference.config)))
+    load_strict(network, weights_of(reference), "diffusers")
+    text, (pooled, sizes) = normal(2, 7, 24), added_conditions(20 + 5 * 8)
+    inputs = normal(2, 4, 16, 24), np.array([3, 981], np.int32), text, pooled, sizes
+    assert network.spec.num_size_ids(20) == sizes.shape[1] == 5
+    latents, timesteps, *conditions = map(torch.tensor, inputs)
+    with torch.no_grad():
+        added = {"text_embeds": conditions[1], "time_ids": conditions[2]}
+        expected = reference(latents, timesteps, conditions[0], added_cond_kwargs=added).sample
+    error = relative_error(network(*map(Tensor, inputs)), expected)
+    print(f"refiner, forward {error:.1e}")
+    assert error < FORWARD
 
 
 @pytest.mark.parametrize(("form", "spec"), [(SD_1_FORM, SD_15_UNET), (SD_2_FORM, SD_21_UNET)], ids=["sd1", "sd2"])

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ SMALLEST = UNetSpec(
     norm_num_groups=4,
     sample_size=4,
 )
+SMALLEST_SDXL = replace(
+    SMALLEST,
+    has_attention=(False, True),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=4,
+    projection_class_embeddings_input_dim=12 + 6 * 4,
+)
 PROCESS = "import sys, time; from tools.bench_run import PARTS\n"
 
 
@@ -32,7 +41,12 @@ def test_tiny_is_the_embedded_bases_size():
 
 @pytest.mark.parametrize(
     ("flags", "latent_size", "method"),
-    [([], 16, "lora"), (["--resolution", "32", "--method", "full"], 8, "full"), (["--size", "sd15"], 64, "lora")],
+    [
+        ([], 16, "lora"),
+        (["--resolution", "32", "--method", "full"], 8, "full"),
+        (["--size", "sd15"], 64, "lora"),
+        (["--size", "sdxl"], 64, "lora"),
+    ],
 )
 def test_the_command_line_of_a_step_says_what_is_timed(flags, latent_size, method):
     _, job = bench_step.parse(flags)
@@ -45,10 +59,14 @@ def test_what_cannot_be_timed_is_refused(flags):
         bench_step.parse(flags)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_both_sides_train_the_same_weights_from_the_same_values(method):
+@pytest.mark.parametrize(
+    ("unet", "method"),
+    [(SMALLEST, "lora"), (SMALLEST, "full"), (SMALLEST_SDXL, "lora")],
+    ids=["lora", "full", "SDXL"],
+)
+def test_both_sides_train_the_same_weights_from_the_same_values(unet, method):
     """That their first losses are the same is checked whenever they are timed."""
-    job = bench_step.Job(SMALLEST, latent_size=4, method=method, steps=1)
+    job = bench_step.Job(unet, latent_size=4, method=method, steps=1)
     ours, peer = (
         {name: read().ravel() for name, read in build(job, lambda _: None).trained.items()}
         for build in bench_step.SIDES.values()

@@ -105,6 +105,37 @@ LORA_SCRIPT = {name: default for name, default in FULL_SCRIPT.items() if name no
 }  # fmt: skip
 BY_METHOD = ("output_dir", "learning_rate")
 """Fields whose None stands for the default of the method's script."""
+_NOT_IN_SDXL_SCRIPT = (
+    *("tokenizer_name", "pre_compute_text_embeddings", "tokenizer_max_length", "text_encoder_use_attention_mask"),
+    *("validation_images", "class_labels_conditioning"),
+)
+SDXL_SCRIPT = {name: default for name, default in LORA_SCRIPT.items() if name not in _NOT_IN_SDXL_SCRIPT} | {
+    **{"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "text_encoder_lr": 5e-6},
+    **{"pretrained_vae_model_name_or_path": None, "dataset_name": None, "dataset_config_name": None},
+    **{"cache_dir": None, "caption_column": None, "image_column": "image", "repeats": 1, "random_flip": False},
+    **{"do_edm_style_training": False, "snr_gamma": None, "adam_weight_decay_text_encoder": 1e-3},
+    **{"use_dora": False, "output_kohya_format": False, "optimizer": "AdamW", "prodigy_beta3": None},
+    **{"prodigy_decouple": True, "prodigy_use_bias_correction": True, "prodigy_safeguard_warmup": True},
+}
+
+
+@pytest.mark.parametrize(("name", "default"), SDXL_SCRIPT.items())
+def test_a_command_for_the_sdxl_script_is_understood(name, default):
+    """With the script's own defaults, of which some are not ours: those are values like any others."""
+    if default is MISSING:
+        return
+    flag = f"--{name}={default}"
+    if name == "validation_epochs":
+        assert train_problems(flag) == [f"--{name}: {REFUSED[name].reason}"]
+        return
+    config = train(*(["--train_text_encoder"] if "text_encoder" in name else []), flag)
+    field = schema_fields(TrainConfig).get(name)
+    if field is not None:
+        assert getattr(getattr(config, field.section), name) == default
+    else:
+        assert name in HARMLESS or name in REFUSED
+
+
 EVERY_PUBLISHED_FLAG = pytest.mark.parametrize(
     ("method", "name", "default"),
     [
@@ -117,6 +148,7 @@ EVERY_PUBLISHED_FLAG = pytest.mark.parametrize(
 
 def test_the_published_scripts_are_listed_whole():
     assert (len(FULL_SCRIPT), len(LORA_SCRIPT)) == (61, 59)
+    assert len(SDXL_SCRIPT) == 72
 
 
 @EVERY_PUBLISHED_FLAG

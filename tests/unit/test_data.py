@@ -12,11 +12,13 @@ from PIL import Image
 
 from dreambooth_ms.data.batches import Batch, BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
 from dreambooth_ms.training.loop import group_means
 from tests.parity.reference import normal
@@ -134,10 +136,10 @@ def maker(wanted, batches_per_step=1, noise_offset=0.0):
     return BatchMaker(
         plan=wanted,
         posteriors={view: normal(2, *LATENTS, seed=known.index(view.record)) for view in wanted.views(0, 60)},
-        texts={record.prompt: normal(7, 3, seed=i) for i, record in enumerate(known)},
+        texts={record.prompt: PromptText(normal(7, 3, seed=i)) for i, record in enumerate(known)},
         schedule=NoiseSchedule.from_spec(NoiseScheduleSpec()),
         loss_weights=lambda timesteps: 1 + timesteps / 1000,
-        scaling_factor=0.5,
+        scaled=VaeSpec(scaling_factor=0.5).scaled,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
         batches_per_step=batches_per_step,
         noise_offset=noise_offset,
@@ -298,6 +300,14 @@ class TestPosteriorCache:
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
         assert self.fill(tmp_path, pictures)[1].encoded == []
 
+    def test_black_latents_are_refused_with_the_picture_and_the_way_out(self, tmp_path, pictures):
+        views = [View(record, CropBox(0, 0), False) for record in read_records(pictures, "", INSTANCE, tell=print)]
+        said = r"0\.png: the autoencoder gave nothing but zeros.*--pretrained_vae_model_name_or_path"
+        with pytest.raises(DataError, match=said):
+            cached_posteriors(
+                ContentCache(tmp_path), views, "", 32, "lanczos", lambda: lambda picture: np.zeros((2, 4)), list
+            )
+
     def test_values_that_are_no_numbers_are_refused_and_not_kept(self, tmp_path, pictures):
         views = [View(record, CropBox(0, 0), False) for record in read_records(pictures, "", INSTANCE, tell=print)]
         cache = ContentCache(tmp_path / "cache")
@@ -314,13 +324,22 @@ class TestEmbeddingCache:
 
         def encode(prompts):
             asked.append(list(prompts))
-            return {prompt: np.full((7, 3), len(prompt), np.float32) for prompt in [*prompts, ""]}
+            return {prompt: PromptText(np.full((7, 3), len(prompt), np.float32)) for prompt in [*prompts, ""]}
 
         cache = ContentCache(tmp_path)
         for prompts, digest in ((["a dog"], "w"), (["a dog", "a sks dog"], "w"), (["a dog"], "w"), (["a dog"], "v")):
             found = cached_embeddings(cache, prompts, digest, encode)
-            assert {prompt: value[0, 0] for prompt, value in found.items()} == {p: len(p) for p in prompts}
+            assert {prompt: value.text[0, 0] for prompt, value in found.items()} == {p: len(p) for p in prompts}
         assert asked == [["a dog"], ["a sks dog"], ["a dog"]]
+
+    def test_pooled_text_is_kept_beside_the_embedding_and_nothing_where_there_is_none(self, tmp_path):
+        """The second look finds them on disk: nothing may be encoded any more."""
+        texts = {"SDXL": PromptText(normal(7, 3), normal(5)), "SD": PromptText(normal(7, 3, seed=1))}
+        cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: texts)
+        found = cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: {})
+        assert found["SD"].pooled.size == 0
+        for prompt, expected in texts.items():
+            assert all(np.array_equal(ours, one) for ours, one in zip(found[prompt], expected, strict=True))
 
 
 class TestClassPictures:

@@ -9,7 +9,7 @@ import pytest
 from dreambooth_ms.cli.main import COMMANDS
 from dreambooth_ms.config import schema
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.schema import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +46,55 @@ def test_the_readme_shows_commands():
 def test_every_training_configuration_loads(path):
     required = ["--instance_data_dir", "photos", "--instance_prompt", "a photo of sks dog"]
     given = path.read_text(encoding="utf-8")
-    load(TrainConfig, ["--config", str(path), *([] if "instance_data_dir" in given else required)])
+    others = [] if "instance_data_dir" in given else required
+    if "with_prior_preservation: true" in given and "class_data_dir" not in given:
+        others += ["--class_data_dir", "class", "--class_prompt", "a photo of a dog"]
+    loaded = load(TrainConfig, ["--config", str(path), *others])
+    assert not loaded.notes
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "inference").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_inference_configuration_loads(path):
+    loaded = load(SampleConfig, ["--config", str(path), "--prompt", "a photo of sks dog"])
+    assert not loaded.notes
+
+
+def test_the_configurations_of_the_guides_are_here():
+    names = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert names >= {
+        "training/sd_xl_base_finetune_dreambooth_lora_910a.yaml",
+        "training/sd_xl_base_finetune_dreambooth_lora_910b.yaml",
+        "training/sd_xl_base_finetune_dreambooth_textencoder_lora_910b.yaml",
+        "inference/sd_xl_base.yaml",
+        "inference/sd_xl_refiner.yaml",
+    }
+
+
+GUIDE = """
+  --config configs/training/sd_xl_base_finetune_dreambooth_{which}lora_910{card}.yaml \
+  --weight checkpoints/sd_xl_base_1.0_ms.ckpt --instance_data_path photos --instance_prompt "A photo of a sks dog" \
+  --class_data_path class --class_prompt "A photo of a dog" {more} --ms_mode 0 --save_ckpt_interval 500 \
+  --device_target Ascend
+"""
+
+
+@pytest.mark.parametrize(
+    ("which", "card", "more"),
+    [
+        ("", "a", ""),
+        ("", "b", "--gradient_accumulation_steps 4"),
+        ("textencoder_", "b", "--save_path runs/dog"),
+        ("", "b", "--is_parallel False"),
+    ],
+)
+def test_the_training_commands_of_the_sdxl_guide_are_accepted_as_they_are(which, card, more, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load(TrainConfig, shlex.split(GUIDE.format(which=which, card=card, more=more).replace("\\\n", " "))).config
+    assert config.model.pretrained_model_name_or_path == "checkpoints/sd_xl_base_1.0_ms.ckpt"
+    assert (config.data.resolution, config.data.instance_data_dir) == (512 if card == "a" else 1024, "photos")
+    assert (config.prior.with_prior_preservation, config.prior.class_data_dir) == (True, "class")
+    assert config.method.train_text_encoder == bool(which)
+    assert config.run.checkpointing_steps == 500
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.exists()], ids=lambda path: path.name)

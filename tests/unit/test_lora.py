@@ -50,8 +50,8 @@ def outputs():
     """
     unet = UNet2DConditionModel(UNET)
     initialise(unet, 0)
-    text = Tensor(normal(2, 5, 24))
-    inputs = Tensor(normal(2, 4, 8, 8)), Tensor(np.array([7, 900], np.float32)), text, text, Tensor(np.float32(1))
+    text, guidance = Tensor(normal(2, 5, 24)), Tensor(np.float32(1))
+    inputs = Tensor(normal(2, 4, 8, 8)), Tensor(np.array([7, 900], np.float32)), guidance, text
     base = Denoiser(unet, guided=False)(*inputs).asnumpy()
     layers = inject_lora(unet, 2, 4.0, TARGETS)
     initialise_lora(layers, seed=3)
@@ -134,6 +134,13 @@ class TestItsStart:
         # Five standard deviations of the estimates from this many draws.
         assert abs(draws.mean()) < 5 / 8 / np.sqrt(draws.size)
         assert abs(draws.std() * 8 - 1) < 5 / np.sqrt(2 * draws.size)
+
+    def test_layers_of_the_same_name_in_another_network_start_from_other_draws(self, started):
+        starts = bits_of_a(started)
+        initialise_lora(started, seed=3, prefix="text_encoder_2.")
+        others = bits_of_a(started)
+        initialise_lora(started, seed=3)
+        assert all(others[name] != start for name, start in starts.items())
 
     def test_every_layer_starts_from_draws_of_its_own_which_the_seed_decides(self, started):
         starts = bits_of_a(started)

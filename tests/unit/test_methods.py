@@ -6,19 +6,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from mindspore import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreambooth_ms.config.schema import MethodConfig
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.training import methods
 from dreambooth_ms.training.methods import METHODS, result_of
 from dreambooth_ms.weights.lora_file import read_lora
 from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.parameters import public_parameters, read_parameters
 from tests.parity.reference import normal
-from tests.tiny_model import write_random_model
+from tests.tiny_model import write_random_model, write_random_sdxl
 
 STEP = 42
 
@@ -47,7 +49,9 @@ def trained(path, method, text=False, variant=None, **settings):
     folder = open_model_folder(path, variant)
     networks = {"unet": folder.load_unet()} | ({"text_encoder": folder.load_text_encoder()} if text else {})
     config = MethodConfig(method=method, train_text_encoder=text, **settings)
-    learner = METHODS[method](config, folder, networks["unet"], networks.get("text_encoder"), 3)
+    learner = METHODS[method](
+        config, folder, networks["unet"], TextEncoders(networks["text_encoder"]) if text else None, 3
+    )
     chosen = {id(parameter) for parameter in learner.trainables}
     for network in networks.values():
         for i, one in enumerate(public_parameters(network).values()):
@@ -65,6 +69,30 @@ def assert_holds(module, values):
 
 
 class TestTheFolderOfAFullTraining:
+    def test_diffusers_loads_sdxl_with_both_text_encoders_trained_and_another_autoencoder(self, tmp_path):
+        """But for the end of the first text encoder, which SDXL does not read and nothing may change."""
+        path, other = write_random_sdxl(tmp_path / "base"), write_random_sdxl(tmp_path / "other", seed=1)
+        folder = open_model_folder(path, vae=other)
+        encoders = folder.load_text_encoders()
+        networks = {"unet": folder.load_unet(), **encoders.networks()}
+        config = MethodConfig(method="full", train_text_encoder=True)
+        learner = METHODS["full"](config, folder, networks["unet"], encoders, 3)
+        before = read_parameters(networks["text_encoder"])
+        for i, parameter in enumerate(learner.trainables):
+            parameter.set_data(parameter + Tensor(0.1 * normal(*parameter.shape, seed=i)))
+        assert len({parameter.name for parameter in learner.trainables}) == len(learner.trainables)
+        after = read_parameters(networks["text_encoder"])
+        kept = {name for name, value in before.items() if np.array_equal(value, after[name])}
+        assert kept == {name for name in before if ".layers.1." in name or "final_layer_norm" in name}
+
+        learner.write_result(tmp_path / "run", STEP)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "run", add_watermarker=False)
+        for name, network in networks.items():
+            assert_holds(getattr(pipeline, name), read_parameters(network))
+        assert_holds(pipeline.vae, weights_of(StableDiffusionXLPipeline.from_pretrained(other).vae))
+        assert pipeline.config.force_zeros_for_empty_prompt
+        assert result_of("full", tmp_path / "run")[1] == STEP
+
     @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
     def test_diffusers_loads_the_trained_values_and_the_rest_of_the_base(self, base, tmp_path, text):
         run = trained(base, "full", text)

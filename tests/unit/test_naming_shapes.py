@@ -22,7 +22,7 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.weights.model_config import write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.weights.parameters import public_parameters
-from tests.tiny_model import TEXT, UNET, VAE
+from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE
 
 # As the published config.json files have it.
 ADDED_CONDITIONS = {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
@@ -79,10 +79,13 @@ class TestAgainstTheReferences:
 
 def test_our_cells_have_the_same_parameters():
     text = ClipTextSpec(transformer=TEXT, vocab_size=30)
+    projected = ClipTextSpec(transformer=TEXT, vocab_size=30, projection_dim=7)
     cells = (
         (unet_shapes(UNET), unet.UNet2DConditionModel(UNET)),
         (vae_shapes(VAE), vae.AutoencoderKL(VAE)),
         (clip_text_shapes(text), clip.CLIPTextModel(text)),
+        (unet_shapes(SDXL_UNET), unet.UNet2DConditionModel(SDXL_UNET)),
+        (clip_text_shapes(projected), clip.CLIPTextModelWithProjection(projected)),
     )
     for shapes, cell in cells:
         assert shapes == {name: parameter.shape for name, parameter in public_parameters(cell).items()}

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import centre_crop, crop_range
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.models.specs import VaeSpec
 
 SEEDS = st.integers(0, 2**64 - 1)
 SIZES = st.tuples(st.integers(8, 200), st.integers(8, 200))
@@ -86,10 +88,12 @@ def maker(groups, seed, size, batches_per_step, prior_weight=0.7, noise_offset=0
     return BatchMaker(
         plan=plan,
         posteriors={view: posterior(view) for view in plan.views(0, 40)},
-        texts={f"a photo of {group}": np.full((3, 2), number) for number, group in enumerate((INSTANCE, CLASS))},
+        texts={
+            f"a photo of {group}": PromptText(np.full((3, 2), number)) for number, group in enumerate((INSTANCE, CLASS))
+        },
         schedule=NoiseSchedule.from_spec(NoiseScheduleSpec()),
         loss_weights=lambda timesteps: np.ones(len(timesteps)),
-        scaling_factor=0.18215,
+        scaled=VaeSpec(scaling_factor=0.18215).scaled,
         group_weights={INSTANCE: 1.0, CLASS: prior_weight},
         batches_per_step=batches_per_step,
         noise_offset=noise_offset,

@@ -16,10 +16,15 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
+    OPENCLIP_BIGG_TEXT,
     OPENCLIP_H_TEXT,
+    PLAYGROUND_25_VAE,
     SD_15_UNET,
     SD_21_UNET,
     SD_VAE,
+    SDXL_REFINER_UNET,
+    SDXL_UNET,
+    SDXL_VAE,
     ClipSpec,
     ClipTextSpec,
     ClipVisionSpec,
@@ -28,6 +33,7 @@ from dreambooth_ms.models.specs import (
     VaeSpec,
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import Dense, StoredLayout, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import model_config, model_folder
@@ -36,6 +42,7 @@ from dreambooth_ms.weights.initialise import RESIDUAL_ENDS, initialise, initiali
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
 from tests.parity.reference import normal
+from tests.tiny_model import POOLED, write_random_sdxl
 
 
 class Network(nn.Cell):
@@ -303,6 +310,7 @@ VAE = VaeSpec(
     norm_num_groups=4,
     scaling_factor=0.3,
 )
+SMALL_VAE = replace(VAE, in_channels=3)
 UNET_OF_FOLDER = replace(UNET, out_channels=5)
 VISION = ClipVisionSpec(
     transformer=TransformerSpec(hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4),
@@ -312,17 +320,32 @@ VISION = ClipVisionSpec(
 
 
 class TestConfigurations:
-    @pytest.mark.parametrize("spec", [UNET, SD_15_UNET, SD_21_UNET], ids=["tiny", "sd15", "sd21"])
+    @pytest.mark.parametrize(
+        "spec",
+        [UNET, SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET],
+        ids=["tiny", "sd15", "sd21", "sdxl", "refiner"],
+    )
     def test_a_unet_is_read_as_it_was_written(self, spec):
         assert model_config.read_unet_config(written(model_config.write_unet_config(spec))) == spec
 
-    @pytest.mark.parametrize("spec", [VAE, SD_VAE], ids=["tiny", "sd"])
+    @pytest.mark.parametrize(
+        "spec", [VAE, SD_VAE, SDXL_VAE, PLAYGROUND_25_VAE], ids=["tiny", "sd", "sdxl", "playground"]
+    )
     def test_an_autoencoder_is_read_as_it_was_written(self, spec):
         assert model_config.read_vae_config(written(model_config.write_vae_config(spec, 64))) == spec
 
     @pytest.mark.parametrize("spec", [TEXT, CLIP_L_TEXT, OPENCLIP_H_TEXT], ids=["tiny", "sd1", "sd2"])
     def test_a_text_encoder_is_read_as_it_was_written(self, spec):
         assert model_config.read_text_config(written(model_config.write_text_config(spec, 16))) == spec
+
+    def test_a_text_encoder_with_a_projection_is_read_as_it_was_written(self):
+        config = written(model_config.write_text_config(OPENCLIP_BIGG_TEXT, 1280))
+        assert config["architectures"] == ["CLIPTextModelWithProjection"]
+        assert model_config.read_projected_text_config(config) == OPENCLIP_BIGG_TEXT
+
+    def test_the_noise_of_edm_is_refused_by_its_name(self):
+        with pytest.raises(WeightError, match="EDMDPMSolverMultistepScheduler: EDM is not supported yet"):
+            model_config.read_scheduler_config({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5})
 
     def test_clip_is_read_as_it_was_written(self):
         spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
@@ -400,7 +423,7 @@ class TestModelFolder:
         assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET_OF_FOLDER, VAE, TEXT)
         assert found.schedule_spec == NoiseScheduleSpec()
         assert found.picture_size == 16
-        assert found.tokenizer_path == folder / "tokenizer"
+        assert found.tokenizer_paths == (folder / "tokenizer",)
 
     def test_a_network_is_loaded_as_it_was_saved(self, folder, text_encoder):
         saved = read_parameters(text_encoder)
@@ -433,7 +456,42 @@ class TestModelFolder:
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
             model_folder.open_model_folder(folder).load_text_encoder()
 
-    def test_sdxl_is_refused_by_its_name(self, folder):
+    @pytest.mark.parametrize("inside", ["", "vae"], ids=["the autoencoder's folder", "a model folder"])
+    def test_another_autoencoder_takes_the_place_of_its_own(self, folder, tmp_path_factory, inside):
+        other, network = tmp_path_factory.mktemp("other"), AutoencoderKL(SMALL_VAE)
+        initialise(network, 7)
+        (other / "base").mkdir()
+        model_folder.save_network(other / "base", "vae", network, model_config.write_vae_config(SMALL_VAE, 16))
+        found = model_folder.open_model_folder(folder, vae=other / "base" if inside else other / "base" / "vae")
+        assert found.vae_spec == SMALL_VAE
+        assert found.weight_file("vae") == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+        loaded, saved = read_parameters(found.load_vae()), read_parameters(network)
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+
+    def test_another_autoencoder_that_is_none_is_named(self, folder, tmp_path_factory):
+        nothing = tmp_path_factory.mktemp("nothing")
+        with pytest.raises(WeightError, match=f"{nothing.name}/diffusion_pytorch_model.safetensors is missing"):
+            model_folder.open_model_folder(folder, vae=nothing)
+
+    @pytest.mark.parametrize("refiner", [False, True], ids=["base", "refiner"])
+    def test_sdxl_is_known_by_its_second_text_encoder(self, tmp_path, refiner):
+        found = model_folder.open_model_folder(write_random_sdxl(tmp_path, refiner=refiner))
+        tokenizers = ("tokenizer_2",) if refiner else ("tokenizer", "tokenizer_2")
+        assert found.tokenizer_paths == tuple(tmp_path / name for name in tokenizers)
+        assert (found.num_size_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
+        assert (found.text_spec is None) == refiner
+        assert found.text_spec_2.projection_dim == POOLED
+
+    @pytest.mark.parametrize(("wider", "count"), [(8, 7), (-16, 4), (1, 0), (None, 0)])
+    def test_a_unet_that_reads_other_numbers_than_sdxls_is_refused(self, tmp_path, wider, count):
+        config = json.loads((write_random_sdxl(tmp_path) / "unet/config.json").read_text())
+        key = "projection_class_embeddings_input_dim"
+        config[key] = wider and config[key] + wider
+        (tmp_path / "unet/config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightError, match=f"its unet reads {count} numbers of a picture"):
+            model_folder.open_model_folder(tmp_path)
+
+    def test_a_second_text_encoder_alone_is_no_sdxl(self, folder):
         (folder / "model_index.json").write_text('{"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}')
         with pytest.raises(WeightError, match="SDXL"):
             model_folder.open_model_folder(folder)

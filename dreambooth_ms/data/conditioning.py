@@ -1,0 +1,81 @@
+"""What a UNet is told beside noisy latents and timestep: all that the families of models differ in.
+
+SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
+called size ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N size ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import Tensor
+
+from dreambooth_ms.data.pictures import CropBox, crop_range
+from dreambooth_ms.data.plan import View
+
+NOTHING = np.zeros(0, np.float32)
+
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+"""What SDXL's refiner is told of pictures and of what to keep away from, as in diffusers' pipeline."""
+
+
+class PromptText(NamedTuple):
+    """What a network is given of one prompt."""
+
+    text: np.ndarray
+    """Embedding (S, E); or, for a network that encodes it, token ids (T * S,) int32 of T tokenizers side by side."""
+    pooled: np.ndarray = NOTHING
+    """Pooled text (P,), or beside token ids 1 where the prompt ends, (S,). Empty where the UNet reads none."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The rows of a batch, as the prompts and sizes of its pictures tell them."""
+
+    text: np.ndarray
+    """(B, S, E), or token ids (B, T * S)."""
+    pooled: np.ndarray
+    """(B, P), or the ends of the prompts (B, S); (B, 0) where the UNet reads none."""
+    size_ids: np.ndarray
+    """(B, N); (B, 0) where the UNet reads none."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[PromptText], size_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
+        """From a prompt, and the size ids if there are any, of each row."""
+        return cls(
+            np.stack([prompt.text for prompt in prompts]),
+            np.stack([prompt.pooled for prompt in prompts]),
+            np.stack(size_ids or [NOTHING] * len(prompts)),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As networks take them, after latents and timesteps; what is empty is left out."""
+        return tuple(Tensor(rows) for rows in (self.text, self.pooled, self.size_ids) if rows.size)
+
+
+def size_ids(
+    count: int,
+    original_size: tuple[int, int],
+    crop: CropBox,
+    target_size: tuple[int, int],
+    aesthetic_score: float = AESTHETIC_SCORE,
+) -> np.ndarray:
+    """The `count` numbers (N,) float32 that a UNet takes of a picture (Podell et al., 2023, section 2.2).
+
+    Args:
+        count: 6 for SDXL: height and width before the picture was resized, top and left of the crop after it, height
+            and width of the crop. 5 for its refiner, which has a score in place of the last two. 0 for others.
+        original_size: (width, height), as all sizes.
+        crop: its corner in the resized picture.
+        target_size: size of what is cropped.
+        aesthetic_score: how beautiful the picture is, from 0 to 10.
+    """
+    ends: dict[int, tuple[float, ...]] = {6: target_size[::-1], 5: (aesthetic_score,)}
+    return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
+
+
+def size_ids_of_view(count: int, view: View, resolution: int) -> np.ndarray:
+    """The size ids (N,) of a picture of the data set: its own size and crop. A mirrored crop counts from the right."""
+    left = crop_range(view.record.size, resolution).left - view.crop.left if view.flip else view.crop.left
+    return size_ids(count, view.record.size, CropBox(view.crop.top, left), (resolution, resolution))
