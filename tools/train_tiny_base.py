@@ -323,8 +323,8 @@ def encode_world(
         means.append(mean.asnumpy().astype(np.float32))
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
         captions += texts
-    texts = encode_prompts(tokenizer, TextEncoders(text_encoder), [*captions, ""], batch_size=100)
-    embeddings = {caption: encoded.text for caption, encoded in texts.items()}
+    encoded = encode_prompts(tokenizer, TextEncoders(text_encoder), [*captions, ""], batch_size=100)
+    embeddings = {caption: prompt.text for caption, prompt in encoded.items()}
     return np.concatenate(means), np.concatenate(deviations), captions, embeddings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.adapters.lora import Adapted, load_lora
-from dreambooth_ms.cli.tell import tell as tell
+from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts

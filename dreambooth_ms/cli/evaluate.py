@@ -7,8 +7,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.lora import Adapted
-from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
+from dreambooth_ms.cli.assemble import load_adapted, open_base
 from dreambooth_ms.cli.sample import read_prompts
+from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import EvaluateConfig
 from dreambooth_ms.data.conditioning import PromptText

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth_ms.cli.assemble import load_adapted, open_base, tell
+from dreambooth_ms.cli.assemble import load_adapted, open_base
+from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.config.load import load_sample_config
 from dreambooth_ms.config.schema import SampleConfig
 from dreambooth_ms.errors import DataError

@@ -11,7 +11,8 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from tqdm import tqdm
 
-from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenizer, tell
+from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenizer
+from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
 from dreambooth_ms.config.schema import TrainConfig

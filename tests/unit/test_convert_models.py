@@ -7,6 +7,7 @@ import pytest
 
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
 from dreambooth_ms.weights import atomic
 from dreambooth_ms.weights.conversion import model_format_of
 from dreambooth_ms.weights.files.dtypes import DType
@@ -75,6 +76,13 @@ def test_the_only_variant_is_found_and_one_of_several_is_asked_for(tmp_path):
     with pytest.raises(WeightError, match="vae is there in the variants ema, fp16; name one with --variant"):
         open_model(path)
     assert open_model(path, "fp16").dtypes.keys() == {DType.F16}
+
+
+STATISTICS = {
+    "edm_mean": StoredTensor.of(np.array(PLAYGROUND_25_VAE.latents_mean, np.float32).reshape(1, 4, 1, 1)),
+    "edm_std": StoredTensor.of(np.array(PLAYGROUND_25_VAE.latents_std, np.float32).reshape(1, 4, 1, 1)),
+}
+"""Of the latents, as Playground v2.5's single file holds them."""
 
 
 def single_file(tmp_path, family="sd15", more=None, without=(), name="model.safetensors"):
@@ -154,11 +162,30 @@ class TestSingleFiles:
         write_safetensors(tmp_path / "bare.safetensors", tensors)
         assert open_model(tmp_path / "bare.safetensors").prediction_type == "v_prediction"
 
-    def test_statistics_of_latents_that_are_lost_are_told(self, tmp_path, capsys):
-        more = {name: StoredTensor.of(np.zeros(4, np.float32)) for name in ("edm_mean", "edm_std")}
+    def test_latents_of_playground_keep_their_mean_and_deviation_in_folders_and_files(self, tmp_path):
+        path, _ = single_file(tmp_path, "sdxl", STATISTICS)
+        assert main(["convert", str(path), str(tmp_path / "folder")]) == 0
+        vae = json.loads((tmp_path / "folder/vae/config.json").read_text())
+        assert tuple(vae["latents_mean"]) == PLAYGROUND_25_VAE.latents_mean
+        assert tuple(vae["latents_std"]) == PLAYGROUND_25_VAE.latents_std
+        assert vae["scaling_factor"] == PLAYGROUND_25_VAE.scaling_factor
+        scheduler = json.loads((tmp_path / "folder/scheduler/scheduler_config.json").read_text())
+        assert scheduler["_class_name"] == "EDMDPMSolverMultistepScheduler"
+        assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "again.safetensors")]) == 0
+        again = open_tensor_file(tmp_path / "again.safetensors").tensors
+        assert values_of({name: again[name] for name in STATISTICS}) == values_of(STATISTICS)
+
+    def test_a_mindspore_checkpoint_has_no_place_for_them(self, tmp_path, capsys):
+        path, _ = single_file(tmp_path, "sdxl", STATISTICS)
+        assert main(["convert", str(path), str(tmp_path / "out.ckpt")]) == 0
+        assert "no place for the mean and deviation of its latents" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("values", [np.zeros(3), np.array([1, 2, np.nan, 4])], ids=["too few", "no number"])
+    def test_statistics_that_are_none_are_refused(self, tmp_path, capsys, values):
+        more = STATISTICS | {"edm_mean": StoredTensor.of(values.astype(np.float32))}
         path, _ = single_file(tmp_path, "sdxl", more)
-        assert main(["convert", str(path), str(tmp_path / "out")]) == 0
-        assert "The mean and deviation of its latents are not carried over" in capsys.readouterr().err
+        assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+        assert "latents_mean: expected 4 numbers" in capsys.readouterr().err
 
     @pytest.mark.parametrize(("flags", "kind"), [([], "v_prediction"), (["--prediction_type", "epsilon"], "epsilon")])
     def test_of_sd_2_it_is_assumed_or_told(self, tmp_path, capsys, flags, kind):

@@ -85,6 +85,7 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
         file.count(block.format(place) + ".{}.norm1.weight")
         for place in (*(f"down_blocks.{level}" for level in range(levels)), "mid_block")
     ]
+    layers = tuple(max(depth, 1) for depth in (*depths[:-2], depths[-1]))
     heads = (8,) * levels if file.model.family is Family.SD1 else tuple(max(c // HEAD_WIDTH, 1) for c in channels)
     added = file.size("unet.add_embedding.linear_1.weight", axis=1) or None
     return replace(
@@ -96,7 +97,7 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
         use_linear_projection=len(file.shape("unet.mid_block.attentions.0.proj_in.weight") or ()) == 2,
         in_channels=file.size("unet.conv_in.weight", axis=1),
         out_channels=file.size("unet.conv_out.weight"),
-        transformer_layers_per_block=tuple(max(depth, 1) for depth in (*depths[:-2], depths[-1])),
+        transformer_layers_per_block=layers if len(set(layers)) > 1 else layers[0],
         addition_embed_type="text_time" if added else None,
         projection_class_embeddings_input_dim=added,
     )

@@ -1,0 +1,158 @@
+"""SDXL in single files: trained on, drawn with and merged into as the folder with the same weights, to the bit."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
+from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.lora_file import FILE_NAME
+from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.model_writing import plan_model
+from dreambooth_ms.weights.naming.formats import Format
+from dreambooth_ms.weights.opened_model import open_model
+from dreambooth_ms.weights.tensor_file import read_tensors
+from tests.whole_models import RUNNING_SDXL, SUFFIXES, random_model, values_of
+
+PROMPT = "a photo of sks dog"
+FILES = [Format.STABILITY, Format.MINDONE]
+each_file = pytest.mark.parametrize("form", FILES, ids=lambda form: form.value)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """One model in every format."""
+    folder = tmp_path_factory.mktemp("bases")
+    model = random_model(RUNNING_SDXL, folder)
+    paths = {form: folder / f"{form.value}{suffix}" for form, suffix in SUFFIXES.items()}
+    for form, path in paths.items():
+        plan_model(model, form).write(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def runs(bases, tmp_path_factory):
+    """A run of one step on all three networks from each of them, and a picture drawn with it."""
+    home = tmp_path_factory.mktemp("runs")
+    (home / "dog").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 96, 3), np.uint8)
+    Image.fromarray(pixels).save(home / "dog" / "0.png")
+    for form, base in bases.items():
+        run = home / form.value
+        trained = main(
+            ["train", "--pretrained_model_name_or_path", str(base), "--instance_data_dir", str(home / "dog")]
+            + ["--instance_prompt", PROMPT, "--resolution", "64", "--train_batch_size", "1", "--max_train_steps", "1"]
+            + ["--train_text_encoder", "--rank", "2", "--seed", "3", "--ms_mode", "1", "--output_dir", str(run)]
+        )
+        drawn = main(
+            ["sample", "--weight", f"{base},{run}", "--prompt", PROMPT, "--num_inference_steps", "2", "--ms_mode", "1"]
+            + ["--height", "64", "--width", "64", "--seed", "3", "--output_dir", str(run / "drawn")]
+        )
+        assert (trained, drawn) == (0, 0)
+    return home
+
+
+def picture_of(run):
+    (file,) = (run / "drawn").glob("*.png")
+    return np.asarray(Image.open(file))
+
+
+@each_file
+def test_what_is_learnt_from_a_file_is_what_is_learnt_from_the_folder(runs, pynative, form):
+    (found, _), (expected, _) = (read_tensors(runs / one.value / FILE_NAME) for one in (form, Format.DIFFUSERS))
+    assert {name.partition(".")[0] for name in expected} == {"unet", "text_encoder", "text_encoder_2"}
+    assert {name.partition(".")[0] for name, value in expected.items() if ".up." in name and value.any()} == {
+        "unet", "text_encoder", "text_encoder_2",
+    }  # fmt: skip
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@each_file
+def test_what_is_drawn_from_a_file_is_what_is_drawn_from_the_folder(runs, form):
+    expected = picture_of(runs / Format.DIFFUSERS.value)
+    assert expected.std() > 1
+    assert np.array_equal(picture_of(runs / form.value), expected)
+
+
+@each_file
+def test_a_file_is_opened_as_the_folder(bases, form):
+    found, folder = open_model_folder(bases[form]), open_model_folder(bases[Format.DIFFUSERS])
+    for field in ("unet_spec", "vae_spec", "text_spec", "text_spec_2", "schedule_spec", "scheduler_config"):
+        assert getattr(found, field) == getattr(folder, field), field
+    for field in ("zeros_for_empty_prompt", "num_size_ids", "text_encoders", "picture_size"):
+        assert getattr(found, field) == getattr(folder, field), field
+    for part in ("unet", "vae", *folder.text_encoders):
+        assert found.digest(part) == folder.digest(part)
+
+
+def test_its_second_tokenizer_fills_short_prompts_with_another_token(bases):
+    first, second = open_model_folder(bases[Format.STABILITY]).tokenizer_paths
+    assert first != second
+    assert all((folder / "merges.txt").is_file() for folder in (first, second))
+
+
+@each_file
+def test_a_trained_adapter_is_merged_into_all_three_networks(bases, runs, tmp_path, form):
+    target = tmp_path / f"merged{SUFFIXES[form]}"
+    flags = ["--base", str(bases[form]), "--lora", str(runs / form.value), "--target", str(target)]
+    assert main(["merge", *flags]) == 0
+    before, after = open_model(bases[form]).tensors, open_model(target).tensors
+    changed = {name.partition(".")[0] for name in before if not np.array_equal(before[name].read(), after[name].read())}
+    assert changed == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@each_file
+def test_a_file_without_its_second_text_encoder_says_so(tmp_path, form):
+    parts = ("unet", "vae", "text_encoder")
+    path = tmp_path / f"model{SUFFIXES[form]}"
+    plan_model(random_model(RUNNING_SDXL, tmp_path, parts=parts), form).write(path)
+    with pytest.raises(WeightError, match="holds no text_encoder_2; convert it into a folder"):
+        open_model_folder(path)
+
+
+class TestAnotherAutoencoder:
+    @pytest.fixture(scope="class")
+    def other(self):
+        return random_model(RUNNING_SDXL, None, seed=1)
+
+    @pytest.fixture(scope="class")
+    def vae(self, other, tmp_path_factory):
+        """Alone in a file, in LDM naming without a prefix, as the published ones are."""
+        path, prefix = tmp_path_factory.mktemp("vae") / "vae.safetensors", "first_stage_model."
+        tensors = plan_model(other, Format.STABILITY).tensors
+        write_safetensors(path, {n.removeprefix(prefix): own for n, own in tensors.items() if n.startswith(prefix)})
+        return path
+
+    @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
+    def test_it_may_be_alone_in_a_file(self, bases, other, vae, form):
+        found = open_model_folder(bases[form], vae=vae)
+        assert values_of(found.tensors("vae")) == values_of(other.of_part("vae"))
+        assert found.vae_spec == open_model_folder(bases[form]).vae_spec
+        assert found.opened().of_part("vae").keys() == other.of_part("vae").keys()
+        assert found.digest("vae") != open_model_folder(bases[form]).digest("vae")
+
+    def test_a_base_without_one_is_whole_with_it(self, tmp_path, other, vae):
+        parts = ("unet", "text_encoder", "text_encoder_2")
+        plan_model(random_model(RUNNING_SDXL, tmp_path, parts=parts), Format.STABILITY).write(
+            tmp_path / "m.safetensors"
+        )
+        found = open_model_folder(tmp_path / "m.safetensors", vae=vae).opened()
+        assert found.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
+        assert values_of(found.of_part("vae")) == values_of(other.of_part("vae"))
+
+    def test_another_kind_of_file_is_told(self, bases):
+        with pytest.raises(WeightError, match="this is a whole model; expected an autoencoder"):
+            open_model_folder(bases[Format.DIFFUSERS], vae=bases[Format.STABILITY])
+
+
+def test_playground_in_a_file_is_refused_by_its_noise(bases, tmp_path):
+    statistics = {"edm_mean": PLAYGROUND_25_VAE.latents_mean, "edm_std": PLAYGROUND_25_VAE.latents_std}
+    more = {name: StoredTensor.of(np.array(values, np.float32)) for name, values in statistics.items()}
+    tensors = plan_model(random_model(RUNNING_SDXL, tmp_path), Format.STABILITY).tensors
+    write_safetensors(tmp_path / "playground.safetensors", {**tensors, **more})
+    with pytest.raises(WeightError, match="EDMDPMSolverMultistepScheduler: EDM is not supported yet"):
+        open_model_folder(tmp_path / "playground.safetensors")
