@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2021): a frozen linear layer plus a trained update of low rank.
+"""LoRA (Hu et al., 2021): a frozen linear layer or convolution plus a trained update of low rank.
 
 y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so that a fresh adapter changes nothing.
 """
@@ -15,7 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.ops import Dense
+from dreambooth_ms.ops import Conv2d, Dense, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.lora_file import LoraWeights
@@ -30,13 +30,16 @@ class Adapted(Protocol):
         """0 is the base layer, 1 is as trained."""
 
 
-class LoraDense(nn.Cell):
-    """A linear layer with an adapter: (..., in) -> (..., out).
+class LoraLayer(nn.Cell):
+    """A layer with an adapter: what linear layers and convolutions have in common.
 
     It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
     """
 
-    def __init__(self, base: Dense, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
+    lora_A: nn.Cell
+    lora_B: nn.Cell
+
+    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, dropout: "LoraDropout | None") -> None:
         super().__init__()
         self.dropout = dropout
         self.in_channels, self.out_channels, self.has_bias = base.in_channels, base.out_channels, base.has_bias
@@ -44,12 +47,42 @@ class LoraDense(nn.Cell):
         self.weight = base.weight
         if base.has_bias:
             self.bias = base.bias
-            self.bias_add = base.bias_add
+        self.bias_add = base.bias_add
+        # A parameter, because a compiled graph would not see a changed attribute.
+        self.lora_scale = Parameter(Tensor(np.float32(alpha / rank)), requires_grad=False)
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A and B as files hold them: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1)."""
+        return _public_weight(self.lora_A).read(), _public_weight(self.lora_B).read()
+
+    def set_factors(self, factor_a: np.ndarray, factor_b: np.ndarray) -> None:
+        """Fill the adapter, with A and B in the shapes of `factors`.
+
+        Raises:
+            WeightError: the factors are those of a layer of another size.
+        """
+        for weight, value in ((_public_weight(self.lora_A), factor_a), (_public_weight(self.lora_B), factor_b)):
+            if weight.shape != value.shape:
+                raise WeightError(f"the adapter does not fit the base: {value.shape} for {weight.shape}")
+            weight.write(value)
+
+    def set_scale(self, multiplier: float) -> None:
+        """Weaken or strengthen the adapter: 0 is the base layer, 1 is as trained."""
+        self.lora_scale.set_data(Tensor(np.float32(multiplier * self.alpha / self.rank)))
+
+
+def _public_weight(cell: nn.Cell) -> PublicParameter:
+    return PublicParameter(cell.weight, getattr(cell, "stored_layouts", {}).get("weight"))
+
+
+class LoraDense(LoraLayer):
+    """A linear layer with an adapter: (..., in) -> (..., out)."""
+
+    def __init__(self, base: Dense, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
+        super().__init__(base, rank, alpha, dropout)
         self.matmul = ops.MatMul(transpose_b=True)
         self.lora_A = LoraMatrix(rank, base.in_channels)
         self.lora_B = LoraMatrix(base.out_channels, rank)
-        # A parameter, because a compiled graph would not see a changed attribute.
-        self.lora_scale = Parameter(Tensor(np.float32(alpha / rank)), requires_grad=False)
 
     def construct(self, x: Tensor) -> Tensor:
         rows = ops.reshape(x, (-1, self.in_channels))
@@ -64,20 +97,27 @@ class LoraDense(nn.Cell):
         y = y + self.matmul(down, self.lora_B.weight).astype(y.dtype)
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
 
-    def set_factors(self, factor_a: np.ndarray, factor_b: np.ndarray) -> None:
-        """Fill the adapter: A (r, in), B (out, r).
 
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
-        for matrix, value in ((self.lora_A, factor_a), (self.lora_B, factor_b)):
-            if tuple(matrix.weight.shape) != value.shape:
-                raise WeightError(f"the adapter does not fit the base: {value.shape} for {tuple(matrix.weight.shape)}")
-            matrix.weight.set_data(Tensor(np.ascontiguousarray(value, np.float32)))
+class LoraConv2d(LoraLayer):
+    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise."""
 
-    def set_scale(self, multiplier: float) -> None:
-        """Weaken or strengthen the adapter: 0 is the base layer, 1 is as trained."""
-        self.lora_scale.set_data(Tensor(np.float32(multiplier * self.alpha / self.rank)))
+    def __init__(self, base: Conv2d, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
+        super().__init__(base, rank, alpha, dropout)
+        self.stored_layouts = base.stored_layouts
+        self.product = base.product
+        self.lora_A = conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, has_bias=False)
+        self.lora_B = conv2d(rank, base.out_channels, kernel_size=1, has_bias=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight)
+        if self.has_bias:
+            y = self.bias_add(y, self.bias)
+        inputs = x.astype(ms.float32)
+        if self.dropout is not None:
+            inputs = ops.reshape(self.dropout(ops.reshape(inputs, (-1, inputs.shape[-1]))), inputs.shape)
+        down = self.lora_A(inputs)
+        down = down * ops.broadcast_to(self.lora_scale, down.shape)
+        return y + self.lora_B(down).astype(y.dtype)
 
 
 class LoraMatrix(nn.Cell):
@@ -156,28 +196,28 @@ def inject_lora(
     alpha: float,
     target_modules: Sequence[str],
     dropout: DropoutState | None = None,
-) -> dict[str, LoraDense]:
-    """Give every linear layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
+) -> dict[str, LoraLayer]:
+    """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
 
     Returns:
         The adapted layers by the public names of their base layers.
 
     Raises:
-        ConfigError: a target matches no linear layer.
+        ConfigError: a target matches no linear layer and no convolution.
     """
-    layers = linear_layers(root)
+    layers = adaptable_layers(root)
     chosen = {name: cell for name, cell in layers.items() if any(_matches(name, target) for target in target_modules)}
     unmatched = [target for target in target_modules if not any(_matches(name, target) for name in layers)]
     if unmatched:
         endings = sorted({_ending(name) for name in layers})
         raise ConfigError(
-            f"--lora_target_modules: no linear layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
+            f"--lora_target_modules: no layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
         )
     for _, parameter in root.parameters_and_names():
         parameter.requires_grad = False
     prefix = name_prefix(root)
     adapted = {
-        name: LoraDense(cell, rank, alpha, LoraDropout(dropout, _number(prefix + name)) if dropout else None)
+        name: _with_adapter(cell, rank, alpha, LoraDropout(dropout, _number(prefix + name)) if dropout else None)
         for name, cell in chosen.items()
     }
     for name, layer in adapted.items():
@@ -188,7 +228,13 @@ def inject_lora(
     return adapted
 
 
-def check_rank(rank: int, layers: dict[str, LoraDense]) -> None:
+def _with_adapter(cell: Dense | Conv2d, rank: int, alpha: float, dropout: LoraDropout | None) -> LoraLayer:
+    if isinstance(cell, Conv2d):
+        return LoraConv2d(cell, rank, alpha, dropout)
+    return LoraDense(cell, rank, alpha, dropout)
+
+
+def check_rank(rank: int, layers: dict[str, LoraLayer]) -> None:
     """A rank above a layer's size trains more numbers than the layer has.
 
     Raises:
@@ -204,23 +250,27 @@ def linear_layers(root: nn.Cell) -> dict[str, Dense]:
     return {name: cell for name, cell in root.cells_and_names() if type(cell) is Dense}
 
 
-def initialise_lora(layers: dict[str, LoraDense], seed: int, prefix: str = "") -> None:
+def adaptable_layers(root: nn.Cell) -> dict[str, Dense | Conv2d]:
+    """The layers that can have an adapter, and have none, by their public names."""
+    return {name: cell for name, cell in root.cells_and_names() if type(cell) in (Dense, Conv2d)}
+
+
+def initialise_lora(layers: dict[str, LoraLayer], seed: int, prefix: str = "") -> None:
     """A ~ N(0, 1 / r^2) and B = 0, as the published DreamBooth scripts start; a function of (seed, prefix + name)."""
     for name, layer in layers.items():
-        shape = layer.lora_A.weight.shape
-        draw = standard_normal(shape, seed, "lora start", _number(prefix + name))
-        layer.lora_A.weight.set_data(Tensor(draw / layer.rank))
-        layer.lora_B.weight.set_data(Tensor(np.zeros(layer.lora_B.weight.shape, np.float32)))
+        factor_a, factor_b = layer.factors()
+        draw = standard_normal(factor_a.shape, seed, "lora start", _number(prefix + name))
+        layer.set_factors(draw / layer.rank, np.zeros_like(factor_b))
 
 
-def lora_trainables(layers: dict[str, LoraDense]) -> list[Parameter]:
+def lora_trainables(layers: dict[str, LoraLayer]) -> list[Parameter]:
     """The parameters to train, in a fixed order."""
     return [matrix.weight for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
 
 
-def lora_weights(layers: dict[str, LoraDense], target_modules: Sequence[str]) -> LoraWeights:
+def lora_weights(layers: dict[str, LoraLayer], target_modules: Sequence[str]) -> LoraWeights:
     """The adapters of a network's layers, as a file holds them."""
-    factors = {name: (one.lora_A.weight.asnumpy(), one.lora_B.weight.asnumpy()) for name, one in layers.items()}
+    factors = {name: layer.factors() for name, layer in layers.items()}
     any_layer = next(iter(layers.values()))
     return LoraWeights(factors, any_layer.rank, any_layer.alpha, tuple(target_modules))
 

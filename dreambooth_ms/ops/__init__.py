@@ -12,7 +12,7 @@ Networks are built from these cells and never name an axis of an image themselve
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.backend import Formulation, compile_cache, formulation, set_up_device, shared, use_formulation
-from dreambooth_ms.ops.conv import conv2d
+from dreambooth_ms.ops.conv import Conv2d, conv2d
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
     ConcatChannels,
@@ -30,6 +30,7 @@ from dreambooth_ms.ops.norm import LayerNorm, group_norm
 __all__ = [
     "AddPerChannel",
     "ConcatChannels",
+    "Conv2d",
     "Dense",
     "Embedding",
     "Formulation",

@@ -28,57 +28,54 @@ def conv2d(
     stride: int = 1,
     padding: Padding | None = None,
     has_bias: bool = True,
-) -> nn.Cell:
+) -> "Conv2d":
     """A convolution in this device's formulation: image with I channels -> image with O channels.
 
     `padding` None keeps height and width at stride 1.
     """
-    if padding is None:
-        padding = (kernel_size // 2,) * 4
-    cell = GatherConv2d if formulation() is Formulation.CPU else NativeConv2d
-    return cell(in_channels, out_channels, kernel_size, stride, padding, has_bias)
+    return Conv2d(in_channels, out_channels, kernel_size, stride, padding or (kernel_size // 2,) * 4, has_bias)
 
 
-class NativeConv2d(nn.Cell):
-    """(B, I, H, W) -> (B, O, H', W') by the device's convolution operator."""
+class Conv2d(nn.Cell):
+    """CPU: (B, H, W, I) -> (B, H', W', O). Ascend: (B, I, H, W) -> (B, O, H', W') by the device's operator.
+
+    On CPU the weight is stored as (O, k * k * I): see `StoredLayout`.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding, has_bias: bool
     ) -> None:
         super().__init__()
-        self.has_bias = has_bias
-        self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
+        self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        if formulation() is Formulation.CPU:
+            self.weight = empty_parameter((out_channels, kernel_size * kernel_size * in_channels))
+            self.stored_layouts = {"weight": StoredLayout(kernel_size)}
+            self.product = shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
+            self.bias_add = shared(_ChannelsLastBiasAdd)
+        else:
+            self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
+            self.stored_layouts = {}
+            self.product = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+            self.bias_add = ops.BiasAdd()
         if has_bias:
             self.bias = empty_parameter((out_channels,))
-        self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-        self.bias_add = ops.BiasAdd()
 
-    def construct(self, x_BIHW: Tensor) -> Tensor:
-        y = self.conv(x_BIHW, self.weight)
+    def construct(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight)
         return self.bias_add(y, self.bias) if self.has_bias else y
 
 
-class GatherConv2d(nn.Cell):
-    """(B, H, W, I) -> (B, H', W', O). The weight is stored as (O, k * k * I): see `StoredLayout`."""
+class _ChannelsLastBiasAdd(nn.Cell):
+    """(B, H, W, C) plus (C,)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding, has_bias: bool
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.has_bias, self.out_channels = has_bias, out_channels
-        self.weight = empty_parameter((out_channels, kernel_size * kernel_size * in_channels))
-        if has_bias:
-            self.bias = empty_parameter((out_channels,))
-        self.stored_layouts = {"weight": StoredLayout(kernel_size)}
-        self.product = shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
         self.bias_add = shared(BiasAdd)
 
-    def construct(self, x_BHWI: Tensor) -> Tensor:
-        y_BHWO = self.product(x_BHWI, self.weight)
-        if self.has_bias:
-            y = self.bias_add(ops.reshape(y_BHWO, (-1, self.out_channels)), self.bias)
-            y_BHWO = ops.reshape(y, y_BHWO.shape)
-        return y_BHWO
+    def construct(self, x_BHWC: Tensor, bias_C: Tensor) -> Tensor:
+        rows = self.bias_add(ops.reshape(x_BHWC, (-1, bias_C.shape[0])), bias_C)
+        return ops.reshape(rows, x_BHWC.shape)
 
 
 class _TapProduct(nn.Cell):

@@ -36,6 +36,8 @@ from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
 RANK, ALPHA, TARGETS = 4, 6, ["to_q", "to_k", "to_v", "to_out.0"]
+# Convolutions that keep the size, that halve it and that are pointwise, beside linear layers of every place.
+ALL_TARGETS = [*TARGETS, "proj", "net.2", "time_emb_proj", "proj_in", "proj_out", "conv1", "conv2", "conv"]
 # Latents are not square, so that no axis passes for another.
 LATENTS, TEXT, SDXL_TEXT_SHAPE, SCALING_FACTOR = (4, 8, 12), (7, 24), (7, 24 + 16), 0.5
 STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.005, 0.7
@@ -60,9 +62,14 @@ class Trained:
     text: bool = False
     kind: str = "epsilon"
     sdxl: bool = False
+    convolutions: bool = False
+
+    @property
+    def targets(self):
+        return ALL_TARGETS if self.convolutions else TARGETS
 
     def __str__(self):
-        what = f"{self.method}{' and text encoder' if self.text else ''}"
+        what = f"{self.method}{' and text encoder' if self.text else ''}{' of all layers' if self.convolutions else ''}"
         return f"{what}, SDXL" if self.sdxl else f"{what}, {self.kind}"
 
 
@@ -83,6 +90,7 @@ class Case:
 
 
 LORA, LORA_V = Trained(), Trained(kind="v_prediction")
+LORA_OF_ALL_LAYERS = Trained(convolutions=True)
 LORA_TEXT, LORA_TEXT_V = Trained(text=True), Trained(text=True, kind="v_prediction")
 FULL, FULL_V = Trained("full"), Trained("full", kind="v_prediction")
 SDXL, SDXL_TEXT, SDXL_FULL = Trained(sdxl=True), Trained(text=True, sdxl=True), Trained("full", sdxl=True)
@@ -97,6 +105,7 @@ CASES = [
     Case(LORA, 3, True),
     Case(LORA_V, 2, True, min_snr=True),
     Case(LORA_V, 1, True, min_snr=True, batches_per_step=2),
+    Case(LORA_OF_ALL_LAYERS, 1, True),
     Case(LORA_TEXT, 1, True, min_snr=True),
     Case(LORA_TEXT, 2, False),
     Case(LORA_TEXT_V, 3, False, min_snr=True),
@@ -161,7 +170,7 @@ class Training:
             train_text_encoder=trained.text,
             rank=RANK,
             lora_alpha=ALPHA,
-            lora_target_modules=TARGETS,
+            lora_target_modules=trained.targets,
         )
         self.learner = METHODS[trained.method](config, folder, networks["unet"], text_encoders, 0)
         public = {
@@ -266,7 +275,7 @@ class Reference:
         self.kind = trained.kind
         self.parameters = {}
         for name, network in {"unet": self.unet, **self.text_encoders}.items():
-            targets = TARGETS if name == "unet" else list(TEXT_ENCODER_TARGETS)
+            targets = trained.targets if name == "unet" else list(TEXT_ENCODER_TARGETS)
             if trained.method == "lora":
                 network.requires_grad_(False)
                 network.add_adapter(

@@ -8,11 +8,13 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.lora import (
     DropoutState,
+    LoraConv2d,
     LoraDense,
+    LoraLayer,
+    adaptable_layers,
     check_rank,
     initialise_lora,
     inject_lora,
-    linear_layers,
     lora_trainables,
     lora_weights,
     sum_of,
@@ -20,12 +22,22 @@ from dreambooth_ms.adapters.lora import (
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Dense, conv, linear
+from dreambooth_ms.ops import (
+    Dense,
+    Formulation,
+    FromPublicLayout,
+    ToPublicLayout,
+    conv,
+    conv2d,
+    linear,
+    use_formulation,
+)
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.weights.initialise import initialise
 from dreambooth_ms.weights.lora_file import LoraWeights
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.naming.lora import Factors
+from dreambooth_ms.weights.parameters import load_strict, public_parameters
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
 
@@ -108,6 +120,27 @@ class TestItsEffect:
         assert relative_error(layer(Tensor(x)), before + 1.5 * x @ factor_a.T @ factor_b.T) < 1e-6
         layer.set_scale(-0.5)
         assert relative_error(layer(Tensor(x)), before - 0.75 * x @ factor_a.T @ factor_b.T) < 1e-6
+
+    @pytest.mark.parametrize("formulation", list(Formulation), ids=lambda formulation: formulation.value)
+    @pytest.mark.parametrize(
+        "form", [{"kernel_size": 1}, {"stride": 2, "padding": (0, 1, 0, 1)}, {"has_bias": False}], ids=str
+    )
+    def test_a_convolution_adds_the_one_with_alpha_over_rank_times_b_a(self, formulation, form):
+        with use_formulation(formulation):
+            base, folded = conv2d(6, 5, **form), conv2d(6, 5, **form)
+            initialise(base, 0)
+            layer = LoraConv2d(base, rank=2, alpha=3.0)
+            to_public, from_public = ToPublicLayout(), FromPublicLayout()
+        factors = [normal(*factor.shape, seed=i) for i, factor in enumerate(layer.factors())]
+        layer.set_factors(*factors)
+        values = {name: parameter.read() for name, parameter in public_parameters(base).items()}
+        for scale in (1.0, -0.5):
+            layer.set_scale(scale)
+            update = Factors(*factors, alpha=3.0).update()
+            load_strict(folded, values | {"weight": values["weight"] + np.float32(scale) * update}, "folded")
+            x = from_public(Tensor(normal(2, 6, 8, 10)))
+            # Float32 sums of some sixty products in another order.
+            assert relative_error(to_public(layer(x)), to_public(folded(x)).asnumpy()) < 1e-6
 
     def test_a_network_that_was_compiled_without_it_is_compiled_again(self):
         network, x = OneLayer(), Tensor(normal(2, 6))
@@ -193,14 +226,17 @@ class TestItsPlaces:
     def test_a_layer_may_be_named_twice(self):
         assert len(inject_lora(UNet2DConditionModel(UNET), 4, 4.0, ["to_k", "attn1.to_k"])) == 8
 
-    @pytest.mark.parametrize("target", ["to_x", "o_q", "to_out", "conv_in"])
-    def test_a_target_that_names_no_linear_layer_is_answered_with_the_choices(self, target):
-        choices = "linear_1, linear_2, net.2, proj, time_emb_proj, to_k, to_out.0, to_q, to_v"
+    @pytest.mark.parametrize("target", ["to_x", "o_q", "to_out", "norm1"])
+    def test_a_target_that_names_no_layer_is_answered_with_the_choices(self, target):
+        choices = (
+            "conv, conv1, conv2, conv_in, conv_out, conv_shortcut, linear_1, linear_2, net.2, proj, proj_in, proj_out, "
+            "time_emb_proj, to_k, to_out.0, to_q, to_v"
+        )
         unet = UNet2DConditionModel(UNET)
         with pytest.raises(ConfigError) as caught:
             inject_lora(unet, 4, 4.0, ["to_q", target])
-        assert str(caught.value) == f"--lora_target_modules: no linear layer is named {target}; there are {choices}"
-        assert not any(isinstance(cell, LoraDense) for cell in unet.cells())
+        assert str(caught.value) == f"--lora_target_modules: no layer is named {target}; there are {choices}"
+        assert not any(isinstance(cell, LoraLayer) for cell in unet.cells())
 
     def test_a_rank_larger_than_a_layer_is_answered_with_the_range(self):
         layers = inject_lora(UNet2DConditionModel(UNET), 16, 16.0, TARGETS)
@@ -213,7 +249,7 @@ class TestItsPlaces:
     def test_a_layer_that_was_adapted_already_is_not_taken_for_a_plain_one(self):
         unet = UNet2DConditionModel(UNET)
         layers = inject_lora(unet, 4, 4.0, TARGETS)
-        assert not layers.keys() & linear_layers(unet).keys()
+        assert not layers.keys() & adaptable_layers(unet).keys()
 
 
 @pytest.mark.parametrize(("spec", "weights"), [(SD_15_UNET, 797_184), (SD_21_UNET, 829_952)], ids=["SD 1.5", "SD 2.1"])
