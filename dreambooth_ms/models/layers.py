@@ -15,23 +15,23 @@ class ResnetBlock2D(nn.Cell):
         self, in_channels: int, out_channels: int, num_groups: int, eps: float, temb_dim: int | None = None
     ) -> None:
         super().__init__()
-        self.norm1 = group_norm(num_groups, in_channels, eps)
+        self.norm1 = group_norm(num_groups, in_channels, eps, silu=True)
         self.conv1 = conv2d(in_channels, out_channels)
         self.has_time = temb_dim is not None
         if temb_dim is not None:
             self.time_emb_proj = Dense(temb_dim, out_channels)
             self.add_per_channel = shared(AddPerChannel)
-        self.norm2 = group_norm(num_groups, out_channels, eps)
+        self.norm2 = group_norm(num_groups, out_channels, eps, silu=True)
         self.conv2 = conv2d(out_channels, out_channels)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
             self.conv_shortcut = conv2d(in_channels, out_channels, kernel_size=1)
 
     def construct(self, x: Tensor, temb_BE: Tensor | None = None) -> Tensor:
-        y = self.conv1(ops.silu(self.norm1(x)))
+        y = self.conv1(self.norm1(x))
         if self.has_time:
             y = self.add_per_channel(y, self.time_emb_proj(ops.silu(temb_BE)))
-        y = self.conv2(ops.silu(self.norm2(y)))
+        y = self.conv2(self.norm2(y))
         if self.has_shortcut:
             x = self.conv_shortcut(x)
         return x + y

@@ -5,7 +5,7 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import NoOp
 from dreambooth_ms.ops import (
     Dense,
-    Gelu,
+    GatedGelu,
     ImageToTokens,
     LayerNorm,
     MultiHeadAttention,
@@ -107,8 +107,9 @@ class GEGLU(nn.Cell):
         super().__init__()
         self.proj = Dense(channels, 2 * out_channels)
         self.out_channels = out_channels
-        self.gelu = shared(Gelu)
+        self.gated_gelu = shared(GatedGelu)
 
     def construct(self, x_BLC: Tensor) -> Tensor:
-        value, gate = ops.split(self.proj(x_BLC), self.out_channels, 2)
-        return value * self.gelu(gate)
+        y_BLE = self.proj(x_BLC)
+        y_ND = self.gated_gelu(ops.reshape(y_BLE, (-1, 2 * self.out_channels)))
+        return ops.reshape(y_ND, y_BLE.shape[:2] + (self.out_channels,))

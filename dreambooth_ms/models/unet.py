@@ -45,7 +45,7 @@ class UNet2DConditionModel(nn.Cell):
         for level in reversed(range(len(channels))):
             self.up_blocks.append(UpBlock(spec, level, previous, skips, temb_dim))
             previous = channels[level]
-        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[0], spec.norm_eps)
+        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[0], spec.norm_eps, silu=True)
         self.conv_out = conv2d(channels[0], spec.out_channels)
         self.to_public_layout = ToPublicLayout()
 
@@ -68,7 +68,7 @@ class UNet2DConditionModel(nn.Cell):
             used = up_block.num_layers
             x = up_block(x, skips[len(skips) - used :], temb_BT, text_BSE)
             skips = skips[: len(skips) - used]
-        x = self.conv_out(ops.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x))
         return self.to_public_layout(x)
 
 

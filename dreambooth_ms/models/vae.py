@@ -71,7 +71,7 @@ class Encoder(nn.Cell):
             [EncoderBlock(spec, level, channels[max(level - 1, 0)]) for level in range(len(channels))]
         )
         self.mid_block = MidBlock(channels[-1], spec.norm_num_groups)
-        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[-1], NORM_EPS, silu=True)
         self.conv_out = conv2d(channels[-1], 2 * spec.latent_channels)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Encoder(nn.Cell):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Cell):
@@ -96,14 +96,14 @@ class Decoder(nn.Cell):
                 for i, width in enumerate(channels)
             ]
         )
-        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[-1], NORM_EPS)
+        self.conv_norm_out = group_norm(spec.norm_num_groups, channels[-1], NORM_EPS, silu=True)
         self.conv_out = conv2d(channels[-1], spec.in_channels)
 
     def construct(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class EncoderBlock(nn.Cell):

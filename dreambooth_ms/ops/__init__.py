@@ -9,7 +9,7 @@ A *formulation* says how an operation is written, and an image has the formulati
 Networks are built from these cells and never name an axis of an image themselves.
 """
 
-from dreambooth_ms.ops.activation import Gelu, QuickGelu
+from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.backend import Formulation, compile_cache, formulation, set_up_device, shared, use_formulation
 from dreambooth_ms.ops.conv import Conv2d, conv2d
@@ -35,6 +35,7 @@ __all__ = [
     "Embedding",
     "Formulation",
     "FromPublicLayout",
+    "GatedGelu",
     "Gelu",
     "ImageToTokens",
     "LayerNorm",

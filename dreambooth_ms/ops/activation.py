@@ -4,6 +4,8 @@ import math
 
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.ops.backend import after
+
 
 class Gelu(nn.Cell):
     """Exact GELU, x * Phi(x) (Hendrycks and Gimpel, 2016). Keeps x alone for the backward pass.
@@ -12,12 +14,33 @@ class Gelu(nn.Cell):
     """
 
     def construct(self, x: Tensor) -> Tensor:
-        return x * (ops.erf(x * math.sqrt(0.5)) * 0.5 + 0.5)
+        return x * _normal_cdf(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        cdf = ops.erf(x * math.sqrt(0.5)) * 0.5 + 0.5
-        pdf = ops.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
-        return (dout * (cdf + x * pdf),)
+        x = after(x, dout)
+        return (dout * _gelu_slope(x, _normal_cdf(x)),)
+
+
+class GatedGelu(nn.Cell):
+    """(value, gate) in the two halves of the last axis -> value * GELU(gate): (N, 2 D) -> (N, D).
+
+    As GEGLU has it (Shazeer, 2020). Keeps its input alone for the backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves = ops.Split(axis=1, output_num=2)
+
+    def construct(self, x_NE: Tensor) -> Tensor:
+        value_ND, gate_ND = self.halves(x_NE)
+        return value_ND * gate_ND * _normal_cdf(gate_ND)
+
+    def bprop(self, x_NE: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        value_ND, gate_ND = self.halves(after(x_NE, dout))
+        cdf_ND = _normal_cdf(gate_ND)
+        dvalue_ND = dout * gate_ND * cdf_ND
+        dgate_ND = dout * value_ND * _gelu_slope(gate_ND, cdf_ND)
+        return (ops.concat((dvalue_ND, dgate_ND), 1),)
 
 
 class QuickGelu(nn.Cell):
@@ -25,3 +48,13 @@ class QuickGelu(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return x * ops.sigmoid(x * 1.702)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """Phi(x), the distribution function of the standard normal."""
+    return ops.erf(x * math.sqrt(0.5)) * 0.5 + 0.5
+
+
+def _gelu_slope(x: Tensor, cdf: Tensor) -> Tensor:
+    """Derivative of x * Phi(x), given Phi(x)."""
+    return cdf + x * ops.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation, ones, shared
+from dreambooth_ms.ops.backend import Formulation, after, formulation, ones, shared
 
 # At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens.
 MAX_SCORES = 1 << 24
@@ -101,12 +101,14 @@ class SlicedAttention(nn.Cell):
             for row, num_rows in _row_slices(num_heads, queries, keys):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim))
                 rows = rows + (self.times(self._weights(q_part * self.scale, k_part, row), v_part),)
+                q = after(q, rows[-1])
             out = out + (_concat(rows, 1),)
         return _concat(out, 0)
 
     def bprop(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, queries, dim = q.shape
         keys = k.shape[1]
+        q = after(q, dout)
         # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
         # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
         total = self.times(dout * out, ones((heads, dim, 1)).astype(q.dtype))
@@ -126,6 +128,7 @@ class SlicedAttention(nn.Cell):
                 dk_sum = dk_sum + (self.transposed_times(dscores, q_part),)
                 dout_part = self._part(dout, (head, row, 0), (num_heads, num_rows, dim))
                 dv_sum = dv_sum + (self.transposed_times(weights, dout_part),)
+                q = after(q, (dq_rows[-1], dk_sum[-1], dv_sum[-1]))
             dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (_sum(dk_sum),), dv + (_sum(dv_sum),)
         return _concat(dq, 0), _concat(dk, 0), _concat(dv, 0)
 

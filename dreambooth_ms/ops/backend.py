@@ -11,7 +11,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import DeviceError
@@ -23,6 +23,8 @@ class Formulation(Enum):
     CPU = "cpu"
     ASCEND = "ascend"
 
+
+POOL_PIECE = "4GB"
 
 _formulation = Formulation.CPU
 _cache_folder: Path | None = None
@@ -49,9 +51,21 @@ def set_up_device(target: str, ms_mode: int) -> str:
         raise DeviceError("--device_target Ascend: no Ascend device was found here; use --device_target CPU or auto")
     device = "Ascend" if has_ascend else "CPU"
     ms.set_device(device)
+    if device == "CPU":
+        _set_up_pool()
     ms.set_context(mode=ms.PYNATIVE_MODE if ms_mode == 1 else ms.GRAPH_MODE)
     _formulation = Formulation(device.lower())
     return device
+
+
+@cache
+def _set_up_pool() -> None:
+    """Let MindSpore's memory pool grow in large pieces; it takes this once in a process.
+
+    By itself it grows by single tensors, and much of it lies idle: a LoRA step of two of SD 1.5's finest levels at
+    512 px took 4.3 GiB, and 3.5 GiB with this (measured). What is never used of a piece is not resident.
+    """
+    ms.runtime.set_memory(init_size=POOL_PIECE, increase_size=POOL_PIECE)
 
 
 def formulation() -> Formulation:
@@ -93,6 +107,16 @@ def compile_cache(*decides: object) -> Iterator[None]:
         yield
     finally:
         del os.environ["MS_COMPILER_CACHE_ENABLE"], os.environ["MS_COMPILER_CACHE_PATH"]
+
+
+def after(x: Tensor, earlier: Tensor) -> Tensor:
+    """x, for use only once `earlier` has been computed. Not for a parameter itself: it would be copied (measured).
+
+    On CPU MindSpore runs an operation as soon as its inputs are there, and computes once what is written twice
+    (measured). So what an own backward pass computes again must start from inputs after `dout`, or it is computed in
+    the forward pass and kept; and slices must come after each other, or all of them exist at once.
+    """
+    return ops.depend(x, earlier)
 
 
 @constexpr

@@ -10,15 +10,15 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation, shared
+from dreambooth_ms.ops.backend import Formulation, after, formulation, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
 
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""
 
-# The gathered taps of one part of a convolution take at most this many numbers (256 MiB in float32).
-MAX_TAPS = 1 << 26
+# The gathered taps of one part of a convolution take at most this many numbers (64 MiB in float32).
+MAX_TAPS = 1 << 24
 
 
 def conv2d(
@@ -104,6 +104,7 @@ class _TapProduct(nn.Cell):
             columns = ops.reshape(ops.gather(rows_BPI, index, 1), (-1, self.taps * channels))
             y = self.times_transposed(columns, weight)
             parts = parts + (ops.reshape(y, (batch, stop - start, self.out_channels)),)
+            rows_BPI = after(rows_BPI, y)
         y_BPO = ops.concat(parts, 1) if len(parts) > 1 else parts[0]
         return ops.reshape(y_BPO, (batch, out_height, out_width, self.out_channels))
 
@@ -119,20 +120,24 @@ class _TapProduct(nn.Cell):
         """A convolution of `dout` with the taps in reverse, so that it is a gather and a product as well."""
         batch, height, width, channels = shape
         # (O, k*k, I) -> (k*k, O, I): a gather of rows of I numbers, which unlike a transpose keeps no index table.
-        by_tap = ops.gather(ops.reshape(weight, (-1, channels)), _tap_major(self.out_channels, self.taps), 0)
+        # It must not happen before its time, or the reordered weights of all convolutions exist at once (measured).
+        by_output = after(ops.reshape(weight, (-1, channels)), dout)
+        by_tap = ops.gather(by_output, _tap_major(self.out_channels, self.taps), 0)
         by_tap = ops.reshape(by_tap, (self.taps * self.out_channels, channels))
         rows_BPO = _with_zero_row(dout)
         parts = ()
         for start, stop in _parts(batch, height * width, self.taps * self.out_channels):
             index = _reverse_taps(height, width, self.kernel_size, self.stride, self.padding, start, stop)
             columns = ops.reshape(ops.gather(rows_BPO, index, 1), (-1, self.taps * self.out_channels))
-            parts = parts + (ops.reshape(self.times(columns, by_tap), (batch, stop - start, channels)),)
+            dx = self.times(columns, by_tap)
+            parts = parts + (ops.reshape(dx, (batch, stop - start, channels)),)
+            rows_BPO = after(rows_BPO, dx)
         dx = ops.concat(parts, 1) if len(parts) > 1 else parts[0]
         return ops.reshape(dx, shape)
 
     def _weight_gradient(self, x_BHWI: Tensor, dout: Tensor) -> Tensor:
         _, height, width, channels = x_BHWI.shape
-        rows_BPI = _with_zero_row(x_BHWI)
+        rows_BPI = _with_zero_row(after(x_BHWI, dout))
         index = _taps(height, width, self.kernel_size, self.stride, self.padding, 0, dout.shape[1] * dout.shape[2])
         columns = ops.reshape(ops.gather(rows_BPI, index, 1), (-1, self.taps * channels))
         return self.transposed_times(ops.reshape(dout, (-1, self.out_channels)), columns)

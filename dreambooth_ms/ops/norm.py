@@ -5,14 +5,17 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation, ones, shared
+from dreambooth_ms.ops.backend import Formulation, after, formulation, ones, shared
 from dreambooth_ms.ops.linear import empty_parameter
 
 
-def group_norm(num_groups: int, channels: int, eps: float) -> nn.Cell:
-    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation."""
+def group_norm(num_groups: int, channels: int, eps: float, silu: bool = False) -> nn.Cell:
+    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `silu`, and SiLU after it.
+
+    The two are one cell because a backward pass of both needs their input alone.
+    """
     cell = ChannelsLastGroupNorm if formulation() is Formulation.CPU else ChannelsFirstGroupNorm
-    return cell(num_groups, channels, eps)
+    return cell(num_groups, channels, eps, silu)
 
 
 class LayerNorm(nn.Cell):
@@ -51,16 +54,17 @@ class _NormaliseRows(nn.Cell):
         dout: tuple[Tensor, Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, channels = x_NC.shape
-        _, mean_N1, variance_N1 = out
         dy_NC = dout[0]
+        x_NC, mean_N1, variance_N1 = after(x_NC, dy_NC), after(out[1], dy_NC), after(out[2], dy_NC)
+        weight_1C = after(ops.reshape(weight_C, (1, channels)), dy_NC)
         rstd_NC = ops.broadcast_to(ops.rsqrt(variance_N1 + self.eps), x_NC.shape)
         xhat_NC = (x_NC - ops.broadcast_to(mean_N1, x_NC.shape)) * rstd_NC
         dy_xhat_NC = dy_NC * xhat_NC
         # Row means weighted by the scale are products with (C, 1); sums over the rows are products with (1, N).
-        weight_C1 = ops.reshape(weight_C, (channels, 1)) * (1 / channels)
+        weight_C1 = ops.reshape(weight_1C, (channels, 1)) * (1 / channels)
         mean_dxhat_NC = ops.broadcast_to(self.matmul(dy_NC, weight_C1), x_NC.shape)
         mean_dxhat_xhat_NC = ops.broadcast_to(self.matmul(dy_xhat_NC, weight_C1), x_NC.shape)
-        dxhat_NC = dy_NC * _over_batch(weight_C, rows)
+        dxhat_NC = dy_NC * ops.broadcast_to(weight_1C, x_NC.shape)
         dx_NC = (dxhat_NC - mean_dxhat_NC - xhat_NC * mean_dxhat_xhat_NC) * rstd_NC
         ones_1N = ones((1, rows))
         dweight_C = ops.reshape(self.matmul(ones_1N, dy_xhat_NC), (channels,))
@@ -71,23 +75,25 @@ class _NormaliseRows(nn.Cell):
 class ChannelsFirstGroupNorm(nn.Cell):
     """(B, C, H, W) -> (B, C, H, W) by the device's operator."""
 
-    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
         super().__init__()
-        self.num_groups, self.eps = num_groups, eps
+        self.num_groups, self.eps, self.silu = num_groups, eps, silu
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
         y = ops.group_norm(x_BCHW.astype(ms.float32), self.num_groups, self.weight, self.bias, self.eps)
+        if self.silu:
+            y = ops.silu(y)
         return y.astype(x_BCHW.dtype)
 
 
 class ChannelsLastGroupNorm(nn.Cell):
     """(B, H, W, C) -> (B, H, W, C). Sums over pixels are matrix products; nothing is transposed."""
 
-    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
-        self.normalise = shared(_NormaliseGroups, num_groups, channels, eps)
+        self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, silu)
 
     def construct(self, x_BHWC: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWC.shape
@@ -99,27 +105,28 @@ class ChannelsLastGroupNorm(nn.Cell):
 class _NormaliseGroups(nn.Cell):
     """(B, P, C) -> (B, P, C), with mean and reciprocal standard deviation as (B, C).
 
-    Its own backward pass keeps the input and the two statistics, and writes the gradient as
-    dx = a * dout + b * (x - mean) + c with a, b, c per row and channel.
+    Its own backward pass keeps the input and the two statistics, and writes the norm's gradient as
+    dx = a * dy + b * (x - mean) + c with a, b, c per row and channel.
     """
 
-    def __init__(self, num_groups: int, channels: int, eps: float) -> None:
+    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool) -> None:
         super().__init__()
-        self.num_groups, self.channels, self.eps = num_groups, channels, eps
+        self.num_groups, self.channels, self.eps, self.silu = num_groups, channels, eps, silu
         self.matmul, self.bmm = ops.MatMul(), ops.BatchMatMul()
         self.times_transposed = ops.MatMul(transpose_b=True)
         self.bias_add = ops.BiasAdd()
 
     def construct(self, x_BPC: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, pixels, channels = x_BPC.shape
+        _, pixels, channels = x_BPC.shape
         count = pixels * (channels // self.num_groups)
         mean_BC = self._group_sum(self._pixel_sum(x_BPC)) * (1 / count)
         centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
         variance_BC = self._group_sum(self._pixel_sum(centred_BPC * centred_BPC)) * (1 / count)
         rstd_BC = ops.rsqrt(variance_BC + self.eps)
-        scale_BC = rstd_BC * _over_batch(weight_C, batch)
-        scaled_NC = ops.reshape(centred_BPC * _over_pixels(scale_BC, pixels), (-1, channels))
-        return ops.reshape(self.bias_add(scaled_NC, bias_C), x_BPC.shape), mean_BC, rstd_BC
+        y_BPC = self._scaled_and_shifted(centred_BPC, rstd_BC, weight_C, bias_C)
+        if self.silu:
+            y_BPC = y_BPC * ops.sigmoid(y_BPC)
+        return y_BPC, mean_BC, rstd_BC
 
     def bprop(
         self,
@@ -131,11 +138,15 @@ class _NormaliseGroups(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, pixels, channels = x_BPC.shape
         count = pixels * (channels // self.num_groups)
-        _, mean_BC, rstd_BC = out
         dy_BPC = dout[0]
+        x_BPC, mean_BC, rstd_BC = after(x_BPC, dy_BPC), after(out[1], dy_BPC), after(out[2], dy_BPC)
+        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
+        if self.silu:
+            y_BPC = self._scaled_and_shifted(centred_BPC, rstd_BC, weight_C, bias_C)
+            share_BPC = ops.sigmoid(y_BPC)
+            dy_BPC = dy_BPC * share_BPC * (y_BPC * (1 - share_BPC) + 1)
         weight_BC = _over_batch(weight_C, batch)
         dbias_BC = self._pixel_sum(dy_BPC)
-        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
         dweight_BC = self._pixel_sum(dy_BPC * centred_BPC) * rstd_BC
         mean_dy_BC = self._group_sum(weight_BC * dbias_BC) * (1 / count)
         mean_dy_xhat_BC = self._group_sum(weight_BC * dweight_BC) * (1 / count)
@@ -146,6 +157,12 @@ class _NormaliseGroups(nn.Cell):
             - _over_pixels(rstd_BC * mean_dy_BC, pixels)
         )
         return dx_BPC, dweight_BC.sum(0), dbias_BC.sum(0)
+
+    def _scaled_and_shifted(self, centred_BPC: Tensor, rstd_BC: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
+        batch, pixels, channels = centred_BPC.shape
+        scale_BC = rstd_BC * _over_batch(weight_C, batch)
+        scaled_NC = ops.reshape(centred_BPC * _over_pixels(scale_BC, pixels), (-1, channels))
+        return ops.reshape(self.bias_add(scaled_NC, bias_C), centred_BPC.shape)
 
     def _pixel_sum(self, x_BPC: Tensor) -> Tensor:
         batch, pixels, channels = x_BPC.shape

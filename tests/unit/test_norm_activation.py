@@ -11,6 +11,7 @@ from dreambooth_ms.ops import (
     Embedding,
     Formulation,
     FromPublicLayout,
+    GatedGelu,
     Gelu,
     LayerNorm,
     QuickGelu,
@@ -72,14 +73,19 @@ def assert_same_without_weights(cell, function, *arrays):
 
 
 @BOTH_FORMULATIONS
-def test_group_norm_is_torchs(written_for):
+@pytest.mark.parametrize("silu", [False, True], ids=["norm", "norm and SiLU"])
+def test_group_norm_is_torchs(written_for, silu):
     """Rows and groups of very unlike size, so that statistics of another row or group would show."""
+
+    def reference(x, weight, bias):
+        y = torch.nn.functional.group_norm(x, 4, weight, bias, eps=1e-5)
+        return torch.nn.functional.silu(y) if silu else y
+
     x = normal(2, 12, 5, 7) * np.array([1, 4], np.float32)[:, None, None, None]
     x[:, 3:6] *= 10
     weights = {"inner.weight": normal(12), "inner.bias": normal(12, seed=1)}
     with use_formulation(written_for):
-        cell = OnPublicImage(lambda: group_norm(4, 12, eps=1e-5))
-        assert_same(cell, x, weights, lambda x, w, b: torch.nn.functional.group_norm(x, 4, w, b, eps=1e-5))
+        assert_same(OnPublicImage(lambda: group_norm(4, 12, eps=1e-5, silu=silu)), x, weights, reference)
 
 
 def test_group_norm_adds_eps_to_the_variance():
@@ -158,6 +164,14 @@ ACTIVATIONS = {
 def test_gelu_is_torchs(cell, function):
     """From far in the one tail to far in the other."""
     assert_same_without_weights(cell(), function, np.linspace(-12, 12, 481, dtype=np.float32).reshape(13, 37))
+
+
+def test_gated_gelu_multiplies_the_first_half_by_the_gelu_of_the_second():
+    def reference(x):
+        value, gate = x.chunk(2, 1)
+        return value * torch.nn.functional.gelu(gate)
+
+    assert_same_without_weights(GatedGelu(), reference, 4 * normal(7, 10))
 
 
 @BOTH_FORMULATIONS
