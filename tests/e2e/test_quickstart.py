@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 SHORTER = {
     "--max_train_steps": "80",
-    "--num_class_images": "8",
-    "--infer_steps": "10",
+    "--num_class_images": "24",
+    "--infer_steps": "25",
     "--checkpointing_steps": "40",
 }
 
@@ -65,7 +65,7 @@ def test_the_folder_holds_adapter_config_sheet_curve_and_figures(quickstart):
     for name in ("before_after.png", "loss.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 400
-    assert len(list((folder / "class_images").glob("*.png"))) == 8
+    assert len(list((folder / "class_images").glob("*.png"))) == 24
 
 
 def test_it_prints_the_figures_and_what_to_try_next(quickstart):
