@@ -128,7 +128,8 @@ class SlicedAttention(nn.Cell):
                 dk_sum = dk_sum + (self.transposed_times(dscores, q_part),)
                 dout_part = self._part(dout, (head, row, 0), (num_heads, num_rows, dim))
                 dv_sum = dv_sum + (self.transposed_times(weights, dout_part),)
-                q = after(q, (dq_rows[-1], dk_sum[-1], dv_sum[-1]))
+                slice_done = (dq_rows[-1], dk_sum[-1], dv_sum[-1])
+                q, dout_and_total = after(q, slice_done), after(dout_and_total, slice_done)
             dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (_sum(dk_sum),), dv + (_sum(dv_sum),)
         return _concat(dq, 0), _concat(dk, 0), _concat(dv, 0)
 

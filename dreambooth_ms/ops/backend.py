@@ -24,7 +24,7 @@ class Formulation(Enum):
     ASCEND = "ascend"
 
 
-POOL_PIECE = "4GB"
+POOL_PIECE = "1GB"
 
 _formulation = Formulation.CPU
 _cache_folder: Path | None = None
@@ -109,7 +109,7 @@ def compile_cache(*decides: object) -> Iterator[None]:
         del os.environ["MS_COMPILER_CACHE_ENABLE"], os.environ["MS_COMPILER_CACHE_PATH"]
 
 
-def after(x: Tensor, earlier: Tensor) -> Tensor:
+def after(x: Tensor, earlier: Tensor | tuple[Tensor, ...]) -> Tensor:
     """x, for use only once `earlier` has been computed. Not for a parameter itself: it would be copied (measured).
 
     On CPU MindSpore runs an operation as soon as its inputs are there, and computes once what is written twice
