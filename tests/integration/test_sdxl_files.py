@@ -114,19 +114,21 @@ def test_a_file_without_its_second_text_encoder_says_so(tmp_path, form):
         open_model_folder(path)
 
 
+@pytest.fixture(scope="module")
+def other():
+    return random_model(RUNNING_SDXL, None, seed=1)
+
+
+@pytest.fixture(scope="module")
+def vae(other, tmp_path_factory):
+    """Alone in a file, in LDM naming without a prefix, as the published ones are."""
+    path, prefix = tmp_path_factory.mktemp("vae") / "vae.safetensors", "first_stage_model."
+    tensors = plan_model(other, Format.STABILITY).tensors
+    write_safetensors(path, {n.removeprefix(prefix): own for n, own in tensors.items() if n.startswith(prefix)})
+    return path
+
+
 class TestAnotherAutoencoder:
-    @pytest.fixture(scope="class")
-    def other(self):
-        return random_model(RUNNING_SDXL, None, seed=1)
-
-    @pytest.fixture(scope="class")
-    def vae(self, other, tmp_path_factory):
-        """Alone in a file, in LDM naming without a prefix, as the published ones are."""
-        path, prefix = tmp_path_factory.mktemp("vae") / "vae.safetensors", "first_stage_model."
-        tensors = plan_model(other, Format.STABILITY).tensors
-        write_safetensors(path, {n.removeprefix(prefix): own for n, own in tensors.items() if n.startswith(prefix)})
-        return path
-
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
     def test_it_may_be_alone_in_a_file(self, bases, other, vae, form):
         found = open_model_folder(bases[form], vae=vae)
@@ -137,10 +139,9 @@ class TestAnotherAutoencoder:
 
     def test_a_base_without_one_is_whole_with_it(self, tmp_path, other, vae):
         parts = ("unet", "text_encoder", "text_encoder_2")
-        plan_model(random_model(RUNNING_SDXL, tmp_path, parts=parts), Format.STABILITY).write(
-            tmp_path / "m.safetensors"
-        )
-        found = open_model_folder(tmp_path / "m.safetensors", vae=vae).opened()
+        base = random_model(RUNNING_SDXL, tmp_path, parts=parts)
+        plan_model(base, Format.STABILITY).write(tmp_path / "base.safetensors")
+        found = open_model_folder(tmp_path / "base.safetensors", vae=vae).opened()
         assert found.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
         assert values_of(found.of_part("vae")) == values_of(other.of_part("vae"))
 
