@@ -52,7 +52,7 @@ class ModelConfig:
     variant: str | None = None
     """Variant of the weight files, such as fp16. None: the plain files."""
     pretrained_vae_model_name_or_path: str | None = None
-    """Autoencoder to use in place of the base's own: a folder, or a name on the hub. It computes in float32."""
+    """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

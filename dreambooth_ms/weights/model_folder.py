@@ -17,6 +17,7 @@ from mindspore import nn
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
@@ -121,7 +122,9 @@ class ModelFolder:
         if part == "vae" and self.vae:
             return dict(self.vae.tensors)
         if self.file:
-            return self.file.of_part(part)
+            # Files may hold more of a text encoder than its network reads.
+            read = model_shapes(self.file.spec)
+            return {name: own for name, own in self.file.of_part(part).items() if f"{part}.{name}" in read}
         stored = open_tensor_file(self.weight_file(part)).tensors
         named = {current_name(part, name): tensor for name, tensor in stored.items()}
         return {name: tensor for name, tensor in named.items() if name not in BUFFERS}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.files.stored import StoredTensor, TensorFile
 from dreambooth_ms.weights.folder_layout import NETWORKS, read_json, weight_file
 from dreambooth_ms.weights.model_config import Config, read_config, read_vae_config, write_vae_config
 from dreambooth_ms.weights.naming.recognise import recognise_vae
@@ -45,20 +45,33 @@ def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> OpenedVae:
     Raises:
         WeightError: there is none, or it is not whole.
     """
-    folder = None if path.is_file() else path / "vae" if (path / "vae").is_dir() else path
-    file = open_tensor_file(weight_file(folder.parent, folder.name, None, "vae") if folder else path)
+    if path.is_file():
+        file, config_file = open_tensor_file(path), None
+    else:
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        file, config_file = (
+            open_tensor_file(weight_file(folder.parent, folder.name, None, "vae")),
+            folder / "config.json",
+        )
+    found, tensors = _recognised(file)
+    config = read_json(config_file) if config_file else write_vae_config(_scaled_as(found, latents_of), sample_size)
+    return OpenedVae(file.path, read_config(config_file or path, config, read_vae_config), config, tensors)
+
+
+def _recognised(file: TensorFile) -> tuple[VaeSpec, dict[str, StoredTensor]]:
+    """The sizes of an autoencoder, and its tensors by their names in the network."""
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found, naming = recognise_vae(shapes, str(file.path))
+    spec, naming = recognise_vae(shapes, str(file.path))
     plan = naming.read_plan(shapes)
     plan.report.check(str(file.path), "an autoencoder (VAE) of Stable Diffusion")
-    tensors = {name.removeprefix("vae."): tensor for name, tensor in public_tensors(plan, file.tensors).items()}
-    if folder:
-        config: Config = read_json(folder / "config.json")
-        return OpenedVae(file.path, read_config(folder / "config.json", config, read_vae_config), config, tensors)
-    spec = replace(
-        found,
-        scaling_factor=latents_of.scaling_factor,
-        latents_mean=latents_of.latents_mean,
-        latents_std=latents_of.latents_std,
+    public = public_tensors(plan, file.tensors)
+    return spec, {name.removeprefix("vae."): tensor for name, tensor in public.items()}
+
+
+def _scaled_as(spec: VaeSpec, other: VaeSpec) -> VaeSpec:
+    return replace(
+        spec,
+        scaling_factor=other.scaling_factor,
+        latents_mean=other.latents_mean,
+        latents_std=other.latents_std,
     )
-    return OpenedVae(file.path, spec, write_vae_config(spec, sample_size), tensors)

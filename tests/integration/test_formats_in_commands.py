@@ -1,5 +1,7 @@
 """Commands take a base and adapters of any format: the same weights give the same bits, whatever file they are in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,16 +14,17 @@ from dreambooth_ms.config.schema import MethodConfig, WeightsConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.files.safetensors_file import write_safetensors
+from dreambooth_ms.weights.files.stored import StoredTensor
 from dreambooth_ms.weights.lora_file import read_lora
 from dreambooth_ms.weights.lora_writing import write_lora_as
 from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
+from dreambooth_ms.weights.naming.formats import Format, naming_of
 from dreambooth_ms.weights.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.parameters import read_parameters
 from tests.small_specs import SMALL
 from tests.whole_loras import FILES, random_lora
-from tests.whole_models import RUNNING, SUFFIXES, random_model
+from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, random_model
 
 PROMPT = "a photo of sks dog"
 
@@ -71,6 +74,17 @@ class TestBases:
             found, expected = (read_parameters(getattr(opened[one], load)()) for one in (name, "diffusers"))
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+    def test_a_whole_tower_of_sd_2_is_read_without_its_last_layer(self, tmp_path):
+        model, naming = random_model(RUNNING_SD2, tmp_path), naming_of(Format.STABILITY, RUNNING_SD2)
+        unused = {name: StoredTensor.of(np.ones(naming.shapes[name], np.float32)) for name in naming.optional}
+        assert any(".layers.2." in name for name in unused)
+        whole = replace(model, tensors={**model.tensors, **unused})
+        plan_model(whole, Format.STABILITY).write(tmp_path / "model.safetensors")
+        found = read_parameters(open_model_folder(tmp_path / "model.safetensors").load_text_encoder())
+        expected = model.of_part("text_encoder")
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], expected[name].read()) for name in expected)
 
     def test_a_folders_own_tokenizer_wins(self, opened, bases):
         assert opened["diffusers"].tokenizer_paths == (bases["diffusers"] / "tokenizer",)

@@ -1,12 +1,16 @@
 """SDXL in single files: trained on, drawn with and merged into as the folder with the same weights, to the bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.schema import MethodConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family
+from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.files.safetensors_file import write_safetensors
 from dreambooth_ms.weights.files.stored import StoredTensor
 from dreambooth_ms.weights.lora_file import FILE_NAME
@@ -14,8 +18,25 @@ from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.naming.formats import Format
 from dreambooth_ms.weights.opened_model import open_model
+from dreambooth_ms.weights.parameters import read_parameters
 from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.whole_models import RUNNING_SDXL, SUFFIXES, random_model, values_of
+
+# Two resolutions, of which one has transformers.
+UNET = replace(
+    RUNNING_SDXL.unet,
+    block_out_channels=(32, 64),
+    has_attention=(False, True),
+    num_heads=(1, 1),
+    transformer_layers_per_block=1,
+)
+SDXL = replace(RUNNING_SDXL, unet=UNET)
+REFINER = replace(
+    SDXL,
+    family=Family.SDXL_REFINER,
+    unet=replace(UNET, cross_attention_dim=128, projection_class_embeddings_input_dim=5 * 256 + 128),
+    text_encoder=None,
+)
 
 PROMPT = "a photo of sks dog"
 FILES = [Format.STABILITY, Format.MINDONE]
@@ -26,7 +47,7 @@ each_file = pytest.mark.parametrize("form", FILES, ids=lambda form: form.value)
 def bases(tmp_path_factory):
     """One model in every format."""
     folder = tmp_path_factory.mktemp("bases")
-    model = random_model(RUNNING_SDXL, folder)
+    model = random_model(SDXL, folder)
     paths = {form: folder / f"{form.value}{suffix}" for form, suffix in SUFFIXES.items()}
     for form, path in paths.items():
         plan_model(model, form).write(path)
@@ -89,6 +110,18 @@ def test_a_file_is_opened_as_the_folder(bases, form):
         assert found.digest(part) == folder.digest(part)
 
 
+@each_file
+def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
+    model, path = random_model(REFINER, tmp_path), tmp_path / f"refiner{SUFFIXES[form]}"
+    plan_model(model, form).write(path)
+    found = open_model_folder(path)
+    assert (found.text_encoders, found.num_size_ids) == (("text_encoder_2",), 5)
+    assert (len(found.tokenizer_paths), found.zeros_for_empty_prompt) == (1, False)
+    loaded, saved = read_parameters(found.load_text_encoders().text_encoder_2), model.of_part("text_encoder_2")
+    assert loaded.keys() == saved.keys()
+    assert all(np.array_equal(loaded[name], saved[name].read()) for name in saved)
+
+
 def test_its_second_tokenizer_fills_short_prompts_with_another_token(bases):
     first, second = open_model_folder(bases[Format.STABILITY]).tokenizer_paths
     assert first != second
@@ -109,24 +142,26 @@ def test_a_trained_adapter_is_merged_into_all_three_networks(bases, runs, tmp_pa
 def test_a_file_without_its_second_text_encoder_says_so(tmp_path, form):
     parts = ("unet", "vae", "text_encoder")
     path = tmp_path / f"model{SUFFIXES[form]}"
-    plan_model(random_model(RUNNING_SDXL, tmp_path, parts=parts), form).write(path)
+    plan_model(random_model(SDXL, tmp_path, parts=parts), form).write(path)
     with pytest.raises(WeightError, match="holds no text_encoder_2; convert it into a folder"):
         open_model_folder(path)
 
 
+@pytest.fixture(scope="module")
+def other():
+    return random_model(SDXL, None, seed=1)
+
+
+@pytest.fixture(scope="module")
+def vae(other, tmp_path_factory):
+    """Alone in a file, in LDM naming without a prefix, as the published ones are."""
+    path, prefix = tmp_path_factory.mktemp("vae") / "vae.safetensors", "first_stage_model."
+    tensors = plan_model(other, Format.STABILITY).tensors
+    write_safetensors(path, {n.removeprefix(prefix): own for n, own in tensors.items() if n.startswith(prefix)})
+    return path
+
+
 class TestAnotherAutoencoder:
-    @pytest.fixture(scope="class")
-    def other(self):
-        return random_model(RUNNING_SDXL, None, seed=1)
-
-    @pytest.fixture(scope="class")
-    def vae(self, other, tmp_path_factory):
-        """Alone in a file, in LDM naming without a prefix, as the published ones are."""
-        path, prefix = tmp_path_factory.mktemp("vae") / "vae.safetensors", "first_stage_model."
-        tensors = plan_model(other, Format.STABILITY).tensors
-        write_safetensors(path, {n.removeprefix(prefix): own for n, own in tensors.items() if n.startswith(prefix)})
-        return path
-
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
     def test_it_may_be_alone_in_a_file(self, bases, other, vae, form):
         found = open_model_folder(bases[form], vae=vae)
@@ -135,12 +170,20 @@ class TestAnotherAutoencoder:
         assert found.opened().of_part("vae").keys() == other.of_part("vae").keys()
         assert found.digest("vae") != open_model_folder(bases[form]).digest("vae")
 
+    @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=lambda form: form.value)
+    def test_it_is_in_the_folder_that_a_full_training_writes(self, bases, other, vae, tmp_path, form):
+        base = open_model_folder(bases[form], vae=vae)
+        METHODS["full"](MethodConfig(method="full"), base, base.load_unet(), None, 0).write_result(tmp_path, 1)
+        result = open_model_folder(tmp_path)
+        assert values_of(result.tensors("vae")) == values_of(other.of_part("vae"))
+        assert result.vae_spec == base.vae_spec
+        assert result.digest("text_encoder_2") == base.digest("text_encoder_2")
+
     def test_a_base_without_one_is_whole_with_it(self, tmp_path, other, vae):
         parts = ("unet", "text_encoder", "text_encoder_2")
-        plan_model(random_model(RUNNING_SDXL, tmp_path, parts=parts), Format.STABILITY).write(
-            tmp_path / "m.safetensors"
-        )
-        found = open_model_folder(tmp_path / "m.safetensors", vae=vae).opened()
+        base = random_model(SDXL, tmp_path, parts=parts)
+        plan_model(base, Format.STABILITY).write(tmp_path / "base.safetensors")
+        found = open_model_folder(tmp_path / "base.safetensors", vae=vae).opened()
         assert found.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
         assert values_of(found.of_part("vae")) == values_of(other.of_part("vae"))
 
@@ -152,7 +195,7 @@ class TestAnotherAutoencoder:
 def test_playground_in_a_file_is_refused_by_its_noise(bases, tmp_path):
     statistics = {"edm_mean": PLAYGROUND_25_VAE.latents_mean, "edm_std": PLAYGROUND_25_VAE.latents_std}
     more = {name: StoredTensor.of(np.array(values, np.float32)) for name, values in statistics.items()}
-    tensors = plan_model(random_model(RUNNING_SDXL, tmp_path), Format.STABILITY).tensors
+    tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
     write_safetensors(tmp_path / "playground.safetensors", {**tensors, **more})
     with pytest.raises(WeightError, match="EDMDPMSolverMultistepScheduler: EDM is not supported yet"):
         open_model_folder(tmp_path / "playground.safetensors")

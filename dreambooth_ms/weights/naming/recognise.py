@@ -31,6 +31,8 @@ _OTHER_KINDS = {
     "a UNet alone, in diffusers' naming without its folder": r"^(?:down_blocks|mid_block|up_blocks)\.",
     "a UNet alone, in LDM naming without its prefix": r"^(?:input_blocks|middle_block|output_blocks)\.",
 }
+# What SDXL's base has in single files and its refiner, whose one text encoder is OpenCLIP's, has not.
+_SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.")
 _SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
 
 
@@ -120,7 +122,7 @@ def _family(stored: Mapping[str, Shape], form: Format) -> Family:
     else:
         added = stability.UNET_PREFIX + "label_emb.0.0.weight"
         projection = stability.UNET_PREFIX + "middle_block.1.proj_in.weight"
-        has_first_encoder = any(name.startswith("conditioner.embedders.1.") for name in stored)
+        has_first_encoder = any(name.startswith(_SDXL_BASE_MARKS) for name in stored)
     if added in stored:
         has_encoders = has_first_encoder or any(name.startswith(("conditioner.", "text_encoder_2.")) for name in stored)
         is_refiner = not has_first_encoder if has_encoders else stored[added][1] == 2560
