@@ -74,6 +74,7 @@ class TestPredictionType:
 
 
 OTHERS = {
+    "a CosXL model, trained with the noise of EDM": ["edm_vpred.sigma_max", "model.diffusion_model.out.0.weight"],
     "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"],
     "an SD 3 model": ["model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias"],
     "a Flux model": ["double_blocks.0.img_attn.norm.key_norm.scale", "guidance_in.in_layer.bias"],

@@ -43,7 +43,7 @@ _SCHEDULES = (
     r"betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
     r"|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance"
     r"|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|lvlb_weights|logvar|scale_factor"
-    r"|denoiser\.sigmas|model_ema\.decay|model_ema\.num_updates|v_pred|ztsnr|edm_mean|edm_std|edm_vpred\..+"
+    r"|denoiser\.sigmas|model_ema\.decay|model_ema\.num_updates|v_pred|ztsnr|edm_mean|edm_std"
 )
 # Position ids are 0 to 76 in every file; an encoder for SDXL needs no projection of its first tower, whichever tool
 # saved one; and the autoencoder's training leaves its discriminator behind.

@@ -16,6 +16,7 @@ EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
 
 # What a file may be instead -> names that only such files have. The first that fits is said.
 _OTHER_KINDS = {
+    "a CosXL model, trained with the noise of EDM": r"^edm_vpred\.",
     "a LoRA": r"(?:^|[._])lora[._]|\.lora_linear_layer\.|\.(?:hada_w1|lokr_w1)",
     "an SD 3 model": r"joint_blocks\.\d+\.",
     "a Flux model": r"double_blocks\.\d+\.img_|single_transformer_blocks\.\d+\.",
@@ -109,7 +110,8 @@ def _form(stored: Mapping[str, Shape]) -> Format | None:
         return Format.DIFFUSERS
     if stability.UNET_PREFIX + "out.0.gamma" in stored:
         return Format.MINDONE
-    if stability.UNET_PREFIX + "out.0.weight" in stored and "model.diffusion_model.label_emb.weight" not in stored:
+    other = {"model.diffusion_model.label_emb.weight", "edm_vpred.sigma_max"}
+    if stability.UNET_PREFIX + "out.0.weight" in stored and not other & stored.keys():
         return Format.STABILITY
     return None
 
