@@ -3,7 +3,7 @@
 from mindspore import nn
 
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Formulation, Gelu, shared, use_formulation
+from dreambooth_ms.ops import Formulation, GatedGelu, shared, use_formulation
 from dreambooth_ms.ops.layout import ConcatChannels
 from tests.tiny_model import UNET
 
@@ -22,8 +22,8 @@ def test_formulations_share_nothing():
 
 def test_a_network_holds_every_cell_without_parameters_once():
     counted = [type(cell).__name__ for _, cell in UNet2DConditionModel(UNET).cells_and_names()]
-    assert counted.count("Gelu") == 1
-    assert isinstance(shared(Gelu), Gelu)
+    assert counted.count("GatedGelu") == 1
+    assert isinstance(shared(GatedGelu), GatedGelu)
 
 
 def test_two_networks_share_no_cell_with_parameters():
