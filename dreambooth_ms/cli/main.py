@@ -12,9 +12,9 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 from dreambooth_ms import __version__
+from dreambooth_ms.cli.tell import PROGRAM, complain
 from dreambooth_ms.errors import UserError
 
-PROGRAM = "dreambooth-ms"
 USER_ERROR_STATUS = 2
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """A disk that is full, or may not be written to."""
@@ -48,24 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except UserError as error:
-        for line in str(error).splitlines():
-            _complain(line)
+        complain(str(error))
         return USER_ERROR_STATUS
     except OSError as error:
         reason = _disk_error(error)
         if reason is None:
             raise
         where = error.filename or "a file"
-        _complain(f"{where}: cannot be written ({reason}); free some space and run the same command again")
+        complain(f"{where}: cannot be written ({reason}); free some space and run the same command again")
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
-
-
-def _complain(line: str) -> None:
-    """Print a line about a mistake; file names that are not UTF-8 are escaped."""
-    print(f"{PROGRAM}: error: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 def _disk_error(error: OSError) -> str | None:

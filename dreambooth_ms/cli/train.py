@@ -1,18 +1,19 @@
 """`dreambooth-ms train`: config -> records -> latents and embeddings -> batches -> steps -> checkpoints -> adapter."""
 
 import gc
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor
-from tqdm import tqdm
 
 from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenizer
-from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.cli.tell import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
@@ -20,21 +21,31 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
+from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, DataError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.ops import compile_cache
+from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler
+from dreambooth_ms.processes.launch import SCHEDULER, find_launch
+from dreambooth_ms.processes.together import Processes, run_together
 from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
-from dreambooth_ms.training.checkpoint import Checkpoint, find_latest, open_checkpoint, restore, save_checkpoint
+from dreambooth_ms.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    find_latest,
+    open_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner, result_of
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.run_folder import seed_of, settle_config, write_config
+from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
@@ -54,21 +65,60 @@ class ClassPictures:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Train by a command line; returns the exit status."""
-    config = settle_config(load_train_config(argv))
+    """Train by a command line, as one of the processes that a launcher started; returns the exit status."""
+    launch = find_launch(os.environ)
+    if launch and launch.rank == SCHEDULER:
+        serve_as_scheduler(launch)
+        return 0
+    return run_together(launch, lambda processes: run_as_one_of(processes, argv), complain)
+
+
+def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
+    """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
+    if not processes.is_first:
+        be_quiet()
+    config = settle_together(processes, load_train_config(argv, tell))
     model, data = config.model, config.data
-    folder = open_base(
-        config.device,
-        model.pretrained_model_name_or_path,
-        model.revision,
-        model.variant,
-        model.pretrained_vae_model_name_or_path,
-    )
+    with processes.first_goes_ahead("the base model"):
+        folder = open_base(
+            config.device,
+            model.pretrained_model_name_or_path,
+            model.revision,
+            model.variant,
+            model.pretrained_vae_model_name_or_path,
+        )
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
-    checkpoint, class_pictures = _checkpoint_to_resume(config), _class_pictures(config)
+    class_pictures = _class_pictures(config)
     total = total_steps(config, max(len(instances), class_pictures.count if class_pictures else 0))
+    found = processes.from_first("the run's folder", lambda: _open_folder(config, class_pictures, total))
+    if found is None:
+        return 0
+    checkpoint = Checkpoint(Path(found["checkpoint"]), found["step"]) if found["checkpoint"] else None
+
+    with collective_operations(processes.launch):
+        cache = ContentCache(config.output_dir / "cache")
+        with processes.first_goes_ahead("the prompts' embeddings"):
+            embeddings = _embeddings(folder, cache, [data.instance_prompt, config.prior.class_prompt or "", ""])
+        unet, groups = None, [instances]
+        if class_pictures:
+            unet = draw_missing_class_images(processes, config, folder, class_pictures, embeddings)
+            groups.append(
+                read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
+            )
+        check_same_pictures(processes, groups)
+        framing = Framing(data.resolution, data.center_crop, data.random_flip)
+        plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
+        texts = prompt_tokenizer(folder).texts(list(embeddings)) if config.method.train_text_encoder else embeddings
+        done = checkpoint.step if checkpoint else 0
+        batches = encode_pictures(processes, config, folder, plan, cache, texts, done, total)
+        return train_and_save(processes, config, folder, unet or folder.load_unet(), batches, checkpoint, total)
+
+
+def _open_folder(config: TrainConfig, class_pictures: "ClassPictures | None", total: int) -> dict[str, Any] | None:
+    """Make the run's folder ready; gives the checkpoint to go on from, or None if nothing is left to do."""
+    checkpoint = _checkpoint_to_resume(config)
     if checkpoint and checkpoint.step > total:
         raise ConfigError(
             f"{checkpoint.path}: {checkpoint.step} steps are done, the run would end after {total}; "
@@ -80,37 +130,39 @@ def run(argv: Sequence[str]) -> int:
     result, steps_taken = result_of(config.method.method, config.output_dir)
     if steps_taken >= total:
         tell(f"{result} is already there, trained for {total} steps; nothing left to do")
-        return 0
+        return None
+    return {"checkpoint": str(checkpoint.path) if checkpoint else None, "step": checkpoint.step if checkpoint else 0}
 
-    cache = ContentCache(config.output_dir / "cache")
-    embeddings = _embeddings(folder, cache, [data.instance_prompt, config.prior.class_prompt or "", ""])
-    unet, groups = None, [instances]
-    if class_pictures:
-        unet = draw_missing_class_images(config, folder, class_pictures, embeddings)
-        groups.append(
-            read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
-        )
-    framing = Framing(data.resolution, data.center_crop, data.random_flip)
-    plan = Plan(tuple(groups), config.run.train_batch_size, framing, seed_of(config))
-    texts = prompt_tokenizer(folder).texts(list(embeddings)) if config.method.train_text_encoder else embeddings
-    batches = encode_pictures(config, folder, plan, cache, texts, checkpoint.step if checkpoint else 0, total)
-    return train_and_save(config, folder, unet or folder.load_unet(), batches, checkpoint, total)
+
+def check_same_pictures(processes: Processes, groups: Sequence[Sequence[Record]]) -> None:
+    """Raise DataError if another process, perhaps on another machine, found other pictures."""
+    digests = [record.digest for group in groups for record in group]
+    for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
+        if others != digests:
+            raise DataError(
+                f"rank {rank} found other pictures than rank {processes.rank}; "
+                "--instance_data_dir and --class_data_dir must be the same folders on every machine"
+            )
 
 
 def total_steps(config: TrainConfig, pictures: int) -> int:
     """Optimiser steps of the run; an epoch goes through so many pictures."""
-    run = config.run
-    rows_of_step = run.train_batch_size * run.gradient_accumulation_steps
-    return run.max_train_steps or run.num_train_epochs * -(-pictures // rows_of_step)
+    return config.run.max_train_steps or config.run.num_train_epochs * -(-pictures // config.rows_per_step)
 
 
 def draw_missing_class_images(
-    config: TrainConfig, folder: ModelFolder, wanted: ClassPictures, embeddings: Mapping[str, PromptText]
+    processes: Processes,
+    config: TrainConfig,
+    folder: ModelFolder,
+    wanted: ClassPictures,
+    embeddings: Mapping[str, PromptText],
 ) -> UNet2DConditionModel | None:
-    """Draw the class pictures that are missing; returns the UNet if it was loaded for that."""
+    """Draw this process's share of the class pictures that are missing; returns the UNet if it was loaded for that."""
     prior = config.prior
-    numbers = missing_numbers(wanted.folder, wanted.count)
+    missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
+    numbers = list(processes.share(missing))
     if not numbers:
+        processes.wait_for_all("the class pictures")
         return None
     unet, vae = folder.load_unet(), folder.load_vae()
     batch_size = min(prior.sample_batch_size, len(numbers))
@@ -124,12 +176,14 @@ def draw_missing_class_images(
         embeddings[""],
         folder.latent_shape(config.data.resolution, config.data.resolution),
         seed_of(config),
-        lambda pictures: tqdm(pictures, desc="class pictures", total=len(numbers), unit="picture"),
+        lambda pictures: progress(pictures, desc="class pictures", total=len(numbers), unit="picture"),
     )
+    processes.wait_for_all("the class pictures")
     return unet
 
 
 def encode_pictures(
+    processes: Processes,
     config: TrainConfig,
     folder: ModelFolder,
     plan: Plan,
@@ -139,16 +193,21 @@ def encode_pictures(
     total: int,
 ) -> BatchMaker:
     """Everything the steps done … total need of pictures; the VAE is gone afterwards."""
-    data, batches_per_step = config.data, config.run.gradient_accumulation_steps
-    posteriors = cached_posteriors(
+    data, batches_per_step = config.data, config.run.gradient_accumulation_steps * processes.count
+    views = plan.views(done * batches_per_step, total * batches_per_step)
+    encode = partial(
+        cached_posteriors,
         cache,
-        plan.views(done * batches_per_step, total * batches_per_step),
-        folder.digest("vae"),
-        data.resolution,
-        data.image_interpolation_mode,
-        lambda: _load_encoder(folder),
-        lambda views: tqdm(views, desc="encoding pictures", unit="picture") if views else views,
+        encoder_digest=folder.digest("vae"),
+        resolution=data.resolution,
+        interpolation=data.image_interpolation_mode,
+        load_encoder=lambda: _load_encoder(folder),
+        progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
+    if processes.count > 1:
+        encode(processes.share(views))
+        processes.wait_for_all("the encoded pictures")
+    posteriors = encode(views)  # Those of the other processes are in the cache by now.
     gc.collect()
     schedule = NoiseSchedule.from_spec(folder.schedule_spec)
     gamma, kind = config.loss.snr_gamma, prediction_type(config, folder)
@@ -196,6 +255,7 @@ class Training:
 
 
 def train_and_save(
+    processes: Processes,
     config: TrainConfig,
     folder: ModelFolder,
     unet: UNet2DConditionModel,
@@ -205,54 +265,72 @@ def train_and_save(
 ) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     run, output = config.run, config.output_dir
-    training = set_up_training(config, folder, unet)
+    training = set_up_training(config, folder, unet, processes.count)
     done = 0
     if checkpoint:
         restore(checkpoint, training.state)
         done = checkpoint.step
         tell(f"resuming from {checkpoint.path}")
-    validator = Validator(config, folder, unet, training.learner) if config.validation.validation_prompt else None
+    shows_pictures = config.validation.validation_prompt and processes.is_first
+    validator = Validator(config, folder, unet, training.learner) if shows_pictures else None
     trainables, dropout = training.learner.trainables, training.learner.dropout
     tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
 
-    steps = train(
-        training.step,
-        batches,
-        run.gradient_accumulation_steps,
-        _learning_rate(config, total),
-        done,
-        total,
-        _compile_cache(config, folder, batches),
-        dropout.begin_batch if dropout else None,
-    )
-    tracker = Tracker(output, run.logging_dir, done)
+    def save_part(step: int) -> None:
+        if processes.is_first:
+            write_part, keep = partial(training.write_part, step=step), run.checkpoints_total_limit
+            save_checkpoint(output, step, training.state, to_yaml(config), write_part, keep)
+        processes.wait_for_all("the checkpoint")
+
+    def show_pictures(step: int) -> None:
+        if validator and tracker:
+            with training.result_weights():
+                tracker.log_pictures(step, "validation", validator.draw(step))
+        processes.wait_for_all("the validation pictures")
+
+    tracker = Tracker(output, run.logging_dir, done) if processes.is_first else None
     try:
-        with tqdm(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop:
+        with progress(total=total, initial=done, desc="training", unit="step") as bar, stop_requests() as stop:
+            steps = train(
+                training.step,
+                batches,
+                run.gradient_accumulation_steps,
+                _learning_rate(config, total),
+                done,
+                total,
+                _compile_cache(config, folder, batches),
+                dropout.begin_batch if dropout else None,
+                processes,
+                lambda: stop.asked,
+            )
             for report in steps:
                 if training.average:
                     training.average.update(report.step)
-                tracker.log(report)
+                if tracker:
+                    tracker.log(report)
                 bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
                 bar.update()
-                if report.step % run.checkpointing_steps == 0 or stop.asked:
-                    write_part = partial(training.write_part, step=report.step)
-                    keep = run.checkpoints_total_limit
-                    saved = save_checkpoint(output, report.step, training.state, to_yaml(config), write_part, keep)
-                if stop.asked:
+                if report.step % run.checkpointing_steps == 0 or report.stop_asked:
+                    save_part(report.step)
+                if report.stop_asked:
+                    saved = checkpoint_folder(output, report.step)
                     tell(f"stopped; saved {saved}. Run the same command again to go on")
                     return INTERRUPTED_STATUS
-                if validator and report.step % config.validation.validation_steps == 0:
-                    with training.result_weights():
-                        tracker.log_pictures(report.step, "validation", validator.draw(report.step))
+                if config.validation.validation_prompt and report.step % config.validation.validation_steps == 0:
+                    show_pictures(report.step)
     finally:
-        tracker.close()
-    training.write_result(output, total)
-    draw_loss(read_history(output), output / "loss.png")
-    tell(f"wrote {result_of(config.method.method, output)[0]}")
+        if tracker:
+            tracker.close()
+    if processes.is_first:
+        training.write_result(output, total)
+        draw_loss(read_history(output), output / "loss.png")
+        tell(f"wrote {result_of(config.method.method, output)[0]}")
     return 0
 
 
-def set_up_training(config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel) -> Training:
+def set_up_training(
+    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: int = 1
+) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
     method, o = config.method, config.optimiser
     text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
@@ -270,7 +348,7 @@ def set_up_training(config: TrainConfig, folder: ModelFolder, unet: UNet2DCondit
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
     return Training(
         learner=learner,
-        step=step(loss, learner.trainables, optimiser, o.max_grad_norm),
+        step=step(loss, learner.trainables, optimiser, o.max_grad_norm, SumOverProcesses() if processes > 1 else None),
         average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
     )
 
@@ -286,14 +364,13 @@ def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker
         return nullcontext()  # A step is two graphs then, and the cache is sound for one.
     latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
     specs = (folder.unet_spec, folder.text_spec, folder.text_spec_2, folder.schedule_spec)
-    rows = len(batches.plan.rows(0))
+    rows = len(batches.plan.rows(0)), batches.batches_per_step
     return compile_cache(specs, config.method, config.loss, config.optimiser, latent_shape, rows)
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:
-    o, run = config.optimiser, config.run
-    rows_of_step = run.train_batch_size * run.gradient_accumulation_steps
-    highest = config.learning_rate * (rows_of_step if o.scale_lr else 1)
+    o = config.optimiser
+    highest = config.learning_rate * (config.rows_per_step if o.scale_lr else 1)
     return lambda step: (
         highest
         * learning_rate_factor(o.lr_scheduler, step, o.lr_warmup_steps, total, o.lr_num_cycles, o.lr_power, highest)

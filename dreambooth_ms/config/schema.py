@@ -140,7 +140,7 @@ class OptimiserConfig:
     text_encoder_lr: float | None = None
     """Learning rate of the text encoder, of SDXL both. None: the same as --learning_rate."""
     scale_lr: bool = False
-    """Multiply the learning rates by pictures per step: batch size times accumulation steps."""
+    """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
     lr_scheduler: LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
     lr_warmup_steps: int = 500
@@ -168,7 +168,7 @@ class RunConfig:
     """The run: how long, from where, and what it leaves behind."""
 
     train_batch_size: int = 4
-    """Pictures of the subject per step; prior preservation adds as many of the class."""
+    """Pictures of the subject per step and process; prior preservation adds as many of the class."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up to one optimiser step; a larger batch in the memory of a small one."""
     max_train_steps: int | None = None
@@ -211,6 +211,16 @@ class DeviceConfig:
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
     ms_mode: int = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """Training on several devices: one process each, started by mpirun or msrun."""
+
+    is_parallel: bool = False
+    """Train in all the processes that mpirun or msrun started; each takes its own pictures of every step."""
+    num_processes: int | None = None
+    """Processes that train together. None: as many as were started; another number than that is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,6 +416,7 @@ RANGES: dict[str, Range] = {
     "checkpoints_total_limit": _at_least(1),
     "resume_from_checkpoint": _NOT_EMPTY,
     "logging_dir": _NOT_EMPTY,
+    "num_processes": _at_least(1),
     "ms_mode": Range("0 or 1", lambda value: value in (0, 1)),
     "lora_scale": Range("a finite number", math.isfinite),
     "prompt": _NOT_EMPTY,
@@ -452,6 +463,7 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def check(self) -> Findings:
@@ -462,6 +474,12 @@ class TrainConfig:
     def learning_rate(self) -> float:
         """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
         return self.optimiser.learning_rate or (5e-4 if self.method.method == "lora" else 5e-6)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Pictures of the subject in one step of all processes."""
+        run = self.run
+        return run.train_batch_size * run.gradient_accumulation_steps * (self.processes.num_processes or 1)
 
     @property
     def text_encoder_weight_decay(self) -> float:

@@ -64,7 +64,6 @@ _NO_CAPTIONS = Refusal("not in this version: all pictures of the subject share -
 _NO_CONCEPTS = Refusal("not in this version: one run teaches one subject")
 _NO_DATASETS = Refusal("not in this version: pictures are read from the folder --instance_data_dir")
 _NO_OPTIMISERS = Refusal("not in this version: the optimiser is AdamW", ("adamw",))
-_ONE_PROCESS = Refusal("not in this version: a run uses one device")
 _NO_MODELARTS = Refusal("not in this version: copy the data to this machine first and give local folders")
 _NO_CUSTOM_DIFFUSION = Refusal("not in this version: Custom Diffusion is not a --method yet")
 _NO_PROMPT_OPTIONS = Refusal("not in this version: a prompt is at most 77 tokens")
@@ -113,7 +112,6 @@ REFUSED: dict[str, Refusal] = {
     "real_prior": Refusal("not in this version: put your own pictures into --class_data_dir"),
     "output_kohya_format": Refusal("not in this version: adapters are written with diffusers' names"),
     "clip_skip": Refusal("not in this version: the text encoder's layer is the base model's own"),
-    "is_parallel": _ONE_PROCESS,
     "data_sink": Refusal("not in this version: every step is driven from Python"),
     "enable_modelarts": _NO_MODELARTS,
     "sampler": Refusal("choose with --scheduler: ddim, euler, dpm++_2m, dpm++_2m_karras or pndm"),

@@ -1,27 +1,44 @@
-"""Several processes that train as one: MindSpore's collective operations, HCCL on Ascend and its own on CPU."""
+"""Several processes that compute as one: MindSpore's collective operations, HCCL on Ascend and its own on CPU."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from mindspore import Tensor, communication, nn, ops
 from mindspore.ops import constexpr
 
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this is."""
-
-    rank: int = 0
-    count: int = 1
+from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.ops.scheduler import scheduler_process
+from dreambooth_ms.processes.channel import wait_until_listening
+from dreambooth_ms.processes.launch import Launch
+from dreambooth_ms.processes.meeting import START_SECONDS, Meeting
 
 
-def join_processes() -> Processes:
-    """Join the other processes if `msrun` started this one. Call it after the device is chosen."""
-    if "MS_WORKER_NUM" not in os.environ:
-        return Processes()
-    communication.init()
-    return Processes(communication.get_rank(), communication.get_group_size())
+@contextmanager
+def collective_operations(launch: Launch | None) -> Iterator[None]:
+    """Inside, the processes of a launched run compute together. Enter it after the device is chosen and all have met.
+
+    On CPU, MindSpore does without OpenMPI's help and needs a scheduler of its own, also under mpirun; rank 0 brings it
+    there (measured). On Ascend HCCL meets through mpirun by itself (documented).
+    """
+    if launch is None:
+        yield
+        return
+    needs_scheduler = launch.launcher == "mpirun" and formulation() is Formulation.CPU
+    with scheduler_process(launch.of_scheduler()) if needs_scheduler and launch.rank == 0 else nullcontext():
+        if needs_scheduler:
+            os.environ |= launch.scheduler_environment
+        if launch.launcher == "msrun" or needs_scheduler:
+            wait_until_listening(launch.host, launch.port, START_SECONDS)
+        communication.init()
+        yield
+
+
+def serve_as_scheduler(launch: Launch) -> None:
+    """Be the scheduler that msrun brings, until the run ends, in good order or not."""
+    with scheduler_process(launch):
+        Meeting(launch, exchange_seconds=0, complain=lambda line: None).wait_for_end()
 
 
 class SumOverProcesses(nn.Cell):

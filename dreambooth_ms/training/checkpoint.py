@@ -59,7 +59,7 @@ def save_checkpoint(
     Raises:
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
     """
-    target = folder / f"checkpoint-{step}"
+    target = checkpoint_folder(folder, step)
     partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,6 +85,11 @@ def save_checkpoint(
         for old in others[: len(others) - (keep - 1)]:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return folder / f"checkpoint-{step}"
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

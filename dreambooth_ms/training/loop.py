@@ -9,6 +9,7 @@ from mindspore import Tensor
 
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.processes.together import ALONE, Processes
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 
@@ -25,6 +26,8 @@ class StepReport:
     grad_norm: float
     """Global norm of the gradients before the clip."""
     learning_rate: float
+    stop_asked: bool = False
+    """Whether the run was asked to stop, by a signal to any of its processes."""
 
 
 def train(
@@ -36,42 +39,60 @@ def train(
     stop: int,
     compiling: AbstractContextManager[None] | None = None,
     begin_batch: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepReport]:
     """Take the steps done + 1 … stop, and report each; the caller decides what to log, save and show in between.
+
+    Several processes take each step together: its batches are dealt out to them in turn, and each reports the whole.
 
     Args:
         step_cell: the compiled step, holding the trainables and the optimiser's state.
         make_batch: the batch with a number counted from 0 over the whole run.
-        batches_per_step: batches whose gradients are added up to one step.
+        batches_per_step: batches of this process whose gradients are added up to one step.
         learning_rate: the rate of a step counted from 0.
         done: steps that were taken before.
         stop: steps that will have been taken at the end.
         compiling: entered for the first step, in which the step cell is compiled.
         begin_batch: told the number of each batch before it is computed.
+        processes: those that train together.
+        stop_asked: whether this process was asked to stop.
 
     Raises:
         DataError: the loss is no number.
     """
 
-    def inputs(first: int, batches: list[Batch]) -> Iterator[tuple[Tensor, ...]]:
-        for number, batch in enumerate(batches, first):
+    def inputs(numbers: Sequence[int], batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+        for number, batch in zip(numbers, batches, strict=True):
             if begin_batch:
                 begin_batch(number)
             yield batch.inputs()
 
+    of_all = batches_per_step * processes.count
     for step in range(done, stop):
-        first = step * batches_per_step
-        batches = [make_batch(first + part) for part in range(batches_per_step)]
+        numbers = range(step * of_all + processes.rank, (step + 1) * of_all, processes.count)
+        batches = [make_batch(number) for number in numbers]
         rate = learning_rate(step)
         scalars = step_cell.optimiser.update_scalars(step + 1, rate)
         with compiling if compiling and step == done else nullcontext():
-            loss, errors, norm = step_cell.take(scalars, inputs(first, batches))
+            if step == done and processes.count > 1:
+                # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
+                step_cell.compile_for(scalars, batches[0].inputs())
+                processes.wait_for_all("the first step")
+            loss, errors, norm = step_cell.take(scalars, inputs(numbers, batches))
+        rows = [
+            (group, float(error))
+            for batch, errors_B in zip(batches, errors, strict=True)
+            for group, error in zip(batch.groups, errors_B.asnumpy(), strict=True)
+        ]
+        everywhere = processes.exchange(f"step {step + 1}", [float(loss.asnumpy()), rows, stop_asked()])
         report = StepReport(
             step=step + 1,
-            loss=float(loss.asnumpy()),
-            group_losses=group_means(batches, np.concatenate([errors_B.asnumpy() for errors_B in errors])),
+            loss=sum(loss for loss, _, _ in everywhere),
+            group_losses=group_means([row for _, rows, _ in everywhere for row in rows]),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
+            stop_asked=any(asked for _, _, asked in everywhere),
         )
         if not np.isfinite(report.loss):
             raise DataError(
@@ -80,10 +101,9 @@ def train(
         yield report
 
 
-def group_means(batches: Sequence[Batch], errors: np.ndarray) -> dict[str, float]:
+def group_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Mean of the rows' errors by group, unweighted."""
-    groups = [group for batch in batches for group in batch.groups]
     return {
-        group: float(np.mean([error for error, of in zip(errors, groups, strict=True) if of == group]))
-        for group in dict.fromkeys(groups)
+        group: float(np.mean([error for of, error in rows if of == group]))
+        for group in dict.fromkeys(group for group, _ in rows)
     }

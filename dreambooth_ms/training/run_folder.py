@@ -7,6 +7,7 @@ from pathlib import Path
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.processes.together import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.methods import METHODS, result_of
@@ -31,8 +32,12 @@ MAY_CHANGE = frozenset(
         "validation_scheduler",
         "device_target",
         "ms_mode",
+        "is_parallel",
+        "num_processes",
     }
 )
+CUTS_ROWS = frozenset({"train_batch_size", "gradient_accumulation_steps"})
+"""How the rows of a step are cut into batches: this may change while there are as many of them."""
 
 
 def settle_config(config: TrainConfig) -> TrainConfig:
@@ -67,6 +72,36 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def settle_together(processes: Processes, config: TrainConfig) -> TrainConfig:
+    """`settle_config` for one of several processes: rank 0 looks into the folder.
+
+    Raises:
+        ConfigError: as `settle_config`; or these processes were not meant to train together.
+    """
+    _check_processes(processes, config)
+    config = replace(config, processes=replace(config.processes, num_processes=processes.count))
+    for rank, others in enumerate(processes.exchange("the configuration", to_yaml(config))):
+        if others != to_yaml(config):
+            raise ConfigError(f"rank {rank} was started with other flags than rank {processes.rank}")
+    seed = processes.from_first("the run's seed", lambda: seed_of(settle_config(config)))
+    return _with_learning_rate(replace(config, run=replace(config.run, seed=seed)))
+
+
+def _check_processes(processes: Processes, config: TrainConfig) -> None:
+    wanted, launch = config.processes, processes.launch
+    if wanted.is_parallel and launch is None:
+        raise ConfigError(
+            "--is_parallel True: this process was started alone; start several by mpirun -n 2 dreambooth-ms train …, "
+            "or by msrun --worker_num=2 --local_worker_num=2 --join=True python -m dreambooth_ms train …"
+        )
+    if launch and processes.count > 1 and not wanted.is_parallel:
+        raise ConfigError(
+            f"{launch.launcher} started {processes.count} processes; give --is_parallel True, or start one alone"
+        )
+    if wanted.num_processes not in (None, processes.count):
+        raise ConfigError(f"--num_processes {wanted.num_processes}: {processes.count} were started")
+
+
 def seed_of(config: TrainConfig) -> int:
     """The seed of a settled configuration."""
     assert config.run.seed is not None, "settle_config comes first"
@@ -96,12 +131,14 @@ def _results(folder: Path) -> list[Path]:
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:
+    same_rows = earlier.rows_per_step == now.rows_per_step
+    may_change = MAY_CHANGE | CUTS_ROWS if same_rows else MAY_CHANGE - {"num_processes"}
     lines = []
     for section in fields(TrainConfig):
         before, after = vars(getattr(earlier, section.name)), vars(getattr(now, section.name))
         lines += [
             f"--{name}: {before[name]!r} there, {value!r} here"
             for name, value in after.items()
-            if name not in MAY_CHANGE and before[name] != value
+            if name not in may_change and before[name] != value
         ]
     return lines

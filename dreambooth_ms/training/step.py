@@ -79,6 +79,10 @@ class TrainStep(nn.Cell):
         updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
         return ops.depend(loss, updated), report, norm
 
+    def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
+        """Compile for such inputs, without taking a step."""
+        self.compile(*scalars, *batch)
+
     def take(
         self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
     ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -92,12 +96,22 @@ class AccumulatingTrainStep:
     """The same step with its rows in several batches, whose losses are parts of one sum."""
 
     def __init__(
-        self, loss_cell: nn.Cell, trainables: Sequence[Parameter], optimiser: AdamW, max_grad_norm: float
+        self,
+        loss_cell: nn.Cell,
+        trainables: Sequence[Parameter],
+        optimiser: AdamW,
+        max_grad_norm: float,
+        sum_gradients: SumOverProcesses | None = None,
     ) -> None:
         self.optimiser = optimiser
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
         self._add_gradients = _AddGradients(loss_cell, trainables, sums)
-        self._update = _UpdateFromSums(sums, optimiser, max_grad_norm)
+        self._update = _UpdateFromSums(sums, optimiser, max_grad_norm, sum_gradients)
+
+    def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
+        """Compile for such inputs, without taking a step."""
+        self._add_gradients.compile(Tensor(1.0, ms.float32), *batch)
+        self._update.compile(*scalars)
 
     def take(
         self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
@@ -129,12 +143,16 @@ class _AddGradients(nn.Cell):
 class _UpdateFromSums(nn.Cell):
     """Clip and update; gives the norm of the summed gradients before the clip."""
 
-    def __init__(self, sums: ParameterTuple, optimiser: AdamW, max_grad_norm: float) -> None:
+    def __init__(
+        self, sums: ParameterTuple, optimiser: AdamW, max_grad_norm: float, sum_gradients: SumOverProcesses | None
+    ) -> None:
         super().__init__(auto_prefix=False)
+        self.sum_gradients = sum_gradients
         self.sums, self.optimiser, self.max_grad_norm = sums, optimiser, max_grad_norm
 
     def construct(self, learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor) -> Tensor:
-        gradients, norm = clip_by_global_norm(self.sums, self.max_grad_norm)
+        gradients = self.sums if self.sum_gradients is None else self.sum_gradients(self.sums)
+        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
         updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
         return ops.depend(norm, updated)
 

@@ -1,0 +1,93 @@
+"""What `mpirun` and `msrun` tell a process of its place, read from the environment they start it with."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dreambooth_ms.errors import DeviceError
+
+SCHEDULER = -1
+"""Stands for the rank of MindSpore's scheduler, which has none: it brings the others together and trains nothing."""
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process's place in the run, and where the processes of the run meet."""
+
+    launcher: Literal["mpirun", "msrun"]
+    rank: int
+    """0 … count - 1, or SCHEDULER."""
+    count: int
+    host: str
+    """The machine of rank 0."""
+    port: int
+    """Where MindSpore's scheduler listens there. The processes' own channel has the port after it."""
+    job: str
+    """Tells this run's processes from another's."""
+
+    @property
+    def channel_port(self) -> int:
+        """Where rank 0 listens for the others."""
+        return self.port + 1
+
+    def of_scheduler(self) -> "Launch":
+        """The place of this run's scheduler."""
+        return replace(self, rank=SCHEDULER)
+
+    @property
+    def scheduler_environment(self) -> dict[str, str]:
+        """MindSpore's variables for this place, with which a process needs no launcher of MindSpore's."""
+        is_scheduler = self.rank == SCHEDULER
+        return {
+            **({"MS_ROLE": "MS_SCHED"} if is_scheduler else {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(self.rank)}),
+            "MS_WORKER_NUM": str(self.count),
+            "MS_SCHED_HOST": self.host,
+            "MS_SCHED_PORT": str(self.port),
+        }
+
+
+def find_launch(environment: Mapping[str, str]) -> Launch | None:
+    """The place that the launcher gave this process; None if it was started by itself.
+
+    Raises:
+        DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
+    """
+    if "MS_ROLE" in environment:
+        return _from_msrun(environment)
+    if "OMPI_COMM_WORLD_RANK" in environment:
+        return _from_mpirun(environment)
+    return None
+
+
+def _from_msrun(environment: Mapping[str, str]) -> Launch:
+    host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])
+    if environment["MS_ROLE"] == "MS_SCHED":
+        rank = SCHEDULER
+    elif "MS_NODE_ID" in environment:
+        rank = int(environment["MS_NODE_ID"])
+    else:
+        raise DeviceError("msrun: give every machine its --node_rank, 0 on that of --master_addr")
+    return Launch("msrun", rank, int(environment["MS_WORKER_NUM"]), host, port, f"{host}:{port}")
+
+
+def _from_mpirun(environment: Mapping[str, str]) -> Launch:
+    """mpirun names no port: one is derived from the job, and MS_SCHED_HOST and MS_SCHED_PORT name another."""
+    rank, count = int(environment["OMPI_COMM_WORLD_RANK"]), int(environment["OMPI_COMM_WORLD_SIZE"])
+    job = environment.get("PMIX_NAMESPACE", "")
+    on_one_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
+    host = LOOPBACK if on_one_machine else _host_of_mpirun(environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    number = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")
+    # Even ports below those that Linux gives to outgoing connections (32768 and up).
+    port = int(environment.get("MS_SCHED_PORT", 20000 + 2 * (number % 6000)))
+    return Launch("mpirun", rank, count, environment.get("MS_SCHED_HOST", host), port, job)
+
+
+def _host_of_mpirun(uri: str) -> str:
+    """The first IPv4 address in OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0."""
+    for part in uri.split(";"):
+        if part.startswith("tcp://"):
+            return part.removeprefix("tcp://").split(":")[0].split(",")[0]
+    raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
