@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreambooth_ms.data.batches import Batch, BatchMaker
+from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import CropBox
@@ -382,15 +382,6 @@ class TestClassPictures:
             missing_numbers(tmp_path / "class", 3)
 
 
-def test_the_errors_of_a_batch_are_reported_by_group():
-    nothing = np.zeros(5, np.float32)
-    groups = (INSTANCE, CLASS, INSTANCE, CLASS, CLASS)
-    coefficients = np.array([9, 9, 9, 9, 9], np.float32)
-    batch = Batch(nothing, nothing, nothing, nothing, nothing, nothing, coefficients, groups)
-    assert group_means([batch], np.array([1, 10, 3, 20, 60], np.float32)) == {INSTANCE: 2.0, CLASS: 30.0}
-
-
-def test_the_errors_of_several_batches_are_one_mean_by_group():
-    nothing = np.zeros(2, np.float32)
-    batch = Batch(nothing, nothing, nothing, nothing, nothing, nothing, nothing, (INSTANCE, CLASS))
-    assert group_means([batch, batch], np.array([1, 10, 3, 20], np.float32)) == {INSTANCE: 2.0, CLASS: 15.0}
+def test_the_errors_of_a_step_are_reported_by_group():
+    rows = [(INSTANCE, 1.0), (CLASS, 10.0), (INSTANCE, 3.0), (CLASS, 20.0), (CLASS, 60.0)]
+    assert group_means(rows) == {INSTANCE: 2.0, CLASS: 30.0}
