@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Method: TypeAlias = Literal["lora", "full"]
+MixedPrecision: TypeAlias = Literal["no", "fp16", "bf16"]
+LossScalerType: TypeAlias = Literal["dynamic", "static"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 LearningRateSchedule: TypeAlias = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -161,6 +163,22 @@ class OptimiserConfig:
     """Added to the denominator of the update."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Mixed precision. What is trained, norms, softmax, loss and optimiser are float32 in any case."""
+
+    mixed_precision: MixedPrecision | None = None
+    """What networks compute in: fp16, bf16 (Ascend only), or no for float32. None: no."""
+    loss_scaler_type: LossScalerType = "dynamic"
+    """With fp16 the loss is scaled, so that small gradients are not lost. dynamic: the scale follows the overflows."""
+    init_loss_scale: float = 65536.0
+    """Scale of the first step, with fp16; powers of two round nothing."""
+    loss_scale_factor: float = 2.0
+    """The scale is divided by this after an overflow, whose step is skipped, and grows by it after a window."""
+    scale_window: int = 2000
+    """Steps in a row without an overflow after which the scale grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,6 +425,9 @@ RANGES: dict[str, Range] = {
     "adam_weight_decay_text_encoder": _at_least(0),
     "adam_epsilon": _POSITIVE,
     "max_grad_norm": _POSITIVE,
+    "init_loss_scale": _at_least(1),
+    "loss_scale_factor": Range("greater than 1", lambda value: 1 < value < math.inf),
+    "scale_window": _at_least(1),
     "train_batch_size": _at_least(1),
     "max_train_steps": _at_least(1),
     "num_train_epochs": _at_least(1),
@@ -461,6 +482,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
@@ -531,8 +553,13 @@ class TrainConfig:
 
     def _doubtful(self) -> list[str]:
         prior, optimiser, run = self.prior, self.optimiser, self.run
-        method, validation = self.method, self.validation
+        method, validation, precision = self.method, self.validation, self.precision
         reasons = {}
+        if precision.mixed_precision != "fp16":
+            scaling = ("loss_scaler_type", "init_loss_scale", "loss_scale_factor", "scale_window")
+            reasons.update(dict.fromkeys(scaling, "without --mixed_precision fp16"))
+        elif precision.loss_scaler_type == "static":
+            reasons.update(dict.fromkeys(("loss_scale_factor", "scale_window"), "with --loss_scaler_type static"))
         if not prior.with_prior_preservation:
             reasons.update(dict.fromkeys(vars(prior), "without --with_prior_preservation"))
         if method.method != "lora":
@@ -553,7 +580,9 @@ class TrainConfig:
             reasons["lr_power"] = "without --lr_scheduler polynomial"
         if run.max_train_steps is not None:
             reasons["num_train_epochs"] = "beside --max_train_steps"
-        changed = [name for section in (prior, method, optimiser, run, validation) for name in _changed(section)]
+        changed = [
+            name for section in (prior, method, optimiser, precision, run, validation) for name in _changed(section)
+        ]
         warnings = [f"--{name} has no effect {reasons[name]}" for name in changed if name in reasons]
         warms_up = optimiser.lr_scheduler != "constant"
         if warms_up and run.max_train_steps is not None and optimiser.lr_warmup_steps >= run.max_train_steps:

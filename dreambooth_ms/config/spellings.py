@@ -39,6 +39,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "save_sample_prompt": ("validation_prompt",),
     "n_save_sample": ("num_validation_images",),
     "drop_out": ("lora_dropout",),
+    "ms_amp_level": ("mixed_precision",),
     "mode": ("ms_mode",),
     "weight_base": ("base",),
     "weight_pretrained": ("base",),
@@ -50,6 +51,16 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 
 BASE_THEN_ADAPTERS = "weight"
 """`--weight base,adapter,adapter`: a list whose first entry is the base model and whose others are adapters."""
+
+
+VALUE_SPELLINGS: dict[str, dict[str, str]] = {
+    "mixed_precision": {"fp32": "no", "false": "no", "o0": "no"} | dict.fromkeys(("o1", "o2", "o3", "auto"), "fp16"),
+}
+"""Field -> another spelling of a choice, in lower case -> the choice.
+
+MindSpore's levels differ in which operations are half precision; here norms, softmax and loss never are. A YAML file's
+bare `no` arrives as false.
+"""
 
 
 class Refusal(NamedTuple):
@@ -76,9 +87,7 @@ REFUSED: dict[str, Refusal] = {
     "push_to_hub": _NO_HUB_UPLOAD,
     "report_to": Refusal("not in this version: the run is logged to TensorBoard only", ("tensorboard",)),
     "wandb": Refusal("not in this version: the run is logged to TensorBoard only"),
-    "mixed_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
-    "prior_generation_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
-    "ms_amp_level": Refusal("not in this version: the precision follows the device", ("o0",)),
+    "prior_generation_precision": Refusal("not in this version: class pictures are drawn in float32", ("fp32",)),
     "use_8bit_adam": Refusal("8-bit Adam needs bitsandbytes, which has no Ascend or CPU counterpart; AdamW is used"),
     "optimizer": _NO_OPTIMISERS,
     "prodigy_beta3": _NO_OPTIMISERS,

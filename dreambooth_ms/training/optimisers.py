@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 _update = ops.MultitypeFuncGraph("adamw_update")
+_number_or = ops.MultitypeFuncGraph("number_or")
 _map = ops.HyperMap()
 
 
@@ -27,7 +28,7 @@ class AdamW(nn.Cell):
 
     One fused kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction,
     which therefore enters through the three numbers of `update_scalars`; they are inputs, so nothing is compiled again
-    when the learning rate changes.
+    when the learning rate changes. With `proceed`, a truth value (), nothing changes where it does not hold.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class AdamW(nn.Cell):
         self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
 
+    num_scalars = 3
+    """How many numbers `update_scalars` gives."""
+
     def moments(self) -> list[Parameter]:
         """The state, beside the parameters themselves, that a resumed run needs."""
         return [*self.first_moments, *self.second_moments]
@@ -66,9 +70,20 @@ class AdamW(nn.Cell):
         return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
 
     def construct(
-        self, gradients: tuple[Tensor, ...], learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor
+        self,
+        gradients: tuple[Tensor, ...],
+        proceed: Tensor | None,
+        learning_rate: Tensor,
+        epsilon: Tensor,
+        weight_decay: Tensor,
     ) -> tuple[Tensor, ...]:
-        update = ops.partial(_update, self.fused_update, self.beta1, self.beta2, learning_rate, epsilon, weight_decay)
+        beta1, beta2 = self.beta1, self.beta2
+        if proceed is not None:
+            # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is a number.
+            gradients = _map(ops.partial(_number_or, proceed), gradients, self.first_moments)
+            learning_rate = ops.select(proceed, learning_rate, learning_rate * 0.0)
+            beta1, beta2 = _or_one(proceed, beta1), _or_one(proceed, beta2)
+        update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, epsilon, weight_decay)
         return _map(
             update,
             self.rate_factors,
@@ -80,6 +95,19 @@ class AdamW(nn.Cell):
         )
 
 
+@_number_or.register("Tensor", "Tensor", "Tensor")
+def _number_or_tensor(proceed, gradient, otherwise):
+    return ops.select(ops.broadcast_to(proceed, gradient.shape), gradient, otherwise)
+
+
+def _or_one(proceed: Tensor, beta: float) -> Tensor:
+    return ops.select(proceed, Tensor(beta, ms.float32), Tensor(1.0, ms.float32))
+
+
+@_update.register(
+    *("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor"),
+    *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
+)
 @_update.register(
     *("Function", "Number", "Number", "Tensor", "Tensor", "Tensor"),
     *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
