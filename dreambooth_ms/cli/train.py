@@ -45,7 +45,7 @@ from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner, result_of
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimiser_choice import choose_optimiser
 from dreambooth_ms.training.precision import compute_in
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
@@ -336,19 +336,11 @@ def set_up_training(
     config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: int = 1
 ) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
-    method, o = config.method, config.optimiser
+    method = config.method
     text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
     learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
     compute_in(learner.denoiser, compute_dtype(config.precision.mixed_precision))
-    text_rate = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
-    decay, text_decay = o.adam_weight_decay, config.text_encoder_weight_decay
-    largest_decay = max(decay, text_decay) or 1.0
-    optimiser = AdamW(
-        learner.trainables,
-        AdamWHyperparameters(o.adam_beta1, o.adam_beta2, max(decay, text_decay), o.adam_epsilon),
-        [text_rate if of_text else 1.0 for of_text in learner.is_of_text_encoder],
-        [(text_decay if of_text else decay) / largest_decay for of_text in learner.is_of_text_encoder],
-    )
+    optimiser = choose_optimiser(config, learner)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
     return Training(
@@ -357,7 +349,7 @@ def set_up_training(
             loss,
             learner.trainables,
             optimiser,
-            o.max_grad_norm,
+            config.optimiser.max_grad_norm,
             SumOverProcesses() if processes > 1 else None,
             _scaler(config),
         ),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mindspore as ms
 import numpy as np
@@ -11,6 +12,27 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 _update = ops.MultitypeFuncGraph("adamw_update")
 _number_or = ops.MultitypeFuncGraph("number_or")
 _map = ops.HyperMap()
+
+
+class Optimiser(Protocol):
+    """What the training step, the loop and checkpoints ask of an optimiser, which is a cell.
+
+    As a cell it takes (gradients, proceed, *scalars). Where `proceed`, a truth value (), does not hold, it leaves
+    everything as it is, whatever the gradients are; None holds always.
+    """
+
+    @property
+    def num_scalars(self) -> int:
+        """How many numbers `update_scalars` gives."""
+
+    def moments(self) -> list[Parameter]:
+        """The state, beside the parameters themselves, that a resumed run needs."""
+
+    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+        """What changes from step to step and is computed by the host, for the update counted from 1."""
+
+    def __call__(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, *scalars: Tensor) -> Any:
+        """Update the parameters and the state."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +72,14 @@ class AdamW(nn.Cell):
         self.fused_update = ops.AdamWeightDecay()
 
     num_scalars = 3
-    """How many numbers `update_scalars` gives."""
 
     def moments(self) -> list[Parameter]:
         """The state, beside the parameters themselves, that a resumed run needs."""
         return [*self.first_moments, *self.second_moments]
 
     def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
-        h = self.hyperparameters
-        # The kernel holds the betas in float32; the corrections are those of these numbers.
-        correction1 = 1 - float(np.float32(h.beta1)) ** step
-        correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
-        scalars = (
-            learning_rate * correction2 / correction1,
-            h.epsilon * correction2,
-            h.weight_decay * correction1 / correction2,
-        )
-        return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+        """See `adamw_scalars`."""
+        return adamw_scalars(self.hyperparameters, step, learning_rate)
 
     def construct(
         self,
@@ -129,6 +141,31 @@ def _update_tensor(
     rate = learning_rate if rate_factor == 1.0 else learning_rate * rate_factor
     decay = weight_decay if decay_factor == 1.0 else weight_decay * decay_factor
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
+
+
+def adamw_scalars(h: AdamWHyperparameters, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
+    # The kernel holds the betas in float32; the corrections are those of these numbers.
+    correction1 = 1 - float(np.float32(h.beta1)) ** step
+    correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
+    scalars = (
+        learning_rate * correction2 / correction1,
+        h.epsilon * correction2,
+        h.weight_decay * correction1 / correction2,
+    )
+    return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+
+
+def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:
+    """Set a parameter where `proceed`, a truth value (), holds; None holds always. `value` may be no number else."""
+    if proceed is not None:
+        value = ops.select(ops.broadcast_to(proceed, parameter.shape), value, parameter)
+    return ops.assign(parameter, value)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a number (). Broadcasting inside `*` keeps an index table on CPU; broadcast_to does not (measured)."""
+    return x * ops.broadcast_to(factor, x.shape)
 
 
 def zeros_like(parameter: Parameter, role: str) -> Parameter:

@@ -12,7 +12,7 @@ from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
 from dreambooth_ms.ops.parallel import SumOverProcesses
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
-from dreambooth_ms.training.optimisers import AdamW, zeros_like
+from dreambooth_ms.training.optimisers import Optimiser, zeros_like
 
 
 class DiffusionLoss(nn.Cell):
@@ -56,7 +56,7 @@ class TrainStep(nn.Cell):
         self,
         loss_cell: nn.Cell,
         trainables: Sequence[Parameter],
-        optimiser: AdamW,
+        optimiser: Optimiser,
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
         scaler: LossScaler | None = None,
@@ -99,7 +99,7 @@ class AccumulatingTrainStep:
         self,
         loss_cell: nn.Cell,
         trainables: Sequence[Parameter],
-        optimiser: AdamW,
+        optimiser: Optimiser,
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
         scaler: LossScaler | None = None,
@@ -162,7 +162,7 @@ class Update(nn.Cell):
 
     def __init__(
         self,
-        optimiser: AdamW,
+        optimiser: Optimiser,
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None,
         scaler: LossScaler | None,
