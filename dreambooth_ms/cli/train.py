@@ -26,7 +26,7 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.errors import ConfigError, DataError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
-from dreambooth_ms.ops import compile_cache
+from dreambooth_ms.ops import compile_cache, compute_dtype
 from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.processes.together import Processes, run_together
@@ -42,9 +42,11 @@ from dreambooth_ms.training.checkpoint import (
 )
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import train
+from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner, result_of
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimiser_choice import choose_optimiser
+from dreambooth_ms.training.precision import compute_in
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.training.stop import stop_requests
@@ -87,6 +89,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
             model.variant,
             model.pretrained_vae_model_name_or_path,
         )
+    compute_dtype(config.precision.mixed_precision)  # What the device cannot compute in ends here, before any work.
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
@@ -235,9 +238,10 @@ class Training:
 
     @property
     def state(self) -> list[Parameter]:
-        """Trained weights, the optimiser's moments and the running averages."""
+        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling."""
         averages = self.average.averages if self.average else []
-        return [*self.learner.trainables, *self.step.optimiser.moments(), *averages]
+        scaling = self.step.scaler.state() if self.step.scaler else []
+        return [*self.learner.trainables, *self.step.optimiser.moments(), *averages, *scaling]
 
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
@@ -304,8 +308,8 @@ def train_and_save(
                 lambda: stop.asked,
             )
             for report in steps:
-                if training.average:
-                    training.average.update(report.step)
+                if training.average and not report.is_skipped:
+                    training.average.update(report.updates)
                 if tracker:
                     tracker.log(report)
                 bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
@@ -332,25 +336,34 @@ def set_up_training(
     config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: int = 1
 ) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
-    method, o = config.method, config.optimiser
+    method = config.method
     text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
     learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
-    text_rate = o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0
-    decay, text_decay = o.adam_weight_decay, config.text_encoder_weight_decay
-    largest_decay = max(decay, text_decay) or 1.0
-    optimiser = AdamW(
-        learner.trainables,
-        AdamWHyperparameters(o.adam_beta1, o.adam_beta2, max(decay, text_decay), o.adam_epsilon),
-        [text_rate if of_text else 1.0 for of_text in learner.is_of_text_encoder],
-        [(text_decay if of_text else decay) / largest_decay for of_text in learner.is_of_text_encoder],
-    )
+    compute_in(learner.denoiser, compute_dtype(config.precision.mixed_precision))
+    optimiser = choose_optimiser(config, learner)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
     return Training(
         learner=learner,
-        step=step(loss, learner.trainables, optimiser, o.max_grad_norm, SumOverProcesses() if processes > 1 else None),
+        step=step(
+            loss,
+            learner.trainables,
+            optimiser,
+            config.optimiser.max_grad_norm,
+            SumOverProcesses() if processes > 1 else None,
+            _scaler(config),
+        ),
         average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
     )
+
+
+def _scaler(config: TrainConfig) -> LossScaler | None:
+    """float16 alone needs one: bfloat16 has the exponents of float32."""
+    p = config.precision
+    if p.mixed_precision != "fp16":
+        return None
+    dynamic = p.loss_scaler_type == "dynamic"
+    return LossScaler(LossScaling(p.init_loss_scale, p.loss_scale_factor, p.scale_window, dynamic))
 
 
 def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
@@ -365,7 +378,7 @@ def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker
     latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
     specs = (folder.unet_spec, folder.text_spec, folder.text_spec_2, folder.schedule_spec)
     rows = len(batches.plan.rows(0)), batches.batches_per_step
-    return compile_cache(specs, config.method, config.loss, config.optimiser, latent_shape, rows)
+    return compile_cache(specs, config.method, config.loss, config.optimiser, config.precision, latent_shape, rows)
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:

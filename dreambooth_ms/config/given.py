@@ -108,8 +108,7 @@ def read_file(path: str, schema: type, report: Report) -> list[Given]:
         name = str(key)
         if name in owners and isinstance(value, dict):
             values += [Given(str(inner), item, path, name) for inner, item in value.items()]
-        elif isinstance(value, dict) and canonical(name, known) is None:
-            close = nearest(name, list(owners))
+        elif isinstance(value, dict) and ((close := nearest(name, list(owners))) or canonical(name, known) is None):
             report.problems.append(f"{path}: {name}: unknown section" + (f"; did you mean {close}?" if close else ""))
         elif name in known or name not in owners or value is not None:
             values.append(Given(name, value, path))

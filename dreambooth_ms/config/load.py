@@ -17,7 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.given import Given, Report, canonical, nearest, read_file, read_flags
 from dreambooth_ms.config.schema import Findings, SampleConfig, TrainConfig
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
+from dreambooth_ms.config.spellings import (
+    BASE_THEN_ADAPTERS,
+    HARMLESS,
+    METHODS_NOT_YET,
+    REFUSED,
+    SPELLINGS,
+    VALUE_SPELLINGS,
+)
 from dreambooth_ms.errors import ConfigError
 
 
@@ -191,8 +198,10 @@ def _unwrapped(one: Field, value: Any, is_flag: bool) -> Any:
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")
     if one.kind is bool and not isinstance(value, bool | str):
         raise ConfigError(f"expected {one.expected}, got {value!r}")
-    if isinstance(one.kind, tuple) and isinstance(value, str):
-        return next((choice for choice in one.kind if choice.lower() == value.lower()), value)
+    if isinstance(one.kind, tuple) and isinstance(value, bool | str):
+        text = str(value).lower()
+        text = VALUE_SPELLINGS.get(one.name, {}).get(text, text)
+        return next((choice for choice in one.kind if choice.lower() == text), value)
     return value
 
 

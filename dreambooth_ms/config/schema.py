@@ -13,6 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Method: TypeAlias = Literal["lora", "full"]
+Optimizer: TypeAlias = Literal["AdamW", "adafactor", "prodigy"]
+MixedPrecision: TypeAlias = Literal["no", "fp16", "bf16"]
+LossScalerType: TypeAlias = Literal["dynamic", "static"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 LearningRateSchedule: TypeAlias = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -28,6 +31,10 @@ WeightFormat: TypeAlias = Literal[
 
 POLYNOMIAL_END_LEARNING_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
+
+
+LEAST_PRODIGY_RATE = 0.1
+"""Below it the learning rate is likely to be meant for another optimiser; diffusers warns there too."""
 
 
 OFFSET_NOISE_STRENGTH = 0.1
@@ -133,10 +140,15 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
-    """AdamW and its learning rate."""
+    """The optimiser and its learning rate."""
 
+    optimizer: Optimizer = "AdamW"
+    """How gradients become updates. prodigy finds the size of its steps by itself; adafactor keeps next to no state."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits, a quarter of the memory; matters with full."""
     learning_rate: float | None = None
-    """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full."""
+    """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
+    by it."""
     text_encoder_lr: float | None = None
     """Learning rate of the text encoder, of SDXL both. None: the same as --learning_rate."""
     scale_lr: bool = False
@@ -159,8 +171,34 @@ class OptimiserConfig:
     """Weight decay of the text encoder, of SDXL both. None: the same as --adam_weight_decay."""
     adam_epsilon: float = 1e-8
     """Added to the denominator of the update."""
+    adafactor_scale_parameter: bool = False
+    """Multiply the learning rate of each weight by its root mean square, as in Adafactor's paper."""
+    prodigy_beta3: float | None = None
+    """Decay of the sums from which Prodigy estimates its steps. None: the square root of --adam_beta2."""
+    prodigy_decouple: bool = True
+    """Weight decay beside the gradients, as AdamW's, not in them."""
+    prodigy_use_bias_correction: bool = True
+    """Correct Prodigy's moments for their start from zero, as Adam does."""
+    prodigy_safeguard_warmup: bool = True
+    """Keep the learning rate out of Prodigy's estimate, so that a warm-up does not raise it."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Mixed precision. What is trained, norms, softmax, loss and optimiser are float32 in any case."""
+
+    mixed_precision: MixedPrecision | None = None
+    """What networks compute in: fp16, bf16 (Ascend only), or no for float32. None: no."""
+    loss_scaler_type: LossScalerType = "dynamic"
+    """With fp16 the loss is scaled, so that small gradients are not lost. dynamic: the scale follows the overflows."""
+    init_loss_scale: float = 65536.0
+    """Scale of the first step, with fp16; powers of two round nothing."""
+    loss_scale_factor: float = 2.0
+    """The scale is divided by this after an overflow, whose step is skipped, and grows by it after a window."""
+    scale_window: int = 2000
+    """Steps in a row without an overflow after which the scale grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +444,11 @@ RANGES: dict[str, Range] = {
     "adam_weight_decay": _at_least(0),
     "adam_weight_decay_text_encoder": _at_least(0),
     "adam_epsilon": _POSITIVE,
+    "prodigy_beta3": _DECAY,
     "max_grad_norm": _POSITIVE,
+    "init_loss_scale": _at_least(1),
+    "loss_scale_factor": Range("greater than 1", lambda value: 1 < value < math.inf),
+    "scale_window": _at_least(1),
     "train_batch_size": _at_least(1),
     "max_train_steps": _at_least(1),
     "num_train_epochs": _at_least(1),
@@ -461,6 +503,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
@@ -473,7 +516,8 @@ class TrainConfig:
     @property
     def learning_rate(self) -> float:
         """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
-        return self.optimiser.learning_rate or (5e-4 if self.method.method == "lora" else 5e-6)
+        of_method = 5e-4 if self.method.method == "lora" else 5e-6
+        return self.optimiser.learning_rate or (1.0 if self.optimiser.optimizer == "prodigy" else of_method)
 
     @property
     def rows_per_step(self) -> int:
@@ -523,6 +567,10 @@ class TrainConfig:
                 f"and must start above it, got {self.learning_rate:g}",
             ),
             (
+                optimiser.optimizer == "prodigy" and optimiser.text_encoder_lr is not None,
+                "--text_encoder_lr: prodigy has one rate for all weights; leave it out, or choose another --optimizer",
+            ),
+            (
                 self.loss.offset_noise and self.loss.noise_offset > 0,
                 f"--offset_noise: is --noise_offset {OFFSET_NOISE_STRENGTH}; give one of them",
             ),
@@ -531,13 +579,28 @@ class TrainConfig:
 
     def _doubtful(self) -> list[str]:
         prior, optimiser, run = self.prior, self.optimiser, self.run
-        method, validation = self.method, self.validation
+        method, validation, precision = self.method, self.validation, self.precision
         reasons = {}
+        if precision.mixed_precision != "fp16":
+            scaling = ("loss_scaler_type", "init_loss_scale", "loss_scale_factor", "scale_window")
+            reasons.update(dict.fromkeys(scaling, "without --mixed_precision fp16"))
+        elif precision.loss_scaler_type == "static":
+            reasons.update(dict.fromkeys(("loss_scale_factor", "scale_window"), "with --loss_scaler_type static"))
         if not prior.with_prior_preservation:
             reasons.update(dict.fromkeys(vars(prior), "without --with_prior_preservation"))
         if method.method != "lora":
             lora_only = ("rank", "lora_alpha", "lora_target_modules", "lora_dropout")
             reasons.update(dict.fromkeys(lora_only, f"with --method {method.method}"))
+        if optimiser.optimizer != "AdamW":
+            reasons["use_8bit_adam"] = f"with --optimizer {optimiser.optimizer}"
+        if optimiser.optimizer != "adafactor":
+            reasons["adafactor_scale_parameter"] = "without --optimizer adafactor"
+        else:
+            of_adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+            reasons.update(dict.fromkeys(of_adam, "with --optimizer adafactor"))
+        if optimiser.optimizer != "prodigy":
+            of_prodigy = [name for name in vars(optimiser) if name.startswith("prodigy_")]
+            reasons.update(dict.fromkeys(of_prodigy, "without --optimizer prodigy"))
         if not method.use_ema:
             reasons["ema_decay"] = "without --use_ema"
         if not method.train_text_encoder:
@@ -553,8 +616,14 @@ class TrainConfig:
             reasons["lr_power"] = "without --lr_scheduler polynomial"
         if run.max_train_steps is not None:
             reasons["num_train_epochs"] = "beside --max_train_steps"
-        changed = [name for section in (prior, method, optimiser, run, validation) for name in _changed(section)]
+        changed = [
+            name for section in (prior, method, optimiser, precision, run, validation) for name in _changed(section)
+        ]
         warnings = [f"--{name} has no effect {reasons[name]}" for name in changed if name in reasons]
+        if optimiser.optimizer == "prodigy" and self.learning_rate < LEAST_PRODIGY_RATE:
+            warnings.append(
+                f"--learning_rate {self.learning_rate:g} multiplies what prodigy finds by itself; it is usually 1"
+            )
         warms_up = optimiser.lr_scheduler != "constant"
         if warms_up and run.max_train_steps is not None and optimiser.lr_warmup_steps >= run.max_train_steps:
             warnings.append(

@@ -39,6 +39,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "save_sample_prompt": ("validation_prompt",),
     "n_save_sample": ("num_validation_images",),
     "drop_out": ("lora_dropout",),
+    "ms_amp_level": ("mixed_precision",),
     "mode": ("ms_mode",),
     "weight_base": ("base",),
     "weight_pretrained": ("base",),
@@ -52,6 +53,16 @@ BASE_THEN_ADAPTERS = "weight"
 """`--weight base,adapter,adapter`: a list whose first entry is the base model and whose others are adapters."""
 
 
+VALUE_SPELLINGS: dict[str, dict[str, str]] = {
+    "mixed_precision": {"fp32": "no", "false": "no", "o0": "no"} | dict.fromkeys(("o1", "o2", "o3", "auto"), "fp16"),
+}
+"""Field -> another spelling of a choice, in lower case -> the choice.
+
+MindSpore's levels differ in which operations are half precision; here norms, softmax and loss never are. A YAML file's
+bare `no` arrives as false.
+"""
+
+
 class Refusal(NamedTuple):
     """Why a flag is refused, and the values for which there is nothing to refuse."""
 
@@ -63,7 +74,6 @@ _NO_HUB_UPLOAD = Refusal("nothing is uploaded; publish the files of --output_dir
 _NO_CAPTIONS = Refusal("not in this version: all pictures of the subject share --instance_prompt")
 _NO_CONCEPTS = Refusal("not in this version: one run teaches one subject")
 _NO_DATASETS = Refusal("not in this version: pictures are read from the folder --instance_data_dir")
-_NO_OPTIMISERS = Refusal("not in this version: the optimiser is AdamW", ("adamw",))
 _NO_MODELARTS = Refusal("not in this version: copy the data to this machine first and give local folders")
 _NO_CUSTOM_DIFFUSION = Refusal("not in this version: Custom Diffusion is not a --method yet")
 _NO_PROMPT_OPTIONS = Refusal("not in this version: a prompt is at most 77 tokens")
@@ -76,12 +86,7 @@ REFUSED: dict[str, Refusal] = {
     "push_to_hub": _NO_HUB_UPLOAD,
     "report_to": Refusal("not in this version: the run is logged to TensorBoard only", ("tensorboard",)),
     "wandb": Refusal("not in this version: the run is logged to TensorBoard only"),
-    "mixed_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
-    "prior_generation_precision": Refusal("not in this version: the precision follows the device", ("fp32",)),
-    "ms_amp_level": Refusal("not in this version: the precision follows the device", ("o0",)),
-    "use_8bit_adam": Refusal("8-bit Adam needs bitsandbytes, which has no Ascend or CPU counterpart; AdamW is used"),
-    "optimizer": _NO_OPTIMISERS,
-    "prodigy_beta3": _NO_OPTIMISERS,
+    "prior_generation_precision": Refusal("not in this version: class pictures are drawn in float32", ("fp32",)),
     "use_dora": Refusal("not in this version: the update is plain LoRA"),
     "text_encoder_use_attention_mask": Refusal("not in this version: only models with CLIP text encoders are trained"),
     "tokenizer_name": Refusal("the tokenizer of the base model is used"),
@@ -130,16 +135,11 @@ METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
 )
 """Values of --method that are refused by name."""
 
-_ONLY_PRODIGY = "it is an option of the Prodigy optimiser, and the optimiser is AdamW"
-
 HARMLESS: dict[str, str] = {
     "allow_tf32": "TF32 is a mode of NVIDIA GPUs",
     "enable_xformers_memory_efficient_attention": "the attention that suits the device is chosen by itself",
     "enable_npu_flash_attention": "the attention that suits the device is chosen by itself",
     "set_grads_to_none": "gradients are values of a function here, never kept between steps",
-    "prodigy_decouple": _ONLY_PRODIGY,
-    "prodigy_use_bias_correction": _ONLY_PRODIGY,
-    "prodigy_safeguard_warmup": _ONLY_PRODIGY,
     "version": "the family is recognised from the model itself",
     "clip_grad": "gradients are always clipped to --max_grad_norm",
     "log_interval": "every step is logged",

@@ -63,7 +63,8 @@ class TextEncoders(nn.Cell):
     """The text encoders of a model as one network: token ids -> what its UNet reads.
 
     SD 1 and 2: ids (B, S) -> (text (B, S, D),). SDXL: ids (B, T S), those of T tokenizers side by side, and the ends of
-    the last ones (B, S) -> (the states of all encoders side by side (B, S, E), pooled text (B, P)).
+    the last ones (B, S) -> (the states of all encoders side by side (B, S, E), pooled text (B, P)). The results are
+    float32, whatever the encoders compute in.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class TextEncoders(nn.Cell):
 
     def construct(self, ids: Tensor, *end_BS: Tensor) -> tuple[Tensor, ...]:
         if self.text_encoder_2 is None:
-            return (self.text_encoder(ids),)
+            return (self.text_encoder(ids).astype(ms.float32),)
         if self.text_encoder is None:
-            return self.text_encoder_2(ids, end_BS[0])
+            states_2_BSD, pooled_BP = self.text_encoder_2(ids, end_BS[0])
+            return states_2_BSD.astype(ms.float32), pooled_BP.astype(ms.float32)
         ids_BS, ids_2_BS = ops.split(ids, end_BS[0].shape[1], 1)
         states_2_BSD, pooled_BP = self.text_encoder_2(ids_2_BS, end_BS[0])
-        return ops.concat((self.text_encoder.penultimate(ids_BS), states_2_BSD), 2), pooled_BP
+        states_BSE = ops.concat((self.text_encoder.penultimate(ids_BS), states_2_BSD), 2)
+        return states_BSE.astype(ms.float32), pooled_BP.astype(ms.float32)
 
     def networks(self) -> dict[str, nn.Cell]:
         """The encoders that there are, by the names of their folders."""
@@ -150,10 +153,11 @@ class TextTransformer(nn.Cell):
 
 
 class TextEmbeddings(nn.Cell):
-    """A vector per token plus one per position."""
+    """A vector per token plus one per position, in the dtype that the whole tower then computes in."""
 
     def __init__(self, spec: ClipTextSpec) -> None:
         super().__init__()
+        self.compute_dtype = ms.float32
         width = spec.transformer.hidden_size
         self.token_embedding = Embedding(spec.vocab_size, width)
         self.position_embedding = Embedding(spec.max_position_embeddings, width)
@@ -161,7 +165,7 @@ class TextEmbeddings(nn.Cell):
     def construct(self, ids_BS: Tensor) -> Tensor:
         x_BSD = self.token_embedding(ids_BS)
         positions_SD = self.position_embedding.weight[: x_BSD.shape[1]]
-        return x_BSD + ops.broadcast_to(positions_SD, x_BSD.shape)
+        return (x_BSD + ops.broadcast_to(positions_SD, x_BSD.shape)).astype(self.compute_dtype)
 
 
 class VisionTransformer(nn.Cell):
@@ -274,7 +278,8 @@ def end_positions(ids_BS: np.ndarray, eos_token_id: int) -> np.ndarray:
 
 def _at_end(hidden_BSD: Tensor, end_BS: Tensor) -> Tensor:
     batch, length, width = hidden_BSD.shape
-    return ops.reshape(ops.bmm(ops.reshape(end_BS, (batch, 1, length)), hidden_BSD), (batch, width))
+    end_B1S = ops.reshape(end_BS, (batch, 1, length)).astype(hidden_BSD.dtype)
+    return ops.reshape(ops.bmm(end_B1S, hidden_BSD), (batch, width))
 
 
 def _unit(x_BE: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ from dreambooth_ms.ops import ConcatChannels, Dense, FromPublicLayout, ToPublicL
 class UNet2DConditionModel(nn.Cell):
     """Noisy latents (B, C, H, W), timesteps (B,), text (B, S, E) -> prediction (B, C, H, W).
 
-    SDXL's also takes pooled text (B, P) and size ids (B, N), which are added to the time embedding.
+    SDXL's also takes pooled text (B, P) and size ids (B, N), which are added to the time embedding. Inputs and
+    prediction are float32, whatever it computes in.
     """
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.compute_dtype = ms.float32
         channels = spec.block_out_channels
         temb_dim = 4 * channels[0]
         self.from_public_layout = FromPublicLayout()
@@ -52,13 +54,15 @@ class UNet2DConditionModel(nn.Cell):
     def construct(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
     ) -> Tensor:
-        temb_BT = self.time_embedding(self.time_proj(timesteps_B))
+        dtype = self.compute_dtype
+        text_BSE = text_BSE.astype(dtype)
+        temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
         if self.adds_text_and_sizes:
             pooled_BP, sizes_BN = pooled_and_sizes
             encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
             encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
-            temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1))
-        x = self.conv_in(self.from_public_layout(latents_BCHW))
+            temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1).astype(dtype))
+        x = self.conv_in(self.from_public_layout(latents_BCHW).astype(dtype))
         skips = (x,)
         for down_block in self.down_blocks:
             x, new_skips = down_block(x, temb_BT, text_BSE)
@@ -69,7 +73,7 @@ class UNet2DConditionModel(nn.Cell):
             x = up_block(x, skips[len(skips) - used :], temb_BT, text_BSE)
             skips = skips[: len(skips) - used]
         x = self.conv_out(self.conv_norm_out(x))
-        return self.to_public_layout(x)
+        return self.to_public_layout(x).astype(ms.float32)
 
 
 class TimestepEncoding(nn.Cell):

@@ -11,7 +11,15 @@ Networks are built from these cells and never name an axis of an image themselve
 
 from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
-from dreambooth_ms.ops.backend import Formulation, compile_cache, formulation, set_up_device, shared, use_formulation
+from dreambooth_ms.ops.backend import (
+    Formulation,
+    compile_cache,
+    compute_dtype,
+    formulation,
+    set_up_device,
+    shared,
+    use_formulation,
+)
 from dreambooth_ms.ops.conv import Conv2d, conv2d
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
@@ -47,6 +55,7 @@ __all__ = [
     "TokensToImage",
     "UpsampleNearest",
     "compile_cache",
+    "compute_dtype",
     "conv2d",
     "formulation",
     "group_norm",

@@ -68,6 +68,20 @@ def _set_up_pool() -> None:
     ms.runtime.set_memory(init_size=POOL_PIECE, increase_size=POOL_PIECE)
 
 
+def compute_dtype(mixed_precision: str | None) -> ms.Type:
+    """What `--mixed_precision` lets networks compute in; None is no.
+
+    Raises:
+        DeviceError: bf16 on CPU, where MindSpore has no kernels for it (measured).
+    """
+    if mixed_precision == "bf16" and _formulation is Formulation.CPU:
+        raise DeviceError(
+            "--mixed_precision bf16: the CPU cannot compute in bfloat16; use fp16 there to try mixed precision out, or "
+            "no, which is faster"
+        )
+    return {"fp16": ms.float16, "bf16": ms.bfloat16}.get(mixed_precision or "no", ms.float32)
+
+
 def formulation() -> Formulation:
     """The formulation that cells built now will have."""
     return _formulation

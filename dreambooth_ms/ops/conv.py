@@ -39,7 +39,7 @@ def conv2d(
 class Conv2d(nn.Cell):
     """CPU: (B, H, W, I) -> (B, H', W', O). Ascend: (B, I, H, W) -> (B, O, H', W') by the device's operator.
 
-    On CPU the weight is stored as (O, k * k * I): see `StoredLayout`.
+    On CPU the weight is stored as (O, k * k * I): see `StoredLayout`. It computes in the dtype of x.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Conv2d(nn.Cell):
             self.bias = empty_parameter((out_channels,))
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight)
-        return self.bias_add(y, self.bias) if self.has_bias else y
+        y = self.product(x, self.weight.astype(x.dtype))
+        return self.bias_add(y, self.bias.astype(x.dtype)) if self.has_bias else y
 
 
 class _ChannelsLastBiasAdd(nn.Cell):

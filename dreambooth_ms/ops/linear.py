@@ -8,7 +8,7 @@ from dreambooth_ms.ops.backend import ones, shared
 
 
 class Dense(nn.Cell):
-    """y = x W^T + b on the last axis: (..., in) -> (..., out)."""
+    """y = x W^T + b on the last axis: (..., in) -> (..., out), in the dtype of x whatever the weights are stored in."""
 
     def __init__(self, in_channels: int, out_channels: int, has_bias: bool = True) -> None:
         super().__init__()
@@ -20,9 +20,9 @@ class Dense(nn.Cell):
         self.bias_add = shared(BiasAdd)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(ops.reshape(x, (-1, self.in_channels)), self.weight)
+        y = self.matmul(ops.reshape(x, (-1, self.in_channels)), self.weight.astype(x.dtype))
         if self.has_bias:
-            y = self.bias_add(y, self.bias)
+            y = self.bias_add(y, self.bias.astype(x.dtype))
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
 
 

@@ -123,7 +123,8 @@ def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:
             f"such as {differing[0]}; repeat that training's flags, or start anew in another --output_dir"
         )
     for parameter in state:
-        parameter.set_data(Tensor(np.ascontiguousarray(tensors[parameter.name])))
+        # Not ascontiguousarray: that would give a scalar an axis.
+        parameter.set_data(Tensor(np.asarray(tensors[parameter.name], order="C")))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -28,6 +28,21 @@ class StepReport:
     learning_rate: float
     stop_asked: bool = False
     """Whether the run was asked to stop, by a signal to any of its processes."""
+    is_skipped: bool = False
+    """Whether the scaled gradients overflowed, so that the step changed nothing but the scale of the loss."""
+    skipped_steps: int = 0
+    """Steps that were skipped so far, this one included."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by in the backward pass; None in float32."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights: what schedules count."""
+        return self.step - self.skipped_steps
+
+
+OVERFLOWS = 30
+"""After so many skipped steps in a row, a lower scale is not what helps."""
 
 
 def train(
@@ -50,7 +65,7 @@ def train(
         step_cell: the compiled step, holding the trainables and the optimiser's state.
         make_batch: the batch with a number counted from 0 over the whole run.
         batches_per_step: batches of this process whose gradients are added up to one step.
-        learning_rate: the rate of a step counted from 0.
+        learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         done: steps that were taken before.
         stop: steps that will have been taken at the end.
         compiling: entered for the first step, in which the step cell is compiled.
@@ -59,8 +74,10 @@ def train(
         stop_asked: whether this process was asked to stop.
 
     Raises:
-        DataError: the loss is no number.
+        DataError: the loss is no number; with loss scaling, in many steps in a row.
     """
+    scaler = step_cell.scaler
+    overflows = 0
 
     def inputs(numbers: Sequence[int], batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
         for number, batch in zip(numbers, batches, strict=True):
@@ -72,14 +89,17 @@ def train(
     for step in range(done, stop):
         numbers = range(step * of_all + processes.rank, (step + 1) * of_all, processes.count)
         batches = [make_batch(number) for number in numbers]
-        rate = learning_rate(step)
-        scalars = step_cell.optimiser.update_scalars(step + 1, rate)
+        skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
+        updates = step - skipped_before
+        rate = learning_rate(updates)
+        scalars = step_cell.optimiser.update_scalars(updates + 1, rate)
         with compiling if compiling and step == done else nullcontext():
             if step == done and processes.count > 1:
                 # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
                 step_cell.compile_for(scalars, batches[0].inputs())
                 processes.wait_for_all("the first step")
             loss, errors, norm = step_cell.take(scalars, inputs(numbers, batches))
+        skipped_steps = scaler.skipped_steps if scaler else 0
         rows = [
             (group, float(error))
             for batch, errors_B in zip(batches, errors, strict=True)
@@ -93,12 +113,24 @@ def train(
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
             stop_asked=any(asked for _, _, asked in everywhere),
+            is_skipped=skipped_steps > skipped_before,
+            skipped_steps=skipped_steps,
+            loss_scale=scale,
         )
-        if not np.isfinite(report.loss):
-            raise DataError(
-                f"step {step + 1}: the loss is {report.loss}; resume from a checkpoint with a lower --learning_rate"
-            )
+        overflows = overflows + 1 if report.is_skipped else 0
+        if overflows == OVERFLOWS or not (report.is_skipped or np.isfinite(report.loss)):
+            raise DataError(_no_number(report))
         yield report
+
+
+def _no_number(report: StepReport) -> str:
+    if report.is_skipped:
+        return (
+            f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were no numbers (loss "
+            f"{report.loss}, scale {report.loss_scale:g}); resume from a checkpoint with a lower --learning_rate, or "
+            "start anew with --mixed_precision no"
+        )
+    return f"step {report.step}: the loss is {report.loss}; resume from a checkpoint with a lower --learning_rate"
 
 
 def group_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:

@@ -3,13 +3,36 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 _update = ops.MultitypeFuncGraph("adamw_update")
+_number_or = ops.MultitypeFuncGraph("number_or")
 _map = ops.HyperMap()
+
+
+class Optimiser(Protocol):
+    """What the training step, the loop and checkpoints ask of an optimiser, which is a cell.
+
+    As a cell it takes (gradients, proceed, *scalars). Where `proceed`, a truth value (), does not hold, it leaves
+    everything as it is, whatever the gradients are; None holds always.
+    """
+
+    @property
+    def num_scalars(self) -> int:
+        """How many numbers `update_scalars` gives."""
+
+    def moments(self) -> list[Parameter]:
+        """The state, beside the parameters themselves, that a resumed run needs."""
+
+    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+        """What changes from step to step and is computed by the host, for the update counted from 1."""
+
+    def __call__(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, *scalars: Tensor) -> Any:
+        """Update the parameters and the state."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,7 @@ class AdamW(nn.Cell):
 
     One fused kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction,
     which therefore enters through the three numbers of `update_scalars`; they are inputs, so nothing is compiled again
-    when the learning rate changes.
+    when the learning rate changes. With `proceed`, a truth value (), nothing changes where it does not hold.
     """
 
     def __init__(
@@ -48,27 +71,31 @@ class AdamW(nn.Cell):
         self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
 
+    num_scalars = 3
+
     def moments(self) -> list[Parameter]:
         """The state, beside the parameters themselves, that a resumed run needs."""
         return [*self.first_moments, *self.second_moments]
 
     def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
-        h = self.hyperparameters
-        # The kernel holds the betas in float32; the corrections are those of these numbers.
-        correction1 = 1 - float(np.float32(h.beta1)) ** step
-        correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
-        scalars = (
-            learning_rate * correction2 / correction1,
-            h.epsilon * correction2,
-            h.weight_decay * correction1 / correction2,
-        )
-        return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+        """See `adamw_scalars`."""
+        return adamw_scalars(self.hyperparameters, step, learning_rate)
 
     def construct(
-        self, gradients: tuple[Tensor, ...], learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor
+        self,
+        gradients: tuple[Tensor, ...],
+        proceed: Tensor | None,
+        learning_rate: Tensor,
+        epsilon: Tensor,
+        weight_decay: Tensor,
     ) -> tuple[Tensor, ...]:
-        update = ops.partial(_update, self.fused_update, self.beta1, self.beta2, learning_rate, epsilon, weight_decay)
+        beta1, beta2 = self.beta1, self.beta2
+        if proceed is not None:
+            # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is a number.
+            gradients = _map(ops.partial(_number_or, proceed), gradients, self.first_moments)
+            learning_rate = ops.select(proceed, learning_rate, learning_rate * 0.0)
+            beta1, beta2 = _or_one(proceed, beta1), _or_one(proceed, beta2)
+        update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, epsilon, weight_decay)
         return _map(
             update,
             self.rate_factors,
@@ -80,6 +107,19 @@ class AdamW(nn.Cell):
         )
 
 
+@_number_or.register("Tensor", "Tensor", "Tensor")
+def _number_or_tensor(proceed, gradient, otherwise):
+    return ops.select(ops.broadcast_to(proceed, gradient.shape), gradient, otherwise)
+
+
+def _or_one(proceed: Tensor, beta: float) -> Tensor:
+    return ops.select(proceed, Tensor(beta, ms.float32), Tensor(1.0, ms.float32))
+
+
+@_update.register(
+    *("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor"),
+    *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
+)
 @_update.register(
     *("Function", "Number", "Number", "Tensor", "Tensor", "Tensor"),
     *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
@@ -101,6 +141,31 @@ def _update_tensor(
     rate = learning_rate if rate_factor == 1.0 else learning_rate * rate_factor
     decay = weight_decay if decay_factor == 1.0 else weight_decay * decay_factor
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
+
+
+def adamw_scalars(h: AdamWHyperparameters, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
+    # The kernel holds the betas in float32; the corrections are those of these numbers.
+    correction1 = 1 - float(np.float32(h.beta1)) ** step
+    correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
+    scalars = (
+        learning_rate * correction2 / correction1,
+        h.epsilon * correction2,
+        h.weight_decay * correction1 / correction2,
+    )
+    return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+
+
+def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:
+    """Set a parameter where `proceed`, a truth value (), holds; None holds always. `value` may be no number else."""
+    if proceed is not None:
+        value = ops.select(ops.broadcast_to(proceed, parameter.shape), value, parameter)
+    return ops.assign(parameter, value)
+
+
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a number (). Broadcasting inside `*` keeps an index table on CPU; broadcast_to does not (measured)."""
+    return x * ops.broadcast_to(factor, x.shape)
 
 
 def zeros_like(parameter: Parameter, role: str) -> Parameter:

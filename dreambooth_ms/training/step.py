@@ -6,13 +6,13 @@ gradients, and one that updates.
 
 from collections.abc import Iterable, Sequence
 
-import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
 from dreambooth_ms.ops.parallel import SumOverProcesses
-from dreambooth_ms.training.optimisers import AdamW, zeros_like
+from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
+from dreambooth_ms.training.optimisers import Optimiser, zeros_like
 
 
 class DiffusionLoss(nn.Cell):
@@ -48,36 +48,36 @@ class DiffusionLoss(nn.Cell):
 class TrainStep(nn.Cell):
     """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
-    Where several processes train as one, `sum_gradients` gives the gradients of all their rows.
+    Where several processes train as one, `sum_gradients` gives the gradients of all their rows. With a `scaler`, steps
+    whose gradients overflow are skipped.
     """
 
     def __init__(
         self,
         loss_cell: nn.Cell,
         trainables: Sequence[Parameter],
-        optimiser: AdamW,
+        optimiser: Optimiser,
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.sum_gradients = sum_gradients
-        self.loss_cell = loss_cell
+        self.loss_cell = ScaledLoss(loss_cell, scaler)
         self.trainables = ParameterTuple(trainables)
-        self.optimiser = optimiser
-        self.max_grad_norm = max_grad_norm
-        self.loss_and_gradients = ops.value_and_grad(loss_cell, None, self.trainables, has_aux=True)
+        self.optimiser, self.scaler = optimiser, scaler
+        self.num_scalars = optimiser.num_scalars
+        self.update = Update(optimiser, max_grad_norm, sum_gradients, scaler)
+        self.loss_and_gradients = ops.value_and_grad(self.loss_cell, None, self.trainables, has_aux=True)
         self.set_train(True)
 
-    def construct(
-        self, learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, the loss cell's report, and the norm of the gradients before the clip."""
-        (loss, report), gradients = self.loss_and_gradients(*inputs)
-        if self.sum_gradients is not None:
-            gradients = self.sum_gradients(gradients)
-        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
-        updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
-        return ops.depend(loss, updated), report, norm
+    def construct(self, *scalars_and_inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, the loss cell's report, and the norm of the gradients before the clip.
+
+        The optimiser's scalars come first, then the loss cell's inputs.
+        """
+        (_, loss, report), gradients = self.loss_and_gradients(*scalars_and_inputs[self.num_scalars :])
+        norm = self.update(gradients, *scalars_and_inputs[: self.num_scalars])
+        return ops.depend(loss, norm), report, norm
 
     def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
         """Compile for such inputs, without taking a step."""
@@ -99,18 +99,19 @@ class AccumulatingTrainStep:
         self,
         loss_cell: nn.Cell,
         trainables: Sequence[Parameter],
-        optimiser: AdamW,
+        optimiser: Optimiser,
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
+        scaler: LossScaler | None = None,
     ) -> None:
-        self.optimiser = optimiser
+        self.optimiser, self.scaler = optimiser, scaler
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-        self._add_gradients = _AddGradients(loss_cell, trainables, sums)
-        self._update = _UpdateFromSums(sums, optimiser, max_grad_norm, sum_gradients)
+        self._add_gradients = _AddGradients(ScaledLoss(loss_cell, scaler), trainables, sums)
+        self._update = _UpdateFromSums(sums, Update(optimiser, max_grad_norm, sum_gradients, scaler))
 
     def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
         """Compile for such inputs, without taking a step."""
-        self._add_gradients.compile(Tensor(1.0, ms.float32), *batch)
+        self._add_gradients.compile(Tensor(True), *batch)
         self._update.compile(*scalars)
 
     def take(
@@ -119,14 +120,14 @@ class AccumulatingTrainStep:
         """Loss over all batches, the loss cell's report of each, norm of the summed gradients."""
         losses, reports = [], []
         for number, batch in enumerate(batches):
-            loss, report = self._add_gradients(Tensor(0.0 if number == 0 else 1.0, ms.float32), *batch)
+            loss, report = self._add_gradients(Tensor(number == 0), *batch)
             losses.append(loss)
             reports.append(report)
         return sum(losses[1:], losses[0]), reports, self._update(*scalars)
 
 
 class _AddGradients(nn.Cell):
-    """sums <- keep * sums + gradients; `keep` is 0 for the first batch of a step and 1 for the others."""
+    """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
     def __init__(self, loss_cell: nn.Cell, trainables: Sequence[Parameter], sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
@@ -134,27 +135,52 @@ class _AddGradients(nn.Cell):
         self.loss_and_gradients = ops.value_and_grad(loss_cell, None, self.trainables, has_aux=True)
         self.set_train(True)
 
-    def construct(self, keep: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        (loss, report), gradients = self.loss_and_gradients(*inputs)
-        added = _map(ops.partial(_add_to, keep), self.sums, gradients)
+    def construct(self, is_first: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        (_, loss, report), gradients = self.loss_and_gradients(*inputs)
+        added = _map(ops.partial(_add_to, is_first), self.sums, gradients)
         return ops.depend(loss, added), report
 
 
 class _UpdateFromSums(nn.Cell):
     """Clip and update; gives the norm of the summed gradients before the clip."""
 
+    def __init__(self, sums: ParameterTuple, update: "Update") -> None:
+        super().__init__(auto_prefix=False)
+        self.sums, self.update = sums, update
+
+    def construct(self, *scalars: Tensor) -> Tensor:
+        return self.update(self.sums, *scalars)
+
+
+class Update(nn.Cell):
+    """Sum over processes, clip, and the optimiser's update: gradients, the optimiser's scalars -> norm before the clip.
+
+    With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. If their
+    norm is no number, which holds if any of them is none, the optimiser leaves everything as it is. That is decided of
+    the sum over all processes, so that they decide the same.
+    """
+
     def __init__(
-        self, sums: ParameterTuple, optimiser: AdamW, max_grad_norm: float, sum_gradients: SumOverProcesses | None
+        self,
+        optimiser: Optimiser,
+        max_grad_norm: float,
+        sum_gradients: SumOverProcesses | None,
+        scaler: LossScaler | None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.sum_gradients = sum_gradients
-        self.sums, self.optimiser, self.max_grad_norm = sums, optimiser, max_grad_norm
+        self.optimiser, self.max_grad_norm, self.scaler = optimiser, max_grad_norm, scaler
 
-    def construct(self, learning_rate: Tensor, epsilon: Tensor, weight_decay: Tensor) -> Tensor:
-        gradients = self.sums if self.sum_gradients is None else self.sum_gradients(self.sums)
-        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
-        updated = self.optimiser(gradients, learning_rate, epsilon, weight_decay)
-        return ops.depend(norm, updated)
+    def construct(self, gradients: tuple[Tensor, ...], *scalars: Tensor) -> Tensor:
+        if self.sum_gradients is not None:
+            gradients = self.sum_gradients(gradients)
+        if self.scaler is None:
+            gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
+            return ops.depend(norm, self.optimiser(gradients, None, *scalars))
+        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm, 1 / self.scaler.scale)
+        finite = ops.isfinite(norm)
+        updated = self.optimiser(gradients, finite, *scalars)
+        return ops.depend(norm, (updated, self.scaler(finite)))
 
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
@@ -174,12 +200,22 @@ def _scale_tensor(factor, gradient):
 
 
 @_add_to.register("Tensor", "Tensor", "Tensor")
-def _add_to_tensor(keep, total, gradient):
-    return ops.assign(total, total * ops.broadcast_to(keep, total.shape) + gradient)
+def _add_to_tensor(is_first, total, gradient):
+    # Not by a factor of 0, which would leave what overflowed in the step before.
+    return ops.assign(total, ops.select(ops.broadcast_to(is_first, total.shape), gradient, total + gradient))
 
 
-def clip_by_global_norm(gradients: tuple[Tensor, ...], max_norm: float) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); also returns the norm before (Pascanu et al., 2013)."""
+def clip_by_global_norm(
+    gradients: tuple[Tensor, ...], max_norm: float, unscale: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); also returns the norm before (Pascanu et al., 2013).
+
+    With `unscale`, a number (), the gradients are those times it, and both factors are one.
+    """
     norm = ops.sqrt(ops.addn(_map(_square_sum, gradients)))
+    if unscale is not None:
+        norm = norm * unscale
     factor = ops.minimum(max_norm / (norm + 1e-6), 1.0)
+    if unscale is not None:
+        factor = factor * unscale
     return _map(ops.partial(_scale, factor), gradients), norm

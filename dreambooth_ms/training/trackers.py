@@ -40,6 +40,8 @@ class Tracker:
         """Record one step."""
         losses = {f"{group}_loss": value for group, value in report.group_losses.items()}
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+        if report.loss_scale is not None:
+            values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
         with self._writing():
             self._file.write(_json_line({"step": report.step, **values}))
             self._file.flush()
@@ -117,8 +119,11 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, int] = (960, 480)) -> None:
-    """Draw each group's loss over the steps, pale as it was and strong as a running mean."""
-    lines = list(history)
+    """Draw each group's loss over the steps, pale as it was and strong as a running mean.
+
+    Steps whose loss overflowed, which are skipped in mixed precision, are left out.
+    """
+    lines = [line for line in history if np.isfinite(line["loss"])]
     groups = [group for group in _COLOURS if lines and f"{group}_loss" in lines[0]]
     width, height = size
     left, top, right, bottom = 70, 44, width - 24, height - 44

@@ -164,7 +164,7 @@ class Training:
         self.schedule = NoiseSchedule.from_spec(folder.schedule_spec)
         self.vocabulary, self.num_size_ids = folder.text_spec.vocab_size, folder.num_size_ids
         text_encoders = folder.load_text_encoders() if trained.text else None
-        networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
+        self.networks = networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
         config = MethodConfig(
             method=trained.method,
             train_text_encoder=trained.text,

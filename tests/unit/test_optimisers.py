@@ -59,7 +59,7 @@ class Update(nn.Cell):
         self.adamw = adamw
 
     def construct(self, learning_rate, epsilon, weight_decay, *gradients):
-        return self.adamw(gradients, learning_rate, epsilon, weight_decay)
+        return self.adamw(gradients, None, learning_rate, epsilon, weight_decay)
 
 
 @pytest.mark.parametrize(

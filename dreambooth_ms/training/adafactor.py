@@ -1,0 +1,117 @@
+"""Adafactor (Shazeer and Stern, 2018): second moments of a matrix as one number for each row and each column.
+
+Algorithms 4 and 5 of the paper with a learning rate from outside and without the first moment, as fine-tuning uses it.
+A convolution is the matrix of its output channels, a vector one row; for that the factors are the moments themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from dreambooth_ms.training.optimisers import assign_if, times
+
+LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
+"""Epsilon 1 and 2 of the paper."""
+CLIP = 1.0
+"""The largest root mean square of an update before the learning rate."""
+
+
+@dataclass(frozen=True)
+class AdafactorHyperparameters:
+    """Of the paper, but for the scale, which is off because learning rates are meant as those of AdamW."""
+
+    weight_decay: float = 1e-2
+    decay_power: float = -0.8
+    """The second moments of step t keep 1 - t^power of themselves."""
+    scale_parameter: bool = False
+    """Whether the learning rate of a parameter is times its root mean square."""
+
+
+class Adafactor(nn.Cell):
+    """Parameters and the factors of their second moments."""
+
+    num_scalars = 2
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hyperparameters: AdafactorHyperparameters,
+        rate_factors: Sequence[float] | None = None,
+        decay_factors: Sequence[float] | None = None,
+    ) -> None:
+        """Each parameter's learning rate and weight decay over those given with a step. None: 1 for all."""
+        super().__init__(auto_prefix=False)
+        self.hyperparameters = hyperparameters
+        self.scale_parameter = hyperparameters.scale_parameter
+        ones = [1.0] * len(parameters)
+        self.parameters = ParameterTuple(parameters)
+        self.rate_factors = tuple(rate_factors or ones)
+        self.decays = tuple(factor * hyperparameters.weight_decay for factor in decay_factors or ones)
+        shapes = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
+        self.rows = ParameterTuple([_zeros(p, "rows", rows) for p, (rows, _) in zip(parameters, shapes, strict=True)])
+        self.columns = ParameterTuple(
+            [_zeros(p, "columns", columns) for p, (_, columns) in zip(parameters, shapes, strict=True)]
+        )
+
+    def moments(self) -> list[Parameter]:
+        """The state, beside the parameters themselves, that a resumed run needs."""
+        return [*self.rows, *self.columns]
+
+    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+        """Learning rate, and the share of the update number `step`, counted from 1, in the second moments."""
+        share = float(step) ** self.hyperparameters.decay_power
+        return Tensor(np.float32(learning_rate)), Tensor(np.float32(share))
+
+    def construct(
+        self, gradients: tuple[Tensor, ...], proceed: Tensor | None, learning_rate: Tensor, share: Tensor
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        update = ops.partial(_update, self.scale_parameter, proceed, learning_rate, share)
+        return _map(update, self.rate_factors, self.decays, self.parameters, self.rows, self.columns, gradients)
+
+
+_update = ops.MultitypeFuncGraph("adafactor_update")
+_map = ops.HyperMap()
+
+
+@_update.register(
+    *("Bool", "None", "Tensor", "Tensor", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
+)
+@_update.register(
+    *("Bool", "Tensor", "Tensor", "Tensor", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
+)
+def _update_tensor(
+    scale_parameter, proceed, learning_rate, share, rate_factor, decay, parameter, rows, columns, gradient
+):
+    gradient_RC = ops.reshape(gradient, (rows.shape[0], columns.shape[0]))
+    value_RC = ops.reshape(parameter, gradient_RC.shape)
+    square_RC = gradient_RC * gradient_RC + LEAST_SQUARE
+    new_rows = rows + times(square_RC.mean(1) - rows, share)
+    new_columns = columns + times(square_RC.mean(0) - columns, share)
+    row_factor = ops.rsqrt(new_rows / ops.broadcast_to(new_rows.mean(), new_rows.shape))
+    row_factor_RC = ops.broadcast_to(ops.reshape(row_factor, (-1, 1)), gradient_RC.shape)
+    column_factor_RC = ops.broadcast_to(ops.reshape(ops.rsqrt(new_columns), (1, -1)), gradient_RC.shape)
+    change_RC = gradient_RC * row_factor_RC * column_factor_RC
+    rate = learning_rate * rate_factor
+    if scale_parameter:
+        rate = rate * ops.maximum(_root_mean_square(value_RC), LEAST_SCALE)
+    clip = 1 / ops.maximum(_root_mean_square(change_RC) * (1 / CLIP), 1.0)
+    updated_RC = value_RC - times(value_RC, rate * decay) - times(change_RC, rate * clip)
+    return (
+        assign_if(proceed, parameter, ops.reshape(updated_RC, parameter.shape)),
+        assign_if(proceed, rows, new_rows),
+        assign_if(proceed, columns, new_columns),
+    )
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return ops.sqrt((x * x).mean())
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (1, int(np.prod(shape)))
+
+
+def _zeros(parameter: Parameter, role: str, length: int) -> Parameter:
+    return Parameter(Tensor(np.zeros(length, np.float32)), name=f"{role}.{parameter.name}", requires_grad=False)

@@ -1,0 +1,79 @@
+"""Many tensors as a few long vectors, for optimisers that have no fused kernel.
+
+On CPU each operation of a step costs about as much as the arithmetic of a small tensor (docs/performance.md), and
+such an optimiser has some thirty of them. So they are for vectors into which small tensors are joined; a large tensor
+is a vector by itself, and vectors wait for each other, so that only one exists at a time.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.ops import constexpr
+
+LENGTH = 1 << 22
+"""Tensors are joined up to about so many numbers (16 MiB in float32)."""
+MOST_VECTORS = 128
+"""Of larger models vectors are longer, since each adds to the graph; tensors above the length come on top."""
+
+
+class Joined(nn.Cell):
+    """Some parameters as one vector: tensors of their shapes -> (N,). Each begins at a multiple of `block`."""
+
+    def __init__(self, parameters: Sequence[Parameter], block: int = 1) -> None:
+        super().__init__(auto_prefix=False)
+        self.parameters, self.block = ParameterTuple(parameters), block
+        lengths = [-(-parameter.size // block) * block for parameter in parameters]
+        self.offsets = tuple(int(end) - length for end, length in zip(np.cumsum(lengths), lengths, strict=True))
+        self.length = sum(lengths)
+
+    def construct(self, tensors: tuple[Tensor, ...], earlier: Tensor) -> Tensor:
+        """Join tensors, but not before `earlier` has been computed."""
+        rows = _map(ops.partial(_row, self.block, earlier), tensors)
+        return ops.concat(rows) if len(rows) > 1 else rows[0]
+
+    def read(self, earlier: Tensor) -> Tensor:
+        """The parameters' present values."""
+        return self.construct(self.parameters, earlier)
+
+    def write(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Set the parameters."""
+        return _map(ops.partial(_write, vector), self.offsets, self.parameters)
+
+
+def group_by_length(parameters: Sequence[Parameter], kinds: Sequence[object]) -> list[slice]:
+    """Cut a list of parameters into those that are joined: neighbours of one kind, up to about `LENGTH` numbers."""
+    length = max(LENGTH, sum(parameter.size for parameter in parameters) // MOST_VECTORS)
+    slices, start = [], 0
+    for _, neighbours in groupby(range(len(parameters)), key=lambda index: kinds[index]):
+        total = 0
+        for index in neighbours:
+            if index > start and (total == 0 or total + parameters[index].size > length):
+                slices.append(slice(start, index))
+                start, total = index, 0
+            total += parameters[index].size
+    return [*slices, slice(start, len(parameters))]
+
+
+_row = ops.MultitypeFuncGraph("row")
+_write = ops.MultitypeFuncGraph("write")
+_map = ops.HyperMap()
+
+
+@_row.register("Number", "Tensor", "Tensor")
+def _row_of_tensor(block, earlier, tensor):
+    row = ops.reshape(ops.depend(tensor, earlier), (-1,))
+    missing = -row.shape[0] % block
+    return ops.concat((row, _zeros(missing))) if missing else row
+
+
+@_write.register("Tensor", "Number", "Tensor")
+def _write_part(vector, offset, parameter):
+    part = ops.slice(vector, (offset,), (ops.size(parameter),))
+    return ops.assign(parameter, ops.reshape(part, parameter.shape))
+
+
+@constexpr
+def _zeros(length: int) -> Tensor:
+    return Tensor(np.zeros(length, np.float32))

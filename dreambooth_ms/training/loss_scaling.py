@@ -1,0 +1,78 @@
+"""Loss scaling: gradients that float16 would round to zero are computed times a number, and divided by it once.
+
+As in Micikevicius et al. (2018), section 3.2, with the rule of PyTorch's GradScaler: a step whose gradients are no
+numbers is skipped and the scale falls; after a window of good steps it grows.
+"""
+
+from dataclasses import dataclass
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """How the scale changes."""
+
+    start: float = 65536.0
+    """The scale of the first step."""
+    factor: float = 2.0
+    """The scale grows and falls by this factor. A power of two only moves exponents, so that nothing is rounded."""
+    window: int = 2000
+    """Good steps in a row after which the scale grows."""
+    dynamic: bool = True
+    """False: the scale stays as it is. Steps whose gradients are no numbers are skipped all the same."""
+
+
+class LossScaler(nn.Cell):
+    """The scale, and its change after each step: whether the gradients were finite () -> what was assigned.
+
+    Its state stays on the device, so that no step waits for the host to learn whether the last one was skipped.
+    """
+
+    def __init__(self, scaling: LossScaling) -> None:
+        super().__init__(auto_prefix=False)
+        self.factor, self.window, self.dynamic = scaling.factor, scaling.window, scaling.dynamic
+        self.scale = Parameter(Tensor(scaling.start, ms.float32), name="loss_scale", requires_grad=False)
+        self.good_steps = Parameter(Tensor(0, ms.int32), name="good_steps", requires_grad=False)
+        self.skipped = Parameter(Tensor(0, ms.int32), name="skipped_steps", requires_grad=False)
+
+    def state(self) -> list[Parameter]:
+        """What a resumed run needs."""
+        return [self.scale, self.good_steps, self.skipped]
+
+    @property
+    def value(self) -> float:
+        """The scale of the next step."""
+        return float(self.scale.asnumpy())
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped since the beginning of the run."""
+        return int(self.skipped.asnumpy())
+
+    def construct(self, finite: Tensor) -> tuple[Tensor, ...]:
+        good = finite.astype(ms.int32)
+        skipped = ops.assign(self.skipped, self.skipped + (1 - good))
+        if not self.dynamic:
+            return (skipped,)
+        in_a_row = (self.good_steps + 1) * good
+        grows = in_a_row >= self.window
+        grown = ops.select(grows, self.scale * self.factor, self.scale * 1.0)
+        # A scale that is no number itself would never fall again.
+        grown = ops.select(ops.isfinite(grown), grown, self.scale * 1.0)
+        scale = ops.assign(self.scale, ops.select(finite, grown, self.scale * (1 / self.factor)))
+        return skipped, scale, ops.assign(self.good_steps, in_a_row * (1 - grows.astype(ms.int32)))
+
+
+class ScaledLoss(nn.Cell):
+    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated."""
+
+    def __init__(self, loss_cell: nn.Cell, scaler: LossScaler | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss_cell = loss_cell
+        self.scale = scaler.scale if scaler else None
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, report = self.loss_cell(*inputs)
+        return loss if self.scale is None else loss * self.scale, loss, report

@@ -1,0 +1,31 @@
+"""Mixed precision (Micikevicius et al., 2018): networks compute in half precision, what is trained stays in float32.
+
+Norms, softmax, LoRA updates, loss and optimiser are float32 by their own code; what is left are the activations between
+them and the weights that stay as they are. A weight that is trained is cast where it is used, so it is its own master
+copy.
+"""
+
+import mindspore as ms
+from mindspore import nn
+
+from dreambooth_ms.adapters.lora import LoraLayer
+from dreambooth_ms.models.clip import TextEmbeddings
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.ops import Conv2d, Dense, Embedding
+
+
+def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
+    """From here on the networks of a learner's denoiser compute in `dtype`, and store in it what stays as it is.
+
+    Frozen is what an adapter stands beside. The full method freezes nothing: it writes whole networks, also the
+    layers that have no gradient.
+    """
+    for _, cell in denoiser.cells_and_names():
+        if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
+            cell.compute_dtype = dtype
+            # If it was compiled before, such as to draw class pictures, it would go on as it was.
+            cell.compile_cache.clear()
+        if isinstance(cell, Dense | Conv2d | Embedding | LoraLayer):
+            for parameter in (cell.weight, getattr(cell, "bias", None)):
+                if parameter is not None and not parameter.requires_grad:
+                    parameter.set_dtype(dtype)

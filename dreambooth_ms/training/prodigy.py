@@ -1,0 +1,164 @@
+"""Prodigy (Mishchenko and Defazio, 2024): Adam that estimates its own step size.
+
+Algorithm 4 of the paper, with the numerator and denominator of the estimate d over d0, weight decay, bias correction
+and the safeguard of the authors' own program. The estimate is one number for all parameters: the distance from the
+start, seen along the gradients. Equations are those of the algorithm's lines.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from dreambooth_ms.training.joined import Joined, group_by_length
+from dreambooth_ms.training.optimisers import assign_if, times
+
+FIRST_ESTIMATE = 1e-6
+"""d_0, from which the estimate grows."""
+
+
+@dataclass(frozen=True)
+class ProdigyHyperparameters:
+    """Defaults as in the published DreamBooth scripts."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    beta3: float | None = None
+    """Decay of the sums behind the estimate. None: the square root of beta2."""
+    weight_decay: float = 1e-2
+    epsilon: float = 1e-8
+    decouple: bool = True
+    """Weight decay as in AdamW; otherwise it is added to the gradients."""
+    use_bias_correction: bool = True
+    safeguard_warmup: bool = True
+    """Keep the learning rate out of the denominator of the estimate, so that a warm-up does not raise it."""
+
+
+class Prodigy(nn.Cell):
+    """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1."""
+
+    num_scalars = 1
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hyperparameters: ProdigyHyperparameters,
+        decay_factors: Sequence[float] | None = None,
+    ) -> None:
+        """Each parameter's weight decay over that of the hyperparameters. None: 1 for all.
+
+        The parameters must have the values that training starts from.
+        """
+        super().__init__(auto_prefix=False)
+        self.hyperparameters = hyperparameters
+        self.beta3 = hyperparameters.beta2**0.5 if hyperparameters.beta3 is None else hyperparameters.beta3
+        factors = decay_factors or [1.0] * len(parameters)
+        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, factors)]
+        self.vectors = nn.CellList(
+            [
+                _Vector(number, parameters[start:stop], hyperparameters, self.beta3, factors[start])
+                for number, (start, stop) in enumerate(self.slices)
+            ],
+            auto_prefix=False,
+        )
+        self.estimate = _number("prodigy_estimate", FIRST_ESTIMATE)
+        self.numerator = _number("prodigy_numerator", 0.0)
+
+    def moments(self) -> list[Parameter]:
+        """The state, beside the parameters themselves, that a resumed run needs."""
+        states = [state for vector in self.vectors for state in vector.state()]
+        return [*states, self.estimate, self.numerator]
+
+    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+        """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
+        h = self.hyperparameters
+        correction = (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step) if h.use_bias_correction else 1.0
+        return (Tensor(np.float32(learning_rate * correction)),)
+
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, learning_rate: Tensor) -> Tensor:
+        before = self.estimate * 1.0
+        rate = before * learning_rate
+        numerator, denominator = self.numerator * self.beta3, rate * 0.0
+        done = rate
+        for number, vector in enumerate(self.vectors):
+            start, stop = self.slices[number]
+            along, size = vector.gather(gradients[start:stop], proceed, done, before, rate)
+            numerator, denominator = numerator + along, denominator + size
+            done = size
+        # Without any gradient there is nothing to divide.
+        found = ops.select(denominator > 0, numerator / ops.maximum(denominator, 1e-37), before)
+        estimate = ops.maximum(before, found)
+        done = estimate
+        for vector in self.vectors:
+            done = vector.step(proceed, done, estimate, rate)
+        numbers = (assign_if(proceed, self.estimate, estimate), assign_if(proceed, self.numerator, numerator))
+        return ops.depend(done, numbers)
+
+
+class _Vector(nn.Cell):
+    def __init__(
+        self,
+        number: int,
+        parameters: Sequence[Parameter],
+        hyperparameters: ProdigyHyperparameters,
+        beta3: float,
+        decay_factor: float,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.joined = Joined(parameters)
+        h = hyperparameters
+        self.beta1, self.beta2, self.beta3, self.epsilon = h.beta1, h.beta2, beta3, h.epsilon
+        self.decay, self.decouple = h.weight_decay * decay_factor, h.decouple
+        self.safeguard_warmup = h.safeguard_warmup
+        start = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
+        zeros = np.zeros_like(start)
+        self.start = _state(f"prodigy_start_{number}", start)
+        self.first_moment = _state(f"first_moment_{number}", zeros)
+        self.second_moment = _state(f"second_moment_{number}", zeros)
+        self.gradient_sum = _state(f"prodigy_gradient_sum_{number}", zeros)
+
+    def state(self) -> list[Parameter]:
+        return [self.start, self.first_moment, self.second_moment, self.gradient_sum]
+
+    def gather(
+        self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the gradients; returns what they add to the numerator (), and to the denominator ()."""
+        gradient, value = self.joined(gradients, earlier), self.joined.read(earlier)
+        if self.decay and not self.decouple:
+            gradient = gradient + value * self.decay
+        over_first = estimate * (1 / FIRST_ESTIMATE)
+        along = (gradient * (self.start - value)).sum() * over_first * rate
+        scaled = times(gradient, estimate)
+        first = self.first_moment * self.beta1 + scaled * (1 - self.beta1)
+        second = self.second_moment * self.beta2 + scaled * scaled * (1 - self.beta2)
+        weight = over_first * (estimate if self.safeguard_warmup else rate)
+        gradient_sum = self.gradient_sum * self.beta3 + times(gradient, weight)
+        states = (
+            assign_if(proceed, self.first_moment, first),
+            assign_if(proceed, self.second_moment, second),
+            assign_if(proceed, self.gradient_sum, gradient_sum),
+        )
+        return along, ops.depend(ops.abs(gradient_sum).sum(), states)
+
+    def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
+        """Move the parameters, not before `earlier` has been computed."""
+        value = self.joined.read(earlier)
+        divisor = ops.sqrt(self.second_moment) + ops.broadcast_to(estimate * self.epsilon, value.shape)
+        change = self.first_moment / divisor
+        if self.decay and self.decouple:
+            change = change + value * self.decay
+        updated = value - times(change, rate)
+        if proceed is not None:
+            updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
+        return ops.depend(rate, self.joined.write(updated))
+
+
+def _number(name: str, value: float) -> Parameter:
+    return Parameter(Tensor(value, ms.float32), name=name, requires_grad=False)
+
+
+def _state(name: str, values: np.ndarray) -> Parameter:
+    return Parameter(Tensor(values), name=name, requires_grad=False)

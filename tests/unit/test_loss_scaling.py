@@ -1,0 +1,158 @@
+"""Scaled losses train as unscaled ones, and a step that overflows is skipped as PyTorch's GradScaler skips it."""
+
+import gc
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from mindspore import Parameter, Tensor
+
+from dreambooth_ms.errors import DataError
+from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
+from dreambooth_ms.training.loop import OVERFLOWS, train
+from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
+from tests.parity.reference import normal, relative_error
+from tests.unit.test_optimisers import SquareLoss
+
+STEPS = 12
+OVERFLOWING = {0: np.inf, 3: np.nan, 4: -np.inf, 10: np.inf}
+"""Step -> what is in one of its rows."""
+START, WINDOW = 1024.0, 2
+SCALING = LossScaling(start=START, factor=4.0, window=WINDOW)
+
+
+@pytest.fixture(autouse=True)
+def no_dead_cells():
+    """A cell that is collected makes the living ones with the same inputs compile once more; so collect them before."""
+    gc.collect()
+
+
+class Rows:
+    """A batch of the square loss, as the loop takes it."""
+
+    groups = ("instance",) * 2
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def inputs(self):
+        return Tensor(self.x), Tensor(self.y)
+
+
+def batch(number, batches_per_step, overflowing):
+    step, part = divmod(number, batches_per_step)
+    x, y = normal(2, 4, seed=number), normal(2, 4, seed=50 + number)
+    if part == 0 and step in overflowing:
+        x[1, 2] = overflowing[step]
+    return Rows(x, y)
+
+
+def rate_at(update):
+    return 0.1 / (1 + update)
+
+
+class Ours:
+    """A weight that is trained, from its start."""
+
+    def __init__(self, scaling, batches_per_step=1):
+        self.weight = Parameter(Tensor(normal(4)), name="weight")
+        self.adamw = AdamW([self.weight], AdamWHyperparameters())
+        self.scaler = LossScaler(scaling) if scaling else None
+        kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
+        self.batches_per_step = batches_per_step
+        self.step = kind(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, scaler=self.scaler)
+
+    def run(self, done, stop, overflowing=OVERFLOWING):
+        count = self.batches_per_step
+        return train(self.step, lambda number: batch(number, count, overflowing), count, rate_at, done, stop)
+
+    def state(self):
+        return [self.weight, *self.adamw.moments(), *(self.scaler.state() if self.scaler else [])]
+
+    def bits(self):
+        return {parameter.name: parameter.asnumpy().tobytes() for parameter in self.state()}
+
+
+class Theirs:
+    """The same with torch's GradScaler; schedules count the steps that it lets through."""
+
+    def __init__(self, batches_per_step):
+        self.weight = torch.nn.Parameter(torch.tensor(normal(4)))
+        self.optimiser = torch.optim.AdamW([self.weight], foreach=False)
+        self.scaler = torch.amp.GradScaler("cpu", START, 4.0, 0.25, WINDOW)
+        self.batches_per_step, self.updates = batches_per_step, 0
+
+    def take(self, step):
+        self.optimiser.zero_grad()
+        for part in range(self.batches_per_step):
+            rows = batch(step * self.batches_per_step + part, self.batches_per_step, OVERFLOWING)
+            loss = ((torch.tensor(rows.x) * self.weight - torch.tensor(rows.y)) ** 2).sum()
+            self.scaler.scale(loss).backward()
+        self.optimiser.param_groups[0]["lr"] = rate_at(self.updates)
+        self.scaler.unscale_(self.optimiser)
+        torch.nn.utils.clip_grad_norm_([self.weight], 1.0)
+        self.scaler.step(self.optimiser)
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        self.updates += self.scaler.get_scale() >= before
+
+
+@pytest.mark.parametrize("batches_per_step", [1, 2], ids=["one batch", "accumulated"])
+def test_steps_that_overflow_are_skipped_as_torchs_grad_scaler_skips_them(batches_per_step):
+    ours, theirs = Ours(SCALING, batches_per_step), Theirs(batches_per_step)
+    before, scales = ours.bits(), []
+    for report in ours.run(0, STEPS):
+        assert report.loss_scale == theirs.scaler.get_scale()
+        theirs.take(report.step - 1)
+        assert report.is_skipped == (report.step - 1 in OVERFLOWING)
+        assert report.updates == theirs.updates
+        # Float32 roundings of twelve terms; see test_optimisers.
+        assert relative_error(ours.weight, theirs.weight) < 1e-6
+        after = ours.bits()
+        unchanged = {name for name in after if after[name] == before[name]}
+        assert ({"weight", *(moment.name for moment in ours.adamw.moments())} <= unchanged) == report.is_skipped
+        before = after
+        scales.append(report.loss_scale)
+    assert (ours.scaler.skipped_steps, ours.scaler.value) == (len(OVERFLOWING), theirs.scaler.get_scale())
+    assert {later / earlier for earlier, later in pairwise(scales)} == {0.25, 1, 4}
+
+
+@pytest.mark.parametrize("batches_per_step", [1, 2], ids=["one batch", "accumulated"])
+def test_a_static_scale_is_taken_out_exactly_once(batches_per_step):
+    """A power of two rounds nothing, so that weights, moments and norms are those of the unscaled loss to the bit."""
+    scaled, plain = (
+        Ours(scaling, batches_per_step) for scaling in (LossScaling(start=4096.0, dynamic=False, window=1), None)
+    )
+    for one, two in zip(scaled.run(0, 5, {}), plain.run(0, 5, {}), strict=True):
+        assert (one.loss, one.grad_norm, one.loss_scale, two.loss_scale) == (two.loss, two.grad_norm, 4096.0, None)
+        assert one.grad_norm > 1
+    assert plain.bits().items() <= scaled.bits().items()
+
+
+def test_a_resumed_run_has_the_scale_and_the_counts_it_was_left_with(tmp_path):
+    whole = Ours(SCALING)
+    reports = list(whole.run(0, 5))
+    path = save_checkpoint(tmp_path, 5, whole.state(), "", lambda folder: None)
+    reports += whole.run(5, STEPS)
+    after = whole.bits()
+    resumed = whole
+    for parameter in resumed.state():
+        parameter.set_data(Tensor(parameter.asnumpy() * 0))
+    restore(open_checkpoint(path), resumed.state())
+    assert list(map(repr, resumed.run(5, STEPS))) == list(map(repr, reports[5:]))
+    assert resumed.bits() == after
+
+
+def test_a_run_that_overflows_at_any_scale_ends_with_a_message():
+    with pytest.raises(
+        DataError, match=f"step {OVERFLOWS}: {OVERFLOWS} steps in a row were skipped.*mixed_precision no"
+    ):
+        list(Ours(SCALING).run(0, 2 * OVERFLOWS, dict.fromkeys(range(2 * OVERFLOWS), np.inf)))
+
+
+def test_a_loss_that_is_no_number_ends_a_run_in_float32():
+    with pytest.raises(DataError, match="step 4: the loss is nan; resume from a checkpoint with a lower"):
+        list(Ours(None).run(0, STEPS, {3: np.nan}))
