@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # transformers, whose tokenizers are used, would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if "MS_ROLE" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+        os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
     try:
         return _dispatch(arguments)
     except UserError as error:

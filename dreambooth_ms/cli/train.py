@@ -29,7 +29,7 @@ from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.ops import compile_cache, compute_dtype
 from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
-from dreambooth_ms.processes.together import Processes, run_together
+from dreambooth_ms.processes.together import ALONE, Processes, run_together
 from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.checkpoint import (
@@ -48,6 +48,7 @@ from dreambooth_ms.training.methods import METHODS, Learner, result_of
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
 from dreambooth_ms.training.precision import compute_in
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
+from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
@@ -235,13 +236,22 @@ class Training:
     learner: Learner
     step: TrainStep | AccumulatingTrainStep
     average: MovingAverage | None
+    sharded: ShardedOptimiser | None
+    """The optimiser, if this process keeps a part of its state."""
 
     @property
     def state(self) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling."""
+        return self._state_with(self.step.optimiser.moments())
+
+    def whole_state(self) -> list[Parameter]:
+        """The same with the moments that other processes keep; all processes must ask for it at the same time."""
+        return self._state_with(self.sharded.all_moments()) if self.sharded else self.state
+
+    def _state_with(self, moments: list[Parameter]) -> list[Parameter]:
         averages = self.average.averages if self.average else []
         scaling = self.step.scaler.state() if self.step.scaler else []
-        return [*self.learner.trainables, *self.step.optimiser.moments(), *averages, *scaling]
+        return [*self.learner.trainables, *moments, *averages, *scaling]
 
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
@@ -269,10 +279,10 @@ def train_and_save(
 ) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     run, output = config.run, config.output_dir
-    training = set_up_training(config, folder, unet, processes.count)
+    training = set_up_training(config, folder, unet, processes)
     done = 0
     if checkpoint:
-        restore(checkpoint, training.state)
+        restore(checkpoint, training.state, training.sharded.shapes() if training.sharded else {})
         done = checkpoint.step
         tell(f"resuming from {checkpoint.path}")
     shows_pictures = config.validation.validation_prompt and processes.is_first
@@ -281,9 +291,10 @@ def train_and_save(
     tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
 
     def save_part(step: int) -> None:
+        state = training.whole_state()
         if processes.is_first:
             write_part, keep = partial(training.write_part, step=step), run.checkpoints_total_limit
-            save_checkpoint(output, step, training.state, to_yaml(config), write_part, keep)
+            save_checkpoint(output, step, state, to_yaml(config), write_part, keep)
         processes.wait_for_all("the checkpoint")
 
     def show_pictures(step: int) -> None:
@@ -333,14 +344,18 @@ def train_and_save(
 
 
 def set_up_training(
-    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: int = 1
+    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: Processes = ALONE
 ) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
     method = config.method
     text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
     learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
     compute_in(learner.denoiser, compute_dtype(config.precision.mixed_precision))
-    optimiser = choose_optimiser(config, learner)
+    sharded = None
+    if config.processes.zero_stage > 0 and processes.count > 1:
+        make_part = lambda start, stop: choose_optimiser(config, learner.part(start, stop))  # noqa: E731
+        sharded = ShardedOptimiser(learner.trainables, make_part, processes)
+    optimiser = sharded or choose_optimiser(config, learner)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
     return Training(
@@ -350,10 +365,11 @@ def set_up_training(
             learner.trainables,
             optimiser,
             config.optimiser.max_grad_norm,
-            SumOverProcesses() if processes > 1 else None,
+            SumOverProcesses() if processes.count > 1 else None,
             _scaler(config),
         ),
         average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
+        sharded=sharded,
     )
 
 

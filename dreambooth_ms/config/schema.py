@@ -259,6 +259,8 @@ class ProcessesConfig:
     """Train in all the processes that mpirun or msrun started; each takes its own pictures of every step."""
     num_processes: int | None = None
     """Processes that train together. None: as many as were started; another number than that is refused."""
+    zero_stage: int = 0
+    """1: each process keeps its own share of AdamW's moments, to save memory with --method full. 0: each keeps all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -459,6 +461,7 @@ RANGES: dict[str, Range] = {
     "resume_from_checkpoint": _NOT_EMPTY,
     "logging_dir": _NOT_EMPTY,
     "num_processes": _at_least(1),
+    "zero_stage": Range("0 or 1", lambda value: value in (0, 1)),
     "ms_mode": Range("0 or 1", lambda value: value in (0, 1)),
     "lora_scale": Range("a finite number", math.isfinite),
     "prompt": _NOT_EMPTY,
@@ -569,6 +572,10 @@ class TrainConfig:
             (
                 optimiser.optimizer == "prodigy" and optimiser.text_encoder_lr is not None,
                 "--text_encoder_lr: prodigy has one rate for all weights; leave it out, or choose another --optimizer",
+            ),
+            (
+                self.processes.zero_stage > 0 and (optimiser.optimizer.lower() != "adamw" or optimiser.use_8bit_adam),
+                "--zero_stage 1: shares out the moments of plain AdamW; leave out --optimizer and --use_8bit_adam",
             ),
             (
                 self.loss.offset_noise and self.loss.noise_offset > 0,

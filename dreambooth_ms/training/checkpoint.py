@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,21 @@ def _put_in_place(partial: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def restore(checkpoint: Checkpoint, state: Sequence[Parameter]) -> None:
+def restore(
+    checkpoint: Checkpoint, state: Sequence[Parameter], elsewhere: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Set the parameters to the checkpoint's values, bit for bit.
+
+    Args:
+        checkpoint: whose values.
+        state: what to set.
+        elsewhere: names and shapes of what other processes keep of it; those in `state` may be among them.
 
     Raises:
         WeightError: the checkpoint belongs to another training.
     """
     tensors, _ = read_tensors(checkpoint.path / STATE)
-    wanted = {parameter.name: tuple(parameter.shape) for parameter in state}
+    wanted = {**(elsewhere or {}), **{parameter.name: tuple(parameter.shape) for parameter in state}}
     held = {name: tensor.shape for name, tensor in tensors.items()}
     if wanted != held:
         differing = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))

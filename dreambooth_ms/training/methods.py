@@ -1,7 +1,7 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,12 @@ class Learner:
     """Writes what was trained, after so many steps, into the folder of a checkpoint."""
     write_result: Callable[[Path, int], None]
     """Writes the result of the run into its folder."""
+
+    def part(self, start: int, stop: int) -> "Learner":
+        """The same with a part of the trainables."""
+        return replace(
+            self, trainables=self.trainables[start:stop], is_of_text_encoder=self.is_of_text_encoder[start:stop]
+        )
 
 
 class TextConditioned(nn.Cell):

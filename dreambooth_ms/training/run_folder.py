@@ -34,6 +34,7 @@ MAY_CHANGE = frozenset(
         "ms_mode",
         "is_parallel",
         "num_processes",
+        "zero_stage",
     }
 )
 CUTS_ROWS = frozenset({"train_batch_size", "gradient_accumulation_steps"})

@@ -1,0 +1,268 @@
+"""Two processes, started by mpirun or msrun, train as one process with two batches would.
+
+The programs run as users run them. OpenMPI's mpirun comes from a package of the system: openmpi-bin in Debian.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.training.checkpoint import STATE, find_latest
+from dreambooth_ms.training.trackers import read_history
+from dreambooth_ms.weights.tensor_file import read_tensors
+from tests.tiny_model import write_random_model, write_random_sdxl
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT = 600
+END_SECONDS = 60
+STEPS = 10
+
+# Sums over rows in another order, as a share of what the weights moved in the last 5 of 10 steps.
+TOLERANCE = 1e-3
+
+
+def launched(launcher, count=2):
+    """The command that starts Python's processes, under one of the launchers."""
+    if launcher == "msrun":
+        port = str(20000 + os.getpid() % 10000)
+        return [
+            str(Path(sys.executable).parent / "msrun"),
+            *(f"--worker_num={count}", f"--local_worker_num={count}", "--join=True"),
+            *("--log_dir=msrun", f"--master_port={port}", "--tail_worker_log=0"),
+        ]
+    if shutil.which("mpirun") is None:
+        pytest.fail("mpirun is missing: install OpenMPI (Debian: apt-get install openmpi-bin)")
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(count)]
+
+
+class Place:
+    """A folder with base models and pictures, where commands are run."""
+
+    def __init__(self, root):
+        self.root = root
+        write_random_model(root / "sd")
+        write_random_sdxl(root / "sdxl")
+        for folder, count in (("dog", 3), ("class", 2)):
+            (root / folder).mkdir()
+            for number in range(count):
+                pixels = np.random.default_rng([count, number]).integers(0, 256, (40, 48, 3), np.uint8)
+                Image.fromarray(pixels).save(root / folder / f"{number}.png")
+
+    def start(self, launcher, arguments, **variables):
+        python = "python" if launcher == "msrun" else sys.executable
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", "True"],
+            cwd=self.root,
+            env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, launcher, arguments, **variables):
+        process = self.start(launcher, arguments, **variables)
+        printed, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, printed
+        return printed
+
+    def weights(self, name, step=STEPS):
+        tensors, _ = read_tensors(self.root / name / f"checkpoint-{step}" / STATE)
+        return {key: value for key, value in tensors.items() if "moment" not in key}
+
+
+def train(family, name, *flags, steps=STEPS, batch=1, method="lora"):
+    """A training with prior preservation into the folder `name`."""
+    return [
+        *("train", "--seed", "7", "--output_dir", name, "--max_train_steps", str(steps), "--method", method),
+        *("--pretrained_model_name_or_path", family, "--resolution", "32", "--random_flip", "--center_crop"),
+        *("--instance_data_dir", "dog", "--instance_prompt", "a photo of star", "--train_batch_size", str(batch)),
+        *("--with_prior_preservation", "--class_data_dir", "class", "--class_prompt", "a photo"),
+        *("--num_class_images", "4", "--infer_steps", "2", "--sample_batch_size", "2", "--checkpointing_steps", "5"),
+        *(("--learning_rate", "1e-4") if method == "full" else ()),
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("runs"))
+
+
+def difference(place, one, other):
+    """How far two runs ended from each other, over how far the second went in its last 5 steps."""
+    ours, theirs, before = place.weights(one), place.weights(other), place.weights(other, 5)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 0
+    return _distance(ours, theirs) / _distance(before, theirs)
+
+
+def _distance(one, other):
+    return float(np.sqrt(sum(np.square(one[name] - other[name], dtype=np.float64).sum() for name in one)))
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """A LoRA of two processes under mpirun, which left its compiled graphs too; gives what it printed."""
+    dump = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS_PATH": "graphs"}
+    return place.run("mpirun", train("sd", "two"), **dump)
+
+
+@pytest.fixture(scope="module")
+def one(place, two):
+    """The same rows in one process, with the class pictures of the other run."""
+    here = Path.cwd()
+    os.chdir(place.root)
+    try:
+        assert main(train("sd", "one", batch=2)) == 0
+    finally:
+        os.chdir(here)
+
+
+class TestTheSameTraining:
+    def test_two_processes_are_one_with_twice_the_batch(self, place, two, one):
+        assert difference(place, "two", "one") < TOLERANCE
+
+    @pytest.mark.parametrize(
+        ("launcher", "family", "method", "flags", "flags_alone"),
+        [
+            ("msrun", "sd", "full", ["--zero_stage", "1"], []),
+            ("msrun", "sdxl", "lora", ["--train_text_encoder"], ["--train_text_encoder"]),
+            ("mpirun", "sdxl", "full", ["--gradient_accumulation_steps", "2"], ["--train_batch_size", "4"]),
+        ],
+    )
+    def test_so_with_every_method_and_family(self, place, monkeypatch, launcher, family, method, flags, flags_alone):
+        name = f"{family}-{method}"
+        place.run(launcher, train(family, f"{name}-two", *flags, method=method))
+        monkeypatch.chdir(place.root)
+        assert main(train(family, f"{name}-one", *flags_alone, method=method, batch=2)) == 0
+        assert difference(place, f"{name}-two", f"{name}-one") < TOLERANCE
+
+    def test_the_loss_shown_is_that_of_all_rows(self, place, two, one):
+        told, expected = read_history(place.root / "two"), read_history(place.root / "one")
+        assert [step["step"] for step in told] == list(range(1, STEPS + 1))
+        for ours, theirs in zip(told, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+    def test_a_resumed_run_may_have_another_number_of_processes(self, place, two, one, monkeypatch):
+        shutil.copytree(place.root / "two" / "checkpoint-5", place.root / "resumed" / "checkpoint-5")
+        shutil.copy(place.root / "two" / "config.yaml", place.root / "resumed")
+        monkeypatch.chdir(place.root)
+        assert main(train("sd", "resumed", batch=2)) == 0
+        assert difference(place, "resumed", "one") < TOLERANCE
+
+    def test_but_not_of_rows(self, place, two, monkeypatch, capfd):
+        monkeypatch.chdir(place.root)
+        assert main(train("sd", "two", batch=1)) == 2
+        assert "--num_processes: 2 there, 1 here" in capfd.readouterr().err
+
+
+class TestWorkIsShared:
+    def test_all_gradients_are_summed_in_one_reduction(self, place, two):
+        graphs = [path.read_text() for path in (place.root / "graphs" / "rank_0").rglob("*validate*.ir")]
+        counts = [len(re.findall(r"= PrimFunc_AllReduce\(|= AllReduce\(", graph)) for graph in graphs]
+        assert sorted(counts)[-2:] == [0, 1], counts
+
+    def test_class_pictures_are_drawn_once_each(self, place, two):
+        assert len(list((place.root / "class").glob("*.png"))) == 4
+        assert [path.name for path in sorted((place.root / "class").glob("class-*"))] == [
+            "class-00000.png",
+            "class-00001.png",
+        ]
+
+    def test_one_process_speaks(self, two):
+        assert two.count("training 1,") + two.count("parameters in") == 1
+        assert "WARNING" not in two
+
+
+class TestMistakes:
+    def test_a_mistake_is_told_once(self, place):
+        process = place.start("mpirun", train("sd", "wrong", "--instance_data_dir", "nowhere"))
+        printed, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 2
+        assert [line for line in printed.splitlines() if "error:" in line] == [
+            "dreambooth-ms: error: --instance_data_dir nowhere: no such folder"
+        ]
+
+    def test_several_processes_need_the_flag(self, place):
+        process = place.start("mpirun", train("sd", "wrong", "--is_parallel", "False"))
+        printed, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 2
+        assert "mpirun started 2 processes; give --is_parallel True" in printed
+
+    def test_the_flag_needs_several_processes(self, place, monkeypatch, capfd):
+        monkeypatch.chdir(place.root)
+        assert main([*train("sd", "wrong"), "--is_parallel", "True"]) == 2
+        assert "this process was started alone; start several by mpirun -n 2" in capfd.readouterr().err
+
+
+def workers(process):
+    """The processes of a run that train, by rank: the children of its launcher that have a place of theirs."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+            parents = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if b"dreambooth_ms\0train" not in command or int(parents[1]) != process.pid or b"mpirun" in command:
+            continue
+        variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
+        rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"MS_NODE_ID"))
+        if rank is not None and variables.get(b"MS_ROLE") != b"MS_SCHED":
+            found[int(rank)] = int(folder.name)
+    return found
+
+
+def left_behind(process):
+    """Commands that still run of those that a launcher started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if session == process.pid and command:
+            found.append(command)
+    return found
+
+
+class TestDeath:
+    @pytest.mark.parametrize(("launcher", "victim", "moment"), [("mpirun", 1, "step"), ("msrun", 0, "saving")])
+    def test_a_rank_that_dies_ends_the_run_and_loses_nothing(self, place, launcher, victim, moment):
+        name = f"killed-{launcher}"
+        process = place.start(launcher, train("sd", name, "--checkpointing_steps", "1", steps=5000))
+        self.wait_for(process, place.root / name, 3)
+        if moment == "saving":
+            while not list((place.root / name).glob(".*")) and process.poll() is None:
+                time.sleep(0.001)
+        os.kill(workers(process)[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        printed, _ = process.communicate(timeout=TIMEOUT)
+        assert time.monotonic() - killed < END_SECONDS
+        assert process.returncode != 0
+        log = place.root / "msrun" / f"worker_{1 - victim}.log"
+        said = printed + (log.read_text() if launcher == "msrun" else "")
+        assert f"rank {victim} ended without a word" in said or f"rank {victim} with PID" in said, said
+        assert left_behind(process) == []
+        assert find_latest(place.root / name).step >= 3
+
+    @staticmethod
+    def wait_for(process, folder, steps):
+        while len(read_history(folder)) < steps and process.poll() is None:
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0]
