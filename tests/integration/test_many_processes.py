@@ -4,6 +4,7 @@ The programs run as users run them. OpenMPI's mpirun comes from a package of the
 """
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -266,3 +267,66 @@ class TestDeath:
         while len(read_history(folder)) < steps and process.poll() is None:
             time.sleep(0.02)
         assert process.poll() is None, process.communicate()[0]
+
+    @pytest.mark.real
+    def test_twenty_kills_at_random_moments(self, place):
+        """From before the first import to steps and saves, a rank at random, both launchers in turns: about 10 min."""
+        draws = random.Random(3)
+        name, saved = "killed-often", 0
+        for attempt in range(20):
+            launcher, victim = ("mpirun", "msrun")[attempt % 2], draws.randrange(2)
+            process = place.start(launcher, train("sd", name, "--checkpointing_steps", "1", steps=100000))
+            give_up = time.monotonic() + draws.random() * 40
+            while time.monotonic() < give_up or victim not in workers(process):
+                time.sleep(0.01)
+            os.kill(workers(process)[victim], signal.SIGKILL)
+            killed = time.monotonic()
+            printed, _ = process.communicate(timeout=TIMEOUT)
+            print(f"{attempt}: {launcher}, rank {victim}, ended after {time.monotonic() - killed:.1f} s")
+            assert time.monotonic() - killed < END_SECONDS
+            assert process.returncode != 0
+            assert left_behind(process) == []
+            found = find_latest(place.root / name)
+            assert (found.step if found else 0) >= saved, printed
+            saved = found.step if found else 0
+        assert saved > 20
+
+
+@pytest.mark.real
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and ip (Debian: iproute2)")
+def test_two_machines_each_with_its_own_msrun(place):
+    """Two network namespaces stand for the machines; the folders are on a file system that both see."""
+    hosts = ("dreambooth_a", "dreambooth_b")
+    links = [["netns", "add", host] for host in hosts] + [["-n", host, "link", "set", "lo", "up"] for host in hosts]
+    links.append(["link", "add", "da", "netns", hosts[0], "type", "veth", "peer", "name", "db", "netns", hosts[1]])
+    for host, device, address in zip(hosts, ("da", "db"), ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+        links += [["-n", host, "addr", "add", address, "dev", device], ["-n", host, "link", "set", device, "up"]]
+    try:
+        for link in links:
+            subprocess.run(["ip", *link], check=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
+        environment |= {
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        msrun = ["msrun", "--worker_num=2", "--local_worker_num=1", "--master_addr=10.77.0.1", "--join=True"]
+        started = [
+            subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", host, *msrun, f"--node_rank={rank}", f"--log_dir={host}"),
+                    *("python", "-m", "dreambooth_ms", *train("sd", "machines"), "--is_parallel", "True"),
+                ],
+                cwd=place.root,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, host in enumerate(hosts)
+        ]
+        printed = [process.communicate(timeout=TIMEOUT)[0] for process in started]
+        assert [process.returncode for process in started] == [0, 0], printed
+        assert len(read_history(place.root / "machines")) == STEPS
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], check=False)
