@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.adapters.lora import Adapted, load_lora
+from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
@@ -14,7 +15,7 @@ from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.ops import compute_dtype, set_up_device
 from dreambooth_ms.weights.hub import find_model
 from dreambooth_ms.weights.model_folder import ModelFolder, open_model_folder
 from dreambooth_ms.weights.opened_lora import read_adapters
@@ -29,6 +30,7 @@ def open_base(
 ) -> ModelFolder:
     """Set up the device and open the base model, with the autoencoder of another one if `vae` names it."""
     set_up_device(device.device_target, device.ms_mode)
+    compute_dtype(device.mixed_precision)  # What the device cannot compute in ends here.
     other_vae = find_model(vae) if vae else None
     folder = open_model_folder(find_model(name_or_path, revision, variant), variant, other_vae)
     for note in folder.notes:
@@ -49,8 +51,10 @@ class AdaptedModel:
     """The same without the adapters."""
 
 
-def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[str]) -> AdaptedModel:
-    """The base with the adapters of a command line; the text encoders are gone afterwards.
+def load_adapted(
+    folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[str], mixed_precision: str | None = None
+) -> AdaptedModel:
+    """The base with the adapters of a command line; the text encoders, which compute in float32, are gone afterwards.
 
     Raises:
         WeightError: an adapter was trained on another base.
@@ -72,6 +76,7 @@ def load_adapted(folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[
     # Once compiled, the encoders would go on without their adapters.
     adapted = TextEncoders(encoders.text_encoder, encoders.text_encoder_2)
     embeddings = encode(folder, adapted, prompts) if adapts_text else base_embeddings
+    compute_in(unet, compute_dtype(mixed_precision))
     return AdaptedModel(unet, list(layers["unet"].values()), embeddings, base_embeddings)
 
 

@@ -51,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     class_prompts = [wanted.class_prompt] * len(subject_prompts)
     prompts = [*subject_prompts, *class_prompts]
 
-    model = load_adapted(folder, weights, prompts)
+    model = load_adapted(folder, weights, prompts, config.device.mixed_precision)
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(prompts))
     )

@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     output = Path(wanted.output_dir)
     check_writable(output)
 
-    model = load_adapted(folder, weights, [*prompts, wanted.negative_prompt])
+    model = load_adapted(folder, weights, [*prompts, wanted.negative_prompt], config.device.mixed_precision)
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(rows))
     )

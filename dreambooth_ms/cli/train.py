@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenizer
 from dreambooth_ms.cli.tell import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.validation import Validator
@@ -46,7 +47,6 @@ from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner, result_of
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.precision import compute_in
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
@@ -90,7 +90,6 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
             model.variant,
             model.pretrained_vae_model_name_or_path,
         )
-    compute_dtype(config.precision.mixed_precision)  # What the device cannot compute in ends here, before any work.
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
@@ -350,7 +349,7 @@ def set_up_training(
     method = config.method
     text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
     learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
-    compute_in(learner.denoiser, compute_dtype(config.precision.mixed_precision))
+    compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
     sharded = None
     if config.processes.zero_stage > 0 and processes.count > 1:
         make_part = lambda start, stop: choose_optimiser(config, learner.part(start, stop))  # noqa: E731
@@ -375,11 +374,11 @@ def set_up_training(
 
 def _scaler(config: TrainConfig) -> LossScaler | None:
     """float16 alone needs one: bfloat16 has the exponents of float32."""
-    p = config.precision
-    if p.mixed_precision != "fp16":
+    if config.device.mixed_precision != "fp16":
         return None
-    dynamic = p.loss_scaler_type == "dynamic"
-    return LossScaler(LossScaling(p.init_loss_scale, p.loss_scale_factor, p.scale_window, dynamic))
+    c = config.loss_scaling
+    dynamic = c.loss_scaler_type == "dynamic"
+    return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
 
 
 def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
@@ -394,7 +393,8 @@ def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker
     latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
     specs = (folder.unet_spec, folder.text_spec, folder.text_spec_2, folder.schedule_spec)
     rows = len(batches.plan.rows(0)), batches.batches_per_step
-    return compile_cache(specs, config.method, config.loss, config.optimiser, config.precision, latent_shape, rows)
+    precision = config.device.mixed_precision, config.loss_scaling
+    return compile_cache(specs, config.method, config.loss, config.optimiser, precision, latent_shape, rows)
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:

@@ -186,17 +186,15 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
-    """Mixed precision. What is trained, norms, softmax, loss and optimiser are float32 in any case."""
+class LossScalingConfig:
+    """With --mixed_precision fp16 the loss is scaled, so that small gradients are not lost."""
 
-    mixed_precision: MixedPrecision | None = None
-    """What networks compute in: fp16, bf16 (Ascend only), or no for float32. None: no."""
     loss_scaler_type: LossScalerType = "dynamic"
-    """With fp16 the loss is scaled, so that small gradients are not lost. dynamic: the scale follows the overflows."""
+    """dynamic: the scale falls with each overflow, and grows again. static: it stays. Either skips such a step."""
     init_loss_scale: float = 65536.0
-    """Scale of the first step, with fp16; powers of two round nothing."""
+    """Scale of the first step; powers of two round nothing."""
     loss_scale_factor: float = 2.0
-    """The scale is divided by this after an overflow, whose step is skipped, and grows by it after a window."""
+    """By how much the scale falls and grows."""
     scale_window: int = 2000
     """Steps in a row without an overflow after which the scale grows."""
 
@@ -247,6 +245,9 @@ class DeviceConfig:
 
     device_target: DeviceTarget = "auto"
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
+    mixed_precision: MixedPrecision | None = None
+    """What networks compute in: fp16, bf16 (on Ascend), or no for float32. What is trained, norms, softmax, loss and
+    optimiser are float32 in any case, and so is the autoencoder. None: no."""
     ms_mode: int = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
 
@@ -506,7 +507,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)
     run: RunConfig = field(default_factory=RunConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
@@ -586,12 +587,11 @@ class TrainConfig:
 
     def _doubtful(self) -> list[str]:
         prior, optimiser, run = self.prior, self.optimiser, self.run
-        method, validation, precision = self.method, self.validation, self.precision
+        method, validation, scaling = self.method, self.validation, self.loss_scaling
         reasons = {}
-        if precision.mixed_precision != "fp16":
-            scaling = ("loss_scaler_type", "init_loss_scale", "loss_scale_factor", "scale_window")
-            reasons.update(dict.fromkeys(scaling, "without --mixed_precision fp16"))
-        elif precision.loss_scaler_type == "static":
+        if self.device.mixed_precision != "fp16":
+            reasons.update(dict.fromkeys(vars(scaling), "without --mixed_precision fp16"))
+        elif scaling.loss_scaler_type == "static":
             reasons.update(dict.fromkeys(("loss_scale_factor", "scale_window"), "with --loss_scaler_type static"))
         if not prior.with_prior_preservation:
             reasons.update(dict.fromkeys(vars(prior), "without --with_prior_preservation"))
@@ -624,7 +624,7 @@ class TrainConfig:
         if run.max_train_steps is not None:
             reasons["num_train_epochs"] = "beside --max_train_steps"
         changed = [
-            name for section in (prior, method, optimiser, precision, run, validation) for name in _changed(section)
+            name for section in (prior, method, optimiser, scaling, run, validation) for name in _changed(section)
         ]
         warnings = [f"--{name} has no effect {reasons[name]}" for name in changed if name in reasons]
         if optimiser.optimizer == "prodigy" and self.learning_rate < LEAST_PRODIGY_RATE:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.ops import Formulation, compute_dtype, use_formulation
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
-from dreambooth_ms.training.precision import compute_in
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 from dreambooth_ms.weights.parameters import public_parameters
 from tests.parity.reference import worst_gradient_error

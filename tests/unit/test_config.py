@@ -538,6 +538,45 @@ def test_another_spelling_sets_the_field(flag, section, field):
     assert getattr(getattr(train(f"--{flag}", "7"), section), field) == 7
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ([], None),
+        (["--ms_amp_level", "O0"], "no"),
+        (["--ms_amp_level", "O1"], "fp16"),
+        (["--ms_amp_level", "o2"], "fp16"),
+        (["--ms_amp_level=O3"], "fp16"),
+        (["--ms_amp_level", "auto"], "fp16"),
+        (["--mixed_precision", "fp32"], "no"),
+        (["--mixed_precision", "no"], "no"),
+        (["--mixed_precision", "FP16"], "fp16"),
+        (["--mixed_precision", "bf16"], "bf16"),
+    ],
+)
+def test_levels_of_mixed_precision_are_understood_in_training_and_sampling(flags, precision):
+    assert train(*flags).device.mixed_precision == precision
+    assert load_sample_config([*SAMPLE_REQUIRED, *flags]).device.mixed_precision == precision
+
+
+def test_a_bare_no_in_a_file_is_no_mixed_precision(tmp_path):
+    """YAML reads it as false."""
+    config = train(*write(tmp_path / "run.yaml", "mixed_precision: no"))
+    assert config.device.mixed_precision == "no"
+    assert load(TrainConfig, write(tmp_path / "again.yaml", to_yaml(config))).config == config
+
+
+def test_an_unknown_level_of_mixed_precision_is_refused():
+    assert train_problems("--ms_amp_level", "O4") == [
+        "--ms_amp_level: expected one of no, fp16, bf16, or None, got 'O4'"
+    ]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_learning_rate_of_prodigy_is_1_unless_given(method):
+    assert train("--method", method, "--optimizer", "Prodigy").learning_rate == 1
+    assert train("--method", method, "--optimizer", "prodigy", "--learning_rate", "0.5").learning_rate == 0.5
+
+
 def test_a_spelling_means_what_the_command_has():
     assert load_sample_config([*SAMPLE_REQUIRED, "--sampling_steps", "7"]).pictures.num_inference_steps == 7
     assert problems(*SAMPLE_REQUIRED, "--lora_rank", "4", schema=SampleConfig)[0].startswith(
@@ -771,6 +810,19 @@ def test_an_impossible_combination_is_refused(flags, start):
         (["--method", "full", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --method full"),
         (["--ema_decay", "0.99"], "--ema_decay has no effect without --use_ema"),
         (["--text_encoder_lr", "1e-6"], "--text_encoder_lr has no effect without --train_text_encoder"),
+        (["--init_loss_scale", "9"], "--init_loss_scale has no effect without --mixed_precision fp16"),
+        (
+            ["--mixed_precision", "fp16", "--loss_scaler_type", "static", "--scale_window", "9"],
+            "--scale_window has no effect with --loss_scaler_type static",
+        ),
+        (["--optimizer", "prodigy", "--use_8bit_adam"], "--use_8bit_adam has no effect with --optimizer prodigy"),
+        (["--optimizer", "adafactor", "--adam_beta1", "0"], "--adam_beta1 has no effect with --optimizer adafactor"),
+        (["--prodigy_beta3", "0.9"], "--prodigy_beta3 has no effect without --optimizer prodigy"),
+        (["--adafactor_scale_parameter"], "--adafactor_scale_parameter has no effect without --optimizer adafactor"),
+        (
+            ["--optimizer", "prodigy", "--learning_rate", "1e-4"],
+            "--learning_rate 0.0001 multiplies what prodigy finds by itself; it is usually 1",
+        ),
         (["--validation_steps", "9"], "--validation_steps has no effect without --validation_prompt"),
         (
             ["--max_train_steps", "500", "--lr_scheduler", "cosine"],
@@ -795,6 +847,10 @@ def test_what_is_doubtful_is_noted(flags, note):
         ["--max_train_steps", "501", "--lr_scheduler", "cosine"],
         ["--method", "full", "--train_text_encoder", "--text_encoder_lr", "1e-6", "--use_ema", "--ema_decay", "0.99"],
         ["--lora_dropout", "0.1", "--snr_gamma", "5", "--noise_offset", "0.2", "--scale_lr"],
+        ["--mixed_precision", "fp16", "--init_loss_scale", "9", "--loss_scale_factor", "4", "--scale_window", "9"],
+        ["--optimizer", "prodigy", "--prodigy_beta3", "0.9", "--no-prodigy_decouple", "--adam_beta1", "0.8"],
+        ["--optimizer", "adafactor", "--adafactor_scale_parameter", "--adam_weight_decay", "0"],
+        ["--use_8bit_adam", "--adam_epsilon", "1e-6"],
         ["--validation_prompt", "a dog", "--validation_steps", "9", "--num_validation_images", "1"],
     ],
 )

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
@@ -57,13 +57,13 @@ def rate_at(update):
 class Ours:
     """A weight that is trained, from its start."""
 
-    def __init__(self, scaling, batches_per_step=1):
+    def __init__(self, scaling, batches_per_step=1, sum_gradients=None):
         self.weight = Parameter(Tensor(normal(4)), name="weight")
         self.adamw = AdamW([self.weight], AdamWHyperparameters())
         self.scaler = LossScaler(scaling) if scaling else None
         kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
         self.batches_per_step = batches_per_step
-        self.step = kind(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, scaler=self.scaler)
+        self.step = kind(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)
 
     def run(self, done, stop, overflowing=OVERFLOWING):
         count = self.batches_per_step
@@ -130,6 +130,21 @@ def test_a_static_scale_is_taken_out_exactly_once(batches_per_step):
         assert (one.loss, one.grad_norm, one.loss_scale, two.loss_scale) == (two.loss, two.grad_norm, 4096.0, None)
         assert one.grad_norm > 1
     assert plain.bits().items() <= scaled.bits().items()
+
+
+class WithAnother(nn.Cell):
+    """The sum with another process's gradients, which are no numbers."""
+
+    def construct(self, gradients):
+        return (gradients[0] + np.inf,)
+
+
+def test_a_step_is_skipped_if_another_process_overflows():
+    """Whether it is skipped is decided of the sum over processes, or they would go on with different weights."""
+    ours = Ours(SCALING, sum_gradients=WithAnother())
+    before = ours.bits()["weight"]
+    assert [report.is_skipped for report in ours.run(0, 2, {})] == [True, True]
+    assert ours.bits()["weight"] == before
 
 
 def test_a_resumed_run_has_the_scale_and_the_counts_it_was_left_with(tmp_path):

@@ -15,10 +15,9 @@ from dreambooth_ms.ops import Conv2d, Dense, Embedding
 
 
 def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
-    """From here on the networks of a learner's denoiser compute in `dtype`, and store in it what stays as it is.
+    """From here on a denoiser's networks compute in `dtype`, and store in it what an adapter stands beside.
 
-    Frozen is what an adapter stands beside. The full method freezes nothing: it writes whole networks, also the
-    layers that have no gradient.
+    Without adapters nothing is frozen: the full method writes whole networks, also layers that have no gradient.
     """
     for _, cell in denoiser.cells_and_names():
         if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
