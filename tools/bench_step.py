@@ -77,6 +77,8 @@ class Job:
     """lora: a small update beside frozen weights. full: all weights."""
     steps: int
     """Steps timed after the first."""
+    mixed_precision: str = "no"
+    """no: float32. fp16: half precision with loss scaling; the peer by autocast and GradScaler."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,16 @@ def start_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def build_ours(job: Job, mark: Callable[[str], None]) -> Side:
     """The step of this toolkit, from the parts that `dreambooth-ms train` puts together."""
-    from dreambooth_ms.ops import set_up_device
+    from dreambooth_ms.ops import compute_dtype, set_up_device
 
     set_up_device("CPU", 0)
 
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+    from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.data.batches import Batch
     from dreambooth_ms.data.records import CLASS, INSTANCE
     from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
     from dreambooth_ms.weights.parameters import public_parameters
@@ -157,10 +161,13 @@ def build_ours(job: Job, mark: Callable[[str], None]) -> Side:
         if not name.endswith(".lora_scale"):
             public.write(start_value(name, public.shape))
     trainables = lora_trainables(layers) if layers else [public.parameter for public in named.values()]
+    compute_in(unet, compute_dtype(job.mixed_precision))
+    scaler = LossScaler(LossScaling()) if job.mixed_precision == "fp16" else None
     optimiser = AdamW(trainables, AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
     spec = NoiseScheduleSpec()
     schedule = NoiseSchedule.from_spec(spec)
-    step_cell = TrainStep(DiffusionLoss(unet, spec.prediction_type), trainables, optimiser, MAX_GRAD_NORM)
+    loss_cell = DiffusionLoss(unet, spec.prediction_type)
+    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, scaler=scaler)
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
         batch = Batch(
@@ -198,19 +205,24 @@ def build_peer(job: Job, mark: Callable[[str], None]) -> Side:
             trainables[name] = parameter
     optimiser = torch.optim.AdamW(trainables.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     scheduler = DDPMScheduler.from_config(write_scheduler_config(NoiseScheduleSpec()))
+    half = job.mixed_precision == "fp16"
+    scaler = torch.amp.GradScaler("cpu", enabled=half)
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
         latents, noise, timesteps, text, pooled, sizes = map(torch.from_numpy, vars(rows).values())
         added = {"text_embeds": pooled, "time_ids": sizes} if sizes.numel() else None
         noisy = scheduler.add_noise(latents, noise, timesteps.long())
-        prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample.float()
         of_subject, of_class = prediction.chunk(2)
         noise_of_subject, noise_of_class = noise.chunk(2)
         loss = torch.nn.functional.mse_loss(of_subject, noise_of_subject)
         loss = loss + torch.nn.functional.mse_loss(of_class, noise_of_class)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
         norm = torch.nn.utils.clip_grad_norm_(trainables.values(), MAX_GRAD_NORM)
-        optimiser.step()
+        scaler.step(optimiser)
+        scaler.update()
         optimiser.zero_grad()
         return loss.item(), norm.item()
 
@@ -336,6 +348,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="the UNet (default: tiny)")
     parser.add_argument("--method", choices=["lora", "full"], default="lora", help="what is trained (default: lora)")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16"], default="no", help="of both sides (default: no)")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the UNet's own)")
     parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
@@ -349,7 +362,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
     if args.pairs < 1 or args.steps < 1:
         parser.error("--pairs and --steps: expected at least 1")
-    return args, Job(size.unet, resolution // size.downsampling, args.method, args.steps)
+    return args, Job(size.unet, resolution // size.downsampling, args.method, args.steps, args.mixed_precision)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -359,9 +372,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure(args.side, job, args.started)), flush=True)
         return
     given = list(sys.argv[1:] if argv is None else argv)
-    print(
-        f"{args.size}, {args.method}, latents {job.latent_size} x {job.latent_size}, {os.cpu_count()} cores", flush=True
-    )
+    precision = "float32" if job.mixed_precision == "no" else job.mixed_precision
+    size = f"latents {job.latent_size} x {job.latent_size}"
+    print(f"{args.size}, {args.method}, {precision}, {size}, {os.cpu_count()} cores", flush=True)
     pairs = []
     for _ in range(args.pairs):
         ours, peer = (run_child([sys.executable, "-m", "tools.bench_step", *given, "--side", side]) for side in SIDES)

@@ -126,7 +126,7 @@ def test_a_prediction_in_half_precision_is_that_of_float32_but_for_rounding(tmp_
     half = unet(*inputs)
     assert half.dtype == ms.float32
     print(f"prediction {relative_error(half, expected):.1e}")
-    assert 1e-6 < relative_error(half, expected) < 5e-3  # Measured 7e-4.
+    assert 1e-6 < relative_error(half, expected) < 2e-2  # Measured 4e-3.
 
 
 def test_bfloat16_is_refused_on_cpu_with_what_to_do():

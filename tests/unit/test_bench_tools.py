@@ -50,7 +50,8 @@ def test_tiny_is_the_embedded_bases_size():
 )
 def test_the_command_line_of_a_step_says_what_is_timed(flags, latent_size, method):
     _, job = bench_step.parse(flags)
-    assert (job.latent_size, job.method) == (latent_size, method)
+    assert (job.latent_size, job.method, job.mixed_precision) == (latent_size, method, "no")
+    assert bench_step.parse([*flags, "--mixed_precision", "fp16"])[1].mixed_precision == "fp16"
 
 
 @pytest.mark.parametrize("flags", [["--resolution", "40"], ["--pairs", "0"], ["--steps", "0"]])
