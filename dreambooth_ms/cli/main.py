@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if "MS_ROLE" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
         os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
+    # MindSpore would warn of each graph that it takes from the compile cache.
+    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
     except UserError as error:
