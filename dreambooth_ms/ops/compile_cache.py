@@ -14,6 +14,7 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -75,7 +76,7 @@ class CompileCache:
             settings: what decides the graph beside the cell, the inputs and the environment.
             compile: compiles it.
         """
-        if self._is_off or _mindspores.is_lost:
+        if self._is_off:
             compile()
             return
         try:
@@ -101,6 +102,8 @@ class CompileCache:
 
     def _put_in_place(self, entry: Path) -> dict[str, tuple[int, int]]:
         """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
+        if _mindspores.place is None:
+            return {}
         try:
             files = json.loads((entry / CONTENTS).read_text())
             for number, (pattern, digest) in enumerate(sorted(files.items())):
@@ -123,8 +126,9 @@ class CompileCache:
             with _mindspores.switched_on():
                 compile()
         except Exception:
-            # Whether MindSpore has counted this one is not known.
-            _mindspores.lose()
+            # Whether MindSpore has counted this one is not known; the next one that it writes will tell.
+            _mindspores.place = None
+            _mindspores.empty()
             if not was_put:
                 raise
             return False
@@ -132,18 +136,21 @@ class CompileCache:
 
     def _take_back(self, entry: Path, put: dict[str, tuple[int, int]]) -> None:
         """Keep what MindSpore has written, or note that it used what was put there."""
-        place, state = _mindspores.place, _mindspores.state()
-        _mindspores.place += 1
-        written = [name for name in state if f"_{place}." in name]
-        if not written:
-            _mindspores.lose()
-        elif state == put:
+        state = _mindspores.state()
+        places = {int(match[1]) for name in state if (match := re.search(r"compile_cache_(\d+)\.", name))}
+        if len(places) != 1:
+            _mindspores.place = None
+            return
+        (place,) = places
+        _mindspores.place = place + 1
+        if state == put:
             self.counts.found += 1
             os.utime(entry)
-        else:
-            self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
-            self.counts.kept += 1
-            self._prune()
+            return
+        written = [name for name in state if f"_{place}." in name]
+        self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
+        self.counts.kept += 1
+        self._prune()
 
     def _keep(self, entry: Path, names: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -192,14 +199,13 @@ class CompileCache:
 
 
 class _MindSporesCache:
-    """MindSpore's own cache in this process: its folder, and the place that it will give the next graph.
+    """MindSpore's own cache in this process: its folder, and the place of the next graph; None if that is not known.
 
     It reads the folder's name once, and counts the graphs that it compiles while it is switched on.
     """
 
     def __init__(self) -> None:
-        self.place = 0
-        self.is_lost = False
+        self.place: int | None = 0
         self._folder: Path | None = None
 
     def folder(self) -> Path:
@@ -237,10 +243,6 @@ class _MindSporesCache:
         """Remove the files, so that MindSpore finds none but those that are put there."""
         for path in self.folder().iterdir():
             shutil.rmtree(path, ignore_errors=True)
-
-    def lose(self) -> None:
-        """The next graph's place is not known: nothing is put or kept in this process any more."""
-        self.is_lost = True
 
 
 _mindspores = _MindSporesCache()

@@ -20,7 +20,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore._c_expression import MetaFuncGraph_
+from mindspore._c_expression import MetaFuncGraph_, MixedPrecisionType
 from mindspore._c_expression.typing import Type
 from mindspore.communication import GlobalComm, get_group_size, get_rank
 
@@ -50,7 +50,7 @@ MADE_BY_A_COMPILATION = {
     "__parse_method__",
     "__compile_cell_hook__",
 }
-VALUES = (tuple, Enum, Type, np.generic)
+VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
 """What is the same where it is equal; of everything else it counts which attributes hold the same object."""
 
 FLAGS, FLAG_OF_A_COMPILATION = "_func_graph_flags", "compile_phase"
@@ -217,6 +217,7 @@ _KINDS: tuple[tuple[type, Callable[[_Description, Any], Iterator[Any]]], ...] = 
     (np.generic, _array),
     (Type, lambda _, kind: iter((str(kind),))),
     (Enum, lambda _, member: iter((member.name,))),
+    (MixedPrecisionType, lambda _, member: iter((str(member),))),
     (nn.Cell, _Description.cell),
     (ops.Primitive, _Description.attributes),
     (MetaFuncGraph_, _Description.attributes),
