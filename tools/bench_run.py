@@ -6,9 +6,9 @@
 
 The job is LoRA with prior preservation: draw the class pictures, encode all pictures and prompts once, train, save.
 The peer is one script of diffusers' pipeline and peft's LoRA on PyTorch, with a thread for every core. The two run in
-turns, each time in a fresh process and a fresh folder. Our compile cache is empty at the start of a run, unless it is to
-be warm: then a run that is not timed goes before. Both have the same number of pictures, denoising steps, rows, training
-steps and trained weights; their draws are their own.
+turns, each time in a fresh process and a fresh folder. Our compile cache is empty at the start of a run, unless it is
+to be warm: then a run that is not timed goes before. Both have the same number of pictures, denoising steps, rows,
+training steps and trained weights; their draws are their own.
 """
 
 import argparse
