@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("dreambooth_ms.cli.inspect", "tell what a file or folder is", "InspectConfig"),
     "convert": Command("dreambooth_ms.cli.convert", "write a model or a LoRA in another format", "ConvertConfig"),
     "merge": Command("dreambooth_ms.cli.merge", "merge LoRAs into a model", "MergeConfig"),
+    "doctor": Command("dreambooth_ms.cli.doctor", "check that the installation works on this machine", "DoctorConfig"),
 }
 
 
