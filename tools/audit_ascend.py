@@ -69,14 +69,17 @@ Graph = tuple[Any, Sequence[Any]]
 def training() -> list[Graph]:
     """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; all of it trained.
 
-    By gradients that are added up over batches, which has every operation of a step in one batch; and the running
-    average of what is trained.
+    By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
+    the running average of what is trained.
     """
+    from mindspore import Tensor
+
     from dreambooth_ms.adapters.lora import DropoutState, inject_lora
     from dreambooth_ms.cli import smallest
     from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
+    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
     from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss
@@ -91,22 +94,25 @@ def training() -> list[Graph]:
     trainables = [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
-    step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0)
+    step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
     text = (smallest.token_ids(2 * smallest.TOKENS), smallest.ends(), smallest.size_ids())
     scalars = optimiser.update_scalars(1, 1e-3)
     return [
-        (step._add_gradients, (scalars[0], *smallest.rows(), *text)),
+        (step._add_gradients, (Tensor(True), *smallest.rows(), *text)),
         (step._update, scalars),
         (MovingAverage(trainables, 0.9)._update, scalars[:1]),
     ]
 
 
 def drawing() -> list[Graph]:
-    """Text encoders, a guided denoising step, and the autoencoder both ways."""
+    """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
+    import mindspore as ms
+
     from dreambooth_ms.cli import smallest
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
     from dreambooth_ms.sampling.denoiser import Denoiser
+    from dreambooth_ms.training.precision import compute_in
 
     spec, rows = smallest.SDXL_UNET, smallest.ROWS
     latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
@@ -116,10 +122,13 @@ def drawing() -> list[Graph]:
         smallest.normal("pooled", rows, smallest.POOLED),
         smallest.size_ids(),
     )
-    vae = AutoencoderKL(smallest.VAE)
+    unet, vae = UNet2DConditionModel(spec), AutoencoderKL(smallest.VAE)
+    for parameter in unet.get_parameters():
+        parameter.requires_grad = False
+    compute_in(unet, ms.float16)
     return [
         (_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
-        (Denoiser(UNet2DConditionModel(spec), True), (latents, number[:1], number[0], *conditioning)),
+        (Denoiser(unet, True), (latents, number[:1], number[0], *conditioning)),
         (VaeDecoder(vae), (latents,)),
         (VaeEncoder(vae), (smallest.normal("picture", 1, 3, 2 * smallest.SIDE, 2 * smallest.SIDE),)),
     ]

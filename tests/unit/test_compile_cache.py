@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.ops import CompiledCell, compile_cache, graph_key
+from dreambooth_ms.ops import CompiledCell, Dense, compile_cache, graph_key
 from dreambooth_ms.ops.compile_cache import CONTENTS, UNFINISHED, CompileCache, use_compile_cache
+from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+from dreambooth_ms.training.adamw_8bit import AdamW8bit
+from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 INPUT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 
@@ -92,9 +98,7 @@ DAMAGES = {
     "one bit": lambda entry: first_file(entry).write_bytes(
         bytes([byte ^ (number == 300) for number, byte in enumerate(first_file(entry).read_bytes())])
     ),
-    "empty": lambda entry: os.truncate(first_file(entry), 0),
     "a file is gone": lambda entry: first_file(entry).unlink(),
-    "no contents": lambda entry: (entry / CONTENTS).unlink(),
     "cut contents": lambda entry: os.truncate(entry / CONTENTS, 20),
     "other contents": lambda entry: (entry / CONTENTS).write_text("[1]"),
 }
@@ -303,6 +307,31 @@ def test_a_cell_with_something_unknown_is_compiled_each_time(cache):
             graph_key.graph_key(cell, (Tensor(INPUT),))
         np.testing.assert_allclose(cell(Tensor(INPUT)).asnumpy(), expected(), rtol=1e-5)
     assert (cache.counts.found, cache.counts.kept) == (0, 0)
+
+
+OPTIMISERS = {
+    "AdamW": lambda trained: AdamW(trained, AdamWHyperparameters()),
+    "AdamW8bit": lambda trained: AdamW8bit(trained, AdamWHyperparameters()),
+    "Adafactor": lambda trained: Adafactor(trained, AdafactorHyperparameters()),
+    "Prodigy": lambda trained: Prodigy(trained, ProdigyHyperparameters()),
+}
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("optimiser", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_every_training_step_has_a_key(optimiser, accumulates):
+    """With and without a scaled loss, which is another key."""
+
+    def keys(scaler):
+        cell = Dense(3, 4)
+        trained = [cell.weight, cell.bias]
+        step = AccumulatingTrainStep if accumulates else TrainStep
+        made = step(cell, trained, optimiser(trained), 1.0, scaler=scaler)
+        compiled = [made._add_gradients, made._update] if accumulates else [made]
+        return [graph_key.graph_key(one, INPUTS) for one in compiled]
+
+    assert keys(None) == keys(None)
+    assert not set(keys(None)) & set(keys(LossScaler(LossScaling())))
 
 
 # --- What the environment says ---
