@@ -1,5 +1,7 @@
 """What every test shares: the device, and both execution modes."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from dreambooth_ms.ops import set_up_device
 
 @pytest.fixture(scope="session", autouse=True)
 def device():
-    """Graph mode on CPU, once for the whole run."""
+    """Graph mode on CPU, once for the whole run; tests of the compile cache name a folder of their own."""
+    os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
     torch.set_num_threads(2)
     set_up_device("CPU", 0)
 

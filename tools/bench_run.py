@@ -2,10 +2,12 @@
 
     python -m tools.bench_run                       # on the embedded base; needs tests/requirements.txt
     python -m tools.bench_run --base FOLDER --resolution 32
+    python -m tools.bench_run --compile_cache warm  # ours with its graphs from a run before
 
 The job is LoRA with prior preservation: draw the class pictures, encode all pictures and prompts once, train, save.
 The peer is one script of diffusers' pipeline and peft's LoRA on PyTorch, with a thread for every core. The two run in
-turns, each time in a fresh process and a fresh folder. Both have the same number of pictures, denoising steps, rows,
+turns, each time in a fresh process and a fresh folder. Our compile cache is empty at the start of a run, unless it is
+to be warm: then a run that is not timed goes before. Both have the same number of pictures, denoising steps, rows,
 training steps and trained weights; their draws are their own.
 """
 
@@ -192,13 +194,18 @@ def endless_rows(paths: Sequence[Path], count: int) -> Iterator[list[Path]]:
         start += count
 
 
-def watch(command: Sequence[str]) -> dict[str, float]:
+def watch(command: Sequence[str], graphs: Path) -> dict[str, float]:
     """Run a process to its end; returns seconds of the whole and of its parts, and its peak memory in GiB.
+
+    Args:
+        command: its command line.
+        graphs: the folder of its compile cache.
 
     Raises:
         SystemExit: it failed, or ended without saying what ends one of the parts.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_COMPILER_CACHE")}
+    environment["MS_COMPILER_CACHE_PATH"] = str(graphs)
     started = last = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None, "a pipe was asked for"
@@ -240,14 +247,18 @@ def check_same_work(results: Mapping[str, Path], job: Job) -> None:
         raise SystemExit(f"the two sides do not do the same: class pictures and weights {work}")
 
 
-def time_pair(job: Job) -> tuple[dict[str, float], dict[str, float]]:
-    """One run of each side, ours first."""
+def time_pair(job: Job, warm: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """One run of each side, ours first; if `warm`, with the compiled graphs of a run before."""
     figures: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as scratch:
+        graphs = Path(scratch) / "graphs"
+        if warm:
+            with TemporaryDirectory() as folder:
+                watch(our_command(job, Path(folder)), graphs)
         results = {side: Path(scratch) / side for side in SIDES}
         for side, folder in results.items():
             folder.mkdir()
-            figures[side] = watch(SIDES[side](job, folder))
+            figures[side] = watch(SIDES[side](job, folder), graphs)
             print(f"{side}: {figures[side]['whole run, s']:.1f} s", flush=True)
         check_same_work(results, job)
     return figures["ours"], figures["peer"]
@@ -272,6 +283,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         ("pairs", int, 1, "runs of each side"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{meaning} (default: {default})")
+    choices = ["cold", "warm"]
+    parser.add_argument("--compile_cache", choices=choices, default="cold", help="our cache (default: cold)")
     parser.add_argument("--peer_folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not (args.base / "model_index.json").is_file():
@@ -289,10 +302,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     print(
         f"{job.base}: {job.num_class_images} class pictures in {job.infer_steps} steps, {job.steps} training steps of "
-        f"{2 * job.batch_size} rows, {job.resolution} px, {os.cpu_count()} cores",
+        f"{2 * job.batch_size} rows, {job.resolution} px, {os.cpu_count()} cores, compile cache {args.compile_cache}",
         flush=True,
     )
-    pairs = [time_pair(job) for _ in range(args.pairs)]
+    pairs = [time_pair(job, args.compile_cache == "warm") for _ in range(args.pairs)]
     print(ratio_table(pairs))
 
 

@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("dreambooth_ms.cli.inspect", "tell what a file or folder is", "InspectConfig"),
     "convert": Command("dreambooth_ms.cli.convert", "write a model or a LoRA in another format", "ConvertConfig"),
     "merge": Command("dreambooth_ms.cli.merge", "merge LoRAs into a model", "MergeConfig"),
+    "doctor": Command("dreambooth_ms.cli.doctor", "check that the installation works on this machine", "DoctorConfig"),
 }
 
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if "MS_ROLE" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
         os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
+    # MindSpore would warn of each graph that it takes from the compile cache.
+    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
     except UserError as error:

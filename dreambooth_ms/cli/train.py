@@ -27,7 +27,7 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.errors import ConfigError, DataError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
-from dreambooth_ms.ops import compile_cache, compute_dtype
+from dreambooth_ms.ops import compute_dtype
 from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.processes.together import ALONE, Processes, run_together
@@ -312,7 +312,6 @@ def train_and_save(
                 _learning_rate(config, total),
                 done,
                 total,
-                _compile_cache(config, folder, batches),
                 dropout.begin_batch if dropout else None,
                 processes,
                 lambda: stop.asked,
@@ -385,16 +384,6 @@ def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
     """What the UNet is trained to predict."""
     chosen = config.loss.prediction_type
     return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
-
-
-def _compile_cache(config: TrainConfig, folder: ModelFolder, batches: BatchMaker) -> AbstractContextManager[None]:
-    if config.run.gradient_accumulation_steps > 1:
-        return nullcontext()  # A step is two graphs then, and the cache is sound for one.
-    latent_shape = folder.latent_shape(config.data.resolution, config.data.resolution)
-    specs = (folder.unet_spec, folder.text_spec, folder.text_spec_2, folder.schedule_spec)
-    rows = len(batches.plan.rows(0)), batches.batches_per_step
-    precision = config.device.mixed_precision, config.loss_scaling
-    return compile_cache(specs, config.method, config.loss, config.optimiser, precision, latent_shape, rows)
 
 
 def _learning_rate(config: TrainConfig, total: int) -> Callable[[int], float]:

@@ -703,6 +703,17 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Check that the installation works on this machine."""
+
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> Findings:
+        """Ranges. Reads no file."""
+        return Findings(out_of_range(self), [])
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """Merge LoRAs into a model."""
 

@@ -9,6 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.ops import (
+    CompiledCell,
     Dense,
     Embedding,
     FromPublicLayout,
@@ -59,7 +60,7 @@ class CLIPTextModelWithProjection(nn.Cell):
         return penultimate_BSD, self.text_projection(_at_end(last_BSD, end_BS))
 
 
-class TextEncoders(nn.Cell):
+class TextEncoders(CompiledCell):
     """The text encoders of a model as one network: token ids -> what its UNet reads.
 
     SD 1 and 2: ids (B, S) -> (text (B, S, D),). SDXL: ids (B, T S), those of T tokenizers side by side, and the ends of
@@ -122,7 +123,7 @@ class CLIPModel(nn.Cell):
         return _unit(self.visual_projection(self.vision_model(pictures_B3HW)))
 
 
-class ClipImageEncoder(nn.Cell):
+class ClipImageEncoder(CompiledCell):
     """`CLIPModel.encode_image` as a cell that can be compiled."""
 
     def __init__(self, clip: CLIPModel) -> None:

@@ -8,7 +8,16 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm, shared
+from dreambooth_ms.ops import (
+    CompiledCell,
+    FromPublicLayout,
+    ImageToTokens,
+    TokensToImage,
+    ToPublicLayout,
+    conv2d,
+    group_norm,
+    shared,
+)
 
 NORM_EPS = 1e-6
 
@@ -38,7 +47,7 @@ class AutoencoderKL(nn.Cell):
         return self.to_public_layout(x)
 
 
-class VaeEncoder(nn.Cell):
+class VaeEncoder(CompiledCell):
     """`AutoencoderKL.encode` as a cell that can be compiled."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
@@ -49,7 +58,7 @@ class VaeEncoder(nn.Cell):
         return self.vae.encode(pictures_B3HW)
 
 
-class VaeDecoder(nn.Cell):
+class VaeDecoder(CompiledCell):
     """`AutoencoderKL.decode` as a cell that can be compiled."""
 
     def __init__(self, vae: AutoencoderKL) -> None:

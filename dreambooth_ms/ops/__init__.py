@@ -13,13 +13,13 @@ from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.backend import (
     Formulation,
-    compile_cache,
     compute_dtype,
     formulation,
     set_up_device,
     shared,
     use_formulation,
 )
+from dreambooth_ms.ops.compiled_cell import CompiledCell
 from dreambooth_ms.ops.conv import Conv2d, conv2d
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
@@ -37,6 +37,7 @@ from dreambooth_ms.ops.norm import LayerNorm, group_norm
 
 __all__ = [
     "AddPerChannel",
+    "CompiledCell",
     "ConcatChannels",
     "Conv2d",
     "Dense",
@@ -54,7 +55,6 @@ __all__ = [
     "ToPublicLayout",
     "TokensToImage",
     "UpsampleNearest",
-    "compile_cache",
     "compute_dtype",
     "conv2d",
     "formulation",

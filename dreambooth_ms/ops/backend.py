@@ -1,7 +1,5 @@
 """The device: the only place that asks for it, and the formulation of the operations that follows from it."""
 
-import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -15,6 +13,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.ops.compile_cache import set_up_compile_cache
 
 
 class Formulation(Enum):
@@ -27,7 +26,6 @@ class Formulation(Enum):
 POOL_PIECE = "1GB"
 
 _formulation = Formulation.CPU
-_cache_folder: Path | None = None
 
 
 def set_up_device(target: str, ms_mode: int) -> str:
@@ -43,9 +41,7 @@ def set_up_device(target: str, ms_mode: int) -> str:
     Raises:
         DeviceError: Ascend was asked for and there is none.
     """
-    global _formulation, _cache_folder
-    if os.environ.pop("MS_COMPILER_CACHE_ENABLE", "0") == "1":
-        _cache_folder = Path(os.environ.pop("MS_COMPILER_CACHE_PATH", "."))
+    global _formulation
     has_ascend = target != "CPU" and _has_ascend()
     if target == "Ascend" and not has_ascend:
         raise DeviceError("--device_target Ascend: no Ascend device was found here; use --device_target CPU or auto")
@@ -55,6 +51,8 @@ def set_up_device(target: str, ms_mode: int) -> str:
         _set_up_pool()
     ms.set_context(mode=ms.PYNATIVE_MODE if ms_mode == 1 else ms.GRAPH_MODE)
     _formulation = Formulation(device.lower())
+    # Nothing has been run on an Ascend card, so there the cache is on only if it is asked for.
+    set_up_compile_cache(by_default=device == "CPU")
     return device
 
 
@@ -99,28 +97,6 @@ def shared(kind: type[nn.Cell], *arguments: object) -> Any:
 @cache
 def _shared(formulation: Formulation, kind: type[nn.Cell], *arguments: object) -> nn.Cell:
     return kind(*arguments)
-
-
-@contextmanager
-def compile_cache(*decides: object) -> Iterator[None]:
-    """Compile the one cell that is called inside with MindSpore's cache, if MS_COMPILER_CACHE_ENABLE=1 asks for it.
-
-    MindSpore knows a cached graph by its place in the order of compilation alone: it would take the text encoder's for
-    the step's in a run that has its embeddings already, and an old step for one of another configuration. So each
-    configuration gets a folder, and one graph in it.
-
-    Args:
-        decides: everything that decides the graph, beside the program; by its `repr`.
-    """
-    if _cache_folder is None:
-        yield
-        return
-    key = hashlib.sha256(repr((ms.__version__, _formulation, decides)).encode()).hexdigest()[:20]
-    os.environ |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(_cache_folder / key)}
-    try:
-        yield
-    finally:
-        del os.environ["MS_COMPILER_CACHE_ENABLE"], os.environ["MS_COMPILER_CACHE_PATH"]
 
 
 def after(x: Tensor, earlier: Tensor | tuple[Tensor, ...]) -> Tensor:

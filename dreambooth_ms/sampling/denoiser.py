@@ -2,8 +2,10 @@
 
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.ops import CompiledCell
 
-class Denoiser(nn.Cell):
+
+class Denoiser(CompiledCell):
     """negative + guidance * (positive - negative) (Ho and Salimans, 2022, eq. 6, with w = guidance - 1).
 
     Latents (B, C, H, W), timesteps (B,), guidance (), conditioning -> (B, C, H, W). Where it is guided, the rows of the

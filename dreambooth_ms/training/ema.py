@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, ops
 
+from dreambooth_ms.ops import CompiledCell
 from dreambooth_ms.training.optimisers import zeros_like
 
 _blend = ops.MultitypeFuncGraph("blend")
@@ -46,7 +47,7 @@ def decay_at(step: int, decay: float) -> float:
     return 0.0 if before <= 0 else min(decay, (1 + before) / (10 + before))
 
 
-class _Blend(nn.Cell):
+class _Blend(CompiledCell):
     def __init__(self, parameters: Sequence[Parameter], averages: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.parameters, self.averages = ParameterTuple(parameters), ParameterTuple(averages)

@@ -1,7 +1,6 @@
 """The training loop: from a step's number to its batch, one compiled step, and what is told about it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +51,6 @@ def train(
     learning_rate: Callable[[int], float],
     done: int,
     stop: int,
-    compiling: AbstractContextManager[None] | None = None,
     begin_batch: Callable[[int], None] | None = None,
     processes: Processes = ALONE,
     stop_asked: Callable[[], bool] = lambda: False,
@@ -68,7 +66,6 @@ def train(
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         done: steps that were taken before.
         stop: steps that will have been taken at the end.
-        compiling: entered for the first step, in which the step cell is compiled.
         begin_batch: told the number of each batch before it is computed.
         processes: those that train together.
         stop_asked: whether this process was asked to stop.
@@ -93,12 +90,11 @@ def train(
         updates = step - skipped_before
         rate = learning_rate(updates)
         scalars = step_cell.optimiser.update_scalars(updates + 1, rate)
-        with compiling if compiling and step == done else nullcontext():
-            if step == done and processes.count > 1:
-                # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
-                step_cell.compile_for(scalars, batches[0].inputs())
-                processes.wait_for_all("the first step")
-            loss, errors, norm = step_cell.take(scalars, inputs(numbers, batches))
+        if step == done and processes.count > 1:
+            # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
+            step_cell.compile_for(scalars, batches[0].inputs())
+            processes.wait_for_all("the first step")
+        loss, errors, norm = step_cell.take(scalars, inputs(numbers, batches))
         skipped_steps = scaler.skipped_steps if scaler else 0
         rows = [
             (group, float(error))

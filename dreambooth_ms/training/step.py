@@ -10,6 +10,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
+from dreambooth_ms.ops import CompiledCell
 from dreambooth_ms.ops.parallel import SumOverProcesses
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
 from dreambooth_ms.training.optimisers import Optimiser, zeros_like
@@ -45,7 +46,7 @@ class DiffusionLoss(nn.Cell):
         return (errors_B * coefficients_B).sum(), errors_B
 
 
-class TrainStep(nn.Cell):
+class TrainStep(CompiledCell):
     """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
     Where several processes train as one, `sum_gradients` gives the gradients of all their rows. With a `scaler`, steps
@@ -126,7 +127,7 @@ class AccumulatingTrainStep:
         return sum(losses[1:], losses[0]), reports, self._update(*scalars)
 
 
-class _AddGradients(nn.Cell):
+class _AddGradients(CompiledCell):
     """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
     def __init__(self, loss_cell: nn.Cell, trainables: Sequence[Parameter], sums: ParameterTuple) -> None:
@@ -141,7 +142,7 @@ class _AddGradients(nn.Cell):
         return ops.depend(loss, added), report
 
 
-class _UpdateFromSums(nn.Cell):
+class _UpdateFromSums(CompiledCell):
     """Clip and update; gives the norm of the summed gradients before the clip."""
 
     def __init__(self, sums: ParameterTuple, update: "Update") -> None:

@@ -62,6 +62,7 @@ class Place:
     def start(self, launcher, arguments, **variables):
         python = "python" if launcher == "msrun" else sys.executable
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
+        environment["MS_COMPILER_CACHE_ENABLE"] = "0"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", "True"],
@@ -305,6 +306,7 @@ def test_two_machines_each_with_its_own_msrun(place):
         for link in links:
             subprocess.run(["ip", *link], check=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
+        environment["MS_COMPILER_CACHE_ENABLE"] = "0"
         environment |= {
             "PYTHONPATH": str(REPOSITORY),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

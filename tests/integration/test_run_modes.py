@@ -47,10 +47,11 @@ class Place:
                 Image.fromarray(pixels).save(root / group / f"{i}.png")
 
     def start(self, *arguments, cache=None):
-        """Start a training, with MindSpore's compile cache in a folder or without."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_COMPILER_CACHE")}
+        """Start a training, with the compile cache in a folder or without; MindSpore says what it finds there."""
+        environment = dict(os.environ) | {"MS_SUBMODULE_LOG_v": "{PIPELINE:2}"}
         if cache:
-            environment |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(self.root / cache)}
+            del environment["MS_COMPILER_CACHE_ENABLE"]
+            environment["MS_COMPILER_CACHE_PATH"] = str(self.root / cache)
         return subprocess.Popen(
             [sys.executable, "-m", "dreambooth_ms.cli.main", *arguments],
             cwd=self.root,
@@ -130,7 +131,8 @@ def resumed(place, interrupted):
 
 
 def test_a_run_that_is_compiled_into_a_cache_is_the_run_without_one(place, straight, begun):
-    assert list(place.root.glob("graphs/**/*.mindir"))
+    # The text encoder, the autoencoder's encoder and the step.
+    assert len(list(place.root.glob("graphs/*/entry.json"))) == 3
     assert place.state("parts", STOP) == place.state("straight", STOP)
 
 
@@ -142,7 +144,8 @@ def test_ctrl_c_ends_a_run_after_a_whole_step_and_saves_it(place, interrupted):
 
 def test_a_run_that_is_stopped_twice_and_resumed_from_the_cache_is_the_straight_one(place, straight, resumed):
     """Although the resumed parts compile less: the embeddings are there already."""
-    assert "Use the compilation cache" in resumed
+    assert resumed.count("Use the compilation cache") == 1
+    assert "Failed to load the compilation cache" not in resumed
     assert "resuming from parts/checkpoint-" in resumed
     assert place.state("parts", STEPS) == place.state("straight", STEPS)
     assert place.adapter("parts") == place.adapter("straight")

@@ -173,9 +173,9 @@ def test_rows_go_through_all_pictures():
     assert [next(rows) for _ in range(3)] == [["a", "b"], ["c", "a"], ["b", "c"]]
 
 
-def test_a_run_is_timed_as_a_whole_and_in_parts():
+def test_a_run_is_timed_as_a_whole_and_in_parts(tmp_path):
     code = PROCESS + "for _, words in PARTS: time.sleep(0.02); print(words, file=sys.stderr, flush=True)"
-    figures = bench_run.watch([sys.executable, "-c", code])
+    figures = bench_run.watch([sys.executable, "-c", code], tmp_path)
     memory, whole = figures.pop("peak memory, GiB"), figures.pop("whole run, s")
     assert sum(figures.values()) == pytest.approx(whole)
     assert len(figures) == len(bench_run.PARTS) + 1
@@ -189,6 +189,6 @@ def test_a_run_is_timed_as_a_whole_and_in_parts():
         (PROCESS + "print(PARTS[0][1], file=sys.stderr)", "never said"),
     ],
 )
-def test_a_run_that_fails_or_leaves_out_a_part_is_not_timed(code, reason):
+def test_a_run_that_fails_or_leaves_out_a_part_is_not_timed(tmp_path, code, reason):
     with pytest.raises(SystemExit, match=reason):
-        bench_run.watch([sys.executable, "-c", code])
+        bench_run.watch([sys.executable, "-c", code], tmp_path)

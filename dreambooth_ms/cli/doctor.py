@@ -1,0 +1,238 @@
+"""`dreambooth-ms doctor`: does this installation work here? A line for each check; a minute on CPU."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from dreambooth_ms import __version__
+from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.cli import smallest
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import DoctorConfig
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
+from dreambooth_ms.errors import UserError
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder
+from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.ops.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
+from dreambooth_ms.sampling.denoiser import Denoiser
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from dreambooth_ms.weights.initialise import initialise
+
+FAILED_STATUS = 1
+GIB = 2**30
+MIN_MEMORY, MIN_DISK = 2 * GIB, 1 * GIB
+"""The embedded base trains in 1.2 GiB (docs/performance.md); a LoRA of it with its checkpoints takes some MiB."""
+
+LIBRARIES = ("mindspore", "mindone", "numpy", "transformers")
+CANN_ACCEPTED = ("8.2", "8.3", "8.5", "9.0", "9.1")
+"""What MindSpore 2.10.0 accepts (looked up in its `run_check/_check_version.py`)."""
+
+STORED = {
+    "loss": 1.069544,
+    "gradient norm": 0.0407725,
+    "update": 0.0357742,
+    "prediction": 5.655940,
+    "picture": 8.164962,
+}
+"""What `training_figures` and `drawing_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
+
+TOLERANCES = {"CPU": 1e-4, "Ascend": 1e-2}
+"""Relative. On CPU float32 sums may come in another order. On Ascend nothing was measured: convolutions use HF32 by
+default there, which keeps 10 bits of a fraction (documented)."""
+
+
+class Failed(Exception):
+    """A check failed; the text says what was found and what to do."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check by a command line; returns 0, or 1 if a check failed."""
+    device = load(DoctorConfig, argv).config.device
+    failed = 0
+    for name, look in Examination(device.device_target, device.ms_mode).checks():
+        started = time.monotonic()
+        mark, found = examine(look)
+        failed += mark != "ok"
+        print(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]", flush=True)
+    print("everything works" if not failed else f"{failed} of the checks failed")
+    return FAILED_STATUS if failed else 0
+
+
+def examine(look: Callable[[], str]) -> tuple[str, str]:
+    """Whether a check is passed, and one line of what it found."""
+    try:
+        return "ok", look()
+    except (Failed, UserError) as error:
+        return "FAILED", str(error)
+    except Exception as error:  # noqa: BLE001 - MindSpore fails in many ways, and the other checks still tell something.
+        return "FAILED", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+class Examination:
+    """The checks, in an order in which the later ones need the earlier ones."""
+
+    def __init__(self, target: str, ms_mode: int) -> None:
+        self.target, self.ms_mode = target, ms_mode
+        self.device = "CPU"
+
+    def checks(self) -> list[tuple[str, Callable[[], str]]]:
+        """Name and action of each check; an action says what it found, or raises `Failed`."""
+        return [
+            ("versions", versions),
+            ("device", self.set_up),
+            ("memory", memory),
+            ("disk", disk),
+            ("training step", self.train),
+            ("drawing", self.draw),
+            ("compile cache", self.compile_twice),
+        ]
+
+    def set_up(self) -> str:
+        """Choose the device as every command does, and say what is known of it."""
+        self.device = set_up_device(self.target, self.ms_mode)
+        if self.device == "CPU":
+            return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+        cann = cann_version(Path(os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")))
+        if cann and not cann.startswith(CANN_ACCEPTED):
+            raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}; see docs/ascend.md")
+        name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
+        return f"{count} x Ascend {name}, CANN {cann or 'of unknown version (ASCEND_HOME_PATH is not set)'}"
+
+    def train(self) -> str:
+        """One LoRA step of a generated model, against stored figures."""
+        return self._compare(training_figures())
+
+    def draw(self) -> str:
+        """One denoising step and one decoded picture of a generated model, against stored figures."""
+        return self._compare(drawing_figures())
+
+    def compile_twice(self) -> str:
+        """The same graph compiled and read back gives the same bits, with a cache of its own."""
+        if self.ms_mode == 1:
+            return "not used in PyNative mode"
+        inputs = (smallest.normal("latents", 1, smallest.VAE.latent_channels, smallest.SIDE, smallest.SIDE),)
+        with tempfile.TemporaryDirectory() as folder:
+            cache = CompileCache(Path(folder))
+            with use_compile_cache(cache):
+                first, second = (_decoder()(*inputs).asnumpy() for _ in range(2))
+        if cache.counts != Counts(found=1, kept=1):
+            raise Failed(f"MindSpore did not read its graph again; set {ENABLE}=0")
+        if not np.array_equal(first, second):
+            raise Failed(f"a graph from the cache gives other numbers; set {ENABLE}=0")
+        where = compile_cache()
+        return f"sound; graphs are kept in {where.folder}" if where else f"sound, and switched off; {ENABLE}=1 is on"
+
+    def _compare(self, figures: dict[str, float]) -> str:
+        tolerance = TOLERANCES[self.device]
+        errors = {name: abs(value / STORED[name] - 1) for name, value in figures.items()}
+        found = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
+        wrong = [name for name, error in errors.items() if not error <= tolerance]
+        if wrong:
+            expected = ", ".join(f"{name} {STORED[name]:.6g}" for name in wrong)
+            raise Failed(f"{found}; expected {expected}, to {tolerance:.0e}")
+        return f"{found}; as stored, to {max(errors.values()):.0e}"
+
+
+def versions() -> str:
+    """What is installed, and whether it is what was tested."""
+    required = dict(_requirement(line) for line in importlib.metadata.requires("dreambooth-ms") or ())
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    others = [
+        f"{name} {required[name]}" for name, version in found.items() if name in required and required[name] != version
+    ]
+    said = f"dreambooth_ms {__version__}, Python {platform.python_version()}, " + ", ".join(
+        map(" ".join, found.items())
+    )
+    if others:
+        raise Failed(f"{said}; tested with {', '.join(others)}: pip install -r requirements.txt")
+    return said
+
+
+def _requirement(line: str) -> tuple[str, str]:
+    name, _, version = line.partition(";")[0].strip().partition("==")
+    return name, version
+
+
+def memory() -> str:
+    """Memory that is free in this machine."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    said = f"{free / GIB:.1f} GiB free"
+    if free < MIN_MEMORY:
+        raise Failed(f"{said}; the smallest base takes {MIN_MEMORY / GIB:.0f} GiB")
+    return said
+
+
+def disk() -> str:
+    """Space that is free where runs are written by default, which is here."""
+    free = shutil.disk_usage(".").free
+    said = f"{free / GIB:.1f} GiB free in {Path.cwd()}"
+    if free < MIN_DISK:
+        raise Failed(f"{said}; a run with a real base takes more: free some space or go elsewhere")
+    return said
+
+
+def cann_version(home: Path) -> str | None:
+    """The version that CANN gives in its folder."""
+    for path in (home / "compiler" / "version.info", home / "version.cfg"):
+        if path.is_file() and (match := re.search(r"(?i)version[^\n=]*=\W*(?:.*:)?([0-9][\w.]+)", path.read_text())):
+            return match[1]
+    return None
+
+
+def training_figures() -> dict[str, float]:
+    """Loss, norm of the gradients, and norm of the adapters' second factors after a LoRA step."""
+    unet = UNet2DConditionModel(smallest.SD_UNET)
+    initialise(unet, smallest.SEED)
+    layers = inject_lora(unet, 2, 2.0, ["to_q", "to_k", "to_v", "to_out.0"])
+    initialise_lora(layers, smallest.SEED)
+    trainables = lora_trainables(layers)
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    step = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
+    text = smallest.normal("text", smallest.ROWS, smallest.TOKENS, smallest.SD_UNET.cross_attention_dim)
+    loss, _, norm = step(*optimiser.update_scalars(1, 1e-3), *smallest.rows(), text)
+    updates = [factors[1] for factors in (layer.factors() for layer in layers.values())]
+    return {
+        "loss": float(loss.asnumpy()),
+        "gradient norm": float(norm.asnumpy()),
+        "update": _norm(updates),
+    }
+
+
+def drawing_figures() -> dict[str, float]:
+    """Norms of a guided prediction and of a decoded picture."""
+    unet = UNet2DConditionModel(smallest.SDXL_UNET)
+    initialise(unet, smallest.SEED)
+    rows, spec = smallest.ROWS, smallest.SDXL_UNET
+    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
+    prediction = Denoiser(unet, guided=True)(
+        latents,
+        Tensor(np.array([500], np.float32)),
+        Tensor(np.float32(5)),
+        smallest.normal("text", rows, smallest.TOKENS, spec.cross_attention_dim),
+        smallest.normal("pooled", rows, smallest.POOLED),
+        smallest.size_ids(),
+    )
+    return {"prediction": _norm([prediction.asnumpy()]), "picture": _norm([_decoder()(latents).asnumpy()])}
+
+
+def _decoder() -> VaeDecoder:
+    vae = AutoencoderKL(smallest.VAE)
+    initialise(vae, smallest.SEED)
+    return VaeDecoder(vae)
+
+
+def _norm(arrays: Sequence[np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(array.astype(np.float64)).sum() for array in arrays)))

@@ -1,0 +1,79 @@
+"""The smallest networks that have every kind of layer, and inputs for them: for checks of an installation.
+
+They are generated, so that nothing is downloaded; every value is a function of names and numbers.
+"""
+
+from dataclasses import replace
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.randomness import standard_normal
+
+ROWS, TOKENS, SIDE, SEED = 2, 77, 8, 0
+"""Rows of a batch, tokens of a text, and side of the latents."""
+
+SD_UNET = UNetSpec(
+    block_out_channels=(16, 32),
+    has_attention=(True, False),
+    num_heads=(1, 2),
+    cross_attention_dim=32,
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=SIDE,
+)
+POOLED = 24
+SDXL_UNET = replace(
+    SD_UNET,
+    has_attention=(False, True),
+    cross_attention_dim=64,
+    use_linear_projection=True,
+    transformer_layers_per_block=(1, 1),
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=POOLED + 6 * 8,
+)
+VAE = VaeSpec(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+WORDS = 50
+TEXT = ClipTextSpec(
+    transformer=TransformerSpec(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
+    vocab_size=WORDS,
+    eos_token_id=WORDS - 1,
+)
+TEXT_2 = replace(TEXT, transformer=replace(TEXT.transformer, hidden_act="gelu"), projection_dim=POOLED)
+
+
+def normal(name: str, *shape: int) -> Tensor:
+    """Standard normal values that hang on a name alone."""
+    return Tensor(standard_normal(shape, SEED, name), ms.float32)
+
+
+def rows() -> tuple[Tensor, ...]:
+    """What a loss takes before its text: latents, noise, timesteps, signal, sigma and coefficients."""
+    shape = (ROWS, SD_UNET.in_channels, SIDE, SIDE)
+    signal = np.array([0.9, 0.3], np.float32)
+    return (
+        normal("latents", *shape),
+        normal("noise", *shape),
+        Tensor(np.array([120, 700]), ms.int32),
+        Tensor(signal),
+        Tensor(np.sqrt(1 - signal**2)),
+        Tensor(np.full(ROWS, 1 / ROWS, np.float32)),
+    )
+
+
+def token_ids(tokens: int = TOKENS) -> Tensor:
+    """Token ids (B, S)."""
+    return Tensor(np.arange(ROWS * tokens).reshape(ROWS, tokens) * 7 % WORDS, ms.int32)
+
+
+def ends() -> Tensor:
+    """Where the texts end (B, S)."""
+    return Tensor(np.eye(TOKENS, dtype=np.float32)[[5, 9]])
+
+
+def size_ids() -> Tensor:
+    """SDXL's size ids (B, 6)."""
+    return Tensor(np.tile(np.array([64, 64, 0, 0, 64, 64], np.float32), (ROWS, 1)))

@@ -1,0 +1,233 @@
+"""What a compiled graph hangs on, as one digest.
+
+A cell is described by what MindSpore's parser reads of it: classes, attributes, primitives, constants, parameters by
+name, shape and dtype (their values are no part of a graph). Beside the cell stand its inputs' shapes and dtypes, the
+sources of this package, the versions and the settings. What can't be described has no key, and is compiled each time.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from enum import Enum
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore._c_expression import MetaFuncGraph_, MixedPrecisionType
+from mindspore._c_expression.typing import Type
+from mindspore.communication import GlobalComm, get_group_size, get_rank
+
+PACKAGE = Path(__file__).parents[1]
+PACKAGE_NAME = __name__.partition(".")[0]
+LIBRARY_NAME = "mindspore"
+
+# Settings that name places and processes, and decide nothing of a graph.
+NOT_DECISIVE = (
+    *("MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_SUBMODULE_LOG_v"),
+    *("MS_SCHED_", "MS_NODE_ID", "MS_ROLE", "MS_WORKER_"),
+)
+
+READ_OF_A_CELL = {
+    "_params",
+    "_cells",
+    "_buffers",
+    "_primitives",
+    "training",
+    "mixed_precision_type",
+    "_jit_config_dict",
+}
+MADE_BY_A_COMPILATION = {
+    "_compiled_for",
+    "sequence_modified",
+    "current_phase",
+    "__parse_method__",
+    "__compile_cell_hook__",
+}
+VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
+"""What is the same where it is equal; of everything else it counts which attributes hold the same object."""
+
+FLAGS, FLAG_OF_A_COMPILATION = "_func_graph_flags", "compile_phase"
+
+
+class NotDescribable(Exception):
+    """A value whose bearing on a graph is not known."""
+
+
+def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -> str:
+    """The digest of everything that decides the graph of a call.
+
+    Args:
+        cell: the cell that is called.
+        inputs: what it is called with; of tensors only shape and dtype count.
+        settings: what else decides the graph, beside what `surroundings` knows.
+
+    Raises:
+        NotDescribable: the cell holds something unknown.
+    """
+    description = _Description()
+    for part in (settings, surroundings()):
+        description.add(part)
+    description.add_inputs(inputs)
+    description.add(cell)
+    return description.digest()
+
+
+@cache
+def _fixed_surroundings() -> tuple[Any, ...]:
+    sources = {str(path.relative_to(PACKAGE)): _file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    library = (ms.__version__, getattr(ms.version, "__commit_id__", ""), np.__version__)
+    return sources, library, sys.version_info[:2], platform.machine()
+
+
+def surroundings() -> tuple[Any, ...]:
+    """Sources, versions, MindSpore's settings in the environment and the context, and which of how many processes."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("MS_", "MINDSPORE_")) and not name.startswith(NOT_DECISIVE)
+    }
+    context = [ms.get_context(name) for name in ("mode", "device_target", "deterministic", "jit_config")]
+    processes = (get_rank(), get_group_size()) if GlobalComm.INITED else None
+    return _fixed_surroundings(), environment, context, processes
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Description:
+    """A text of values that is the same in each process, as its digest."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._numbers: dict[int, int] = {}
+        self._alive: list[object] = []
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()[:32]
+
+    def add(self, value: Any) -> None:
+        """Add a value; an object that was added before, by its number."""
+        if value is None or isinstance(value, bool | int | float | str | bytes):
+            self._say(type(value).__name__, repr(value))
+            return
+        if not isinstance(value, VALUES):
+            if id(value) in self._numbers:
+                self._say("again", self._numbers[id(value)])
+                return
+            self._numbers[id(value)] = len(self._numbers)
+            self._alive.append(value)  # Or its number could go to another object.
+        for kind, describe in _KINDS:
+            if isinstance(value, kind):
+                self._say(kind.__name__, f"{type(value).__module__}.{type(value).__qualname__}")
+                for part in describe(self, value):
+                    self.add(part)
+                self._say("end")
+                return
+        raise NotDescribable(f"{type(value).__module__}.{type(value).__qualname__}")
+
+    def add_inputs(self, inputs: tuple[Any, ...]) -> None:
+        """Add the shapes and dtypes of tensors, and other inputs, which are constants of a graph, as they are."""
+        self._say("inputs", len(inputs))
+        for one in inputs:
+            if isinstance(one, Tensor):
+                self._say(str(one.dtype), one.shape)
+            elif isinstance(one, tuple | list):
+                self.add_inputs(tuple(one))
+            else:
+                self.add(one)
+
+    def cell(self, cell: nn.Cell) -> Iterator[Any]:
+        """Class and attributes of a cell, without what MindSpore keeps there for itself."""
+        yield from self.source(type(cell))
+        skipped = _attributes_of_any_cell() - READ_OF_A_CELL | MADE_BY_A_COMPILATION | {FLAGS}
+        yield from self.attributes(cell, skipped)
+        flags = vars(cell).get(FLAGS, {})
+        yield {name: value for name, value in flags.items() if name != FLAG_OF_A_COMPILATION}
+
+    def attributes(self, value: object, skipped: set[str] | frozenset[str] = frozenset()) -> Iterator[Any]:
+        """Names and values of an object's attributes."""
+        for name in sorted(vars(value).keys() - skipped):
+            yield name
+            yield vars(value)[name]
+
+    def function(self, function: Callable[..., Any]) -> Iterator[Any]:
+        """Name, defaults and closure of a function; the decorators of MindSpore are taken off."""
+        inner = inspect.unwrap(function)
+        yield f"{inner.__module__}.{inner.__qualname__}"
+        yield from self.source(inner)
+        yield inner.__defaults__
+        for cell in inner.__closure__ or ():
+            yield cell.cell_contents
+
+    def source(self, of: Any) -> Iterator[Any]:
+        """The file that something was written in, unless its package is described as a whole."""
+        if of.__module__.partition(".")[0] not in (PACKAGE_NAME, LIBRARY_NAME):
+            file = inspect.getsourcefile(of)
+            if file is None:
+                raise NotDescribable(f"the source of {of.__module__}")
+            yield _file_digest(Path(file))
+
+    def _say(self, *words: object) -> None:
+        self._hash.update(" ".join(map(str, words)).encode() + b"\0")
+
+
+@cache
+def _attributes_of_any_cell() -> set[str]:
+    return set(vars(nn.Cell()))
+
+
+def _sorted_items(mapping: dict[Any, Any]) -> Iterator[Any]:
+    for name in sorted(mapping, key=str):
+        yield from (name, mapping[name])
+
+
+def _array(_: _Description, value: Any) -> Iterator[Any]:
+    array = value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
+    # A dtype that numpy does not know comes as one it does; MindSpore's name tells them apart.
+    yield from (str(value.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
+
+
+def _fields(_: _Description, value: Any) -> Iterator[Any]:
+    for field in dataclasses.fields(value):
+        yield from (field.name, getattr(value, field.name))
+
+
+class _Dataclass(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+class AnyDataclass(metaclass=_Dataclass):
+    """Instances of any dataclass, for `isinstance`."""
+
+
+# The first that fits; a parameter is a tensor too.
+_KINDS: tuple[tuple[type, Callable[[_Description, Any], Iterator[Any]]], ...] = (
+    (Parameter, lambda _, p: iter((p.name, str(p.dtype), p.shape, p.requires_grad))),
+    (Tensor, _array),
+    (np.ndarray, _array),
+    (np.generic, _array),
+    (Type, lambda _, kind: iter((str(kind),))),
+    (Enum, lambda _, member: iter((member.name,))),
+    (MixedPrecisionType, lambda _, member: iter((str(member),))),
+    (nn.Cell, _Description.cell),
+    (ops.Primitive, _Description.attributes),
+    (MetaFuncGraph_, _Description.attributes),
+    (tuple, lambda _, values: iter((len(values), *values))),
+    (list, lambda _, values: iter((len(values), *values))),
+    (dict, lambda _, mapping: _sorted_items(mapping)),
+    (set, lambda _, values: iter(sorted(values, key=repr))),
+    (AnyDataclass, _fields),
+    (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),
+    (type(lambda: None), _Description.function),
+    (type(_Description().add), lambda _, method: iter((method.__func__, method.__self__))),
+    (partial, lambda _, call: iter((call.func, call.args, call.keywords))),
+)

@@ -1,0 +1,118 @@
+"""`dreambooth-ms doctor` tells of each part of an installation whether it works."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dreambooth_ms.cli import doctor
+from dreambooth_ms.cli.main import main
+from dreambooth_ms.errors import DeviceError
+
+
+@pytest.fixture(scope="module")
+def examined():
+    """What each check says here; every one is looked at once."""
+    examination = doctor.Examination("CPU", 0)
+    return {name: doctor.examine(look) for name, look in examination.checks()}
+
+
+def test_everything_works_here(examined):
+    assert {name: mark for name, (mark, _) in examined.items()} == dict.fromkeys(examined, "ok"), examined
+
+
+def test_the_lines_tell_what_was_found(examined):
+    found = {name: said for name, (_, said) in examined.items()}
+    assert "mindspore 2." in found["versions"]
+    assert found["device"].startswith("CPU, ")
+    assert "GiB free" in found["memory"] and "GiB free" in found["disk"]
+    for name in ("training step", "drawing"):
+        error = float(found[name].rpartition("to ")[2])
+        # Measured 0 to 1e-6: the stored figures have seven digits.
+        assert error < 1e-5
+    assert found["compile cache"].startswith("sound")
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Puts other checks in the place of the command's own."""
+
+    def install(**looks):
+        monkeypatch.setattr(doctor.Examination, "checks", lambda self: list(looks.items()))
+
+    return install
+
+
+def fails(error):
+    def look():
+        raise error
+
+    return look
+
+
+def test_one_line_for_each_check_and_status_0(checks, capsys):
+    checks(versions=lambda: "all there", memory=lambda: "enough")
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["ok", "versions"], ["ok", "memory"]]
+    assert lines[2:] == ["everything works"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (doctor.Failed("too little"), "too little"),
+        (DeviceError("no Ascend"), "no Ascend"),
+        (RuntimeError("line one\nline two"), "RuntimeError: line one"),
+    ],
+)
+def test_a_check_that_fails_is_a_line_the_others_go_on_and_the_status_is_1(checks, capsys, error, said):
+    checks(first=fails(error), second=lambda: "fine")
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("FAILED  first") and said in lines[0]
+    assert lines[1].startswith("ok")
+    assert lines[2] == "1 of the checks failed"
+
+
+def test_figures_that_are_not_those_stored_fail():
+    examination = doctor.Examination("CPU", 0)
+    stored = {"loss": doctor.STORED["loss"], "update": doctor.STORED["update"]}
+    assert "as stored" in examination._compare(stored)
+    for wrong in (stored["loss"] * (1 + 2 * doctor.TOLERANCES["CPU"]), np.nan):
+        with pytest.raises(doctor.Failed, match=r"loss .*; expected loss 1"):
+            examination._compare(stored | {"loss": wrong})
+
+
+def test_a_machine_without_room_fails(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 5 * 10**8))
+    with pytest.raises(doctor.Failed, match=r"0\.5 GiB free"):
+        doctor.disk()
+    monkeypatch.setattr(doctor, "MIN_MEMORY", 10**15)
+    with pytest.raises(doctor.Failed, match="the smallest base takes"):
+        doctor.memory()
+
+
+def test_other_versions_than_the_tested_ones_fail(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["mindspore==1.0.0", "numpy"])
+    with pytest.raises(doctor.Failed, match=r"tested with mindspore 1\.0\.0"):
+        doctor.versions()
+
+
+def test_a_card_that_was_asked_for_and_is_not_there_fails():
+    mark, said = doctor.examine(doctor.Examination("Ascend", 0).set_up)
+    assert (mark, "no Ascend device" in said) == ("FAILED", True)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("compiler/version.info", "Version=8.5.0\nversion_dir=8.5.0\n"),
+        ("version.cfg", "# version: 1.0\nruntime_running_version=[7.6.0.1.220:8.5.0]\n"),
+    ],
+)
+def test_the_version_of_cann_is_read_from_its_folder(tmp_path, file, text):
+    assert doctor.cann_version(tmp_path) is None
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert doctor.cann_version(tmp_path) == "8.5.0"

@@ -1,0 +1,124 @@
+"""The training step is compiled once, is the same from the cache, and does not wait for the host."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.cli import smallest
+from dreambooth_ms.data.batches import Batch
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.ops.compile_cache import CompileCache, use_compile_cache
+from dreambooth_ms.training.loop import train
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from dreambooth_ms.weights.initialise import initialise
+
+STEPS, TOKENS = 50, 5
+WAITS = ("asnumpy", "item", "tolist", "__bool__", "__float__", "__int__")
+"""What a tensor does only when its value is there."""
+
+
+def batch(number):
+    """The rows of a batch with captions and noise of their own."""
+    rng = np.random.default_rng(number)
+    latents, noise = rng.standard_normal((2, 2, 4, 8, 8), dtype=np.float32)
+    return Batch(
+        latents=latents,
+        noise=noise,
+        timesteps=rng.integers(1000, size=2).astype(np.int32),
+        signal=np.array([0.8, 0.6], np.float32),
+        sigma=np.array([0.6, 0.8], np.float32),
+        text=rng.standard_normal((2, TOKENS, smallest.SD_UNET.cross_attention_dim), dtype=np.float32),
+        coefficients=np.full(2, 0.5, np.float32),
+        groups=("instance", "instance"),
+    )
+
+
+def rate(step):
+    return 1e-3 / (step + 1)
+
+
+def begin(cache):
+    """A LoRA step, new each time."""
+    unet = UNet2DConditionModel(smallest.SD_UNET)
+    initialise(unet, 0)
+    layers = inject_lora(unet, 2, 2.0, ["to_q", "to_v"])
+    initialise_lora(layers, 0)
+    trainables = lora_trainables(layers)
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    cell = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
+
+    def run(steps, begin_batch=None):
+        with use_compile_cache(cache):
+            reports = list(train(cell, batch, 1, rate, 0, steps, begin_batch))
+        return reports, [parameter.asnumpy().copy() for parameter in trainables]
+
+    return SimpleNamespace(cell=cell, layers=layers.values(), run=run)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return CompileCache(tmp_path_factory.mktemp("graphs"))
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    """Steps with other captions, another learning rate and another scale of the adapter each; and what waited."""
+    waits = []
+
+    def set_scale(number):
+        waits.append(0)
+        for layer in ours.layers:
+            layer.set_scale(1 + number / STEPS)
+
+    ours = begin(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WAITS:
+            original = getattr(Tensor, name)
+
+            def counted(tensor, *arguments, original=original):
+                if waits:
+                    waits[-1] += 1
+                return original(tensor, *arguments)
+
+            patch.setattr(Tensor, name, counted)
+        reports, weights = ours.run(STEPS, set_scale)
+    return SimpleNamespace(cell=ours.cell, reports=reports, weights=weights, waits=waits)
+
+
+def test_fifty_steps_are_one_compilation(trained, cache):
+    assert len({report.learning_rate for report in trained.reports}) == STEPS
+    assert len(trained.cell.compile_cache) == 1
+    assert cache.counts.kept == 1
+
+
+def test_a_step_waits_for_nothing_but_what_is_logged(trained):
+    """The loss, the rows' errors and the norm; the first step compiles, and after the last the weights are read."""
+    assert trained.waits[1:-1] == [3] * (STEPS - 2)
+
+
+def test_a_scale_that_changed_is_seen_without_compiling(trained, cache):
+    """Other losses than with the scale as it was."""
+    ours = begin(cache)
+    reports, _ = ours.run(3)
+    assert reports[0].loss == trained.reports[0].loss
+    assert reports[2].loss != trained.reports[2].loss
+
+
+def test_a_step_from_the_cache_gives_the_same_bits(trained, cache):
+    found = cache.counts.found
+
+    def set_scale(number):
+        for layer in again.layers:
+            layer.set_scale(1 + number / STEPS)
+
+    again = begin(cache)
+    reports, weights = again.run(STEPS, set_scale)
+    assert (cache.counts.found, cache.counts.kept) == (found + 1, 1)
+    assert reports == trained.reports
+    for ours, before in zip(weights, trained.weights, strict=True):
+        np.testing.assert_array_equal(ours, before)

@@ -1,0 +1,336 @@
+"""Check that MindSpore has, for Ascend, every operation of the graphs that are compiled there; no card is needed.
+
+    python -m tools.audit_ascend          # a table of all primitives; status 1 if one is not covered and not explained
+    python -m tools.audit_ascend --graph training
+
+The graphs are those of the smallest networks with every kind of layer, in Ascend's formulation. MindSpore's front end
+compiles them on CPU, without a backend, so that Ascend's own kernels stay in them by name; what is listed is its last
+graph before a backend takes over. A primitive is covered if its documentation names Ascend, or if the wheel brings a
+kernel for it: a class in its library for Ascend, or an entry in its registry of AI CPU kernels. Control nodes, which
+the runtime executes itself, need none.
+
+What this can't show: that a kernel accepts these shapes and dtypes, and that what it computes is right. And where
+MindSpore chooses between primitives by the device, it has chosen CPU's.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+# What the runtime does itself: values, order and parameters. No kernel is needed.
+CONTROL = frozenset({"Load", "MakeTuple", "TupleGetItem", "Depend", "UpdateState", "Return", "make_tuple"})
+
+EXPLAINED = {
+    "AdamWeightDecay": "a pass of the Ascend backend, AdamWeightDecayUnifyMindIR, makes smaller ones of it (looked up)",
+    "Conv2DBackpropFilter": "a gradient of Conv2D, which is documented for Ascend; not documented itself",
+    "Conv2DBackpropInput": "a gradient of Conv2D, which is documented for Ascend; as an operation for users deprecated",
+}
+"""Primitives that have no document or kernel of their own, or no kernel of their own, with the reason."""
+
+DTYPES = frozenset({"Float32", "Float16", "BFloat16", "Int32", "Int64", "Bool"})
+"""What these graphs may hold. Ascend's cube unit has no float64, and a stray one would go to the AI CPU."""
+
+
+@dataclass
+class Use:
+    """How one primitive is used."""
+
+    count: int = 0
+    dtypes: set[str] = field(default_factory=set)
+    graphs: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What MindSpore's wheel says of a primitive on Ascend."""
+
+    documented: bool
+    kernel: bool
+    aicpu: bool
+
+    def __str__(self) -> str:
+        words = [name for name in ("documented", "kernel", "aicpu") if getattr(self, name)]
+        return ", ".join(words) or "-"
+
+
+# --- The graphs, in a process of their own ---
+
+Graph = tuple[Any, Sequence[Any]]
+"""A cell and the inputs it is compiled for."""
+
+
+def training() -> list[Graph]:
+    """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; all of it trained.
+
+    By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
+    the running average of what is trained.
+    """
+    from mindspore import Tensor
+
+    from dreambooth_ms.adapters.lora import DropoutState, inject_lora
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.diffusion.noise_schedule import PredictionType
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.ema import MovingAverage
+    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss
+
+    dropout = DropoutState(0.1, 0)
+    unet, encoders = UNet2DConditionModel(smallest.SDXL_UNET), _text_encoders()
+    inject_lora(unet, 2, 2.0, ["to_q", "to_k", "to_v", "to_out.0", "conv1"], dropout)
+    for encoder in encoders.networks().values():
+        inject_lora(encoder, 2, 2.0, TEXT_ENCODER_TARGETS, dropout)
+    networks = [unet, *encoders.networks().values()]
+    # Scalars are scales and the state of the dropout.
+    trainables = [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
+    step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
+    text = (smallest.token_ids(2 * smallest.TOKENS), smallest.ends(), smallest.size_ids())
+    scalars = optimiser.update_scalars(1, 1e-3)
+    return [
+        (step._add_gradients, (Tensor(True), *smallest.rows(), *text)),
+        (step._update, scalars),
+        (MovingAverage(trainables, 0.9)._update, scalars[:1]),
+    ]
+
+
+def drawing() -> list[Graph]:
+    """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
+    import mindspore as ms
+    from dreambooth_ms.training.precision import compute_in
+
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+    from dreambooth_ms.sampling.denoiser import Denoiser
+
+    spec, rows = smallest.SDXL_UNET, smallest.ROWS
+    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
+    number = smallest.rows()[4]
+    conditioning = (
+        smallest.normal("text", rows, smallest.TOKENS, spec.cross_attention_dim),
+        smallest.normal("pooled", rows, smallest.POOLED),
+        smallest.size_ids(),
+    )
+    unet, vae = UNet2DConditionModel(spec), AutoencoderKL(smallest.VAE)
+    for parameter in unet.get_parameters():
+        parameter.requires_grad = False
+    compute_in(unet, ms.float16)
+    return [
+        (_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
+        (Denoiser(unet, True), (latents, number[:1], number[0], *conditioning)),
+        (VaeDecoder(vae), (latents,)),
+        (VaeEncoder(vae), (smallest.normal("picture", 1, 3, 2 * smallest.SIDE, 2 * smallest.SIDE),)),
+    ]
+
+
+def fused_attention() -> list[Graph]:
+    """Ascend's fused attention and its gradient, which half precision gets."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.ops import MultiHeadAttention
+
+    def half(name: str, tokens: int) -> Tensor:
+        return smallest.normal(name, smallest.ROWS, tokens, 32).astype(ms.float16)
+
+    inputs = half("q", 64), half("k", smallest.TOKENS), half("v", smallest.TOKENS)
+    return [(_attention_gradient(MultiHeadAttention(2, 16)), inputs)]
+
+
+GRAPHS: dict[str, Callable[[], list[Graph]]] = {
+    "training": training,
+    "drawing": drawing,
+    "fused attention": fused_attention,
+}
+
+
+def _text_encoders() -> Any:
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+    from dreambooth_ms.weights.parameters import public_parameters
+
+    encoders = TextEncoders(CLIPTextModel(smallest.TEXT), CLIPTextModelWithProjection(smallest.TEXT_2))
+    for network in encoders.networks().values():
+        public_parameters(network)
+    return encoders
+
+
+def _attention_gradient(attention: Any) -> Any:
+    from mindspore import nn, ops
+
+    class Gradient(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.differentiate = ops.grad(attention, (0, 1, 2))
+
+        def construct(self, q: Any, k: Any, v: Any) -> Any:
+            return self.differentiate(q, k, v)
+
+    return Gradient()
+
+
+def compile_graphs(chosen: Sequence[str]) -> None:
+    """Compile these graphs, in a process whose environment makes MindSpore write them down."""
+    from dreambooth_ms.ops import Formulation, set_up_device, use_formulation
+
+    set_up_device("CPU", 0)
+    with use_formulation(Formulation.ASCEND):
+        for name in chosen:
+            for cell, inputs in GRAPHS[name]():
+                cell.compile(*inputs)
+
+
+def dump(chosen: Sequence[str], folder: Path) -> None:
+    """Have MindSpore write the last graphs of its front end into the folder.
+
+    Raises:
+        subprocess.CalledProcessError: they do not compile.
+    """
+    switches = {
+        "MS_DEV_PRECOMPILE_ONLY": "1",
+        "MS_DEV_SAVE_GRAPHS": "1",
+        "MS_DEV_DUMP_IR_PASSES": "validate",
+        "MS_DEV_SAVE_GRAPHS_PATH": str(folder),
+        "MS_COMPILER_CACHE_ENABLE": "0",
+    }
+    command = [sys.executable, "-m", "tools.audit_ascend", "--compile", *chosen]
+    subprocess.run(command, env=os.environ | switches, check=True, cwd=Path(__file__).parents[1])
+
+
+# --- What is in them ---
+
+_NODE = re.compile(r"^  %\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.*\n      : \((.*)\) -> \((.*)\)$", re.MULTILINE)
+_TENSOR = re.compile(r"Tensor\[(\w+)\]")
+
+
+def primitives(ir: str) -> dict[str, Use]:
+    """The primitives of a graph as MindSpore writes it down, with the dtypes of the tensors they take and give."""
+    uses: dict[str, Use] = {}
+    for name, taken, given in _NODE.findall(ir):
+        use = uses.setdefault(name, Use())
+        use.count += 1
+        use.dtypes.update(_TENSOR.findall(f"{taken} {given}"))
+    return uses
+
+
+def audited(chosen: Sequence[str]) -> dict[str, Use]:
+    """The primitives of these graphs together."""
+    total: dict[str, Use] = {}
+    for name in chosen:
+        with TemporaryDirectory() as folder:
+            dump([name], Path(folder))
+            files = list(Path(folder).rglob("*_validate_*.ir"))
+            if not files:
+                raise SystemExit(f"{name}: MindSpore wrote no graph down")
+            for file in files:
+                for primitive, use in primitives(file.read_text(encoding="utf-8")).items():
+                    known = total.setdefault(primitive, Use())
+                    known.count += use.count
+                    known.dtypes |= use.dtypes
+                    known.graphs.add(name)
+    return total
+
+
+# --- What MindSpore has for Ascend ---
+
+
+class Wheel:
+    """What the installed MindSpore says and brings for Ascend."""
+
+    def __init__(self) -> None:
+        import mindspore as ms
+
+        root = Path(ms.__file__).parent
+        self._kernels = kernel_names((root / "lib" / "plugin" / "libmindspore_ops_ascend.so").read_bytes())
+        registry = root / "ops" / "_op_impl" / "aicpu"
+        self._aicpu = {
+            name for file in registry.glob("*.py") for name in re.findall(r'AiCPURegOp\("(\w+)"', file.read_text())
+        }
+
+    def evidence(self, primitive: str) -> Evidence:
+        """What there is of a primitive."""
+        return Evidence(_is_documented(primitive), primitive in self._kernels, primitive in self._aicpu)
+
+
+def kernel_names(library: bytes) -> set[str]:
+    """Primitives that a graph has a kernel class for, by the type information in a library.
+
+    It names a class by the lengths and names of its scopes: N9mindspore6kernel4muls10MulsAscendE. The scope `pyboost`
+    holds the kernels of the eager mode, which are not what a graph runs.
+    """
+    names = set()
+    for found in re.finditer(rb"N9mindspore6kernel(?=\d)", library):
+        position, scopes = found.end(), []
+        while length := re.compile(rb"\d+").match(library, position):
+            position = length.end() + int(length[0])
+            scopes.append(library[length.end() : position].decode(errors="replace"))
+        of = re.fullmatch(r"Aclnn(\w+)KernelMod|(\w+)AclnnKernelMod|(\w+)Ascend|Hcom(\w+)Kernel", scopes[-1])
+        if of and "pyboost" not in scopes:
+            names.add(next(name for name in of.groups() if name))
+    return names
+
+
+def _is_documented(primitive: str) -> bool:
+    """Whether the documentation of a primitive, or of a function of its name, lists Ascend among its platforms."""
+    from mindspore import ops
+    from mindspore.ops.auto_generate import gen_ops_def, gen_ops_prim
+    from mindspore.ops.operations import _grad_ops
+
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", primitive).lower()
+    places = [(place, primitive) for place in (ops, gen_ops_prim, _grad_ops)]
+    places += [(place, name) for place in (ops, gen_ops_def) for name in (snake_case, primitive.lower())]
+    texts = [getattr(place, name).__doc__ or "" for place, name in places if hasattr(place, name)]
+    return any("``Ascend``" in text.partition("Supported Platforms:")[2].partition("Examples:")[0] for text in texts)
+
+
+def findings(uses: dict[str, Use], wheel: Wheel) -> list[str]:
+    """What is neither covered nor explained, one line each."""
+    problems = []
+    for name, use in sorted(uses.items()):
+        if name in CONTROL:
+            continue
+        evidence = wheel.evidence(name)
+        if not (evidence.documented or evidence.kernel or evidence.aicpu or name in EXPLAINED):
+            problems.append(f"{name}: nothing in MindSpore says that Ascend has it")
+        odd = use.dtypes - DTYPES
+        if odd:
+            problems.append(f"{name}: has {', '.join(sorted(odd))}")
+    return problems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graph", nargs="+", choices=list(GRAPHS), default=list(GRAPHS), help="which (default: all)")
+    parser.add_argument("--compile", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.compile:
+        compile_graphs(args.compile)
+        return 0
+    uses, wheel = audited(args.graph), Wheel()
+    print(f"{'primitive':24} {'count':>6}  {'dtypes':32} evidence")
+    for name, use in sorted(uses.items()):
+        said = "done by the runtime" if name in CONTROL else str(wheel.evidence(name))
+        if name in EXPLAINED:
+            said += f"; {EXPLAINED[name]}"
+        print(f"{name:24} {use.count:6}  {', '.join(sorted(use.dtypes)):32} {said}")
+    problems = findings(uses, wheel)
+    for problem in problems:
+        print(f"NOT COVERED  {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
