@@ -4,10 +4,12 @@
     python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
     python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px
     python -m tools.bench_step --method full
+    python -m tools.bench_step --processes 2       # two of ours beside one of the peer with the rows of both
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
 and one of the class, latents and embeddings given, AdamW, gradients clipped to norm 1. So both have the same loss, and
-that is checked. PyTorch gets a thread for every core; MindSpore's threads are what it takes by itself.
+that is checked. With --processes each of ours takes two rows of its own, and its memory is that of all. PyTorch gets a
+thread for every core; MindSpore's threads are what it takes by itself.
 """
 
 import argparse
@@ -27,6 +29,8 @@ import numpy as np
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
+from dreambooth_ms.processes.launch import find_launch
+from dreambooth_ms.processes.together import ALONE, Processes, run_together
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.model_config import read_unet_config, write_scheduler_config, write_unet_config
 
@@ -79,24 +83,26 @@ class Job:
     """Steps timed after the first."""
     mixed_precision: str = "no"
     """no: float32. fp16: half precision with loss scaling; the peer by autocast and GradScaler."""
+    processes: int = 1
+    """Processes of ours, of which each takes two rows; the peer takes all rows in one."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The two rows of a step: a picture of the subject, and one of the class."""
+    """B rows of a step: pictures of the subject, and as many of the class after them."""
 
     latents: np.ndarray
-    """(2, C, h, w)."""
+    """(B, C, h, w)."""
     noise: np.ndarray
-    """(2, C, h, w)."""
+    """(B, C, h, w)."""
     timesteps: np.ndarray
-    """(2,) int32."""
+    """(B,) int32."""
     text: np.ndarray
-    """(2, S, E)."""
+    """(B, S, E)."""
     pooled: np.ndarray
-    """(2, P) pooled text; (2, 0) for a UNet that reads none."""
+    """(B, P) pooled text; (B, 0) for a UNet that reads none."""
     size_ids: np.ndarray
-    """(2, 6) numbers of the pictures; (2, 0) likewise."""
+    """(B, 6) numbers of the pictures; (B, 0) likewise."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,14 @@ class Side:
     """What is trained, by name; each reads its present value."""
 
 
-def draw_rows(job: Job, step: int) -> Rows:
-    """The rows of a step."""
+def draw_rows(job: Job, step: int, parts: Sequence[int]) -> Rows:
+    """The rows of a step: of all these parts, the subject's before those of the class."""
+    drawn = [vars(_draw_part(job, step + 1000 * part)) for part in parts]
+    return Rows(*(np.concatenate([part[name][row : row + 1] for row in (0, 1) for part in drawn]) for name in drawn[0]))
+
+
+def _draw_part(job: Job, step: int) -> Rows:
+    """One row of the subject, and one of the class."""
     latent_shape = (2, job.unet.in_channels, job.latent_size, job.latent_size)
     pooled_width = (job.unet.projection_class_embeddings_input_dim or 0) - 6 * (job.unet.addition_time_embed_dim or 0)
     sizes = [[1024, 768, 0, 17, 512, 512], [512, 512, 0, 0, 512, 512]] if pooled_width else [[], []]
@@ -137,11 +149,13 @@ def start_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return value
 
 
-def build_ours(job: Job, mark: Callable[[str], None]) -> Side:
+def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALONE) -> Side:
     """The step of this toolkit, from the parts that `dreambooth-ms train` puts together."""
     from dreambooth_ms.ops import compute_dtype, set_up_device
+    from dreambooth_ms.ops.parallel import SumOverProcesses
 
-    set_up_device("CPU", 0)
+    if processes.count == 1:
+        set_up_device("CPU", 0)
 
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
@@ -167,24 +181,30 @@ def build_ours(job: Job, mark: Callable[[str], None]) -> Side:
     spec = NoiseScheduleSpec()
     schedule = NoiseSchedule.from_spec(spec)
     loss_cell = DiffusionLoss(unet, spec.prediction_type)
-    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, scaler=scaler)
+    sum_gradients = SumOverProcesses() if processes.count > 1 else None
+    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, sum_gradients, scaler)
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
         batch = Batch(
             **vars(rows),
             signal=schedule.signal(rows.timesteps),
             sigma=schedule.noise(rows.timesteps),
-            coefficients=np.ones(2),
+            coefficients=np.full(2, 1 / processes.count),
             groups=(INSTANCE, CLASS),
         )
-        loss, _, norm = step_cell.take(optimiser.update_scalars(step, LEARNING_RATE), [batch.inputs()])
-        return float(loss.asnumpy()), float(norm.asnumpy())
+        scalars = optimiser.update_scalars(step, LEARNING_RATE)
+        if step == 1 and processes.count > 1:
+            step_cell.compile_for(scalars, batch.inputs())
+        processes.wait_for_all(f"step {step}")
+        loss, _, norm = step_cell.take(scalars, [batch.inputs()])
+        losses = processes.exchange(f"the loss of step {step}", float(loss.asnumpy()))
+        return sum(losses), float(norm.asnumpy())
 
     return Side(take, {parameter.name: parameter.asnumpy for parameter in trainables})
 
 
-def build_peer(job: Job, mark: Callable[[str], None]) -> Side:
-    """The same step as diffusers' DreamBooth scripts take it."""
+def build_peer(job: Job, mark: Callable[[str], None], processes: Processes = ALONE) -> Side:
+    """The same step as diffusers' DreamBooth scripts take it; always in one process."""
     import torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
@@ -232,16 +252,17 @@ def build_peer(job: Job, mark: Callable[[str], None]) -> Side:
     return Side(take, {name: reader(parameter) for name, parameter in trainables.items()})
 
 
-SIDES: dict[str, Callable[[Job, Callable[[str], None]], Side]] = {"ours": build_ours, "peer": build_peer}
+SIDES: dict[str, Callable[..., Side]] = {"ours": build_ours, "peer": build_peer}
 
 
-def measure(side: str, job: Job, started: float) -> dict[str, Any]:
+def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -> dict[str, Any]:
     """Time one side in this process.
 
     Args:
         side: a key of `SIDES`.
         job: what to time.
         started: when this process was started, in seconds of the monotonic clock.
+        processes: those that take a step together.
 
     Returns:
         `imported`, `built`, `first_step`: when each was done, in seconds after the start; `times`: seconds of every
@@ -255,12 +276,13 @@ def measure(side: str, job: Job, started: float) -> dict[str, Any]:
     def mark(name: str) -> None:
         marks[name] = time.monotonic() - started
 
-    training = SIDES[side](job, mark)
+    training = SIDES[side](job, mark, processes)
+    parts = [processes.rank] if side == "ours" else range(job.processes)
     mark("built")
     before = {name: beginning(read()) for name, read in training.trained.items()}
     times, losses = [], []
     for step in range(1, job.steps + 2):
-        rows = draw_rows(job, step)
+        rows = draw_rows(job, step, parts)
         begun = time.monotonic()
         loss, norm = training.take(rows, step)
         times.append(time.monotonic() - begun)
@@ -286,14 +308,47 @@ def peak_memory(usage: resource.struct_rusage) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_child(command: Sequence[str]) -> dict[str, Any]:
-    """Run a process, telling it when it was started; returns what its last line of JSON says.
+def measure_together(side: str, job: Job, started: float) -> int:
+    """Time ours in one of several processes; the first prints the report, with the memory of all."""
+    from dreambooth_ms.ops import set_up_device
+    from dreambooth_ms.ops.parallel import collective_operations
+
+    def work(processes: Processes) -> int:
+        set_up_device("CPU", 0)
+        with collective_operations(processes.launch):
+            reports = processes.exchange("the report", measure(side, job, started, processes))
+        if processes.is_first:
+            print(json.dumps({**reports[0], "peak_memory": sum(report["peak_memory"] for report in reports)}))
+        return 0
+
+    return run_together(find_launch(os.environ), work, lambda line: print(line, file=sys.stderr))
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environments of so many processes, as mpirun sets them."""
+    common = {
+        "OMPI_COMM_WORLD_SIZE": str(count),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(count),
+        "PMIX_NAMESPACE": f"bench {os.getpid()}",
+        "GLOG_v": "3",
+    }
+    return [{**common, "OMPI_COMM_WORLD_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
+
+
+def run_child(command: Sequence[str], processes: int = 1) -> dict[str, Any]:
+    """Run a process, or several at once, telling them when they were started; returns the first's last line of JSON.
 
     Raises:
         SystemExit: the process failed, or said nothing.
     """
     started = ["--started", repr(time.monotonic())]
-    done = subprocess.run([*command, *started], stdout=subprocess.PIPE, text=True, check=False)
+    first, *others = places(processes)
+    running = [
+        subprocess.Popen([*command, *started], stdout=subprocess.DEVNULL, env=os.environ | own) for own in others
+    ]
+    done = subprocess.run([*command, *started], stdout=subprocess.PIPE, text=True, check=False, env=os.environ | first)
+    for process in running:
+        process.wait()
     said = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not said:
         raise SystemExit(f"{' '.join(command)}: no measurement; status {done.returncode}")
@@ -349,6 +404,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="the UNet (default: tiny)")
     parser.add_argument("--method", choices=["lora", "full"], default="lora", help="what is trained (default: lora)")
     parser.add_argument("--mixed_precision", choices=["no", "fp16"], default="no", help="of both sides (default: no)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of ours (default: 1)")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the UNet's own)")
     parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
@@ -360,24 +416,29 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     step = size.downsampling * 2 ** (len(size.unet.block_out_channels) - 1)
     if resolution < 1 or resolution % step:
         parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
-    if args.pairs < 1 or args.steps < 1:
-        parser.error("--pairs and --steps: expected at least 1")
-    return args, Job(size.unet, resolution // size.downsampling, args.method, args.steps, args.mixed_precision)
+    if args.pairs < 1 or args.steps < 1 or args.processes < 1:
+        parser.error("--pairs, --steps and --processes: expected at least 1")
+    latent_size = resolution // size.downsampling
+    return args, Job(size.unet, latent_size, args.method, args.steps, args.mixed_precision, args.processes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Time both sides in turns and print the table; or, as one of its processes, time one side."""
     args, job = parse(argv)
+    if args.side == "ours" and job.processes > 1:
+        sys.exit(measure_together(args.side, job, args.started))
     if args.side:
         print(json.dumps(measure(args.side, job, args.started)), flush=True)
         return
     given = list(sys.argv[1:] if argv is None else argv)
     precision = "float32" if job.mixed_precision == "no" else job.mixed_precision
     size = f"latents {job.latent_size} x {job.latent_size}"
-    print(f"{args.size}, {args.method}, {precision}, {size}, {os.cpu_count()} cores", flush=True)
+    rows = f"{2 * job.processes} rows, of ours in {job.processes} processes" if job.processes > 1 else "2 rows"
+    print(f"{args.size}, {args.method}, {precision}, {rows}, {size}, {os.cpu_count()} cores", flush=True)
     pairs = []
     for _ in range(args.pairs):
-        ours, peer = (run_child([sys.executable, "-m", "tools.bench_step", *given, "--side", side]) for side in SIDES)
+        command = [sys.executable, "-m", "tools.bench_step", *given, "--side"]
+        ours, peer = run_child([*command, "ours"], job.processes), run_child([*command, "peer"])
         for side, report in (("ours", ours), ("peer", peer)):
             losses = " ".join(f"{loss:.4f}" for loss in report["losses"])
             print(f"{side}: {figures(report)['step, s']:.3f} s a step; losses {losses}", flush=True)

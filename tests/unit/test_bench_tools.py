@@ -89,7 +89,7 @@ def take_on(monkeypatch):
             weight[:] += change
             return loss, 1.0
 
-        def build(job, mark):
+        def build(job, mark, processes):
             mark("imported")
             return bench_step.Side(take, {"weight": lambda: weight})
 
