@@ -9,6 +9,8 @@ World (tools/tiny_base/world.py), schedule and seed are all here, and every draw
 
 import argparse
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -20,10 +22,6 @@ import numpy as np
 from dreambooth_ms.ops import set_up_device
 
 set_up_device("CPU", 0)
-
-from dreambooth_ms.ops.parallel import SumOverProcesses, join_processes  # noqa: E402  (likewise)
-
-PROCESSES = join_processes()
 
 from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen before any cell is built)
 
@@ -40,6 +38,9 @@ from dreambooth_ms.models.specs import (  # noqa: E402
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel  # noqa: E402
 from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
+from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
+from dreambooth_ms.processes.launch import SCHEDULER, find_launch  # noqa: E402
+from dreambooth_ms.processes.together import ALONE, Processes, run_together  # noqa: E402
 from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
@@ -55,6 +56,8 @@ from dreambooth_ms.weights.parameters import load_strict, public_parameters, rea
 from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
+
+PROCESSES = ALONE
 
 SEED = 2026
 SIZE = 64
@@ -411,7 +414,25 @@ def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel
 
 
 def main() -> None:
+    """Train, as one of the processes that msrun started if it did."""
+    launch = find_launch(os.environ)
+    if launch and launch.rank == SCHEDULER:
+        serve_as_scheduler(launch)
+    else:
+        sys.exit(run_together(launch, train_as_one_of, lambda line: print(line, file=sys.stderr)))
+
+
+def train_as_one_of(processes: Processes) -> int:
     """Train what is missing, or the one stage asked for; write the folder when all is trained."""
+    global PROCESSES
+    PROCESSES = processes
+    with collective_operations(processes.launch):
+        train_stages()
+    return 0
+
+
+def train_stages() -> None:
+    """All stages, or the one asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["vae", "clip", "unet", "decoder"], help="train this stage and no other")
     only = parser.parse_args().only
