@@ -321,7 +321,8 @@ def train_and_save(
                     training.average.update(report.updates)
                 if tracker:
                     tracker.log(report)
-                bar.set_postfix({group: f"{value:.4f}" for group, value in report.group_losses.items()})
+                shown: dict[str, object] = {group: f"{value:.4f}" for group, value in report.group_losses.items()}
+                bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
                 bar.update()
                 if report.step % run.checkpointing_steps == 0 or report.stop_asked:
                     save_part(report.step)

@@ -123,6 +123,29 @@ def test_a_skipped_step_changes_no_bit_and_a_resumed_run_is_the_same_to_the_bit(
     assert len(ours.update.compile_cache) == 1
 
 
+class UpdateAlways(nn.Cell):
+    """The optimiser as a training step in float32 calls it."""
+
+    def __init__(self, optimiser):
+        super().__init__(auto_prefix=False)
+        self.optimiser = optimiser
+
+    def construct(self, *scalars_and_gradients):
+        count = self.optimiser.num_scalars
+        updated = self.optimiser(scalars_and_gradients[count:], None, *scalars_and_gradients[:count])
+        return ops.depend(scalars_and_gradients[0], updated)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_without_loss_scaling_a_step_is_the_same_to_the_bit(name):
+    one, other = (Ours(MAKERS[name], start_values(1e-3)) for _ in range(2))
+    always = UpdateAlways(other.optimiser)
+    for number in range(2):
+        one.step(number)
+        always(*other.optimiser.update_scalars(number + 1, rate_at(number)), *map(Tensor, gradients_at(number)))
+    assert one.bits() == other.bits()
+
+
 # --- Adafactor ---
 
 
