@@ -47,7 +47,14 @@ from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
-from dreambooth_ms.training.memory import Adapter, Workload, check_memory, estimate, machine_memory
+from dreambooth_ms.training.memory import (
+    OPTIMISER_BYTES,
+    Adapter,
+    Workload,
+    check_memory,
+    estimate,
+    machine_memory,
+)
 from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS, Learner, result_of
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
 from dreambooth_ms.training.recomputation import GivenPrediction
@@ -172,6 +179,7 @@ def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
     groups = 2 if config.prior.with_prior_preservation else 1
     texts = [spec for spec in (folder.text_spec, folder.text_spec_2) if spec] if method.train_text_encoder else []
     adapter = Adapter(method.rank, method.lora_target_modules, TEXT_ENCODER_TARGETS)
+    optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
     width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
     settings = Settings(
         rows=groups * run.train_batch_size,
@@ -187,6 +195,7 @@ def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
         settings=settings,
         recomputed=run.gradient_checkpointing,
         bytes_of_weight=width,
+        bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
     )
 

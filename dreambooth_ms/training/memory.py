@@ -20,8 +20,8 @@ from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 """Layers whose adapters keep no more than the inputs of attention."""
 
-ADAMW_BYTES = 2 * FLOAT32
-"""AdamW's two moments of a trained number."""
+OPTIMISER_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "prodigy": 4 * FLOAT32, "adafactor": 0}
+"""State of each optimiser by trained number: AdamW's are two moments; Adafactor's rows and columns are next to none."""
 
 PROGRAM = 400 << 20
 """Python, MindSpore and their libraries (measured)."""
@@ -59,7 +59,7 @@ class Workload:
     """Whether the backward pass computes activations again."""
     bytes_of_weight: int = FLOAT32
     """Of a weight that is not trained."""
-    bytes_of_optimiser: int = ADAMW_BYTES
+    bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
     """State of the optimiser, by trained number."""
     copies_of_trained: int = 0
     """Further float32 copies of what is trained: running averages, sums of gradients."""
