@@ -5,6 +5,7 @@
     python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px
     python -m tools.bench_step --method full
     python -m tools.bench_step --processes 2       # two of ours beside one of the peer with the rows of both
+    python -m tools.bench_step --size sdxl --resolution 1024 --gradient_checkpointing --only ours --steps 1
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
 and one of the class, latents and embeddings given, AdamW, gradients clipped to norm 1. So both have the same loss, and
@@ -85,6 +86,8 @@ class Job:
     """no: float32. fp16: half precision with loss scaling; the peer by autocast and GradScaler."""
     processes: int = 1
     """Processes of ours, of which each takes two rows; the peer takes all rows in one."""
+    gradient_checkpointing: bool = False
+    """Whether the backward pass computes activations again."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,11 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.data.batches import Batch
     from dreambooth_ms.data.records import CLASS, INSTANCE
+    from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.recomputation import GivenPrediction
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
     from dreambooth_ms.weights.parameters import public_parameters
 
@@ -180,9 +185,10 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     optimiser = AdamW(trainables, AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
     spec = NoiseScheduleSpec()
     schedule = NoiseSchedule.from_spec(spec)
-    loss_cell = DiffusionLoss(unet, spec.prediction_type)
+    segments = Segments(unet) if job.gradient_checkpointing else None
+    loss_cell = DiffusionLoss(GivenPrediction() if segments else unet, spec.prediction_type)
     sum_gradients = SumOverProcesses() if processes.count > 1 else None
-    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, sum_gradients, scaler)
+    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, sum_gradients, scaler, segments)
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
         batch = Batch(
@@ -215,6 +221,8 @@ def build_peer(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     if job.method == "lora":
         unet.requires_grad_(False)
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    if job.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     unet.train()
     trainables = {}
     for peft_name, parameter in unet.named_parameters():
@@ -266,7 +274,7 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
 
     Returns:
         `imported`, `built`, `first_step`: when each was done, in seconds after the start; `times`: seconds of every
-        step, the first included; `losses`; `peak_memory`: bytes.
+        step, the first included; `losses`; `peak_memory`: bytes; `expected_memory`: in words, of ours.
 
     Raises:
         SystemExit: a loss or gradient is no number, or a weight stayed as it was; such a step is not worth timing.
@@ -295,7 +303,27 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
     unchanged = [name for name, read in training.trained.items() if (beginning(read()) == before[name]).all()]
     if unchanged:
         raise SystemExit(f"{side}: {len(unchanged)} of {len(before)} weights did not change, such as {unchanged[0]}")
-    return {**marks, "times": times, "losses": losses, "peak_memory": peak}
+    expected = expected_memory(job) if side == "ours" else ""
+    return {**marks, "times": times, "losses": losses, "peak_memory": peak, "expected_memory": expected}
+
+
+def expected_memory(job: Job) -> str:
+    """What `dreambooth-ms train` says of such a step before it begins."""
+    from dreambooth_ms.models.activation_memory import FLOAT32, Settings
+    from dreambooth_ms.training.memory import Adapter, Workload, estimate
+
+    adapter = Adapter(RANK, TARGETS, ()) if job.method == "lora" else None
+    width = FLOAT32 if job.mixed_precision == "no" else 2
+    settings = Settings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width)
+    work = Workload(
+        unet=job.unet,
+        text_encoders=(),
+        adapter=adapter,
+        settings=settings,
+        recomputed=job.gradient_checkpointing,
+        bytes_of_weight=width,
+    )
+    return str(estimate(work))
 
 
 def beginning(value: np.ndarray) -> np.ndarray:
@@ -406,6 +434,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     parser.add_argument("--mixed_precision", choices=["no", "fp16"], default="no", help="of both sides (default: no)")
     parser.add_argument("--processes", type=int, default=1, help="processes of ours (default: 1)")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the UNet's own)")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again")
+    parser.add_argument("--only", choices=list(SIDES), help="measure one side, where the other does not fit")
     parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -418,8 +448,15 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
     if args.pairs < 1 or args.steps < 1 or args.processes < 1:
         parser.error("--pairs, --steps and --processes: expected at least 1")
-    latent_size = resolution // size.downsampling
-    return args, Job(size.unet, latent_size, args.method, args.steps, args.mixed_precision, args.processes)
+    return args, Job(
+        size.unet,
+        resolution // size.downsampling,
+        args.method,
+        args.steps,
+        args.mixed_precision,
+        args.processes,
+        args.gradient_checkpointing,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -435,16 +472,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = f"latents {job.latent_size} x {job.latent_size}"
     rows = f"{2 * job.processes} rows, of ours in {job.processes} processes" if job.processes > 1 else "2 rows"
     print(f"{args.size}, {args.method}, {precision}, {rows}, {size}, {os.cpu_count()} cores", flush=True)
-    pairs = []
+    sides = [args.only] if args.only else list(SIDES)
+    runs = []
     for _ in range(args.pairs):
         command = [sys.executable, "-m", "tools.bench_step", *given, "--side"]
-        ours, peer = run_child([*command, "ours"], job.processes), run_child([*command, "peer"])
-        for side, report in (("ours", ours), ("peer", peer)):
+        reports = [run_child([*command, side], job.processes if side == "ours" else 1) for side in sides]
+        for side, report in zip(sides, reports, strict=True):
             losses = " ".join(f"{loss:.4f}" for loss in report["losses"])
             print(f"{side}: {figures(report)['step, s']:.3f} s a step; losses {losses}", flush=True)
-        check_same_work(ours, peer)
-        pairs.append((figures(ours), figures(peer)))
-    print(ratio_table(pairs))
+            if report.get("expected_memory"):
+                print(report["expected_memory"], flush=True)
+        if not args.only:
+            check_same_work(*reports)
+        runs.append([figures(report) for report in reports])
+    if args.only:
+        print("\n".join(f"{name}: {statistics.median(run[0][name] for run in runs):.3f}" for name in runs[0][0]))
+    else:
+        print(ratio_table([(ours, peer) for ours, peer in runs]))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.ops import Conv2d, Dense, conv2d
+from dreambooth_ms.ops.backend import after
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import generator, standard_normal
 from dreambooth_ms.weights.lora_file import LoraWeights
@@ -168,7 +169,9 @@ class LoraDropout(nn.Cell):
 
     def construct(self, x_NI: Tensor) -> Tensor:
         state = _positions(x_NI.shape[0] * x_NI.shape[1], self.layer)
-        state = _mixed(ops.bitwise_xor(state, ops.broadcast_to(self.draw, state.shape)))
+        # After the input, so that a backward pass that computes it again does not keep the forward pass's.
+        draw = after(self.draw, x_NI)
+        state = _mixed(ops.bitwise_xor(state, ops.broadcast_to(draw, state.shape)))
         uniform = ops.bitwise_and(state, 0x7FFFFF).astype(ms.float32) * (1 / 2**23)
         rate = ops.broadcast_to(self.rate, uniform.shape)
         factor = (uniform >= rate).astype(ms.float32) / (1.0 - rate)

@@ -17,7 +17,7 @@ from dreambooth_ms.cli.assemble import embed_prompts, open_base, prompt_tokenize
 from dreambooth_ms.cli.tell import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.schema import TrainConfig, memory_size
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.conditioning import PromptText
@@ -25,6 +25,8 @@ from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
 from dreambooth_ms.errors import ConfigError, DataError
+from dreambooth_ms.models.activation_memory import FLOAT32, Settings
+from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.ops import compute_dtype
@@ -45,8 +47,17 @@ from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
-from dreambooth_ms.training.methods import METHODS, Learner, result_of
+from dreambooth_ms.training.memory import (
+    OPTIMISER_BYTES,
+    Adapter,
+    Workload,
+    check_memory,
+    estimate,
+    machine_memory,
+)
+from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS, Learner, result_of
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
+from dreambooth_ms.training.recomputation import GivenPrediction
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
@@ -91,6 +102,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
             model.pretrained_vae_model_name_or_path,
         )
     folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
+    check_expected_memory(config, folder)
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
     class_pictures = _class_pictures(config)
@@ -146,6 +158,46 @@ def check_same_pictures(processes: Processes, groups: Sequence[Sequence[Record]]
                 f"rank {rank} found other pictures than rank {processes.rank}; "
                 "--instance_data_dir and --class_data_dir must be the same folders on every machine"
             )
+
+
+def check_expected_memory(config: TrainConfig, folder: ModelFolder) -> None:
+    """Say how much memory a step will need; what cannot fit ends here, before any work."""
+    run, expected = config.run, estimate(_workload(config, folder))
+    tell(str(expected))
+    advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
+    advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
+    advice += [f"a --resolution below {config.data.resolution}"]
+    advice += ["--method lora"] if config.method.method == "full" else []
+    limit = memory_size(run.max_device_memory) if run.max_device_memory else machine_memory()
+    assert limit is not None, "TrainConfig.check comes first"
+    check_memory(expected, limit, f"what needs less: {', '.join(advice)}")
+
+
+def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
+    method, data, run = config.method, config.data, config.run
+    _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
+    groups = 2 if config.prior.with_prior_preservation else 1
+    texts = [spec for spec in (folder.text_spec, folder.text_spec_2) if spec] if method.train_text_encoder else []
+    adapter = Adapter(method.rank, method.lora_target_modules, TEXT_ENCODER_TARGETS)
+    optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
+    width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
+    settings = Settings(
+        rows=groups * run.train_batch_size,
+        latent_height=height,
+        latent_width=width_of_latents,
+        bytes_of_number=width,
+        dropout=method.lora_dropout > 0,
+    )
+    return Workload(
+        unet=folder.unet_spec,
+        text_encoders=texts,
+        adapter=adapter if method.method == "lora" else None,
+        settings=settings,
+        recomputed=run.gradient_checkpointing,
+        bytes_of_weight=width,
+        bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
+        copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
+    )
 
 
 def total_steps(config: TrainConfig, pictures: int) -> int:
@@ -356,7 +408,9 @@ def set_up_training(
         sharded = ShardedOptimiser(learner.trainables, make_part, processes)
     optimiser = sharded or choose_optimiser(config, learner)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
-    loss = DiffusionLoss(learner.denoiser, prediction_type(config, folder))
+    segments = Segments(unet, text_encoders) if config.run.gradient_checkpointing else None
+    denoiser = GivenPrediction() if segments else learner.denoiser
+    loss = DiffusionLoss(denoiser, prediction_type(config, folder))
     return Training(
         learner=learner,
         step=step(
@@ -366,6 +420,7 @@ def set_up_training(
             config.optimiser.max_grad_norm,
             SumOverProcesses() if processes.count > 1 else None,
             _scaler(config),
+            segments,
         ),
         average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
         sharded=sharded,

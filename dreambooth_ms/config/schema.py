@@ -6,6 +6,7 @@ a field is what `--help` prints. Values are plain: numbers, text, booleans and l
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -207,6 +208,10 @@ class RunConfig:
     """Pictures of the subject per step and process; prior preservation adds as many of the class."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up to one optimiser step; a larger batch in the memory of a small one."""
+    gradient_checkpointing: bool = False
+    """Save memory: compute activations again in the backward pass, in place of keeping them. A step takes longer."""
+    max_device_memory: str | None = None
+    """Memory that the run may take, such as 16GB; it is refused if it is expected to need more. None: the machine's."""
     max_train_steps: int | None = None
     """Number of optimiser steps. None: decided by num_train_epochs."""
     num_train_epochs: int = 1
@@ -413,6 +418,15 @@ _NOT_EMPTY = Range("not empty", lambda value: len(value) > 0)
 _STEPS = Range("from 1 to 1000", lambda value: 1 <= value <= 1000)
 _SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and value % 8 == 0)
 
+_MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([GM])i?B?", re.IGNORECASE)
+
+
+def memory_size(text: str) -> int | None:
+    """Bytes of a size as MindSpore spells it, "16GB" for 16 times 2^30; None if it is none."""
+    found = _MEMORY_SIZE.fullmatch(text)
+    return int(float(found[1]) * 2 ** (30 if found[2] in "gG" else 20)) if found else None
+
+
 RANGES: dict[str, Range] = {
     "pretrained_model_name_or_path": _NOT_EMPTY,
     "pretrained_vae_model_name_or_path": _NOT_EMPTY,
@@ -453,6 +467,7 @@ RANGES: dict[str, Range] = {
     "loss_scale_factor": Range("greater than 1", lambda value: 1 < value < math.inf),
     "scale_window": _at_least(1),
     "train_batch_size": _at_least(1),
+    "max_device_memory": Range("a size such as 16GB", lambda value: bool(memory_size(value))),
     "max_train_steps": _at_least(1),
     "num_train_epochs": _at_least(1),
     "seed": Range("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64),

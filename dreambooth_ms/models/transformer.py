@@ -40,13 +40,20 @@ class Transformer2DModel(nn.Cell):
         self.proj_out = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
-        y = self.norm(x)
-        if self.use_linear_projection:
-            tokens_BLC = self.proj_in(self.to_tokens(y))
-        else:
-            tokens_BLC = self.to_tokens(self.proj_in(y))
+        tokens_BLC = self.enter(x)
         for block in self.transformer_blocks:
             tokens_BLC = block(tokens_BLC, context_BSE)
+        return self.leave(tokens_BLC, x)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """An image -> the tokens (B, L, C) of the first layer."""
+        y = self.norm(x)
+        if self.use_linear_projection:
+            return self.proj_in(self.to_tokens(y))
+        return self.to_tokens(self.proj_in(y))
+
+    def leave(self, tokens_BLC: Tensor, x: Tensor) -> Tensor:
+        """The tokens of the last layer, and the image that they came from -> an image."""
         if self.use_linear_projection:
             y = self.to_image(self.proj_out(tokens_BLC), x)
         else:

@@ -54,15 +54,9 @@ class UNet2DConditionModel(nn.Cell):
     def construct(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
     ) -> Tensor:
-        dtype = self.compute_dtype
-        text_BSE = text_BSE.astype(dtype)
-        temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
-        if self.adds_text_and_sizes:
-            pooled_BP, sizes_BN = pooled_and_sizes
-            encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
-            encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
-            temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1).astype(dtype))
-        x = self.conv_in(self.from_public_layout(latents_BCHW).astype(dtype))
+        text_BSE = text_BSE.astype(self.compute_dtype)
+        temb_BT = self.embed_time(timesteps_B, *pooled_and_sizes)
+        x = self.enter(latents_BCHW)
         skips = (x,)
         for down_block in self.down_blocks:
             x, new_skips = down_block(x, temb_BT, text_BSE)
@@ -72,8 +66,26 @@ class UNet2DConditionModel(nn.Cell):
             used = up_block.num_layers
             x = up_block(x, skips[len(skips) - used :], temb_BT, text_BSE)
             skips = skips[: len(skips) - used]
-        x = self.conv_out(self.conv_norm_out(x))
-        return self.to_public_layout(x).astype(ms.float32)
+        return self.leave(x)
+
+    def embed_time(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
+        """Timesteps, and SDXL's pooled text and size ids -> what every residual block is told (B, T)."""
+        dtype = self.compute_dtype
+        temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
+        if self.adds_text_and_sizes:
+            pooled_BP, sizes_BN = pooled_and_sizes
+            encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
+            encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
+            temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1).astype(dtype))
+        return temb_BT
+
+    def enter(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents -> an image with the channels of the finest resolution."""
+        return self.conv_in(self.from_public_layout(latents_BCHW).astype(self.compute_dtype))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The image of the finest resolution -> the prediction (B, C, H, W)."""
+        return self.to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
 
 
 class TimestepEncoding(nn.Cell):

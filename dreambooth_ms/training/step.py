@@ -4,16 +4,18 @@
 gradients, and one that updates.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
+from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.ops import CompiledCell
 from dreambooth_ms.ops.parallel import SumOverProcesses
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
 from dreambooth_ms.training.optimisers import Optimiser, zeros_like
+from dreambooth_ms.training.recomputation import RecomputedGradients
 
 
 class DiffusionLoss(nn.Cell):
@@ -50,7 +52,7 @@ class TrainStep(CompiledCell):
     """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
     Where several processes train as one, `sum_gradients` gives the gradients of all their rows. With a `scaler`, steps
-    whose gradients overflow are skipped.
+    whose gradients overflow are skipped. With `recomputed`, see `loss_and_gradients`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TrainStep(CompiledCell):
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
         scaler: LossScaler | None = None,
+        recomputed: Segments | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell = ScaledLoss(loss_cell, scaler)
@@ -68,7 +71,7 @@ class TrainStep(CompiledCell):
         self.optimiser, self.scaler = optimiser, scaler
         self.num_scalars = optimiser.num_scalars
         self.update = Update(optimiser, max_grad_norm, sum_gradients, scaler)
-        self.loss_and_gradients = ops.value_and_grad(self.loss_cell, None, self.trainables, has_aux=True)
+        self.loss_and_gradients = loss_and_gradients(self.loss_cell, self.trainables, recomputed)
         self.set_train(True)
 
     def construct(self, *scalars_and_inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,10 +107,11 @@ class AccumulatingTrainStep:
         max_grad_norm: float,
         sum_gradients: SumOverProcesses | None = None,
         scaler: LossScaler | None = None,
+        recomputed: Segments | None = None,
     ) -> None:
         self.optimiser, self.scaler = optimiser, scaler
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-        self._add_gradients = _AddGradients(ScaledLoss(loss_cell, scaler), trainables, sums)
+        self._add_gradients = _AddGradients(ScaledLoss(loss_cell, scaler), trainables, sums, recomputed)
         self._update = _UpdateFromSums(sums, Update(optimiser, max_grad_norm, sum_gradients, scaler))
 
     def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
@@ -130,10 +134,16 @@ class AccumulatingTrainStep:
 class _AddGradients(CompiledCell):
     """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
-    def __init__(self, loss_cell: nn.Cell, trainables: Sequence[Parameter], sums: ParameterTuple) -> None:
+    def __init__(
+        self,
+        loss_cell: nn.Cell,
+        trainables: Sequence[Parameter],
+        sums: ParameterTuple,
+        recomputed: Segments | None,
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.loss_cell, self.trainables, self.sums = loss_cell, ParameterTuple(trainables), sums
-        self.loss_and_gradients = ops.value_and_grad(loss_cell, None, self.trainables, has_aux=True)
+        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, recomputed)
         self.set_train(True)
 
     def construct(self, is_first: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +192,18 @@ class Update(nn.Cell):
         finite = ops.isfinite(norm)
         updated = self.optimiser(gradients, finite, *scalars)
         return ops.depend(norm, (updated, self.scaler(finite)))
+
+
+def loss_and_gradients(
+    loss_cell: nn.Cell, trainables: ParameterTuple, recomputed: Segments | None
+) -> Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """inputs -> what the loss cell gives, and the gradients of its first result.
+
+    With `recomputed`, activations of the denoiser are computed again; the loss cell's own is a `GivenPrediction`.
+    """
+    if recomputed is None:
+        return ops.value_and_grad(loss_cell, None, trainables, has_aux=True)
+    return RecomputedGradients(loss_cell, recomputed, trainables)
 
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")

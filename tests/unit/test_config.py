@@ -733,6 +733,7 @@ OUTSIDE = {
     "adam_epsilon": ["0"],
     "max_grad_norm": ["0"],
     "train_batch_size": ["0"],
+    "max_device_memory": ["", "16", "GB", "0GB", "-1GB", "16TB"],
     "max_train_steps": ["0"],
     "num_train_epochs": ["0"],
     "seed": ["-1", str(2**64)],

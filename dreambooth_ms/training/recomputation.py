@@ -1,0 +1,144 @@
+"""Gradient checkpointing (Chen et al., 2016): the backward pass computes each segment's activations again.
+
+MindSpore's own `Cell.recompute` takes what a cell's own `bprop` computes for a part of the forward pass, so that the
+activations of our operations stay (measured on CPU), and a `bprop` of a whole block may hold no parameters. So the
+backward pass goes from segment to segment here, and each one is differentiated alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from dreambooth_ms.diffusion.objective import noisy_latents, per_row
+from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.ops.backend import after
+
+_NUM_LOSS_INPUTS = 6
+"""Inputs of `training.step.DiffusionLoss` before the conditioning."""
+
+
+_NOTHING: tuple[Any, ...] = ()
+"""Where a tuple begins that grows in a compiled loop."""
+
+
+class GivenPrediction(nn.Cell):
+    """Stands where a loss has its denoiser: its conditioning is the prediction."""
+
+    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, prediction_BCHW: Tensor) -> Tensor:
+        return prediction_BCHW
+
+
+class RecomputedGradients(nn.Cell):
+    """What `ops.value_and_grad` of a loss cell gives, with one segment's activations in memory at a time.
+
+    The loss cell's denoiser is `GivenPrediction`, and the segments are the denoiser that it stands for.
+    """
+
+    def __init__(self, loss_cell: nn.Cell, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        segments = denoiser.segments
+        self.loss_and_gradient = ops.value_and_grad(loss_cell, _NUM_LOSS_INPUTS, None, has_aux=True)
+        self.loss_cell = loss_cell
+        self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
+        self.count = len(segments)
+        self.reads = tuple(segment.reads for segment in segments)
+        self.num_results = tuple(segment.num_results or 0 for segment in segments)
+        self._plan_backward(denoiser, trainables)
+        self.map = ops.HyperMap()
+
+    def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
+        """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
+
+        MindSpore compiles what it is told here as constants; a table of gradients that grows would cost it memory.
+        """
+        places = {id(parameter): place for place, parameter in enumerate(trainables)}
+        hang_on_trainables: set[int] = set()
+        gradients, own_weights, wanted, results = [], [], [], []
+        next_result = denoiser.num_inputs
+        for segment in denoiser.segments:
+            own = [p for part in segment.parts for p in part.get_parameters() if id(p) in places]
+            wanted.append([value in hang_on_trainables for value in segment.reads])
+            results.append(range(next_result, next_result + (segment.num_results or 1)))
+            next_result = results[-1].stop
+            if own or any(wanted[-1]):
+                hang_on_trainables.update(results[-1])
+            gradients.append(_SegmentGradient(segment.cell, own, any(wanted[-1])))
+            own_weights.append(own)
+        self.gradients = nn.CellList(gradients, auto_prefix=False)
+        self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in hang_on_trainables)
+        readers: dict[int, list[tuple[int, int]]] = {next_result - 1: [(0, 0)]}
+        found: dict[int, tuple[int, int]] = {}
+        terms = []
+        for number, i in enumerate(self.backward, 1):
+            terms.append(tuple(tuple(readers[result]) for result in results[i]))
+            for position, value in enumerate(denoiser.segments[i].reads):
+                if wanted[i][position]:
+                    readers.setdefault(value, []).append((number, position))
+            found |= {places[id(p)]: (number - 1, position) for position, p in enumerate(own_weights[i])}
+        assert len(found) == len(trainables), "every trainable belongs to one segment"
+        self.terms = tuple(terms)
+        """For each segment on the way back and each of its results: (who read it, counted from the loss; as what)."""
+        self.segment_of, self.place_in_segment = zip(*(found[place] for place in range(len(trainables))), strict=True)
+
+    def construct(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        latents, noise, timesteps, signal_B, sigma_B = inputs[:5]
+        signal, sigma = per_row(signal_B, latents.shape), per_row(sigma_B, latents.shape)
+        values = (noisy_latents(latents, noise, signal, sigma), timesteps) + inputs[_NUM_LOSS_INPUTS:]
+        for i in range(self.count):
+            result = self.segments[i](*_chosen(values, self.reads[i]))
+            values = values + (result if self.num_results[i] else (result,))
+        loss_and_report, dprediction = self.loss_and_gradient(*inputs[:_NUM_LOSS_INPUTS], values[-1])
+        dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
+        for number in range(len(self.backward)):
+            i = self.backward[number]
+            dresults = _NOTHING
+            for terms in self.terms[number]:
+                dresults = dresults + (_sum(dinputs, terms),)
+            dresult = dresults if self.num_results[i] else dresults[0]
+            inputs_after = _NOTHING
+            for value in _chosen(values, self.reads[i]):
+                inputs_after = inputs_after + (after(value, dresult),)
+            of_inputs, of_weights = self.gradients[i](dresult, *inputs_after)
+            dinputs, dweights = dinputs + (of_inputs,), dweights + (of_weights,)
+        gradients = self.map(ops.partial(_pick, dweights), self.segment_of, self.place_in_segment)
+        return loss_and_report, gradients
+
+
+class _SegmentGradient(nn.Cell):
+    """Gradient of a segment's result, its inputs -> gradients of its inputs, if they are wanted, and of its weights."""
+
+    def __init__(self, segment: nn.Cell, weights: Sequence[Parameter], wants_inputs: bool) -> None:
+        super().__init__(auto_prefix=False)
+        self.segment, self.weights = segment, ParameterTuple(weights)
+        self.has_weights, self.wants_inputs = len(weights) > 0, wants_inputs
+        self.differentiate = ops.GradOperation(wants_inputs, self.has_weights, sens_param=True)
+
+    def construct(self, dresult: Tensor, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if not self.has_weights:
+            return self.differentiate(self.segment)(*inputs, dresult), ()
+        if not self.wants_inputs:
+            return (), self.differentiate(self.segment, self.weights)(*inputs, dresult)
+        return self.differentiate(self.segment, self.weights)(*inputs, dresult)
+
+
+def _chosen(values: tuple[Tensor, ...], numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
+    chosen = _NOTHING
+    for number in numbers:
+        chosen = chosen + (values[number],)
+    return chosen
+
+
+def _sum(dinputs: tuple[tuple[Tensor, ...], ...], terms: tuple[tuple[int, int], ...]) -> Tensor:
+    total = dinputs[terms[0][0]][terms[0][1]]
+    for reader, position in terms[1:]:
+        total = total + dinputs[reader][position]
+    return total
+
+
+_pick = ops.MultitypeFuncGraph("pick")
+
+
+@_pick.register("Tuple", "Number", "Number")
+def _pick_from_tuples(tuples, number, position):
+    return tuples[number][position]

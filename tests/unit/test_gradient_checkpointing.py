@@ -1,0 +1,148 @@
+"""With --gradient_checkpointing the gradients are those without, and activations are computed again.
+
+PyNative mode needs no compilation, so that most are compared there.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore import ParameterTuple, Tensor, nn
+
+from dreambooth_ms.adapters.lora import DropoutState, inject_lora, lora_trainables
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
+from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.specs import ClipTextSpec
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.training.methods import TextConditioned
+from dreambooth_ms.training.recomputation import GivenPrediction
+from dreambooth_ms.training.step import DiffusionLoss, loss_and_gradients
+from dreambooth_ms.weights.initialise import initialise
+from dreambooth_ms.weights.parameters import public_parameters
+from tests.tiny_model import POOLED, SDXL_TEXT, SDXL_TEXT_2, SDXL_UNET, TEXT, UNET
+
+ROWS, TOKENS, WORDS = 2, 5, 7
+SIDE = 8
+DEEP_SDXL = replace(SDXL_UNET, transformer_layers_per_block=(1, 2))
+"""Transformers of two layers, each of which is a segment of its own."""
+
+
+def trained_network(unet_spec, method, with_text, dropout=0.0):
+    """A denoiser, its trainables, and its segments."""
+    unet = UNet2DConditionModel(unet_spec)
+    networks, text_encoders = [unet], None
+    if with_text:
+        words = {"vocab_size": WORDS, "max_position_embeddings": TOKENS}
+        is_sdxl = unet_spec.addition_embed_type is not None
+        first = CLIPTextModel(ClipTextSpec(transformer=SDXL_TEXT if is_sdxl else TEXT, **words))
+        second = CLIPTextModelWithProjection(ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words))
+        text_encoders = TextEncoders(first, second if is_sdxl else None)
+        networks += text_encoders.networks().values()
+    trainables = []
+    for number, network in enumerate(networks):
+        initialise(network, number)
+        if method == "full":
+            trainables += [public.parameter for public in public_parameters(network).values()]
+            continue
+        targets = ["to_q", "to_k", "to_v", "to_out.0"] if network is unet else ["q_proj", "v_proj"]
+        state = DropoutState(dropout, 0) if dropout else None
+        layers = inject_lora(network, 2, 2.0, targets, state)
+        rng = np.random.default_rng(number)
+        for layer in layers.values():
+            layer.set_factors(*(rng.standard_normal(factor.shape).astype(np.float32) for factor in layer.factors()))
+        trainables += lora_trainables(layers)
+    denoiser = TextConditioned(unet, text_encoders) if with_text else unet
+    if with_text and text_encoders.text_encoder_2 is not None:
+        # What SDXL does not read of its first encoder has no gradient.
+        unread = {
+            id(parameter)
+            for name, parameter in text_encoders.text_encoder.parameters_and_names()
+            if not text_encoders.is_read("text_encoder", name)
+        }
+        trainables = [parameter for parameter in trainables if id(parameter) not in unread]
+    return denoiser, trainables, Segments(unet, text_encoders)
+
+
+def inputs(unet_spec, with_text):
+    rng = np.random.default_rng(0)
+    latents, noise = rng.standard_normal((2, ROWS, 4, SIDE, SIDE)).astype(np.float32)
+    is_sdxl = unet_spec.addition_embed_type is not None
+    ids = rng.integers(WORDS, size=(ROWS, TOKENS * (2 if is_sdxl else 1))).astype(np.int32)
+    ends = np.eye(TOKENS, dtype=np.float32)[[1, 3]]
+    text = rng.standard_normal((ROWS, TOKENS, unet_spec.cross_attention_dim)).astype(np.float32)
+    pooled = rng.standard_normal((ROWS, POOLED)).astype(np.float32)
+    sizes = rng.integers(64, size=(ROWS, 6)).astype(np.float32)
+    conditioning = [ids, ends, sizes] if with_text else [text, pooled, sizes]
+    signal, sigma = np.array([0.8, 0.6], np.float32), np.array([0.6, 0.8], np.float32)
+    rows = [latents, noise, np.array([3, 700], np.int32), signal, sigma, np.array([1.0, 0.5], np.float32)]
+    return [Tensor(value) for value in rows + conditioning[: 3 if is_sdxl else 1]]
+
+
+class Gradients(nn.Cell):
+    """Loss, rows' errors and gradients, one compiled cell as in a step."""
+
+    def __init__(self, loss_cell, trainables, segments):
+        super().__init__(auto_prefix=False)
+        self.loss_cell = loss_cell
+        self.differentiate = loss_and_gradients(loss_cell, ParameterTuple(trainables), segments)
+
+    def construct(self, *rows):
+        return self.differentiate(*rows)
+
+
+def both(unet_spec, method, with_text, dropout=0.0):
+    """(loss, errors, *gradients) without and with recomputation."""
+    denoiser, trainables, segments = trained_network(unet_spec, method, with_text, dropout)
+    rows, results = inputs(unet_spec, with_text), []
+    for network, recomputed in ((denoiser, None), (GivenPrediction(), segments)):
+        loss_cell = DiffusionLoss(network, PredictionType.EPSILON)
+        (loss, errors), gradients = Gradients(loss_cell, trainables, recomputed)(*rows)
+        results.append([value.asnumpy() for value in (loss, errors, *gradients)])
+    assert len(results[0]) == 2 + len(trainables)
+    return results
+
+
+@pytest.mark.parametrize(("unet_spec", "method"), [(UNET, "lora"), (DEEP_SDXL, "full")], ids=["SD lora", "SDXL full"])
+def test_gradients_of_unet_and_text_encoders_are_the_same(pynative, unet_spec, method):
+    """But for the last bits: where a value has many readers, their gradients are added in another order.
+
+    Beside the largest gradient, because those of keys' biases are zero but for rounding.
+    """
+    plain, recomputed = both(unet_spec, method, with_text=True)
+    largest = max(np.abs(gradient).max() for gradient in plain[2:])
+    for value, again in zip(plain, recomputed, strict=True):
+        np.testing.assert_allclose(again, value, rtol=1e-5, atol=1e-6 * largest)
+        assert np.abs(value).max() > 0
+
+
+def test_compiled_with_dropout_the_gradients_of_a_lora_are_bit_for_bit_the_same():
+    plain, recomputed = both(UNET, "lora", with_text=False, dropout=0.5)
+    for value, again in zip(plain, recomputed, strict=True):
+        assert np.array_equal(again, value)
+
+
+def test_what_is_computed_again_is_not_merged_with_the_forward_pass(tmp_path):
+    """In a process of its own, because MindSpore reads the switches of its dump once."""
+    dump = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path), "MS_DEV_DUMP_IR_PASSES": "graph_build"}
+    command = [sys.executable, "-m", "tests.unit.test_gradient_checkpointing"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ | dump, check=True, capture_output=True)
+    (executed,) = tmp_path.glob("graph_build_*.ir")
+    counts = Counter(re.findall(r" = PrimFunc_(\w+)\(", executed.read_text(encoding="utf-8")))
+    # Four transformers with two attentions: forward, again, and in the attention's own backward pass. The feed-forward
+    # part's own result is read by nothing on the way back, so that it is computed in the first and the last alone.
+    assert (counts["Softmax"], counts["Erf"]) == (3 * 8, 2 * 4)
+
+
+if __name__ == "__main__":
+    set_up_device("CPU", 0)
+    _, its_trainables, its_segments = trained_network(UNET, "lora", with_text=False)
+    loss = DiffusionLoss(GivenPrediction(), PredictionType.EPSILON)
+    Gradients(loss, its_trainables, its_segments)(*inputs(UNET, with_text=False))

@@ -1,0 +1,110 @@
+"""The memory that is expected before the first step: what it counts, what it hangs on, and what is refused."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.config.schema import memory_size
+from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.models.activation_memory import Segment, Settings, Trained, peak_activations, unet_segments
+from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.training.memory import Adapter, MemoryEstimate, Workload, check_memory, estimate
+from tests.small_specs import SMALL
+from tests.tiny_model import SDXL_UNET as TINY_SDXL
+from tests.tiny_model import UNET as TINY
+
+GIB = 2**30
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA = Adapter(4, TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))
+SETTINGS = Settings(rows=2, latent_height=64, latent_width=64)
+SD_15_LORA = Workload(unet=SD_15_UNET, text_encoders=(), adapter=LORA, settings=SETTINGS)
+SDXL_LORA = replace(SD_15_LORA, unet=SDXL_UNET)
+
+
+def activations(spec, recomputed=False, **changes):
+    return peak_activations(unet_segments(spec, replace(SETTINGS, **changes)), recomputed)
+
+
+@pytest.mark.parametrize(
+    ("work", "measured"), [(SD_15_LORA, 10.0), (SDXL_LORA, 20.7)], ids=["SD 1.5, rank 4, 512 px", "SDXL"]
+)
+def test_it_is_within_a_fifth_of_what_was_measured(work, measured):
+    """By `tools.bench_step`, which see docs/performance.md."""
+    assert estimate(work).total / GIB == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("unet", [TINY, TINY_SDXL, SMALL["sd21"].unet, SMALL["sdxl"].unet])
+def test_the_segments_are_those_of_the_network(unet):
+    """But for the first one and the last, the time embedding and the prediction, which are small."""
+    assert len(list(unet_segments(unet, SETTINGS))) == len(Segments(UNet2DConditionModel(unet)).segments) - 2
+
+
+@pytest.mark.parametrize("unet", [TINY, SMALL["sdxl"].unet])
+def test_the_trained_numbers_are_those_of_the_adapters(unet):
+    trainables = lora_trainables(inject_lora(UNet2DConditionModel(unet), 2, 2.0, TARGETS))
+    work = replace(SD_15_LORA, unet=unet, adapter=Adapter(2, TARGETS, ()))
+    numbers = sum(math.prod(parameter.shape) for parameter in trainables)
+    assert estimate(work).parts["trained"] == numbers * 4 * 2
+    assert estimate(work).parts["optimiser"] == numbers * 4 * 2
+
+
+def test_a_full_training_trains_every_weight():
+    parts, of_lora = estimate(replace(SD_15_LORA, adapter=None)).parts, estimate(SD_15_LORA).parts
+    assert parts["weights"] == 0
+    assert parts["trained"] == 2 * of_lora["weights"] == parts["optimiser"]
+    assert parts["activations"] > of_lora["activations"]
+
+
+def test_running_averages_and_the_optimiser_are_counted():
+    plain = estimate(SD_15_LORA).parts
+    more = estimate(replace(SD_15_LORA, copies_of_trained=1, bytes_of_optimiser=2)).parts
+    assert more["trained"] == plain["trained"] * 3 / 2
+    assert more["optimiser"] == plain["optimiser"] / 4
+
+
+def test_trained_text_encoders_are_counted():
+    plain, more = estimate(SD_15_LORA).parts, estimate(replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,))).parts
+    assert all(more[name] > plain[name] for name in plain)
+
+
+def test_half_precision_halves_what_is_not_computed_in_float32():
+    half, whole = activations(SD_15_UNET, bytes_of_number=2), activations(SD_15_UNET)
+    assert whole / 2 < half < whole
+    assert (
+        estimate(replace(SD_15_LORA, bytes_of_weight=2)).parts["weights"] == estimate(SD_15_LORA).parts["weights"] / 2
+    )
+
+
+@pytest.mark.parametrize("spec", [SD_15_UNET, SD_21_UNET, SDXL_UNET])
+def test_activations_grow_with_the_pictures_and_shrink_with_recomputation(spec):
+    assert activations(spec, rows=4) > 1.8 * activations(spec)
+    assert activations(spec, latent_height=128, latent_width=128) > 3 * activations(spec)
+    assert activations(spec, recomputed=True) < activations(spec) / 3
+    order = [activations(spec, trained=trained) for trained in Trained]
+    assert order == sorted(order) and len(set(order)) == 3
+    assert activations(spec, dropout=True) > activations(spec)
+
+
+def test_recomputation_keeps_results_and_one_segment():
+    segments = [Segment(10, 100, 5), Segment(20, 200, 7), Segment(30, 50, 400)]
+    assert peak_activations(segments, recomputed=False) == 60 + 350 + 400
+    assert peak_activations(segments, recomputed=True) == 60 + 450
+
+
+def test_what_does_not_fit_is_refused():
+    expected = MemoryEstimate({"weights": 3 * GIB, "activations": GIB})
+    check_memory(expected, 4 * GIB, "less")
+    said = r"expected memory: 4.0 GiB \(weights 3.0, activations 1.0\), and there are 3.9 GiB; less"
+    with pytest.raises(DeviceError, match=said):
+        check_memory(expected, int(3.9 * GIB), "less")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("16GB", 16 * GIB), ("1.5 gb", 3 * GIB // 2), ("512MB", GIB // 2), ("16", None), ("GB", None)]
+)
+def test_sizes_are_spelt_as_mindspore_does(text, size):
+    assert memory_size(text) == size
