@@ -107,8 +107,8 @@ def training() -> list[Graph]:
 def drawing() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
     import mindspore as ms
-    from dreambooth_ms.training.precision import compute_in
 
+    from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.cli import smallest
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder

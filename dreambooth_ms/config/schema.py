@@ -724,8 +724,11 @@ class DoctorConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def check(self) -> Findings:
-        """Ranges. Reads no file."""
-        return Findings(out_of_range(self), [])
+        """Ranges and exclusions. Reads no file."""
+        problems = out_of_range(self)
+        if self.device.mixed_precision not in (None, "no"):
+            problems.append("--mixed_precision: the doctor compares figures in float32; leave it out")
+        return Findings(problems, [])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,7 +181,7 @@ class CompileCache:
         """Remove what was used longest ago while all is too large, and what nobody finished."""
         used_at, sizes = {}, {}
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # Another process may have removed it.
                 used_at[path] = path.stat().st_mtime
                 sizes[path] = sum(file.stat().st_size for file in path.iterdir())
         total = sum(sizes.values())

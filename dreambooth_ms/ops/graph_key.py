@@ -69,7 +69,7 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
         settings: what else decides the graph, beside what `surroundings` knows.
 
     Raises:
-        NotDescribable: the cell holds something unknown.
+        NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
     """
     description = _Description()
     for part in (settings, surroundings()):
@@ -79,15 +79,16 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
     return description.digest()
 
 
-@cache
-def _fixed_surroundings() -> tuple[Any, ...]:
-    sources = {str(path.relative_to(PACKAGE)): _file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
-    library = (ms.__version__, getattr(ms.version, "__commit_id__", ""), np.__version__)
-    return sources, library, sys.version_info[:2], platform.machine()
+def sources() -> dict[str, str]:
+    """The digests of this package's files, as they are on disk."""
+    return {str(path.relative_to(PACKAGE)): _file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def surroundings() -> tuple[Any, ...]:
     """Sources, versions, MindSpore's settings in the environment and the context, and which of how many processes."""
+    if sources() != _SOURCES_AT_IMPORT:
+        raise NotDescribable("sources that were changed meanwhile")
+    library = (ms.__version__, np.__version__, sys.version_info[:2], platform.machine())
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -95,11 +96,14 @@ def surroundings() -> tuple[Any, ...]:
     }
     context = [ms.get_context(name) for name in ("mode", "device_target", "deterministic", "jit_config")]
     processes = (get_rank(), get_group_size()) if GlobalComm.INITED else None
-    return _fixed_surroundings(), environment, context, processes
+    return _SOURCES_AT_IMPORT, library, environment, context, processes
 
 
 def _file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+_SOURCES_AT_IMPORT = sources()
 
 
 class _Description:

@@ -75,6 +75,11 @@ def test_a_check_that_fails_is_a_line_the_others_go_on_and_the_status_is_1(check
     assert lines[2] == "1 of the checks failed"
 
 
+def test_it_refuses_to_compute_in_half_precision(capsys):
+    assert main(["doctor", "--mixed_precision", "fp16"]) == 2
+    assert "--mixed_precision: the doctor compares figures in float32" in capsys.readouterr().err
+
+
 def test_figures_that_are_not_those_stored_fail():
     examination = doctor.Examination("CPU", 0)
     stored = {"loss": doctor.STORED["loss"], "update": doctor.STORED["update"]}
