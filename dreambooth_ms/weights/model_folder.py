@@ -144,13 +144,18 @@ class ModelFolder:
         """Height and width the model was trained at, in pixels."""
         return self.unet_spec.sample_size * self.vae_spec.downsampling
 
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of pictures must be multiples of: the networks halve them so often."""
+        return self.vae_spec.downsampling * 2 ** (len(self.unet_spec.block_out_channels) - 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of this size in pixels.
 
         Raises:
             WeightError: the networks cannot halve the size as often as they must.
         """
-        step = self.vae_spec.downsampling * 2 ** (len(self.unet_spec.block_out_channels) - 1)
+        step = self.side_multiple
         if height % step or width % step:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
         factor = self.vae_spec.downsampling
