@@ -55,8 +55,11 @@ SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
     "heun": SchedulerKind(_ported("scheduling_heun_discrete", "HeunDiscreteScheduler"), keeps_signal=True),
     "dpm++_2m": SchedulerKind(_ported(*_MULTISTEP)),
     "dpm++_2m_karras": SchedulerKind(_ported(*_MULTISTEP, use_karras_sigmas=True)),
-    "dpm++_2s": SchedulerKind(_ported(*_SINGLESTEP)),
-    "dpm++_sde": SchedulerKind(_ported(*_SINGLESTEP, algorithm_type="sde-dpmsolver++"), draws_noise=True),
+    # Without lower_order_final they say that they set it themselves.
+    "dpm++_2s": SchedulerKind(_ported(*_SINGLESTEP, lower_order_final=True)),
+    "dpm++_sde": SchedulerKind(
+        _ported(*_SINGLESTEP, algorithm_type="sde-dpmsolver++", lower_order_final=True), draws_noise=True
+    ),
     "unipc": SchedulerKind(UniPCMultistepScheduler),
     "deis": SchedulerKind(_ported("scheduling_deis_multistep", "DEISMultistepScheduler")),
     "lcm": SchedulerKind(_ported("scheduling_lcm", "LCMScheduler"), draws_noise=True),
