@@ -87,10 +87,9 @@ VALUE_SPELLINGS: dict[str, dict[str, str]] = {
 }
 """Field -> another spelling of a choice, in lower case -> the choice.
 
-Schedulers have the names of diffusers' classes, and of mindone's samplers, whose noise levels are the model's own unless
-they are told otherwise.
-MindSpore's levels differ in which operations are half precision; here norms, softmax and loss never are. A YAML file's
-bare `no` arrives as false.
+Schedulers have the names of diffusers' classes, and of mindone's samplers, whose noise levels are the model's own
+unless they are told otherwise. MindSpore's levels differ in which operations are half precision; here norms, softmax
+and loss never are. A YAML file's bare `no` arrives as false.
 """
 
 
