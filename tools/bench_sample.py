@@ -243,6 +243,7 @@ def compare(base: Path, args: argparse.Namespace, scratch: Path) -> None:
         print(f"{side}: {figures(report)['step, s']:.3f} s a step", flush=True)
         return report
 
+    os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
     pairs = []
     for _ in range(args.pairs):
         ours, peer = run("ours"), run("peer")

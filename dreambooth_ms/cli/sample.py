@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     folder = open_base(
         config.device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path
     )
-    model = SamplingModel(folder, weights.lora)
+    model = SamplingModel(folder, weights.lora, mixed_precision=config.device.mixed_precision)
     folder.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = open_refiner(config.device, config.refinement)
     check_writable(output)
@@ -88,7 +88,9 @@ def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
 
 def open_refiner(device: DeviceConfig, config: RefinerConfig) -> SamplingModel | None:
     """The second model of a configuration, if it names one."""
-    return SamplingModel(open_base(device, config.refiner)) if config.refiner else None
+    if config.refiner is None:
+        return None
+    return SamplingModel(open_base(device, config.refiner), mixed_precision=device.mixed_precision)
 
 
 def refinement_of(config: RefinerConfig, sizes: PictureSizes) -> Refinement:

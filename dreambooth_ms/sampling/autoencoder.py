@@ -10,7 +10,6 @@ from mindspore import Tensor
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
-from dreambooth_ms.ops import compile_cache
 from dreambooth_ms.randomness import standard_normal
 
 PURPOSE = "latents of the picture to start from"
@@ -64,8 +63,7 @@ class PictureDecoder:
         return total / weight
 
     def _decoded_whole(self, latents: np.ndarray) -> np.ndarray:
-        with compile_cache("decoder", self.spec, latents.shape):
-            return self._decoder(Tensor(np.ascontiguousarray(latents)[None])).asnumpy()[0]
+        return self._decoder(Tensor(np.ascontiguousarray(latents)[None])).asnumpy()[0]
 
 
 class PictureEncoder:
@@ -83,8 +81,7 @@ class PictureEncoder:
             seed: of the draws, each of which is a function of it and of the row's number.
             rows: how many to draw.
         """
-        with compile_cache("encoder", self.spec, picture_3HW.shape):
-            mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
+        mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
         for row in range(rows):
             draw = standard_normal(mean.shape, seed, PURPOSE, row=row)
             yield self.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)

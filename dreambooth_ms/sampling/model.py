@@ -1,7 +1,7 @@
 """A base model with its adapters, ready to draw what it is asked for again and again."""
 
 import gc
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.adapters.lora import Adapted, load_lora
+from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import compile_cache
+from dreambooth_ms.ops import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
 from dreambooth_ms.sampling.pipeline import BatchStep, Rows, Sampler, starting_noise
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
 from dreambooth_ms.sampling.settings import Drawn, DrawRequest, OnStep, SamplingSettings, StepReport, Stopped
 from dreambooth_ms.sampling.start_picture import fitted, fitted_size
-from dreambooth_ms.weights.lora_file import LoraWeights
 from dreambooth_ms.weights.model_folder import ModelFolder
 from dreambooth_ms.weights.opened_lora import read_adapters
 
@@ -37,13 +37,19 @@ class SamplingModel:
         adapters: files or folders of LoRAs, of any format. Their scales belong to a request.
         keep_text_encoders: keep the text encoders in memory, for prompts to come; otherwise they are loaded, and
             compiled, again for them.
+        mixed_precision: what the UNet computes in, as `ops.compute_dtype` takes it; text encoders and autoencoder are
+            float32.
 
     Raises:
         WeightError: an adapter is none, or is for another base.
     """
 
     def __init__(
-        self, folder: ModelFolder, adapters: Sequence[str | Path] = (), keep_text_encoders: bool = False
+        self,
+        folder: ModelFolder,
+        adapters: Sequence[str | Path] = (),
+        keep_text_encoders: bool = False,
+        mixed_precision: str | None = None,
     ) -> None:
         self.folder = folder
         self.adapters = tuple(str(path) for path in adapters)
@@ -52,6 +58,7 @@ class SamplingModel:
         for path, file in zip(self.adapters, self._files, strict=True):
             if not file.keys() <= networks:
                 raise self._of_another_base(path)
+        self._mixed_precision = mixed_precision
         self._text = _PromptReader(self, keep_text_encoders)
         self._vae: AutoencoderKL | None = None
         self._sampler: Sampler | None = None
@@ -161,9 +168,10 @@ class SamplingModel:
                     raise self._of_another_base(", ".join(self.adapters), f": {error}") from error
         return layers
 
-    def adapted(self, networks: Collection[str]) -> tuple[Any, ...]:
-        """What adapters do to the graphs of these networks: their layers and ranks."""
-        return tuple(_graph_of(file[name]) for file in self._files for name in sorted(networks) if name in file)
+    @property
+    def adapts_text(self) -> bool:
+        """Whether an adapter changes how prompts are read."""
+        return any(file.keys() - {"unet"} for file in self._files)
 
     def picture_settings(self, request: DrawRequest, prompt: str, number: int) -> dict[str, Any]:
         """What makes a picture again, as plain values."""
@@ -200,10 +208,9 @@ class SamplingModel:
         if self._sampler is None:
             unet = self.folder.load_unet()
             self._layers = self.put_adapters({"unet": unet})
+            compute_in(unet, compute_dtype(self._mixed_precision))
             settings = SamplingSettings(request.scheduler, request.num_inference_steps, request.guidance_scale, 1)
-            self._sampler = Sampler(
-                unet, self._autoencoder(), self.folder.scheduler_config, settings, self.adapted({"unet"})
-            )
+            self._sampler = Sampler(unet, self._autoencoder(), self.folder.scheduler_config, settings)
         for layer in self._layers:
             layer.set_scale(*self.scales(request))
         return self._sampler
@@ -246,14 +253,12 @@ class _PromptReader:
         wanted = {*request.prompts, request.negative_prompt, ""}
         pieces = self._tokenizer.num_pieces(sorted(wanted)) if request.support_long_prompts else 1
         # Without adapters of text, their scales make no difference.
-        scales = self._model.scales(request) if self._model.adapted(folder.text_encoders) else ()
+        scales = self._model.scales(request) if self._model.adapts_text else ()
         known = self._known.setdefault((pieces, request.clip_skip, scales), {})
         missing = sorted(wanted - known.keys())
         if missing:
             encoders = self._ready(request.clip_skip, scales)
-            graph = folder.text_spec, folder.text_spec_2, request.clip_skip, self._model.adapted(folder.text_encoders)
-            with compile_cache("text encoders", *graph):
-                known |= encode_prompts(self._tokenizer, encoders, missing, TEXT_ROWS, pieces)
+            known |= encode_prompts(self._tokenizer, encoders, missing, TEXT_ROWS, pieces)
             if "" in missing and folder.zeros_for_empty_prompt:
                 known[""] = PromptText(*map(np.zeros_like, known[""]))
             if not self._keep:
@@ -279,10 +284,6 @@ class _PromptReader:
 def repeated(request: DrawRequest) -> list[str]:
     """The prompt of each picture of a request."""
     return [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)]
-
-
-def _graph_of(adapter: LoraWeights) -> tuple[Any, ...]:
-    return adapter.rank, tuple(sorted(adapter.factors))
 
 
 def _reporting(on_step: OnStep | None, total: int, stage: str) -> BatchStep | None:

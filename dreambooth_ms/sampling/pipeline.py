@@ -3,7 +3,7 @@
 Shapes: N pictures, B of them at a time, C, h, w of the latents.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from dreambooth_ms.data.conditioning import Conditioning, PromptText, size_ids
 from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import compile_cache
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling.autoencoder import PictureDecoder
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -55,7 +54,6 @@ class Sampler:
         vae: the autoencoder, which decodes one picture at a time.
         scheduler_config: `scheduler_config.json` of the model.
         settings: how to draw; they may be replaced between pictures.
-        graph_key: what decides the compiled graphs beside the specs of the networks: the adapters on them.
     """
 
     def __init__(
@@ -64,11 +62,10 @@ class Sampler:
         vae: AutoencoderKL,
         scheduler_config: Mapping[str, Any],
         settings: SamplingSettings,
-        graph_key: Hashable = None,
     ) -> None:
         self.settings = settings
         self.decoder = PictureDecoder(vae)
-        self._scheduler_config, self._graph_key = scheduler_config, graph_key
+        self._scheduler_config = scheduler_config
         self._unet, self._vae_spec = unet, vae.spec
         self._denoisers: dict[tuple[bool, bool], Denoiser] = {}
 
@@ -127,11 +124,9 @@ class Sampler:
         conditioning = self._conditioning(rows, numbers, guided).tensors()
         guidance = Tensor([settings.guidance_scale, settings.guidance_rescale], ms.float32)
         denoiser = self._denoiser(guided, guided and settings.guidance_rescale > 0)
-        graph = self._unet.spec, self._graph_key, guided, denoiser.rescaled, latents.shape, conditioning[0].shape
         for index, timestep in enumerate(trajectory.timesteps):
             timesteps_B = Tensor(np.full(len(numbers), float(timestep), np.float32))
-            with compile_cache("denoiser", *graph):
-                prediction = denoiser(trajectory.inputs(latents, timestep), timesteps_B, guidance, *conditioning)
+            prediction = denoiser(trajectory.inputs(latents, timestep), timesteps_B, guidance, *conditioning)
             latents = trajectory.step(index, prediction, latents)
             yield latents
 
