@@ -4,7 +4,7 @@ y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so 
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -25,10 +25,10 @@ from dreambooth_ms.weights.parameters import PublicParameter, name_prefix, publi
 
 
 class Adapted(Protocol):
-    """A layer with an adapter whose strength can be set."""
+    """A layer with the sum of some adapters, whose strengths can be set."""
 
-    def set_scale(self, multiplier: float) -> None:
-        """0 is the base layer, 1 is as trained."""
+    def set_scale(self, *multipliers: float) -> None:
+        """One for all adapters of the model, or one for each: 0 is the base layer, 1 is as trained."""
 
 
 class LoraLayer(nn.Cell):
@@ -278,49 +278,89 @@ def lora_weights(layers: dict[str, LoraLayer], target_modules: Sequence[str]) ->
     return LoraWeights(factors, any_layer.rank, any_layer.alpha, tuple(target_modules))
 
 
-def load_lora(root: nn.Cell, adapters: Sequence[LoraWeights], scale: float) -> dict[str, Adapted]:
-    """Put the sum of some adapters of a network on it, all times `scale`; returns the adapted layers by name.
+def load_lora(root: nn.Cell, adapters: Sequence[LoraWeights | None], scales: Sequence[float]) -> dict[str, Adapted]:
+    """Put the sum of some adapters on a network; returns the adapted layers by name.
 
     Linear layers get an adapter beside them; updates of convolutions are added to their weights.
+
+    Args:
+        root: the network.
+        adapters: all adapters of the model; None for those that do not adapt this network.
+        scales: one for all of them, or one for each.
 
     Raises:
         WeightError: an adapter was trained on another network.
     """
-    if not adapters:
+    if not any(adapters):
         return {}
     linear, parameters = linear_layers(root).keys(), public_parameters(root)
-    names = {name for adapter in adapters for name in adapter.factors}
+    names = {name for adapter in adapters if adapter for name in adapter.factors}
     if not all(name in linear or f"{name}.weight" in parameters for name in names):
         raise WeightError("the adapter was trained on another base")
     adapted: dict[str, Adapted] = {
-        name: FoldedUpdate(parameters[f"{name}.weight"], [own for own in adapters if name in own.factors], name)
+        name: FoldedUpdate(parameters[f"{name}.weight"], [_of_layer(own, name) for own in adapters])
         for name in sorted(names - linear)
     }
-    beside = [replace(own, factors={n: pair for n, pair in own.factors.items() if n in linear}) for own in adapters]
-    beside = [own for own in beside if own.factors]
-    if beside:
-        total = sum_of(beside)
+    beside = [own and _of_layers(own, linear) for own in adapters]
+    held = [own for own in beside if own]
+    if held:
+        total = sum_of(held)
         layers = inject_lora(root, total.rank, total.alpha, total.target_modules)
         for name, layer in layers.items():
             layer.set_factors(*total.factors[name])
-        adapted |= layers
+            owners = [(number, own.rank) for number, own in enumerate(beside) if own and name in own.factors]
+            adapted[name] = AdapterSum(layer, owners)
     for one in adapted.values():
-        one.set_scale(scale)
+        one.set_scale(*scales)
     return adapted
+
+
+def _of_layers(adapter: LoraWeights, names: Collection[str]) -> LoraWeights | None:
+    """An adapter of these layers alone; None if it has none of them."""
+    factors = {name: pair for name, pair in adapter.factors.items() if name in names}
+    return replace(adapter, factors=factors) if factors else None
+
+
+def _of_layer(adapter: LoraWeights | None, name: str) -> Factors | None:
+    return Factors(*adapter.factors[name], adapter.alpha) if adapter and name in adapter.factors else None
+
+
+class AdapterSum:
+    """A layer whose adapter is several side by side; each has a scale of its own, which a compiled graph reads."""
+
+    def __init__(self, layer: LoraLayer, owners: Sequence[tuple[int, int]]) -> None:
+        """`owners`: (number of the adapter, its rank), in the order in which their factors stand."""
+        self._layer = layer
+        numbers = [number for number, rank in owners for _ in range(rank)]
+        # What is left of the rank is filled with zeros, whose scale makes no difference.
+        self._numbers = np.array(numbers + [owners[0][0]] * (layer.rank - len(numbers)))
+        scale = Parameter(Tensor(np.ones(layer.rank, np.float32)), name=layer.lora_scale.name, requires_grad=False)
+        layer.lora_scale = scale
+
+    def set_scale(self, *multipliers: float) -> None:
+        """One for all adapters of the model, or one for each: 0 is the base layer, 1 is as trained."""
+        each = np.array(multipliers, np.float32)
+        values = each[self._numbers] if len(each) > 1 else np.repeat(each, self._layer.rank)
+        self._layer.lora_scale.set_data(Tensor(values))
 
 
 class FoldedUpdate:
     """The update of a convolution, in its weight; its scale can be set again, to 0 for the base's own bits."""
 
-    def __init__(self, weight: PublicParameter, adapters: Sequence[LoraWeights], name: str) -> None:
+    def __init__(self, weight: PublicParameter, factors: Sequence[Factors | None]) -> None:
         self._weight, self._base = weight, weight.read()
-        self._update = sum((Factors(*own.factors[name], own.alpha).update() for own in adapters), np.float32(0))
-        if self._update.shape != weight.shape:
-            raise WeightError(f"the adapter does not fit the base: {self._update.shape} for {weight.shape}")
+        self._updates = {number: own.update() for number, own in enumerate(factors) if own}
+        for update in self._updates.values():
+            if update.shape != weight.shape:
+                raise WeightError(f"the adapter does not fit the base: {update.shape} for {weight.shape}")
 
-    def set_scale(self, multiplier: float) -> None:
-        """Weaken or strengthen the adapter: 0 is the base layer, 1 is as trained."""
-        self._weight.write(self._base + np.float32(multiplier) * self._update if multiplier else self._base)
+    def set_scale(self, *multipliers: float) -> None:
+        """One for all adapters of the model, or one for each: 0 is the base layer, 1 is as trained."""
+        value = self._base
+        for number, update in self._updates.items():
+            scale = multipliers[number] if len(multipliers) > 1 else multipliers[0]
+            value = value + np.float32(scale) * update if scale else value
+        self._weight.write(value)
 
 
 def sum_of(adapters: Sequence[LoraWeights]) -> LoraWeights:

@@ -67,7 +67,7 @@ def load_adapted(
         if not all(file.keys() <= networks.keys() for file in files):
             raise WeightError("the adapter was trained on another base")
         layers = {
-            name: load_lora(network, [file[name] for file in files if name in file], weights.lora_scale)
+            name: load_lora(network, [file.get(name) for file in files], weights.lora_scale)
             for name, network in networks.items()
         }
     except WeightError as error:

@@ -1,12 +1,11 @@
 """`dreambooth-ms evaluate`: the same prompts and noise through the base and the adapted model -> sheet and figures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.lora import Adapted
 from dreambooth_ms.cli.assemble import load_adapted, open_base
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.cli.tell import tell
@@ -60,14 +59,15 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     noise = starting_noise(len(prompts), folder.latent_shape(size, size), wanted.seed, PURPOSE)
 
     def pictures(
-        scale: float, embeddings: dict[str, PromptText], name: str
+        scales: Sequence[float], embeddings: dict[str, PromptText], name: str
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        _set_scale(model.layers, scale)
+        for layer in model.layers:
+            layer.set_scale(*scales)
         drawn = sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""])
         kept = list(tqdm(drawn, desc=name, total=len(prompts), unit="picture"))
         return kept[: len(subject_prompts)], kept[len(subject_prompts) :]
 
-    base_subject, base_class = pictures(0.0, model.base_embeddings, "before")
+    base_subject, base_class = pictures([0.0], model.base_embeddings, "before")
     now_subject, now_class = pictures(weights.lora_scale, model.embeddings, "after")
     before = measure(embed, photographs, base_subject, base_class, base_class)
     after = measure(embed, photographs, now_subject, now_class, base_class)
@@ -87,8 +87,3 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     write_bytes(output / METRICS, metrics_json(before, after).encode())
     tell(f"wrote {output / SHEET} and {output / METRICS}")
     return before, after
-
-
-def _set_scale(layers: Iterable[Adapted], scale: float) -> None:
-    for layer in layers:
-        layer.set_scale(scale)

@@ -28,16 +28,22 @@ class Field:
     kind: Any
     optional: bool
     default: Any
+    of_numbers: bool = False
+    """Whether it is a list of numbers; other lists are of text."""
 
     @property
     def expected(self) -> str:
         """What a value has to be, in words."""
         what = f"one of {', '.join(self.kind)}" if isinstance(self.kind, tuple) else _WORDS[self.kind]
+        if self.of_numbers:
+            what = "a list of numbers"
         return f"{what}, or None" if self.optional else what
 
     @property
     def placeholder(self) -> str:
         """What stands for the value in a usage line."""
+        if self.of_numbers:
+            return "X [X ...]"
         return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _PLACEHOLDERS[self.kind]
 
 
@@ -51,7 +57,7 @@ def schema_fields(schema: type) -> dict[str, Field]:
             assert one.name not in known, f"{one.name} is a field of two sections"
             default = one.default if one.default_factory is MISSING else one.default_factory()
             kind, optional = _kind(hints[one.name])
-            known[one.name] = Field(one.name, section, owner, kind, optional, default)
+            known[one.name] = Field(one.name, section, owner, kind, optional, default, hints[one.name] == list[float])
     return known
 
 
@@ -105,6 +111,6 @@ def describe(schema: type) -> str:
 
 def _constraints(one: Field) -> str:
     allowed = [RANGES[one.name].expected] if one.name in RANGES and one.kind in (int, float) else []
-    default = ",".join(one.default) if isinstance(one.default, list) else one.default
+    default = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
     value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
     return f"({'; '.join([*allowed, value])})"

@@ -193,6 +193,8 @@ def _unwrapped(one: Field, value: Any, is_flag: bool) -> Any:
     if one.kind is list:
         if any(isinstance(entry, dict | list) for entry in texts):
             raise ConfigError(f"expected {one.expected}, got {value!r}")
+        if one.of_numbers and isinstance(value, int | float):
+            return [value]
         return _split(value) if isinstance(value, str) or is_flag else value
     if one.kind is str and not isinstance(value, str):
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")

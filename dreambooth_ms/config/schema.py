@@ -1,7 +1,7 @@
 """Everything a user can set: one dataclass per section, one docstring per field, defaults in one place.
 
 Field names are the flag names, in diffusers' spelling, and are unique over the sections of a command. The text under
-a field is what `--help` prints. Values are plain: numbers, text, booleans and lists of text.
+a field is what `--help` prints. Values are plain: numbers, text, booleans and lists of text or numbers.
 """
 
 import math
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Method: TypeAlias = Literal["lora", "full"]
@@ -23,7 +25,25 @@ LearningRateSchedule: TypeAlias = Literal[
 ]
 DeviceTarget: TypeAlias = Literal["auto", "CPU", "Ascend"]
 ValidationScheduler: TypeAlias = Literal["DPMSolverMultistepScheduler", "DDIMScheduler"]
-SamplingScheduler: TypeAlias = Literal["ddim", "euler", "dpm++_2m", "dpm++_2m_karras", "pndm"]
+SamplingScheduler: TypeAlias = Literal[
+    "ddim",
+    "ddpm",
+    "pndm",
+    "lms",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpm++_2m",
+    "dpm++_2m_karras",
+    "dpm++_2s",
+    "dpm++_sde",
+    "unipc",
+    "deis",
+    "lcm",
+    "edm_euler",
+    "edm_dpm++_2m",
+]
+SamplingTask: TypeAlias = Literal["txt2img", "img2img"]
 WeightType: TypeAlias = Literal["fp32", "fp16", "bf16"]
 ModelFormat: TypeAlias = Literal["diffusers", "stability", "mindone"]
 WeightFormat: TypeAlias = Literal[
@@ -279,8 +299,8 @@ class WeightsConfig:
     """Autoencoder to use in place of the base's own: a folder, or a name on the hub."""
     lora: list[str] = field(default_factory=list)
     """Adapter files or folders; several are added up."""
-    lora_scale: float = 1.0
-    """Strength of the adapters: 0 is the base model, 1 is as trained."""
+    lora_scale: list[float] = field(default_factory=lambda: [1.0])
+    """Strength of the adapters, one for all or one for each: 0 is the base model, 1 is as trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,16 +319,80 @@ class PicturesConfig:
     """Height in pixels. None: the model's own."""
     width: int | None = None
     """Width in pixels. None: the model's own."""
+    sd_xl_base_ratios: str | None = None
+    """Size by the name of one that SDXL was trained at, in place of height and width: width over height."""
     num_inference_steps: int = 25
     """Denoising steps."""
     guidance_scale: float = 7.5
     """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
+    guidance_rescale: float = 0.0
+    """Share of the guided prediction that is brought back to the contrast of the unguided one; 0.7 is usual for models
+    that predict velocity, whose pictures guidance makes too bright."""
     scheduler: SamplingScheduler = "ddim"
-    """Sampling method."""
+    """Sampling method. Those that begin with edm_ are for models trained in EDM's formulation."""
     seed: int = 0
-    """The same seed draws the same pictures."""
+    """The same seed draws the same pictures, whatever the batch size."""
+    clip_skip: int = 0
+    """Layers left out at the end of the text encoders."""
+    support_long_prompts: bool = False
+    """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
+    vae_tile_size: int | None = None
+    """Decode larger pictures in tiles of this side in pixels, which takes less memory and changes them a little. None:
+    decode them whole."""
+    num_rows: int | None = None
+    """Rows of the sheet that is written beside the pictures of each prompt; with num_cols in place of
+    num_images_per_prompt. None: 1, or no sheet."""
+    num_cols: int | None = None
+    """Columns of that sheet. None: 1, or no sheet."""
     output_dir: str = "outputs"
     """Folder for the pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """Image to image: what pictures start from."""
+
+    task: SamplingTask | None = None
+    """From text alone, or from a picture. None: from a picture if --image names one."""
+    image: str | None = None
+    """Picture to start from. Without --height and --width its shape is kept, at the area that the model draws."""
+    strength: float = 0.75
+    """How far to go from the picture: with 1 nothing of it is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizesConfig:
+    """What SDXL is told of the pictures, by which it draws as if from sharp or blurred, whole or cropped ones."""
+
+    orig_height: int | None = None
+    """Height of the picture before it was resized. None: that of the picture drawn."""
+    orig_width: int | None = None
+    """Width of the picture before it was resized. None: that of the picture drawn."""
+    target_height: int | None = None
+    """Height of the picture. None: that of the picture drawn. The refiner is not told."""
+    target_width: int | None = None
+    """Width of the picture. None: that of the picture drawn. The refiner is not told."""
+    crop_coords_top: int = 0
+    """Rows cut off above."""
+    crop_coords_left: int = 0
+    """Columns cut off at the left."""
+    aesthetic_score: float = 6.0
+    """How beautiful the picture is, of 10; only the refiner is told."""
+    negative_aesthetic_score: float = 2.5
+    """How beautiful what to keep away from is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinerConfig:
+    """A second model, SDXL's refiner, that goes on from the base's pictures."""
+
+    refiner: str | None = None
+    """The model: a local folder or file, or a name on the Hugging Face hub. None: pictures are the base's."""
+    denoising_end: float | None = None
+    """Share of the way from noise that is the base's; the rest is the refiner's. None: 0.8, or with --refiner_strength
+    the base finishes its pictures."""
+    refiner_strength: float | None = None
+    """Let the base finish, and the refiner start from its pictures, this far from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +500,8 @@ _POSITIVE = Range("greater than 0", lambda value: 0 < value < math.inf)
 _DECAY = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 _NOT_EMPTY = Range("not empty", lambda value: len(value) > 0)
 _STEPS = Range("from 1 to 1000", lambda value: 1 <= value <= 1000)
+_SHARE = Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+_SCORE = Range("from 0 to 10", lambda value: 0 <= value <= 10)
 _SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and value % 8 == 0)
 
 _MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([GM])i?B?", re.IGNORECASE)
@@ -479,13 +565,32 @@ RANGES: dict[str, Range] = {
     "num_processes": _at_least(1),
     "zero_stage": Range("0 or 1", lambda value: value in (0, 1)),
     "ms_mode": Range("0 or 1", lambda value: value in (0, 1)),
-    "lora_scale": Range("a finite number", math.isfinite),
+    "lora_scale": Range("finite numbers", lambda value: len(value) > 0 and all(map(math.isfinite, value))),
     "prompt": _NOT_EMPTY,
     "num_images_per_prompt": _at_least(1),
     "batch_size": _at_least(1),
     "height": _SIDE,
     "width": _SIDE,
     "num_inference_steps": _STEPS,
+    "sd_xl_base_ratios": Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda value: value in SD_XL_BASE_RATIOS),
+    "guidance_rescale": Range("from 0 to 1", lambda value: 0 <= value <= 1),
+    "clip_skip": _at_least(0),
+    "vae_tile_size": _SIDE,
+    "num_rows": _at_least(1),
+    "num_cols": _at_least(1),
+    "image": _NOT_EMPTY,
+    "strength": _SHARE,
+    "orig_height": _at_least(1),
+    "orig_width": _at_least(1),
+    "target_height": _at_least(1),
+    "target_width": _at_least(1),
+    "crop_coords_top": _at_least(0),
+    "crop_coords_left": _at_least(0),
+    "aesthetic_score": _SCORE,
+    "negative_aesthetic_score": _SCORE,
+    "refiner": _NOT_EMPTY,
+    "denoising_end": Range("greater than 0 and less than 1", lambda value: 0 < value < 1),
+    "refiner_strength": _SHARE,
     "clip": _NOT_EMPTY,
     "source": _NOT_EMPTY,
     "target": _NOT_EMPTY,
@@ -661,16 +766,86 @@ class SampleConfig:
 
     weights: WeightsConfig
     pictures: PicturesConfig
+    start: StartConfig = field(default_factory=StartConfig)
+    sizes: SizesConfig = field(default_factory=SizesConfig)
+    refinement: RefinerConfig = field(default_factory=RefinerConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def check(self) -> Findings:
         """Ranges, and every rule that looks at more than one field. Reads no file."""
+        return Findings(out_of_range(self) + self._impossible(), self._doubtful())
+
+    @property
+    def num_images_per_prompt(self) -> int:
+        """Pictures of each prompt: as many as were asked for, or as the sheet has room for."""
+        wanted = self.pictures
+        return (wanted.num_rows or 1) * (wanted.num_cols or 1) if self.draws_sheet else wanted.num_images_per_prompt
+
+    @property
+    def draws_sheet(self) -> bool:
+        """Whether the pictures of each prompt are written as a sheet too."""
+        return self.pictures.num_rows is not None or self.pictures.num_cols is not None
+
+    def _impossible(self) -> list[str]:
+        wanted, start, refinement = self.pictures, self.start, self.refinement
+        both_sizes = wanted.sd_xl_base_ratios is not None and (wanted.height, wanted.width) != (None, None)
+        sizes = self.sizes
+        rules = [
+            _scales_that_fit(self.weights),
+            (both_sizes, "--sd_xl_base_ratios: is a height and a width; give it without --height and --width"),
+            (
+                self.draws_sheet and wanted.num_images_per_prompt != 1,
+                "--num_images_per_prompt: is --num_rows times --num_cols; give it without them",
+            ),
+            (
+                start.task == "img2img" and start.image is None,
+                "--task img2img: needs --image, the picture to start from",
+            ),
+            (
+                start.task == "txt2img" and start.image is not None,
+                "--image: a picture is started from with --task img2img only",
+            ),
+            (
+                (sizes.orig_height is None) != (sizes.orig_width is None),
+                "--orig_height: give it together with --orig_width",
+            ),
+            (
+                (sizes.target_height is None) != (sizes.target_width is None),
+                "--target_height: give it together with --target_width",
+            ),
+            (
+                refinement.denoising_end is not None and refinement.refiner_strength is not None,
+                "--denoising_end: the base stops there, with --refiner_strength it finishes; give one of them",
+            ),
+            (
+                refinement.refiner is None and refinement.denoising_end is not None,
+                "--denoising_end: needs --refiner, which goes on from there",
+            ),
+        ]
+        return [message for broken, message in rules if broken]
+
+    def _doubtful(self) -> list[str]:
         warnings = []
-        if self.weights.lora_scale != 1.0 and not self.weights.lora:
+        if self.weights.lora_scale != [1.0] and not self.weights.lora:
             warnings.append("--lora_scale has no effect without --lora")
         if self.pictures.negative_prompt and self.pictures.guidance_scale <= 1:
             warnings.append("--negative_prompt has no effect with a --guidance_scale of 1 or less")
-        return Findings(out_of_range(self), warnings)
+        if self.pictures.guidance_rescale and self.pictures.guidance_scale <= 1:
+            warnings.append("--guidance_rescale has no effect with a --guidance_scale of 1 or less")
+        if self.start.image is None and _changed(self.start) == ["strength"]:
+            warnings.append("--strength has no effect without --image")
+        if self.refinement.refiner is None and self.refinement.refiner_strength is not None:
+            warnings.append("--refiner_strength has no effect without --refiner")
+        return warnings
+
+
+def _scales_that_fit(weights: WeightsConfig) -> tuple[bool, str]:
+    """Whether there are neither one scale nor as many as adapters, and what to say of it."""
+    given, adapters = len(weights.lora_scale), len(weights.lora)
+    return (
+        bool(adapters) and given not in (1, adapters),
+        f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {given}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -686,6 +861,9 @@ class EvaluateConfig:
         problems = out_of_range(self)
         if not self.weights.lora:
             problems.append("--lora: missing; name the adapter to compare the base with")
+        broken, message = _scales_that_fit(self.weights)
+        if broken:
+            problems.append(message)
         return Findings(problems, [])
 
 

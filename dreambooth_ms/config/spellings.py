@@ -16,6 +16,12 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "sampling_steps": ("infer_steps", "num_inference_steps"),
     "sample_step": ("num_inference_steps",),
     "scale": ("guidance_scale",),
+    "sampler": ("scheduler",),
+    "img": ("image",),
+    "init_image": ("image",),
+    "pipeline_weight": ("refiner",),
+    "denoising_start": ("denoising_end",),
+    "high_noise_frac": ("denoising_end",),
     "lora_r": ("rank",),
     "lora_rank": ("rank",),
     "lora_dim": ("rank",),
@@ -55,12 +61,36 @@ BASE_THEN_ADAPTERS = "weight"
 
 
 VALUE_SPELLINGS: dict[str, dict[str, str]] = {
+    "scheduler": {
+        "ddimscheduler": "ddim",
+        "ddpmscheduler": "ddpm",
+        "pndmscheduler": "pndm",
+        "lmsdiscretescheduler": "lms",
+        "eulerdiscretescheduler": "euler",
+        "eulerancestraldiscretescheduler": "euler_a",
+        "heundiscretescheduler": "heun",
+        "dpmsolvermultistepscheduler": "dpm++_2m",
+        "dpmsolversinglestepscheduler": "dpm++_2s",
+        "unipcmultistepscheduler": "unipc",
+        "deismultistepscheduler": "deis",
+        "lcmscheduler": "lcm",
+        "edmeulerscheduler": "edm_euler",
+        "edmdpmsolvermultistepscheduler": "edm_dpm++_2m",
+        "euleredmsampler": "euler",
+        "heunedmsampler": "heun",
+        "eulerancestralsampler": "euler_a",
+        "ancestralsampler": "euler_a",
+        "dpmpp2msampler": "dpm++_2m",
+        "linearmultistepsampler": "lms",
+        "lcmsampler": "lcm",
+    },
     "mixed_precision": {"fp32": "no", "false": "no", "o0": "no"} | dict.fromkeys(("o1", "o2", "o3", "auto"), "fp16"),
 }
 """Field -> another spelling of a choice, in lower case -> the choice.
 
-MindSpore's levels differ in which operations are half precision; here norms, softmax and loss never are. A YAML file's
-bare `no` arrives as false.
+Schedulers have the names of diffusers' classes, and of mindone's samplers, whose noise levels are the model's own
+unless they are told otherwise. MindSpore's levels differ in which operations are half precision; here norms, softmax
+and loss never are. A YAML file's bare `no` arrives as false.
 """
 
 
@@ -77,8 +107,6 @@ _NO_CONCEPTS = Refusal("not in this version: one run teaches one subject")
 _NO_DATASETS = Refusal("not in this version: pictures are read from the folder --instance_data_dir")
 _NO_MODELARTS = Refusal("not in this version: copy the data to this machine first and give local folders")
 _NO_CUSTOM_DIFFUSION = Refusal("not in this version: Custom Diffusion is not a --method yet")
-_NO_PROMPT_OPTIONS = Refusal("not in this version: a prompt is at most 77 tokens")
-_SIZE_BY_PIXELS = Refusal("give --height and --width in pixels")
 _NO_IMAGE_INPUT = Refusal("not in this version: pictures are drawn from text only")
 
 REFUSED: dict[str, Refusal] = {
@@ -119,13 +147,19 @@ REFUSED: dict[str, Refusal] = {
     "clip_skip": Refusal("not in this version: the text encoder's layer is the base model's own"),
     "data_sink": Refusal("not in this version: every step is driven from Python"),
     "enable_modelarts": _NO_MODELARTS,
-    "sampler": Refusal("choose with --scheduler: ddim, euler, dpm++_2m, dpm++_2m_karras or pndm"),
-    "sd_xl_base_ratios": _SIZE_BY_PIXELS,
-    "support_long_prompts": _NO_PROMPT_OPTIONS,
-    "task": Refusal("not in this version: pictures are drawn from text only", ("txt2img",)),
-    "img": _NO_IMAGE_INPUT,
-    "strength": _NO_IMAGE_INPUT,
-    "add_pipeline": Refusal("not in this version: no refiner is run after the base model"),
+    "sd_xl_base_ratios": Refusal("training pictures are squares of --resolution", ("1.0",)),
+    "task": Refusal("this command has one task", ("txt2img",)),
+    "strength": Refusal("nothing is drawn from a picture here"),
+    "add_pipeline": Refusal("name the second model with --refiner"),
+    "stage2strength": Refusal("give the base's share with --denoising_end, or let it finish with --refiner_strength"),
+    "finish_denoising": Refusal("give --denoising_end, or let the base finish with --refiner_strength"),
+    "pipeline_config": Refusal("the refiner draws with the flags of the base"),
+    "textual_inversion_weight": Refusal("not in this version: embeddings of new words are not read"),
+    "controlnet_mode": Refusal("not in this version: pictures are drawn from text, or from a picture"),
+    "guider": Refusal("guidance is turned off with --guidance_scale 1", ("vanillacfg",)),
+    "thresholding": Refusal("not in this version: predictions are rescaled with --guidance_rescale"),
+    "discretization": Refusal("the noise levels are those of the model", ("legacyddpmdiscretization",)),
+    "init_latent_path": Refusal("the starting noise is a function of --seed"),
 }
 """Flags of other trainers that are not here -> why, and what to do. A value that turns one off asks for nothing."""
 
@@ -149,6 +183,7 @@ HARMLESS: dict[str, str] = {
     "num_parallel_workers": "a few pictures gain nothing from being loaded in parallel",
     "pre_compute_text_embeddings": "prompts are always encoded once",
     "lora_config_rank": "the rank is told from the LoRA's shapes",
+    "deterministic": "the same seed always draws the same pictures",
     "skip_save_text_encoder": "only what was trained is saved",
 }
 """Flags that are accepted and ignored -> why nothing is lost."""

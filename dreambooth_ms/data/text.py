@@ -55,24 +55,64 @@ class PromptTokenizer:
     def texts(self, prompts: Sequence[str]) -> dict[str, PromptText]:
         """What text encoders take of each distinct prompt: ids, and where they end if its text is pooled."""
         distinct = sorted(set(prompts))
-        ids = self.ids(distinct)
+        return dict(zip(distinct, self._with_ends(self.ids(distinct)), strict=True))
+
+    def num_pieces(self, prompts: Sequence[str]) -> int:
+        """In how many pieces the longest of these prompts fits, each between a start and an end token."""
+        longest = max(len(self._tokenizers[0](prompt, add_special_tokens=False).input_ids) for prompt in prompts)
+        return max(1, -(-longest // (self.length - 2)))
+
+    def pieces(self, prompt: str, count: int) -> list[PromptText]:
+        """A prompt cut into `count` texts of full length, one after the other; the last ones may be empty."""
+        room, by_tokenizer = self.length - 2, []
+        for tokenizer in self._tokenizers:
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            rows = np.full((count, self.length), tokenizer.pad_token_id, np.int32)
+            for row, first in zip(rows, range(0, count * room, room), strict=True):
+                piece = [tokenizer.bos_token_id, *ids[first : first + room], tokenizer.eos_token_id]
+                row[: len(piece)] = piece
+            by_tokenizer.append(rows)
+        return self._with_ends(np.concatenate(by_tokenizer, axis=1))
+
+    def _with_ends(self, ids: np.ndarray) -> list[PromptText]:
         if self._pooled_at is None:
-            return {prompt: PromptText(row) for prompt, row in zip(distinct, ids, strict=True)}
+            return [PromptText(row) for row in ids]
         ends = end_positions(ids[:, -self.length :], self._pooled_at)
-        return {prompt: PromptText(*rows) for prompt, *rows in zip(distinct, ids, ends, strict=True)}
+        return [PromptText(*rows) for rows in zip(ids, ends, strict=True)]
 
 
 def encode_prompts(
-    tokenizer: PromptTokenizer, text_encoders: TextEncoders, prompts: Sequence[str], batch_size: int = 8
+    tokenizer: PromptTokenizer,
+    text_encoders: TextEncoders,
+    prompts: Sequence[str],
+    batch_size: int | None = None,
+    pieces: int = 1,
 ) -> dict[str, PromptText]:
-    """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape."""
-    texts = tokenizer.texts(prompts)
-    distinct, rows = list(texts), list(texts.values())
-    batch_size = min(batch_size, len(rows))
+    """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape.
+
+    Args:
+        tokenizer: of the text encoders.
+        text_encoders: the network.
+        prompts: what to encode.
+        batch_size: rows of a batch; None: 8, or as many as there are.
+        pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
+            (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
+    """
+    if pieces == 1:
+        texts = {prompt: [text] for prompt, text in tokenizer.texts(prompts).items()}
+    else:
+        texts = {prompt: tokenizer.pieces(prompt, pieces) for prompt in sorted(set(prompts))}
+    rows = [row for own in texts.values() for row in own]
+    batch_size = batch_size or min(8, len(rows))
     found: list[PromptText] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         filler = [batch[-1]] * (batch_size - len(batch))
         encoded = [one.asnumpy() for one in text_encoders(*Conditioning.of([*batch, *filler]).tensors())]
         found += [PromptText(*row) for row in zip(*encoded, strict=True)][: len(batch)]
-    return dict(zip(distinct, found, strict=True))
+    joined = [_joined(found[first : first + pieces]) for first in range(0, len(found), pieces)]
+    return dict(zip(texts, joined, strict=True))
+
+
+def _joined(pieces: Sequence[PromptText]) -> PromptText:
+    return PromptText(np.concatenate([piece.text for piece in pieces]), pieces[0].pooled)

@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.ops import (
     CompiledCell,
@@ -35,9 +36,13 @@ class CLIPTextModel(nn.Cell):
     def construct(self, ids_BS: Tensor) -> Tensor:
         return self.text_model(ids_BS)
 
-    def penultimate(self, ids_BS: Tensor) -> Tensor:
-        """Token ids (B, S) -> hidden states before the last layer (B, S, D), which SDXL reads."""
-        return self.text_model.both_states(ids_BS)[0]
+    def normalised(self, ids_BS: Tensor, skip: int) -> Tensor:
+        """Token ids (B, S) -> hidden states without the last `skip` layers, normalised (B, S, D)."""
+        return self.text_model.final_layer_norm(self.text_model.states(ids_BS, skip)[0])
+
+    def penultimate(self, ids_BS: Tensor, skip: int = 0) -> Tensor:
+        """Token ids (B, S) -> hidden states before the last layer (B, S, D), which SDXL reads, or `skip` more."""
+        return self.text_model.states(ids_BS, skip + 1)[0]
 
 
 class CLIPTextModelWithProjection(nn.Cell):
@@ -56,8 +61,12 @@ class CLIPTextModelWithProjection(nn.Cell):
         self.text_projection = Dense(spec.transformer.hidden_size, spec.projection_dim, has_bias=False)
 
     def construct(self, ids_BS: Tensor, end_BS: Tensor) -> tuple[Tensor, Tensor]:
-        penultimate_BSD, last_BSD = self.text_model.both_states(ids_BS)
-        return penultimate_BSD, self.text_projection(_at_end(last_BSD, end_BS))
+        return self.states_and_pooled(ids_BS, end_BS, 0)
+
+    def states_and_pooled(self, ids_BS: Tensor, end_BS: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+        """The same, with hidden states of `skip` layers less."""
+        states_BSD, last_BSD = self.text_model.states(ids_BS, skip + 1)
+        return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), end_BS))
 
 
 class TextEncoders(CompiledCell):
@@ -69,21 +78,38 @@ class TextEncoders(CompiledCell):
     """
 
     def __init__(
-        self, text_encoder: CLIPTextModel | None, text_encoder_2: CLIPTextModelWithProjection | None = None
+        self,
+        text_encoder: CLIPTextModel | None,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        clip_skip: int = 0,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.clip_skip = clip_skip
+        """Layers whose work the UNet does not see, more than the model itself leaves out; pooled text sees all."""
 
     def construct(self, ids: Tensor, *end_BS: Tensor) -> tuple[Tensor, ...]:
         if self.text_encoder_2 is None:
-            return (self.text_encoder(ids).astype(ms.float32),)
+            return (self.text_encoder.normalised(ids, self.clip_skip).astype(ms.float32),)
         if self.text_encoder is None:
-            states_2_BSD, pooled_BP = self.text_encoder_2(ids, end_BS[0])
+            states_2_BSD, pooled_BP = self.text_encoder_2.states_and_pooled(ids, end_BS[0], self.clip_skip)
             return states_2_BSD.astype(ms.float32), pooled_BP.astype(ms.float32)
         ids_BS, ids_2_BS = ops.split(ids, end_BS[0].shape[1], 1)
-        states_2_BSD, pooled_BP = self.text_encoder_2(ids_2_BS, end_BS[0])
-        states_BSE = ops.concat((self.text_encoder.penultimate(ids_BS), states_2_BSD), 2)
+        states_2_BSD, pooled_BP = self.text_encoder_2.states_and_pooled(ids_2_BS, end_BS[0], self.clip_skip)
+        states_BSE = ops.concat((self.text_encoder.penultimate(ids_BS, self.clip_skip), states_2_BSD), 2)
         return states_BSE.astype(ms.float32), pooled_BP.astype(ms.float32)
+
+    def with_clip_skip(self, clip_skip: int) -> "TextEncoders":
+        """The same encoders with another `clip_skip`.
+
+        Raises:
+            ConfigError: an encoder has not so many layers.
+        """
+        layers = min(one.spec.transformer.num_hidden_layers for one in self.networks().values())
+        most = layers - 1 if self.text_encoder_2 is None else layers - 2
+        if clip_skip > most:
+            raise ConfigError(f"--clip_skip: expected 0 to {most}, as its text encoders have layers, got {clip_skip}")
+        return TextEncoders(self.text_encoder, self.text_encoder_2, clip_skip)
 
     def networks(self) -> dict[str, nn.Cell]:
         """The encoders that there are, by the names of their folders."""
@@ -145,12 +171,11 @@ class TextTransformer(nn.Cell):
         self.final_layer_norm = LayerNorm(width, eps)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
-        return self.both_states(ids_BS)[1]
+        return self.final_layer_norm(self.states(ids_BS, 0)[1])
 
-    def both_states(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The states before the last layer, as they are, and the normalised ones after it."""
-        before_last_BSD, last_BSD = self.encoder(self.embeddings(ids_BS))
-        return before_last_BSD, self.final_layer_norm(last_BSD)
+    def states(self, ids_BS: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+        """The states before the last `skip` layers, and after all; neither is normalised."""
+        return self.encoder.states(self.embeddings(ids_BS), skip)
 
 
 class TextEmbeddings(nn.Cell):
@@ -182,7 +207,7 @@ class VisionTransformer(nn.Cell):
         self.post_layernorm = LayerNorm(width, eps)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        _, hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
+        hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
         return self.post_layernorm(hidden_BPD[:, 0])
 
 
@@ -210,18 +235,24 @@ class VisionEmbeddings(nn.Cell):
 
 
 class ClipEncoder(nn.Cell):
-    """A stack of pre-norm transformer layers: (B, S, D) -> the same before the last layer, and after it."""
+    """A stack of pre-norm transformer layers: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, spec: TransformerSpec, causal: bool) -> None:
         super().__init__()
         self.layers = nn.CellList([ClipEncoderLayer(spec, causal) for _ in range(spec.num_hidden_layers)])
 
-    def construct(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        before_last_BSD = x_BSD
-        for layer in self.layers:
-            before_last_BSD = x_BSD
+    def construct(self, x_BSD: Tensor) -> Tensor:
+        return self.states(x_BSD, 0)[1]
+
+    def states(self, x_BSD: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+        """(B, S, D) -> the same before the last `skip` layers, and after all."""
+        first_skipped = len(self.layers) - skip
+        early_BSD = x_BSD
+        for number, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD)
-        return before_last_BSD, x_BSD
+            if number < first_skipped:
+                early_BSD = x_BSD
+        return early_BSD, x_BSD
 
 
 class ClipEncoderLayer(nn.Cell):

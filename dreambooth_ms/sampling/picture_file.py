@@ -1,7 +1,7 @@
 """Pictures as PNG files that appear whole, with the settings they were made with in their metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +26,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings a picture was made with; empty if it holds none."""
     with Image.open(path) as image:
         return json.loads(getattr(image, "text", {}).get(SETTINGS_KEY, "{}"))
+
+
+def first_free_number(folder: Path) -> int:
+    """One more than the highest number of a picture in the folder, so that nothing is written over."""
+    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
+    return max(numbers, default=-1) + 1
+
+
+def draw_grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures (H, W, 3) of one size side by side, row by row; what is left of the last row is white."""
+    height, width, _ = pictures[0].shape
+    rows = -(-len(pictures) // columns)
+    grid = np.full((rows, columns, height, width, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        grid[divmod(number, columns)] = picture
+    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)

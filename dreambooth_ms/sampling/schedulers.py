@@ -1,35 +1,77 @@
-"""The schedulers by the names people use. They are mindone's ports of diffusers' schedulers."""
+"""The schedulers by the names people use: mindone's ports of diffusers' schedulers, and ours where those run on Ascend
+alone."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.sampling.ddpm import DDPMScheduler
+from dreambooth_ms.sampling.edm_euler import EDMEulerScheduler
+from dreambooth_ms.sampling.unipc import UniPCMultistepScheduler
+
+Config = Mapping[str, Any]
+"""The content of a `scheduler_config.json`."""
 
 
-class SchedulerClass(NamedTuple):
-    """Where a scheduler is, and what its name adds to the model's own configuration."""
+class SchedulerKind(NamedTuple):
+    """What is behind a name."""
 
-    module: str
-    name: str
-    options: dict[str, Any]
+    create: Callable[[Config], Any]
+    draws_noise: bool = False
+    """Whether its steps take random numbers."""
+    keeps_signal: bool = False
+    """Whether noisy latents are the clean ones plus noise (Karras et al., 2022), in place of a mixture of deviation 1
+    (Ho et al., 2020)."""
+    edm: bool = False
+    """Whether it is for models that were trained in EDM's formulation."""
 
 
-SCHEDULERS: dict[SamplingScheduler, SchedulerClass] = {
-    "ddim": SchedulerClass("scheduling_ddim", "DDIMScheduler", {}),
-    "euler": SchedulerClass("scheduling_euler_discrete", "EulerDiscreteScheduler", {}),
-    "dpm++_2m": SchedulerClass("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {}),
-    "dpm++_2m_karras": SchedulerClass(
-        "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}
+def _ported(module: str, name: str, **options: Any) -> Callable[[Config], Any]:
+    """A scheduler of mindone, with what its name here adds to the model's own configuration."""
+
+    def create(config: Config) -> Any:
+        return getattr(importlib.import_module(f"mindone.diffusers.schedulers.{module}"), name).from_config(
+            dict(config), **options
+        )
+
+    return create
+
+
+_MULTISTEP = "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"
+_SINGLESTEP = "scheduling_dpmsolver_singlestep", "DPMSolverSinglestepScheduler"
+
+SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
+    "ddim": SchedulerKind(_ported("scheduling_ddim", "DDIMScheduler")),
+    "ddpm": SchedulerKind(DDPMScheduler, draws_noise=True),
+    "pndm": SchedulerKind(_ported("scheduling_pndm", "PNDMScheduler", skip_prk_steps=True)),
+    "lms": SchedulerKind(_ported("scheduling_lms_discrete", "LMSDiscreteScheduler"), keeps_signal=True),
+    "euler": SchedulerKind(_ported("scheduling_euler_discrete", "EulerDiscreteScheduler"), keeps_signal=True),
+    "euler_a": SchedulerKind(
+        _ported("scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler"),
+        draws_noise=True,
+        keeps_signal=True,
     ),
-    "pndm": SchedulerClass("scheduling_pndm", "PNDMScheduler", {"skip_prk_steps": True}),
+    "heun": SchedulerKind(_ported("scheduling_heun_discrete", "HeunDiscreteScheduler"), keeps_signal=True),
+    "dpm++_2m": SchedulerKind(_ported(*_MULTISTEP)),
+    "dpm++_2m_karras": SchedulerKind(_ported(*_MULTISTEP, use_karras_sigmas=True)),
+    # Without lower_order_final they say that they set it themselves.
+    "dpm++_2s": SchedulerKind(_ported(*_SINGLESTEP, lower_order_final=True)),
+    "dpm++_sde": SchedulerKind(
+        _ported(*_SINGLESTEP, algorithm_type="sde-dpmsolver++", lower_order_final=True), draws_noise=True
+    ),
+    "unipc": SchedulerKind(UniPCMultistepScheduler),
+    "deis": SchedulerKind(_ported("scheduling_deis_multistep", "DEISMultistepScheduler")),
+    "lcm": SchedulerKind(_ported("scheduling_lcm", "LCMScheduler"), draws_noise=True),
+    "edm_euler": SchedulerKind(EDMEulerScheduler, keeps_signal=True, edm=True),
+    "edm_dpm++_2m": SchedulerKind(
+        _ported("scheduling_edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler"), keeps_signal=True, edm=True
+    ),
 }
 
 
-def create_scheduler(name: SamplingScheduler, config: Mapping[str, Any], num_inference_steps: int) -> Any:
+def create_scheduler(name: SamplingScheduler, config: Config, num_inference_steps: int) -> Any:
     """A scheduler with its timesteps set, from the `scheduler_config.json` of a model."""
-    chosen = SCHEDULERS[name]
-    module = importlib.import_module(f"mindone.diffusers.schedulers.{chosen.module}")
-    scheduler = getattr(module, chosen.name).from_config(dict(config), **chosen.options)
+    scheduler = SCHEDULERS[name].create(config)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler

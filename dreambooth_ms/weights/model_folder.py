@@ -45,7 +45,7 @@ from dreambooth_ms.weights.naming.formats import OLD_VAE_NAMES
 from dreambooth_ms.weights.opened_model import ABSENT, OpenedModel, assumed_prediction, notes_as_folder, open_model
 from dreambooth_ms.weights.opened_vae import OpenedVae, open_vae
 from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
-from dreambooth_ms.weights.tensor_file import check_weights, read_tensors, read_values, write_tensors
+from dreambooth_ms.weights.tensor_file import check_weights, read_tensors, write_tensors
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -144,13 +144,18 @@ class ModelFolder:
         """Height and width the model was trained at, in pixels."""
         return self.unet_spec.sample_size * self.vae_spec.downsampling
 
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of pictures must be multiples of: the networks halve them so often."""
+        return self.vae_spec.downsampling * 2 ** (len(self.unet_spec.block_out_channels) - 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of this size in pixels.
 
         Raises:
             WeightError: the networks cannot halve the size as often as they must.
         """
-        step = self.vae_spec.downsampling * 2 ** (len(self.unet_spec.block_out_channels) - 1)
+        step = self.side_multiple
         if height % step or width % step:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
         factor = self.vae_spec.downsampling
@@ -177,8 +182,7 @@ class ModelFolder:
         )
 
     def _load(self, part: str, network: nn.Cell) -> Any:
-        tensors = fit_old_attention(read_values(self.tensors(part)), network)
-        load_strict(network, tensors, str(self.weight_file(part)))
+        load_strict(network, fit_old_attention(self.tensors(part), network), str(self.weight_file(part)))
         return network
 
 
@@ -371,12 +375,12 @@ def current_name(part: str, name: str) -> str:
     return name
 
 
-def fit_old_attention(tensors: Mapping[str, np.ndarray], network: nn.Cell) -> dict[str, np.ndarray]:
+def fit_old_attention(tensors: Mapping[str, StoredTensor], network: nn.Cell) -> dict[str, StoredTensor]:
     """Give attention weights that were stored as 1x1 convolutions, (O, I, 1, 1), their linear shape (O, I)."""
     wanted = public_parameters(network)
     return {
-        name: tensor.reshape(tensor.shape[:2])
-        if name in wanted and tensor.ndim == 4 and len(wanted[name].shape) == 2 and tensor.shape[2:] == (1, 1)
+        name: tensor.reshaped(tensor.shape[:2])
+        if name in wanted and len(tensor.shape) == 4 and len(wanted[name].shape) == 2 and tensor.shape[2:] == (1, 1)
         else tensor
         for name, tensor in tensors.items()
     }

@@ -9,6 +9,8 @@ from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.ops import StoredLayout
+from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.weights.tensor_file import read_value
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ def read_parameters(root: nn.Cell) -> dict[str, np.ndarray]:
 
 
 def load_strict(
-    root: nn.Cell, tensors: Mapping[str, np.ndarray], source: str, ignore_unexpected: Iterable[str] = ()
+    root: nn.Cell,
+    tensors: Mapping[str, np.ndarray | StoredTensor],
+    source: str,
+    ignore_unexpected: Iterable[str] = (),
 ) -> None:
     """Fill every parameter of a network. Nothing is written unless everything fits.
 
     Args:
         root: the network.
-        tensors: values by public name.
+        tensors: values by public name. Those that are in files are read one at a time, so that memory holds them once.
         source: the file or folder they come from, for the message.
         ignore_unexpected: names that may be there although the network has no use for them.
 
@@ -94,7 +99,8 @@ def load_strict(
     if problems:
         raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
     for name, parameter in wanted.items():
-        parameter.write(tensors[name])
+        value = tensors[name]
+        parameter.write(read_value(value) if isinstance(value, StoredTensor) else value)
 
 
 def _summary(kind: str, names: list[str], at_most: int = 5) -> str:

@@ -27,10 +27,12 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
     """Tensors as arrays in memory. Each has its own dtype, but bfloat16, which becomes float32."""
-    return {
-        name: (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
-        for name, tensor in tensors.items()
-    }
+    return {name: read_value(tensor) for name, tensor in tensors.items()}
+
+
+def read_value(tensor: StoredTensor) -> np.ndarray:
+    """A tensor as an array, in its own dtype, but bfloat16 as float32."""
+    return (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
 
 
 def check_weights(path: Path) -> None:

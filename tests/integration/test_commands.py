@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.sampling.picture_file import read_settings
 from dreambooth_ms.training.trackers import read_history
@@ -71,6 +72,8 @@ def test_sampling_is_the_same_whatever_the_batch_size(home):
             num_images_per_prompt=3,
             batch_size=size,
             num_inference_steps=2,
+            # Its steps draw noise.
+            scheduler="euler_a",
             seed=4,
             output_dir=home / f"drawn{size}",
         )
@@ -80,6 +83,31 @@ def test_sampling_is_the_same_whatever_the_batch_size(home):
     assert len(drawn[1]) == 3
     assert max(np.abs(a - b).max() for a, b in zip(drawn[1], drawn[3], strict=True)) <= 1
     assert np.abs(drawn[1][0] - drawn[1][1]).max() > 10
+
+
+def test_the_flags_of_the_guide_draw_from_a_picture_and_write_a_sheet(home):
+    """Two adapters with scales of their own; the metadata repeats what was asked for."""
+    photograph = next((home / "photographs").glob("*.png"))
+    (home / "inference.yaml").write_text("pictures: {num_inference_steps: 4, scheduler: euler}")
+    flags = sample_flags(
+        [
+            *("--task", "img2img", "--config", str(home / "inference.yaml"), "--img", str(photograph)),
+            *("--weight", f"{home / 'base'},{home / 'run'},{home / 'run'}", "--lora_scale", "1.0,0.6"),
+            *("--prompt", "a photo of sks star", "--strength", "0.5", "--num_rows", "1", "--num_cols", "2"),
+            *("--sampler", "EulerAncestralSampler", "--save_path", str(home / "guide")),
+        ]
+    )
+    assert main(["sample", *flags]) == 0
+    assert sorted(path.name for path in (home / "guide").iterdir()) == ["00000.png", "00001.png", "grid-00000.png"]
+    sheet, first, second = (
+        np.asarray(Image.open(home / "guide" / name)) for name in ("grid-00000.png", "00000.png", "00001.png")
+    )
+    assert np.array_equal(sheet, np.concatenate([first, second], axis=1))
+    assert not np.array_equal(first, second)
+    settings = read_settings(home / "guide" / "00001.png")
+    expected = {"scheduler": "euler_a", "lora_scale": [1.0, 0.6], "strength": 0.5, "image": str(photograph)}
+    assert expected.items() <= settings.items()
+    assert (settings["prompt"], settings["number"], settings["num_inference_steps"]) == ("a photo of sks star", 1, 4)
 
 
 def test_evaluation_writes_a_sheet_and_the_figures_before_and_after(home):

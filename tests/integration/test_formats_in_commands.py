@@ -118,7 +118,7 @@ def test_a_single_file_is_trained_on(bases, tmp_path, pynative):
 
 def adapted(opened, lora, scale=1.0):
     """The weights of both networks with an adapter: layers' factors times their scale."""
-    weights = WeightsConfig(pretrained_model_name_or_path="", lora=[str(lora)], lora_scale=scale)
+    weights = WeightsConfig(pretrained_model_name_or_path="", lora=[str(lora)], lora_scale=[scale])
     return load_adapted(opened, weights, [PROMPT])
 
 

@@ -71,16 +71,30 @@ def test_a_checkpoint_keeps_the_two_text_encoders_apart(home):
     }
 
 
-def test_a_picture_is_drawn_with_the_adapter(home):
+def test_a_picture_is_drawn_with_the_adapter_and_refined(home):
     """At the model's own size."""
+    write_random_sdxl(home / "refiner", refiner=True)
     status = main(
         [
             *("sample", "--weight", f"{home / 'base'},{home / 'run'}", "--prompt", "a photo of star"),
-            *("--num_inference_steps", "2", "--output_dir", str(home / "drawn")),
+            *("--num_inference_steps", "4", "--output_dir", str(home / "drawn")),
+            *(
+                "--refiner",
+                str(home / "refiner"),
+                "--denoising_end",
+                "0.5",
+                "--orig_width",
+                "64",
+                "--orig_height",
+                "48",
+            ),
         ]
     )
     assert status == 0
     (file,) = (home / "drawn").iterdir()
+    settings = read_settings(file)
+    assert (settings["refiner"], settings["denoising_end"]) == (str(home / "refiner"), 0.5)
+    assert settings["original_size"] == [64, 48]
     picture = np.asarray(Image.open(file))
     assert picture.shape == (32, 32, 3)
     assert picture.std() > 1

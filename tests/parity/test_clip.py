@@ -6,6 +6,7 @@ import torch
 from mindspore import Tensor
 from transformers import CLIPTextModelWithProjection as ReferenceWithProjection
 
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.clip import (
     CLIPModel,
     CLIPTextModel,
@@ -87,6 +88,30 @@ def test_sdxl_reads_the_states_before_the_last_layer_of_both_encoders_and_the_po
     unread = {name for name, p in first.named_parameters() if p.grad is None}
     assert len(unread) == 18
     assert {name for name, _ in first.named_parameters() if not encoders.is_read("text_encoder", name)} == unread
+
+
+def test_clip_skip_leaves_out_layers_as_diffusers_pipelines_do(pynative):
+    """SD 1 normalises what is left; SDXL, which leaves out one layer anyway, does not, and pools after all layers."""
+    first = small_text_encoder(num_hidden_layers=3)
+    second = small_text_encoder(1, ReferenceWithProjection, projection_dim=20, num_hidden_layers=3)
+    ours = CLIPTextModel(read_text_config(first.config.to_dict()))
+    projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
+    for network, reference in ((ours, first), (projected, second)):
+        load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
+    ids = np.array([[BEGIN, 4, 9, LARGEST, 0, 0]], np.int32)
+    with torch.no_grad():
+        states, states_2 = (one(torch.tensor(ids).long(), output_hidden_states=True) for one in (first, second))
+        expected = first.text_model.final_layer_norm(states.hidden_states[-2])
+        expected_xl = torch.cat([one.hidden_states[-3] for one in (states, states_2)], 2)
+
+    (text,) = TextEncoders(ours).with_clip_skip(1)(Tensor(ids))
+    both = TextEncoders(ours, projected).with_clip_skip(1)
+    text_xl, pooled = both(Tensor(np.concatenate([ids, ids], 1)), Tensor(end_positions(ids, LARGEST)))
+    assert relative_error(text, expected) < FORWARD
+    assert relative_error(text_xl, expected_xl) < FORWARD
+    assert relative_error(pooled, states_2.text_embeds) < FORWARD
+    with pytest.raises(ConfigError, match="--clip_skip: expected 0 to 1, as its text encoders have layers, got 2"):
+        TextEncoders(ours, projected).with_clip_skip(2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Every scheduler of ours goes the way of diffusers', and whole pictures are those of diffusers' pipeline."""
 
+import sys
 from dataclasses import replace
+from itertools import count
 
 import diffusers
 import numpy as np
@@ -10,8 +12,10 @@ from diffusers import StableDiffusionPipeline
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText
+from dreambooth_ms.sampling.discrete_noise import RowNoise
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
-from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
+from dreambooth_ms.sampling.schedulers import SCHEDULERS
+from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.model_folder import open_model_folder
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
@@ -32,29 +36,63 @@ PUBLISHED = {
 }
 
 # Diffusers' classes by our names, as its documentation has them, and the tolerance. Both libraries hold their tables in
-# float32 (measured 9e-7); the multistep solver takes differences of their logarithms (measured 9e-6).
+# float32 (measured up to 9e-7); the DPM++ solvers take differences of their logarithms (measured 1e-5).
+SINGLESTEP_SDE = {"algorithm_type": "sde-dpmsolver++"}
 REFERENCES = {
     "ddim": ("DDIMScheduler", {}, 1e-5),
+    "ddpm": ("DDPMScheduler", {}, 1e-5),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, 1e-5),
+    "lms": ("LMSDiscreteScheduler", {}, 1e-5),
     "euler": ("EulerDiscreteScheduler", {}, 1e-5),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}, 1e-5),
+    "heun": ("HeunDiscreteScheduler", {}, 1e-5),
     "dpm++_2m": ("DPMSolverMultistepScheduler", {}, 1e-4),
     "dpm++_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, 1e-4),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, 1e-5),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {}, 1e-4),
+    "dpm++_sde": ("DPMSolverSinglestepScheduler", SINGLESTEP_SDE, 1e-4),
+    "unipc": ("UniPCMultistepScheduler", {}, 1e-5),
+    "deis": ("DEISMultistepScheduler", {}, 1e-5),
+    "lcm": ("LCMScheduler", {}, 1e-5),
+    "edm_euler": ("EDMEulerScheduler", {}, 1e-5),
+    "edm_dpm++_2m": ("EDMDPMSolverMultistepScheduler", {}, 1e-4),
 }
+STOCHASTIC = {"ddpm", "euler_a", "dpm++_sde", "lcm"}
+SEED = 5
 
 
 def test_every_scheduler_is_compared():
     assert REFERENCES.keys() == SCHEDULERS.keys()
+    assert {name for name, kind in SCHEDULERS.items() if kind.draws_noise} == STOCHASTIC
+
+
+def reference_scheduler(name, config, monkeypatch, seed=SEED):
+    """Diffusers' scheduler; the noise that its steps draw is ours, for rows 0, 1, 2 …"""
+    class_name, options, _ = REFERENCES[name]
+    scheduler = getattr(diffusers, class_name).from_config(config, **options)
+    index, take = count(getattr(scheduler, "begin_index", None) or 0), scheduler.step
+
+    def step(*arguments, **keywords):
+        number = next(index)
+
+        def draw(shape, **_):
+            return torch.tensor(RowNoise(seed, number, range(shape[0])).standard_normal(shape))
+
+        if name in STOCHASTIC:
+            monkeypatch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw)
+        return take(*arguments, **keywords)
+
+    monkeypatch.setattr(scheduler, "step", step)
+    return scheduler
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", REFERENCES)
-def test_ten_steps_are_diffusers(name, prediction_type):
+def test_ten_steps_are_diffusers(name, prediction_type, monkeypatch):
     """With a model that is a formula: a tenth of its input and a constant field."""
-    class_name, options, tolerance = REFERENCES[name]
     config = PUBLISHED | {"prediction_type": prediction_type}
     start, field = normal(2, 4, 6, 8), 0.1 * normal(2, 4, 6, 8, seed=1)
 
-    reference = getattr(diffusers, class_name).from_config(config, **options)
+    reference = reference_scheduler(name, config, monkeypatch)
     reference.set_timesteps(STEPS)
     expected, expected_states = torch.tensor(start) * reference.init_noise_sigma, []
     for timestep in reference.timesteps:
@@ -62,17 +100,33 @@ def test_ten_steps_are_diffusers(name, prediction_type):
         expected = reference.step(prediction, timestep, expected).prev_sample
         expected_states.append(expected.numpy())
 
-    scheduler = create_scheduler(name, config, STEPS)
-    timesteps = [float(timestep) for timestep in scheduler.timesteps]
-    assert timesteps == pytest.approx([float(timestep) for timestep in reference.timesteps], rel=1e-6)
-    latents = Tensor(start) * float(scheduler.init_noise_sigma)
-    errors = []
-    for timestep, state in zip(scheduler.timesteps, expected_states, strict=True):
-        prediction = scheduler.scale_model_input(latents, timestep) * 0.1 + Tensor(field)
-        latents = scheduler.step(prediction, timestep, latents)[0]
+    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2), config, SEED, [0, 1])
+    timesteps = [float(timestep) for timestep in trajectory.timesteps]
+    assert timesteps == pytest.approx([float(timestep) for timestep in reference.timesteps], rel=1e-5, abs=1e-5)
+    latents, errors = trajectory.begin(start, None), []
+    for index, state in enumerate(expected_states):
+        prediction = trajectory.inputs(latents, trajectory.timesteps[index]) * 0.1 + Tensor(field)
+        latents = trajectory.step(index, prediction, latents)
         errors.append(relative_error(latents, state))
     print(f"{name}, {prediction_type}: {max(errors):.1e}")
-    assert max(errors) < tolerance
+    assert max(errors) < REFERENCES[name][2]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_picture_is_noised_to_the_step_it_starts_from_as_in_diffusers(name):
+    """By half the steps, as `strength` 0.5 asks for."""
+    reference = getattr(diffusers, REFERENCES[name][0]).from_config(PUBLISHED, **REFERENCES[name][1])
+    reference.set_timesteps(STEPS)
+    first = STEPS // 2 * reference.order
+    timesteps = reference.timesteps[first:]
+    if hasattr(reference, "set_begin_index"):
+        reference.set_begin_index(first)
+    picture, noise = normal(2, 4, 6, 8), normal(2, 4, 6, 8, seed=1)
+    expected = reference.add_noise(torch.tensor(picture), torch.tensor(noise), timesteps[:1].repeat(2))
+    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2, strength=0.5), PUBLISHED, SEED, [0, 1])
+    assert len(trajectory.timesteps) == len(timesteps)
+    assert float(trajectory.timesteps[0]) == pytest.approx(float(timesteps[0]), rel=1e-5)
+    assert relative_error(trajectory.begin(noise, picture), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -80,16 +134,32 @@ def test_a_second_trajectory_is_not_disturbed_by_the_first(name):
     """Some schedulers keep the last predictions, so each batch has one of its own."""
 
     def last(start):
-        scheduler = create_scheduler(name, PUBLISHED, 4)
-        latents = Tensor(start) * float(scheduler.init_noise_sigma)
-        for timestep in scheduler.timesteps:
-            prediction = scheduler.scale_model_input(latents, timestep) * 0.1
-            latents = scheduler.step(prediction, timestep, latents)[0]
+        trajectory = Trajectory(SamplingSettings(name, 4, 1.0, 1), PUBLISHED, SEED, [0])
+        latents = trajectory.begin(start, None)
+        for index, timestep in enumerate(trajectory.timesteps):
+            prediction = trajectory.inputs(latents, timestep) * 0.1
+            latents = trajectory.step(index, prediction, latents)
         return latents.asnumpy()
 
     first = last(normal(1, 4, 4, 4))
     assert not np.array_equal(last(normal(1, 4, 4, 4, seed=1)), first)
     assert np.array_equal(last(normal(1, 4, 4, 4)), first)
+
+
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
+def test_the_noise_of_a_row_does_not_depend_on_its_batch(name):
+    settings, start = SamplingSettings(name, 3, 1.0, 2), normal(3, 4, 4, 4)
+
+    def drawn(rows, seed=SEED):
+        trajectory = Trajectory(settings, PUBLISHED, seed, rows)
+        latents = trajectory.begin(start[rows], None)
+        for index, timestep in enumerate(trajectory.timesteps):
+            latents = trajectory.step(index, trajectory.inputs(latents, timestep) * 0.1, latents)
+        return latents.asnumpy()
+
+    together = drawn([0, 1, 2])
+    assert np.array_equal(drawn([2, 1]), together[[2, 1]])
+    assert not np.array_equal(drawn([0], seed=SEED + 1)[0], together[0])
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +176,14 @@ def sampler(model):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler):
+def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, monkeypatch):
     """Same weights, latents and texts, four steps: the sampler's whole way from noise to pixels.
 
     There are three pictures, so the second batch is filled up, and what fills it must not be seen.
     """
     noise, text, negative = normal(3, 4, 16, 16), normal(3, 77, 24), normal(77, 24, seed=1)
-    class_name, options, _ = REFERENCES[name]
     pipeline = StableDiffusionPipeline.from_pretrained(model)
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options)
+    pipeline.scheduler = reference_scheduler(name, pipeline.scheduler.config, monkeypatch, seed=0)
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         prompt_embeds=torch.tensor(text),

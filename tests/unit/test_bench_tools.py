@@ -9,7 +9,7 @@ import pytest
 
 from dreambooth_ms.config.load import load_train_config
 from dreambooth_ms.models.specs import UNetSpec
-from tools import bench_run, bench_step
+from tools import bench_run, bench_sample, bench_step
 
 SMALLEST = UNetSpec(
     block_out_channels=(8, 8),
@@ -192,3 +192,53 @@ def test_a_run_is_timed_as_a_whole_and_in_parts(tmp_path):
 def test_a_run_that_fails_or_leaves_out_a_part_is_not_timed(tmp_path, code, reason):
     with pytest.raises(SystemExit, match=reason):
         bench_run.watch([sys.executable, "-c", code], tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--steps", "1"], ["--pairs", "0"], ["--base", "nowhere"]])
+def test_what_pictures_cannot_be_timed_is_refused(flags):
+    with pytest.raises(SystemExit):
+        bench_sample.parse(flags)
+
+
+@pytest.fixture
+def draw_on(monkeypatch):
+    """A job whose only side draws given pictures, one after the other."""
+
+    def with_pictures(*pictures):
+        remaining = iter(pictures)
+
+        def draw(step_done):
+            for _ in range(3):
+                step_done()
+            return next(remaining)
+
+        def build(job, mark):
+            mark("imported")
+            return draw
+
+        monkeypatch.setitem(bench_sample.SIDES, "fake", build)
+        return bench_sample.Job(bench_step.BASE, None, 3)
+
+    return with_pictures
+
+
+def test_a_process_times_the_steps_of_the_second_picture(draw_on):
+    picture = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    report = bench_sample.measure("fake", draw_on(picture, picture), time.monotonic())
+    assert 0 < report["imported"] <= report["first_picture"]
+    assert len(report["steps"]) == 2
+    assert report["levels"] == picture[::2, ::2].reshape(-1).tolist()
+    figures = bench_sample.figures({**report, "steps": [1.0, 3.0, 2.0], "peak_memory": 2**31})
+    assert (figures["step, s"], figures["peak memory, GiB"]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("pictures", [(np.zeros((8, 8, 3)),) * 2, (np.eye(8), np.eye(8)[::-1])], ids=["flat", "other"])
+def test_a_picture_that_shows_nothing_or_changes_is_not_timed(draw_on, pictures):
+    with pytest.raises(SystemExit, match="flat, or was another one"):
+        bench_sample.measure("fake", draw_on(*pictures), time.monotonic())
+
+
+def test_different_pictures_are_different_work():
+    bench_sample.check_same_picture({"levels": [10, 20]}, {"levels": [11, 18]})
+    with pytest.raises(SystemExit, match="differ by 3 of 255 levels"):
+        bench_sample.check_same_picture({"levels": [10, 20]}, {"levels": [10, 23]})

@@ -256,7 +256,7 @@ def test_none_can_be_said_in_a_file_as_in_a_flag(tmp_path):
 
 
 def test_a_negative_number_is_a_value():
-    assert load_sample_config([*SAMPLE_REQUIRED, "--lora", "a", "--lora_scale", "-0.5"]).weights.lora_scale == -0.5
+    assert load_sample_config([*SAMPLE_REQUIRED, "--lora", "a", "--lora_scale", "-0.5"]).weights.lora_scale == [-0.5]
 
 
 def test_choices_are_found_in_any_case():

@@ -1,0 +1,90 @@
+"""The way of one batch from its noise, or from the latents of other pictures, to its own latents.
+
+Shapes: B rows, C, h, w of the latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from dreambooth_ms.sampling.discrete_noise import RowNoise
+from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
+from dreambooth_ms.sampling.settings import SamplingSettings
+
+
+class Trajectory:
+    """The timesteps of a batch and what becomes of its latents in them.
+
+    Args:
+        settings: the scheduler, its steps, and which of them are taken.
+        config: `scheduler_config.json` of the model.
+        seed: of the noise that steps draw.
+        rows: the numbers of the pictures, on which that noise hangs too.
+    """
+
+    def __init__(self, settings: SamplingSettings, config: Mapping[str, Any], seed: int, rows: Sequence[int]) -> None:
+        self._kind = SCHEDULERS[settings.scheduler]
+        self._scheduler = create_scheduler(settings.scheduler, config, settings.num_inference_steps)
+        self._seed, self._rows = seed, rows
+        self._continues = settings.denoising_start is not None
+        levels = np.array([float(timestep) for timestep in self._scheduler.timesteps])
+        range_ = int(config.get("num_train_timesteps", 1000))
+        self._first, end = taken_steps(levels, settings, self._scheduler.order, range_)
+        self.timesteps: list[Any] = list(self._scheduler.timesteps[self._first : end])
+        if hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(self._first)
+
+    def begin(self, noise_BChw: np.ndarray, start_BChw: np.ndarray | None) -> Tensor:
+        """The latents before the first step: noise, other latents with noise added, or noisy ones as they are."""
+        if start_BChw is None:
+            return Tensor(noise_BChw, ms.float32) * float(self._scheduler.init_noise_sigma)
+        if self._continues or not self.timesteps:
+            return Tensor(start_BChw, ms.float32)
+        sigma = self._sigma()
+        signal = 1.0 if self._kind.keeps_signal else 1 / (1 + sigma**2) ** 0.5
+        return Tensor(start_BChw * np.float32(signal) + noise_BChw * np.float32(signal * sigma), ms.float32)
+
+    def inputs(self, latents_BChw: Tensor, timestep: Any) -> Tensor:
+        """What the network sees of noisy latents."""
+        return self._scheduler.scale_model_input(latents_BChw, timestep)
+
+    def step(self, index: int, prediction_BChw: Tensor, latents_BChw: Tensor) -> Tensor:
+        """The latents after `timesteps[index]`."""
+        timestep, more = self.timesteps[index], {}
+        if self._kind.draws_noise:
+            more["generator"] = RowNoise(self._seed, self._first + index, self._rows)
+        return self._scheduler.step(prediction_BChw, timestep, latents_BChw, **more)[0]
+
+    def _sigma(self) -> float:
+        """Noise per signal at the first step."""
+        if getattr(self._scheduler, "sigmas", None) is not None:
+            return float(self._scheduler.sigmas[self._first])
+        alpha = float(self._scheduler.alphas_cumprod[int(self.timesteps[0])])
+        return ((1 - alpha) / alpha) ** 0.5
+
+
+def taken_steps(
+    levels: np.ndarray, settings: SamplingSettings, order: int, num_train_timesteps: int
+) -> tuple[int, int]:
+    """First and end of the steps that are taken, as diffusers' pipelines choose them.
+
+    Args:
+        levels: all timesteps of the scheduler, from noise to picture.
+        settings: `strength`, `denoising_start` and `denoising_end` are read.
+        order: evaluations of each step.
+        num_train_timesteps: of the model, which the shares of the noise's range refer to.
+    """
+    first, end = 0, len(levels)
+    steps = settings.num_inference_steps
+    if settings.denoising_start is not None:
+        left = int((levels < round(num_train_timesteps - settings.denoising_start * num_train_timesteps)).sum())
+        # A step of two evaluations is not begun in its middle.
+        first = end - (left + 1 if order == 2 and left % 2 == 0 else left)
+    elif settings.strength is not None:
+        first = max(steps - min(int(steps * settings.strength), steps), 0) * order
+    if settings.denoising_end is not None:
+        end = int((levels >= round(num_train_timesteps - settings.denoising_end * num_train_timesteps)).sum())
+    return first, end

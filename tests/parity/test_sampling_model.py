@@ -1,0 +1,282 @@
+"""What a model is asked to draw is what diffusers' pipelines draw: from pictures, refined, with several adapters."""
+
+import diffusers
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders import vae as diffusers_vae
+from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as img2img
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as xl_img2img
+from mindspore import Tensor, nn
+from PIL import Image
+
+from dreambooth_ms.adapters.lora import linear_layers
+from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.randomness import standard_normal
+from dreambooth_ms.sampling import autoencoder
+from dreambooth_ms.sampling.denoiser import Denoiser
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.pipeline import starting_noise
+from dreambooth_ms.sampling.refinement import draw_refined
+from dreambooth_ms.sampling.settings import DrawRequest, PictureSizes, Refinement
+from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
+from dreambooth_ms.weights.model_folder import open_model_folder
+from tests.parity.reference import normal, relative_error
+from tests.tiny_model import write_random_model, write_random_sdxl
+
+PROMPT, NEGATIVE = "a photo of star", "a star"
+# Not square, so that no side passes for another.
+HEIGHT, WIDTH = 48, 32
+LATENT_SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+SEED = 3
+
+# Float32 sums in another order, through the steps of the UNet: measured below 1e-5.
+LATENTS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    home = tmp_path_factory.mktemp("models")
+    return {
+        "sd1": write_random_model(home / "sd1"),
+        "base": write_random_sdxl(home / "base"),
+        "refiner": write_random_sdxl(home / "refiner", refiner=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {name: SamplingModel(open_model_folder(folder), keep_text_encoders=True) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
+
+
+def pipeline_of(kind, folder, scheduler="DDIMScheduler", **options):
+    xl = {"add_watermarker": False} if "XL" in kind else {}
+    pipeline = getattr(diffusers, kind).from_pretrained(folder, **xl)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def request(**more):
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": HEIGHT, "width": WIDTH, "seed": SEED}
+    return DrawRequest(prompts=(PROMPT,), negative_prompt=NEGATIVE, **settings | more)
+
+
+def settings_of_pipeline(**more):
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent", "negative_prompt": NEGATIVE}
+    return {"prompt": PROMPT, **settings, **more}
+
+
+def noise(purpose="sample"):
+    return starting_noise(1, LATENT_SHAPE, SEED, purpose)
+
+
+def give_noise(monkeypatch, pipeline_module, purpose="sample"):
+    """Diffusers draws the noise that we draw: of the picture's posterior, and of its first step."""
+    posterior = standard_normal(LATENT_SHAPE, SEED, autoencoder.PURPOSE)[None]
+    monkeypatch.setattr(diffusers_vae, "randn_tensor", lambda *_, **__: torch.tensor(posterior))
+    monkeypatch.setattr(pipeline_module, "randn_tensor", lambda *_, **__: torch.tensor(noise(purpose)))
+
+
+def latents(model, asked):
+    ((_, drawn),) = model.latents(asked, model.rows(asked))
+    return drawn[None]
+
+
+def assert_close(ours, expected):
+    error = relative_error(ours, expected)
+    print(f"latents {error:.1e}")
+    assert error < LATENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "strength"),
+    [
+        ("ddim", "DDIMScheduler", 0.75),
+        ("heun", "HeunDiscreteScheduler", 0.5),
+        ("dpm++_2m", "DPMSolverMultistepScheduler", 0.8),
+    ],
+)
+def test_image_to_image(models, folders, picture, monkeypatch, name, scheduler, strength):
+    give_noise(monkeypatch, img2img)
+    pipeline = pipeline_of("StableDiffusionImg2ImgPipeline", folders["sd1"], scheduler)
+    expected = pipeline(image=picture, strength=strength, **settings_of_pipeline()).images
+    asked = request(scheduler=name, image=picture, strength=strength)
+    ours = latents(models["sd1"], asked)
+    assert_close(ours, expected)
+    assert relative_error(latents(models["sd1"], request(scheduler=name)), expected) > 0.1
+
+
+def test_image_to_image_of_sdxl_with_other_sizes(models, folders, picture, monkeypatch):
+    give_noise(monkeypatch, xl_img2img)
+    pipeline = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["base"], "EulerDiscreteScheduler")
+    told = {"original_size": (60, 70), "crops_coords_top_left": (3, 5), "target_size": (20, 30)}
+    negative_told = {f"negative_{name}": value for name, value in told.items()}
+    expected = pipeline(image=picture, strength=0.5, **told, **negative_told, **settings_of_pipeline()).images
+    sizes = PictureSizes(original_size=(70, 60), crop_top=3, crop_left=5, target_size=(30, 20))
+    asked = request(scheduler="euler", image=picture, strength=0.5, sizes=sizes)
+    assert_close(latents(models["base"], asked), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("euler", "EulerDiscreteScheduler"), ("heun", "HeunDiscreteScheduler")]
+)
+def test_the_refiner_goes_on_where_the_base_stops(models, folders, name, scheduler):
+    """As in diffusers' ensemble of experts: `denoising_end` of the one is `denoising_start` of the other."""
+    steps = {"num_inference_steps": 5}
+    base = pipeline_of("StableDiffusionXLPipeline", folders["base"], scheduler)
+    begun = base(
+        latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH, denoising_end=0.6, **settings_of_pipeline(**steps)
+    ).images
+    refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"], scheduler)
+    expected = refiner(image=begun, denoising_start=0.6, **settings_of_pipeline(**steps)).images
+    ours = refined_latents(models, request(scheduler=name, **steps), Refinement(denoising_end=0.6))
+    assert_close(ours, expected)
+    assert relative_error(begun, expected) > 0.01
+
+
+def test_the_refiner_starts_from_the_finished_picture(models, folders, monkeypatch):
+    base = pipeline_of("StableDiffusionXLPipeline", folders["base"])
+    begun = base(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH, **settings_of_pipeline()).images
+    give_noise(monkeypatch, xl_img2img, "sample, refined")
+    refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"])
+    scores = {"aesthetic_score": 5.0, "negative_aesthetic_score": 3.0}
+    expected = refiner(image=begun, strength=0.5, **scores, **settings_of_pipeline()).images
+    ours = refined_latents(models, request(), Refinement(denoising_end=None, strength=0.5, **scores))
+    assert_close(ours, expected)
+
+
+def refined_latents(models, asked, refinement):
+    """The refiner's latents after its last step."""
+    reports = []
+    (drawn,) = draw_refined(models["base"], models["refiner"], asked, refinement, reports.append, release=False)
+    assert {report.stage for report in reports} == {"base", "refiner"}
+    assert drawn.picture.shape == (HEIGHT, WIDTH, 3)
+    assert drawn.settings["refiner"] == str(models["refiner"].folder.path)
+    return reports[-1].latents
+
+
+class Doubled(nn.Cell):
+    """Stands for a UNet: its prediction is its text."""
+
+    def construct(self, latents, timesteps_B, text):
+        return text
+
+
+def test_guidance_is_rescaled():
+    negative, positive = normal(2, 4, 6, 8), 3 * normal(2, 4, 6, 8, seed=1) + 1
+    text = Tensor(np.concatenate([negative, positive]))
+    ours = Denoiser(Doubled(), guided=True, rescaled=True)(
+        Tensor(negative), Tensor(np.zeros(2, np.float32)), Tensor([5.0, 0.7], ms.float32), text
+    )
+    guided = torch.tensor(negative + 5 * (positive - negative))
+    expected = rescale_noise_cfg(guided, torch.tensor(positive), guidance_rescale=0.7)
+    assert relative_error(ours, expected) < 1e-5
+    assert relative_error(guided, expected) > 0.1
+
+
+def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
+    """1 and 0.6 of the text encoder and the UNet, then other scales, without loading anything again."""
+    folder = open_model_folder(folders["sd1"])
+    networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
+    files = [write_lora(tmp_path / str(n), random_adapters(networks, n, rank=2 + n), step=1) for n in range(2)]
+    pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])
+    for n, file in enumerate(files):
+        pipeline.load_lora_weights(file.parent, adapter_name=str(n))
+    given = settings_of_pipeline(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH)
+    model = SamplingModel(folder, files, keep_text_encoders=True)
+    drawn = []
+    for scales in ((1.0, 0.6), (-0.5, 1.2)):
+        pipeline.set_adapters(["0", "1"], list(scales))
+        expected = pipeline(**given).images
+        drawn.append(latents(model, request(lora_scales=scales)))
+        assert_close(drawn[-1], expected)
+    assert relative_error(*drawn) > 0.1
+    assert np.array_equal(latents(model, request(lora_scales=(0.0,))), latents(models["sd1"], request()))
+    with pytest.raises(ConfigError, match="--lora_scale: expected one number, or one for each of 2 adapters, got 3"):
+        model.rows(request(lora_scales=(1.0, 1.0, 1.0)))
+
+
+def random_adapters(networks, seed, rank):
+    """Adapters of attention layers, both factors away from zero; the second LoRA has the queries alone."""
+    ends = ("to_q", "q_proj") if seed else ("to_q", "to_v", "to_out.0", "q_proj", "v_proj")
+    adapters = {}
+    for number, (name, network) in enumerate(networks.items()):
+        layers = {layer: cell for layer, cell in linear_layers(network).items() if layer.endswith(ends)}
+        factors = {
+            layer: (
+                0.3 * normal(rank, cell.in_channels, seed=10 * seed + number),
+                0.3 * normal(cell.out_channels, rank, seed=10 * seed + number + 5),
+            )
+            for layer, cell in layers.items()
+        }
+        adapters[name] = LoraWeights(factors, rank, 2.0 * rank, ends)
+    return adapters
+
+
+def test_long_prompts_are_read_in_pieces(models, folders):
+    """Each of 75 tokens between a start and an end token; both prompts get as many."""
+    prompt = " ".join(["a photo of a star"] * 25)
+    asked = DrawRequest(prompts=(prompt,), negative_prompt=NEGATIVE, support_long_prompts=True)
+    ours = models["sd1"].embeddings(asked)
+    pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])
+    tokenizer = pipeline.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    count = -(-len(ids) // 75)
+    assert count > 1
+    pieces = []
+    for first in range(0, len(ids), 75):
+        piece = [tokenizer.bos_token_id, *ids[first : first + 75], tokenizer.eos_token_id]
+        pieces.append(piece + [tokenizer.pad_token_id] * (77 - len(piece)))
+    with torch.no_grad():
+        expected = pipeline.text_encoder(torch.tensor(pieces))[0].reshape(1, count * 77, -1)
+    assert relative_error(ours[prompt].text[None], expected) < 1e-5
+    assert ours[NEGATIVE].text.shape == ours[prompt].text.shape
+    short = models["sd1"].embeddings(DrawRequest(prompts=(PROMPT,), support_long_prompts=True))
+    assert np.array_equal(short[PROMPT].text, models["sd1"].embeddings(DrawRequest(prompts=(PROMPT,)))[PROMPT].text)
+
+
+def test_what_is_stopped_gives_the_pictures_that_are_done(models):
+    reports = []
+    asked = request(num_images_per_prompt=3, batch_size=1, num_inference_steps=2)
+    drawn = list(models["sd1"].draw(asked, reports.append, lambda: len(reports) == 3))
+    assert [one.number for one in drawn] == [0]
+    assert [(report.step, report.rows) for report in reports] == [(1, range(1)), (2, range(1)), (1, range(1, 2))]
+    assert reports[0].steps == 2
+    assert reports[0].total == 3
+
+
+def test_what_a_model_cannot_draw_is_said_in_a_line(models, picture):
+    model = models["sd1"]
+    refused = [
+        (request(image=picture, strength=0.1), "--strength 0.1: of 4 steps none is left"),
+        (request(scheduler="edm_euler"), "--scheduler edm_euler: is for models trained in EDM's formulation"),
+        (request(clip_skip=1), "--clip_skip: expected 0 to 0, as its text encoders have layers, got 1"),
+    ]
+    for asked, said in refused:
+        with pytest.raises(ConfigError, match=said):
+            model.rows(asked)
+    with pytest.raises(WeightError, match="33x32 pixels do not fit; sides must be multiples of 4"):
+        model.rows(request(height=32, width=33))
+    with pytest.raises(
+        ConfigError, match=r"--refiner .*: its latents are not those of .*; give the refiner of the same"
+    ):
+        list(draw_refined(model, models["refiner"], request(), Refinement()))
+
+
+def test_the_size_follows_the_picture_to_start_from(models):
+    """Its shape is kept, at the area of the model, in sides that the networks can halve."""
+    wide = Image.new("RGB", (400, 200))
+    model = models["sd1"]
+    assert model.size(DrawRequest(prompts=("",), image=wide)) == (24, 44)
+    assert model.size(DrawRequest(prompts=("",), image=wide, height=40)) == (40, 80)
+    assert model.size(DrawRequest(prompts=("",), image=wide, width=40)) == (20, 40)
+    assert model.size(DrawRequest(prompts=("",), image=wide, width=32, height=32)) == (32, 32)
+    assert model.size(DrawRequest(prompts=("",))) == (32, 32)
