@@ -1,0 +1,55 @@
+"""How much memory a run will need, from its configuration."""
+
+from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.config.schema import TrainConfig, memory_size
+from dreambooth_ms.models.activation_memory import FLOAT32, Settings
+from dreambooth_ms.training.memory import (
+    OPTIMISER_BYTES,
+    Adapter,
+    Workload,
+    check_memory,
+    estimate,
+    machine_memory,
+)
+from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+from dreambooth_ms.weights.model_folder import ModelFolder
+
+
+def check_expected_memory(config: TrainConfig, folder: ModelFolder) -> None:
+    """Say how much memory a step will need; what cannot fit ends here, before any work."""
+    run, expected = config.run, estimate(_workload(config, folder))
+    tell(str(expected))
+    advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
+    advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
+    advice += [f"a --resolution below {config.data.resolution}"]
+    advice += ["--method lora"] if config.method.method == "full" else []
+    limit = memory_size(run.max_device_memory) if run.max_device_memory else machine_memory()
+    assert limit is not None, "TrainConfig.check comes first"
+    check_memory(expected, limit, f"what needs less: {', '.join(advice)}")
+
+
+def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
+    method, data, run = config.method, config.data, config.run
+    _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
+    groups = 2 if config.prior.with_prior_preservation else 1
+    texts = [spec for spec in (folder.text_spec, folder.text_spec_2) if spec] if method.train_text_encoder else []
+    adapter = Adapter(method.rank, method.lora_target_modules, TEXT_ENCODER_TARGETS)
+    optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
+    width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
+    settings = Settings(
+        rows=groups * run.train_batch_size,
+        latent_height=height,
+        latent_width=width_of_latents,
+        bytes_of_number=width,
+        dropout=method.lora_dropout > 0,
+    )
+    return Workload(
+        unet=folder.unet_spec,
+        text_encoders=texts,
+        adapter=adapter if method.method == "lora" else None,
+        settings=settings,
+        recomputed=run.gradient_checkpointing,
+        bytes_of_weight=width,
+        bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
+        copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
+    )

@@ -1,0 +1,124 @@
+"""What a run trains: the method's trainables with their optimiser and step, and what a checkpoint keeps of them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from mindspore import Parameter
+
+from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.diffusion.noise_schedule import PredictionType
+from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.ops import compute_dtype
+from dreambooth_ms.ops.parallel import SumOverProcesses
+from dreambooth_ms.processes.together import ALONE, Processes
+from dreambooth_ms.training.ema import MovingAverage
+from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.lr_schedules import learning_rate_factor
+from dreambooth_ms.training.methods import METHODS, Learner
+from dreambooth_ms.training.optimiser_choice import choose_optimiser
+from dreambooth_ms.training.recomputation import GivenPrediction
+from dreambooth_ms.training.run_folder import seed_of
+from dreambooth_ms.training.sharding import ShardedOptimiser
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
+from dreambooth_ms.weights.model_folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run trains, with the state that a checkpoint keeps."""
+
+    learner: Learner
+    step: TrainStep | AccumulatingTrainStep
+    average: MovingAverage | None
+    sharded: ShardedOptimiser | None
+    """The optimiser, if this process keeps a part of its state."""
+
+    @property
+    def state(self) -> list[Parameter]:
+        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling."""
+        return self._state_with(self.step.optimiser.moments())
+
+    def whole_state(self) -> list[Parameter]:
+        """The same with the moments that other processes keep; all processes must ask for it at the same time."""
+        return self._state_with(self.sharded.all_moments()) if self.sharded else self.state
+
+    def _state_with(self, moments: list[Parameter]) -> list[Parameter]:
+        averages = self.average.averages if self.average else []
+        scaling = self.step.scaler.state() if self.step.scaler else []
+        return [*self.learner.trainables, *moments, *averages, *scaling]
+
+    def result_weights(self) -> AbstractContextManager[None]:
+        """Inside, the networks hold what the run is judged by: the average, if one is kept."""
+        return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def write_part(self, target: Path, step: int) -> None:
+        """Write what was trained into the folder of a checkpoint."""
+        with self.result_weights():
+            self.learner.write_part(target, step)
+
+    def write_result(self, target: Path, step: int) -> None:
+        """Write the result of the run."""
+        with self.result_weights():
+            self.learner.write_result(target, step)
+
+
+def set_up_training(
+    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: Processes = ALONE
+) -> Training:
+    """The method's trainables, with their optimiser and step, as they are before the first step."""
+    method = config.method
+    text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
+    learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
+    compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
+    sharded = None
+    if config.processes.zero_stage > 0 and processes.count > 1:
+        make_part = lambda start, stop: choose_optimiser(config, learner.part(start, stop))  # noqa: E731
+        sharded = ShardedOptimiser(learner.trainables, make_part, processes)
+    optimiser = sharded or choose_optimiser(config, learner)
+    step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
+    segments = Segments(unet, text_encoders) if config.run.gradient_checkpointing else None
+    denoiser = GivenPrediction() if segments else learner.denoiser
+    loss = DiffusionLoss(denoiser, prediction_type(config, folder))
+    return Training(
+        learner=learner,
+        step=step(
+            loss,
+            learner.trainables,
+            optimiser,
+            config.optimiser.max_grad_norm,
+            SumOverProcesses() if processes.count > 1 else None,
+            _scaler(config),
+            segments,
+        ),
+        average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
+        sharded=sharded,
+    )
+
+
+def _scaler(config: TrainConfig) -> LossScaler | None:
+    """float16 alone needs one: bfloat16 has the exponents of float32."""
+    if config.device.mixed_precision != "fp16":
+        return None
+    c = config.loss_scaling
+    dynamic = c.loss_scaler_type == "dynamic"
+    return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
+
+
+def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
+    """What the UNet is trained to predict."""
+    chosen = config.loss.prediction_type
+    return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
+
+
+def learning_rate_of(config: TrainConfig, total: int) -> Callable[[int], float]:
+    """The learning rate of each update, counted from 0."""
+    o = config.optimiser
+    highest = config.learning_rate * (config.rows_per_step if o.scale_lr else 1)
+    return lambda step: (
+        highest
+        * learning_rate_factor(o.lr_scheduler, step, o.lr_warmup_steps, total, o.lr_num_cycles, o.lr_power, highest)
+    )
