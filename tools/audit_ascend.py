@@ -128,7 +128,7 @@ def drawing() -> list[Graph]:
     compute_in(unet, ms.float16)
     return [
         (_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
-        (Denoiser(unet, True), (latents, number[:1], number[0], *conditioning)),
+        (Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], *conditioning)),
         (VaeDecoder(vae), (latents,)),
         (VaeEncoder(vae), (smallest.normal("picture", 1, 3, 2 * smallest.SIDE, 2 * smallest.SIDE),)),
     ]

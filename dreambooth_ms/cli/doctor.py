@@ -220,7 +220,7 @@ def drawing_figures() -> dict[str, float]:
     prediction = Denoiser(unet, guided=True)(
         latents,
         Tensor(np.array([500], np.float32)),
-        Tensor(np.float32(5)),
+        Tensor(np.array([5, 0], np.float32)),
         smallest.normal("text", rows, smallest.TOKENS, spec.cross_attention_dim),
         smallest.normal("pooled", rows, smallest.POOLED),
         smallest.size_ids(),

@@ -63,7 +63,7 @@ class SamplingModel:
         self._vae: AutoencoderKL | None = None
         self._sampler: Sampler | None = None
         self._encoder: PictureEncoder | None = None
-        self._layers: list[Adapted] = []
+        self._layers = AdaptedLayers([])
 
     def draw(
         self, request: DrawRequest, on_step: OnStep | None = None, stopped: Stopped | None = None
@@ -116,8 +116,7 @@ class SamplingModel:
         stopped: Stopped | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Number and latents (C, h, w) of each row; with a share of the noise's range, before it or after it only."""
-        sampler = self._ready(request)
-        sampler.settings = SamplingSettings(
+        settings = SamplingSettings(
             scheduler=request.scheduler,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
@@ -127,7 +126,8 @@ class SamplingModel:
             denoising_start=denoising_start,
             denoising_end=denoising_end,
         )
-        return sampler.latents(rows, _reporting(on_step, len(rows.noise), stage), stopped)
+        reported = _reporting(on_step, len(rows.noise), stage)
+        return self._ready(request).latents(rows, reported, stopped, settings)
 
     def drawn(self, request: DrawRequest, number: int, latents: np.ndarray) -> Drawn:
         """The picture of finished latents."""
@@ -148,7 +148,7 @@ class SamplingModel:
 
     def release(self) -> None:
         """Give back the memory of all networks; they are loaded again when they are needed."""
-        self._vae, self._sampler, self._encoder, self._layers = None, None, None, []
+        self._vae, self._sampler, self._encoder, self._layers = None, None, None, AdaptedLayers([])
         self._text.release()
         gc.collect()
 
@@ -156,7 +156,7 @@ class SamplingModel:
         """The strength of each adapter."""
         return request.lora_scales if request.lora_scales is not None else (1.0,) * len(self.adapters)
 
-    def put_adapters(self, networks: Mapping[str, nn.Cell]) -> list[Adapted]:
+    def put_adapters(self, networks: Mapping[str, nn.Cell]) -> "AdaptedLayers":
         """Put the adapters on some of the networks; returns the adapted layers."""
         layers: list[Adapted] = []
         for name, network in networks.items():
@@ -166,7 +166,7 @@ class SamplingModel:
                     layers += load_lora(network, own, [1.0]).values()
                 except WeightError as error:
                     raise self._of_another_base(", ".join(self.adapters), f": {error}") from error
-        return layers
+        return AdaptedLayers(layers)
 
     @property
     def adapts_text(self) -> bool:
@@ -211,8 +211,7 @@ class SamplingModel:
             compute_in(unet, compute_dtype(self._mixed_precision))
             settings = SamplingSettings(request.scheduler, request.num_inference_steps, request.guidance_scale, 1)
             self._sampler = Sampler(unet, self._autoencoder(), self.folder.scheduler_config, settings)
-        for layer in self._layers:
-            layer.set_scale(*self.scales(request))
+        self._layers.set_scales(self.scales(request))
         return self._sampler
 
     def _autoencoder(self) -> AutoencoderKL:
@@ -231,6 +230,21 @@ class SamplingModel:
         )
 
 
+class AdaptedLayers:
+    """The adapted layers of some networks, and how strong their adapters are at present."""
+
+    def __init__(self, layers: Sequence[Adapted]) -> None:
+        self._layers = layers
+        self._scales: Sequence[float] = (1.0,)
+
+    def set_scales(self, scales: Sequence[float]) -> None:
+        """One for all adapters, or one for each; what is as it should be already costs nothing."""
+        if scales != self._scales:
+            self._scales = scales
+            for layer in self._layers:
+                layer.set_scale(*scales)
+
+
 class _PromptReader:
     """The text encoders of a model, with its adapters, and the prompts that they have read."""
 
@@ -239,7 +253,7 @@ class _PromptReader:
         self._tokenizer: PromptTokenizer | None = None
         self._encoders: TextEncoders | None = None
         self._by_clip_skip: dict[int, TextEncoders] = {}
-        self._layers: list[Adapted] = []
+        self._layers = AdaptedLayers([])
         self._known: dict[tuple[Any, ...], dict[str, PromptText]] = {}
 
     def read(self, request: DrawRequest) -> dict[str, PromptText]:
@@ -267,15 +281,14 @@ class _PromptReader:
 
     def release(self) -> None:
         """Give back the memory of the networks; what was read stays."""
-        self._encoders, self._by_clip_skip, self._layers = None, {}, []
+        self._encoders, self._by_clip_skip, self._layers = None, {}, AdaptedLayers([])
         gc.collect()
 
     def _ready(self, clip_skip: int, scales: Sequence[float]) -> TextEncoders:
         if self._encoders is None:
             self._encoders = self._model.folder.load_text_encoders()
             self._layers = self._model.put_adapters(self._encoders.networks())
-        for layer in self._layers:
-            layer.set_scale(*scales)
+        self._layers.set_scales(scales)
         if clip_skip not in self._by_clip_skip:
             self._by_clip_skip[clip_skip] = self._encoders.with_clip_skip(clip_skip)
         return self._by_clip_skip[clip_skip]

@@ -84,7 +84,11 @@ class Sampler:
             yield self.decoder.picture(latents, number)
 
     def latents(
-        self, rows: Rows, on_step: BatchStep | None = None, stopped: Stopped | None = None
+        self,
+        rows: Rows,
+        on_step: BatchStep | None = None,
+        stopped: Stopped | None = None,
+        settings: SamplingSettings | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Number and latents (C, h, w) of each picture, as soon as its batch is done.
 
@@ -92,12 +96,14 @@ class Sampler:
             rows: the pictures.
             on_step: called after each step of each batch.
             stopped: asked before each step; once it is True there are no more.
+            settings: how to draw these; None: as always.
         """
-        size = self.settings.batch_size
+        settings = settings or self.settings
+        size = settings.batch_size
         for first in range(0, len(rows.noise), size):
             numbers = range(first, min(first + size, len(rows.noise)))
-            trajectory = Trajectory(self.settings, self._scheduler_config, rows.seed, np.resize(numbers, size).tolist())
-            steps = self._steps(rows, trajectory, np.resize(numbers, size))
+            trajectory = Trajectory(settings, self._scheduler_config, rows.seed, np.resize(numbers, size).tolist())
+            steps = self._steps(rows, trajectory, np.resize(numbers, size), settings)
             latents = next(steps)
             for step in range(len(trajectory.timesteps)):
                 if stopped and stopped():
@@ -111,13 +117,14 @@ class Sampler:
         """The latents (B, C, h, w) after every step of one batch: the caller decides what to show of them."""
         numbers = np.arange(len(noise))
         trajectory = Trajectory(self.settings, self._scheduler_config, 0, numbers.tolist())
-        steps = self._steps(Rows(noise, prompts, negative), trajectory, numbers)
+        steps = self._steps(Rows(noise, prompts, negative), trajectory, numbers, self.settings)
         next(steps)
         yield from steps
 
-    def _steps(self, rows: Rows, trajectory: Trajectory, numbers: np.ndarray) -> Iterator[Tensor]:
+    def _steps(
+        self, rows: Rows, trajectory: Trajectory, numbers: np.ndarray, settings: SamplingSettings
+    ) -> Iterator[Tensor]:
         """The latents of a batch before the first step, and after each."""
-        settings = self.settings
         latents = trajectory.begin(rows.noise[numbers], None if rows.start is None else rows.start[numbers])
         yield latents
         guided = settings.guidance_scale > 1

@@ -59,13 +59,13 @@ class Place:
                 pixels = np.random.default_rng([count, number]).integers(0, 256, (40, 48, 3), np.uint8)
                 Image.fromarray(pixels).save(root / folder / f"{number}.png")
 
-    def start(self, launcher, arguments, **variables):
+    def start(self, launcher, arguments, is_parallel="True", **variables):
         python = "python" if launcher == "msrun" else sys.executable
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
         environment["MS_COMPILER_CACHE_ENABLE"] = "0"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
-            [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", "True"],
+            [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", is_parallel],
             cwd=self.root,
             env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | variables,
             stdout=subprocess.PIPE,
@@ -195,11 +195,12 @@ class TestMistakes:
         printed, _ = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 2
         assert [line for line in printed.splitlines() if "error:" in line] == [
-            "dreambooth-ms: error: --instance_data_dir nowhere: no such folder"
+            "dreambooth-ms: error: nowhere: no such folder; expected a folder with pictures "
+            "(png, jpg, jpeg, webp, bmp, tif, tiff, gif)"
         ]
 
     def test_several_processes_need_the_flag(self, place):
-        process = place.start("mpirun", train("sd", "wrong", "--is_parallel", "False"))
+        process = place.start("mpirun", train("sd", "wrong"), is_parallel="False")
         printed, _ = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 2
         assert "mpirun started 2 processes; give --is_parallel True" in printed
@@ -220,7 +221,7 @@ def workers(process):
             parents = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if b"dreambooth_ms\0train" not in command or int(parents[1]) != process.pid or b"mpirun" in command:
+        if b"dreambooth_ms\0train" not in command or int(parents[1]) != process.pid:
             continue
         variables = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
         rank = variables.get(b"OMPI_COMM_WORLD_RANK", variables.get(b"MS_NODE_ID"))
@@ -246,7 +247,7 @@ def left_behind(process):
 class TestDeath:
     @pytest.mark.parametrize(("launcher", "victim", "moment"), [("mpirun", 1, "step"), ("msrun", 0, "saving")])
     def test_a_rank_that_dies_ends_the_run_and_loses_nothing(self, place, launcher, victim, moment):
-        name = f"killed-{launcher}"
+        name = f"killed-{moment}"
         process = place.start(launcher, train("sd", name, "--checkpointing_steps", "1", steps=5000))
         self.wait_for(process, place.root / name, 3)
         if moment == "saving":
@@ -261,7 +262,7 @@ class TestDeath:
         said = printed + (log.read_text() if launcher == "msrun" else "")
         assert f"rank {victim} ended without a word" in said or f"rank {victim} with PID" in said, said
         assert left_behind(process) == []
-        assert find_latest(place.root / name).step >= 3
+        assert find_latest(place.root / name).step >= 2  # The third may be the one that was being saved.
 
     @staticmethod
     def wait_for(process, folder, steps):

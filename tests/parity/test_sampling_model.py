@@ -199,6 +199,8 @@ def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
         drawn.append(latents(model, request(lora_scales=scales)))
         assert_close(drawn[-1], expected)
     assert relative_error(*drawn) > 0.1
+    (denoiser,) = model._sampler._denoisers.values()
+    assert len(denoiser.compile_cache) == 1, "other scales are no other graph"
     assert np.array_equal(latents(model, request(lora_scales=(0.0,))), latents(models["sd1"], request()))
     with pytest.raises(ConfigError, match="--lora_scale: expected one number, or one for each of 2 adapters, got 3"):
         model.rows(request(lora_scales=(1.0, 1.0, 1.0)))

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dreambooth_ms.config import schema as schemas
+from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
 from dreambooth_ms.config.schema import (
@@ -307,19 +308,22 @@ def values_of(one):
         bool: st.booleans(),
         list: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
     }
-    if one.of_numbers:
-        return st.lists(number[float], min_size=1, max_size=3)
     kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
-    valid = kinds.filter(lambda value: one.name not in RANGES or RANGES[one.name].holds(value))
-    if one.name in ("resolution", "height", "width"):
+    unlimited = one.name not in RANGES or one.of_numbers
+    valid = kinds.filter(lambda value: unlimited or RANGES[one.name].holds(value))
+    if one.of_numbers:
+        valid = st.lists(st.floats(-2, 2), min_size=1, max_size=3)
+    if one.name == "sd_xl_base_ratios":
+        valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
+    if one.name in ("resolution", "height", "width", "vae_tile_size"):
         valid = st.integers(4, 200).map(lambda eighths: 8 * eighths)
     return st.none() | valid if one.optional else valid
 
 
 RULES = ("--with_prior_preservation: needs", "expected another folder", "polynomial schedule", "--offset_noise: is",
-         "--lora: missing", "prodigy has one rate", "--zero_stage 1: shares out", "--sd_xl_base_ratios: is",
-         "--num_images_per_prompt: is", "--task img2img: needs", "--task img2img only", "give it together with",
-         "--denoising_end:", "--lora_scale: expected one number")  # fmt: skip
+         "--lora: missing", "--lora_scale: expected one number", "--sd_xl_base_ratios: is a height",
+         "--num_images_per_prompt: is", "--task img2img: needs", "--image: a picture is started", "--orig_height: give",
+         "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out")  # fmt: skip
 
 
 def written_as_flag(name, value):
