@@ -31,7 +31,7 @@ EXPLAINED = {
     "AdamWeightDecay": "a pass of the Ascend backend, AdamWeightDecayUnifyMindIR, makes smaller ones of it (looked up)",
     "Conv2DBackpropFilter": "a gradient of Conv2D, which is documented for Ascend; not documented itself",
     "Conv2DBackpropInput": "a gradient of Conv2D, which is documented for Ascend; as an operation for users deprecated",
-    "TensorMove": "a copy; passes of the Ascend backend, such as InsertTensorMoveForCommunication, put it in (looked up)",
+    "TensorMove": "a copy; passes of the Ascend backend, such as InsertTensorMoveForCommunication, make it (looked up)",
 }
 """Primitives that have no document or kernel of their own, or no kernel of their own, with the reason."""
 
