@@ -1,0 +1,136 @@
+"""What the page's process and the drawing process say to each other."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Side: TypeAlias = Literal["adapted", "base"]
+"""With the adapters, or the same without."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The networks of a drawing: what a process loads once."""
+
+    base: str
+    loras: tuple[str, ...] = ()
+    refiner: str | None = None
+
+    def serves(self, wanted: "ModelChoice") -> bool:
+        """Whether a process that loaded this can draw that: adapters that are not wanted get a scale of 0."""
+        return self.base == wanted.base and self.refiner == wanted.refiner and set(self.loras) >= set(wanted.loras)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures to draw. All but `model` are inputs of networks that are loaded and compiled."""
+
+    model: ModelChoice
+    prompt: str
+    negative_prompt: str = ""
+    lora_scales: tuple[float, ...] = ()
+    """One for each adapter."""
+    scheduler: str = "ddim"
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+    count: int = 1
+    compare: bool = False
+    """Draw each picture without the adapters too."""
+    image: np.ndarray | None = None
+    """(height, width, 3) uint8 to start from; None: from noise."""
+    strength: float = 0.6
+    """How much of the way from the picture to noise and back is gone; not used without `image`."""
+    refiner_start: float = 0.8
+    """The share of the way after which the refiner takes over; not used without a refiner."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """What is drawn of each picture, in this order."""
+        return ("adapted", "base") if self.compare and self.model.loras else ("adapted",)
+
+    def settings(self, number: int, side: Side) -> dict[str, Any]:
+        """What made a picture, under the names of `dreambooth-ms sample`, so that it can be made again."""
+        adapted = side == "adapted"
+        settings: dict[str, Any] = {
+            "pretrained_model_name_or_path": self.model.base,
+            "lora": list(self.model.loras) if adapted else [],
+            "lora_scale": list(self.lora_scales) if adapted else [],
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "width": self.width,
+            "height": self.height,
+            "num_images_per_prompt": self.count,
+            "number": number,
+        }
+        if self.image is not None:
+            settings["strength"] = self.strength
+        if self.model.refiner:
+            settings |= {"refiner": self.model.refiner, "refiner_start": self.refiner_start}
+        return settings
+
+
+@dataclass(frozen=True)
+class Draw:
+    """To the drawing process: draw this."""
+
+    job: int
+    drawing: Drawing
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """To the drawing process: end this one after the step it is in."""
+
+    job: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is being done, in words for the page."""
+
+    job: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step was taken."""
+
+    job: int
+    number: int
+    """Of the picture."""
+    side: Side
+    step: int
+    """Steps done, this one included."""
+    steps: int
+    preview: np.ndarray | None = field(default=None, repr=False)
+    """The picture as it is forming, (H, W, 3) uint8; not in every step."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture is finished."""
+
+    job: int
+    number: int
+    side: Side
+    pixels: np.ndarray = field(repr=False)
+    """(H, W, 3) uint8."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The drawing is over."""
+
+    job: int
+    outcome: Literal["done", "cancelled", "failed"]
+    sentence: str = ""
+    """Why it failed."""
