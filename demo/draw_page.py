@@ -1,24 +1,44 @@
 """The page to draw on: prompt and picture in the middle, the model and how it draws at the side."""
 
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
+import numpy as np
 import streamlit as st
+from PIL import Image, ImageOps
 
 from demo import gallery, session, uploads
 from demo.engine import Job
 from demo.gallery import Entry
-from demo.library import ModelFacts, Places, Shelf, describe, find, newest_run, read_run
+from demo.library import ModelFacts, Places, Shelf, describe, find, find_refiners, newest_run, read_run
 from demo.messages import Drawing, ModelChoice
+from demo.processes import REPOSITORY
 from demo.tokens import MOST, count_tokens
 from dreambooth_ms.config.schema import SamplingScheduler
 from dreambooth_ms.errors import UserError
+from dreambooth_ms.models.specs import Family
 
-FIRST_MODEL = session.REPOSITORY / "checkpoints" / "tiny-shapes"
+FIRST_MODEL = REPOSITORY / "checkpoints" / "tiny-shapes"
 FIRST_PROMPT = "a photo of a red circle on a blue background"
-TEXT, IMAGE, REFINER = "Text", "Picture", "Base + refiner"
-SCHEDULERS = get_args(SamplingScheduler)
+SCHEDULERS: dict[SamplingScheduler, str] = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_a": "Euler ancestral",
+    "dpm++_2m": "DPM++ 2M",
+    "dpm++_2m_karras": "DPM++ 2M Karras",
+    "dpm++_2s": "DPM++ 2S",
+    "dpm++_sde": "DPM++ SDE",
+    "unipc": "UniPC",
+    "heun": "Heun",
+    "lms": "LMS",
+    "pndm": "PNDM",
+    "deis": "DEIS",
+    "lcm": "LCM",
+    "ddpm": "DDPM",
+}
+"""As the page calls them; those for models of EDM's formulation are for none that is drawn with here."""
 LARGEST_SEED = 2**31 - 1
 POLL_SECONDS = 0.4
 
@@ -33,13 +53,16 @@ def show() -> None:
         return
     _set_first_values(places, shelf)
     with st.sidebar:
-        chosen = _model_controls(places, shelf)
-    if chosen is None:
-        return
-    facts, loras, scales, refiner = chosen
-    with st.sidebar:
-        drawing = _drawing_controls(facts, ModelChoice(str(facts.path), loras, refiner), scales)
-    _prompt_and_button(facts, drawing)
+        facts = _model(places, shelf)
+        if facts is None:
+            return
+        loras, scales = _loras(shelf)
+        refiner, refiner_start = _refiner(facts, shelf)
+        drawing = _settings(facts, ModelChoice(str(facts.path), loras, refiner))
+    drawing = replace(drawing, lora_scales=scales, refiner_start=refiner_start)
+    _prompt(facts)
+    drawing = _picture_to_start_from(drawing)
+    _button(drawing)
     _result()
     _gallery()
 
@@ -50,23 +73,26 @@ def _set_first_values(places: Places, shelf: Shelf) -> None:
     handed_over = state.pop("draw_with_run", None)
     if "draw_model" in state and not handed_over:
         return
-    run = read_run(Path(handed_over)) if handed_over else newest_run(places, shelf)
-    if run and Path(run.base).resolve() in shelf.models:
-        state.draw_model, state.draw_loras = str(Path(run.base).resolve()), [str(run.folder)]
-        state.draw_prompt = run.instance_prompt
-    else:
+    result = Path(handed_over) if handed_over else None
+    run = read_run(result) if result else newest_run(places, shelf)
+    base = Path(run.base).resolve() if run else None
+    if run and result in shelf.models:
+        state.draw_model, state.draw_loras, state.draw_prompt = str(result), [], run.instance_prompt
+    elif run and base in shelf.models:
+        state.draw_model, state.draw_loras, state.draw_prompt = str(base), [str(run.folder)], run.instance_prompt
+        state.draw_compare = True
+    elif "draw_model" not in state:
         first = FIRST_MODEL if FIRST_MODEL in shelf.models else shelf.models[0]
         state.draw_model, state.draw_loras = str(first), []
         state.draw_prompt = FIRST_PROMPT if first == FIRST_MODEL else ""
 
 
-def _model_controls(
-    places: Places, shelf: Shelf
-) -> tuple[ModelFacts, tuple[str, ...], tuple[float, ...], str | None] | None:
-    """Which networks; None if they cannot be used, and the page says why."""
+def _model(places: Places, shelf: Shelf) -> ModelFacts | None:
+    """The base; None if it cannot be used, and the page says why."""
+    names, chosen = [str(path) for path in shelf.models], st.session_state.draw_model
     st.selectbox(
         "Model",
-        _with_chosen([str(path) for path in shelf.models], st.session_state.draw_model),
+        names if chosen in names else [*names, chosen],
         format_func=session.label,
         key="draw_model",
         persist_state="session",
@@ -74,14 +100,18 @@ def _model_controls(
         help=f"Found in {places.listed()}; or write the path of a file or folder there.",
     )
     try:
-        facts = describe(places.confined(st.session_state.draw_model))
+        return describe(places.confined(st.session_state.draw_model))
     except UserError as error:
         session.tell_error(error)
         return None
-    uploaded = st.session_state.setdefault("uploaded_loras", [])
-    names = [str(path) for path in shelf.loras] + uploaded
-    wanted = [*st.session_state.get("draw_loras", []), *filter(None, [st.session_state.pop("add_lora", None)])]
-    st.session_state.draw_loras = [name for name in wanted if name in names]
+
+
+def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The adapters and their strengths."""
+    state = st.session_state
+    names = [str(path) for path in shelf.loras] + state.setdefault("uploaded_loras", [])
+    wanted = [*state.get("draw_loras", []), *filter(None, [state.pop("add_lora", None)])]
+    state.draw_loras = [name for name in dict.fromkeys(wanted) if name in names]
     loras = st.multiselect(
         "LoRAs", names, format_func=session.label, key="draw_loras", persist_state="session", placeholder="None"
     )
@@ -92,7 +122,27 @@ def _model_controls(
         for name in loras
     )
     _lora_upload()
-    return facts, tuple(loras), scales, None
+    return tuple(loras), scales
+
+
+def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
+    """The model that finishes the pictures, and from where on."""
+    refiners = [str(path) for path in find_refiners(shelf)] if facts.family is Family.SDXL else []
+    if not refiners:
+        return None, Drawing.refiner_start
+    refiner = st.selectbox(
+        "Refiner",
+        [None, *refiners],
+        format_func=lambda name: session.label(name) if name else "None",
+        key="draw_refiner",
+        persist_state="session",
+    )
+    start = Drawing.refiner_start
+    if refiner:
+        start = st.slider(
+            "The refiner takes over after", 0.5, 0.95, start, 0.05, key="draw_refiner_start", persist_state="session"
+        )
+    return refiner, start
 
 
 def _lora_upload() -> None:
@@ -116,9 +166,9 @@ def _lora_upload() -> None:
             st.rerun()
 
 
-def _drawing_controls(facts: ModelFacts, model: ModelChoice, scales: tuple[float, ...]) -> Drawing:
-    state = st.session_state
-    sizes = facts.sizes()
+def _settings(facts: ModelFacts, model: ModelChoice) -> Drawing:
+    """How it is drawn."""
+    state, sizes = st.session_state, facts.sizes()
     if state.get("draw_size") not in sizes:
         state.draw_size = "Square"
     if state.get("draw_guidance_of") != str(facts.path):
@@ -131,27 +181,36 @@ def _drawing_controls(facts: ModelFacts, model: ModelChoice, scales: tuple[float
         persist_state="session",
     )
     left, right = st.columns(2)
-    steps = left.number_input("Steps", 1, 200, 25, key="draw_steps", persist_state="session")
+    steps = left.number_input("Steps", 1, 200, Drawing.num_inference_steps, key="draw_steps", persist_state="session")
     count = right.number_input("Pictures", 1, 16, 1, key="draw_count", persist_state="session")
     guidance = st.slider(
         "Guidance",
         1.0,
         15.0,
         step=0.5,
+        format="%.1f",
         key="draw_guidance",
         persist_state="session",
         help="How closely to follow the prompt; 1 turns it off.",
     )
-    scheduler = st.selectbox("Scheduler", SCHEDULERS, key="draw_scheduler", persist_state="session")
-    left, right = st.columns(2, vertical_alignment="bottom")
-    seed = left.number_input("Seed", 0, LARGEST_SEED, 0, key="draw_seed", persist_state="session")
-    right.toggle("Random", key="draw_random_seed", persist_state="session", help="A new seed for every drawing.")
+    scheduler = st.selectbox(
+        "Scheduler", list(SCHEDULERS), format_func=SCHEDULERS.__getitem__, key="draw_scheduler", persist_state="session"
+    )
+    seed = st.number_input(
+        "Seed",
+        0,
+        LARGEST_SEED,
+        0,
+        key="draw_seed",
+        persist_state="session",
+        help="The same seed draws the same picture.",
+    )
+    st.toggle("A new seed each time", key="draw_random_seed", persist_state="session")
     width, height = sizes[size]
     return Drawing(
         model=model,
         prompt=state.get("draw_prompt", ""),
         negative_prompt=state.get("draw_negative_prompt", ""),
-        lora_scales=scales,
         scheduler=scheduler,
         num_inference_steps=int(steps),
         guidance_scale=float(guidance),
@@ -163,7 +222,7 @@ def _drawing_controls(facts: ModelFacts, model: ModelChoice, scales: tuple[float
     )
 
 
-def _prompt_and_button(facts: ModelFacts, drawing: Drawing) -> None:
+def _prompt(facts: ModelFacts) -> None:
     prompt = st.text_area("Prompt", key="draw_prompt", persist_state="session", height=84)
     _tell_length(prompt, facts)
     with st.expander("Negative prompt"):
@@ -176,6 +235,35 @@ def _prompt_and_button(facts: ModelFacts, drawing: Drawing) -> None:
             placeholder="What to keep away from",
         )
         _tell_length(negative, facts)
+
+
+def _picture_to_start_from(drawing: Drawing) -> Drawing:
+    """The drawing with the picture that it starts from, if there is one."""
+    with st.expander("Start from a picture", expanded=bool(st.session_state.get("draw_picture"))):
+        left, right = st.columns([2, 1], vertical_alignment="center")
+        file = left.file_uploader(
+            "Picture",
+            type=uploads.PICTURE_TYPES,
+            key="draw_picture",
+            label_visibility="collapsed",
+            max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
+        )
+        strength = left.slider(
+            "How far to go from it", 0.05, 1.0, 0.6, 0.05, key="draw_strength", persist_state="session"
+        )
+        if file is None:
+            return drawing
+        try:
+            image = uploads.read_picture(session.upload_folder(), file.name, file.getvalue())
+        except UserError as error:
+            session.tell_error(error)
+            return drawing
+        fitted = ImageOps.fit(image, (drawing.width, drawing.height), Image.Resampling.LANCZOS)
+        right.image(fitted, width="stretch", caption="As it will be used")
+    return replace(drawing, image=np.asarray(fitted), strength=strength)
+
+
+def _button(drawing: Drawing) -> None:
     job: Job | None = st.session_state.get("job")
     busy = job is not None and not job.over
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -207,19 +295,21 @@ def _tell_length(prompt: str, facts: ModelFacts) -> None:
 
 
 def _submit(drawing: Drawing) -> None:
-    if st.session_state.get("draw_random_seed"):
-        st.session_state.draw_seed = random.randrange(LARGEST_SEED)
-    from dataclasses import replace
-
-    drawing = replace(drawing, seed=st.session_state.draw_seed)
+    state = st.session_state
+    if state.get("draw_random_seed"):
+        state.draw_seed = random.randrange(LARGEST_SEED)
+    # Widgets of this very click, such as a prompt that was just written, are in the state and not yet in the drawing.
+    drawing = replace(
+        drawing, seed=state.draw_seed, prompt=state.draw_prompt, negative_prompt=state.draw_negative_prompt or ""
+    )
+    state.draw_error = ""
     if not drawing.prompt.strip():
-        st.session_state.draw_error = "Write a prompt first: what shall be on the picture?"
+        state.draw_error = "Write a prompt first: what shall be on the picture?"
         return
-    st.session_state.draw_error = ""
     try:
-        st.session_state.job = session.engine().submit(drawing)
+        state.job = session.engine().submit(drawing)
     except UserError as error:
-        st.session_state.draw_error = str(error)
+        state.draw_error = str(error)
 
 
 def _result() -> None:
@@ -255,15 +345,13 @@ def _collect(job: Job) -> None:
 
 @st.fragment(run_every=POLL_SECONDS)
 def _live() -> None:
-    import time
-
     job: Job = st.session_state.job
     job.watched = time.monotonic()
     if job.over:
         st.rerun()
     with st.container(border=True):
         text, button = st.columns([5, 1], vertical_alignment="center")
-        text.progress(job.share_done, text=_progress_text(job))
+        text.progress(job.step.share if job.step else 0.0, text=_progress_text(job))
         button.button("Cancel", key="cancel_button", on_click=session.engine().cancel, args=(job,), width="stretch")
         shown_sides = job.drawing.sides
         columns = st.columns(max(len(shown_sides), 2))
@@ -276,22 +364,24 @@ def _live() -> None:
 
 
 def _progress_text(job: Job) -> str:
-    engine = session.engine()
     if job.cancel_asked:
         return "Ending after this step"
     if job.state == "waiting":
-        ahead = engine.ahead(job)
+        ahead = session.engine().ahead(job)
         return f"Waiting: {ahead} drawing{'s' if ahead != 1 else ''} before this one"
     if job.phase or not job.step:
         return job.phase or "Starting"
     step, drawing = job.step, job.drawing
-    of = f"picture {step.number + 1} of {drawing.count}, " if drawing.count > 1 else ""
-    alone = "without the LoRA, " if step.side == "base" else ""
-    left = ""
-    if job.seconds_per_step:
-        steps_left = (1 - job.share_done) * step.steps * drawing.count * len(drawing.sides)
-        left = f", about {_duration(steps_left * job.seconds_per_step)} left"
-    return f"{of}{alone}step {step.step} of {step.steps}{left}".capitalize()
+    words = [f"step {step.step} of {step.steps}"]
+    if drawing.count > 1:
+        words.insert(0, f"picture {step.number + 1} of {drawing.count}")
+    if step.side == "base":
+        words.insert(0, "without the LoRAs")
+    if step.stage == "refiner":
+        words.insert(0, "refiner")
+    if job.seconds_left is not None:
+        words.append(f"about {_duration(job.seconds_left)} left")
+    return ", ".join(words).capitalize()
 
 
 def _duration(seconds: float) -> str:
@@ -379,7 +469,3 @@ def _use_again(entry: Entry) -> None:
     state.draw_compare = drawing.compare
     sizes = describe(Path(drawing.model.base)).sizes()
     state.draw_size = next((name for name, size in sizes.items() if size == (drawing.width, drawing.height)), "Square")
-
-
-def _with_chosen(names: list[str], chosen: str) -> list[str]:
-    return names if chosen in names else [*names, chosen]

@@ -6,7 +6,6 @@ started, so that nothing of the old one can stay in memory; and whatever happens
 
 import atexit
 import itertools
-import os
 import subprocess
 import sys
 import threading
@@ -14,13 +13,12 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
-from pathlib import Path
 from typing import Any, Literal
 
 from demo.messages import Cancel, Draw, Drawing, Finished, ModelChoice, Phase, Picture, Step
+from demo.processes import environment
 from dreambooth_ms.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 WORKER = (sys.executable, "-m", "demo.worker")
 LONGEST_QUEUE = 16
 UNWATCHED_SECONDS = 600.0
@@ -49,10 +47,10 @@ class Job:
         """The newest step that came with a picture."""
         self.pictures: list[Picture] = []
         self.sentence = ""
-        self.started = self.watched = time.monotonic()
-        self.first_step = 0.0
-        self.steps_taken = 0
+        self.watched = time.monotonic()
         self.cancel_asked = False
+        self._first: tuple[float, float] | None = None
+        """When the first step was done, and which share of the whole it was."""
 
     @property
     def over(self) -> bool:
@@ -60,18 +58,12 @@ class Job:
         return self.state in ("done", "cancelled", "failed")
 
     @property
-    def share_done(self) -> float:
-        """0 to 1, of all steps of all pictures."""
-        whole = self.drawing.count * len(self.drawing.sides)
-        within = self.step.step / self.step.steps if self.step else 0.0
-        return min((len(self.pictures) + within * (self.step is not None)) / whole, 1.0)
-
-    @property
-    def seconds_per_step(self) -> float | None:
-        """Measured from the second step on, as the first one is compiled; None before."""
-        if self.steps_taken < 2:
+    def seconds_left(self) -> float | None:
+        """Estimated from the second step on, as the first one is compiled; None before."""
+        if self._first is None or self.step is None or self.step.share <= self._first[1]:
             return None
-        return (time.monotonic() - self.first_step) / (self.steps_taken - 1)
+        moment, share = self._first
+        return (time.monotonic() - moment) * (1 - self.step.share) / (self.step.share - share)
 
     def hear(self, message: Phase | Step | Picture | Finished) -> None:
         """Take in what the drawing process says."""
@@ -79,14 +71,13 @@ class Job:
             self.phase = message.text
         elif isinstance(message, Step):
             self.phase = ""
-            self.steps_taken += 1
-            self.first_step = self.first_step or time.monotonic()
+            self._first = self._first or (time.monotonic(), message.share)
             self.step = message
             if message.preview is not None:
                 self.preview = message
         elif isinstance(message, Picture):
             self.pictures.append(message)
-            self.step = self.preview = None
+            self.preview = None
         else:
             self.sentence = message.sentence
             self.state = message.outcome
@@ -99,12 +90,11 @@ class DrawingProcess:
         self.model = model
         self.has_drawn = False
         self._connection, theirs = Pipe()
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [*command, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=environment(),
             # Ctrl-C in the terminal is for the server, which ends its processes itself.
             start_new_session=True,
         )
@@ -209,7 +199,6 @@ class Engine:
         self._end_process()
 
     def _draw(self, job: Job) -> None:
-        job.started = time.monotonic()
         job.state = "working"
         try:
             process = self._process_for(job)

@@ -22,36 +22,27 @@ class Entry:
 
     name: str
     drawing: Drawing
-    number: int
-    """Of the pictures of its drawing."""
+    settings: dict[str, Any]
+    """What made it."""
     files: dict[Side, bytes]
     """PNG."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What made it."""
-        return self.drawing.settings(self.number, "adapted")
-
-    @property
     def settings_file(self) -> bytes:
-        """The same as a JSON file."""
+        """The settings as a JSON file."""
         return json.dumps(self.settings, indent=2, ensure_ascii=False).encode()
 
 
 def entries_of(job: Job) -> list[Entry]:
-    """The pictures of a drawing that are whole, also if it was cancelled: pairs only as pairs."""
-    sides = job.drawing.sides
-    held = {(picture.number, picture.side): picture.pixels for picture in job.pictures}
-    numbers = sorted({number for number, _ in held if all((number, side) in held for side in sides)})
-    return [
-        Entry(
-            name=f"{job.number:03d}-{number}",
-            drawing=job.drawing,
-            number=number,
-            files={side: png_file(held[number, side], job.drawing.settings(number, side)) for side in sides},
-        )
-        for number in numbers
-    ]
+    """The pictures of a drawing, also of one that was cancelled."""
+    drawn = {(picture.number, picture.side): picture for picture in job.pictures}
+    entries = []
+    for number in range(job.drawing.count):
+        own = [drawn[number, side] for side in job.drawing.sides if (number, side) in drawn]
+        if own:
+            files = {picture.side: png_file(picture.pixels, picture.settings) for picture in own}
+            entries.append(Entry(f"{job.number:03d}-{number}", job.drawing, own[0].settings, files))
+    return entries
 
 
 def added(gallery: list[Entry], new: list[Entry]) -> list[Entry]:

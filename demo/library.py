@@ -181,13 +181,14 @@ class ModelFacts:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(width, height) by name: of about as many pixels as the model was trained at, for each shape."""
-        side = self.picture_size
-        named = {"Square": (1, 1), "Portrait": (3, 4), "Landscape": (4, 3), "Tall": (9, 16), "Wide": (16, 9)}
+        shapes = {"Square": (1, 1), "Portrait": (3, 4), "Landscape": (4, 3), "Tall": (9, 16), "Wide": (16, 9)}
+        area = self.picture_size**2
         sizes = {
-            name: tuple(self._fit(side * (part / (w * h) ** 0.5)) for part in (w, h)) for name, (w, h) in named.items()
+            name: (self._fit((area * across / down) ** 0.5), self._fit((area * down / across) ** 0.5))
+            for name, (across, down) in shapes.items()
         }
-        small = self._fit(side * 0.75)
-        return {name: (w, h) for name, (w, h) in (sizes | {"Small": (small, small)}).items()}
+        small = self._fit(self.picture_size * 0.75)
+        return sizes | {"Small": (small, small)}
 
     def _fit(self, side: float) -> int:
         return max(round(side / self.side_step), 1) * self.side_step
@@ -199,6 +200,12 @@ def describe(path: Path) -> ModelFacts:
     Raises:
         WeightError: it is no model of a family that is known.
     """
+    return _described(path, (path / INDEX if path.is_dir() else path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _described(path: Path, changed: int) -> ModelFacts:
+    """Described anew when it has changed."""
     spec = open_model(path).spec
     sample_size = spec.unet.sample_size
     tokenizer = None
@@ -232,6 +239,18 @@ def read_run(folder: Path) -> Run | None:
     return Run(
         folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt, config.prior.class_prompt
     )
+
+
+def find_refiners(shelf: Shelf) -> list[Path]:
+    """SDXL's refiners among the models."""
+    return [path for path in shelf.models if _family(path) is Family.SDXL_REFINER]
+
+
+def _family(path: Path) -> Family | None:
+    try:
+        return describe(path).family
+    except (WeightError, OSError):
+        return None
 
 
 def newest_run(places: Places, shelf: Shelf) -> Run | None:

@@ -5,6 +5,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dreambooth_ms.config.schema import SamplingScheduler
+
 Side: TypeAlias = Literal["adapted", "base"]
 """With the adapters, or the same without."""
 
@@ -31,7 +33,7 @@ class Drawing:
     negative_prompt: str = ""
     lora_scales: tuple[float, ...] = ()
     """One for each adapter."""
-    scheduler: str = "ddim"
+    scheduler: SamplingScheduler = "ddim"
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
     seed: int = 0
@@ -51,30 +53,6 @@ class Drawing:
     def sides(self) -> tuple[Side, ...]:
         """What is drawn of each picture, in this order."""
         return ("adapted", "base") if self.compare and self.model.loras else ("adapted",)
-
-    def settings(self, number: int, side: Side) -> dict[str, Any]:
-        """What made a picture, under the names of `dreambooth-ms sample`, so that it can be made again."""
-        adapted = side == "adapted"
-        settings: dict[str, Any] = {
-            "pretrained_model_name_or_path": self.model.base,
-            "lora": list(self.model.loras) if adapted else [],
-            "lora_scale": list(self.lora_scales) if adapted else [],
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "scheduler": self.scheduler,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "seed": self.seed,
-            "width": self.width,
-            "height": self.height,
-            "num_images_per_prompt": self.count,
-            "number": number,
-        }
-        if self.image is not None:
-            settings["strength"] = self.strength
-        if self.model.refiner:
-            settings |= {"refiner": self.model.refiner, "refiner_start": self.refiner_start}
-        return settings
 
 
 @dataclass(frozen=True)
@@ -108,9 +86,13 @@ class Step:
     number: int
     """Of the picture."""
     side: Side
+    stage: str
+    """"base", or "refiner"."""
     step: int
-    """Steps done, this one included."""
+    """Steps done of this picture in this stage, this one included."""
     steps: int
+    share: float
+    """0 to 1, of the whole drawing."""
     preview: np.ndarray | None = field(default=None, repr=False)
     """The picture as it is forming, (H, W, 3) uint8; not in every step."""
 
@@ -124,6 +106,8 @@ class Picture:
     side: Side
     pixels: np.ndarray = field(repr=False)
     """(H, W, 3) uint8."""
+    settings: dict[str, Any]
+    """What makes it again, under the names of `dreambooth-ms sample`."""
 
 
 @dataclass(frozen=True)

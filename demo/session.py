@@ -15,9 +15,9 @@ import streamlit as st
 from demo import engine as engines
 from demo.engine import Engine
 from demo.library import Places
+from demo.processes import REPOSITORY
 from dreambooth_ms.errors import UserError
 
-REPOSITORY = engines.REPOSITORY
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGES: dict[str, Any] = {}
 """The pages by name, for links between them."""

@@ -17,7 +17,7 @@ from dreambooth_ms.models.specs import Family
 NEW = "New training"
 FOLDER, UPLOAD = "From a folder", "Upload"
 SHOWN_TRAININGS = 8
-STATE_ICONS = {"running": "🟢", "finished": "✓", "stopped": "⏸", "failed": "⚠"}
+STATE_ICONS = {"running": "progress_activity", "finished": "check", "stopped": "pause", "failed": "warning"}
 
 
 def show() -> None:
@@ -41,7 +41,7 @@ def show() -> None:
         persist_state="session",
         required=True,
         wrap=True,
-        format_func=lambda name: name if name == NEW else f"{STATE_ICONS[by_name[name].state]} {name}",
+        format_func=lambda name: name if name == NEW else f":material/{STATE_ICONS[by_name[name].state]}: {name}",
         label_visibility="collapsed",
     )
     if chosen in by_name:

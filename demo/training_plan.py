@@ -5,8 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from demo.engine import REPOSITORY
 from demo.library import ModelFacts
+from demo.processes import REPOSITORY
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.models.specs import Family

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demo.engine import REPOSITORY
 from demo.library import RUN_CONFIG
+from demo.processes import environment
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
@@ -31,7 +31,8 @@ PROGRAM = (sys.executable, "-m", "dreambooth_ms.cli.main", "train")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 _BAR = re.compile(r"([a-z ]+): +\d+%\|.*?\| (\d+)/(\d+) \[([\d:]+)<([\d:?]+), +([\d.]+|\?)([^,\]]*)")
-_ERROR = "dreambooth-ms: error: "
+_ERROR, _CRASH = "dreambooth-ms: error: ", "Traceback (most recent call last)"
+_UNKNOWN = "The training ended for a reason that the page does not know; what it said last is below."
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -125,7 +126,9 @@ class Training:
 
     def errors(self) -> list[str]:
         """What its command complained about, in its own sentences."""
-        return [line.removeprefix(_ERROR) for line in self.log().splitlines() if line.startswith(_ERROR)]
+        log = self.log()
+        lines = [line.removeprefix(_ERROR) for line in log.splitlines() if line.startswith(_ERROR)]
+        return lines or ([_UNKNOWN] if _CRASH in log else [])
 
     def log(self, most: int = 20_000) -> str:
         """The end of what it has said."""
@@ -212,7 +215,6 @@ def resume(training: Training) -> Training:
 def launch(folder: Path, arguments: Sequence[str]) -> Training:
     """Start the process of a training; its folder's lock goes over to it."""
     _check_alone(folder.parent)
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / LOCK).open("w+b") as lock, (folder / LOG).open("wb") as log:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         process = subprocess.Popen(
@@ -221,7 +223,7 @@ def launch(folder: Path, arguments: Sequence[str]) -> Training:
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[lock.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=environment(),
             # A Ctrl-C in the server's terminal is not meant for the training.
             start_new_session=True,
         )

@@ -37,6 +37,19 @@ def store_picture(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
+def read_picture(folder: Path, name: str, content: bytes) -> Image.Image:
+    """An uploaded picture, RGB and upright, which is in the folder only while it is looked at.
+
+    Raises:
+        DataError: as `store_picture`.
+    """
+    path = store_picture(folder, name, content)
+    try:
+        return open_picture(path)
+    finally:
+        path.unlink()
+
+
 def store_lora(folder: Path, name: str, content: bytes) -> Path:
     """Write an uploaded LoRA into a folder, if it is one of a format that is read.
 
