@@ -423,9 +423,9 @@ def _entry(entry: Entry, large: bool) -> None:
         column.image(entry.files[side], width="stretch", caption=_side_label(side, entry.drawing))
     drawing = entry.drawing
     if large:
-        st.caption(
-            f"{drawing.prompt}  \nseed {drawing.seed}, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}, {drawing.scheduler}"
-        )
+        scheduler, guidance = SCHEDULERS[drawing.scheduler], drawing.guidance_scale
+        how = f"{drawing.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+        st.caption(f"{drawing.prompt}  \nseed {drawing.seed}, {how}")
     with st.container(horizontal=True, gap="small"):
         st.download_button(
             "PNG" if large else "",

@@ -10,8 +10,9 @@ from dreambooth_ms.weights.clip_vocabulary import END, LENGTH, tokenizer_on_boar
 MOST = LENGTH - 2
 """Tokens of a prompt that are read, beside its marks of start and end."""
 
-# How CLIP cuts a text into words (Radford et al., 2021): contractions, letters, single digits, the rest.
-_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+# How CLIP cuts a text into words (Radford et al., 2021): contractions, letters, single digits, the rest; and Chinese
+# characters by themselves, as transformers does where ftfy is not installed.
+_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}|[^\P{L}\p{Han}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def count_tokens(prompt: str, folder: Path | None) -> int:
