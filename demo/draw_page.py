@@ -40,6 +40,16 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
 }
 """As the page calls them; those for models of EDM's formulation are for none that is drawn with here."""
 LARGEST_SEED = 2**31 - 1
+FIRST_VALUES = {
+    "draw_steps": Drawing.num_inference_steps,
+    "draw_count": Drawing.count,
+    "draw_scheduler": Drawing.scheduler,
+    "draw_seed": Drawing.seed,
+    "draw_strength": Drawing.strength,
+    "draw_refiner_start": Drawing.refiner_start,
+    "draw_negative_prompt": "",
+}
+"""Of the widgets with these keys. They stand in the state, because "use again" sets them there."""
 POLL_SECONDS = 0.4
 
 
@@ -70,6 +80,8 @@ def show() -> None:
 def _set_first_values(places: Places, shelf: Shelf) -> None:
     """What a newcomer finds: the newest run on its base, otherwise the embedded base."""
     state = st.session_state
+    for name, value in FIRST_VALUES.items():
+        state.setdefault(name, value)
     handed_over = state.pop("draw_with_run", None)
     if "draw_model" in state and not handed_over:
         return
@@ -115,14 +127,15 @@ def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
     loras = st.multiselect(
         "LoRAs", names, format_func=session.label, key="draw_loras", persist_state="session", placeholder="None"
     )
-    scales = tuple(
-        st.slider(
-            f"Strength of {session.label(name)}", 0.0, 1.5, 1.0, 0.05, key=f"scale {name}", persist_state="session"
-        )
-        for name in loras
-    )
+    scales = tuple(_strength(name) for name in loras)
     _lora_upload()
     return tuple(loras), scales
+
+
+def _strength(lora: str) -> float:
+    key = f"scale {lora}"
+    st.session_state.setdefault(key, 1.0)
+    return st.slider(f"Strength of {session.label(lora)}", 0.0, 1.5, step=0.05, key=key, persist_state="session")
 
 
 def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
@@ -140,7 +153,7 @@ def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
     start = Drawing.refiner_start
     if refiner:
         start = st.slider(
-            "The refiner takes over after", 0.5, 0.95, start, 0.05, key="draw_refiner_start", persist_state="session"
+            "The refiner takes over after", 0.5, 0.95, step=0.05, key="draw_refiner_start", persist_state="session"
         )
     return refiner, start
 
@@ -181,8 +194,8 @@ def _settings(facts: ModelFacts, model: ModelChoice) -> Drawing:
         persist_state="session",
     )
     left, right = st.columns(2)
-    steps = left.number_input("Steps", 1, 200, Drawing.num_inference_steps, key="draw_steps", persist_state="session")
-    count = right.number_input("Pictures", 1, 16, 1, key="draw_count", persist_state="session")
+    steps = left.number_input("Steps", 1, 200, key="draw_steps", persist_state="session")
+    count = right.number_input("Pictures", 1, 16, key="draw_count", persist_state="session")
     guidance = st.slider(
         "Guidance",
         1.0,
@@ -200,7 +213,6 @@ def _settings(facts: ModelFacts, model: ModelChoice) -> Drawing:
         "Seed",
         0,
         LARGEST_SEED,
-        0,
         key="draw_seed",
         persist_state="session",
         help="The same seed draws the same picture.",
@@ -249,7 +261,7 @@ def _picture_to_start_from(drawing: Drawing) -> Drawing:
             max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
         )
         strength = left.slider(
-            "How far to go from it", 0.05, 1.0, 0.6, 0.05, key="draw_strength", persist_state="session"
+            "How far to go from it", 0.05, 1.0, step=0.05, key="draw_strength", persist_state="session"
         )
         if file is None:
             return drawing

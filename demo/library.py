@@ -188,7 +188,9 @@ class ModelFacts:
             for name, (across, down) in shapes.items()
         }
         small = self._fit(self.picture_size * 0.75)
-        return sizes | {"Small": (small, small)}
+        # Models of few pixels have few sizes: of equal ones, the first name stays.
+        names = {size: name for name, size in reversed((sizes | {"Small": (small, small)}).items())}
+        return {name: size for size, name in reversed(names.items())}
 
     def _fit(self, side: float) -> int:
         return max(round(side / self.side_step), 1) * self.side_step

@@ -40,9 +40,7 @@ def draw(asked, connection, inbox):
                     return "cancelled"
                 time.sleep(0.1 if "slow" in drawing.prompt else 0)
                 share = (position + (number + step / drawing.num_inference_steps) / drawing.count) / len(drawing.sides)
-                connection.send(
-                    Step(asked.job, number, side, "base", step, drawing.num_inference_steps, share, pixels)
-                )
+                connection.send(Step(asked.job, number, side, "base", step, drawing.num_inference_steps, share, pixels))
             settings = {"prompt": drawing.prompt, "seed": drawing.seed, "number": number, "process": os.getpid()}
             connection.send(Picture(asked.job, number, side, pixels, settings))
     return "done"

@@ -90,7 +90,8 @@ def test_a_model_is_described_without_its_weights():
     assert (facts.family, facts.picture_size, facts.side_step, facts.guidance) == (Family.SD1, 64, 16, 3.0)
     assert facts.sizes()["Square"] == (64, 64)
     assert all(side % 16 == 0 for size in facts.sizes().values() for side in size)
-    assert facts.sizes()["Wide"][0] > facts.sizes()["Wide"][1]
+    assert facts.sizes()["Landscape"][0] > facts.sizes()["Landscape"][1]
+    assert len(set(facts.sizes().values())) == len(facts.sizes())
 
 
 def test_folders_of_photographs_are_found_but_not_what_runs_have_drawn(places):
@@ -103,7 +104,14 @@ def test_folders_of_photographs_are_found_but_not_what_runs_have_drawn(places):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "a photo of a sks star", "It's 42 DOGS, and-or   more!", "naïve café über 東京 🙂", "word " * 90, "don't we'll\n\tI'm"],
+    [
+        "",
+        "a photo of a sks star",
+        "It's 42 DOGS, and-or   more!",
+        "naïve café über 東京 🙂",
+        "word " * 90,
+        "don't we'll\n\tI'm",
+    ],
 )
 def test_tokens_are_counted_as_the_text_encoder_reads_them(prompt):
     for folder in (EMBEDDED / "tokenizer", tokenizer_on_board()):

@@ -135,7 +135,9 @@ def test_mistakes_are_told_before_anything_is_written(runs):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("steps", "sentence"), [(13, "--rank: too large"), (14, "for a reason that the page does not")])
+@pytest.mark.parametrize(
+    ("steps", "sentence"), [(13, "--rank: too large"), (14, "for a reason that the page does not")]
+)
 def test_a_training_that_fails_says_why(runs, steps, sentence):
     folder = new_folder(runs, "star")
     training = start(folder, arguments(folder, max_train_steps=steps))
