@@ -73,6 +73,7 @@ def show() -> None:
     _prompt(facts)
     drawing = _picture_to_start_from(drawing)
     _button(drawing)
+    _tell_drawing(drawing)
     _result()
     _gallery()
 
@@ -296,6 +297,15 @@ def _button(drawing: Drawing) -> None:
             disabled=not drawing.model.loras,
             help="Draws each picture a second time from the same seed, without the LoRAs.",
         )
+
+
+def _tell_drawing(drawing: Drawing) -> None:
+    """One line on what will be drawn with: on a phone the settings are out of sight."""
+    model = drawing.model
+    networks = [session.label(model.base), *map(session.label, model.loras)]
+    networks += [session.label(model.refiner)] if model.refiner else []
+    start = " from your picture" if drawing.image is not None else ""
+    st.caption(f"{' + '.join(networks)}, {drawing.width} × {drawing.height}{start}")
 
 
 def _tell_length(prompt: str, facts: ModelFacts) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Painter:
             send(Phase(asked.job, "Compiling for this size, which is done once"))
         for side in drawing.sides:
             request = self._request(drawing, side)
-            steps = _StepSender(asked.job, drawing, side, lambda report, r=request: self._preview(r, report), send)
+            steps = _StepSender(asked.job, drawing, side, partial(self._preview, request), send)
             for drawn in self._drawn(drawing, request, steps, cancelled):
                 send(Picture(asked.job, drawn.number, side, drawn.picture, self._settings(drawn)))
             if cancelled():

@@ -131,8 +131,9 @@ def _thumbnail(image: Image.Image, crop: CropBox, resolution: int) -> Image.Imag
     width, height = resized_size(image.size, resolution)
     scale = THUMBNAIL_SIDE / max(width, height)
     small = image.resize((max(round(width * scale), 1), max(round(height * scale), 1)), Image.Resampling.LANCZOS)
-    box = tuple(round(edge * scale) for edge in (crop.left, crop.top, crop.left + resolution, crop.top + resolution))
+    left, top = round(crop.left * scale), round(crop.top * scale)
+    right, bottom = round((crop.left + resolution) * scale), round((crop.top + resolution) * scale)
     shown = ImageEnhance.Brightness(small).enhance(0.35)
-    shown.paste(small.crop(box), box[:2])
-    ImageDraw.Draw(shown).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline="white", width=2)
+    shown.paste(small.crop((left, top, right, bottom)), (left, top))
+    ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline="white", width=2)
     return shown

@@ -1,24 +1,24 @@
 """A training as it goes: figures, curves and pictures, and what can be done with it."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 import pandas as pd
 import streamlit as st
 
 from demo import session, training_process
-from demo.training_process import Training
+from demo.training_process import State, Training
 
 POLL_SECONDS = 1.0
 POINTS = 400
 """So many points of a curve are sent to the browser."""
 COLOURS = {"subject": "#b4471f", "class": "#3f7d78"}
-WORDS = {
-    "running": ("running", "green"),
-    "finished": ("finished", "blue"),
-    "stopped": ("stopped", "gray"),
-    "failed": ("failed", "red"),
+BADGES: dict[State, Literal["green", "blue", "gray", "red"]] = {
+    "running": "green",
+    "finished": "blue",
+    "stopped": "gray",
+    "failed": "red",
 }
 _SMOOTHED_SHARE = 10
 
@@ -41,10 +41,9 @@ def _live(training: Training) -> None:
 
 def _content(training: Training) -> None:
     state = training.state
-    word, colour = WORDS[state]
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader(training.name, anchor=False, width="content")
-        st.badge(word, color=colour)
+        st.badge(state, color=BADGES[state])
         st.space("stretch")
         _buttons(training)
     if state == "failed":
@@ -104,11 +103,15 @@ def _figures(training: Training, history: list[dict[str, float]]) -> None:
         return
     recent = history[-min(len(history), 20) :]
     last = history[-1]
-    columns = st.columns(4)
-    columns[0].metric("Step", f"{last['step']:.0f}" + (f" / {total}" if total else ""))
-    columns[1].metric("Loss, mean of 20", f"{sum(report['loss'] for report in recent) / len(recent):.4f}")
-    columns[2].metric("Learning rate", f"{last['learning_rate']:.2e}")
-    columns[3].metric("Speed", bar.rate if bar and bar.name == "training" else "–")
+    figures = {
+        "Step": f"{last['step']:.0f}" + (f" / {total}" if total else ""),
+        "Loss, mean of 20": f"{sum(report['loss'] for report in recent) / len(recent):.4f}",
+        "Learning rate": f"{last['learning_rate']:.2e}",
+        "Speed": bar.rate if bar and bar.name == "training" else "–",
+    }
+    with st.container(horizontal=True, gap="large"):
+        for label, value in figures.items():
+            st.metric(label, value, width="content")
 
 
 def _curves(history: list[dict[str, float]]) -> None:

@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 import traceback
+from functools import partial
 from multiprocessing.connection import Connection
 
 from demo.messages import Cancel, Draw, Finished
@@ -57,7 +58,7 @@ def main(descriptor: int) -> None:
         asked = inbox.drawings.get()
         try:
             painter = painter or Painter(asked.drawing.model, connection.send, asked.job)
-            finished = painter.draw(asked, connection.send, lambda job=asked.job: inbox.is_cancelled(job))
+            finished = painter.draw(asked, connection.send, partial(inbox.is_cancelled, asked.job))
             connection.send(Finished(asked.job, "done" if finished else "cancelled"))
         except UserError as error:
             connection.send(Finished(asked.job, "failed", str(error)))

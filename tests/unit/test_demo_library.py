@@ -69,7 +69,7 @@ def test_the_newest_run_whose_base_is_here_comes_first(places):
 def test_paths_outside_are_refused(places, tmp_path, name):
     (tmp_path / "secret").mkdir()
     (places.runs / "link").symlink_to(tmp_path / "secret")
-    with pytest.raises(DataError, match="outside the folders of this page|not a path"):
+    with pytest.raises(DataError, match=r"outside the folders of this page|not a path"):
         places.confined(name.format(runs=places.runs))
 
 

@@ -65,7 +65,7 @@ def finished(page):
 
 
 def gallery(page):
-    return page.session_state["gallery"] if "gallery" in page.session_state else []
+    return page.session_state.get("gallery", [])
 
 
 def errors(page):
