@@ -16,7 +16,8 @@ from demo.processes import REPOSITORY
 from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-TIMEOUT = 120
+TIMEOUT = 300
+"""Of each wait: a compilation beside other work."""
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--window-size=1366,900"),
@@ -53,7 +54,7 @@ def address(runs):
     server = subprocess.Popen(
         [sys.executable, "-m", *command, "--", "--runs", str(runs)],
         cwd=REPOSITORY,
-        env=os.environ | {"XDG_CACHE_HOME": str(runs.parent / "cache"), "PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -1,5 +1,6 @@
 """The pages as Streamlit runs them, without a browser: what they open on, what they ask for, what they say."""
 
+import subprocess
 import sys
 import time
 
@@ -194,6 +195,11 @@ def test_a_server_that_others_can_reach_shows_nothing(runs):
         page = opened()
         assert "--server.address 127.0.0.1" in errors(page)
         assert not page.button
+
+
+def test_the_page_opens_without_mindspore():
+    program = "import sys, demo.draw_page, demo.teach_page; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 def teach():

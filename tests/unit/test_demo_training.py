@@ -177,9 +177,8 @@ def test_curves_have_few_points_and_a_running_mean():
     assert curve_table([{"step": 1, "loss": 1.0}]).empty
 
 
-def test_processes_get_a_cache_of_their_own_program(monkeypatch):
-    monkeypatch.delenv("MS_COMPILER_CACHE_PATH", raising=False)
-    assert environment()["PYTHONPATH"].startswith(str(REPOSITORY))
-    assert "graphs-" in environment()["MS_COMPILER_CACHE_PATH"]
-    monkeypatch.setenv("MS_COMPILER_CACHE_PATH", "mine")
-    assert environment()["MS_COMPILER_CACHE_PATH"] == "mine"
+def test_processes_find_the_repository_and_keep_what_the_user_set(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    monkeypatch.setenv("GLOG_v", "1")
+    assert environment()["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "mine"]
+    assert environment()["GLOG_v"] == "1"
