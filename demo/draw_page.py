@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from demo import gallery, session, uploads
 from demo.engine import Job
 from demo.gallery import Entry
-from demo.library import ModelFacts, Places, Shelf, describe, find, find_refiners, newest_run, read_run
+from demo.library import ModelFacts, Places, Shelf, choose, describe, find, find_refiners, newest_run, read_run
 from demo.messages import Drawing, ModelChoice
 from demo.processes import REPOSITORY
 from demo.tokens import MOST, count_tokens
@@ -68,10 +68,14 @@ def show() -> None:
             return
         loras, scales = _loras(shelf)
         refiner, refiner_start = _refiner(facts, shelf)
-        drawing = _settings(facts, ModelChoice(str(facts.path), loras, refiner))
+        drawing = _settings(facts, choose(str(facts.path), loras, refiner))
     drawing = replace(drawing, lora_scales=scales, refiner_start=refiner_start)
     _prompt(facts)
-    drawing = _picture_to_start_from(drawing)
+    left, right = st.columns(2)
+    with left:
+        _negative_prompt(facts)
+    with right:
+        drawing = _picture_to_start_from(drawing)
     _button(drawing)
     _tell_drawing(drawing)
     _result()
@@ -128,6 +132,7 @@ def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
     loras = st.multiselect(
         "LoRAs", names, format_func=session.label, key="draw_loras", persist_state="session", placeholder="None"
     )
+    loras = [name for name in loras if name in names]
     scales = tuple(_strength(name) for name in loras)
     _lora_upload()
     return tuple(loras), scales
@@ -238,6 +243,9 @@ def _settings(facts: ModelFacts, model: ModelChoice) -> Drawing:
 def _prompt(facts: ModelFacts) -> None:
     prompt = st.text_area("Prompt", key="draw_prompt", persist_state="session", height=84)
     _tell_length(prompt, facts)
+
+
+def _negative_prompt(facts: ModelFacts) -> None:
     with st.expander("Negative prompt"):
         negative = st.text_area(
             "Negative prompt",
@@ -376,7 +384,7 @@ def _live() -> None:
         text.progress(job.step.share if job.step else 0.0, text=_progress_text(job))
         button.button("Cancel", key="cancel_button", on_click=session.engine().cancel, args=(job,), width="stretch")
         shown_sides = job.drawing.sides
-        columns = st.columns(max(len(shown_sides), 2))
+        columns = st.columns(max(len(shown_sides), 2), wrap=False)
         for column, side in zip(columns, shown_sides, strict=False):
             newest = next((p for p in reversed(job.pictures) if p.side == side), None)
             preview = job.preview if job.preview and job.preview.side == side else None
@@ -403,7 +411,8 @@ def _progress_text(job: Job) -> str:
         words.insert(0, "refiner")
     if job.seconds_left is not None:
         words.append(f"about {_duration(job.seconds_left)} left")
-    return ", ".join(words).capitalize()
+    line = ", ".join(words)
+    return line[0].upper() + line[1:]
 
 
 def _duration(seconds: float) -> str:
@@ -441,7 +450,7 @@ def _entries(entries: list[Entry], large: bool) -> None:
 
 def _entry(entry: Entry, large: bool) -> None:
     sides = list(entry.files)
-    for column, side in zip(st.columns(len(sides), gap="small"), sides, strict=True):
+    for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
         column.image(entry.files[side], width="stretch", caption=_side_label(side, entry.drawing))
     drawing = entry.drawing
     if large:

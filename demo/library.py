@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from demo.messages import ModelChoice
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.schema import TrainConfig
 from dreambooth_ms.data.pictures import looks_like_a_picture
@@ -156,9 +157,17 @@ def _kind(path: Path, changed: int, size: int) -> str:
     return "model"
 
 
-def _time(path: Path) -> float:
-    file = path / FILE_NAME if (path / FILE_NAME).is_file() else path
-    return file.stat().st_mtime
+def _time(path: Path) -> int:
+    """When a model or LoRA was changed, in nanoseconds; of a folder, the file that is written last."""
+    if path.is_dir():
+        path = next((path / name for name in (FILE_NAME, INDEX, PEFT_CONFIG) if (path / name).is_file()), path)
+    return path.stat().st_mtime_ns
+
+
+def choose(base: str, loras: Sequence[str], refiner: str | None) -> ModelChoice:
+    """These networks as they are now."""
+    paths = [base, *loras, *filter(None, [refiner])]
+    return ModelChoice(base, tuple(loras), refiner, frozenset((path, _time(Path(path))) for path in paths))
 
 
 @dataclass(frozen=True)
@@ -202,7 +211,7 @@ def describe(path: Path) -> ModelFacts:
     Raises:
         WeightError: it is no model of a family that is known.
     """
-    return _described(path, (path / INDEX if path.is_dir() else path).stat().st_mtime_ns)
+    return _described(path, _time(path))
 
 
 @lru_cache(maxsize=64)

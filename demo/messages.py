@@ -18,10 +18,13 @@ class ModelChoice:
     base: str
     loras: tuple[str, ...] = ()
     refiner: str | None = None
+    changed: frozenset[tuple[str, int]] = frozenset()
+    """Each of them with the time of its last change: a LoRA that was trained on is another one."""
 
     def serves(self, wanted: "ModelChoice") -> bool:
         """Whether a process that loaded this can draw that: adapters that are not wanted get a scale of 0."""
-        return self.base == wanted.base and self.refiner == wanted.refiner and set(self.loras) >= set(wanted.loras)
+        same = self.base == wanted.base and self.refiner == wanted.refiner
+        return same and set(self.loras) >= set(wanted.loras) and self.changed >= wanted.changed
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,9 @@ STYLE = """
   .block-container { padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1500px; }
   [data-testid="stImage"] img { border-radius: .5rem; }
   [data-testid="stSidebarUserContent"] { padding-top: .5rem; }
-  @media (max-width: 640px) { .block-container { padding-left: 1rem; padding-right: 1rem; } }
+  @media (max-width: 640px) {
+    .block-container { padding-left: 1rem; padding-right: 1rem; }
+    button kbd { display: none; }
+  }
 </style>
 """

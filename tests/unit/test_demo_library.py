@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from demo import session
-from demo.library import Places, describe, find, find_photographs, newest_run, read_run
+from demo.library import Places, choose, describe, find, find_photographs, newest_run, read_run
 from demo.processes import REPOSITORY
 from demo.tokens import count_tokens
 from dreambooth_ms.errors import DataError
@@ -63,6 +63,15 @@ def test_the_newest_run_whose_base_is_here_comes_first(places):
     write_run(places.runs / "of another base", base="elsewhere")
     assert newest_run(places, find(places)).instance_prompt == "new"
     assert read_run(places.runs) is None
+
+
+def test_a_lora_that_was_trained_on_is_another_one(places):
+    run = write_run(places.runs / "dog")
+    before = choose(str(EMBEDDED), [str(run)], None)
+    assert before.serves(choose(str(EMBEDDED), [str(run)], None))
+    assert before.serves(choose(str(EMBEDDED), [], None))
+    os.utime(run / "pytorch_lora_weights.safetensors", (5000, 5000))
+    assert not before.serves(choose(str(EMBEDDED), [str(run)], None))
 
 
 @pytest.mark.parametrize("name", ["/etc", "/etc/passwd", "..", "{runs}/../secret", "{runs}/link", "~root", "\0"])
