@@ -91,7 +91,7 @@ STYLE = """
   [data-testid="stSidebarUserContent"] { padding-top: .5rem; }
   @media (max-width: 640px) {
     .block-container { padding-left: 1rem; padding-right: 1rem; }
-    button kbd { display: none; }
+    button kbd { display: none !important; }
   }
 </style>
 """
