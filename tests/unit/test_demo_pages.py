@@ -10,7 +10,7 @@ from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from demo import engine as engines
-from demo import session
+from demo import session, training_process
 from demo.processes import REPOSITORY
 from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
 
@@ -55,11 +55,15 @@ def draw(page):
     return finished(page)
 
 
-def finished(page):
-    end = time.monotonic() + 30
-    while "job" in page.session_state and not page.session_state["job"].over:
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def finished(page):
+    wait_for(lambda: "job" not in page.session_state or page.session_state["job"].over)
     page.run()
     assert not page.exception
     return page
@@ -245,3 +249,31 @@ def test_a_training_that_is_over_is_shown_with_what_it_left(runs):
     assert not page.exception
     assert [metric.value for metric in page.metric][:2] == ["8", "0.5000"]
     assert page.button("draw_with_it")
+
+
+TRAINING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+print("training:  33%|###  | 2/6 [00:01<00:02,  3.50step/s]", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_training_is_started_watched_stopped_and_resumed(runs, monkeypatch):
+    monkeypatch.setattr(training_process, "PROGRAM", (sys.executable, "-c", TRAINING))
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.number_input("teach_steps quickstart").set_value(6)
+    page.text_input("teach_name").set_value("mine").run()
+    page.button("teach_button").click().run()
+    training = training_process.running(runs)
+    assert training.name == "mine"
+    assert page.button_group("teach_chosen").value == "mine"
+    page.button("stop_training").click().run()
+    wait_for(lambda: training.state == "stopped")
+    page.run()
+    page.button("resume_training").click().run()
+    assert training.state == "running"
+    training.stop()
+    wait_for(lambda: training.state == "stopped")
+    assert not page.exception
+    assert not page.error
