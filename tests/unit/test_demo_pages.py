@@ -1,11 +1,13 @@
 """The pages as Streamlit runs them, without a browser: what they open on, what they ask for, what they say."""
 
+import io
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 from streamlit import config
 from streamlit.testing.v1 import AppTest
 
@@ -191,6 +193,51 @@ def test_two_windows_do_not_mix(runs):
     other.button("draw_button").click().run()
     assert [entry.drawing.seed for entry in gallery(finished(one))] == [1]
     assert [entry.drawing.seed for entry in gallery(finished(other))] == [2]
+
+
+def test_a_window_sees_how_many_drawings_are_before_its_own(runs):
+    one, other = opened(), opened()
+    one.number_input("draw_steps").set_value(200)
+    one.text_area("draw_prompt").set_value("slow").run()
+    one.button("draw_button").click().run()
+    other.button("draw_button").click().run()
+    assert other.get("progress")[0].proto.text == "Waiting: 1 drawing before this one"
+    other.button("cancel_button").click().run()
+    assert "Cancelled" in finished(other).info[0].value
+    one.button("cancel_button").click().run()
+    assert "Cancelled" in finished(one).info[0].value
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (100, 50), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
+    page = opened()
+    page.file_uploader("draw_picture").set_value(("a.png", b"MZ", "image/png")).run()
+    assert "a.png: not a picture of a known format" in errors(page)
+    page.file_uploader("draw_picture").set_value(("a.png", png(), "image/png"))
+    page.slider("draw_strength").set_value(0.3).run()
+    assert not page.error
+    draw(page)
+    drawing = gallery(page)[0].drawing
+    assert (drawing.image.shape, drawing.strength) == ((64, 64, 3), 0.3)
+    assert (drawing.image[..., 0] > 200).all()
+
+
+def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
+    page = opened()
+    page.file_uploader("lora_upload").set_value(("a.safetensors", b"no", "")).run()
+    assert "a.safetensors" in errors(page)
+    content = (write_run(tmp_path / "elsewhere") / "pytorch_lora_weights.safetensors").read_bytes()
+    page.file_uploader("lora_upload").set_value(("mine.safetensors", content, "")).run()
+    (chosen,) = page.multiselect("draw_loras").value
+    assert "mine-" in chosen
+    assert page.slider(f"scale {chosen}").value == 1.0
+    other = opened()
+    assert other.multiselect("draw_loras").options == [], "of another window"
 
 
 def test_a_server_that_others_can_reach_shows_nothing(runs):
