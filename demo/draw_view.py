@@ -13,6 +13,8 @@ from demo.library import describe
 from demo.messages import Drawing
 
 POLL_SECONDS = 0.4
+CARD_WIDTH = 172
+"""Of the small pictures, in pixels: two beside each other on a phone."""
 
 
 def show_result() -> None:
@@ -105,37 +107,40 @@ def show_gallery() -> None:
     if not entries:
         return
     latest = [entry for entry in entries if entry.drawing is entries[0].drawing]
-    _entries(list(reversed(latest)), large=True)
+    _latest(list(reversed(latest)))
     earlier = entries[len(latest) :]
     if earlier:
         st.subheader("Earlier in this session", anchor=False)
-        _entries(earlier, large=False)
+        with st.container(horizontal=True):
+            for entry in earlier:
+                with st.container(border=True, width=CARD_WIDTH):
+                    st.image(entry.thumbnail(), width="stretch")
+                    _buttons(entry, with_words=False)
 
 
-def _entries(entries: list[Entry], large: bool) -> None:
-    per_row = (1 if len(entries) == 1 else 2) if large else 4
-    if large and not entries[0].drawing.compare:
-        per_row = min(max(len(entries), 2), 3)
+def _latest(entries: list[Entry]) -> None:
+    per_row = min(len(entries), 2) if entries[0].drawing.compare else min(max(len(entries), 2), 3)
     for start in range(0, len(entries), per_row):
-        columns = st.columns(per_row)
-        for column, entry in zip(columns, entries[start : start + per_row], strict=False):
+        for column, entry in zip(st.columns(per_row), entries[start : start + per_row], strict=False):
             with column.container(border=True):
-                _entry(entry, large)
+                _entry(entry)
 
 
-def _entry(entry: Entry, large: bool) -> None:
-    sides = list(entry.files)
+def _entry(entry: Entry) -> None:
+    sides, drawing = list(entry.files), entry.drawing
     for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
-        column.image(entry.files[side], width="stretch", caption=_side_label(side, entry.drawing))
-    drawing = entry.drawing
-    if large:
-        scheduler, guidance = SCHEDULERS[drawing.scheduler], drawing.guidance_scale
-        how = f"{drawing.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
-        st.caption(f"{drawing.prompt}  \nseed {drawing.seed}, {how}")
-    with st.container(horizontal=True, gap="small"):
+        column.image(entry.files[side], width="stretch", caption=_side_label(side, drawing))
+    scheduler, guidance = SCHEDULERS[drawing.scheduler], drawing.guidance_scale
+    how = f"{drawing.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+    st.caption(f"{drawing.prompt}  \nseed {drawing.seed}, {how}")
+    _buttons(entry, with_words=True)
+
+
+def _buttons(entry: Entry, with_words: bool) -> None:
+    with st.container(horizontal=True, gap="small" if with_words else None):
         st.download_button(
-            "PNG" if large else "",
-            entry.files["adapted"],
+            "PNG" if with_words else "",
+            next(iter(entry.files.values())),
             f"{entry.name}.png",
             "image/png",
             key=f"png {entry.name}",
@@ -144,7 +149,7 @@ def _entry(entry: Entry, large: bool) -> None:
             on_click="ignore",
         )
         st.download_button(
-            "Settings" if large else "",
+            "Settings" if with_words else "",
             entry.settings_file,
             f"{entry.name}.json",
             "application/json",
@@ -154,7 +159,7 @@ def _entry(entry: Entry, large: bool) -> None:
             on_click="ignore",
         )
         st.button(
-            "Use again" if large else "",
+            "Use again" if with_words else "",
             key=f"again {entry.name}",
             on_click=_use_again,
             args=(entry,),

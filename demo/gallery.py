@@ -1,5 +1,6 @@
 """What a session has drawn: pictures as PNG files with their settings in them."""
 
+import io
 import json
 import tempfile
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from demo.engine import Job
 from demo.messages import Drawing, Side
@@ -31,6 +33,14 @@ class Entry:
     def settings_file(self) -> bytes:
         """The settings as a JSON file."""
         return json.dumps(self.settings, indent=2, ensure_ascii=False).encode()
+
+    def thumbnail(self) -> Image.Image:
+        """The picture, or the pair beside each other."""
+        pictures = [Image.open(io.BytesIO(file)) for file in self.files.values()]
+        both = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+        for number, picture in enumerate(pictures):
+            both.paste(picture, (number * picture.width, 0))
+        return both
 
 
 def entries_of(job: Job) -> list[Entry]:

@@ -17,6 +17,8 @@ from dreambooth_ms.models.specs import Family
 NEW = "New training"
 FOLDER, UPLOAD = "From a folder", "Upload"
 SHOWN_TRAININGS = 8
+CARD_WIDTH = 165
+"""Of a photograph, in pixels: two beside each other on a phone."""
 STATE_ICONS = {"running": "progress_activity", "finished": "check", "stopped": "pause", "failed": "warning"}
 
 
@@ -260,10 +262,9 @@ def _look(folder: Path, facts: ModelFacts, wishes: TrainingWishes) -> Look | Non
         else ("The bright part is what the first pass is trained on; the next passes see other parts.")
     )
     st.caption(f"{len(look.photographs)} photographs. {how}")
-    per_row = 3
-    for start in range(0, len(look.photographs), per_row):
-        for column, photograph in zip(st.columns(per_row), look.photographs[start : start + per_row], strict=False):
-            with column:
+    with st.container(horizontal=True):
+        for photograph in look.photographs:
+            with st.container(width=CARD_WIDTH):
                 _photograph(photograph)
     return look
 

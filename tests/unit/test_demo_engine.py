@@ -168,6 +168,7 @@ def test_pairs_are_pairs_and_files_hold_their_settings(engine, tmp_path):
     (tmp_path / "a.png").write_bytes(entry.files["base"])
     assert read_settings(tmp_path / "a.png")["seed"] == 3
     assert b'"seed": 3' in entry.settings_file
+    assert entry.thumbnail().size == (16, 8)
 
 
 def test_the_gallery_keeps_the_newest(engine):
