@@ -237,6 +237,6 @@ class Engine:
             self._end_process()
 
     def _end_process(self) -> None:
-        process, self._process = self._process, None
-        if process:
-            process.end()
+        if self._process:
+            self._process.end()
+            self._process = None
