@@ -1,0 +1,182 @@
+"""What comes of a drawing: the picture as it forms, and the gallery of the session."""
+
+import time
+from pathlib import Path
+
+import streamlit as st
+
+from demo import gallery, session
+from demo.draw_controls import SCHEDULERS
+from demo.engine import Job
+from demo.gallery import Entry
+from demo.library import describe
+from demo.messages import Drawing
+
+POLL_SECONDS = 0.4
+CARD_WIDTH = 172
+"""Of the small pictures, in pixels: two beside each other on a phone."""
+
+
+def show_result() -> None:
+    """Where the drawing of this window is, or what came of it."""
+    job: Job | None = st.session_state.get("job")
+    if st.session_state.get("draw_error"):
+        session.tell_error(st.session_state.draw_error)
+    if job is None:
+        if not st.session_state.get("gallery"):
+            _welcome()
+    elif job.over:
+        _collect(job)
+        if job.state == "failed":
+            session.tell_error(job.sentence)
+        elif job.state == "cancelled":
+            st.info("Cancelled.", icon=":material/block:")
+    else:
+        _live()
+
+
+def _welcome() -> None:
+    with st.container(border=True, horizontal_alignment="center", height=260, vertical_alignment="center"):
+        st.markdown(":material/image:  Press **Draw**: your picture appears here.", width="content")
+        st.caption("The first one takes longer, while the model is loaded and compiled.", width="content")
+
+
+def _collect(job: Job) -> None:
+    """Put what a job has drawn into the gallery, once."""
+    if st.session_state.get("collected") == job.number:
+        return
+    st.session_state.collected = job.number
+    st.session_state.gallery = gallery.added(st.session_state.get("gallery", []), gallery.entries_of(job))
+
+
+@st.fragment(run_every=POLL_SECONDS)
+def _live() -> None:
+    job: Job = st.session_state.job
+    job.watched = time.monotonic()
+    if job.over:
+        st.rerun()
+    with st.container(border=True):
+        text, button = st.columns([5, 1], vertical_alignment="center")
+        text.progress(job.step.share if job.step else 0.0, text=_progress_text(job))
+        button.button("Cancel", key="cancel_button", on_click=session.engine().cancel, args=(job,), width="stretch")
+        shown_sides = job.drawing.sides
+        columns = st.columns(max(len(shown_sides), 2), wrap=False)
+        for column, side in zip(columns, shown_sides, strict=False):
+            newest = next((p for p in reversed(job.pictures) if p.side == side), None)
+            preview = job.preview if job.preview and job.preview.side == side else None
+            pixels = preview.preview if preview else newest.pixels if newest else None
+            if pixels is not None:
+                column.image(pixels, width="stretch", caption=_side_label(side, job.drawing))
+
+
+def _progress_text(job: Job) -> str:
+    if job.cancel_asked:
+        return "Ending after this step"
+    if job.state == "waiting":
+        ahead = session.engine().ahead(job)
+        return f"Waiting: {ahead} drawing{'s' if ahead != 1 else ''} before this one"
+    if job.phase or not job.step:
+        return job.phase or "Starting"
+    step, drawing = job.step, job.drawing
+    words = [f"step {step.step} of {step.steps}"]
+    if drawing.count > 1:
+        words.insert(0, f"picture {step.number + 1} of {drawing.count}")
+    if step.side == "base":
+        words.insert(0, "without the LoRAs")
+    if step.stage == "refiner":
+        words.insert(0, "refiner")
+    if job.seconds_left is not None:
+        words.append(f"about {_duration(job.seconds_left)} left")
+    line = ", ".join(words)
+    return line[0].upper() + line[1:]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _side_label(side: str, drawing: Drawing) -> str | None:
+    if not drawing.compare:
+        return None
+    return "With the LoRA" if side == "adapted" else "Without it, same seed"
+
+
+def show_gallery() -> None:
+    """What was drawn in this window, the newest large."""
+    entries: list[Entry] = st.session_state.get("gallery", [])
+    if not entries:
+        return
+    latest = [entry for entry in entries if entry.drawing is entries[0].drawing]
+    _latest(list(reversed(latest)))
+    earlier = entries[len(latest) :]
+    if earlier:
+        st.subheader("Earlier in this session", anchor=False)
+        with st.container(horizontal=True):
+            for entry in earlier:
+                with st.container(border=True, width=CARD_WIDTH):
+                    st.image(entry.thumbnail(), width="stretch")
+                    _buttons(entry, with_words=False)
+
+
+def _latest(entries: list[Entry]) -> None:
+    per_row = min(len(entries), 2) if entries[0].drawing.compare else min(max(len(entries), 2), 3)
+    for start in range(0, len(entries), per_row):
+        for column, entry in zip(st.columns(per_row), entries[start : start + per_row], strict=False):
+            with column.container(border=True):
+                _entry(entry)
+
+
+def _entry(entry: Entry) -> None:
+    sides, drawing = list(entry.files), entry.drawing
+    for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
+        column.image(entry.files[side], width="stretch", caption=_side_label(side, drawing))
+    scheduler, guidance = SCHEDULERS[drawing.scheduler], drawing.guidance_scale
+    how = f"{drawing.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+    st.caption(f"{drawing.prompt}  \nseed {drawing.seed}, {how}")
+    _buttons(entry, with_words=True)
+
+
+def _buttons(entry: Entry, with_words: bool) -> None:
+    with st.container(horizontal=True, gap="small" if with_words else None):
+        st.download_button(
+            "PNG" if with_words else "",
+            next(iter(entry.files.values())),
+            f"{entry.name}.png",
+            "image/png",
+            key=f"png {entry.name}",
+            icon=":material/download:",
+            help="The picture; its settings are inside",
+            on_click="ignore",
+        )
+        st.download_button(
+            "Settings" if with_words else "",
+            entry.settings_file,
+            f"{entry.name}.json",
+            "application/json",
+            key=f"json {entry.name}",
+            icon=":material/tune:",
+            help="The settings, as JSON",
+            on_click="ignore",
+        )
+        st.button(
+            "Use again" if with_words else "",
+            key=f"again {entry.name}",
+            on_click=_use_again,
+            args=(entry,),
+            icon=":material/replay:",
+            help="Use these settings again",
+        )
+
+
+def _use_again(entry: Entry) -> None:
+    drawing, state = entry.drawing, st.session_state
+    state.draw_model, state.draw_loras = drawing.model.base, list(drawing.model.loras)
+    for name, scale in zip(drawing.model.loras, drawing.lora_scales, strict=True):
+        state[f"scale {name}"] = scale
+    state.draw_prompt, state.draw_negative_prompt = drawing.prompt, drawing.negative_prompt
+    state.draw_steps, state.draw_count = drawing.num_inference_steps, drawing.count
+    state.draw_guidance, state.draw_guidance_of = drawing.guidance_scale, drawing.model.base
+    state.draw_scheduler, state.draw_seed, state.draw_random_seed = drawing.scheduler, drawing.seed, False
+    state.draw_compare = drawing.compare
+    sizes = describe(Path(drawing.model.base)).sizes()
+    state.draw_size = next((name for name, size in sizes.items() if size == (drawing.width, drawing.height)), "Square")

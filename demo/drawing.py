@@ -1,0 +1,173 @@
+"""All that the page uses of the toolkit to draw: one model, loaded and compiled once, and requests to it."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Side, Step
+from dreambooth_ms.cli.assemble import open_base
+from dreambooth_ms.config.schema import DeviceConfig
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.refinement import draw_refined
+from dreambooth_ms.sampling.settings import Drawn, DrawRequest, Refinement, StepReport
+
+Send = Callable[[Any], None]
+
+PREVIEW_SHARE = 0.2
+"""Of the time, for showing the picture as it forms."""
+PREVIEW_SIDE = 512
+"""Larger previews are made smaller before they are sent."""
+
+
+class Painter:
+    """Draws with one model.
+
+    Args:
+        model: the base, its adapters, and the refiner if there is one.
+        send: takes what there is to say.
+        job: which job it is loaded for.
+
+    Raises:
+        WeightError: no model, or no adapter for it.
+    """
+
+    def __init__(self, model: ModelChoice, send: Send, job: int) -> None:
+        send(Phase(job, "Loading the model"))
+        self._model = SamplingModel(open_base(DeviceConfig(), model.base), model.loras, keep_text_encoders=True)
+        self._refiner = (
+            SamplingModel(open_base(DeviceConfig(), model.refiner), keep_text_encoders=True) if model.refiner else None
+        )
+        self._compiled: set[tuple[object, ...]] = set()
+
+    def draw(self, asked: Draw, send: Send, cancelled: Callable[[], bool]) -> bool:
+        """Draw what is asked for and send every step and picture; False if it was cancelled.
+
+        Raises:
+            ConfigError: the request asks for what this model cannot do.
+            WeightError: the size does not fit, or values come out that are no numbers.
+        """
+        drawing = asked.drawing
+        self._model.folder.latent_shape(drawing.height, drawing.width)
+        compiled = drawing.width, drawing.height, drawing.guidance_scale > 1, drawing.image is None
+        if compiled not in self._compiled:
+            send(Phase(asked.job, "Compiling for this size, which is done once"))
+        for side in drawing.sides:
+            request = self._request(drawing, side)
+            steps = _StepSender(asked.job, drawing, side, partial(self._preview, request), send)
+            for drawn in self._drawn(drawing, request, steps, cancelled):
+                send(Picture(asked.job, drawn.number, side, drawn.picture, self._settings(drawn)))
+            if cancelled():
+                return False
+        self._compiled.add(compiled)
+        return True
+
+    def _drawn(
+        self, drawing: Drawing, request: DrawRequest, steps: "_StepSender", cancelled: Callable[[], bool]
+    ) -> Iterator[Drawn]:
+        if self._refiner is None or drawing.model.refiner is None:
+            return self._model.draw(request, steps, cancelled)
+        refinement = Refinement(denoising_end=drawing.refiner_start)
+        return draw_refined(self._model, self._refiner, request, refinement, steps, cancelled, release=False)
+
+    def _request(self, drawing: Drawing, side: Side) -> DrawRequest:
+        wanted = dict(zip(drawing.model.loras, drawing.lora_scales, strict=True)) if side == "adapted" else {}
+        return DrawRequest(
+            prompts=(drawing.prompt,),
+            negative_prompt=drawing.negative_prompt,
+            num_images_per_prompt=drawing.count,
+            height=drawing.height,
+            width=drawing.width,
+            seed=drawing.seed,
+            # One at a time: any number of pictures is drawn by what was compiled for the first.
+            batch_size=1,
+            scheduler=drawing.scheduler,
+            num_inference_steps=drawing.num_inference_steps,
+            guidance_scale=drawing.guidance_scale,
+            image=None if drawing.image is None else Image.fromarray(drawing.image),
+            strength=drawing.strength,
+            lora_scales=tuple(wanted.get(path, 0.0) for path in self._model.adapters),
+        )
+
+    def _preview(self, request: DrawRequest, report: StepReport) -> np.ndarray | None:
+        """The picture as it is after a step; None where it cannot be shown yet."""
+        model = self._refiner if report.stage == "refiner" and self._refiner else self._model
+        if model is self._refiner:
+            request = DrawRequest(prompts=request.prompts, num_images_per_prompt=request.num_images_per_prompt)
+        try:
+            picture = Image.fromarray(model.drawn(request, report.rows.start, report.latents[0]).picture)
+        except WeightError:
+            return None
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        return np.asarray(picture)
+
+    @staticmethod
+    def _settings(drawn: Drawn) -> dict[str, Any]:
+        """What makes a picture again, without the adapters that had no part in it."""
+        settings = dict(drawn.settings)
+        used = [(path, scale) for path, scale in zip(settings["lora"], settings["lora_scale"], strict=True) if scale]
+        return settings | {"lora": [path for path, _ in used], "lora_scale": [scale for _, scale in used]}
+
+
+class _StepSender:
+    """Called after every step: says how far the drawing is, and shows the picture as often as there is time for.
+
+    Args:
+        job: whose steps they are.
+        drawing: the whole drawing.
+        side: the part of it that is being drawn.
+        preview: gives the picture after a step.
+        send: takes the steps.
+    """
+
+    def __init__(
+        self,
+        job: int,
+        drawing: Drawing,
+        side: Side,
+        preview: Callable[[StepReport], np.ndarray | None],
+        send: Send,
+    ) -> None:
+        self._job, self._drawing, self._side = job, drawing, side
+        self._preview, self._send = preview, send
+        self._shown = 0
+        self._next_preview = 0.0
+
+    def __call__(self, report: StepReport) -> None:
+        self._send(
+            Step(
+                job=self._job,
+                number=report.rows.start,
+                side=self._side,
+                stage=report.stage,
+                step=report.step,
+                steps=report.steps,
+                share=self._share(report),
+                preview=self._preview_in_time(report) if report.step < report.steps else None,
+            )
+        )
+
+    def _share(self, report: StepReport) -> float:
+        """0 to 1 of the whole drawing."""
+        of_stage = (report.rows.start + report.step / report.steps) / report.total
+        if self._drawing.model.refiner:
+            start = self._drawing.refiner_start
+            of_stage = start * of_stage if report.stage == "base" else start + (1 - start) * of_stage
+        sides = self._drawing.sides
+        return (sides.index(self._side) + of_stage) / len(sides)
+
+    def _preview_in_time(self, report: StepReport) -> np.ndarray | None:
+        begun = time.monotonic()
+        if begun < self._next_preview:
+            return None
+        picture = self._preview(report)
+        ended = time.monotonic()
+        self._shown += 1
+        # The first one is compiled, and tells nothing of the next.
+        if self._shown > 1:
+            self._next_preview = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
+        return picture

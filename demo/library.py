@@ -1,0 +1,272 @@
+"""The models, LoRAs and runs that a page may use: those in the folders that it was given, and nothing else."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from demo.messages import ModelChoice
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.data.pictures import looks_like_a_picture
+from dreambooth_ms.errors import DataError, UserError, WeightError
+from dreambooth_ms.models.specs import Family
+from dreambooth_ms.weights.folder_layout import INDEX
+from dreambooth_ms.weights.lora_file import FILE_NAME
+from dreambooth_ms.weights.opened_lora import PEFT_CONFIG, holds_lora
+from dreambooth_ms.weights.opened_model import open_model
+
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+RUN_CONFIG = "config.yaml"
+DEPTH, ENTRIES = 4, 20_000
+"""How deep and how wide folders are searched, so that a page opens soon whatever it is given."""
+
+_WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "__pycache__")
+"""How the folders of a run begin that hold no result, but what it was made of."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders of a page."""
+
+    readable: tuple[Path, ...]
+    """Where models, LoRAs and photographs may be."""
+    runs: Path
+    """Where trainings are written; readable too."""
+
+    @classmethod
+    def of(cls, folders: list[Path], runs: Path) -> "Places":
+        """Folders as they are named on a command line."""
+        resolved = dict.fromkeys(folder.expanduser().resolve() for folder in [*folders, runs])
+        return cls(tuple(resolved), runs.expanduser().resolve())
+
+    def confined(self, name: str) -> Path:
+        """The path that a user wrote, if it is in one of the folders after links and `..` are followed.
+
+        Raises:
+            DataError: it is outside, or there is no such file or folder.
+        """
+        try:
+            path = Path(os.path.expanduser(name.strip())).resolve()
+            inside = any(path.is_relative_to(folder) for folder in self.readable)
+            exists = inside and path.exists()
+        except (OSError, ValueError, RuntimeError):
+            raise DataError(f"{name}: not a path; give one in {self.listed()}") from None
+        if not inside:
+            raise DataError(
+                f"{name}: outside the folders of this page ({self.listed()}); start it with "
+                "`-- --folder DIR` to add one"
+            )
+        if not exists:
+            raise DataError(f"{name}: no such file or folder")
+        return path
+
+    def listed(self) -> str:
+        """The folders, for a sentence."""
+        return ", ".join(map(str, self.readable))
+
+    def label(self, path: Path) -> str:
+        """A path as a page shows it: without the folder of the page that it is in; of a run, with that one's name."""
+        if path.is_relative_to(self.runs) and path != self.runs:
+            return str(Path(self.runs.name) / path.relative_to(self.runs))
+        for folder in self.readable:
+            if path.is_relative_to(folder) and path != folder:
+                return str(path.relative_to(folder))
+        return path.name
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What was found."""
+
+    models: tuple[Path, ...]
+    loras: tuple[Path, ...]
+    """The newest first."""
+
+
+def find(places: Places) -> Shelf:
+    """The models and LoRAs in the folders of a page. Whether they are whole is found out when they are opened."""
+    kinds = dict.fromkeys(item for folder in places.readable for item in _search(folder, DEPTH, [ENTRIES]))
+    models = [path for kind, path in kinds if kind == "model"]
+    loras = [path for kind, path in kinds if kind == "lora"]
+    return Shelf(tuple(models), tuple(sorted(loras, key=_time, reverse=True)))
+
+
+def find_photographs(places: Places) -> list[Path]:
+    """The folders that hold pictures, but for what runs have drawn."""
+    return [folder for place in places.readable for folder in _picture_folders(place, 2)]
+
+
+def _picture_folders(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        entries = sorted(folder.iterdir())[:ENTRIES]
+    except OSError:
+        return
+    if (folder / INDEX).exists() or (folder / RUN_CONFIG).exists():
+        return
+    if any(looks_like_a_picture(path) for path in entries):
+        yield folder
+    for path in entries if depth else []:
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith((".", *_WITHOUT_RESULTS)):
+            yield from _picture_folders(path, depth - 1)
+
+
+def _search(folder: Path, depth: int, left: list[int]) -> Iterator[tuple[str, Path]]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    names = {entry.name for entry in entries}
+    if INDEX in names:
+        yield "model", folder
+        return
+    if FILE_NAME in names or PEFT_CONFIG in names:
+        yield "lora", folder
+    for entry in entries[: left[0]]:
+        left[0] -= 1
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if depth and not entry.name.startswith(_WITHOUT_RESULTS):
+                yield from _search(folder / entry.name, depth - 1, left)
+        elif entry.name.endswith(WEIGHT_SUFFIXES) and entry.name != FILE_NAME and PEFT_CONFIG not in names:
+            kind = _kind_of_file(folder / entry.name)
+            if kind:
+                yield kind, folder / entry.name
+
+
+def _kind_of_file(path: Path) -> str:
+    try:
+        told = path.stat()
+    except OSError:
+        return ""
+    return _kind(path, told.st_mtime_ns, told.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _kind(path: Path, changed: int, size: int) -> str:
+    """What a file holds; asked again when it has changed."""
+    if holds_lora(path):
+        return "lora"
+    try:
+        open_model(path)
+    except WeightError:
+        return ""
+    return "model"
+
+
+def _time(path: Path) -> int:
+    """When a model or LoRA was changed, in nanoseconds; of a folder, the file that is written last."""
+    if path.is_dir():
+        path = next((path / name for name in (FILE_NAME, INDEX, PEFT_CONFIG) if (path / name).is_file()), path)
+    return path.stat().st_mtime_ns
+
+
+def choose(base: str, loras: Sequence[str], refiner: str | None) -> ModelChoice:
+    """These networks as they are now."""
+    paths = [base, *loras, *filter(None, [refiner])]
+    return ModelChoice(base, tuple(loras), refiner, frozenset((path, _time(Path(path))) for path in paths))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a page needs to know of a model before it is loaded."""
+
+    path: Path
+    family: Family
+    picture_size: int
+    """Height and width it was trained at, in pixels."""
+    side_step: int
+    """Sides must be multiples of it."""
+    tokenizer: Path | None
+    """The folder of its tokenizer; None for a single file, whose words are CLIP's."""
+
+    @property
+    def guidance(self) -> float:
+        """Where the slider of the guidance starts. The embedded base was measured best at 3 (its README)."""
+        return 3.0 if self.picture_size <= 64 else 5.0 if self.family is Family.SDXL else 7.5
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(width, height) by name: of about as many pixels as the model was trained at, for each shape."""
+        shapes = {"Square": (1, 1), "Portrait": (3, 4), "Landscape": (4, 3), "Tall": (9, 16), "Wide": (16, 9)}
+        area = self.picture_size**2
+        sizes = {
+            name: (self._fit((area * across / down) ** 0.5), self._fit((area * down / across) ** 0.5))
+            for name, (across, down) in shapes.items()
+        }
+        small = self._fit(self.picture_size * 0.75)
+        # Models of few pixels have few sizes: of equal ones, the first name stays.
+        names = {size: name for name, size in reversed((sizes | {"Small": (small, small)}).items())}
+        return {name: size for size, name in reversed(names.items())}
+
+    def _fit(self, side: float) -> int:
+        return max(round(side / self.side_step), 1) * self.side_step
+
+
+def describe(path: Path) -> ModelFacts:
+    """Look at a model without reading its weights.
+
+    Raises:
+        WeightError: it is no model of a family that is known.
+    """
+    return _described(path, _time(path))
+
+
+@lru_cache(maxsize=64)
+def _described(path: Path, changed: int) -> ModelFacts:
+    """Described anew when it has changed."""
+    spec = open_model(path).spec
+    sample_size = spec.unet.sample_size
+    tokenizer = None
+    if path.is_dir():
+        try:
+            sample_size = int(json.loads((path / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightError(f"{path / 'unet' / 'config.json'}: missing or not readable ({error})") from error
+        tokenizer = next((path / name for name in ("tokenizer", "tokenizer_2") if (path / name).is_dir()), None)
+    factor = spec.vae.downsampling
+    step = factor * 2 ** (len(spec.unet.block_out_channels) - 1)
+    return ModelFacts(path, spec.family, sample_size * factor, step, tokenizer)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has left a configuration."""
+
+    folder: Path
+    base: str
+    instance_prompt: str
+    class_prompt: str | None
+
+
+def read_run(folder: Path) -> Run | None:
+    """The run in a folder; None if there is none."""
+    try:
+        config = load(TrainConfig, ["--config", str(folder / RUN_CONFIG)]).config
+    except (UserError, OSError):
+        return None
+    return Run(
+        folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt, config.prior.class_prompt
+    )
+
+
+def find_refiners(shelf: Shelf) -> list[Path]:
+    """SDXL's refiners among the models."""
+    return [path for path in shelf.models if _family(path) is Family.SDXL_REFINER]
+
+
+def _family(path: Path) -> Family | None:
+    try:
+        return describe(path).family
+    except (WeightError, OSError):
+        return None
+
+
+def newest_run(places: Places, shelf: Shelf) -> Run | None:
+    """The newest run that has a result and whose base is here."""
+    for lora in shelf.loras:
+        if lora.is_relative_to(places.runs) and (run := read_run(lora)) and Path(run.base).resolve() in shelf.models:
+            return run
+    return None

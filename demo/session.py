@@ -1,0 +1,97 @@
+"""What belongs to the server, and what to one browser window."""
+
+import argparse
+import atexit
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from demo import engine as engines
+from demo.engine import Engine
+from demo.library import Places
+from demo.processes import REPOSITORY
+from dreambooth_ms.errors import UserError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+PAGES: dict[str, Any] = {}
+"""The pages by name, for links between them."""
+
+
+def check_server() -> None:
+    """End the page with a sentence if others than this machine's user can reach it."""
+    address = st.get_option("server.address")
+    if address not in LOCAL:
+        st.error(
+            f"This page runs programs for whoever opens it, and its server listens on {address or 'every address'}. "
+            "Start it with `--server.address 127.0.0.1`, and reach it from elsewhere through an SSH tunnel: "
+            "`ssh -L 8501:127.0.0.1:8501 HOST`."
+        )
+        st.stop()
+
+
+def places() -> Places:
+    """The folders that the page was given on its command line, after `--`."""
+    parser = argparse.ArgumentParser(prog="streamlit run demo/sampling.py --", description="Draw and teach.")
+    parser.add_argument("--folder", action="append", type=Path, default=[], help="more models, LoRAs, photographs")
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs", help="where trainings are written")
+    given, _ = parser.parse_known_args(sys.argv[1:])
+    return Places.of([REPOSITORY / "checkpoints", REPOSITORY / "demo" / "subject", *given.folder], given.runs)
+
+
+@st.cache_resource
+def engine() -> Engine:
+    """The one engine of the server."""
+    return Engine(engines.WORKER)
+
+
+@st.cache_resource
+def _server_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="dreambooth-ms-page-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def upload_folder() -> Path:
+    """Where this window's uploads are until the server ends."""
+    if "upload_folder" not in st.session_state:
+        st.session_state.upload_folder = Path(tempfile.mkdtemp(dir=_server_folder()))
+    return st.session_state.upload_folder
+
+
+def label(name: str) -> str:
+    """A model, LoRA or folder as the page calls it."""
+    path = Path(name)
+    return f"{path.name} (uploaded)" if path.is_relative_to(_server_folder()) else places().label(path)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Inside, a user's mistake becomes a sentence on the page."""
+    try:
+        yield
+    except UserError as error:
+        tell_error(error)
+
+
+def tell_error(error: UserError | str) -> None:
+    """Show what is wrong, without a traceback."""
+    st.error(str(error), icon=":material/error:")
+
+
+STYLE = """
+<style>
+  .block-container { padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1500px; }
+  [data-testid="stImage"] img { border-radius: .5rem; }
+  [data-testid="stSidebarUserContent"] { padding-top: .5rem; }
+  @media (max-width: 640px) {
+    .block-container { padding-left: 1rem; padding-right: 1rem; }
+    button kbd { display: none !important; }
+  }
+</style>
+"""

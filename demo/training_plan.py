@@ -1,0 +1,123 @@
+"""From what is filled in on the page to the flags of `dreambooth-ms train`."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from demo.library import ModelFacts
+from demo.processes import REPOSITORY
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.models.specs import Family
+
+CONFIGS = REPOSITORY / "configs" / "training"
+SMALL, PRESETS = (
+    "quickstart.yaml",
+    {
+        Family.SD1: ("sd_v1_5_dreambooth_lora.yaml",),
+        Family.SD2: ("sd_v2_1_dreambooth_lora.yaml",),
+        Family.SDXL: (
+            "sd_xl_base_finetune_dreambooth_lora_910b.yaml",
+            "sd_xl_base_finetune_dreambooth_lora_910a.yaml",
+            "sd_xl_base_finetune_dreambooth_textencoder_lora_910b.yaml",
+        ),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A configuration of the repository, with the values that the page starts from."""
+
+    file: Path
+    with_prior_preservation: bool
+    num_class_images: int
+    max_train_steps: int
+    learning_rate: float
+    rank: int
+    center_crop: bool
+    train_text_encoder: bool
+    checkpointing_steps: int
+
+
+def preset_files(facts: ModelFacts) -> list[Path]:
+    """The configurations that are made for a model, the most usual first."""
+    return [CONFIGS / name for name in ((SMALL,) if facts.picture_size <= 64 else PRESETS[facts.family])]
+
+
+@lru_cache(maxsize=16)
+def read_preset(file: Path) -> Preset:
+    """Read a configuration, without what the page asks for itself.
+
+    Raises:
+        ConfigError: it is no configuration of `dreambooth-ms train`.
+    """
+    asked = [
+        "pretrained_model_name_or_path",
+        "instance_data_dir",
+        "instance_prompt",
+        "class_data_dir",
+        "class_prompt",
+    ]
+    given = [word for name in asked for word in (f"--{name}", f"a {name}")]
+    config = load(TrainConfig, ["--config", str(file), *given]).config
+    return Preset(
+        file=file,
+        with_prior_preservation=config.prior.with_prior_preservation,
+        num_class_images=config.prior.num_class_images,
+        max_train_steps=config.run.max_train_steps or 500,
+        learning_rate=config.learning_rate,
+        rank=config.method.rank,
+        center_crop=config.data.center_crop,
+        train_text_encoder=config.method.train_text_encoder,
+        checkpointing_steps=config.run.checkpointing_steps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingWishes:
+    """What is filled in."""
+
+    base: Path
+    preset: Preset
+    resolution: int
+    instance_prompt: str
+    class_prompt: str | None
+    """None: without prior preservation."""
+    num_class_images: int
+    max_train_steps: int
+    learning_rate: float
+    rank: int
+    center_crop: bool
+    train_text_encoder: bool
+    validation_prompt: str | None
+    validation_steps: int
+    num_validation_images: int
+    seed: int
+
+
+def flags(wishes: TrainingWishes, photographs: Path, target: Path) -> dict[str, Any]:
+    """Flags by name; None for one that is left out."""
+    prior = wishes.class_prompt is not None
+    return {
+        "pretrained_model_name_or_path": wishes.base,
+        "instance_data_dir": photographs,
+        "instance_prompt": wishes.instance_prompt,
+        "resolution": wishes.resolution,
+        "center_crop": wishes.center_crop,
+        "with_prior_preservation": prior,
+        "class_data_dir": target / "class_images" if prior else None,
+        "class_prompt": wishes.class_prompt,
+        "num_class_images": wishes.num_class_images if prior else None,
+        "train_text_encoder": wishes.train_text_encoder,
+        "rank": wishes.rank,
+        "learning_rate": wishes.learning_rate,
+        "max_train_steps": wishes.max_train_steps,
+        "seed": wishes.seed,
+        "checkpointing_steps": min(wishes.preset.checkpointing_steps, wishes.max_train_steps),
+        "validation_prompt": wishes.validation_prompt,
+        "validation_steps": wishes.validation_steps if wishes.validation_prompt else None,
+        "num_validation_images": wishes.num_validation_images if wishes.validation_prompt else None,
+        "output_dir": target,
+    }

@@ -1,0 +1,238 @@
+"""A training as a process of its own: started, followed, stopped and taken up again.
+
+The process is `dreambooth-ms train` and needs no page: it goes on when the browser or the server is closed. Whether it
+runs is told by a lock on a file in the run's folder, which it inherits and the operating system takes away with it.
+"""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from demo.library import RUN_CONFIG
+from demo.processes import environment
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.errors import ConfigError, DataError
+from dreambooth_ms.weights.folder_layout import INDEX
+from dreambooth_ms.weights.lora_file import FILE_NAME
+
+COMMAND, LOG, LOCK = "page_command.json", "page_training.log", "page_training.lock"
+HISTORY, VALIDATION = "history.jsonl", "validation"
+PROGRAM = (sys.executable, "-m", "dreambooth_ms.cli.main", "train")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
+_BAR = re.compile(r"([a-z ]+): +\d+%\|.*?\| (\d+)/(\d+) \[([\d:]+)<([\d:?]+), +([\d.]+|\?)([^,\]]*)")
+_ERROR, _CRASH = "dreambooth-ms: error: ", "Traceback (most recent call last)"
+_UNKNOWN = "The training ended for a reason that the page does not know; what it said last is below."
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Where a part of the work is, as its progress bar says."""
+
+    name: str
+    """What is being done: class pictures, encoding pictures, training."""
+    done: int
+    total: int
+    time_left: str
+    rate: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training's folder."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """As the page shows it."""
+        return self.folder.name
+
+    @property
+    def state(self) -> State:
+        """What it does."""
+        if self.process_id is not None:
+            return "running"
+        if self.has_result:
+            return "finished"
+        return "failed" if self.errors() else "stopped"
+
+    @property
+    def has_result(self) -> bool:
+        """Whether there is something to draw with."""
+        return (self.folder / FILE_NAME).is_file() or (self.folder / INDEX).is_file()
+
+    @property
+    def process_id(self) -> int | None:
+        """Of the running process; None if it does not run."""
+        try:
+            with (self.folder / LOCK).open("rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return int(lock.read() or 0) or None
+        except (OSError, ValueError):
+            return None
+        return None
+
+    def stop(self) -> None:
+        """Let it finish its step, save and end."""
+        process = self.process_id
+        if process:
+            os.kill(process, signal.SIGTERM)
+
+    def history(self, after: int = 0) -> list[dict[str, float]]:
+        """The reports of the steps after one, as far as they are written."""
+        try:
+            text = (self.folder / HISTORY).read_text(encoding="utf-8")
+        except OSError:
+            return []
+        reports = []
+        for line in text.splitlines():
+            try:
+                report = json.loads(line)
+            except ValueError:
+                break
+            if report["step"] > after:
+                reports.append(report)
+        return reports
+
+    def validation_pictures(self) -> dict[int, list[Path]]:
+        """The pictures drawn during training, by step."""
+        found: dict[int, list[Path]] = {}
+        for path in sorted((self.folder / VALIDATION).glob("step-*-*.png")):
+            found.setdefault(int(path.stem.split("-")[1]), []).append(path)
+        return found
+
+    def bar(self) -> Bar | None:
+        """The newest progress bar in its log."""
+        bars = _BAR.findall(self.log())
+        if not bars:
+            return None
+        name, done, total, _, left, number, unit = bars[-1]
+        return Bar(name.strip(), int(done), int(total), left, f"{number} {unit}".strip())
+
+    def errors(self) -> list[str]:
+        """What its command complained about, in its own sentences."""
+        log = self.log()
+        lines = [line.removeprefix(_ERROR) for line in log.splitlines() if line.startswith(_ERROR)]
+        return lines or ([_UNKNOWN] if _CRASH in log else [])
+
+    def log(self, most: int = 20_000) -> str:
+        """The end of what it has said."""
+        try:
+            with (self.folder / LOG).open("rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - most, 0))
+                return file.read().decode(errors="replace").replace("\r", "\n")
+        except OSError:
+            return ""
+
+    def arguments(self) -> list[str]:
+        """What it was started with.
+
+        Raises:
+            DataError: it was not started by a page.
+        """
+        try:
+            return list(map(str, json.loads((self.folder / COMMAND).read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{self.folder}: not started from this page; go on with its own command") from error
+
+
+def trainings(runs: Path) -> list[Training]:
+    """The trainings in the folder of runs, the newest first."""
+    folders = [path.parent for path in runs.glob(f"*/{RUN_CONFIG}")] + [
+        path.parent for path in runs.glob(f"*/{COMMAND}")
+    ]
+    return [Training(folder) for folder in sorted(set(folders), key=lambda f: f.stat().st_mtime, reverse=True)]
+
+
+def running(runs: Path) -> Training | None:
+    """The training that runs; there is one at a time."""
+    return next((training for training in trainings(runs) if training.process_id is not None), None)
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """The folder of a new training.
+
+    Raises:
+        ConfigError: not a name for a folder, or taken.
+    """
+    if not _NAME.fullmatch(name) or name.endswith((" ", ".")):
+        raise ConfigError(f"{name or 'no name'}: expected a name of letters, digits, spaces, dots and dashes")
+    folder = runs / name
+    if (folder / COMMAND).exists() or (folder / RUN_CONFIG).exists():
+        raise ConfigError(f"{name}: there is a training of this name; choose another, or go on with that one")
+    return folder
+
+
+def arguments_of(values: Mapping[str, Any], config: Path) -> list[str]:
+    """The command line of a training.
+
+    Args:
+        values: flags of `dreambooth-ms train` by name; None leaves one out.
+        config: a YAML file that they are put on top of.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    return ["--config", str(config), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+
+
+def start(folder: Path, arguments: Sequence[str]) -> Training:
+    """Start a training into its folder, which its arguments name as --output_dir.
+
+    Raises:
+        ConfigError: the arguments are wrong, or another training runs; nothing was written.
+    """
+    load(TrainConfig, arguments)
+    _check_alone(folder.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / COMMAND).write_text(json.dumps(list(arguments), indent=1), encoding="utf-8")
+    return launch(folder, arguments)
+
+
+def resume(training: Training) -> Training:
+    """Give a training's command again: it goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: another training runs.
+        DataError: it was not started by a page.
+    """
+    return launch(training.folder, training.arguments())
+
+
+def launch(folder: Path, arguments: Sequence[str]) -> Training:
+    """Start the process of a training; its folder's lock goes over to it."""
+    _check_alone(folder.parent)
+    with (folder / LOCK).open("w+b") as lock, (folder / LOG).open("wb") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()],
+            env=environment(),
+            # A Ctrl-C in the server's terminal is not meant for the training.
+            start_new_session=True,
+        )
+        lock.write(str(process.pid).encode())
+    threading.Thread(target=process.wait, daemon=True, name="training").start()
+    return Training(folder)
+
+
+def _check_alone(runs: Path) -> None:
+    other = running(runs)
+    if other:
+        raise ConfigError(f"{other.name} is being trained; one at a time, or both take twice as long")

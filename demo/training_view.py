@@ -1,0 +1,150 @@
+"""A training as it goes: figures, curves and pictures, and what can be done with it."""
+
+import math
+from typing import Any, Literal
+
+import altair as alt
+import pandas as pd
+import streamlit as st
+
+from demo import session, training_process
+from demo.training_process import State, Training
+
+POLL_SECONDS = 1.0
+POINTS = 400
+"""So many points of a curve are sent to the browser."""
+COLOURS = {"subject": "#b4471f", "class": "#3f7d78"}
+BADGES: dict[State, Literal["green", "blue", "gray", "red"]] = {
+    "running": "green",
+    "finished": "blue",
+    "stopped": "gray",
+    "failed": "red",
+}
+_SMOOTHED_SHARE = 10
+
+
+def watch(training: Training) -> None:
+    """Show a training, live while it runs."""
+    st.session_state.watched_state = training.state
+    if training.state == "running":
+        _live(training)
+    else:
+        _content(training)
+
+
+@st.fragment(run_every=POLL_SECONDS)
+def _live(training: Training) -> None:
+    if training.state != "running":
+        st.rerun()
+    _content(training)
+
+
+def _content(training: Training) -> None:
+    state = training.state
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader(training.name, anchor=False, width="content")
+        st.badge(state, color=BADGES[state])
+        st.space("stretch")
+        _buttons(training)
+    if state == "failed":
+        for sentence in training.errors():
+            session.tell_error(sentence)
+    history = training.history()
+    _figures(training, history)
+    left, right = st.columns([3, 2], gap="large")
+    with left:
+        if len(history) > 1:
+            _curves(history)
+        elif state == "running":
+            st.caption("The curve of the loss appears with the first steps.")
+    with right:
+        _pictures(training)
+    with st.expander("What it says"):
+        st.code(training.log(4000) or "Nothing yet.", language=None)
+
+
+def _buttons(training: Training) -> None:
+    state = training.state
+    if state == "running":
+        st.button(
+            "Stop",
+            icon=":material/stop:",
+            key="stop_training",
+            on_click=training.stop,
+            help="It finishes its step and saves, and can be resumed.",
+        )
+    elif state in ("stopped", "failed"):
+        st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
+    if training.has_result and st.button("Draw with it", type="primary", icon=":material/brush:", key="draw_with_it"):
+        st.session_state.draw_with_run = str(training.folder)
+        st.switch_page(session.PAGES["draw"])
+
+
+def _resume(training: Training) -> None:
+    with session.sentences():
+        session.engine().unload()
+        training_process.resume(training)
+
+
+def _figures(training: Training, history: list[dict[str, float]]) -> None:
+    bar = training.bar()
+    running = training.state == "running"
+    if running and (bar is None or bar.name != "training"):
+        text = f"{bar.name.capitalize()}: {bar.done} of {bar.total}, {bar.time_left} left" if bar else "Starting"
+        st.progress(bar.done / bar.total if bar and bar.total else 0.0, text=text)
+        return
+    total = bar.total if bar and bar.name == "training" else None
+    if running and bar:
+        if not history:
+            st.progress(0.0, text="Compiling the training step")
+        else:
+            st.progress(min(bar.done / bar.total, 1.0), text=f"{bar.time_left} left")
+    if not history:
+        return
+    recent = history[-min(len(history), 20) :]
+    last = history[-1]
+    figures = {
+        "Step": f"{last['step']:.0f}" + (f" / {total}" if total else ""),
+        "Loss, mean of 20": f"{sum(report['loss'] for report in recent) / len(recent):.4f}",
+        "Learning rate": f"{last['learning_rate']:.2e}",
+        "Speed": bar.rate if bar and bar.name == "training" else "–",
+    }
+    with st.container(horizontal=True, gap="large"):
+        for label, value in figures.items():
+            st.metric(label, value, width="content")
+
+
+def _curves(history: list[dict[str, float]]) -> None:
+    table = curve_table(history)
+    scale = alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))
+    base = alt.Chart(table).encode(
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
+        color=alt.Color("of:N", scale=scale, title=None, legend=alt.Legend(orient="top")),
+    )
+    faint = base.mark_line(opacity=0.3, strokeWidth=1).encode(y=alt.Y("loss:Q", title="loss"))
+    strong = base.mark_line(strokeWidth=2.5).encode(y="mean:Q")
+    st.altair_chart((faint + strong).properties(height=300), width="stretch")
+
+
+def curve_table(history: list[dict[str, float]]) -> pd.DataFrame:
+    """Columns step, of (subject or class), loss, and mean: a running one over a tenth of the steps."""
+    window = max(len(history) // _SMOOTHED_SHARE, 1)
+    every = max(math.ceil(len(history) / POINTS), 1)
+    parts = []
+    for of, column in (("subject", "instance_loss"), ("class", "class_loss")):
+        if column not in history[0]:
+            continue
+        part = pd.DataFrame({"step": [r["step"] for r in history], "of": of, "loss": [r[column] for r in history]})
+        part["mean"] = part["loss"].rolling(window, min_periods=1, center=True).mean()
+        parts.append(part.iloc[::every])
+    return pd.concat(parts) if parts else pd.DataFrame({"step": [], "of": [], "loss": [], "mean": []})
+
+
+def _pictures(training: Training) -> None:
+    found: dict[int, list[Any]] = training.validation_pictures()
+    for step, pictures in reversed(found.items()):
+        st.caption(f"After step {step}")
+        for column, picture in zip(st.columns(max(len(pictures), 2)), pictures, strict=False):
+            column.image(str(picture), width="stretch")
+    if not found and training.state == "running":
+        st.caption("Pictures that are drawn during the training appear here.")

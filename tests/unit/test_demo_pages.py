@@ -1,0 +1,326 @@
+"""The pages as Streamlit runs them, without a browser: what they open on, what they ask for, what they say."""
+
+import io
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from streamlit import config
+from streamlit.testing.v1 import AppTest
+
+from demo import engine as engines
+from demo import session, training_process
+from demo.processes import REPOSITORY
+from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
+
+SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
+EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The folder of runs of a page whose drawing process draws plain colours."""
+    monkeypatch.setattr(engines, "WORKER", (sys.executable, "-m", "tests.painting_process"))
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--runs", str(tmp_path / "runs")])
+    before = config.get_option("server.address")
+    config.set_option("server.address", "127.0.0.1")
+    (tmp_path / "runs").mkdir()
+    session.engine.clear()
+    yield tmp_path / "runs"
+    session.engine().close()
+    session.engine.clear()
+    config.set_option("server.address", before)
+
+
+def write_run(folder, base=EMBEDDED):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"pretrained_model_name_or_path: {base}\ninstance_data_dir: x\ninstance_prompt: a photo of a sks star\n"
+    )
+    factors = {LAYER: (np.zeros((1, 64), np.float32), np.zeros((64, 1), np.float32))}
+    write_lora(folder, {"unet": LoraWeights(factors, 1, 1.0, ("to_q",))}, 3)
+    return folder
+
+
+def opened():
+    page = AppTest.from_file(SCRIPT, default_timeout=60).run()
+    assert not page.exception
+    return page
+
+
+def draw(page):
+    page.button("draw_button").click().run()
+    return finished(page)
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def finished(page):
+    wait_for(lambda: "job" not in page.session_state or page.session_state["job"].over)
+    page.run()
+    assert not page.exception
+    return page
+
+
+def gallery(page):
+    return page.session_state.get("gallery", [])
+
+
+def errors(page):
+    return " ".join(error.value for error in page.error)
+
+
+def test_it_opens_on_the_embedded_base_and_one_button_draws(runs):
+    page = opened()
+    assert page.selectbox("draw_model").value == str(EMBEDDED)
+    assert page.text_area("draw_prompt").value == "a photo of a red circle on a blue background"
+    assert any("10 of 75 tokens" in caption.value for caption in page.caption)
+    draw(page)
+    (entry,) = gallery(page)
+    assert entry.drawing.prompt == "a photo of a red circle on a blue background"
+    assert (entry.drawing.width, entry.drawing.height, entry.drawing.guidance_scale) == (64, 64, 3.0)
+
+
+def test_it_opens_on_the_newest_run(runs):
+    run = write_run(runs / "dog")
+    page = opened()
+    assert page.multiselect("draw_loras").value == [str(run)]
+    assert page.text_area("draw_prompt").value == "a photo of a sks star"
+    draw(page)
+    (entry,) = gallery(page)
+    assert entry.drawing.model.loras == (str(run),)
+    assert list(entry.files) == ["adapted", "base"]
+
+
+def test_settings_reach_the_drawing(runs):
+    run = write_run(runs / "dog")
+    page = opened()
+    page.slider(f"scale {run}").set_value(0.5)
+    page.selectbox("draw_size").set_value("Landscape")
+    page.selectbox("draw_scheduler").set_value("euler")
+    page.number_input("draw_steps").set_value(4)
+    page.number_input("draw_count").set_value(2)
+    page.number_input("draw_seed").set_value(77)
+    page.text_area("draw_negative_prompt").set_value("green")
+    page.toggle("draw_compare").set_value(False)
+    page.run()
+    draw(page)
+    drawing = gallery(page)[0].drawing
+    assert len(gallery(page)) == 2
+    assert drawing.width > drawing.height
+    assert (drawing.lora_scales, drawing.scheduler, drawing.num_inference_steps) == ((0.5,), "euler", 4)
+    assert (drawing.seed, drawing.negative_prompt, drawing.compare) == (77, "green", False)
+
+
+def test_settings_of_the_gallery_are_used_again(runs):
+    page = opened()
+    page.number_input("draw_seed").set_value(77)
+    page.selectbox("draw_size").set_value("Landscape").run()
+    draw(page)
+    page.number_input("draw_seed").set_value(5)
+    page.selectbox("draw_size").set_value("Square")
+    page.text_area("draw_prompt").set_value("a star").run()
+    page.button(f"again {gallery(page)[0].name}").click().run()
+    assert page.number_input("draw_seed").value == 77
+    assert page.selectbox("draw_size").value == "Landscape"
+    assert page.text_area("draw_prompt").value == "a photo of a red circle on a blue background"
+
+
+def test_a_new_seed_each_time(runs):
+    page = opened()
+    page.toggle("draw_random_seed").set_value(True).run()
+    draw(page)
+    draw(page)
+    first, second = (entry.drawing.seed for entry in gallery(page))
+    assert first != second
+    assert page.number_input("draw_seed").value == first
+
+
+def test_progress_and_cancel(runs):
+    page = opened()
+    page.text_area("draw_prompt").set_value("slow").run()
+    page.button("draw_button").click().run()
+    assert page.button("draw_button").disabled
+    page.button("cancel_button").click().run()
+    finished(page)
+    assert "Cancelled" in page.info[0].value
+    assert not page.button("draw_button").disabled
+
+
+@pytest.mark.parametrize(("prompt", "sentence"), [("wrong", "no such model"), ("crash", "ended by itself")])
+def test_what_goes_wrong_is_a_sentence_and_the_page_goes_on(runs, prompt, sentence):
+    page = opened()
+    page.text_area("draw_prompt").set_value(prompt).run()
+    draw(page)
+    assert sentence in errors(page)
+    page.text_area("draw_prompt").set_value("a star").run()
+    draw(page)
+    assert len(gallery(page)) == 1
+    assert not page.error
+
+
+def test_a_prompt_is_needed_and_long_ones_are_told(runs):
+    page = opened()
+    page.text_area("draw_prompt").set_value("  ").run()
+    page.button("draw_button").click().run()
+    assert "Write a prompt first" in errors(page)
+    page.text_area("draw_prompt").set_value("star " * 80).run()
+    assert any("are not read" in caption.value for caption in page.caption)
+
+
+def test_a_path_outside_is_refused(runs):
+    page = AppTest.from_file(SCRIPT, default_timeout=60)
+    page.session_state["draw_model"] = "/etc"
+    page.run()
+    assert "outside the folders of this page" in errors(page)
+    assert not page.exception
+
+
+def test_two_windows_do_not_mix(runs):
+    one, other = opened(), opened()
+    one.number_input("draw_seed").set_value(1).run()
+    other.number_input("draw_seed").set_value(2).run()
+    one.button("draw_button").click().run()
+    other.button("draw_button").click().run()
+    assert [entry.drawing.seed for entry in gallery(finished(one))] == [1]
+    assert [entry.drawing.seed for entry in gallery(finished(other))] == [2]
+
+
+def test_a_window_sees_how_many_drawings_are_before_its_own(runs):
+    one, other = opened(), opened()
+    one.number_input("draw_steps").set_value(200)
+    one.text_area("draw_prompt").set_value("slow").run()
+    one.button("draw_button").click().run()
+    other.button("draw_button").click().run()
+    assert other.get("progress")[0].proto.text == "Waiting: 1 drawing before this one"
+    other.button("cancel_button").click().run()
+    assert "Cancelled" in finished(other).info[0].value
+    one.button("cancel_button").click().run()
+    assert "Cancelled" in finished(one).info[0].value
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (100, 50), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
+    page = opened()
+    page.file_uploader("draw_picture").set_value(("a.png", b"MZ", "image/png")).run()
+    assert "a.png: not a picture of a known format" in errors(page)
+    page.file_uploader("draw_picture").set_value(("a.png", png(), "image/png"))
+    page.slider("draw_strength").set_value(0.3).run()
+    assert not page.error
+    draw(page)
+    drawing = gallery(page)[0].drawing
+    assert (drawing.image.shape, drawing.strength) == ((64, 64, 3), 0.3)
+    assert (drawing.image[..., 0] > 200).all()
+
+
+def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
+    page = opened()
+    page.file_uploader("lora_upload").set_value(("a.safetensors", b"no", "")).run()
+    assert "a.safetensors" in errors(page)
+    content = (write_run(tmp_path / "elsewhere") / "pytorch_lora_weights.safetensors").read_bytes()
+    page.file_uploader("lora_upload").set_value(("mine.safetensors", content, "")).run()
+    (chosen,) = page.multiselect("draw_loras").value
+    assert "mine-" in chosen
+    assert page.slider(f"scale {chosen}").value == 1.0
+    other = opened()
+    assert other.multiselect("draw_loras").options == [], "of another window"
+
+
+def test_a_server_that_others_can_reach_shows_nothing(runs):
+    for address in (None, "0.0.0.0"):
+        config.set_option("server.address", address)
+        page = opened()
+        assert "--server.address 127.0.0.1" in errors(page)
+        assert not page.button
+
+
+def test_the_page_opens_without_mindspore():
+    program = "import sys, demo.draw_page, demo.teach_page; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
+
+
+def teach():
+    """The page to teach on, by itself."""
+    from demo import teach_page
+
+    teach_page.show()
+
+
+def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert not page.exception
+    assert page.selectbox("teach_model").value == str(EMBEDDED)
+    assert page.number_input("teach_steps quickstart").value == 1200
+    assert sum("64 × 64" in caption.value for caption in page.caption) == 5
+    assert not page.button("teach_button").disabled
+
+
+def test_mistakes_on_the_page_to_teach_on_are_sentences(runs):
+    write_run(runs / "star")
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.text_input("teach_name").set_value("star").run()
+    page.button("teach_button").click().run()
+    assert "there is a training of this name" in errors(page)
+    page = AppTest.from_function(teach, default_timeout=60)
+    page.session_state["teach_folder"] = "/etc"
+    page.run()
+    assert "outside the folders of this page" in errors(page)
+    assert page.button("teach_button").disabled
+    assert not page.exception
+
+
+def test_a_training_that_is_over_is_shown_with_what_it_left(runs):
+    run = write_run(runs / "dog")
+    (run / "history.jsonl").write_text(
+        "".join(
+            f'{{"step": {step}, "loss": 0.5, "instance_loss": 0.5, "grad_norm": 1, "learning_rate": 0.001}}\n'
+            for step in range(1, 9)
+        )
+    )
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_chosen").set_value("dog").run()
+    assert not page.exception
+    assert [metric.value for metric in page.metric][:2] == ["8", "0.5000"]
+    assert page.button("draw_with_it")
+
+
+TRAINING = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+print("training:  33%|###  | 2/6 [00:01<00:02,  3.50step/s]", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_training_is_started_watched_stopped_and_resumed(runs, monkeypatch):
+    monkeypatch.setattr(training_process, "PROGRAM", (sys.executable, "-c", TRAINING))
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.number_input("teach_steps quickstart").set_value(6)
+    page.text_input("teach_name").set_value("mine").run()
+    page.button("teach_button").click().run()
+    training = training_process.running(runs)
+    assert training.name == "mine"
+    assert page.button_group("teach_chosen").value == "mine"
+    page.button("stop_training").click().run()
+    wait_for(lambda: training.state == "stopped")
+    page.run()
+    page.button("resume_training").click().run()
+    assert training.state == "running"
+    training.stop()
+    wait_for(lambda: training.state == "stopped")
+    assert not page.exception
+    assert not page.error
