@@ -85,6 +85,7 @@ GUIDE = """
         ("", "b", "--gradient_accumulation_steps 4"),
         ("textencoder_", "b", "--save_path runs/dog"),
         ("", "b", "--is_parallel False"),
+        ("", "b", "--is_parallel True"),
     ],
 )
 def test_the_training_commands_of_the_sdxl_guide_are_accepted_as_they_are(which, card, more, monkeypatch):
