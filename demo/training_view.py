@@ -75,7 +75,9 @@ def _buttons(training: Training) -> None:
         )
     elif state in ("stopped", "failed"):
         st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
-    if training.has_result and st.button("Draw with it", type="primary", icon=":material/brush:", key="draw_with_it"):
+    # Not while it runs: that part of the page is drawn again by itself, and a click on it may be lost.
+    done = state != "running" and training.has_result
+    if done and st.button("Draw with it", type="primary", icon=":material/brush:", key="draw_with_it"):
         st.session_state.draw_with_run = str(training.folder)
         st.switch_page(session.PAGES["draw"])
 
