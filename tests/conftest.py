@@ -17,6 +17,16 @@ def device():
 
 
 @pytest.fixture
+def compile_once(device, monkeypatch, tmp_path):
+    """For one test, what is compiled again comes from the compile cache."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+        patch.setenv("MS_COMPILER_CACHE_PATH", str(tmp_path / "compiled"))
+        yield
+    set_up_device("CPU", 0)
+
+
+@pytest.fixture
 def pynative(device):
     """PyNative (`--ms_mode 1`) for one test."""
     set_up_device("CPU", 1)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspore import nn
+from mindspore.graph import api
 
 from dreambooth_ms.ops.graph_key import NotDescribable, graph_key
 
@@ -218,6 +219,9 @@ class _MindSporesCache:
     @contextmanager
     def switched_on(self) -> Iterator[None]:
         """Inside, what is compiled goes through MindSpore's cache."""
+        if not os.path.isfile(api.entry_script_path or ""):
+            # MindSpore reads the program's file, whose imports UNCHECKED makes it ignore; `python -c` has none.
+            api.entry_script_path = __file__
         environment = {ENABLE: "1", FOLDER: str(self.folder()), UNCHECKED: "1"}
         before = {name: os.environ.get(name) for name in environment}
         os.environ |= environment

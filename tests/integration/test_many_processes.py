@@ -51,6 +51,8 @@ class Place:
 
     def __init__(self, root):
         self.root = root
+        # Runs that compile what another has compiled start sooner.
+        self.compile_cache = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(root / "compiled")}
         write_random_model(root / "sd")
         write_random_sdxl(root / "sdxl")
         for folder, count in (("dog", 3), ("class", 2)):
@@ -67,7 +69,7 @@ class Place:
         return subprocess.Popen(
             [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", is_parallel],
             cwd=self.root,
-            env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | variables,
+            env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | self.compile_cache | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

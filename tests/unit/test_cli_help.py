@@ -85,7 +85,7 @@ def test_help_of_a_command_lists_its_flags(name, schema, flags, capsys):
     ("name", "line"),
     [
         ("trian", "trian: unknown command; did you mean train?"),
-        ("--rank", "--rank: unknown command; expected one of train, sample, evaluate, inspect, convert, merge"),
+        ("--rank", "--rank: unknown command; expected one of train, sample, evaluate, inspect, convert, merge, doctor"),
     ],
 )
 def test_an_unknown_command_is_answered_with_the_nearest(name, line, capsys):
