@@ -3,6 +3,14 @@
 The command line prints the message on one line per problem and exits with status 2, without a traceback.
 """
 
+import errno
+import os
+
+FAILED_STATUS, USER_ERROR_STATUS, INTERRUPTED_STATUS = 1, 2, 130
+"""Exit statuses: a defect of the toolkit; a user's mistake; 128 + SIGINT, as shells report it."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""A disk that is full, or may not be written to."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Never raised for a defect of the toolkit itself."""
@@ -22,3 +30,20 @@ class WeightError(UserError):
 
 class DeviceError(UserError):
     """The device cannot do what was asked of it."""
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user of an error that the user can mend; None for a defect."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and (reason := _disk_error(error)):
+        where = error.filename or "a file"
+        return f"{where}: cannot be written ({reason}); free some space and run the same command again"
+    return None
+
+
+def _disk_error(error: OSError) -> str | None:
+    """What is wrong with the disk, if that is what is wrong; of several errors shutil keeps only the texts."""
+    return next(
+        (os.strerror(code) for code in DISK_ERRORS if error.errno == code or os.strerror(code) in str(error)), None
+    )

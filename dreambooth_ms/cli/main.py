@@ -3,7 +3,6 @@
 Nothing heavy is imported until a command runs, so that help and mistakes answer at once.
 """
 
-import errno
 import importlib
 import os
 import sys
@@ -13,13 +12,8 @@ from typing import NamedTuple
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.tell import PROGRAM, complain
-from dreambooth_ms.errors import UserError
-
-USER_ERROR_STATUS = 2
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""A disk that is full, or may not be written to."""
-INTERRUPTED_STATUS = 130
-"""128 + SIGINT, as shells report it."""
+from dreambooth_ms.errors import INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
+from dreambooth_ms.processes.launch import is_launched
 
 
 class Command(NamedTuple):
@@ -46,32 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # transformers, whose tokenizers are used, would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if "MS_ROLE" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+    if is_launched(os.environ):
         os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
     # MindSpore would warn of each graph that it takes from the compile cache.
     os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
-    except UserError as error:
-        complain(str(error))
-        return USER_ERROR_STATUS
-    except OSError as error:
-        reason = _disk_error(error)
-        if reason is None:
+    except (UserError, OSError) as error:
+        explanation = explain(error)
+        if explanation is None:
             raise
-        where = error.filename or "a file"
-        complain(f"{where}: cannot be written ({reason}); free some space and run the same command again")
+        complain(explanation)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED_STATUS
-
-
-def _disk_error(error: OSError) -> str | None:
-    """What is wrong with the disk, if that is what is wrong; of several errors shutil keeps only the texts."""
-    return next(
-        (os.strerror(code) for code in DISK_ERRORS if error.errno == code or os.strerror(code) in str(error)), None
-    )
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -25,7 +25,7 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops.parallel import collective_operations, serve_as_scheduler
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
@@ -46,8 +46,6 @@ from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 from dreambooth_ms.weights.atomic import check_writable
 from dreambooth_ms.weights.model_folder import ModelFolder
-
-INTERRUPTED_STATUS = 130
 
 
 def run(argv: Sequence[str]) -> int:

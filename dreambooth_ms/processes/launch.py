@@ -12,6 +12,9 @@ SCHEDULER = -1
 
 LOOPBACK = "127.0.0.1"
 
+_MSRUN, _MPIRUN = "MS_ROLE", "OMPI_COMM_WORLD_RANK"
+"""What each launcher sets in every process that it starts."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -49,22 +52,27 @@ class Launch:
         }
 
 
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process."""
+    return _MSRUN in environment or _MPIRUN in environment
+
+
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
     """The place that the launcher gave this process; None if it was started by itself.
 
     Raises:
         DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
     """
-    if "MS_ROLE" in environment:
+    if _MSRUN in environment:
         return _from_msrun(environment)
-    if "OMPI_COMM_WORLD_RANK" in environment:
+    if _MPIRUN in environment:
         return _from_mpirun(environment)
     return None
 
 
 def _from_msrun(environment: Mapping[str, str]) -> Launch:
     host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])
-    if environment["MS_ROLE"] == "MS_SCHED":
+    if environment[_MSRUN] == "MS_SCHED":
         rank = SCHEDULER
     elif "MS_NODE_ID" in environment:
         rank = int(environment["MS_NODE_ID"])
@@ -75,7 +83,7 @@ def _from_msrun(environment: Mapping[str, str]) -> Launch:
 
 def _from_mpirun(environment: Mapping[str, str]) -> Launch:
     """mpirun names no port: one is derived from the job, and MS_SCHED_HOST and MS_SCHED_PORT name another."""
-    rank, count = int(environment["OMPI_COMM_WORLD_RANK"]), int(environment["OMPI_COMM_WORLD_SIZE"])
+    rank, count = int(environment[_MPIRUN]), int(environment["OMPI_COMM_WORLD_SIZE"])
     job = environment.get("PMIX_NAMESPACE", "")
     on_one_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
     host = LOOPBACK if on_one_machine else _host_of_mpirun(environment.get("OMPI_MCA_orte_hnp_uri", ""))

@@ -13,7 +13,7 @@ from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, NoReturn
 
-from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.errors import FAILED_STATUS, DeviceError
 from dreambooth_ms.processes.channel import Channel, accept, connect, listen
 from dreambooth_ms.processes.launch import SCHEDULER, Launch
 
@@ -21,7 +21,6 @@ START_SECONDS = 50
 """How long the processes may take to start one after the other."""
 GRACE_SECONDS = 3
 """How long a failure elsewhere waits for this process's own: all of them fail of a mistake in their common flags."""
-FAILED_STATUS = 1
 
 _GONE = object()
 

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, explain
 from dreambooth_ms.processes.launch import Launch
-from dreambooth_ms.processes.meeting import FAILED_STATUS, Meeting
+from dreambooth_ms.processes.meeting import Meeting
 
 EXCHANGE_SECONDS = 3600
 """How long to wait for another process that is alive: what they do between two exchanges takes equally long."""
-USER_ERROR_STATUS, INTERRUPTED_STATUS = 2, 130
 
 Item = TypeVar("Item")
 
@@ -85,11 +84,12 @@ def run_together(
     meeting = Meeting(launch, exchange_seconds, complain)
     try:
         status = work(Processes(launch.rank, launch.count, launch, meeting.exchange))
-    except UserError as error:
-        meeting.fail(str(error), USER_ERROR_STATUS)
     except KeyboardInterrupt:
         meeting.fail("interrupted", INTERRUPTED_STATUS)
     except BaseException as error:  # noqa: BLE001  (the others must learn of it, whatever it is)
+        explanation = explain(error)
+        if explanation is not None:
+            meeting.fail(explanation, USER_ERROR_STATUS)
         traceback.print_exc()
         meeting.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", FAILED_STATUS)
     return meeting.leave(status)

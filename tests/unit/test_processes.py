@@ -198,6 +198,17 @@ class TestFailure:
         statuses, _, errors = Run("raise DataError('no pictures')", count=3).end()
         assert (statuses, errors) == ([2, 2, 2], ["error: no pictures"])
 
+    def test_a_full_disk_is_told_as_of_one_process(self):
+        statuses, _, errors = Run(
+            """
+            if rank == 1:
+                raise OSError(28, "No space left on device", "cat.safetensors")
+            time.sleep(60)
+            """
+        ).end()
+        said = "cat.safetensors: cannot be written (No space left on device); free some space"
+        assert (statuses, errors) == ([2, 2], [f"error: rank 1: {said} and run the same command again"])
+
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_crash_names_its_rank_and_reason(self, rank):
         statuses, _, errors = Run(
