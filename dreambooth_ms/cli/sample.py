@@ -66,7 +66,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> DrawRequest:
         clip_skip=wanted.clip_skip,
         support_long_prompts=wanted.support_long_prompts,
         sizes=sizes_of(config.sizes),
-        tile_size=wanted.vae_tile_size,
+        whole_up_to=wanted.vae_whole_up_to,
     )
 
 

@@ -71,7 +71,9 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
             model.variant,
             model.pretrained_vae_model_name_or_path,
         )
-    folder.latent_shape(data.resolution, data.resolution)  # An impossible --resolution ends here, before any work.
+    # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
+    folder.latent_shape(data.resolution, data.resolution)
+    folder.trained_schedule()
     check_expected_memory(config, folder)
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)

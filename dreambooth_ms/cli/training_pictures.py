@@ -124,7 +124,7 @@ def encode_pictures(
         processes.wait_for_all("the encoded pictures")
     posteriors = encode(views)  # Those of the other processes are in the cache by now.
     gc.collect()
-    schedule = NoiseSchedule.from_spec(folder.schedule_spec)
+    schedule = NoiseSchedule.from_spec(folder.trained_schedule())
     gamma, kind = config.loss.snr_gamma, prediction_type(config, folder)
     return BatchMaker(
         plan=plan,

@@ -111,7 +111,7 @@ def _scaler(config: TrainConfig) -> LossScaler | None:
 def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
     """What the UNet is trained to predict."""
     chosen = config.loss.prediction_type
-    return PredictionType(chosen) if chosen else folder.schedule_spec.prediction_type
+    return PredictionType(chosen) if chosen else folder.trained_schedule().prediction_type
 
 
 def learning_rate_of(config: TrainConfig, total: int) -> Callable[[int], float]:

@@ -336,9 +336,9 @@ class PicturesConfig:
     """Layers left out at the end of the text encoders."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
-    vae_tile_size: int | None = None
-    """Decode larger pictures in tiles of this side in pixels, which takes less memory and changes them a little. None:
-    decode them whole."""
+    vae_whole_up_to: int | None = None
+    """Side in pixels of the largest square that the autoencoder decodes at once; what has more pixels is decoded in
+    bands of rows, which takes less memory and gives the same picture. None: 768 on CPU, 2048 on Ascend."""
     num_rows: int | None = None
     """Rows of the sheet that is written beside the pictures of each prompt; with num_cols in place of
     num_images_per_prompt. None: 1, or no sheet."""
@@ -575,7 +575,7 @@ RANGES: dict[str, Range] = {
     "sd_xl_base_ratios": Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda value: value in SD_XL_BASE_RATIOS),
     "guidance_rescale": Range("from 0 to 1", lambda value: 0 <= value <= 1),
     "clip_skip": _at_least(0),
-    "vae_tile_size": _SIDE,
+    "vae_whole_up_to": _SIDE,
     "num_rows": _at_least(1),
     "num_cols": _at_least(1),
     "image": _NOT_EMPTY,

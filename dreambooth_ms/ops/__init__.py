@@ -20,17 +20,19 @@ from dreambooth_ms.ops.backend import (
     use_formulation,
 )
 from dreambooth_ms.ops.compiled_cell import CompiledCell
-from dreambooth_ms.ops.conv import Conv2d, conv2d
+from dreambooth_ms.ops.conv import Conv2d, channel_bias, conv2d, convolution
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
     ConcatChannels,
     FromPublicLayout,
     ImageToTokens,
+    MultiplyPerChannel,
     SplitChannels,
     StoredLayout,
     TokensToImage,
     ToPublicLayout,
     UpsampleNearest,
+    image_axes,
 )
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import LayerNorm, group_norm
@@ -49,16 +51,20 @@ __all__ = [
     "ImageToTokens",
     "LayerNorm",
     "MultiHeadAttention",
+    "MultiplyPerChannel",
     "QuickGelu",
     "SplitChannels",
     "StoredLayout",
     "ToPublicLayout",
     "TokensToImage",
     "UpsampleNearest",
+    "channel_bias",
     "compute_dtype",
     "conv2d",
+    "convolution",
     "formulation",
     "group_norm",
+    "image_axes",
     "set_up_device",
     "shared",
     "use_formulation",

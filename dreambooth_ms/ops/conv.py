@@ -4,6 +4,7 @@ Shapes: B batch, H, W height and width, P = H * W pixels, I input channels, O ou
 """
 
 from functools import lru_cache
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -36,6 +37,18 @@ def conv2d(
     return Conv2d(in_channels, out_channels, kernel_size, stride, padding or (kernel_size // 2,) * 4, has_bias)
 
 
+def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> Any:
+    """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it -> image, without the bias."""
+    if formulation() is Formulation.CPU:
+        return shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
+    return ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+
+
+def channel_bias() -> Any:
+    """Image, (C,) -> image with the bias added."""
+    return shared(_ChannelsLastBiasAdd) if formulation() is Formulation.CPU else ops.BiasAdd()
+
+
 class Conv2d(nn.Cell):
     """CPU: (B, H, W, I) -> (B, H', W', O). Ascend: (B, I, H, W) -> (B, O, H', W') by the device's operator.
 
@@ -51,13 +64,11 @@ class Conv2d(nn.Cell):
         if formulation() is Formulation.CPU:
             self.weight = empty_parameter((out_channels, kernel_size * kernel_size * in_channels))
             self.stored_layouts = {"weight": StoredLayout(kernel_size)}
-            self.product = shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
-            self.bias_add = shared(_ChannelsLastBiasAdd)
         else:
             self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
             self.stored_layouts = {}
-            self.product = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-            self.bias_add = ops.BiasAdd()
+        self.product = convolution(in_channels, out_channels, kernel_size, stride, padding)
+        self.bias_add = channel_bias()
         if has_bias:
             self.bias = empty_parameter((out_channels,))
 

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -35,13 +36,33 @@ class StoredLayout:
         return (shape[0], shape[1] // (k * k), k, k)
 
 
+class ImageAxes(NamedTuple):
+    """Where an image has its height, width and channels, for what handles images outside of networks."""
+
+    height: int
+    width: int
+    channels: int
+
+
+def image_axes() -> ImageAxes:
+    """The axes in this device's formulation."""
+    return ImageAxes(1, 2, 3) if formulation() is Formulation.CPU else ImageAxes(2, 3, 1)
+
+
 class _ImageCell(nn.Cell):
     """A cell that knows the layout of images."""
 
     def __init__(self) -> None:
         super().__init__()
         self.channels_last = formulation() is Formulation.CPU
-        self.channel_axis = 3 if self.channels_last else 1
+        self.channel_axis = image_axes().channels
+
+    def over_pixels(self, numbers_BC: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """One number per row and channel, repeated for every pixel of an image of this shape."""
+        # Broadcasting inside `+` keeps an index table per kernel on CPU; broadcast_to does not (measured).
+        batch, channels = numbers_BC.shape
+        one_pixel = (batch, 1, 1, channels) if self.channels_last else (batch, channels, 1, 1)
+        return ops.broadcast_to(ops.reshape(numbers_BC, one_pixel), shape)
 
 
 class FromPublicLayout(_ImageCell):
@@ -100,11 +121,14 @@ class AddPerChannel(_ImageCell):
     """An image plus one number per row and channel, (B, C)."""
 
     def construct(self, x: Tensor, bias_BC: Tensor) -> Tensor:
-        batch, channels = bias_BC.shape
-        # Broadcasting inside `+` keeps an index table per kernel on CPU; broadcast_to does not (measured).
-        if self.channels_last:
-            return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, 1, 1, channels)), x.shape)
-        return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, channels, 1, 1)), x.shape)
+        return x + self.over_pixels(bias_BC, x.shape)
+
+
+class MultiplyPerChannel(_ImageCell):
+    """An image times one number per row and channel, (B, C)."""
+
+    def construct(self, x: Tensor, factor_BC: Tensor) -> Tensor:
+        return x * self.over_pixels(factor_BC, x.shape)
 
 
 class UpsampleNearest(_ImageCell):

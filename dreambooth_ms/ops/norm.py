@@ -92,6 +92,7 @@ class ChannelsLastGroupNorm(nn.Cell):
 
     def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
         super().__init__()
+        self.num_groups, self.eps = num_groups, eps
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
         self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, silu)
 

@@ -10,34 +10,36 @@ from mindspore import Tensor
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.models.vae_bands import BandedDecoder
+from dreambooth_ms.ops import Formulation, formulation
 from dreambooth_ms.randomness import standard_normal
 
 PURPOSE = "latents of the picture to start from"
 
-OVERLAP = 4
-"""Tiles overlap by one part in so many of their side, as in diffusers."""
+WHOLE_UP_TO = {Formulation.CPU: 768, Formulation.ASCEND: 2048}
+"""Side in pixels of the largest square that is decoded at once. What has more pixels is decoded in bands of rows, which
+takes less memory and gives the same picture (`models.vae_bands`)."""
 
 
 class PictureDecoder:
-    """Latents -> pictures, whole or, above a size, in tiles that overlap."""
+    """Latents -> pictures, whole or, above a size, in bands of rows."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.spec = vae.spec
-        self._decoder = VaeDecoder(vae)
+        self._decoder, self._banded = VaeDecoder(vae), BandedDecoder(vae)
 
-    def picture(self, latents: np.ndarray, number: int, tile_size: int | None = None) -> np.ndarray:
+    def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 of latents (C, h, w) as the diffusion has them.
 
         Args:
             latents: of the picture.
             number: of the picture, for errors.
-            tile_size: side in pixels of the tiles that a larger picture is decoded in. Their norms see only the tile,
-                so the picture is not quite the same; where they overlap they fade into each other.
+            whole_up_to: side in pixels of the largest square that is decoded at once; None: `WHOLE_UP_TO`.
 
         Raises:
             WeightError: values come out that are no numbers, which a viewer would show as black.
         """
-        decoded = self._decoded(self.spec.unscaled(latents), tile_size)
+        decoded = self._decoded(self.spec.unscaled(latents), whole_up_to)
         if not np.isfinite(decoded).all():
             raise WeightError(
                 f"picture {number} came out as values that are no numbers; check the base's weights and the "
@@ -45,25 +47,13 @@ class PictureDecoder:
             )
         return to_picture(decoded)
 
-    def _decoded(self, latents: np.ndarray, tile_size: int | None) -> np.ndarray:
+    def _decoded(self, latents: np.ndarray, whole_up_to: int | None) -> np.ndarray:
         """(C, h, w) -> (3, H, W)."""
         _, height, width = latents.shape
-        tile = max(height, width) if tile_size is None else tile_size // self.spec.downsampling
-        if max(height, width) <= tile:
-            return self._decoded_whole(latents)
-        factor = self.spec.downsampling
-        total = np.zeros((3, height * factor, width * factor), np.float32)
-        weight = np.zeros((1, height * factor, width * factor), np.float32)
-        for top, bottom in tile_spans(height, tile):
-            for left, right in tile_spans(width, tile):
-                fade = np.outer(_fade((bottom - top) * factor), _fade((right - left) * factor))
-                area = np.s_[:, top * factor : bottom * factor, left * factor : right * factor]
-                total[area] += self._decoded_whole(latents[:, top:bottom, left:right]) * fade
-                weight[area] += fade
-        return total / weight
-
-    def _decoded_whole(self, latents: np.ndarray) -> np.ndarray:
-        return self._decoder(Tensor(np.ascontiguousarray(latents)[None])).asnumpy()[0]
+        latents_1Chw = Tensor(np.ascontiguousarray(latents)[None])
+        if height * width * self.spec.downsampling**2 > (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2:
+            return self._banded(latents_1Chw)[0]
+        return self._decoder(latents_1Chw).asnumpy()[0]
 
 
 class PictureEncoder:
@@ -85,22 +75,6 @@ class PictureEncoder:
         for row in range(rows):
             draw = standard_normal(mean.shape, seed, PURPOSE, row=row)
             yield self.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
-
-
-def tile_spans(length: int, tile: int) -> list[tuple[int, int]]:
-    """(start, end) of as few tiles of one size as cover a side and overlap by a part in `OVERLAP`, evenly spread."""
-    if length <= tile:
-        return [(0, length)]
-    stride = tile - tile // OVERLAP
-    count = -(-(length - tile) // stride) + 1
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
-    return [(start, start + tile) for start in starts]
-
-
-def _fade(length: int) -> np.ndarray:
-    """Weight of each pixel along a tile's side: 1 in the middle, falling to both ends."""
-    ramp = (np.arange(length) + 0.5) / max(1, length // OVERLAP)
-    return np.minimum(1, np.minimum(ramp, ramp[::-1])).astype(np.float32)
 
 
 def to_picture(decoded_3HW: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
 from dreambooth_ms.sampling.pipeline import BatchStep, Rows, Sampler, starting_noise
-from dreambooth_ms.sampling.schedulers import SCHEDULERS
+from dreambooth_ms.sampling.schedulers import check_formulation
 from dreambooth_ms.sampling.settings import Drawn, DrawRequest, OnStep, SamplingSettings, StepReport, Stopped
 from dreambooth_ms.sampling.start_picture import fitted, fitted_size
 from dreambooth_ms.weights.model_folder import ModelFolder
@@ -131,7 +131,7 @@ class SamplingModel:
 
     def drawn(self, request: DrawRequest, number: int, latents: np.ndarray) -> Drawn:
         """The picture of finished latents."""
-        picture = self._ready(request).decoder.picture(latents, number, request.tile_size)
+        picture = self._ready(request).decoder.picture(latents, number, request.whole_up_to)
         prompt = repeated(request)[number]
         return Drawn(number, prompt, picture, self.picture_settings(request, prompt, number))
 
@@ -192,11 +192,7 @@ class SamplingModel:
                 f"--lora_scale: expected one number, or one for each of {len(self.adapters)} adapters, "
                 f"got {len(self.scales(request))}"
             )
-        if SCHEDULERS[request.scheduler].edm:
-            raise ConfigError(
-                f"--scheduler {request.scheduler}: is for models trained in EDM's formulation, and {self.folder.path} "
-                "is not; use euler or dpm++_2m_karras"
-            )
+        check_formulation(request.scheduler, self.folder.scheduler_config)
         if request.image is not None and int(request.num_inference_steps * request.strength) < 1:
             raise ConfigError(
                 f"--strength {request.strength}: of {request.num_inference_steps} steps none is left; raise "

@@ -8,6 +8,7 @@ import numpy as np
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.sampling.model import SamplingModel, repeated
+from dreambooth_ms.sampling.schedulers import check_formulation
 from dreambooth_ms.sampling.settings import Drawn, DrawRequest, OnStep, Refinement, Stopped
 
 
@@ -32,9 +33,10 @@ def draw_refined(
         release: give back the memory of the base's networks before the refiner's are loaded.
 
     Raises:
-        ConfigError: the two have different latents.
+        ConfigError: the two have different latents, or one has another noise than the scheduler's.
     """
     _check_latents(base, refiner)
+    check_formulation(request.scheduler, refiner.folder.scheduler_config)
     rows = base.rows(request)
     end = refinement.denoising_end
     drawn = [latents for _, latents in base.latents(request, rows, "base", None, end, on_step, stopped)]

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.sampling.ddpm import DDPMScheduler
 from dreambooth_ms.sampling.edm_euler import EDMEulerScheduler
 from dreambooth_ms.sampling.unipc import UniPCMultistepScheduler
+from dreambooth_ms.weights.model_config import is_edm
 
 Config = Mapping[str, Any]
 """The content of a `scheduler_config.json`."""
@@ -70,8 +72,30 @@ SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
 }
 
 
+def check_formulation(name: SamplingScheduler, config: Config) -> None:
+    """A model that was trained in EDM's formulation is drawn with by EDM's schedulers, and only such a model.
+
+    Raises:
+        ConfigError: this scheduler is not for this model.
+    """
+    if SCHEDULERS[name].edm and not is_edm(config):
+        raise ConfigError(
+            f"--scheduler {name}: is for models trained in EDM's formulation, and this one is not; use euler or "
+            "dpm++_2m_karras"
+        )
+    if is_edm(config) and not SCHEDULERS[name].edm:
+        raise ConfigError(
+            f"--scheduler {name}: this model was trained in EDM's formulation; use edm_dpm++_2m or edm_euler"
+        )
+
+
 def create_scheduler(name: SamplingScheduler, config: Config, num_inference_steps: int) -> Any:
-    """A scheduler with its timesteps set, from the `scheduler_config.json` of a model."""
+    """A scheduler with its timesteps set, from the `scheduler_config.json` of a model.
+
+    Raises:
+        ConfigError: see `check_formulation`.
+    """
+    check_formulation(name, config)
     scheduler = SCHEDULERS[name].create(config)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler

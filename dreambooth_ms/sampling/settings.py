@@ -73,8 +73,8 @@ class DrawRequest:
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces, in place of cutting them."""
     sizes: PictureSizes = field(default_factory=PictureSizes)
-    tile_size: int | None = None
-    """Side in pixels of the tiles that larger pictures are decoded in; None: pictures are decoded whole."""
+    whole_up_to: int | None = None
+    """Side in pixels of the largest square that is decoded at once; None: see `autoencoder.WHOLE_UP_TO`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ _SPECIAL_PIPELINES = {
 }
 """By the channels that the UNet takes."""
 
-_EDM_SCHEDULER = {
+EDM_SCHEDULER = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
@@ -121,7 +121,7 @@ def _index(model: ModelSpec, parts: Collection[str]) -> dict[str, Any]:
 
 def _scheduler(model: ModelSpec, prediction_type: str) -> dict[str, Any]:
     if model.vae.latents_mean:
-        return _EDM_SCHEDULER
+        return EDM_SCHEDULER
     config = write_scheduler_config(NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if not _is_xl(model):
         return config

@@ -250,15 +250,22 @@ def write_clip_config(spec: ClipSpec) -> dict[str, Any]:
     }
 
 
+def is_edm(scheduler_config: Config) -> bool:
+    """Whether a diffusers scheduler is for models trained in EDM's formulation (Karras et al., 2022)."""
+    return str(scheduler_config.get("_class_name")).startswith("EDM")
+
+
 def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
-    """Any diffusers scheduler's configuration -> the forward process.
+    """Any diffusers scheduler's configuration but EDM's -> the forward process.
 
     Raises:
         WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
     """
-    scheduler = str(config.get("_class_name"))
-    if scheduler.startswith("EDM"):
-        raise WeightError(f"scheduler_config.json: {scheduler}: EDM is not supported yet; use SD 1.x, 2.x or SDXL")
+    if is_edm(config):
+        raise WeightError(
+            f"scheduler_config.json: {config['_class_name']}: models trained in EDM's formulation can be drawn with, "
+            "not trained; use SD 1.x, 2.x or SDXL"
+        )
     kind = config.get("prediction_type", "epsilon")
     if kind not in {member.value for member in PredictionType}:
         raise WeightError(

@@ -31,6 +31,7 @@ from dreambooth_ms.weights.folder_layout import INDEX, SCHEDULER, WEIGHT_NAMES, 
 from dreambooth_ms.weights.model_config import (
     Config,
     Spec,
+    is_edm,
     read_clip_config,
     read_config,
     read_projected_text_config,
@@ -72,7 +73,8 @@ class ModelFolder:
     vae_spec: VaeSpec
     text_spec: ClipTextSpec | None
     text_spec_2: ClipTextSpec | None
-    schedule_spec: NoiseScheduleSpec
+    schedule_spec: NoiseScheduleSpec | None
+    """None: it was trained in EDM's formulation."""
     scheduler_config: Config
     zeros_for_empty_prompt: bool
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
@@ -138,6 +140,14 @@ class ModelFolder:
         if part == "vae" and self.vae:
             return self.vae.config
         return _configs(self.path, self.file)(f"{part}/config.json", None)
+
+    def trained_schedule(self) -> NoiseScheduleSpec:
+        """The forward process that training follows.
+
+        Raises:
+            WeightError: it was trained in EDM's formulation, which ours does not follow.
+        """
+        return self.schedule_spec or read_scheduler_config(self.scheduler_config)
 
     @property
     def picture_size(self) -> int:
@@ -220,7 +230,7 @@ def open_model_folder(path: Path, variant: str | None = None, vae: Path | None =
         vae_spec=other_vae.spec if other_vae else vae_spec,
         text_spec=text_specs.get("text_encoder"),
         text_spec_2=text_specs.get("text_encoder_2"),
-        schedule_spec=_read_spec(path, config, SCHEDULER, read_scheduler_config),
+        schedule_spec=_read_spec(path, config, SCHEDULER, _read_schedule),
         scheduler_config=config(SCHEDULER, None),
         zeros_for_empty_prompt="text_encoder_2" in encoders and bool(index.get("force_zeros_for_empty_prompt", True)),
         file=file,
@@ -228,6 +238,10 @@ def open_model_folder(path: Path, variant: str | None = None, vae: Path | None =
     )
     _check_fit(folder)
     return folder
+
+
+def _read_schedule(scheduler_config: Config) -> NoiseScheduleSpec | None:
+    return None if is_edm(scheduler_config) else read_scheduler_config(scheduler_config)
 
 
 def _encoders(index: Config, file: OpenedModel | None) -> list[str]:

@@ -630,7 +630,10 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         (["--height", "100"], "--height: expected a multiple of 8, at least 32, got 100"),
         (["--scheduler", "plms"], "--scheduler: expected one of ddim, ddpm, pndm, lms, euler, "),
         (["--sampler", "DPMPP2SAncestralSampler"], "--sampler: expected one of ddim, ddpm, "),
-        (["--scheduler", "edm_euler"], "--scheduler edm_euler: is for models trained in EDM's formulation, and model "),
+        (
+            ["--scheduler", "edm_euler"],
+            "--scheduler edm_euler: is for models trained in EDM's formulation, and",
+        ),
         (["--guidance_rescale", "2"], "--guidance_rescale: expected from 0 to 1, got 2.0"),
         (["--sd_xl_base_ratios", "1.1"], "--sd_xl_base_ratios: expected one of 0.5, 0.52, "),
         (
@@ -639,7 +642,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         ),
         (["--clip_skip", "-1"], "--clip_skip: expected at least 0, got -1"),
         (["--clip_skip", "1"], "--clip_skip: expected 0 to 0, as its text encoders have layers, got 1"),
-        (["--vae_tile_size", "100"], "--vae_tile_size: expected a multiple of 8, at least 32, got 100"),
+        (["--vae_whole_up_to", "100"], "--vae_whole_up_to: expected a multiple of 8, at least 32, got 100"),
         (
             ["--num_rows", "2", "--num_images_per_prompt", "3"],
             "--num_images_per_prompt: is --num_rows times --num_cols; give it without them",

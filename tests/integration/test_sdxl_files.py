@@ -192,10 +192,13 @@ class TestAnotherAutoencoder:
             open_model_folder(bases[Format.DIFFUSERS], vae=bases[Format.STABILITY])
 
 
-def test_playground_in_a_file_is_refused_by_its_noise(bases, tmp_path):
+def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
     statistics = {"edm_mean": PLAYGROUND_25_VAE.latents_mean, "edm_std": PLAYGROUND_25_VAE.latents_std}
     more = {name: StoredTensor.of(np.array(values, np.float32)) for name, values in statistics.items()}
     tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
     write_safetensors(tmp_path / "playground.safetensors", {**tensors, **more})
-    with pytest.raises(WeightError, match="EDMDPMSolverMultistepScheduler: EDM is not supported yet"):
-        open_model_folder(tmp_path / "playground.safetensors")
+    folder = open_model_folder(tmp_path / "playground.safetensors")
+    assert (folder.schedule_spec, folder.scheduler_config["sigma_data"]) == (None, 0.5)
+    assert folder.vae_spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
+    with pytest.raises(WeightError, match="models trained in EDM's formulation can be drawn with, not trained"):
+        folder.trained_schedule()

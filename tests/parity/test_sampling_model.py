@@ -21,6 +21,8 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.pipeline import starting_noise
 from dreambooth_ms.sampling.refinement import draw_refined
 from dreambooth_ms.sampling.settings import DrawRequest, PictureSizes, Refinement
+from dreambooth_ms.weights import folder_configs
+from dreambooth_ms.weights.folder_layout import read_json, write_json
 from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
 from dreambooth_ms.weights.model_folder import open_model_folder
 from tests.parity.reference import normal, relative_error
@@ -49,6 +51,19 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(folders):
     return {name: SamplingModel(open_model_folder(folder), keep_text_encoders=True) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def edm_base(tmp_path_factory):
+    folder = write_random_sdxl(tmp_path_factory.mktemp("edm") / "base")
+    changes = {
+        "scheduler/scheduler_config.json": folder_configs.EDM_SCHEDULER,
+        "vae/config.json": {"latents_mean": [-1.6, 2.0, 4.0, 0.3], "latents_std": [8.4, 6.0, 9.5, 5.2]},
+    }
+    for name, change in changes.items():
+        kept = read_json(folder / name, None) if name.startswith("vae") else {}
+        write_json(folder / name, kept | change)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +127,25 @@ def test_image_to_image(models, folders, picture, monkeypatch, name, scheduler, 
     ours = latents(models["sd1"], asked)
     assert_close(ours, expected)
     assert relative_error(latents(models["sd1"], request(scheduler=name)), expected) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("edm_euler", "EDMEulerScheduler"), ("edm_dpm++_2m", "EDMDPMSolverMultistepScheduler")]
+)
+def test_a_base_trained_in_edms_formulation(models, edm_base, picture, monkeypatch, name, scheduler):
+    """As Playground v2.5 is: from noise, and from a picture."""
+    model = SamplingModel(open_model_folder(edm_base))
+    pipeline = pipeline_of("StableDiffusionXLPipeline", edm_base, scheduler)
+    expected = pipeline(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH, **settings_of_pipeline()).images
+    ours = latents(model, request(scheduler=name))
+    assert_close(ours, expected)
+    assert relative_error(latents(models["base"], request(scheduler="euler")), expected) > 0.1
+    give_noise(monkeypatch, xl_img2img)
+    pipeline = pipeline_of("StableDiffusionXLImg2ImgPipeline", edm_base, scheduler)
+    expected = pipeline(image=picture, strength=0.5, **settings_of_pipeline()).images
+    assert_close(latents(model, request(scheduler=name, image=picture, strength=0.5)), expected)
+    with pytest.raises(ConfigError, match="--scheduler ddim: this model was trained in EDM's formulation; use edm_"):
+        list(model.draw(request(scheduler="ddim")))
 
 
 def test_image_to_image_of_sdxl_with_other_sizes(models, folders, picture, monkeypatch):

@@ -161,7 +161,7 @@ class Training:
     def __init__(self, path, trained):
         folder = open_model_folder(path)
         self.path, self.trained = path, trained
-        self.schedule = NoiseSchedule.from_spec(folder.schedule_spec)
+        self.schedule = NoiseSchedule.from_spec(folder.trained_schedule())
         self.vocabulary, self.num_size_ids = folder.text_spec.vocab_size, folder.num_size_ids
         text_encoders = folder.load_text_encoders() if trained.text else None
         self.networks = networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
@@ -191,7 +191,7 @@ class Training:
             for factor in (TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR)
         )
         self.optimiser = AdamW(self.learner.trainables, HYPERPARAMETERS, rates, decays)
-        self.loss = DiffusionLoss(self.learner.denoiser, folder.schedule_spec.prediction_type)
+        self.loss = DiffusionLoss(self.learner.denoiser, folder.trained_schedule().prediction_type)
         self.step_cells = {}
 
     def batches(self, case):

@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mindspore import Tensor
 from safetensors.numpy import save_file
 
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.models.vae_bands import BandedDecoder, band_height
+from dreambooth_ms.ops import Formulation, use_formulation
 from dreambooth_ms.weights.model_config import read_vae_config
 from dreambooth_ms.weights.model_folder import open_model_folder
 from dreambooth_ms.weights.parameters import load_strict, read_parameters
@@ -48,6 +52,29 @@ def test_decoding_is_diffusers(reference, ours):
     error = relative_error(VaeDecoder(ours)(Tensor(latents)), expected)
     print(f"decoded {error:.1e}")
     assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("max_taps", [1, 30_000, 1 << 24], ids=["rows", "bands", "one band"])
+@pytest.mark.parametrize("formulation", Formulation)
+def test_decoding_in_bands_is_decoding(reference, formulation, max_taps):
+    with use_formulation(formulation):
+        network = AutoencoderKL(read_vae_config(dict(reference.config)))
+        load_strict(network, weights_of(reference), "diffusers")
+        # Bright as the pictures of no trained model are, so that a norm's mean counts.
+        latents = normal(1, 4, 7, 10) + np.float32(0.5)
+        decoded = BandedDecoder(network, max_taps)(Tensor(latents))
+    with torch.no_grad():
+        expected = reference.decode(torch.tensor(latents)).sample
+    error = relative_error(Tensor(decoded), expected)
+    print(f"decoded in bands {error:.1e}")
+    assert error < TOLERANCE
+
+
+@given(height=st.integers(1, 300), most=st.integers(-3, 400))
+def test_bands_are_of_one_height_and_cover_the_picture(height, most):
+    rows = band_height(height, most)
+    assert height % rows == 0
+    assert rows == 1 or rows <= most
 
 
 def test_the_log_variance_is_clipped_as_in_diffusers(reference, ours, pynative):

@@ -315,7 +315,7 @@ def values_of(one):
         valid = st.lists(st.floats(-2, 2), min_size=1, max_size=3)
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
-    if one.name in ("resolution", "height", "width", "vae_tile_size"):
+    if one.name in ("resolution", "height", "width", "vae_whole_up_to"):
         valid = st.integers(4, 200).map(lambda eighths: 8 * eighths)
     return st.none() | valid if one.optional else valid
 

@@ -1,31 +1,17 @@
 """The parts of sampling that are plain functions: tiles, sheets, sizes, flags of the guide."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.sample import refinement_of, request_of
 from dreambooth_ms.config.load import load, load_sample_config
 from dreambooth_ms.config.schema import SampleConfig
-from dreambooth_ms.sampling.autoencoder import OVERLAP, tile_spans
 from dreambooth_ms.sampling.picture_file import draw_grid, first_free_number
 from dreambooth_ms.sampling.settings import PictureSizes, Refinement, SamplingSettings
 from dreambooth_ms.sampling.trajectory import taken_steps
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
-
-
-@given(length=st.integers(1, 400), tile=st.integers(8, 100))
-def test_tiles_cover_a_side_and_overlap(length, tile):
-    spans = tile_spans(length, tile)
-    assert spans[0][0] == 0
-    assert spans[-1][1] == length
-    assert {end - start for start, end in spans} == {min(length, tile)}
-    assert all(before[1] - after[0] >= tile // OVERLAP for before, after in pairwise(spans))
 
 
 def test_a_sheet_has_the_pictures_row_by_row():
@@ -63,14 +49,14 @@ class TestRequests:
             [
                 *(*REQUIRED, "--sd_xl_base_ratios", "0.5", "--num_rows", "2", "--num_cols", "3", "--clip_skip", "1"),
                 *("--orig_width", "60", "--orig_height", "70", "--crop_coords_left", "4", "--aesthetic_score", "7"),
-                *("--lora", "a,b", "--lora_scale", "1.0,0.6", "--guidance_rescale", "0.7", "--vae_tile_size", "512"),
+                *("--lora", "a,b", "--lora_scale", "1.0,0.6", "--guidance_rescale", "0.7", "--vae_whole_up_to", "512"),
             ]
         )
         asked = request_of(config, ["a star", "a circle"])
         assert asked.prompts == ("a star", "a circle")
         assert (asked.width, asked.height, asked.num_images_per_prompt) == (704, 1408, 6)
         assert asked.lora_scales == (1.0, 0.6)
-        assert (asked.clip_skip, asked.guidance_rescale, asked.tile_size) == (1, 0.7, 512)
+        assert (asked.clip_skip, asked.guidance_rescale, asked.whole_up_to) == (1, 0.7, 512)
         assert asked.sizes == PictureSizes(original_size=(60, 70), crop_left=4, aesthetic_score=7.0)
 
     @pytest.mark.parametrize(
