@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     settings = SamplingSettings(
         wanted.scheduler, wanted.num_inference_steps, wanted.guidance_scale, min(wanted.batch_size, len(prompts))
     )
-    sampler = Sampler(model.unet, folder.load_vae(), folder.scheduler_config, settings)
+    sampler = Sampler(model.unet, folder.load_vae(encodes=False), folder.scheduler_config, settings)
     size = folder.picture_size
     noise = starting_noise(len(prompts), folder.latent_shape(size, size), wanted.seed, PURPOSE)
 

@@ -79,7 +79,7 @@ def draw_missing_class_images(
     if not numbers:
         processes.wait_for_all("the class pictures")
         return None
-    unet, vae = folder.load_unet(), folder.load_vae()
+    unet, vae = folder.load_unet(), folder.load_vae(encodes=False)
     batch_size = min(prior.sample_batch_size, len(numbers))
     settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
     draw_class_images(
@@ -141,7 +141,7 @@ def encode_pictures(
 
 
 def _load_encoder(folder: ModelFolder) -> Callable[[np.ndarray], np.ndarray]:
-    encoder = VaeEncoder(folder.load_vae())
+    encoder = VaeEncoder(folder.load_vae(decodes=False))
 
     def encode(pictures_B3HW: np.ndarray) -> np.ndarray:
         mean, log_variance = encoder(Tensor(pictures_B3HW))

@@ -38,7 +38,7 @@ class Validator:
         self._folder, self._learner = folder, learner
         settings = SamplingSettings(SCHEDULERS[wanted.validation_scheduler], STEPS, GUIDANCE, batch_size=1)
         self._settings = {**vars(settings), "prompt": self.prompt, "seed": seed_of(config)}
-        self._sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
+        self._sampler = Sampler(unet, folder.load_vae(encodes=False), folder.scheduler_config, settings)
         shape = folder.latent_shape(config.data.resolution, config.data.resolution)
         self._noise = starting_noise(wanted.num_validation_images, shape, seed_of(config), PURPOSE)
         self._frozen_embeddings = None if learner.text_encoders else embed_prompts(folder, [self.prompt])

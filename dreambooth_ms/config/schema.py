@@ -338,7 +338,7 @@ class PicturesConfig:
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
     vae_whole_up_to: int | None = None
     """Side in pixels of the largest square that the autoencoder decodes at once; what has more pixels is decoded in
-    bands of rows, which takes less memory and gives the same picture. None: 768 on CPU, 2048 on Ascend."""
+    bands of rows, which takes less memory and gives the same picture. None: 256 on CPU, 2048 on Ascend."""
     num_rows: int | None = None
     """Rows of the sheet that is written beside the pictures of each prompt; with num_cols in place of
     num_images_per_prompt. None: 1, or no sheet."""

@@ -22,17 +22,22 @@ from dreambooth_ms.ops import (
 NORM_EPS = 1e-6
 
 
-class AutoencoderKL(nn.Cell):
-    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w), unscaled."""
+ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
-    def __init__(self, spec: VaeSpec) -> None:
+
+class AutoencoderKL(nn.Cell):
+    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w), unscaled; or only one of the two directions."""
+
+    def __init__(self, spec: VaeSpec, encodes: bool = True, decodes: bool = True) -> None:
         super().__init__()
         self.spec = spec
         self.from_public_layout = FromPublicLayout()
-        self.encoder = Encoder(spec)
-        self.quant_conv = conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
-        self.post_quant_conv = conv2d(spec.latent_channels, spec.latent_channels, 1)
-        self.decoder = Decoder(spec)
+        if encodes:
+            self.encoder = Encoder(spec)
+            self.quant_conv = conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+        if decodes:
+            self.post_quant_conv = conv2d(spec.latent_channels, spec.latent_channels, 1)
+            self.decoder = Decoder(spec)
         self.to_public_layout = ToPublicLayout()
 
     def encode(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:

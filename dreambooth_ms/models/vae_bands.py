@@ -1,33 +1,37 @@
 """The autoencoder's decoder layer by layer in bands of rows, for pictures that are large for the memory.
 
-Between two layers the whole image stays with the host. So a norm has the statistics of all pixels, a convolution reads
+Between two layers the whole image exists. So a norm has the statistics of all pixels, a convolution reads
 a row more above and below its band, and the picture is that of `AutoencoderKL.decode` up to the order in which float32
 numbers are added. A layer's input and output exist at once, and of what is in between only a band.
 
 Shapes: x an image of one row in this formulation's layout, C channels; I, O channels of a convolution.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
 
 from dreambooth_ms.models.layers import ResnetBlock2D
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import (
-    AddPerChannel,
     CompiledCell,
     Conv2d,
-    MultiplyPerChannel,
+    Padding,
+    UpsampleNearest,
+    arrays_used_again,
     channel_bias,
     convolution,
     image_axes,
     shared,
+    uncompiled,
 )
 
 MAX_TAPS = 1 << 24
 """A band is as high as its convolution's gathered taps stay below so many numbers (64 MiB in float32)."""
+MAX_SUMMED = 1 << 20
+"""Numbers that are summed at a time, so that they stay near the processor."""
 
 
 class BandedDecoder:
@@ -42,97 +46,118 @@ class BandedDecoder:
         self._vae, self._max_taps = vae, max_taps
         self._head = _Head(vae)
         self._axes = image_axes()
-        self._cells: dict[tuple[object, ...], CompiledCell] = {}
 
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
         """Decode."""
+        x = self._head(latents_1Chw)
+        with uncompiled(), arrays_used_again():
+            return self._tail(x)
+
+    def _tail(self, x: Tensor) -> np.ndarray:
+        """What comes after the head, operation by operation: graphs would keep their last inputs (measured)."""
         decoder = self._vae.decoder
-        x = self._head(latents_1Chw).asnumpy().copy()
         for block in decoder.up_blocks:
             for resnet in block.resnets:
                 x = self._resnet(resnet, x)
             if block.has_upsampler:
                 x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
         x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
-        return np.moveaxis(x, self._axes.channels, 1)
+        return np.moveaxis(x.asnumpy(), self._axes.channels, 1)
 
-    def _resnet(self, resnet: ResnetBlock2D, x: np.ndarray) -> np.ndarray:
-        """See `ResnetBlock2D`; without a shortcut the result takes the place of the input."""
+    def _resnet(self, resnet: ResnetBlock2D, x: Tensor) -> Tensor:
+        """See `ResnetBlock2D`; the result takes the place of the input."""
         y = self._convolved(resnet.conv1, x, resnet.norm1)
-        total = self._convolved(resnet.conv_shortcut, x) if resnet.has_shortcut else x
-        return self._convolved(resnet.conv2, y, resnet.norm2, onto=total)
+        if resnet.has_shortcut:
+            x = self._convolved(resnet.conv_shortcut, x, into=self._first_half(x, resnet.conv_shortcut.out_channels))
+        return self._convolved(resnet.conv2, y, resnet.norm2, into=x, adds=True)
+
+    def _first_half(self, x: Tensor, channels: int) -> Tensor | None:
+        """The first half of an image's place as an image of half the channels, where its pixels are stored in order.
+
+        What is computed of it band by band, pixel by pixel, ends there before the pixels that are still to be read.
+        """
+        batch, height, width, own_channels = x.shape
+        if self._axes.channels != 3 or own_channels != 2 * channels:
+            return None
+        return ops.reshape(ops.reshape(x, (2, -1))[0], (batch, height, width, channels))
 
     def _convolved(
         self,
         conv: Conv2d,
-        x: np.ndarray,
+        x: Tensor,
         norm: nn.Cell | None = None,
         upsampling: int = 1,
-        onto: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """A convolution of the input, of its norm and SiLU, or of it enlarged; `onto` an image it is added to."""
+        into: Tensor | None = None,
+        adds: bool = False,
+    ) -> Tensor:
+        """A convolution of an image, of its norm and SiLU, or of it enlarged.
+
+        `into` is where to write it, or what to add it to; that of single pixels may be written over the image itself.
+        """
         height, width = (x.shape[axis] * upsampling for axis in (self._axes.height, self._axes.width))
-        weights = [Tensor(conv.weight.asnumpy()), Tensor(conv.bias.asnumpy())]
-        if norm is not None:
-            weights += [Tensor(one.astype(np.float32)) for one in self._centre_scale_shift(norm, x)]
-        cell = self._cell(conv, norm is not None)
+        normalise = None if norm is None else self._norm_and_silu(norm, x)
+        result = self._empty_image(height, width, conv.out_channels, x.dtype) if into is None else into
+        beside = conv.kernel_size // 2
         rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
-        if onto is None:
-            shape = list(x.shape)
-            shape[self._axes.height], shape[self._axes.width] = height, width
-            shape[self._axes.channels] = conv.out_channels
-            onto = np.zeros(shape, x.dtype)
         for start in range(0, height, rows):
-            read = np.arange(start - conv.kernel_size // 2, start + rows + conv.kernel_size // 2)
-            band, is_inside = self._read(x, read, upsampling)
-            y = cell(band, *weights) if norm is None else cell(band, is_inside, *weights)
-            _rows(onto, start, start + rows, self._axes.height)[...] += y.asnumpy()
-        return onto
+            first, stop = max(start - beside, 0), min(start + rows + beside, height)
+            padding = first - start + beside, start + rows + beside - stop, beside, beside
+            band = self._read(x, first, stop, upsampling)
+            y = _convolved_band(conv, padding, band if normalise is None else normalise(band))
+            place = self._rows(start, start + rows)
+            result[place] = result[place] + y if adds else y
+        return result
 
-    def _read(self, x: np.ndarray, rows: np.ndarray, upsampling: int) -> tuple[Tensor, Tensor]:
-        """Some rows of an image, enlarged by repetition, zeros for those outside; and 1 or 0 for inside or outside."""
-        height = x.shape[self._axes.height] * upsampling
-        inside = (rows >= 0) & (rows < height)
-        band = np.take(x, rows.clip(0, height - 1) // upsampling, self._axes.height)
-        if upsampling > 1:
-            band = band.repeat(upsampling, self._axes.width)
-        is_inside = inside.reshape([-1 if axis == self._axes.height else 1 for axis in range(4)]).astype(x.dtype)
-        for outside in np.flatnonzero(~inside):
-            _rows(band, outside, outside + 1, self._axes.height)[...] = 0
-        return Tensor(band), Tensor(is_inside)
+    def _empty_image(self, height: int, width: int, channels: int, dtype: ms.Type) -> Tensor:
+        sizes = {self._axes.height: height, self._axes.width: width, self._axes.channels: channels}
+        return mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=dtype)
 
-    def _cell(self, conv: Conv2d, is_normed: bool) -> CompiledCell:
-        """One for all convolutions of this kind: the weights are inputs."""
-        kind = (conv.in_channels, conv.out_channels, conv.kernel_size)
-        if (kind, is_normed) not in self._cells:
-            self._cells[kind, is_normed] = (_NormConvolution if is_normed else _Convolution)(*kind)
-        return self._cells[kind, is_normed]
+    def _read(self, x: Tensor, start: int, stop: int, upsampling: int) -> Tensor:
+        """Some rows of an image, or of it enlarged to twice its size."""
+        if upsampling == 1:
+            return x[self._rows(start, stop)]
+        parents = start // 2, (stop + 1) // 2
+        enlarged = shared(UpsampleNearest)(x[self._rows(*parents)])
+        return enlarged[self._rows(start - 2 * parents[0], stop - 2 * parents[0])]
 
-    def _centre_scale_shift(self, norm: nn.Cell, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(1, C) each, such that the group norm of an image is (x - centre) * scale + shift."""
-        axes = tuple(axis for axis in range(4) if axis != self._axes.channels)
+    def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
+        return (slice(None),) * self._axes.height + (slice(start, stop),)
+
+    def _norm_and_silu(self, norm: nn.Cell, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What makes of a band of an image its group norm, by the statistics of the whole image, and SiLU."""
         channels = x.shape[self._axes.channels]
+        pixel = [channels if axis == self._axes.channels else 1 for axis in range(4)]
+        pixels = tuple(axis for axis in range(4) if axis != self._axes.channels)
         count = x.size // norm.num_groups
 
         def over_group(sums_C: np.ndarray) -> np.ndarray:
-            sums = sums_C.reshape(norm.num_groups, -1).sum(1, keepdims=True)
-            return np.broadcast_to(sums / count, (norm.num_groups, channels // norm.num_groups)).reshape(-1)
+            means = sums_C.reshape(norm.num_groups, -1).sum(1) / count
+            return np.repeat(means, channels // norm.num_groups).reshape(pixel)
 
-        mean_C = over_group(sum(band.sum(axes, dtype=np.float64) for band in self._bands(x)))
-        centre = mean_C.astype(np.float32).reshape([-1 if axis == self._axes.channels else 1 for axis in range(4)])
-        squares_C = sum(np.square(band - centre).sum(axes, dtype=np.float64) for band in self._bands(x))
-        scale_C = norm.weight.asnumpy() / np.sqrt(over_group(squares_C) + norm.eps)
-        return mean_C[None], scale_C[None], norm.bias.asnumpy()[None]
+        mean = over_group(sum(part.sum(pixels, dtype=np.float64) for part in self._parts(x)))
+        centre = mean.astype(np.float32)
+        variance = over_group(sum(np.square(part - centre).sum(pixels, dtype=np.float64) for part in self._parts(x)))
+        scale = (norm.weight.asnumpy().reshape(pixel) / np.sqrt(variance + norm.eps)).astype(np.float32)
+        shift = norm.bias.asnumpy().reshape(pixel)
 
-    def _bands(self, x: np.ndarray) -> Iterator[np.ndarray]:
+        def normalise(band: Tensor) -> Tensor:
+            y = band.asnumpy() - centre
+            y *= scale
+            y += shift
+            return ops.silu(Tensor(y)).astype(band.dtype)
+
+        return normalise
+
+    def _parts(self, x: Tensor) -> Iterator[np.ndarray]:
+        """An image, few rows at a time."""
         height = x.shape[self._axes.height]
-        rows = band_height(height, self._max_taps * height // x.size)
+        rows = band_height(height, MAX_SUMMED * height // x.size)
         for start in range(0, height, rows):
-            yield _rows(x, start, start + rows, self._axes.height)
+            yield x[self._rows(start, start + rows)].asnumpy()
 
 
 def band_height(height: int, most: int) -> int:
-    """The largest divisor of a height that is at most this, and at least 1: bands of one shape are one graph."""
+    """The largest divisor of a height that is at most this, and at least 1, so that bands are of one height."""
     return next(rows for rows in range(max(1, min(height, most)), 0, -1) if height % rows == 0)
 
 
@@ -148,42 +173,6 @@ class _Head(CompiledCell):
         return self.vae.decoder.mid_block(self.vae.decoder.conv_in(x))
 
 
-class _Convolution(CompiledCell):
-    """A band with the rows beside it, weight, bias -> the band, convolved."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(auto_prefix=False)
-        # Above and below the band has its neighbours; left and right ends the image.
-        sides = kernel_size // 2
-        self.product = convolution(in_channels, out_channels, kernel_size, 1, (0, 0, sides, sides))
-        self.bias_add = channel_bias()
-
-    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.bias_add(self.product(x, weight.astype(x.dtype)), bias.astype(x.dtype))
-
-
-class _NormConvolution(CompiledCell):
-    """The same of the band's norm and SiLU, which are zero where a row is not inside of the image."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(auto_prefix=False)
-        self.convolution = _Convolution(in_channels, out_channels, kernel_size)
-        self.add, self.multiply = shared(AddPerChannel), shared(MultiplyPerChannel)
-
-    def construct(
-        self,
-        x: Tensor,
-        is_inside: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        centre_1C: Tensor,
-        scale_1C: Tensor,
-        shift_1C: Tensor,
-    ) -> Tensor:
-        y = self.multiply(self.add(x.astype(ms.float32), -centre_1C), scale_1C)
-        y = ops.silu(self.add(y, shift_1C)).astype(x.dtype) * ops.broadcast_to(is_inside, x.shape)
-        return self.convolution(y, weight, bias)
-
-
-def _rows(x: np.ndarray, start: int, stop: int, axis: int) -> np.ndarray:
-    return x[(slice(None),) * axis + (slice(start, stop),)]
+def _convolved_band(conv: Conv2d, padding: Padding, x: Tensor) -> Tensor:
+    product = convolution(conv.in_channels, conv.out_channels, conv.kernel_size, 1, padding)
+    return channel_bias()(product(x, conv.weight.astype(x.dtype)), conv.bias.astype(x.dtype))

@@ -17,16 +17,17 @@ from dreambooth_ms.ops.backend import (
     formulation,
     set_up_device,
     shared,
+    uncompiled,
     use_formulation,
 )
 from dreambooth_ms.ops.compiled_cell import CompiledCell
-from dreambooth_ms.ops.conv import Conv2d, channel_bias, conv2d, convolution
+from dreambooth_ms.ops.conv import Conv2d, Padding, channel_bias, conv2d, convolution
+from dreambooth_ms.ops.host_memory import arrays_used_again
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
     ConcatChannels,
     FromPublicLayout,
     ImageToTokens,
-    MultiplyPerChannel,
     SplitChannels,
     StoredLayout,
     TokensToImage,
@@ -51,13 +52,14 @@ __all__ = [
     "ImageToTokens",
     "LayerNorm",
     "MultiHeadAttention",
-    "MultiplyPerChannel",
+    "Padding",
     "QuickGelu",
     "SplitChannels",
     "StoredLayout",
     "ToPublicLayout",
     "TokensToImage",
     "UpsampleNearest",
+    "arrays_used_again",
     "channel_bias",
     "compute_dtype",
     "conv2d",
@@ -67,5 +69,6 @@ __all__ = [
     "image_axes",
     "set_up_device",
     "shared",
+    "uncompiled",
     "use_formulation",
 ]

@@ -14,6 +14,7 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.ops.compile_cache import set_up_compile_cache
+from dreambooth_ms.ops.host_memory import keep_arrays_apart
 
 
 class Formulation(Enum):
@@ -49,6 +50,7 @@ def set_up_device(target: str, ms_mode: int) -> str:
     ms.set_device(device)
     if device == "CPU":
         _set_up_pool()
+        keep_arrays_apart()
     ms.set_context(mode=ms.PYNATIVE_MODE if ms_mode == 1 else ms.GRAPH_MODE)
     _formulation = Formulation(device.lower())
     # Nothing has been run on an Ascend card, so there the cache is on only if it is asked for.
@@ -113,6 +115,17 @@ def after(x: Tensor, earlier: Tensor | tuple[Tensor, ...]) -> Tensor:
 def ones(shape: tuple[int, ...]) -> Tensor:
     """A constant of the graph, float32; `ops.ones` is an operation of every step."""
     return Tensor(np.ones(shape), ms.float32)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, cells are computed operation by operation (PyNative), whatever the execution mode is."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)
 
 
 @contextmanager

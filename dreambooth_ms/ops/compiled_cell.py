@@ -6,6 +6,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.ops.backend import formulation
 from dreambooth_ms.ops.compile_cache import compile_cache
+from dreambooth_ms.ops.host_memory import give_back_freed_memory
 
 
 class CompiledCell(nn.Cell):
@@ -22,7 +23,9 @@ class CompiledCell(nn.Cell):
             super().compile(*args, **kwargs)
         else:
             cache.compile(self, args, formulation(), lambda: super(CompiledCell, self).compile(*args, **kwargs))
-        known.add(signature)
+        if signature not in known:
+            known.add(signature)
+            give_back_freed_memory()
 
 
 def _signature(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

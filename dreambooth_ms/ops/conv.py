@@ -18,8 +18,8 @@ from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""
 
-# The gathered taps of one part of a convolution take at most this many numbers (256 MiB in float32).
-MAX_TAPS = 1 << 26
+# The gathered taps of one part of a convolution take at most this many numbers (128 MiB in float32).
+MAX_TAPS = 1 << 25
 
 
 def conv2d(

@@ -57,13 +57,6 @@ class _ImageCell(nn.Cell):
         self.channels_last = formulation() is Formulation.CPU
         self.channel_axis = image_axes().channels
 
-    def over_pixels(self, numbers_BC: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """One number per row and channel, repeated for every pixel of an image of this shape."""
-        # Broadcasting inside `+` keeps an index table per kernel on CPU; broadcast_to does not (measured).
-        batch, channels = numbers_BC.shape
-        one_pixel = (batch, 1, 1, channels) if self.channels_last else (batch, channels, 1, 1)
-        return ops.broadcast_to(ops.reshape(numbers_BC, one_pixel), shape)
-
 
 class FromPublicLayout(_ImageCell):
     """(B, C, H, W), as files and schedulers hold images and latents -> an image of this formulation."""
@@ -121,14 +114,10 @@ class AddPerChannel(_ImageCell):
     """An image plus one number per row and channel, (B, C)."""
 
     def construct(self, x: Tensor, bias_BC: Tensor) -> Tensor:
-        return x + self.over_pixels(bias_BC, x.shape)
-
-
-class MultiplyPerChannel(_ImageCell):
-    """An image times one number per row and channel, (B, C)."""
-
-    def construct(self, x: Tensor, factor_BC: Tensor) -> Tensor:
-        return x * self.over_pixels(factor_BC, x.shape)
+        batch, channels = bias_BC.shape
+        # Broadcasting inside `+` keeps an index table per kernel on CPU; broadcast_to does not (measured).
+        one_pixel = (batch, 1, 1, channels) if self.channels_last else (batch, channels, 1, 1)
+        return x + ops.broadcast_to(ops.reshape(bias_BC, one_pixel), x.shape)
 
 
 class UpsampleNearest(_ImageCell):

@@ -16,7 +16,7 @@ from dreambooth_ms.randomness import standard_normal
 
 PURPOSE = "latents of the picture to start from"
 
-WHOLE_UP_TO = {Formulation.CPU: 768, Formulation.ASCEND: 2048}
+WHOLE_UP_TO = {Formulation.CPU: 256, Formulation.ASCEND: 2048}
 """Side in pixels of the largest square that is decoded at once. What has more pixels is decoded in bands of rows, which
 takes less memory and gives the same picture (`models.vae_bands`)."""
 

@@ -15,7 +15,6 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.clip import TextEncoders
-from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
 from dreambooth_ms.sampling.pipeline import BatchStep, Rows, Sampler, starting_noise
@@ -60,7 +59,6 @@ class SamplingModel:
                 raise self._of_another_base(path)
         self._mixed_precision = mixed_precision
         self._text = _PromptReader(self, keep_text_encoders)
-        self._vae: AutoencoderKL | None = None
         self._sampler: Sampler | None = None
         self._encoder: PictureEncoder | None = None
         self._layers = AdaptedLayers([])
@@ -148,7 +146,7 @@ class SamplingModel:
 
     def release(self) -> None:
         """Give back the memory of all networks; they are loaded again when they are needed."""
-        self._vae, self._sampler, self._encoder, self._layers = None, None, None, AdaptedLayers([])
+        self._sampler, self._encoder, self._layers = None, None, AdaptedLayers([])
         self._text.release()
         gc.collect()
 
@@ -206,18 +204,13 @@ class SamplingModel:
             self._layers = self.put_adapters({"unet": unet})
             compute_in(unet, compute_dtype(self._mixed_precision))
             settings = SamplingSettings(request.scheduler, request.num_inference_steps, request.guidance_scale, 1)
-            self._sampler = Sampler(unet, self._autoencoder(), self.folder.scheduler_config, settings)
+            self._sampler = Sampler(unet, self.folder.load_vae(encodes=False), self.folder.scheduler_config, settings)
         self._layers.set_scales(self.scales(request))
         return self._sampler
 
-    def _autoencoder(self) -> AutoencoderKL:
-        if self._vae is None:
-            self._vae = self.folder.load_vae()
-        return self._vae
-
     def _picture_encoder(self) -> PictureEncoder:
         if self._encoder is None:
-            self._encoder = PictureEncoder(self._autoencoder())
+            self._encoder = PictureEncoder(self.folder.load_vae(decodes=False))
         return self._encoder
 
     def _of_another_base(self, adapter: str, why: str = "") -> WeightError:

@@ -20,7 +20,7 @@ from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWit
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.models.vae import AutoencoderKL
+from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
 from dreambooth_ms.weights.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.weights.digest import tensors_digest
 from dreambooth_ms.weights.files.open import open_tensor_file
@@ -175,9 +175,10 @@ class ModelFolder:
         """The denoiser, filled."""
         return self._load("unet", UNet2DConditionModel(self.unet_spec))
 
-    def load_vae(self) -> AutoencoderKL:
-        """The autoencoder, filled."""
-        return self._load("vae", AutoencoderKL(self.vae_spec))
+    def load_vae(self, encodes: bool = True, decodes: bool = True) -> AutoencoderKL:
+        """The autoencoder, filled; or one of its directions, which takes less memory."""
+        unused = (*(() if encodes else ENCODER_LAYERS), *(() if decodes else DECODER_LAYERS))
+        return self._load("vae", AutoencoderKL(self.vae_spec, encodes, decodes), unused)
 
     def load_text_encoder(self) -> CLIPTextModel:
         """The first text encoder, filled."""
@@ -191,8 +192,10 @@ class ModelFolder:
             self.load_text_encoder() if self.text_spec else None, second and self._load("text_encoder_2", second)
         )
 
-    def _load(self, part: str, network: nn.Cell) -> Any:
-        load_strict(network, fit_old_attention(self.tensors(part), network), str(self.weight_file(part)))
+    def _load(self, part: str, network: nn.Cell, unused: Collection[str] = ()) -> Any:
+        """Fill a network that has all layers of its file but the unused ones."""
+        tensors = {name: one for name, one in self.tensors(part).items() if name.partition(".")[0] not in unused}
+        load_strict(network, fit_old_attention(tensors, network), str(self.weight_file(part)))
         return network
 
 
