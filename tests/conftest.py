@@ -1,4 +1,4 @@
-"""What every test shares: the device, and both execution modes."""
+"""What every test shares: the device, the compile cache, and both execution modes."""
 
 import os
 
@@ -9,20 +9,17 @@ from dreambooth_ms.ops import set_up_device
 
 
 @pytest.fixture(scope="session", autouse=True)
-def device():
-    """Graph mode on CPU, once for the whole run; tests of the compile cache name a folder of their own."""
-    os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
+def device(tmp_path_factory):
+    """Graph mode on CPU, once for the whole run.
+
+    As for users the compile cache is on, in a folder that starts empty: the tests, and the commands that they start,
+    compile a graph once between them. Tests of the cache name a folder of their own.
+    """
+    temporary = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        temporary = temporary.parent
+    os.environ["XDG_CACHE_HOME"] = str(temporary / "cache")
     torch.set_num_threads(2)
-    set_up_device("CPU", 0)
-
-
-@pytest.fixture
-def compile_once(device, monkeypatch, tmp_path):
-    """For one test, what is compiled again comes from the compile cache."""
-    with monkeypatch.context() as patch:
-        patch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
-        patch.setenv("MS_COMPILER_CACHE_PATH", str(tmp_path / "compiled"))
-        yield
     set_up_device("CPU", 0)
 
 

@@ -51,8 +51,6 @@ class Place:
 
     def __init__(self, root):
         self.root = root
-        # Runs that compile what another has compiled start sooner.
-        self.compile_cache = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(root / "compiled")}
         write_random_model(root / "sd")
         write_random_sdxl(root / "sdxl")
         for folder, count in (("dog", 3), ("class", 2)):
@@ -64,12 +62,11 @@ class Place:
     def start(self, launcher, arguments, is_parallel="True", **variables):
         python = "python" if launcher == "msrun" else sys.executable
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
-        environment["MS_COMPILER_CACHE_ENABLE"] = "0"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
             [*launched(launcher), python, "-m", "dreambooth_ms", *arguments, "--is_parallel", is_parallel],
             cwd=self.root,
-            env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | self.compile_cache | variables,
+            env=environment | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -309,7 +306,6 @@ def test_two_machines_each_with_its_own_msrun(place):
         for link in links:
             subprocess.run(["ip", *link], check=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
-        environment["MS_COMPILER_CACHE_ENABLE"] = "0"
         environment |= {
             "PYTHONPATH": str(REPOSITORY),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -334,7 +334,7 @@ FULL = (
 )
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_an_adapter_is_the_same_in_the_end(home, monkeypatch, capsys, compile_once):
+def test_a_second_ctrl_c_leaves_at_once_and_an_adapter_is_the_same_in_the_end(home, monkeypatch, capsys):
     """In the middle of the accumulation of step 6; two Ctrl-C are two signals in the same step."""
     monkeypatch.chdir(home)
     assert main(command("straight", STEPS, *LORA)) == 0
@@ -367,7 +367,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_an_adapter_is_the_same_in_the_end(ho
     assert results(home / "stopped") == results(home / "straight")
 
 
-def test_a_run_of_all_weights_that_is_killed_is_the_same_in_the_end(home, monkeypatch, compile_once):
+def test_a_run_of_all_weights_that_is_killed_is_the_same_in_the_end(home, monkeypatch):
     """kill -9, in the middle of some step after the checkpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "dreambooth_ms.cli.main", *command("killed", 1000, *FULL)],

@@ -48,10 +48,8 @@ class Place:
 
     def start(self, *arguments, cache=None):
         """Start a training, with the compile cache in a folder or without; MindSpore says what it finds there."""
-        environment = dict(os.environ) | {"MS_SUBMODULE_LOG_v": "{PIPELINE:2}"}
-        if cache:
-            del environment["MS_COMPILER_CACHE_ENABLE"]
-            environment["MS_COMPILER_CACHE_PATH"] = str(self.root / cache)
+        kept = {"MS_COMPILER_CACHE_PATH": str(self.root / cache)} if cache else {"MS_COMPILER_CACHE_ENABLE": "0"}
+        environment = os.environ | kept | {"MS_SUBMODULE_LOG_v": "{PIPELINE:2}"}
         return subprocess.Popen(
             [sys.executable, "-m", "dreambooth_ms.cli.main", *arguments],
             cwd=self.root,
