@@ -6,6 +6,7 @@
     python -m tools.bench_step --method full
     python -m tools.bench_step --processes 2       # two of ours beside one of the peer with the rows of both
     python -m tools.bench_step --size sdxl --resolution 1024 --gradient_checkpointing --only ours --steps 1
+    python -m tools.bench_step --size sd15-half --resolution 256 --method full --processes 2 --zero_stage 1 --only ours
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
 and one of the class, latents and embeddings given, AdamW, gradients clipped to norm 1. So both have the same loss, and
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,14 @@ SIZES = {
         downsampling=4,
     ),
     "sd15": Size(SD_15_UNET, resolution=512, downsampling=8),
+    "sd15-half": Size(
+        replace(SD_15_UNET, block_out_channels=tuple(width // 2 for width in SD_15_UNET.block_out_channels)),
+        resolution=512,
+        downsampling=8,
+    ),
     "sdxl": Size(SDXL_UNET, resolution=512, downsampling=8),
 }
-"""`tiny` is the size of the embedded base."""
+"""`tiny` is the size of the embedded base; `sd15-half` has half the widths of SD 1.5."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,10 @@ class Job:
     """Processes of ours, of which each takes two rows; the peer takes all rows in one."""
     gradient_checkpointing: bool = False
     """Whether the backward pass computes activations again."""
+    zero_stage: int = 0
+    """1: each process of ours keeps a part of the optimiser's state."""
+    whole_attention: bool = False
+    """Whether ours computes the scores of each attention at once, in place of slices."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,10 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
 
     if processes.count == 1:
         set_up_device("CPU", 0)
+    if job.whole_attention:
+        from dreambooth_ms.ops import attention
+
+        attention.MAX_SCORES = sys.maxsize
 
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
@@ -167,8 +181,9 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
     from dreambooth_ms.training.recomputation import GivenPrediction
+    from dreambooth_ms.training.sharding import ShardedOptimiser
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
     from dreambooth_ms.weights.parameters import public_parameters
 
@@ -182,7 +197,11 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     trainables = lora_trainables(layers) if layers else [public.parameter for public in named.values()]
     compute_in(unet, compute_dtype(job.mixed_precision))
     scaler = LossScaler(LossScaling()) if job.mixed_precision == "fp16" else None
-    optimiser = AdamW(trainables, AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
+
+    def make_optimiser(start: int = 0, stop: int | None = None) -> Optimiser:
+        return AdamW(trainables[start:stop], AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
+
+    optimiser = ShardedOptimiser(trainables, make_optimiser, processes) if job.zero_stage else make_optimiser()
     spec = NoiseScheduleSpec()
     schedule = NoiseSchedule.from_spec(spec)
     segments = Segments(unet) if job.gradient_checkpointing else None
@@ -435,6 +454,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     parser.add_argument("--processes", type=int, default=1, help="processes of ours (default: 1)")
     parser.add_argument("--resolution", type=int, help="side of the pictures in pixels (default: the UNet's own)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again")
+    parser.add_argument("--zero_stage", type=int, choices=[0, 1], default=0, help="of several processes of ours")
+    parser.add_argument("--whole_attention", action="store_true", help="ours without slices of attention")
     parser.add_argument("--only", choices=list(SIDES), help="measure one side, where the other does not fit")
     parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
@@ -448,6 +469,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
     if args.pairs < 1 or args.steps < 1 or args.processes < 1:
         parser.error("--pairs, --steps and --processes: expected at least 1")
+    if args.zero_stage and args.processes == 1:
+        parser.error("--zero_stage: expected more than one of --processes")
+    if args.whole_attention:
+        # The sources are the same, so the key would be: what is compiled is neither kept nor found.
+        os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
     return args, Job(
         size.unet,
         resolution // size.downsampling,
@@ -456,6 +482,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         args.mixed_precision,
         args.processes,
         args.gradient_checkpointing,
+        args.zero_stage,
+        args.whole_attention,
     )
 
 
