@@ -94,7 +94,7 @@ class LoraDense(LoraLayer):
         if self.dropout is not None:
             inputs = self.dropout(inputs)
         down = self.matmul(inputs, self.lora_A.weight)
-        down = down * ops.broadcast_to(self.lora_scale, down.shape)
+        down = _scaled(down, self.lora_scale)
         y = y + self.matmul(down, self.lora_B.weight).astype(y.dtype)
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
 
@@ -117,8 +117,13 @@ class LoraConv2d(LoraLayer):
         if self.dropout is not None:
             inputs = ops.reshape(self.dropout(ops.reshape(inputs, (-1, inputs.shape[-1]))), inputs.shape)
         down = self.lora_A(inputs)
-        down = down * ops.broadcast_to(self.lora_scale, down.shape)
+        down = _scaled(down, self.lora_scale)
         return y + self.lora_B(down).astype(y.dtype)
+
+
+def _scaled(down: Tensor, scale: Tensor) -> Tensor:
+    """By one number, or by one for each column; broadcasting several keeps an index table on CPU (measured)."""
+    return down * (ops.broadcast_to(scale, down.shape) if scale.ndim else scale)
 
 
 class LoraMatrix(nn.Cell):

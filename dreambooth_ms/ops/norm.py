@@ -97,91 +97,101 @@ class ChannelsLastGroupNorm(nn.Cell):
         self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, silu)
 
     def construct(self, x_BHWC: Tensor) -> Tensor:
-        batch, height, width, channels = x_BHWC.shape
-        x_BPC = ops.reshape(x_BHWC, (batch, height * width, channels)).astype(ms.float32)
-        y_BPC, _, _ = self.normalise(x_BPC, self.weight, self.bias)
-        return ops.reshape(y_BPC, x_BHWC.shape).astype(x_BHWC.dtype)
+        batch, _, _, channels = x_BHWC.shape
+        x_NC = ops.reshape(x_BHWC, (-1, channels)).astype(ms.float32)
+        y_NC, _, _ = self.normalise(x_NC, self.weight, self.bias, batch)
+        return ops.reshape(y_NC, x_BHWC.shape).astype(x_BHWC.dtype)
 
 
 class _NormaliseGroups(nn.Cell):
-    """(B, P, C) -> (B, P, C), with mean and reciprocal standard deviation as (B, C).
+    """(N, C) of the N = B * P pixels of all images -> (N, C), with mean and reciprocal standard deviation as (B, C).
 
     Its own backward pass keeps the input and the two statistics, and writes the norm's gradient as
     dx = a * dy + b * (x - mean) + c with a, b, c per row and channel.
+
+    Where an operation costs as much as the arithmetic of a small tensor (docs/performance.md), their number counts: a
+    sum over pixels, and its way back to them, are one product each.
     """
 
     def __init__(self, num_groups: int, channels: int, eps: float, silu: bool) -> None:
         super().__init__()
         self.num_groups, self.channels, self.eps, self.silu = num_groups, channels, eps, silu
-        self.matmul, self.bmm = ops.MatMul(), ops.BatchMatMul()
-        self.times_transposed = ops.MatMul(transpose_b=True)
+        self.matmul, self.times_transposed = ops.MatMul(), ops.MatMul(transpose_b=True)
+        self.transposed_times = ops.MatMul(transpose_a=True)
         self.bias_add = ops.BiasAdd()
 
-    def construct(self, x_BPC: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, pixels, channels = x_BPC.shape
-        count = pixels * (channels // self.num_groups)
-        mean_BC = self._group_sum(self._pixel_sum(x_BPC)) * (1 / count)
-        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
-        variance_BC = self._group_sum(self._pixel_sum(centred_BPC * centred_BPC)) * (1 / count)
+    def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        pixels = x_NC.shape[0] // batch
+        mean_BC = self._group_mean(self._pixel_sum(x_NC, batch), pixels)
+        centred_NC = x_NC - self._over_pixels(mean_BC, pixels)
+        variance_BC = self._group_mean(self._pixel_sum(centred_NC * centred_NC, batch), pixels)
         rstd_BC = ops.rsqrt(variance_BC + self.eps)
-        y_BPC = self._scaled_and_shifted(centred_BPC, rstd_BC, weight_C, bias_C)
+        # Broadcasting keeps an index table on CPU, but of (B, C) it is small.
+        scale_NC = self._over_pixels(rstd_BC * weight_C, pixels)
+        y_NC = self.bias_add(centred_NC * scale_NC, bias_C)
         if self.silu:
-            y_BPC = y_BPC * ops.sigmoid(y_BPC)
-        return y_BPC, mean_BC, rstd_BC
+            y_NC = y_NC * ops.sigmoid(y_NC)
+        return y_NC, mean_BC, rstd_BC
 
     def bprop(
         self,
-        x_BPC: Tensor,
+        x_NC: Tensor,
         weight_C: Tensor,
         bias_C: Tensor,
+        batch: int,
         out: tuple[Tensor, Tensor, Tensor],
         dout: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, pixels, channels = x_BPC.shape
-        count = pixels * (channels // self.num_groups)
-        dy_BPC = dout[0]
-        x_BPC, mean_BC, rstd_BC = after(x_BPC, dy_BPC), after(out[1], dy_BPC), after(out[2], dy_BPC)
-        centred_BPC = x_BPC - _over_pixels(mean_BC, pixels)
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        pixels = x_NC.shape[0] // batch
+        dy_NC = dout[0]
+        x_NC, mean_BC, rstd_BC = after(x_NC, dy_NC), after(out[1], dy_NC), after(out[2], dy_NC)
+        centred_NC = x_NC - self._over_pixels(mean_BC, pixels)
+        scale_NC = self._over_pixels(rstd_BC * weight_C, pixels)
         if self.silu:
-            y_BPC = self._scaled_and_shifted(centred_BPC, rstd_BC, weight_C, bias_C)
-            share_BPC = ops.sigmoid(y_BPC)
-            dy_BPC = dy_BPC * share_BPC * (y_BPC * (1 - share_BPC) + 1)
-        weight_BC = _over_batch(weight_C, batch)
-        dbias_BC = self._pixel_sum(dy_BPC)
-        dweight_BC = self._pixel_sum(dy_BPC * centred_BPC) * rstd_BC
-        mean_dy_BC = self._group_sum(weight_BC * dbias_BC) * (1 / count)
-        mean_dy_xhat_BC = self._group_sum(weight_BC * dweight_BC) * (1 / count)
-        slope_BC = rstd_BC * rstd_BC * mean_dy_xhat_BC
-        dx_BPC = (
-            dy_BPC * _over_pixels(rstd_BC * weight_BC, pixels)
-            - centred_BPC * _over_pixels(slope_BC, pixels)
-            - _over_pixels(rstd_BC * mean_dy_BC, pixels)
-        )
-        return dx_BPC, dweight_BC.sum(0), dbias_BC.sum(0)
+            y_NC = self.bias_add(centred_NC * scale_NC, bias_C)
+            share_NC = ops.sigmoid(y_NC)
+            dy_NC = dy_NC * share_NC * (y_NC * (1 - share_NC) + 1)
+        dbias_BC = self._pixel_sum(dy_NC, batch)
+        dweight_BC = self._pixel_sum(dy_NC * centred_NC, batch) * rstd_BC
+        mean_dy_BC = self._group_mean(dbias_BC * weight_C, pixels)
+        mean_dy_xhat_BC = self._group_mean(dweight_BC * weight_C, pixels)
+        slope_NC = self._over_pixels(rstd_BC * rstd_BC * mean_dy_xhat_BC, pixels)
+        dx_NC = dy_NC * scale_NC - centred_NC * slope_NC - self._over_pixels(rstd_BC * mean_dy_BC, pixels)
+        return dx_NC, dweight_BC.sum(0), dbias_BC.sum(0), 0
 
-    def _scaled_and_shifted(self, centred_BPC: Tensor, rstd_BC: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
-        batch, pixels, channels = centred_BPC.shape
-        scale_BC = rstd_BC * _over_batch(weight_C, batch)
-        scaled_NC = ops.reshape(centred_BPC * _over_pixels(scale_BC, pixels), (-1, channels))
-        return ops.reshape(self.bias_add(scaled_NC, bias_C), centred_BPC.shape)
+    def _pixel_sum(self, x_NC: Tensor, batch: int) -> Tensor:
+        """(N, C) -> (B, C)."""
+        return self.matmul(_image_of_pixel(batch, x_NC.shape[0]), x_NC)
 
-    def _pixel_sum(self, x_BPC: Tensor) -> Tensor:
-        batch, pixels, channels = x_BPC.shape
-        return ops.reshape(self.bmm(ones((batch, 1, pixels)), x_BPC), (batch, channels))
+    def _over_pixels(self, x_BC: Tensor, pixels: int) -> Tensor:
+        """(B, C) -> (N, C)."""
+        batch = x_BC.shape[0]
+        return self.transposed_times(_image_of_pixel(batch, batch * pixels), x_BC)
 
-    def _group_sum(self, x_BC: Tensor) -> Tensor:
-        """Sum over the channels of a group, given back to each of its channels."""
-        membership = _membership(self.channels, self.num_groups)
-        return self.times_transposed(self.matmul(x_BC, membership), membership)
+    def _group_mean(self, sums_BC: Tensor, pixels: int) -> Tensor:
+        """Mean over a group from the sums over pixels of its channels, given back to each of its channels."""
+        count = pixels * (self.channels // self.num_groups)
+        if self.channels <= MAX_FOLDED:
+            return self.matmul(sums_BC, _same_group(self.channels, self.num_groups, count))
+        sums_BG = self.matmul(sums_BC, _membership(self.channels, self.num_groups))
+        return self.times_transposed(sums_BG * (1 / count), _membership(self.channels, self.num_groups))
 
 
-def _over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
-    batch, channels = x_BC.shape
-    return ops.broadcast_to(ops.reshape(x_BC, (batch, 1, channels)), (batch, pixels, channels))
+MAX_FOLDED = 512
+"""Up to so many channels the two products of a mean over groups are one, with a constant of C * C numbers."""
 
 
-def _over_batch(x_C: Tensor, batch: int) -> Tensor:
-    return ops.broadcast_to(ops.reshape(x_C, (1, -1)), (batch, x_C.shape[0]))
+@constexpr
+def _image_of_pixel(batch: int, pixels: int) -> Tensor:
+    """(B, N): 1 where the pixel belongs to the image."""
+    return Tensor(np.kron(np.eye(batch), np.ones((1, pixels // batch))), ms.float32)
+
+
+@constexpr
+def _same_group(channels: int, num_groups: int, count: int) -> Tensor:
+    """(C, C): 1 / count where two channels are in one group."""
+    width = channels // num_groups
+    return Tensor(np.kron(np.eye(num_groups), np.ones((width, width))) / count, ms.float32)
 
 
 @constexpr

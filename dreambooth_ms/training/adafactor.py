@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.training.optimisers import assign_if, times
+from dreambooth_ms.training.optimisers import assign_if
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
 """Epsilon 1 and 2 of the paper."""
@@ -87,8 +87,8 @@ def _update_tensor(
     gradient_RC = ops.reshape(gradient, (rows.shape[0], columns.shape[0]))
     value_RC = ops.reshape(parameter, gradient_RC.shape)
     square_RC = gradient_RC * gradient_RC + LEAST_SQUARE
-    new_rows = rows + times(square_RC.mean(1) - rows, share)
-    new_columns = columns + times(square_RC.mean(0) - columns, share)
+    new_rows = rows + (square_RC.mean(1) - rows) * share
+    new_columns = columns + (square_RC.mean(0) - columns) * share
     row_factor = ops.rsqrt(new_rows / ops.broadcast_to(new_rows.mean(), new_rows.shape))
     row_factor_RC = ops.broadcast_to(ops.reshape(row_factor, (-1, 1)), gradient_RC.shape)
     column_factor_RC = ops.broadcast_to(ops.reshape(ops.rsqrt(new_columns), (1, -1)), gradient_RC.shape)
@@ -97,7 +97,7 @@ def _update_tensor(
     if scale_parameter:
         rate = rate * ops.maximum(_root_mean_square(value_RC), LEAST_SCALE)
     clip = 1 / ops.maximum(_root_mean_square(change_RC) * (1 / CLIP), 1.0)
-    updated_RC = value_RC - times(value_RC, rate * decay) - times(change_RC, rate * clip)
+    updated_RC = value_RC - value_RC * (rate * decay) - change_RC * (rate * clip)
     return (
         assign_if(proceed, parameter, ops.reshape(updated_RC, parameter.shape)),
         assign_if(proceed, rows, new_rows),

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.training.joined import Joined, group_by_length
-from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_scalars, assign_if, times
+from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_scalars, assign_if
 
 BLOCK = 128
 DECADES = 7
@@ -150,9 +150,9 @@ class _Vector(nn.Cell):
         first = self.first_moment.read(earlier) * self.beta1 + gradient * (1 - self.beta1)
         root = self.second_root.read(earlier)
         root = ops.sqrt(root * root * self.beta2 + gradient * gradient * (1 - self.beta2))
-        change = first / (root + ops.broadcast_to(epsilon, root.shape))
-        change = change + times(value, weight_decay * self.decay_factor)
-        updated = value - times(change, learning_rate * self.rate_factor)
+        change = first / (root + epsilon)
+        change = change + value * (weight_decay * self.decay_factor)
+        updated = value - change * (learning_rate * self.rate_factor)
         if proceed is not None:
             updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
         written = self.joined.write(ops.reshape(updated, (-1,)))

@@ -58,4 +58,4 @@ class _Blend(CompiledCell):
 
 @_blend.register("Tensor", "Tensor", "Tensor")
 def _blend_tensor(share, average, parameter):
-    return ops.assign(average, average - ops.broadcast_to(share, average.shape) * (average - parameter))
+    return ops.assign(average, average - share * (average - parameter))

@@ -163,11 +163,6 @@ def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Te
     return ops.assign(parameter, value)
 
 
-def times(x: Tensor, factor: Tensor) -> Tensor:
-    """x times a number (). Broadcasting inside `*` keeps an index table on CPU; broadcast_to does not (measured)."""
-    return x * ops.broadcast_to(factor, x.shape)
-
-
 def zeros_like(parameter: Parameter, role: str) -> Parameter:
     """A parameter of zeros that stands beside another one, such as a moment of its gradients."""
     zeros = Tensor(np.zeros(parameter.shape, np.float32), ms.float32)

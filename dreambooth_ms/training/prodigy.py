@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.training.joined import Joined, group_by_length
-from dreambooth_ms.training.optimisers import assign_if, times
+from dreambooth_ms.training.optimisers import assign_if
 
 FIRST_ESTIMATE = 1e-6
 """d_0, from which the estimate grows."""
@@ -131,11 +131,11 @@ class _Vector(nn.Cell):
             gradient = gradient + value * self.decay
         over_first = estimate * (1 / FIRST_ESTIMATE)
         along = (gradient * (self.start - value)).sum() * over_first * rate
-        scaled = times(gradient, estimate)
+        scaled = gradient * estimate
         first = self.first_moment * self.beta1 + scaled * (1 - self.beta1)
         second = self.second_moment * self.beta2 + scaled * scaled * (1 - self.beta2)
         weight = over_first * (estimate if self.safeguard_warmup else rate)
-        gradient_sum = self.gradient_sum * self.beta3 + times(gradient, weight)
+        gradient_sum = self.gradient_sum * self.beta3 + gradient * weight
         states = (
             assign_if(proceed, self.first_moment, first),
             assign_if(proceed, self.second_moment, second),
@@ -146,11 +146,11 @@ class _Vector(nn.Cell):
     def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
         """Move the parameters, not before `earlier` has been computed."""
         value = self.joined.read(earlier)
-        divisor = ops.sqrt(self.second_moment) + ops.broadcast_to(estimate * self.epsilon, value.shape)
+        divisor = ops.sqrt(self.second_moment) + estimate * self.epsilon
         change = self.first_moment / divisor
         if self.decay and self.decouple:
             change = change + value * self.decay
-        updated = value - times(change, rate)
+        updated = value - change * rate
         if proceed is not None:
             updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
         return ops.depend(rate, self.joined.write(updated))
