@@ -1,7 +1,7 @@
 """Check that MindSpore has, for Ascend, every operation of the graphs that are compiled there; no card is needed.
 
     python -m tools.audit_ascend          # a table of all primitives; status 1 if one is not covered and not explained
-    python -m tools.audit_ascend --graph training
+    python -m tools.audit_ascend --graph optimisers
 
 The graphs are those of the smallest networks with every kind of layer, in Ascend's formulation. MindSpore's front end
 compiles them on CPU, without a backend, so that Ascend's own kernels stay in them by name; what is listed is its last
@@ -38,6 +38,13 @@ EXPLAINED = {
 DTYPES = frozenset({"Float32", "Float16", "BFloat16", "Int32", "Int64", "Bool"})
 """What these graphs may hold. Ascend's cube unit has no float64, and a stray one would go to the AI CPU."""
 
+EXPLAINED_DTYPES = {
+    ("Assign", "UInt8"): "sets the codes of 8-bit AdamW; documented without a limit of dtypes",
+    ("Cast", "UInt8"): "codes to and from int32 and int64, pairs that the registry of AI CPU kernels has (looked up)",
+    ("Select", "UInt8"): "keeps the codes in a step that is skipped; the registry of AI CPU kernels has it (looked up)",
+}
+"""Other dtypes of primitives, with the reason why they may be there."""
+
 
 @dataclass
 class Use:
@@ -67,7 +74,7 @@ Graph = tuple[Any, Sequence[Any]]
 """A cell and the inputs it is compiled for."""
 
 
-def training() -> list[Graph]:
+def training_sdxl() -> list[Graph]:
     """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; all of it trained.
 
     By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
@@ -75,24 +82,19 @@ def training() -> list[Graph]:
     """
     from mindspore import Tensor
 
-    from dreambooth_ms.adapters.lora import DropoutState, inject_lora
+    from dreambooth_ms.adapters.lora import DropoutState
     from dreambooth_ms.cli import smallest
     from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
-    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, TextConditioned
+    from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss
 
-    dropout = DropoutState(0.1, 0)
-    unet, encoders = UNet2DConditionModel(smallest.SDXL_UNET), _text_encoders()
-    inject_lora(unet, 2, 2.0, ["to_q", "to_k", "to_v", "to_out.0", "conv1"], dropout)
-    for encoder in encoders.networks().values():
-        inject_lora(encoder, 2, 2.0, TEXT_ENCODER_TARGETS, dropout)
-    networks = [unet, *encoders.networks().values()]
-    # Scalars are scales and the state of the dropout.
-    trainables = [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]
+    unet, encoders = UNet2DConditionModel(smallest.SDXL_UNET), _sdxl_text_encoders()
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+    trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
     step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
@@ -105,34 +107,83 @@ def training() -> list[Graph]:
     ]
 
 
-def drawing() -> list[Graph]:
-    """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
-    import mindspore as ms
+def training_sd() -> list[Graph]:
+    """A whole step of SD 1, whose transformers begin and end with convolutions: UNet and text encoder, all trained.
 
-    from dreambooth_ms.adapters.precision import compute_in
+    With adapters on linear layers and on those convolutions.
+    """
     from dreambooth_ms.cli import smallest
+    from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
-    from dreambooth_ms.sampling.denoiser import Denoiser
+    from dreambooth_ms.training.methods import TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
-    spec, rows = smallest.SDXL_UNET, smallest.ROWS
-    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
-    number = smallest.rows()[4]
-    conditioning = (
-        smallest.normal("text", rows, smallest.TOKENS, spec.cross_attention_dim),
-        smallest.normal("pooled", rows, smallest.POOLED),
-        smallest.size_ids(),
-    )
-    unet, vae = UNet2DConditionModel(spec), AutoencoderKL(smallest.VAE)
-    for parameter in unet.get_parameters():
-        parameter.requires_grad = False
-    compute_in(unet, ms.float16)
-    return [
-        (_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
-        (Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], *conditioning)),
-        (VaeDecoder(vae), (latents,)),
-        (VaeEncoder(vae), (smallest.normal("picture", 1, 3, 2 * smallest.SIDE, 2 * smallest.SIDE),)),
+    unet, encoders = UNet2DConditionModel(smallest.SD_UNET), _sd_text_encoders()
+    trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.EPSILON)
+    step = TrainStep(loss, trainables, optimiser, 1.0)
+    return [(step, (*optimiser.update_scalars(1, 1e-3), *smallest.rows(), smallest.token_ids()))]
+
+
+def optimisers() -> list[Graph]:
+    """The updates of the other optimisers, and of AdamW where two processes share its state (ZeRO 1).
+
+    Of a few tensors of every kind, by gradients of a scaled loss, so that each update has the choice to be skipped.
+    """
+    from unittest import mock
+
+    from mindspore import Parameter
+
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.ops.parallel import SumOverProcesses
+    from dreambooth_ms.processes.together import Processes
+    from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+    from dreambooth_ms.training.adamw_8bit import AdamW8bit
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
+    from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+    from dreambooth_ms.training.sharding import ShardedOptimiser
+
+    shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
+    trainables = [Parameter(smallest.normal(name, *shape), name=name) for name, shape in shapes.items()]
+    decays = [1.0, 0.5, 0.5]
+
+    def of_part(start: int, stop: int) -> Optimiser:
+        return AdamW(trainables[start:stop], AdamWHyperparameters())
+
+    whole: list[Optimiser] = [
+        AdamW8bit(trainables, AdamWHyperparameters(), decay_factors=decays),
+        Adafactor(trainables, AdafactorHyperparameters(scale_parameter=True), decay_factors=decays),
+        Prodigy(trainables, ProdigyHyperparameters(), decays),
     ]
+    # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
+    with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):
+        pair = Processes(rank=0, count=2, meet=lambda what, value: [value, value])
+        shared = _update(trainables, ShardedOptimiser(trainables, of_part, pair), SumOverProcesses())
+    return [*(_update(trainables, optimiser) for optimiser in whole), shared]
+
+
+def drawing_sdxl() -> list[Graph]:
+    """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+
+    vae, side = AutoencoderKL(smallest.VAE), smallest.SIDE
+    pooled = (smallest.normal("pooled", smallest.ROWS, smallest.POOLED), smallest.size_ids())
+    return [
+        (_sdxl_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
+        _denoising(smallest.SDXL_UNET, *pooled),
+        (VaeDecoder(vae), (smallest.normal("latents", 1, smallest.VAE.latent_channels, side, side),)),
+        (VaeEncoder(vae), (smallest.normal("picture", 1, smallest.VAE.in_channels, 2 * side, 2 * side),)),
+    ]
+
+
+def drawing_sd() -> list[Graph]:
+    """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
+    from dreambooth_ms.cli import smallest
+
+    return [(_sd_text_encoders(), (smallest.token_ids(),)), _denoising(smallest.SD_UNET)]
 
 
 def fused_attention() -> list[Graph]:
@@ -151,21 +202,82 @@ def fused_attention() -> list[Graph]:
 
 
 GRAPHS: dict[str, Callable[[], list[Graph]]] = {
-    "training": training,
-    "drawing": drawing,
+    "training SDXL": training_sdxl,
+    "training SD": training_sd,
+    "optimisers": optimisers,
+    "drawing SDXL": drawing_sdxl,
+    "drawing SD": drawing_sd,
     "fused attention": fused_attention,
 }
 
 
-def _text_encoders() -> Any:
+def _sdxl_text_encoders() -> Any:
     from dreambooth_ms.cli import smallest
-    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+
+    return _named(CLIPTextModel(smallest.TEXT), CLIPTextModelWithProjection(smallest.TEXT_2))
+
+
+def _sd_text_encoders() -> Any:
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.models.clip import CLIPTextModel
+
+    return _named(CLIPTextModel(smallest.TEXT))
+
+
+def _named(*networks: Any) -> Any:
+    """The text encoders together, each with its parameters' public names."""
+    from dreambooth_ms.models.clip import TextEncoders
     from dreambooth_ms.weights.parameters import public_parameters
 
-    encoders = TextEncoders(CLIPTextModel(smallest.TEXT), CLIPTextModelWithProjection(smallest.TEXT_2))
-    for network in encoders.networks().values():
+    for network in networks:
         public_parameters(network)
-    return encoders
+    return TextEncoders(*networks)
+
+
+def _all_trained(unet: Any, encoders: Any, targets: Sequence[str], dropout: Any = None) -> list[Any]:
+    """All parameters of a UNet and its text encoders, after adapters were put into them."""
+    from dreambooth_ms.adapters.lora import inject_lora
+    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+
+    inject_lora(unet, 2, 2.0, targets, dropout)
+    for encoder in encoders.networks().values():
+        inject_lora(encoder, 2, 2.0, TEXT_ENCODER_TARGETS, dropout)
+    # Scalars are scales and the state of the dropout.
+    networks = [unet, *encoders.networks().values()]
+    return [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]
+
+
+def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None) -> Graph:
+    """An update by this optimiser, from gradients that were added up."""
+    from mindspore import ParameterTuple
+
+    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+    from dreambooth_ms.training.optimisers import zeros_like
+    from dreambooth_ms.training.step import Update, _UpdateFromSums
+
+    sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
+    update = Update(optimiser, 1.0, sum_gradients, LossScaler(LossScaling()))
+    return _UpdateFromSums(sums, update), optimiser.update_scalars(1, 1e-3)
+
+
+def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
+    """A guided denoising step of a UNet, in half precision."""
+    import mindspore as ms
+
+    from dreambooth_ms.adapters.precision import compute_in
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.sampling.denoiser import Denoiser
+
+    unet = UNet2DConditionModel(spec)
+    for parameter in unet.get_parameters():
+        parameter.requires_grad = False
+    compute_in(unet, ms.float16)
+    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
+    number = smallest.rows()[4]
+    text = smallest.normal("text", smallest.ROWS, smallest.TOKENS, spec.cross_attention_dim)
+    return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
 
 
 def _attention_gradient(attention: Any) -> Any:
@@ -305,7 +417,7 @@ def findings(uses: dict[str, Use], wheel: Wheel) -> list[str]:
         evidence = wheel.evidence(name)
         if not (evidence.documented or evidence.kernel or evidence.aicpu or name in EXPLAINED):
             problems.append(f"{name}: nothing in MindSpore says that Ascend has it")
-        odd = use.dtypes - DTYPES
+        odd = {dtype for dtype in use.dtypes - DTYPES if (name, dtype) not in EXPLAINED_DTYPES}
         if odd:
             problems.append(f"{name}: has {', '.join(sorted(odd))}")
     return problems
@@ -326,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = "done by the runtime" if name in CONTROL else str(wheel.evidence(name))
         if name in EXPLAINED:
             said += f"; {EXPLAINED[name]}"
+        said += "".join(f"; {dtype}: {why}" for (of, dtype), why in EXPLAINED_DTYPES.items() if of == name)
         print(f"{name:24} {use.count:6}  {', '.join(sorted(use.dtypes)):32} {said}")
     problems = findings(uses, wheel)
     for problem in problems:

@@ -74,7 +74,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     folder.latent_shape(data.resolution, data.resolution)
     folder.trained_schedule()
-    check_expected_memory(config, folder)
+    check_expected_memory(config, folder, processes)
 
     instances = read_records(Path(data.instance_data_dir), data.instance_prompt, INSTANCE, tell=tell)
     class_pictures = class_pictures_of(config)

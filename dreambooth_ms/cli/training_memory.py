@@ -3,6 +3,8 @@
 from dreambooth_ms.cli.tell import tell
 from dreambooth_ms.config.schema import TrainConfig, memory_size
 from dreambooth_ms.models.activation_memory import FLOAT32, Settings
+from dreambooth_ms.ops import Formulation, formulation
+from dreambooth_ms.processes.together import Processes
 from dreambooth_ms.training.memory import (
     OPTIMISER_BYTES,
     Adapter,
@@ -15,17 +17,27 @@ from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.model_folder import ModelFolder
 
 
-def check_expected_memory(config: TrainConfig, folder: ModelFolder) -> None:
-    """Say how much memory a step will need; what cannot fit ends here, before any work."""
+def check_expected_memory(config: TrainConfig, folder: ModelFolder, processes: Processes) -> None:
+    """Say how much memory a step will need; what cannot fit ends here, before any work.
+
+    `--max_device_memory` is of each process. Without it the processes of the run that are on a machine share its
+    memory, but not where each has a card with memory of its own. All processes must ask at the same time.
+    """
     run, expected = config.run, estimate(_workload(config, folder))
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
     advice += [f"a --resolution below {config.data.resolution}"]
     advice += ["--method lora"] if config.method.method == "full" else []
-    limit = memory_size(run.max_device_memory) if run.max_device_memory else machine_memory()
-    assert limit is not None, "TrainConfig.check comes first"
-    check_memory(expected, limit, f"what needs less: {', '.join(advice)}")
+    limit, sharing = machine_memory(), processes.count_on_this_machine()
+    if run.max_device_memory:
+        given = memory_size(run.max_device_memory)
+        assert given is not None, "TrainConfig.check comes first"
+        limit, sharing = given, 1
+    elif formulation() is not Formulation.CPU:
+        sharing = 1
+    advice += ["fewer processes on a machine"] if sharing > 1 else []
+    check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 
 
 def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:

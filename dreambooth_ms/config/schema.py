@@ -231,7 +231,8 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Save memory: compute activations again in the backward pass, in place of keeping them. A step takes longer."""
     max_device_memory: str | None = None
-    """Memory that the run may take, such as 16GB; it is refused if it is expected to need more. None: the machine's."""
+    """Memory that each process may take, such as 16GB; the run is refused if it is expected to need more. None: the
+    machine's, which the processes on it share."""
     max_train_steps: int | None = None
     """Number of optimiser steps. None: decided by num_train_epochs."""
     num_train_epochs: int = 1

@@ -1,9 +1,11 @@
 """The processes of a run, seen from one of them; a process that was started by itself is one of one."""
 
+import platform
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, explain
@@ -51,12 +53,25 @@ class Processes:
         if self.is_first:
             self.wait_for_all(what)
 
+    def count_on_this_machine(self) -> int:
+        """How many of the processes share this machine's memory, this one included."""
+        machines = self.exchange("the machines", _machine())
+        return machines.count(machines[self.rank])
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of work that is the same list everywhere: every item is in one part."""
         return items[self.rank :: self.count]
 
 
 ALONE = Processes()
+
+
+def _machine() -> str:
+    """What tells this machine from others: the number of its boot, which containers have in common, or its name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
 
 
 def run_together(

@@ -103,19 +103,21 @@ def estimate(work: Workload) -> MemoryEstimate:
     )
 
 
-def check_memory(expected: MemoryEstimate, limit: int, advice: str) -> None:
+def check_memory(expected: MemoryEstimate, limit: int, advice: str, processes: int = 1) -> None:
     """Refuse what cannot fit.
 
     Args:
-        expected: what the training will need.
-        limit: bytes that there are.
+        expected: what each process will need.
+        limit: bytes that there are for all of them.
         advice: what would need less.
+        processes: how many share these bytes.
 
     Raises:
-        DeviceError: it needs more than there is.
+        DeviceError: they need more than there is.
     """
-    if expected.total > limit:
-        raise DeviceError(f"{expected}, and there are {_gib(limit)} GiB; {advice}")
+    if expected.total * processes > limit:
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise DeviceError(f"{expected}{each}, and there are {_gib(limit)} GiB; {advice}")
 
 
 def machine_memory() -> int:

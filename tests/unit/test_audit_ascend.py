@@ -3,7 +3,7 @@
 import pytest
 
 from tools import audit_ascend
-from tools.audit_ascend import EXPLAINED, Use, Wheel, findings, kernel_names, primitives
+from tools.audit_ascend import EXPLAINED, EXPLAINED_DTYPES, Use, Wheel, findings, kernel_names, primitives
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,20 @@ def test_the_graphs_have_every_kind_of_operation(uses):
     """Ascend's own kernels with their gradients, and nothing of the CPU formulation."""
     kinds = ["FlashAttentionScore", "FlashAttentionScoreGrad", "Conv2D", "Conv2DBackpropFilter", "GroupNormGrad"]
     kinds += ["LayerNorm", "Softmax", "AdamWeightDecay", "RightShift", "MatMul", "BatchMatMul", "Erf", "Assign"]
+    kinds += ["SearchSorted", "AllReduce", "AllGather"]
     assert not set(kinds) - uses.keys()
     assert "Float16" in uses["Conv2D"].dtypes
+
+
+def test_sd_and_sdxl_are_trained_and_drawn(uses):
+    assert {"Conv2D", "MatMul"} <= {name for name, use in uses.items() if use.graphs >= {"training SD", "drawing SD"}}
+    assert all(uses[name].graphs >= {"training SDXL", "drawing SDXL"} for name in ("Conv2D", "MatMul"))
 
 
 def test_nothing_is_explained_that_is_not_there(uses, wheel):
     assert EXPLAINED.keys() <= uses.keys()
     assert all(not wheel.evidence(name).kernel for name in EXPLAINED)
+    assert all(dtype in uses[name].dtypes for name, dtype in EXPLAINED_DTYPES)
 
 
 def test_what_ascend_lacks_is_found(wheel):

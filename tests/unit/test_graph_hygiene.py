@@ -22,10 +22,10 @@ WAITS = ("asnumpy", "item", "tolist", "__bool__", "__float__", "__int__")
 """What a tensor does only when its value is there."""
 
 
-def batch(number):
-    """The rows of a batch with captions and noise of their own."""
+def batch(number, height=8):
+    """The rows of a batch with captions and noise of their own; `height` is that of the latents."""
     rng = np.random.default_rng(number)
-    latents, noise = rng.standard_normal((2, 2, 4, 8, 8), dtype=np.float32)
+    latents, noise = rng.standard_normal((2, 2, 4, height, 8), dtype=np.float32)
     return Batch(
         latents=latents,
         noise=noise,
@@ -52,9 +52,9 @@ def begin(cache):
     optimiser = AdamW(trainables, AdamWHyperparameters())
     cell = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
 
-    def run(steps, begin_batch=None):
+    def run(steps, begin_batch=None, make_batch=batch):
         with use_compile_cache(cache):
-            reports = list(train(cell, batch, 1, rate, 0, steps, begin_batch))
+            reports = list(train(cell, make_batch, 1, rate, 0, steps, begin_batch))
         return reports, [parameter.asnumpy().copy() for parameter in trainables]
 
     return SimpleNamespace(cell=cell, layers=layers.values(), run=run)
@@ -94,6 +94,19 @@ def test_fifty_steps_are_one_compilation(trained, cache):
     assert len({report.learning_rate for report in trained.reports}) == STEPS
     assert len(trained.cell.compile_cache) == 1
     assert cache.counts.kept == 1
+
+
+def test_batches_of_two_shapes_in_turn_are_two_compilations(trained, cache):
+    """Each in its first step; the first is the graph of the fifty steps, from the cache."""
+
+    def count_graphs(number):
+        graphs_before.append(len(ours.cell.compile_cache))
+
+    same_folder, graphs_before = CompileCache(cache.folder), []
+    ours = begin(same_folder)
+    ours.run(6, count_graphs, lambda number: batch(number, height=(8, 16)[number % 2]))
+    assert [*graphs_before, len(ours.cell.compile_cache)] == [0, 1, 2, 2, 2, 2, 2]
+    assert (same_folder.counts.found, same_folder.counts.kept) == (1, 1)
 
 
 def test_a_step_waits_for_nothing_but_what_is_logged(trained):

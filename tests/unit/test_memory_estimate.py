@@ -6,16 +6,22 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.cli import training_memory
+from dreambooth_ms.config.load import load_train_config
 from dreambooth_ms.config.schema import memory_size
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import Segment, Settings, Trained, peak_activations, unet_segments
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.ops import Formulation, use_formulation
+from dreambooth_ms.processes.together import Processes
 from dreambooth_ms.training.memory import Adapter, MemoryEstimate, Workload, check_memory, estimate
+from dreambooth_ms.weights.model_folder import open_model_folder
 from tests.small_specs import SMALL
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
 from tests.tiny_model import UNET as TINY
+from tests.tiny_model import write_random_model
 
 GIB = 2**30
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -101,6 +107,53 @@ def test_what_does_not_fit_is_refused():
     said = r"expected memory: 4.0 GiB \(weights 3.0, activations 1.0\), and there are 3.9 GiB; less"
     with pytest.raises(DeviceError, match=said):
         check_memory(expected, int(3.9 * GIB), "less")
+
+
+def test_processes_that_share_a_machine_must_fit_together():
+    expected = MemoryEstimate({"weights": 3 * GIB, "activations": GIB})
+    check_memory(expected, 8 * GIB, "less", processes=2)
+    said = r"expected memory: 4.0 GiB \(.*\) in each of 3 processes, and there are 8.0 GiB; less"
+    with pytest.raises(DeviceError, match=said):
+        check_memory(expected, 8 * GIB, "less", processes=3)
+
+
+class TestTwoProcessesOnAMachine:
+    """That has memory for one and a half."""
+
+    @pytest.fixture
+    def check(self, tmp_path, monkeypatch):
+        folder = open_model_folder(write_random_model(tmp_path))
+        needed = [
+            "--pretrained_model_name_or_path",
+            str(tmp_path),
+            "--instance_data_dir",
+            "d",
+            "--instance_prompt",
+            "p",
+        ]
+
+        def check(*flags, processes=1):
+            config = load_train_config([*needed, *flags])
+            size = estimate(training_memory._workload(config, folder)).total
+            monkeypatch.setattr(training_memory, "machine_memory", lambda: size * 3 // 2)
+            together = Processes(0, processes, meet=lambda what, value: [value] * processes)
+            training_memory.check_expected_memory(config, folder, together)
+
+        return check
+
+    def test_do_not_fit(self, check):
+        check()
+        with pytest.raises(DeviceError, match=r"in each of 2 processes, .* fewer processes on a machine"):
+            check(processes=2)
+
+    def test_may_take_what_was_given_to_each(self, check):
+        check("--max_device_memory", "8GB", processes=2)
+        with pytest.raises(DeviceError, match=r"GiB \(.*\), and there are 0.0 GiB"):
+            check("--max_device_memory", "1MB", processes=2)
+
+    def test_have_cards_with_memory_of_their_own(self, check):
+        with use_formulation(Formulation.ASCEND):
+            check(processes=2)
 
 
 @pytest.mark.parametrize(

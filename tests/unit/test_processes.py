@@ -132,6 +132,19 @@ class TestWhatTheLauncherSays:
         assert find_launch(launch.of_scheduler().scheduler_environment).rank == SCHEDULER
 
 
+class TestMachines:
+    @pytest.mark.parametrize(("rank", "count"), [(0, 2), (1, 1), (2, 2)])
+    def test_processes_on_the_same_one_are_counted(self, rank, count):
+        assert Processes(rank, 3, meet=lambda what, value: ["a", "b", "a"]).count_on_this_machine() == count
+
+    def test_two_processes_here_are_on_one_machine(self):
+        _, printed, _ = Run("print(processes.count_on_this_machine())").end()
+        assert printed == ["2", "2"]
+
+    def test_a_process_alone_is_one(self):
+        assert ALONE.count_on_this_machine() == 1
+
+
 class TestOneProcess:
     def test_is_the_first_of_one(self):
         assert ALONE.is_first
