@@ -341,6 +341,8 @@ def expected_memory(job: Job) -> str:
         settings=settings,
         recomputed=job.gradient_checkpointing,
         bytes_of_weight=width,
+        processes=job.processes,
+        shares_optimiser=job.zero_stage > 0,
     )
     return str(estimate(work))
 

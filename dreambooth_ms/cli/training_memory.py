@@ -23,7 +23,7 @@ def check_expected_memory(config: TrainConfig, folder: ModelFolder, processes: P
     `--max_device_memory` is of each process. Without it the processes of the run that are on a machine share its
     memory, but not where each has a card with memory of its own. All processes must ask at the same time.
     """
-    run, expected = config.run, estimate(_workload(config, folder))
+    run, expected = config.run, estimate(_workload(config, folder, processes.count))
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
@@ -40,7 +40,7 @@ def check_expected_memory(config: TrainConfig, folder: ModelFolder, processes: P
     check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 
 
-def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
+def _workload(config: TrainConfig, folder: ModelFolder, processes: int) -> Workload:
     method, data, run = config.method, config.data, config.run
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
@@ -64,4 +64,6 @@ def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
         bytes_of_weight=width,
         bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
+        processes=processes,
+        shares_optimiser=config.processes.zero_stage > 0,
     )

@@ -63,6 +63,10 @@ class Workload:
     """State of the optimiser, by trained number."""
     copies_of_trained: int = 0
     """Further float32 copies of what is trained: running averages, sums of gradients."""
+    processes: int = 1
+    """That train as one."""
+    shares_optimiser: bool = False
+    """Whether each of them keeps a part of the optimiser's state alone."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,14 @@ def estimate(work: Workload) -> MemoryEstimate:
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
     frozen = 0 if work.adapter is None else weights
+    # The gradients joined, and their sums.
+    copies = 2 + work.copies_of_trained + (2 if work.processes > 1 else 0)
+    optimiser = trained * work.bytes_of_optimiser
     return MemoryEstimate(
         {
             "weights": frozen * work.bytes_of_weight,
-            "trained": trained * FLOAT32 * (2 + work.copies_of_trained),
-            "optimiser": trained * work.bytes_of_optimiser,
+            "trained": trained * FLOAT32 * copies,
+            "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
             "activations": int(POOL_SHARE * peak_activations([*segments, *texts], work.recomputed)),
             "program and graphs": PROGRAM + _kernels(shapes) * FLOAT32 + int(passes * graphs),
         }

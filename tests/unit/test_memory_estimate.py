@@ -35,8 +35,21 @@ def activations(spec, recomputed=False, **changes):
     return peak_activations(unet_segments(spec, replace(SETTINGS, **changes)), recomputed)
 
 
+HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
+
+
 @pytest.mark.parametrize(
-    ("work", "measured"), [(SD_15_LORA, 10.0), (SDXL_LORA, 20.7)], ids=["SD 1.5, rank 4, 512 px", "SDXL"]
+    ("work", "measured"),
+    [
+        pytest.param(SD_15_LORA, 9.9, id="SD 1.5, rank 4, 512 px"),
+        pytest.param(replace(SD_15_LORA, recomputed=True), 9.9, id="with checkpointing"),
+        pytest.param(SDXL_LORA, 20.7, id="SDXL"),
+        pytest.param(
+            Workload(unet=HALF_SD_15, text_encoders=(), adapter=None, settings=Settings(2, 32, 32), processes=2),
+            16.7 / 2,
+            id="all of half of SD 1.5, 256 px, in two processes",
+        ),
+    ],
 )
 def test_it_is_within_a_fifth_of_what_was_measured(work, measured):
     """By `tools.bench_step`, which see docs/performance.md."""
@@ -75,6 +88,13 @@ def test_running_averages_and_the_optimiser_are_counted():
 def test_trained_text_encoders_are_counted():
     plain, more = estimate(SD_15_LORA).parts, estimate(replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,))).parts
     assert all(more[name] > plain[name] for name in plain)
+
+
+def test_processes_keep_a_part_of_the_optimisers_state_each_and_join_their_gradients():
+    alone = estimate(replace(SD_15_LORA, adapter=None)).parts
+    one_of_two = estimate(replace(SD_15_LORA, adapter=None, processes=2, shares_optimiser=True)).parts
+    assert one_of_two["optimiser"] == alone["optimiser"] / 2
+    assert one_of_two["trained"] == 2 * alone["trained"]
 
 
 def test_half_precision_halves_what_is_not_computed_in_float32():
@@ -134,7 +154,7 @@ class TestTwoProcessesOnAMachine:
 
         def check(*flags, processes=1):
             config = load_train_config([*needed, *flags])
-            size = estimate(training_memory._workload(config, folder)).total
+            size = estimate(training_memory._workload(config, folder, 2)).total
             monkeypatch.setattr(training_memory, "machine_memory", lambda: size * 3 // 2)
             together = Processes(0, processes, meet=lambda what, value: [value] * processes)
             training_memory.check_expected_memory(config, folder, together)
