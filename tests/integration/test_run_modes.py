@@ -175,6 +175,16 @@ def test_pynative_trains_the_same_adapter(place, straight):
         assert error < tolerance
 
 
+def test_gradient_checkpointing_trains_the_same_lora_bit_for_bit(place, straight, begun):
+    """Weights and moments, and the adapter's file, by another graph of the step."""
+    graphs = set(place.root.glob("graphs/*/entry.json"))
+    place.run(*train("recomputed", STOP, "--gradient_checkpointing"), cache="graphs")
+    assert len(set(place.root.glob("graphs/*/entry.json")) - graphs) == 1
+    assert place.state("recomputed", STOP) == place.state("straight", STOP)
+    adapters = [place.root / name / f"checkpoint-{STOP}" / FILE_NAME for name in ("recomputed", "straight")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
 def test_the_same_command_again_does_nothing(place, straight, monkeypatch, capsys):
     def contents():
         return {path: path.read_bytes() for path in (place.root / "straight").rglob("*") if path.is_file()}
