@@ -63,5 +63,6 @@ def _workload(config: TrainConfig, folder: ModelFolder) -> Workload:
         recomputed=run.gradient_checkpointing,
         bytes_of_weight=width,
         bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
+        sharing_optimiser=(config.processes.num_processes or 1) if config.processes.zero_stage else 1,
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
     )

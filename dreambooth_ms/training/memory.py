@@ -61,6 +61,8 @@ class Workload:
     """Of a weight that is not trained."""
     bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
     """State of the optimiser, by trained number."""
+    sharing_optimiser: int = 1
+    """Processes of which each keeps its part of that state."""
     copies_of_trained: int = 0
     """Further float32 copies of what is trained: running averages, sums of gradients."""
 
@@ -96,7 +98,7 @@ def estimate(work: Workload) -> MemoryEstimate:
         {
             "weights": frozen * work.bytes_of_weight,
             "trained": trained * FLOAT32 * (2 + work.copies_of_trained),
-            "optimiser": trained * work.bytes_of_optimiser,
+            "optimiser": trained * work.bytes_of_optimiser // work.sharing_optimiser,
             "activations": int(POOL_SHARE * peak_activations([*segments, *texts], work.recomputed)),
             "program and graphs": PROGRAM + _kernels(shapes) * FLOAT32 + int(passes * graphs),
         }

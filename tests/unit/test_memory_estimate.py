@@ -72,6 +72,12 @@ def test_running_averages_and_the_optimiser_are_counted():
     assert more["optimiser"] == plain["optimiser"] / 4
 
 
+def test_an_optimiser_that_is_shared_out_is_counted_once_by_all():
+    full = replace(SD_15_LORA, adapter=None)
+    parts, shared = estimate(full).parts, estimate(replace(full, sharing_optimiser=4)).parts
+    assert shared == parts | {"optimiser": parts["optimiser"] // 4}
+
+
 def test_trained_text_encoders_are_counted():
     plain, more = estimate(SD_15_LORA).parts, estimate(replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,))).parts
     assert all(more[name] > plain[name] for name in plain)
@@ -134,10 +140,11 @@ class TestTwoProcessesOnAMachine:
 
         def check(*flags, processes=1):
             config = load_train_config([*needed, *flags])
-            size = estimate(training_memory._workload(config, folder)).total
-            monkeypatch.setattr(training_memory, "machine_memory", lambda: size * 3 // 2)
+            expected = estimate(training_memory._workload(config, folder))
+            monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
             together = Processes(0, processes, meet=lambda what, value: [value] * processes)
             training_memory.check_expected_memory(config, folder, together)
+            return expected.parts
 
         return check
 
@@ -145,6 +152,10 @@ class TestTwoProcessesOnAMachine:
         check()
         with pytest.raises(DeviceError, match=r"in each of 2 processes, .* fewer processes on a machine"):
             check(processes=2)
+
+    def test_keep_half_of_the_optimiser_each(self, check):
+        flags = ("--method", "full", "--num_processes", "2", "--zero_stage")
+        assert check(*flags, "1")["optimiser"] * 2 == check(*flags, "0")["optimiser"]
 
     def test_may_take_what_was_given_to_each(self, check):
         check("--max_device_memory", "8GB", processes=2)
