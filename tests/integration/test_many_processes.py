@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.training.checkpoint import STATE, find_latest
+from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
 from dreambooth_ms.training.trackers import read_history
+from dreambooth_ms.weights.lora_file import FILE_NAME
 from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.tiny_model import write_random_model, write_random_sdxl
 
@@ -83,6 +84,18 @@ class Place:
         tensors, _ = read_tensors(self.root / name / f"checkpoint-{step}" / STATE)
         return {key: value for key, value in tensors.items() if "moment" not in key}
 
+    def count_in_graphs(self, primitive, folder):
+        """How often a primitive is in each of the graphs that rank 0 left."""
+        graphs = [path.read_text() for path in (self.root / folder / "rank_0").rglob("*validate*.ir")]
+        return [len(re.findall(rf"= (?:PrimFunc_)?{primitive}\(", graph)) for graph in graphs]
+
+    def files_of_checkpoint(self, name, step):
+        """What each holds, byte by byte; not the manifest, which has the configuration and digests of the others."""
+        folder = self.root / name / f"checkpoint-{step}"
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert files.pop(Path(MANIFEST))
+        return files
+
 
 def train(family, name, *flags, steps=STEPS, batch=1, method="lora"):
     """A training with prior preservation into the folder `name`."""
@@ -102,6 +115,11 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("runs"))
 
 
+def dump_into(folder):
+    """The variables that let MindSpore leave its compiled graphs in a folder."""
+    return {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS_PATH": folder}
+
+
 def difference(place, one, other):
     """How far two runs ended from each other, over how far the second went in its last 5 steps."""
     ours, theirs, before = place.weights(one), place.weights(other), place.weights(other, 5)
@@ -117,8 +135,7 @@ def _distance(one, other):
 @pytest.fixture(scope="module")
 def two(place):
     """A LoRA of two processes under mpirun, which left its compiled graphs too; gives what it printed."""
-    dump = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_DUMP_IR_PASSES": "validate", "MS_DEV_SAVE_GRAPHS_PATH": "graphs"}
-    return place.run("mpirun", train("sd", "two"), **dump)
+    return place.run("mpirun", train("sd", "two"), **dump_into("graphs"))
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +168,13 @@ class TestTheSameTraining:
         assert main(train(family, f"{name}-one", *flags_alone, method=method, batch=2)) == 0
         assert difference(place, f"{name}-two", f"{name}-one") < TOLERANCE
 
+    def test_checkpoints_are_the_same_files_whatever_the_zero_stage(self, place, two):
+        place.run("mpirun", train("sd", "zero", "--zero_stage", "1", steps=5), **dump_into("graphs-zero"))
+        assert sum(place.count_in_graphs("AllGather", "graphs-zero")) == 1
+        ours, theirs = place.files_of_checkpoint("zero", 5), place.files_of_checkpoint("two", 5)
+        assert {path.name for path in ours} == {STATE, FILE_NAME}
+        assert ours == theirs
+
     def test_the_loss_shown_is_that_of_all_rows(self, place, two, one):
         told, expected = read_history(place.root / "two"), read_history(place.root / "one")
         assert [step["step"] for step in told] == list(range(1, STEPS + 1))
@@ -172,9 +196,8 @@ class TestTheSameTraining:
 
 class TestWorkIsShared:
     def test_all_gradients_are_summed_in_one_reduction(self, place, two):
-        graphs = [path.read_text() for path in (place.root / "graphs" / "rank_0").rglob("*validate*.ir")]
-        counts = [len(re.findall(r"= PrimFunc_AllReduce\(|= AllReduce\(", graph)) for graph in graphs]
-        assert sorted(counts)[-2:] == [0, 1], counts
+        assert sorted(place.count_in_graphs("AllReduce", "graphs"))[-2:] == [0, 1]
+        assert not any(place.count_in_graphs("AllGather", "graphs"))
 
     def test_class_pictures_are_drawn_once_each(self, place, two):
         assert len(list((place.root / "class").glob("*.png"))) == 4

@@ -154,10 +154,11 @@ class TestTwoProcessesOnAMachine:
 
         def check(*flags, processes=1):
             config = load_train_config([*needed, *flags])
-            size = estimate(training_memory._workload(config, folder, 2)).total
-            monkeypatch.setattr(training_memory, "machine_memory", lambda: size * 3 // 2)
+            expected = estimate(training_memory._workload(config, folder, processes))
+            monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
             together = Processes(0, processes, meet=lambda what, value: [value] * processes)
             training_memory.check_expected_memory(config, folder, together)
+            return expected.parts
 
         return check
 
@@ -165,6 +166,10 @@ class TestTwoProcessesOnAMachine:
         check()
         with pytest.raises(DeviceError, match=r"in each of 2 processes, .* fewer processes on a machine"):
             check(processes=2)
+
+    def test_keep_half_of_the_optimiser_each(self, check):
+        flags = ("--method", "full", "--max_device_memory", "8GB", "--zero_stage")
+        assert check(*flags, "1", processes=2)["optimiser"] * 2 == check(*flags, "0", processes=2)["optimiser"]
 
     def test_may_take_what_was_given_to_each(self, check):
         check("--max_device_memory", "8GB", processes=2)
