@@ -65,6 +65,11 @@ def test_every_scheduler_is_compared():
     assert {name for name, kind in SCHEDULERS.items() if kind.draws_noise} == STOCHASTIC
 
 
+def config_for(name, config=PUBLISHED):
+    """What a model says that this scheduler is for: those of EDM's formulation are refused with others."""
+    return {**config, "_class_name": REFERENCES[name][0]} if SCHEDULERS[name].edm else dict(config)
+
+
 def reference_scheduler(name, config, monkeypatch, seed=SEED):
     """Diffusers' scheduler; the noise that its steps draw is ours, for rows 0, 1, 2 …"""
     class_name, options, _ = REFERENCES[name]
@@ -89,7 +94,7 @@ def reference_scheduler(name, config, monkeypatch, seed=SEED):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_ten_steps_are_diffusers(name, prediction_type, monkeypatch):
     """With a model that is a formula: a tenth of its input and a constant field."""
-    config = PUBLISHED | {"prediction_type": prediction_type}
+    config = config_for(name) | {"prediction_type": prediction_type}
     start, field = normal(2, 4, 6, 8), 0.1 * normal(2, 4, 6, 8, seed=1)
 
     reference = reference_scheduler(name, config, monkeypatch)
@@ -123,7 +128,7 @@ def test_a_picture_is_noised_to_the_step_it_starts_from_as_in_diffusers(name):
         reference.set_begin_index(first)
     picture, noise = normal(2, 4, 6, 8), normal(2, 4, 6, 8, seed=1)
     expected = reference.add_noise(torch.tensor(picture), torch.tensor(noise), timesteps[:1].repeat(2))
-    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2, strength=0.5), PUBLISHED, SEED, [0, 1])
+    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2, strength=0.5), config_for(name), SEED, [0, 1])
     assert len(trajectory.timesteps) == len(timesteps)
     assert float(trajectory.timesteps[0]) == pytest.approx(float(timesteps[0]), rel=1e-5)
     assert relative_error(trajectory.begin(noise, picture), expected) < 1e-5
@@ -134,7 +139,7 @@ def test_a_second_trajectory_is_not_disturbed_by_the_first(name):
     """Some schedulers keep the last predictions, so each batch has one of its own."""
 
     def last(start):
-        trajectory = Trajectory(SamplingSettings(name, 4, 1.0, 1), PUBLISHED, SEED, [0])
+        trajectory = Trajectory(SamplingSettings(name, 4, 1.0, 1), config_for(name), SEED, [0])
         latents = trajectory.begin(start, None)
         for index, timestep in enumerate(trajectory.timesteps):
             prediction = trajectory.inputs(latents, timestep) * 0.1
@@ -195,6 +200,7 @@ def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, 
     ).images
 
     sampler.settings = replace(sampler.settings, scheduler=name)
+    monkeypatch.setattr(sampler, "_scheduler_config", config_for(name, sampler._scheduler_config))
     pictures = list(sampler.pictures(noise, [PromptText(row) for row in text], PromptText(negative)))
     assert len(pictures) == 3
     assert min(picture.std() for picture in expected) > 0.1, "a flat picture shows no difference"
