@@ -70,6 +70,19 @@ def test_decoding_in_bands_is_decoding(reference, formulation, max_taps):
     assert error < TOLERANCE
 
 
+def test_one_direction_alone_is_loaded_and_computes_the_same(tmp_path):
+    folder = open_model_folder(write_random_model(tmp_path))
+    whole, decoder, encoder = folder.load_vae(), folder.load_vae(encodes=False), folder.load_vae(decodes=False)
+    names = {parameter.name for parameter in whole.get_parameters()}
+    halves = [{parameter.name for parameter in half.get_parameters()} for half in (decoder, encoder)]
+    assert halves[0] | halves[1] == names
+    assert not halves[0] & halves[1]
+    latents, pictures = Tensor(normal(1, 4, 8, 8)), Tensor(normal(1, 3, 16, 16))
+    assert np.array_equal(VaeDecoder(decoder)(latents).asnumpy(), VaeDecoder(whole)(latents).asnumpy())
+    for ours, expected in zip(VaeEncoder(encoder)(pictures), VaeEncoder(whole)(pictures), strict=True):
+        assert np.array_equal(ours.asnumpy(), expected.asnumpy())
+
+
 @given(height=st.integers(1, 300), most=st.integers(-3, 400))
 def test_bands_are_of_one_height_and_cover_the_picture(height, most):
     rows = band_height(height, most)
