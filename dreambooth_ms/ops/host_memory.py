@@ -2,7 +2,8 @@
 
 By itself that allocator soon keeps arrays of up to 32 MiB among small objects, where little of what is given back can
 go to the system: after loading SD 1.5 and a step of drawing 5.1 GiB were resident, and 4.7 with arrays apart. Memory
-from the system is slower, though: decoding in bands of rows took 21 s, and 16 with its arrays kept (measured).
+from the system is slower, though: decoding in bands of rows, in a form that was compiled, took 21 s, and 16 with its
+arrays kept (measured).
 """
 
 import ctypes
