@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
-from dreambooth_ms.ops.attention import MAX_SCORES
+from dreambooth_ms.ops.attention import scores_at_a_time
 from dreambooth_ms.ops.conv import MAX_TAPS
 
 FLOAT32 = 4
@@ -156,7 +156,8 @@ def _layer_inside(spec: UNetSpec, level: int, tokens: int, settings: Settings) -
 def _layer_work(spec: UNetSpec, level: int, tokens: int, settings: Settings) -> int:
     """The larger of attention's and the gated unit's backward pass."""
     width, heads = spec.block_out_channels[level], spec.num_heads[level]
-    scores = min(MAX_SCORES, heads * tokens * (tokens // settings.rows))
+    pixels = tokens // settings.rows
+    scores = scores_at_a_time(heads * settings.rows, pixels, pixels)
     attention = FLOAT32 * 3 * scores + settings.bytes_of_number * 5 * tokens * width
     return max(attention, settings.bytes_of_number * 24 * tokens * width)
 

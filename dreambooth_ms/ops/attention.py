@@ -15,8 +15,12 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.ops.backend import Formulation, after, formulation, ones, shared
 
-# At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens.
 MAX_SCORES = 1 << 24
+"""At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens."""
+
+MAX_SLICES = 32
+"""Above so many slices, slices are larger instead. Each is some 20 operations, and every operation of a compiled graph
+takes 240 kB and its time to compile: with 256 slices, a step of SD 1.5 at 1024 px was not compiled after 10 minutes."""
 
 
 class MultiHeadAttention(nn.Cell):
@@ -98,7 +102,7 @@ class SlicedAttention(nn.Cell):
             k_part = self._part(k, (head, 0, 0), (num_heads, keys, dim))
             v_part = self._part(v, (head, 0, 0), (num_heads, keys, dim))
             rows = ()
-            for row, num_rows in _row_slices(num_heads, queries, keys):
+            for row, num_rows in _row_slices(heads, num_heads, queries, keys):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim))
                 rows = rows + (self.times(self._weights(q_part * self.scale, k_part, row), v_part),)
                 q = after(q, rows[-1])
@@ -119,7 +123,7 @@ class SlicedAttention(nn.Cell):
             k_part = self._part(k, (head, 0, 0), (num_heads, keys, dim))
             v_part = self._part(v_and_one, (head, 0, 0), (num_heads, keys, dim + 1))
             dq_rows, dk_sum, dv_sum = (), (), ()
-            for row, num_rows in _row_slices(num_heads, queries, keys):
+            for row, num_rows in _row_slices(heads, num_heads, queries, keys):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim)) * self.scale
                 dout_part = self._part(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
                 weights = self._weights(q_part, k_part, row)
@@ -151,16 +155,22 @@ def _sum(parts: tuple[Tensor, ...]) -> Tensor:
     return ops.addn(parts) if len(parts) > 1 else parts[0]
 
 
+def scores_at_a_time(heads: int, queries: int, keys: int) -> int:
+    """How many scores of M heads may exist at a time on CPU."""
+    total = heads * queries * keys
+    return min(total, max(MAX_SCORES, total // MAX_SLICES))
+
+
 @constexpr
 def _head_slices(heads: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
-    """(first head, number of heads): as many whole heads as `MAX_SCORES` allows, and at least one."""
-    return _slices(heads, MAX_SCORES // (queries * keys))
+    """(first head, number of heads): as many whole heads as may exist at a time, and at least one."""
+    return _slices(heads, scores_at_a_time(heads, queries, keys) // (queries * keys))
 
 
 @constexpr
-def _row_slices(heads: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
-    """(first query, number of queries) of the score matrices of these heads."""
-    return _slices(queries, MAX_SCORES // (heads * keys))
+def _row_slices(heads: int, heads_of_slice: int, queries: int, keys: int) -> tuple[tuple[int, int], ...]:
+    """(first query, number of queries) of the score matrices of some of the heads."""
+    return _slices(queries, scores_at_a_time(heads, queries, keys) // (heads_of_slice * keys))
 
 
 def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:

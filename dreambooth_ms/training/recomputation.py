@@ -92,13 +92,9 @@ class RecomputedGradients(nn.Cell):
         dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
         for number in range(len(self.backward)):
             i = self.backward[number]
-            dresults = _NOTHING
-            for terms in self.terms[number]:
-                dresults = dresults + (_sum(dinputs, terms),)
+            dresults = _sums(dinputs, self.terms[number])
             dresult = dresults if self.num_results[i] else dresults[0]
-            inputs_after = _NOTHING
-            for value in _chosen(values, self.reads[i]):
-                inputs_after = inputs_after + (after(value, dresult),)
+            inputs_after = _all_after(_chosen(values, self.reads[i]), dresult)
             of_inputs, of_weights = self.gradients[i](dresult, *inputs_after)
             dinputs, dweights = dinputs + (of_inputs,), dweights + (of_weights,)
         gradients = self.map(ops.partial(_pick, dweights), self.segment_of, self.place_in_segment)
@@ -122,11 +118,31 @@ class _SegmentGradient(nn.Cell):
         return self.differentiate(self.segment, self.weights)(*inputs, dresult)
 
 
+# Loops within a loop are functions of their own: the compiler calls what comes after a loop from its last round, each
+# round from the one before, and gives up at 1000 calls, which SDXL's segments would reach (measured).
+
+
 def _chosen(values: tuple[Tensor, ...], numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
     chosen = _NOTHING
     for number in numbers:
         chosen = chosen + (values[number],)
     return chosen
+
+
+def _all_after(values: tuple[Tensor, ...], earlier: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    later = _NOTHING
+    for value in values:
+        later = later + (after(value, earlier),)
+    return later
+
+
+def _sums(
+    dinputs: tuple[tuple[Tensor, ...], ...], terms_of_results: tuple[tuple[tuple[int, int], ...], ...]
+) -> tuple[Tensor, ...]:
+    sums = _NOTHING
+    for terms in terms_of_results:
+        sums = sums + (_sum(dinputs, terms),)
+    return sums
 
 
 def _sum(dinputs: tuple[tuple[Tensor, ...], ...], terms: tuple[tuple[int, int], ...]) -> Tensor:

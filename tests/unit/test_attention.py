@@ -72,7 +72,7 @@ def test_attention_and_its_gradients_are_torchs(form):
 def test_attention_cut_into_slices_is_the_same(monkeypatch, max_scores, queries, keys, causal, head_slices, row_slices):
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     assert tuple(size for _, size in attention._head_slices(6, queries, keys)) == head_slices
-    assert tuple(size for _, size in attention._row_slices(head_slices[0], queries, keys)) == row_slices
+    assert tuple(size for _, size in attention._row_slices(6, head_slices[0], queries, keys)) == row_slices
     assert compare(2, queries, keys, num_heads=3, causal=causal) < TOLERANCE
 
 
@@ -80,12 +80,27 @@ def test_attention_cut_into_slices_is_the_same(monkeypatch, max_scores, queries,
 def test_slices_cover_everything_once_and_keep_their_scores_below_the_limit(monkeypatch, max_scores):
     heads, queries, keys = 7, 10, 6
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(attention, "MAX_SLICES", heads * queries)
     covered = []
     for head, num_heads in attention._head_slices(heads, queries, keys):
-        for row, num_rows in attention._row_slices(num_heads, queries, keys):
+        for row, num_rows in attention._row_slices(heads, num_heads, queries, keys):
             assert num_heads * num_rows * keys <= max_scores or num_heads == num_rows == 1
             covered += [(h, r) for h in range(head, head + num_heads) for r in range(row, row + num_rows)]
     assert sorted(covered) == [(h, r) for h in range(heads) for r in range(queries)]
+
+
+@pytest.mark.parametrize("side", [64, 128, 256])
+def test_a_large_picture_has_larger_slices_and_not_many_more(side):
+    """Of SD 1.5, two rows, at 512, 1024 and 2048 px."""
+    heads, tokens = 16, side * side
+    slices = [
+        num_heads * num_rows * tokens
+        for _, num_heads in attention._head_slices(heads, tokens, tokens)
+        for _, num_rows in attention._row_slices(heads, num_heads, tokens, tokens)
+    ]
+    assert sum(slices) == heads * tokens * tokens
+    assert len(slices) <= 32
+    assert max(slices) == max(2**24, sum(slices) // 32)
 
 
 def test_a_token_never_sees_the_ones_after_it(pynative):

@@ -150,6 +150,8 @@ class TestTwoProcessesOnAMachine:
             "d",
             "--instance_prompt",
             "p",
+            "--resolution",
+            "64",
         ]
 
         def check(*flags, processes=1):
