@@ -254,10 +254,11 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
 
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
     from dreambooth_ms.training.optimisers import zeros_like
-    from dreambooth_ms.training.step import Update, _UpdateFromSums
+    from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
 
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-    update = Update(optimiser, 1.0, sum_gradients, LossScaler(LossScaling()))
+    clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
+    update = Update(optimiser, clip, sum_gradients, LossScaler(LossScaling()))
     return _UpdateFromSums(sums, update), optimiser.update_scalars(1, 1e-3)
 
 

@@ -1,12 +1,12 @@
 """Blocks that the UNet and the autoencoder share. Shapes: x an image with C channels, temb_BE a time embedding."""
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
 from dreambooth_ms.ops import AddPerChannel, Dense, UpsampleNearest, conv2d, group_norm, shared
 
 
 class ResnetBlock2D(nn.Cell):
-    """Residual block: image with I channels, time embedding (B, E) -> image with O channels.
+    """Residual block: image with I channels, SiLU of the time embedding (B, E) -> image with O channels.
 
     Without `temb_dim` (the autoencoder) the embedding is ignored.
     """
@@ -30,7 +30,7 @@ class ResnetBlock2D(nn.Cell):
     def construct(self, x: Tensor, temb_BE: Tensor | None = None) -> Tensor:
         y = self.conv1(self.norm1(x))
         if self.has_time:
-            y = self.add_per_channel(y, self.time_emb_proj(ops.silu(temb_BE)))
+            y = self.add_per_channel(y, self.time_emb_proj(temb_BE))
         y = self.conv2(self.norm2(y))
         if self.has_shortcut:
             x = self.conv_shortcut(x)

@@ -69,7 +69,7 @@ class UNet2DConditionModel(nn.Cell):
         return self.leave(x)
 
     def embed_time(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
-        """Timesteps, and SDXL's pooled text and size ids -> what every residual block is told (B, T)."""
+        """Timesteps, and SDXL's pooled text and size ids -> what every residual block is told, after a SiLU (B, T)."""
         dtype = self.compute_dtype
         temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
         if self.adds_text_and_sizes:
@@ -77,7 +77,7 @@ class UNet2DConditionModel(nn.Cell):
             encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
             encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
             temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1).astype(dtype))
-        return temb_BT
+        return ops.silu(temb_BT)
 
     def enter(self, latents_BCHW: Tensor) -> Tensor:
         """Latents -> an image with the channels of the finest resolution."""

@@ -37,6 +37,7 @@ from dreambooth_ms.ops.layout import (
 )
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import LayerNorm, group_norm
+from dreambooth_ms.ops.sum_of_squares import SumOfSquares
 
 __all__ = [
     "AddPerChannel",
@@ -56,6 +57,7 @@ __all__ = [
     "QuickGelu",
     "SplitChannels",
     "StoredLayout",
+    "SumOfSquares",
     "ToPublicLayout",
     "TokensToImage",
     "UpsampleNearest",

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, after, formulation, ones, shared
+from dreambooth_ms.ops.backend import Formulation, after, constant, formulation, shared
 
 MAX_SCORES = 1 << 24
 """At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens."""
@@ -115,9 +115,9 @@ class SlicedAttention(nn.Cell):
         q = after(q, dout)
         # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
         # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
-        total = self.times(dout * out, ones((heads, dim, 1)).astype(q.dtype))
-        dout_and_total = ops.concat((dout, total * -1.0), 2)
-        v_and_one = ops.concat((v, ones((heads, keys, 1)).astype(v.dtype)), 2)
+        minus_total = self.times(dout * out, constant(-1.0, (heads, dim, 1)).astype(q.dtype))
+        dout_and_total = ops.concat((dout, minus_total), 2)
+        v_and_one = ops.concat((v, constant(1.0, (heads, keys, 1)).astype(v.dtype)), 2)
         dq, dk, dv = (), (), ()
         for head, num_heads in _head_slices(heads, queries, keys):
             k_part = self._part(k, (head, 0, 0), (num_heads, keys, dim))

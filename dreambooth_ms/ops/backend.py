@@ -112,9 +112,9 @@ def after(x: Tensor, earlier: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @constexpr
-def ones(shape: tuple[int, ...]) -> Tensor:
+def constant(value: float, shape: tuple[int, ...]) -> Tensor:
     """A constant of the graph, float32; `ops.ones` is an operation of every step."""
-    return Tensor(np.ones(shape), ms.float32)
+    return Tensor(np.full(shape, value), ms.float32)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from dreambooth_ms.ops.backend import ones, shared
+from dreambooth_ms.ops.backend import constant, shared
 
 
 class Dense(nn.Cell):
@@ -38,7 +38,7 @@ class BiasAdd(nn.Cell):
         return self.add(x_NC, bias_C)
 
     def bprop(self, x_NC: Tensor, bias_C: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        return dout, ops.reshape(self.matmul(ones((1, dout.shape[0])).astype(dout.dtype), dout), (-1,))
+        return dout, ops.reshape(self.matmul(constant(1.0, (1, dout.shape[0])).astype(dout.dtype), dout), (-1,))
 
 
 class Embedding(nn.Cell):

@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.ops import CompiledCell
+from dreambooth_ms.ops import CompiledCell, SumOfSquares
 from dreambooth_ms.ops.parallel import SumOverProcesses
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
 from dreambooth_ms.training.optimisers import Optimiser, zeros_like
@@ -70,7 +70,8 @@ class TrainStep(CompiledCell):
         self.trainables = ParameterTuple(trainables)
         self.optimiser, self.scaler = optimiser, scaler
         self.num_scalars = optimiser.num_scalars
-        self.update = Update(optimiser, max_grad_norm, sum_gradients, scaler)
+        clip = ClipByGlobalNorm([parameter.shape for parameter in trainables], max_grad_norm)
+        self.update = Update(optimiser, clip, sum_gradients, scaler)
         self.loss_and_gradients = loss_and_gradients(self.loss_cell, self.trainables, recomputed)
         self.set_train(True)
 
@@ -112,7 +113,8 @@ class AccumulatingTrainStep:
         self.optimiser, self.scaler = optimiser, scaler
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
         self._add_gradients = _AddGradients(ScaledLoss(loss_cell, scaler), trainables, sums, recomputed)
-        self._update = _UpdateFromSums(sums, Update(optimiser, max_grad_norm, sum_gradients, scaler))
+        clip = ClipByGlobalNorm([total.shape for total in sums], max_grad_norm)
+        self._update = _UpdateFromSums(sums, Update(optimiser, clip, sum_gradients, scaler))
 
     def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
         """Compile for such inputs, without taking a step."""
@@ -174,24 +176,45 @@ class Update(nn.Cell):
     def __init__(
         self,
         optimiser: Optimiser,
-        max_grad_norm: float,
+        clip: "ClipByGlobalNorm",
         sum_gradients: SumOverProcesses | None,
         scaler: LossScaler | None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.sum_gradients = sum_gradients
-        self.optimiser, self.max_grad_norm, self.scaler = optimiser, max_grad_norm, scaler
+        self.optimiser, self.clip, self.sum_gradients, self.scaler = optimiser, clip, sum_gradients, scaler
 
     def construct(self, gradients: tuple[Tensor, ...], *scalars: Tensor) -> Tensor:
         if self.sum_gradients is not None:
             gradients = self.sum_gradients(gradients)
         if self.scaler is None:
-            gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm)
+            gradients, norm = self.clip(gradients)
             return ops.depend(norm, self.optimiser(gradients, None, *scalars))
-        gradients, norm = clip_by_global_norm(gradients, self.max_grad_norm, 1 / self.scaler.scale)
+        gradients, norm = self.clip(gradients, 1 / self.scaler.scale)
         finite = ops.isfinite(norm)
         updated = self.optimiser(gradients, finite, *scalars)
         return ops.depend(norm, (updated, self.scaler(finite)))
+
+
+class ClipByGlobalNorm(nn.Cell):
+    """Gradients of these shapes -> those times min(1, max_norm / (norm + 1e-6)), and their norm before that.
+
+    See Pascanu et al., 2013. With `unscale`, a number (), the gradients are those times it, and both factors are one.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], max_norm: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.sum_of_squares, self.max_norm = SumOfSquares(shapes), max_norm
+
+    def construct(
+        self, gradients: tuple[Tensor, ...], unscale: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        norm = ops.sqrt(self.sum_of_squares(gradients))
+        if unscale is not None:
+            norm = norm * unscale
+        factor = ops.minimum(self.max_norm / (norm + 1e-6), 1.0)
+        if unscale is not None:
+            factor = factor * unscale
+        return _map(ops.partial(_scale, factor), gradients), norm
 
 
 def loss_and_gradients(
@@ -206,15 +229,9 @@ def loss_and_gradients(
     return RecomputedGradients(loss_cell, recomputed, trainables)
 
 
-_square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _add_to = ops.MultitypeFuncGraph("add_to")
 _map = ops.HyperMap()
-
-
-@_square_sum.register("Tensor")
-def _square_sum_of_tensor(gradient):
-    return (gradient * gradient).sum()
 
 
 @_scale.register("Tensor", "Tensor")
@@ -227,19 +244,3 @@ def _scale_tensor(factor, gradient):
 def _add_to_tensor(is_first, total, gradient):
     # Not by a factor of 0, which would leave what overflowed in the step before.
     return ops.assign(total, ops.select(ops.broadcast_to(is_first, total.shape), gradient, total + gradient))
-
-
-def clip_by_global_norm(
-    gradients: tuple[Tensor, ...], max_norm: float, unscale: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)); also returns the norm before (Pascanu et al., 2013).
-
-    With `unscale`, a number (), the gradients are those times it, and both factors are one.
-    """
-    norm = ops.sqrt(ops.addn(_map(_square_sum, gradients)))
-    if unscale is not None:
-        norm = norm * unscale
-    factor = ops.minimum(max_norm / (norm + 1e-6), 1.0)
-    if unscale is not None:
-        factor = factor * unscale
-    return _map(ops.partial(_scale, factor), gradients), norm

@@ -21,6 +21,7 @@ from dreambooth_ms.ops import (
     use_formulation,
 )
 from dreambooth_ms.ops.linear import BiasAdd
+from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
 from dreambooth_ms.weights.parameters import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
 
@@ -122,8 +123,10 @@ def test_group_norm_stays_accurate_far_from_zero():
     assert max(errors.values()) < TOLERANCE
 
 
-def test_layer_norm_is_torchs():
-    x = normal(2, 5, 24) * np.array([1, 10, 1, 0.1, 1], np.float32)[None, :, None] + 1
+@pytest.mark.parametrize("images", [2, 150], ids=["by the library's kernel", "by operations"])
+def test_layer_norm_is_torchs(images):
+    x = normal(images, 5, 24) * np.array([1, 10, 1, 0.1, 1], np.float32)[None, :, None] + 1
+    assert (x.size <= MAX_SMALL_ROWS) == (images == 2)
     weights = {"weight": normal(24), "bias": normal(24, seed=1)}
     assert_same(LayerNorm(24), x, weights, lambda x, w, b: torch.nn.functional.layer_norm(x, (24,), w, b, 1e-5))
 

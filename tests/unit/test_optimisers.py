@@ -8,7 +8,7 @@ import torch
 from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.step import TrainStep, clip_by_global_norm
+from dreambooth_ms.training.step import ClipByGlobalNorm, TrainStep
 from tests.parity.reference import normal, relative_error
 
 SHAPES = {"down": (4, 6), "bias": (5,), "up": (3, 2, 2)}
@@ -104,10 +104,10 @@ def test_weight_decay_alone_shrinks_a_parameter_by_the_learning_rate():
 class Clip(nn.Cell):
     def __init__(self, max_norm):
         super().__init__()
-        self.max_norm = max_norm
+        self.clip = ClipByGlobalNorm(list(SHAPES.values()), max_norm)
 
     def construct(self, *gradients):
-        return clip_by_global_norm(gradients, self.max_norm)
+        return self.clip(gradients)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3], ids=["above the limit", "below the limit"])
@@ -166,5 +166,5 @@ def test_compilations_are_counted_by_the_cache():
     """The count above would rise: a new shape is compiled anew."""
     clip = Clip(1.0)
     for rows in (2, 3):
-        clip(Tensor(normal(rows)))
+        clip(*(Tensor(normal(rows)) for _ in SHAPES))
     assert len(clip.compile_cache) == 2
