@@ -127,6 +127,28 @@ def training_sd() -> list[Graph]:
     return [(step, (*optimiser.update_scalars(1, 1e-3), *smallest.rows(), smallest.token_ids()))]
 
 
+def recomputing() -> list[Graph]:
+    """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
+    from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.diffusion.noise_schedule import PredictionType
+    from dreambooth_ms.models.segments import Segments
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.recomputation import GivenPrediction
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+
+    unet, encoders = UNet2DConditionModel(smallest.SD_UNET), _sd_text_encoders()
+    layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
+    layers += [inject_lora(network, 2, 2.0, TEXT_ENCODER_TARGETS) for network in encoders.networks().values()]
+    trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(GivenPrediction(), PredictionType.EPSILON)
+    step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
+    return [(step, (*optimiser.update_scalars(1, 1e-3), *smallest.rows(), smallest.token_ids()))]
+
+
 def optimisers() -> list[Graph]:
     """The updates of the other optimisers, and of AdamW where two processes share its state (ZeRO 1).
 
@@ -204,6 +226,7 @@ def fused_attention() -> list[Graph]:
 GRAPHS: dict[str, Callable[[], list[Graph]]] = {
     "training SDXL": training_sdxl,
     "training SD": training_sd,
+    "recomputing": recomputing,
     "optimisers": optimisers,
     "drawing SDXL": drawing_sdxl,
     "drawing SD": drawing_sd,

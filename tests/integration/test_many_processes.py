@@ -175,6 +175,17 @@ class TestTheSameTraining:
         assert {path.name for path in ours} == {STATE, FILE_NAME}
         assert ours == theirs
 
+    def test_half_precision_skips_the_same_step_everywhere(self, place, monkeypatch):
+        """The first step overflows: its scale is 2^32, and 2^12 from then on."""
+        half = ["--mixed_precision", "fp16", "--init_loss_scale", str(2.0**32), "--loss_scale_factor", str(2.0**20)]
+        place.run("mpirun", train("sd", "half-two", *half))
+        monkeypatch.chdir(place.root)
+        assert main(train("sd", "half-one", *half, batch=2)) == 0
+        two, one = read_history(place.root / "half-two"), read_history(place.root / "half-one")
+        assert [step["skipped_steps"] for step in two] == [step["skipped_steps"] for step in one] == [1] * STEPS
+        assert [step["loss_scale"] for step in two] == [2.0**32] + [2.0**12] * (STEPS - 1)
+        assert difference(place, "half-two", "half-one") < TOLERANCE
+
     def test_the_loss_shown_is_that_of_all_rows(self, place, two, one):
         told, expected = read_history(place.root / "two"), read_history(place.root / "one")
         assert [step["step"] for step in told] == list(range(1, STEPS + 1))

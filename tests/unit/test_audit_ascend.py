@@ -34,6 +34,11 @@ def test_sd_and_sdxl_are_trained_and_drawn(uses):
     assert all(uses[name].graphs >= {"training SDXL", "drawing SDXL"} for name in ("Conv2D", "MatMul"))
 
 
+def test_a_step_with_gradient_checkpointing_is_among_them(uses):
+    """All of it, from the adapters' products to the update."""
+    assert all("recomputing" in uses[name].graphs for name in ("Conv2DBackpropInput", "Softmax", "AdamWeightDecay"))
+
+
 def test_nothing_is_explained_that_is_not_there(uses, wheel):
     assert EXPLAINED.keys() <= uses.keys()
     assert all(not wheel.evidence(name).kernel for name in EXPLAINED)

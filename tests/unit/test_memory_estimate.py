@@ -27,6 +27,7 @@ GIB = 2**30
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LORA = Adapter(4, TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))
 SETTINGS = Settings(rows=2, latent_height=64, latent_width=64)
+LARGE = Settings(rows=2, latent_height=128, latent_width=128)
 SD_15_LORA = Workload(unet=SD_15_UNET, text_encoders=(), adapter=LORA, settings=SETTINGS)
 SDXL_LORA = replace(SD_15_LORA, unet=SDXL_UNET)
 
@@ -43,7 +44,13 @@ HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
     [
         pytest.param(SD_15_LORA, 9.9, id="SD 1.5, rank 4, 512 px"),
         pytest.param(replace(SD_15_LORA, recomputed=True), 9.9, id="with checkpointing"),
-        pytest.param(SDXL_LORA, 20.7, id="SDXL"),
+        pytest.param(replace(SD_15_LORA, settings=LARGE), 19.2, id="1024 px"),
+        pytest.param(replace(SD_15_LORA, settings=LARGE, recomputed=True), 13.4, id="1024 px with checkpointing"),
+        pytest.param(SDXL_LORA, 20.1, id="SDXL"),
+        pytest.param(replace(SDXL_LORA, recomputed=True), 18.9, id="SDXL with checkpointing"),
+        pytest.param(
+            replace(SDXL_LORA, settings=LARGE, recomputed=True), 22.3, id="SDXL at 1024 px with checkpointing"
+        ),
         pytest.param(
             Workload(unet=HALF_SD_15, text_encoders=(), adapter=None, settings=Settings(2, 32, 32), processes=2),
             16.7 / 2,
