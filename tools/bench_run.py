@@ -194,18 +194,28 @@ def endless_rows(paths: Sequence[Path], count: int) -> Iterator[list[Path]]:
         start += count
 
 
-def watch(command: Sequence[str], graphs: Path) -> dict[str, float]:
+def without_torch(folder: Path) -> dict[str, str]:
+    """The environment in which our side runs: PyTorch, which those who use the toolkit have not, is not found.
+
+    transformers and tensorboardX would import it, which takes two seconds. A module in `folder` stands before it.
+    """
+    folder.mkdir()
+    (folder / "torch.py").write_text('raise ModuleNotFoundError("No module named torch", name="torch")')
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]), "USE_TORCH": "0"}
+
+
+def watch(command: Sequence[str], variables: Mapping[str, str]) -> dict[str, float]:
     """Run a process to its end; returns seconds of the whole and of its parts, and its peak memory in GiB.
 
     Args:
         command: its command line.
-        graphs: the folder of its compile cache.
+        variables: of its environment, beside this process's own; those of our compile cache are only these.
 
     Raises:
         SystemExit: it failed, or ended without saying what ends one of the parts.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MS_COMPILER_CACHE")}
-    environment["MS_COMPILER_CACHE_PATH"] = str(graphs)
+    environment |= variables
     started = last = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     assert process.stderr is not None, "a pipe was asked for"
@@ -251,14 +261,16 @@ def time_pair(job: Job, warm: bool) -> tuple[dict[str, float], dict[str, float]]
     """One run of each side, ours first; if `warm`, with the compiled graphs of a run before."""
     figures: dict[str, dict[str, float]] = {}
     with TemporaryDirectory() as scratch:
-        graphs = Path(scratch) / "graphs"
+        ours = {"MS_COMPILER_CACHE_PATH": str(Path(scratch) / "graphs")} | without_torch(
+            Path(scratch) / "without_torch"
+        )
         if warm:
             with TemporaryDirectory() as folder:
-                watch(our_command(job, Path(folder)), graphs)
+                watch(our_command(job, Path(folder)), ours)
         results = {side: Path(scratch) / side for side in SIDES}
         for side, folder in results.items():
             folder.mkdir()
-            figures[side] = watch(SIDES[side](job, folder), graphs)
+            figures[side] = watch(SIDES[side](job, folder), ours if side == "ours" else {})
             print(f"{side}: {figures[side]['whole run, s']:.1f} s", flush=True)
         check_same_work(results, job)
     return figures["ours"], figures["peer"]

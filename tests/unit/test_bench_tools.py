@@ -175,7 +175,7 @@ def test_rows_go_through_all_pictures():
 
 def test_a_run_is_timed_as_a_whole_and_in_parts(tmp_path):
     code = PROCESS + "for _, words in PARTS: time.sleep(0.02); print(words, file=sys.stderr, flush=True)"
-    figures = bench_run.watch([sys.executable, "-c", code], tmp_path)
+    figures = bench_run.watch([sys.executable, "-c", code], {})
     memory, whole = figures.pop("peak memory, GiB"), figures.pop("whole run, s")
     assert sum(figures.values()) == pytest.approx(whole)
     assert len(figures) == len(bench_run.PARTS) + 1
@@ -191,7 +191,7 @@ def test_a_run_is_timed_as_a_whole_and_in_parts(tmp_path):
 )
 def test_a_run_that_fails_or_leaves_out_a_part_is_not_timed(tmp_path, code, reason):
     with pytest.raises(SystemExit, match=reason):
-        bench_run.watch([sys.executable, "-c", code], tmp_path)
+        bench_run.watch([sys.executable, "-c", code], {})
 
 
 @pytest.mark.parametrize("flags", [["--steps", "1"], ["--pairs", "0"], ["--base", "nowhere"]])
