@@ -37,7 +37,7 @@ from dreambooth_ms.ops.layout import (
 )
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import LayerNorm, group_norm
-from dreambooth_ms.ops.sum_of_squares import SumOfSquares
+from dreambooth_ms.ops.sums import SumOfSquares, total
 
 __all__ = [
     "AddPerChannel",
@@ -71,6 +71,7 @@ __all__ = [
     "image_axes",
     "set_up_device",
     "shared",
+    "total",
     "uncompiled",
     "use_formulation",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from dreambooth_ms.ops import total
 from dreambooth_ms.training.optimisers import assign_if
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
@@ -106,7 +107,7 @@ def _update_tensor(
 
 
 def _root_mean_square(x: Tensor) -> Tensor:
-    return ops.sqrt((x * x).mean())
+    return ops.sqrt(total(x * x) * (1 / x.size))
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.ops import total
 from dreambooth_ms.training.joined import Joined, group_by_length
 from dreambooth_ms.training.optimisers import assign_if
 
@@ -130,7 +131,7 @@ class _Vector(nn.Cell):
         if self.decay and not self.decouple:
             gradient = gradient + value * self.decay
         over_first = estimate * (1 / FIRST_ESTIMATE)
-        along = (gradient * (self.start - value)).sum() * over_first * rate
+        along = total(gradient * (self.start - value)) * over_first * rate
         scaled = gradient * estimate
         first = self.first_moment * self.beta1 + scaled * (1 - self.beta1)
         second = self.second_moment * self.beta2 + scaled * scaled * (1 - self.beta2)
@@ -141,7 +142,7 @@ class _Vector(nn.Cell):
             assign_if(proceed, self.second_moment, second),
             assign_if(proceed, self.gradient_sum, gradient_sum),
         )
-        return along, ops.depend(ops.abs(gradient_sum).sum(), states)
+        return along, ops.depend(total(ops.abs(gradient_sum)), states)
 
     def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
         """Move the parameters, not before `earlier` has been computed."""
