@@ -1,8 +1,6 @@
 """`python -m dreambooth_ms COMMAND`: the command line, for launchers that start Python."""
 
-import sys
-
-from dreambooth_ms.cli.main import main
+from dreambooth_ms.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -5,8 +5,6 @@ waits in a collective operation for one that is gone would wait for ever. Only a
 only leaving at once ends it.
 """
 
-import os
-import sys
 import time
 from collections.abc import Callable
 from queue import Empty, Queue
@@ -16,6 +14,7 @@ from typing import Any, NoReturn
 from dreambooth_ms.errors import FAILED_STATUS, DeviceError
 from dreambooth_ms.processes.channel import Channel, accept, connect, listen
 from dreambooth_ms.processes.launch import SCHEDULER, Launch
+from dreambooth_ms.processes.leaving import leave_at_once
 
 START_SECONDS = 50
 """How long the processes may take to start one after the other."""
@@ -71,7 +70,7 @@ class Meeting:
         self.exchange("the end of the run", None)
         self._leaving = True
         self._tell_all({"bye": True})
-        _leave_at_once(status)
+        leave_at_once(status)
 
     def fail(self, why: str, status: int) -> NoReturn:
         """End the whole run for a failure of this process, which is told by one line of rank 0."""
@@ -80,7 +79,7 @@ class Meeting:
             self._end_run(why, status)
         self._channels[0].send({"failed": why, "status": status})
         time.sleep(2 * GRACE_SECONDS)  # Rank 0 says when; unless it is gone too.
-        _leave_at_once(status)
+        leave_at_once(status)
 
     def wait_for_end(self) -> None:
         """For the scheduler: come back when rank 0 has left."""
@@ -134,7 +133,7 @@ class Meeting:
         """Take what another process says, and end the run with it."""
         for message in channel.messages():
             if "over" in message:
-                _leave_at_once(message["status"])
+                leave_at_once(message["status"])
             if "failed" in message:
                 if not self._own_failure.wait(GRACE_SECONDS):
                     self._end_run(f"rank {rank}: {message['failed']}", message["status"])
@@ -159,7 +158,7 @@ class Meeting:
                 self._complain(why)
             if self._rank == 0:
                 self._tell_all({"over": True, "status": status})
-            _leave_at_once(status)
+            leave_at_once(status)
 
     def _tell_all(self, message: dict[str, Any], but: int | None = None) -> None:
         for rank, channel in self._channels.items():
@@ -173,10 +172,3 @@ def _rank_of_caller(channel: Channel, launch: Launch) -> int | None:
     if not isinstance(hello, dict) or (hello.get("job"), hello.get("count")) != (launch.job, launch.count):
         return None
     return hello["rank"]
-
-
-def _leave_at_once(status: int) -> NoReturn:
-    """End this process without MindSpore's farewell, which waits for the others and for the scheduler (measured)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

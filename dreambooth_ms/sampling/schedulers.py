@@ -2,6 +2,7 @@
 alone."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,13 +30,18 @@ class SchedulerKind(NamedTuple):
     """Whether it is for models that were trained in EDM's formulation."""
 
 
+LEFT_AT_DEFAULT = "_use_default_values"
+"""Names the settings of a configuration that were not chosen, and so do not hold for another scheduler."""
+
+
 def _ported(module: str, name: str, **options: Any) -> Callable[[Config], Any]:
     """A scheduler of mindone, with what its name here adds to the model's own configuration."""
 
     def create(config: Config) -> Any:
-        return getattr(importlib.import_module(f"mindone.diffusers.schedulers.{module}"), name).from_config(
-            dict(config), **options
-        )
+        kind = getattr(importlib.import_module(f"mindone.diffusers.schedulers.{module}"), name)
+        # Its `from_config` does the same, and to warn of settings that no scheduler has it imports them all and scipy.
+        known = inspect.signature(kind.__init__).parameters.keys() - set(config.get(LEFT_AT_DEFAULT, ()))
+        return kind(**{setting: value for setting, value in config.items() if setting in known} | options)
 
     return create
 

@@ -85,8 +85,8 @@ class _Board:
         self._write(done + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._write(step, summary=self._summary.scalar(name, value))
+        entries = [entry for name, value in values.items() for entry in self._summary.scalar(name, value).value]
+        self._write(step, summary=self._summary.Summary(value=entries))
 
     def add_images(self, pictures: dict[str, np.ndarray], step: int) -> None:
         for name, picture in pictures.items():
