@@ -7,6 +7,7 @@ from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 
 from dreambooth_ms.ops.backend import Formulation, after, constant, formulation, shared
+from dreambooth_ms.ops.layout import image_of_pixel
 from dreambooth_ms.ops.linear import empty_parameter
 
 
@@ -34,8 +35,8 @@ class LayerNorm(nn.Cell):
         return ops.reshape(y_NC, x.shape).astype(x.dtype)
 
 
-MAX_SMALL_ROWS = 1 << 14
-"""Up to so many numbers the library's backward kernel is faster than two dozen operations (measured)."""
+MAX_SMALL_ROWS = 1 << 15
+"""Up to so many numbers the library's backward kernel is as fast as the operations that stand for it (measured)."""
 
 
 class _NormaliseRows(nn.Cell):
@@ -45,7 +46,8 @@ class _NormaliseRows(nn.Cell):
         super().__init__()
         self.eps = eps
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-        self.max_kernel_size = MAX_SMALL_ROWS if formulation() is Formulation.CPU else 0
+        self.on_cpu = formulation() is Formulation.CPU
+        self.max_kernel_size = MAX_SMALL_ROWS if self.on_cpu else 0
         self.norm_grad = LayerNormGrad(begin_norm_axis=-1, begin_params_axis=-1)
         # The kernel reads it, and 1e-12 without it; there is no argument for it (measured).
         self.norm_grad.add_prim_attr("epsilon", eps)
@@ -68,19 +70,34 @@ class _NormaliseRows(nn.Cell):
         if rows * channels <= self.max_kernel_size:
             return self.norm_grad(x_NC, dy_NC, variance_N1, mean_N1, weight_C)
         weight_1C = after(ops.reshape(weight_C, (1, channels)), dy_NC)
-        rstd_NC = ops.broadcast_to(ops.rsqrt(variance_N1 + self.eps), x_NC.shape)
-        xhat_NC = (x_NC - ops.broadcast_to(mean_N1, x_NC.shape)) * rstd_NC
+        rstd_NC = self._over_columns(ops.rsqrt(variance_N1 + self.eps), channels)
+        xhat_NC = (x_NC - self._over_columns(mean_N1, channels)) * rstd_NC
         dy_xhat_NC = dy_NC * xhat_NC
         # Row means weighted by the scale are products with (C, 1); sums over the rows are products with (1, N).
         weight_C1 = ops.reshape(weight_1C, (channels, 1)) * (1 / channels)
-        mean_dxhat_NC = ops.broadcast_to(self.matmul(dy_NC, weight_C1), x_NC.shape)
-        mean_dxhat_xhat_NC = ops.broadcast_to(self.matmul(dy_xhat_NC, weight_C1), x_NC.shape)
-        dxhat_NC = dy_NC * ops.broadcast_to(weight_1C, x_NC.shape)
+        mean_dxhat_NC = self._over_columns(self.matmul(dy_NC, weight_C1), channels)
+        mean_dxhat_xhat_NC = self._over_columns(self.matmul(dy_xhat_NC, weight_C1), channels)
+        dxhat_NC = dy_NC * self._over_rows(weight_1C, rows)
         dx_NC = (dxhat_NC - mean_dxhat_NC - xhat_NC * mean_dxhat_xhat_NC) * rstd_NC
         ones_1N = constant(1.0, (1, rows))
         dweight_C = ops.reshape(self.matmul(ones_1N, dy_xhat_NC), (channels,))
         dbias_C = ops.reshape(self.matmul(ones_1N, dy_NC), (channels,))
         return dx_NC, dweight_C, dbias_C
+
+    # On CPU a product with ones gives the same bits as `broadcast_to` in a fifth of the time: with that the gradient of
+    # 2048 rows of 320 takes 6.3 ms, and 1.6 ms without (measured).
+
+    def _over_columns(self, x_N1: Tensor, channels: int) -> Tensor:
+        """(N, 1) -> (N, C)."""
+        if self.on_cpu:
+            return self.matmul(x_N1, constant(1.0, (1, channels)))
+        return ops.broadcast_to(x_N1, (x_N1.shape[0], channels))
+
+    def _over_rows(self, x_1C: Tensor, rows: int) -> Tensor:
+        """(1, C) -> (N, C)."""
+        if self.on_cpu:
+            return self.matmul(constant(1.0, (rows, 1)), x_1C)
+        return ops.broadcast_to(x_1C, (rows, x_1C.shape[1]))
 
 
 class ChannelsFirstGroupNorm(nn.Cell):
@@ -170,12 +187,12 @@ class _NormaliseGroups(nn.Cell):
 
     def _pixel_sum(self, x_NC: Tensor, batch: int) -> Tensor:
         """(N, C) -> (B, C)."""
-        return self.matmul(_image_of_pixel(batch, x_NC.shape[0]), x_NC)
+        return self.matmul(image_of_pixel(batch, x_NC.shape[0]), x_NC)
 
     def _over_pixels(self, x_BC: Tensor, pixels: int) -> Tensor:
         """(B, C) -> (N, C)."""
         batch = x_BC.shape[0]
-        return self.transposed_times(_image_of_pixel(batch, batch * pixels), x_BC)
+        return self.transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
 
     def _group_mean(self, sums_BC: Tensor, pixels: int) -> Tensor:
         """Mean over a group from the sums over pixels of its channels, given back to each of its channels."""
@@ -188,12 +205,6 @@ class _NormaliseGroups(nn.Cell):
 
 MAX_FOLDED = 512
 """Up to so many channels the two products of a mean over groups are one, with a constant of C * C numbers."""
-
-
-@constexpr
-def _image_of_pixel(batch: int, pixels: int) -> Tensor:
-    """(B, N): 1 where the pixel belongs to the image."""
-    return Tensor(np.kron(np.eye(batch), np.ones((1, pixels // batch))), ms.float32)
 
 
 @constexpr

@@ -123,12 +123,15 @@ def test_group_norm_stays_accurate_far_from_zero():
     assert max(errors.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("images", [2, 150], ids=["by the library's kernel", "by operations"])
-def test_layer_norm_is_torchs(images):
+@BOTH_FORMULATIONS
+@pytest.mark.parametrize("images", [2, 300], ids=["by the library's kernel", "by operations"])
+def test_layer_norm_is_torchs(images, written_for):
     x = normal(images, 5, 24) * np.array([1, 10, 1, 0.1, 1], np.float32)[None, :, None] + 1
     assert (x.size <= MAX_SMALL_ROWS) == (images == 2)
     weights = {"weight": normal(24), "bias": normal(24, seed=1)}
-    assert_same(LayerNorm(24), x, weights, lambda x, w, b: torch.nn.functional.layer_norm(x, (24,), w, b, 1e-5))
+    with use_formulation(written_for):
+        layer_norm = LayerNorm(24)
+    assert_same(layer_norm, x, weights, lambda x, w, b: torch.nn.functional.layer_norm(x, (24,), w, b, 1e-5))
 
 
 def test_layer_norm_adds_eps_to_the_variance():
