@@ -48,7 +48,6 @@ class LoraLayer(nn.Cell):
         self.weight = base.weight
         if base.has_bias:
             self.bias = base.bias
-        self.bias_add = base.bias_add
         # A parameter, because a compiled graph would not see a changed attribute.
         self.lora_scale = Parameter(Tensor(np.float32(alpha / rank)), requires_grad=False)
 
@@ -81,7 +80,7 @@ class LoraDense(LoraLayer):
 
     def __init__(self, base: Dense, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
         super().__init__(base, rank, alpha, dropout)
-        self.matmul = ops.MatMul(transpose_b=True)
+        self.matmul, self.bias_add = base.matmul, base.bias_add
         self.lora_A = LoraMatrix(rank, base.in_channels)
         self.lora_B = LoraMatrix(base.out_channels, rank)
 
@@ -105,14 +104,12 @@ class LoraConv2d(LoraLayer):
     def __init__(self, base: Conv2d, rank: int, alpha: float, dropout: "LoraDropout | None" = None) -> None:
         super().__init__(base, rank, alpha, dropout)
         self.stored_layouts = base.stored_layouts
-        self.product = base.product
+        self.convolve = base.convolve
         self.lora_A = conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, has_bias=False)
         self.lora_B = conv2d(rank, base.out_channels, kernel_size=1, has_bias=False)
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight)
-        if self.has_bias:
-            y = self.bias_add(y, self.bias)
+        y = self.convolve(x, self.weight, self.bias if self.has_bias else None)
         inputs = x.astype(ms.float32)
         if self.dropout is not None:
             inputs = ops.reshape(self.dropout(ops.reshape(inputs, (-1, inputs.shape[-1]))), inputs.shape)

@@ -21,7 +21,6 @@ from dreambooth_ms.ops import (
     Padding,
     UpsampleNearest,
     arrays_used_again,
-    channel_bias,
     convolution,
     image_axes,
     shared,
@@ -174,5 +173,5 @@ class _Head(CompiledCell):
 
 
 def _convolved_band(conv: Conv2d, padding: Padding, x: Tensor) -> Tensor:
-    product = convolution(conv.in_channels, conv.out_channels, conv.kernel_size, 1, padding)
-    return channel_bias()(product(x, conv.weight.astype(x.dtype)), conv.bias.astype(x.dtype))
+    convolve = convolution(conv.in_channels, conv.out_channels, conv.kernel_size, 1, padding)
+    return convolve(x, conv.weight.astype(x.dtype), conv.bias.astype(x.dtype))

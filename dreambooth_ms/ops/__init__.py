@@ -21,7 +21,7 @@ from dreambooth_ms.ops.backend import (
     use_formulation,
 )
 from dreambooth_ms.ops.compiled_cell import CompiledCell
-from dreambooth_ms.ops.conv import Conv2d, Padding, channel_bias, conv2d, convolution
+from dreambooth_ms.ops.conv import Conv2d, Padding, conv2d, convolution
 from dreambooth_ms.ops.host_memory import arrays_used_again
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
@@ -62,7 +62,6 @@ __all__ = [
     "TokensToImage",
     "UpsampleNearest",
     "arrays_used_again",
-    "channel_bias",
     "compute_dtype",
     "conv2d",
     "convolution",

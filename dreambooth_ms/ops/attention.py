@@ -50,32 +50,34 @@ class MultiHeadAttention(nn.Cell):
         batch, length, _ = x_BLC.shape
         if self.num_heads == 1:
             return x_BLC
-        rows = self.interchange(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)))
-        return ops.reshape(rows, (batch * self.num_heads, length, self.head_dim))
+        rows_BRD = self.interchange(ops.reshape(x_BLC, (batch, -1, self.head_dim)), length, self.num_heads)
+        return ops.reshape(rows_BRD, (batch * self.num_heads, length, self.head_dim))
 
     def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
         batch, length, _ = shape
         if self.num_heads == 1:
             return x_MLD
-        rows = self.interchange(ops.reshape(x_MLD, (batch, self.num_heads, length, self.head_dim)))
-        return ops.reshape(rows, shape)
+        rows_BRD = self.interchange(ops.reshape(x_MLD, (batch, -1, self.head_dim)), self.num_heads, length)
+        return ops.reshape(rows_BRD, shape)
 
 
 class TransposeInterchange(nn.Cell):
-    """(B, L, N, D) -> (B, N, L, D), or the way back."""
+    """Rows of (outer, inner) -> rows of (inner, outer): (B, R, D) with R = outer * inner -> (B, R, D)."""
 
-    def construct(self, x_BLND: Tensor) -> Tensor:
-        return ops.transpose(x_BLND, (0, 2, 1, 3))
+    def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
+        batch, _, dim = x_BRD.shape
+        interchanged = ops.transpose(ops.reshape(x_BRD, (batch, outer, inner, dim)), (0, 2, 1, 3))
+        return ops.reshape(interchanged, x_BRD.shape)
 
 
 class GatherInterchange(nn.Cell):
     """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps memory (measured)."""
 
-    def construct(self, x_BLND: Tensor) -> Tensor:
-        return _interchange_rows(x_BLND)
+    def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
+        return ops.gather(x_BRD, _interchange(outer, inner), 1)
 
-    def bprop(self, x_BLND: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (_interchange_rows(dout),)
+    def bprop(self, x_BRD: Tensor, outer: int, inner: int, out: Tensor, dout: Tensor) -> tuple[Tensor, int, int]:
+        return ops.gather(dout, _interchange(inner, outer), 1), 0, 0
 
 
 class SlicedAttention(nn.Cell):
@@ -176,12 +178,6 @@ def _row_slices(heads: int, heads_of_slice: int, queries: int, keys: int) -> tup
 def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:
     step = max(1, min(length, at_most))
     return tuple((start, min(step, length - start)) for start in range(0, length, step))
-
-
-def _interchange_rows(x_BLND: Tensor) -> Tensor:
-    batch, outer, inner, dim = x_BLND.shape
-    rows = ops.gather(ops.reshape(x_BLND, (batch, outer * inner, dim)), _interchange(outer, inner), 1)
-    return ops.reshape(rows, (batch, inner, outer, dim))
 
 
 @constexpr

@@ -1,4 +1,4 @@
-"""Convolution. CPU: one `Gather` of the taps and one matrix product. Ascend: the native operator.
+"""Convolution. CPU: one lookup of the taps and one matrix product. Ascend: the native operator.
 
 Shapes: B batch, H, W height and width, P = H * W pixels, I input channels, O output channels, k kernel size.
 """
@@ -38,15 +38,9 @@ def conv2d(
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> Any:
-    """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it -> image, without the bias."""
-    if formulation() is Formulation.CPU:
-        return shared(_TapProduct, in_channels, out_channels, kernel_size, stride, padding)
-    return ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-
-
-def channel_bias() -> Any:
-    """Image, (C,) -> image with the bias added."""
-    return shared(_ChannelsLastBiasAdd) if formulation() is Formulation.CPU else ops.BiasAdd()
+    """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it, bias (O,) or None -> image."""
+    kind = _TapConvolution if formulation() is Formulation.CPU else _NativeConvolution
+    return shared(kind, in_channels, out_channels, kernel_size, stride, padding)
 
 
 class Conv2d(nn.Cell):
@@ -67,30 +61,49 @@ class Conv2d(nn.Cell):
         else:
             self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
             self.stored_layouts = {}
-        self.product = convolution(in_channels, out_channels, kernel_size, stride, padding)
-        self.bias_add = channel_bias()
+        self.convolve = convolution(in_channels, out_channels, kernel_size, stride, padding)
         if has_bias:
             self.bias = empty_parameter((out_channels,))
 
     def construct(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight.astype(x.dtype))
-        return self.bias_add(y, self.bias.astype(x.dtype)) if self.has_bias else y
+        return self.convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype) if self.has_bias else None)
 
 
-class _ChannelsLastBiasAdd(nn.Cell):
-    """(B, H, W, C) plus (C,)."""
+class _NativeConvolution(nn.Cell):
+    """(B, I, H, W) -> (B, O, H', W') by the device's operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
+        self.product = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+        self.bias_add = ops.BiasAdd()
+
+    def construct(self, x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+        y = self.product(x_BIHW, weight)
+        return y if bias_O is None else self.bias_add(y, bias_O)
+
+
+class _TapConvolution(nn.Cell):
+    """(B, H, W, I) -> (B, H', W', O) by a product of rows of pixels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+        super().__init__()
+        self.geometry = kernel_size, stride, padding
+        self.product = _TapProduct(in_channels, out_channels, kernel_size, stride, padding)
         self.bias_add = shared(BiasAdd)
 
-    def construct(self, x_BHWC: Tensor, bias_C: Tensor) -> Tensor:
-        rows = self.bias_add(ops.reshape(x_BHWC, (-1, bias_C.shape[0])), bias_C)
-        return ops.reshape(rows, x_BHWC.shape)
+    def construct(self, x_BHWI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+        batch, height, width, _ = x_BHWI.shape
+        y_NO = self.product(x_BHWI, weight)
+        if bias_O is not None:
+            y_NO = self.bias_add(y_NO, bias_O)
+        return ops.reshape(y_NO, (batch, *_output_size(height, width, *self.geometry), y_NO.shape[1]))
 
 
 class _TapProduct(nn.Cell):
-    """The linear part of a convolution, with its own backward pass: only the input and the weight are kept."""
+    """The linear part of a convolution: (B, H, W, I), weight -> (N, O) of the N = B * H' * W' output pixels.
+
+    With its own backward pass: only the input and the weight are kept.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
@@ -101,64 +114,67 @@ class _TapProduct(nn.Cell):
         self.times_transposed = ops.MatMul(transpose_b=True)
         self.times = ops.MatMul()
         self.transposed_times = ops.MatMul(transpose_a=True)
+        self.lookup = ops.EmbeddingLookup()
+        # Its gradient is not used; if it might be sparse, those of the whole graph have no known type (measured).
+        self.lookup.add_prim_attr("bprop_return_sparse", False)
 
     def construct(self, x_BHWI: Tensor, weight: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWI.shape
         if self.pointwise:
-            y = self.times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
-            return ops.reshape(y, (batch, height, width, self.out_channels))
+            return self.times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
         out_height, out_width = _output_size(height, width, self.kernel_size, self.stride, self.padding)
-        rows_BPI = _with_zero_row(x_BHWI)
+        rows_NI = ops.reshape(x_BHWI, (-1, channels))
         parts = ()
         for start, stop in _parts(batch, out_height * out_width, self.taps * channels):
-            index = _taps(height, width, self.kernel_size, self.stride, self.padding, start, stop)
-            columns = ops.reshape(ops.gather(rows_BPI, index, 1), (-1, self.taps * channels))
-            y = self.times_transposed(columns, weight)
-            parts = parts + (ops.reshape(y, (batch, stop - start, self.out_channels)),)
-            rows_BPI = after(rows_BPI, y)
-        y_BPO = ops.concat(parts, 1) if len(parts) > 1 else parts[0]
-        return ops.reshape(y_BPO, (batch, out_height, out_width, self.out_channels))
+            index = _taps(batch, height, width, self.kernel_size, self.stride, self.padding, start, stop)
+            y_NO = self.times_transposed(self._columns(rows_NI, index), weight)
+            parts = parts + (y_NO,)
+            rows_NI = after(rows_NI, y_NO)
+        return _joined(parts, batch)
 
-    def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        channels = self.in_channels
-        dout_rows = ops.reshape(dout, (-1, self.out_channels))
+    def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout_NO: Tensor) -> tuple[Tensor, Tensor]:
         if self.pointwise:
-            dx = ops.reshape(self.times(dout_rows, weight), x_BHWI.shape)
-            return dx, self.transposed_times(dout_rows, ops.reshape(x_BHWI, (-1, channels)))
-        return self._input_gradient(x_BHWI.shape, weight, dout), self._weight_gradient(x_BHWI, dout)
+            dx = ops.reshape(self.times(dout_NO, weight), x_BHWI.shape)
+            return dx, self.transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, self.in_channels)))
+        return self._input_gradient(x_BHWI.shape, weight, dout_NO), self._weight_gradient(x_BHWI, dout_NO)
 
-    def _input_gradient(self, shape: tuple[int, ...], weight: Tensor, dout: Tensor) -> Tensor:
+    def _input_gradient(self, shape: tuple[int, ...], weight: Tensor, dout_NO: Tensor) -> Tensor:
         """A convolution of `dout` with the taps in reverse, so that it is a gather and a product as well."""
         batch, height, width, channels = shape
         # (O, k*k, I) -> (k*k, O, I): a gather of rows of I numbers, which unlike a transpose keeps no index table.
         # It must not happen before its time, or the reordered weights of all convolutions exist at once (measured).
-        by_output = after(ops.reshape(weight, (-1, channels)), dout)
+        by_output = after(ops.reshape(weight, (-1, channels)), dout_NO)
         by_tap = ops.gather(by_output, _tap_major(self.out_channels, self.taps), 0)
         by_tap = ops.reshape(by_tap, (self.taps * self.out_channels, channels))
-        rows_BPO = _with_zero_row(dout)
         parts = ()
         for start, stop in _parts(batch, height * width, self.taps * self.out_channels):
-            index = _reverse_taps(height, width, self.kernel_size, self.stride, self.padding, start, stop)
-            columns = ops.reshape(ops.gather(rows_BPO, index, 1), (-1, self.taps * self.out_channels))
-            dx = self.times(columns, by_tap)
-            parts = parts + (ops.reshape(dx, (batch, stop - start, channels)),)
-            rows_BPO = after(rows_BPO, dx)
-        dx = ops.concat(parts, 1) if len(parts) > 1 else parts[0]
-        return ops.reshape(dx, shape)
+            index = _reverse_taps(batch, height, width, self.kernel_size, self.stride, self.padding, start, stop)
+            dx_NI = self.times(self._columns(dout_NO, index), by_tap)
+            parts = parts + (dx_NI,)
+            dout_NO = after(dout_NO, dx_NI)
+        return ops.reshape(_joined(parts, batch), shape)
 
-    def _weight_gradient(self, x_BHWI: Tensor, dout: Tensor) -> Tensor:
-        _, height, width, channels = x_BHWI.shape
-        rows_BPI = _with_zero_row(after(x_BHWI, dout))
-        index = _taps(height, width, self.kernel_size, self.stride, self.padding, 0, dout.shape[1] * dout.shape[2])
-        columns = ops.reshape(ops.gather(rows_BPI, index, 1), (-1, self.taps * channels))
-        return self.transposed_times(ops.reshape(dout, (-1, self.out_channels)), columns)
+    def _weight_gradient(self, x_BHWI: Tensor, dout_NO: Tensor) -> Tensor:
+        batch, height, width, channels = x_BHWI.shape
+        rows_NI = ops.reshape(after(x_BHWI, dout_NO), (-1, channels))
+        pixels = dout_NO.shape[0] // batch
+        index = _taps(batch, height, width, self.kernel_size, self.stride, self.padding, 0, pixels)
+        return self.transposed_times(dout_NO, self._columns(rows_NI, index))
+
+    def _columns(self, rows_NC: Tensor, index: Tensor) -> Tensor:
+        """The rows of pixels that the taps read, side by side for each output pixel; those outside the image are 0."""
+        return ops.reshape(self.lookup(rows_NC, index, 0), (-1, self.taps * rows_NC.shape[1]))
 
 
-def _with_zero_row(x_BHWC: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, P + 1, C): the last row is the zero that taps outside the image read."""
-    batch, height, width, channels = x_BHWC.shape
-    rows = ops.reshape(x_BHWC, (batch, height * width, channels))
-    return ops.concat((rows, ops.zeros((batch, 1, channels), x_BHWC.dtype)), 1)
+def _joined(parts: tuple[Tensor, ...], batch: int) -> Tensor:
+    """Rows of pixels, each part's image by image -> all pixels of the first image, then all of the second …"""
+    if len(parts) == 1:
+        return parts[0]
+    channels = parts[0].shape[1]
+    by_image = ()
+    for part_NC in parts:
+        by_image = by_image + (ops.reshape(part_NC, (batch, -1, channels)),)
+    return ops.reshape(ops.concat(by_image, 1), (-1, channels))
 
 
 @constexpr
@@ -175,22 +191,34 @@ def _parts(batch: int, pixels: int, columns: int) -> tuple[tuple[int, int], ...]
 
 
 @constexpr
-def _taps(height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int) -> Tensor:
-    """For output pixels start..stop and every tap, the input pixel it reads: (stop - start) * k * k."""
-    return Tensor(_tap_table(height, width, kernel_size, stride, padding)[start:stop].reshape(-1), ms.int32)
+def _taps(
+    batch: int, height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int
+) -> Tensor:
+    """For output pixels start..stop of every image and every tap, the input pixel of the batch that it reads.
+
+    (B * (stop - start) * k * k,) int32; what is read outside the image is a pixel behind the batch, which is 0.
+    """
+    table = _tap_table(height, width, kernel_size, stride, padding)
+    return _of_batch(table[start:stop], batch, pixels=height * width)
 
 
 @constexpr
 def _reverse_taps(
-    height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int
+    batch: int, height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int
 ) -> Tensor:
-    """For input pixels start..stop and every tap, the output pixel that read it through that tap."""
+    """The same for input pixels, and the output pixel that read it through that tap."""
     table = _tap_table(height, width, kernel_size, stride, padding)
     outside_output = table.shape[0]
     reverse = np.full((height * width + 1, table.shape[1]), outside_output)
     for tap in range(table.shape[1]):
         reverse[table[:, tap], tap] = np.arange(table.shape[0])
-    return Tensor(reverse[start:stop].reshape(-1), ms.int32)
+    return _of_batch(reverse[start:stop], batch, outside_output)
+
+
+def _of_batch(table: np.ndarray, batch: int, pixels: int) -> Tensor:
+    """Pixels of one image, where `pixels` stands for one outside of it -> pixels of the batch, image by image."""
+    of_images = [np.where(table < pixels, table + image * pixels, batch * pixels) for image in range(batch)]
+    return Tensor(np.stack(of_images).reshape(-1), ms.int32)
 
 
 @constexpr
@@ -200,7 +228,7 @@ def _tap_major(out_channels: int, taps: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _tap_table(height: int, width: int, kernel_size: int, stride: int, padding: Padding) -> np.ndarray:
-    """(P', k * k) input pixels; P stands for the zero row."""
+    """(P', k * k) input pixels; P stands for one outside the image."""
     top, bottom, left, right = padding
     grid = np.full((height + top + bottom, width + left + right), height * width)
     grid[top : top + height, left : left + width] = np.arange(height * width).reshape(height, width)

@@ -101,7 +101,7 @@ def test_every_part_of_a_cut_convolution_keeps_its_taps_below_the_limit(monkeypa
 @pytest.mark.parametrize("name", ["pointwise", "halving, padded below and right", "four unlike paddings", "patches"])
 def test_the_native_convolution_of_ascend_is_the_same(name):
     with use_formulation(Formulation.ASCEND):
-        assert isinstance(conv2d(3, 5).product, ops.Conv2D)
+        assert isinstance(conv2d(3, 5).convolve.product, ops.Conv2D)
         assert compare(8, 12, **FORMS[name]) < TOLERANCE
 
 
