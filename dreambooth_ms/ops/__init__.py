@@ -2,7 +2,7 @@
 
 A *formulation* says how an operation is written, and an image has the formulation's own layout:
 
-- `cpu`: channels last, (B, H, W, C). A convolution is one `Gather` of its taps and one matrix product, so nothing is
+- `cpu`: channels last, (B, H, W, C). A convolution is one lookup of its taps and one matrix product, so nothing is
   ever transposed (docs/performance.md has the measurements behind each choice).
 - `ascend`: channels first, (B, C, H, W), native convolution and fused attention.
 
