@@ -17,7 +17,8 @@ test: .venv/installed-tests
 # At real model size: about 20 GiB and a quarter of an hour.
 # Each in a process of its own: MindSpore keeps the weights of what it has compiled (measured), here of all models together.
 test-real: .venv/installed-tests
-	failed=; for test in $$($(BIN)/python -m pytest -q -m real --collect-only | grep ::); do \
+	@tests=$$($(BIN)/python -m pytest -q -m real --collect-only | grep ::) || { echo "no real-size test was found"; exit 1; }; \
+	failed=; for test in $$tests; do \
 	  $(BIN)/python -m pytest -q -s -m real "$$test" || failed="$$failed $$test"; \
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
