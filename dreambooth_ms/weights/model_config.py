@@ -50,10 +50,12 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> 
     """The spec that a configuration file says, by one of the readers below.
 
     Raises:
-        WeightError: a key is missing, or a value is of another kind; the message names the file.
+        WeightError: a key is missing, a value is of another kind, or the reader refuses it; the message names the file.
     """
     try:
         return read(content)
+    except WeightError as error:
+        raise WeightError(f"{path}: {error}") from error
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
     except TypeError as error:
@@ -69,13 +71,11 @@ def read_unet_config(config: Config) -> UNetSpec:
     for key, supported in SUPPORTED_UNET_SETTINGS.items():
         if config.get(key, supported[0]) not in supported:
             values = " or ".join(map(repr, supported))
-            raise WeightError(
-                f"unet/config.json: {key} {config[key]!r} is not supported (only {values}); use SD 1.x, 2.x or SDXL"
-            )
+            raise WeightError(f"{key} {config[key]!r} is not supported (only {values}); use SD 1.x, 2.x or SDXL")
     kinds = set(config["down_block_types"]) | set(config["up_block_types"])
     if kinds - SUPPORTED_BLOCKS:
         unknown = ", ".join(sorted(kinds - SUPPORTED_BLOCKS))
-        raise WeightError(f"unet/config.json: blocks {unknown} are not supported yet; use SD 1.x, 2.x or SDXL")
+        raise WeightError(f"blocks {unknown} are not supported yet; use SD 1.x, 2.x or SDXL")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -263,20 +263,16 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """
     if is_edm(config):
         raise WeightError(
-            f"scheduler_config.json: {config['_class_name']}: models trained in EDM's formulation can be drawn with, "
-            "not trained; use SD 1.x, 2.x or SDXL"
+            f"{config['_class_name']}: models trained in EDM's formulation can be drawn with, not trained; "
+            "use SD 1.x, 2.x or SDXL"
         )
     kind = config.get("prediction_type", "epsilon")
     if kind not in {member.value for member in PredictionType}:
-        raise WeightError(
-            f"scheduler_config.json: prediction_type {kind!r}: expected epsilon or v_prediction; "
-            "use SD 1.x, 2.x or SDXL"
-        )
+        raise WeightError(f"prediction_type {kind!r}: expected epsilon or v_prediction; use SD 1.x, 2.x or SDXL")
     betas = config.get("beta_schedule", "scaled_linear")
     if betas not in SUPPORTED_BETA_SCHEDULES:
         raise WeightError(
-            f"scheduler_config.json: beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; "
-            "use SD 1.x, 2.x or SDXL"
+            f"beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; use SD 1.x, 2.x or SDXL"
         )
     return NoiseScheduleSpec(
         num_train_timesteps=config.get("num_train_timesteps", 1000),

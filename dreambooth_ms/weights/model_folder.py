@@ -147,7 +147,7 @@ class ModelFolder:
         Raises:
             WeightError: it was trained in EDM's formulation, which ours does not follow.
         """
-        return self.schedule_spec or read_scheduler_config(self.scheduler_config)
+        return self.schedule_spec or read_config(self.path, self.scheduler_config, read_scheduler_config)
 
     @property
     def picture_size(self) -> int:

@@ -435,12 +435,28 @@ def write(content):
         (UNET_CONFIG, change(cross_attention_dim=...), "unet/config.json: 'cross_attention_dim' is missing; download"),
         (UNET_CONFIG, change(cross_attention_dim=32), "its unet reads text of width 32, its text_encoder gives 24; "),
         (UNET_CONFIG, change(in_channels=9), "its unet takes 9 channels and gives 4, a picture has 4; use a text-to"),
-        (UNET_CONFIG, change(class_embed_type="projection"), "class_embed_type 'projection' is not supported (only"),
-        (UNET_CONFIG, change(down_block_types=["KDownBlock2D"]), "blocks KDownBlock2D are not supported yet; use SD"),
+        (
+            UNET_CONFIG,
+            change(class_embed_type="projection"),
+            "unet/config.json: class_embed_type 'projection' is not supported (only",
+        ),
+        (
+            UNET_CONFIG,
+            change(down_block_types=["KDownBlock2D"]),
+            "unet/config.json: blocks KDownBlock2D are not supported",
+        ),
         ("vae/config.json", change(latent_channels=...), "vae/config.json: 'latent_channels' is missing; download"),
         ("text_encoder/config.json", change(vocab_size=...), "text_encoder/config.json: 'vocab_size' is missing"),
-        (SCHEDULER_CONFIG, change(prediction_type="sample"), "'sample': expected epsilon or v_prediction; use SD 1.x"),
-        (SCHEDULER_CONFIG, change(beta_schedule="cosine"), "'cosine': expected scaled_linear or linear; use SD 1.x"),
+        (
+            SCHEDULER_CONFIG,
+            change(prediction_type="sample"),
+            "scheduler/scheduler_config.json: prediction_type 'sample': expected epsilon or v_prediction; use SD 1.x",
+        ),
+        (
+            SCHEDULER_CONFIG,
+            change(beta_schedule="cosine"),
+            "scheduler/scheduler_config.json: beta_schedule 'cosine': expected scaled_linear or linear; use SD 1.x",
+        ),
         (
             "model_index.json",
             change(text_encoder_2=[]),
