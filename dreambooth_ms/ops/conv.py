@@ -87,7 +87,6 @@ class _TapConvolution(nn.Cell):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
-        self.geometry = kernel_size, stride, padding
         self.product = _TapProduct(in_channels, out_channels, kernel_size, stride, padding)
         self.bias_add = shared(BiasAdd)
 
@@ -96,7 +95,7 @@ class _TapConvolution(nn.Cell):
         y_NO = self.product(x_BHWI, weight)
         if bias_O is not None:
             y_NO = self.bias_add(y_NO, bias_O)
-        return ops.reshape(y_NO, (batch, *_output_size(height, width, *self.geometry), y_NO.shape[1]))
+        return ops.reshape(y_NO, (batch, *_output_size(height, width, *self.product.geometry), y_NO.shape[1]))
 
 
 class _TapProduct(nn.Cell):
@@ -108,7 +107,7 @@ class _TapProduct(nn.Cell):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.geometry = kernel_size, stride, padding
         self.taps = kernel_size * kernel_size
         self.pointwise = kernel_size == 1 and stride == 1
         self.times_transposed = ops.MatMul(transpose_b=True)
@@ -122,11 +121,11 @@ class _TapProduct(nn.Cell):
         batch, height, width, channels = x_BHWI.shape
         if self.pointwise:
             return self.times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
-        out_height, out_width = _output_size(height, width, self.kernel_size, self.stride, self.padding)
+        out_height, out_width = _output_size(height, width, *self.geometry)
         rows_NI = ops.reshape(x_BHWI, (-1, channels))
         parts = ()
         for start, stop in _parts(batch, out_height * out_width, self.taps * channels):
-            index = _taps(batch, height, width, self.kernel_size, self.stride, self.padding, start, stop)
+            index = _taps(batch, height, width, *self.geometry, start, stop)
             y_NO = self.times_transposed(self._columns(rows_NI, index), weight)
             parts = parts + (y_NO,)
             rows_NI = after(rows_NI, y_NO)
@@ -148,7 +147,7 @@ class _TapProduct(nn.Cell):
         by_tap = ops.reshape(by_tap, (self.taps * self.out_channels, channels))
         parts = ()
         for start, stop in _parts(batch, height * width, self.taps * self.out_channels):
-            index = _reverse_taps(batch, height, width, self.kernel_size, self.stride, self.padding, start, stop)
+            index = _reverse_taps(batch, height, width, *self.geometry, start, stop)
             dx_NI = self.times(self._columns(dout_NO, index), by_tap)
             parts = parts + (dx_NI,)
             dout_NO = after(dout_NO, dx_NI)
@@ -158,7 +157,7 @@ class _TapProduct(nn.Cell):
         batch, height, width, channels = x_BHWI.shape
         rows_NI = ops.reshape(after(x_BHWI, dout_NO), (-1, channels))
         pixels = dout_NO.shape[0] // batch
-        index = _taps(batch, height, width, self.kernel_size, self.stride, self.padding, 0, pixels)
+        index = _taps(batch, height, width, *self.geometry, 0, pixels)
         return self.transposed_times(dout_NO, self._columns(rows_NI, index))
 
     def _columns(self, rows_NC: Tensor, index: Tensor) -> Tensor:
