@@ -36,7 +36,8 @@ class LayerNorm(nn.Cell):
 
 
 MAX_SMALL_ROWS = 1 << 15
-"""Up to so many numbers the library's backward kernel is as fast as the operations that stand for it (measured)."""
+"""Up to so many numbers the library's backward kernel costs no more than the operations that stand for it, with what
+their compilation takes (measured, docs/performance.md)."""
 
 
 class _NormaliseRows(nn.Cell):
