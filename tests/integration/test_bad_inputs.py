@@ -443,7 +443,7 @@ def write(content):
         (
             UNET_CONFIG,
             change(down_block_types=["KDownBlock2D"]),
-            "unet/config.json: blocks KDownBlock2D are not supported",
+            "unet/config.json: blocks KDownBlock2D are not supported yet; use SD",
         ),
         ("vae/config.json", change(latent_channels=...), "vae/config.json: 'latent_channels' is missing; download"),
         ("text_encoder/config.json", change(vocab_size=...), "text_encoder/config.json: 'vocab_size' is missing"),
