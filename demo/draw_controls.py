@@ -7,7 +7,7 @@ import streamlit as st
 from demo import session, uploads
 from demo.library import ModelFacts, Places, Shelf, choose, describe, find_refiners
 from demo.messages import Drawing, ModelChoice
-from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.specs import Family
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Side, Step
 from dreambooth_ms.cli.assemble import open_base
-from dreambooth_ms.config.schema import DeviceConfig
+from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.refinement import draw_refined

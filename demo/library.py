@@ -8,14 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from demo.messages import ModelChoice
+from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.opened_lora import PEFT_CONFIG, holds_lora
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError, UserError, WeightError
+from dreambooth_ms.formats.folder_layout import INDEX
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.folder_layout import INDEX
-from dreambooth_ms.weights.lora_file import FILE_NAME
-from dreambooth_ms.weights.opened_lora import PEFT_CONFIG, holds_lora
 from dreambooth_ms.weights.opened_model import open_model
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")

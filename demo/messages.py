@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.config.choices import SamplingScheduler
 
 Side: TypeAlias = Literal["adapted", "base"]
 """With the adapters, or the same without."""

@@ -20,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 import yaml  # noqa: E402
 
 from dreambooth_ms.cli.main import main  # noqa: E402
-from dreambooth_ms.cli.tell import tell  # noqa: E402
+from dreambooth_ms.cli.output import tell  # noqa: E402
 from dreambooth_ms.config.describe import sections  # noqa: E402
-from dreambooth_ms.config.schema import SampleConfig, TrainConfig  # noqa: E402
+from dreambooth_ms.config.sample import SampleConfig  # noqa: E402
+from dreambooth_ms.config.train import TrainConfig  # noqa: E402
 
 INFERENCE = ROOT / "configs" / "inference"
 PROMPT = "Astronaut in a jungle, cold color palette, muted colors, detailed, 8k"

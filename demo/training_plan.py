@@ -8,7 +8,7 @@ from typing import Any
 from demo.library import ModelFacts
 from demo.processes import REPOSITORY
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.specs import Family
 
 CONFIGS = REPOSITORY / "configs" / "training"

@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from demo.library import RUN_CONFIG
 from demo.processes import environment
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
-from dreambooth_ms.weights.folder_layout import INDEX
-from dreambooth_ms.weights.lora_file import FILE_NAME
+from dreambooth_ms.formats.folder_layout import INDEX
 
 COMMAND, LOG, LOCK = "page_command.json", "page_training.log", "page_training.lock"
 HISTORY, VALIDATION = "history.jsonl", "validation"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from dreambooth_ms.adapters.opened_lora import holds_lora
 from dreambooth_ms.data.pictures import SUFFIXES, open_picture
 from dreambooth_ms.errors import DataError, WeightError
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.opened_lora import holds_lora
+from dreambooth_ms.formats.files.open import open_tensor_file
 
 PICTURE_TYPES = tuple(suffix[1:] for suffix in SUFFIXES)
 LORA_TYPES = ("safetensors", "ckpt", "pt", "pth", "bin")

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.runtime.device import set_up_device
 
 
 @pytest.fixture(scope="session", autouse=True)

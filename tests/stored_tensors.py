@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.stored import StoredTensor
 
 RNG = np.random.default_rng(0)
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3), (2, 1, 3, 2)]

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.stored import Container
-from dreambooth_ms.weights.lora_writing import write_lora_as
-from dreambooth_ms.weights.naming.lora import Factors
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
-from dreambooth_ms.weights.opened_lora import OpenedLora
+from dreambooth_ms.adapters.lora_writing import write_lora_as
+from dreambooth_ms.adapters.opened_lora import OpenedLora
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.stored import Container
+from dreambooth_ms.formats.naming.lora import Factors
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
 from tests.small_specs import SMALL
 
 FILES = {LoraFormat.PEFT: "", LoraFormat.MINDONE: ".ckpt"}

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SDXL_BASE, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.stored import Container, StoredTensor
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.report import Report
 from dreambooth_ms.weights.opened_model import OpenedModel
 from tests.small_specs import SMALL
 

@@ -83,7 +83,7 @@ def training_sdxl() -> list[Graph]:
     from mindspore import Tensor
 
     from dreambooth_ms.adapters.lora import DropoutState
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
@@ -92,16 +92,16 @@ def training_sdxl() -> list[Graph]:
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss
 
-    unet, encoders = UNet2DConditionModel(smallest.SDXL_UNET), _sdxl_text_encoders()
+    unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
     step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
-    text = (smallest.token_ids(2 * smallest.TOKENS), smallest.ends(), smallest.size_ids())
+    text = (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends(), toy_networks.size_ids())
     scalars = optimiser.update_scalars(1, 1e-3)
     return [
-        (step._add_gradients, (Tensor(True), *smallest.rows(), *text)),
+        (step._add_gradients, (Tensor(True), *toy_networks.rows(), *text)),
         (step._update, scalars),
         (MovingAverage(trainables, 0.9)._update, scalars[:1]),
     ]
@@ -112,25 +112,25 @@ def training_sd() -> list[Graph]:
 
     With adapters on linear layers and on those convolutions.
     """
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
-    unet, encoders = UNet2DConditionModel(smallest.SD_UNET), _sd_text_encoders()
+    unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.EPSILON)
     step = TrainStep(loss, trainables, optimiser, 1.0)
-    return [(step, (*optimiser.update_scalars(1, 1e-3), *smallest.rows(), smallest.token_ids()))]
+    return [(step, (*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), toy_networks.token_ids()))]
 
 
 def recomputing() -> list[Graph]:
     """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -139,14 +139,14 @@ def recomputing() -> list[Graph]:
     from dreambooth_ms.training.recomputation import GivenPrediction
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
-    unet, encoders = UNet2DConditionModel(smallest.SD_UNET), _sd_text_encoders()
+    unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
     layers += [inject_lora(network, 2, 2.0, TEXT_ENCODER_TARGETS) for network in encoders.networks().values()]
     trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(GivenPrediction(), PredictionType.EPSILON)
     step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
-    return [(step, (*optimiser.update_scalars(1, 1e-3), *smallest.rows(), smallest.token_ids()))]
+    return [(step, (*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), toy_networks.token_ids()))]
 
 
 def optimisers() -> list[Graph]:
@@ -158,9 +158,9 @@ def optimisers() -> list[Graph]:
 
     from mindspore import Parameter
 
-    from dreambooth_ms.cli import smallest
-    from dreambooth_ms.ops.parallel import SumOverProcesses
-    from dreambooth_ms.processes.together import Processes
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.processes.group import Processes
+    from dreambooth_ms.runtime.collective import SumOverProcesses
     from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
     from dreambooth_ms.training.adamw_8bit import AdamW8bit
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
@@ -168,7 +168,7 @@ def optimisers() -> list[Graph]:
     from dreambooth_ms.training.sharding import ShardedOptimiser
 
     shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
-    trainables = [Parameter(smallest.normal(name, *shape), name=name) for name, shape in shapes.items()]
+    trainables = [Parameter(toy_networks.normal(name, *shape), name=name) for name, shape in shapes.items()]
     decays = [1.0, 0.5, 0.5]
 
     def of_part(start: int, stop: int) -> Optimiser:
@@ -188,24 +188,24 @@ def optimisers() -> list[Graph]:
 
 def drawing_sdxl() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 
-    vae, side = AutoencoderKL(smallest.VAE), smallest.SIDE
-    pooled = (smallest.normal("pooled", smallest.ROWS, smallest.POOLED), smallest.size_ids())
+    vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
+    pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.size_ids())
     return [
-        (_sdxl_text_encoders(), (smallest.token_ids(2 * smallest.TOKENS), smallest.ends())),
-        _denoising(smallest.SDXL_UNET, *pooled),
-        (VaeDecoder(vae), (smallest.normal("latents", 1, smallest.VAE.latent_channels, side, side),)),
-        (VaeEncoder(vae), (smallest.normal("picture", 1, smallest.VAE.in_channels, 2 * side, 2 * side),)),
+        (_sdxl_text_encoders(), (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends())),
+        _denoising(toy_networks.SDXL_UNET, *pooled),
+        (VaeDecoder(vae), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
+        (VaeEncoder(vae), (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),)),
     ]
 
 
 def drawing_sd() -> list[Graph]:
     """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
 
-    return [(_sd_text_encoders(), (smallest.token_ids(),)), _denoising(smallest.SD_UNET)]
+    return [(_sd_text_encoders(), (toy_networks.token_ids(),)), _denoising(toy_networks.SD_UNET)]
 
 
 def fused_attention() -> list[Graph]:
@@ -213,13 +213,13 @@ def fused_attention() -> list[Graph]:
     import mindspore as ms
     from mindspore import Tensor
 
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.ops import MultiHeadAttention
 
     def half(name: str, tokens: int) -> Tensor:
-        return smallest.normal(name, smallest.ROWS, tokens, 32).astype(ms.float16)
+        return toy_networks.normal(name, toy_networks.ROWS, tokens, 32).astype(ms.float16)
 
-    inputs = half("q", 64), half("k", smallest.TOKENS), half("v", smallest.TOKENS)
+    inputs = half("q", 64), half("k", toy_networks.TOKENS), half("v", toy_networks.TOKENS)
     return [(_attention_gradient(MultiHeadAttention(2, 16)), inputs)]
 
 
@@ -235,23 +235,23 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
 
 
 def _sdxl_text_encoders() -> Any:
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    return _named(CLIPTextModel(smallest.TEXT), CLIPTextModelWithProjection(smallest.TEXT_2))
+    return _named(CLIPTextModel(toy_networks.TEXT), CLIPTextModelWithProjection(toy_networks.TEXT_2))
 
 
 def _sd_text_encoders() -> Any:
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.clip import CLIPTextModel
 
-    return _named(CLIPTextModel(smallest.TEXT))
+    return _named(CLIPTextModel(toy_networks.TEXT))
 
 
 def _named(*networks: Any) -> Any:
     """The text encoders together, each with its parameters' public names."""
     from dreambooth_ms.models.clip import TextEncoders
-    from dreambooth_ms.weights.parameters import public_parameters
+    from dreambooth_ms.models.parameters import public_parameters
 
     for network in networks:
         public_parameters(network)
@@ -290,7 +290,7 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     import mindspore as ms
 
     from dreambooth_ms.adapters.precision import compute_in
-    from dreambooth_ms.cli import smallest
+    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.sampling.denoiser import Denoiser
 
@@ -298,9 +298,9 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     for parameter in unet.get_parameters():
         parameter.requires_grad = False
     compute_in(unet, ms.float16)
-    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
-    number = smallest.rows()[4]
-    text = smallest.normal("text", smallest.ROWS, smallest.TOKENS, spec.cross_attention_dim)
+    latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
+    number = toy_networks.rows()[4]
+    text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, spec.cross_attention_dim)
     return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
 
 
@@ -320,7 +320,7 @@ def _attention_gradient(attention: Any) -> Any:
 
 def compile_graphs(chosen: Sequence[str]) -> None:
     """Compile these graphs, in a process whose environment makes MindSpore write them down."""
-    from dreambooth_ms.ops import Formulation, set_up_device, use_formulation
+    from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
 
     set_up_device("CPU", 0)
     with use_formulation(Formulation.ASCEND):

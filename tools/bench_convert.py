@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dreambooth_ms.conversion.convert import DTYPES
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE, SDXL_REFINER
-from dreambooth_ms.weights.conversion import DTYPES
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
-from dreambooth_ms.weights.naming.formats import Format, naming_of
 
 MODELS = {"sd15": SD_15, "sd21": SD_21, "sdxl": SDXL_BASE, "refiner": SDXL_REFINER}
 TARGETS = {"diffusers folder": "out", "stability .safetensors": "out.safetensors", "mindone .ckpt": "out.ckpt"}

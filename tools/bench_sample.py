@@ -62,16 +62,16 @@ def build_ours(job: Job, mark: Mark) -> Draw:
     """A picture of this toolkit, from the parts that `dreambooth-ms sample` puts together."""
     # transformers imports PyTorch where it is installed, which it is not for those who use the toolkit.
     os.environ["USE_TORCH"] = "0"
-    from dreambooth_ms.ops import set_up_device
+    from dreambooth_ms.runtime.device import set_up_device
 
     set_up_device("CPU", 0)
 
     from dreambooth_ms.sampling.model import SamplingModel
     from dreambooth_ms.sampling.settings import DrawRequest
-    from dreambooth_ms.weights.model_folder import open_model_folder
+    from dreambooth_ms.weights.bundle import open_bundle
 
     mark("imported")
-    model = SamplingModel(open_model_folder(job.base))
+    model = SamplingModel(open_bundle(job.base))
     request = DrawRequest(
         prompts=(PROMPT,),
         height=job.resolution,
@@ -190,13 +190,13 @@ def write_random_model(folder: Path) -> None:
     """Stable Diffusion 1.5 as a folder in diffusers' layout, its weights functions of their names."""
     from functools import partial
 
+    from dreambooth_ms.formats.files.dtypes import DType
+    from dreambooth_ms.formats.files.stored import Container, StoredTensor
+    from dreambooth_ms.formats.naming.formats import Format
+    from dreambooth_ms.formats.naming.report import Report
     from dreambooth_ms.models.parameter_shapes import model_shapes
     from dreambooth_ms.models.specs import SD_15
-    from dreambooth_ms.weights.files.dtypes import DType
-    from dreambooth_ms.weights.files.stored import Container, StoredTensor
     from dreambooth_ms.weights.model_writing import plan_model, write_parts
-    from dreambooth_ms.weights.naming.formats import Format
-    from dreambooth_ms.weights.naming.report import Report
     from dreambooth_ms.weights.opened_model import OpenedModel
 
     shapes = model_shapes(SD_15)

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.formats.model_config import read_unet_config, write_scheduler_config, write_unet_config
 from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
+from dreambooth_ms.processes.group import ALONE, Processes, run_in_group
 from dreambooth_ms.processes.launch import find_launch
-from dreambooth_ms.processes.together import ALONE, Processes, run_together
 from dreambooth_ms.randomness import generator, standard_normal
-from dreambooth_ms.weights.model_config import read_unet_config, write_scheduler_config, write_unet_config
 
 # MindSpore and PyTorch are imported by the processes that are timed, each its own. A process inherits the peak memory
 # of the one that started it, so this one stays small.
@@ -164,8 +164,8 @@ def start_value(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALONE) -> Side:
     """The step of this toolkit, from the parts that `dreambooth-ms train` puts together."""
-    from dreambooth_ms.ops import compute_dtype, set_up_device
-    from dreambooth_ms.ops.parallel import SumOverProcesses
+    from dreambooth_ms.runtime.collective import SumOverProcesses
+    from dreambooth_ms.runtime.device import compute_dtype, set_up_device
 
     if processes.count == 1:
         set_up_device("CPU", 0)
@@ -178,6 +178,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.data.batches import Batch
     from dreambooth_ms.data.records import CLASS, INSTANCE
+    from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
@@ -185,7 +186,6 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.training.recomputation import GivenPrediction
     from dreambooth_ms.training.sharding import ShardedOptimiser
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
-    from dreambooth_ms.weights.parameters import public_parameters
 
     mark("imported")
     unet = UNet2DConditionModel(job.unet)
@@ -359,8 +359,8 @@ def peak_memory(usage: resource.struct_rusage) -> int:
 
 def measure_together(side: str, job: Job, started: float) -> int:
     """Time ours in one of several processes; the first prints the report, with the memory of all."""
-    from dreambooth_ms.ops import set_up_device
-    from dreambooth_ms.ops.parallel import collective_operations
+    from dreambooth_ms.runtime.collective import collective_operations
+    from dreambooth_ms.runtime.device import set_up_device
 
     def work(processes: Processes) -> int:
         set_up_device("CPU", 0)
@@ -370,7 +370,7 @@ def measure_together(side: str, job: Job, started: float) -> int:
             print(json.dumps({**reports[0], "peak_memory": sum(report["peak_memory"] for report in reports)}))
         return 0
 
-    return run_together(find_launch(os.environ), work, lambda line: print(line, file=sys.stderr))
+    return run_in_group(find_launch(os.environ), work, lambda line: print(line, file=sys.stderr))
 
 
 def places(count: int) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.runtime.device import set_up_device
 
 set_up_device("CPU", 0)
 
@@ -27,7 +27,16 @@ from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen befor
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
+from dreambooth_ms.formats.model_config import (  # noqa: E402
+    write_clip_config,
+    write_text_config,
+    write_unet_config,
+    write_vae_config,
+)
+from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, TextEncoders, end_positions  # noqa: E402
+from dreambooth_ms.models.initialise import initialise_for_training  # noqa: E402
+from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
     ClipSpec,
     ClipTextSpec,
@@ -38,22 +47,14 @@ from dreambooth_ms.models.specs import (  # noqa: E402
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel  # noqa: E402
 from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
-from dreambooth_ms.ops.parallel import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
+from dreambooth_ms.processes.group import ALONE, Processes, run_in_group  # noqa: E402
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch  # noqa: E402
-from dreambooth_ms.processes.together import ALONE, Processes, run_together  # noqa: E402
 from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
+from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.initialise import initialise_for_training  # noqa: E402
-from dreambooth_ms.weights.model_config import (  # noqa: E402
-    write_clip_config,
-    write_text_config,
-    write_unet_config,
-    write_vae_config,
-)
-from dreambooth_ms.weights.model_folder import save_index, save_network, write_json  # noqa: E402
-from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters  # noqa: E402
-from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors  # noqa: E402
+from dreambooth_ms.weights.bundle import save_index, save_network, write_json  # noqa: E402
+from dreambooth_ms.weights.load import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
 
@@ -419,7 +420,7 @@ def main() -> None:
     if launch and launch.rank == SCHEDULER:
         serve_as_scheduler(launch)
     else:
-        sys.exit(run_together(launch, train_as_one_of, lambda line: print(line, file=sys.stderr)))
+        sys.exit(run_in_group(launch, train_as_one_of, lambda line: print(line, file=sys.stderr)))
 
 
 def train_as_one_of(processes: Processes) -> int:

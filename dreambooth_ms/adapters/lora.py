@@ -14,14 +14,14 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.adapters.lora_file import LoraWeights
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.naming.lora import Factors
+from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.ops import Conv2d, Dense, conv2d
-from dreambooth_ms.ops.backend import after
+from dreambooth_ms.ops.graph import after
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import generator, standard_normal
-from dreambooth_ms.weights.lora_file import LoraWeights
-from dreambooth_ms.weights.naming.lora import Factors
-from dreambooth_ms.weights.parameters import PublicParameter, name_prefix, public_parameters
 
 
 class Adapted(Protocol):

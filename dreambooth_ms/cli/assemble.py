@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.adapters.lora import Adapted, load_lora
+from dreambooth_ms.adapters.opened_lora import read_adapters
 from dreambooth_ms.adapters.precision import compute_in
-from dreambooth_ms.cli.tell import tell
-from dreambooth_ms.config.schema import DeviceConfig, WeightsConfig
+from dreambooth_ms.cli.output import tell
+from dreambooth_ms.config.shared import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import compute_dtype, set_up_device
+from dreambooth_ms.runtime.device import compute_dtype, set_up_device
+from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
 from dreambooth_ms.weights.hub import find_model
-from dreambooth_ms.weights.model_folder import ModelFolder, open_model_folder
-from dreambooth_ms.weights.opened_lora import read_adapters
 
 
 def open_base(
@@ -27,12 +27,12 @@ def open_base(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
-) -> ModelFolder:
+) -> ModelBundle:
     """Set up the device and open the base model, with the autoencoder of another one if `vae` names it."""
     set_up_device(device.device_target, device.ms_mode)
     compute_dtype(device.mixed_precision)  # What the device cannot compute in ends here.
     other_vae = find_model(vae) if vae else None
-    folder = open_model_folder(find_model(name_or_path, revision, variant), variant, other_vae)
+    folder = open_bundle(find_model(name_or_path, revision, variant), variant, other_vae)
     for note in folder.notes:
         tell(f"{folder.path}: {note}")
     return folder
@@ -52,7 +52,7 @@ class AdaptedModel:
 
 
 def load_adapted(
-    folder: ModelFolder, weights: WeightsConfig, prompts: Sequence[str], mixed_precision: str | None = None
+    folder: ModelBundle, weights: WeightsConfig, prompts: Sequence[str], mixed_precision: str | None = None
 ) -> AdaptedModel:
     """The base with the adapters of a command line; the text encoders, which compute in float32, are gone afterwards.
 
@@ -80,13 +80,13 @@ def load_adapted(
     return AdaptedModel(unet, list(layers["unet"].values()), embeddings, base_embeddings)
 
 
-def prompt_tokenizer(folder: ModelFolder) -> PromptTokenizer:
+def prompt_tokenizer(folder: ModelBundle) -> PromptTokenizer:
     """The tokenizers of a base."""
     pooled = folder.text_spec_2
     return PromptTokenizer(*folder.tokenizer_paths, pooled_at=pooled.eos_token_id if pooled else None)
 
 
-def encode(folder: ModelFolder, encoders: TextEncoders, prompts: Sequence[str]) -> dict[str, PromptText]:
+def encode(folder: ModelBundle, encoders: TextEncoders, prompts: Sequence[str]) -> dict[str, PromptText]:
     """These prompts, and the empty one as it stands for "no negative prompt": with most SDXL models that is zeros."""
     encoded = encode_prompts(prompt_tokenizer(folder), encoders, [*prompts, ""])
     if folder.zeros_for_empty_prompt:
@@ -94,6 +94,6 @@ def encode(folder: ModelFolder, encoders: TextEncoders, prompts: Sequence[str]) 
     return encoded
 
 
-def embed_prompts(folder: ModelFolder, prompts: Sequence[str]) -> dict[str, PromptText]:
+def embed_prompts(folder: ModelBundle, prompts: Sequence[str]) -> dict[str, PromptText]:
     """`encode` by the base's own text encoders, which are gone afterwards."""
     return encode(folder, folder.load_text_encoders(), prompts)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.cli.output import tell
+from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import ConvertConfig
-from dreambooth_ms.weights.conversion import convert
-from dreambooth_ms.weights.files.stored import Progress
+from dreambooth_ms.conversion.convert import convert
+from dreambooth_ms.formats.files.stored import Progress
 
 
 def run(argv: Sequence[str]) -> int:

@@ -16,19 +16,19 @@ from mindspore import Tensor
 
 from dreambooth_ms import __version__
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
-from dreambooth_ms.cli import smallest
+from dreambooth_ms.cli import toy_networks
+from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import DoctorConfig
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.errors import UserError
+from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder
-from dreambooth_ms.ops import set_up_device
-from dreambooth_ms.ops.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
+from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
+from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
-from dreambooth_ms.weights.initialise import initialise
 
 FAILED_STATUS = 1
 GIB = 2**30
@@ -122,7 +122,9 @@ class Examination:
         """The same graph compiled and read back gives the same bits, with a cache of its own."""
         if self.ms_mode == 1:
             return "not used in PyNative mode"
-        inputs = (smallest.normal("latents", 1, smallest.VAE.latent_channels, smallest.SIDE, smallest.SIDE),)
+        inputs = (
+            toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, toy_networks.SIDE, toy_networks.SIDE),
+        )
         with tempfile.TemporaryDirectory() as folder:
             cache = CompileCache(Path(folder))
             with use_compile_cache(cache):
@@ -194,15 +196,15 @@ def cann_version(home: Path) -> str | None:
 
 def training_figures() -> dict[str, float]:
     """Loss, norm of the gradients, and norm of the adapters' second factors after a LoRA step."""
-    unet = UNet2DConditionModel(smallest.SD_UNET)
-    initialise(unet, smallest.SEED)
+    unet = UNet2DConditionModel(toy_networks.SD_UNET)
+    initialise(unet, toy_networks.SEED)
     layers = inject_lora(unet, 2, 2.0, ["to_q", "to_k", "to_v", "to_out.0"])
-    initialise_lora(layers, smallest.SEED)
+    initialise_lora(layers, toy_networks.SEED)
     trainables = lora_trainables(layers)
     optimiser = AdamW(trainables, AdamWHyperparameters())
     step = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
-    text = smallest.normal("text", smallest.ROWS, smallest.TOKENS, smallest.SD_UNET.cross_attention_dim)
-    loss, _, norm = step(*optimiser.update_scalars(1, 1e-3), *smallest.rows(), text)
+    text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, toy_networks.SD_UNET.cross_attention_dim)
+    loss, _, norm = step(*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), text)
     updates = [factors[1] for factors in (layer.factors() for layer in layers.values())]
     return {
         "loss": float(loss.asnumpy()),
@@ -213,24 +215,24 @@ def training_figures() -> dict[str, float]:
 
 def drawing_figures() -> dict[str, float]:
     """Norms of a guided prediction and of a decoded picture."""
-    unet = UNet2DConditionModel(smallest.SDXL_UNET)
-    initialise(unet, smallest.SEED)
-    rows, spec = smallest.ROWS, smallest.SDXL_UNET
-    latents = smallest.normal("latents", 1, spec.in_channels, smallest.SIDE, smallest.SIDE)
+    unet = UNet2DConditionModel(toy_networks.SDXL_UNET)
+    initialise(unet, toy_networks.SEED)
+    rows, spec = toy_networks.ROWS, toy_networks.SDXL_UNET
+    latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
     prediction = Denoiser(unet, guided=True)(
         latents,
         Tensor(np.array([500], np.float32)),
         Tensor(np.array([5, 0], np.float32)),
-        smallest.normal("text", rows, smallest.TOKENS, spec.cross_attention_dim),
-        smallest.normal("pooled", rows, smallest.POOLED),
-        smallest.size_ids(),
+        toy_networks.normal("text", rows, toy_networks.TOKENS, spec.cross_attention_dim),
+        toy_networks.normal("pooled", rows, toy_networks.POOLED),
+        toy_networks.size_ids(),
     )
     return {"prediction": _norm([prediction.asnumpy()]), "picture": _norm([_decoder()(latents).asnumpy()])}
 
 
 def _decoder() -> VaeDecoder:
-    vae = AutoencoderKL(smallest.VAE)
-    initialise(vae, smallest.SEED)
+    vae = AutoencoderKL(toy_networks.VAE)
+    initialise(vae, toy_networks.SEED)
     return VaeDecoder(vae)
 
 

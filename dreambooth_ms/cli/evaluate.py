@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.cli.assemble import load_adapted, open_base
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import EvaluateConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import find_pictures, open_picture
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure, metrics_json
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
-from dreambooth_ms.weights.atomic import atomic_path, check_writable, write_bytes
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"

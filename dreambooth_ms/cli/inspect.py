@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dreambooth_ms.config.inspect import InspectConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import InspectConfig
-from dreambooth_ms.weights.inspection import describe_source
+from dreambooth_ms.conversion.inspect import describe_source
 
 
 def run(argv: Sequence[str]) -> int:

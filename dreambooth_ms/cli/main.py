@@ -13,20 +13,21 @@ from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.tell import PROGRAM, complain
+from dreambooth_ms.cli.output import PROGRAM, complain
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
+from dreambooth_ms.processes.exit import leave_at_once
 from dreambooth_ms.processes.launch import is_launched
-from dreambooth_ms.processes.leaving import leave_at_once
 
 LIBRARY = "mindspore"
 
 
 class Command(NamedTuple):
-    """One command. `module` has `run(argv) -> int`; `schema` is a class of config.schema that describes its flags."""
+    """One command. `module` has `run(argv) -> int`; `schema` is the class in the module
+    of `config` with the command's name that describes its flags."""
 
     module: str
     summary: str
-    schema: str | None = None
+    schema: str
 
 
 COMMANDS: dict[str, Command] = {
@@ -82,8 +83,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise UserError(_unknown(name))
     command = COMMANDS[name]
-    if command.schema is not None and ("-h" in rest or "--help" in rest):
-        print(_command_help(name, command.schema))
+    if "-h" in rest or "--help" in rest:
+        print(_command_help(name))
         return 0
     return _import_run(command.module)(rest)
 
@@ -104,6 +105,11 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
         gc.freeze()
 
 
+def schema_of(name: str) -> type:
+    """The class that describes the flags of a command."""
+    return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), COMMANDS[name].schema)
+
+
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
@@ -121,11 +127,12 @@ def _overview() -> str:
     )
 
 
-def _command_help(name: str, schema: str) -> str:
-    from dreambooth_ms.config import schema as schemas
+def _command_help(name: str) -> str:
     from dreambooth_ms.config.describe import describe
 
-    positional = "".join(f" {field.upper()}" for field in getattr(getattr(schemas, schema), "POSITIONAL", ()))
+    described = schema_of(name)
+
+    positional = "".join(f" {field.upper()}" for field in getattr(described, "POSITIONAL", ()))
     return "\n".join(
         [
             f"usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]",
@@ -135,7 +142,7 @@ def _command_help(name: str, schema: str) -> str:
             "Values come from the YAML files given by --config, then from the flags. Switches are written --name,",
             "--name True, --name False or --no-name; lists --name a b or --name a,b.",
             "",
-            describe(getattr(schemas, schema)),
+            describe(described),
         ]
     )
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_ms.cli.convert import bytes_bar
-from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import MergeConfig
-from dreambooth_ms.weights.merging import merge
+from dreambooth_ms.config.merge import MergeConfig
+from dreambooth_ms.conversion.merge import merge
 
 
 def run(argv: Sequence[str]) -> int:

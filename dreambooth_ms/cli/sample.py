@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.assemble import open_base
-from dreambooth_ms.cli.tell import tell
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load_sample_config
-from dreambooth_ms.config.schema import DeviceConfig, RefinerConfig, SampleConfig, SizesConfig
+from dreambooth_ms.config.sample import RefinerConfig, SampleConfig, SizesConfig
+from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import draw_grid, first_free_number, write_picture
 from dreambooth_ms.sampling.refinement import draw_refined
 from dreambooth_ms.sampling.settings import Drawn, DrawRequest, PictureSizes, Refinement, StepReport
-from dreambooth_ms.weights.atomic import check_writable
 
 
 def run(argv: Sequence[str]) -> int:

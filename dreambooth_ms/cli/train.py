@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.assemble import open_base, prompt_tokenizer
-from dreambooth_ms.cli.tell import be_quiet, complain, progress, tell
+from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import (
     ClassPictures,
@@ -20,16 +21,16 @@ from dreambooth_ms.cli.training_pictures import (
 from dreambooth_ms.cli.training_setup import learning_rate_of, set_up_training
 from dreambooth_ms.cli.validation import Validator
 from dreambooth_ms.config.load import load_train_config, to_yaml
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops.parallel import collective_operations, serve_as_scheduler
+from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
-from dreambooth_ms.processes.together import Processes, run_together
+from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
 from dreambooth_ms.sampling.class_images import missing_numbers
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
@@ -44,8 +45,7 @@ from dreambooth_ms.training.methods import result_of
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
-from dreambooth_ms.weights.atomic import check_writable
-from dreambooth_ms.weights.model_folder import ModelFolder
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     if launch and launch.rank == SCHEDULER:
         serve_as_scheduler(launch)
         return 0
-    return run_together(launch, lambda processes: run_as_one_of(processes, argv), complain)
+    return run_in_group(launch, lambda processes: run_as_one_of(processes, argv), complain)
 
 
 def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
@@ -140,7 +140,7 @@ def total_steps(config: TrainConfig, pictures: int) -> int:
 def train_and_save(
     processes: Processes,
     config: TrainConfig,
-    folder: ModelFolder,
+    folder: ModelBundle,
     unet: UNet2DConditionModel,
     batches: BatchMaker,
     checkpoint: Checkpoint | None,

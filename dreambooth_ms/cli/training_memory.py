@@ -1,10 +1,11 @@
 """How much memory a run will need, from its configuration."""
 
-from dreambooth_ms.cli.tell import tell
-from dreambooth_ms.config.schema import TrainConfig, memory_size
+from dreambooth_ms.cli.output import tell
+from dreambooth_ms.config.ranges import memory_size
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.activation_memory import FLOAT32, Settings
-from dreambooth_ms.ops import Formulation, formulation
-from dreambooth_ms.processes.together import Processes
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.memory import (
     OPTIMISER_BYTES,
     Adapter,
@@ -14,10 +15,10 @@ from dreambooth_ms.training.memory import (
     machine_memory,
 )
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
-from dreambooth_ms.weights.model_folder import ModelFolder
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def check_expected_memory(config: TrainConfig, folder: ModelFolder, processes: Processes) -> None:
+def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: Processes) -> None:
     """Say how much memory a step will need; what cannot fit ends here, before any work.
 
     `--max_device_memory` is of each process. Without it the processes of the run that are on a machine share its
@@ -40,7 +41,7 @@ def check_expected_memory(config: TrainConfig, folder: ModelFolder, processes: P
     check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 
 
-def _workload(config: TrainConfig, folder: ModelFolder, processes: int) -> Workload:
+def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workload:
     method, data, run = config.method, config.data, config.run
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1

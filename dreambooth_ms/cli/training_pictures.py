@@ -10,9 +10,9 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.cli.assemble import embed_prompts
-from dreambooth_ms.cli.tell import progress
+from dreambooth_ms.cli.output import progress
 from dreambooth_ms.cli.training_setup import prediction_type
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.conditioning import PromptText
@@ -22,11 +22,11 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
-from dreambooth_ms.processes.together import Processes
+from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.run_folder import seed_of
-from dreambooth_ms.weights.model_folder import ModelFolder
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check_same_pictures(processes: Processes, groups: Sequence[Sequence[Record]]
             )
 
 
-def embed_all(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) -> dict[str, PromptText]:
+def embed_all(folder: ModelBundle, cache: ContentCache, prompts: Sequence[str]) -> dict[str, PromptText]:
     """Prompts by the base's own text encoders, all at once, because each time they are compiled anew."""
     digests = [folder.digest(name) for name in folder.text_encoders]
     key = " ".join([*digests, "zeros"] if folder.zeros_for_empty_prompt else digests)
@@ -68,7 +68,7 @@ def embed_all(folder: ModelFolder, cache: ContentCache, prompts: Sequence[str]) 
 def draw_missing_class_images(
     processes: Processes,
     config: TrainConfig,
-    folder: ModelFolder,
+    folder: ModelBundle,
     wanted: ClassPictures,
     embeddings: Mapping[str, PromptText],
 ) -> UNet2DConditionModel | None:
@@ -100,7 +100,7 @@ def draw_missing_class_images(
 def encode_pictures(
     processes: Processes,
     config: TrainConfig,
-    folder: ModelFolder,
+    folder: ModelBundle,
     plan: Plan,
     cache: ContentCache,
     texts: Mapping[str, PromptText],
@@ -140,7 +140,7 @@ def encode_pictures(
     )
 
 
-def _load_encoder(folder: ModelFolder) -> Callable[[np.ndarray], np.ndarray]:
+def _load_encoder(folder: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
     encoder = VaeEncoder(folder.load_vae(decodes=False))
 
     def encode(pictures_B3HW: np.ndarray) -> np.ndarray:

@@ -8,13 +8,13 @@ from pathlib import Path
 from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import compute_dtype
-from dreambooth_ms.ops.parallel import SumOverProcesses
-from dreambooth_ms.processes.together import ALONE, Processes
+from dreambooth_ms.processes.group import ALONE, Processes
+from dreambooth_ms.runtime.collective import SumOverProcesses
+from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
@@ -24,7 +24,7 @@ from dreambooth_ms.training.recomputation import GivenPrediction
 from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
-from dreambooth_ms.weights.model_folder import ModelFolder
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Training:
 
 
 def set_up_training(
-    config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, processes: Processes = ALONE
+    config: TrainConfig, folder: ModelBundle, unet: UNet2DConditionModel, processes: Processes = ALONE
 ) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
     method = config.method
@@ -108,7 +108,7 @@ def _scaler(config: TrainConfig) -> LossScaler | None:
     return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
 
 
-def prediction_type(config: TrainConfig, folder: ModelFolder) -> PredictionType:
+def prediction_type(config: TrainConfig, folder: ModelBundle) -> PredictionType:
     """What the UNet is trained to predict."""
     chosen = config.loss.prediction_type
     return PredictionType(chosen) if chosen else folder.trained_schedule().prediction_type

@@ -5,14 +5,15 @@ from contextlib import nullcontext
 import numpy as np
 
 from dreambooth_ms.cli.assemble import embed_prompts, encode
-from dreambooth_ms.config.schema import SamplingScheduler, TrainConfig, ValidationScheduler
+from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
 from dreambooth_ms.training.methods import Learner
 from dreambooth_ms.training.run_folder import seed_of
-from dreambooth_ms.weights.model_folder import ModelFolder
+from dreambooth_ms.weights.bundle import ModelBundle
 
 PURPOSE, FOLDER = "validation", "validation"
 STEPS, GUIDANCE = 25, 7.5
@@ -30,7 +31,7 @@ class Validator:
     One picture at a time, by one compiled denoiser, which takes less memory than a training step of as many rows.
     """
 
-    def __init__(self, config: TrainConfig, folder: ModelFolder, unet: UNet2DConditionModel, learner: Learner) -> None:
+    def __init__(self, config: TrainConfig, folder: ModelBundle, unet: UNet2DConditionModel, learner: Learner) -> None:
         wanted = config.validation
         assert wanted.validation_prompt is not None, "asked for by a prompt"
         self.prompt = wanted.validation_prompt

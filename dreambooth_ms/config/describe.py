@@ -8,7 +8,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.schema import RANGES
+from dreambooth_ms.config.ranges import RANGES
 
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
 _PLACEHOLDERS = {bool: "[True|False]", int: "N", float: "X", str: "TEXT", list: "TEXT [TEXT ...]"}

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.given import Given, Report, canonical, nearest, read_file, read_flags
-from dreambooth_ms.config.schema import Findings, SampleConfig, TrainConfig
+from dreambooth_ms.config.ranges import Findings
+from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.spellings import (
     BASE_THEN_ADAPTERS,
     HARMLESS,
@@ -25,6 +26,7 @@ from dreambooth_ms.config.spellings import (
     SPELLINGS,
     VALUE_SPELLINGS,
 )
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
 

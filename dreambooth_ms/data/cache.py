@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.config.schema import Interpolation
+from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
-from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 
 Encode = Callable[[np.ndarray], np.ndarray]
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from dreambooth_ms.config.schema import Interpolation
+from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.weights.digest import file_digest
+from dreambooth_ms.formats.digest import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MIN_SIDE = 8

@@ -14,7 +14,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from dreambooth_ms.models.clip import ClipImageEncoder
-from dreambooth_ms.weights.model_folder import load_clip, read_json
+from dreambooth_ms.weights.bundle import load_clip, read_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.ops import (
-    CompiledCell,
     Dense,
     Embedding,
     FromPublicLayout,
@@ -23,6 +22,7 @@ from dreambooth_ms.ops import (
     shared,
 )
 from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class CLIPTextModel(nn.Cell):

@@ -1,6 +1,6 @@
 """Families as data: what distinguishes one Stable Diffusion from another.
 
-The field names follow the `config.json` files of diffusers and transformers, from which `weights/model_folder.py`
+The field names follow the `config.json` files of diffusers and transformers, from which `weights/bundle.py`
 fills these rows.
 """
 

@@ -8,16 +8,8 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import (
-    CompiledCell,
-    FromPublicLayout,
-    ImageToTokens,
-    TokensToImage,
-    ToPublicLayout,
-    conv2d,
-    group_norm,
-    shared,
-)
+from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm, shared
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 NORM_EPS = 1e-6
 

@@ -15,17 +15,10 @@ from mindspore import Tensor, mint, nn, ops
 
 from dreambooth_ms.models.layers import ResnetBlock2D
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import (
-    CompiledCell,
-    Conv2d,
-    Padding,
-    UpsampleNearest,
-    arrays_used_again,
-    convolution,
-    image_axes,
-    shared,
-    uncompiled,
-)
+from dreambooth_ms.ops import Conv2d, Padding, UpsampleNearest, convolution, image_axes, shared
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
+from dreambooth_ms.runtime.device import uncompiled
+from dreambooth_ms.runtime.host_memory import arrays_used_again
 
 MAX_TAPS = 1 << 24
 """A band is as high as its convolution's gathered taps stay below so many numbers (64 MiB in float32)."""

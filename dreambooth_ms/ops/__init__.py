@@ -11,18 +11,8 @@ Networks are built from these cells and never name an axis of an image themselve
 
 from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
-from dreambooth_ms.ops.backend import (
-    Formulation,
-    compute_dtype,
-    formulation,
-    set_up_device,
-    shared,
-    uncompiled,
-    use_formulation,
-)
-from dreambooth_ms.ops.compiled_cell import CompiledCell
 from dreambooth_ms.ops.conv import Conv2d, Padding, conv2d, convolution
-from dreambooth_ms.ops.host_memory import arrays_used_again
+from dreambooth_ms.ops.graph import shared
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
     ConcatChannels,
@@ -41,12 +31,10 @@ from dreambooth_ms.ops.sums import SumOfSquares, total
 
 __all__ = [
     "AddPerChannel",
-    "CompiledCell",
     "ConcatChannels",
     "Conv2d",
     "Dense",
     "Embedding",
-    "Formulation",
     "FromPublicLayout",
     "GatedGelu",
     "Gelu",
@@ -61,16 +49,10 @@ __all__ = [
     "ToPublicLayout",
     "TokensToImage",
     "UpsampleNearest",
-    "arrays_used_again",
-    "compute_dtype",
     "conv2d",
     "convolution",
-    "formulation",
     "group_norm",
     "image_axes",
-    "set_up_device",
     "shared",
     "total",
-    "uncompiled",
-    "use_formulation",
 ]

@@ -4,7 +4,7 @@ import math
 
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops.backend import after
+from dreambooth_ms.ops.graph import after
 
 
 class Gelu(nn.Cell):

@@ -13,7 +13,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, after, constant, formulation, shared
+from dreambooth_ms.ops.graph import after, constant, shared
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 MAX_SCORES = 1 << 24
 """At most this many scores exist at a time on CPU (64 MiB in float32): one head of 64 x 64 tokens."""

@@ -11,9 +11,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, after, formulation, shared
+from dreambooth_ms.ops.graph import after, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""

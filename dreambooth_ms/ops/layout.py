@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.backend import Formulation, formulation
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 
 @dataclass(frozen=True)

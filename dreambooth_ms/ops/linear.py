@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from dreambooth_ms.ops.backend import constant, shared
+from dreambooth_ms.ops.graph import constant, shared
 
 
 class Dense(nn.Cell):

@@ -6,9 +6,10 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 
-from dreambooth_ms.ops.backend import Formulation, after, constant, formulation, shared
+from dreambooth_ms.ops.graph import after, constant, shared
 from dreambooth_ms.ops.layout import image_of_pixel
 from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 
 def group_norm(num_groups: int, channels: int, eps: float, silu: bool = False) -> nn.Cell:

@@ -11,8 +11,8 @@ from mindspore import Tensor
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 from dreambooth_ms.models.vae_bands import BandedDecoder
-from dreambooth_ms.ops import Formulation, formulation
 from dreambooth_ms.randomness import standard_normal
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 PURPOSE = "latents of the picture to start from"
 

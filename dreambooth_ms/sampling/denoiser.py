@@ -2,7 +2,7 @@
 
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import CompiledCell
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class Denoiser(CompiledCell):

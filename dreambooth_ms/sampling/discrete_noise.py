@@ -7,8 +7,8 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
+from dreambooth_ms.formats.model_config import read_scheduler_config
 from dreambooth_ms.randomness import standard_normal
-from dreambooth_ms.weights.model_config import read_scheduler_config
 
 PURPOSE = "noise of a sampling step"
 

@@ -10,19 +10,19 @@ import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.adapters.lora import Adapted, load_lora
+from dreambooth_ms.adapters.opened_lora import read_adapters
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.clip import TextEncoders
-from dreambooth_ms.ops import compute_dtype
+from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
 from dreambooth_ms.sampling.pipeline import BatchStep, Rows, Sampler, starting_noise
 from dreambooth_ms.sampling.schedulers import check_formulation
 from dreambooth_ms.sampling.settings import Drawn, DrawRequest, OnStep, SamplingSettings, StepReport, Stopped
 from dreambooth_ms.sampling.start_picture import fitted, fitted_size
-from dreambooth_ms.weights.model_folder import ModelFolder
-from dreambooth_ms.weights.opened_lora import read_adapters
+from dreambooth_ms.weights.bundle import ModelBundle
 
 TEXT_ROWS = 2
 """Prompts encoded at a time, always as many, so that the text encoders are compiled once."""
@@ -45,7 +45,7 @@ class SamplingModel:
 
     def __init__(
         self,
-        folder: ModelFolder,
+        folder: ModelBundle,
         adapters: Sequence[str | Path] = (),
         keep_text_encoders: bool = False,
         mixed_precision: str | None = None,

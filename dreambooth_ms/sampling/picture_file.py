@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreambooth_ms.weights.atomic import atomic_path
+from dreambooth_ms.atomic import atomic_path
 
 SETTINGS_KEY = "dreambooth_ms"
 

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.formats.model_config import is_edm
 from dreambooth_ms.sampling.ddpm import DDPMScheduler
 from dreambooth_ms.sampling.edm_euler import EDMEulerScheduler
 from dreambooth_ms.sampling.unipc import UniPCMultistepScheduler
-from dreambooth_ms.weights.model_config import is_edm
 
 Config = Mapping[str, Any]
 """The content of a `scheduler_config.json`."""

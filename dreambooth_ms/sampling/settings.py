@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dreambooth_ms.config.schema import SamplingScheduler
+from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.data.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 
 

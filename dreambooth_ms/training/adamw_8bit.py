@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from dreambooth_ms.training.joined import Joined, group_by_length
+from dreambooth_ms.training.flat_vectors import Joined, group_by_length
 from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_scalars, assign_if
 
 BLOCK = 128

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
-from dreambooth_ms.weights.digest import file_digest
-from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.digest import file_digest
+from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
-from dreambooth_ms.ops import CompiledCell
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.optimisers import zeros_like
 
 _blend = ops.MultitypeFuncGraph("blend")

@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.processes.together import ALONE, Processes
+from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 

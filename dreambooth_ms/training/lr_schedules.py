@@ -2,7 +2,8 @@
 
 import math
 
-from dreambooth_ms.config.schema import POLYNOMIAL_END_LEARNING_RATE, LearningRateSchedule
+from dreambooth_ms.config.choices import LearningRateSchedule
+from dreambooth_ms.config.train import POLYNOMIAL_END_LEARNING_RATE
 
 
 def learning_rate_factor(

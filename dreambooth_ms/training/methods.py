@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from dreambooth_ms.adapters import lora_file
 from dreambooth_ms.adapters.lora import (
     DropoutState,
     check_rank,
@@ -15,16 +16,16 @@ from dreambooth_ms.adapters.lora import (
     lora_trainables,
     lora_weights,
 )
-from dreambooth_ms.config.schema import Method, MethodConfig
+from dreambooth_ms.config.choices import Method
+from dreambooth_ms.config.train import MethodConfig
+from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES, write_json
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.tensor_file import STEP_KEY, read_metadata
 from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.weights import lora_file
-from dreambooth_ms.weights.folder_layout import WEIGHT_NAMES, write_json
-from dreambooth_ms.weights.model_folder import ModelFolder, save_network
+from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.parameters import name_prefix, public_parameters
-from dreambooth_ms.weights.tensor_file import STEP_KEY, read_metadata
 
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of the text encoder that get an update, as in diffusers' scripts."""
@@ -68,7 +69,7 @@ class TextConditioned(nn.Cell):
 
 def lora(
     config: MethodConfig,
-    folder: ModelFolder,
+    folder: ModelBundle,
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
     seed: int,
@@ -105,7 +106,7 @@ def lora(
 
 def full(
     config: MethodConfig,
-    folder: ModelFolder,
+    folder: ModelBundle,
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
     seed: int,
@@ -155,7 +156,7 @@ def result_of(method: Method, folder: Path) -> tuple[Path, int]:
     return path, int(read_metadata(path).get(STEP_KEY, 0)) if path.is_file() else 0
 
 
-def copy_base(folder: ModelFolder, target: Path, trained: Collection[str]) -> None:
+def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> None:
     """Write what was not trained of a base model: networks, tokenizer, scheduler and the index.
 
     Weights have plain names whatever variant they were, so that the result loads without naming one.

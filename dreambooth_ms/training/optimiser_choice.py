@@ -1,6 +1,6 @@
 """The optimiser that a configuration asks for, on what a method trains."""
 
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.methods import Learner

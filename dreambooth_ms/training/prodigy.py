@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import total
-from dreambooth_ms.training.joined import Joined, group_by_length
+from dreambooth_ms.training.flat_vectors import Joined, group_by_length
 from dreambooth_ms.training.optimisers import assign_if
 
 FIRST_ESTIMATE = 1e-6

@@ -12,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.diffusion.objective import noisy_latents, per_row
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.ops.backend import after
+from dreambooth_ms.ops.graph import after
 
 _NUM_LOSS_INPUTS = 6
 """Inputs of `training.step.DiffusionLoss` before the conditioning."""

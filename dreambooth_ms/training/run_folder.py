@@ -4,15 +4,15 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
+from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.load import load, to_yaml
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.processes.together import Processes
+from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.methods import METHODS, result_of
 from dreambooth_ms.training.trackers import HISTORY
-from dreambooth_ms.weights.atomic import remove_leftovers, write_bytes
 
 CONFIG = "config.yaml"
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.ops.parallel import ShareParts, from_process
-from dreambooth_ms.processes.together import Processes
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.runtime.collective import ShareParts, from_process
 from dreambooth_ms.training.optimisers import Optimiser
 
 

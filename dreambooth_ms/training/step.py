@@ -11,8 +11,9 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.ops import CompiledCell, SumOfSquares
-from dreambooth_ms.ops.parallel import SumOverProcesses
+from dreambooth_ms.ops import SumOfSquares
+from dreambooth_ms.runtime.collective import SumOverProcesses
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
 from dreambooth_ms.training.optimisers import Optimiser, zeros_like
 from dreambooth_ms.training.recomputation import RecomputedGradients

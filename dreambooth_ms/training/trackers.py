@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dreambooth_ms.atomic import atomic_path, write_bytes
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.weights.atomic import atomic_path, write_bytes
 
 HISTORY = "history.jsonl"
 _COLOURS = {"instance": (34, 94, 168), "class": (217, 95, 2)}

@@ -1,1 +1,1 @@
-"""Every file format, read strictly and written atomically."""
+"""A base model from disk or hub as a bundle of networks, and back."""

@@ -1,30 +1,27 @@
 """An opened model -> a file or folder in another format, tensor by tensor."""
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
+from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
+from dreambooth_ms.formats.files.byte_ranges import FileRange
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
+from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
+from dreambooth_ms.formats.folder_configs import folder_configs, tokenizers
+from dreambooth_ms.formats.folder_layout import INDEX, NETWORKS, WEIGHT_NAMES, read_json, variants, write_json
+from dreambooth_ms.formats.naming.formats import Format, naming_of
+from dreambooth_ms.formats.naming.plan import WritePlan
+from dreambooth_ms.formats.naming.slots import Assembly
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, check_room, check_writable, sync
-from dreambooth_ms.weights.clip_vocabulary import SIZE, write_clip_tokenizer
-from dreambooth_ms.weights.files.byte_ranges import FileRange
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
-from dreambooth_ms.weights.files.stored import Container, Progress, StoredTensor, total_bytes
-from dreambooth_ms.weights.folder_configs import folder_configs, tokenizers
-from dreambooth_ms.weights.folder_layout import INDEX, NETWORKS, WEIGHT_NAMES, read_json, variants, write_json
-from dreambooth_ms.weights.naming.formats import Format, naming_of
-from dreambooth_ms.weights.naming.plan import WritePlan
-from dreambooth_ms.weights.naming.slots import Assembly
 from dreambooth_ms.weights.opened_model import (
     ABSENT,
     LATENT_STATISTICS,
@@ -245,39 +242,3 @@ def _notes_on_prediction(model: OpenedModel, form: Format) -> Iterator[str]:
         yield f"The scheduler says {assumed_prediction(model)}; --prediction_type says otherwise."
     if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
         yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."
-
-
-def check_free(path: Path) -> None:
-    """Whether a name is still free; an empty folder counts as free.
-
-    Raises:
-        WeightError: something has it.
-    """
-    try:
-        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    except (OSError, ValueError) as error:
-        raise WeightError(f"{path}: cannot be written ({error}); choose another name") from error
-    if taken:
-        raise WeightError(f"{path}: is there already; remove it, or choose another name")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its name when all of it is written; on any error nothing is left.
-
-    Raises:
-        WeightError: the place cannot be written to, or the disk is full.
-    """
-    partial_folder = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-        yield partial_folder
-        partial_folder.chmod(0o755)
-        partial_folder.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise WeightError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        if partial_folder is not None:
-            shutil.rmtree(partial_folder, ignore_errors=True)

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.byte_ranges import FileRange
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
+from dreambooth_ms.formats.folder_layout import INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.formats.model_config import Config, read_config, read_latent_settings
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.plan import ReadPlan
+from dreambooth_ms.formats.naming.recognise import recognise_model
+from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.slots import Slot
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
-from dreambooth_ms.weights.files.byte_ranges import FileRange
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.stored import Container, StoredTensor, TensorFile
-from dreambooth_ms.weights.folder_layout import INDEX, NETWORKS, SCHEDULER, read_json, weight_file
-from dreambooth_ms.weights.model_config import Config, read_config, read_latent_settings
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.plan import ReadPlan
-from dreambooth_ms.weights.naming.recognise import recognise_model
-from dreambooth_ms.weights.naming.report import Report
-from dreambooth_ms.weights.naming.slots import Slot
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.stored import StoredTensor, TensorFile
+from dreambooth_ms.formats.folder_layout import NETWORKS, read_json, weight_file
+from dreambooth_ms.formats.model_config import Config, read_config, read_vae_config, write_vae_config
+from dreambooth_ms.formats.naming.recognise import recognise_vae
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.stored import StoredTensor, TensorFile
-from dreambooth_ms.weights.folder_layout import NETWORKS, read_json, weight_file
-from dreambooth_ms.weights.model_config import Config, read_config, read_vae_config, write_vae_config
-from dreambooth_ms.weights.naming.recognise import recognise_vae
 from dreambooth_ms.weights.opened_model import OpenedModel, public_tensors
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from demo.processes import REPOSITORY
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 TIMEOUT = 300
@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     )
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     draw = np.random.default_rng(0).standard_normal
-    from dreambooth_ms.weights.tensor_file import read_tensors
+    from dreambooth_ms.formats.tensor_file import read_tensors
 
     weight = read_tensors(base / "unet" / "diffusion_pytorch_model.safetensors")[0][f"{layer}.weight"]
     factors = {layer: (draw((2, weight.shape[1]), np.float32), draw((weight.shape[0], 2), np.float32))}

@@ -13,7 +13,7 @@ from dreambooth_ms.randomness import generator
 from dreambooth_ms.sampling.autoencoder import PictureDecoder, PictureEncoder
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
 from dreambooth_ms.sampling.start_picture import fitted
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tools.tiny_base.checker import shows
 from tools.tiny_base.world import COLOURS, SHAPES
 
@@ -22,7 +22,7 @@ BASE = Path("checkpoints/tiny-shapes")
 
 @pytest.fixture(scope="module")
 def base():
-    return open_model_folder(BASE)
+    return open_bundle(BASE)
 
 
 def draw(base, prompts, settings, noise):

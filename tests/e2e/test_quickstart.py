@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.weights.lora_file import read_lora
+from dreambooth_ms.adapters.lora_file import read_lora
 
 ROOT = Path(__file__).parents[2]
 

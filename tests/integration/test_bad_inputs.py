@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.spellings import METHODS_NOT_YET, REFUSED
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
 from dreambooth_ms.training.run_folder import CONFIG
 from dreambooth_ms.training.trackers import HISTORY
-from dreambooth_ms.weights.lora_file import FILE_NAME
 from tests.tiny_model import write_random_model
 
 PROGRAM = "dreambooth-ms: error: "

@@ -5,9 +5,9 @@ import pytest
 
 from demo.drawing import Painter
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Step
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.settings import DrawRequest
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
 from tests.tiny_model import write_random_model, write_random_sdxl
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -8,20 +8,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth_ms.adapters.lora_file import read_lora
+from dreambooth_ms.adapters.lora_writing import write_lora_as
 from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.schema import MethodConfig, WeightsConfig
+from dreambooth_ms.config.shared import WeightsConfig
+from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format, naming_of
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.training.methods import METHODS
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
-from dreambooth_ms.weights.lora_file import read_lora
-from dreambooth_ms.weights.lora_writing import write_lora_as
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format, naming_of
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
-from dreambooth_ms.weights.parameters import read_parameters
 from tests.small_specs import SMALL
 from tests.whole_loras import FILES, random_lora
 from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, random_model
@@ -52,7 +53,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(bases):
-    return {name: open_model_folder(path) for name, path in bases.items()}
+    return {name: open_bundle(path) for name, path in bases.items()}
 
 
 class TestBases:
@@ -81,7 +82,7 @@ class TestBases:
         assert any(".layers.2." in name for name in unused)
         whole = replace(model, tensors={**model.tensors, **unused})
         plan_model(whole, Format.STABILITY).write(tmp_path / "model.safetensors")
-        found = read_parameters(open_model_folder(tmp_path / "model.safetensors").load_text_encoder())
+        found = read_parameters(open_bundle(tmp_path / "model.safetensors").load_text_encoder())
         expected = model.of_part("text_encoder")
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], expected[name].read()) for name in expected)
@@ -95,7 +96,7 @@ class TestBases:
         model = random_model(RUNNING, tmp_path, parts=("unet", "text_encoder"))
         plan_model(model, Format.STABILITY).write(tmp_path / "model.safetensors")
         with pytest.raises(WeightError, match="holds no vae; convert it into a folder and put them into that"):
-            open_model_folder(tmp_path / "model.safetensors")
+            open_bundle(tmp_path / "model.safetensors")
 
 
 def train(base, output, pictures):
@@ -186,7 +187,7 @@ def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(open
     base = opened["mindone"]
     unet = base.load_unet()
     METHODS["full"](MethodConfig(method="full"), base, unet, None, 0).write_result(tmp_path / "full", 1)
-    result = open_model_folder(tmp_path / "full")
+    result = open_bundle(tmp_path / "full")
     for part in ("unet", "vae", "text_encoder"):
         assert result.digest(part) == base.digest(part)
     assert (result.unet_spec, result.schedule_spec) == (base.unet_spec, base.schedule_spec)
@@ -196,6 +197,6 @@ def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(open
 def test_files_that_hold_a_model_but_no_base(tmp_path, bases, capsys):
     assert train(tmp_path / "none.safetensors", tmp_path / "out", tmp_path) == 2
     assert "no such folder" in capsys.readouterr().err
-    write_safetensors(tmp_path / "x.safetensors", dict(open_model_folder(bases["diffusers"]).tensors("unet")))
+    write_safetensors(tmp_path / "x.safetensors", dict(open_bundle(bases["diffusers"]).tensors("unet")))
     assert train(tmp_path / "x.safetensors", tmp_path / "out", tmp_path) == 2
     assert "this is a UNet alone, in diffusers' naming without its folder" in capsys.readouterr().err

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, remove_leftovers
 from dreambooth_ms.cli import train as train_command
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.batches import Batch
+from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.training.checkpoint import STATE, checkpoint_folders, find_latest, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import HISTORY, read_history
-from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, atomic_path, remove_leftovers
-from dreambooth_ms.weights.lora_file import FILE_NAME
-from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.tiny_model import write_random_model
 
 REPOSITORY = Path(__file__).parents[2]

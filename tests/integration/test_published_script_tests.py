@@ -11,8 +11,8 @@ import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.numpy import load_file
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.weights.lora_file import FILE_NAME
 from tests.tiny_model import write_random_model
 from tools.tiny_base.world import write_subject
 

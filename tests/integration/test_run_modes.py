@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.training.checkpoint import STATE, find_latest
 from dreambooth_ms.training.trackers import HISTORY
-from dreambooth_ms.weights.lora_file import FILE_NAME
-from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.tiny_model import write_random_model
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.numpy import load_file
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.sampling.picture_file import read_settings
 from dreambooth_ms.training.checkpoint import STATE
 from dreambooth_ms.training.trackers import read_history
-from dreambooth_ms.weights.lora_file import FILE_NAME
-from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.tiny_model import write_random_sdxl
 
 

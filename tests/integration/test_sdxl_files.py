@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.schema import MethodConfig
+from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.tensor_file import read_tensors
+from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family
 from dreambooth_ms.training.methods import METHODS
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
-from dreambooth_ms.weights.lora_file import FILE_NAME
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
 from dreambooth_ms.weights.opened_model import open_model
-from dreambooth_ms.weights.parameters import read_parameters
-from dreambooth_ms.weights.tensor_file import read_tensors
 from tests.whole_models import RUNNING_SDXL, SUFFIXES, random_model, values_of
 
 # Two resolutions, of which one has transformers.
@@ -101,7 +101,7 @@ def test_what_is_drawn_from_a_file_is_what_is_drawn_from_the_folder(runs, form):
 
 @each_file
 def test_a_file_is_opened_as_the_folder(bases, form):
-    found, folder = open_model_folder(bases[form]), open_model_folder(bases[Format.DIFFUSERS])
+    found, folder = open_bundle(bases[form]), open_bundle(bases[Format.DIFFUSERS])
     for field in ("unet_spec", "vae_spec", "text_spec", "text_spec_2", "schedule_spec", "scheduler_config"):
         assert getattr(found, field) == getattr(folder, field), field
     for field in ("zeros_for_empty_prompt", "num_size_ids", "text_encoders", "picture_size"):
@@ -114,7 +114,7 @@ def test_a_file_is_opened_as_the_folder(bases, form):
 def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
     model, path = random_model(REFINER, tmp_path), tmp_path / f"refiner{SUFFIXES[form]}"
     plan_model(model, form).write(path)
-    found = open_model_folder(path)
+    found = open_bundle(path)
     assert (found.text_encoders, found.num_size_ids) == (("text_encoder_2",), 5)
     assert (len(found.tokenizer_paths), found.zeros_for_empty_prompt) == (1, False)
     loaded, saved = read_parameters(found.load_text_encoders().text_encoder_2), model.of_part("text_encoder_2")
@@ -123,7 +123,7 @@ def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
 
 
 def test_its_second_tokenizer_fills_short_prompts_with_another_token(bases):
-    first, second = open_model_folder(bases[Format.STABILITY]).tokenizer_paths
+    first, second = open_bundle(bases[Format.STABILITY]).tokenizer_paths
     assert first != second
     assert all((folder / "merges.txt").is_file() for folder in (first, second))
 
@@ -144,7 +144,7 @@ def test_a_file_without_its_second_text_encoder_says_so(tmp_path, form):
     path = tmp_path / f"model{SUFFIXES[form]}"
     plan_model(random_model(SDXL, tmp_path, parts=parts), form).write(path)
     with pytest.raises(WeightError, match="holds no text_encoder_2; convert it into a folder"):
-        open_model_folder(path)
+        open_bundle(path)
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +164,17 @@ def vae(other, tmp_path_factory):
 class TestAnotherAutoencoder:
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
     def test_it_may_be_alone_in_a_file(self, bases, other, vae, form):
-        found = open_model_folder(bases[form], vae=vae)
+        found = open_bundle(bases[form], vae=vae)
         assert values_of(found.tensors("vae")) == values_of(other.of_part("vae"))
-        assert found.vae_spec == open_model_folder(bases[form]).vae_spec
+        assert found.vae_spec == open_bundle(bases[form]).vae_spec
         assert found.opened().of_part("vae").keys() == other.of_part("vae").keys()
-        assert found.digest("vae") != open_model_folder(bases[form]).digest("vae")
+        assert found.digest("vae") != open_bundle(bases[form]).digest("vae")
 
     @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=lambda form: form.value)
     def test_it_is_in_the_folder_that_a_full_training_writes(self, bases, other, vae, tmp_path, form):
-        base = open_model_folder(bases[form], vae=vae)
+        base = open_bundle(bases[form], vae=vae)
         METHODS["full"](MethodConfig(method="full"), base, base.load_unet(), None, 0).write_result(tmp_path, 1)
-        result = open_model_folder(tmp_path)
+        result = open_bundle(tmp_path)
         assert values_of(result.tensors("vae")) == values_of(other.of_part("vae"))
         assert result.vae_spec == base.vae_spec
         assert result.digest("text_encoder_2") == base.digest("text_encoder_2")
@@ -183,13 +183,13 @@ class TestAnotherAutoencoder:
         parts = ("unet", "text_encoder", "text_encoder_2")
         base = random_model(SDXL, tmp_path, parts=parts)
         plan_model(base, Format.STABILITY).write(tmp_path / "base.safetensors")
-        found = open_model_folder(tmp_path / "base.safetensors", vae=vae).opened()
+        found = open_bundle(tmp_path / "base.safetensors", vae=vae).opened()
         assert found.parts == ("unet", "vae", "text_encoder", "text_encoder_2")
         assert values_of(found.of_part("vae")) == values_of(other.of_part("vae"))
 
     def test_another_kind_of_file_is_told(self, bases):
         with pytest.raises(WeightError, match="this is a whole model; expected an autoencoder"):
-            open_model_folder(bases[Format.DIFFUSERS], vae=bases[Format.STABILITY])
+            open_bundle(bases[Format.DIFFUSERS], vae=bases[Format.STABILITY])
 
 
 def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
@@ -197,7 +197,7 @@ def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
     more = {name: StoredTensor.of(np.array(values, np.float32)) for name, values in statistics.items()}
     tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
     write_safetensors(tmp_path / "playground.safetensors", {**tensors, **more})
-    folder = open_model_folder(tmp_path / "playground.safetensors")
+    folder = open_bundle(tmp_path / "playground.safetensors")
     assert (folder.schedule_spec, folder.scheduler_config["sigma_data"]) == (None, 0.5)
     assert folder.vae_spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
     said = r"playground\.safetensors: EDM\w+: models trained in EDM's formulation can be drawn with, not trained"

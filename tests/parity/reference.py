@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from mindspore import ParameterTuple, Tensor, nn, ops
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.models.parameters import public_parameters
 
 SD_1_FORM = {
     "block_out_channels": (32, 64),

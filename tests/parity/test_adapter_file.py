@@ -13,14 +13,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
+from dreambooth_ms.adapters.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
 from dreambooth_ms.cli.assemble import load_adapted
-from dreambooth_ms.config.schema import WeightsConfig
+from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, result_of
-from dreambooth_ms.weights.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
 
@@ -103,7 +103,7 @@ def diffusers_adapter(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(model, diffusers_adapter, tmp_path_factory):
     """Our UNet's picture with that adapter, and the same adapter in a file of ours."""
-    folder = open_model_folder(model)
+    folder = open_bundle(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(diffusers_adapter.folder)])
     networks = read_lora(diffusers_adapter.folder)
     adapted = load_adapted(folder, weights, [])
@@ -231,7 +231,7 @@ def both(model, tmp_path_factory):
         values[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
         values[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **values)
-    base = open_model_folder(model)
+    base = open_bundle(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(folder)])
     adapted = load_adapted(base, weights, [PROMPT])
     picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT], adapted.embeddings[""])
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(model, tmp_path):
     file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
     with pytest.raises(WeightError, match=f"{FILE_NAME}: the adapter was trained on another base; this one is {model}"):
-        load_adapted(open_model_folder(model), weights, [])
+        load_adapted(open_bundle(model), weights, [])
 
 
 def test_an_adapter_for_layers_of_another_size_is_refused(model, tmp_path):
@@ -314,4 +314,4 @@ def test_an_adapter_for_layers_of_another_size_is_refused(model, tmp_path):
     file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
     with pytest.raises(WeightError, match=r"the adapter does not fit the base: \(2, 16\) for \(2, 32\)"):
-        load_adapted(open_model_folder(model), weights, [])
+        load_adapted(open_bundle(model), weights, [])

@@ -7,6 +7,7 @@ from mindspore import Tensor
 from transformers import CLIPTextModelWithProjection as ReferenceWithProjection
 
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.formats.model_config import read_clip_config, read_projected_text_config, read_text_config
 from dreambooth_ms.models.clip import (
     CLIPModel,
     CLIPTextModel,
@@ -14,9 +15,8 @@ from dreambooth_ms.models.clip import (
     TextEncoders,
     end_positions,
 )
-from dreambooth_ms.weights.model_config import read_clip_config, read_projected_text_config, read_text_config
-from dreambooth_ms.weights.model_folder import BUFFERS
-from dreambooth_ms.weights.parameters import load_strict
+from dreambooth_ms.weights.bundle import BUFFERS
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import (
     ValueAndGradients,
     gradients_of,

@@ -6,7 +6,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from dreambooth_ms.data.text import PromptTokenizer
-from dreambooth_ms.weights.clip_vocabulary import SIZE, write_clip_tokenizer
+from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
 
 START, END = 49406, 49407
 

@@ -12,14 +12,14 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
+from dreambooth_ms.adapters.lora_writing import write_lora_as
+from dreambooth_ms.adapters.opened_lora import open_lora
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.conversion.merge import merged
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.lora_writing import write_lora_as
-from dreambooth_ms.weights.merging import merged
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
-from dreambooth_ms.weights.opened_lora import open_lora
 from dreambooth_ms.weights.opened_model import open_model
 from tests.whole_loras import FILES, attention_and_text, random_lora
 from tests.whole_models import RUNNING, RUNNING_SDXL, random_model

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dreambooth_ms.weights.model_config import write_text_config, write_unet_config
-from dreambooth_ms.weights.naming.lora import Factors, name_factors, read_factors, recognise_lora
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
+from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
+from dreambooth_ms.formats.naming.lora import Factors, name_factors, read_factors, recognise_lora
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
 

@@ -8,11 +8,11 @@ from mindspore import Tensor
 from dreambooth_ms.adapters.lora import inject_lora
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import DeviceError
-from dreambooth_ms.ops import Formulation, compute_dtype, use_formulation
+from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.runtime.device import Formulation, compute_dtype, use_formulation
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
-from dreambooth_ms.weights.model_folder import open_model_folder
-from dreambooth_ms.weights.parameters import public_parameters
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.parity.test_training import (
     FULL_TEXT,
@@ -116,7 +116,7 @@ def test_what_is_trained_and_every_norm_is_float32_and_a_frozen_base_is_float16(
 
 def test_a_prediction_in_half_precision_is_that_of_float32_but_for_rounding(tmp_path, pynative):
     """With an adapter on it, as pictures are drawn; first it computes in float32, as for class pictures."""
-    folder = open_model_folder(write_random_model(tmp_path))
+    folder = open_bundle(write_random_model(tmp_path))
     unet = folder.load_unet()
     for i, layer in enumerate(inject_lora(unet, 2, 2.0, ["to_q"]).values()):
         layer.set_factors(*(normal(*factor.shape, seed=i) for factor in layer.factors()))

@@ -11,11 +11,11 @@ from mindspore import Tensor
 
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.text import PromptTokenizer
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.models.vae import VaeEncoder
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
 from dreambooth_ms.weights.opened_model import open_model
 from tests.parity.reference import normal, relative_error
 from tests.whole_models import RUNNING, RUNNING_SD2, RUNNING_SDXL, random_model, values_of
@@ -98,7 +98,7 @@ def test_its_networks_from_our_file_give_our_outputs(written, pynative):
     pipeline = written.kind.from_single_file(
         str(written.file), config=str(written.folder), local_files_only=True, torch_dtype=torch.float32
     )
-    ours = open_model_folder(written.file)
+    ours = open_bundle(written.file)
     latents, timesteps, text = normal(1, 4, 16, 16), np.array([500]), normal(1, 77, 64)
     picture, ids = normal(1, 3, 32, 32), PromptTokenizer(*ours.tokenizer_paths).ids(["a photo of sks dog"])
     with torch.no_grad():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 
+from dreambooth_ms.formats.model_config import write_unet_config, write_vae_config
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.model_config import write_unet_config, write_vae_config
-from dreambooth_ms.weights.naming.formats import Format, naming_of
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
 

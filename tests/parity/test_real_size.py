@@ -21,6 +21,7 @@ from transformers import CLIPTextModelWithProjection as ReferenceProjectedText
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, end_positions
+from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
@@ -34,8 +35,8 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
-from dreambooth_ms.weights.model_folder import BUFFERS
-from dreambooth_ms.weights.parameters import load_strict, public_parameters
+from dreambooth_ms.weights.bundle import BUFFERS
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error, weights_of
 
 pytestmark = pytest.mark.real

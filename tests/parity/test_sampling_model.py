@@ -13,7 +13,10 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from dreambooth_ms.adapters.lora import linear_layers
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats import folder_configs
+from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -21,10 +24,7 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.pipeline import starting_noise
 from dreambooth_ms.sampling.refinement import draw_refined
 from dreambooth_ms.sampling.settings import DrawRequest, PictureSizes, Refinement
-from dreambooth_ms.weights import folder_configs
-from dreambooth_ms.weights.folder_layout import read_json, write_json
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model, write_random_sdxl
 
@@ -50,7 +50,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(folders):
-    return {name: SamplingModel(open_model_folder(folder), keep_text_encoders=True) for name, folder in folders.items()}
+    return {name: SamplingModel(open_bundle(folder), keep_text_encoders=True) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_image_to_image(models, folders, picture, monkeypatch, name, scheduler, 
 )
 def test_a_base_trained_in_edms_formulation(models, edm_base, picture, monkeypatch, name, scheduler):
     """As Playground v2.5 is: from noise, and from a picture."""
-    model = SamplingModel(open_model_folder(edm_base))
+    model = SamplingModel(open_bundle(edm_base))
     pipeline = pipeline_of("StableDiffusionXLPipeline", edm_base, scheduler)
     expected = pipeline(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH, **settings_of_pipeline()).images
     ours = latents(model, request(scheduler=name))
@@ -218,7 +218,7 @@ def test_guidance_is_rescaled():
 
 def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
     """1 and 0.6 of the text encoder and the UNet, then other scales, without loading anything again."""
-    folder = open_model_folder(folders["sd1"])
+    folder = open_bundle(folders["sd1"])
     networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
     files = [write_lora(tmp_path / str(n), random_adapters(networks, n, rank=2 + n), step=1) for n in range(2)]
     pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])

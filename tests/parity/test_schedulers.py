@@ -16,7 +16,7 @@ from dreambooth_ms.sampling.discrete_noise import RowNoise
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
 from dreambooth_ms.sampling.trajectory import Trajectory
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
 
@@ -175,7 +175,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sampler(model):
     """Two pictures at a time; compiled once for all schedulers."""
-    folder = open_model_folder(model)
+    folder = open_bundle(model)
     settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=2)
     return Sampler(folder.load_unet(), folder.load_vae(), folder.scheduler_config, settings)
 

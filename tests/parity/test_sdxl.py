@@ -9,15 +9,15 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from dreambooth_ms.adapters.lora import linear_layers
+from dreambooth_ms.adapters.lora_file import LoraWeights, read_lora, write_lora
 from dreambooth_ms.cli.assemble import embed_prompts, load_adapted
-from dreambooth_ms.config.schema import WeightsConfig
+from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PLAYGROUND_25
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
-from dreambooth_ms.weights.lora_file import LoraWeights, read_lora, write_lora
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_sdxl
 
@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
     """A file with an adapter of each network, both factors away from zero."""
-    folder = open_model_folder(model)
+    folder = open_bundle(model)
     networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
     adapters = {}
     for number, (name, network) in enumerate(networks.items()):
@@ -60,7 +60,7 @@ def adapter(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(model, adapter):
     """Our networks with the adapter on them, and what draws with them."""
-    folder = open_model_folder(model)
+    folder = open_bundle(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(adapter)])
     adapted = load_adapted(folder, weights, [PROMPT, NEGATIVE])
     settings = SamplingSettings("ddim", STEPS, GUIDANCE, batch_size=1)
@@ -132,7 +132,7 @@ def test_diffusers_loads_our_adapter_of_all_three_networks_and_draws_our_picture
 
 def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
     """As its own pipeline tells it, which starts from the same noise where nothing of a picture is kept."""
-    folder = open_model_folder(write_random_sdxl(tmp_path, refiner=True))
+    folder = open_bundle(write_random_sdxl(tmp_path, refiner=True))
     assert (folder.text_encoders, folder.num_size_ids) == (("text_encoder_2",), 5)
     texts = embed_prompts(folder, [PROMPT])
     settings = SamplingSettings("ddim", STEPS, GUIDANCE, batch_size=1)

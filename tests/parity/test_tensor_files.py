@@ -13,13 +13,13 @@ from mindspore.train import serialization
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dreambooth_ms.weights.files import mindspore_ckpt
-from dreambooth_ms.weights.files.dtypes import DType, cast
-from dreambooth_ms.weights.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.sharded import write_sharded_safetensors
-from dreambooth_ms.weights.files.stored import Container, StoredTensor
+from dreambooth_ms.formats.files import mindspore_ckpt
+from dreambooth_ms.formats.files.dtypes import DType, cast
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from tests.stored_tensors import one_of_each, same
 
 TORCH_TYPES = {

@@ -18,20 +18,20 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth_ms.config.schema import MethodConfig
+from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
 from dreambooth_ms.models.clip import end_positions
+from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
-from dreambooth_ms.weights.model_folder import open_model_folder
-from dreambooth_ms.weights.parameters import PublicParameter, public_parameters
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
@@ -159,7 +159,7 @@ class Training:
     """Our networks of a model folder with their compiled steps; every run starts anew."""
 
     def __init__(self, path, trained):
-        folder = open_model_folder(path)
+        folder = open_bundle(path)
         self.path, self.trained = path, trained
         self.schedule = NoiseSchedule.from_spec(folder.trained_schedule())
         self.vocabulary, self.num_size_ids = folder.text_spec.vocab_size, folder.num_size_ids

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from mindspore import Tensor
 from safetensors.numpy import save_file
 
+from dreambooth_ms.formats.model_config import read_vae_config
+from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 from dreambooth_ms.models.vae_bands import BandedDecoder, band_height
-from dreambooth_ms.ops import Formulation, use_formulation
-from dreambooth_ms.weights.model_config import read_vae_config
-from dreambooth_ms.weights.model_folder import open_model_folder
-from dreambooth_ms.weights.parameters import load_strict, read_parameters
+from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
 from tests.tiny_model import write_random_model
 
@@ -71,7 +72,7 @@ def test_decoding_in_bands_is_decoding(reference, formulation, max_taps):
 
 
 def test_one_direction_alone_is_loaded_and_computes_the_same(tmp_path):
-    folder = open_model_folder(write_random_model(tmp_path))
+    folder = open_bundle(write_random_model(tmp_path))
     whole, decoder, encoder = folder.load_vae(), folder.load_vae(encodes=False), folder.load_vae(decodes=False)
     names = {parameter.name for parameter in whole.get_parameters()}
     halves = [{parameter.name for parameter in half.get_parameters()} for half in (decoder, encoder)]
@@ -117,7 +118,7 @@ def test_attention_weights_under_their_old_names_are_understood(reference, tmp_p
     assert len(renamed.keys() - weights.keys()) == 16  # four weights and four biases in each half
     write_folder(tmp_path, dict(reference.config), renamed)
 
-    loaded = read_parameters(open_model_folder(tmp_path).load_vae())
+    loaded = read_parameters(open_bundle(tmp_path).load_vae())
     assert loaded.keys() == weights.keys()
     assert all(np.array_equal(loaded[name], weights[name]) for name in weights)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from mindspore import Tensor, ops
 
-from dreambooth_ms.ops import Formulation, MultiHeadAttention, attention, use_formulation
+from dreambooth_ms.ops import MultiHeadAttention, attention
+from dreambooth_ms.runtime.device import Formulation, use_formulation
 from tests.parity.reference import InputGradients, normal, relative_error
 
 # Float32 sums of at most some dozen products in another order: measured below 1e-6.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, write_bytes
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.training import checkpoint as checkpoint_module
 from dreambooth_ms.training.checkpoint import (
@@ -21,7 +22,6 @@ from dreambooth_ms.training.checkpoint import (
     restore,
     save_checkpoint,
 )
-from dreambooth_ms.weights.atomic import TEMPORARY_PREFIX, write_bytes
 
 ADAPTER = "adapter.bin"
 AWKWARD = np.array([[-0.0, 1e-45, np.finfo(np.float32).max], [np.nan, -np.inf, 1 / 3]], np.float32)

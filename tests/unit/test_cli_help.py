@@ -7,8 +7,7 @@ import types
 import pytest
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.main import COMMANDS, main
-from dreambooth_ms.config import schema as schemas
+from dreambooth_ms.cli.main import COMMANDS, main, schema_of
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.errors import ConfigError, DataError, UserError
 
@@ -78,7 +77,7 @@ def test_help_of_a_command_lists_its_flags(name, schema, flags, capsys):
     assert main([name, *flags]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: dreambooth-ms {name} ")
-    assert all(f"\n  --{field} " in text for field in schema_fields(getattr(schemas, schema)))
+    assert all(f"\n  --{field} " in text for field in schema_fields(schema_of(name)))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.ops import CompiledCell, Dense, compile_cache, graph_key
-from dreambooth_ms.ops.compile_cache import CONTENTS, UNFINISHED, CompileCache, use_compile_cache
+from dreambooth_ms.ops import Dense
+from dreambooth_ms.runtime import compile_cache, graph_key
+from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, use_compile_cache
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling

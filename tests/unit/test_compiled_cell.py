@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, ops
 
-from dreambooth_ms.ops import CompiledCell
-from dreambooth_ms.ops.compile_cache import use_compile_cache
+from dreambooth_ms.runtime.compile_cache import use_compile_cache
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class Scaled(CompiledCell):

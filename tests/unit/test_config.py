@@ -12,20 +12,20 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dreambooth_ms.config import schema as schemas
+from dreambooth_ms.config import convert, doctor, evaluate, merge, sample, shared
+from dreambooth_ms.config import inspect as inspection
+from dreambooth_ms.config import train as train_schema
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
+from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
+from dreambooth_ms.config.evaluate import EvaluateConfig
+from dreambooth_ms.config.inspect import InspectConfig
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
-from dreambooth_ms.config.schema import (
-    RANGES,
-    ConvertConfig,
-    EvaluateConfig,
-    InspectConfig,
-    MergeConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from dreambooth_ms.config.merge import MergeConfig
+from dreambooth_ms.config.ranges import RANGES
+from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
@@ -290,7 +290,7 @@ def test_any_prompt_survives_the_command_line_and_a_resolved_file(tmp_path_facto
 )
 @settings(max_examples=25, deadline=None)
 def test_any_resolved_configuration_loads_again(tmp_path_factory, rank, rate, seed, flip, schedule, modules):
-    schedule = "constant" if rate <= schemas.POLYNOMIAL_END_LEARNING_RATE else schedule
+    schedule = "constant" if rate <= train_schema.POLYNOMIAL_END_LEARNING_RATE else schedule
     flags = [f"--rank={rank}", f"--learning_rate={rate!r}", f"--seed={seed}", f"--random_flip={flip}"]
     config = train(*flags, "--lr_scheduler", schedule, "--lora_target_modules", *modules)
     assert (config.method.rank, config.optimiser.learning_rate, config.run.seed) == (rank, rate, seed)
@@ -907,9 +907,10 @@ def test_help_says_what_is_required():
     assert describe(TrainConfig).count("(required)") == 3
 
 
-def test_schema_docstrings_are_all_attached_to_something():
+@pytest.mark.parametrize("module", [convert, doctor, evaluate, inspection, merge, sample, shared, train_schema])
+def test_schema_docstrings_are_all_attached_to_something(module):
     """A string that follows no field would be documentation that nobody sees."""
-    for definition in ast.parse(inspect.getsource(schemas)).body:
+    for definition in ast.parse(inspect.getsource(module)).body:
         if isinstance(definition, ast.ClassDef):
             for before, after in zip(definition.body, definition.body[1:], strict=False):
                 if isinstance(after, ast.Expr):

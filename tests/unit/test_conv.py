@@ -5,8 +5,9 @@ import pytest
 import torch
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import Formulation, FromPublicLayout, ToPublicLayout, conv, conv2d, use_formulation
-from dreambooth_ms.weights.parameters import load_strict
+from dreambooth_ms.ops import FromPublicLayout, ToPublicLayout, conv, conv2d
+from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import ValueAndGradients, normal, public_gradients, relative_error
 
 # Float32 sums of at most some hundred products in another order: measured below 1e-6.

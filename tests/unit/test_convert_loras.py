@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
+from dreambooth_ms.adapters.lora_writing import write_lora_as
+from dreambooth_ms.adapters.opened_lora import open_lora
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.conversion.convert import LORA_FORMATS
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.conversion import LORA_FORMATS
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.lora_writing import write_lora_as
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
-from dreambooth_ms.weights.opened_lora import open_lora
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from tests.small_specs import PUBLISHED, SMALL
 from tests.whole_loras import FILES, attention, random_lora, write_lora_file
 from tests.whole_models import write_model

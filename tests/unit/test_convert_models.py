@@ -5,17 +5,17 @@ import json
 import numpy as np
 import pytest
 
+from dreambooth_ms import atomic
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.conversion.convert import model_format_of
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
-from dreambooth_ms.weights import atomic
-from dreambooth_ms.weights.conversion import model_format_of
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format, naming_of
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 from tests.whole_models import SUFFIXES, random_model, values_of, write_model

@@ -11,11 +11,11 @@ from demo import session
 from demo.library import Places, choose, describe, find, find_photographs, newest_run, read_run
 from demo.processes import REPOSITORY
 from demo.tokens import count_tokens
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
+from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.clip_vocabulary import tokenizer_on_board
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
-from dreambooth_ms.weights.tensor_file import write_tensors
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
 

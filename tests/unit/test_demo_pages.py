@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 from demo import engine as engines
 from demo import session, training_process
 from demo.processes import REPOSITORY
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"

@@ -15,7 +15,7 @@ from demo.training_plan import CONFIGS, PRESETS, SMALL, TrainingWishes, flags, p
 from demo.training_process import Training, arguments_of, new_folder, resume, running, start, trainings
 from demo.training_view import POINTS, curve_table
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"

@@ -11,10 +11,10 @@ from PIL import Image
 
 from demo import uploads
 from demo.photographs import first_crops, look_at
+from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.data.pictures import centre_crop
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.weights.lora_file import LoraWeights, write_lora
-from dreambooth_ms.weights.tensor_file import write_tensors
+from dreambooth_ms.formats.tensor_file import write_tensors
 
 
 def png(width=40, height=30, colour="red"):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_ms.cli.main import COMMANDS
-from dreambooth_ms.config import schema
+from dreambooth_ms.cli.main import COMMANDS, schema_of
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import SampleConfig, TrainConfig
+from dreambooth_ms.config.sample import SampleConfig
+from dreambooth_ms.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +35,7 @@ def test_every_command_in_the_documents_is_accepted(document, command, monkeypat
         return
     assert name in COMMANDS, document
     if "--help" not in arguments:
-        load(getattr(schema, COMMANDS[name].schema), arguments)
+        load(schema_of(name), arguments)
 
 
 def test_the_readme_shows_commands():

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dreambooth_ms.adapters.lora_writing import write_lora_as
+from dreambooth_ms.adapters.opened_lora import open_lora
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.models.specs import ClipTextSpec, VaeSpec
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
-from dreambooth_ms.weights.lora_writing import write_lora_as
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
-from dreambooth_ms.weights.opened_lora import open_lora
 from dreambooth_ms.weights.opened_model import open_model
 from tests.unit.test_tensor_files_fuzz import bent, one_gibibyte
 from tests.whole_loras import random_lora

@@ -19,15 +19,15 @@ from mindspore import ParameterTuple, Tensor, nn
 from dreambooth_ms.adapters.lora import DropoutState, inject_lora, lora_trainables
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import set_up_device
+from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.training.methods import TextConditioned
 from dreambooth_ms.training.recomputation import GivenPrediction
 from dreambooth_ms.training.step import DiffusionLoss, loss_and_gradients
-from dreambooth_ms.weights.initialise import initialise
-from dreambooth_ms.weights.parameters import public_parameters
 from tests.tiny_model import POOLED, SDXL_TEXT, SDXL_TEXT_2, SDXL_UNET, TEXT, UNET
 
 ROWS, TOKENS, WORDS = 2, 5, 7

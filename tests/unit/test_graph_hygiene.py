@@ -7,15 +7,15 @@ import pytest
 from mindspore import Tensor
 
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
-from dreambooth_ms.cli import smallest
+from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.diffusion.noise_schedule import PredictionType
+from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops.compile_cache import CompileCache, use_compile_cache
+from dreambooth_ms.runtime.compile_cache import CompileCache, use_compile_cache
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
-from dreambooth_ms.weights.initialise import initialise
 
 STEPS, TOKENS = 50, 5
 WAITS = ("asnumpy", "item", "tolist", "__bool__", "__float__", "__int__")
@@ -32,7 +32,7 @@ def batch(number, height=8):
         timesteps=rng.integers(1000, size=2).astype(np.int32),
         signal=np.array([0.8, 0.6], np.float32),
         sigma=np.array([0.6, 0.8], np.float32),
-        text=rng.standard_normal((2, TOKENS, smallest.SD_UNET.cross_attention_dim), dtype=np.float32),
+        text=rng.standard_normal((2, TOKENS, toy_networks.SD_UNET.cross_attention_dim), dtype=np.float32),
         coefficients=np.full(2, 0.5, np.float32),
         groups=("instance", "instance"),
     )
@@ -44,7 +44,7 @@ def rate(step):
 
 def begin(cache):
     """A LoRA step, new each time."""
-    unet = UNet2DConditionModel(smallest.SD_UNET)
+    unet = UNet2DConditionModel(toy_networks.SD_UNET)
     initialise(unet, 0)
     layers = inject_lora(unet, 2, 2.0, ["to_q", "to_v"])
     initialise_lora(layers, 0)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth_ms.ops import host_memory
-from dreambooth_ms.ops.host_memory import arrays_used_again, give_back_freed_memory, keep_arrays_apart
+from dreambooth_ms.runtime import host_memory
+from dreambooth_ms.runtime.host_memory import arrays_used_again, give_back_freed_memory, keep_arrays_apart
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's allocator"

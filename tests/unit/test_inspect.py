@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.weights.files.dtypes import DType
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import write_safetensors
-from dreambooth_ms.weights.files.stored import StoredTensor
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from tests.small_specs import SMALL
 from tests.whole_loras import attention, write_lora_file
 from tests.whole_models import write_model

@@ -19,25 +19,18 @@ from dreambooth_ms.adapters.lora import (
     lora_weights,
     sum_of,
 )
+from dreambooth_ms.adapters.lora_file import LoraWeights
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.naming.lora import Factors
+from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import (
-    Dense,
-    Formulation,
-    FromPublicLayout,
-    ToPublicLayout,
-    conv,
-    conv2d,
-    linear,
-    use_formulation,
-)
+from dreambooth_ms.ops import Dense, FromPublicLayout, ToPublicLayout, conv, conv2d, linear
 from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.runtime.device import Formulation, use_formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.weights.initialise import initialise
-from dreambooth_ms.weights.lora_file import LoraWeights
-from dreambooth_ms.weights.naming.lora import Factors
-from dreambooth_ms.weights.parameters import load_strict, public_parameters
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
 

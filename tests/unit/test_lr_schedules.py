@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreambooth_ms.config.describe import schema_fields
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 
 KINDS = schema_fields(TrainConfig)["lr_scheduler"].kind

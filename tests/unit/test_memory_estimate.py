@@ -8,16 +8,16 @@ import pytest
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.cli import training_memory
 from dreambooth_ms.config.load import load_train_config
-from dreambooth_ms.config.schema import memory_size
+from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import Segment, Settings, Trained, peak_activations, unet_segments
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Formulation, use_formulation
-from dreambooth_ms.processes.together import Processes
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.runtime.device import Formulation, use_formulation
 from dreambooth_ms.training.memory import Adapter, MemoryEstimate, Workload, check_memory, estimate
-from dreambooth_ms.weights.model_folder import open_model_folder
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
 from tests.tiny_model import UNET as TINY
@@ -149,7 +149,7 @@ class TestTwoProcessesOnAMachine:
 
     @pytest.fixture
     def check(self, tmp_path, monkeypatch):
-        folder = open_model_folder(write_random_model(tmp_path))
+        folder = open_bundle(write_random_model(tmp_path))
         needed = [
             "--pretrained_model_name_or_path",
             str(tmp_path),

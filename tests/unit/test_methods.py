@@ -11,14 +11,14 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from mindspore import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from dreambooth_ms.config.schema import MethodConfig
+from dreambooth_ms.adapters.lora_file import read_lora
+from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.training import methods
 from dreambooth_ms.training.methods import METHODS, result_of
-from dreambooth_ms.weights.lora_file import read_lora
-from dreambooth_ms.weights.model_folder import open_model_folder
-from dreambooth_ms.weights.parameters import public_parameters, read_parameters
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal
 from tests.tiny_model import write_random_model, write_random_sdxl
 
@@ -46,7 +46,7 @@ def half_base(base, tmp_path_factory):
 
 def trained(path, method, text=False, variant=None, **settings):
     """A learner whose trained weights have become others, as by a training."""
-    folder = open_model_folder(path, variant)
+    folder = open_bundle(path, variant)
     networks = {"unet": folder.load_unet()} | ({"text_encoder": folder.load_text_encoder()} if text else {})
     config = MethodConfig(method=method, train_text_encoder=text, **settings)
     learner = METHODS[method](
@@ -72,7 +72,7 @@ class TestTheFolderOfAFullTraining:
     def test_diffusers_loads_sdxl_with_both_text_encoders_trained_and_another_autoencoder(self, tmp_path):
         """But for the end of the first text encoder, which SDXL does not read and nothing may change."""
         path, other = write_random_sdxl(tmp_path / "base"), write_random_sdxl(tmp_path / "other", seed=1)
-        folder = open_model_folder(path, vae=other)
+        folder = open_bundle(path, vae=other)
         encoders = folder.load_text_encoders()
         networks = {"unet": folder.load_unet(), **encoders.networks()}
         config = MethodConfig(method="full", train_text_encoder=True)
@@ -109,7 +109,7 @@ class TestTheFolderOfAFullTraining:
     def test_we_read_it_as_a_base(self, base, tmp_path):
         run = trained(base, "full", text=True)
         run.learner.write_result(tmp_path, STEP)
-        folder = open_model_folder(tmp_path)
+        folder = open_bundle(tmp_path)
         for name, network in (("unet", folder.load_unet()), ("text_encoder", folder.load_text_encoder())):
             found = read_parameters(network)
             assert all(np.array_equal(found[key], value) for key, value in run.values[name].items())

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.parameter_shapes import model_shapes
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
-from dreambooth_ms.weights.naming.formats import Format, naming_of
-from dreambooth_ms.weights.naming.lora import (
+from dreambooth_ms.formats.naming.formats import Format, naming_of
+from dreambooth_ms.formats.naming.lora import (
     Factors,
     folded,
     lora_format,
@@ -19,7 +17,7 @@ from dreambooth_ms.weights.naming.lora import (
     recognise_lora,
     write_plan,
 )
-from dreambooth_ms.weights.naming.lora_formats import (
+from dreambooth_ms.formats.naming.lora_formats import (
     ALPHA,
     SIBLINGS,
     UP,
@@ -28,6 +26,8 @@ from dreambooth_ms.weights.naming.lora_formats import (
     lora_layers,
     lora_naming,
 )
+from dreambooth_ms.models.parameter_shapes import model_shapes
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal
 from tests.small_specs import PUBLISHED, SMALL
 

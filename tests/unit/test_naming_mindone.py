@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_ms.weights.naming.formats import Format, naming_of
-from dreambooth_ms.weights.naming.recognise import recognise_model
+from dreambooth_ms.formats.naming.formats import Format, naming_of
+from dreambooth_ms.formats.naming.recognise import recognise_model
 from tests.small_specs import PUBLISHED
 
 LISTS = Path(next(iter(find_spec("mindone").submodule_search_locations))) / "tools" / "sd_torch_to_mindspore"

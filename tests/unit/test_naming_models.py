@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreambooth_ms.formats.naming.formats import LOGIT_SCALE, Format, naming_of
+from dreambooth_ms.formats.naming.infer import infer_model
+from dreambooth_ms.formats.naming.slots import Assembly, Layout, Slot, slot_as_found
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SD_15, VaeSpec
-from dreambooth_ms.weights.naming.formats import LOGIT_SCALE, Format, naming_of
-from dreambooth_ms.weights.naming.infer import infer_model
-from dreambooth_ms.weights.naming.slots import Assembly, Layout, Slot, slot_as_found
 from tests.small_specs import PUBLISHED, SMALL
 
 FORMATS = list(Format)

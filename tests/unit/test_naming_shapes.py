@@ -8,8 +8,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.models import clip, unet, vae
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes, unet_shapes, vae_shapes
+from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
@@ -20,8 +22,6 @@ from dreambooth_ms.models.specs import (
     SDXL_REFINER,
     ClipTextSpec,
 )
-from dreambooth_ms.weights.model_config import write_text_config, write_unet_config, write_vae_config
-from dreambooth_ms.weights.parameters import public_parameters
 from tests.tiny_model import SDXL_UNET, TEXT, UNET, VAE
 
 # As the published config.json files have it.

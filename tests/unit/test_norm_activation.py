@@ -9,7 +9,6 @@ from dreambooth_ms.ops import (
     AddPerChannel,
     Dense,
     Embedding,
-    Formulation,
     FromPublicLayout,
     GatedGelu,
     Gelu,
@@ -18,11 +17,11 @@ from dreambooth_ms.ops import (
     ToPublicLayout,
     UpsampleNearest,
     group_norm,
-    use_formulation,
 )
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
-from dreambooth_ms.weights.parameters import load_strict
+from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
 
 # Float32 sums of at most some hundred numbers in another order: measured below 2e-6.

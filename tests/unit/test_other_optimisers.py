@@ -14,7 +14,7 @@ from dreambooth_ms.training import joined
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import BLOCK, AdamW8bit, Quantised, dynamic_levels
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
-from dreambooth_ms.training.joined import group_by_length
+from dreambooth_ms.training.flat_vectors import group_by_length
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.prodigy import FIRST_ESTIMATE, Prodigy, ProdigyHyperparameters
 from tests.parity.reference import normal, relative_error

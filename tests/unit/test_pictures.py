@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreambooth_ms import randomness
 from dreambooth_ms.config.describe import schema_fields
-from dreambooth_ms.config.schema import TrainConfig
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data import pictures
 from dreambooth_ms.data.pictures import CropBox, find_pictures, open_picture, resize_and_crop, skipped_line
 from dreambooth_ms.errors import DataError

@@ -14,8 +14,8 @@ import pytest
 
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.processes.channel import connect, listen
+from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
-from dreambooth_ms.processes.together import ALONE, Processes
 
 REPOSITORY = Path(__file__).parents[2]
 END_SECONDS = 60
@@ -32,10 +32,10 @@ MSRUN = {"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "8", "MS_SCHED_HOST": "10.0.0.
 PROGRAM = """
 import os, signal, sys, time
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.processes import meeting
+from dreambooth_ms.processes import rendezvous
 from dreambooth_ms.processes.launch import find_launch
-from dreambooth_ms.processes.together import run_together
-meeting.START_SECONDS = {start_seconds}
+from dreambooth_ms.processes.group import run_in_group
+rendezvous.START_SECONDS = {start_seconds}
 
 def work(processes):
     rank = processes.rank
@@ -45,7 +45,7 @@ def work(processes):
 def complain(line):
     print("error: " + line, file=sys.stderr)
 
-sys.exit(run_together(find_launch(os.environ), work, complain, exchange_seconds=5))
+sys.exit(run_in_group(find_launch(os.environ), work, complain, exchange_seconds=5))
 """
 
 
@@ -62,9 +62,9 @@ class Run:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | place
         scheduler = (
             "import os; from dreambooth_ms.processes.launch import find_launch\n"
-            "from dreambooth_ms.processes import meeting\n"
-            f"meeting.START_SECONDS = {start_seconds}\n"
-            "meeting.Meeting(find_launch(os.environ), 5, print).wait_for_end()"
+            "from dreambooth_ms.processes import rendezvous\n"
+            f"rendezvous.START_SECONDS = {start_seconds}\n"
+            "rendezvous.Rendezvous(find_launch(os.environ), 5, print).wait_for_end()"
         )
         self.workers = {
             rank: self._start(program, environment | {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(rank)})

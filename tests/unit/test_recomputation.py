@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import GatedGelu, LayerNorm, MultiHeadAttention, group_norm, set_up_device
+from dreambooth_ms.ops import GatedGelu, LayerNorm, MultiHeadAttention, group_norm
+from dreambooth_ms.runtime.device import set_up_device
 
 
 class Network(nn.Cell):

@@ -6,7 +6,7 @@ import pytest
 from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.sample import refinement_of, request_of
 from dreambooth_ms.config.load import load, load_sample_config
-from dreambooth_ms.config.schema import SampleConfig
+from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.sampling.picture_file import draw_grid, first_free_number
 from dreambooth_ms.sampling.settings import PictureSizes, Refinement, SamplingSettings
 from dreambooth_ms.sampling.trajectory import taken_steps

@@ -3,8 +3,9 @@
 from mindspore import nn
 
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Formulation, GatedGelu, shared, use_formulation
+from dreambooth_ms.ops import GatedGelu, shared
 from dreambooth_ms.ops.layout import ConcatChannels
+from dreambooth_ms.runtime.device import Formulation, use_formulation
 from tests.tiny_model import UNET
 
 

@@ -13,14 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.files import byte_ranges, mindspore_ckpt
-from dreambooth_ms.weights.files.dtypes import DType, to_float32
-from dreambooth_ms.weights.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.weights.files.sharded import write_sharded_safetensors
-from dreambooth_ms.weights.files.stored import Container, StoredTensor
-from dreambooth_ms.weights.tensor_file import read_tensors
+from dreambooth_ms.formats.files import byte_ranges, mindspore_ckpt
+from dreambooth_ms.formats.files.dtypes import DType, to_float32
+from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
+from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
+from dreambooth_ms.formats.tensor_file import read_tensors
 from tests.stored_tensors import RNG, SHAPES, numbers, one_of_each, random_tensor, same
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.recognise import recognise
-from dreambooth_ms.weights.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.weights.files.sharded import write_sharded_safetensors
-from dreambooth_ms.weights.files.stored import Container
+from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.recognise import recognise
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
+from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.stored import Container
 from tests.stored_tensors import RNG, numbers
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.weights.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file
 from tests.torch_checkpoints import (
     call,
     dict_of,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_ms.weights.files.dtypes import DType, cast, from_float32, to_float32
-from dreambooth_ms.weights.files.stored import StoredTensor
+from dreambooth_ms.formats.files.dtypes import DType, cast, from_float32, to_float32
+from dreambooth_ms.formats.files.stored import StoredTensor
 
 FLOATS = [dtype for dtype in DType if dtype.is_float]
 

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth_ms.adapters.opened_lora import open_lora
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.schema import ConvertConfig, MergeConfig
+from dreambooth_ms.config.merge import MergeConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.weights.files.open import open_tensor_file
-from dreambooth_ms.weights.files.stored import Container
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.stored import Container
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.model_writing import plan_model
-from dreambooth_ms.weights.naming.formats import Format
-from dreambooth_ms.weights.naming.lora_formats import LoraFormat
-from dreambooth_ms.weights.opened_lora import open_lora
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 from tests.torch_checkpoints import call, dict_of, named, pickle_of, tensor, text, zip_checkpoint

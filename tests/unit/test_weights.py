@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from mindspore import nn
 
+from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats import model_config
+from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
+from dreambooth_ms.models.initialise import RESIDUAL_ENDS, initialise, initialise_for_training
+from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
@@ -36,11 +41,8 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import Dense, StoredLayout, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.weights import model_config, model_folder
-from dreambooth_ms.weights.atomic import atomic_path, check_writable, write_bytes
-from dreambooth_ms.weights.initialise import RESIDUAL_ENDS, initialise, initialise_for_training
-from dreambooth_ms.weights.parameters import load_strict, public_parameters, read_parameters
-from dreambooth_ms.weights.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.weights import bundle as model_folder
+from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal
 from tests.tiny_model import POOLED, write_random_sdxl
 
@@ -419,7 +421,7 @@ class TestModelFolder:
         return tmp_path
 
     def test_it_knows_its_networks(self, folder):
-        found = model_folder.open_model_folder(folder)
+        found = model_folder.open_bundle(folder)
         assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET_OF_FOLDER, VAE, TEXT)
         assert found.schedule_spec == NoiseScheduleSpec()
         assert found.picture_size == 16
@@ -427,7 +429,7 @@ class TestModelFolder:
 
     def test_a_network_is_loaded_as_it_was_saved(self, folder, text_encoder):
         saved = read_parameters(text_encoder)
-        loaded = read_parameters(model_folder.open_model_folder(folder).load_text_encoder())
+        loaded = read_parameters(model_folder.open_bundle(folder).load_text_encoder())
         assert loaded.keys() == saved.keys()
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
@@ -435,7 +437,7 @@ class TestModelFolder:
     def test_a_missing_part_is_named(self, folder, part):
         (folder / part).unlink()
         with pytest.raises(WeightError) as error:
-            model_folder.open_model_folder(folder)
+            model_folder.open_bundle(folder)
         assert str(folder) in str(error.value)
         assert part.rsplit("/", 1)[-1] in str(error.value)
 
@@ -443,18 +445,18 @@ class TestModelFolder:
     def test_a_configuration_that_says_nothing_is_named(self, folder, content):
         (folder / "unet/config.json").write_text(content)
         with pytest.raises(WeightError, match=r"unet/config\.json"):
-            model_folder.open_model_folder(folder)
+            model_folder.open_bundle(folder)
 
     def test_a_variant_that_is_not_there_is_named_beside_what_is(self, folder):
         with pytest.raises(WeightError, match=r"unet/diffusion_pytorch_model\.fp16\.safetensors.*found: config\.json"):
-            model_folder.open_model_folder(folder, variant="fp16")
+            model_folder.open_bundle(folder, variant="fp16")
 
     def test_weights_of_another_network_are_refused(self, folder):
         config = model_config.write_text_config(CLIP_L_TEXT, 16)
         config["num_hidden_layers"], config["hidden_size"] = 1, 16
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
-            model_folder.open_model_folder(folder).load_text_encoder()
+            model_folder.open_bundle(folder).load_text_encoder()
 
     @pytest.mark.parametrize("inside", ["", "vae"], ids=["the autoencoder's folder", "a model folder"])
     def test_another_autoencoder_takes_the_place_of_its_own(self, folder, tmp_path_factory, inside):
@@ -462,7 +464,7 @@ class TestModelFolder:
         initialise(network, 7)
         (other / "base").mkdir()
         model_folder.save_network(other / "base", "vae", network, model_config.write_vae_config(SMALL_VAE, 16))
-        found = model_folder.open_model_folder(folder, vae=other / "base" if inside else other / "base" / "vae")
+        found = model_folder.open_bundle(folder, vae=other / "base" if inside else other / "base" / "vae")
         assert found.vae_spec == SMALL_VAE
         assert found.weight_file("vae") == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
         loaded, saved = read_parameters(found.load_vae()), read_parameters(network)
@@ -471,11 +473,11 @@ class TestModelFolder:
     def test_another_autoencoder_that_is_none_is_named(self, folder, tmp_path_factory):
         nothing = tmp_path_factory.mktemp("nothing")
         with pytest.raises(WeightError, match=f"{nothing.name}/diffusion_pytorch_model.safetensors is missing"):
-            model_folder.open_model_folder(folder, vae=nothing)
+            model_folder.open_bundle(folder, vae=nothing)
 
     @pytest.mark.parametrize("refiner", [False, True], ids=["base", "refiner"])
     def test_sdxl_is_known_by_its_second_text_encoder(self, tmp_path, refiner):
-        found = model_folder.open_model_folder(write_random_sdxl(tmp_path, refiner=refiner))
+        found = model_folder.open_bundle(write_random_sdxl(tmp_path, refiner=refiner))
         tokenizers = ("tokenizer_2",) if refiner else ("tokenizer", "tokenizer_2")
         assert found.tokenizer_paths == tuple(tmp_path / name for name in tokenizers)
         assert (found.num_size_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
@@ -489,9 +491,9 @@ class TestModelFolder:
         config[key] = wider and config[key] + wider
         (tmp_path / "unet/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=f"its unet reads {count} numbers of a picture"):
-            model_folder.open_model_folder(tmp_path)
+            model_folder.open_bundle(tmp_path)
 
     def test_a_second_text_encoder_alone_is_no_sdxl(self, folder):
         (folder / "model_index.json").write_text('{"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}')
         with pytest.raises(WeightError, match="SDXL"):
-            model_folder.open_model_folder(folder)
+            model_folder.open_bundle(folder)

@@ -1,0 +1,158 @@
+"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dreambooth_ms.errors import WeightError
+
+TEMPORARY_PREFIX = ".partial-"
+
+
+@contextmanager
+def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
+    """A path to write to; on leaving, what was written takes the target's name in one step.
+
+    On any error the partial file is removed and what had the target's name before is untouched.
+
+    Args:
+        target: the file to be.
+        size: how many bytes it will have, as far as that is known: a disk that lacks room is told at once.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full.
+    """
+    check_room(target, size)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(target, error) from error
+    partial = Path(name)
+    try:
+        yield partial
+        sync(partial)
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and try again") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work, not after it, whether a folder, or the one it is to be made in, can be written to.
+
+    Raises:
+        WeightError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
+            pass
+    except (OSError, ValueError) as error:
+        raise _cannot_write(folder, error) from error
+
+
+def check_room(target: Path, size: int) -> None:
+    """Whether the disk has room for a file, before it is begun. One that it is to replace stays until it is whole.
+
+    Raises:
+        WeightError: there is too little, or no such place.
+    """
+    try:
+        free = shutil.disk_usage(_nearest_that_exists(target.parent)).free
+    except (OSError, ValueError) as error:
+        raise _cannot_write(target, error) from error
+    if size > free:
+        raise WeightError(
+            f"{target}: cannot be written (No space left on device: {_readable(size)} are needed, "
+            f"{_readable(free)} are free); free some space and try again"
+        )
+
+
+def check_free(path: Path) -> None:
+    """Whether a name is still free; an empty folder counts as free.
+
+    Raises:
+        WeightError: something has it.
+    """
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except (OSError, ValueError) as error:
+        raise WeightError(f"{path}: cannot be written ({error}); choose another name") from error
+    if taken:
+        raise WeightError(f"{path}: is there already; remove it, or choose another name")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its name when all of it is written; on any error nothing is left.
+
+    Raises:
+        WeightError: the place cannot be written to, or the disk is full.
+    """
+    partial_folder = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
+        yield partial_folder
+        partial_folder.chmod(0o755)
+        partial_folder.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise WeightError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        if partial_folder is not None:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _nearest_that_exists(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3f} MB"
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_path(target) as partial:
+        partial.write_bytes(content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what programs that were killed while they wrote have left in a folder and those below it."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            if name.startswith(TEMPORARY_PREFIX):
+                path = Path(parent, name)
+                if name in folders:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError | ValueError) -> WeightError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return WeightError(f"{path}: cannot be written ({reason}); choose another folder")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,123 @@
+"""What a file or folder is, in lines for people."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from dreambooth_ms.adapters.opened_lora import OpenedLora, holds_lora, open_lora
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.model_config import read_latent_settings
+from dreambooth_ms.formats.naming.infer import with_channels
+from dreambooth_ms.formats.naming.recognise import recognise_vae
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.weights.opened_model import OpenedModel, open_model
+
+LONGEST_VALUE = 200
+"""Characters of a metadata value that are shown."""
+
+PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
+
+
+def describe_source(path: Path, base: Path | None = None, variant: str | None = None) -> list[str]:
+    """One line per fact about a model, a LoRA or an autoencoder.
+
+    Args:
+        path: a file or folder in any format that is read.
+        base: the model that a LoRA is for, where its sizes are not those of a published one.
+        variant: which of the files of a folder are looked at.
+
+    Raises:
+        WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
+    """
+    if holds_lora(path):
+        return list(_lora(open_lora(path, [open_model(base).spec] if base else PUBLISHED_MODELS)))
+    try:
+        return list(_model(open_model(path, variant)))
+    except WeightError:
+        vae = _lone_vae(path)
+        if vae is None:
+            raise
+        return vae
+
+
+def _model(model: OpenedModel) -> Iterator[str]:
+    yield f"format: {model.form.value}, {model.container.value}"
+    sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
+    yield f"family: {model.spec.family.value}{sizes}"
+    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}"
+    yield f"dtype: {', '.join(f'{dtype.value} ({count} tensors)' for dtype, count in model.dtypes.items())}"
+    for part in model.parts:
+        own = model.of_part(part)
+        yield f"{part}: {_parameters(own.values())} in {len(own)} tensors{_size_of(part, model.spec)}"
+    if model.averages:
+        yield f"moving averages (EMA): of {model.averages} weights"
+    yield from _metadata(model.metadata.items())
+    missing = [f"the whole {part}" for part in model.missing_parts]
+    missing += [] if model.report.fits else [model.report.summary()]
+    yield f"missing: {'; '.join(missing) or 'nothing'}" if model.report.fits else f"does not fit: {'; '.join(missing)}"
+    yield from (f"note: {note}" for note in model.notes)
+
+
+def _sizes(model: ModelSpec) -> ModelSpec:
+    """The model without what other models of the same sizes have otherwise: its use and the scale of its latents."""
+    return with_channels(replace(model, vae=replace(model.vae, **read_latent_settings({}, 0))), 4, 4)
+
+
+def _size_of(part: str, model: ModelSpec) -> str:
+    """What is peculiar to a network of its kind."""
+    spec = getattr(model, part)
+    if isinstance(spec, UNetSpec):
+        return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.cross_attention_dim}"
+    if isinstance(spec, VaeSpec):
+        own = ", mean and deviation of their own" if spec.latents_mean else ""
+        return f", scale of the latents {spec.scaling_factor:g}{own}"
+    return f", {spec.transformer.num_hidden_layers} layers of width {spec.transformer.hidden_size}"
+
+
+def _lora(lora: OpenedLora) -> Iterator[str]:
+    yield f"format: LoRA, {lora.form.value}, {lora.container.value}"
+    yield f"family: {' or '.join(lora.families)}"
+    yield f"dtype: {lora.dtype.value}"
+    ranks = sorted({own.rank for own in lora.factors.values()})
+    alphas = sorted({own.rank if own.alpha is None else own.alpha for own in lora.factors.values()})
+    yield f"rank: {', '.join(map(str, ranks))}"
+    yield f"alpha: {', '.join(f'{alpha:g}' for alpha in alphas)}"
+    for part in lora.parts:
+        own = lora.of_part(part)
+        count = sum(layer.down.size + layer.up.size for layer in own.values())
+        yield f"{part}: {count:,} parameters in {len(own)} layers"
+    yield from _metadata(lora.metadata.items())
+    yield "missing: nothing"
+    yield from (f"note: {note}" for note in lora.notes)
+
+
+def _lone_vae(path: Path) -> list[str] | None:
+    """The lines for an autoencoder that is alone in a file; None if it is none."""
+    try:
+        file = open_tensor_file(path)
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        spec, naming = recognise_vae(shapes, str(path))
+    except WeightError:
+        return None
+    plan = naming.read_plan(shapes)
+    kind = "diffusers" if plan.slots.keys() <= {f"vae.{name}" for name in shapes} else "stability"
+    return [
+        f"format: autoencoder alone, {kind}, {file.container.value}",
+        f"dtype: {', '.join(dict.fromkeys(tensor.dtype.value for tensor in file.tensors.values()))}",
+        f"vae: {_parameters(file.tensors.values())} in {len(plan.slots)} tensors, channels "
+        f"{'-'.join(map(str, spec.block_out_channels))}",
+        "missing: nothing" if plan.report.fits else f"does not fit: {plan.report.summary()}",
+    ]
+
+
+def _parameters(tensors: Iterable[StoredTensor]) -> str:
+    return f"{sum(math.prod(tensor.shape) for tensor in tensors):,} parameters"
+
+
+def _metadata(items: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for name, value in items:
+        shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}… ({len(value)} characters)"
+        yield f"metadata {name}: {shown}".replace("\n", " ")

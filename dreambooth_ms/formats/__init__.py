@@ -1,0 +1,1 @@
+"""Every format of models and adapters: containers of tensors (`files`), names (`naming`), configurations."""

@@ -1,0 +1,76 @@
+"""CLIP's byte-level vocabulary, which is on board: models in single files bring no tokenizer of their own.
+
+The merges are the file that OpenAI published with CLIP (Radford et al., 2021), `vocabulary/`, as OpenCLIP's package
+carries it under the licence beside it. Every CLIP text encoder of Stable Diffusion reads these tokens.
+"""
+
+import gzip
+import json
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from dreambooth_ms.atomic import write_bytes
+
+SIZE = 49408
+"""Tokens: 256 bytes within a word, 256 at its end, the merges, and two marks."""
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+"""Tokens of a prompt, marks included."""
+
+_END_OF_WORD = "</w>"
+_MERGES = SIZE - 2 * 256 - 2
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
+    """Write the tokenizer as transformers' CLIPTokenizer reads it.
+
+    Args:
+        folder: where vocab.json, merges.txt and the configurations go.
+        pad_token: what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
+
+    Raises:
+        WeightError: the folder cannot be written to.
+    """
+    merges = _merges()
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols)]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    tokens += [START, END]
+    special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
+    config = {**special, "do_lower_case": True, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
+    _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    write_bytes(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]).encode())
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def tokenizer_on_board(pad_token: str = END) -> Path:
+    """A folder with the tokenizer, made when it is first asked for and gone when the program ends."""
+    return Path(_temporary_tokenizer(pad_token).name)
+
+
+@cache
+def _temporary_tokenizer(pad_token: str) -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory(prefix="dreambooth-ms-tokenizer-")
+    write_clip_tokenizer(Path(folder.name), pad_token)
+    return folder
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte, in the vocabulary's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printable)
+    return [*map(chr, printable), *(chr(256 + i) for i in range(others))]
+
+
+def _merges() -> list[str]:
+    """Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes."""
+    packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
+    return lines[1 : 1 + _MERGES]
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_bytes(path, (json.dumps(content, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,220 @@
+"""MindSpore checkpoints: a protocol buffer, read and written as a stream.
+
+    Checkpoint      { repeated Value value = 1 }
+    Value           { string tag = 1; TensorProto tensor = 2 or MapTensorProto maptensor = 3 }
+    TensorProto     { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
+
+as in mindspore/train/checkpoint_pb2.py of MindSpore 2.10. A large parameter stands in several consecutive values with
+the same tag; each repeats the whole shape and carries the next part of the bytes. Checkpoints that were saved with
+`crc_check` end in `crc_num` and ten more bytes.
+"""
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.formats.files.byte_ranges import FileRange, JoinedRanges, SourceFile, read_values
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.stored import (
+    MAX_DIMENSIONS,
+    MAX_TENSORS,
+    Container,
+    Progress,
+    StoredTensor,
+    TensorFile,
+    check_names,
+    checked_byte_count,
+    raw_bytes,
+)
+from dreambooth_ms.formats.files.wire_format import content_field, head_of_field, number_field, read_fields
+
+SLICE_BYTES = 512 * 1024 * 1024
+"""MindSpore cuts larger parameters into such parts; protocol buffers cannot hold 2 GiB in one."""
+
+TYPE_NAMES: Mapping[DType, str] = {
+    DType.F64: "Float64",
+    DType.F32: "Float32",
+    DType.F16: "Float16",
+    DType.BF16: "BFloat16",
+    DType.I64: "Int64",
+    DType.I32: "Int32",
+    DType.I16: "Int16",
+    DType.I8: "Int8",
+    DType.U64: "UInt64",
+    DType.U32: "UInt32",
+    DType.U16: "UInt16",
+    DType.U8: "UInt8",
+    DType.BOOL: "Bool",
+}
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_TEXT = "str"
+
+_TRAILER, _TRAILER_BYTES = b"crc_num", 17
+_LONGEST_NAME, _LONGEST_TEXT = 10_000, 10_000
+
+# Numbers of the fields.
+_VALUE = 1
+_TAG, _TENSOR, _MAP_TENSOR = 1, 2, 3
+_DIMS, _TYPE, _CONTENT = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One value of a checkpoint."""
+
+    tag: str
+    dims: tuple[int, ...]
+    type: str
+    content: FileRange
+
+
+def read_mindspore_ckpt(path: Path) -> TensorFile:
+    """Open a checkpoint; no tensor is read. Texts in it become metadata.
+
+    Raises:
+        WeightError: missing, cut short, damaged, or no checkpoint of MindSpore.
+    """
+    with reading(path, Container.MINDSPORE.value):
+        source = SourceFile.at(path)
+        with source.opened() as file:
+            parts = list(_parts(source, file))
+        groups = [(tag, list(group)) for tag, group in groupby(parts, key=lambda part: part.tag)]
+        names = [tag for tag, _ in groups]
+        check_names(names)
+        if not names:
+            raise FormatError("it holds nothing")
+        if len(set(names)) < len(names):
+            raise FormatError("a name stands in it twice")
+        metadata = {tag: _text(group) for tag, group in groups if group[0].type == _TEXT}
+        tensors = {tag: _stored(tag, group) for tag, group in groups if tag not in metadata}
+    return TensorFile(path, Container.MINDSPORE, tensors, metadata)
+
+
+def _stored(name: str, parts: list[_Part]) -> StoredTensor:
+    first = parts[0]
+    if any((part.dims, part.type) != (first.dims, first.type) for part in parts):
+        raise FormatError(f"damaged: the parts of {quoted(name)} differ in shape or type")
+    if first.type not in _TYPES:
+        raise FormatError(f"{quoted(name)} has the type {quoted(first.type)}, which cannot be read")
+    dtype, values = _TYPES[first.type], JoinedRanges([part.content for part in parts])
+    # Older versions wrote a shape for numbers without an axis.
+    shape = () if first.dims == (0,) and values.size == dtype.itemsize else first.dims
+    if checked_byte_count(shape, dtype) != values.size:
+        raise FormatError(f"cut short, or damaged: {quoted(name)} has a size that does not fit its shape")
+    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), tuple(part.content for part in parts))
+
+
+def _text(parts: list[_Part]) -> str:
+    """A text, which MindSpore stores as numpy's array of characters of 4 bytes."""
+    if sum(part.content.size for part in parts) > _LONGEST_TEXT:
+        raise FormatError(f"{quoted(parts[0].tag)} is longer than a text can be")
+    content = b"".join(part.content.file.read(part.content.start, part.content.size) for part in parts)
+    try:
+        return content.decode("utf-32-le")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{quoted(parts[0].tag)} is damaged") from error
+
+
+def begins_like_a_checkpoint(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a checkpoint: a value with a readable tag, then a tensor."""
+    file = io.BytesIO(head)
+    try:
+        field, value = next(read_fields(file, 0, sys.maxsize))
+        if field != _VALUE or not isinstance(value, range):
+            return False
+        fields = read_fields(file, value.start, sys.maxsize)
+        tag_field, tag = next(fields)
+        readable = isinstance(tag, range) and 0 < len(tag) < len(head) and _name(file, tag).isprintable()
+        return tag_field == _TAG and readable and next(fields)[0] in (_TENSOR, _MAP_TENSOR)
+    except FormatError:
+        return False
+
+
+def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
+    """The values of a checkpoint, in order; their contents are passed over."""
+    end = source.size
+    if end >= _TRAILER_BYTES and source.read(end - _TRAILER_BYTES, len(_TRAILER)) == _TRAILER:
+        end -= _TRAILER_BYTES
+    for number, (field, span) in enumerate(read_fields(file, 0, end)):
+        if field != _VALUE or not isinstance(span, range) or number == MAX_TENSORS:
+            raise FormatError("it has another structure than checkpoints have, or too many parts")
+        yield _part(source, file, span)
+
+
+def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
+    tag, tensor = "", None
+    for field, value in read_fields(file, span.start, span.stop):
+        if field == _TAG and isinstance(value, range):
+            tag = _name(file, value)
+        elif field == _TENSOR and isinstance(value, range) and tensor is None:
+            tensor = value
+        else:
+            raise FormatError(f"{quoted(tag)} is no tensor of numbers")
+    if tensor is None:
+        raise FormatError(f"{quoted(tag)} has no values")
+    return _Part(tag, *_tensor(source, file, tag, tensor))
+
+
+def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[tuple[int, ...], str, FileRange]:
+    """Shape, type, and where the bytes are."""
+    dims, type_name, content = [], "", range(0)
+    for field, value in read_fields(file, span.start, span.stop):
+        if field == _DIMS and isinstance(value, int):
+            dims.append(value if value < 1 << 63 else value - (1 << 64))
+        elif field == _TYPE and isinstance(value, range):
+            type_name = _name(file, value)
+        elif field == _CONTENT and isinstance(value, range):
+            content = value
+        else:
+            raise FormatError(f"{quoted(tag)} has another structure than tensors have")
+        if len(dims) > MAX_DIMENSIONS:
+            raise FormatError(f"{quoted(tag)} has an impossible shape")
+    return tuple(dims), type_name, FileRange(source, content.start, len(content))
+
+
+def _name(file: BinaryIO, span: range) -> str:
+    if len(span) > _LONGEST_NAME:
+        raise FormatError("damaged: a name without an end")
+    file.seek(span.start)
+    try:
+        return file.read(len(span)).decode()
+    except UnicodeDecodeError as error:
+        raise FormatError("damaged: a name that is no text") from error
+
+
+def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progress: Progress | None = None) -> None:
+    """Write a checkpoint atomically, byte for byte as MindSpore does it; one tensor at a time is in memory.
+
+    Raises:
+        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    """
+    size = sum(len(head) + len(part) for name in tensors for head, part in _slices(name, tensors[name]))
+    with atomic_path(path, size=size) as partial_path, partial_path.open("wb") as file:
+        for name, tensor in tensors.items():
+            slices = list(_slices(name, tensor))
+            content = raw_bytes(tensor.read()) if len(slices) > 1 else None
+            for head, part in slices:
+                file.write(head)
+                if content is None:
+                    tensor.write_to(file)
+                else:
+                    file.write(content[part.start : part.stop])
+                if progress is not None:
+                    progress(len(part))
+
+
+def _slices(name: str, tensor: StoredTensor) -> Iterator[tuple[bytes, range]]:
+    """What stands before each part of a tensor's bytes, and which part it is."""
+    for start in range(0, max(tensor.byte_count, 1), SLICE_BYTES):
+        part = range(start, min(start + SLICE_BYTES, tensor.byte_count))
+        described = b"".join(number_field(_DIMS, length) for length in tensor.shape)
+        described += content_field(_TYPE, TYPE_NAMES[tensor.dtype].encode()) + head_of_field(_CONTENT, len(part))
+        head = content_field(_TAG, name.encode()) + head_of_field(_TENSOR, len(described) + len(part)) + described
+        yield head_of_field(_VALUE, len(head) + len(part)) + head, part

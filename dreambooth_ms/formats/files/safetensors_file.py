@@ -1,0 +1,146 @@
+"""safetensors: the length of a header in 8 bytes, the header as JSON, then the values of all tensors without a gap.
+
+The format is described at https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.signatures import seems_to_be
+from dreambooth_ms.formats.files.stored import (
+    Container,
+    Progress,
+    StoredTensor,
+    TensorFile,
+    check_names,
+    checked_byte_count,
+    is_valid_text,
+    total_bytes,
+)
+from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
+
+METADATA_NAME = "__metadata__"
+ALIGNMENT = 8
+"""The values begin at a multiple of this, as the safetensors library writes them."""
+
+
+def read_safetensors(path: Path) -> TensorFile:
+    """Open a file; its header is checked as a whole, and no tensor is read.
+
+    Raises:
+        WeightError: missing, cut short, damaged, or no safetensors file.
+    """
+    with reading(path, Container.SAFETENSORS.value):
+        source = SourceFile.at(path)
+        header, start = _read_header(source)
+        metadata = _checked_metadata(header.pop(METADATA_NAME, {}))
+        check_names(list(header))
+        entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
+        _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
+        tensors = {
+            name: _stored(FileRange(source, start + begin, end - begin), dtype, shape)
+            for name, (dtype, shape, (begin, end)) in entries.items()
+        }
+    return TensorFile(path, Container.SAFETENSORS, tensors, metadata)
+
+
+def _stored(values: FileRange, dtype: DType, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), (values,))
+
+
+def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
+    """The header and where the values begin."""
+    head = source.read(0, min(source.size, 512))
+    if len(head) < 9 or head[8:9] != b"{":
+        raise FormatError(seems_to_be(head) or "its first bytes are no header")
+    (length,) = struct.unpack_from("<Q", head)
+    if length > source.size - 8:
+        raise FormatError(f"cut short, or damaged: a header of {length} bytes in a file of {source.size}")
+    if length > MAX_JSON_BYTES:
+        raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
+    return parse_json_object(source.read(8, length)), 8 + length
+
+
+def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("its metadata is not text by name")
+    if not all(is_valid_text(name) and is_valid_text(value) for name, value in metadata.items()):
+        raise FormatError("its metadata is no valid text")
+    return metadata
+
+
+Entry = tuple[DType, tuple[int, ...], tuple[int, int]]
+
+
+def _checked_entry(name: str, entry: Any) -> Entry:
+    """Type, shape and place of a tensor."""
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(f"the entry of {quoted(name)} is damaged") from error
+    try:
+        dtype = DType(dtype_name)
+    except ValueError as error:
+        raise FormatError(f"{quoted(name)} has the type {quoted(dtype_name)}, which cannot be read") from error
+    if type(begin) is not int or type(end) is not int or end - begin != checked_byte_count(shape, dtype):
+        raise FormatError(f"{quoted(name)} has a size that does not fit its shape")
+    return dtype, shape, (begin, end)
+
+
+def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) -> None:
+    """Without overlap and without a hole, so that no byte has two meanings or none."""
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise FormatError("damaged: tensors overlap, or leave a gap")
+        position = end
+    if position > size:
+        raise FormatError("cut short")
+    if position < size:
+        raise FormatError("damaged: there are bytes after the last tensor")
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a file atomically; one tensor at a time is in memory.
+
+    Tensors are written in the order given, but those of wider elements come first, as the safetensors library does
+    it: so every value is aligned.
+
+    Raises:
+        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = _header(ordered, metadata or {})
+    with atomic_path(path, size=len(header) + total_bytes(ordered)) as partial_path, partial_path.open("wb") as file:
+        file.write(header)
+        for tensor in ordered.values():
+            tensor.write_to(file)
+            if progress is not None:
+                progress(tensor.byte_count)
+
+
+def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON; spaces at its end align what follows."""
+    entries: dict[str, Any] = {METADATA_NAME: dict(metadata)} if metadata else {}
+    position = 0
+    for name, tensor in tensors.items():
+        assert name != METADATA_NAME, "a name that the format keeps for itself"
+        end = position + tensor.byte_count
+        entries[name] = {"dtype": tensor.dtype.value, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % ALIGNMENT)
+    return struct.pack("<Q", len(content)) + content

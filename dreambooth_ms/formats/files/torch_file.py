@@ -1,0 +1,146 @@
+"""PyTorch checkpoints, read without PyTorch and without running anything: .ckpt, .bin, .pt, .pth.
+
+Since version 1.6 they are zip archives: `<name>/data.pkl` describes the tensors, `<name>/data/<key>` are the storages
+they are views into. Before that, they were some pickles one after the other, then the storages, each after its length.
+"""
+
+import io
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
+from dreambooth_ms.formats.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
+from dreambooth_ms.formats.files.zip_archive import ZipArchive
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""What the first pickle of an old file holds."""
+
+MAX_PICKLE_BYTES = 32_000_000
+"""Of what describes the tensors; that of SD 1.5 has 0.3 MB."""
+
+_LENGTH = struct.Struct("<q")
+
+_SMALL = 1 << 20
+"""A tensor that repeats its elements may have so many bytes, however small the file."""
+
+# What all tensors take to read, for each byte of the file, and so many bytes more: names may share their values.
+_MOST_READ, _ALWAYS_READ = 32, 1 << 28
+
+
+def read_torch_zip(path: Path) -> TensorFile:
+    """Open a checkpoint of PyTorch 1.6 or later; no tensor is read.
+
+    Raises:
+        WeightError: missing, cut short, damaged, or none.
+    """
+    with reading(path, Container.TORCH_ZIP.value):
+        source = SourceFile.at(path)
+        archive = ZipArchive.open(source)
+        folder = _folder(archive)
+        storages: dict[str, Storage] = {}
+        root = torch_machine(storages).run(io.BytesIO(archive.read(f"{folder}data.pkl", MAX_PICKLE_BYTES)))
+        byteorder = f"{folder}byteorder"
+        swapped = byteorder in archive.entries and archive.read(byteorder, 100) == b"big"
+        found = find_tensors(root)
+        ranges = {key: archive.range_of(f"{folder}data/{key}") for key in found.storage_keys}
+        return _tensor_file(source, Container.TORCH_ZIP, found, ranges, swapped)
+
+
+def _folder(archive: ZipArchive) -> str:
+    """The folder that everything in an archive is in, with a slash."""
+    folders = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
+    if len(folders) != 1:
+        raise FormatError("it is a zip archive, but not one that PyTorch wrote")
+    if f"{folders[0]}constants.pkl" in archive.entries:
+        raise FormatError("it is a TorchScript program, not weights; save its state_dict in PyTorch")
+    return folders[0]
+
+
+def read_torch_legacy(path: Path) -> TensorFile:
+    """Open a checkpoint of a PyTorch before 1.6; no tensor is read.
+
+    Raises:
+        WeightError: missing, cut short, damaged, or none.
+    """
+    with reading(path, Container.TORCH_LEGACY.value):
+        source = SourceFile.at(path)
+        pickles = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES)))
+        storages: dict[str, Storage] = {}
+        magic, _, system, root, keys = [torch_machine(storages).run(pickles) for _ in range(5)]
+        if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
+            raise FormatError("its first pickles are not those of PyTorch")
+        found = find_tensors(root)
+        ranges = _legacy_ranges(source, pickles.tell(), keys, storages)
+        swapped = system.get("little_endian") is False
+        return _tensor_file(source, Container.TORCH_LEGACY, found, ranges, swapped)
+
+
+def _legacy_ranges(
+    source: SourceFile, position: int, keys: list[Any], storages: Mapping[str, Storage]
+) -> dict[str, ByteRange]:
+    """Where each storage is, in the order in which they follow the pickles."""
+    ranges: dict[str, ByteRange] = {}
+    for key in keys:
+        if type(key) is not str or key not in storages or key in ranges:
+            raise FormatError("its list of storages is damaged")
+        (length,) = _LENGTH.unpack(source.read(position, _LENGTH.size))
+        if length != storages[key].count:
+            raise FormatError(f"the storage {quoted(key)} is damaged: its length is not the one that was said")
+        ranges[key] = FileRange(source, position + _LENGTH.size, storages[key].byte_count)
+        position += _LENGTH.size + ranges[key].size
+    return ranges
+
+
+def _tensor_file(
+    source: SourceFile, container: Container, found: Found, ranges: Mapping[str, ByteRange], swapped: bool
+) -> TensorFile:
+    check_names(list(found.views))
+    tensors = {}
+    for name, view in found.views.items():
+        if view.storage.key not in ranges or ranges[view.storage.key].size < view.storage.byte_count:
+            raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
+        tensors[name] = _stored(name, view, ranges[view.storage.key], swapped, source.size)
+    if sum(_bytes_read(view, ranges) for view in found.views.values()) > _MOST_READ * source.size + _ALWAYS_READ:
+        raise FormatError("too many of its tensors share their values")
+    return TensorFile(source.path, container, tensors, found.metadata, found.left_out)
+
+
+def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size: int) -> StoredTensor:
+    """A view as a tensor, if its storage is large enough."""
+    if view.dtype is None:
+        raise FormatError(f"{quoted(name)} has a type that cannot be read, such as complex or quantised numbers")
+    if view.reach * view.dtype.itemsize > view.storage.byte_count:
+        raise FormatError(f"cut short, or damaged: the values of {quoted(name)} reach beyond their storage")
+    tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, storage, swapped))
+    if tensor.byte_count > max(storage.size, file_size, _SMALL):
+        raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
+    return tensor
+
+
+def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
+    """How much of its storage must be read for a view."""
+    compressed = isinstance(ranges[view.storage.key], DeflatedRange)
+    return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
+
+
+def _read_view(view: View, dtype: DType, storage: ByteRange, swapped: bool) -> np.ndarray:
+    """The values of a view, in row-major order."""
+    start = view.offset * dtype.itemsize
+    if view.is_contiguous or 0 in view.shape:
+        values = read_values(storage, dtype, view.shape, start)
+    else:
+        row = read_values(storage, dtype, (view.reach - view.offset,), start)
+        strides = [
+            stride * dtype.itemsize if length > 1 else 0
+            for length, stride in zip(view.shape, view.strides, strict=True)
+        ]
+        values = np.lib.stride_tricks.as_strided(row, view.shape, strides, writeable=False).copy()
+    return values.byteswap() if swapped else values

@@ -1,0 +1,215 @@
+"""How PyTorch describes tensors in a pickle: views into storages, which stand elsewhere in the file.
+
+The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.x.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.format_error import FormatError, quoted
+from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine, Placeholder
+from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
+
+# Name of a kind of storage -> bytes per element, and the type if arrays can have it.
+_STORAGES: Mapping[str, tuple[int, DType | None]] = {
+    "DoubleStorage": (8, DType.F64),
+    "FloatStorage": (4, DType.F32),
+    "HalfStorage": (2, DType.F16),
+    "BFloat16Storage": (2, DType.BF16),
+    "LongStorage": (8, DType.I64),
+    "IntStorage": (4, DType.I32),
+    "ShortStorage": (2, DType.I16),
+    "CharStorage": (1, DType.I8),
+    "ByteStorage": (1, DType.U8),
+    "BoolStorage": (1, DType.BOOL),
+    "UntypedStorage": (1, DType.U8),
+    "ComplexFloatStorage": (8, None),
+    "ComplexDoubleStorage": (16, None),
+    "QInt8Storage": (1, None),
+    "QUInt8Storage": (1, None),
+    "QInt32Storage": (4, None),
+}
+_STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
+
+_REBUILD = (Global("torch._utils", "_rebuild_tensor"), Global("torch._utils", "_rebuild_tensor_v2"))
+_REBUILD_OF_TYPE = Global("torch._utils", "_rebuild_tensor_v3")
+_REBUILD_SUBCLASS = (Global("torch._tensor", "_rebuild_from_type"), Global("torch._tensor", "_rebuild_from_type_v2"))
+_REBUILD_PARAMETER = (
+    Global("torch._utils", "_rebuild_parameter"),
+    Global("torch._utils", "_rebuild_parameter_with_state"),
+)
+_SIZE = Global("torch", "Size")
+_UNSIGNED = {"uint16": DType.U16, "uint32": DType.U32, "uint64": DType.U64}
+
+_DEEPEST = 4
+"""Dictionaries within dictionaries that are looked into."""
+
+_LONGEST_NAME, _LONGEST_NOTE = 40, 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Elements of one type, in a row."""
+
+    key: str
+    itemsize: int
+    dtype: DType | None
+    count: int
+
+    @property
+    def byte_count(self) -> int:
+        """Size in bytes."""
+        return self.count * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor: some elements of a storage. Offset and strides are in elements of the tensor's own type."""
+
+    storage: Storage
+    dtype: DType | None
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def reach(self) -> int:
+        """How many elements of the storage there must be, up to the last that the tensor has."""
+        if 0 in self.shape:
+            return self.offset
+        last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + last + 1
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements stand in row-major order without a gap."""
+        expected = 1
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length > 1 and stride != expected:
+                return False
+            expected *= length
+        return True
+
+
+def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
+    """A machine that makes a `View` of every tensor, and notes every storage by its key."""
+
+    def load_persistent(identifier: Any) -> Any:
+        """For ("storage", kind, key, device, number of elements, …)."""
+        if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
+            return Placeholder()
+        storage = _storage(*identifier[1:3], *identifier[4:6])
+        if storages.setdefault(storage.key, storage) != storage:
+            raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
+        return storage
+
+    return PickleMachine(_call, load_persistent)
+
+
+def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
+    if function in _REBUILD_SUBCLASS and len(arguments) >= 3:
+        function, arguments = arguments[0], arguments[2]
+        if not (isinstance(function, Global) and isinstance(arguments, tuple)):
+            return Placeholder()
+    if function in _REBUILD and len(arguments) >= 4:
+        return _view(arguments[:4], None, arguments[6:7])
+    if function == _REBUILD_OF_TYPE and len(arguments) >= 7:
+        return _view(arguments[:4], arguments[6], arguments[7:8])
+    if function in _REBUILD_PARAMETER and arguments:
+        return arguments[0]
+    if function == _SIZE and len(arguments) == 1:
+        return arguments[0]
+    return Placeholder()
+
+
+def _storage(kind: Any, key: Any, count: Any, view_of_another: Any = None) -> Storage:
+    if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
+        name = kind.name if isinstance(kind, Global) else None
+        raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
+    if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
+        raise FormatError("its pickle is damaged: a storage without key or length")
+    if view_of_another is not None:
+        raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
+    return Storage(key, *_STORAGES[kind.name], count)
+
+
+def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
+    """The tensor that a call describes.
+
+    Args:
+        described: storage, offset, shape and strides, as PyTorch gives them.
+        dtype_name: the type, if the storage does not have one.
+        flags: what else must happen to the values; PyTorch marks so the negative or conjugate of another tensor.
+    """
+    storage, offset, shape, strides = described
+    if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
+        raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
+    dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(getattr(dtype_name, "name", ""))
+    checked_byte_count(shape, dtype or DType.U8)
+    if len(strides) != len(shape) or not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *strides)):
+        raise FormatError("its pickle is damaged: a tensor with impossible strides")
+    return View(storage, None if any(flags) else dtype, offset, shape, strides)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in the object that a pickle builds."""
+
+    views: Mapping[str, View]
+    metadata: Mapping[str, str]
+    left_out: Mapping[str, int]
+
+    @property
+    def storage_keys(self) -> list[str]:
+        """The storages that are needed, each once."""
+        return list(dict.fromkeys(view.storage.key for view in self.views.values()))
+
+
+def find_tensors(root: Any) -> Found:
+    """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files.
+
+    Raises:
+        FormatError: there is no such dictionary.
+    """
+    held = [(path, views) for path, mapping in _dictionaries(root) if (views := _views(mapping))]
+    if not held:
+        raise FormatError("it holds no tensors by name")
+    largest = max(held, key=lambda item: len(item[1]))
+    left_out = {path or "top": len(views) for path, views in held if views is not largest[1]}
+    return Found(largest[1], _notes(root), left_out)
+
+
+def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The object and the dictionaries within it, each once, nearest first."""
+    queue, seen = deque([("", root, 0)]), set()
+    while queue:
+        path, mapping, depth = queue.popleft()
+        if not isinstance(mapping, dict) or id(mapping) in seen:
+            continue
+        seen.add(id(mapping))
+        yield path, mapping
+        for name, value in mapping.items():
+            if depth < _DEEPEST and isinstance(value, dict):
+                short = name[:_LONGEST_NAME]
+                queue.append((f"{path}.{short}" if path else short, value, depth + 1))
+
+
+def _views(mapping: Mapping[str, Any]) -> dict[str, View]:
+    return {name: value for name, value in mapping.items() if isinstance(value, View)}
+
+
+def _notes(root: Mapping[str, Any]) -> dict[str, str]:
+    """What stands beside the tensors and is short, such as the number of steps."""
+    return {
+        name: str(value)
+        for name, value in root.items()
+        if is_valid_text(name)
+        and (
+            isinstance(value, float)
+            or (isinstance(value, int) and abs(value) < 2**63)
+            or (isinstance(value, str) and len(value) <= _LONGEST_NOTE and is_valid_text(value))
+        )
+    }

@@ -1,0 +1,179 @@
+"""The naming of a model in a format."""
+
+import math
+import re
+from dataclasses import replace
+from enum import Enum
+from functools import lru_cache
+
+from dreambooth_ms.formats.naming import mindone, stability
+from dreambooth_ms.formats.naming.plan import Naming
+from dreambooth_ms.formats.naming.slots import Shape, Slot
+from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes, vae_shapes
+from dreambooth_ms.models.specs import SD_15, ClipTextSpec, Family, ModelSpec, VaeSpec
+
+
+class Format(Enum):
+    """How the parameters of a whole model are named."""
+
+    DIFFUSERS = "diffusers"
+    """A folder with a file per part; a name here is the part, a dot, and the name in the part's file."""
+    STABILITY = "stability"
+    """One file, in LDM naming for SD 1 and 2 and in SGM naming for SDXL."""
+    MINDONE = "mindone"
+    """One MindSpore checkpoint, as mindone's examples for SD 1, SD 2 and SDXL write it."""
+
+
+# What CLIP's training caps the temperature at (Radford et al., 2021, section 2.5). No network here reads it.
+LOGIT_SCALE = math.log(100)
+
+# The names of the autoencoder's attention before diffusers 0.17, still in most published folders.
+OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+_OPENCLIP_PREFIXES = {
+    (Family.SD2, "text_encoder"): "cond_stage_model.model.",
+    (Family.SDXL, "text_encoder_2"): "conditioner.embedders.1.model.",
+    (Family.SDXL_REFINER, "text_encoder_2"): "conditioner.embedders.0.model.",
+}
+_TRANSFORMERS_PREFIXES = {
+    Family.SD1: "cond_stage_model.transformer.",
+    Family.SDXL: "conditioner.embedders.0.transformer.",
+}
+_SCHEDULES = (
+    r"betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
+    r"|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance"
+    r"|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|lvlb_weights|logvar|scale_factor"
+    r"|denoiser\.sigmas|model_ema\.decay|model_ema\.num_updates|v_pred|ztsnr|edm_mean|edm_std"
+)
+# Position ids are 0 to 76 in every file; an encoder for SDXL needs no projection of its first tower, whichever tool
+# saved one; and the autoencoder's training leaves its discriminator behind.
+_REST = r"(?:.+\.)?position_ids|.+\.logit_scale|.+\.text_projection(?:\.weight)?|first_stage_model\.loss\..+"
+_IGNORABLE = re.compile(f"(?:{_SCHEDULES}|{_REST})")
+
+
+@lru_cache(maxsize=16)
+def naming_of(form: Format, model: ModelSpec) -> Naming:
+    """The naming of a model, as a whole, in a format."""
+    shapes = model_shapes(model)
+    extra = _unused_shapes(form, model)
+    everything = {**shapes, **extra}
+    spelled = {name: spell(form, name, model) for name in everything}
+    slots = {name: places[0] for name, places in spelled.items()}
+    return Naming(
+        shapes=everything,
+        slots=slots,
+        spellings=({name: places[1] for name, places in spelled.items() if len(places) > 1},),
+        averages=_averages(form, slots),
+        optional=frozenset(extra),
+        constants={
+            name: LOGIT_SCALE
+            for name in extra
+            if name.endswith("logit_scale") and model.family in (Family.SDXL, Family.SDXL_REFINER)
+        },
+        ignorable=lambda name: _IGNORABLE.fullmatch(name) is not None,
+        clean=mindone.clean if form is Format.MINDONE else lambda name: name,
+    )
+
+
+def vae_naming(form: Format, spec: VaeSpec) -> Naming:
+    """The naming of an autoencoder that is alone in a file: its names without a prefix, in diffusers' or LDM's form."""
+    shapes = {f"vae.{name}": shape for name, shape in vae_shapes(spec).items()}
+    model = replace(SD_15, vae=spec)
+    prefix = stability.VAE_PREFIX if form is Format.STABILITY else "vae."
+    spelled = {
+        name: [replace(slot, name=slot.name.removeprefix(prefix)) for slot in spell(form, name, model)]
+        for name in shapes
+    }
+    return Naming(
+        shapes=shapes,
+        slots={name: places[0] for name, places in spelled.items()},
+        spellings=({name: places[1] for name, places in spelled.items() if len(places) > 1},),
+        ignorable=lambda name: name.startswith(("loss.", "model_ema.")),
+    )
+
+
+def spell(form: Format, name: str, model: ModelSpec) -> list[Slot]:
+    """Where a format keeps a public parameter: first the place it is written to, then others that readers meet.
+
+    Empty if the format has no place for it.
+    """
+    if form is Format.DIFFUSERS:
+        return _diffusers_slots(name)
+    if form is Format.MINDONE:
+        return _mindone_slots(name, model)
+    return _stability_slots(name, model)
+
+
+def _diffusers_slots(name: str) -> list[Slot]:
+    part, _, inner = name.partition(".")
+    slots = [Slot(name)]
+    layer, _, parameter = name.rpartition(".")
+    if part == "vae" and ".attentions.0." in name:
+        path, _, projection = layer.partition(".attentions.0.")
+        if projection in OLD_VAE_NAMES:
+            slots.append(Slot(f"{path}.attentions.0.{OLD_VAE_NAMES[projection]}.{parameter}"))
+    if inner.startswith("text_model."):
+        # transformers 5.6 gave up this level of CLIPTextModel.
+        slots.append(Slot(f"{part}.{inner.removeprefix('text_model.')}"))
+    return slots
+
+
+def _stability_slots(name: str, model: ModelSpec) -> list[Slot]:
+    part, _, inner = name.partition(".")
+    if part == "unet":
+        return [stability.unet_slot(inner, model.unet)]
+    if part == "vae":
+        return [stability.vae_slot(inner, model.vae)]
+    openclip = _OPENCLIP_PREFIXES.get((model.family, part))
+    if openclip:
+        slot = stability.openclip_slot(inner)
+        return [replace(slot, name=openclip + slot.name)]
+    prefix = _TRANSFORMERS_PREFIXES[model.family]
+    # Some old files lack this level of the text tower.
+    return [Slot(prefix + inner), Slot(prefix + inner.removeprefix("text_model."))]
+
+
+def _mindone_slots(name: str, model: ModelSpec) -> list[Slot]:
+    is_sd = model.family in (Family.SD1, Family.SD2)
+    if is_sd and name.startswith("text_encoder."):
+        slot = mindone.sd_text_slot(name)
+        return [slot] if slot else []
+    change = mindone.sd_slot if is_sd else mindone.sdxl_slot
+    return [change(name, slot) for slot in _stability_slots(name, model)]
+
+
+def _averages(form: Format, slots: dict[str, Slot]) -> dict[str, Slot]:
+    """LDM keeps them under flattened names without dots; mindone under a prefix. Only the UNet has them."""
+    if form is Format.DIFFUSERS:
+        return {}
+    names = {name: slot.name for name, slot in slots.items() if name.startswith("unet.")}
+    if form is Format.MINDONE:
+        return {name: Slot(f"ema.{stored}") for name, stored in names.items()}
+    return {name: Slot(f"model_ema.{stored.removeprefix('model.').replace('.', '')}") for name, stored in names.items()}
+
+
+def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
+    """What OpenCLIP's towers hold besides: a temperature, and in SD 2 the last layer and a projection, all unused.
+
+    SD 2 reads the text before the last layer, so the public text encoder ends there, as mindone's does.
+    """
+    shapes: dict[str, Shape] = {}
+    if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
+        return shapes
+    for part, spec in (("text_encoder", model.text_encoder), ("text_encoder_2", model.text_encoder_2)):
+        if spec and (model.family, part) in _OPENCLIP_PREFIXES:
+            shapes[f"{part}.logit_scale"] = ()
+            if model.family is Family.SD2:
+                shapes |= {f"{part}.{name}": shape for name, shape in _last_layer_shapes(spec).items()}
+    return shapes
+
+
+def _last_layer_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
+    width, last = spec.transformer.hidden_size, spec.transformer.num_hidden_layers
+    first = "text_model.encoder.layers.0."
+    layer = {
+        name.replace(first, f"text_model.encoder.layers.{last}."): shape
+        for name, shape in clip_text_shapes(spec).items()
+        if name.startswith(first)
+    }
+    return {**layer, "text_projection.weight": (width, width)}

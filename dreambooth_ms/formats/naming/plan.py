@@ -1,0 +1,193 @@
+"""From the names and shapes of a file to what is read from where, and from public names to what is written where."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.slots import Assembly, Shape, Slot, slot_as_found
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The rules of a format, applied to every public name of one model."""
+
+    shapes: Mapping[str, Shape]
+    """The public names that the model has, in the order of writing, and those that the format keeps besides."""
+    slots: Mapping[str, Slot]
+    """Where the format keeps each of them."""
+    spellings: tuple[Mapping[str, Slot], ...] = ()
+    """Other places that readers meet."""
+    averages: Mapping[str, Slot] = field(default_factory=dict)
+    """Where moving averages (EMA) of the weights are kept, if the file has them."""
+    optional: frozenset[str] = frozenset()
+    """Public names that no network here needs, such as CLIP's temperature: kept where both formats have a place."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """Values of optional names that readers of the format look for, written when there are no better ones."""
+    ignorable: Callable[[str], bool] = lambda name: False
+    """Whether a name of the file is known to hold nothing that is needed."""
+    clean: Callable[[str], str] = lambda name: name
+    """A name of the file without what some versions of the writing program insert."""
+
+    def read_plan(
+        self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
+    ) -> "ReadPlan":
+        """What is read from where.
+
+        Args:
+            stored: names and shapes of the file's tensors.
+            parts: the parts that are wanted; None for all that the model has.
+            averages: take the moving averages instead of the weights, for the parameters that have them.
+
+        Returns:
+            The plan, with a report of what does not fit.
+        """
+        wanted = parts_of(self.shapes) if parts is None else set(parts)
+        places, unknown = self.locate(stored, averages)
+        slots: dict[str, Slot] = {}
+        misshaped, duplicate = [], []
+        for name, candidates in places.items():
+            if name.partition(".")[0] not in wanted:
+                continue
+            slot, shape = candidates[0], self.shapes[name]
+            fitting = slot_as_found(slot, shape, stored[slot.name])
+            if fitting:
+                slots[name] = fitting
+            else:
+                misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
+            if len(candidates) > 1:
+                duplicate.append(f"{name}: {' and '.join(candidate.name for candidate in candidates)}")
+        known = self._known(unknown)
+        return ReadPlan(
+            slots=slots,
+            ignored=tuple(name for name in unknown if name in known),
+            averages=tuple(sorted({slot.name for slot in self.averages.values()} & stored.keys())),
+            report=Report(
+                missing=tuple(name for name in self.required(wanted) if name not in places),
+                unexpected=tuple(name for name in unknown if name not in known),
+                misshaped=tuple(misshaped),
+                duplicate=tuple(duplicate),
+            ),
+        )
+
+    def locate(self, names: Iterable[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
+        """Find the public names that are held by the names of a file, whatever their shapes.
+
+        Returns:
+            The places of each public name, in the model's order, and the names that hold none.
+        """
+        holders = self._holders_of_averages if averages else self._holders
+        places: dict[str, list[Slot]] = {}
+        unknown = []
+        for name in names:
+            held = holders.get(self.clean(name), {})
+            for public, slot in held.items():
+                places.setdefault(public, []).append(replace(slot, name=name))
+            if not held:
+                unknown.append(name)
+        return {public: places[public] for public in self.shapes if public in places}, tuple(unknown)
+
+    def required(self, parts: Collection[str] | None = None) -> list[str]:
+        """The public names without which a part is not whole, of some parts or of all."""
+        return [
+            name
+            for name in self.shapes
+            if name not in self.optional and (parts is None or name.partition(".")[0] in parts)
+        ]
+
+    def present_parts(self, stored: Iterable[str]) -> list[str]:
+        """The parts of which a file holds anything, in the model's order."""
+        held = parts_of(name for name in self.locate(stored)[0] if name not in self.optional)
+        return [part for part in parts_of(self.shapes) if part in held]
+
+    def write_plan(self, names: Collection[str], parts: Collection[str] | None = None) -> "WritePlan":
+        """What is written where, in the order of the model.
+
+        Args:
+            names: the public names there are values for.
+            parts: the parts that are to be whole; None for those that any of the names belongs to.
+        """
+        held = set(names)
+        groups: dict[str, list[str]] = {}
+        for name, slot in self.slots.items():
+            if name in held:
+                groups.setdefault(slot.name, []).append(name)
+        # Blocks of rows are written together or not at all.
+        groups = {stored: group for stored, group in groups.items() if len(group) >= self.slots[group[0]].blocks}
+        written = {name for group in groups.values() for name in group}
+        whole = parts_of(name for name in self.slots if name in held) if parts is None else parts
+        return WritePlan(
+            tensors={stored: self._assembly(group) for stored, group in groups.items()},
+            constants={
+                self.slots[name].name: value
+                for name, value in self.constants.items()
+                if name not in held and name.partition(".")[0] in whole
+            },
+            left_out=tuple(name for name in names if name not in written),
+            report=Report(missing=tuple(name for name in self.required(whole) if name not in held)),
+        )
+
+    def _assembly(self, group: list[str]) -> Assembly:
+        slots = [self.slots[name] for name in group]
+        ordered = sorted(group, key=lambda name: self.slots[name].block)
+        return Assembly(tuple(ordered), slots[0].layout, shared=len(group) > slots[0].blocks)
+
+    def _known(self, names: Iterable[str]) -> set[str]:
+        """Those of some names that hold nothing public and yet belong to the format."""
+        places = {slot.name for slots in (self.slots, self.averages) for slot in slots.values()}
+        return {name for name in names if self.clean(name) in places or self.ignorable(self.clean(name))}
+
+    @cached_property
+    def _holders(self) -> dict[str, dict[str, Slot]]:
+        return self._backwards(self.slots)
+
+    @cached_property
+    def _holders_of_averages(self) -> dict[str, dict[str, Slot]]:
+        return self._backwards({**self.slots, **self.averages})
+
+    def _backwards(self, first: Mapping[str, Slot]) -> dict[str, dict[str, Slot]]:
+        """The rules read backwards: name in a file -> the public names it holds."""
+        holders: dict[str, dict[str, Slot]] = {}
+        for slots in (first, *self.spellings):
+            for public, slot in slots.items():
+                holders.setdefault(self.clean(slot.name), {}).setdefault(public, slot)
+        return holders
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Where each public tensor is in a file."""
+
+    slots: Mapping[str, Slot]
+    """Public name -> the file's tensor and its layout there."""
+    ignored: tuple[str, ...]
+    """Names of the file that are known and not needed: schedules of the noise, position ids, averages."""
+    averages: tuple[str, ...]
+    """Names of the file that hold moving averages."""
+    report: Report
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What each tensor of a file is made of."""
+
+    tensors: Mapping[str, Assembly]
+    """Name in the file -> what it is made of, in the order of writing."""
+    constants: Mapping[str, float]
+    """Scalars to be written besides: name in the file -> value."""
+    left_out: tuple[str, ...]
+    """Public names that the format has no place for."""
+    report: Report
+    """What is missing for the parts to be whole."""
+
+    def shapes(self, public: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shapes of the file's tensors for the public shapes, in the order of writing; constants have none."""
+        return {
+            stored: assembly.shape([public[piece] for piece in assembly.pieces])
+            for stored, assembly in self.tensors.items()
+        }
+
+
+def parts_of(names: Iterable[str]) -> dict[str, None]:
+    """The parts that public names belong to, in order."""
+    return dict.fromkeys(name.partition(".")[0] for name in names)

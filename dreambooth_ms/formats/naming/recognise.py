@@ -1,0 +1,156 @@
+"""What a file holds, told from the names and shapes of its tensors alone."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.naming import mindone, stability
+from dreambooth_ms.formats.naming.formats import Format, naming_of, vae_naming
+from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
+from dreambooth_ms.formats.naming.plan import Naming
+from dreambooth_ms.formats.naming.slots import Shape
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec, VaeSpec
+
+EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
+
+# What a file may be instead -> names that only such files have. The first that fits is said.
+_OTHER_KINDS = {
+    "a CosXL model, trained with the noise of EDM": r"^edm_vpred\.",
+    "a LoRA": r"(?:^|[._])lora[._]|\.lora_linear_layer\.|\.(?:hada_w1|lokr_w1)",
+    "an SD 3 model": r"joint_blocks\.\d+\.",
+    "a Flux model": r"double_blocks\.\d+\.img_|single_transformer_blocks\.\d+\.",
+    "a ControlNet": r"^control_model\.|controlnet_|input_hint_block\.",
+    "a T2I-Adapter": r"^(?:adapter\.)?body\.\d+\.",
+    "an IP-Adapter": r"^(?:ip_adapter|image_proj)\.",
+    "an AnimateDiff motion module": r"motion_modules\.",
+    "a textual inversion embedding": r"^(?:emb_params|string_to_param.*|clip_[lg]|<.+>)$",
+    "an upscaler": r"^model\.diffusion_model\.label_emb\.weight$",
+    "a diffusion transformer": r"adaLN_modulation|scale_shift_table|adaln_single",
+    "a text encoder alone": r"^(?:text_model|transformer\.resblocks|encoder\.block)\.",
+    "an autoencoder alone": r"^(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid_block|mid)\.",
+    "a UNet alone, in diffusers' naming without its folder": r"^(?:down_blocks|mid_block|up_blocks)\.",
+    "a UNet alone, in LDM naming without its prefix": r"^(?:input_blocks|middle_block|output_blocks)\.",
+}
+# What SDXL's base has in single files and its refiner, whose one text encoder is OpenCLIP's, has not.
+_SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.")
+_SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """A model in a file."""
+
+    form: Format
+    model: ModelSpec
+    """A published one if all sizes agree, else with the sizes of the file."""
+    naming: Naming
+    prediction_type: str | None
+    """"epsilon" or "v_prediction"; None if the names do not tell."""
+    notes: tuple[str, ...]
+    """What a user should know about it, one sentence each."""
+
+    @property
+    def is_published(self) -> bool:
+        """Whether all sizes are those of a published model."""
+        return with_channels(self.model, 4, 4) in PUBLISHED_MODELS
+
+
+def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
+    """Format, family and sizes of a model.
+
+    Args:
+        stored: names and shapes of a file's tensors; for a folder in diffusers' layout the names of each part with the
+            part and a dot in front.
+        source: the file or folder, for the message.
+
+    Raises:
+        WeightError: it is something else, which the message names where it is known.
+    """
+    cleaned = {mindone.clean(name): shape for name, shape in stored.items()}
+    form = _form(cleaned)
+    if form is None:
+        raise WeightError(f"{source}: this is {other_kind(stored)}; {EXPECTED}")
+    model = infer_model(cleaned, form, _family(cleaned, form))
+    naming = naming_of(form, model)
+    prediction_type = _prediction_type(cleaned, model.family)
+    return Recognition(form, model, naming, prediction_type, tuple(_notes(cleaned, model, naming, prediction_type)))
+
+
+def recognise_vae(stored: Mapping[str, Shape], source: str) -> tuple[VaeSpec, Naming]:
+    """The sizes and the naming of an autoencoder that is alone in a file.
+
+    Raises:
+        WeightError: it is something else.
+    """
+    for form, mark, prefix in (
+        (Format.DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.weight", "vae."),
+        (Format.STABILITY, "encoder.down.0.block.0.norm1.weight", stability.VAE_PREFIX),
+    ):
+        if mark in stored:
+            spec = infer_vae({prefix + name: shape for name, shape in stored.items()}, form)
+            return spec, vae_naming(form, spec)
+    raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
+
+
+def other_kind(names: Collection[str]) -> str:
+    """What a file is, as far as its names tell: for a message to someone who expected another kind."""
+    if _form(dict.fromkeys(names, ())):
+        return "a whole model"
+    for kind, pattern in _OTHER_KINDS.items():
+        compiled = re.compile(pattern)
+        if any(compiled.search(name) for name in names):
+            return kind
+    shown = ", ".join(sorted(names)[:3]) or "nothing"
+    return f"of an unknown kind (it holds {shown})"
+
+
+def _form(stored: Mapping[str, Shape]) -> Format | None:
+    if "unet.conv_in.weight" in stored:
+        return Format.DIFFUSERS
+    if stability.UNET_PREFIX + "out.0.gamma" in stored:
+        return Format.MINDONE
+    other = {"model.diffusion_model.label_emb.weight", "edm_vpred.sigma_max"}
+    if stability.UNET_PREFIX + "out.0.weight" in stored and not other & stored.keys():
+        return Format.STABILITY
+    return None
+
+
+def _family(stored: Mapping[str, Shape], form: Format) -> Family:
+    """SDXL adds pooled text to the time; SD 1 and SD 2 differ in the projections of their transformers."""
+    if form is Format.DIFFUSERS:
+        added, projection = "unet.add_embedding.linear_1.weight", "unet.mid_block.attentions.0.proj_in.weight"
+        has_first_encoder = any(name.startswith("text_encoder.") for name in stored)
+    else:
+        added = stability.UNET_PREFIX + "label_emb.0.0.weight"
+        projection = stability.UNET_PREFIX + "middle_block.1.proj_in.weight"
+        has_first_encoder = any(name.startswith(_SDXL_BASE_MARKS) for name in stored)
+    if added in stored:
+        has_encoders = has_first_encoder or any(name.startswith(("conditioner.", "text_encoder_2.")) for name in stored)
+        is_refiner = not has_first_encoder if has_encoders else stored[added][1] == 2560
+        return Family.SDXL_REFINER if is_refiner else Family.SDXL
+    return Family.SD2 if len(stored.get(projection, ())) == 2 else Family.SD1
+
+
+def _prediction_type(stored: Mapping[str, Shape], family: Family) -> str | None:
+    """Fine-tuned models that predict velocity say so by a tensor that holds nothing."""
+    if "v_pred" in stored:
+        return "v_prediction"
+    return None if family is Family.SD2 or "edm_mean" in stored else "epsilon"
+
+
+def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, prediction_type: str | None) -> list[str]:
+    notes = []
+    if model.family is Family.SD2 and prediction_type is None:
+        notes.append("Names do not tell whether an SD 2.x model predicts noise (512 px) or velocity (768 px).")
+    if "edm_mean" in stored:
+        notes.append("Playground v2.5: its latents have a mean and deviation of their own, in the same file.")
+    if model.unet.in_channels in _SPECIAL_INPUTS:
+        use = _SPECIAL_INPUTS[model.unet.in_channels]
+        notes.append(f"Its UNet takes {model.unet.in_channels} channels: a model for {use}.")
+    averages = {slot.name for slot in naming.averages.values()} & stored.keys()
+    if averages:
+        notes.append(f"Moving averages (EMA) of {len(averages)} weights are there besides the weights.")
+    if with_channels(model, 4, 4) not in PUBLISHED_MODELS:
+        notes.append("Its sizes are not those of a published model; heads and norm groups are assumed.")
+    return notes

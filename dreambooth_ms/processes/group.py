@@ -1,0 +1,110 @@
+"""The processes of a run, seen from one of them; a process that was started by itself is one of one."""
+
+import platform
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, explain
+from dreambooth_ms.processes.launch import Launch
+from dreambooth_ms.processes.rendezvous import Rendezvous
+
+EXCHANGE_SECONDS = 3600
+"""How long to wait for another process that is alive: what they do between two exchanges takes equally long."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is, and what it can ask of the others. Methods are called by all of them."""
+
+    rank: int = 0
+    count: int = 1
+    launch: Launch | None = None
+    meet: Callable[[str, Any], list[Any]] = lambda what, value: [value]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files and talks to the user."""
+        return self.rank == 0
+
+    def exchange(self, what: str, value: Any) -> list[Any]:
+        """Every process's value, plain JSON, by rank. `what` names the exchange where one does not come to it."""
+        return self.meet(what, value)
+
+    def wait_for_all(self, what: str) -> None:
+        """Come back when all processes have come to this point."""
+        self.exchange(what, None)
+
+    def from_first(self, what: str, make: Callable[[], Any]) -> Any:
+        """What rank 0 finds, made there alone; plain JSON."""
+        return self.exchange(what, make() if self.is_first else None)[0]
+
+    @contextmanager
+    def first_goes_ahead(self, what: str) -> Iterator[None]:
+        """Inside, rank 0 is alone; then come the others, who find what it left."""
+        if not self.is_first:
+            self.wait_for_all(what)
+        yield
+        if self.is_first:
+            self.wait_for_all(what)
+
+    def count_on_this_machine(self) -> int:
+        """How many of the processes share this machine's memory, this one included."""
+        machines = self.exchange("the machines", _machine())
+        return machines.count(machines[self.rank])
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of work that is the same list everywhere: every item is in one part."""
+        return items[self.rank :: self.count]
+
+
+ALONE = Processes()
+
+
+def _machine() -> str:
+    """What tells this machine from others: the number of its boot, which containers have in common, or its name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return platform.node()
+
+
+def run_in_group(
+    launch: Launch | None,
+    work: Callable[[Processes], int],
+    complain: Callable[[str], object],
+    exchange_seconds: float = EXCHANGE_SECONDS,
+) -> int:
+    """Do the work of one process of a run, and return its exit status.
+
+    Of several processes none outlives another's failure, and each ends here, with the status of the work or of the
+    failure.
+
+    Args:
+        launch: this process's place; None if it was started by itself.
+        work: what this process does.
+        complain: prints a line for the user; called by one process of the run.
+        exchange_seconds: how long to wait for another process that is alive.
+
+    Raises:
+        UserError: the only process made a mistake, or the processes could not meet.
+    """
+    if launch is None:
+        return work(ALONE)
+    meeting = Rendezvous(launch, exchange_seconds, complain)
+    try:
+        status = work(Processes(launch.rank, launch.count, launch, meeting.exchange))
+    except KeyboardInterrupt:
+        meeting.fail("interrupted", INTERRUPTED_STATUS)
+    except BaseException as error:  # noqa: BLE001  (the others must learn of it, whatever it is)
+        explanation = explain(error)
+        if explanation is not None:
+            meeting.fail(explanation, USER_ERROR_STATUS)
+        traceback.print_exc()
+        meeting.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", FAILED_STATUS)
+    return meeting.leave(status)

@@ -1,0 +1,1 @@
+"""Where graphs run: the device, the compiler and its cache, collective operations."""

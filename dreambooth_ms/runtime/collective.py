@@ -1,0 +1,133 @@
+"""Several processes that compute as one: MindSpore's collective operations, HCCL on Ascend and its own on CPU."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops
+from mindspore.ops import constexpr
+
+from dreambooth_ms.processes.channel import wait_until_listening
+from dreambooth_ms.processes.launch import Launch
+from dreambooth_ms.processes.rendezvous import START_SECONDS, Rendezvous
+from dreambooth_ms.runtime.device import Formulation, formulation
+from dreambooth_ms.runtime.scheduler_process import scheduler_process
+
+
+@contextmanager
+def collective_operations(launch: Launch | None) -> Iterator[None]:
+    """Inside, the processes of a launched run compute together. Enter it after the device is chosen and all have met.
+
+    On CPU, MindSpore does without OpenMPI's help and needs a scheduler of its own, also under mpirun; rank 0 brings it
+    there (measured). On Ascend HCCL meets through mpirun by itself (documented).
+    """
+    if launch is None:
+        yield
+        return
+    needs_scheduler = launch.launcher == "mpirun" and formulation() is Formulation.CPU
+    with scheduler_process(launch.of_scheduler()) if needs_scheduler and launch.rank == 0 else nullcontext():
+        if needs_scheduler:
+            os.environ |= launch.scheduler_environment
+        if launch.launcher == "msrun" or needs_scheduler:
+            wait_until_listening(launch.host, launch.port, START_SECONDS)
+        communication.init()
+        yield
+
+
+def serve_as_scheduler(launch: Launch) -> None:
+    """Be the scheduler that msrun brings, until the run ends, in good order or not."""
+    with scheduler_process(launch):
+        Rendezvous(launch, exchange_seconds=0, complain=lambda line: None).wait_for_end()
+
+
+class SumOverProcesses(nn.Cell):
+    """Tensors -> their sums over all processes, by one reduction of all of them joined to one."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.all_reduce = ops.AllReduce()
+        self.map = ops.HyperMap()
+
+    def construct(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        total = self.all_reduce(ops.concat(self.map(_flat, tensors)))
+        return self.map(ops.partial(_part, total), _offsets(self.map(_size, tensors)), tensors)
+
+
+class ShareParts(nn.Cell):
+    """Each process's part of the parameters -> all parameters everywhere, by one gathering of the parts.
+
+    Args:
+        parts: the parameters of each process's part, by rank.
+        rank: this process.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Parameter]], rank: int) -> None:
+        super().__init__(auto_prefix=False)
+        sizes = [sum(parameter.size for parameter in part) for part in parts]
+        offsets = [
+            index * max(sizes) + end - parameter.size
+            for index, part in enumerate(parts)
+            for parameter, end in zip(part, np.cumsum([one.size for one in part]).tolist(), strict=True)
+        ]
+        before, own = sum(map(len, parts[:rank])), len(parts[rank])
+        everything = [parameter for part in parts for parameter in part]
+        self.own = ParameterTuple(everything[before : before + own])
+        self.others = ParameterTuple(everything[:before] + everything[before + own :])
+        self.offsets = tuple(offsets[:before] + offsets[before + own :])
+        self.filling = max(sizes) - sizes[rank]
+        self.all_gather = ops.AllGather()
+        self.map = ops.HyperMap()
+
+    def construct(self, updated: Any) -> tuple[Tensor, ...]:
+        """`updated`: what this process's part is read after."""
+        own = self.map(ops.partial(_flat_after, updated), self.own)
+        if self.filling > 0:
+            own = own + (ops.zeros((self.filling,), own[0].dtype),)
+        total = self.all_gather(ops.concat(own))
+        return self.map(ops.partial(_set_to_part, total), self.offsets, self.others)
+
+
+def from_process(rank: int, value: Tensor | None, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """A tensor that the process with this rank has, on all of them; the others give None."""
+    sent = Tensor(value.asnumpy()) if value is not None else ops.zeros(shape, getattr(ms, dtype.lower()))
+    return ops.Broadcast(rank)((sent,))[0]
+
+
+_flat = ops.MultitypeFuncGraph("flat")
+_flat_after = ops.MultitypeFuncGraph("flat_after")
+_set_to_part = ops.MultitypeFuncGraph("set_to_part")
+_size = ops.MultitypeFuncGraph("size")
+_part = ops.MultitypeFuncGraph("part")
+
+
+@_flat.register("Tensor")
+def _flat_tensor(tensor):
+    return ops.reshape(tensor, (-1,))
+
+
+@_size.register("Tensor")
+def _size_of_tensor(tensor):
+    return ops.size(tensor)
+
+
+@_part.register("Tensor", "Number", "Tensor")
+def _part_of_total(total, offset, tensor):
+    return ops.reshape(ops.slice(total, (offset,), (ops.size(tensor),)), tensor.shape)
+
+
+@_flat_after.register("Tuple", "Tensor")
+def _flat_tensor_after(updated, tensor):
+    return ops.reshape(ops.depend(tensor, updated), (-1,))
+
+
+@_set_to_part.register("Tensor", "Number", "Tensor")
+def _set_to_part_of_total(total, offset, tensor):
+    return ops.assign(tensor, _part_of_total(total, offset, tensor))
+
+
+@constexpr
+def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(end - size) for size, end in zip(sizes, np.cumsum(sizes), strict=True))

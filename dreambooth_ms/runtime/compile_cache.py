@@ -1,0 +1,303 @@
+"""Compiled graphs kept on disk, so that the next run starts sooner.
+
+MindSpore writes a graph to a file and reads it again, but it knows a file by the place of the graph in the order of
+compilation alone, in one folder for the whole process, and takes what it finds there (MindSpore 2.10.0, measured). So
+each process has an empty folder of its own for MindSpore. A graph that is kept under the right key is put there, at the
+place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then the
+folder is empty again.
+
+An entry is a folder named by a key, with the digests of its files. It appears whole, by a rename, and is used only
+while the digests hold.
+"""
+
+import atexit
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspore import nn
+from mindspore.graph import api
+
+from dreambooth_ms.runtime.graph_key import NotDescribable, graph_key
+
+ENABLE, FOLDER = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
+UNCHECKED = "MS_DEV_FORCE_USE_COMPILE_CACHE"
+"""Keeps MindSpore from comparing the sources that it finds by the imports of the program; the key knows them all."""
+
+MAX_BYTES = 1 << 30
+"""The entries that were used last are kept, up to this size together."""
+
+CONTENTS, UNFINISHED = "entry.json", ".unfinished-"
+ABANDONED_AFTER = 3600.0
+"""Seconds after which nobody is still writing an unfinished entry."""
+
+PLACE = "{place}"
+"""Stands in a file's name for the graph's place in the order of compilation."""
+
+
+@dataclass
+class Counts:
+    """What this process had of the cache."""
+
+    found: int = 0
+    kept: int = 0
+
+
+class CompileCache:
+    """Graphs of any process, in a folder.
+
+    Args:
+        folder: where the entries are.
+        max_bytes: size of all entries together.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.counts = Counts()
+        self._is_off = False
+
+    def compile(self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]) -> None:
+        """Let MindSpore compile a cell for such inputs, or read the graph that it has written before.
+
+        What goes wrong with the cache is told in a warning, and the run goes on without it.
+
+        Args:
+            cell: what is compiled.
+            inputs: of the call.
+            settings: what decides the graph beside the cell, the inputs and the environment.
+            compile: compiles it.
+        """
+        if self._is_off:
+            compile()
+            return
+        try:
+            entry = self.folder / graph_key(cell, inputs, settings)
+            put = self._put_in_place(entry)
+        except NotDescribable:
+            compile()
+            return
+        except OSError as error:
+            self._turn_off(error)
+            compile()
+            return
+        if not self._compile_in_place(compile, was_put=bool(put)):
+            self._remove(entry)
+            compile()
+            return
+        try:
+            self._take_back(entry, put)
+        except OSError as error:
+            self._turn_off(error)
+        finally:
+            _mindspores.empty()
+
+    def _put_in_place(self, entry: Path) -> dict[str, tuple[int, int]]:
+        """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
+        if _mindspores.place is None:
+            return {}
+        try:
+            files = json.loads((entry / CONTENTS).read_text())
+            for number, (pattern, digest) in enumerate(sorted(files.items())):
+                content = (entry / str(number)).read_bytes()
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise ValueError(pattern)
+                path = _mindspores.folder() / pattern.replace(PLACE, str(_mindspores.place))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        except FileNotFoundError:
+            _mindspores.empty()
+        except (ValueError, AttributeError, TypeError):  # It is damaged.
+            _mindspores.empty()
+            self._remove(entry)
+        return _mindspores.state()
+
+    def _compile_in_place(self, compile: Callable[[], None], was_put: bool) -> bool:
+        """Compile with MindSpore's cache; False if a graph that was put there did not do."""
+        try:
+            with _mindspores.switched_on():
+                compile()
+        except Exception:
+            # Whether MindSpore has counted this one is not known; the next one that it writes will tell.
+            _mindspores.place = None
+            _mindspores.empty()
+            if not was_put:
+                raise
+            return False
+        return True
+
+    def _take_back(self, entry: Path, put: dict[str, tuple[int, int]]) -> None:
+        """Keep what MindSpore has written, or note that it used what was put there."""
+        state = _mindspores.state()
+        places = {int(match[1]) for name in state if (match := re.search(r"compile_cache_(\d+)\.", name))}
+        if len(places) != 1:
+            _mindspores.place = None
+            return
+        (place,) = places
+        _mindspores.place = place + 1
+        if state == put:
+            self.counts.found += 1
+            os.utime(entry)
+            return
+        written = [name for name in state if f"_{place}." in name]
+        self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
+        self.counts.kept += 1
+        self._prune()
+
+    def _keep(self, entry: Path, names: dict[str, str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
+        try:
+            digests = {}
+            for number, pattern in enumerate(sorted(names)):
+                content = (_mindspores.folder() / names[pattern]).read_bytes()
+                (unfinished / str(number)).write_bytes(content)
+                digests[pattern] = hashlib.sha256(content).hexdigest()
+            (unfinished / CONTENTS).write_text(json.dumps(digests))
+            self._remove(entry)
+            with suppress(OSError):  # Another process may have been first.
+                unfinished.rename(entry)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _remove(self, entry: Path) -> None:
+        """Remove an entry at once: nobody sees half of it."""
+        with suppress(OSError):
+            target = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
+            try:
+                entry.rename(target / entry.name)
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
+
+    def _prune(self) -> None:
+        """Remove what was used longest ago while all is too large, and what nobody finished."""
+        used_at, sizes = {}, {}
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # Another process may have removed it.
+                used_at[path] = path.stat().st_mtime
+                sizes[path] = sum(file.stat().st_size for file in path.iterdir())
+        total = sum(sizes.values())
+        for path in sorted(sizes, key=used_at.__getitem__):
+            if path.name.startswith(UNFINISHED):
+                if time.time() - used_at[path] > ABANDONED_AFTER:
+                    shutil.rmtree(path, ignore_errors=True)
+            elif total > self.max_bytes:
+                self._remove(path)
+                total -= sizes[path]
+
+    def _turn_off(self, error: OSError) -> None:
+        self._is_off = True
+        warnings.warn(f"compiled graphs are not kept: {error}", stacklevel=2)
+
+
+class _MindSporesCache:
+    """MindSpore's own cache in this process: its folder, and the place of the next graph; None if that is not known.
+
+    It reads the folder's name once, and counts the graphs that it compiles while it is switched on.
+    """
+
+    def __init__(self) -> None:
+        self.place: int | None = 0
+        self._folder: Path | None = None
+
+    def folder(self) -> Path:
+        """The folder, made on first use and removed at the end of the process."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="dreambooth_ms-graphs-"))
+            atexit.register(_remove_own, self._folder, os.getpid())
+        return self._folder
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Inside, what is compiled goes through MindSpore's cache."""
+        if not os.path.isfile(api.entry_script_path or ""):
+            # MindSpore reads the program's file, whose imports UNCHECKED makes it ignore; `python -c` has none.
+            api.entry_script_path = __file__
+        environment = {ENABLE: "1", FOLDER: str(self.folder()), UNCHECKED: "1"}
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ |= environment
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+    def state(self) -> dict[str, tuple[int, int]]:
+        """The files that are there, with their sizes and times."""
+        folder = self.folder()
+        return {
+            str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+
+    def empty(self) -> None:
+        """Remove the files, so that MindSpore finds none but those that are put there."""
+        for path in self.folder().iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+_mindspores = _MindSporesCache()
+
+
+def _remove_own(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # Not in a fork of it.
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_cache: CompileCache | None = None
+_wish: str | None = None
+
+
+def set_up_compile_cache(by_default: bool) -> None:
+    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0) and MS_COMPILER_CACHE_PATH say.
+
+    Args:
+        by_default: what to do if the environment says nothing.
+    """
+    global _cache, _wish
+    _wish = os.environ.get(ENABLE, _wish)
+    if _wish != "0":
+        # Or MindSpore would use its cache in its own way; 0 it understands.
+        os.environ.pop(ENABLE, None)
+    named = os.environ.pop(FOLDER, None)
+    folder = Path(named) if named else _cache.folder if _cache else default_folder()
+    is_on = _wish != "0" if _wish is not None else by_default
+    _cache = CompileCache(folder.absolute()) if folder and is_on else None
+
+
+def compile_cache() -> CompileCache | None:
+    """The cache in use, if any."""
+    return _cache
+
+
+@contextmanager
+def use_compile_cache(cache: CompileCache | None) -> Iterator[None]:
+    """Inside, this cache is in use: for tests."""
+    global _cache
+    before, _cache = _cache, cache
+    try:
+        yield
+    finally:
+        _cache = before
+
+
+def default_folder() -> Path | None:
+    """Where graphs are kept if MS_COMPILER_CACHE_PATH names no folder; None where the user has no home."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "dreambooth_ms" / "graphs"
+    except RuntimeError:
+        return None

@@ -1,0 +1,54 @@
+"""Tensors -> the parameters of a network, strictly."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from mindspore import nn
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.tensor_file import read_value
+from dreambooth_ms.models.parameters import public_parameters
+
+
+def load_strict(
+    root: nn.Cell,
+    tensors: Mapping[str, np.ndarray | StoredTensor],
+    source: str,
+    ignore_unexpected: Iterable[str] = (),
+) -> None:
+    """Fill every parameter of a network. Nothing is written unless everything fits.
+
+    Args:
+        root: the network.
+        tensors: values by public name. Those that are in files are read one at a time, so that memory holds them once.
+        source: the file or folder they come from, for the message.
+        ignore_unexpected: names that may be there although the network has no use for them.
+
+    Raises:
+        WeightError: lists all missing, unexpected and mis-shaped names together.
+    """
+    wanted = public_parameters(root)
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - wanted.keys() - set(ignore_unexpected))
+    misshaped = [
+        f"{name}: expected {parameter.shape}, got {tuple(tensors[name].shape)}"
+        for name, parameter in wanted.items()
+        if name in tensors and tuple(tensors[name].shape) != parameter.shape
+    ]
+    problems = [
+        _summary(kind, names)
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
+        if names
+    ]
+    if problems:
+        raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
+    for name, parameter in wanted.items():
+        value = tensors[name]
+        parameter.write(read_value(value) if isinstance(value, StoredTensor) else value)
+
+
+def _summary(kind: str, names: list[str], at_most: int = 5) -> str:
+    shown = ", ".join(names[:at_most])
+    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{len(names)} {kind} ({shown}{rest})"
