@@ -98,7 +98,7 @@ def training_sdxl() -> list[Graph]:
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
     step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
-    text = (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends(), toy_networks.size_ids())
+    text = (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends(), toy_networks.add_time_ids())
     scalars = optimiser.update_scalars(1, 1e-3)
     return [
         (step._add_gradients, (Tensor(True), *toy_networks.rows(), *text)),
@@ -192,7 +192,7 @@ def drawing_sdxl() -> list[Graph]:
     from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 
     vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
-    pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.size_ids())
+    pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.add_time_ids())
     return [
         (_sdxl_text_encoders(), (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends())),
         _denoising(toy_networks.SDXL_UNET, *pooled),

@@ -114,7 +114,7 @@ class Rows:
     """(B, S, E)."""
     pooled: np.ndarray
     """(B, P) pooled text; (B, 0) for a UNet that reads none."""
-    size_ids: np.ndarray
+    add_time_ids: np.ndarray
     """(B, 6) numbers of the pictures; (B, 0) likewise."""
 
 

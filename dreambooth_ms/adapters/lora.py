@@ -132,7 +132,7 @@ class LoraMatrix(nn.Cell):
 
 
 class DropoutState(nn.Cell):
-    """What the dropouts of all layers share: how much they drop, and the number that their draws hang on.
+    """What the dropouts of all layers share: how much they drop, and the number that their draws depend on.
 
     Parameters, because a compiled graph would not see changed attributes.
     """
@@ -384,7 +384,7 @@ def sum_of(adapters: Sequence[LoraWeights]) -> LoraWeights:
 
 
 def _number(name: str) -> int:
-    """A number for draws that hang on a layer's name."""
+    """A number for draws that depend on a layer's name."""
     return zlib.crc32(name.encode())
 
 

@@ -225,7 +225,7 @@ def drawing_figures() -> dict[str, float]:
         Tensor(np.array([5, 0], np.float32)),
         toy_networks.normal("text", rows, toy_networks.TOKENS, spec.cross_attention_dim),
         toy_networks.normal("pooled", rows, toy_networks.POOLED),
-        toy_networks.size_ids(),
+        toy_networks.add_time_ids(),
     )
     return {"prediction": _norm([prediction.asnumpy()]), "picture": _norm([_decoder()(latents).asnumpy()])}
 

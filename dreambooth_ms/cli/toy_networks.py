@@ -46,7 +46,7 @@ TEXT_2 = replace(TEXT, transformer=replace(TEXT.transformer, hidden_act="gelu"),
 
 
 def normal(name: str, *shape: int) -> Tensor:
-    """Standard normal values that hang on a name alone."""
+    """Standard normal values that depend on a name alone."""
     return Tensor(standard_normal(shape, SEED, name), ms.float32)
 
 
@@ -74,6 +74,6 @@ def ends() -> Tensor:
     return Tensor(np.eye(TOKENS, dtype=np.float32)[[5, 9]])
 
 
-def size_ids() -> Tensor:
-    """SDXL's size ids (B, 6)."""
+def add_time_ids() -> Tensor:
+    """SDXL's add_time_ids (B, 6)."""
     return Tensor(np.tile(np.array([64, 64, 0, 0, 64, 64], np.float32), (ROWS, 1)))

@@ -136,7 +136,7 @@ def encode_pictures(
         group_weights={INSTANCE: 1.0, CLASS: config.prior.prior_loss_weight},
         batches_per_step=batches_per_step,
         noise_offset=config.noise_offset,
-        num_size_ids=folder.num_size_ids,
+        num_add_time_ids=folder.num_add_time_ids,
     )
 
 

@@ -1,6 +1,6 @@
 """A batch is rows: whatever a method wants of a picture is a value in its row.
 
-Shapes: B rows, C, H, W of the latents, S text tokens, E text width, P width of pooled text, N size ids.
+Shapes: B rows, C, H, W of the latents, S text tokens, E text width, P width of pooled text, N add_time_ids.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import Conditioning, PromptText, size_ids_of_view
+from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids_of_view
 from dreambooth_ms.data.plan import Plan, View
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.randomness import generator, standard_normal
@@ -43,8 +43,8 @@ class Batch:
     """Each row's group."""
     pooled: np.ndarray = field(default_factory=_no_rows)
     """Each row's own pooled text (B, P), or the ends of its token ids (B, S); empty where the UNet reads none."""
-    size_ids: np.ndarray = field(default_factory=_no_rows)
-    """Each row's own size ids (B, N) (see `data.conditioning`); empty where the UNet reads none."""
+    add_time_ids: np.ndarray = field(default_factory=_no_rows)
+    """Each row's own add_time_ids (B, N) (see `data.conditioning`); empty where the UNet reads none."""
 
     def inputs(self) -> tuple[Tensor, ...]:
         """The rows as the compiled step takes them."""
@@ -55,7 +55,7 @@ class Batch:
             Tensor(self.signal, ms.float32),
             Tensor(self.sigma, ms.float32),
             Tensor(self.coefficients, ms.float32),
-            *Conditioning(self.text, self.pooled, self.size_ids).tensors(),
+            *Conditioning(self.text, self.pooled, self.add_time_ids).tensors(),
         )
 
 
@@ -77,8 +77,8 @@ class BatchMaker:
     batches_per_step: int = 1
     noise_offset: float = 0.0
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
-    num_size_ids: int = 0
-    """Size ids of each row: 6 for SDXL, 5 for its refiner."""
+    num_add_time_ids: int = 0
+    """add_time_ids of each row: 6 for SDXL, 5 for its refiner."""
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
@@ -95,7 +95,7 @@ class BatchMaker:
             timesteps.append(int(rng.integers(self.schedule.num_train_timesteps)))
         conditioning = Conditioning.of(
             [self.texts[view.record.prompt] for view in views],
-            [size_ids_of_view(self.num_size_ids, view, self.plan.framing.resolution) for view in views],
+            [add_time_ids_of_view(self.num_add_time_ids, view, self.plan.framing.resolution) for view in views],
         )
         drawn = np.array(timesteps, np.int32)
         rows_of_step = self.plan.batch_size * self.batches_per_step
@@ -110,5 +110,5 @@ class BatchMaker:
             coefficients=(lambdas * self.loss_weights(drawn) / rows_of_step).astype(np.float32),
             groups=tuple(view.record.group for view in views),
             pooled=conditioning.pooled,
-            size_ids=conditioning.size_ids,
+            add_time_ids=conditioning.add_time_ids,
         )

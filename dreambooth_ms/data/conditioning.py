@@ -1,7 +1,7 @@
 """What a UNet is told beside noisy latents and timestep: all that the families of models differ in.
 
 SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
-called size ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N size ids.
+called add_time_ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N add_time_ids.
 """
 
 from collections.abc import Sequence
@@ -37,24 +37,24 @@ class Conditioning:
     """(B, S, E), or token ids (B, T * S)."""
     pooled: np.ndarray
     """(B, P), or the ends of the prompts (B, S); (B, 0) where the UNet reads none."""
-    size_ids: np.ndarray
+    add_time_ids: np.ndarray
     """(B, N); (B, 0) where the UNet reads none."""
 
     @classmethod
-    def of(cls, prompts: Sequence[PromptText], size_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
-        """From a prompt, and the size ids if there are any, of each row."""
+    def of(cls, prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
+        """From a prompt, and the add_time_ids if there are any, of each row."""
         return cls(
             np.stack([prompt.text for prompt in prompts]),
             np.stack([prompt.pooled for prompt in prompts]),
-            np.stack(size_ids or [NOTHING] * len(prompts)),
+            np.stack(add_time_ids or [NOTHING] * len(prompts)),
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As networks take them, after latents and timesteps; what is empty is left out."""
-        return tuple(Tensor(rows) for rows in (self.text, self.pooled, self.size_ids) if rows.size)
+        return tuple(Tensor(rows) for rows in (self.text, self.pooled, self.add_time_ids) if rows.size)
 
 
-def size_ids(
+def add_time_ids(
     count: int,
     original_size: tuple[int, int],
     crop: CropBox,
@@ -75,7 +75,7 @@ def size_ids(
     return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
 
 
-def size_ids_of_view(count: int, view: View, resolution: int) -> np.ndarray:
-    """The size ids (N,) of a picture of the data set: its own size and crop. A mirrored crop counts from the right."""
+def add_time_ids_of_view(count: int, view: View, resolution: int) -> np.ndarray:
+    """The add_time_ids (N,) of a picture: its own size and crop. A mirrored crop counts from the right."""
     left = crop_range(view.record.size, resolution).left - view.crop.left if view.flip else view.crop.left
-    return size_ids(count, view.record.size, CropBox(view.crop.top, left), (resolution, resolution))
+    return add_time_ids(count, view.record.size, CropBox(view.crop.top, left), (resolution, resolution))

@@ -1,6 +1,6 @@
 """Which picture, crop and flip each row of each batch sees: a function of the seed, known before the run starts.
 
-Rows are numbered over the whole run, each group by itself. All that is random about a row hangs on its number, so it
+Rows are numbered over the whole run, each group by itself. All that is random about a row depends on its number, so it
 makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
 """
 

@@ -33,7 +33,7 @@ class Segments:
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
         """With text encoders the conditioning is what `training.methods.TextConditioned` takes."""
-        self.num_inputs = 5 if unet.adds_text_and_sizes else 3
+        self.num_inputs = len(unet.input_names)
         self.segments: list[Segment] = []
         self.num_values = self.num_inputs
         noisy, timesteps, text, *pooled_and_sizes = range(self.num_inputs)

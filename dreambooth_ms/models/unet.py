@@ -1,7 +1,7 @@
 """The denoising UNet of Stable Diffusion 1, 2 and XL, with the module tree of diffusers' UNet2DConditionModel.
 
 Shapes: B batch, C latent channels, H, W height and width of the latents, S text tokens, E text width, T time width,
-P width of pooled text, N size ids.
+P width of pooled text, N add_time_ids.
 """
 
 import math
@@ -19,7 +19,7 @@ from dreambooth_ms.ops import ConcatChannels, Dense, FromPublicLayout, ToPublicL
 class UNet2DConditionModel(nn.Cell):
     """Noisy latents (B, C, H, W), timesteps (B,), text (B, S, E) -> prediction (B, C, H, W).
 
-    SDXL's also takes pooled text (B, P) and size ids (B, N), which are added to the time embedding. Inputs and
+    SDXL's also takes pooled text (B, P) and add_time_ids (B, N), which are added to the time embedding. Inputs and
     prediction are float32, whatever it computes in.
     """
 
@@ -51,6 +51,12 @@ class UNet2DConditionModel(nn.Cell):
         self.conv_out = conv2d(channels[0], spec.out_channels)
         self.to_public_layout = ToPublicLayout()
 
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What it takes, in order, by diffusers' names."""
+        names = ("sample", "timestep", "encoder_hidden_states")
+        return (*names, "text_embeds", "time_ids") if self.adds_text_and_sizes else names
+
     def construct(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
     ) -> Tensor:
@@ -69,7 +75,7 @@ class UNet2DConditionModel(nn.Cell):
         return self.leave(x)
 
     def embed_time(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
-        """Timesteps, and SDXL's pooled text and size ids -> what every residual block is told, after a SiLU (B, T)."""
+        """Timesteps, SDXL's pooled text and add_time_ids -> what every residual block is told, after a SiLU (B, T)."""
         dtype = self.compute_dtype
         temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
         if self.adds_text_and_sizes:

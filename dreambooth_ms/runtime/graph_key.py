@@ -1,4 +1,4 @@
-"""What a compiled graph hangs on, as one digest.
+"""What a compiled graph depends on, as one digest.
 
 A cell is described by what MindSpore's parser reads of it: classes, attributes, primitives, constants, parameters by
 name, shape and dtype (their values are no part of a graph). Beside the cell stand its inputs' shapes and dtypes, the

@@ -178,7 +178,7 @@ class SamplingModel:
         own = {one.name: getattr(request, one.name) for one in fields(request) if one.name not in left_out}
         if request.image is None:
             del own["strength"]
-        if self.folder.num_size_ids:
+        if self.folder.num_add_time_ids:
             own |= vars(request.sizes)
         base = {"pretrained_model_name_or_path": str(self.folder.path), "lora": list(self.adapters)}
         scales = {"lora_scale": list(self.scales(request))}

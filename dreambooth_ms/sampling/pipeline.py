@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import Conditioning, PromptText, size_ids
+from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
 from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
@@ -147,9 +147,9 @@ class Sampler:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
         _, _, height, width = rows.noise.shape
         drawn = width * self._vae_spec.downsampling, height * self._vae_spec.downsampling
-        sizes, count = rows.sizes, self._unet.spec.num_size_ids(len(rows.negative.pooled))
+        sizes, count = rows.sizes, self._unet.spec.num_add_time_ids(len(rows.negative.pooled))
         positive_ids, negative_ids = (
-            size_ids(
+            add_time_ids(
                 count,
                 sizes.original_size or drawn,
                 CropBox(sizes.crop_top, sizes.crop_left),

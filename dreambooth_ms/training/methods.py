@@ -56,15 +56,15 @@ class Learner:
 
 
 class TextConditioned(nn.Cell):
-    """A UNet that reads token ids: noisy latents, timesteps (B,), ids, and SDXL's ends and size ids -> prediction."""
+    """A UNet that reads token ids: noisy latents, timesteps (B,), ids, SDXL's ends and add_time_ids -> prediction."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders) -> None:
         super().__init__(auto_prefix=False)
         self.unet, self.text_encoders = unet, text_encoders
 
-    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids: Tensor, *ends_and_size_ids: Tensor) -> Tensor:
-        encoded = self.text_encoders(ids, *ends_and_size_ids[:1])
-        return self.unet(noisy_BCHW, timesteps_B, *encoded, *ends_and_size_ids[1:])
+    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids: Tensor, *ends_and_add_time_ids: Tensor) -> Tensor:
+        encoded = self.text_encoders(ids, *ends_and_add_time_ids[:1])
+        return self.unet(noisy_BCHW, timesteps_B, *encoded, *ends_and_add_time_ids[1:])
 
 
 def lora(

@@ -53,20 +53,20 @@ class RecomputedGradients(nn.Cell):
         MindSpore compiles what it is told here as constants; a table of gradients that grows would cost it memory.
         """
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
-        hang_on_trainables: set[int] = set()
+        depend_on_trainables: set[int] = set()
         gradients, own_weights, wanted, results = [], [], [], []
         next_result = denoiser.num_inputs
         for segment in denoiser.segments:
             own = [p for part in segment.parts for p in part.get_parameters() if id(p) in places]
-            wanted.append([value in hang_on_trainables for value in segment.reads])
+            wanted.append([value in depend_on_trainables for value in segment.reads])
             results.append(range(next_result, next_result + (segment.num_results or 1)))
             next_result = results[-1].stop
             if own or any(wanted[-1]):
-                hang_on_trainables.update(results[-1])
+                depend_on_trainables.update(results[-1])
             gradients.append(_SegmentGradient(segment.cell, own, any(wanted[-1])))
             own_weights.append(own)
         self.gradients = nn.CellList(gradients, auto_prefix=False)
-        self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in hang_on_trainables)
+        self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in depend_on_trainables)
         readers: dict[int, list[tuple[int, int]]] = {next_result - 1: [(0, 0)]}
         found: dict[int, tuple[int, int]] = {}
         terms = []

@@ -60,7 +60,7 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 _TEXT_READERS = {"text_encoder": read_text_config, "text_encoder_2": read_projected_text_config}
 
-SIZE_IDS = (5, 6)
+NUM_ADD_TIME_IDS = (5, 6)
 """Numbers of a picture that SDXL's UNets read: the refiner's, the base's."""
 
 
@@ -100,9 +100,9 @@ class ModelBundle:
         return tuple(tokenizer_on_board(pad_tokens[name]) for name in names)
 
     @property
-    def num_size_ids(self) -> int:
+    def num_add_time_ids(self) -> int:
         """Numbers of a picture that the UNet reads."""
-        return self.unet_spec.num_size_ids((self.text_spec_2 and self.text_spec_2.projection_dim) or 0)
+        return self.unet_spec.num_add_time_ids((self.text_spec_2 and self.text_spec_2.projection_dim) or 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -277,10 +277,10 @@ def _check_fit(folder: ModelBundle) -> None:
             f"{path}: its unet reads text of width {unet.cross_attention_dim}, its {' and '.join(encoders)} "
             f"{'gives' if len(encoders) == 1 else 'give'} {width}; take both from one model"
         )
-    fits = folder.num_size_ids in SIZE_IDS if folder.text_spec_2 else unet.addition_embed_type is None
+    fits = folder.num_add_time_ids in NUM_ADD_TIME_IDS if folder.text_spec_2 else unet.addition_embed_type is None
     if not fits:
         raise WeightError(
-            f"{path}: its unet reads {folder.num_size_ids} numbers of a picture beside the text of its "
+            f"{path}: its unet reads {folder.num_add_time_ids} numbers of a picture beside the text of its "
             f"{' and '.join(encoders)}; use SD 1.x, 2.x, SDXL or its refiner"
         )
 

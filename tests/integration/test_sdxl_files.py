@@ -104,7 +104,7 @@ def test_a_file_is_opened_as_the_folder(bases, form):
     found, folder = open_bundle(bases[form]), open_bundle(bases[Format.DIFFUSERS])
     for field in ("unet_spec", "vae_spec", "text_spec", "text_spec_2", "schedule_spec", "scheduler_config"):
         assert getattr(found, field) == getattr(folder, field), field
-    for field in ("zeros_for_empty_prompt", "num_size_ids", "text_encoders", "picture_size"):
+    for field in ("zeros_for_empty_prompt", "num_add_time_ids", "text_encoders", "picture_size"):
         assert getattr(found, field) == getattr(folder, field), field
     for part in ("unet", "vae", *folder.text_encoders):
         assert found.digest(part) == folder.digest(part)
@@ -115,7 +115,7 @@ def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
     model, path = random_model(REFINER, tmp_path), tmp_path / f"refiner{SUFFIXES[form]}"
     plan_model(model, form).write(path)
     found = open_bundle(path)
-    assert (found.text_encoders, found.num_size_ids) == (("text_encoder_2",), 5)
+    assert (found.text_encoders, found.num_add_time_ids) == (("text_encoder_2",), 5)
     assert (len(found.tokenizer_paths), found.zeros_for_empty_prompt) == (1, False)
     loaded, saved = read_parameters(found.load_text_encoders().text_encoder_2), model.of_part("text_encoder_2")
     assert loaded.keys() == saved.keys()

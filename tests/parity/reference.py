@@ -38,7 +38,7 @@ SDXL_FORM = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 20 + 6 * 8,
 }
-"""SDXL: no transformer at the finest resolution, several blocks in others; pooled text of width 20, 6 size ids."""
+"""SDXL: no transformer at the finest resolution, several blocks in others; pooled text of width 20, 6 add_time_ids."""
 
 REFINER_FORM = SDXL_FORM | {
     "block_out_channels": (16, 32, 32, 32),

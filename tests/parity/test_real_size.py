@@ -177,7 +177,7 @@ def test_the_unet_at_256_pixels_is_diffusers(spec, published):
     ids=["base", "refiner"],
 )
 def test_the_unet_of_sdxl_at_256_pixels_is_diffusers(spec, published):
-    ids = np.array([[1024, 768, 0, 17, 512, 640][: spec.num_size_ids(1280)]], np.float32)
+    ids = np.array([[1024, 768, 0, 17, 512, 640][: spec.num_add_time_ids(1280)]], np.float32)
     text, pooled = normal(1, 77, spec.cross_attention_dim), normal(1, 1280)
     inputs = normal(1, 4, 32, 32), np.array([501], np.int32), text, pooled, ids
 

@@ -133,7 +133,7 @@ def test_diffusers_loads_our_adapter_of_all_three_networks_and_draws_our_picture
 def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
     """As its own pipeline tells it, which starts from the same noise where nothing of a picture is kept."""
     folder = open_bundle(write_random_sdxl(tmp_path, refiner=True))
-    assert (folder.text_encoders, folder.num_size_ids) == (("text_encoder_2",), 5)
+    assert (folder.text_encoders, folder.num_add_time_ids) == (("text_encoder_2",), 5)
     texts = embed_prompts(folder, [PROMPT])
     settings = SamplingSettings("ddim", STEPS, GUIDANCE, batch_size=1)
     sampler = Sampler(folder.load_unet(), folder.load_vae(), folder.scheduler_config, settings)

@@ -139,7 +139,7 @@ def plan_of(batch_size, prior):
     return Plan(groups if prior else groups[:1], batch_size, Framing(32, False, True), seed=5)
 
 
-def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1, num_size_ids=0):
+def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1, num_add_time_ids=0):
     """Batches from a posterior and a text for each record."""
     known = [record for group in plan.groups for record in group]
     return BatchMaker(
@@ -151,7 +151,7 @@ def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1
         scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
         batches_per_step=batches_per_step,
-        num_size_ids=num_size_ids,
+        num_add_time_ids=num_add_time_ids,
     )
 
 
@@ -162,7 +162,7 @@ class Training:
         folder = open_bundle(path)
         self.path, self.trained = path, trained
         self.schedule = NoiseSchedule.from_spec(folder.trained_schedule())
-        self.vocabulary, self.num_size_ids = folder.text_spec.vocab_size, folder.num_size_ids
+        self.vocabulary, self.num_add_time_ids = folder.text_spec.vocab_size, folder.num_add_time_ids
         text_encoders = folder.load_text_encoders() if trained.text else None
         self.networks = networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
         config = MethodConfig(
@@ -203,7 +203,7 @@ class Training:
             text=self.token_ids if self.trained.text else self.embedding,
             loss_weights=lambda t: self.schedule.min_snr_weights(t, GAMMA, kind) if case.min_snr else np.ones(len(t)),
             batches_per_step=case.batches_per_step,
-            num_size_ids=self.num_size_ids,
+            num_add_time_ids=self.num_add_time_ids,
         )
 
     def embedding(self, number):
@@ -304,7 +304,7 @@ class Reference:
 
     def conditioning(self, batch):
         """What the UNet reads: text, and for SDXL pooled text and the numbers of the pictures."""
-        text, pooled, size_ids = map(torch.tensor, (batch.text, batch.pooled, batch.size_ids))
+        text, pooled, add_time_ids = map(torch.tensor, (batch.text, batch.pooled, batch.add_time_ids))
         if len(self.text_encoders) == 1:
             text = self.text_encoders["text_encoder"](text.long()).last_hidden_state
         elif self.text_encoders:
@@ -312,7 +312,7 @@ class Reference:
             first = self.text_encoders["text_encoder"](ids, output_hidden_states=True)
             second = self.text_encoders["text_encoder_2"](ids_2, output_hidden_states=True)
             text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2), second.text_embeds
-        return text, {"text_embeds": pooled, "time_ids": size_ids} if size_ids.numel() else None
+        return text, {"text_embeds": pooled, "time_ids": add_time_ids} if add_time_ids.numel() else None
 
     def min_snr(self, timesteps):
         """Hang et al., 2023, equation 11 and its form for the velocity."""
@@ -461,7 +461,7 @@ def read_fields(trained):
     """What the reference reads of the rows' conditioning: it finds the ends of token ids by itself."""
     if not trained.sdxl:
         return ("text",)
-    return ("text", "size_ids") if trained.text else ("text", "pooled", "size_ids")
+    return ("text", "add_time_ids") if trained.text else ("text", "pooled", "add_time_ids")
 
 
 def with_next_rows(field, batch):
@@ -503,7 +503,7 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         posterior=lambda i: np.stack([np.full(LATENTS, i, np.float32), np.full(LATENTS, -60, np.float32)]),
         text=lambda i: (np.full(TEXT, 100 + i, np.float32), np.full(3, 200 + i, np.float32)),
         loss_weights=weight_of,
-        num_size_ids=6,
+        num_add_time_ids=6,
     )
     known = [record for group in plan.groups for record in group]
     used, seen, noise = set(), set(), []
@@ -517,7 +517,7 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
             assert (batch.text[row] == 100 + number).all()
             assert (batch.pooled[row] == 200 + number).all()
             (width, height), (top, left) = view.record.size, corner(view)
-            assert batch.size_ids[row].tolist() == [height, width, top, left, 32, 32]
+            assert batch.add_time_ids[row].tolist() == [height, width, top, left, 32, 32]
             seen |= {("mirrored", view.flip), ("below the top", top > 0), ("right of the left", left > 0)}
             assert batch.groups[row] == view.record.group
             weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * weight_of(batch.timesteps[row])
@@ -534,8 +534,8 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
 class Readout(nn.Cell):
     """A denoiser whose prediction can be told by hand: noisy latents plus the means of all that it is told."""
 
-    def construct(self, noisy_BCHW, timesteps_B, text, pooled, size_ids):
-        told_B = text.mean((1, 2)) + pooled.mean(1) + size_ids.mean(1) + timesteps_B * 0.001
+    def construct(self, noisy_BCHW, timesteps_B, text, pooled, add_time_ids):
+        told_B = text.mean((1, 2)) + pooled.mean(1) + add_time_ids.mean(1) + timesteps_B * 0.001
         return noisy_BCHW + ops.broadcast_to(ops.reshape(told_B, (-1, 1, 1, 1)), noisy_BCHW.shape)
 
 
@@ -552,7 +552,7 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
         posterior=lambda i: normal(2, *LATENTS, seed=i),
         text=lambda i: texts[known[i]],
         loss_weights=weight_of,
-        num_size_ids=6,
+        num_add_time_ids=6,
     )
     loss_cell = DiffusionLoss(Readout(), PredictionType.EPSILON)
     for step in range(3):

@@ -118,7 +118,7 @@ def test_the_refiner_is_diffusers_too(pynative):
     load_strict(network, weights_of(reference), "diffusers")
     text, (pooled, sizes) = normal(2, 7, 24), added_conditions(20 + 5 * 8)
     inputs = normal(2, 4, 16, 24), np.array([3, 981], np.int32), text, pooled, sizes
-    assert network.spec.num_size_ids(20) == sizes.shape[1] == 5
+    assert network.spec.num_add_time_ids(20) == sizes.shape[1] == 5
     latents, timesteps, *conditions = map(torch.tensor, inputs)
     with torch.no_grad():
         added = {"text_embeds": conditions[1], "time_ids": conditions[2]}

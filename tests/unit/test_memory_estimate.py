@@ -1,4 +1,4 @@
-"""The memory that is expected before the first step: what it counts, what it hangs on, and what is refused."""
+"""The memory that is expected before the first step: what it counts, what it depends on, and what is refused."""
 
 import math
 from dataclasses import replace

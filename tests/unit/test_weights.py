@@ -480,7 +480,7 @@ class TestModelFolder:
         found = model_folder.open_bundle(write_random_sdxl(tmp_path, refiner=refiner))
         tokenizers = ("tokenizer_2",) if refiner else ("tokenizer", "tokenizer_2")
         assert found.tokenizer_paths == tuple(tmp_path / name for name in tokenizers)
-        assert (found.num_size_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
+        assert (found.num_add_time_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
         assert (found.text_spec is None) == refiner
         assert found.text_spec_2.projection_dim == POOLED
 
