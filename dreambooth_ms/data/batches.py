@@ -4,7 +4,7 @@ Shapes: B rows, C, H, W of the latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import numpy as np
@@ -30,6 +30,24 @@ class Batch:
     """The name of each row's concept."""
     mask: np.ndarray | None = None
     """(B, C, H, W), of mean 1 in each row: how much each element counts in the row's error. None: all the same."""
+
+    @classmethod
+    def of(
+        cls,
+        columns: Columns,
+        clean_BCHW: np.ndarray,
+        noise_BCHW: np.ndarray,
+        conditioning: Mapping[str, np.ndarray],
+        concepts: Sequence[str],
+    ) -> "Batch":
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`."""
+        sample_BCHW, timestep_B = columns.network_input(clean_BCHW, noise_BCHW), columns.time.astype(np.float32)
+        return cls(
+            inputs={"sample": sample_BCHW, "timestep": timestep_B, **conditioning},
+            target=columns.target(clean_BCHW, noise_BCHW),
+            weight=columns.weight.astype(np.float32),
+            concepts=tuple(concepts),
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the compiled step takes (see `training.step.DiffusionLoss`)."""
@@ -69,21 +87,17 @@ class BatchMaker:
             offset = standard_normal((len(mean), 1, 1), seed, f"{group} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{group} noise", row) + self.noise_offset * offset)
             generators.append(generator(seed, f"{group} timestep", row))
-        columns = self.objective(generators)
-        clean_BCHW, noise_BCHW = (np.stack(rows).astype(np.float32) for rows in (latents, noise))
         conditioning = Conditioning.of(
             [self.texts[view.record.prompt] for view in views],
             [add_time_ids_of_view(self.num_add_time_ids, view, self.plan.framing.resolution) for view in views],
         )
-        rows_of_step = self.plan.batch_size * self.batches_per_step
+        columns = self.objective(generators)
         lambdas = np.array([self.group_weights[view.record.group] for view in views])
-        return Batch(
-            inputs={
-                "sample": columns.network_input(clean_BCHW, noise_BCHW),
-                "timestep": columns.time.astype(np.float32),
-                **conditioning.inputs,
-            },
-            target=columns.target(clean_BCHW, noise_BCHW),
-            weight=(lambdas * columns.weight / rows_of_step).astype(np.float32),
-            concepts=tuple(view.record.group for view in views),
+        rows_of_step = self.plan.batch_size * self.batches_per_step
+        return Batch.of(
+            replace(columns, weight=lambdas * columns.weight / rows_of_step),
+            np.stack(latents).astype(np.float32),
+            np.stack(noise).astype(np.float32),
+            conditioning.inputs,
+            [view.record.group for view in views],
         )
