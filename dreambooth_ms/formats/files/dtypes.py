@@ -9,31 +9,37 @@ import numpy as np
 
 
 class DType(Enum):
-    """The type of a tensor's elements, in safetensors' spelling."""
+    """The type of a tensor's elements, in safetensors' spelling; with its type in numpy and its name in MindSpore."""
 
-    F64 = "F64"
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    I64 = "I64"
-    I32 = "I32"
-    I16 = "I16"
-    I8 = "I8"
-    U64 = "U64"
-    U32 = "U32"
-    U16 = "U16"
-    U8 = "U8"
-    BOOL = "BOOL"
+    F64 = "F64", "<f8", "Float64"
+    F32 = "F32", "<f4", "Float32"
+    F16 = "F16", "<f2", "Float16"
+    BF16 = "BF16", "<u2", "BFloat16"
+    I64 = "I64", "<i8", "Int64"
+    I32 = "I32", "<i4", "Int32"
+    I16 = "I16", "<i2", "Int16"
+    I8 = "I8", "i1", "Int8"
+    U64 = "U64", "<u8", "UInt64"
+    U32 = "U32", "<u4", "UInt32"
+    U16 = "U16", "<u2", "UInt16"
+    U8 = "U8", "u1", "UInt8"
+    BOOL = "BOOL", "?", "Bool"
 
-    @property
-    def numpy(self) -> np.dtype:
-        """The array type that carries the values, little-endian."""
-        return _NUMPY[self]
+    numpy: np.dtype
+    """The array type that carries the values, little-endian."""
+    mindspore: str
+    """The name in MindSpore's checkpoints."""
+
+    def __new__(cls, name: str, numpy: str, mindspore: str) -> "DType":
+        """A member, whose value is its first column."""
+        member = object.__new__(cls)
+        member._value_, member.numpy, member.mindspore = name, np.dtype(numpy), mindspore
+        return member
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return _NUMPY[self].itemsize
+        return self.numpy.itemsize
 
     @property
     def is_float(self) -> bool:
@@ -47,30 +53,11 @@ class DType(Enum):
         Raises:
             ValueError: no file format has this type.
         """
-        found = _BY_NUMPY.get(values.dtype.newbyteorder("<"))
-        if found is None:
-            raise ValueError(f"arrays of {values.dtype} cannot be stored")
-        return found
-
-
-_NUMPY: dict[DType, np.dtype] = {
-    DType.F64: np.dtype("<f8"),
-    DType.F32: np.dtype("<f4"),
-    DType.F16: np.dtype("<f2"),
-    DType.BF16: np.dtype("<u2"),
-    DType.I64: np.dtype("<i8"),
-    DType.I32: np.dtype("<i4"),
-    DType.I16: np.dtype("<i2"),
-    DType.I8: np.dtype("i1"),
-    DType.U64: np.dtype("<u8"),
-    DType.U32: np.dtype("<u4"),
-    DType.U16: np.dtype("<u2"),
-    DType.U8: np.dtype("u1"),
-    DType.BOOL: np.dtype("?"),
-}
-_BY_NUMPY: dict[np.dtype, DType] = {
-    array_type: dtype for dtype, array_type in _NUMPY.items() if dtype is not DType.BF16
-}
+        stored = values.dtype.newbyteorder("<")
+        for dtype in cls:
+            if dtype.numpy == stored and dtype is not DType.BF16:
+                return dtype
+        raise ValueError(f"arrays of {values.dtype} cannot be stored")
 
 
 def to_float32(values: np.ndarray, dtype: DType) -> np.ndarray:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
-from dreambooth_ms.formats.files.zip_archive import ZipArchive
+from dreambooth_ms.formats.files.zip_archive import DeflatedRange, ZipArchive
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -119,7 +119,11 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
         raise FormatError(f"{quoted(name)} has a type that cannot be read, such as complex or quantised numbers")
     if view.reach * view.dtype.itemsize > view.storage.byte_count:
         raise FormatError(f"cut short, or damaged: the values of {quoted(name)} reach beyond their storage")
-    tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, storage, swapped))
+    values = storage.part(view.offset * view.dtype.itemsize, (view.reach - view.offset) * view.dtype.itemsize)
+    if view.is_contiguous and not swapped and isinstance(values, FileRange):
+        tensor = StoredTensor.in_files(view.shape, view.dtype, values)
+    else:
+        tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, values, swapped))
     if tensor.byte_count > max(storage.size, file_size, _SMALL):
         raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
     return tensor
@@ -131,16 +135,11 @@ def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
     return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
 
 
-def _read_view(view: View, dtype: DType, storage: ByteRange, swapped: bool) -> np.ndarray:
-    """The values of a view, in row-major order."""
-    start = view.offset * dtype.itemsize
-    if view.is_contiguous or 0 in view.shape:
-        values = read_values(storage, dtype, view.shape, start)
-    else:
-        row = read_values(storage, dtype, (view.reach - view.offset,), start)
-        strides = [
-            stride * dtype.itemsize if length > 1 else 0
-            for length, stride in zip(view.shape, view.strides, strict=True)
-        ]
-        values = np.lib.stride_tricks.as_strided(row, view.shape, strides, writeable=False).copy()
-    return values.byteswap() if swapped else values
+def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:
+    """The values of a view, in row-major order, out of all from its first to its last."""
+    read = read_values([values], dtype, (view.reach - view.offset,))
+    strides = [
+        stride * dtype.itemsize if length > 1 else 0 for length, stride in zip(view.shape, view.strides, strict=True)
+    ]
+    ordered = np.asarray(np.lib.stride_tricks.as_strided(read, view.shape, strides), order="C")
+    return ordered.byteswap() if swapped else ordered
