@@ -13,7 +13,7 @@ from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
-from dreambooth_ms.formats.files.signatures import seems_to_be
+from dreambooth_ms.formats.files.recognise import seems_to_be
 from dreambooth_ms.formats.files.stored import (
     Container,
     Progress,
