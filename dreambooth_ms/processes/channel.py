@@ -29,7 +29,7 @@ _TCP_OPTIONS = {
 }
 """Those that this system has are set."""
 
-_NOT_OF_THIS_RUN = (AuthenticationError, AssertionError, EOFError, OSError)
+_REFUSALS = (AuthenticationError, AssertionError, EOFError, OSError)
 """What the standard library raises where the other end is another program, of another job, or gone."""
 
 
@@ -67,7 +67,7 @@ def connect(launch: Launch, seconds: float) -> Channel:
     wait_until_listening(*address, seconds, "rank 0")
     try:
         channel = Channel(Client(address, authkey=_key(launch)))
-    except _NOT_OF_THIS_RUN as error:
+    except _REFUSALS as error:
         raise _no_answer(*address, "rank 0", error) from error
     channel.send({"rank": launch.rank})
     return channel
@@ -110,7 +110,7 @@ def accept(listener: Listener) -> tuple[int, Channel] | None:
     """The rank of the next process that connects, and the channel to it; None if it is no process of this run."""
     try:
         channel = Channel(listener.accept())
-    except _NOT_OF_THIS_RUN:
+    except _REFUSALS:
         return None
     hello = channel.receive()
     return (hello["rank"], channel) if isinstance(hello, dict) and "rank" in hello else None

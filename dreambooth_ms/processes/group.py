@@ -25,17 +25,14 @@ class Processes:
     rank: int = 0
     count: int = 1
     launch: Launch | None = None
-    gather: Callable[[str, Any], list[Any]] = lambda what, value: [value]
-    """Name of an exchange, this process's value -> the values of all, by rank."""
+    exchange: Callable[[str, Any], list[Any]] = lambda what, value: [value]
+    """This process's value, plain JSON -> the values of all, by rank. The text names the exchange, for the message that
+    a process did not come to it."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the files and talks to the user."""
         return self.rank == 0
-
-    def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every process's value, plain JSON, by rank. `what` names the exchange where one does not come to it."""
-        return self.gather(what, value)
 
     def wait_for_all(self, what: str) -> None:
         """Come back when all processes have come to this point."""

@@ -136,7 +136,7 @@ class TestWhatTheLauncherSays:
 class TestMachines:
     @pytest.mark.parametrize(("rank", "count"), [(0, 2), (1, 1), (2, 2)])
     def test_processes_on_the_same_one_are_counted(self, rank, count):
-        assert Processes(rank, 3, gather=lambda what, value: ["a", "b", "a"]).count_on_this_machine() == count
+        assert Processes(rank, 3, exchange=lambda what, value: ["a", "b", "a"]).count_on_this_machine() == count
 
     def test_two_processes_here_are_on_one_machine(self):
         _, printed, _ = Run("print(processes.count_on_this_machine())").end()

@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor are: in parts of files.
+"""Where the bytes of a tensor are: in parts of files, as they are or compressed.
 
 Files are read with plain reads into fresh memory, not by a memory map, whose pages would count as this program's. No
 handle is kept: every read opens the file, and sees if it is still the one that was looked at first.
@@ -7,20 +7,22 @@ handle is kept: every read opens the file, and sees if it is still the one that 
 import os
 import stat
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError
+from dreambooth_ms.formats.files.format_error import FormatError, unreadable
 
-_COPIED = 1 << 22
-"""Bytes at a time. Small, because memory that was never touched costs a page fault for every page."""
+_INFLATED, _COPIED = 1 << 20, 1 << 22
+"""Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +89,6 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-class ByteRange(Protocol):
-    """Some bytes that can be brought into memory."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    def part(self, start: int, size: int) -> "ByteRange":
-        """Some of these bytes."""
-
-    def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer of their size with them.
-
-        Raises:
-            WeightError: they cannot be read any more.
-        """
-
-
 @dataclass(frozen=True)
 class FileRange:
     """A part of a file as it is."""
@@ -154,6 +138,39 @@ class FileRange:
                 while count := os.sendfile(target.fileno(), source.fileno(), self.start + sent, self.size - sent):
                     sent += count
         return sent
+
+
+@dataclass(frozen=True)
+class DeflatedRange:
+    """Bytes of an entry that was compressed; the standard library inflates no more at a time than is asked for."""
+
+    compressed: FileRange
+    entry: zipfile.ZipInfo
+    start: int
+    size: int
+
+    def part(self, start: int, size: int) -> "DeflatedRange":
+        """Some of these bytes."""
+        return replace(self, start=self.start + start, size=size)
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of their size with the bytes; those before them are inflated and dropped."""
+        with self.compressed.file.opened() as file:
+            file.seek(self.compressed.start)
+            try:
+                content = zipfile.ZipExtFile(file, "r", self.entry)
+                content.seek(self.start)
+                while buffer:
+                    piece = content.read1(min(len(buffer), _INFLATED))
+                    if not piece:
+                        raise EOFError("what was compressed in it is shorter than declared")
+                    buffer[: len(piece)] = piece
+                    buffer = buffer[len(piece) :]
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise unreadable(self.compressed.file.path, "compressed archive", str(error)) from error
+
+
+ByteRange = FileRange | DeflatedRange
 
 
 def read_values(parts: Sequence[ByteRange], dtype: DType, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,31 +9,33 @@ import numpy as np
 
 
 class DType(Enum):
-    """The type of a tensor's elements, in safetensors' spelling; with its type in numpy and its name in MindSpore."""
+    """The type of a tensor's elements, in safetensors' spelling; with its type in numpy and its names elsewhere."""
 
-    F64 = "F64", "<f8", "Float64"
-    F32 = "F32", "<f4", "Float32"
-    F16 = "F16", "<f2", "Float16"
-    BF16 = "BF16", "<u2", "BFloat16"
-    I64 = "I64", "<i8", "Int64"
-    I32 = "I32", "<i4", "Int32"
-    I16 = "I16", "<i2", "Int16"
-    I8 = "I8", "i1", "Int8"
-    U64 = "U64", "<u8", "UInt64"
-    U32 = "U32", "<u4", "UInt32"
-    U16 = "U16", "<u2", "UInt16"
-    U8 = "U8", "u1", "UInt8"
-    BOOL = "BOOL", "?", "Bool"
+    F64 = "F64", "<f8", "Float64", "DoubleStorage"
+    F32 = "F32", "<f4", "Float32", "FloatStorage"
+    F16 = "F16", "<f2", "Float16", "HalfStorage"
+    BF16 = "BF16", "<u2", "BFloat16", "BFloat16Storage"
+    I64 = "I64", "<i8", "Int64", "LongStorage"
+    I32 = "I32", "<i4", "Int32", "IntStorage"
+    I16 = "I16", "<i2", "Int16", "ShortStorage"
+    I8 = "I8", "i1", "Int8", "CharStorage"
+    U64 = "U64", "<u8", "UInt64", None
+    U32 = "U32", "<u4", "UInt32", None
+    U16 = "U16", "<u2", "UInt16", None
+    U8 = "U8", "u1", "UInt8", "ByteStorage"
+    BOOL = "BOOL", "?", "Bool", "BoolStorage"
 
     numpy: np.dtype
     """The array type that carries the values, little-endian."""
     mindspore: str
     """The name in MindSpore's checkpoints."""
+    storage: str | None
+    """The class in PyTorch's checkpoints; None for types that came after these classes."""
 
-    def __new__(cls, name: str, numpy: str, mindspore: str) -> "DType":
+    def __new__(cls, name: str, numpy: str, mindspore: str, storage: str | None) -> "DType":
         """A member, whose value is its first column."""
         member = object.__new__(cls)
-        member._value_, member.numpy, member.mindspore = name, np.dtype(numpy), mindspore
+        member._value_, member.numpy, member.mindspore, member.storage = name, np.dtype(numpy), mindspore, storage
         return member
 
     @property
@@ -58,16 +60,6 @@ class DType(Enum):
             if dtype.numpy == stored and dtype is not DType.BF16:
                 return dtype
         raise ValueError(f"arrays of {values.dtype} cannot be stored")
-
-
-def to_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Values of any float type as float32."""
-    return cast(values, dtype, DType.F32)
-
-
-def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """float32 values as any float type, rounded to nearest, ties to even; NaN stays NaN."""
-    return cast(values, DType.F32, dtype)
 
 
 def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:

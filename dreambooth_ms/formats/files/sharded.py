@@ -1,7 +1,6 @@
 """Writing a model in several files, and the index of which tensor is in which: `<stem>.safetensors.index.json`."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,17 +82,13 @@ def _whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
     An older file with the last of the names is removed before that, so that it never stands beside newer ones.
     """
-    partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
-        yield partial
-        (folder / names[-1]).unlink(missing_ok=True)
-        for name in names:
-            (partial / name).replace(folder / name)
-        sync(folder)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
+            yield Path(partial)
+            (folder / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                Path(partial, name).replace(folder / name)
+            sync(folder)
     except OSError as error:
         raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
-from dreambooth_ms.formats.files.zip_archive import DeflatedRange, ZipArchive
+from dreambooth_ms.formats.files.zip_archive import ZipArchive
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""

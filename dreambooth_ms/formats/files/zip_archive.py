@@ -2,13 +2,12 @@
 
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, unreadable
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
+from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
 _MAX_DIRECTORY_BYTES = 16_000_000
 """One entry in memory takes 13 times its size in the directory."""
@@ -19,40 +18,8 @@ _ENCRYPTED = 1
 # What was compressed may take so much more room than the archive, and so many bytes more.
 _MAX_INFLATION, _MAX_INFLATED = 16, 1 << 26
 
-_PIECE = 1 << 20
-
 _DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error)
 """What the standard library raises on invalid archives."""
-
-
-@dataclass(frozen=True)
-class DeflatedRange:
-    """Bytes of an entry that was compressed; the standard library inflates no more at a time than is asked for."""
-
-    compressed: FileRange
-    entry: zipfile.ZipInfo
-    start: int
-    size: int
-
-    def part(self, start: int, size: int) -> "DeflatedRange":
-        """Some of these bytes."""
-        return replace(self, start=self.start + start, size=size)
-
-    def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer of their size with the bytes; those before them are inflated and dropped."""
-        with self.compressed.file.opened() as file:
-            file.seek(self.compressed.start)
-            try:
-                content = zipfile.ZipExtFile(file, "r", self.entry)
-                content.seek(self.start)
-                while buffer:
-                    piece = content.read1(min(len(buffer), _PIECE))
-                    if not piece:
-                        raise EOFError("what was compressed in it is shorter than declared")
-                    buffer[: len(piece)] = piece
-                    buffer = buffer[len(piece) :]
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise unreadable(self.compressed.file.path, "compressed archive", str(error)) from error
 
 
 @dataclass(frozen=True)
