@@ -70,19 +70,7 @@ class SourceFile:
         Raises:
             FormatError: they reach beyond the file.
         """
-        self.check(start, count)
-        with self.opened() as file:
-            file.seek(start)
-            return file.read(count)
-
-    def check(self, start: int, count: int) -> None:
-        """Whether a part lies within the file.
-
-        Raises:
-            FormatError: it does not.
-        """
-        if start < 0 or count < 0 or start + count > self.size:
-            raise FormatError("cut short, or damaged: something in it would lie beyond its end")
+        return read_bytes(FileRange(self, start, count))
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
@@ -91,14 +79,19 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class FileRange:
-    """A part of a file as it is."""
+    """A part of a file as it is.
+
+    Raises:
+        FormatError: it would reach beyond the file.
+    """
 
     file: SourceFile
     start: int
     size: int
 
     def __post_init__(self) -> None:
-        self.file.check(self.start, self.size)
+        if self.start < 0 or self.size < 0 or self.start + self.size > self.file.size:
+            raise FormatError("cut short, or damaged: something in it would lie beyond its end")
 
     def part(self, start: int, size: int) -> "FileRange":
         """Some of these bytes."""
@@ -171,6 +164,11 @@ class DeflatedRange:
 
 
 ByteRange = FileRange | DeflatedRange
+
+
+def read_bytes(source: ByteRange) -> bytes:
+    """All of some bytes, which are few."""
+    return read_values([source], DType.U8, (source.size,)).tobytes()
 
 
 def read_values(parts: Sequence[ByteRange], dtype: DType, shape: tuple[int, ...]) -> np.ndarray:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.formats.files.stored import (
@@ -99,7 +99,7 @@ def _text(parts: list[_Part]) -> str:
     """A text, which MindSpore stores as numpy's array of characters of 4 bytes."""
     if sum(part.content.size for part in parts) > _LONGEST_TEXT:
         raise FormatError(f"{quoted(parts[0].tag)} is longer than a text can be")
-    content = b"".join(part.content.file.read(part.content.start, part.content.size) for part in parts)
+    content = b"".join(read_bytes(part.content) for part in parts)
     try:
         return content.decode("utf-32-le")
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
 _MAX_DIRECTORY_BYTES = 16_000_000
@@ -80,9 +80,7 @@ class ZipArchive:
         content = self.range_of(name)
         if content.size > at_most:
             raise FormatError(f"{quoted(name)} has {content.size} bytes; at most {at_most} are read")
-        buffer = bytearray(content.size)
-        content.read_into(memoryview(buffer))
-        return bytes(buffer)
+        return read_bytes(content)
 
 
 class _BoundedReads:
