@@ -22,8 +22,6 @@ START_SECONDS = 50
 GRACE_SECONDS = 3
 """How long a failure elsewhere waits for this process's own: all of them fail of a mistake in their common flags."""
 
-_GONE = object()
-
 
 class Rendezvous:
     """One process's connections to the others. Every method must be called by all processes, in the same order."""
@@ -91,7 +89,7 @@ class Rendezvous:
             message = self._received[rank].get(timeout=self._exchange_seconds)
         except Empty:
             self.fail(f"rank {rank} did not come to {what} within {self._exchange_seconds:g} s", FAILED_STATUS)
-        if message is _GONE:
+        if message is None:
             Event().wait()  # The watching thread is about to end this process.
         return message
 
@@ -107,7 +105,7 @@ class Rendezvous:
             self._received[rank].put(message)
             if "finished" in message:
                 return
-        self._received[rank].put(_GONE)
+        self._received[rank].put(None)
         if not self._finished and not self._own_failure.is_set():
             self._end_run(
                 f"{_name(rank)} ended without a word: it was killed, or crashed. The run has ended; "

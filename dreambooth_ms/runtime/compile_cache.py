@@ -154,28 +154,24 @@ class CompileCache:
 
     def _keep(self, entry: Path, names: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
-        try:
+        with self._unfinished() as unfinished:
             digests = {}
             for number, pattern in enumerate(sorted(names)):
                 content = (_mindspores.folder() / names[pattern]).read_bytes()
-                (unfinished / str(number)).write_bytes(content)
+                Path(unfinished, str(number)).write_bytes(content)
                 digests[pattern] = hashlib.sha256(content).hexdigest()
-            (unfinished / CONTENTS).write_text(json.dumps(digests))
+            Path(unfinished, CONTENTS).write_text(json.dumps(digests))
             self._remove(entry)
             with suppress(OSError):  # Another process may have been first.
-                unfinished.rename(entry)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                Path(unfinished).rename(entry)
 
     def _remove(self, entry: Path) -> None:
         """Remove an entry at once: nobody sees half of it."""
-        with suppress(OSError):
-            target = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
-            try:
-                entry.rename(target / entry.name)
-            finally:
-                shutil.rmtree(target, ignore_errors=True)
+        with suppress(OSError), self._unfinished() as unfinished:
+            entry.rename(Path(unfinished, entry.name))
+
+    def _unfinished(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder, ignore_cleanup_errors=True)
 
     def _prune(self) -> None:
         """Remove what was used longest ago while all is too large, and what nobody finished."""

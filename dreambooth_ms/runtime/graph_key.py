@@ -199,19 +199,14 @@ def _fields(_: _Description, value: Any) -> Iterator[Any]:
 
 
 # The first that fits; a parameter is a tensor too.
-_KINDS: tuple[tuple[type, Callable[[_Description, Any], Iterator[Any]]], ...] = (
+_KINDS: tuple[tuple[type | tuple[type, ...], Callable[[_Description, Any], Iterator[Any]]], ...] = (
     (Parameter, lambda _, p: iter((p.name, str(p.dtype), p.shape, p.requires_grad))),
-    (Tensor, _array),
-    (np.ndarray, _array),
-    (np.generic, _array),
-    (Type, lambda _, kind: iter((str(kind),))),
+    ((Tensor, np.ndarray, np.generic), _array),
+    ((Type, MixedPrecisionType), lambda _, member: iter((str(member),))),
     (Enum, lambda _, member: iter((member.name,))),
-    (MixedPrecisionType, lambda _, member: iter((str(member),))),
     (nn.Cell, _Description.cell),
-    (ops.Primitive, _Description.attributes),
-    (MetaFuncGraph_, _Description.attributes),
-    (tuple, lambda _, values: iter((len(values), *values))),
-    (list, lambda _, values: iter((len(values), *values))),
+    ((ops.Primitive, MetaFuncGraph_), _Description.attributes),
+    ((tuple, list), lambda _, values: iter((len(values), *values))),
     (dict, lambda _, mapping: _sorted_items(mapping)),
     (set, lambda _, values: iter(sorted(values, key=repr))),
     (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),

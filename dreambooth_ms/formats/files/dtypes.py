@@ -76,18 +76,13 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
     if not (source.is_float and target.is_float):
         raise ValueError(f"cannot cast {source.value} to {target.value}")
     if source is DType.BF16:
-        values = _widen_bfloat16(values)
+        bits = values.astype(np.uint32)
+        bits <<= 16
+        values = bits.view(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if target is DType.BF16:
             return _round_to_bfloat16(values.astype(np.float32, copy=False))
         return values.astype(target.numpy, copy=False)
-
-
-def _widen_bfloat16(patterns: np.ndarray) -> np.ndarray:
-    """Each pattern as the upper half of a float32."""
-    halves = np.zeros((patterns.size, 2), np.dtype("<u2"))
-    halves[:, 1] = patterns.reshape(-1)
-    return halves.view(np.dtype("<f4")).reshape(patterns.shape)
 
 
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -154,7 +154,10 @@ def find_tensors(root: Any) -> Found:
     Raises:
         FormatError: there is no such dictionary.
     """
-    held = [(path, views) for path, mapping in _dictionaries(root) if (views := _views(mapping))]
+    held = []
+    for path, mapping in _dictionaries(root):
+        if views := {name: value for name, value in mapping.items() if isinstance(value, View)}:
+            held.append((path, views))
     if not held:
         raise FormatError("it holds no tensors by name")
     largest = max(held, key=lambda item: len(item[1]))
@@ -175,10 +178,6 @@ def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             if depth < _DEEPEST and isinstance(value, dict):
                 short = name[:_LONGEST_NAME]
                 queue.append((f"{path}.{short}" if path else short, value, depth + 1))
-
-
-def _views(mapping: Mapping[str, Any]) -> dict[str, View]:
-    return {name: value for name, value in mapping.items() if isinstance(value, View)}
 
 
 def _notes(root: Mapping[str, Any]) -> dict[str, str]:
