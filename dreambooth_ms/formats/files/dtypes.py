@@ -77,7 +77,7 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
         raise ValueError(f"cannot cast {source.value} to {target.value}")
     if source is DType.BF16:
         bits = values.astype(np.uint32)
-        bits <<= 16
+        bits <<= np.uint32(16)
         values = bits.view(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if target is DType.BF16:
