@@ -1,4 +1,4 @@
-"""Processes of a run meet, exchange, and end together: in real processes, but without MindSpore."""
+"""The processes of a run connect, exchange values, and all end: in real processes, but without MindSpore."""
 
 import os
 import random
