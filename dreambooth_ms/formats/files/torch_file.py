@@ -137,9 +137,10 @@ def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
 
 def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:
     """The values of a view, in row-major order, out of all from its first to its last."""
-    read = read_values([values], dtype, (view.reach - view.offset,))
-    strides = [
-        stride * dtype.itemsize if length > 1 else 0 for length, stride in zip(view.shape, view.strides, strict=True)
-    ]
-    ordered = np.asarray(np.lib.stride_tricks.as_strided(read, view.shape, strides), order="C")
-    return ordered.byteswap() if swapped else ordered
+    read = read_values([values], dtype, view.shape if view.is_contiguous else (view.reach - view.offset,))
+    if not view.is_contiguous:
+        # A step along an axis of one leads nowhere, and may be too large for numpy.
+        steps = zip(view.shape, view.strides, strict=True)
+        strides = [stride * dtype.itemsize if length > 1 else 0 for length, stride in steps]
+        read = np.lib.stride_tricks.as_strided(read, view.shape, strides).copy()
+    return read.byteswap() if swapped else read
