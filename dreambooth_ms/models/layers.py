@@ -88,23 +88,12 @@ class NoOp(nn.Cell):
 class CellMethod(nn.Cell):
     """A method of a cell as a cell of its own, which shares its layers."""
 
-    def __init__(self, owner: nn.Cell) -> None:
+    def __init__(self, method: Any) -> None:
         super().__init__(auto_prefix=False)
-        self.owner = owner
-
-
-class Entrance(CellMethod):
-    """What a network, or a part of one, does before its inner layers."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.owner.enter(x)
-
-
-class Exit(CellMethod):
-    """What it does after them."""
+        self.owner, self.method = method.__self__, method
 
     def construct(self, *inputs: Tensor) -> Tensor:
-        return self.owner.leave(*inputs)
+        return self.method(*inputs)
 
 
 def attach(root: nn.Cell, name: str, cell: Any) -> Any:

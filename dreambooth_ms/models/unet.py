@@ -15,8 +15,6 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layers import (
     CellMethod,
     Downsample2D,
-    Entrance,
-    Exit,
     ResnetBlock2D,
     SkipResnetBlock2D,
     Upsample2D,
@@ -41,6 +39,15 @@ class Segment:
     """Tensors in the tuple that it returns; None if it returns a tensor."""
 
 
+_OUTER = {
+    LayerKind.UNET_ENTRANCE: "enter",
+    LayerKind.TIME_EMBEDDING: "embed_time",
+    LayerKind.TEXT: "read_text",
+    LayerKind.UNET_EXIT: "leave",
+}
+"""The layers that are methods of the network: their modules are its own, and an adapter may take the place of one."""
+
+
 class UNet2DConditionModel(nn.Cell):
     """Noisy latents (B, C, H, W), timesteps (B,), text (B, S, E) -> prediction (B, C, H, W).
 
@@ -62,7 +69,7 @@ class UNet2DConditionModel(nn.Cell):
             self.add_embedding = TimestepEmbedding(spec.projection_class_embeddings_input_dim, time_width(spec))
         self.conv_in = conv2d(spec.in_channels, width)
         inner = [layer for layer in unet_layout(spec) if layer.kind not in _OUTER]
-        cells = [_attached(self, spec, layer) for layer in inner]
+        cells = [_cell(self, spec, layer) for layer in inner]
         self.conv_norm_out = group_norm(spec.norm_num_groups, width, spec.norm_eps, silu=True)
         self.conv_out = conv2d(width, spec.out_channels)
         self.to_public_layout = ToPublicLayout()
@@ -80,13 +87,10 @@ class UNet2DConditionModel(nn.Cell):
     @property
     def segments(self) -> list[Segment]:
         """The network layer by layer, with the cells that it has now; the last one's result is the prediction."""
-        cells = iter(self.inner)
+        outer = {kind: CellMethod(getattr(self, method)) for kind, method in _OUTER.items()}
+        inner = iter(self.inner)
         return [
-            Segment(
-                _OUTER[layer.kind](self) if layer.kind in _OUTER else next(cells),
-                layer.reads,
-                tuple(self.get_sub_cell(module) for module in layer.modules),
-            )
+            Segment(outer.get(layer.kind) or next(inner), layer.reads, tuple(map(self.get_sub_cell, layer.modules)))
             for layer in unet_layout(self.spec)
         ]
 
@@ -124,47 +128,24 @@ class UNet2DConditionModel(nn.Cell):
         return self.to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
 
 
-class _EmbedTime(CellMethod):
-    def construct(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
-        return self.owner.embed_time(timesteps_B, *pooled_and_sizes)
-
-
-class _ReadText(CellMethod):
-    def construct(self, text_BSE: Tensor) -> Tensor:
-        return self.owner.read_text(text_BSE)
-
-
-_OUTER = {
-    LayerKind.CONV_IN: Entrance,
-    LayerKind.TIME_EMBEDDING: _EmbedTime,
-    LayerKind.TEXT: _ReadText,
-    LayerKind.CONV_OUT: Exit,
-}
-"""Layers whose modules are the root's own, where an adapter may take their place; so they are methods of it."""
-
-
-def _attached(root: nn.Cell, spec: UNetSpec, layer: Layer) -> nn.Cell:
-    """The cell of a layer, at its public name in the network."""
-    groups, eps = spec.norm_num_groups, spec.norm_eps
+def _cell(root: nn.Cell, spec: UNetSpec, layer: Layer) -> nn.Cell:
+    """The cell of a layer, which stands at its public name in the network."""
     in_channels, channels, heads = layer.in_channels, layer.out_channels, spec.num_heads[layer.level]
-
-    def transformer(num_layers: int) -> Transformer2DModel:
-        linear = spec.use_linear_projection
-        return Transformer2DModel(channels, heads, spec.cross_attention_dim, groups, linear, num_layers)
-
+    of_resnet = in_channels, channels, spec.norm_num_groups, spec.norm_eps, time_width(spec)
+    of_transformer = channels, heads, spec.cross_attention_dim, spec.norm_num_groups, spec.use_linear_projection
     match layer.kind:
         case LayerKind.RESNET:
-            return attach(root, layer.name, ResnetBlock2D(in_channels, channels, groups, eps, time_width(spec)))
+            return attach(root, layer.name, ResnetBlock2D(*of_resnet))
         case LayerKind.SKIP_RESNET:
-            return attach(root, layer.name, SkipResnetBlock2D(in_channels, channels, groups, eps, time_width(spec)))
+            return attach(root, layer.name, SkipResnetBlock2D(*of_resnet))
         case LayerKind.TRANSFORMER:
-            return attach(root, layer.name, transformer(1))
+            return attach(root, layer.name, Transformer2DModel(*of_transformer, num_layers=1))
         case LayerKind.TRANSFORMER_ENTRANCE:
-            return Entrance(attach(root, layer.name, transformer(0)))
+            return CellMethod(attach(root, layer.name, Transformer2DModel(*of_transformer, num_layers=0)).enter)
         case LayerKind.TRANSFORMER_BLOCK:
             return attach(root, layer.name, BasicTransformerBlock(channels, heads, spec.cross_attention_dim))
         case LayerKind.TRANSFORMER_EXIT:
-            return Exit(root.get_sub_cell(layer.name))
+            return CellMethod(root.get_sub_cell(layer.name).leave)
         case LayerKind.DOWNSAMPLER:
             return attach(root, layer.name, Downsample2D(channels, padding=(1, 1, 1, 1)))
         case LayerKind.UPSAMPLER:
