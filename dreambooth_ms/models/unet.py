@@ -45,8 +45,8 @@ _OUTER = {
     LayerKind.TEXT: "read_text",
     LayerKind.UNET_EXIT: "leave",
 }
-"""The layers that are methods of the network: their modules are its own, and an adapter may take the place of one."""
-
+"""The first layers, in this order, and the last one. They are methods of the network, because their modules are its own
+and an adapter may take the place of one."""
 
 _INNER: dict[LayerKind, type[nn.Cell]] = {
     LayerKind.RESNET: ResnetBlock2D,
@@ -74,7 +74,7 @@ class UNet2DConditionModel(nn.Cell):
         self.from_public_layout = FromPublicLayout()
         self.time_proj = TimestepEncoding(width)
         self.time_embedding = TimestepEmbedding(width, time_width(spec))
-        self.adds_text_and_sizes = len(self.input_names) > 3
+        self.adds_text_and_sizes = "text_embeds" in self.input_names
         if self.adds_text_and_sizes:
             self.add_time_proj = TimestepEncoding(spec.addition_time_embed_dim)
             self.add_embedding = TimestepEmbedding(spec.projection_class_embeddings_input_dim, time_width(spec))
