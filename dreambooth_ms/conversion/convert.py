@@ -5,9 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import OpenedLora, holds_lora, open_lora
+from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
@@ -82,13 +81,13 @@ def convert(
         WeightError: anything is wrong with the source or the target; nothing is left of the target.
     """
     check_free(target)
-    if holds_lora(source):
-        models = [open_model(base).spec] if base else PUBLISHED_MODELS
-        lora = open_lora(source, models).with_alpha(alpha)
-        write_lora_as(lora, target, lora_format_of(target, form), DTYPES[dtype] if dtype else None)
-        for note in lora.notes:
+    if holds_adapter(source):
+        opened = open_adapter(source, [open_model(base).spec] if base else PUBLISHED_MODELS, base).with_alpha(alpha)
+        kind, own = lora_format_of(target, form), DTYPES[dtype] if dtype else opened.dtype
+        write_adapter(opened.adapter, target, kind, opened.model, own, opened.metadata, source=source)
+        for note in opened.notes:
             tell(note)
-        tell(f"wrote {target}: {describe_lora(lora)}")
+        tell(f"wrote {target}: {describe_adapter(opened)}")
         return
     model = open_model(source, variant, use_averages)
     if prediction_type:
@@ -112,9 +111,10 @@ def describe_model(model: OpenedModel) -> str:
     return f"{model.spec.family.value} with {', '.join(model.parts)}"
 
 
-def describe_lora(lora: OpenedLora) -> str:
-    """The LoRA in a few words."""
-    return f"a LoRA of {len(lora.factors)} layers of {', '.join(lora.parts)} of {' or '.join(lora.families)}"
+def describe_adapter(opened: OpenedAdapter) -> str:
+    """The adapter in a few words."""
+    layers = len(opened.adapter.updates)
+    return f"a LoRA of {layers} layers of {', '.join(opened.parts)} of {' or '.join(opened.families)}"
 
 
 def model_format_of(target: Path, form: str | None) -> Format:

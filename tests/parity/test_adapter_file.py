@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from dreambooth_ms.adapters.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
 from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText

@@ -6,6 +6,8 @@ for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the
 """
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 
@@ -37,17 +39,15 @@ class LoraFormat(Enum):
     """The layer's name in mindone's checkpoint and `.lora_A.weight` (SDXL) or `.lora_down.weight` (SD 1 and SD 2)."""
 
 
-DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
+DOWN, UP, ALPHA = FACTORS = "lora_A.weight", "lora_B.weight", "alpha"
 
-SIBLINGS = {
-    LoraFormat.DIFFUSERS: (LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS),
-    LoraFormat.DIFFUSERS_PEFT: (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PROCESSORS),
-    LoraFormat.DIFFUSERS_PROCESSORS: (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT),
-    LoraFormat.PEFT: (),
-    LoraFormat.KOHYA: (LoraFormat.KOHYA_DIFFUSERS,),
-    LoraFormat.KOHYA_DIFFUSERS: (LoraFormat.KOHYA,),
-    LoraFormat.MINDONE: (),
-}
+_LIBRARIES = (
+    (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS),
+    (LoraFormat.PEFT,),
+    (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS),
+    (LoraFormat.MINDONE,),
+)
+SIBLINGS = {form: tuple(other for other in own if other is not form) for own in _LIBRARIES for form in own}
 """The formats that are read together with each."""
 
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -94,9 +94,9 @@ def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | Non
         shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
     return Naming(
         shapes=shapes,
-        slots=_slots(form, layers, model),
+        slots=lora_slots(form, layers, model),
         spellings=(
-            *(_slots(sibling, layers, model) for sibling in SIBLINGS[form]),
+            *(lora_slots(sibling, layers, model) for sibling in SIBLINGS[form]),
             *_other_spellings(form, layers, model),
         ),
         optional=frozenset(shapes),
@@ -104,23 +104,14 @@ def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | Non
     )
 
 
-def _slots(form: LoraFormat, layers: dict[str, Shape], model: ModelSpec) -> dict[str, Slot]:
-    rule = {
-        LoraFormat.DIFFUSERS: _diffusers,
-        LoraFormat.DIFFUSERS_PEFT: _diffusers_peft,
-        LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
-        LoraFormat.PEFT: _peft,
-        LoraFormat.KOHYA: _kohya,
-        LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers,
-        LoraFormat.MINDONE: _mindone,
-    }[form]
-    slots = {}
+def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
+    """Where a format keeps the factors of some layers of a model; what it has no place for is left out."""
+    rule = _RULES[form]
+    slots: dict[str, Slot] = {}
     for layer in layers:
         part, _, inner = layer.partition(".")
-        for factor in (DOWN, UP, ALPHA):
-            slot = rule(part, inner, factor, model)
-            if slot:
-                slots[f"{layer}.{factor}"] = slot
+        # Not every format has an alpha.
+        slots |= {f"{layer}.{factor}": slot for factor, slot in zip(FACTORS, rule(part, inner, model), strict=False)}
     return slots
 
 
@@ -142,8 +133,8 @@ def _other_spellings(form: LoraFormat, layers: dict[str, Shape], model: ModelSpe
         {f"{layer}.{ALPHA}": Slot(f"{layer}.{ALPHA}") for layer in layers},
         attention,
         {f"{layer}.{factor}": Slot(f"{layer}.lora.{way}.weight") for layer in layers for factor, way in ways},
-        _without_part(_slots(LoraFormat.DIFFUSERS_PROCESSORS, layers, model)),
-        _without_part(_slots(LoraFormat.DIFFUSERS, layers, model)),
+        _without_part(lora_slots(LoraFormat.DIFFUSERS_PROCESSORS, layers, model)),
+        _without_part(lora_slots(LoraFormat.DIFFUSERS, layers, model)),
     ]
 
 
@@ -151,7 +142,7 @@ def _first_encoder_under_its_other_name(layers: dict[str, Shape], model: ModelSp
     """kohya says "te" where there is one encoder and "te1" where there are two; diffusers writes "te1" for both."""
     others = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
     slots = {}
-    for name, slot in _slots(LoraFormat.KOHYA, layers, model).items():
+    for name, slot in lora_slots(LoraFormat.KOHYA, layers, model).items():
         encoder, _, rest = slot.name.partition("_text_")
         if encoder in others:
             slots[name] = Slot(f"{others[encoder]}_text_{rest}")
@@ -165,61 +156,66 @@ def _without_part(slots: dict[str, Slot]) -> dict[str, Slot]:
     }
 
 
-def _diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    if factor == ALPHA:
-        return None
+def _named(path: str, *endings: str) -> tuple[Slot, ...]:
+    return tuple(Slot(f"{path}.{ending}") for ending in endings)
+
+
+def _diffusers(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
     kind = "lora" if part == "unet" else "lora_linear_layer"
-    return Slot(f"{part}.{layer}.{kind}.{'down' if factor == DOWN else 'up'}.weight")
+    return _named(f"{part}.{layer}.{kind}", "down.weight", "up.weight")
 
 
-def _diffusers_peft(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    return None if factor == ALPHA else Slot(f"{part}.{layer}.{factor}")
+def _diffusers_peft(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
+    return _named(f"{part}.{layer}", DOWN, UP)
 
 
-def _diffusers_processors(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
+def _diffusers_processors(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
     if part != "unet":
-        return _diffusers(part, layer, factor, model)
+        return _diffusers(part, layer, model)
     match = re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", layer)
-    if factor == ALPHA or not match:
-        return None
-    return Slot(f"unet.{match[1]}.processor.to_{match[2]}_lora.{'down' if factor == DOWN else 'up'}.weight")
+    return _named(f"unet.{match[1]}.processor.to_{match[2]}_lora", "down.weight", "up.weight") if match else ()
 
 
-def _peft(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    return None if factor == ALPHA else Slot(f"base_model.model.{layer}.{factor}")
+def _peft(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
+    return _named(f"base_model.model.{layer}", DOWN, UP)
 
 
-def _kohya(part: str, layer: str, factor: str, model: ModelSpec) -> Slot:
+def _kohya(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
     if part == "unet" and model.unet.addition_embed_type:
         stored = spell(Format.STABILITY, f"unet.{layer}.weight", model)[0].name
         layer = stored.removeprefix(UNET_PREFIX).removesuffix(".weight")
-    return _kohya_diffusers(part, layer, factor, model)
+    return _kohya_diffusers(part, layer, model)
 
 
-def _kohya_diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot:
-    prefix = _KOHYA_PREFIXES[part]
-    if part == "text_encoder" and not model.text_encoder_2:
-        prefix = "lora_te_"
-    ending = {DOWN: "lora_down.weight", UP: "lora_up.weight", ALPHA: "alpha"}[factor]
-    return Slot(f"{prefix}{layer.replace('.', '_')}.{ending}")
+def _kohya_diffusers(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
+    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _KOHYA_PREFIXES[part]
+    return _named(prefix + layer.replace(".", "_"), "lora_down.weight", "lora_up.weight", "alpha")
 
 
-def _mindone(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
+def _mindone(part: str, layer: str, model: ModelSpec) -> tuple[Slot, ...]:
     """Of SDXL's second text encoder only the output projections have a place: q, k and v are one parameter there.
 
     In SD 1 and SD 2 they are one layer, so A is common to the three and B has a block of rows for each.
     """
     places = spell(Format.MINDONE, f"{part}.{layer}.weight", model)
-    if factor == ALPHA or not places or not places[0].name.endswith(".weight"):
-        return None
-    path = places[0].name.removesuffix(".weight")
-    if model.family in (Family.SD1, Family.SD2):
-        ending = "lora_down.weight" if factor == DOWN else "lora_up.weight"
-    else:
-        ending = factor
-    if factor == DOWN:
-        return Slot(f"{path}.{ending}")
-    return Slot(f"{path}.{ending}", block=places[0].block, blocks=places[0].blocks)
+    if not places or not places[0].name.endswith(".weight"):
+        return ()
+    is_sd = model.family in (Family.SD1, Family.SD2)
+    endings = ("lora_down.weight", "lora_up.weight") if is_sd else (DOWN, UP)
+    down, up = _named(places[0].name.removesuffix(".weight"), *endings)
+    return down, replace(up, block=places[0].block, blocks=places[0].blocks)
+
+
+_RULES: dict[LoraFormat, Callable[[str, str, ModelSpec], tuple[Slot, ...]]] = {
+    LoraFormat.DIFFUSERS: _diffusers,
+    LoraFormat.DIFFUSERS_PEFT: _diffusers_peft,
+    LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
+    LoraFormat.PEFT: _peft,
+    LoraFormat.KOHYA: _kohya,
+    LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers,
+    LoraFormat.MINDONE: _mindone,
+}
+"""From part, layer and model to the places of A, B and alpha: none if the format has no place for the layer."""
 
 
 def _without_insertions(name: str) -> str:
