@@ -7,7 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.adapters.adapter import Adapter, Update
-from dreambooth_ms.adapters.lora import LoraLayer, LoraUpdate, adaptable_layers, put_in_place, side_by_side
+from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
+from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
@@ -82,7 +83,7 @@ def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> li
 class _Beside:
     """A linear layer with several LoRAs side by side."""
 
-    def __init__(self, layer: LoraLayer, owners: Sequence[int]) -> None:
+    def __init__(self, layer: nn.Cell, owners: Sequence[int]) -> None:
         """`owners`: the number of the adapter that each row of A belongs to."""
         self._layer, self._owners = layer, np.array(owners)
         layer.lora_scale = Parameter(Tensor(np.ones(len(owners), np.float32)), requires_grad=False)

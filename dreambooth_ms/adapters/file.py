@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
-from dreambooth_ms.adapters.lora import LoraUpdate
+from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file

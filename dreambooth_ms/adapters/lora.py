@@ -5,85 +5,18 @@ y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so 
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.adapters.dropout import Dropout, DropoutState
+from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.ops import Conv2d, Dense, conv2d
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import standard_normal
-
-
-@dataclass(frozen=True)
-class LoraUpdate:
-    """The update alpha / r * B A of one layer."""
-
-    down: np.ndarray
-    """A, (r, I) or (r, I, K, K)."""
-    up: np.ndarray
-    """B, (O, r) or (O, r, 1, 1)."""
-    alpha: float | None = None
-    """None means the rank, a scale of 1."""
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, np.ndarray]) -> "LoraUpdate":
-        """From what a file holds; not every file has an alpha."""
-        alpha = tensors.get(ALPHA)
-        return cls(tensors[DOWN], tensors[UP], None if alpha is None else float(alpha.reshape(-1)[0]))
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return int(self.down.shape[0])
-
-    @property
-    def alpha_or_rank(self) -> float:
-        """The alpha, which is the rank where it was left open."""
-        return float(self.rank if self.alpha is None else self.alpha)
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha_or_rank / self.rank
-
-    def layer(self, base: nn.Cell, dropout: Dropout | None = None) -> "LoraLayer":
-        """The base with A and B beside it.
-
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
-        layer = _lora_layer(base, self.rank, self.alpha_or_rank, dropout)
-        layer.set_factors(self.down, self.up)
-        return layer
-
-    def delta(self, weight: np.ndarray) -> np.ndarray:
-        """alpha / r * B A in float32: (O, I) or (O, I, K, K).
-
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
-        down, up = self.down.astype(np.float32), self.up.astype(np.float32)
-        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
-        delta = np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])
-        if delta.shape != weight.shape:
-            raise WeightError(f"the adapter does not fit the base: {delta.shape} for {weight.shape}")
-        return delta
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """A, B and alpha."""
-        return {DOWN: self.down, UP: self.up, ALPHA: np.array(self.alpha_or_rank)}
-
-
-def side_by_side(updates: Sequence[LoraUpdate]) -> LoraUpdate:
-    """The sum of the updates of one linear layer as one: their factors side by side, each with its scale in its A."""
-    down = np.concatenate([own.down.astype(np.float32) * np.float32(own.scale) for own in updates])
-    return LoraUpdate(down, np.concatenate([own.up.astype(np.float32) for own in updates], axis=1))
 
 
 class LoraLayer(nn.Cell):
@@ -215,7 +148,7 @@ def inject_lora(
         )
     prefix = name_prefix(root)
     adapted = {
-        name: _lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
+        name: lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
         for name, cell in chosen.items()
     }
     put_in_place(root, adapted)
@@ -240,7 +173,8 @@ def put_in_place(root: nn.Cell, layers: Mapping[str, nn.Cell]) -> None:
     root.compile_cache.clear()
 
 
-def _lora_layer(base: nn.Cell, rank: int, alpha: float, dropout: Dropout | None) -> LoraLayer:
+def lora_layer(base: nn.Cell, rank: int, alpha: float, dropout: Dropout | None = None) -> LoraLayer:
+    """A linear layer or convolution with an adapter beside it."""
     kind = LoraConv2d if isinstance(base, Conv2d) else LoraDense
     return kind(base, rank, alpha, dropout)
 

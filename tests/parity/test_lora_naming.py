@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dreambooth_ms.adapters.adapter import Adapter
-from dreambooth_ms.adapters.lora import LoraUpdate
+from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
 from dreambooth_ms.formats.naming.lora import recognise_lora

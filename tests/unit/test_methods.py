@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.training import methods
@@ -178,6 +179,29 @@ class TestWhatIsTrained:
                 assert (update.rank, update.alpha) == (2, 3.0)
                 assert np.array_equal(update.down, run.values[name][f"{layer}.lora_A.weight"])
                 assert np.array_equal(update.up, run.values[name][f"{layer}.lora_B.weight"])
+
+    def test_a_trained_lora_is_written_as_diffusers_writes_it(self, base, tmp_path):
+        """The names of its scripts, and beside them what peft is told, with the layers as they were asked for."""
+        run = trained(base, "lora", text=True, rank=2, lora_alpha=3, lora_target_modules=["to_v", "attn1.to_q"])
+        run.learner.write_part(tmp_path, STEP)
+        file = read_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
+        layers = [name.partition(".lora_A.")[0] for name in run.values["unet"] if ".lora_A." in name]
+        names = [f"unet.{layer}.lora.{way}.weight" for layer in layers for way in ("down", "up")]
+        assert [name for name in file.tensors if name.startswith("unet.")] == names
+        text = [name for name in file.tensors if name not in names]
+        assert len(text) == 2 * 4
+        assert all(".lora_linear_layer." in name and name.startswith("text_encoder.") for name in text)
+        told = {"r": 2, "lora_alpha": 3.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        told |= {"use_rslora": False, "lora_bias": False}
+        targets = {"unet": ["attn1.to_q", "to_v"], "text_encoder": ["k_proj", "out_proj", "q_proj", "v_proj"]}
+        settings = {
+            f"{part}.{key}": value
+            for part in targets
+            for key, value in (told | {"target_modules": targets[part]}).items()
+        }
+        assert list(file.metadata) == ["format", "lora_adapter_metadata", "dreambooth_ms_step"]
+        assert file.metadata["lora_adapter_metadata"] == json.dumps(settings, sort_keys=True)
+        assert (file.metadata["format"], file.metadata["dreambooth_ms_step"]) == ("pt", str(STEP))
 
     @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
     def test_the_denoiser_names_its_inputs_as_it_reads_them(self, base, text):
