@@ -1,7 +1,6 @@
 """Adapters on networks that draw: the sum of several, each with a strength that can be set again."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -14,17 +13,10 @@ from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
 
 
-class AdaptedLayer(Protocol):
-    """A layer with the sum of some updates."""
-
-    def set_scales(self, scales: np.ndarray) -> None:
-        """One for each adapter of the model: 0 is the base layer, 1 is as trained."""
-
-
 class AttachedAdapters:
     """The adapted layers of some networks, and how strong their adapters are at present."""
 
-    def __init__(self, layers: Sequence[AdaptedLayer] = (), count: int = 0) -> None:
+    def __init__(self, layers: Sequence["_Beside | _Folded"] = (), count: int = 0) -> None:
         self._layers, self._count = layers, count
         self._scales: tuple[float, ...] = ()
         self.set_scales((1.0,))
@@ -50,7 +42,7 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     Raises:
         WeightError: an adapter was trained on another network.
     """
-    layers: list[AdaptedLayer] = []
+    layers: list[_Beside | _Folded] = []
     for part, network in networks.items():
         updates: dict[str, dict[int, Update]] = {}
         for number, adapter in enumerate(adapters):
@@ -61,12 +53,12 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     return AttachedAdapters(layers, len(adapters))
 
 
-def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> list[AdaptedLayer]:
+def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> list["_Beside | _Folded"]:
     """Put updates, by layer and number of the adapter, on a network."""
     plain, parameters = adaptable_layers(network), public_parameters(network)
     if not all(f"{name}.weight" in parameters for name in updates):
         raise WeightError("the adapter was trained on another base")
-    layers: list[AdaptedLayer] = []
+    layers: list[_Beside | _Folded] = []
     beside: dict[str, nn.Cell] = {}
     for name, own in updates.items():
         loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}

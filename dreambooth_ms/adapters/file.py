@@ -60,14 +60,9 @@ class OpenedAdapter:
         return self.models[0]
 
     @property
-    def families(self) -> list[str]:
-        """The families that it fits."""
-        return list(dict.fromkeys(model.family.value for model in self.models))
-
-    @property
-    def parts(self) -> list[str]:
-        """The networks that it adapts."""
-        return list(self.adapter.parts)
+    def families(self) -> str:
+        """The families that it fits, in words."""
+        return " or ".join(dict.fromkeys(model.family.value for model in self.models))
 
     @property
     def notes(self) -> list[str]:

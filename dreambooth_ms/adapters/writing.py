@@ -1,7 +1,7 @@
 """An adapter -> a file or folder in any format."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +60,30 @@ def write_adapter(
     Raises:
         WeightError: the format has no place for a layer, or the place cannot be written to.
     """
-    parts, is_peft = adapter.parts, form is LoraFormat.PEFT
-    settings = {part: _settings(layers, (targets or {}).get(part)) for part, layers in parts.items()}
-    files = [
-        {name: StoredTensor.of(np.asarray(value)).cast_to(dtype) for name, value in named.items()}
-        for own in ([Adapter({part: parts[part]}) for part in parts] if is_peft else [adapter])
-        for named in [file_tensors(own, form, model, str(source or path))]
-    ]
-    beside = {} if is_peft else _metadata(settings, form, metadata or {})
-    if form is LoraFormat.MINDONE:
-        write_mindspore_ckpt(path, files[0])
-    elif path.suffix == FILE_SUFFIX and not is_peft:
-        write_safetensors(path, files[0], beside)
-    else:
-        check_room(path, sum(map(total_bytes, files)))
+
+    def stored(own: Adapter) -> dict[str, StoredTensor]:
+        named = file_tensors(own, form, model, str(source or path))
+        return {name: StoredTensor.of(np.asarray(value)).cast_to(dtype) for name, value in named.items()}
+
+    settings = {part: _settings(layers, (targets or {}).get(part)) for part, layers in adapter.parts.items()}
+    if form is LoraFormat.PEFT:
+        files = {part: stored(Adapter({part: layers})) for part, layers in adapter.parts.items()}
+        check_room(path, sum(map(total_bytes, files.values())))
         with new_folder(path) as folder:
-            if not is_peft:
-                write_safetensors(folder / FILE_NAME, files[0], beside)
-            for part, tensors in zip(parts, files, strict=True) if is_peft else ():
+            for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
                 write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt"})
                 write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
+        return
+    tensors, beside = stored(adapter), _metadata(settings, form, metadata or {})
+    if form is LoraFormat.MINDONE:
+        write_mindspore_ckpt(path, tensors)
+    elif path.suffix == FILE_SUFFIX:
+        write_safetensors(path, tensors, beside)
+    else:
+        check_room(path, total_bytes(tensors))
+        with new_folder(path) as folder:
+            write_safetensors(folder / FILE_NAME, tensors, beside)
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:
@@ -109,7 +112,7 @@ def folded(tensors: Tensors) -> Tensors:
     return {DOWN: down, UP: up, ALPHA: np.array(len(down))}
 
 
-def _with_common_down(groups: Sequence[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
+def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
     """The same updates, with one A for the layers that the format keeps as one.
 
     Their different A are stacked, and each B is widened by zeros for the rows of the others; what is not adapted gets
@@ -118,19 +121,18 @@ def _with_common_down(groups: Sequence[Sequence[str]], layers: Mapping[str, Tens
     common: dict[str, Tensors] = {}
     for group in groups:
         adapted = {name: layers[name] for name in group if name in layers}
+        downs, ups = ([own[factor] for own in adapted.values()] for factor in (DOWN, UP))
         if len(group) == 1 or not adapted:
             common |= adapted
             continue
-        downs, ups = ([own[factor] for own in adapted.values()] for factor in (DOWN, UP))
-        is_one = all(np.array_equal(downs[0], other) for other in downs[1:])
-        down = downs[0] if is_one else np.concatenate(downs)
-        start = 0
+        is_one = all(np.array_equal(downs[0], other) for other in downs)
+        down, start = downs[0] if is_one else np.concatenate(downs), 0
         for name in group:
             up = np.zeros((len(ups[0]), len(down)), np.result_type(*ups))
             if name in adapted:
-                rank = len(adapted[name][DOWN])
-                up[:, start : start + rank] = adapted[name][UP]
-                start += 0 if is_one else rank
+                own = adapted[name][UP]
+                up[:, start : start + own.shape[1]] = own
+                start += 0 if is_one else own.shape[1]
             common[name] = {DOWN: down, UP: up, ALPHA: np.array(len(down))}
     return common | {name: own for name, own in layers.items() if name not in common}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.conversion.convert import models_of
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import StoredTensor
@@ -22,7 +23,7 @@ LONGEST_VALUE = 200
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
 
-def describe_source(path: Path, base: Path | None = None, variant: str | None = None) -> list[str]:
+def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> list[str]:
     """One line per fact about a model, a LoRA or an autoencoder.
 
     Args:
@@ -34,7 +35,7 @@ def describe_source(path: Path, base: Path | None = None, variant: str | None = 
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
     """
     if holds_adapter(path):
-        return list(_adapter(open_adapter(path, [open_model(base).spec] if base else PUBLISHED_MODELS, base)))
+        return list(_adapter(open_adapter(path, models_of(base), base)))
     try:
         return list(_model(open_model(path, variant)))
     except WeightError:
@@ -82,7 +83,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     parts = {part: [own.tensors() for own in layers.values()] for part, layers in opened.adapter.parts.items()}
     layers = [tensors for own in parts.values() for tensors in own]
     yield f"format: LoRA, {opened.form.value}, {opened.container.value}"
-    yield f"family: {' or '.join(opened.families)}"
+    yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
     yield f"rank: {', '.join(map(str, sorted({len(tensors[DOWN]) for tensors in layers})))}"
     yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
