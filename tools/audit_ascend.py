@@ -82,7 +82,7 @@ def training_sdxl() -> list[Graph]:
     """
     from mindspore import Tensor
 
-    from dreambooth_ms.adapters.lora import DropoutState
+    from dreambooth_ms.adapters.dropout import DropoutState
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage

@@ -47,7 +47,7 @@ class Training:
     def _state_with(self, moments: list[Parameter]) -> list[Parameter]:
         averages = self.average.averages if self.average else []
         scaling = self.step.scaler.state() if self.step.scaler else []
-        return [*self.learner.trainables, *moments, *averages, *scaling]
+        return [*self.learner.parameters, *moments, *averages, *scaling]
 
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
@@ -74,23 +74,23 @@ def set_up_training(
     compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
     sharded = None
     if config.processes.zero_stage > 0 and processes.count > 1:
-        make_part = lambda start, stop: choose_optimiser(config, learner.part(start, stop))  # noqa: E731
-        sharded = ShardedOptimiser(learner.trainables, make_part, processes)
-    optimiser = sharded or choose_optimiser(config, learner)
+        make_part = lambda start, stop: choose_optimiser(config, learner.trainables[start:stop])  # noqa: E731
+        sharded = ShardedOptimiser(learner.parameters, make_part, processes)
+    optimiser = sharded or choose_optimiser(config, learner.trainables)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     segments = Segments(unet, text_encoders) if config.run.gradient_checkpointing else None
     return Training(
         learner=learner,
         step=step(
             DiffusionLoss(learner.denoiser),
-            learner.trainables,
+            learner.parameters,
             optimiser,
             config.optimiser.max_grad_norm,
             SumOverProcesses() if processes.count > 1 else None,
             _scaler(config),
             segments,
         ),
-        average=MovingAverage(learner.trainables, method.ema_decay) if method.use_ema else None,
+        average=MovingAverage(learner.parameters, method.ema_decay) if method.use_ema else None,
         sharded=sharded,
     )
 

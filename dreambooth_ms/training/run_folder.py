@@ -11,7 +11,7 @@ from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import checkpoint_folders
-from dreambooth_ms.training.methods import METHODS, result_of
+from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
 CONFIG = "config.yaml"
@@ -52,9 +52,9 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     config = _with_learning_rate(config)
     file = config.output_dir / CONFIG
     if not os.path.isfile(file):
-        foreign = _results(config.output_dir)
+        foreign = result_of(config.output_dir)
         if foreign:
-            raise ConfigError(f"{foreign[0]}: would be replaced, and is of no run there; choose another --output_dir")
+            raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
         seed = draw_seed() if config.run.seed is None else config.run.seed
         return replace(config, run=replace(config.run, seed=seed))
     try:
@@ -122,13 +122,7 @@ def _with_learning_rate(config: TrainConfig) -> TrainConfig:
 
 def _was_trained(folder: Path) -> bool:
     """Whether a run took a step there. One that failed before may be started again with a mended configuration."""
-    return bool(_results(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
-
-
-def _results(folder: Path) -> list[Path]:
-    """The files in a folder that a run would replace at its end, by whatever method."""
-    paths = [result_of(method, folder)[0] for method in METHODS] if os.path.isdir(folder) else []
-    return [path for path in paths if path.is_file()]
+    return bool(result_of(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:

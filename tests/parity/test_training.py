@@ -178,7 +178,7 @@ class Training:
             for network, cell in networks.items()
             for name, one in public_parameters(cell).items()
         }
-        self.parameters = dict(public[id(parameter)] for parameter in self.learner.trainables)
+        self.parameters = dict(public[id(parameter)] for parameter in self.learner.parameters)
         if trained.method == "lora":
             # Both factors away from zero, so that both have gradients.
             self.start = {
@@ -187,10 +187,10 @@ class Training:
         else:
             self.start = self.weights()
         rates, decays = (
-            [factor if of_text else 1.0 for of_text in self.learner.is_of_text_encoder]
+            [1.0 if one.kind == "unet" else factor for one in self.learner.trainables]
             for factor in (TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR)
         )
-        self.optimiser = AdamW(self.learner.trainables, HYPERPARAMETERS, rates, decays)
+        self.optimiser = AdamW(self.learner.parameters, HYPERPARAMETERS, rates, decays)
         self.loss = DiffusionLoss(self.learner.denoiser)
         self.step_cells = {}
 
@@ -222,7 +222,7 @@ class Training:
         """The step that takes so many batches."""
         if batches_per_step not in self.step_cells:
             kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
-            self.step_cells[batches_per_step] = kind(self.loss, self.learner.trainables, self.optimiser, MAX_GRAD_NORM)
+            self.step_cells[batches_per_step] = kind(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
         return self.step_cells[batches_per_step]
 
     def run(self, batches):
@@ -253,7 +253,7 @@ class Training:
 
     def base(self):
         """The bits of everything that is not trained."""
-        trained = {id(parameter) for parameter in self.learner.trainables}
+        trained = {id(parameter) for parameter in self.learner.parameters}
         parameters = self.learner.denoiser.get_parameters()
         return {p.name: p.asnumpy().tobytes() for p in parameters if id(p) not in trained}
 
