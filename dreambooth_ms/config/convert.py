@@ -13,10 +13,10 @@ _Format: TypeAlias = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionConfig(TargetConfig, SourceConfig):
-    """From any format to any other; which ones is told from the files and the target's name."""
+    """From any format to any other; the files and the target's name say which."""
 
     format: _Format | None = None
-    """Format to write, where the target's name leaves it open. None: told by the name."""
+    """Format to write, where the target's name leaves it open. None: the name decides."""
     use_ema: bool = False
     """Take the moving averages that a single file may hold, in place of the weights."""
 

@@ -20,7 +20,7 @@ class MergingConfig(TargetConfig):
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
     format: Literal["diffusers", "stability", "mindone"] | None = None
-    """Format to write. None: told by the target's name."""
+    """Format to write. None: the target's name decides."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
 
