@@ -59,11 +59,6 @@ class _Entry:
     value: Any
     plain: Any
 
-    @property
-    def tree(self) -> dict[str, dict[str, Any]]:
-        """The value in its place in a configuration."""
-        return {self.field.section: {self.field.name: _literal(self.plain)}}
-
 
 def _print(note: str) -> None:
     sys.stderr.write(f"dreambooth-ms: note: {note}\n")
@@ -124,24 +119,26 @@ def _undecided(settings: Iterable[Setting]) -> set[str]:
 
 def _merged(schema: type[Config], entries: Sequence[_Entry], known: Mapping[str, Field]) -> Config:
     """The schema's defaults with the values over them; a value that does not fit its field is reported and left out."""
-    required = [one for one in known.values() if one.default is MISSING]
-    defaults = OmegaConf.merge(OmegaConf.structured(schema), *(_stand_in(one).tree for one in required))
+    # What is required gets a stand-in, so that the rest can be checked even without it.
+    required = [_tree(one, one.kind()) for one in known.values() if one.default is MISSING]
+    defaults = OmegaConf.merge(OmegaConf.structured(schema), *required)
     try:
-        merged = OmegaConf.merge(defaults, *(entry.tree for entry in entries))
+        merged = OmegaConf.merge(defaults, *(_tree(one.field, one.plain) for one in entries))
     except (OmegaConfBaseException, TypeError):
-        merged = OmegaConf.merge(defaults, *(entry.tree for entry in entries if _fits(entry, defaults)))
+        fitting = [one for one in entries if _fits(one, defaults)]
+        merged = OmegaConf.merge(defaults, *(_tree(one.field, one.plain) for one in fitting))
     return cast(Config, OmegaConf.to_object(merged))
 
 
-def _stand_in(one: Field) -> _Entry:
-    """A value for a required field, so that the rest can be checked even if it was not given."""
-    return _Entry(Setting(one.name, None), one, None, one.kind[0] if isinstance(one.kind, tuple) else one.kind())
+def _tree(one: Field, value: Any) -> dict[str, dict[str, Any]]:
+    """A value in its place in a configuration."""
+    return {one.section: {one.name: _literal(value)}}
 
 
 def _fits(entry: _Entry, defaults: Any) -> bool:
     """Whether OmegaConf can convert one value; what it cannot convert is reported."""
     try:
-        OmegaConf.merge(defaults, entry.tree)
+        OmegaConf.merge(defaults, _tree(entry.field, entry.plain))
     except (OmegaConfBaseException, TypeError):
         entry.setting.complain(f"expected {entry.field.expected}, got {entry.value!r}", entry.field.name)
         return False
