@@ -1,4 +1,4 @@
-"""The autoencoder at the two ends of sampling: latents of a picture to start from, pictures of the latents drawn.
+"""The autoencoder at the two ends of sampling: latents of a picture to start from, pictures of the finished latents.
 
 One picture passes at a time, so that the memory it takes does not grow with the batch. Shapes: C, h, w of the latents.
 """
@@ -37,13 +37,13 @@ class PictureDecoder:
             whole_up_to: side in pixels of the largest square that is decoded at once; None: `WHOLE_UP_TO`.
 
         Raises:
-            WeightError: values come out that are no numbers, which a viewer would show as black.
+            WeightError: NaN or infinity comes out, which a viewer would show as black.
         """
         decoded = self._decoded(self.spec.unscaled(latents), whole_up_to)
         if not np.isfinite(decoded).all():
             raise WeightError(
-                f"picture {number} came out as values that are no numbers; check the base's weights and the "
-                "adapter's, or give another autoencoder with --pretrained_vae_model_name_or_path"
+                f"picture {number} came out as NaN or infinity; check the base's weights and the adapter's, or give "
+                "another autoencoder with --pretrained_vae_model_name_or_path"
             )
         return to_picture(decoded)
 

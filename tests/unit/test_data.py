@@ -19,7 +19,7 @@ from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
+from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
 from dreambooth_ms.training.loop import group_means
 from tests.parity.reference import normal
 

@@ -1,0 +1,145 @@
+"""Which pictures to sample and how: plain values, which the command line, the page and other programs fill in."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dreambooth_ms.config.choices import SamplingScheduler
+from dreambooth_ms.data.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSizes:
+    """What SDXL is told of the pictures; sizes are (width, height), None for that of the sampled picture."""
+
+    original_size: tuple[int, int] | None = None
+    crop_top: int = 0
+    crop_left: int = 0
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = AESTHETIC_SCORE
+    """Of 10; only SDXL's refiner takes it."""
+    negative_aesthetic_score: float = NEGATIVE_AESTHETIC_SCORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """Pictures to sample with a `SamplingModel`. Only their size, the batch size and whether they are guided or
+    rescaled decide what is compiled; everything else can change from request to request at no cost."""
+
+    prompts: tuple[str, ...]
+    """One or more; there are `num_images_per_prompt` pictures of each."""
+    negative_prompt: str = ""
+    num_images_per_prompt: int = 1
+    numbers: tuple[int, ...] | None = None
+    """The pictures' numbers, on which their noise depends; None: from 0."""
+    height: int | None = None
+    """In pixels; None: that of the picture it starts from, or the model's own."""
+    width: int | None = None
+    seed: int = 0
+    purpose: str = "sample"
+    """Pictures of different purposes start from different noise."""
+    batch_size: int = 4
+    scheduler: SamplingScheduler = "ddim"
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
+    image: Image.Image | None = None
+    """Picture to start from (image to image); None: from noise."""
+    strength: float = 0.75
+    """How far from `image` to go, as a share of the steps: 0 keeps it, 1 keeps nothing of it."""
+    denoising_start: float | None = None
+    """Share of the noise's range, from all noise, that another model has gone through before."""
+    denoising_end: float | None = None
+    """Share of it after which another model goes on; None: to the end."""
+    lora_scales: tuple[float, ...] | None = None
+    """Strength of each adapter of the model, in their order; None: all 1."""
+    clip_skip: int = 0
+    """Layers left out at the end of the text encoders."""
+    support_long_prompts: bool = False
+    """Read prompts beyond 77 tokens in pieces, in place of cutting them."""
+    sizes: PictureSizes = field(default_factory=PictureSizes)
+    whole_up_to: int | None = None
+    """Side in pixels of the largest square that is decoded at once; None: see `autoencoder.WHOLE_UP_TO`."""
+
+    @classmethod
+    def of(cls, config: object, **more: Any) -> "SampleRequest":
+        """A request with what a configuration has under the names of a request's fields, and with `more`."""
+        shared = {one.name: getattr(config, one.name) for one in fields(cls) if hasattr(config, one.name)}
+        return cls(**shared | more)
+
+    @property
+    def pictures(self) -> dict[int, str]:
+        """The prompt of each picture, by its number."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.num_images_per_prompt)]
+        return dict(zip(self.numbers or range(len(prompts)), prompts, strict=True))
+
+    def steps(self) -> dict[str, Any]:
+        """How its latents are denoised, as plain values for a picture's metadata."""
+        strength = None if self.image is None else self.strength
+        return {name: getattr(self, name) for name in _OF_STEPS} | {"strength": strength}
+
+    def settings(self) -> dict[str, Any]:
+        """All that its pictures have in common and that makes them again, but for their size, as plain values."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NO_SETTINGS} | (
+            {} if self.image is None else {"strength": self.strength}
+        )
+
+
+_OF_STEPS = (
+    *("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size"),
+    *("denoising_start", "denoising_end"),
+)
+_NO_SETTINGS = {
+    *("prompts", "numbers", "purpose", "image", "strength", "height", "width", "sizes", "lora_scales"),
+    *("denoising_start", "denoising_end"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """How a second model, SDXL's refiner, goes on from the first one's pictures."""
+
+    denoising_end: float | None = 0.8
+    """Share of the noise's range that the base goes through, before the refiner goes through the rest. None: the base
+    finishes its pictures, and the refiner starts from them by `strength`."""
+    strength: float = 0.3
+
+
+class StepReport(NamedTuple):
+    """A step that was taken."""
+
+    step: int
+    """Its number, from 1."""
+    steps: int
+    """Steps of each batch; with some schedulers more than were asked for."""
+    rows: range
+    """The pictures in work, by their place in the request, from 0."""
+    total: int
+    """Pictures of the request."""
+    stage: str
+    """"base", or "refiner"."""
+    latents: np.ndarray
+    """(B, C, h, w) after the step."""
+
+
+class Sample(NamedTuple):
+    """A picture."""
+
+    number: int
+    """Its own among those of the request."""
+    prompt: str
+    picture: np.ndarray
+    """(H, W, 3) uint8."""
+    settings: Mapping[str, Any]
+    """What makes it again, for its file's metadata: plain values."""
+
+
+OnStep = Callable[[StepReport], object]
+"""Called after every step."""
+
+Stopped = Callable[[], bool]
+"""Asked before every step; once it says True nothing more is sampled, and what is finished has been given."""
