@@ -25,7 +25,7 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import write_picture
-from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -93,10 +93,9 @@ def sample_missing_class_pictures(
         num_inference_steps=prior.infer_steps,
         guidance_scale=prior.guidance_scale,
     )
-    settings = {**request.steps(), "prompt": wanted.prompt, "seed": request.seed}
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
         path = wanted.folder / picture_name(sample.number)
-        write_picture(path, sample.picture, {**settings, "number": sample.number})
+        write_picture(path, sample.picture, settings_of_training(request, sample))
     processes.wait_for_all("the class pictures")
     return model.denoiser
 

@@ -9,7 +9,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import write_picture
-from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.methods import Learner
 from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -55,8 +55,7 @@ class Validator:
         """Sample and write the pictures after a step; returns them, each (H, W, 3) uint8."""
         with self._dropout.off() if self._dropout else nullcontext():
             samples = list(self._model.sample(self._request))
-        settings = {**self._request.steps(), "seed": self._request.seed, "step": step}
         for sample in samples:
             path = self._output / f"step-{step:06d}-{sample.number}.png"
-            write_picture(path, sample.picture, {**settings, "prompt": sample.prompt, "number": sample.number})
+            write_picture(path, sample.picture, settings_of_training(self._request, sample) | {"step": step})
         return [sample.picture for sample in samples]

@@ -39,21 +39,16 @@ class PictureDecoder:
         Raises:
             WeightError: NaN or infinity comes out, which a viewer would show as black.
         """
-        decoded = self._decoded(self.spec.unscaled(latents), whole_up_to)
+        _, height, width = latents.shape
+        is_whole = height * width * self.spec.downsampling**2 <= (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2
+        latents_1Chw = Tensor(np.ascontiguousarray(self.spec.unscaled(latents))[None])
+        decoded = self._decoder(latents_1Chw).asnumpy()[0] if is_whole else self._banded(latents_1Chw)[0]
         if not np.isfinite(decoded).all():
             raise WeightError(
                 f"picture {number} came out as NaN or infinity; check the base's weights and the adapter's, or give "
                 "another autoencoder with --pretrained_vae_model_name_or_path"
             )
         return to_picture(decoded)
-
-    def _decoded(self, latents: np.ndarray, whole_up_to: int | None) -> np.ndarray:
-        """(C, h, w) -> (3, H, W)."""
-        _, height, width = latents.shape
-        latents_1Chw = Tensor(np.ascontiguousarray(latents)[None])
-        if height * width * self.spec.downsampling**2 > (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2:
-            return self._banded(latents_1Chw)[0]
-        return self._decoder(latents_1Chw).asnumpy()[0]
 
 
 class PictureEncoder:

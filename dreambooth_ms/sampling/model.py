@@ -178,10 +178,13 @@ class SamplingModel:
         """What makes a picture again, as plain values."""
         height, width = self.size(request)
         base = {"pretrained_model_name_or_path": str(self.bundle.path), "lora": list(self.adapters.paths)}
-        own = {"lora_scale": list(self.adapters.scales(request)), **request.settings()}
+        names = ("negative_prompt", "num_images_per_prompt", "clip_skip", "support_long_prompts", "whole_up_to")
+        own = {"lora_scale": list(self.adapters.scales(request)), **{name: getattr(request, name) for name in names}}
+        if request.image is not None:
+            own["strength"] = request.strength
         sizes = vars(request.sizes) if self.bundle.num_add_time_ids else {}
         picture = {"prompt": request.pictures[number], "number": number, "height": height, "width": width}
-        return {**base, **own, **sizes, **picture}
+        return {**base, **own, **request.steps(), **sizes, **picture}
 
     @property
     def denoiser(self) -> nn.Cell:

@@ -38,7 +38,6 @@ class PromptReader:
     ) -> None:
         self._bundle, self._adapters, self._keep = bundle, adapters, keep
         self._lent = self._encoders = encoders
-        self._by_clip_skip: dict[int, TextEncoders] = {}
         self._attached = AttachedAdapters()
         self._known: dict[tuple[Any, ...], dict[str, PromptText]] = {(1, 0, ()): dict(known)}
 
@@ -61,7 +60,7 @@ class PromptReader:
     def release(self) -> None:
         """Give back the memory of the networks that it loaded; what was read stays."""
         if not self._lent:
-            self._encoders, self._by_clip_skip, self._attached = None, {}, AttachedAdapters()
+            self._encoders, self._attached = None, AttachedAdapters()
             gc.collect()
 
     @cached_property
@@ -72,8 +71,6 @@ class PromptReader:
         if self._encoders is None:
             self._encoders = self._bundle.load_text_encoders()
             self._attached = self._adapters.put_on(self._encoders.networks())
-        if clip_skip == self._encoders.clip_skip:
-            return self._encoders
-        if clip_skip not in self._by_clip_skip:
-            self._by_clip_skip[clip_skip] = self._encoders.with_clip_skip(clip_skip)
-        return self._by_clip_skip[clip_skip]
+        if clip_skip != self._encoders.clip_skip:
+            self._encoders = self._encoders.with_clip_skip(clip_skip)
+        return self._encoders

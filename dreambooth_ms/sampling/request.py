@@ -79,24 +79,8 @@ class SampleRequest:
 
     def steps(self) -> dict[str, Any]:
         """How its latents are denoised, as plain values for a picture's metadata."""
-        strength = None if self.image is None else self.strength
-        return {name: getattr(self, name) for name in _OF_STEPS} | {"strength": strength}
-
-    def settings(self) -> dict[str, Any]:
-        """All that its pictures have in common and that makes them again, but for their size, as plain values."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NO_SETTINGS} | (
-            {} if self.image is None else {"strength": self.strength}
-        )
-
-
-_OF_STEPS = (
-    *("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size"),
-    *("denoising_start", "denoising_end"),
-)
-_NO_SETTINGS = {
-    *("prompts", "numbers", "purpose", "image", "strength", "height", "width", "sizes", "lora_scales"),
-    *("denoising_start", "denoising_end"),
-}
+        names = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +120,12 @@ class Sample(NamedTuple):
     """(H, W, 3) uint8."""
     settings: Mapping[str, Any]
     """What makes it again, for its file's metadata: plain values."""
+
+
+def settings_of_training(request: SampleRequest, sample: Sample) -> dict[str, Any]:
+    """What says how a training sampled a picture: always from noise and all the way."""
+    whole_way = dict.fromkeys(("strength", "denoising_start", "denoising_end"))
+    return {**request.steps(), **whole_way, "prompt": sample.prompt, "number": sample.number}
 
 
 OnStep = Callable[[StepReport], object]

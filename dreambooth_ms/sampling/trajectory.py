@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.sampling.discrete_noise import RowNoise
+from dreambooth_ms.sampling.discrete_scheduler import RowNoise
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
 
