@@ -11,7 +11,7 @@ from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load_sample_config
-from dreambooth_ms.config.sample import RefinerConfig, SampleConfig, SizesConfig
+from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.model import SamplingModel
@@ -58,7 +58,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     Raises:
         DataError: the picture to start from is none.
     """
-    wanted, start = config.pictures, config.start
+    wanted, start, told = config.pictures, config.start, config.sizes
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
         wanted,
@@ -69,20 +69,15 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         image=open_picture(start.image) if start.image else None,
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
-        sizes=sizes_of(config.sizes),
+        sizes=PictureSizes(
+            original_size=_size(told.orig_width, told.orig_height),
+            crop_top=told.crop_coords_top,
+            crop_left=told.crop_coords_left,
+            target_size=_size(told.target_width, told.target_height),
+            aesthetic_score=told.aesthetic_score,
+            negative_aesthetic_score=told.negative_aesthetic_score,
+        ),
         whole_up_to=wanted.vae_whole_up_to,
-    )
-
-
-def sizes_of(config: SizesConfig) -> PictureSizes:
-    """What SDXL is told of the pictures."""
-    return PictureSizes(
-        original_size=_size(config.orig_width, config.orig_height),
-        crop_top=config.crop_coords_top,
-        crop_left=config.crop_coords_left,
-        target_size=_size(config.target_width, config.target_height),
-        aesthetic_score=config.aesthetic_score,
-        negative_aesthetic_score=config.negative_aesthetic_score,
     )
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import OnStep, Refinement, Sample, SampleRequest, Stopped
 from dreambooth_ms.sampling.schedulers import check_formulation
+
+_MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
+"""Of an autoencoder: what decides what latents mean."""
 
 
 def sample_refined(
@@ -35,7 +38,11 @@ def sample_refined(
     Raises:
         ConfigError: the two have different latents, or one has another noise than the scheduler's.
     """
-    _check_latents(base, refiner)
+    if _MEANING(base.bundle.vae_spec) != _MEANING(refiner.bundle.vae_spec):
+        raise ConfigError(
+            f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
+            "the same family"
+        )
     check_formulation(request.scheduler, refiner.bundle.scheduler_config)
     end = refinement.denoising_end
     begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
@@ -64,17 +71,3 @@ def sample_refined(
     for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
         picture = refiner.picture(latents, number, request.whole_up_to)
         yield Sample(number, request.pictures[number], picture, base.picture_settings(request, number) | more)
-
-
-def _check_latents(base: SamplingModel, refiner: SamplingModel) -> None:
-    """Both must mean the same by the same latents."""
-    ours, theirs = base.bundle.vae_spec, refiner.bundle.vae_spec
-    if _meaning(ours) != _meaning(theirs):
-        raise ConfigError(
-            f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
-            "the same family"
-        )
-
-
-def _meaning(vae: VaeSpec) -> tuple[object, ...]:
-    return vae.latent_channels, vae.downsampling, vae.scaling_factor, vae.latents_mean, vae.latents_std

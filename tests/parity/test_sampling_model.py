@@ -1,5 +1,7 @@
 """What a model samples is what diffusers' pipelines sample: from pictures, refined, with several adapters."""
 
+from dataclasses import replace
+
 import diffusers
 import mindspore as ms
 import numpy as np
@@ -286,6 +288,31 @@ def test_what_is_stopped_gives_the_pictures_that_are_done(models):
     assert [(report.step, report.rows) for report in reports] == [(1, range(1)), (2, range(1)), (1, range(1, 2))]
     assert reports[0].steps == 2
     assert reports[0].total == 3
+
+
+def test_pictures_of_some_numbers_are_those_of_the_whole_request(models):
+    """So what is missing of a series is sampled as if it had never been missing; the steps' noise included."""
+    asked = request(num_images_per_prompt=3, batch_size=1, num_inference_steps=2, scheduler="euler_a")
+    whole = dict(models["sd1"].latents(asked, models["sd1"].rows(asked)))
+    some = replace(asked, numbers=(2, 0), num_images_per_prompt=2)
+    found = dict(models["sd1"].latents(some, models["sd1"].rows(some)))
+    assert list(found) == [2, 0]
+    assert all(np.array_equal(own, whole[number]) for number, own in found.items())
+
+
+def test_lent_networks_are_used_as_they_are_at_the_time(models, folders):
+    bundle = open_bundle(folders["sd1"])
+    unet, encoders = bundle.load_unet(), bundle.load_text_encoders()
+    model = SamplingModel(bundle, denoiser=unet, text_encoders=encoders)
+    assert np.array_equal(latents(model, request()), latents(models["sd1"], request()))
+    before = model.embeddings(request())[PROMPT].text
+    weight = encoders.text_encoder.text_model.final_layer_norm.bias
+    weight.set_data(weight + 1)
+    assert relative_error(model.embeddings(request())[PROMPT].text, before) > 0.1, "nothing is remembered"
+    model.release()
+    assert model.denoiser is unet
+    read = SamplingModel(bundle, embeddings=model.embeddings(request()), denoiser=unet)
+    assert relative_error(latents(read, request()), latents(model, request())) == 0.0
 
 
 def test_what_a_model_cannot_draw_is_said_in_a_line(models, picture):
