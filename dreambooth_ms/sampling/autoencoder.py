@@ -3,7 +3,7 @@
 One picture passes at a time, so that the memory it takes does not grow with the batch. Shapes: C, h, w of the latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from mindspore import Tensor
@@ -58,17 +58,17 @@ class PictureEncoder:
         self.spec = vae.spec
         self._encoder = VaeEncoder(vae)
 
-    def latents(self, picture_3HW: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
-        """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each row.
+    def latents(self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each number.
 
         Args:
             picture_3HW: float32 in [-1, 1].
-            seed: of the draws, each of which is a function of it and of the row's number.
-            rows: how many to draw.
+            seed: of the draws, each of which is a function of it and of its number.
+            numbers: of the pictures that start from it.
         """
         mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
-        for row in range(rows):
-            draw = standard_normal(mean.shape, seed, PURPOSE, row=row)
+        for number in numbers:
+            draw = standard_normal(mean.shape, seed, PURPOSE, row=number)
             yield self.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
 
 

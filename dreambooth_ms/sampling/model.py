@@ -111,11 +111,10 @@ class SamplingModel:
         self._check(request)
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)
-        texts, count = self.embeddings(request), len(request.pictures)
-        start = None
+        texts, start = self.embeddings(request), None
         if request.image is not None:
-            latents = self._encoder.latents(fitted(request.image, height, width), request.seed, count)
-            start = np.stack(list(latents))
+            picture = fitted(request.image, height, width)
+            start = np.stack(list(self._encoder.latents(picture, request.seed, request.pictures)))
         return Rows(
             noise=starting_noise(request.pictures, shape, request.seed, request.purpose),
             prompts=[texts[prompt] for prompt in request.pictures.values()],

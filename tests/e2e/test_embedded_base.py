@@ -74,7 +74,7 @@ def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
     vae = base.load_vae()
     encoder, decoder = PictureEncoder(vae), PictureDecoder(vae)
     photograph = fitted(open_picture("demo/subject/1.png"), 192, 192)
-    (latents,) = encoder.latents(photograph, 0, 1)
+    (latents,) = encoder.latents(photograph, 0, [0])
     whole = decoder.picture(latents, 0)
     assert np.abs(whole - photograph.transpose(1, 2, 0) * 127.5 - 127.5).mean() < 16, "it shows what was encoded"
     difference = np.abs(decoder.picture(latents, 0, whole_up_to=128).astype(int) - whole)
