@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.assemble import open_base, prompt_tokenizer
+from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import (
     ClassPictures,
     check_same_pictures,
     class_pictures_of,
-    draw_missing_class_images,
     embed_all,
     encode_pictures,
+    sample_missing_class_pictures,
 )
 from dreambooth_ms.cli.training_setup import learning_rate_of, set_up_training
 from dreambooth_ms.cli.validation import Validator
@@ -25,13 +25,14 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache
 from dreambooth_ms.data.plan import Framing, Plan
+from dreambooth_ms.data.prompts import prompt_tokenizer
 from dreambooth_ms.data.records import CLASS, INSTANCE, read_records
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
-from dreambooth_ms.sampling.class_images import missing_numbers
+from dreambooth_ms.sampling.class_pictures import missing_numbers
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -90,7 +91,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
             embeddings = embed_all(folder, cache, [data.instance_prompt, config.prior.class_prompt or "", ""])
         unet, groups = None, [instances]
         if class_pictures:
-            unet = draw_missing_class_images(processes, config, folder, class_pictures, embeddings)
+            unet = sample_missing_class_pictures(processes, config, folder, class_pictures, embeddings)
             groups.append(
                 read_records(class_pictures.folder, class_pictures.prompt, CLASS, tell, at_most=class_pictures.count)
             )
@@ -169,7 +170,7 @@ def train_and_save(
     def show_pictures(step: int) -> None:
         if validator and tracker:
             with training.result_weights():
-                tracker.log_pictures(step, "validation", validator.draw(step))
+                tracker.log_pictures(step, "validation", validator.sample(step))
         processes.wait_for_all("the validation pictures")
 
     tracker = Tracker(output, run.logging_dir, done) if processes.is_first else None

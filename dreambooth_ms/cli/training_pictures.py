@@ -7,24 +7,25 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from dreambooth_ms.cli.assemble import embed_prompts
 from dreambooth_ms.cli.output import progress
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Plan
+from dreambooth_ms.data.prompts import embed_prompts
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
+from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -65,36 +66,38 @@ def embed_all(folder: ModelBundle, cache: ContentCache, prompts: Sequence[str]) 
     return cached_embeddings(cache, prompts, key, lambda missing: embed_prompts(folder, missing))
 
 
-def draw_missing_class_images(
+def sample_missing_class_pictures(
     processes: Processes,
     config: TrainConfig,
     folder: ModelBundle,
     wanted: ClassPictures,
     embeddings: Mapping[str, PromptText],
-) -> UNet2DConditionModel | None:
-    """Draw this process's share of the class pictures that are missing; returns the UNet if it was loaded for that."""
+) -> nn.Cell | None:
+    """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
     prior = config.prior
     missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
-    numbers = list(processes.share(missing))
+    numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")
         return None
-    unet, vae = folder.load_unet(), folder.load_vae(encodes=False)
-    batch_size = min(prior.sample_batch_size, len(numbers))
-    settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
-    draw_class_images(
-        Sampler(unet, vae, folder.scheduler_config, settings),
-        wanted.folder,
-        numbers,
-        wanted.prompt,
-        embeddings[wanted.prompt],
-        embeddings[""],
-        folder.latent_shape(config.data.resolution, config.data.resolution),
-        seed_of(config),
-        lambda pictures: progress(pictures, desc="class pictures", total=len(numbers), unit="picture"),
+    model = SamplingModel(folder, embeddings=embeddings)
+    request = SampleRequest(
+        prompts=(wanted.prompt,),
+        num_images_per_prompt=len(numbers),
+        numbers=numbers,
+        height=config.data.resolution,
+        width=config.data.resolution,
+        seed=seed_of(config),
+        purpose=PURPOSE,
+        batch_size=min(prior.sample_batch_size, len(numbers)),
+        num_inference_steps=prior.infer_steps,
+        guidance_scale=prior.guidance_scale,
     )
+    for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
+        path = wanted.folder / picture_name(sample.number)
+        write_picture(path, sample.picture, settings_of_training(request, sample))
     processes.wait_for_all("the class pictures")
-    return unet
+    return model.denoiser
 
 
 def encode_pictures(

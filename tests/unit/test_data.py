@@ -20,7 +20,7 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleS
 from dreambooth_ms.diffusion.objectives import epsilon
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
+from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
 from dreambooth_ms.training.loop import group_means
 from tests.parity.reference import as_drawn, normal
 
