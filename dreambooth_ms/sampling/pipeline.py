@@ -12,7 +12,6 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
-from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.randomness import standard_normal
@@ -152,7 +151,7 @@ class Sampler:
             add_time_ids(
                 count,
                 sizes.original_size or drawn,
-                CropBox(sizes.crop_top, sizes.crop_left),
+                (sizes.crop_top, sizes.crop_left),
                 sizes.target_size or drawn,
                 score,
             )
