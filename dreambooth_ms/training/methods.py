@@ -61,6 +61,8 @@ class TextConditioned(nn.Cell):
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders) -> None:
         super().__init__(auto_prefix=False)
         self.unet, self.text_encoders = unet, text_encoders
+        names = ("sample", "timestep", "input_ids")
+        self.input_names = (*names, "end_mask", "time_ids") if unet.adds_text_and_sizes else names
 
     def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids: Tensor, *ends_and_add_time_ids: Tensor) -> Tensor:
         encoded = self.text_encoders(ids, *ends_and_add_time_ids[:1])

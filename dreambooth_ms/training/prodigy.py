@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import total
 from dreambooth_ms.training.flat_vectors import Joined, group_by_length
-from dreambooth_ms.training.optimisers import assign_if
+from dreambooth_ms.training.optimisers import Optimiser, assign_if
 
 FIRST_ESTIMATE = 1e-6
 """d_0, from which the estimate grows."""
@@ -37,10 +37,8 @@ class ProdigyHyperparameters:
     """Keep the learning rate out of the denominator of the estimate, so that a warm-up does not raise it."""
 
 
-class Prodigy(nn.Cell):
+class Prodigy(Optimiser):
     """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1."""
-
-    num_scalars = 1
 
     def __init__(
         self,
@@ -52,14 +50,12 @@ class Prodigy(nn.Cell):
 
         The parameters must have the values that training starts from.
         """
-        super().__init__(auto_prefix=False)
-        self.hyperparameters = hyperparameters
+        super().__init__(parameters, hyperparameters, decay_factors=decay_factors)
         self.beta3 = hyperparameters.beta2**0.5 if hyperparameters.beta3 is None else hyperparameters.beta3
-        factors = decay_factors or [1.0] * len(parameters)
-        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, factors)]
+        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, self.decay_factors)]
         self.vectors = nn.CellList(
             [
-                _Vector(number, parameters[start:stop], hyperparameters, self.beta3, factors[start])
+                _Vector(number, parameters[start:stop], hyperparameters, self.beta3, self.decay_factors[start])
                 for number, (start, stop) in enumerate(self.slices)
             ],
             auto_prefix=False,
@@ -68,19 +64,18 @@ class Prodigy(nn.Cell):
         self.numerator = _number("prodigy_numerator", 0.0)
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
         states = [state for vector in self.vectors for state in vector.state()]
         return [*states, self.estimate, self.numerator]
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
         h = self.hyperparameters
         correction = (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step) if h.use_bias_correction else 1.0
-        return (Tensor(np.float32(learning_rate * correction)),)
+        return {"learning_rate": learning_rate * correction}
 
-    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, learning_rate: Tensor) -> Tensor:
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
         before = self.estimate * 1.0
-        rate = before * learning_rate
+        rate = before * self.learning_rate
         numerator, denominator = self.numerator * self.beta3, rate * 0.0
         done = rate
         for number, vector in enumerate(self.vectors):
