@@ -48,6 +48,7 @@ def made_up(views: Sequence[View]) -> Iterator[tuple[np.ndarray]]:
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=4_000)

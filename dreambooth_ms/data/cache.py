@@ -155,8 +155,8 @@ def posterior_lookup(
             flaw = _flaw(value)
             if flaw:
                 raise DataError(
-                    f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with "
-                    "--pretrained_vae_model_name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
+                    f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
+                    "name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
                 )
             yield (value,)
 

@@ -1,4 +1,4 @@
-"""What each row of each batch sees, picture, prompt, crop and flip: a function of the seed, known before the run starts.
+"""Which picture, prompt, crop and flip each row of each batch sees: a function of the seed, known in advance.
 
 Rows are numbered over the whole run, each concept's by themselves. All that is random about a row depends on its
 number, so it makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
