@@ -57,17 +57,9 @@ def batch(**conditioning: Tensor) -> Batch:
     signal, ones = np.array([0.9, 0.3]), np.ones(ROWS)
     columns = Columns(signal, np.sqrt(1 - signal**2), 0 * ones, ones, np.array([120, 700]), ones / ROWS)
     shape = (ROWS, SD_UNET.in_channels, SIDE, SIDE)
-    clean_and_noise = [normal(name, *shape).asnumpy() for name in ("latents", "noise")]
-    return Batch(
-        inputs={
-            "sample": columns.network_input(*clean_and_noise),
-            "timestep": columns.time.astype(np.float32),
-            **{name: rows.asnumpy() for name, rows in conditioning.items()},
-        },
-        target=columns.target(*clean_and_noise),
-        weight=columns.weight.astype(np.float32),
-        concepts=("toy",) * ROWS,
-    )
+    clean, noise = (normal(name, *shape).asnumpy() for name in ("latents", "noise"))
+    named = {name: rows.asnumpy() for name, rows in conditioning.items()}
+    return Batch.of(columns, clean, noise, named, ["toy"] * ROWS)
 
 
 def token_ids(tokens: int = TOKENS) -> Tensor:

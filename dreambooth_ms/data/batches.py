@@ -3,8 +3,8 @@
 Shapes: B rows, C, H, W of the latents.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mindspore import Tensor
@@ -29,6 +29,24 @@ class Batch:
     """The name of each row's concept."""
     mask: np.ndarray | None = None
     """(B, C, H, W), of mean 1 in each row: how much each element counts in the row's error. None: all the same."""
+
+    @classmethod
+    def of(
+        cls,
+        columns: Columns,
+        clean_BCHW: np.ndarray,
+        noise_BCHW: np.ndarray,
+        conditioning: Mapping[str, np.ndarray],
+        concepts: Sequence[str],
+    ) -> "Batch":
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`."""
+        sample_BCHW, timestep_B = columns.network_input(clean_BCHW, noise_BCHW), columns.time.astype(np.float32)
+        return cls(
+            inputs={"sample": sample_BCHW, "timestep": timestep_B, **conditioning},
+            target=columns.target(clean_BCHW, noise_BCHW),
+            weight=columns.weight.astype(np.float32),
+            concepts=tuple(concepts),
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the compiled step takes (see `training.step.DiffusionLoss`)."""
@@ -65,20 +83,16 @@ class BatchMaker:
             offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
             generators.append(generator(seed, f"{concept.name} timestep", row))
-        columns = self.objective(generators)
-        clean_BCHW, noise_BCHW = (np.stack(of_rows).astype(np.float32) for of_rows in (latents, noise))
         conditioning = Conditioning.of(
             [self.texts(row.view.prompt) for row in rows],
             [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows],
         )
+        columns = self.objective(generators)
         weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
-        return Batch(
-            inputs={
-                "sample": columns.network_input(clean_BCHW, noise_BCHW),
-                "timestep": columns.time.astype(np.float32),
-                **conditioning.inputs,
-            },
-            target=columns.target(clean_BCHW, noise_BCHW),
-            weight=weights.astype(np.float32),
-            concepts=tuple(row.concept.name for row in rows),
+        return Batch.of(
+            replace(columns, weight=weights),
+            np.stack(latents).astype(np.float32),
+            np.stack(noise).astype(np.float32),
+            conditioning.inputs,
+            [row.concept.name for row in rows],
         )
