@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from dreambooth_ms.ops import total
-from dreambooth_ms.training.optimisers import Optimiser, assign_if
+from dreambooth_ms.training.optimisers import Optimiser, assign_if, zeros_like
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
 """Epsilon 1 and 2 of the paper."""
@@ -33,21 +33,13 @@ class AdafactorHyperparameters:
 class Adafactor(Optimiser):
     """Parameters and the factors of their second moments."""
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdafactorHyperparameters,
-        rate_factors: Sequence[float] | None = None,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(parameters, hyperparameters, rate_factors, decay_factors)
-        self.parameters = ParameterTuple(parameters)
-        self.scale_parameter = hyperparameters.scale_parameter
-        self.decays = tuple(factor * hyperparameters.weight_decay for factor in self.decay_factors)
-        shapes = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
-        self.rows = ParameterTuple([_zeros(p, "rows", rows) for p, (rows, _) in zip(parameters, shapes, strict=True)])
-        self.columns = ParameterTuple(
-            [_zeros(p, "columns", columns) for p, (_, columns) in zip(parameters, shapes, strict=True)]
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        self.scale_parameter = self.hyperparameters.scale_parameter
+        self.decays = tuple(factor * self.hyperparameters.weight_decay for factor in self.decay_factors)
+        sides = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
+        self.rows, self.columns = (
+            ParameterTuple([zeros_like(p, role, (of[axis],)) for p, of in zip(parameters, sides, strict=True)])
+            for axis, role in enumerate(("rows", "columns"))
         )
 
     def moments(self) -> list[Parameter]:
@@ -102,7 +94,3 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (1, int(np.prod(shape)))
-
-
-def _zeros(parameter: Parameter, role: str, length: int) -> Parameter:
-    return Parameter(Tensor(np.zeros(length, np.float32)), name=f"{role}.{parameter.name}", requires_grad=False)

@@ -30,11 +30,16 @@ class Optimiser(nn.Cell):
     ) -> None:
         """Each parameter's learning rate and weight decay over those of a step. None: 1 for all."""
         super().__init__(auto_prefix=False)
-        self.hyperparameters = hyperparameters
+        self.parameters, self.hyperparameters = ParameterTuple(parameters), hyperparameters
         self.rate_factors = tuple(rate_factors or [1.0] * len(parameters))
         self.decay_factors = tuple(decay_factors or [1.0] * len(parameters))
         for name in self.numbers(1, 0.0):
-            setattr(self, name, Parameter(Tensor(np.float32(0)), name=f"of_step.{name}", requires_grad=False))
+            setattr(self, name, state(f"of_step.{name}", np.float32(0)))
+        self.make_moments(parameters)
+
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        """The end of the construction."""
+        raise NotImplementedError
 
     def moments(self) -> list[Parameter]:
         """The state, beside the parameters themselves, that a resumed run needs."""
@@ -67,18 +72,10 @@ class AdamW(Optimiser):
     which therefore enters through the numbers of a step.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdamWHyperparameters,
-        rate_factors: Sequence[float] | None = None,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__(parameters, hyperparameters, rate_factors, decay_factors)
-        self.parameters = ParameterTuple(parameters)
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
         self.first_moments = ParameterTuple([zeros_like(p, "first_moment") for p in parameters])
         self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
-        self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
+        self.beta1, self.beta2 = self.hyperparameters.beta1, self.hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
 
     def moments(self) -> list[Parameter]:
@@ -161,7 +158,12 @@ def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Te
     return ops.assign(parameter, value)
 
 
-def zeros_like(parameter: Parameter, role: str) -> Parameter:
-    """A parameter of zeros that stands beside another one, such as a moment of its gradients."""
-    zeros = Tensor(np.zeros(parameter.shape, np.float32), ms.float32)
-    return Parameter(zeros, name=f"{role}.{parameter.name}", requires_grad=False)
+def zeros_like(parameter: Parameter, role: str, shape: tuple[int, ...] | None = None) -> Parameter:
+    """Zeros, of its shape unless there is another, that stand beside a parameter, such as a moment of its gradients."""
+    zeros = np.zeros(parameter.shape if shape is None else shape, np.float32)
+    return state(f"{role}.{parameter.name}", zeros)
+
+
+def state(name: str, value: np.ndarray | np.generic) -> Parameter:
+    """A parameter that no gradient goes to."""
+    return Parameter(Tensor(value), name=name, requires_grad=False)

@@ -79,11 +79,10 @@ class TrainStep(CompiledCell):
         recomputed: Segments | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.trainables = ParameterTuple(trainables)
         self.optimiser, self.scaler = optimiser, scaler
         clip = ClipByGlobalNorm([parameter.shape for parameter in trainables], max_grad_norm)
         self.update = Update(optimiser, clip, sum_gradients, scaler)
-        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, scaler, recomputed)
+        self.loss_and_gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
         self.set_train(True)
 
     def construct(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,8 +116,9 @@ class AccumulatingTrainStep:
         recomputed: Segments | None = None,
     ) -> None:
         self.optimiser, self.scaler = optimiser, scaler
+        gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-        self._add_gradients = _AddGradients(loss_cell, trainables, sums, scaler, recomputed)
+        self._add_gradients = _AddGradients(gradients, sums)
         clip = ClipByGlobalNorm([total.shape for total in sums], max_grad_norm)
         self._update = _UpdateFromSums(sums, Update(optimiser, clip, sum_gradients, scaler))
 
@@ -140,17 +140,9 @@ class AccumulatingTrainStep:
 class _AddGradients(CompiledCell):
     """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
-    def __init__(
-        self,
-        loss_cell: nn.Cell,
-        trainables: Sequence[Parameter],
-        sums: ParameterTuple,
-        scaler: LossScaler | None,
-        recomputed: Segments | None,
-    ) -> None:
+    def __init__(self, loss_and_gradients: nn.Cell, sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.trainables, self.sums = ParameterTuple(trainables), sums
-        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, scaler, recomputed)
+        self.loss_and_gradients, self.sums = loss_and_gradients, sums
         self.set_train(True)
 
     def construct(self, is_first: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +226,7 @@ def loss_and_gradients(
 class _Gradients(nn.Cell):
     def __init__(self, loss_cell: nn.Cell, trainables: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.loss_cell = loss_cell
+        self.loss_cell, self.trainables = loss_cell, trainables
         self.differentiate = ops.value_and_grad(loss_cell, None, trainables, has_aux=True)
 
     def construct(self, *batch: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
