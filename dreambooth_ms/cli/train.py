@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.assemble import open_base
+from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_hooks import ShowProgress, ShowValidation
 from dreambooth_ms.cli.training_job import ClassPictures, TrainingJob, class_pictures_of, total_steps
@@ -24,7 +24,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
-from dreambooth_ms.sampling.class_images import missing_numbers
+from dreambooth_ms.sampling.class_pictures import missing_numbers
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
     SaveCheckpoints,

@@ -35,10 +35,10 @@ class ShowValidation:
     processes: Processes
 
     def __call__(self, report: StepReport) -> None:
-        """Draw after this step, if it is time and the run goes on."""
+        """Sample after this step, if it is time and the run goes on."""
         if report.step % self.every or report.stop_asked:
             return
         if self.validator and self.tracker:
             with self.training.result_weights():
-                self.tracker.log_pictures(report.step, "validation", self.validator.draw(report.step))
+                self.tracker.log_pictures(report.step, "validation", self.validator.sample(report.step))
         self.processes.wait_for_all("the validation pictures")

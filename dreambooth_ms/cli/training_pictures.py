@@ -4,28 +4,29 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from dreambooth_ms.cli.assemble import embed_prompts, prompt_tokenizer
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
+from dreambooth_ms.data.prompts import embed_prompts, prompt_tokenizer
 from dreambooth_ms.data.records import CLASS, Concept, read_concept
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
+from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[UNet2DConditionModel, BatchMaker]:
+def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
     cache = ContentCache(job.config.output_dir / "cache")
     embeddings = embeddings_of(job.base, cache)
@@ -34,7 +35,7 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[UNe
         embeddings.prepare([*captions_of(subjects), job.config.prior.class_prompt or "", ""])
     unet, concepts = None, list(subjects)
     if prior := job.class_pictures:
-        unet = draw_missing_class_images(job, embeddings)
+        unet = sample_missing_class_pictures(job, embeddings)
         weight = job.config.prior.prior_loss_weight
         concepts.append(read_concept(CLASS, prior.folder, prior.prompt, tell, weight, at_most=prior.count))
     check_same_pictures(job.processes, concepts)
@@ -68,31 +69,34 @@ def embeddings_of(base: ModelBundle, cache: ContentCache) -> Lookup[str, PromptT
     return embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
 
 
-def draw_missing_class_images(job: TrainingJob, embeddings: Callable[[str], PromptText]) -> UNet2DConditionModel | None:
-    """Draw this process's share of the class pictures that are missing; returns the UNet if it was loaded for that."""
-    wanted, processes, base, prior = job.class_pictures, job.processes, job.base, job.config.prior
+def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], PromptText]) -> nn.Cell | None:
+    """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
+    wanted, processes, prior = job.class_pictures, job.processes, job.config.prior
     assert wanted is not None, "asked for with prior preservation"
     missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
-    numbers = list(processes.share(missing))
+    numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")
         return None
-    unet, vae = base.load_unet(), base.load_vae(encodes=False)
-    batch_size = min(prior.sample_batch_size, len(numbers))
-    settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
-    draw_class_images(
-        Sampler(unet, vae, base.scheduler_config, settings),
-        wanted.folder,
-        numbers,
-        wanted.prompt,
-        embeddings(wanted.prompt),
-        embeddings(""),
-        job.latent_shape,
-        job.seed,
-        lambda pictures: progress(pictures, desc="class pictures", total=len(numbers), unit="picture"),
+    model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (wanted.prompt, "")})
+    width, height = job.size
+    request = SampleRequest(
+        prompts=(wanted.prompt,),
+        num_images_per_prompt=len(numbers),
+        numbers=numbers,
+        height=height,
+        width=width,
+        seed=job.seed,
+        purpose=PURPOSE,
+        batch_size=min(prior.sample_batch_size, len(numbers)),
+        num_inference_steps=prior.infer_steps,
+        guidance_scale=prior.guidance_scale,
     )
+    for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
+        path = wanted.folder / picture_name(sample.number)
+        write_picture(path, sample.picture, settings_of_training(request, sample))
     processes.wait_for_all("the class pictures")
-    return unet
+    return model.denoiser
 
 
 def encode_pictures(

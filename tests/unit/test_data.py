@@ -25,7 +25,7 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
+from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
 from dreambooth_ms.training.loop import group_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
