@@ -324,17 +324,16 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
 
 def expected_memory(job: Job) -> str:
     """What `dreambooth-ms train` says of such a step before it begins."""
-    from dreambooth_ms.models.activation_memory import FLOAT32, Settings
-    from dreambooth_ms.training.memory import Adapter, Workload, estimate
+    from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
+    from dreambooth_ms.models.parameter_shapes import unet_shapes
+    from dreambooth_ms.training.memory import Workload, estimate, ranks_of
 
-    adapter = Adapter(RANK, TARGETS, ()) if job.method == "lora" else None
+    shapes = unet_shapes(job.unet)
     width = FLOAT32 if job.mixed_precision == "no" else 2
-    settings = Settings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width)
     work = Workload(
         unet=job.unet,
-        text_encoders=(),
-        adapter=adapter,
-        settings=settings,
+        ranks=[ranks_of(shapes, RANK, TARGETS) if job.method == "lora" else ranks_of(shapes, None)],
+        activations=ActivationSettings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width),
         recomputed=job.gradient_checkpointing,
         bytes_of_weight=width,
         processes=job.processes,

@@ -1,8 +1,11 @@
-"""Blocks that the UNet and the autoencoder share. Shapes: x an image with C channels, temb_BE a time embedding."""
+"""Blocks that networks share. Shapes: x an image with C channels, temb_BE a time embedding."""
+
+from itertools import pairwise
+from typing import Any
 
 from mindspore import Tensor, nn
 
-from dreambooth_ms.ops import AddPerChannel, Dense, UpsampleNearest, conv2d, group_norm, shared
+from dreambooth_ms.ops import AddPerChannel, ConcatChannels, Dense, UpsampleNearest, conv2d, group_norm, shared
 
 
 class ResnetBlock2D(nn.Cell):
@@ -28,6 +31,10 @@ class ResnetBlock2D(nn.Cell):
             self.conv_shortcut = conv2d(in_channels, out_channels, kernel_size=1)
 
     def construct(self, x: Tensor, temb_BE: Tensor | None = None) -> Tensor:
+        return self.with_residual(x, temb_BE)
+
+    def with_residual(self, x: Tensor, temb_BE: Tensor | None) -> Tensor:
+        """The block itself, for blocks whose input is made of several."""
         y = self.conv1(self.norm1(x))
         if self.has_time:
             y = self.add_per_channel(y, self.time_emb_proj(temb_BE))
@@ -35,6 +42,17 @@ class ResnetBlock2D(nn.Cell):
         if self.has_shortcut:
             x = self.conv_shortcut(x)
         return x + y
+
+
+class SkipResnetBlock2D(ResnetBlock2D):
+    """The same on the way up: image, the skip that is joined to it by channels, time embedding -> image."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, eps: float, temb_dim: int) -> None:
+        super().__init__(in_channels, out_channels, num_groups, eps, temb_dim)
+        self.concat = shared(ConcatChannels)
+
+    def construct(self, x: Tensor, skip: Tensor, temb_BE: Tensor) -> Tensor:
+        return self.with_residual(self.concat(x, skip), temb_BE)
 
 
 class Downsample2D(nn.Cell):
@@ -65,3 +83,38 @@ class NoOp(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         return x
+
+
+class CellMethod(nn.Cell):
+    """A method of a cell as a cell of its own, which shares its layers."""
+
+    def __init__(self, method: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.owner, self.method = method.__self__, method
+
+    def construct(self, *inputs: Tensor) -> Tensor:
+        return self.method(*inputs)
+
+
+def attach(root: nn.Cell, name: str, cell: Any) -> Any:
+    """Put a cell at its public name in a network. Lists on the way, and their blocks, are made with their first cell.
+
+    Returns:
+        The cell.
+    """
+    *path, last = name.split(".")
+    parent = root
+    for part, child in pairwise((*path, last)):
+        if not hasattr(parent, part):
+            _insert(parent, part, nn.CellList() if child.isdigit() else nn.Cell())
+        parent = getattr(parent, part)
+    _insert(parent, last, cell)
+    return cell
+
+
+def _insert(parent: nn.Cell, name: str, cell: nn.Cell) -> None:
+    if isinstance(parent, nn.CellList):
+        assert len(parent) == int(name), "layers of a list come in order"
+        parent.append(cell)
+    else:
+        setattr(parent, name, cell)
