@@ -19,7 +19,7 @@ class ShowProgress:
 
     def __call__(self, report: StepReport) -> None:
         """Move the bar by this step."""
-        shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.group_losses.items()}
+        shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
         self.bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
         self.bar.update()
 

@@ -51,11 +51,6 @@ class TrainingJob:
         return self.config.data.resolution, self.config.data.resolution
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the pictures' latents."""
-        return self.base.latent_shape(*self.size[::-1])
-
-    @property
     def batches_per_step(self) -> int:
         """Of all processes."""
         return self.config.run.gradient_accumulation_steps * self.processes.count

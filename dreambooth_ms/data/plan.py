@@ -77,11 +77,6 @@ class Plan:
         """The rows of each concept in a step."""
         return self.batch_size * self.batches_per_step
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches in which the largest concept is gone through once."""
-        return -(-max(len(concept.records) for concept in self.concepts) // self.batch_size)
-
     def size_of_step(self, step: int) -> Size:
         """The size of a step's rows, counted from 0. (Buckets by aspect ratio would be chosen here.)"""
         sizes = self.framing.sizes

@@ -20,8 +20,8 @@ class StepReport:
     """Steps done, this one included."""
     loss: float
     """The sum that was minimised."""
-    group_losses: dict[str, float]
-    """Mean squared error by group of rows, unweighted."""
+    concept_losses: dict[str, float]
+    """Mean squared error of the rows by concept, unweighted."""
     grad_norm: float
     """Global norm of the gradients before the clip."""
     learning_rate: float
@@ -87,13 +87,17 @@ def train(
             step_cell.compile_for(batches[0].tensors())
             processes.wait_for_all("the first step")
         loss, errors, norm = step_cell.take(_begun(numbers, batches, begin_batch))
-        rows = [row for batch, errors_B in zip(batches, errors, strict=True) for row in errors_of(batch, errors_B)]
+        rows = [
+            (name, float(error))
+            for batch, errors_B in zip(batches, errors, strict=True)
+            for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
+        ]
         everywhere = processes.exchange(f"step {step + 1}", [float(loss.asnumpy()), rows, stop_asked()])
         skipped_steps = scaler.skipped_steps if scaler else 0
         report = StepReport(
             step=step + 1,
             loss=sum(loss for loss, _, _ in everywhere),
-            group_losses=group_means([row for _, rows, _ in everywhere for row in rows]),
+            concept_losses=concept_means([row for _, rows, _ in everywhere for row in rows]),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
             stop_asked=any(asked for _, _, asked in everywhere),
@@ -134,14 +138,9 @@ def check_finite(report: StepReport, overflows: int) -> None:
         )
 
 
-def errors_of(batch: Batch, errors_B: Tensor) -> list[tuple[str, float]]:
-    """Concept and error of each row."""
-    return [(name, float(error)) for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)]
-
-
-def group_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Mean of the rows' errors by group, unweighted."""
-    return {
-        group: float(np.mean([error for of, error in rows if of == group]))
-        for group in dict.fromkeys(group for group, _ in rows)
-    }
+def concept_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean of the rows' errors by concept, unweighted."""
+    errors: dict[str, list[float]] = {}
+    for name, error in rows:
+        errors.setdefault(name, []).append(error)
+    return {name: float(np.mean(own)) for name, own in errors.items()}

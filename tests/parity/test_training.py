@@ -356,8 +356,8 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
         gradients = gradients or {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
         optimiser.step()
-        group_losses = {group: value.item() for group, value in losses.items()}
-        reports.append(SimpleNamespace(loss=loss.item(), group_losses=group_losses, grad_norm=norm.item()))
+        concept_losses = {group: value.item() for group, value in losses.items()}
+        reports.append(SimpleNamespace(loss=loss.item(), concept_losses=concept_losses, grad_norm=norm.item()))
     weights = {name: parameter.detach().numpy() for name, parameter in trained.items()}
     return SimpleNamespace(reports=reports, gradients=gradients, weights=weights)
 
@@ -409,7 +409,7 @@ def pairs(compared):
 def test_the_loss_of_every_step_is_torchs(compared):
     for ours, reference in pairs(compared):
         assert ours.loss == pytest.approx(reference.loss, rel=LOSS)
-        assert ours.group_losses == pytest.approx(reference.group_losses, rel=LOSS)
+        assert ours.concept_losses == pytest.approx(reference.concept_losses, rel=LOSS)
     print(f"loss {max(abs(ours.loss / reference.loss - 1) for ours, reference in pairs(compared)):.1e}")
 
 
@@ -485,7 +485,7 @@ def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
     several, one = (training.run(training.batches(form)) for form in (case, in_one_batch(case)))
     for ours, expected in zip(several.reports, one.reports, strict=True):
         assert ours.loss == pytest.approx(expected.loss, rel=LOSS)
-        assert ours.group_losses == pytest.approx(expected.group_losses, rel=LOSS)
+        assert ours.concept_losses == pytest.approx(expected.concept_losses, rel=LOSS)
         assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=LOSS)
     together, furthest = differences(several.weights, one.weights, training.start)
     print(f"weights together {together:.1e}, one {furthest:.1e}")
@@ -613,7 +613,7 @@ def test_an_objective_is_one_function(training_of):
     with torch.no_grad():
         prediction = network.unet(torch.tensor(sample), torch.tensor(strength), text).sample.numpy()
     errors = ((prediction - latents) ** 2).mean((1, 2, 3))
-    assert report.group_losses[INSTANCE] == pytest.approx(errors.mean(), rel=LOSS)
+    assert report.concept_losses[INSTANCE] == pytest.approx(errors.mean(), rel=LOSS)
     assert report.loss == pytest.approx((errors / (1 + strength)).mean(), rel=LOSS)
 
 

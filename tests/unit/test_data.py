@@ -13,6 +13,8 @@ from PIL import Image
 
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli.toy_networks import SD_UNET
+from dreambooth_ms.cli.training_job import total_steps
+from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
@@ -26,7 +28,7 @@ from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
-from dreambooth_ms.training.loop import group_means, train
+from dreambooth_ms.training.loop import concept_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.parity.reference import as_drawn, normal
@@ -95,8 +97,18 @@ class TestWhichPicture:
     @pytest.mark.parametrize(
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
     )
-    def test_an_epoch_goes_once_through_the_largest_group(self, count, class_count, batch_size, steps):
-        assert plan(count, batch_size, class_count=class_count).batches_per_epoch == steps
+    def test_an_epoch_goes_once_through_the_largest_concept(self, count, class_count, batch_size, steps):
+        config = TrainConfig(
+            model=ModelConfig(pretrained_model_name_or_path=""),
+            data=DataConfig(instance_data_dir="", instance_prompt=""),
+            run=RunConfig(train_batch_size=batch_size, num_train_epochs=1),
+        )
+        assert total_steps(config, max(count, class_count)) == steps
+        wanted = plan(count, batch_size, class_count=class_count)
+        largest = max(wanted.concepts, key=lambda concept: len(concept.records))
+        assert set(seen(wanted, steps, largest.name)) == set(largest.records)
+        if steps > 1:
+            assert set(seen(wanted, steps - 1, largest.name)) < set(largest.records)
 
 
 class TestHowItIsSeen:
@@ -256,7 +268,9 @@ def test_a_step_of_three_concepts_with_prompts_of_their_own_and_no_squares(pynat
     train(step, make, 1, lambda update: 1e-3, range(1), [reports.append])
     (report,) = reports
     # Float32 sums in another order.
-    assert report.group_losses == pytest.approx(dict(zip(weights, errors.reshape(3, 2).mean(1), strict=True)), rel=1e-5)
+    assert report.concept_losses == pytest.approx(
+        dict(zip(weights, errors.reshape(3, 2).mean(1), strict=True)), rel=1e-5
+    )
     expected = sum(
         weights[name] * (1 + time / 1000) * error / 2
         for name, time, error in zip(batch.concepts, batch.inputs["timestep"], errors, strict=True)
@@ -498,4 +512,4 @@ class TestClassPictures:
 
 def test_the_errors_of_a_step_are_reported_by_group():
     rows = [(INSTANCE, 1.0), (CLASS, 10.0), (INSTANCE, 3.0), (CLASS, 20.0), (CLASS, 60.0)]
-    assert group_means(rows) == {INSTANCE: 2.0, CLASS: 30.0}
+    assert concept_means(rows) == {INSTANCE: 2.0, CLASS: 30.0}
