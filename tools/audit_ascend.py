@@ -180,7 +180,7 @@ def optimisers() -> list[Graph]:
     ]
     # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
     with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):
-        pair = Processes(rank=0, count=2, meet=lambda what, value: [value, value])
+        pair = Processes(rank=0, count=2, exchange=lambda what, value: [value, value])
         shared = _update(trainables, ShardedOptimiser(trainables, of_part, pair), SumOverProcesses())
     return [*(_update(trainables, optimiser) for optimiser in whole), shared]
 

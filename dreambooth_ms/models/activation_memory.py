@@ -108,8 +108,9 @@ class _UNetLayer:
                 return SegmentMemory(result, self._block_inside(), self._block_work())
             case LayerKind.TRANSFORMER_EXIT:
                 return SegmentMemory(result)
-        # A convolution.
-        return SegmentMemory(result, self.number * self.one if self.trains_all else 0, self._convolution_work())
+            case LayerKind.UNET_ENTRANCE | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
+                return SegmentMemory(result, self.number * self.one if self.trains_all else 0, self._convolution_work())
+        raise AssertionError(self.layer.kind)
 
     def _resnet_inside(self) -> int:
         """With a skip, its input is a tensor of its own that joins two others."""

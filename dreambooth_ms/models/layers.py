@@ -1,30 +1,31 @@
-"""Blocks that networks share. Shapes: x an image with C channels, temb_BE a time embedding."""
+"""Cells of layers (`models.layout`) that networks share. Shapes: x an image, temb_BE a time embedding."""
 
 from itertools import pairwise
 from typing import Any
 
 from mindspore import Tensor, nn
 
-from dreambooth_ms.ops import AddPerChannel, ConcatChannels, Dense, UpsampleNearest, conv2d, group_norm, shared
+from dreambooth_ms.models.layout import Layer, time_width
+from dreambooth_ms.models.specs import UNetSpec, VaeSpec
+from dreambooth_ms.ops import AddPerChannel, ConcatChannels, Dense, Padding, UpsampleNearest, conv2d, group_norm, shared
 
 
 class ResnetBlock2D(nn.Cell):
     """Residual block: image with I channels, SiLU of the time embedding (B, E) -> image with O channels.
 
-    Without `temb_dim` (the autoencoder) the embedding is ignored.
+    One that reads an image alone (the autoencoder's) has no time embedding.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, num_groups: int, eps: float, temb_dim: int | None = None
-    ) -> None:
+    def __init__(self, layer: Layer, spec: UNetSpec | VaeSpec) -> None:
         super().__init__()
-        self.norm1 = group_norm(num_groups, in_channels, eps, silu=True)
+        in_channels, out_channels = layer.in_channels, layer.out_channels
+        self.norm1 = group_norm(spec.norm_num_groups, in_channels, spec.norm_eps, silu=True)
         self.conv1 = conv2d(in_channels, out_channels)
-        self.has_time = temb_dim is not None
-        if temb_dim is not None:
-            self.time_emb_proj = Dense(temb_dim, out_channels)
+        self.has_time = len(layer.reads) > 1
+        if self.has_time:
+            self.time_emb_proj = Dense(time_width(spec), out_channels)
             self.add_per_channel = shared(AddPerChannel)
-        self.norm2 = group_norm(num_groups, out_channels, eps, silu=True)
+        self.norm2 = group_norm(spec.norm_num_groups, out_channels, spec.norm_eps, silu=True)
         self.conv2 = conv2d(out_channels, out_channels)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
@@ -47,8 +48,8 @@ class ResnetBlock2D(nn.Cell):
 class SkipResnetBlock2D(ResnetBlock2D):
     """The same on the way up: image, the skip that is joined to it by channels, time embedding -> image."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int, eps: float, temb_dim: int) -> None:
-        super().__init__(in_channels, out_channels, num_groups, eps, temb_dim)
+    def __init__(self, layer: Layer, spec: UNetSpec) -> None:
+        super().__init__(layer, spec)
         self.concat = shared(ConcatChannels)
 
     def construct(self, x: Tensor, skip: Tensor, temb_BE: Tensor) -> Tensor:
@@ -58,9 +59,9 @@ class SkipResnetBlock2D(ResnetBlock2D):
 class Downsample2D(nn.Cell):
     """Half the height and width, by a convolution of stride 2."""
 
-    def __init__(self, channels: int, padding: tuple[int, int, int, int]) -> None:
+    def __init__(self, layer: Layer, _: object, padding: Padding = (1, 1, 1, 1)) -> None:
         super().__init__()
-        self.conv = conv2d(channels, channels, stride=2, padding=padding)
+        self.conv = conv2d(layer.in_channels, layer.out_channels, stride=2, padding=padding)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.conv(x)
@@ -69,10 +70,10 @@ class Downsample2D(nn.Cell):
 class Upsample2D(nn.Cell):
     """Twice the height and width: nearest neighbour, then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, layer: Layer, _: object) -> None:
         super().__init__()
         self.upsample = shared(UpsampleNearest)
-        self.conv = conv2d(channels, channels)
+        self.conv = conv2d(layer.in_channels, layer.out_channels)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.conv(self.upsample(x))
@@ -97,24 +98,21 @@ class CellMethod(nn.Cell):
 
 
 def attach(root: nn.Cell, name: str, cell: Any) -> Any:
-    """Put a cell at its public name in a network. Lists on the way, and their blocks, are made with their first cell.
+    """Put a cell at its public name in a network, where lists and blocks on the way are made with their first cell.
 
-    Returns:
-        The cell.
+    Cells of a list come in order. Returns the cell.
     """
     *path, last = name.split(".")
-    parent = root
     for part, child in pairwise((*path, last)):
-        if not hasattr(parent, part):
-            _insert(parent, part, nn.CellList() if child.isdigit() else nn.Cell())
-        parent = getattr(parent, part)
-    _insert(parent, last, cell)
+        if not hasattr(root, part):
+            _insert(root, part, nn.CellList() if child.isdigit() else nn.Cell())
+        root = getattr(root, part)
+    _insert(root, last, cell)
     return cell
 
 
 def _insert(parent: nn.Cell, name: str, cell: nn.Cell) -> None:
     if isinstance(parent, nn.CellList):
-        assert len(parent) == int(name), "layers of a list come in order"
         parent.append(cell)
     else:
         setattr(parent, name, cell)

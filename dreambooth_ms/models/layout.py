@@ -70,21 +70,17 @@ def time_width(spec: UNetSpec) -> int:
 def unet_layout(spec: UNetSpec) -> tuple[Layer, ...]:
     """The layers of a UNet in the order in which they are computed; the last one's result is the prediction."""
     walk, levels = _UNetWalk(spec), len(spec.block_out_channels)
-    skips = [(walk.x, walk.channels)]
+    skips = [walk.x]
     for level in range(levels):
-        block = f"down_blocks.{level}"
-        for i in range(spec.layers_per_block):
-            walk.step(block, i, level)
-            skips.append((walk.x, walk.channels))
+        skips += [walk.step(f"down_blocks.{level}", i, level) for i in range(spec.layers_per_block)]
         if level < levels - 1:
-            walk.go(LayerKind.DOWNSAMPLER, f"{block}.downsamplers.0", level + 1)
-            skips.append((walk.x, walk.channels))
+            skips.append(walk.go(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
     walk.resnet("mid_block.resnets.0", levels - 1)
     walk.transformer("mid_block.attentions.0", levels - 1)
     walk.resnet("mid_block.resnets.1", levels - 1)
     for index, level in enumerate(reversed(range(levels))):
         for i in range(spec.layers_per_block + 1):
-            walk.step(f"up_blocks.{index}", i, level, *skips.pop())
+            walk.step(f"up_blocks.{index}", i, level, skips.pop())
         if level > 0:
             walk.go(LayerKind.UPSAMPLER, f"up_blocks.{index}.upsamplers.0", level - 1)
     walk.go(LayerKind.UNET_EXIT, "", 0, spec.out_channels, parts=("conv_norm_out", "conv_out"))
@@ -118,14 +114,14 @@ def vae_layout(spec: VaeSpec) -> dict[str, tuple[Layer, ...]]:
 
 
 class _Walk:
-    """The way of an image through layers, with its number `x` and its channels so far; the first input is the image."""
+    """The way of an image through layers, with its number `x` so far; the first input is the image."""
 
     def __init__(self, num_inputs: int, channels: int) -> None:
         self.layers: list[Layer] = []
-        self.num_inputs, self.x, self.channels = num_inputs, 0, channels
+        self.num_inputs, self.x, self.channels = num_inputs, 0, {0: channels}
 
     def add(self, layer: Layer) -> int:
-        """Returns the number of its result."""
+        """Append a layer; returns the number of its result."""
         self.layers.append(layer)
         return self.num_inputs + len(self.layers) - 1
 
@@ -135,45 +131,43 @@ class _Walk:
         name: str,
         level: int,
         out_channels: int | None = None,
+        joins: tuple[int, ...] = (),
         beside: tuple[int, ...] = (),
-        joined_channels: int = 0,
         parts: tuple[str, ...] = (),
-    ) -> None:
-        """Through a layer that reads the image and values beside it, of which one may be joined to it."""
-        in_, out = self.channels + joined_channels, out_channels or self.channels
-        self.x, self.channels = self.add(Layer(kind, name, level, in_, out, (self.x, *beside), parts)), out
+    ) -> int:
+        """Through a layer that reads the image, images that are joined to it, and other values; returns the new `x`."""
+        channels = sum(self.channels[image] for image in (self.x, *joins))
+        out = out_channels or self.channels[self.x]
+        self.x = self.add(Layer(kind, name, level, channels, out, (self.x, *joins, *beside), parts))
+        self.channels[self.x] = out
+        return self.x
 
 
 class _UNetWalk(_Walk):
     def __init__(self, spec: UNetSpec) -> None:
         _, timestep, text, *added = range(len(unet_inputs(spec)))
-        super().__init__(3 + len(added), spec.in_channels)
-        self.spec = spec
-        self.go(LayerKind.UNET_ENTRANCE, "conv_in", 0, spec.block_out_channels[0])
+        super().__init__(len(unet_inputs(spec)), spec.in_channels)
+        self.spec, finest, context = spec, spec.block_out_channels[0], spec.cross_attention_dim
+        self.go(LayerKind.UNET_ENTRANCE, "conv_in", 0, finest)
         parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
-        width, reads = time_width(spec), (timestep, *added)
-        self.time = self.add(Layer(LayerKind.TIME_EMBEDDING, "", 0, self.channels, width, reads, parts))
-        self.text = self.add(Layer(LayerKind.TEXT, "", 0, spec.cross_attention_dim, spec.cross_attention_dim, (text,)))
+        time = Layer(LayerKind.TIME_EMBEDDING, "", 0, finest, time_width(spec), (timestep, *added), parts)
+        self.time, self.text = self.add(time), self.add(Layer(LayerKind.TEXT, "", 0, context, context, (text,)))
 
-    def step(self, block: str, i: int, level: int, skip: int | None = None, skip_channels: int = 0) -> None:
+    def step(self, block: str, i: int, level: int, *skip: int) -> int:
         """Through a residual block and, where the resolution has them, a transformer."""
-        self.resnet(f"{block}.resnets.{i}", level, skip, skip_channels)
-        if self.spec.has_attention[level]:
-            self.transformer(f"{block}.attentions.{i}", level)
+        self.resnet(f"{block}.resnets.{i}", level, *skip)
+        return self.transformer(f"{block}.attentions.{i}", level) if self.spec.has_attention[level] else self.x
 
-    def resnet(self, name: str, level: int, skip: int | None = None, skip_channels: int = 0) -> None:
-        kind, beside = LayerKind.RESNET, (self.time,)
-        if skip is not None:
-            kind, beside = LayerKind.SKIP_RESNET, (skip, self.time)
-        self.go(kind, name, level, self.spec.block_out_channels[level], beside, skip_channels)
+    def resnet(self, name: str, level: int, *skip: int) -> None:
+        kind = LayerKind.SKIP_RESNET if skip else LayerKind.RESNET
+        self.go(kind, name, level, self.spec.block_out_channels[level], skip, (self.time,))
 
-    def transformer(self, name: str, level: int) -> None:
+    def transformer(self, name: str, level: int) -> int:
         """One of a single block is a layer; in a deep one, as SDXL has them, each block is."""
         depth, image = self.spec.transformer_layers(level), self.x
         if depth == 1:
-            self.go(LayerKind.TRANSFORMER, name, level, beside=(self.text,))
-            return
+            return self.go(LayerKind.TRANSFORMER, name, level, beside=(self.text,))
         self.go(LayerKind.TRANSFORMER_ENTRANCE, name, level, parts=("norm", "proj_in"))
         for i in range(depth):
             self.go(LayerKind.TRANSFORMER_BLOCK, f"{name}.transformer_blocks.{i}", level, beside=(self.text,))
-        self.go(LayerKind.TRANSFORMER_EXIT, name, level, beside=(image,), parts=("proj_out",))
+        return self.go(LayerKind.TRANSFORMER_EXIT, name, level, beside=(image,), parts=("proj_out",))

@@ -45,7 +45,18 @@ _OUTER = {
     LayerKind.TEXT: "read_text",
     LayerKind.UNET_EXIT: "leave",
 }
-"""The layers that are methods of the network: their modules are its own, and an adapter may take the place of one."""
+"""The first layers, in this order, and the last one. They are methods of the network, because their modules are its own
+and an adapter may take the place of one."""
+
+_INNER: dict[LayerKind, type[nn.Cell]] = {
+    LayerKind.RESNET: ResnetBlock2D,
+    LayerKind.SKIP_RESNET: SkipResnetBlock2D,
+    LayerKind.TRANSFORMER: Transformer2DModel,
+    LayerKind.TRANSFORMER_ENTRANCE: Transformer2DModel,
+    LayerKind.TRANSFORMER_BLOCK: BasicTransformerBlock,
+    LayerKind.DOWNSAMPLER: Downsample2D,
+    LayerKind.UPSAMPLER: Upsample2D,
+}
 
 
 class UNet2DConditionModel(nn.Cell):
@@ -63,13 +74,13 @@ class UNet2DConditionModel(nn.Cell):
         self.from_public_layout = FromPublicLayout()
         self.time_proj = TimestepEncoding(width)
         self.time_embedding = TimestepEmbedding(width, time_width(spec))
-        self.adds_text_and_sizes = len(self.input_names) > 3
+        self.adds_text_and_sizes = "text_embeds" in self.input_names
         if self.adds_text_and_sizes:
             self.add_time_proj = TimestepEncoding(spec.addition_time_embed_dim)
             self.add_embedding = TimestepEmbedding(spec.projection_class_embeddings_input_dim, time_width(spec))
         self.conv_in = conv2d(spec.in_channels, width)
         inner = [layer for layer in unet_layout(spec) if layer.kind not in _OUTER]
-        cells = [_cell(self, spec, layer) for layer in inner]
+        cells = [self._attach(layer) for layer in inner]
         self.conv_norm_out = group_norm(spec.norm_num_groups, width, spec.norm_eps, silu=True)
         self.conv_out = conv2d(width, spec.out_channels)
         self.to_public_layout = ToPublicLayout()
@@ -78,6 +89,13 @@ class UNet2DConditionModel(nn.Cell):
         self.inner = nn.CellList(cells, auto_prefix=False)
         # Sets the names of the parameters, which `attach` and the list before changed.
         public_parameters(self)
+
+    def _attach(self, layer: Layer) -> nn.Cell:
+        """The cell of a layer, whose module is put at its public name."""
+        if layer.kind is LayerKind.TRANSFORMER_EXIT:
+            return CellMethod(self.get_sub_cell(layer.name).leave)
+        cell = attach(self, layer.name, _INNER[layer.kind](layer, self.spec))
+        return CellMethod(cell.enter) if layer.kind is LayerKind.TRANSFORMER_ENTRANCE else cell
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -126,31 +144,6 @@ class UNet2DConditionModel(nn.Cell):
     def leave(self, x: Tensor) -> Tensor:
         """The image of the finest resolution -> the prediction (B, C, H, W)."""
         return self.to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
-
-
-def _cell(root: nn.Cell, spec: UNetSpec, layer: Layer) -> nn.Cell:
-    """The cell of a layer, which stands at its public name in the network."""
-    in_channels, channels, heads = layer.in_channels, layer.out_channels, spec.num_heads[layer.level]
-    of_resnet = in_channels, channels, spec.norm_num_groups, spec.norm_eps, time_width(spec)
-    of_transformer = channels, heads, spec.cross_attention_dim, spec.norm_num_groups, spec.use_linear_projection
-    match layer.kind:
-        case LayerKind.RESNET:
-            return attach(root, layer.name, ResnetBlock2D(*of_resnet))
-        case LayerKind.SKIP_RESNET:
-            return attach(root, layer.name, SkipResnetBlock2D(*of_resnet))
-        case LayerKind.TRANSFORMER:
-            return attach(root, layer.name, Transformer2DModel(*of_transformer, num_layers=1))
-        case LayerKind.TRANSFORMER_ENTRANCE:
-            return CellMethod(attach(root, layer.name, Transformer2DModel(*of_transformer, num_layers=0)).enter)
-        case LayerKind.TRANSFORMER_BLOCK:
-            return attach(root, layer.name, BasicTransformerBlock(channels, heads, spec.cross_attention_dim))
-        case LayerKind.TRANSFORMER_EXIT:
-            return CellMethod(root.get_sub_cell(layer.name).leave)
-        case LayerKind.DOWNSAMPLER:
-            return attach(root, layer.name, Downsample2D(channels, padding=(1, 1, 1, 1)))
-        case LayerKind.UPSAMPLER:
-            return attach(root, layer.name, Upsample2D(channels))
-    raise AssertionError(layer.kind)
 
 
 _NOTHING: tuple[Any, ...] = ()

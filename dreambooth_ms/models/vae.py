@@ -3,7 +3,8 @@
 Shapes: B batch, C latent channels, H, W height and width of the picture, h, w those of the latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from mindspore import Tensor, nn, ops
 
@@ -14,9 +15,6 @@ from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
 from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm, shared
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
-
-NORM_EPS = 1e-6
-
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -30,11 +28,11 @@ class AutoencoderKL(nn.Cell):
         layout = vae_layout(spec)
         self.from_public_layout = FromPublicLayout()
         if encodes:
-            self.encoder = LayerChain(layout["encoder"], spec.norm_num_groups)
+            self.encoder = LayerChain(layout["encoder"], spec)
             self.quant_conv = conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         if decodes:
             self.post_quant_conv = conv2d(spec.latent_channels, spec.latent_channels, 1)
-            self.decoder = LayerChain(layout["decoder"], spec.norm_num_groups)
+            self.decoder = LayerChain(layout["decoder"], spec)
         self.to_public_layout = ToPublicLayout()
         # Sets the names of the parameters, which `attach` changed.
         public_parameters(self)
@@ -76,9 +74,9 @@ class VaeDecoder(CompiledCell):
 class LayerChain(nn.Cell):
     """An image through layers, each of which stands at its public name and reads the one before."""
 
-    def __init__(self, layers: Sequence[Layer], num_groups: int) -> None:
+    def __init__(self, layers: Sequence[Layer], spec: VaeSpec) -> None:
         super().__init__()
-        cells = [attach(self, layer.name, _cell(layer, num_groups)) for layer in layers]
+        cells = [attach(self, layer.name, _CELLS[layer.kind](layer, spec)) for layer in layers]
         self.chain = nn.CellList(cells, auto_prefix=False)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -87,30 +85,12 @@ class LayerChain(nn.Cell):
         return x
 
 
-def _cell(layer: Layer, num_groups: int) -> nn.Cell:
-    channels = layer.out_channels
-    match layer.kind:
-        case LayerKind.CONV:
-            return conv2d(layer.in_channels, channels)
-        case LayerKind.NORM:
-            return group_norm(num_groups, channels, NORM_EPS, silu=True)
-        case LayerKind.RESNET:
-            return ResnetBlock2D(layer.in_channels, channels, num_groups, NORM_EPS)
-        case LayerKind.PIXEL_ATTENTION:
-            return PixelAttention(channels, num_groups)
-        case LayerKind.DOWNSAMPLER:
-            return Downsample2D(channels, padding=(0, 1, 0, 1))
-        case LayerKind.UPSAMPLER:
-            return Upsample2D(channels)
-    raise AssertionError(layer.kind)
-
-
 class PixelAttention(Attention):
     """Self-attention of one head over the pixels of an image, behind a group norm and added to its input."""
 
-    def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__(channels, channels, num_heads=1, qkv_bias=True)
-        self.group_norm = group_norm(num_groups, channels, NORM_EPS)
+    def __init__(self, layer: Layer, spec: VaeSpec) -> None:
+        super().__init__(layer.in_channels, layer.in_channels, num_heads=1, qkv_bias=True)
+        self.group_norm = group_norm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
         self.to_tokens = shared(ImageToTokens)
         self.to_image = shared(TokensToImage)
 
@@ -118,3 +98,13 @@ class PixelAttention(Attention):
         tokens_BLC = self.to_tokens(self.group_norm(x))
         out_BLC = self.attend(self.to_q(tokens_BLC), self.to_k(tokens_BLC), self.to_v(tokens_BLC))
         return x + self.to_image(self.to_out[0](out_BLC), x)
+
+
+_CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {
+    LayerKind.CONV: lambda layer, _: conv2d(layer.in_channels, layer.out_channels),
+    LayerKind.NORM: lambda layer, spec: group_norm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
+    LayerKind.RESNET: ResnetBlock2D,
+    LayerKind.PIXEL_ATTENTION: PixelAttention,
+    LayerKind.DOWNSAMPLER: partial(Downsample2D, padding=(0, 1, 0, 1)),
+    LayerKind.UPSAMPLER: Upsample2D,
+}

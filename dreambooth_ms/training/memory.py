@@ -90,14 +90,12 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
 def estimate(work: Workload) -> MemoryEstimate:
     """The memory at the peak of a step on CPU."""
     shapes = [unet_shapes(work.unet), *map(clip_text_shapes, work.text_encoders)]
-    networks = list(zip(shapes, work.ranks, strict=True))
-    trained = sum(_trained_numbers(*network) for network in networks)
-    frozen = sum(_frozen_numbers(*network) for network in networks)
+    frozen, trained = map(sum, zip(*map(_numbers, shapes, work.ranks), strict=True))
     of_unet, *of_texts = map(_trained, work.ranks)
     segments = unet_segments(work.unet, work.activations, of_unet)
     texts = [
-        text_segment(spec, work.activations, trained)
-        for spec, trained in zip(work.text_encoders, of_texts, strict=True)
+        text_segment(spec, work.activations, of_text)
+        for spec, of_text in zip(work.text_encoders, of_texts, strict=True)
     ]
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
@@ -149,21 +147,18 @@ def _kernels(networks: Iterable[Mapping[str, Shape]]) -> int:
     return sum(math.prod(shape) for shapes in networks for shape in shapes.values() if shape[2:] == (3, 3))
 
 
-def _trained_numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> int:
-    """Of trained weights, and of the factors A, rank x inputs, and B, outputs x rank, of updates."""
-    numbers = 0
+def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:
+    """Numbers that are frozen and trained; an update has the factors A, rank x inputs, and B, outputs x rank."""
+    frozen = trained = 0
     for name, shape in shapes.items():
         layer, _, parameter = name.rpartition(".")
-        rank = ranks.get(layer, 0)
+        rank, size = ranks.get(layer, 0), math.prod(shape)
         if rank is None:
-            numbers += math.prod(shape)
-        elif parameter == "weight":
-            numbers += rank * (shape[0] + math.prod(shape[1:]))
-    return numbers
-
-
-def _frozen_numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> int:
-    return sum(math.prod(shape) for name, shape in shapes.items() if ranks.get(name.rpartition(".")[0], 0) is not None)
+            trained += size
+        else:
+            frozen += size
+            trained += rank * (shape[0] + size // shape[0]) if parameter == "weight" else 0
+    return frozen, trained
 
 
 def _gib(size: int) -> str:

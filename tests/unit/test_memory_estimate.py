@@ -181,7 +181,7 @@ class TestTwoProcessesOnAMachine:
             config = load_train_config([*needed, *flags])
             expected = estimate(training_memory._workload(config, folder, processes))
             monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
-            together = Processes(0, processes, meet=lambda what, value: [value] * processes)
+            together = Processes(0, processes, exchange=lambda what, value: [value] * processes)
             training_memory.check_expected_memory(config, folder, together)
             return expected.parts
 
