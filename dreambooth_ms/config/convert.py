@@ -1,19 +1,22 @@
 """What `convert` can be told."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
-from dreambooth_ms.config.choices import WeightFormat
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import SourceConfig, TargetConfig
+
+_Format: TypeAlias = Literal[
+    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionConfig(TargetConfig, SourceConfig):
-    """From any format to any other; which ones is told from the files and the target's name."""
+    """From any format to any other; the files and the target's name say which."""
 
-    format: WeightFormat | None = None
-    """Format to write, where the target's name leaves it open. None: told by the name."""
+    format: _Format | None = None
+    """Format to write, where the target's name leaves it open. None: the name decides."""
     use_ema: bool = False
     """Take the moving averages that a single file may hold, in place of the weights."""
 

@@ -4,7 +4,6 @@ import ast
 import inspect
 import textwrap
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -51,7 +50,6 @@ class Field:
         return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _PLACEHOLDERS[self.kind]
 
 
-@cache
 def schema_fields(schema: type) -> dict[str, Field]:
     """Every field of every section, by name, in the order of the schema. Names are unique over the sections."""
     known: dict[str, Field] = {}

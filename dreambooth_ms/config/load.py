@@ -43,39 +43,35 @@ class Loaded(Generic[Config]):
     config: Config
     notes: tuple[str, ...]
 
+    def told(self, tell: Callable[[str], object]) -> Config:
+        """The configuration, once its notes have gone to `tell`, one by one."""
+        for note in self.notes:
+            tell(note)
+        return self.config
+
 
 @dataclass
 class _Entry:
-    """What a setting means: the value of a field, as written and as OmegaConf is to convert it."""
+    """What a setting means: a field's value as written, and as OmegaConf is to convert it."""
 
     setting: Setting
     field: Field
     value: Any
     plain: Any
 
-    @property
-    def tree(self) -> dict[str, dict[str, Any]]:
-        """The value in its place in a configuration."""
-        return {self.field.section: {self.field.name: _literal(self.plain)}}
+
+def _print(note: str) -> None:
+    sys.stderr.write(f"dreambooth-ms: note: {note}\n")
 
 
-def load_train_config(argv: Sequence[str], tell: Callable[[str], object] | None = None) -> TrainConfig:
-    """The configuration of `dreambooth-ms train`; see `load`. Notes go to `tell`, one by one, or else to stderr."""
-    return _told(load(TrainConfig, argv), tell)
+def load_train_config(argv: Sequence[str], tell: Callable[[str], object] = _print) -> TrainConfig:
+    """The configuration of `dreambooth-ms train`; see `load`. Its notes go to `tell`, one by one."""
+    return load(TrainConfig, argv).told(tell)
 
 
-def load_sample_config(argv: Sequence[str], tell: Callable[[str], object] | None = None) -> SampleConfig:
-    """The configuration of `dreambooth-ms sample`; see `load`. Notes go to `tell`, one by one, or else to stderr."""
-    return _told(load(SampleConfig, argv), tell)
-
-
-def _told(loaded: Loaded[Config], tell: Callable[[str], object] | None) -> Config:
-    for note in loaded.notes:
-        if tell is None:
-            sys.stderr.write(f"dreambooth-ms: note: {note}\n")
-        else:
-            tell(note)
-    return loaded.config
+def load_sample_config(argv: Sequence[str], tell: Callable[[str], object] = _print) -> SampleConfig:
+    """The configuration of `dreambooth-ms sample`; see `load`. Its notes go to `tell`, one by one."""
+    return load(SampleConfig, argv).told(tell)
 
 
 def load(schema: type[Config], argv: Sequence[str]) -> Loaded[Config]:
@@ -95,7 +91,7 @@ def load(schema: type[Config], argv: Sequence[str]) -> Loaded[Config]:
     layers = [read_file(one, schema) for one in files if one.value is not MISSING]
     layers.append([one for one in flags if one.name != "config"])
     entries = [entry for layer in layers for entry in _entries(layer, known)]
-    config = _merged(schema, entries)
+    config = _merged(schema, entries, known)
 
     settings = [*files, *chain(*layers)]
     decided = {entry.field.name for entry in entries if entry.field.name not in entry.setting.undecided}
@@ -121,26 +117,28 @@ def _undecided(settings: Iterable[Setting]) -> set[str]:
     return set().union(*(one.undecided for one in settings))
 
 
-def _merged(schema: type[Config], entries: Sequence[_Entry]) -> Config:
+def _merged(schema: type[Config], entries: Sequence[_Entry], known: Mapping[str, Field]) -> Config:
     """The schema's defaults with the values over them; a value that does not fit its field is reported and left out."""
-    required = [one for one in schema_fields(schema).values() if one.default is MISSING]
-    defaults = OmegaConf.merge(OmegaConf.structured(schema), *(_stand_in(one).tree for one in required))
+    # What is required gets a stand-in, so that the rest can be checked even without it.
+    required = [_tree(one, one.kind()) for one in known.values() if one.default is MISSING]
+    defaults = OmegaConf.merge(OmegaConf.structured(schema), *required)
     try:
-        merged = OmegaConf.merge(defaults, *(entry.tree for entry in entries))
+        merged = OmegaConf.merge(defaults, *(_tree(one.field, one.plain) for one in entries))
     except (OmegaConfBaseException, TypeError):
-        merged = OmegaConf.merge(defaults, *(entry.tree for entry in entries if _fits(entry, defaults)))
+        fitting = [one for one in entries if _fits(one, defaults)]
+        merged = OmegaConf.merge(defaults, *(_tree(one.field, one.plain) for one in fitting))
     return cast(Config, OmegaConf.to_object(merged))
 
 
-def _stand_in(one: Field) -> _Entry:
-    """A value for a required field, so that the rest can be checked even if it was not given."""
-    return _Entry(Setting(one.name, None), one, None, one.kind[0] if isinstance(one.kind, tuple) else one.kind())
+def _tree(one: Field, value: Any) -> dict[str, dict[str, Any]]:
+    """A value in its place in a configuration."""
+    return {one.section: {one.name: _literal(value)}}
 
 
 def _fits(entry: _Entry, defaults: Any) -> bool:
     """Whether OmegaConf can convert one value; what it cannot convert is reported."""
     try:
-        OmegaConf.merge(defaults, entry.tree)
+        OmegaConf.merge(defaults, _tree(entry.field, entry.plain))
     except (OmegaConfBaseException, TypeError):
         entry.setting.complain(f"expected {entry.field.expected}, got {entry.value!r}", entry.field.name)
         return False
@@ -201,13 +199,9 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
 def _complain_of_unknown(setting: Setting, known: Mapping[str, Field]) -> None:
     what, dashes = ("key", "") if setting.source else ("flag", "--")
     names = [*known] if setting.source else [*known, "config"]
-    close = nearest(setting.name, names) or nearest(
-        setting.name, (name for name in SPELLINGS if canonical(name, known))
-    )
-    meant = canonical(close or "", known)
-    setting.complain(
-        f"unknown {what}" + (f"; did you mean {dashes}{close}?" if close else ""), *([meant] if meant else [])
-    )
+    close = nearest(setting.name, names) or nearest(setting.name, [one for one in SPELLINGS if canonical(one, known)])
+    hint = f"; did you mean {dashes}{close}?" if close else ""
+    setting.complain(f"unknown {what}{hint}", canonical(close or "", known))
 
 
 def _plain(one: Field, value: Any, is_flag: bool) -> Any:

@@ -1,9 +1,8 @@
 """What `merge` can be told."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import ModelFormat
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY
 from dreambooth_ms.config.rules import Rule
 from dreambooth_ms.config.schema import Schema
@@ -20,8 +19,8 @@ class MergingConfig(TargetConfig):
     """LoRA files or folders of any format and rank; several are added up."""
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
-    format: ModelFormat | None = None
-    """Format to write. None: told by the target's name."""
+    format: Literal["diffusers", "stability", "mindone"] | None = None
+    """Format to write. None: the target's name decides."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
 

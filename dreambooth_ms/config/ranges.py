@@ -18,9 +18,11 @@ def at_least(lowest: float) -> Range:
     return Range(f"at least {lowest}", lambda value: lowest <= value < math.inf)
 
 
+ABOVE_ONE = Range("greater than 1", lambda value: 1 < value < math.inf)
 POSITIVE = Range("greater than 0", lambda value: 0 < value < math.inf)
 DECAY = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE = Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)
+INNER_SHARE = Range("greater than 0 and less than 1", lambda value: 0 < value < 1)
 SCORE = Range("from 0 to 10", lambda value: 0 <= value <= 10)
 ZERO_OR_ONE = Range("0 or 1", lambda value: value in (0, 1))
 FINITE = Range("a finite number", math.isfinite)
@@ -36,3 +38,6 @@ def memory_size(text: str) -> int | None:
     """Bytes of a size as MindSpore spells it, "16GB" for 16 times 2^30; None for any other text."""
     found = _MEMORY_SIZE.fullmatch(text)
     return int(float(found[1]) * 2 ** (30 if found[2] in "gG" else 20)) if found else None
+
+
+MEMORY = Range("a size such as 16GB", lambda text: bool(memory_size(text)))

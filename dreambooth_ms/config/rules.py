@@ -48,6 +48,11 @@ def needs(other: str, what: str) -> Rule:
     return Rule(lambda values: values[other] is None, f"--{{field}}: needs --{other}, {what}")
 
 
+def refused_with(other: str, value: str, message: str) -> Rule:
+    """The other field must not have this value."""
+    return Rule(lambda values: values[other] == value, f"--{{field}}: {message}")
+
+
 def excludes(*others: str, message: str) -> Rule:
     """None of the other fields, whose default is None, may be given."""
     return Rule(lambda values: any(values[other] is not None for other in others), f"--{{field}}: {message}")

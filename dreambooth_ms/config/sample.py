@@ -1,16 +1,18 @@
 """What `sample` can be told."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.choices import SamplingTask
-from dreambooth_ms.config.ranges import NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
-from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
+_RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)
+_BY_SHEET = excludes("num_rows", "num_cols", message="is --num_rows times --num_cols; give it without them")
+_BY_RATIO = excludes("height", "width", message="is a height and a width; give it without --height and --width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,23 +24,15 @@ class PicturesConfig(GenerationConfig):
     negative_prompt: Annotated[str, _GUIDED] = ""
     """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model's folder asks for
     it."""
-    num_images_per_prompt: Annotated[
-        int,
-        at_least(1),
-        excludes("num_rows", "num_cols", message="is --num_rows times --num_cols; give it without them"),
-    ] = 1
+    num_images_per_prompt: Annotated[int, at_least(1), _BY_SHEET] = 1
     """Pictures per prompt."""
     height: Annotated[int | None, SIDE] = None
     """Height in pixels. None: the model's own."""
     width: Annotated[int | None, SIDE] = None
     """Width in pixels. None: the model's own."""
-    sd_xl_base_ratios: Annotated[
-        str | None,
-        Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS),
-        excludes("height", "width", message="is a height and a width; give it without --height and --width"),
-    ] = None
+    sd_xl_base_ratios: Annotated[str | None, _RATIO, _BY_RATIO] = None
     """One of the sizes that SDXL was trained at, in place of height and width, by its width over height."""
-    guidance_rescale: Annotated[float, Range("from 0 to 1", lambda share: 0 <= share <= 1), _GUIDED] = 0.0
+    guidance_rescale: Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1), _GUIDED] = 0.0
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0
@@ -57,27 +51,23 @@ class PicturesConfig(GenerationConfig):
     """Folder for the pictures."""
 
 
+_STARTS = Rule(
+    lambda values: values["task"] == "img2img" and values["image"] is None,
+    "--task img2img: needs --image, the picture to start from",
+)
+_NO_START = refused_with("task", "txt2img", "a picture is started from with --task img2img only")
+_NO_IMAGE = no_effect("without --image", when=lambda values: values["task"] is None and values["image"] is None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
     """Image to image: what pictures start from."""
 
-    task: Annotated[
-        SamplingTask | None,
-        Rule(
-            lambda values: values["task"] == "img2img" and values["image"] is None,
-            "--task img2img: needs --image, the picture to start from",
-        ),
-    ] = None
+    task: Annotated[Literal["txt2img", "img2img"] | None, _STARTS] = None
     """Start from text alone (txt2img), or from a picture (img2img). None: from a picture if --image names one."""
-    image: Annotated[
-        str | None,
-        NOT_EMPTY,
-        Rule(lambda values: values["task"] == "txt2img", "--image: a picture is started from with --task img2img only"),
-    ] = None
+    image: Annotated[str | None, NOT_EMPTY, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
-    strength: Annotated[
-        float, SHARE, no_effect("without --image", when=lambda values: values["task"] is None is values["image"])
-    ] = 0.75
+    strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
     """How far to go from the picture: 1 keeps nothing of it."""
 
 
@@ -112,20 +102,18 @@ class SizesConfig:
         ]
 
 
+_STOPS = excludes(
+    "refiner_strength", message="the base stops there, with --refiner_strength it finishes; give one of them"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
     refiner: Annotated[str | None, NOT_EMPTY] = None
     """The model: a local folder or file, or a name on the Hugging Face hub. None: the base makes the pictures alone."""
-    denoising_end: Annotated[
-        float | None,
-        Range("greater than 0 and less than 1", lambda share: 0 < share < 1),
-        excludes(
-            "refiner_strength", message="the base stops there, with --refiner_strength it finishes; give one of them"
-        ),
-        needs("refiner", "which goes on from there"),
-    ] = None
+    denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
     """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with
     --refiner_strength."""
     refiner_strength: Annotated[float | None, SHARE, only_with("refiner")] = None

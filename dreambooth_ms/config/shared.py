@@ -1,15 +1,9 @@
 """Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import (
-    DeviceTarget,
-    MixedPrecision,
-    PredictionType,
-    SamplingScheduler,
-    WeightType,
-)
+from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
 
@@ -18,9 +12,9 @@ from dreambooth_ms.config.rules import Resume, only_with
 class DeviceConfig:
     """Where it runs."""
 
-    device_target: Annotated[DeviceTarget, Resume.MAY_CHANGE] = "auto"
+    device_target: Annotated[Literal["auto", "CPU", "Ascend"], Resume.MAY_CHANGE] = "auto"
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
-    mixed_precision: MixedPrecision | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """What networks compute in: fp16, bf16 (on Ascend), or no for float32. Trained weights, norms, softmax, loss,
     optimiser and autoencoder are float32 in any case. None: no."""
     ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
@@ -93,7 +87,7 @@ class TargetConfig:
     target: Annotated[str, NOT_EMPTY]
     """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
     extension a folder."""
-    dtype: WeightType | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
     """Type of the numbers to write. None: as in the source."""
     alpha: Annotated[float | None, FINITE] = None
     """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""

@@ -35,10 +35,11 @@ class Setting:
             return f"--{self.name}"
         return f"{self.source}: {self.section}.{self.name}" if self.section else f"{self.source}: {self.name}"
 
-    def complain(self, message: str, *undecided: str) -> None:
-        """Note a problem, and the fields whose values are not known because of it."""
+    def complain(self, message: str, undecided: str | None = None) -> None:
+        """Note a problem, and the field whose value is not known because of it."""
         self.problems.append(f"{self.label}: {message}")
-        self.undecided.update(undecided)
+        if undecided is not None:
+            self.undecided.add(undecided)
 
 
 def canonical(name: str, known: Mapping[str, Field]) -> str | None:
@@ -86,7 +87,7 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
     kind = known[target].kind if target else {"config": str, BASE_THEN_ADAPTERS: list}.get(name, bool)
     if not texts and kind is not bool:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
-        setting.complain(f"expected {expected}, got nothing", *([target] if target else []))
+        setting.complain(f"expected {expected}, got nothing", target)
         return setting
     if len(texts) > 1 and kind is not list and (target or name == "config"):
         setting.complain(f"unexpected {texts[1]!r} after its value; put text with spaces in quotes")

@@ -176,7 +176,7 @@ HARMLESS: dict[str, str] = {
     "dataloader_num_workers": _FEW_PICTURES,
     "num_parallel_workers": _FEW_PICTURES,
     "pre_compute_text_embeddings": "prompts are always encoded once",
-    "lora_config_rank": "the rank is told from the LoRA's shapes",
+    "lora_config_rank": "the rank follows from the LoRA's shapes",
     "deterministic": "the same seed always generates the same pictures",
     "skip_save_text_encoder": "only what was trained is saved",
 }

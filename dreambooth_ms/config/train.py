@@ -3,30 +3,28 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dreambooth_ms.config.choices import (
     Interpolation,
     LearningRateSchedule,
-    LossScalerType,
     Method,
-    Optimizer,
     PredictionType,
     ValidationScheduler,
 )
 from dreambooth_ms.config.ranges import (
+    ABOVE_ONE,
     DECAY,
+    MEMORY,
     NOT_EMPTY,
     POSITIVE,
     SEED,
     SIDE,
     STEPS,
     ZERO_OR_ONE,
-    Range,
     at_least,
-    memory_size,
 )
-from dreambooth_ms.config.rules import Resume, Rule, Values, needs, no_effect, not_with, only_with
+from dreambooth_ms.config.rules import Resume, Rule, Values, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 
@@ -68,6 +66,10 @@ class DataConfig:
     """Filter used to resize pictures."""
 
 
+_LORA = not_with("method", "full")
+_LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """What is trained."""
@@ -76,20 +78,21 @@ class MethodConfig:
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: bool = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
-    rank: Annotated[int, at_least(1), not_with("method", "full")] = 4
+    rank: Annotated[int, at_least(1), _LORA] = 4
     """Rank of the LoRA update; the size of the file grows with it."""
-    lora_alpha: Annotated[int | None, at_least(1), not_with("method", "full")] = None
+    lora_alpha: Annotated[int | None, at_least(1), _LORA] = None
     """The update is scaled by lora_alpha / rank. None: equal to the rank, a scale of 1."""
-    lora_target_modules: Annotated[list[str], NOT_EMPTY, not_with("method", "full")] = field(
-        default_factory=lambda: ["to_k", "to_q", "to_v", "to_out.0"]
-    )
+    lora_target_modules: Annotated[list[str], NOT_EMPTY, _LORA] = field(default_factory=_LORA_TARGETS.copy)
     """Layers of the UNet that get an update, by the end of their names."""
-    lora_dropout: Annotated[float, DECAY, not_with("method", "full")] = 0.0
+    lora_dropout: Annotated[float, DECAY, _LORA] = 0.0
     """Share of the inputs of each LoRA update that is dropped at random in training."""
     use_ema: bool = False
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
+
+
+_BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +103,7 @@ class RunConfig:
     """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
     max_train_steps: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
     """Number of optimiser steps. None: as many as num_train_epochs takes."""
-    num_train_epochs: Annotated[
-        int,
-        at_least(1),
-        no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None),
-        Resume.MAY_CHANGE,
-    ] = 1
+    num_train_epochs: Annotated[int, at_least(1), _BY_PASSES, Resume.MAY_CHANGE] = 1
     """Passes over the pictures; not used when max_train_steps is given."""
     train_batch_size: Annotated[int, at_least(1), Resume.CUTS_ROWS] = 4
     """Pictures of the subject per step and process; prior preservation adds as many of the class."""
@@ -113,7 +111,7 @@ class RunConfig:
     """Batches whose gradients are added up to one optimiser step; a larger batch in the memory of a small one."""
     gradient_checkpointing: bool = False
     """Save memory: compute activations again in the backward pass, in place of keeping them. A step takes longer."""
-    max_device_memory: Annotated[str | None, Range("a size such as 16GB", lambda text: bool(memory_size(text)))] = None
+    max_device_memory: Annotated[str | None, MEMORY] = None
     """Memory that each process may take, such as 16GB; the run is refused if it is expected to need more. None: the
     machine's, which the processes on it share."""
     seed: Annotated[int | None, SEED] = None
@@ -131,6 +129,9 @@ class RunConfig:
 _TEXT_ENCODER = only_with("train_text_encoder")
 _OF_ADAM = not_with("optimizer", "adafactor")
 _PRODIGY = only_with("optimizer", "prodigy")
+_ONE_RATE = refused_with(
+    "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +141,7 @@ class OptimiserConfig:
     learning_rate: Annotated[float | None, POSITIVE] = None
     """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
     by it."""
-    text_encoder_lr: Annotated[
-        float | None,
-        POSITIVE,
-        _TEXT_ENCODER,
-        Rule(
-            lambda values: values["optimizer"] == "prodigy",
-            "--text_encoder_lr: prodigy has one rate for all weights; leave it out, or choose another --optimizer",
-        ),
-    ] = None
+    text_encoder_lr: Annotated[float | None, POSITIVE, _TEXT_ENCODER, _ONE_RATE] = None
     """Learning rate of the text encoder (both, for SDXL). None: the same as --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
@@ -160,7 +153,7 @@ class OptimiserConfig:
     """Number of cycles of the cosine_with_restarts schedule."""
     lr_power: Annotated[float, POSITIVE, only_with("lr_scheduler", "polynomial")] = 1.0
     """Power of the polynomial schedule."""
-    optimizer: Optimizer = "AdamW"
+    optimizer: Literal["AdamW", "adafactor", "prodigy"] = "AdamW"
     """How gradients become updates. prodigy finds the size of its steps by itself; adafactor keeps next to no state."""
     use_8bit_adam: Annotated[bool, not_with("optimizer", "adafactor", "prodigy")] = False
     """Keep AdamW's moments in 8 bits, a quarter of the memory; matters with full."""
@@ -195,6 +188,11 @@ def _in_one_folder(values: Values) -> bool:
 
 
 _PRIOR = only_with("with_prior_preservation")
+_APART = Rule(
+    _in_one_folder,
+    "--class_data_dir: expected another folder than --instance_data_dir, "
+    "or class pictures would mix with those of the subject",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +207,7 @@ class PriorConfig:
     """Train on pictures of the class beside those of the subject."""
     prior_loss_weight: Annotated[float, at_least(0), _PRIOR] = 1.0
     """Weight of the class pictures' loss."""
-    class_data_dir: Annotated[
-        str | None,
-        NOT_EMPTY,
-        _PRIOR,
-        Rule(
-            _in_one_folder,
-            "--class_data_dir: expected another folder than --instance_data_dir, "
-            "or class pictures would mix with those of the subject",
-        ),
-    ] = None
+    class_data_dir: Annotated[str | None, NOT_EMPTY, _PRIOR, _APART] = None
     """Folder with the class pictures; those that are missing are generated into it."""
     class_prompt: Annotated[str | None, NOT_EMPTY, _PRIOR] = None
     """Prompt that names the class, without the rare token: "a photo of dog"."""
@@ -244,9 +233,15 @@ class ValidationConfig:
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated each time, always from the same noise."""
     validation_steps: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 100
-    """Optimiser steps from one time to the next."""
+    """Optimiser steps from one validation to the next."""
     validation_scheduler: Annotated[ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = "DPMSolverMultistepScheduler"
     """Sampling method, by the name of diffusers' class."""
+
+
+_ONE_OFFSET = Rule(
+    lambda values: values["noise_offset"] > 0,
+    f"--offset_noise: is --noise_offset {OFFSET_NOISE_STRENGTH}; give one of them",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +252,7 @@ class LossConfig:
     """Prediction target. None: the one that the base model was trained with."""
     snr_gamma: Annotated[float | None, POSITIVE] = None
     """Min-SNR weighting: rows with little noise weigh less; 5.0 is usual. None: all rows weigh the same."""
-    offset_noise: Annotated[
-        bool,
-        Rule(
-            lambda values: values["noise_offset"] > 0,
-            f"--offset_noise: is --noise_offset {OFFSET_NOISE_STRENGTH}; give one of them",
-        ),
-    ] = False
+    offset_noise: Annotated[bool, _ONE_OFFSET] = False
     """Add a random constant of strength 0.1 to each channel of the noise; it helps very dark and bright pictures."""
     noise_offset: Annotated[float, at_least(0)] = 0.0
     """Strength of the random constant that is added to each channel of the noise; 0 adds none."""
@@ -277,16 +266,20 @@ _ADJUSTED = not_with("loss_scaler_type", "static")
 class LossScalingConfig:
     """With --mixed_precision fp16 the loss is scaled, so that small gradients are not lost."""
 
-    loss_scaler_type: Annotated[LossScalerType, _SCALED] = "dynamic"
+    loss_scaler_type: Annotated[Literal["dynamic", "static"], _SCALED] = "dynamic"
     """dynamic: the scale falls with each overflow, and grows again. static: it stays. Either skips such a step."""
     init_loss_scale: Annotated[float, at_least(1), _SCALED] = 65536.0
     """Scale of the first step; powers of two round nothing."""
-    loss_scale_factor: Annotated[
-        float, Range("greater than 1", lambda factor: 1 < factor < float("inf")), _SCALED, _ADJUSTED
-    ] = 2.0
+    loss_scale_factor: Annotated[float, ABOVE_ONE, _SCALED, _ADJUSTED] = 2.0
     """Factor by which the scale falls and grows."""
     scale_window: Annotated[int, at_least(1), _SCALED, _ADJUSTED] = 2000
     """Steps in a row without an overflow after which the scale grows."""
+
+
+_PLAIN_ADAMW = Rule(
+    lambda values: values["optimizer"] != "AdamW" or values["use_8bit_adam"],
+    "--zero_stage 1: shares out the moments of plain AdamW; leave out --optimizer and --use_8bit_adam",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,15 +290,7 @@ class ProcessesConfig:
     """Train in all the processes that mpirun or msrun started; each takes its own pictures of every step."""
     num_processes: Annotated[int | None, at_least(1), Resume.CUTS_ROWS] = None
     """Processes that train together. None: as many as were started; another number than that is refused."""
-    zero_stage: Annotated[
-        int,
-        ZERO_OR_ONE,
-        Rule(
-            lambda values: values["optimizer"] != "AdamW" or values["use_8bit_adam"],
-            "--zero_stage 1: shares out the moments of plain AdamW; leave out --optimizer and --use_8bit_adam",
-        ),
-        Resume.MAY_CHANGE,
-    ] = 0
+    zero_stage: Annotated[int, ZERO_OR_ONE, _PLAIN_ADAMW, Resume.MAY_CHANGE] = 0
     """1: each process keeps its own share of AdamW's moments, to save memory with --method full. 0: each keeps all."""
 
 
