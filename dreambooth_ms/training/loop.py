@@ -1,6 +1,6 @@
 """The training loop: the rate and the batches of a step, the compiled step, its report, and the hooks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +55,7 @@ def train(
     processes: Processes = ALONE,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepReport | None:
-    """Take steps, and call every hook with the report of each. Gives that of the step after which it was to stop.
-
-    Several processes take each step together: its batches are dealt out to them in turn, and each reports the whole.
+    """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop.
 
     Args:
         step_cell: the compiled step, holding the trainables and the optimiser's state.
@@ -67,40 +65,33 @@ def train(
         steps: which to take, counted from 0.
         hooks: what is done after a step: averages, logs, checkpoints, pictures.
         begin_batch: told the number of each batch before it is computed.
-        processes: those that train together.
+        processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.
 
     Raises:
         DataError: the loss is NaN or infinite; with loss scaling, in many steps in a row.
     """
-    scaler, overflows = step_cell.scaler, 0
-    of_all = batches_per_step * processes.count
+    scaler, overflows, of_all = step_cell.scaler, 0, batches_per_step * processes.count
     for step in steps:
-        numbers = processes.share(range(step * of_all, (step + 1) * of_all))
-        batches = [make_batch(number) for number in numbers]
+        batches = {number: make_batch(number) for number in processes.share(range(step * of_all, (step + 1) * of_all))}
         skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
-        updates = step - skipped_before
-        rate = learning_rate(updates)
-        step_cell.optimiser.prepare(updates + 1, rate)
+        rate = learning_rate(step - skipped_before)
+        step_cell.optimiser.prepare(step - skipped_before + 1, rate)
         if step == steps.start and processes.count > 1:
             # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
-            step_cell.compile_for(batches[0].tensors())
+            step_cell.compile_for(next(iter(batches.values())).tensors())
             processes.wait_for_all("the first step")
-        loss, errors, norm = step_cell.take(_begun(numbers, batches, begin_batch))
-        rows = [
-            (name, float(error))
-            for batch, errors_B in zip(batches, errors, strict=True)
-            for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
-        ]
-        everywhere = processes.exchange(f"step {step + 1}", [float(loss.asnumpy()), rows, stop_asked()])
+        loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
+        mine = [float(loss.asnumpy()), _named_errors(batches.values(), errors), stop_asked()]
+        losses, rows, stops = zip(*processes.exchange(f"step {step + 1}", mine), strict=True)
         report = StepReport(
             step=step + 1,
-            loss=sum(loss for loss, _, _ in everywhere),
-            concept_losses=concept_means([row for _, rows, _ in everywhere for row in rows]),
+            loss=sum(losses),
+            concept_losses=concept_means([row for of_process in rows for row in of_process]),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
-            stop_asked=any(asked for _, _, asked in everywhere),
+            stop_asked=any(stops),
             is_skipped=skipped_steps > skipped_before,
             skipped_steps=skipped_steps,
             loss_scale=scale,
@@ -114,14 +105,21 @@ def train(
     return None
 
 
-def _begun(
-    numbers: Sequence[int], batches: Sequence[Batch], begin_batch: Callable[[int], object] | None
-) -> Iterator[tuple[Tensor, ...]]:
+def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | None) -> Iterator[tuple[Tensor, ...]]:
     """Each batch as the step takes it, begun when the step comes to it."""
-    for number, batch in zip(numbers, batches, strict=True):
+    for number, batch in batches.items():
         if begin_batch:
             begin_batch(number)
         yield batch.tensors()
+
+
+def _named_errors(batches: Iterable[Batch], errors: Sequence[Tensor]) -> list[tuple[str, float]]:
+    """The concept and the error of each row."""
+    return [
+        (name, float(error))
+        for batch, errors_B in zip(batches, errors, strict=True)
+        for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
+    ]
 
 
 def check_finite(report: StepReport, overflows: int) -> None:
