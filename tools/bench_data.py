@@ -42,9 +42,9 @@ def megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def made_up(views: Sequence[View]) -> Iterator[tuple[np.ndarray]]:
+def made_up(views: Sequence[View]) -> Iterator[tuple[View, tuple[np.ndarray]]]:
     """Stands for the autoencoder."""
-    return ((np.full(POSTERIOR, view.frame.left, np.float32),) for view in views)
+    return ((view, (np.full(POSTERIOR, view.frame.left, np.float32),)) for view in views)
 
 
 def main() -> None:

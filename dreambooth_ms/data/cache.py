@@ -8,7 +8,7 @@ bounded number of them stays in memory.
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -84,8 +84,8 @@ class Lookup(Generic[Item, Value]):
     cache: ContentCache
     keys: Callable[[Item], tuple[str, ...]]
     """Of the arrays that a value has."""
-    make: Callable[[Sequence[Item]], Iterable[Sequence[np.ndarray]]]
-    """The arrays of each item."""
+    make: Callable[[Sequence[Item]], Iterable[tuple[Item, Sequence[np.ndarray]]]]
+    """Each item, in any order, with its arrays."""
     value: Callable[..., Value]
     """Arrays -> value."""
 
@@ -93,7 +93,7 @@ class Lookup(Generic[Item, Value]):
         """The value of an item; made again if its file is damaged or gone."""
         arrays: Sequence[np.ndarray | None] = [self.cache.get(key) for key in self.keys(item)]
         if any(array is None for array in arrays):
-            (arrays,) = self._made([item])
+            arrays = dict(self._made([item]))[item]
         return self.value(*arrays)
 
     def missing(self, items: Iterable[Item]) -> list[Item]:
@@ -107,11 +107,11 @@ class Lookup(Generic[Item, Value]):
         for _ in self._made(missing) if missing else ():
             pass
 
-    def _made(self, items: Sequence[Item]) -> Iterator[Sequence[np.ndarray]]:
-        for item, arrays in zip(items, self.make(items), strict=True):
+    def _made(self, items: Sequence[Item]) -> Iterator[tuple[Item, Sequence[np.ndarray]]]:
+        for item, arrays in self.make(items):
             for key, array in zip(self.keys(item), arrays, strict=True):
                 self.cache.put(key, array)
-            yield arrays
+            yield item, arrays
 
 
 def posterior_lookup(
@@ -147,7 +147,7 @@ def posterior_lookup(
         )
         return (key,)
 
-    def make(views: Sequence[View]) -> Iterator[tuple[np.ndarray]]:
+    def make(views: Sequence[View]) -> Iterator[tuple[View, tuple[np.ndarray]]]:
         encode = load_encoder()
         for view in progress(views):
             crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
@@ -158,7 +158,7 @@ def posterior_lookup(
                     f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
                     "name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
                 )
-            yield (value,)
+            yield view, (value,)
 
     return Lookup(cache, keys, make, lambda posterior: posterior)
 
@@ -173,15 +173,11 @@ def _flaw(posterior: np.ndarray) -> str | None:
 
 
 def embedding_lookup(
-    cache: ContentCache, encoder_digest: str, encode: Callable[[Sequence[str]], Mapping[str, PromptText]]
+    cache: ContentCache, encoder_digest: str, encode: Callable[[Sequence[str]], Iterable[tuple[str, PromptText]]]
 ) -> Lookup[str, PromptText]:
-    """Prompt -> what the UNet reads of it; `encode` is called only if one is missing."""
+    """Prompt -> what the UNet reads of it; `encode` gives it beside each prompt, if one is missing."""
 
     def keys(prompt: str) -> tuple[str, ...]:
         return tuple(content_key(prompt=prompt, encoder=encoder_digest, part=part) for part in PromptText._fields)
 
-    def make(prompts: Sequence[str]) -> Iterator[PromptText]:
-        embeddings = encode(prompts)
-        return (embeddings[prompt] for prompt in prompts)
-
-    return Lookup(cache, keys, make, PromptText)
+    return Lookup(cache, keys, encode, PromptText)

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.cli.toy_networks import SD_UNET
 from dreambooth_ms.cli.training_job import total_steps
 from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dreambooth_ms.data import prompts as prompts_module
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
@@ -450,7 +452,7 @@ class TestEmbeddingCache:
 
         def encode(prompts):
             asked.append(list(prompts))
-            return {prompt: PromptText(np.full((7, 3), len(prompt), np.float32)) for prompt in [*prompts, ""]}
+            return [(prompt, PromptText(np.full((7, 3), len(prompt), np.float32))) for prompt in [*prompts, ""]]
 
         cache = ContentCache(tmp_path)
         for prompts, digest in ((["a dog"], "w"), (["a dog", "a sks dog"], "w"), (["a dog"], "w"), (["a dog"], "v")):
@@ -462,12 +464,26 @@ class TestEmbeddingCache:
     def test_pooled_text_is_kept_beside_the_embedding_and_nothing_where_there_is_none(self, tmp_path):
         """The second look finds them on disk: nothing may be encoded any more."""
         texts = {"SDXL": PromptText(normal(7, 3), normal(5)), "SD": PromptText(normal(7, 3, seed=1))}
-        embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: texts).prepare(texts)
-        found = embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: {})
+        embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: texts.items()).prepare(texts)
+        found = embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: ())
         found.prepare(texts)
         assert found("SD").pooled.size == 0
         for prompt, expected in texts.items():
             assert all(np.array_equal(ours, one) for ours, one in zip(found(prompt), expected, strict=True))
+
+    def test_many_captions_are_encoded_a_part_at_a_time_by_encoders_loaded_once(self, monkeypatch):
+        loaded, asked = [], []
+
+        def encode(bundle, tokenizer, encoders, prompts, batch_size):
+            asked.append((len(prompts), batch_size))
+            return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
+
+        monkeypatch.setattr(prompts_module, "encode", encode)
+        monkeypatch.setattr(prompts_module, "prompt_tokenizer", lambda bundle: None)
+        bundle, captions = SimpleNamespace(load_text_encoders=lambda: loaded.append(1)), [str(i) for i in range(100)]
+        found = dict(prompts_module.embed_prompts(bundle, captions))
+        assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)
+        assert asked == [(64, 8), (37, 8)]
 
 
 class TestClassPictures:
