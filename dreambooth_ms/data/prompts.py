@@ -1,6 +1,6 @@
 """Prompts as a model's own text encoders encode them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,6 +31,10 @@ def encode(
     return encoded
 
 
-def embed_prompts(bundle: ModelBundle, prompts: Sequence[str]) -> dict[str, PromptText]:
-    """These prompts and the empty one, encoded by the base's own text encoders, which are gone afterwards."""
-    return encode(bundle, prompt_tokenizer(bundle), bundle.load_text_encoders(), [*prompts, ""])
+def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
+    """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
+    that not all are in memory; the encoders are gone afterwards."""
+    tokenizer, encoders, ordered = prompt_tokenizer(bundle), bundle.load_text_encoders(), sorted({*prompts, ""})
+    rows = min(8, len(ordered))
+    for start in range(0, len(ordered), 8 * rows):
+        yield from encode(bundle, tokenizer, encoders, ordered[start : start + 8 * rows], rows).items()

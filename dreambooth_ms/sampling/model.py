@@ -17,7 +17,6 @@ from mindspore import Tensor, nn
 from dreambooth_ms.adapters.attach import AttachedAdapters
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
-from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.randomness import standard_normal
@@ -249,7 +248,7 @@ class SamplingModel:
             add_time_ids(
                 self.bundle.num_add_time_ids,
                 sizes.original_size or own,
-                CropBox(sizes.crop_top, sizes.crop_left),
+                (sizes.crop_top, sizes.crop_left),
                 sizes.target_size or own,
                 score,
             )
