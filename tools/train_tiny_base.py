@@ -27,6 +27,7 @@ from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen befor
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_clip_config,
     write_text_config,
@@ -34,7 +35,7 @@ from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_vae_config,
 )
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, TextEncoders, end_positions  # noqa: E402
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
 from dreambooth_ms.models.initialise import initialise_for_training  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
@@ -45,6 +46,7 @@ from dreambooth_ms.models.specs import (  # noqa: E402
     UNetSpec,
     VaeSpec,
 )
+from dreambooth_ms.models.text import TextEncoders  # noqa: E402
 from dreambooth_ms.models.unet import UNet2DConditionModel  # noqa: E402
 from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
 from dreambooth_ms.processes.group import ALONE, Processes, run_in_group  # noqa: E402
@@ -327,7 +329,7 @@ def encode_world(
         means.append(mean.asnumpy().astype(np.float32))
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
         captions += texts
-    encoded = encode_prompts(tokenizer, TextEncoders(text_encoder), [*captions, ""], batch_size=100)
+    encoded = encode_prompts(tokenizer, TextEncoders({"text_encoder": text_encoder}), [*captions, ""], batch_size=100)
     embeddings = {caption: prompt.text for caption, prompt in encoded.items()}
     return np.concatenate(means), np.concatenate(deviations), captions, embeddings
 
@@ -441,7 +443,7 @@ def train_stages() -> None:
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(FOLDER / "tokenizer", world.WORDS)
-    tokenizer = PromptTokenizer(FOLDER / "tokenizer")
+    tokenizer = PromptTokenizer(ClipTokenizer(FOLDER / "tokenizer"))
     vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
 
     if only in (None, "vae"):

@@ -14,7 +14,7 @@ from dreambooth_ms.config.shared import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.device import compute_dtype, set_up_device
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
@@ -74,7 +74,7 @@ def load_adapted(
         raise WeightError(f"{', '.join(weights.lora)}: {error}; this one is {folder.path}") from error
     adapts_text = any(layers[name] for name in encoders.networks())
     # Once compiled, the encoders would go on without their adapters.
-    adapted = TextEncoders(encoders.text_encoder, encoders.text_encoder_2)
+    adapted = encoders.with_clip_skip(0)
     embeddings = encode(folder, adapted, prompts) if adapts_text else base_embeddings
     compute_in(unet, compute_dtype(mixed_precision))
     return AdaptedModel(unet, list(layers["unet"].values()), embeddings, base_embeddings)
@@ -82,8 +82,7 @@ def load_adapted(
 
 def prompt_tokenizer(folder: ModelBundle) -> PromptTokenizer:
     """The tokenizers of a base."""
-    pooled = folder.text_spec_2
-    return PromptTokenizer(*folder.tokenizer_paths, pooled_at=pooled.eos_token_id if pooled else None)
+    return PromptTokenizer.of(folder.text)
 
 
 def encode(folder: ModelBundle, encoders: TextEncoders, prompts: Sequence[str]) -> dict[str, PromptText]:

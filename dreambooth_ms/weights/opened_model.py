@@ -1,25 +1,38 @@
 """A model in any format, opened: what it is, and its tensors by public name, none of which has been read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
+from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.digest import tensors_digest
 from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
-from dreambooth_ms.formats.folder_layout import INDEX, NETWORKS, SCHEDULER, read_json, weight_file
-from dreambooth_ms.formats.model_config import Config, read_config, read_latent_settings
+from dreambooth_ms.formats.folder_configs import folder_configs
+from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.formats.model_config import (
+    Config,
+    read_config,
+    read_latent_settings,
+    read_vae_config,
+    write_vae_config,
+)
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
-from dreambooth_ms.formats.naming.recognise import recognise_model
+from dreambooth_ms.formats.naming.recognise import recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Slot
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
+from dreambooth_ms.models.parameter_shapes import model_shapes
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec, VaeSpec
+from dreambooth_ms.weights.load import load_strict
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
@@ -27,10 +40,37 @@ LATENT_STATISTICS = ("edm_mean", "edm_std")
 PREDICTION_METADATA = "modelspec.prediction_type"
 """Where single files say what they predict, by the Stability ModelSpec: "epsilon" or "v"."""
 
-ABSENT = [None, None]
-"""What model_index.json says of a part that is not there."""
-
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+Spec = TypeVar("Spec")
+Network = TypeVar("Network", bound=nn.Cell)
+
+
+@dataclass(frozen=True)
+class StoredNetwork(Generic[Spec]):
+    """A network in a file or folder, not read yet."""
+
+    file: Path
+    """The file that holds the tensors."""
+    spec: Spec
+    config: Config
+    """Its config.json, or what it would be."""
+    tensors: Mapping[str, StoredTensor]
+    """By their names in the network."""
+
+    def digest(self) -> str:
+        """What caches of its results are keyed by: the same for the same weights in any format."""
+        return tensors_digest(self.tensors)
+
+    def fill(self, network: Network, unused: Collection[str] = ()) -> Network:
+        """Fill a cell that has all layers but the `unused` ones at the top of the module tree.
+
+        Raises:
+            WeightError: lists all names that are missing, unexpected or mis-shaped.
+        """
+        tensors = {name: one for name, one in self.tensors.items() if name.partition(".")[0] not in unused}
+        load_strict(network, tensors, str(self.file))
+        return network
 
 
 @dataclass(frozen=True)
@@ -42,6 +82,7 @@ class OpenedModel:
     """Of the file, or FOLDER."""
     form: Format
     spec: ModelSpec
+    """As the names and shapes of the tensors show it."""
     tensors: Mapping[str, StoredTensor]
     """By public name, in the order of the model."""
     parts: tuple[str, ...]
@@ -54,8 +95,10 @@ class OpenedModel:
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
-    """The files that hold the tensors."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """The files of a folder's networks."""
+    other_vae: StoredNetwork[VaeSpec] | None = None
+    """Another model's autoencoder, if it takes the place of its own."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
@@ -68,13 +111,56 @@ class OpenedModel:
     @property
     def missing_parts(self) -> list[str]:
         """The networks that the family has and the file has not."""
-        absent = {part for part in ("text_encoder", "text_encoder_2") if getattr(self.spec, part) is None}
-        return [part for part in NETWORKS if part not in self.parts and part not in absent]
+        return [part for part in NETWORKS if part not in self.parts and getattr(self.spec, part) is not None]
+
+    @property
+    def assumed_prediction(self) -> str:
+        """What it predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
+        return self.prediction_type or ("v_prediction" if self.spec.family is Family.SD2 else "epsilon")
+
+    @property
+    def notes_as_base(self) -> tuple[str, ...]:
+        """What a user should know where it is a base: notes on a single file, with what is assumed of it."""
+        if self.container is Container.FOLDER or self.prediction_type is not None:
+            return self.notes if self.container is not Container.FOLDER else ()
+        return (*self.notes, f"It is taken to predict {self.assumed_prediction}; converting can say otherwise.")
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""
         prefix = f"{part}."
         return {name.removeprefix(prefix): own for name, own in self.tensors.items() if name.startswith(prefix)}
+
+    def configuration(self, name: str) -> Config:
+        """A JSON file of its folder, or of the folder that a single file would be converted to.
+
+        Raises:
+            WeightError: the folder does not have it, or it is damaged.
+        """
+        if self.other_vae and name == "vae/config.json":
+            return self.other_vae.config
+        if self.container is Container.FOLDER:
+            return read_json(self.path / name)
+        return folder_configs(self.spec, self.parts, self.assumed_prediction)[name]
+
+    def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
+        """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
+
+        Raises:
+            WeightError: `read` does not take the configuration.
+        """
+        name, known = f"{part}/config.json", model_shapes(self.spec)
+        config = self.configuration(name)
+        spec = read_config(self.path / name, config, read)
+        tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
+        file = self.other_vae.file if self.other_vae and part == "vae" else self.files.get(part, self.path)
+        return StoredNetwork(file, spec, config, tensors)
+
+    def with_vae(self, vae: StoredNetwork[VaeSpec]) -> "OpenedModel":
+        """The same with another autoencoder in place of its own."""
+        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("vae.")}
+        own = {f"vae.{name}": tensor for name, tensor in vae.tensors.items()}
+        parts = tuple(part for part in NETWORKS if part == "vae" or part in self.parts)
+        return replace(self, spec=replace(self.spec, vae=vae.spec), tensors=others | own, parts=parts, other_vae=vae)
 
     def check(self) -> None:
         """Stop if a network is not whole, or there are tensors that belong to none.
@@ -85,19 +171,24 @@ class OpenedModel:
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
 
-def open_model(path: Path, variant: str | None = None, use_averages: bool = False) -> OpenedModel:
+def open_model(
+    path: Path, variant: str | None = None, use_averages: bool = False, parts: Collection[str] | None = None
+) -> OpenedModel:
     """Recognise a model and open it; its tensors are not read, and misfits are in its report.
 
     Args:
         path: a folder in diffusers' layout, or a file.
         variant: which of the files in a folder; None for the plain ones, or for the only variant.
         use_averages: take the moving averages (EMA) of the weights that have them.
+        parts: the networks of a folder that are wanted; None for those that are there.
 
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
     """
-    if path.is_dir():
-        return _open_folder(path, variant)
+    return _open_folder(path, variant, parts) if path.is_dir() else _open_file(path, use_averages)
+
+
+def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     file = open_tensor_file(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found = recognise_model(shapes, str(path))
@@ -118,18 +209,20 @@ def open_model(path: Path, variant: str | None = None, use_averages: bool = Fals
         report=plan.report,
         prediction_type=said or found.prediction_type,
         averages=len(plan.averages),
-        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *_left_out(file)),
+        notes=(
+            *(_without(found.notes, "do not tell") if said else found.notes),
+            *(f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()),
+        ),
         metadata=file.metadata,
-        files=(path,),
     )
 
 
-def _open_folder(path: Path, variant: str | None) -> OpenedModel:
+def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
-    parts = tuple(part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir())
+    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
+    parts = tuple(there if wanted is None else wanted)
     files = {part: weight_file(path, part, variant) for part in parts}
-    opened = {part: open_tensor_file(file) for part, file in files.items()}
-    stored = {f"{part}.{name}": tensor for part in parts for name, tensor in opened[part].tensors.items()}
+    stored = {f"{part}.{name}": own for part in parts for name, own in _weights(files[part]).tensors.items()}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if not shapes:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
@@ -137,11 +230,12 @@ def _open_folder(path: Path, variant: str | None) -> OpenedModel:
     plan = found.naming.read_plan(shapes, parts)
     scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
     said = scheduler.get("prediction_type", "epsilon") if scheduler else found.prediction_type
+    vae = path / "vae" / "config.json"
     return OpenedModel(
         path=path,
         container=Container.FOLDER,
         form=Format.DIFFUSERS,
-        spec=_with_vae_settings(found.model, path),
+        spec=_with_latents(found.model, vae, read_json(vae)) if vae.exists() else found.model,
         tensors=public_tensors(plan, stored),
         parts=parts,
         report=plan.report,
@@ -149,8 +243,41 @@ def _open_folder(path: Path, variant: str | None) -> OpenedModel:
         averages=0,
         # A folder's configurations tell.
         notes=tuple(_without(found.notes, "do not tell", "are assumed")),
-        files=tuple(files.values()),
+        files=files,
     )
+
+
+def _weights(path: Path) -> TensorFile:
+    """A file of a folder, which must be of the kind that its name says."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else open_tensor_file(path)
+
+
+def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork[VaeSpec]:
+    """Check an autoencoder and open it.
+
+    Args:
+        path: its folder in diffusers' layout, a model folder with one, or a file that holds it alone.
+        latents_of: the autoencoder whose place it takes. The latents of one that is alone in a file, which does not say
+            how they are scaled, are scaled as this one's.
+        sample_size: height and width of the pictures it is for, in pixels.
+
+    Raises:
+        WeightError: there is none, or it is not whole.
+    """
+    is_file, folder = path.is_file(), path / "vae" if (path / "vae").is_dir() else path
+    file = open_tensor_file(path if is_file else weight_file(folder.parent, folder.name, None, "vae"))
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    found, naming = recognise_vae(shapes, str(file.path))
+    plan = naming.read_plan(shapes)
+    plan.report.check(str(file.path), "an autoencoder (VAE) of Stable Diffusion")
+    if is_file:
+        scale = {name: getattr(latents_of, name) for name in ("scaling_factor", "latents_mean", "latents_std")}
+        config: Config = write_vae_config(replace(found, **scale), sample_size)
+    else:
+        config = read_json(folder / "config.json")
+    tensors = {name.removeprefix("vae."): own for name, own in public_tensors(plan, file.tensors).items()}
+    spec = read_config(path if is_file else folder / "config.json", config, read_vae_config)
+    return StoredNetwork(file.path, spec, config, tensors)
 
 
 def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -198,24 +325,17 @@ def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
     """The model with the mean and deviation of its latents as a single file holds them, if it does."""
     if not all(name in file.tensors for name in LATENT_STATISTICS):
         return model
-    mean, std = (_statistic(file, name) for name in LATENT_STATISTICS)
+    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+    mean, std = (
+        [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
+        for name in LATENT_STATISTICS
+    )
     config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
     return _with_latents(model, file.path, config)
 
 
-def _statistic(file: TensorFile, name: str) -> list[float]:
-    values = file.tensors[name].cast_to(DType.F32).read().reshape(-1)
-    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
-    return [float(str(value)) for value in values]
-
-
-def _with_vae_settings(model: ModelSpec, folder: Path) -> ModelSpec:
-    """The model with the scale, mean and deviation of its latents as its folder says them."""
-    file = folder / "vae" / "config.json"
-    return _with_latents(model, file, read_json(file)) if file.exists() else model
-
-
 def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
+    """The model with the scale, mean and deviation of its latents as a configuration of its autoencoder says them."""
     channels = model.vae.latent_channels
     settings = read_config(source, config, lambda said: read_latent_settings(said, channels))
     return replace(model, vae=replace(model.vae, **settings))
@@ -224,19 +344,3 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
 def _without(notes: Collection[str], *doubts: str) -> list[str]:
     """The notes but those of some doubts, which something else has removed."""
     return [note for note in notes if not any(doubt in note for doubt in doubts)]
-
-
-def _left_out(file: TensorFile) -> list[str]:
-    return [f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()]
-
-
-def assumed_prediction(model: OpenedModel) -> str:
-    """What a model predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
-    return model.prediction_type or ("v_prediction" if model.spec.family is Family.SD2 else "epsilon")
-
-
-def notes_as_folder(model: OpenedModel) -> tuple[str, ...]:
-    """The notes on a single file that is read as a folder, with what is assumed of it."""
-    if model.prediction_type is not None:
-        return model.notes
-    return (*model.notes, f"It is taken to predict {assumed_prediction(model)}; converting can say otherwise.")

@@ -117,7 +117,8 @@ def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
     found = open_bundle(path)
     assert (found.text_encoders, found.num_add_time_ids) == (("text_encoder_2",), 5)
     assert (len(found.tokenizer_paths), found.zeros_for_empty_prompt) == (1, False)
-    loaded, saved = read_parameters(found.load_text_encoders().text_encoder_2), model.of_part("text_encoder_2")
+    (reader,) = found.text
+    loaded, saved = read_parameters(reader.load()), model.of_part("text_encoder_2")
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name].read()) for name in saved)
 

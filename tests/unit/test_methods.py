@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from dreambooth_ms.adapters.lora_file import read_lora
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
 from dreambooth_ms.training.methods import METHODS, result_of
 from dreambooth_ms.weights.bundle import open_bundle
@@ -50,7 +50,7 @@ def trained(path, method, text=False, variant=None, **settings):
     networks = {"unet": folder.load_unet()} | ({"text_encoder": folder.load_text_encoder()} if text else {})
     config = MethodConfig(method=method, train_text_encoder=text, **settings)
     learner = METHODS[method](
-        config, folder, networks["unet"], TextEncoders(networks["text_encoder"]) if text else None, 3
+        config, folder, networks["unet"], TextEncoders({"text_encoder": networks["text_encoder"]}) if text else None, 3
     )
     chosen = {id(parameter) for parameter in learner.trainables}
     for network in networks.values():

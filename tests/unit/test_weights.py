@@ -407,17 +407,17 @@ class TestModelFolder:
 
     @pytest.fixture
     def folder(self, tmp_path, text_encoder):
-        """Every part is there; only the text encoder's weights are real."""
+        """Every part is there; only the networks are real."""
         for name in PARTS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("{}")
-            if name.endswith(".safetensors"):
-                write_tensors(tmp_path / name, {})
         (tmp_path / "model_index.json").write_text('{"unet": [], "vae": [], "text_encoder": []}')
-        (tmp_path / "unet/config.json").write_text(json.dumps(model_config.write_unet_config(UNET_OF_FOLDER)))
-        (tmp_path / "vae/config.json").write_text(json.dumps(model_config.write_vae_config(VAE, 16)))
-        config = model_config.write_text_config(TEXT, 16)
-        model_folder.save_network(tmp_path, "text_encoder", text_encoder, config)
+        for part, network, config in (
+            ("unet", UNet2DConditionModel(UNET_OF_FOLDER), model_config.write_unet_config(UNET_OF_FOLDER)),
+            ("vae", AutoencoderKL(VAE), model_config.write_vae_config(VAE, 16)),
+            ("text_encoder", text_encoder, model_config.write_text_config(TEXT, 16)),
+        ):
+            model_folder.save_network(tmp_path, part, network, config)
         return tmp_path
 
     def test_it_knows_its_networks(self, folder):
