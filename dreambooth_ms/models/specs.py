@@ -1,7 +1,7 @@
 """Families as data: what distinguishes one Stable Diffusion from another.
 
-The field names follow the `config.json` files of diffusers and transformers, from which `weights/bundle.py`
-fills these rows.
+The field names follow the `config.json` files of diffusers and transformers, from which
+`formats/model_config.py` fills these rows.
 """
 
 from dataclasses import dataclass

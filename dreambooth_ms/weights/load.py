@@ -1,6 +1,7 @@
 """Tensors -> the parameters of a network, strictly."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from mindspore import nn
@@ -10,8 +11,22 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.weights.opened_model import StoredNetwork
 
 NAMES_SHOWN = 5
+
+Network = TypeVar("Network", bound=nn.Cell)
+
+
+def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:
+    """Fill a cell from its file; it has all layers but the `unused` ones at the top of the module tree.
+
+    Raises:
+        WeightError: lists all names that are missing, unexpected or mis-shaped.
+    """
+    tensors = {name: one for name, one in stored.tensors.items() if name.partition(".")[0] not in unused}
+    load_strict(network, tensors, str(stored.file))
+    return network
 
 
 def load_strict(

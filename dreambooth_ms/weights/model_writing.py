@@ -16,7 +16,7 @@ from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
-from dreambooth_ms.formats.folder_configs import folder_configs, tokenizers
+from dreambooth_ms.formats.folder_configs import tokenizers
 from dreambooth_ms.formats.folder_layout import (
     ABSENT,
     INDEX,
@@ -194,7 +194,7 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 
 
 def _make_the_rest(model: OpenedModel, folder: Path) -> None:
-    for name, content in folder_configs(model.spec, model.parts, model.assumed_prediction).items():
+    for name, content in model.made_configurations().items():
         write_json(folder / name, content)
     for encoder, pad_token in tokenizers_on_board(model).items():
         write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.digest import tensors_digest
@@ -32,7 +31,6 @@ from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec, VaeSpec
-from dreambooth_ms.weights.load import load_strict
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
@@ -43,7 +41,6 @@ PREDICTION_METADATA = "modelspec.prediction_type"
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 Spec = TypeVar("Spec")
-Network = TypeVar("Network", bound=nn.Cell)
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,6 @@ class StoredNetwork(Generic[Spec]):
     def digest(self) -> str:
         """What caches of its results are keyed by: the same for the same weights in any format."""
         return tensors_digest(self.tensors)
-
-    def fill(self, network: Network, unused: Collection[str] = ()) -> Network:
-        """Fill a cell that has all layers but the `unused` ones at the top of the module tree.
-
-        Raises:
-            WeightError: lists all names that are missing, unexpected or mis-shaped.
-        """
-        tensors = {name: one for name, one in self.tensors.items() if name.partition(".")[0] not in unused}
-        load_strict(network, tensors, str(self.file))
-        return network
 
 
 @dataclass(frozen=True)
@@ -120,10 +107,11 @@ class OpenedModel:
 
     @property
     def notes_as_base(self) -> tuple[str, ...]:
-        """What a user should know where it is a base: notes on a single file, with what is assumed of it."""
-        if self.container is Container.FOLDER or self.prediction_type is not None:
-            return self.notes if self.container is not Container.FOLDER else ()
-        return (*self.notes, f"It is taken to predict {self.assumed_prediction}; converting can say otherwise.")
+        """What a user should know where it is a base: the notes on a single file, with what is assumed of it."""
+        if self.container is Container.FOLDER:
+            return ()
+        assumed = f"It is taken to predict {self.assumed_prediction}; converting can say otherwise."
+        return (*self.notes, assumed) if self.prediction_type is None else self.notes
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""
@@ -136,11 +124,16 @@ class OpenedModel:
         Raises:
             WeightError: the folder does not have it, or it is damaged.
         """
+        if self.container is not Container.FOLDER:
+            return self.made_configurations()[name]
         if self.other_vae and name == "vae/config.json":
             return self.other_vae.config
-        if self.container is Container.FOLDER:
-            return read_json(self.path / name)
-        return folder_configs(self.spec, self.parts, self.assumed_prediction)[name]
+        return read_json(self.path / name)
+
+    def made_configurations(self) -> dict[str, Config]:
+        """The JSON files of the folder that a single file would be converted to, by their paths in it."""
+        own = {"vae/config.json": self.other_vae.config} if self.other_vae else {}
+        return {**folder_configs(self.spec, self.parts, self.assumed_prediction), **own}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
         """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
@@ -282,12 +275,16 @@ def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork
 
 def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Public name -> tensor, for what a plan reads from the tensors of a file."""
-    blocks = _LastRead(stored)
+    # Of what several tensors are blocks of, so that it is read once: weight and bias take turns.
+    read_blocks = lru_cache(maxsize=2)(lambda name: stored[name].read())
+
+    def load(slot: Slot) -> np.ndarray:
+        return slot.restore(read_blocks(slot.name) if slot.blocks > 1 else stored[slot.name].read())
+
     tensors = {}
     for name, slot in plan.slots.items():
         own = stored[slot.name]
-        read = blocks.read if slot.blocks > 1 else partial(_read, stored)
-        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(read, slot), _ranges(slot, own))
+        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(load, slot), _ranges(slot, own))
     return tensors
 
 
@@ -297,28 +294,6 @@ def _ranges(slot: Slot, stored: StoredTensor) -> tuple[FileRange, ...]:
         return ()
     size = stored.byte_count // slot.blocks
     return (stored.ranges[0].part(slot.block * size, size),)
-
-
-def _read(stored: Mapping[str, StoredTensor], slot: Slot) -> np.ndarray:
-    return slot.restore(stored[slot.name].read())
-
-
-class _LastRead:
-    """Tensors that several public ones are blocks of, so that they are read once: weight and bias take turns."""
-
-    KEPT = 2
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
-        self._values: dict[str, np.ndarray] = {}
-
-    def read(self, slot: Slot) -> np.ndarray:
-        """The block of a slot."""
-        if slot.name not in self._values:
-            while len(self._values) >= self.KEPT:
-                del self._values[next(iter(self._values))]
-            self._values[slot.name] = self._stored[slot.name].read()
-        return slot.restore(self._values[slot.name])
 
 
 def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:

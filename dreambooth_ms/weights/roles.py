@@ -15,6 +15,7 @@ from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
+from dreambooth_ms.weights.load import fill
 from dreambooth_ms.weights.opened_model import StoredNetwork
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -32,7 +33,7 @@ class Denoiser:
     @classmethod
     def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
         """A UNet in a file."""
-        return cls(stored.spec, lambda: stored.fill(UNet2DConditionModel(stored.spec)))
+        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Codec:
 
         def load(encodes: bool = True, decodes: bool = True) -> AutoencoderKL:
             unused = (*(() if encodes else ENCODER_LAYERS), *(() if decodes else DECODER_LAYERS))
-            return stored.fill(AutoencoderKL(stored.spec, encodes, decodes), unused)
+            return fill(AutoencoderKL(stored.spec, encodes, decodes), stored, unused)
 
         return cls(stored.spec, load, stored.digest)
 
@@ -98,7 +99,7 @@ class TextReader:
 
         def load() -> nn.Cell:
             tower = CLIPTextModelWithProjection(spec) if spec.projection_dim else CLIPTextModel(spec, last_layer)
-            return stored.fill(tower)
+            return fill(tower, stored)
 
         return cls(
             name=name,
