@@ -258,19 +258,38 @@ def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork
         WeightError: there is none, or it is not whole.
     """
     is_file, folder = path.is_file(), path / "vae" if (path / "vae").is_dir() else path
-    file = open_tensor_file(path if is_file else weight_file(folder.parent, folder.name, None, "vae"))
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found, naming = recognise_vae(shapes, str(file.path))
-    plan = naming.read_plan(shapes)
-    plan.report.check(str(file.path), "an autoencoder (VAE) of Stable Diffusion")
+    found = open_lone_vae(path if is_file else weight_file(folder.parent, folder.name, None, "vae"))
+    found.report.check(str(found.path), "an autoencoder (VAE) of Stable Diffusion")
     if is_file:
         scale = {name: getattr(latents_of, name) for name in ("scaling_factor", "latents_mean", "latents_std")}
-        config: Config = write_vae_config(replace(found, **scale), sample_size)
+        config: Config = write_vae_config(replace(found.spec.vae, **scale), sample_size)
     else:
         config = read_json(folder / "config.json")
-    tensors = {name.removeprefix("vae."): own for name, own in public_tensors(plan, file.tensors).items()}
     spec = read_config(path if is_file else folder / "config.json", config, read_vae_config)
-    return StoredNetwork(file.path, spec, config, tensors)
+    return StoredNetwork(found.path, spec, config, found.of_part("vae"))
+
+
+def open_lone_vae(path: Path) -> OpenedModel:
+    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
+
+    Raises:
+        WeightError: no such file, damaged, or no autoencoder that is known.
+    """
+    file = open_tensor_file(path)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    found = recognise_vae(shapes, str(path))
+    plan = found.naming.read_plan(shapes)
+    return OpenedModel(
+        path=path,
+        container=file.container,
+        form=found.form,
+        spec=found.model,
+        tensors=public_tensors(plan, file.tensors),
+        parts=("vae",),
+        report=plan.report,
+        prediction_type=None,
+        averages=0,
+    )
 
 
 def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

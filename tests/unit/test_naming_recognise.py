@@ -112,9 +112,9 @@ class TestAutoencoderAlone:
             naming = vae_naming(form, spec)
             plan = naming.write_plan(list(naming.shapes))
             stored = plan.shapes(naming.shapes)
-            found, own = recognise_vae(stored | {"model_ema.decay": (), "loss.logvar": ()}, "a file")
-            assert vae_shapes(found) == vae_shapes(spec)
-            assert own.read_plan(stored).report.fits
+            found = recognise_vae(stored | {"model_ema.decay": (), "loss.logvar": ()}, "a file")
+            assert vae_shapes(found.model.vae) == vae_shapes(spec)
+            assert found.naming.read_plan(stored).report.fits
             assert len(stored) == 248
 
     def test_anything_else_is_refused_by_its_kind(self):

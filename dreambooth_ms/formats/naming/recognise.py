@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
@@ -10,7 +10,7 @@ from dreambooth_ms.formats.naming.formats import Format, naming_of, vae_naming
 from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec, VaeSpec
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
 
 EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
 
@@ -77,8 +77,8 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     return Recognition(form, model, naming, prediction_type, tuple(_notes(cleaned, model, naming, prediction_type)))
 
 
-def recognise_vae(stored: Mapping[str, Shape], source: str) -> tuple[VaeSpec, Naming]:
-    """The sizes and the naming of an autoencoder that is alone in a file.
+def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
+    """Format, sizes and naming of an autoencoder that is alone in a file; the rest of the model is SD 1.5's.
 
     Raises:
         WeightError: it is something else.
@@ -89,7 +89,7 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> tuple[VaeSpec, Na
     ):
         if mark in stored:
             spec = infer_vae({prefix + name: shape for name, shape in stored.items()}, form)
-            return spec, vae_naming(form, spec)
+            return Recognition(form, replace(SD_15, vae=spec), vae_naming(form, spec), None, ())
     raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
 
 

@@ -24,7 +24,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether there is no misfit."""
-        return not (self.missing or self.unexpected or self.misshaped or self.duplicate)
+        return self.count == 0
 
     @property
     def count(self) -> int:
