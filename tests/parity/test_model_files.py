@@ -105,7 +105,7 @@ def test_its_networks_from_our_file_give_our_outputs(written, pynative):
         noise = pipeline.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample
         mean = pipeline.vae.encode(torch.tensor(picture)).latent_dist.mean
         states = pipeline.text_encoder(torch.tensor(ids, dtype=torch.long))[0]
-    unet = ours.load_unet()(Tensor(latents), Tensor(timesteps, ms.int32), Tensor(text))
+    unet = ours.denoiser.load()(Tensor(latents), Tensor(timesteps, ms.int32), Tensor(text))
     assert relative_error(unet, noise) < TOLERANCE
-    assert relative_error(VaeEncoder(ours.load_vae())(Tensor(picture))[0], mean) < TOLERANCE
-    assert relative_error(ours.load_text_encoder()(Tensor(ids, ms.int32)), states) < TOLERANCE
+    assert relative_error(VaeEncoder(ours.codec.load())(Tensor(picture))[0], mean) < TOLERANCE
+    assert relative_error(ours.text[0].load()(Tensor(ids, ms.int32)), states) < TOLERANCE

@@ -422,14 +422,15 @@ class TestModelFolder:
 
     def test_it_knows_its_networks(self, folder):
         found = model_folder.open_bundle(folder)
-        assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET_OF_FOLDER, VAE, TEXT)
-        assert found.schedule_spec == NoiseScheduleSpec()
+        (reader,) = found.text
+        assert (found.denoiser.spec, found.codec.spec, reader.spec) == (UNET_OF_FOLDER, VAE, TEXT)
+        assert found.schedule.spec == NoiseScheduleSpec()
         assert found.picture_size == 16
-        assert found.tokenizer_paths == (folder / "tokenizer",)
+        assert reader.tokenizer_folder == folder / "tokenizer"
 
     def test_a_network_is_loaded_as_it_was_saved(self, folder, text_encoder):
         saved = read_parameters(text_encoder)
-        loaded = read_parameters(model_folder.open_bundle(folder).load_text_encoder())
+        loaded = read_parameters(model_folder.open_bundle(folder).text[0].load())
         assert loaded.keys() == saved.keys()
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
@@ -456,7 +457,7 @@ class TestModelFolder:
         config["num_hidden_layers"], config["hidden_size"] = 1, 16
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
-            model_folder.open_bundle(folder).load_text_encoder()
+            model_folder.open_bundle(folder).text[0].load()
 
     @pytest.mark.parametrize("inside", ["", "vae"], ids=["the autoencoder's folder", "a model folder"])
     def test_another_autoencoder_takes_the_place_of_its_own(self, folder, tmp_path_factory, inside):
@@ -465,9 +466,11 @@ class TestModelFolder:
         (other / "base").mkdir()
         model_folder.save_network(other / "base", "vae", network, model_config.write_vae_config(SMALL_VAE, 16))
         found = model_folder.open_bundle(folder, vae=other / "base" if inside else other / "base" / "vae")
-        assert found.vae_spec == SMALL_VAE
-        assert found.weight_file("vae") == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
-        loaded, saved = read_parameters(found.load_vae()), read_parameters(network)
+        assert found.codec.spec == SMALL_VAE
+        assert (
+            found.opened().network("vae", dict).file == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+        )
+        loaded, saved = read_parameters(found.codec.load()), read_parameters(network)
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
     def test_another_autoencoder_that_is_none_is_named(self, folder, tmp_path_factory):
@@ -479,10 +482,10 @@ class TestModelFolder:
     def test_sdxl_is_known_by_its_second_text_encoder(self, tmp_path, refiner):
         found = model_folder.open_bundle(write_random_sdxl(tmp_path, refiner=refiner))
         tokenizers = ("tokenizer_2",) if refiner else ("tokenizer", "tokenizer_2")
-        assert found.tokenizer_paths == tuple(tmp_path / name for name in tokenizers)
+        assert [reader.tokenizer_folder for reader in found.text] == [tmp_path / name for name in tokenizers]
         assert (found.num_add_time_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
-        assert (found.text_spec is None) == refiner
-        assert found.text_spec_2.projection_dim == POOLED
+        assert [reader.name for reader in found.text] == (["text_encoder"] * (not refiner)) + ["text_encoder_2"]
+        assert found.text[-1].spec.projection_dim == POOLED
 
     @pytest.mark.parametrize(("wider", "count"), [(8, 7), (-16, 4), (1, 0), (None, 0)])
     def test_a_unet_that_reads_other_numbers_than_sdxls_is_refused(self, tmp_path, wider, count):
