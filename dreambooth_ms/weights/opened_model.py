@@ -76,9 +76,9 @@ class OpenedModel:
     """The networks that are there."""
     report: Report
     """What does not fit the family's names."""
-    prediction_type: str | None
+    prediction_type: str | None = None
     """"epsilon" or "v_prediction"; None if nothing tells."""
-    averages: int
+    averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -233,7 +233,6 @@ def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None
         parts=parts,
         report=plan.report,
         prediction_type=said if isinstance(said, str) else None,
-        averages=0,
         # A folder's configurations tell.
         notes=tuple(_without(found.notes, "do not tell", "are assumed")),
         files=files,
@@ -278,7 +277,7 @@ def open_lone_vae(path: Path) -> OpenedModel:
     file = open_tensor_file(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found = recognise_vae(shapes, str(path))
-    plan = found.naming.read_plan(shapes)
+    plan = found.naming.read_plan(shapes, ("vae",))
     return OpenedModel(
         path=path,
         container=file.container,
@@ -287,8 +286,6 @@ def open_lone_vae(path: Path) -> OpenedModel:
         tensors=public_tensors(plan, file.tensors),
         parts=("vae",),
         report=plan.report,
-        prediction_type=None,
-        averages=0,
     )
 
 

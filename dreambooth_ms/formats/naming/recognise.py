@@ -1,12 +1,14 @@
 """What a file holds, told from the names and shapes of its tensors alone."""
 
+import operator
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
-from dreambooth_ms.formats.naming.formats import Format, naming_of, vae_naming
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
@@ -88,8 +90,9 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
         (Format.STABILITY, "encoder.down.0.block.0.norm1.weight", stability.VAE_PREFIX),
     ):
         if mark in stored:
-            spec = infer_vae({prefix + name: shape for name, shape in stored.items()}, form)
-            return Recognition(form, replace(SD_15, vae=spec), vae_naming(form, spec), None, ())
+            model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
+            naming = replace(naming_of(form, model), clean=partial(operator.add, prefix))
+            return Recognition(form, model, naming, None, ())
     raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
 
 
