@@ -150,7 +150,7 @@ class Naming:
         holders: dict[str, dict[str, Slot]] = {}
         for slots in (first, *self.spellings):
             for public, slot in slots.items():
-                holders.setdefault(slot.name, {}).setdefault(public, slot)
+                holders.setdefault(self.clean(slot.name), {}).setdefault(public, slot)
         return holders
 
 

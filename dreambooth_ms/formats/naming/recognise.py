@@ -1,10 +1,8 @@
 """What a file holds, told from the names and shapes of its tensors alone."""
 
-import operator
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
@@ -91,7 +89,7 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     ):
         if mark in stored:
             model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
-            naming = replace(naming_of(form, model), clean=partial(operator.add, prefix))
+            naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
             return Recognition(form, model, naming, None, ())
     raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
 
