@@ -36,6 +36,12 @@ _OTHER_KINDS = {
 _SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.")
 _SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
 
+# Names that only autoencoders alone in a file have -> the format, and what is before their names in a whole model.
+_LONE_VAES = {
+    "encoder.down_blocks.0.resnets.0.norm1.weight": (Format.DIFFUSERS, "vae."),
+    "encoder.down.0.block.0.norm1.weight": (Format.STABILITY, stability.VAE_PREFIX),
+}
+
 
 @dataclass(frozen=True)
 class Recognition:
@@ -83,15 +89,13 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     Raises:
         WeightError: it is something else.
     """
-    for form, mark, prefix in (
-        (Format.DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.weight", "vae."),
-        (Format.STABILITY, "encoder.down.0.block.0.norm1.weight", stability.VAE_PREFIX),
-    ):
-        if mark in stored:
-            model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
-            naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
-            return Recognition(form, model, naming, None, ())
-    raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
+    found = next((place for mark, place in _LONE_VAES.items() if mark in stored), None)
+    if found is None:
+        raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
+    form, prefix = found
+    model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
+    naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
+    return Recognition(form, model, naming, None, ())
 
 
 def other_kind(names: Collection[str]) -> str:
