@@ -116,3 +116,23 @@ def test_every_test_that_proves_a_format_is_there():
     assert len(named) > 20
     assert named <= functions, named - functions
     assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", text))
+
+
+def test_the_chinese_readme_holds_what_the_english_one_holds():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
+    patterns = {
+        "sections": r"^#+ ",
+        "commands": r"(?:^|\s)(?:dreambooth-ms|mpirun|msrun|make|streamlit) [\w-]+",
+        "flags": r"--\w+",
+        "documents": r"\]\((?!https?:)([^)#]+)\)",
+        "figures": r"\d+(?:\.\d+)?",
+    }
+    for what, pattern in patterns.items():
+        held = [re.findall(pattern, text.replace("README_CN", "README"), re.MULTILINE) for text in (english, chinese)]
+        if what == "sections":
+            held = [len(one) for one in held]
+        if what in ("flags", "documents", "commands"):
+            held = [set(map(str.strip, one)) for one in held]
+        if what == "figures":
+            held = [{one for one in found if "." in one or len(one) > 2} for found in held]
+        assert held[0] == held[1], what
