@@ -26,7 +26,7 @@ from dreambooth_ms.formats.model_config import (
 )
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
-from dreambooth_ms.formats.naming.recognise import recognise_model, recognise_vae
+from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
@@ -187,25 +187,16 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     found = recognise_model(shapes, str(path))
     if found.form is Format.DIFFUSERS:
         raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
-    parts = tuple(found.naming.present_parts(shapes))
-    plan = found.naming.read_plan(shapes, parts, use_averages)
-    if use_averages and not plan.averages:
+    model = _opened(path, file.container, found, file.tensors, found.naming.present_parts(shapes), use_averages)
+    if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
     said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
-    return OpenedModel(
-        path=path,
-        container=file.container,
-        form=found.form,
+    passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
+    return replace(
+        model,
         spec=_with_latent_statistics(found.model, file),
-        tensors=public_tensors(plan, file.tensors),
-        parts=parts,
-        report=plan.report,
         prediction_type=said or found.prediction_type,
-        averages=len(plan.averages),
-        notes=(
-            *(_without(found.notes, "do not tell") if said else found.notes),
-            *(f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()),
-        ),
+        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *passed_over),
         metadata=file.metadata,
     )
 
@@ -213,29 +204,53 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
 def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
-    parts = tuple(there if wanted is None else wanted)
-    files = {part: weight_file(path, part, variant) for part in parts}
-    stored = {f"{part}.{name}": own for part in parts for name, own in _weights(files[part]).tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if not shapes:
+    files = {part: weight_file(path, part, variant) for part in (there if wanted is None else wanted)}
+    stored = {f"{part}.{name}": own for part, file in files.items() for name, own in _weights(file).tensors.items()}
+    if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    found = recognise_model(shapes, str(path))
-    plan = found.naming.read_plan(shapes, parts)
+    found = recognise_model({name: tensor.shape for name, tensor in stored.items()}, str(path))
     scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
     said = scheduler.get("prediction_type", "epsilon") if scheduler else found.prediction_type
     vae = path / "vae" / "config.json"
-    return OpenedModel(
-        path=path,
-        container=Container.FOLDER,
-        form=Format.DIFFUSERS,
+    return replace(
+        _opened(path, Container.FOLDER, found, stored, files),
         spec=_with_latents(found.model, vae, read_json(vae)) if vae.exists() else found.model,
-        tensors=public_tensors(plan, stored),
-        parts=parts,
-        report=plan.report,
         prediction_type=said if isinstance(said, str) else None,
         # A folder's configurations tell.
         notes=tuple(_without(found.notes, "do not tell", "are assumed")),
         files=files,
+    )
+
+
+def open_lone_vae(path: Path) -> OpenedModel:
+    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
+
+    Raises:
+        WeightError: no such file, damaged, or no autoencoder that is known.
+    """
+    file = open_tensor_file(path)
+    found = recognise_vae({name: tensor.shape for name, tensor in file.tensors.items()}, str(path))
+    return _opened(path, file.container, found, file.tensors, ("vae",))
+
+
+def _opened(
+    path: Path,
+    container: Container,
+    found: Recognition,
+    stored: Mapping[str, StoredTensor],
+    parts: Collection[str],
+    use_averages: bool = False,
+) -> OpenedModel:
+    plan = found.naming.read_plan({name: tensor.shape for name, tensor in stored.items()}, parts, use_averages)
+    return OpenedModel(
+        path=path,
+        container=container,
+        form=found.form,
+        spec=found.model,
+        tensors=public_tensors(plan, stored),
+        parts=tuple(parts),
+        report=plan.report,
+        averages=len(plan.averages),
     )
 
 
@@ -266,27 +281,6 @@ def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork
         config = read_json(folder / "config.json")
     spec = read_config(path if is_file else folder / "config.json", config, read_vae_config)
     return StoredNetwork(found.path, spec, config, found.of_part("vae"))
-
-
-def open_lone_vae(path: Path) -> OpenedModel:
-    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
-
-    Raises:
-        WeightError: no such file, damaged, or no autoencoder that is known.
-    """
-    file = open_tensor_file(path)
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found = recognise_vae(shapes, str(path))
-    plan = found.naming.read_plan(shapes, ("vae",))
-    return OpenedModel(
-        path=path,
-        container=file.container,
-        form=found.form,
-        spec=found.model,
-        tensors=public_tensors(plan, file.tensors),
-        parts=("vae",),
-        report=plan.report,
-    )
 
 
 def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
