@@ -27,7 +27,7 @@ class Denoiser:
     """What predicts noise or velocity."""
 
     spec: UNetSpec
-    load: Callable[[], nn.Cell]
+    load: Callable[[], Any]
     """Gives the cell, filled."""
 
     @classmethod
@@ -77,7 +77,7 @@ class TextReader:
     tokenizer: Callable[[], Any]
     """Gives what has the methods of `ClipTokenizer`."""
     tokenizer_folder: Path | None = None
-    load: Callable[[], nn.Cell]
+    load: Callable[[], Any]
     """Gives a cell that `models.text.TextEncoders` takes, filled."""
     digest: Callable[[], str]
     """What caches of embeddings are keyed by."""

@@ -452,6 +452,30 @@ class TestModelFolder:
         with pytest.raises(WeightError, match=r"unet/diffusion_pytorch_model\.fp16\.safetensors.*found: config\.json"):
             model_folder.open_bundle(folder, variant="fp16")
 
+    def test_a_tensor_that_belongs_to_no_network_is_told_before_any_is_read(self, folder):
+        file = folder / "unet/diffusion_pytorch_model.safetensors"
+        write_tensors(file, read_tensors(file)[0] | {"surplus.weight": np.zeros(2, np.float32)})
+        with pytest.raises(
+            WeightError, match=r"does not fit a model of SD 2.*1 unexpected \(unet\.surplus\.weight\)"
+        ):
+            model_folder.open_bundle(folder)
+
+    def test_old_names_and_shapes_of_the_autoencoders_attention_are_read(self, folder):
+        file, old = folder / "vae/diffusion_pytorch_model.safetensors", {"to_q": "query", "to_out.0": "proj_attn"}
+        saved, before = read_tensors(file)[0], {}
+        for name, value in saved.items():
+            is_matrix = ".attentions.0.to_" in name and value.ndim == 2
+            for new, other in old.items():
+                name = name.replace(f".attentions.0.{new}.", f".attentions.0.{other}.")
+            before[name] = value[..., None, None] if is_matrix else value
+        assert before.keys() != saved.keys()
+        digest = model_folder.open_bundle(folder).codec.digest()
+        write_tensors(file, before)
+        found = model_folder.open_bundle(folder).codec
+        loaded = read_parameters(found.load())
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+        assert found.digest() == digest
+
     def test_weights_of_another_network_are_refused(self, folder):
         config = model_config.write_text_config(CLIP_L_TEXT, 16)
         config["num_hidden_layers"], config["hidden_size"] = 1, 16
