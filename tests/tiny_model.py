@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import (
     write_clip_config,
     write_text_config,
@@ -16,7 +17,7 @@ from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.weights.bundle import save_index, save_network, write_json
+from dreambooth_ms.weights.bundle import save_index, save_network
 from tools.tiny_base.tokenizer import write_tokenizer
 
 UNET = UNetSpec(

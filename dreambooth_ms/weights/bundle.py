@@ -69,7 +69,7 @@ class ModelBundle:
     zeros_for_empty_prompt: bool = False
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
     source: OpenedModel | None = None
-    """The tensors of the whole model by public name, if it is from a file or folder."""
+    """What it was opened from; None if it was put together otherwise."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,31 +102,14 @@ class ModelBundle:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
         return self.codec.spec.latent_channels, height // factor, width // factor
 
+    def opened(self) -> OpenedModel:
+        """The tensors of the whole model by public name, none of which is read; for a model from a file or folder."""
+        assert self.source is not None, f"{self.path} was not opened"
+        return self.source
+
     def load_text_encoders(self) -> TextEncoders:
         """All text readers as one network, filled."""
         return TextEncoders({reader.name: reader.load() for reader in self.text})
-
-    # --- The old names, until their users are swept. ---
-
-    unet_spec = property(lambda self: self.denoiser.spec)
-    vae_spec = property(lambda self: self.codec.spec)
-    text_spec = property(lambda self: next((r.spec for r in self.text if r.name == "text_encoder"), None))
-    text_spec_2 = property(lambda self: next((r.spec for r in self.text if r.name == "text_encoder_2"), None))
-    text_encoders = property(lambda self: tuple(reader.name for reader in self.text))
-    tokenizer_paths = property(lambda self: tuple(reader.tokenizer_folder for reader in self.text))
-    schedule_spec = property(lambda self: self.schedule.spec)
-    scheduler_config = property(lambda self: self.schedule.config)
-    vae = property(lambda self: self.source.other_vae)
-
-    trained_schedule = lambda self: self.schedule.trained()  # noqa: E731
-    load_unet = lambda self: self.denoiser.load()  # noqa: E731
-    load_vae = lambda self, encodes=True, decodes=True: self.codec.load(encodes, decodes)  # noqa: E731
-    load_text_encoder = lambda self: self.text[0].load()  # noqa: E731
-    opened = lambda self: self.source  # noqa: E731
-    config = lambda self, part: self.source.configuration(f"{part}/config.json")  # noqa: E731
-    digest = lambda self, part: self.source.network(part, dict).digest()  # noqa: E731
-    tensors = lambda self, part: self.source.network(part, dict).tensors  # noqa: E731
-    weight_file = lambda self, part: self.source.network(part, dict).file  # noqa: E731
 
     def check(self) -> None:
         """Stop if the roles do not fit each other.
@@ -153,6 +136,22 @@ class ModelBundle:
                 f"{self.path}: its unet reads {self.num_add_time_ids} numbers of a picture beside the text of its "
                 f"{names}; use SD 1.x, 2.x, SDXL or its refiner"
             )
+
+    # The names from before the roles, until all users are swept.
+    unet_spec = property(lambda self: self.denoiser.spec)
+    vae_spec = property(lambda self: self.codec.spec)
+    text_spec = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder"), None))
+    text_spec_2 = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder_2"), None))
+    text_encoders = property(lambda self: tuple(reader.name for reader in self.text))
+    schedule_spec = property(lambda self: self.schedule.spec)
+    scheduler_config = property(lambda self: self.schedule.config)
+    trained_schedule = property(lambda self: self.schedule.trained)
+    load_unet = property(lambda self: self.denoiser.load)
+    load_vae = property(lambda self: self.codec.load)
+    load_text_encoder = property(lambda self: self.text[0].load)
+    vae = property(lambda self: self.opened().other_vae)
+    config = property(lambda self: lambda part: self.opened().configuration(f"{part}/config.json"))
+    digest = property(lambda self: lambda part: self.opened().network(part, dict).digest())
 
 
 def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None) -> ModelBundle:
