@@ -42,7 +42,7 @@ class PromptTokenizer:
             lost = self._tokenizers[0].lost(prompt)
             if lost is not None:
                 warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
-        return np.concatenate([tokenizer.ids(prompts) for tokenizer in self._tokenizers], axis=1)
+        return np.concatenate([self._pieces(prompt, 1) for prompt in prompts])
 
     def texts(self, prompts: Sequence[str]) -> dict[str, PromptText]:
         """What text encoders take of each distinct prompt: ids, and where they end if its text is pooled."""
@@ -55,7 +55,10 @@ class PromptTokenizer:
 
     def pieces(self, prompt: str, count: int) -> list[PromptText]:
         """A prompt cut into `count` texts of full length, one after the other; the last ones may be empty."""
-        return self._with_ends(np.concatenate([one.pieces(prompt, count) for one in self._tokenizers], axis=1))
+        return self._with_ends(self._pieces(prompt, count))
+
+    def _pieces(self, prompt: str, count: int) -> np.ndarray:
+        return np.concatenate([tokenizer.pieces(prompt, count) for tokenizer in self._tokenizers], axis=1)
 
     def _with_ends(self, ids: np.ndarray) -> list[PromptText]:
         if self._pooled_at is None:

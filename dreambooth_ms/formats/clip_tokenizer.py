@@ -1,9 +1,8 @@
 """CLIP's tokenizer from a folder in transformers' layout.
 
-Shapes: B prompts, N pieces of a prompt, S tokens.
+Shapes: N pieces of a prompt, S tokens.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,30 +27,25 @@ class ClipTokenizer:
         self.length: int = self._tokenizer.model_max_length
         """Tokens of a text, start and end included."""
 
-    def ids(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids (B, S) int32; what is too long is cut."""
-        full = {"padding": "max_length", "max_length": self.length, "truncation": True, "return_tensors": "np"}
-        return self._tokenizer(list(prompts), **full).input_ids.astype(np.int32)  # type: ignore[no-any-return]
-
     def lost(self, prompt: str) -> str | None:
-        """What `ids` cuts off a prompt; None if it fits."""
-        tokens = self._tokenizer(prompt).input_ids
-        return self._tokenizer.decode(tokens[self.length - 1 : -1]) if len(tokens) > self.length else None
+        """What one text of full length leaves out of a prompt; None if it fits."""
+        ids = self._ids(prompt)[self.length - 2 :]
+        return self._tokenizer.decode(ids) if ids else None
 
     def num_pieces(self, prompt: str) -> int:
         """In how many pieces a prompt fits, each between a start and an end token."""
-        return max(1, -(-len(self._plain_ids(prompt)) // (self.length - 2)))
+        return max(1, -(-len(self._ids(prompt)) // (self.length - 2)))
 
     def pieces(self, prompt: str, count: int) -> np.ndarray:
         """A prompt cut into texts of full length, one after the other: (N, S) int32; the last ones may be empty."""
-        room, ids, own = self.length - 2, self._plain_ids(prompt), self._tokenizer
+        room, ids, own = self.length - 2, self._ids(prompt), self._tokenizer
         rows = np.full((count, self.length), own.pad_token_id, np.int32)
         for row, first in zip(rows, range(0, count * room, room), strict=True):
             piece = [own.bos_token_id, *ids[first : first + room], own.eos_token_id]
             row[: len(piece)] = piece
         return rows
 
-    def _plain_ids(self, prompt: str) -> list[int]:
+    def _ids(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False).input_ids
         return ids
 

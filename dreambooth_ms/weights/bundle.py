@@ -143,7 +143,7 @@ class ModelBundle:
     text_spec = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder"), None))
     text_spec_2 = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder_2"), None))
     text_encoders = property(lambda self: tuple(reader.name for reader in self.text))
-    tokenizer_paths = property(lambda self: tuple(reader.tokenizer() for reader in self.text))  # As their user takes them.
+    tokenizer_paths = property(lambda self: tuple(reader.tokenizer() for reader in self.text))
     schedule_spec = property(lambda self: self.schedule.spec)
     scheduler_config = property(lambda self: self.schedule.config)
     trained_schedule = property(lambda self: self.schedule.trained)

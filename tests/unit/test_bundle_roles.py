@@ -27,9 +27,6 @@ class LetterTokenizer:
 
     length = LENGTH
 
-    def ids(self, prompts):
-        return np.concatenate([self.pieces(prompt, 1) for prompt in prompts])
-
     def lost(self, prompt):
         return prompt[LENGTH:] or None
 

@@ -455,9 +455,7 @@ class TestModelFolder:
     def test_a_tensor_that_belongs_to_no_network_is_told_before_any_is_read(self, folder):
         file = folder / "unet/diffusion_pytorch_model.safetensors"
         write_tensors(file, read_tensors(file)[0] | {"surplus.weight": np.zeros(2, np.float32)})
-        with pytest.raises(
-            WeightError, match=r"does not fit a model of SD 2.*1 unexpected \(unet\.surplus\.weight\)"
-        ):
+        with pytest.raises(WeightError, match=r"does not fit a model of SD 2.*1 unexpected \(unet\.surplus\.weight\)"):
             model_folder.open_bundle(folder)
 
     def test_old_names_and_shapes_of_the_autoencoders_attention_are_read(self, folder):
