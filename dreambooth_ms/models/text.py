@@ -62,5 +62,5 @@ class TextEncoders(CompiledCell):
         return dict(zip(self.names, self.encoders, strict=True))
 
     def is_read(self, network: str, parameter: str) -> bool:
-        """Whether what the denoiser reads depends on a parameter of an encoder."""
-        return bool(self.networks()[network].is_read(parameter))
+        """Whether the prediction depends on a parameter: of an encoder, not all may be; of other networks, all are."""
+        return network not in self.names or bool(self.networks()[network].is_read(parameter))
