@@ -14,7 +14,7 @@ from dreambooth_ms.config.shared import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.device import compute_dtype, set_up_device
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
@@ -82,7 +82,8 @@ def load_adapted(
 
 def prompt_tokenizer(folder: ModelBundle) -> PromptTokenizer:
     """The tokenizers of a base."""
-    return PromptTokenizer.of(folder.text)
+    pooled = folder.text_spec_2
+    return PromptTokenizer(*folder.tokenizer_paths, pooled_at=pooled.eos_token_id if pooled else None)
 
 
 def encode(folder: ModelBundle, encoders: TextEncoders, prompts: Sequence[str]) -> dict[str, PromptText]:

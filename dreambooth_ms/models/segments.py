@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.layers import ResnetBlock2D
-from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.transformer import Transformer2DModel
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import ConcatChannels

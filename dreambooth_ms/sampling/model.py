@@ -15,7 +15,7 @@ from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
 from dreambooth_ms.sampling.pipeline import BatchStep, Rows, Sampler, starting_noise
@@ -249,7 +249,10 @@ class _PromptReader:
         """Prompts, negative prompt and the empty prompt, encoded."""
         folder = self._model.folder
         if self._tokenizer is None:
-            self._tokenizer = PromptTokenizer.of(folder.text)
+            pooled = folder.text_spec_2
+            self._tokenizer = PromptTokenizer(
+                *folder.tokenizer_paths, pooled_at=pooled.eos_token_id if pooled else None
+            )
         wanted = {*request.prompts, request.negative_prompt, ""}
         pieces = self._tokenizer.num_pieces(sorted(wanted)) if request.support_long_prompts else 1
         # Without adapters of text, their scales make no difference.

@@ -18,11 +18,11 @@ from dreambooth_ms.adapters.lora import (
 )
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig
-from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES
+from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES, write_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.tensor_file import STEP_KEY, read_metadata
+from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
-from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
@@ -166,6 +166,8 @@ def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> No
     trained = {"unet", *trained}
     kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
     write_parts(target, base, kept)
+    if folder.vae:
+        write_json(target / "vae" / "config.json", folder.config("vae"))
 
 
 def _denoiser(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> nn.Cell:
