@@ -26,7 +26,7 @@ def base():
 
 
 def draw(base, prompts, settings, noise):
-    embeddings = encode_prompts(PromptTokenizer.of(base.text), base.load_text_encoders(), [*prompts, ""], 16)
+    embeddings = encode_prompts(PromptTokenizer(*base.tokenizer_paths), base.load_text_encoders(), [*prompts, ""], 16)
     sampler = Sampler(base.load_unet(), base.load_vae(), base.scheduler_config, settings)
     return list(sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""]))
 
