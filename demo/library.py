@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from demo.messages import ModelChoice
-from dreambooth_ms.adapters.lora_file import FILE_NAME
-from dreambooth_ms.adapters.opened_lora import PEFT_CONFIG, holds_lora
+from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, holds_adapter
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import looks_like_a_picture
@@ -148,7 +147,7 @@ def _kind_of_file(path: Path) -> str:
 @lru_cache(maxsize=1024)
 def _kind(path: Path, changed: int, size: int) -> str:
     """What a file holds; asked again when it has changed."""
-    if holds_lora(path):
+    if holds_adapter(path):
         return "lora"
     try:
         open_model(path)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from demo.library import RUN_CONFIG
 from demo.processes import environment
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError

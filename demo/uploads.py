@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_ms.adapters.opened_lora import holds_lora
+from dreambooth_ms.adapters.file import holds_adapter
 from dreambooth_ms.data.pictures import SUFFIXES, open_picture
 from dreambooth_ms.errors import DataError, WeightError
 from dreambooth_ms.formats.files.open import open_tensor_file
@@ -63,7 +63,7 @@ def store_lora(folder: Path, name: str, content: bytes) -> Path:
     path = _stored(folder, name, content)
     try:
         open_tensor_file(path)
-        if not holds_lora(path):
+        if not holds_adapter(path):
             raise WeightError(f"{name}: holds no LoRA that is known; see what it is with dreambooth-ms inspect")
     except WeightError as error:
         path.unlink(missing_ok=True)

@@ -2,12 +2,16 @@
 
 import numpy as np
 
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import OpenedLora
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, open_adapter
+from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container
-from dreambooth_ms.formats.naming.lora import Factors
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
+from dreambooth_ms.formats.tensor_file import STEP_KEY
+from dreambooth_ms.models.specs import SD_15
+from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 
 FILES = {LoraFormat.PEFT: "", LoraFormat.MINDONE: ".ckpt"}
@@ -27,7 +31,7 @@ def attention_and_text(layer):
 def random_lora(spec, path, choose=attention_and_text, dtype=DType.F32, seed=0, alphas=(1.0, 3.0), ranks=(2, 4)):
     """A LoRA in memory, as if it had been opened at a path; ranks and alphas take turns over the layers."""
     rng = np.random.default_rng(seed)
-    factors = {}
+    updates = {}
     for number, (layer, weight) in enumerate(lora_layers(spec).items()):
         if choose(layer):
             rank = ranks[number % len(ranks)]
@@ -39,18 +43,21 @@ def random_lora(spec, path, choose=attention_and_text, dtype=DType.F32, seed=0, 
                 # Half of float16's digits, so that bfloat16 holds them too.
                 down, up = (np.round(value.astype(np.float32) * 16) / 16 for value in (down, up))
             alpha = alphas[number % len(alphas)]
-            factors[layer] = Factors(down, up, float(rank) if alpha is None else alpha)
-    return OpenedLora(
+            updates[layer] = LoraUpdate(down, up, float(rank) if alpha is None else alpha)
+    return OpenedAdapter(
         path=path,
         container=Container.SAFETENSORS,
         form=LoraFormat.DIFFUSERS,
-        model=spec,
-        families=(spec.family.value,),
-        factors=factors,
+        models=(spec,),
+        adapter=Adapter.of(updates),
         dtype=dtype,
-        notes=(),
         metadata={},
     )
+
+
+def write_lora_as(lora, path, form):
+    """Write a LoRA in a format, in its own type."""
+    write_adapter(lora.adapter, path, form, lora.model, lora.dtype, lora.metadata)
 
 
 def write_lora_file(form, target, family="sd15", **more):
@@ -59,3 +66,24 @@ def write_lora_file(form, target, family="sd15", **more):
     lora = random_lora(SMALL[family], path, **more)
     write_lora_as(lora, path, form)
     return path, lora
+
+
+def write_run_lora(folder, networks, step=1, alpha=None, targets=None):
+    """The file of a training: for each network, A and B by the layers' names. Its names need no model."""
+    adapter = Adapter(
+        {part: {layer: LoraUpdate(*factors, alpha) for layer, factors in own.items()} for part, own in networks.items()}
+    )
+    path = folder / FILE_NAME
+    metadata = {STEP_KEY: str(step)}
+    write_adapter(adapter, path, LoraFormat.DIFFUSERS, SD_15, metadata=metadata, targets=targets)
+    return path
+
+
+def read_lora(path, base):
+    """The updates of each network in a file or folder that is for a base."""
+    return open_adapter(path, [open_model(base).spec]).adapter.parts
+
+
+def delta(update):
+    """What a LoRA's update adds to its layer's weight."""
+    return update.delta(np.zeros((len(update.up), *update.down.shape[1:]), np.float32))

@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.data.pictures import centre_crop, find_pictures, open_picture, resize_and_crop, to_array
 from dreambooth_ms.formats.tensor_file import read_tensors
 from tools.bench_step import MAX_GRAD_NORM, RANK, TARGETS, WEIGHT_DECAY, peak_memory, ratio_table

@@ -1,1 +1,1 @@
-"""Small trained changes to a frozen network: inject, list the trainables, merge."""
+"""Small trained changes of a frozen model: as values, in files of any format, on networks."""

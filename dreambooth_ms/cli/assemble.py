@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.adapters.lora import Adapted, load_lora
-from dreambooth_ms.adapters.opened_lora import read_adapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.shared import DeviceConfig, WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
-from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.device import compute_dtype, set_up_device
@@ -43,8 +42,8 @@ class AdaptedModel:
     """A base with adapters on it."""
 
     unet: UNet2DConditionModel
-    layers: list[Adapted]
-    """The UNet's adapted layers."""
+    adapters: AttachedAdapters
+    """Those of the UNet."""
     embeddings: dict[str, PromptText]
     """The prompts asked for and the empty one, as the adapted text encoders encode them."""
     base_embeddings: dict[str, PromptText]
@@ -59,25 +58,19 @@ def load_adapted(
     Raises:
         WeightError: an adapter was trained on another base.
     """
-    files = [read_adapters(Path(path), lambda: folder.opened().spec) for path in weights.lora]
+    models = [folder.opened().spec]
+    adapters = [open_adapter(Path(path), models, folder.path).adapter for path in weights.lora]
     encoders, unet = folder.load_text_encoders(), folder.load_unet()
     base_embeddings = encode(folder, encoders, prompts)
-    networks = {"unet": unet, **encoders.networks()}
-    try:
-        if not all(file.keys() <= networks.keys() for file in files):
-            raise WeightError("the adapter was trained on another base")
-        layers = {
-            name: load_lora(network, [file.get(name) for file in files], weights.lora_scale)
-            for name, network in networks.items()
-        }
-    except WeightError as error:
-        raise WeightError(f"{', '.join(weights.lora)}: {error}; this one is {folder.path}") from error
-    adapts_text = any(layers[name] for name in encoders.networks())
+    attach(encoders.networks(), adapters).set_scales(weights.lora_scale)
+    attached = attach({"unet": unet}, adapters)
+    attached.set_scales(weights.lora_scale)
+    adapts_text = any(adapter.parts.keys() - {"unet"} for adapter in adapters)
     # Once compiled, the encoders would go on without their adapters.
     adapted = encoders.with_clip_skip(0)
     embeddings = encode(folder, adapted, prompts) if adapts_text else base_embeddings
     compute_in(unet, compute_dtype(mixed_precision))
-    return AdaptedModel(unet, list(layers["unet"].values()), embeddings, base_embeddings)
+    return AdaptedModel(unet, attached, embeddings, base_embeddings)
 
 
 def prompt_tokenizer(folder: ModelBundle) -> PromptTokenizer:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,20 +17,7 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(ConvertConfig, argv)
     for note in loaded.notes:
         tell(note)
-    wanted = loaded.config.conversion
-    convert(
-        Path(wanted.source),
-        Path(wanted.target),
-        form=wanted.format,
-        dtype=wanted.dtype,
-        base=Path(wanted.base) if wanted.base else None,
-        alpha=wanted.alpha,
-        variant=wanted.variant,
-        prediction_type=wanted.prediction_type,
-        use_averages=wanted.use_ema,
-        tell=tell,
-        progress=bytes_bar,
-    )
+    convert(loaded.config.conversion, tell, bytes_bar)
     return 0
 
 

@@ -61,8 +61,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     def pictures(
         scales: Sequence[float], embeddings: dict[str, PromptText], name: str
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        for layer in model.layers:
-            layer.set_scale(*scales)
+        model.adapters.set_scales(scales)
         drawn = sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""])
         kept = list(tqdm(drawn, desc=name, total=len(prompts), unit="picture"))
         return kept[: len(subject_prompts)], kept[len(subject_prompts) :]

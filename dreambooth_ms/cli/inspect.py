@@ -11,6 +11,6 @@ from dreambooth_ms.conversion.inspect import describe_source
 def run(argv: Sequence[str]) -> int:
     """Inspect by a command line; returns the exit status."""
     wanted = load(InspectConfig, argv).config.inspection
-    for line in describe_source(Path(wanted.source), Path(wanted.base) if wanted.base else None, wanted.variant):
+    for line in describe_source(Path(wanted.source), wanted.base, wanted.variant):
         print(line.encode(errors="backslashreplace").decode())
     return 0

@@ -1,7 +1,6 @@
 """`dreambooth-ms merge --base MODEL --lora LORA --target TARGET`: LoRAs become part of a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from dreambooth_ms.cli.convert import bytes_bar
 from dreambooth_ms.cli.output import tell
@@ -15,18 +14,5 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(MergeConfig, argv)
     for note in loaded.notes:
         tell(note)
-    wanted = loaded.config.merging
-    merge(
-        Path(wanted.base),
-        [Path(path) for path in wanted.lora],
-        Path(wanted.target),
-        scale=wanted.scale,
-        alpha=wanted.alpha,
-        form=wanted.format,
-        dtype=wanted.dtype,
-        variant=wanted.variant,
-        prediction_type=wanted.prediction_type,
-        tell=tell,
-        progress=bytes_bar,
-    )
+    merge(loaded.config.merging, tell, bytes_bar)
     return 0

@@ -41,7 +41,7 @@ from dreambooth_ms.training.checkpoint import (
     save_checkpoint,
 )
 from dreambooth_ms.training.loop import train
-from dreambooth_ms.training.methods import result_of
+from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.run_folder import seed_of, settle_together, write_config
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
@@ -114,9 +114,9 @@ def _open_folder(config: TrainConfig, class_pictures: ClassPictures | None, tota
     if class_pictures and missing_numbers(class_pictures.folder, class_pictures.count):
         check_writable(class_pictures.folder)
     write_config(config)
-    result, steps_taken = result_of(config.method.method, config.output_dir)
-    if steps_taken >= total:
-        tell(f"{result} is already there, trained for {total} steps; nothing left to do")
+    result = result_of(config.output_dir)
+    if result and result.steps >= total:
+        tell(f"{result.path} is already there, trained for {total} steps; nothing left to do")
         return None
     return {"checkpoint": str(checkpoint.path) if checkpoint else None, "step": checkpoint.step if checkpoint else 0}
 
@@ -156,8 +156,8 @@ def train_and_save(
         tell(f"resuming from {checkpoint.path}")
     shows_pictures = config.validation.validation_prompt and processes.is_first
     validator = Validator(config, folder, unet, training.learner) if shows_pictures else None
-    trainables, dropout = training.learner.trainables, training.learner.dropout
-    tell(f"training {sum(p.size for p in trainables):,} parameters in {len(trainables)} tensors for {total} steps")
+    parameters, dropout = training.learner.parameters, training.learner.dropout
+    tell(f"training {sum(p.size for p in parameters):,} parameters in {len(parameters)} tensors for {total} steps")
 
     def save_part(step: int) -> None:
         state = training.whole_state()
@@ -208,5 +208,5 @@ def train_and_save(
     if processes.is_first:
         training.write_result(output, total)
         draw_loss(read_history(output), output / "loss.png")
-        tell(f"wrote {result_of(config.method.method, output)[0]}")
+        tell(f"wrote {output / training.learner.result}")
     return 0

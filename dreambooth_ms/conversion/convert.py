@@ -1,21 +1,22 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import OpenedLora, holds_lora, open_lora
+from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.atomic import check_free
+from dreambooth_ms.config.convert import ConversionConfig
+from dreambooth_ms.config.merge import MergingConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Progress
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.models.specs import PUBLISHED_MODELS
-from dreambooth_ms.weights.model_writing import ModelTarget, plan_model
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
+from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
 DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
@@ -23,15 +24,7 @@ DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 MODEL_FORMATS = {form.value: form for form in Format}
 """As users name them."""
 
-LORA_FORMATS = {
-    "diffusers": LoraFormat.DIFFUSERS,
-    "diffusers_peft": LoraFormat.DIFFUSERS_PEFT,
-    "diffusers_processors": LoraFormat.DIFFUSERS_PROCESSORS,
-    "peft": LoraFormat.PEFT,
-    "kohya": LoraFormat.KOHYA,
-    "kohya_diffusers": LoraFormat.KOHYA_DIFFUSERS,
-    "mindone": LoraFormat.MINDONE,
-}
+LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
 """As users name them."""
 
 Tell = Callable[[str], object]
@@ -49,56 +42,39 @@ _EXTENSIONS = {
 _LORA_FILE = ("", ".safetensors")
 
 
-def convert(
-    source: Path,
-    target: Path,
-    *,
-    form: str | None = None,
-    dtype: str | None = None,
-    base: Path | None = None,
-    alpha: float | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    use_averages: bool = False,
-    tell: Tell,
-    progress: ProgressBar,
-) -> None:
+def convert(wanted: ConversionConfig, tell: Tell, progress: ProgressBar) -> None:
     """Write the model or the LoRA of a source in another format.
 
     Args:
-        source: a file or folder in any format that is read.
-        target: the file or folder to write, whose name says the format, together with `form`.
-        form: the format by its name in MODEL_FORMATS or LORA_FORMATS; None where the target's name is enough.
-        dtype: fp32, fp16 or bf16; None keeps it.
-        base: the model that a LoRA is for, where its sizes are not those of a published one.
-        alpha: of a LoRA whose file does not hold it.
-        variant: which of the files of a folder are read.
-        prediction_type: what the model predicts, where the source does not tell.
-        use_averages: take the moving averages (EMA) instead of the weights.
+        wanted: what is converted into what.
         tell: is given what the user should know, line by line.
         progress: shows how far it is.
 
     Raises:
         WeightError: anything is wrong with the source or the target; nothing is left of the target.
     """
+    source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
-    if holds_lora(source):
-        models = [open_model(base).spec] if base else PUBLISHED_MODELS
-        lora = open_lora(source, models).with_alpha(alpha)
-        write_lora_as(lora, target, lora_format_of(target, form), DTYPES[dtype] if dtype else None)
-        for note in lora.notes:
-            tell(note)
-        tell(f"wrote {target}: {describe_lora(lora)}")
+    if not holds_adapter(source):
+        write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, tell, progress)
         return
-    model = open_model(source, variant, use_averages)
-    if prediction_type:
-        model = replace(model, prediction_type=prediction_type)
-    planned = plan_model(model, model_format_of(target, form), DTYPES[dtype] if dtype else None)
-    write_planned(planned, target, tell, progress)
+    opened = open_adapter(source, models_of(wanted.base), wanted.base).with_alpha(wanted.alpha)
+    form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
+    write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
+    for note in opened.notes:
+        tell(note)
+    tell(f"wrote {target}: {describe_adapter(opened)}")
 
 
-def write_planned(planned: ModelTarget, target: Path, tell: Tell, progress: ProgressBar) -> None:
-    """Write a model's file or folder, and say so."""
+def write_model(
+    model: OpenedModel, wanted: ConversionConfig | MergingConfig, tell: Tell, progress: ProgressBar
+) -> None:
+    """Write a model as it is asked for, and say so."""
+    target = Path(wanted.target)
+    if wanted.prediction_type:
+        model = replace(model, prediction_type=wanted.prediction_type)
+    form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
+    planned = plan_model(model, form, dtype)
     planned.check_place(target)
     with progress(planned.byte_count) as count:
         planned.write(target, count)
@@ -107,14 +83,20 @@ def write_planned(planned: ModelTarget, target: Path, tell: Tell, progress: Prog
     tell(f"wrote {target}: {describe_model(planned.model)}, {planned.byte_count / 1e6:,.1f} MB")
 
 
+def models_of(base: str | None) -> Sequence[ModelSpec]:
+    """The models that a LoRA may be for: the one that is named, because its sizes are its own, or those published."""
+    return [open_model(Path(base)).spec] if base else PUBLISHED_MODELS
+
+
 def describe_model(model: OpenedModel) -> str:
     """The model in a few words."""
     return f"{model.spec.family.value} with {', '.join(model.parts)}"
 
 
-def describe_lora(lora: OpenedLora) -> str:
-    """The LoRA in a few words."""
-    return f"a LoRA of {len(lora.factors)} layers of {', '.join(lora.parts)} of {' or '.join(lora.families)}"
+def describe_adapter(opened: OpenedAdapter) -> str:
+    """The adapter in a few words."""
+    adapter = opened.adapter
+    return f"a LoRA of {len(adapter.updates)} layers of {', '.join(adapter.parts)} of {opened.families}"
 
 
 def model_format_of(target: Path, form: str | None) -> Format:

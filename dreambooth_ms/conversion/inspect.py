@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.adapters.opened_lora import OpenedLora, holds_lora, open_lora
+from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.conversion.convert import models_of
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.infer import with_channels
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
@@ -19,7 +21,7 @@ LONGEST_VALUE = 200
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
 
-def describe_source(path: Path, base: Path | None = None, variant: str | None = None) -> list[str]:
+def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> list[str]:
     """One line per fact about a model, a LoRA or an autoencoder.
 
     Args:
@@ -30,8 +32,8 @@ def describe_source(path: Path, base: Path | None = None, variant: str | None = 
     Raises:
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
     """
-    if holds_lora(path):
-        return list(_lora(open_lora(path, [open_model(base).spec] if base else PUBLISHED_MODELS)))
+    if holds_adapter(path):
+        return list(_adapter(open_adapter(path, models_of(base), base)))
     try:
         return list(_model(open_model(path, variant)))
     except WeightError:
@@ -75,21 +77,20 @@ def _size_of(part: str, model: ModelSpec) -> str:
     return f", {spec.transformer.num_hidden_layers} layers of width {spec.transformer.hidden_size}"
 
 
-def _lora(lora: OpenedLora) -> Iterator[str]:
-    yield f"format: LoRA, {lora.form.value}, {lora.container.value}"
-    yield f"family: {' or '.join(lora.families)}"
-    yield f"dtype: {lora.dtype.value}"
-    ranks = sorted({own.rank for own in lora.factors.values()})
-    alphas = sorted({own.rank if own.alpha is None else own.alpha for own in lora.factors.values()})
-    yield f"rank: {', '.join(map(str, ranks))}"
-    yield f"alpha: {', '.join(f'{alpha:g}' for alpha in alphas)}"
-    for part in lora.parts:
-        own = lora.of_part(part)
-        count = sum(layer.down.size + layer.up.size for layer in own.values())
+def _adapter(opened: OpenedAdapter) -> Iterator[str]:
+    parts = {part: [own.tensors() for own in layers.values()] for part, layers in opened.adapter.parts.items()}
+    layers = [tensors for own in parts.values() for tensors in own]
+    yield f"format: LoRA, {opened.form.value}, {opened.container.value}"
+    yield f"family: {opened.families}"
+    yield f"dtype: {opened.dtype.value}"
+    yield f"rank: {', '.join(map(str, sorted({len(tensors[DOWN]) for tensors in layers})))}"
+    yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
+    for part, own in parts.items():
+        count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
         yield f"{part}: {count:,} parameters in {len(own)} layers"
-    yield from _metadata(lora.metadata.items())
+    yield from _metadata(opened.metadata.items())
     yield "missing: nothing"
-    yield from (f"note: {note}" for note in lora.notes)
+    yield from (f"note: {note}" for note in opened.notes)
 
 
 def _lone_vae(path: Path) -> list[str] | None:

@@ -7,100 +7,63 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.adapters.opened_lora import OpenedLora, open_lora
+from dreambooth_ms.adapters.adapter import Update
+from dreambooth_ms.adapters.file import OpenedAdapter, open_adapter
 from dreambooth_ms.atomic import check_free
-from dreambooth_ms.conversion.convert import (
-    DTYPES,
-    ProgressBar,
-    Tell,
-    describe_lora,
-    model_format_of,
-    write_planned,
-)
+from dreambooth_ms.config.merge import MergingConfig
+from dreambooth_ms.conversion.convert import ProgressBar, Tell, describe_adapter, write_model
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.formats.naming.lora import Factors
-from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
 
-def merge(
-    base: Path,
-    loras: Sequence[Path],
-    target: Path,
-    *,
-    scale: float,
-    alpha: float | None = None,
-    form: str | None = None,
-    dtype: str | None = None,
-    variant: str | None = None,
-    prediction_type: str | None = None,
-    tell: Tell,
-    progress: ProgressBar,
-) -> None:
+def merge(wanted: MergingConfig, tell: Tell, progress: ProgressBar) -> None:
     """Write a model with LoRAs merged into it.
 
     Args:
-        base: the model, in any format.
-        loras: files or folders of any format and rank; their updates are added up.
-        target: the file or folder to write.
-        scale: strength of all of them.
-        alpha: of LoRAs whose file does not hold it.
-        form: the target's format by its name; None where the target's name is enough.
-        dtype: fp32, fp16 or bf16; None keeps that of the base.
-        variant: which of the files of the base's folder are read.
-        prediction_type: what the model predicts, where the base does not tell.
+        wanted: what is merged into what.
         tell: is given what the user should know, line by line.
         progress: shows how far it is.
 
     Raises:
         WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
     """
-    check_free(target)
-    model = open_model(base, variant)
-    if prediction_type:
-        model = replace(model, prediction_type=prediction_type)
+    check_free(Path(wanted.target))
+    model = open_model(Path(wanted.base), wanted.variant)
     model.check()
-    opened = [open_lora(path, [model.spec]).with_alpha(alpha) for path in loras]
-    for lora in opened:
-        for note in lora.notes:
-            tell(f"{lora.path}: {note}")
-        tell(f"{lora.path}: {describe_lora(lora)}")
-    planned = plan_model(merged(model, opened, scale), model_format_of(target, form), DTYPES[dtype] if dtype else None)
-    write_planned(planned, target, tell, progress)
+    opened = [open_adapter(Path(path), [model.spec], wanted.base).with_alpha(wanted.alpha) for path in wanted.lora]
+    for one in opened:
+        for note in (*one.notes, describe_adapter(one)):
+            tell(f"{one.path}: {note}")
+    write_model(merged(model, opened, wanted.scale), wanted, tell, progress)
 
 
-def merged(model: OpenedModel, loras: Sequence[OpenedLora], scale: float) -> OpenedModel:
-    """The model with the sum of the LoRAs, each times `scale`, in its weights; nothing is read yet.
+def merged(model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float) -> OpenedModel:
+    """The model with the sum of the adapters, each times `scale`, in its weights; nothing is read yet.
 
     A weight is summed in float32 and rounded once to its own type. With a scale of 0 nothing changes, to the bit.
 
     Raises:
-        WeightError: a LoRA adapts a network that the model does not hold.
+        WeightError: an adapter is for a network that the model does not hold.
     """
-    updates: dict[str, list[Factors]] = {}
-    for lora in loras:
-        lacking = [part for part in lora.parts if part not in model.parts]
+    updates: dict[str, list[Update]] = {}
+    for opened in adapters:
+        lacking = [part for part in opened.adapter.parts if part not in model.parts]
         if lacking:
-            raise WeightError(f"{lora.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
-        for layer, factors in lora.factors.items():
-            updates.setdefault(f"{layer}.weight", []).append(factors)
+            raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
+        for layer, update in opened.adapter.updates.items():
+            updates.setdefault(f"{layer}.weight", []).append(update)
     if scale == 0:
         return model
-    tensors = {name: _updated(own, updates.get(name, ()), scale) for name, own in model.tensors.items()}
-    return replace(model, tensors=tensors)
+    changed = {name: _updated(model.tensors[name], own, scale) for name, own in updates.items()}
+    return replace(model, tensors={**model.tensors, **changed})
 
 
-def _updated(weight: StoredTensor, factors: Sequence[Factors], scale: float) -> StoredTensor:
-    if not factors:
-        return weight
-    summed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, factors, scale))
-    return summed.cast_to(weight.dtype)
+def _updated(weight: StoredTensor, updates: Sequence[Update], scale: float) -> StoredTensor:
+    return StoredTensor(weight.shape, DType.F32, partial(_sum, weight, updates, scale)).cast_to(weight.dtype)
 
 
-def _sum(weight: StoredTensor, factors: Sequence[Factors], scale: float) -> np.ndarray:
-    total = weight.cast_to(DType.F32).read()
-    for own in factors:
-        total = total + np.float32(scale) * own.update()
-    return total
+def _sum(weight: StoredTensor, updates: Sequence[Update], scale: float) -> np.ndarray:
+    base = weight.cast_to(DType.F32).read()
+    return sum((np.float32(scale) * own.delta(base) for own in updates), start=base)

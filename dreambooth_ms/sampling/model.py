@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.adapters.lora import Adapted, load_lora
-from dreambooth_ms.adapters.opened_lora import read_adapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
-from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureEncoder
@@ -52,16 +52,13 @@ class SamplingModel:
     ) -> None:
         self.folder = folder
         self.adapters = tuple(str(path) for path in adapters)
-        self._files = [read_adapters(Path(path), lambda: folder.opened().spec) for path in adapters]
-        networks = {"unet", *folder.text_encoders}
-        for path, file in zip(self.adapters, self._files, strict=True):
-            if not file.keys() <= networks:
-                raise self._of_another_base(path)
+        models = [folder.opened().spec] if adapters else []
+        self._opened = [open_adapter(Path(path), models, folder.path).adapter for path in adapters]
         self._mixed_precision = mixed_precision
         self._text = _PromptReader(self, keep_text_encoders)
         self._sampler: Sampler | None = None
         self._encoder: PictureEncoder | None = None
-        self._layers = AdaptedLayers([])
+        self._layers = AttachedAdapters()
 
     def draw(
         self, request: DrawRequest, on_step: OnStep | None = None, stopped: Stopped | None = None
@@ -146,7 +143,7 @@ class SamplingModel:
 
     def release(self) -> None:
         """Give back the memory of all networks; they are loaded again when they are needed."""
-        self._sampler, self._encoder, self._layers = None, None, AdaptedLayers([])
+        self._sampler, self._encoder, self._layers = None, None, AttachedAdapters()
         self._text.release()
         gc.collect()
 
@@ -154,22 +151,14 @@ class SamplingModel:
         """The strength of each adapter."""
         return request.lora_scales if request.lora_scales is not None else (1.0,) * len(self.adapters)
 
-    def put_adapters(self, networks: Mapping[str, nn.Cell]) -> "AdaptedLayers":
-        """Put the adapters on some of the networks; returns the adapted layers."""
-        layers: list[Adapted] = []
-        for name, network in networks.items():
-            own = [file.get(name) for file in self._files]
-            if any(own):
-                try:
-                    layers += load_lora(network, own, [1.0]).values()
-                except WeightError as error:
-                    raise self._of_another_base(", ".join(self.adapters), f": {error}") from error
-        return AdaptedLayers(layers)
+    def put_adapters(self, networks: Mapping[str, nn.Cell]) -> AttachedAdapters:
+        """Put the adapters on some of the networks."""
+        return attach(networks, self._opened)
 
     @property
     def adapts_text(self) -> bool:
         """Whether an adapter changes how prompts are read."""
-        return any(file.keys() - {"unet"} for file in self._files)
+        return any(adapter.parts.keys() - {"unet"} for adapter in self._opened)
 
     def picture_settings(self, request: DrawRequest, prompt: str, number: int) -> dict[str, Any]:
         """What makes a picture again, as plain values."""
@@ -213,26 +202,6 @@ class SamplingModel:
             self._encoder = PictureEncoder(self.folder.load_vae(decodes=False))
         return self._encoder
 
-    def _of_another_base(self, adapter: str, why: str = "") -> WeightError:
-        return WeightError(
-            f"{adapter}{why or ': the adapter was trained on another base'}; this one is {self.folder.path}"
-        )
-
-
-class AdaptedLayers:
-    """The adapted layers of some networks, and how strong their adapters are at present."""
-
-    def __init__(self, layers: Sequence[Adapted]) -> None:
-        self._layers = layers
-        self._scales: Sequence[float] = (1.0,)
-
-    def set_scales(self, scales: Sequence[float]) -> None:
-        """One for all adapters, or one for each; what is as it should be already costs nothing."""
-        if scales != self._scales:
-            self._scales = scales
-            for layer in self._layers:
-                layer.set_scale(*scales)
-
 
 class _PromptReader:
     """The text encoders of a model, with its adapters, and the prompts that they have read."""
@@ -242,7 +211,7 @@ class _PromptReader:
         self._tokenizer: PromptTokenizer | None = None
         self._encoders: TextEncoders | None = None
         self._by_clip_skip: dict[int, TextEncoders] = {}
-        self._layers = AdaptedLayers([])
+        self._layers = AttachedAdapters()
         self._known: dict[tuple[Any, ...], dict[str, PromptText]] = {}
 
     def read(self, request: DrawRequest) -> dict[str, PromptText]:
@@ -270,7 +239,7 @@ class _PromptReader:
 
     def release(self) -> None:
         """Give back the memory of the networks; what was read stays."""
-        self._encoders, self._by_clip_skip, self._layers = None, {}, AdaptedLayers([])
+        self._encoders, self._by_clip_skip, self._layers = None, {}, AttachedAdapters()
         gc.collect()
 
     def _ready(self, clip_skip: int, scales: Sequence[float]) -> TextEncoders:

@@ -1,29 +1,27 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters import lora_file
-from dreambooth_ms.adapters.lora import (
-    DropoutState,
-    check_rank,
-    initialise_lora,
-    inject_lora,
-    lora_trainables,
-    lora_weights,
-)
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.dropout import DropoutState
+from dreambooth_ms.adapters.lora import check_rank, initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig
-from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES, write_json
+from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.tensor_file import STEP_KEY, read_metadata
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.training.results import ADAPTER, MODEL
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
 
@@ -31,28 +29,44 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of the text encoder that get an update, as in diffusers' scripts."""
 
 
+Write = Callable[[Path, int], None]
+"""Writes into a folder what was trained for so many steps."""
+
+
 @dataclass(frozen=True)
+class Trainable:
+    """A parameter that is trained, and the kind of network it is of, which has a learning rate and a weight decay."""
+
+    parameter: Parameter
+    kind: Literal["unet", "text_encoder"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
     """What a method trains, and how it writes it."""
 
     denoiser: nn.Cell
-    """(noisy latents, timesteps, *conditioning) -> prediction; its text is ids where text encoders are trained."""
-    trainables: list[Parameter]
-    is_of_text_encoder: list[bool]
-    """Which of the trainables belong to a text encoder."""
+    """Its inputs, by `input_names` -> prediction."""
+    trainables: list[Trainable]
     text_encoders: TextEncoders | None
     """The text encoders, if they are trained."""
-    dropout: DropoutState | None
-    write_part: Callable[[Path, int], None]
-    """Writes what was trained, after so many steps, into the folder of a checkpoint."""
-    write_result: Callable[[Path, int], None]
-    """Writes the result of the run into its folder."""
+    dropout: DropoutState | None = None
+    write_part: Write
+    """Of what was trained, into the folder of a checkpoint."""
+    write_result: Write
+    """Of the result of the run, into its folder."""
+    result: Path
+    """The last file of the result, in the run's folder."""
 
-    def part(self, start: int, stop: int) -> "Learner":
-        """The same with a part of the trainables."""
-        return replace(
-            self, trainables=self.trainables[start:stop], is_of_text_encoder=self.is_of_text_encoder[start:stop]
-        )
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The parameters of the trainables."""
+        return [one.parameter for one in self.trainables]
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether the denoiser reads token ids, so that text is encoded in each step."""
+        return self.text_encoders is not None
 
 
 class TextConditioned(nn.Cell):
@@ -61,6 +75,8 @@ class TextConditioned(nn.Cell):
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders) -> None:
         super().__init__(auto_prefix=False)
         self.unet, self.text_encoders = unet, text_encoders
+        names = ("sample", "timestep", "input_ids")
+        self.input_names = (*names, "end_mask", "time_ids") if unet.adds_text_and_sizes else names
 
     def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids: Tensor, *ends_and_add_time_ids: Tensor) -> Tensor:
         encoded = self.text_encoders(ids, *ends_and_add_time_ids[:1])
@@ -84,23 +100,21 @@ def lora(
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
         check_rank(config.rank, layers[name])
         initialise_lora(layers[name], seed, name_prefix(network))
-    trainables = {
-        name: lora_trainables({layer: cell for layer, cell in adapted.items() if _is_read(text_encoders, name, layer)})
-        for name, adapted in layers.items()
-    }
+    model = folder.opened().spec
 
     def write(target: Path, step: int) -> None:
-        adapters = {name: lora_weights(adapted, targets[name]) for name, adapted in layers.items()}
-        lora_file.write_lora(target, adapters, step)
+        adapter = Adapter(
+            {name: {layer: cell.update() for layer, cell in adapted.items()} for name, adapted in layers.items()}
+        )
+        metadata = {STEP_KEY: str(step)}
+        write_adapter(adapter, target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata, targets=targets)
 
-    return Learner(
-        denoiser=_denoiser(unet, text_encoders),
-        trainables=[parameter for parameters in trainables.values() for parameter in parameters],
-        is_of_text_encoder=[name != "unet" for name, parameters in trainables.items() for _ in parameters],
-        text_encoders=text_encoders,
-        dropout=dropout,
-        write_part=write,
-        write_result=write,
+    parameters = {
+        name: {layer: lora_trainables({layer: cell}) for layer, cell in adapted.items()}
+        for name, adapted in layers.items()
+    }
+    return _learner(
+        unet, text_encoders, parameters, write_part=write, write_result=write, result=ADAPTER, dropout=dropout
     )
 
 
@@ -113,12 +127,8 @@ def full(
 ) -> Learner:
     """All weights of the UNet, and with `train_text_encoder` of the text encoders; the result is a model folder."""
     networks = _networks(unet, text_encoders)
-    trainables = {
-        name: [
-            public.parameter
-            for parameter, public in public_parameters(network).items()
-            if _is_read(text_encoders, name, parameter)
-        ]
+    parameters = {
+        name: {parameter: [public.parameter] for parameter, public in public_parameters(network).items()}
         for name, network in networks.items()
     }
 
@@ -131,29 +141,10 @@ def full(
         copy_base(folder, target, networks.keys())
         write_networks(target, step)
 
-    return Learner(
-        denoiser=_denoiser(unet, text_encoders),
-        trainables=[parameter for parameters in trainables.values() for parameter in parameters],
-        is_of_text_encoder=[name != "unet" for name, parameters in trainables.items() for _ in parameters],
-        text_encoders=text_encoders,
-        dropout=None,
-        write_part=write_networks,
-        write_result=write_folder,
-    )
+    return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
 METHODS: dict[Method, Callable[..., Learner]] = {"lora": lora, "full": full}
-
-_RESULTS: dict[Method, Path] = {
-    "lora": Path(lora_file.FILE_NAME),
-    "full": Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors",
-}
-
-
-def result_of(method: Method, folder: Path) -> tuple[Path, int]:
-    """The file that a completed run of this method leaves, and the steps it was trained for; 0 if there is none."""
-    path = folder / _RESULTS[method]
-    return path, int(read_metadata(path).get(STEP_KEY, 0)) if path.is_file() else 0
 
 
 def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> None:
@@ -163,15 +154,10 @@ def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> No
     """
     base = folder.opened()
     planned = plan_model(base, Format.DIFFUSERS)
-    trained = {"unet", *trained}
     kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
     write_parts(target, base, kept)
     if folder.vae:
         write_json(target / "vae" / "config.json", folder.config("vae"))
-
-
-def _denoiser(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> nn.Cell:
-    return unet if text_encoders is None else TextConditioned(unet, text_encoders)
 
 
 def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, nn.Cell]:
@@ -179,6 +165,19 @@ def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) ->
     return {"unet": unet} | (text_encoders.networks() if text_encoders else {})
 
 
-def _is_read(text_encoders: TextEncoders | None, network: str, name: str) -> bool:
-    """Whether the prediction depends on a layer or parameter; what has no gradient would only decay."""
-    return text_encoders is None or text_encoders.is_read(network, name)
+def _learner(
+    unet: UNet2DConditionModel,
+    text_encoders: TextEncoders | None,
+    parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
+    **writing: Any,
+) -> Learner:
+    """The learner of parameters, by network and layer; what the prediction does not depend on would only decay."""
+    trainables = [
+        Trainable(parameter, "unet" if network == "unet" else "text_encoder")
+        for network, layers in parameters.items()
+        for layer, own in layers.items()
+        if text_encoders is None or text_encoders.is_read(network, layer)
+        for parameter in own
+    ]
+    denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)
+    return Learner(denoiser=denoiser, trainables=trainables, text_encoders=text_encoders, **writing)

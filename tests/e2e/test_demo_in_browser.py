@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from demo.processes import REPOSITORY
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
+from tests.whole_loras import write_run_lora
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 TIMEOUT = 300
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
 
     weight = read_tensors(base / "unet" / "diffusion_pytorch_model.safetensors")[0][f"{layer}.weight"]
     factors = {layer: (draw((2, weight.shape[1]), np.float32), draw((weight.shape[0], 2), np.float32))}
-    write_lora(run, {"unet": LoraWeights(factors, 2, 2.0, ("to_v",))}, 3)
+    write_run_lora(run, {"unet": factors}, 3)
     return runs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.spellings import METHODS_NOT_YET, REFUSED
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest

@@ -5,10 +5,10 @@ import pytest
 
 from demo.drawing import Painter
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Step
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.settings import DrawRequest
 from tests.tiny_model import write_random_model, write_random_sdxl
+from tests.whole_loras import write_run_lora
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -16,7 +16,7 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 def lora(folder, seed):
     draw = np.random.default_rng(seed).standard_normal
     factors = {LAYER: (draw((2, 16), np.float32), draw((16, 2), np.float32))}
-    return str(write_lora(folder, {"unet": LoraWeights(factors, 2, 2.0, ("to_q",))}, 1).parent)
+    return str(write_run_lora(folder, {"unet": factors}, 1).parent)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_ms.adapters.lora_file import read_lora
-from dreambooth_ms.adapters.lora_writing import write_lora_as
 from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.shared import WeightsConfig
@@ -24,7 +22,7 @@ from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
 from tests.small_specs import SMALL
-from tests.whole_loras import FILES, random_lora
+from tests.whole_loras import FILES, random_lora, read_lora, write_lora_as
 from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, digests_of, random_model, roles_of
 
 PROMPT = "a photo of sks dog"
@@ -112,8 +110,8 @@ def test_a_single_file_is_trained_on(bases, tmp_path, pynative):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "dog" / "0.png")
     assert train(bases["stability"], tmp_path / "run", tmp_path / "dog") == 0
-    trained = read_lora(tmp_path / "run")["unet"].factors
-    assert all(np.abs(up).max() > 0 for _, up in trained.values())
+    trained = read_lora(tmp_path / "run", bases["stability"])["unet"]
+    assert all(np.abs(own.up).max() > 0 for own in trained.values())
 
 
 def adapted(opened, lora, scale=1.0):
@@ -152,10 +150,10 @@ class TestAdapters:
         assert np.abs(model.embeddings[PROMPT].text - embedding.text).max() < 1e-5
         assert np.abs(model.base_embeddings[PROMPT].text - embedding.text).max() > 0.01
         parameters = read_parameters(model.unet)
-        for layer, own in lora.of_part("unet").items():
+        for layer, own in lora.adapter.parts["unet"].items():
             scale = parameters[f"{layer}.lora_scale"]
             update = scale * parameters[f"{layer}.lora_B.weight"] @ parameters[f"{layer}.lora_A.weight"]
-            assert np.abs(update - own.update()).max() < 1e-5, layer
+            assert np.abs(update - own.delta(update)).max() < 1e-5, layer
 
     def test_updates_of_convolutions_are_in_their_weights(self, opened, tmp_path):
         """1x1 ones, which kohya adapts in every SD 1 model, and 3x3 ones."""
@@ -165,13 +163,12 @@ class TestAdapters:
         base = read_parameters(opened["diffusers"].denoiser.load())
         model = adapted(opened["diffusers"], tmp_path / "lora.safetensors", 0.5)
         now = read_parameters(model.unet)
-        convolutions = {name: own for name, own in lora.of_part("unet").items() if not name.endswith(".to_q")}
+        convolutions = {name: own for name, own in lora.adapter.parts["unet"].items() if not name.endswith(".to_q")}
         assert len(convolutions) > 4
         for layer, own in convolutions.items():
-            expected = base[f"{layer}.weight"] + 0.5 * own.update()
+            expected = base[f"{layer}.weight"] + 0.5 * own.delta(base[f"{layer}.weight"])
             assert np.abs(now[f"{layer}.weight"] - expected).max() < 1e-6, layer
-        for one in model.layers:
-            one.set_scale(0.0)
+        model.adapters.set_scales([0.0])
         now = read_parameters(model.unet)
         assert all(np.array_equal(now[name], base[name]) for name in base)
 

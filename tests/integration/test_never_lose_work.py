@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, remove_leftovers
 from dreambooth_ms.cli import train as train_command
 from dreambooth_ms.cli.main import main

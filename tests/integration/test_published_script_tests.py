@@ -11,7 +11,7 @@ import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from tests.tiny_model import write_random_model
 from tools.tiny_base.world import write_subject

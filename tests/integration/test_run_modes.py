@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.training.checkpoint import STATE, find_latest

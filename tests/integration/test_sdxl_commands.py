@@ -8,7 +8,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.sampling.picture_file import read_settings

@@ -1,7 +1,6 @@
 """An adapter goes to diffusers and comes from it in one file, with every number and with the same pictures."""
 
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +12,23 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.lora_file import FILE_NAME, LoraWeights, read_lora, write_lora
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.file import FILE_NAME
+from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.formats.tensor_file import STEP_KEY
+from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
-from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, result_of
+from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+from dreambooth_ms.training.results import Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
+from tests.whole_loras import read_lora, write_run_lora
 
 RANK, ALPHA, TARGETS = 3, 7, ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_RANK, TEXT_ALPHA = 2, 5
@@ -80,7 +86,16 @@ def factors_of(network):
 
 def scales_of(network):
     """The factors on B A that peft uses, one per adapted layer."""
-    return [next(iter(m.scaling.values())) for m in network.modules() if hasattr(m, "lora_A")]
+    return list(scales_by_layer(network).values())
+
+
+def scales_by_layer(network):
+    return {name: next(iter(m.scaling.values())) for name, m in network.named_modules() if hasattr(m, "lora_A")}
+
+
+def settings_of(updates):
+    """The ranks and alphas of a network's layers."""
+    return {(own.rank, own.alpha_or_rank) for own in updates.values()}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +120,7 @@ def ours(model, diffusers_adapter, tmp_path_factory):
     """Our UNet's picture with that adapter, and the same adapter in a file of ours."""
     folder = open_bundle(model)
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(diffusers_adapter.folder)])
-    networks = read_lora(diffusers_adapter.folder)
+    networks = read_lora(diffusers_adapter.folder, model)
     adapted = load_adapted(folder, weights, [])
     return SimpleNamespace(
         adapter=networks["unet"],
@@ -117,8 +132,9 @@ def ours(model, diffusers_adapter, tmp_path_factory):
 def write_again(networks, target):
     """Adapters that were read, in a file of ours, with the layers named as a training is asked for them."""
     targets = {"unet": tuple(TARGETS), "text_encoder": TEXT_ENCODER_TARGETS}
-    asked = {name: replace(adapter, target_modules=targets[name]) for name, adapter in networks.items()}
-    return write_lora(target, asked, step=500)
+    path, metadata = target / FILE_NAME, {STEP_KEY: "500"}
+    write_adapter(Adapter(networks), path, LoraFormat.DIFFUSERS, SD_15, metadata=metadata, targets=targets)
+    return path
 
 
 def drawn(folder, unet, text, negative):
@@ -140,16 +156,16 @@ def assert_same_picture(ours, pipeline, **prompt):
 
 def assert_same_factors(ours, expected):
     assert ours.keys() == expected.keys()
-    for layer, factors in ours.items():
-        assert all(np.array_equal(a, b) for a, b in zip(factors, expected[layer], strict=True)), layer
+    for layer, own in ours.items():
+        assert all(np.array_equal(a, b) for a, b in zip((own.down, own.up), expected[layer], strict=True)), layer
 
 
 class TestFromDiffusers:
-    def test_every_factor_and_alpha_are_read(self, diffusers_adapter):
-        networks = read_lora(diffusers_adapter.folder)
+    def test_every_factor_and_alpha_are_read(self, model, diffusers_adapter):
+        networks = read_lora(diffusers_adapter.folder, model)
         assert networks.keys() == {"unet"}
-        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, ALPHA)
-        assert_same_factors(networks["unet"].factors, factors_of(diffusers_adapter.pipeline.unet))
+        assert settings_of(networks["unet"]) == {(RANK, ALPHA)}
+        assert_same_factors(networks["unet"], factors_of(diffusers_adapter.pipeline.unet))
 
     def test_it_draws_the_same_picture(self, ours, diffusers_adapter):
         assert_same_picture(ours, diffusers_adapter.pipeline)
@@ -165,21 +181,17 @@ class TestFromDiffusers:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
         assert any(name.endswith("to_q.lora.down.weight") for name in load_file(tmp_path / FILE_NAME))
-        networks = read_lora(tmp_path)
+        networks = read_lora(tmp_path, model)
         assert networks.keys() == {"unet"}
-        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, RANK)
-        assert_same_factors(networks["unet"].factors, factors_of(pipeline.unet))
+        assert settings_of(networks["unet"]) == {(RANK, RANK)}
+        assert_same_factors(networks["unet"], factors_of(pipeline.unet))
 
     @pytest.mark.parametrize(
-        ("option", "said"),
-        [
-            ({"use_rslora": True}, "use_rslora"),
-            ({"alpha_pattern": {"to_q": 5}}, "alpha_pattern"),
-            ({"rank_pattern": {"to_q": 2}}, "different ranks"),
-        ],
+        "option",
+        [{"use_rslora": True}, {"alpha_pattern": {"to_q": 5}}, {"rank_pattern": {"to_q": 2}}],
         ids=["alpha over the root of the rank", "alphas by layer", "ranks by layer"],
     )
-    def test_a_scaling_that_we_do_not_have_is_refused(self, model, tmp_path, option, said):
+    def test_every_scaling_of_peft_is_read(self, model, tmp_path, option):
         """Drawn with another strength than it was trained with, it would be another adapter."""
         pipeline = pipeline_of(model)
         pipeline.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, **option))
@@ -188,8 +200,11 @@ class TestFromDiffusers:
             unet_lora_layers=get_peft_model_state_dict(pipeline.unet),
             unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict(),
         )
-        with pytest.raises(WeightError, match=said):
-            read_lora(tmp_path)
+        scales = scales_by_layer(pipeline.unet)
+        assert len(set(scales.values())) == (1 if "use_rslora" in option else 2)
+        assert set(scales.values()) != {ALPHA / RANK}
+        found = read_lora(tmp_path, model)["unet"]
+        assert {layer: own.scale for layer, own in found.items()} == pytest.approx(scales)
 
 
 class TestToDiffusers:
@@ -206,18 +221,18 @@ class TestToDiffusers:
         # All it says is that there is nothing for the text encoder, which is so.
         assert len(set(loaded.said)) == 1
         assert "No LoRA keys associated to CLIPTextModel" in loaded.said[0]
-        assert_same_factors(factors_of(loaded.pipeline.unet), ours.adapter.factors)
-        assert scales_of(loaded.pipeline.unet) == [pytest.approx(ALPHA / RANK)] * len(ours.adapter.factors)
+        assert_same_factors(ours.adapter, factors_of(loaded.pipeline.unet))
+        assert scales_of(loaded.pipeline.unet) == [pytest.approx(ALPHA / RANK)] * len(ours.adapter)
 
     def test_it_draws_the_same_picture(self, loaded, ours):
         assert_same_picture(ours, loaded.pipeline)
 
-    def test_what_we_write_we_read(self, ours):
-        assert result_of("lora", ours.file.parent) == (ours.file, 500)
-        networks = read_lora(ours.file)
+    def test_what_we_write_we_read(self, model, ours):
+        assert result_of(ours.file.parent) == Result(ours.file, 500)
+        networks = read_lora(ours.file, model)
         assert networks.keys() == {"unet"}
-        assert (networks["unet"].rank, networks["unet"].alpha) == (RANK, ALPHA)
-        assert_same_factors(networks["unet"].factors, ours.adapter.factors)
+        assert settings_of(networks["unet"]) == {(RANK, ALPHA)}
+        assert_same_factors(networks["unet"], factors_by_layer(ours.adapter))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +250,7 @@ def both(model, tmp_path_factory):
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(folder)])
     adapted = load_adapted(base, weights, [PROMPT])
     picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT], adapted.embeddings[""])
-    read = read_lora(folder)
+    read = read_lora(folder, model)
     return SimpleNamespace(
         pipeline=pipeline,
         networks=networks,
@@ -252,8 +267,8 @@ class TestWithATextEncoder:
     def test_every_factor_and_alpha_of_both_are_read(self, both):
         assert both.read.keys() == both.networks.keys()
         for name, settings in (("unet", (RANK, ALPHA)), ("text_encoder", (TEXT_RANK, TEXT_ALPHA))):
-            assert (both.read[name].rank, both.read[name].alpha) == settings
-            assert_same_factors(both.read[name].factors, factors_of(both.networks[name]))
+            assert settings_of(both.read[name]) == {settings}
+            assert_same_factors(both.read[name], factors_of(both.networks[name]))
 
     def test_it_draws_diffusers_picture(self, both):
         assert_same_picture(both.picture, both.pipeline, prompt=PROMPT)
@@ -272,19 +287,19 @@ class TestWithATextEncoder:
         assert [record.getMessage() for record in caplog.records] == []
         for name, scale in (("unet", ALPHA / RANK), ("text_encoder", TEXT_ALPHA / TEXT_RANK)):
             network = getattr(pipeline, name)
-            assert_same_factors(factors_of(network), both.read[name].factors)
-            assert scales_of(network) == [pytest.approx(scale)] * len(both.read[name].factors)
+            assert_same_factors(both.read[name], factors_of(network))
+            assert scales_of(network) == [pytest.approx(scale)] * len(both.read[name])
         assert_same_picture(both.picture, pipeline, prompt=PROMPT)
 
-    def test_what_we_write_we_read(self, both):
-        assert result_of("lora", both.file.parent) == (both.file, 500)
-        read = read_lora(both.file)
+    def test_what_we_write_we_read(self, model, both):
+        assert result_of(both.file.parent) == Result(both.file, 500)
+        read = read_lora(both.file, model)
         assert read.keys() == both.read.keys()
-        for name, adapter in read.items():
-            assert (adapter.rank, adapter.alpha) == (both.read[name].rank, both.read[name].alpha)
-            assert_same_factors(adapter.factors, both.read[name].factors)
+        for name, updates in read.items():
+            assert settings_of(updates) == settings_of(both.read[name])
+            assert_same_factors(updates, factors_by_layer(both.read[name]))
 
-    def test_the_names_of_the_published_training_scripts_are_read(self, both, tmp_path):
+    def test_the_names_of_the_published_training_scripts_are_read(self, model, both, tmp_path):
         """`lora_linear_layer.down` and `up` in the text encoder, as the scripts write them."""
         layers = {
             f"{name}_lora_layers": convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
@@ -292,26 +307,33 @@ class TestWithATextEncoder:
         }
         StableDiffusionPipeline.save_lora_weights(tmp_path, **layers)
         assert any(name.endswith("q_proj.lora_linear_layer.down.weight") for name in load_file(tmp_path / FILE_NAME))
-        for name, adapter in read_lora(tmp_path).items():
-            assert adapter.alpha == adapter.rank
-            assert_same_factors(adapter.factors, both.read[name].factors)
+        for name, updates in read_lora(tmp_path, model).items():
+            assert all(own.alpha_or_rank == own.rank for own in updates.values())
+            assert_same_factors(updates, factors_by_layer(both.read[name]))
+
+
+def factors_by_layer(updates):
+    return {layer: (own.down, own.up) for layer, own in updates.items()}
 
 
 def one_layer(name):
-    return LoraWeights({name: (normal(2, 16), normal(16, 2))}, 2, 2.0, tuple(TARGETS))
+    return {"unet": {name: (normal(2, 16), normal(16, 2))}}
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(model, tmp_path):
     layer = "down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
-    file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
+    file = write_run_lora(tmp_path, one_layer(layer))
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
-    with pytest.raises(WeightError, match=f"{FILE_NAME}: the adapter was trained on another base; this one is {model}"):
+    said = (
+        f"{FILE_NAME} does not fit a LoRA of SD 1.x in the naming of diffusers for {model}: 2 unexpected .unet.{layer}"
+    )
+    with pytest.raises(WeightError, match=said):
         load_adapted(open_bundle(model), weights, [])
 
 
 def test_an_adapter_for_layers_of_another_size_is_refused(model, tmp_path):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    file = write_lora(tmp_path, {"unet": one_layer(layer)}, step=1)
+    file = write_run_lora(tmp_path, one_layer(layer))
     weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
-    with pytest.raises(WeightError, match=r"the adapter does not fit the base: \(2, 16\) for \(2, 32\)"):
+    with pytest.raises(WeightError, match=r"1 of another shape .*: a weight of \(32, 32\) has no update by \(2, 16\)"):
         load_adapted(open_bundle(model), weights, [])

@@ -12,8 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import open_lora
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.conversion.merge import merged
 from dreambooth_ms.errors import WeightError
@@ -21,7 +20,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
-from tests.whole_loras import FILES, attention_and_text, random_lora
+from tests.whole_loras import FILES, attention_and_text, delta, random_lora, write_lora_as
 from tests.whole_models import RUNNING, RUNNING_SDXL, random_model
 
 MODELS = {"sd1": RUNNING, "sdxl": RUNNING_SDXL}
@@ -62,10 +61,10 @@ def updates_of(pipeline):
     return updates
 
 
-def assert_same(found, factors):
-    assert found.keys() == factors.keys()
-    for layer, own in factors.items():
-        expected = own.update()
+def assert_same(found, updates):
+    assert found.keys() == updates.keys()
+    for layer, own in updates.items():
+        expected = delta(own)
         assert np.abs(found[layer] - expected).max() <= TOLERANCE * np.abs(expected).max(), layer
 
 
@@ -78,7 +77,7 @@ def test_load_lora_weights_takes_our_file(base, tmp_path, form):
     write_lora_as(lora, tmp_path / "lora.safetensors", form)
     pipeline = base.kind.from_pretrained(base.path)
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
-    assert_same(updates_of(pipeline), lora.factors)
+    assert_same(updates_of(pipeline), lora.adapter.updates)
 
 
 def adapted(base, rank=3, alpha=5, text_rank=2, text_alpha=6):
@@ -102,9 +101,9 @@ def test_we_take_what_diffusers_saves(base, tmp_path):
         layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network)
         settings[f"{part}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
     base.kind.save_lora_weights(tmp_path, **layers, **settings)
-    found = open_lora(tmp_path, [base.spec])
-    assert found.notes == ()
-    assert_same(updates_of(pipeline), found.factors)
+    found = open_adapter(tmp_path, [base.spec])
+    assert found.notes == []
+    assert_same(updates_of(pipeline), found.adapter.updates)
 
 
 @pytest.mark.parametrize("base", ["sd1"], indirect=True)
@@ -126,7 +125,7 @@ class TestPeft:
             network = get_peft_model(network, config)
             network.save_pretrained(tmp_path / part)
             setattr(pipeline, part, network.base_model.model)
-        assert_same(updates_of(pipeline), open_lora(tmp_path, [base.spec]).factors)
+        assert_same(updates_of(pipeline), open_adapter(tmp_path, [base.spec]).adapter.updates)
 
     def test_it_takes_the_folders_we_write(self, base, tmp_path):
         lora = random_lora(base.spec, tmp_path)
@@ -134,7 +133,7 @@ class TestPeft:
         pipeline = base.kind.from_pretrained(base.path)
         for part, network in networks_of(pipeline).items():
             PeftModel.from_pretrained(network, tmp_path / "peft" / part)
-        assert_same(updates_of(pipeline), lora.factors)
+        assert_same(updates_of(pipeline), lora.adapter.updates)
 
 
 class TestMerging:
@@ -162,7 +161,7 @@ class TestMerging:
                 own = found[f"{part}.{name}"].read()
                 assert np.abs(own - value.numpy()).max() <= 1e-5 * max(1, np.abs(own).max()), name
                 changed += not np.array_equal(own, base.model.tensors[f"{part}.{name}"].read())
-        assert changed == len(first.factors)
+        assert changed == len(first.adapter.updates)
 
     @pytest.mark.parametrize("dtype", SUMS)
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
@@ -202,6 +201,6 @@ def test_files_of_mindone_are_taken_for_what_they_were_made_of(tmp_path):
     """The names by the published rules; the values come by way of another format."""
     lora = random_lora(RUNNING_SDXL, tmp_path, choose=lambda layer: layer.endswith((".to_q", ".to_out.0")))
     write_lora_as(lora, tmp_path / f"lora{FILES[LoraFormat.MINDONE]}", LoraFormat.MINDONE)
-    found = open_lora(tmp_path / "lora.ckpt", [RUNNING_SDXL])
+    found = open_adapter(tmp_path / "lora.ckpt", [RUNNING_SDXL])
     assert found.form is LoraFormat.MINDONE
-    assert_same({layer: own.update() for layer, own in found.factors.items()}, lora.factors)
+    assert_same({layer: delta(own) for layer, own in found.adapter.updates.items()}, lora.adapter.updates)

@@ -15,8 +15,11 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
-from dreambooth_ms.formats.naming.lora import Factors, name_factors, read_factors, recognise_lora
+from dreambooth_ms.formats.naming.lora import recognise_lora
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
@@ -31,12 +34,13 @@ def random_factors(model, choose):
     for seed, (layer, weight) in enumerate(lora_layers(model).items()):
         if choose(layer):
             down, up = factor_shapes(weight, RANK)
-            factors[layer] = Factors(normal(*down, seed=2 * seed), normal(*up, seed=2 * seed + 1), 1.0 + seed % 3)
+            factors[layer] = LoraUpdate(normal(*down, seed=2 * seed), normal(*up, seed=2 * seed + 1), 1.0 + seed % 3)
     return factors
 
 
-def tensors(file):
-    return {name: torch.tensor(value) for name, value in file.items()}
+def tensors(form, model, updates):
+    """A file of ours as torch has it."""
+    return {name: torch.tensor(value) for name, value in file_tensors(Adapter.of(updates), form, model).items()}
 
 
 def in_peft_names(state):
@@ -65,8 +69,8 @@ def assert_same(found, factors):
 
 def read(state, model):
     """Our reading of a file of torch tensors."""
-    plan = recognise_lora({name: tuple(value.shape) for name, value in state.items()}, "a file", [model]).plan
-    return read_factors(plan, lambda name: state[name].numpy(), lambda name: float(state[name]))
+    plan = recognise_lora({name: tuple(value.shape) for name, value in state.items()}, "a file", [model])
+    return {layer: LoraUpdate.of(own) for layer, own in plan.read(lambda name: state[name].numpy()).items()}
 
 
 class TestDiffusers:
@@ -78,7 +82,7 @@ class TestDiffusers:
             model, lambda layer: ".attentions." in layer or ".resnets." in layer or "text" in layer
         )
         state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            tensors(name_factors(form, model, factors)),
+            tensors(form, model, factors),
             unet_config=SimpleNamespace(layers_per_block=model.unet.layers_per_block),
         )
         assert_same(in_peft_names(state), factors)
@@ -91,7 +95,7 @@ class TestDiffusers:
     def test_it_takes_its_own_names(self, family, form):
         model = SMALL[family]
         factors = random_factors(model, lambda layer: layer.endswith(ATTENTION) or "text" in layer)
-        state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors(name_factors(form, model, factors)))
+        state, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors(form, model, factors))
         assert alphas is None
         assert_same(in_peft_names(state), factors)
 
@@ -99,16 +103,14 @@ class TestDiffusers:
     def test_the_names_it_shares_with_peft_are_the_public_ones(self, family):
         model = SMALL[family]
         factors = random_factors(model, lambda layer: True)
-        assert_same(tensors(name_factors(LoraFormat.DIFFUSERS_PEFT, model, factors)), factors)
+        assert_same(tensors(LoraFormat.DIFFUSERS_PEFT, model, factors), factors)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_we_take_what_it_writes_for_kohya(self, family):
         """Its alpha is always the rank, and its first text encoder always "te1"."""
         model = SMALL[family]
         factors = random_factors(model, lambda layer: layer.endswith(ATTENTION) or "text" in layer)
-        state = state_dict_utils.convert_state_dict_to_kohya(
-            tensors(name_factors(LoraFormat.DIFFUSERS_PEFT, model, factors))
-        )
+        state = state_dict_utils.convert_state_dict_to_kohya(tensors(LoraFormat.DIFFUSERS_PEFT, model, factors))
         found = read(state, model)
         assert found.keys() == factors.keys()
         for layer, own in found.items():
@@ -120,7 +122,7 @@ class TestDiffusers:
     def test_we_take_what_its_scripts_write(self, family):
         model = SMALL[family]
         factors = random_factors(model, lambda layer: layer.endswith(ATTENTION) or ".self_attn." in layer)
-        peft = tensors(name_factors(LoraFormat.DIFFUSERS_PEFT, model, factors))
+        peft = tensors(LoraFormat.DIFFUSERS_PEFT, model, factors)
         state = {}
         for part in {name.partition(".")[0] for name in peft}:
             own = {name.removeprefix(f"{part}."): value for name, value in peft.items() if name.startswith(f"{part}.")}
@@ -164,10 +166,10 @@ class TestPeft:
 
     def test_it_takes_our_names(self, adapted):
         saved = {name: value.clone() for name, value in get_peft_model_state_dict(adapted.network).items()}
-        doubled = {layer: Factors(2 * own.down, 2 * own.up) for layer, own in read(saved, adapted.model).items()}
-        written = name_factors(LoraFormat.PEFT, adapted.model, doubled)
+        doubled = {layer: LoraUpdate(2 * own.down, 2 * own.up) for layer, own in read(saved, adapted.model).items()}
+        written = tensors(LoraFormat.PEFT, adapted.model, doubled)
         assert written.keys() == saved.keys()
-        result = set_peft_model_state_dict(adapted.network, tensors(written))
+        result = set_peft_model_state_dict(adapted.network, written)
         assert not result.unexpected_keys
         assert not [name for name in result.missing_keys if ".lora_" in name]
         now = get_peft_model_state_dict(adapted.network)

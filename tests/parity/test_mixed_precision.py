@@ -46,7 +46,7 @@ class HalfTraining(Training):
         if batches_per_step not in self.step_cells:
             kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
             self.step_cells[batches_per_step] = kind(
-                self.loss, self.learner.trainables, self.optimiser, MAX_GRAD_NORM, scaler=self.scaler
+                self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM, scaler=self.scaler
             )
         return self.step_cells[batches_per_step]
 
@@ -102,7 +102,7 @@ def test_what_is_trained_and_every_norm_is_float32_and_a_frozen_base_is_float16(
         for network in training.networks.values()
         for name, public in public_parameters(network).items()
     }
-    assert all(parameter.dtype == ms.float32 for parameter in training.learner.trainables)
+    assert all(parameter.dtype == ms.float32 for parameter in training.learner.parameters)
     halves = {name for name, dtype in kinds.items() if dtype == ms.float16}
     assert not any("norm" in name or "lora" in name for name in halves)
     assert (len(halves) > 50) == is_lora

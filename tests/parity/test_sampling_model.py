@@ -12,8 +12,7 @@ from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl
 from mindspore import Tensor, nn
 from PIL import Image
 
-from dreambooth_ms.adapters.lora import linear_layers
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
+from dreambooth_ms.adapters.lora import adaptable_layers
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats import folder_configs
 from dreambooth_ms.formats.folder_layout import read_json, write_json
@@ -27,6 +26,7 @@ from dreambooth_ms.sampling.settings import DrawRequest, PictureSizes, Refinemen
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model, write_random_sdxl
+from tests.whole_loras import write_run_lora
 
 PROMPT, NEGATIVE = "a photo of star", "a star"
 # Not square, so that no side passes for another.
@@ -220,7 +220,9 @@ def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
     """1 and 0.6 of the text encoder and the UNet, then other scales, without loading anything again."""
     folder = open_bundle(folders["sd1"])
     networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
-    files = [write_lora(tmp_path / str(n), random_adapters(networks, n, rank=2 + n), step=1) for n in range(2)]
+    files = [
+        write_run_lora(tmp_path / str(n), random_factors(networks, n, rank=2 + n), alpha=4.0 + 2 * n) for n in range(2)
+    ]
     pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])
     for n, file in enumerate(files):
         pipeline.load_lora_weights(file.parent, adapter_name=str(n))
@@ -240,21 +242,20 @@ def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
         model.rows(request(lora_scales=(1.0, 1.0, 1.0)))
 
 
-def random_adapters(networks, seed, rank):
-    """Adapters of attention layers, both factors away from zero; the second LoRA has the queries alone."""
+def random_factors(networks, seed, rank):
+    """Factors of attention layers, both factors away from zero; the second LoRA has the queries alone."""
     ends = ("to_q", "q_proj") if seed else ("to_q", "to_v", "to_out.0", "q_proj", "v_proj")
-    adapters = {}
+    chosen = {}
     for number, (name, network) in enumerate(networks.items()):
-        layers = {layer: cell for layer, cell in linear_layers(network).items() if layer.endswith(ends)}
-        factors = {
+        layers = {layer: cell for layer, cell in adaptable_layers(network).items() if layer.endswith(ends)}
+        chosen[name] = {
             layer: (
                 0.3 * normal(rank, cell.in_channels, seed=10 * seed + number),
                 0.3 * normal(cell.out_channels, rank, seed=10 * seed + number + 5),
             )
             for layer, cell in layers.items()
         }
-        adapters[name] = LoraWeights(factors, rank, 2.0 * rank, ends)
-    return adapters
+    return chosen
 
 
 def test_long_prompts_are_read_in_pieces(models, folders):

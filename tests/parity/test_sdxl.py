@@ -8,8 +8,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from dreambooth_ms.adapters.lora import linear_layers
-from dreambooth_ms.adapters.lora_file import LoraWeights, read_lora, write_lora
+from dreambooth_ms.adapters.lora import adaptable_layers
 from dreambooth_ms.cli.assemble import embed_prompts, load_adapted
 from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
@@ -20,6 +19,7 @@ from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_sdxl
+from tests.whole_loras import read_lora, write_run_lora
 
 PROMPT, NEGATIVE = "a photo of star", "a star"
 # Not square, so that no side passes for another.
@@ -42,19 +42,18 @@ def adapter(model, tmp_path_factory):
     """A file with an adapter of each network, both factors away from zero."""
     folder = open_bundle(model)
     networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
-    adapters = {}
+    chosen = {}
     for number, (name, network) in enumerate(networks.items()):
         targets = TARGETS if name == "unet" else TEXT_ENCODER_TARGETS
-        factors = {
+        chosen[name] = {
             layer: (
                 0.15 * normal(RANK, cell.in_channels, seed=2 * number),
                 0.15 * normal(cell.out_channels, RANK, seed=2 * number + 1),
             )
-            for layer, cell in linear_layers(network).items()
+            for layer, cell in adaptable_layers(network).items()
             if layer.endswith(targets)
         }
-        adapters[name] = LoraWeights(factors, RANK, ALPHA, targets)
-    return write_lora(tmp_path_factory.mktemp("adapter"), adapters, step=1)
+    return write_run_lora(tmp_path_factory.mktemp("adapter"), chosen, alpha=ALPHA)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +83,7 @@ def draw(pipeline, **more):
 
 
 def draw_ours(ours, scale, negative=""):
-    for layer in ours.adapted.layers:
-        layer.set_scale(scale)
+    ours.adapted.adapters.set_scales([scale])
     texts = ours.adapted.embeddings if scale else ours.adapted.base_embeddings
     *_, latents = ours.sampler.denoise(NOISE, [texts[PROMPT]], texts[negative])
     return latents.asnumpy(), next(ours.sampler.pictures(NOISE, [texts[PROMPT]], texts[negative]))
@@ -118,7 +116,7 @@ def test_the_numbers_of_the_picture_show_in_it(ours, model):
 
 
 def test_diffusers_loads_our_adapter_of_all_three_networks_and_draws_our_picture(ours, model, adapter):
-    assert read_lora(adapter).keys() == {"unet", "text_encoder", "text_encoder_2"}
+    assert read_lora(adapter, model).keys() == {"unet", "text_encoder", "text_encoder_2"}
     pipeline = pipeline_of(model)
     pipeline.load_lora_weights(adapter.parent)
     expected = draw(pipeline)

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import open_lora
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.conversion.convert import LORA_FORMATS
 from dreambooth_ms.errors import WeightError
@@ -16,7 +15,7 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from tests.small_specs import PUBLISHED, SMALL
-from tests.whole_loras import FILES, attention, random_lora, write_lora_file
+from tests.whole_loras import FILES, attention, delta, random_lora, write_lora_as, write_lora_file
 from tests.whole_models import write_model
 
 NAMES = {form: name for name, form in LORA_FORMATS.items()}
@@ -36,9 +35,10 @@ def convert(source, target, form, base, *flags):
 
 
 def assert_same_factors(found, expected):
-    assert found.factors.keys() == expected.factors.keys()
-    for layer, own in expected.factors.items():
-        other = found.factors[layer]
+    found, expected = found.adapter.updates, expected.adapter.updates
+    assert found.keys() == expected.keys()
+    for layer, own in expected.items():
+        other = found[layer]
         assert (other.rank, other.rank if other.alpha is None else other.alpha) == (own.rank, own.alpha), layer
         assert np.array_equal(other.down, own.down.astype(other.down.dtype)), layer
         assert np.array_equal(other.up, own.up.astype(other.up.dtype)), layer
@@ -47,9 +47,9 @@ def assert_same_factors(found, expected):
 def assert_same_updates(found, expected):
     """B was multiplied by alpha / r, once, and rounded to the file's type."""
     digits = {DType.F32: 1e-6, DType.F16: 2e-3, DType.BF16: 2e-2}[expected.dtype]
-    for layer, own in expected.factors.items():
-        wanted = own.update()
-        assert np.abs(found.factors[layer].update() - wanted).max() <= digits * np.abs(wanted).max(), layer
+    for layer, own in expected.adapter.updates.items():
+        wanted = delta(own)
+        assert np.abs(delta(found.adapter.updates[layer]) - wanted).max() <= digits * np.abs(wanted).max(), layer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,9 +59,9 @@ def test_the_way_through_every_format_changes_no_factor_and_no_alpha(tmp_path, b
     for form in [*forms, LoraFormat.KOHYA, *reversed(forms)]:
         source, path = path, tmp_path / f"{len(list(tmp_path.iterdir()))}{FILES.get(form, '.safetensors')}"
         assert convert(source, path, form, bases[family]) == 0
-    found = open_lora(path, [SMALL[family]])
+    found = open_adapter(path, [SMALL[family]])
     assert_same_factors(found, lora)
-    assert (found.dtype, found.notes) == (DTYPES[family], ())
+    assert (found.dtype, found.notes) == (DTYPES[family], [])
 
 
 @pytest.mark.parametrize("form", [LoraFormat.DIFFUSERS, LoraFormat.PEFT, LoraFormat.KOHYA], ids=lambda form: form.value)
@@ -73,13 +73,13 @@ def test_to_mindone_and_back_the_update_is_the_same(tmp_path, bases, family, for
     assert convert(tmp_path / "lora.ckpt", back, form, bases[family]) == 0
     said = capsys.readouterr().err
     assert ("alpha is the rank" if family != "sdxl" else "have no alpha in the file: it is taken as the rank") in said
-    assert_same_updates(open_lora(back, [SMALL[family]]), lora)
+    assert_same_updates(open_adapter(back, [SMALL[family]]), lora)
 
 
 def test_the_fused_projections_of_mindones_text_tower_get_one_common_factor(tmp_path, bases):
     path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", "sd15")
     assert convert(path, tmp_path / "lora.ckpt", LoraFormat.MINDONE, bases["sd15"]) == 0
-    assert_same_updates(open_lora(tmp_path / "lora.ckpt", [SMALL["sd15"]]), lora)
+    assert_same_updates(open_adapter(tmp_path / "lora.ckpt", [SMALL["sd15"]]), lora)
 
 
 def test_layers_that_a_format_has_no_place_for_are_named_and_nothing_is_written(tmp_path, bases, capsys):
@@ -152,7 +152,7 @@ class TestSources:
         config = json.loads((path / "adapter_config.json").read_text())
         config |= {"use_rslora": True, "alpha_pattern": {"attn2.to_k": 8}}
         (path / "adapter_config.json").write_text(json.dumps(config))
-        found = open_lora(path, [SMALL["sd15"]]).factors
+        found = open_adapter(path, [SMALL["sd15"]]).adapter.updates
         # alpha / sqrt(4) is twice alpha / 4.
         assert {own.alpha for layer, own in found.items() if layer.endswith("attn2.to_k")} == {16.0}
         assert {own.alpha for layer, own in found.items() if not layer.endswith("attn2.to_k")} == {4.0}
@@ -164,7 +164,7 @@ class TestSources:
         path, lora = write_lora_file(LoraFormat.PEFT, tmp_path / "lora", choose=attention)
         torch.save(load_file(path / "adapter_model.safetensors"), path / "adapter_model.bin")
         (path / "adapter_model.safetensors").unlink()
-        assert_same_factors(open_lora(path, [SMALL["sd15"]]), lora)
+        assert_same_factors(open_adapter(path, [SMALL["sd15"]]), lora)
 
     @pytest.mark.parametrize("number", [np.nan, np.inf])
     def test_an_alpha_that_is_no_number_is_refused(self, tmp_path, number):
@@ -174,7 +174,7 @@ class TestSources:
         tensors[name] = type(tensors[name]).of(np.float32(number))
         write_safetensors(tmp_path / "bent.safetensors", tensors)
         with pytest.raises(WeightError, match="which is no scale"):
-            open_lora(tmp_path / "bent.safetensors", [SMALL["sd15"]])
+            open_adapter(tmp_path / "bent.safetensors", [SMALL["sd15"]])
 
     def test_half_a_layer_is_missing_the_other_half(self, tmp_path, bases, capsys):
         path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora")

@@ -11,11 +11,11 @@ from demo import session
 from demo.library import Places, choose, describe, find, find_photographs, newest_run, read_run
 from demo.processes import REPOSITORY
 from demo.tokens import count_tokens
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.specs import Family
+from tests.whole_loras import write_run_lora
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
 
@@ -27,7 +27,7 @@ def write_run(folder, base=EMBEDDED, prompt="a photo of a sks star", step=3):
     )
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {layer: (np.zeros((1, 64), np.float32), np.zeros((64, 1), np.float32))}
-    write_lora(folder, {"unet": LoraWeights(factors, 1, 1.0, ("to_q",))}, step)
+    write_run_lora(folder, {"unet": factors}, step)
     return folder
 
 

@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 from demo import engine as engines
 from demo import session, training_process
 from demo.processes import REPOSITORY
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
+from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
@@ -42,7 +42,7 @@ def write_run(folder, base=EMBEDDED):
         f"pretrained_model_name_or_path: {base}\ninstance_data_dir: x\ninstance_prompt: a photo of a sks star\n"
     )
     factors = {LAYER: (np.zeros((1, 64), np.float32), np.zeros((64, 1), np.float32))}
-    write_lora(folder, {"unet": LoraWeights(factors, 1, 1.0, ("to_q",))}, 3)
+    write_run_lora(folder, {"unet": factors}, 3)
     return folder
 
 

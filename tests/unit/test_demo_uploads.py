@@ -11,10 +11,10 @@ from PIL import Image
 
 from demo import uploads
 from demo.photographs import first_crops, look_at
-from dreambooth_ms.adapters.lora_file import LoraWeights, write_lora
 from dreambooth_ms.data.pictures import centre_crop
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.tensor_file import write_tensors
+from tests.whole_loras import write_run_lora
 
 
 def png(width=40, height=30, colour="red"):
@@ -74,7 +74,7 @@ def test_large_files_are_refused(tmp_path, monkeypatch):
 def lora_file(folder):
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {layer: (np.zeros((1, 64), np.float32), np.zeros((64, 1), np.float32))}
-    return write_lora(folder, {"unet": LoraWeights(factors, 1, 1.0, ("to_q",))}, 1)
+    return write_run_lora(folder, {"unet": factors}, 1)
 
 
 def test_a_lora_is_stored(tmp_path):

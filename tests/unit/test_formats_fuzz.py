@@ -14,8 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dreambooth_ms.adapters.lora_writing import write_lora_as
-from dreambooth_ms.adapters.opened_lora import open_lora
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
@@ -28,7 +27,7 @@ from dreambooth_ms.models.specs import ClipTextSpec, VaeSpec
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
 from tests.unit.test_tensor_files_fuzz import bent, one_gibibyte
-from tests.whole_loras import random_lora
+from tests.whole_loras import random_lora, write_lora_as
 from tests.whole_models import RUNNING, random_model
 
 __all__ = ["one_gibibyte"]
@@ -139,7 +138,7 @@ def test_loras(place, data):
     file = open_tensor_file(place / "lora.safetensors")
     write_safetensors(place / "bent.safetensors", data.draw(bent_tensors(file.tensors)), file.metadata)
     flags = ["--base", place / "m.safetensors", "--format", "diffusers"]
-    convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_lora(out, [SMALLEST]), *flags)
+    convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_adapter(out, [SMALLEST]), *flags)
 
 
 @few
@@ -149,7 +148,7 @@ def test_settings_of_peft(place, key, value):
     before = path.read_text()
     path.write_text(json.dumps(json.loads(before) | {key: value}))
     flags = ["--base", place / "m.safetensors", "--format", "kohya"]
-    convert(place, place / "peft", "out.safetensors", lambda out: open_lora(out, [SMALLEST]), *flags)
+    convert(place, place / "peft", "out.safetensors", lambda out: open_adapter(out, [SMALLEST]), *flags)
     path.write_text(before)
 
 
@@ -161,7 +160,7 @@ def test_settings_in_the_metadata_of_diffusers(place, data):
     value = data.draw(st.one_of(st.text(max_size=20), as_json))
     write_safetensors(place / "bent.safetensors", tensors, {"lora_adapter_metadata": value, "ss_network_dim": value})
     flags = ["--base", place / "m.safetensors", "--format", "diffusers"]
-    convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_lora(out, [SMALLEST]), *flags)
+    convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_adapter(out, [SMALLEST]), *flags)
 
 
 @few

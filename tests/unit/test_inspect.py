@@ -76,8 +76,8 @@ def test_a_lora(tmp_path, inspect):
     assert said["format"] == "LoRA, kohya, safetensors file"
     assert (said["family"], said["dtype"]) == ("SD 1.x", "F16")
     assert (said["rank"], said["alpha"]) == ("2, 4", "1, 3")
-    count = sum(own.down.size + own.up.size for own in lora.of_part("unet").values())
-    assert said["unet"] == f"{count:,} parameters in {len(lora.of_part('unet'))} layers"
+    count = sum(own.down.size + own.up.size for own in lora.adapter.parts["unet"].values())
+    assert said["unet"] == f"{count:,} parameters in {len(lora.adapter.parts['unet'])} layers"
     assert said["metadata ss_network_dim"] == "4"
 
 

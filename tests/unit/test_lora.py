@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.attach import attach
+from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import (
-    DropoutState,
     LoraConv2d,
     LoraDense,
     LoraLayer,
@@ -16,12 +18,9 @@ from dreambooth_ms.adapters.lora import (
     initialise_lora,
     inject_lora,
     lora_trainables,
-    lora_weights,
-    sum_of,
 )
-from dreambooth_ms.adapters.lora_file import LoraWeights
+from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.formats.naming.lora import Factors
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
@@ -129,7 +128,7 @@ class TestItsEffect:
         values = {name: parameter.read() for name, parameter in public_parameters(base).items()}
         for scale in (1.0, -0.5):
             layer.set_scale(scale)
-            update = Factors(*factors, alpha=3.0).update()
+            update = LoraUpdate(*factors, alpha=3.0).delta(values["weight"])
             load_strict(folded, values | {"weight": values["weight"] + np.float32(scale) * update}, "folded")
             x = from_public(Tensor(normal(2, 6, 8, 10)))
             # Float32 sums of some sixty products in another order.
@@ -154,9 +153,9 @@ def bits_of_a(layers):
 
 class TestItsStart:
     def test_b_is_zero_and_a_is_normal_with_deviation_one_over_the_rank(self, started):
-        factors = lora_weights(started, TARGETS).factors
-        assert all(not b.any() for _, b in factors.values())
-        draws = np.concatenate([a.ravel() for a, _ in factors.values()])
+        updates = [layer.update() for layer in started.values()]
+        assert not any(own.up.any() for own in updates)
+        draws = np.concatenate([own.down.ravel() for own in updates])
         # Five standard deviations of the estimates from this many draws.
         assert abs(draws.mean()) < 5 / 8 / np.sqrt(draws.size)
         assert abs(draws.std() * 8 - 1) < 5 / np.sqrt(2 * draws.size)
@@ -345,37 +344,93 @@ class TestDropout:
 
 
 def adapter(rank, alpha, seed, layers=("a", "b")):
-    """An adapter of layers from 6 to 5 channels."""
-    factors = {
-        name: (normal(rank, 6, seed=seed + i), normal(5, rank, seed=seed + i)) for i, name in enumerate(sorted(layers))
+    """Updates of layers from 6 to 5 channels."""
+    return {
+        name: LoraUpdate(normal(rank, 6, seed=seed + i), normal(5, rank, seed=seed + i), alpha)
+        for i, name in enumerate(sorted(layers))
     }
-    return LoraWeights(factors, rank, alpha, tuple(factors))
 
 
-def update(adapter, name):
-    """What an adapter adds to a layer's weight, (5, 6)."""
-    factor_a, factor_b = adapter.factors.get(name, (np.zeros((1, 6)), np.zeros((5, 1))))
-    return adapter.alpha / adapter.rank * factor_b.astype(np.float64) @ factor_a
+def update(own):
+    """What an update adds to a layer's weight, (5, 6)."""
+    return own.scale * own.up.astype(np.float64) @ own.down
 
 
+SEVERAL = {
+    "alike": (adapter(4, 4.0, seed=0), adapter(4, 4.0, seed=10)),
+    "other ranks and alphas": (adapter(4, 1.0, seed=0), adapter(2, 6.0, seed=10)),
+    "three": (adapter(2, 3.0, seed=0), adapter(1, 1.0, seed=10), adapter(3, 2.0, seed=20)),
+    "other layers": (adapter(4, 1.0, seed=0, layers="ab"), adapter(2, 6.0, seed=10, layers="bc")),
+    "one alone": (adapter(4, 8.0, seed=0),),
+}
+ZERO = np.zeros((5, 6), np.float32)
+
+
+@pytest.mark.parametrize("adapters", SEVERAL.values(), ids=SEVERAL)
 class TestTheSumOfSeveral:
-    @pytest.mark.parametrize(
-        "adapters",
-        [
-            (adapter(4, 4.0, seed=0), adapter(4, 4.0, seed=10)),
-            (adapter(4, 1.0, seed=0), adapter(2, 6.0, seed=10)),
-            (adapter(2, 3.0, seed=0), adapter(1, 1.0, seed=10), adapter(3, 2.0, seed=20)),
-            (adapter(4, 1.0, seed=0, layers="ab"), adapter(2, 6.0, seed=10, layers="bc")),
-            (adapter(4, 8.0, seed=0),),
-        ],
-        ids=["alike", "other ranks and alphas", "three", "other layers", "one alone"],
-    )
     def test_its_update_is_the_sum_of_their_updates(self, adapters):
-        total = sum_of(adapters)
-        assert set(total.target_modules) == total.factors.keys()
-        assert total.factors.keys() == {name for adapter in adapters for name in adapter.factors}
-        for name, (factor_a, factor_b) in total.factors.items():
-            assert factor_a.shape == (total.rank, 6)
-            assert factor_b.shape == (5, total.rank)
+        for name in {name for own in adapters for name in own}:
+            updates = [own[name] for own in adapters if name in own]
+            total = side_by_side(updates)
+            rank = sum(own.rank for own in updates)
+            assert (total.down.shape, total.up.shape) == ((rank, 6), (5, rank))
             # One rounding of float32 where the scale goes into A.
-            assert relative_error(update(total, name), sum(update(adapter, name) for adapter in adapters)) < 1e-6
+            assert relative_error(update(total), sum(map(update, updates))) < 1e-6
+            assert relative_error(total.delta(ZERO), sum(own.delta(ZERO) for own in updates)) < 1e-6
+
+    def test_attached_to_layers_it_has_a_scale_for_each(self, adapters):
+        """And at 0 the output is the base's, to the bit."""
+        network, x = ThreeLayers(), Tensor(normal(2, 6))
+        initialise(network, 0)
+        before = [y.asnumpy() for y in network(x)]
+        attached = attach({"unet": network}, [Adapter({"unet": own, "text_encoder": {}}) for own in adapters])
+        for scales in ([1.0] * 3, [-0.5, 2.0, 0.25], [0.0] * 3):
+            attached.set_scales(scales[: len(adapters)])
+            for name, base, now in zip("abc", before, network(x), strict=True):
+                held = [(scale, own[name]) for scale, own in zip(scales, adapters, strict=False) if name in own]
+                delta = sum((scale * own.delta(ZERO) for scale, own in held), ZERO)
+                assert relative_error(now, base + x.asnumpy() @ delta.T) < 1e-5
+                assert any(scales) or now.asnumpy().tobytes() == base.tobytes()
+        assert len(network.compile_cache) == 1
+
+
+class ThreeLayers(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = Dense(6, 5), Dense(6, 5), Dense(6, 5)
+
+    def construct(self, x):
+        return self.a(x), self.b(x), self.c(x)
+
+
+class Twice:
+    """An update of another kind: the layer's weight once more."""
+
+    def delta(self, weight):
+        return weight
+
+
+def test_updates_of_any_kind_go_into_the_weight_beside_loras_on_the_same_layer():
+    network, x = OneLayer(), Tensor(normal(2, 6))
+    initialise(network, 0)
+    weight, before = network.layer.weight.asnumpy().copy(), network(x).asnumpy()
+    lora = LoraUpdate(normal(2, 6), normal(5, 2))
+    attached = attach({"unet": network}, [Adapter({"unet": {"layer": own}}) for own in (Twice(), lora)])
+    attached.set_scales([0.5, 2.0])
+    assert relative_error(network.layer.weight, 1.5 * weight + 2 * lora.delta(ZERO)) < 1e-6
+    attached.set_scales([0.0])
+    assert network.layer.weight.asnumpy().tobytes() == weight.tobytes()
+    assert network(x).asnumpy().tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "said"),
+    [
+        ("nowhere", 6, "the adapter was trained on another base"),
+        ("layer", 7, r"the adapter does not fit the base: \(2, 7\) for \(2, 6\)"),
+    ],
+)
+def test_what_does_not_fit_a_network_is_refused(layer, width, said):
+    own = {layer: LoraUpdate(normal(2, width), normal(5, 2))}
+    with pytest.raises(WeightError, match=said):
+        attach({"unet": OneLayer()}, [Adapter({"unet": own})])

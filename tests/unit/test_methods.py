@@ -11,16 +11,18 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from mindspore import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from dreambooth_ms.adapters.lora_file import read_lora
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
-from dreambooth_ms.training.methods import METHODS, result_of
+from dreambooth_ms.training.methods import METHODS
+from dreambooth_ms.training.results import ADAPTER, MODEL, Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal
 from tests.tiny_model import write_random_model, write_random_sdxl
+from tests.whole_loras import read_lora
 
 STEP = 42
 
@@ -52,7 +54,7 @@ def trained(path, method, text=False, variant=None, **settings):
     learner = METHODS[method](
         config, folder, networks["unet"], TextEncoders({"text_encoder": networks["text_encoder"]}) if text else None, 3
     )
-    chosen = {id(parameter) for parameter in learner.trainables}
+    chosen = {id(parameter) for parameter in learner.parameters}
     for network in networks.values():
         for i, one in enumerate(public_parameters(network).values()):
             if id(one.parameter) in chosen:
@@ -78,9 +80,9 @@ class TestTheFolderOfAFullTraining:
         config = MethodConfig(method="full", train_text_encoder=True)
         learner = METHODS["full"](config, folder, networks["unet"], encoders, 3)
         before = read_parameters(networks["text_encoder"])
-        for i, parameter in enumerate(learner.trainables):
+        for i, parameter in enumerate(learner.parameters):
             parameter.set_data(parameter + Tensor(0.1 * normal(*parameter.shape, seed=i)))
-        assert len({parameter.name for parameter in learner.trainables}) == len(learner.trainables)
+        assert len({parameter.name for parameter in learner.parameters}) == len(learner.parameters)
         after = read_parameters(networks["text_encoder"])
         kept = {name for name, value in before.items() if np.array_equal(value, after[name])}
         assert kept == {name for name in before if ".layers.1." in name or "final_layer_norm" in name}
@@ -91,7 +93,7 @@ class TestTheFolderOfAFullTraining:
             assert_holds(getattr(pipeline, name), read_parameters(network))
         assert_holds(pipeline.vae, weights_of(StableDiffusionXLPipeline.from_pretrained(other).vae))
         assert pipeline.config.force_zeros_for_empty_prompt
-        assert result_of("full", tmp_path / "run")[1] == STEP
+        assert result_of(tmp_path / "run").steps == STEP
 
     @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
     def test_diffusers_loads_the_trained_values_and_the_rest_of_the_base(self, base, tmp_path, text):
@@ -104,7 +106,8 @@ class TestTheFolderOfAFullTraining:
         assert not np.array_equal(weights_of(before.unet)["conv_in.weight"], run.values["unet"]["conv_in.weight"])
         assert pipeline.scheduler.config == before.scheduler.config
         assert pipeline.tokenizer("a photo").input_ids == before.tokenizer("a photo").input_ids
-        assert result_of("full", tmp_path) == (tmp_path / "unet" / "diffusion_pytorch_model.safetensors", STEP)
+        assert result_of(tmp_path) == Result(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", STEP)
+        assert run.learner.result == result_of(tmp_path).path.relative_to(tmp_path)
 
     def test_we_read_it_as_a_base(self, base, tmp_path):
         run = trained(base, "full", text=True)
@@ -148,7 +151,7 @@ class TestTheFolderOfAFullTraining:
         monkeypatch.setattr(methods, "save_network", killed)
         with pytest.raises(KeyboardInterrupt):
             run.learner.write_result(tmp_path, STEP)
-        assert result_of("full", tmp_path)[1] == 0
+        assert result_of(tmp_path) is None
 
     def test_a_checkpoint_holds_only_what_was_trained(self, base, tmp_path):
         trained(base, "full", text=True).learner.write_part(tmp_path, STEP)
@@ -159,44 +162,73 @@ class TestWhatIsTrained:
     def test_full_trains_every_weight_of_the_networks(self, base):
         run = trained(base, "full", text=True)
         sizes = {name: sum(value.size for value in values.values()) for name, values in run.values.items()}
-        flags = zip(run.learner.trainables, run.learner.is_of_text_encoder, strict=True)
         found = {"unet": 0, "text_encoder": 0}
-        for parameter, of_text in flags:
-            found["text_encoder" if of_text else "unet"] += parameter.size
+        for one in run.learner.trainables:
+            found[one.kind] += one.parameter.size
         assert found == sizes
 
     def test_lora_trains_two_factors_of_the_attention_layers_of_the_networks(self, base, tmp_path):
         run = trained(base, "lora", text=True, rank=2, lora_alpha=3)
-        assert sum(run.learner.is_of_text_encoder) == 2 * 4
+        assert sum(one.kind == "text_encoder" for one in run.learner.trainables) == 2 * 4
         assert len(run.learner.trainables) == 2 * (32 + 4)
         run.learner.write_result(tmp_path, STEP)
-        assert result_of("lora", tmp_path) == (tmp_path / "pytorch_lora_weights.safetensors", STEP)
-        for name, adapter in read_lora(tmp_path).items():
-            assert (adapter.rank, adapter.alpha) == (2, 3.0)
-            for layer, (factor_a, factor_b) in adapter.factors.items():
-                assert np.array_equal(factor_a, run.values[name][f"{layer}.lora_A.weight"])
-                assert np.array_equal(factor_b, run.values[name][f"{layer}.lora_B.weight"])
+        assert result_of(tmp_path) == Result(tmp_path / "pytorch_lora_weights.safetensors", STEP)
+        assert run.learner.result == result_of(tmp_path).path.relative_to(tmp_path)
+        for name, updates in read_lora(tmp_path, base).items():
+            for layer, update in updates.items():
+                assert (update.rank, update.alpha) == (2, 3.0)
+                assert np.array_equal(update.down, run.values[name][f"{layer}.lora_A.weight"])
+                assert np.array_equal(update.up, run.values[name][f"{layer}.lora_B.weight"])
+
+    def test_a_trained_lora_is_written_as_diffusers_writes_it(self, base, tmp_path):
+        """The names of its scripts, and beside them what peft is told, with the layers as they were asked for."""
+        run = trained(base, "lora", text=True, rank=2, lora_alpha=3, lora_target_modules=["to_v", "attn1.to_q"])
+        run.learner.write_part(tmp_path, STEP)
+        file = read_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
+        layers = [name.partition(".lora_A.")[0] for name in run.values["unet"] if ".lora_A." in name]
+        names = [f"unet.{layer}.lora.{way}.weight" for layer in layers for way in ("down", "up")]
+        assert [name for name in file.tensors if name.startswith("unet.")] == names
+        text = [name for name in file.tensors if name not in names]
+        assert len(text) == 2 * 4
+        assert all(".lora_linear_layer." in name and name.startswith("text_encoder.") for name in text)
+        told = {"r": 2, "lora_alpha": 3.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        told |= {"use_rslora": False, "lora_bias": False}
+        targets = {"unet": ["attn1.to_q", "to_v"], "text_encoder": ["k_proj", "out_proj", "q_proj", "v_proj"]}
+        settings = {
+            f"{part}.{key}": value
+            for part in targets
+            for key, value in (told | {"target_modules": targets[part]}).items()
+        }
+        assert list(file.metadata) == ["format", "lora_adapter_metadata", "dreambooth_ms_step"]
+        assert file.metadata["lora_adapter_metadata"] == json.dumps(settings, sort_keys=True)
+        assert (file.metadata["format"], file.metadata["dreambooth_ms_step"]) == ("pt", str(STEP))
+
+    @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
+    def test_the_denoiser_names_its_inputs_as_it_reads_them(self, base, text):
+        learner = trained(base, "lora", text).learner
+        assert learner.encodes_text is text
+        names = ("sample", "timestep", "input_ids" if text else "encoder_hidden_states")
+        assert learner.denoiser.input_names == names
 
     @pytest.mark.parametrize("method", ["lora", "full"])
     @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
     def test_every_trained_weight_has_a_name_of_its_own(self, base, method, text):
-        names = [parameter.name for parameter in trained(base, method, text).learner.trainables]
+        names = [parameter.name for parameter in trained(base, method, text).learner.parameters]
         assert len(names) == len(set(names))
 
     def test_a_rank_above_a_layer_of_the_text_encoder_is_refused(self, base):
         with pytest.raises(ConfigError, match="--rank: expected 1 to 16"):
             trained(base, "lora", text=True, rank=20)
 
-    @pytest.mark.parametrize("method", ["lora", "full"])
-    def test_an_empty_folder_has_no_result(self, tmp_path, method):
-        assert result_of(method, tmp_path)[1] == 0
+    def test_an_empty_folder_has_no_result(self, tmp_path):
+        assert result_of(tmp_path) is None
 
-    @pytest.mark.parametrize("method", ["lora", "full"])
-    def test_a_result_that_cannot_be_read_is_none(self, tmp_path, method):
-        path, _ = result_of(method, tmp_path)
+    @pytest.mark.parametrize("name", [ADAPTER, MODEL], ids=str)
+    def test_a_result_that_cannot_be_read_is_none(self, tmp_path, name):
+        path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"cut")
-        assert result_of(method, tmp_path) == (path, 0)
+        assert result_of(tmp_path) == Result(path, 0)
 
 
 def weights_of(module):

@@ -1,37 +1,37 @@
 """LoRAs of every format and family go there and back, and what they adapt is told from names and shapes."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.writing import file_tensors, folded
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.lora import (
-    Factors,
-    folded,
-    lora_format,
-    name_factors,
-    read_factors,
-    read_plan,
-    recognise_lora,
-    write_plan,
-)
+from dreambooth_ms.formats.naming.lora import lora_format, read_plan, recognise_lora, write_plan
 from dreambooth_ms.formats.naming.lora_formats import (
     ALPHA,
-    SIBLINGS,
+    DOWN,
     UP,
     LoraFormat,
     factor_shapes,
     lora_layers,
     lora_naming,
 )
+from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal
 from tests.small_specs import PUBLISHED, SMALL
 
 FORMATS = list(LoraFormat)
+LIBRARIES = {
+    LoraFormat.DIFFUSERS_PEFT: LoraFormat.DIFFUSERS,
+    LoraFormat.DIFFUSERS_PROCESSORS: LoraFormat.DIFFUSERS,
+    LoraFormat.KOHYA_DIFFUSERS: LoraFormat.KOHYA,
+}
+"""The formats that are read as another of their library."""
 TEXT = ("text_encoder", "text_encoder_2")
 Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
 K = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -53,7 +53,7 @@ def random_factors(model, layers, rank=2, alpha=None, dtype=np.float32):
     factors = {}
     for seed, layer in enumerate(layers):
         down, up = factor_shapes(weights[layer], rank)
-        factors[layer] = Factors(
+        factors[layer] = LoraUpdate(
             normal(*down, seed=2 * seed).astype(dtype), normal(*up, seed=2 * seed + 1).astype(dtype), alpha
         )
     return factors
@@ -62,13 +62,24 @@ def random_factors(model, layers, rank=2, alpha=None, dtype=np.float32):
 def read_back(form, model, file, parts=None):
     plan = read_plan(form, model, {name: tensor.shape for name, tensor in file.items()}, parts)
     assert plan.report.fits, plan.report.summary()
-    return read_factors(plan, file.__getitem__, lambda name: float(file[name]))
+    return {layer: LoraUpdate.of(own) for layer, own in plan.read(file.__getitem__).items()}
+
+
+def named(form, model, factors):
+    """The tensors of a file."""
+    return file_tensors(Adapter.of(factors), form, model)
 
 
 def update(layer):
     """alpha / r * B A, as a matrix."""
     rank = layer.rank
     return (layer.alpha or rank) / rank * layer.up.reshape(-1, rank) @ layer.down.reshape(rank, -1)
+
+
+def notes(stored, folder):
+    """What is said of a file with such names and shapes."""
+    write_tensors(folder / "x.safetensors", {name: np.zeros(shape, np.float32) for name, shape in stored.items()})
+    return open_adapter(folder / "x.safetensors").notes
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.value)
@@ -87,17 +98,17 @@ class TestNames:
             plan = read_plan(form, model, stored, parts)
             assert plan.report.fits
             assert list(plan.layers) == layers
-            assert lora_format(stored) in (form, *SIBLINGS[form])
+            assert lora_format(stored) is LIBRARIES.get(form, form)
 
     def test_a_lora_of_attention_is_recognised(self, family, form):
         model = PUBLISHED[family]
         layers = [layer for layer in adaptable(form, model, ("unet",)) if ".attn" in layer]
         naming = lora_naming(form, model, ("unet",))
         stored = write_plan(form, model, layers).shapes(naming.shapes)
-        recognition = recognise_lora(stored, "a file")
-        assert recognition.models == (model,)
-        assert list(recognition.plan.layers) == layers
-        assert recognition.plan.ranks == (1,)
+        plan = recognise_lora(stored, "a file")
+        assert plan.models == (model,)
+        assert list(plan.layers) == layers
+        assert {stored[slots[DOWN].name][0] for slots in plan.layers.values()} == {1}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
@@ -108,7 +119,7 @@ def test_factors_come_back_bit_by_bit(family, form, dtype):
     model = SMALL[family]
     for parts in parts_of(form, model):
         factors = random_factors(model, adaptable(form, model, parts), alpha=2.0, dtype=dtype)
-        found = read_back(form, model, name_factors(form, model, factors), parts)
+        found = read_back(form, model, named(form, model, factors), parts)
         assert list(found) == list(factors)
         for name, layer in found.items():
             if layer.rank == factors[name].rank:
@@ -123,23 +134,23 @@ def test_factors_come_back_bit_by_bit(family, form, dtype):
 class TestAlpha:
     def test_kohyas_files_hold_it(self):
         model, form = SMALL["sd15"], LoraFormat.KOHYA
-        file = name_factors(form, model, random_factors(model, [Q, K], alpha=0.5))
+        file = named(form, model, random_factors(model, [Q, K], alpha=0.5))
         assert file["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q.alpha"] == 0.5
         assert {layer.alpha for layer in read_back(form, model, file).values()} == {0.5}
-        silent = name_factors(form, model, random_factors(model, [Q, K]))
+        silent = named(form, model, random_factors(model, [Q, K]))
         assert {layer.alpha for layer in read_back(form, model, silent).values()} == {2}
 
     @pytest.mark.parametrize("form", [LoraFormat.DIFFUSERS, LoraFormat.PEFT], ids=lambda form: form.value)
     def test_diffusers_and_peft_keep_it_elsewhere(self, form):
         model = SMALL["sd15"]
-        file = name_factors(form, model, random_factors(model, [Q], alpha=0.5))
+        file = named(form, model, random_factors(model, [Q], alpha=0.5))
         assert len(file) == 2
         assert read_back(form, model, file, ("unet",))[Q].alpha is None
 
     def test_for_mindone_it_goes_into_b(self):
         model, form = SMALL["sdxl"], LoraFormat.MINDONE
         factors = random_factors(model, [Q], rank=3, alpha=0.5)
-        found = read_back(form, model, name_factors(form, model, factors))[Q]
+        found = read_back(form, model, named(form, model, factors))[Q]
         assert found.alpha is None
         assert np.array_equal(found.down, factors[Q].down)
         assert np.allclose(update(found), update(factors[Q]), rtol=1e-6)
@@ -147,26 +158,23 @@ class TestAlpha:
 
     def test_a_scale_of_one_changes_no_bit(self):
         layer = random_factors(SMALL["sdxl"], [Q], rank=3, alpha=3.0)[Q]
-        assert folded(layer).up is layer.up
-        assert folded(replace(layer, alpha=None)).alpha == 3.0
+        assert folded(layer.tensors())[UP] is layer.up
+        assert folded(LoraUpdate(layer.down, layer.up).tensors())[ALPHA] == 3.0
 
-    def test_without_it_the_rank_is_assumed_aloud(self):
+    def test_without_it_the_rank_is_assumed_aloud(self, tmp_path):
         model = SD_15
         file = shapes_of(LoraFormat.DIFFUSERS, model, [Q, K], rank=4)
-        plan = recognise_lora(file, "a file").plan
-        assert plan.notes() == ["2 of 2 layers have no alpha in the file: it is taken as the rank (4)."]
+        assert notes(file, tmp_path) == ["2 of 2 layers have no alpha in the file: it is taken as the rank (4)."]
         with_one = file | {f"{Q}.alpha": ()}
-        assert recognise_lora(with_one, "a file").plan.layers[Q].alpha == f"{Q}.alpha"
-        assert recognise_lora(with_one, "a file").plan.notes()[0].startswith("1 of 2 layers")
-        assert recognise_lora(shapes_of(LoraFormat.KOHYA, model, [Q, K]), "a file").plan.notes() == []
+        assert recognise_lora(with_one, "a file").layers[Q][ALPHA].name == f"{Q}.alpha"
+        assert notes(with_one, tmp_path)[0].startswith("1 of 2 layers")
+        assert notes(shapes_of(LoraFormat.KOHYA, model, [Q, K]), tmp_path) == []
 
-    def test_in_mindones_sd_files_the_scale_is_known(self):
+    def test_in_mindones_sd_files_the_scale_is_known(self, tmp_path):
         file = shapes_of(LoraFormat.MINDONE, SD_15, [Q])
-        assert "scale of 1" in recognise_lora(file, "a file").plan.notes()[0]
+        assert "scale of 1" in notes(file, tmp_path)[0]
         xl = "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_q"
-        assert (
-            "taken as the rank" in recognise_lora(shapes_of(LoraFormat.MINDONE, SDXL_BASE, [xl]), "f").plan.notes()[0]
-        )
+        assert "taken as the rank" in notes(shapes_of(LoraFormat.MINDONE, SDXL_BASE, [xl]), tmp_path)[0]
 
 
 def shapes_of(form, model, layers, rank=1):
@@ -232,10 +240,10 @@ def test_a_layer_is_found_under_each_of_its_names(family, layer, name):
     model = PUBLISHED[family]
     down, up = factor_shapes(lora_layers(model)[layer], rank=4)
     other = name.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
-    plan = recognise_lora({name: down, other: up}, "a file", [model]).plan
+    plan = recognise_lora({name: down, other: up}, "a file", [model])
     assert plan.layers.keys() == {layer}
-    assert (plan.layers[layer].down.name, plan.layers[layer].up.name) == (name, other)
-    assert plan.layers[layer].rank == 4
+    assert {factor: slot.name for factor, slot in plan.layers[layer].items()} == {DOWN: name, UP: other}
+    assert plan.layers[layer][DOWN].public_shape(down)[0] == 4
 
 
 class TestShapes:
@@ -247,8 +255,8 @@ class TestShapes:
             plan = read_plan(LoraFormat.KOHYA, model, stored)
             assert plan.report.fits
             file = {key: normal(*shape) for key, shape in stored.items()}
-            factors = read_factors(plan, file.__getitem__, lambda key: 1.0)[layer]
-            assert (factors.down.shape, factors.up.shape) == factor_shapes(lora_layers(model)[layer], 4)
+            factors = plan.read(file.__getitem__)[layer]
+            assert (factors[DOWN].shape, factors[UP].shape) == factor_shapes(lora_layers(model)[layer], 4)
 
     def test_mindones_fused_layer_is_three_with_one_a(self):
         path = "cond_stage_model.transformer.transformer_layer.resblocks.0.attn.attn.in_proj"
@@ -258,14 +266,14 @@ class TestShapes:
         assert list(factors) == [f"{tower}.{letter}_proj" for letter in "qkv"]
         whole = file[f"{path}.lora_up.weight"] @ file[f"{path}.lora_down.weight"]
         assert np.allclose(np.concatenate([update(layer) for layer in factors.values()]), whole)
-        written = name_factors(LoraFormat.MINDONE, SD_15, factors)
+        written = named(LoraFormat.MINDONE, SD_15, factors)
         assert written.keys() == file.keys()
         assert all(np.array_equal(written[name], file[name]) for name in file)
 
     def test_of_a_fused_layer_one_third_can_be_adapted(self):
         model, tower = SMALL["sd15"], "text_encoder.text_model.encoder.layers.0.self_attn"
         factors = random_factors(model, [f"{tower}.k_proj"])
-        found = read_back(LoraFormat.MINDONE, model, name_factors(LoraFormat.MINDONE, model, factors))
+        found = read_back(LoraFormat.MINDONE, model, named(LoraFormat.MINDONE, model, factors))
         assert np.allclose(update(found[f"{tower}.k_proj"]), update(factors[f"{tower}.k_proj"]))
         assert not update(found[f"{tower}.q_proj"]).any()
 
@@ -339,7 +347,7 @@ class TestWhatIsRefused:
     def test_layers_that_the_format_has_no_place_for(self):
         layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
         with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layers .{layer}."):
-            name_factors(LoraFormat.MINDONE, SMALL["sdxl"], random_factors(SMALL["sdxl"], [layer]))
+            named(LoraFormat.MINDONE, SMALL["sdxl"], random_factors(SMALL["sdxl"], [layer]))
         with pytest.raises(WeightError, match=r"no place for 1 of 1 layers \(unet\.conv_in\)"):
             write_plan(LoraFormat.DIFFUSERS_PROCESSORS, SD_15, ["unet.conv_in"])
 
@@ -364,16 +372,16 @@ class TestFamilies:
     def test_peft_names_no_part_but_the_layers_tell(self):
         for part, layer in (("unet", Q), ("text_encoder", TEXT_Q)):
             stored = shapes_of(LoraFormat.PEFT, SD_15, [layer])
-            assert [name.partition(".")[0] for name in recognise_lora(stored, "a file").plan.layers] == [part]
+            assert [name.partition(".")[0] for name in recognise_lora(stored, "a file").layers] == [part]
         second = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-        plan = recognise_lora(shapes_of(LoraFormat.PEFT, SDXL_BASE, [second]), "a file").plan
+        plan = recognise_lora(shapes_of(LoraFormat.PEFT, SDXL_BASE, [second]), "a file")
         assert list(plan.layers) == [second]
 
 
 def test_mindone_may_save_the_adapted_layers_weights_besides():
     stored = shapes_of(LoraFormat.MINDONE, SD_15, [Q])
     path = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q"
-    plan = recognise_lora(stored | {f"{path}.linear.weight": (640, 640)}, "a file").plan
+    plan = recognise_lora(stored | {f"{path}.linear.weight": (640, 640)}, "a file")
     assert list(plan.layers) == [Q]
 
 

@@ -1,7 +1,5 @@
 """Flags become the optimiser that they name, with its hyperparameters and what text encoders have of their own."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
@@ -9,6 +7,7 @@ from mindspore import Parameter, Tensor
 from dreambooth_ms.config.load import load_train_config
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
+from dreambooth_ms.training.methods import Trainable
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
@@ -20,8 +19,8 @@ BETAS = ["--adam_beta1", "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-6"
 def chosen(*flags):
     """The optimiser of one weight of the UNet and one of a text encoder."""
     weights = [Parameter(Tensor(np.zeros(2, np.float32)), name=name) for name in ("unet", "text")]
-    learner = SimpleNamespace(trainables=weights, is_of_text_encoder=[False, True])
-    return choose_optimiser(load_train_config([*REQUIRED, *flags], lambda note: None), learner)
+    trainables = [Trainable(weight, kind) for weight, kind in zip(weights, ("unet", "text_encoder"), strict=True)]
+    return choose_optimiser(load_train_config([*REQUIRED, *flags], lambda note: None), trainables)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_ms.adapters.opened_lora import open_lora
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.load import load
@@ -67,7 +67,7 @@ def test_merge_lora_to_base_merges_and_is_told_the_alpha_that_the_file_lacks(tmp
         more = ["--weight_merged", tmp_path / name, "--lora_config_alpha", alpha]
         assert tool(monkeypatch, "merge_lora_to_base.py", *flags, *more) == 0
     full, half = (open_model(tmp_path / name).tensors for name in ("full.ckpt", "half.ckpt"))
-    layer = next(layer for layer in open_lora(lora, [SMALL["sdxl"]]).factors)
+    layer = next(iter(open_adapter(lora, [SMALL["sdxl"]]).adapter.updates))
     before = model.tensors[f"{layer}.weight"].read()
     change = full[f"{layer}.weight"].read() - before
     assert abs(change).max() > 0.01

@@ -6,6 +6,8 @@ for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the
 """
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 
@@ -39,17 +41,6 @@ class LoraFormat(Enum):
 
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 
-SIBLINGS = {
-    LoraFormat.DIFFUSERS: (LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS),
-    LoraFormat.DIFFUSERS_PEFT: (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PROCESSORS),
-    LoraFormat.DIFFUSERS_PROCESSORS: (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT),
-    LoraFormat.PEFT: (),
-    LoraFormat.KOHYA: (LoraFormat.KOHYA_DIFFUSERS,),
-    LoraFormat.KOHYA_DIFFUSERS: (LoraFormat.KOHYA,),
-    LoraFormat.MINDONE: (),
-}
-"""The formats that are read together with each."""
-
 _KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 # The name of the adapter that peft puts in while a model is loaded, and the level that diffusers' attention once had.
 _INSERTIONS = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|\.processor(?=\.)")
@@ -80,7 +71,7 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
 
 @lru_cache(maxsize=32)
 def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
-    """The naming of every factor that a LoRA for a model can have, for reading and writing.
+    """The naming of every factor that a LoRA for a model can have, for reading.
 
     Args:
         form: the format.
@@ -92,134 +83,132 @@ def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | Non
     for layer, weight in layers.items():
         down, up = factor_shapes(weight, rank=1)
         shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
+    own, others = next((formats, others) for formats, others in _LIBRARIES if form in formats)
+    rules = (*(rule for sibling, rule in own.items() if sibling is not form), *others)
     return Naming(
         shapes=shapes,
-        slots=_slots(form, layers, model),
-        spellings=(
-            *(_slots(sibling, layers, model) for sibling in SIBLINGS[form]),
-            *_other_spellings(form, layers, model),
-        ),
+        slots=_slots(own[form], layers, model),
+        spellings=tuple(_slots(rule, layers, model) for rule in rules),
         optional=frozenset(shapes),
         clean=mindone.clean if form is LoraFormat.MINDONE else _without_insertions,
     )
 
 
-def _slots(form: LoraFormat, layers: dict[str, Shape], model: ModelSpec) -> dict[str, Slot]:
-    rule = {
-        LoraFormat.DIFFUSERS: _diffusers,
-        LoraFormat.DIFFUSERS_PEFT: _diffusers_peft,
-        LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
-        LoraFormat.PEFT: _peft,
-        LoraFormat.KOHYA: _kohya,
-        LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers,
-        LoraFormat.MINDONE: _mindone,
-    }[form]
-    slots = {}
+def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
+    """Where a format keeps the factors of some layers of a model; what it has no place for is left out."""
+    return _slots(next(formats[form] for formats, _ in _LIBRARIES if form in formats), layers, model)
+
+
+Slots = dict[str, Slot]
+"""By factor; empty where there is no place for the layer."""
+Rule = Callable[[str, str, ModelSpec], Slots]
+"""From part, layer and model to the places of the factors."""
+
+
+def _slots(rule: Rule, layers: Iterable[str], model: ModelSpec) -> Slots:
+    slots: Slots = {}
     for layer in layers:
         part, _, inner = layer.partition(".")
-        for factor in (DOWN, UP, ALPHA):
-            slot = rule(part, inner, factor, model)
-            if slot:
-                slots[f"{layer}.{factor}"] = slot
+        slots |= {f"{layer}.{factor}": slot for factor, slot in rule(part, inner, model).items()}
     return slots
 
 
-def _other_spellings(form: LoraFormat, layers: dict[str, Shape], model: ModelSpec) -> list[dict[str, Slot]]:
-    """What readers meet and nobody writes any more, or not as a rule."""
-    if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
-        return [_first_encoder_under_its_other_name(layers, model)]
-    if form in (LoraFormat.PEFT, LoraFormat.MINDONE):
-        return []
-    ways = ((DOWN, "down"), (UP, "up"))
-    attention = {
-        f"{path}.{letter}_proj.{factor}": Slot(f"{path}.to_{letter}_lora.{way}.weight")
-        for path in dict.fromkeys(layer.rpartition(".")[0] for layer in layers)
-        if path.endswith(".self_attn")
-        for letter in ("q", "k", "v", "out")
-        for factor, way in ways
-    }
-    return [
-        {f"{layer}.{ALPHA}": Slot(f"{layer}.{ALPHA}") for layer in layers},
-        attention,
-        {f"{layer}.{factor}": Slot(f"{layer}.lora.{way}.weight") for layer in layers for factor, way in ways},
-        _without_part(_slots(LoraFormat.DIFFUSERS_PROCESSORS, layers, model)),
-        _without_part(_slots(LoraFormat.DIFFUSERS, layers, model)),
-    ]
+def _pair(path: str, down: str = "down.weight", up: str = "up.weight") -> Slots:
+    return {DOWN: Slot(f"{path}.{down}"), UP: Slot(f"{path}.{up}")}
 
 
-def _first_encoder_under_its_other_name(layers: dict[str, Shape], model: ModelSpec) -> dict[str, Slot]:
-    """kohya says "te" where there is one encoder and "te1" where there are two; diffusers writes "te1" for both."""
-    others = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
-    slots = {}
-    for name, slot in _slots(LoraFormat.KOHYA, layers, model).items():
-        encoder, _, rest = slot.name.partition("_text_")
-        if encoder in others:
-            slots[name] = Slot(f"{others[encoder]}_text_{rest}")
-    return slots
+def _diffusers(part: str, layer: str, model: ModelSpec) -> Slots:
+    return _pair(f"{part}.{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}")
 
 
-def _without_part(slots: dict[str, Slot]) -> dict[str, Slot]:
-    """Files of the UNet's attention processors alone begin without the part."""
-    return {
-        name: Slot(slot.name.removeprefix("unet.")) for name, slot in slots.items() if slot.name.startswith("unet.")
-    }
+def _diffusers_peft(part: str, layer: str, model: ModelSpec) -> Slots:
+    return _pair(f"{part}.{layer}", DOWN, UP)
 
 
-def _diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    if factor == ALPHA:
-        return None
-    kind = "lora" if part == "unet" else "lora_linear_layer"
-    return Slot(f"{part}.{layer}.{kind}.{'down' if factor == DOWN else 'up'}.weight")
-
-
-def _diffusers_peft(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    return None if factor == ALPHA else Slot(f"{part}.{layer}.{factor}")
-
-
-def _diffusers_processors(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
+def _diffusers_processors(part: str, layer: str, model: ModelSpec) -> Slots:
     if part != "unet":
-        return _diffusers(part, layer, factor, model)
+        return _diffusers(part, layer, model)
     match = re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", layer)
-    if factor == ALPHA or not match:
-        return None
-    return Slot(f"unet.{match[1]}.processor.to_{match[2]}_lora.{'down' if factor == DOWN else 'up'}.weight")
+    return _pair(f"unet.{match[1]}.processor.to_{match[2]}_lora") if match else {}
 
 
-def _peft(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
-    return None if factor == ALPHA else Slot(f"base_model.model.{layer}.{factor}")
+def _diffusers_alpha(part: str, layer: str, model: ModelSpec) -> Slots:
+    return {ALPHA: Slot(f"{part}.{layer}.{ALPHA}")}
 
 
-def _kohya(part: str, layer: str, factor: str, model: ModelSpec) -> Slot:
+def _diffusers_text_attention(part: str, layer: str, model: ModelSpec) -> Slots:
+    match = re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", layer)
+    return _pair(f"{part}.{match[1]}.to_{match[2]}_lora") if match else {}
+
+
+def _diffusers_as_in_unet(part: str, layer: str, model: ModelSpec) -> Slots:
+    return _pair(f"{part}.{layer}.lora")
+
+
+def _without_part(rule: Rule) -> Rule:
+    """Files of the UNet's attention processors alone begin without the part."""
+
+    def shorter(part: str, layer: str, model: ModelSpec) -> Slots:
+        slots = rule(part, layer, model) if part == "unet" else {}
+        return {factor: Slot(slot.name.removeprefix("unet.")) for factor, slot in slots.items()}
+
+    return shorter
+
+
+def _peft(part: str, layer: str, model: ModelSpec) -> Slots:
+    return _pair(f"base_model.model.{layer}", DOWN, UP)
+
+
+def _kohya(part: str, layer: str, model: ModelSpec) -> Slots:
     if part == "unet" and model.unet.addition_embed_type:
         stored = spell(Format.STABILITY, f"unet.{layer}.weight", model)[0].name
         layer = stored.removeprefix(UNET_PREFIX).removesuffix(".weight")
-    return _kohya_diffusers(part, layer, factor, model)
+    return _kohya_diffusers(part, layer, model)
 
 
-def _kohya_diffusers(part: str, layer: str, factor: str, model: ModelSpec) -> Slot:
-    prefix = _KOHYA_PREFIXES[part]
-    if part == "text_encoder" and not model.text_encoder_2:
-        prefix = "lora_te_"
-    ending = {DOWN: "lora_down.weight", UP: "lora_up.weight", ALPHA: "alpha"}[factor]
-    return Slot(f"{prefix}{layer.replace('.', '_')}.{ending}")
+def _kohya_diffusers(part: str, layer: str, model: ModelSpec) -> Slots:
+    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _KOHYA_PREFIXES[part]
+    path = prefix + layer.replace(".", "_")
+    return {**_pair(path, "lora_down.weight", "lora_up.weight"), ALPHA: Slot(f"{path}.{ALPHA}")}
 
 
-def _mindone(part: str, layer: str, factor: str, model: ModelSpec) -> Slot | None:
+def _kohya_other_encoder(part: str, layer: str, model: ModelSpec) -> Slots:
+    """kohya says "te" where there is one encoder and "te1" where there are two; diffusers writes "te1" for both."""
+    said, other = ("lora_te1_", "lora_te_") if model.text_encoder_2 else ("lora_te_", "lora_te1_")
+    slots = _kohya(part, layer, model) if part == "text_encoder" else {}
+    return {factor: Slot(other + slot.name.removeprefix(said)) for factor, slot in slots.items()}
+
+
+def _mindone(part: str, layer: str, model: ModelSpec) -> Slots:
     """Of SDXL's second text encoder only the output projections have a place: q, k and v are one parameter there.
 
     In SD 1 and SD 2 they are one layer, so A is common to the three and B has a block of rows for each.
     """
     places = spell(Format.MINDONE, f"{part}.{layer}.weight", model)
-    if factor == ALPHA or not places or not places[0].name.endswith(".weight"):
-        return None
-    path = places[0].name.removesuffix(".weight")
-    if model.family in (Family.SD1, Family.SD2):
-        ending = "lora_down.weight" if factor == DOWN else "lora_up.weight"
-    else:
-        ending = factor
-    if factor == DOWN:
-        return Slot(f"{path}.{ending}")
-    return Slot(f"{path}.{ending}", block=places[0].block, blocks=places[0].blocks)
+    if not places or not places[0].name.endswith(".weight"):
+        return {}
+    path, is_sd = places[0].name.removesuffix(".weight"), model.family in (Family.SD1, Family.SD2)
+    slots = _pair(path, "lora_down.weight", "lora_up.weight") if is_sd else _pair(path, DOWN, UP)
+    return {**slots, UP: replace(slots[UP], block=places[0].block, blocks=places[0].blocks)}
+
+
+_LIBRARIES: tuple[tuple[dict[LoraFormat, Rule], tuple[Rule, ...]], ...] = (
+    (
+        {
+            LoraFormat.DIFFUSERS: _diffusers,
+            LoraFormat.DIFFUSERS_PEFT: _diffusers_peft,
+            LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
+        },
+        (
+            *(_diffusers_alpha, _diffusers_text_attention, _diffusers_as_in_unet),
+            *(_without_part(_diffusers_processors), _without_part(_diffusers)),
+        ),
+    ),
+    ({LoraFormat.PEFT: _peft}, ()),
+    ({LoraFormat.KOHYA: _kohya, LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers}, (_kohya_other_encoder,)),
+    ({LoraFormat.MINDONE: _mindone}, ()),
+)
+"""The formats of each library, which are read together, and what readers meet besides and nobody writes any more."""
 
 
 def _without_insertions(name: str) -> str:

@@ -7,7 +7,7 @@ names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by la
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dreambooth_ms.errors import WeightError
@@ -40,18 +40,21 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
 
 
-def lora_settings(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def lora_settings(
+    layers: Mapping[str, tuple[int, float]], target_modules: Iterable[str] | None = None
+) -> dict[str, Any]:
     """The settings of a part.
 
     Args:
         layers: rank and alpha by the layer's public name, without the part.
+        target_modules: the ends of these names; None for the names themselves.
     """
     rank = Counter(rank for rank, _ in layers.values()).most_common(1)[0][0]
     alpha = Counter(alpha for _, alpha in layers.values()).most_common(1)[0][0]
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(layers),
+        "target_modules": sorted(layers if target_modules is None else target_modules),
         "rank_pattern": {layer: own for layer, (own, _) in layers.items() if own != rank},
         "alpha_pattern": {layer: own for layer, (_, own) in layers.items() if own != alpha},
         "use_dora": False,

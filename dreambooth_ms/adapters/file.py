@@ -1,0 +1,184 @@
+"""An adapter in a file or folder of any format, opened: which layers of which model it adapts, with its updates.
+
+A file of safetensors, MindSpore or PyTorch; a folder with `pytorch_lora_weights.safetensors`; a folder of PEFT, or one
+with a folder of PEFT for each network.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
+from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.stored import Container, TensorFile
+from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.naming.lora import LoraPlan, recognise_lora
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, LoraFormat
+from dreambooth_ms.formats.naming.lora_settings import settings_alpha
+from dreambooth_ms.formats.naming.recognise import other_kind
+from dreambooth_ms.formats.tensor_file import read_value
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps rank and alpha, in a file's metadata."""
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
+"""How an update is made of a layer's tensors, by the one that tells its kind."""
+
+_PRECISION = (DType.F64, DType.F32, DType.BF16, DType.F16)
+"""From the one that holds the most to the one that holds the least."""
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter in a file or folder. Its updates are in memory; bfloat16 came as float32."""
+
+    path: Path
+    container: Container
+    form: LoraFormat
+    models: tuple[ModelSpec, ...]
+    """The models that it fits: several if it adapts only what these have in common."""
+    adapter: Adapter
+    dtype: DType
+    """The widest of its tensors' types."""
+    metadata: Mapping[str, str]
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model whose layers it adapts."""
+        return self.models[0]
+
+    @property
+    def families(self) -> str:
+        """The families that it fits, in words."""
+        return " or ".join(dict.fromkeys(model.family.value for model in self.models))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is assumed of the layers whose alpha stands neither in the tensors nor beside them."""
+        loras = _loras(self.adapter)
+        silent = sum(own.alpha is None for own in loras.values())
+        if not silent:
+            return []
+        if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
+            return ["mindone's SD LoRAs have a scale of 1: alpha is the rank."]
+        ranks = ", ".join(map(str, sorted({own.rank for own in loras.values()})))
+        return [f"{silent} of {len(loras)} layers have no alpha in the file: it is taken as the rank ({ranks})."]
+
+    def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
+        """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
+        silent = {name: own for name, own in _loras(self.adapter).items() if own.alpha is None}
+        told = {name: replace(own, alpha=alpha) for name, own in silent.items()}
+        return replace(self, adapter=Adapter.of(self.adapter.updates | told))
+
+
+def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
+    return {name: own for name, own in adapter.updates.items() if isinstance(own, LoraUpdate)}
+
+
+def holds_adapter(path: Path) -> bool:
+    """Whether a file or folder can be opened and has the names of a LoRA, of whatever kind."""
+    try:
+        return bool(_peft_folders(path)) or other_kind(open_tensor_file(_file(path)).tensors) == "a LoRA"
+    except WeightError:
+        return False
+
+
+def open_adapter(
+    path: Path, models: Iterable[ModelSpec] = PUBLISHED_MODELS, base: str | Path | None = None
+) -> OpenedAdapter:
+    """Recognise an adapter and read it.
+
+    Args:
+        path: the file or folder.
+        models: the models it may be for.
+        base: the file or folder of the only model, for the message.
+
+    Raises:
+        WeightError: no such file, damaged, no adapter, one by another method, or one that fits none of the models.
+    """
+    candidates, files, peft = tuple(models), [], _peft_folders(path)
+    updates: dict[str, Update] = {}
+    for part, folder in peft.items() or ((None, None),):
+        settings = read_json(folder / PEFT_CONFIG) if folder else None
+        file = open_tensor_file(_peft_weights(folder) if folder else _file(path))
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        plan = recognise_lora(shapes, str(file.path), candidates, (part,) if part else None, str(base or ""))
+        candidates = plan.models
+        source = str(folder / PEFT_CONFIG if folder else file.path)
+        beside = _diffusers_settings(file.metadata) if settings is None else dict.fromkeys(PARTS, settings)
+        updates |= {name: _with_settings(own, name, beside, source) for name, own in _updates(plan, file).items()}
+        files.append(file)
+    dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
+    return OpenedAdapter(
+        path=path,
+        container=Container.FOLDER if peft else file.container,
+        form=plan.form,
+        models=candidates,
+        adapter=Adapter.of(updates),
+        dtype=next((dtype for dtype in _PRECISION if dtype in dtypes), DType.F32),
+        metadata={name: value for file in files for name, value in file.metadata.items()},
+    )
+
+
+def _updates(plan: LoraPlan, file: TensorFile) -> dict[str, Update]:
+    """The updates by part, a dot and the layer's name."""
+    for slots in plan.layers.values():
+        for factor, slot in slots.items():
+            if factor != ALPHA and not file.tensors[slot.name].dtype.is_float:
+                raise WeightError(f"{file.path}: {slot.name} holds whole numbers, not factors; download it again")
+            if factor == ALPHA and not math.isfinite(value := read_value(file.tensors[slot.name]).item()):
+                raise WeightError(f"{file.path}: {slot.name} is {value}, which is no scale; download it again")
+    layers = plan.read(lambda name: read_value(file.tensors[name]))
+    return {layer: next(KINDS[one] for one in tensors if one in KINDS)(tensors) for layer, tensors in layers.items()}
+
+
+def _with_settings(update: Update, name: str, settings: Mapping[str, Mapping[str, Any]], source: str) -> Update:
+    """The update with the alpha that stands beside the tensors, if it has none of its own."""
+    part, _, layer = name.partition(".")
+    if not isinstance(update, LoraUpdate) or update.alpha is not None or part not in settings:
+        return update
+    return replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+
+
+def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Settings by part, as diffusers puts them into a file's metadata; empty if there are none."""
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    settings: dict[str, dict[str, Any]] = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        part, _, key = name.partition(".")
+        settings.setdefault(part, {})[key] = value
+    return settings
+
+
+def _file(path: Path) -> Path:
+    """The file that is meant by a folder that a training wrote."""
+    return path / FILE_NAME if os.path.isdir(path) else path
+
+
+def _peft_folders(path: Path) -> dict[str | None, Path]:
+    """Part -> its folder of PEFT; the part is None where one folder says nothing of it. Empty if there is none."""
+    if os.path.isfile(path / PEFT_CONFIG):
+        return {None: path}
+    return {part: path / part for part in PARTS if os.path.isfile(path / part / PEFT_CONFIG)}
+
+
+def _peft_weights(folder: Path) -> Path:
+    found = next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightError(f"{folder}: {PEFT_WEIGHTS[0]} is missing; is the download complete?")
+    return found

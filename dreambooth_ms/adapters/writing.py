@@ -1,0 +1,178 @@
+"""An adapter -> a file or folder in any format."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreambooth_ms.adapters.adapter import Adapter, Update
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from dreambooth_ms.atomic import check_room, new_folder
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
+from dreambooth_ms.formats.folder_layout import write_json
+from dreambooth_ms.formats.naming.lora import shared_layers, write_plan
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
+from dreambooth_ms.formats.naming.lora_settings import lora_settings
+from dreambooth_ms.models.specs import ModelSpec
+
+FILE_SUFFIX = ".safetensors"
+
+Tensors = dict[str, np.ndarray]
+
+_OWN_METADATA = ("format", METADATA_KEY, "ss_network_dim", "ss_network_alpha", "ss_network_module")
+"""What is written anew, whatever the file said that an adapter comes from."""
+
+_CLASSES = {
+    "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
+    "text_encoder": ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "transformers.models.clip.modeling_clip"),
+}
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: Path,
+    form: LoraFormat,
+    model: ModelSpec,
+    dtype: DType = DType.F32,
+    metadata: Mapping[str, str] | None = None,
+    targets: Mapping[str, Sequence[str]] | None = None,
+    source: Path | None = None,
+) -> None:
+    """Write an adapter in a format; it appears whole or not at all. A file that has the name is replaced.
+
+    Args:
+        adapter: the adapter.
+        path: a folder for PEFT, with one folder per network where there are several; a folder or a file for diffusers
+            and kohya; else a file.
+        form: the format.
+        model: the model that it is for.
+        dtype: the type of the factors.
+        metadata: what else stands beside the tensors, in formats that have a place for it.
+        targets: by network, the ends of the names of the adapted layers; None for their full names.
+        source: where the adapter comes from, for the message.
+
+    Raises:
+        WeightError: the format has no place for a layer, or the place cannot be written to.
+    """
+
+    def stored(own: Adapter) -> dict[str, StoredTensor]:
+        named = file_tensors(own, form, model, str(source or path))
+        return {name: StoredTensor.of(np.asarray(value)).cast_to(dtype) for name, value in named.items()}
+
+    settings = {part: _settings(layers, (targets or {}).get(part)) for part, layers in adapter.parts.items()}
+    if form is LoraFormat.PEFT:
+        files = {part: stored(Adapter({part: layers})) for part, layers in adapter.parts.items()}
+        check_room(path, sum(map(total_bytes, files.values())))
+        with new_folder(path) as folder:
+            for part, tensors in files.items():
+                place = folder / part if len(files) > 1 else folder
+                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt"})
+                write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
+        return
+    tensors, beside = stored(adapter), _metadata(settings, form, metadata or {})
+    if form is LoraFormat.MINDONE:
+        write_mindspore_ckpt(path, tensors)
+    elif path.suffix == FILE_SUFFIX:
+        write_safetensors(path, tensors, beside)
+    else:
+        check_room(path, total_bytes(tensors))
+        with new_folder(path) as folder:
+            write_safetensors(folder / FILE_NAME, tensors, beside)
+
+
+def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:
+    """The tensors of a file in a format.
+
+    A format that keeps no alpha in the tensors (all but kohya's) must keep it beside them (`lora_settings`), or cannot
+    (mindone's): there the scale is multiplied into B. PEFT keeps one part in a file.
+
+    Raises:
+        WeightError: layers that the format has no place for.
+    """
+    layers = {name: own.tensors() for name, own in adapter.updates.items()}
+    if form is LoraFormat.MINDONE:
+        layers = _with_common_down(shared_layers(form, model), {name: folded(own) for name, own in layers.items()})
+    plan = write_plan(form, model, layers, source)
+    values = {f"{layer}.{factor}": value for layer, tensors in layers.items() for factor, value in tensors.items()}
+    return {
+        name: assembly.build([values[piece] for piece in assembly.pieces]) for name, assembly in plan.tensors.items()
+    }
+
+
+def folded(tensors: Tensors) -> Tensors:
+    """The same update with alpha = r: the scale alpha / r goes into B, in float32. At 1 no bit changes."""
+    down, up, scale = tensors[DOWN], tensors[UP], float(tensors[ALPHA]) / len(tensors[DOWN])
+    up = up if scale == 1 else up.astype(np.float32) * np.float32(scale)
+    return {DOWN: down, UP: up, ALPHA: np.array(len(down))}
+
+
+def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    """The same updates, with one A for the layers that the format keeps as one.
+
+    Their different A are stacked, and each B is widened by zeros for the rows of the others; what is not adapted gets
+    a B of zeros.
+    """
+    common: dict[str, Tensors] = {}
+    for group in groups:
+        adapted = {name: layers[name] for name in group if name in layers}
+        downs, ups = ([own[factor] for own in adapted.values()] for factor in (DOWN, UP))
+        if len(group) == 1 or not adapted:
+            common |= adapted
+            continue
+        is_one = all(np.array_equal(downs[0], other) for other in downs)
+        down, start = downs[0] if is_one else np.concatenate(downs), 0
+        for name in group:
+            up = np.zeros((len(ups[0]), len(down)), np.result_type(*ups))
+            if name in adapted:
+                own = adapted[name][UP]
+                up[:, start : start + own.shape[1]] = own
+                start += 0 if is_one else own.shape[1]
+            common[name] = {DOWN: down, UP: up, ALPHA: np.array(len(down))}
+    return common | {name: own for name, own in layers.items() if name not in common}
+
+
+def _settings(layers: Mapping[str, Update], targets: Sequence[str] | None) -> dict[str, Any]:
+    """Rank and alpha of a network's layers, as peft keeps them."""
+    tensors = {name: own.tensors() for name, own in layers.items()}
+    return lora_settings({name: (len(own[DOWN]), float(own[ALPHA])) for name, own in tensors.items()}, targets)
+
+
+def _metadata(
+    settings: Mapping[str, Mapping[str, Any]], form: LoraFormat, further: Mapping[str, str]
+) -> dict[str, str]:
+    """What stands beside the tensors: rank and alpha, and of what else there is what is not about a format."""
+    if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
+        first = next(iter(settings.values()))
+        own = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(first["r"]),
+            "ss_network_alpha": f"{first['lora_alpha']:g}",
+        }
+    else:
+        named = {f"{part}.{key}": value for part, own in settings.items() for key, value in own.items()}
+        own = {METADATA_KEY: json.dumps(named, sort_keys=True)}
+    return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
+
+
+def _peft_config(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of a network."""
+    name, module = _CLASSES[part]
+    return {
+        **settings,
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "auto_mapping": {"base_model_class": name, "parent_library": module},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+    }
