@@ -29,6 +29,8 @@ from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E40
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
+from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
+from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_clip_config,
     write_text_config,
@@ -40,6 +42,7 @@ from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  #
 from dreambooth_ms.models.initialise import initialise_for_training  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
+    SD_15,
     ClipSpec,
     ClipTextSpec,
     ClipVisionSpec,
@@ -56,7 +59,7 @@ from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.bundle import save_index, save_network, write_json  # noqa: E402
+from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
@@ -413,7 +416,8 @@ def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel
         FOLDER / "clip" / "preprocessor_config.json",
         {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "size": SIZE, "image_processor_type": "CLIPImageProcessor"},
     )
-    save_index(FOLDER, NOISE)
+    for name, content in pipeline_configs(SD_15, ("unet", "vae", "text_encoder"), NOISE).items():
+        write_json(FOLDER / name, content)
 
 
 def main() -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.formats.files.recognise import recognise
-from dreambooth_ms.formats.folder_configs import pipeline_configs, tokenizers
+from dreambooth_ms.formats.folder_configs import tokenizers
 from dreambooth_ms.formats.folder_layout import (
     ABSENT,
     INDEX,
@@ -41,7 +40,6 @@ from dreambooth_ms.formats.model_config import (
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
-from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.load import load_strict
 from dreambooth_ms.weights.model_writing import tokenizers_on_board
@@ -247,9 +245,3 @@ def save_network(
     tensors: dict[str, np.ndarray] = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
     write_json(folder / part / "config.json", config)
     write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors, metadata)
-
-
-def save_index(folder: Path, schedule: NoiseScheduleSpec) -> None:
-    """Write what makes saved networks a Stable Diffusion 1 or 2 pipeline: model_index.json and the scheduler."""
-    for name, content in pipeline_configs(SD_15, ("unet", "vae", "text_encoder"), schedule).items():
-        write_json(folder / name, content)

@@ -1,5 +1,6 @@
 """A model in any format, opened: what it is, and its tensors by public name, none of which has been read."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -90,10 +91,7 @@ class OpenedModel:
     @property
     def dtypes(self) -> dict[DType, int]:
         """The element types, with the number of tensors of each, the most frequent first."""
-        counts: dict[DType, int] = {}
-        for tensor in self.tensors.values():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        return dict(Counter(tensor.dtype for tensor in self.tensors.values()).most_common())
 
     @property
     def missing_parts(self) -> list[str]:
