@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.formats.folder_configs import pipeline_configs
+from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import (
     write_clip_config,
     write_text_config,
@@ -13,10 +15,10 @@ from dreambooth_ms.formats.model_config import (
 )
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.initialise import initialise
-from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.weights.bundle import save_index, save_network, write_json
+from dreambooth_ms.weights.bundle import save_network
 from tools.tiny_base.tokenizer import write_tokenizer
 
 UNET = UNetSpec(
@@ -55,6 +57,12 @@ REFINER_UNET = replace(
 )
 
 
+def write_pipeline(folder: Path, schedule: NoiseScheduleSpec) -> None:
+    """What makes saved networks a pipeline of Stable Diffusion 1."""
+    for name, content in pipeline_configs(SD_15, ("unet", "vae", "text_encoder"), schedule).items():
+        write_json(folder / name, content)
+
+
 def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False) -> Path:
     """A model folder of SDXL, or of its refiner, whose second tokenizer fills short prompts with another token."""
     words = ["a", "photo", "of", "star"]
@@ -79,7 +87,7 @@ def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False) -> Pat
     for part, network, config in parts:
         initialise(network, seed)
         save_network(folder, part, network, config)
-    save_index(folder, NoiseScheduleSpec())
+    write_pipeline(folder, NoiseScheduleSpec())
     present, absent = ["transformers", "CLIPTextModel"], [None, None]
     write_json(
         folder / "model_index.json",
@@ -120,5 +128,5 @@ def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsi
         save_network(folder, part, network, config)
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
-    save_index(folder, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    write_pipeline(folder, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     return folder

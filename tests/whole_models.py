@@ -94,6 +94,18 @@ def write_model(form, target, family="sd15", **more):
     return path, model
 
 
+def roles_of(bundle):
+    """What a bundle says of its networks, as plain values."""
+    specs = [bundle.denoiser.spec, bundle.codec.spec, bundle.schedule.spec, bundle.schedule.config]
+    return [*specs, *((reader.name, reader.spec) for reader in bundle.text)]
+
+
+def digests_of(bundle):
+    """The digest of each network of a bundle."""
+    model = bundle.opened()
+    return {part: model.network(part, dict).digest() for part in model.parts}
+
+
 def values_of(tensors):
     """Name -> bytes, of tensors that were not read yet."""
     return {name: (tensor.dtype, tensor.shape, tensor.read().tobytes()) for name, tensor in tensors.items()}

@@ -237,7 +237,7 @@ def _sdxl_text_encoders() -> Any:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    return _named(CLIPTextModel(toy_networks.TEXT), CLIPTextModelWithProjection(toy_networks.TEXT_2))
+    return _named(CLIPTextModel(toy_networks.TEXT, last_layer=False), CLIPTextModelWithProjection(toy_networks.TEXT_2))
 
 
 def _sd_text_encoders() -> Any:
@@ -249,12 +249,12 @@ def _sd_text_encoders() -> Any:
 
 def _named(*networks: Any) -> Any:
     """The text encoders together, each with its parameters' public names."""
-    from dreambooth_ms.models.clip import TextEncoders
     from dreambooth_ms.models.parameters import public_parameters
+    from dreambooth_ms.models.text import TextEncoders
 
     for network in networks:
         public_parameters(network)
-    return TextEncoders(*networks)
+    return TextEncoders(dict(zip(("text_encoder", "text_encoder_2"), networks, strict=False)))
 
 
 def _all_trained(unet: Any, encoders: Any, targets: Sequence[str], dropout: Any = None) -> list[Any]:

@@ -28,6 +28,9 @@ from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen befor
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
+from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
+from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_clip_config,
     write_text_config,
@@ -35,10 +38,11 @@ from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_vae_config,
 )
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, TextEncoders, end_positions  # noqa: E402
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
 from dreambooth_ms.models.initialise import initialise_for_training  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
+    SD_15,
     ClipSpec,
     ClipTextSpec,
     ClipVisionSpec,
@@ -46,6 +50,7 @@ from dreambooth_ms.models.specs import (  # noqa: E402
     UNetSpec,
     VaeSpec,
 )
+from dreambooth_ms.models.text import TextEncoders  # noqa: E402
 from dreambooth_ms.models.unet import UNet2DConditionModel  # noqa: E402
 from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
 from dreambooth_ms.processes.group import ALONE, Processes, run_in_group  # noqa: E402
@@ -54,7 +59,7 @@ from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.bundle import save_index, save_network, write_json  # noqa: E402
+from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
@@ -328,7 +333,7 @@ def encode_world(
         means.append(mean.asnumpy().astype(np.float32))
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
         captions += texts
-    encoded = encode_prompts(tokenizer, TextEncoders(text_encoder), [*captions, ""], batch_size=100)
+    encoded = encode_prompts(tokenizer, TextEncoders({"text_encoder": text_encoder}), [*captions, ""], batch_size=100)
     embeddings = {caption: prompt.text for caption, prompt in encoded.items()}
     return np.concatenate(means), np.concatenate(deviations), captions, embeddings
 
@@ -411,7 +416,8 @@ def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel
         FOLDER / "clip" / "preprocessor_config.json",
         {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "size": SIZE, "image_processor_type": "CLIPImageProcessor"},
     )
-    save_index(FOLDER, NOISE)
+    for name, content in pipeline_configs(SD_15, ("unet", "vae", "text_encoder"), NOISE).items():
+        write_json(FOLDER / name, content)
 
 
 def main() -> None:
@@ -441,7 +447,7 @@ def train_stages() -> None:
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(FOLDER / "tokenizer", world.WORDS)
-    tokenizer = PromptTokenizer(FOLDER / "tokenizer")
+    tokenizer = PromptTokenizer(ClipTokenizer(FOLDER / "tokenizer"))
     vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
 
     if only in (None, "vae"):

@@ -8,7 +8,6 @@ from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
-from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -39,15 +38,15 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     method, data, run = config.method, config.data, config.run
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
-    texts = [spec for spec in (folder.text_spec, folder.text_spec_2) if spec] if method.train_text_encoder else []
-    shapes = [unet_shapes(folder.unet_spec), *map(clip_text_shapes, texts)]
-    targets = [method.lora_target_modules] + len(texts) * [TEXT_ENCODER_TARGETS]
+    readers = folder.text if method.train_text_encoder else ()
+    shapes = [unet_shapes(folder.denoiser.spec), *(clip_text_shapes(reader.spec) for reader in readers)]
+    targets = [method.lora_target_modules, *(reader.adapted_layers for reader in readers)]
     is_lora = method.method == "lora"
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
     width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
     return Workload(
-        unet=folder.unet_spec,
-        text_encoders=texts,
+        unet=folder.denoiser.spec,
+        text_encoders=[reader.spec for reader in readers],
         ranks=[
             ranks_of(own, method.rank, ends) if is_lora else ranks_of(own, None)
             for own, ends in zip(shapes, targets, strict=True)

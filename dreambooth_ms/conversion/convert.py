@@ -21,7 +21,7 @@ from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
 DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 
-MODEL_FORMATS = {"diffusers": Format.DIFFUSERS, "stability": Format.STABILITY, "mindone": Format.MINDONE}
+MODEL_FORMATS = {form.value: form for form in Format}
 """As users name them."""
 
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}

@@ -8,14 +8,12 @@ from pathlib import Path
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.conversion.convert import models_of
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
-from dreambooth_ms.formats.naming.recognise import recognise_vae
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
-from dreambooth_ms.weights.opened_model import OpenedModel, open_model
+from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
 LONGEST_VALUE = 200
 """Characters of a metadata value that are shown."""
@@ -98,19 +96,15 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
 def _lone_vae(path: Path) -> list[str] | None:
     """The lines for an autoencoder that is alone in a file; None if it is none."""
     try:
-        file = open_tensor_file(path)
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        spec, naming = recognise_vae(shapes, str(path))
+        vae = open_lone_vae(path)
     except WeightError:
         return None
-    plan = naming.read_plan(shapes)
-    kind = "diffusers" if plan.slots.keys() <= {f"vae.{name}" for name in shapes} else "stability"
     return [
-        f"format: autoencoder alone, {kind}, {file.container.value}",
-        f"dtype: {', '.join(dict.fromkeys(tensor.dtype.value for tensor in file.tensors.values()))}",
-        f"vae: {_parameters(file.tensors.values())} in {len(plan.slots)} tensors, channels "
-        f"{'-'.join(map(str, spec.block_out_channels))}",
-        "missing: nothing" if plan.report.fits else f"does not fit: {plan.report.summary()}",
+        f"format: autoencoder alone, {vae.form.value}, {vae.container.value}",
+        f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}",
+        f"vae: {_parameters(vae.tensors.values())} in {len(vae.tensors)} tensors, channels "
+        f"{'-'.join(map(str, vae.spec.vae.block_out_channels))}",
+        "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}",
     ]
 
 

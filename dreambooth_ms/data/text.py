@@ -5,52 +5,44 @@ Shapes: B prompts, T tokenizers, S tokens, E text width, P width of pooled text.
 
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from dreambooth_ms.data.conditioning import Conditioning, PromptText
-from dreambooth_ms.models.clip import TextEncoders, end_positions
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
+from dreambooth_ms.models.clip import end_positions
+from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.weights.roles import TextReader
 
 
 class PromptTokenizer:
-    """The CLIP tokenizers of a model, one for each of its text encoders.
+    """The tokenizers of a model, one for each of its text readers.
 
     Args:
-        folders: a folder for each tokenizer, in transformers' layout.
-        pooled_at: the token that ends a text of the last one, where its encoder's text is pooled; None: it is not.
+        tokenizers: in the order of the readers, all of one length.
+        pooled_at: the token that ends a text of the last one, where its reader pools the text; None: it does not.
     """
 
-    def __init__(self, *folders: Path, pooled_at: int | None = None) -> None:
-        # transformers announces at import that there is no PyTorch; the tokenizers need none.
-        from transformers import CLIPTokenizer
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        self._tokenizers = [CLIPTokenizer.from_pretrained(str(folder)) for folder in folders]
+    def __init__(self, *tokenizers: ClipTokenizer, pooled_at: int | None = None) -> None:
+        self._tokenizers = tokenizers
         self._pooled_at = pooled_at
-        self.length: int = self._tokenizers[0].model_max_length
+        self.length = tokenizers[0].length
+
+    @classmethod
+    def of(cls, readers: Sequence[TextReader]) -> "PromptTokenizer":
+        """The tokenizers of these readers."""
+        return cls(*(reader.tokenizer() for reader in readers), pooled_at=readers[-1].pooled_at)
 
     def ids(self, prompts: Sequence[str]) -> np.ndarray:
         """Token ids (B, T * length) int32, those of each tokenizer side by side.
 
         A prompt that is too long is cut, and a warning says what was lost.
         """
-        first = self._tokenizers[0]
         for prompt in prompts:
-            tokens = first(prompt).input_ids
-            if len(tokens) > self.length:
-                lost = first.decode(tokens[self.length - 1 : -1])
+            lost = self._tokenizers[0].lost(prompt)
+            if lost is not None:
                 warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
-        return np.concatenate(
-            [
-                tokenizer(
-                    list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="np"
-                ).input_ids.astype(np.int32)
-                for tokenizer in self._tokenizers
-            ],
-            axis=1,
-        )
+        return np.concatenate([self._pieces(prompt, 1) for prompt in prompts])
 
     def texts(self, prompts: Sequence[str]) -> dict[str, PromptText]:
         """What text encoders take of each distinct prompt: ids, and where they end if its text is pooled."""
@@ -58,21 +50,15 @@ class PromptTokenizer:
         return dict(zip(distinct, self._with_ends(self.ids(distinct)), strict=True))
 
     def num_pieces(self, prompts: Sequence[str]) -> int:
-        """In how many pieces the longest of these prompts fits, each between a start and an end token."""
-        longest = max(len(self._tokenizers[0](prompt, add_special_tokens=False).input_ids) for prompt in prompts)
-        return max(1, -(-longest // (self.length - 2)))
+        """In how many pieces of full length the longest of these prompts fits."""
+        return max(self._tokenizers[0].num_pieces(prompt) for prompt in prompts)
 
     def pieces(self, prompt: str, count: int) -> list[PromptText]:
         """A prompt cut into `count` texts of full length, one after the other; the last ones may be empty."""
-        room, by_tokenizer = self.length - 2, []
-        for tokenizer in self._tokenizers:
-            ids = tokenizer(prompt, add_special_tokens=False).input_ids
-            rows = np.full((count, self.length), tokenizer.pad_token_id, np.int32)
-            for row, first in zip(rows, range(0, count * room, room), strict=True):
-                piece = [tokenizer.bos_token_id, *ids[first : first + room], tokenizer.eos_token_id]
-                row[: len(piece)] = piece
-            by_tokenizer.append(rows)
-        return self._with_ends(np.concatenate(by_tokenizer, axis=1))
+        return self._with_ends(self._pieces(prompt, count))
+
+    def _pieces(self, prompt: str, count: int) -> np.ndarray:
+        return np.concatenate([tokenizer.pieces(prompt, count) for tokenizer in self._tokenizers], axis=1)
 
     def _with_ends(self, ids: np.ndarray) -> list[PromptText]:
         if self._pooled_at is None:

@@ -13,8 +13,9 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
+from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.models.clip import ClipImageEncoder
-from dreambooth_ms.weights.bundle import load_clip, read_json
+from dreambooth_ms.weights.bundle import load_clip
 
 
 @dataclass(frozen=True)

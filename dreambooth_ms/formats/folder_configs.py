@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.formats.clip_vocabulary import END
-from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER
+from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
 from dreambooth_ms.formats.model_config import (
     write_scheduler_config,
     write_text_config,
@@ -64,37 +64,39 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
         unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
     pixels = unet.sample_size * model.vae.downsampling
-    files = {
-        INDEX: _index(model, parts),
-        SCHEDULER: _scheduler(model, prediction_type),
-        "unet/config.json": write_unet_config(unet),
-        "vae/config.json": write_vae_config(model.vae, pixels) | ({"force_upcast": True} if _is_xl(model) else {}),
-    }
-    for part, spec in (("text_encoder", model.text_encoder), ("text_encoder_2", model.text_encoder_2)):
-        if spec:
+    files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    if "unet" in parts:
+        files["unet/config.json"] = write_unet_config(unet)
+    if "vae" in parts:
+        pixels = unet.sample_size * model.vae.downsampling
+        more = {"force_upcast": True} if _is_xl(model) else {}
+        files["vae/config.json"] = write_vae_config(model.vae, pixels) | more
+    for part in TOKENIZERS:
+        spec = getattr(model, part)
+        if spec and part in parts:
             files[f"{part}/config.json"] = write_text_config(spec, spec.projection_dim or spec.transformer.hidden_size)
-    return {name: content for name, content in files.items() if _is_wanted(name, parts)}
+    return files
+
+
+def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
+    """The files that make the folders of these parts a pipeline: its index and its scheduler."""
+    scheduler = _scheduler(model, schedule)
+    return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 
 def tokenizers(model: ModelSpec) -> dict[str, str]:
-    """The folders of a model's tokenizers -> what each fills a short prompt with, as its encoder was trained."""
-    first = {} if model.text_encoder is None else {"tokenizer": "!" if model.family is Family.SD2 else END}
-    return first | ({} if model.text_encoder_2 is None else {"tokenizer_2": "!"})
+    """A model's text encoders -> what their tokenizers fill a short prompt with, as the encoder was trained."""
+    pad_tokens = {"text_encoder": "!" if model.family is Family.SD2 else END, "text_encoder_2": "!"}
+    return {part: pad_token for part, pad_token in pad_tokens.items() if getattr(model, part)}
 
 
 def _is_xl(model: ModelSpec) -> bool:
     return model.family in (Family.SDXL, Family.SDXL_REFINER)
 
 
-def _is_wanted(name: str, parts: Collection[str]) -> bool:
-    part = name.partition("/")[0]
-    return not name.endswith("/config.json") or part in parts
-
-
-def _index(model: ModelSpec, parts: Collection[str]) -> dict[str, Any]:
-    special = _SPECIAL_PIPELINES.get((model.family, model.unet.in_channels))
+def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str, Any]:
     components = {
-        "scheduler": ["diffusers", _scheduler(model, PredictionType.EPSILON.value)["_class_name"]],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -104,25 +106,21 @@ def _index(model: ModelSpec, parts: Collection[str]) -> dict[str, Any]:
     }
     if not _is_xl(model):
         del components["text_encoder_2"], components["tokenizer_2"]
-    absent = {part for part in components if part.startswith(("text_encoder", "vae", "unet")) and part not in parts}
-    absent |= {part.replace("text_encoder", "tokenizer") for part in absent if part.startswith("text_encoder")}
-    index: dict[str, Any] = {"_class_name": special or _PIPELINES[model.family]}
-    index |= {part: [None, None] if part in absent else library for part, library in components.items()}
+    absent = {component for part in NETWORKS if part not in parts for component in (part, TOKENIZERS.get(part))}
+    pipeline = _SPECIAL_PIPELINES.get((model.family, model.unet.in_channels), _PIPELINES[model.family])
+    index: dict[str, Any] = {"_class_name": pipeline}
+    index |= {part: ABSENT if part in absent else library for part, library in components.items()}
     if not _is_xl(model):
-        return index | {
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-            "safety_checker": [None, None],
-        }
+        return index | {"feature_extractor": ABSENT, "requires_safety_checker": False, "safety_checker": ABSENT}
     if model.family is Family.SDXL_REFINER:
         return index | {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     return index | {"force_zeros_for_empty_prompt": True}
 
 
-def _scheduler(model: ModelSpec, prediction_type: str) -> dict[str, Any]:
+def _scheduler(model: ModelSpec, schedule: NoiseScheduleSpec) -> dict[str, Any]:
     if model.vae.latents_mean:
         return EDM_SCHEDULER
-    config = write_scheduler_config(NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    config = write_scheduler_config(schedule)
     if not _is_xl(model):
         return config
     for key in ("clip_sample", "set_alpha_to_one"):

@@ -18,6 +18,12 @@ SCHEDULER = "scheduler/scheduler_config.json"
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The folders whose weights are read and written."""
 
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoders by the names of their folders, and their tokenizers'."""
+
+ABSENT = [None, None]
+"""What model_index.json says of a part that is not there."""
+
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",

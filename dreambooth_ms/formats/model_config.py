@@ -1,7 +1,10 @@
-"""The config.json files of diffusers and transformers -> specs, and back."""
+"""The config.json files of diffusers and transformers -> specs, and back.
+
+The fields of the specs have the names of the configurations' keys, and their defaults, unless a reader says otherwise.
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,66 +82,42 @@ def read_unet_config(config: Config) -> UNetSpec:
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
-    layers = config.get("transformer_layers_per_block", 1)
-    return UNetSpec(
+    return _read(
+        UNetSpec,
+        config,
+        ("cross_attention_dim", "layers_per_block", "in_channels", "out_channels", "sample_size"),
         block_out_channels=channels,
         has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
         num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
-        cross_attention_dim=config["cross_attention_dim"],
-        layers_per_block=config["layers_per_block"],
-        use_linear_projection=config.get("use_linear_projection", False),
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        norm_num_groups=config.get("norm_num_groups", 32),
-        norm_eps=config.get("norm_eps", 1e-5),
-        sample_size=config["sample_size"],
-        transformer_layers_per_block=layers if isinstance(layers, int) else tuple(layers),
-        addition_embed_type=config.get("addition_embed_type"),
-        addition_time_embed_dim=config.get("addition_time_embed_dim"),
-        projection_class_embeddings_input_dim=config.get("projection_class_embeddings_input_dim"),
     )
 
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in spec.has_attention]
-    layers = spec.transformer_layers_per_block
-    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(spec.has_attention)]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        "act_fn": "silu",
-        "addition_embed_type": spec.addition_embed_type,
-        "addition_time_embed_dim": spec.addition_time_embed_dim,
-        "attention_head_dim": list(spec.num_heads),
-        "block_out_channels": list(spec.block_out_channels),
-        "center_input_sample": False,
-        "cross_attention_dim": spec.cross_attention_dim,
-        "down_block_types": down,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "in_channels": spec.in_channels,
-        "layers_per_block": spec.layers_per_block,
-        "mid_block_scale_factor": 1,
-        "norm_eps": spec.norm_eps,
-        "norm_num_groups": spec.norm_num_groups,
-        "out_channels": spec.out_channels,
-        "projection_class_embeddings_input_dim": spec.projection_class_embeddings_input_dim,
-        "sample_size": spec.sample_size,
-        "transformer_layers_per_block": layers if isinstance(layers, int) else list(layers),
-        "up_block_types": up,
-        "use_linear_projection": spec.use_linear_projection,
-    }
+    config = _config_of(
+        spec,
+        _class_name="UNet2DConditionModel",
+        act_fn="silu",
+        attention_head_dim=list(spec.num_heads),
+        center_input_sample=False,
+        down_block_types=[f"{'CrossAttn' * attends}DownBlock2D" for attends in spec.has_attention],
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        mid_block_scale_factor=1,
+        up_block_types=[f"{'CrossAttn' * attends}UpBlock2D" for attends in reversed(spec.has_attention)],
+    )
+    del config["has_attention"], config["num_heads"]
+    return config
 
 
 def read_vae_config(config: Config) -> VaeSpec:
     """diffusers' AutoencoderKL configuration -> spec."""
-    return VaeSpec(
+    return _read(
+        VaeSpec,
+        config,
+        ("layers_per_block", "latent_channels"),
         block_out_channels=tuple(config["block_out_channels"]),
-        layers_per_block=config["layers_per_block"],
-        in_channels=config.get("in_channels", 3),
-        latent_channels=config["latent_channels"],
-        norm_num_groups=config.get("norm_num_groups", 32),
         **read_latent_settings(config, config["latent_channels"]),
     )
 
@@ -172,22 +151,15 @@ def _numbers(values: Any, name: str, count: int) -> tuple[float, ...]:
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
     """The inverse of `read_vae_config`."""
     levels = len(spec.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": list(spec.block_out_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": spec.in_channels,
-        "latent_channels": spec.latent_channels,
-        "latents_mean": spec.latents_mean and list(spec.latents_mean),
-        "latents_std": spec.latents_std and list(spec.latents_std),
-        "layers_per_block": spec.layers_per_block,
-        "norm_num_groups": spec.norm_num_groups,
-        "out_channels": spec.in_channels,
-        "sample_size": sample_size,
-        "scaling_factor": spec.scaling_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
+    return _config_of(
+        spec,
+        _class_name="AutoencoderKL",
+        act_fn="silu",
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        out_channels=spec.in_channels,
+        sample_size=sample_size,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    )
 
 
 def read_text_config(config: Config) -> ClipTextSpec:
@@ -210,7 +182,7 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
     return {
         "architectures": ["CLIPTextModelWithProjection" if spec.projection_dim else "CLIPTextModel"],
         "model_type": "clip_text_model",
-        **_write_transformer(spec.transformer),
+        **vars(spec.transformer),
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.max_position_embeddings,
         "bos_token_id": spec.eos_token_id - 1,
@@ -236,7 +208,7 @@ def write_clip_config(spec: ClipSpec) -> dict[str, Any]:
     """The inverse of `read_clip_config`."""
     vision = {
         "model_type": "clip_vision_model",
-        **_write_transformer(spec.vision.transformer),
+        **vars(spec.vision.transformer),
         "image_size": spec.vision.image_size,
         "patch_size": spec.vision.patch_size,
         "projection_dim": spec.projection_dim,
@@ -274,47 +246,39 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
         raise WeightError(
             f"beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; use SD 1.x, 2.x or SDXL"
         )
-    return NoiseScheduleSpec(
-        num_train_timesteps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.00085),
-        beta_end=config.get("beta_end", 0.012),
-        beta_schedule=betas,
-        prediction_type=PredictionType(kind),
-    )
+    return _read(NoiseScheduleSpec, config, (), prediction_type=PredictionType(kind))
 
 
 def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
     """The inverse of `read_scheduler_config`, for DDIM as Stable Diffusion 1 has it."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "beta_end": spec.beta_end,
-        "beta_schedule": spec.beta_schedule,
-        "beta_start": spec.beta_start,
-        "clip_sample": False,
-        "num_train_timesteps": spec.num_train_timesteps,
-        "prediction_type": spec.prediction_type.value,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-
-
-def _read_transformer(config: Config) -> TransformerSpec:
-    return TransformerSpec(
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        hidden_act=config.get("hidden_act", "quick_gelu"),
-        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+    return _config_of(
+        spec,
+        _class_name="DDIMScheduler",
+        clip_sample=False,
+        prediction_type=spec.prediction_type.value,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
-def _write_transformer(spec: TransformerSpec) -> dict[str, Any]:
-    return {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_hidden_layers,
-        "num_attention_heads": spec.num_attention_heads,
-        "hidden_act": spec.hidden_act,
-        "layer_norm_eps": spec.layer_norm_eps,
-    }
+def _read_transformer(config: Config) -> TransformerSpec:
+    return _read(
+        TransformerSpec, config, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    )
+
+
+def _read(kind: type[Spec], config: Config, required: tuple[str, ...], **own: Any) -> Spec:
+    """A spec from the keys that its fields are named for; `own` are values of fields that are not read so.
+
+    Raises:
+        KeyError: one of those that must be there is not.
+    """
+    values = {name: config[name] for name in required}
+    values |= {one.name: config[one.name] for one in fields(kind) if one.name in config}  # type: ignore[arg-type]
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in (values | own).items()})
+
+
+def _config_of(spec: Any, **more: Any) -> dict[str, Any]:
+    """The fields of a spec as JSON has them, and more keys, in alphabetical order."""
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(spec).items()}
+    return dict(sorted((own | more).items()))

@@ -7,7 +7,6 @@ import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 
@@ -28,18 +27,6 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 def read_value(tensor: StoredTensor) -> np.ndarray:
     """A tensor as an array, in its own dtype, but bfloat16 as float32."""
     return (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
-
-
-def check_weights(path: Path) -> None:
-    """Whether a file is there, whole and of the kind that its name says, without reading its tensors.
-
-    Raises:
-        WeightError: it is not.
-    """
-    if path.suffix == ".safetensors":
-        read_safetensors(path)
-    else:
-        open_tensor_file(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,8 +7,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
+from dreambooth_ms.models.text import TextEncoders  # noqa: F401  (its old place, until all imports are swept)
 from dreambooth_ms.ops import (
     Dense,
     Embedding,
@@ -26,26 +26,41 @@ from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class CLIPTextModel(nn.Cell):
-    """Token ids (B, S) -> normalised hidden states (B, S, D)."""
+    """Token ids (B, S) -> normalised hidden states (B, S, D).
 
-    def __init__(self, spec: ClipTextSpec) -> None:
+    Args:
+        spec: its sizes.
+        last_layer: whether `read` yields these, as SD 1 and 2 take them, or those before the last layer without a norm,
+            as SDXL does.
+    """
+
+    def __init__(self, spec: ClipTextSpec, last_layer: bool = True) -> None:
         super().__init__()
         self.spec = spec
+        self.last_layer = last_layer
         self.text_model = TextTransformer(spec)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         return self.text_model(ids_BS)
 
-    def normalised(self, ids_BS: Tensor, skip: int) -> Tensor:
-        """Token ids (B, S) -> hidden states without the last `skip` layers, normalised (B, S, D)."""
-        return self.text_model.final_layer_norm(self.text_model.states(ids_BS, skip)[0])
+    def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, ...]:
+        """What a denoiser reads, with the work of `skip` layers less: states (B, S, D). `ends` are not looked at."""
+        if self.last_layer:
+            return (self.text_model.final_layer_norm(self.text_model.states(ids_BS, skip)[0]),)
+        return (self.text_model.states(ids_BS, skip + 1)[0],)
 
-    def penultimate(self, ids_BS: Tensor, skip: int = 0) -> Tensor:
-        """Token ids (B, S) -> hidden states before the last layer (B, S, D), which SDXL reads, or `skip` more."""
-        return self.text_model.states(ids_BS, skip + 1)[0]
+    @property
+    def most_skipped(self) -> int:
+        """How many layers `read` can leave out."""
+        return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
+
+    def is_read(self, parameter: str) -> bool:
+        """Whether what `read` yields depends on a parameter."""
+        last = f"text_model.encoder.layers.{self.spec.transformer.num_hidden_layers - 1}."
+        return self.last_layer or not parameter.startswith((last, "text_model.final_layer_norm."))
 
 
-class CLIPTextModelWithProjection(nn.Cell):
+class CLIPTextModelWithProjection(CLIPTextModel):
     """Token ids (B, S) -> hidden states before the last layer (B, S, D), and pooled text (B, E).
 
     The text is pooled at its end token: `end_BS` is 1 there and 0 elsewhere.
@@ -55,73 +70,20 @@ class CLIPTextModelWithProjection(nn.Cell):
     """Its parameters would otherwise have the names of the encoder beside it."""
 
     def __init__(self, spec: ClipTextSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.text_model = TextTransformer(spec)
+        super().__init__(spec, last_layer=False)
         self.text_projection = Dense(spec.transformer.hidden_size, spec.projection_dim, has_bias=False)
 
     def construct(self, ids_BS: Tensor, end_BS: Tensor) -> tuple[Tensor, Tensor]:
-        return self.states_and_pooled(ids_BS, end_BS, 0)
+        return self.read(ids_BS, (end_BS,), 0)
 
-    def states_and_pooled(self, ids_BS: Tensor, end_BS: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-        """The same, with hidden states of `skip` layers less."""
+    def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, Tensor]:
+        """The same, with hidden states of `skip` layers less; the first of `ends` says where the texts end."""
         states_BSD, last_BSD = self.text_model.states(ids_BS, skip + 1)
-        return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), end_BS))
+        return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), ends[0]))
 
-
-class TextEncoders(CompiledCell):
-    """The text encoders of a model as one network: token ids -> what its UNet reads.
-
-    SD 1 and 2: ids (B, S) -> (text (B, S, D),). SDXL: ids (B, T S), those of T tokenizers side by side, and the ends of
-    the last ones (B, S) -> (the states of all encoders side by side (B, S, E), pooled text (B, P)). The results are
-    float32, whatever the encoders compute in.
-    """
-
-    def __init__(
-        self,
-        text_encoder: CLIPTextModel | None,
-        text_encoder_2: CLIPTextModelWithProjection | None = None,
-        clip_skip: int = 0,
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
-        self.clip_skip = clip_skip
-        """Layers whose work the UNet does not see, more than the model itself leaves out; pooled text sees all."""
-
-    def construct(self, ids: Tensor, *end_BS: Tensor) -> tuple[Tensor, ...]:
-        if self.text_encoder_2 is None:
-            return (self.text_encoder.normalised(ids, self.clip_skip).astype(ms.float32),)
-        if self.text_encoder is None:
-            states_2_BSD, pooled_BP = self.text_encoder_2.states_and_pooled(ids, end_BS[0], self.clip_skip)
-            return states_2_BSD.astype(ms.float32), pooled_BP.astype(ms.float32)
-        ids_BS, ids_2_BS = ops.split(ids, end_BS[0].shape[1], 1)
-        states_2_BSD, pooled_BP = self.text_encoder_2.states_and_pooled(ids_2_BS, end_BS[0], self.clip_skip)
-        states_BSE = ops.concat((self.text_encoder.penultimate(ids_BS, self.clip_skip), states_2_BSD), 2)
-        return states_BSE.astype(ms.float32), pooled_BP.astype(ms.float32)
-
-    def with_clip_skip(self, clip_skip: int) -> "TextEncoders":
-        """The same encoders with another `clip_skip`.
-
-        Raises:
-            ConfigError: an encoder has not so many layers.
-        """
-        layers = min(one.spec.transformer.num_hidden_layers for one in self.networks().values())
-        most = layers - 1 if self.text_encoder_2 is None else layers - 2
-        if clip_skip > most:
-            raise ConfigError(f"--clip_skip: expected 0 to {most}, as its text encoders have layers, got {clip_skip}")
-        return TextEncoders(self.text_encoder, self.text_encoder_2, clip_skip)
-
-    def networks(self) -> dict[str, nn.Cell]:
-        """The encoders that there are, by the names of their folders."""
-        named = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-        return {name: network for name, network in named.items() if network is not None}
-
-    def is_read(self, network: str, parameter: str) -> bool:
-        """Whether what the UNet reads depends on a parameter: in SDXL it does not on the first encoder's end."""
-        if network != "text_encoder" or self.text_encoder_2 is None:
-            return True
-        last = self.text_encoder.spec.transformer.num_hidden_layers - 1
-        return not parameter.startswith((f"text_model.encoder.layers.{last}.", "text_model.final_layer_norm."))
+    def is_read(self, parameter: str) -> bool:
+        """Whether what `read` yields depends on a parameter: the pooled text does on all."""
+        return True
 
 
 class CLIPModel(nn.Cell):

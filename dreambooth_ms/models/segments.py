@@ -5,7 +5,7 @@ Values are numbered in the order of their making: first the inputs, then the res
 
 from dataclasses import replace
 
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import Segment, UNet2DConditionModel
 
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")

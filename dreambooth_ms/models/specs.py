@@ -1,10 +1,10 @@
 """Families as data: what distinguishes one Stable Diffusion from another.
 
-The field names follow the `config.json` files of diffusers and transformers, from which `weights/bundle.py`
-fills these rows.
+The field names follow the `config.json` files of diffusers and transformers, from which
+`formats/model_config.py` fills these rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -139,13 +139,8 @@ SD_15_UNET = UNetSpec(
     cross_attention_dim=768,
 )
 
-SD_21_UNET = UNetSpec(
-    block_out_channels=(320, 640, 1280, 1280),
-    has_attention=(True, True, True, False),
-    num_heads=(5, 10, 20, 20),
-    cross_attention_dim=1024,
-    use_linear_projection=True,
-    sample_size=96,
+SD_21_UNET = replace(
+    SD_15_UNET, num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96
 )
 
 SDXL_UNET = UNetSpec(
@@ -161,16 +156,13 @@ SDXL_UNET = UNetSpec(
     projection_class_embeddings_input_dim=2816,
 )
 
-SDXL_REFINER_UNET = UNetSpec(
+SDXL_REFINER_UNET = replace(
+    SDXL_UNET,
     block_out_channels=(384, 768, 1536, 1536),
     has_attention=(False, True, True, False),
     num_heads=(6, 12, 24, 24),
     cross_attention_dim=1280,
-    use_linear_projection=True,
-    sample_size=128,
     transformer_layers_per_block=4,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2560,
 )
 
@@ -234,17 +226,9 @@ SDXL_BASE = ModelSpec(
     text_encoder_2=OPENCLIP_BIGG_TEXT,
 )
 
-SDXL_REFINER = ModelSpec(
-    family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, vae=SDXL_VAE, text_encoder_2=OPENCLIP_BIGG_TEXT
-)
+SDXL_REFINER = replace(SDXL_BASE, family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, text_encoder=None)
 
-PLAYGROUND_25 = ModelSpec(
-    family=Family.SDXL,
-    unet=SDXL_UNET,
-    vae=PLAYGROUND_25_VAE,
-    text_encoder=CLIP_L_TEXT,
-    text_encoder_2=OPENCLIP_BIGG_TEXT,
-)
+PLAYGROUND_25 = replace(SDXL_BASE, vae=PLAYGROUND_25_VAE)
 """SDXL's networks with latents of another distribution."""
 
 PUBLISHED_MODELS = (SD_15, SD_21, SDXL_BASE, SDXL_REFINER)

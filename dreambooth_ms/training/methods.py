@@ -14,20 +14,18 @@ from dreambooth_ms.adapters.lora import check_rank, initialise_lora, inject_lora
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig
-from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.tensor_file import STEP_KEY
-from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.training.results import ADAPTER, MODEL
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
+from dreambooth_ms.weights.roles import CLIP_TARGETS
 
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""Layers of the text encoder that get an update, as in diffusers' scripts."""
-
+TEXT_ENCODER_TARGETS = CLIP_TARGETS  # The name from before the roles, until its users are swept.
 
 Write = Callable[[Path, int], None]
 """Writes into a folder what was trained for so many steps."""
@@ -94,7 +92,7 @@ def lora(
     alpha = float(config.lora_alpha or config.rank)
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
     networks = _networks(unet, text_encoders)
-    targets = {name: config.lora_target_modules if name == "unet" else list(TEXT_ENCODER_TARGETS) for name in networks}
+    targets = {"unet": config.lora_target_modules, **{one.name: list(one.adapted_layers) for one in folder.text}}
     layers = {}
     for name, network in networks.items():
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
@@ -135,7 +133,8 @@ def full(
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
         for name, network in reversed(networks.items()):
-            save_network(target, name, network, folder.config(name), np.float32, {STEP_KEY: str(step)})
+            configuration = folder.opened().configuration(f"{name}/config.json")
+            save_network(target, name, network, configuration, np.float32, {STEP_KEY: str(step)})
 
     def write_folder(target: Path, step: int) -> None:
         copy_base(folder, target, networks.keys())
@@ -156,8 +155,6 @@ def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> No
     planned = plan_model(base, Format.DIFFUSERS)
     kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
     write_parts(target, base, kept)
-    if folder.vae:
-        write_json(target / "vae" / "config.json", folder.config("vae"))
 
 
 def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, nn.Cell]:

@@ -1,14 +1,32 @@
 """Tensors -> the parameters of a network, strictly."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.weights.opened_model import StoredNetwork
+
+NAMES_SHOWN = 5
+
+Network = TypeVar("Network", bound=nn.Cell)
+
+
+def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:
+    """Fill a cell from its file; it has all layers but the `unused` ones at the top of the module tree.
+
+    Raises:
+        WeightError: lists all names that are missing, unexpected or mis-shaped.
+    """
+    tensors = {name: one for name, one in stored.tensors.items() if name.partition(".")[0] not in unused}
+    load_strict(network, tensors, str(stored.file))
+    return network
 
 
 def load_strict(
@@ -29,26 +47,18 @@ def load_strict(
         WeightError: lists all missing, unexpected and mis-shaped names together.
     """
     wanted = public_parameters(root)
-    missing = sorted(wanted.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - wanted.keys() - set(ignore_unexpected))
-    misshaped = [
-        f"{name}: expected {parameter.shape}, got {tuple(tensors[name].shape)}"
-        for name, parameter in wanted.items()
-        if name in tensors and tuple(tensors[name].shape) != parameter.shape
-    ]
-    problems = [
-        _summary(kind, names)
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
-        if names
-    ]
+    misfits = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys() - set(ignore_unexpected)),
+        "of another shape": [
+            f"{name}: expected {parameter.shape}, got {tuple(tensors[name].shape)}"
+            for name, parameter in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != parameter.shape
+        ],
+    }
+    problems = [f"{len(names)} {kind} ({show_names(names, NAMES_SHOWN)})" for kind, names in misfits.items() if names]
     if problems:
         raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
     for name, parameter in wanted.items():
         value = tensors[name]
         parameter.write(read_value(value) if isinstance(value, StoredTensor) else value)
-
-
-def _summary(kind: str, names: list[str], at_most: int = 5) -> str:
-    shown = ", ".join(names[:at_most])
-    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return f"{len(names)} {kind} ({shown}{rest})"

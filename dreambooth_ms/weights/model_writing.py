@@ -16,19 +16,22 @@ from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
-from dreambooth_ms.formats.folder_configs import folder_configs, tokenizers
-from dreambooth_ms.formats.folder_layout import INDEX, NETWORKS, WEIGHT_NAMES, read_json, variants, write_json
+from dreambooth_ms.formats.folder_configs import tokenizers
+from dreambooth_ms.formats.folder_layout import (
+    ABSENT,
+    INDEX,
+    NETWORKS,
+    TOKENIZERS,
+    WEIGHT_NAMES,
+    read_json,
+    variants,
+    write_json,
+)
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.opened_model import (
-    ABSENT,
-    LATENT_STATISTICS,
-    PREDICTION_METADATA,
-    OpenedModel,
-    assumed_prediction,
-)
+from dreambooth_ms.weights.opened_model import LATENT_STATISTICS, PREDICTION_METADATA, OpenedModel
 
 _ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -177,10 +180,10 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
     Weights of other components lose their variant's name, so that the copy loads without naming one.
     """
     index = read_json(model.path / INDEX)
-    for name in sorted(path.name for path in model.path.iterdir() if path.is_dir() and path.name in index):
-        if name in NETWORKS:
-            write_json(folder / name / "config.json", read_json(model.path / name / "config.json"))
-            continue
+    for part in model.parts:
+        write_json(folder / part / "config.json", model.configuration(f"{part}/config.json"))
+    others = (path.name for path in model.path.iterdir() if path.is_dir() and path.name in index.keys() - set(NETWORKS))
+    for name in sorted(others):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
         for variant in variants(folder / name):
             for path in (folder / name).glob(f"*.{variant}.*"):
@@ -191,19 +194,18 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 
 
 def _make_the_rest(model: OpenedModel, folder: Path) -> None:
-    for name, content in folder_configs(model.spec, model.parts, assumed_prediction(model)).items():
+    for name, content in model.made_configurations().items():
         write_json(folder / name, content)
-    for name, pad_token in tokenizers_on_board(model).items():
-        write_clip_tokenizer(folder / name, pad_token)
+    for encoder, pad_token in tokenizers_on_board(model).items():
+        write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
 
 
 def tokenizers_on_board(model: OpenedModel) -> dict[str, str]:
-    """The tokenizers of a model that came without, as far as its encoders have CLIP's vocabulary."""
-    encoders = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    """What fills short prompts of a model without tokenizers, as far as its encoders have CLIP's vocabulary."""
     return {
-        name: pad_token
-        for name, pad_token in tokenizers(model.spec).items()
-        if encoders[name] in model.parts and getattr(model.spec, encoders[name]).vocab_size == SIZE
+        encoder: pad_token
+        for encoder, pad_token in tokenizers(model.spec).items()
+        if encoder in model.parts and getattr(model.spec, encoder).vocab_size == SIZE
     }
 
 
@@ -231,14 +233,14 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     yield from _notes_on_prediction(model, form)
     if form is Format.DIFFUSERS and model.container is not Container.FOLDER:
-        lacking = tokenizers(model.spec).keys() - tokenizers_on_board(model).keys()
-        encoders = [name for name in lacking if name.replace("tokenizer", "text_encoder") in model.parts]
-        if encoders:
-            yield f"Its words are not CLIP's: put the model's own {', '.join(sorted(encoders))} into the folder."
+        lacking = tokenizers(model.spec).keys() & set(model.parts) - tokenizers_on_board(model).keys()
+        if lacking:
+            own = ", ".join(TOKENIZERS[encoder] for encoder in sorted(lacking))
+            yield f"Its words are not CLIP's: put the model's own {own} into the folder."
 
 
 def _notes_on_prediction(model: OpenedModel, form: Format) -> Iterator[str]:
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:
-        yield f"The scheduler says {assumed_prediction(model)}; --prediction_type says otherwise."
+        yield f"The scheduler says {model.assumed_prediction}; --prediction_type says otherwise."
     if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
         yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."

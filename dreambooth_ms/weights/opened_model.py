@@ -1,25 +1,37 @@
 """A model in any format, opened: what it is, and its tensors by public name, none of which has been read."""
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.digest import tensors_digest
 from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
-from dreambooth_ms.formats.folder_layout import INDEX, NETWORKS, SCHEDULER, read_json, weight_file
-from dreambooth_ms.formats.model_config import Config, read_config, read_latent_settings
+from dreambooth_ms.formats.folder_configs import folder_configs
+from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.formats.model_config import (
+    Config,
+    read_config,
+    read_latent_settings,
+    read_vae_config,
+    write_vae_config,
+)
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
-from dreambooth_ms.formats.naming.recognise import recognise_model
+from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Slot
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
+from dreambooth_ms.models.parameter_shapes import model_shapes
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec, VaeSpec
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
@@ -27,10 +39,26 @@ LATENT_STATISTICS = ("edm_mean", "edm_std")
 PREDICTION_METADATA = "modelspec.prediction_type"
 """Where single files say what they predict, by the Stability ModelSpec: "epsilon" or "v"."""
 
-ABSENT = [None, None]
-"""What model_index.json says of a part that is not there."""
-
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+Spec = TypeVar("Spec")
+
+
+@dataclass(frozen=True)
+class StoredNetwork(Generic[Spec]):
+    """A network in a file or folder, not read yet."""
+
+    file: Path
+    """The file that holds the tensors."""
+    spec: Spec
+    config: Config
+    """Its config.json, or what it would be."""
+    tensors: Mapping[str, StoredTensor]
+    """By their names in the network."""
+
+    def digest(self) -> str:
+        """What caches of its results are keyed by: the same for the same weights in any format."""
+        return tensors_digest(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -42,39 +70,88 @@ class OpenedModel:
     """Of the file, or FOLDER."""
     form: Format
     spec: ModelSpec
+    """As the names and shapes of the tensors show it."""
     tensors: Mapping[str, StoredTensor]
     """By public name, in the order of the model."""
     parts: tuple[str, ...]
     """The networks that are there."""
     report: Report
     """What does not fit the family's names."""
-    prediction_type: str | None
+    prediction_type: str | None = None
     """"epsilon" or "v_prediction"; None if nothing tells."""
-    averages: int
+    averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
-    """The files that hold the tensors."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """The files of a folder's networks."""
+    other_vae: StoredNetwork[VaeSpec] | None = None
+    """Another model's autoencoder, if it takes the place of its own."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
         """The element types, with the number of tensors of each, the most frequent first."""
-        counts: dict[DType, int] = {}
-        for tensor in self.tensors.values():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        return dict(Counter(tensor.dtype for tensor in self.tensors.values()).most_common())
 
     @property
     def missing_parts(self) -> list[str]:
         """The networks that the family has and the file has not."""
-        absent = {part for part in ("text_encoder", "text_encoder_2") if getattr(self.spec, part) is None}
-        return [part for part in NETWORKS if part not in self.parts and part not in absent]
+        return [part for part in NETWORKS if part not in self.parts and getattr(self.spec, part) is not None]
+
+    @property
+    def assumed_prediction(self) -> str:
+        """What it predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
+        return self.prediction_type or ("v_prediction" if self.spec.family is Family.SD2 else "epsilon")
+
+    @property
+    def notes_as_base(self) -> tuple[str, ...]:
+        """What a user should know where it is a base: the notes on a single file, with what is assumed of it."""
+        if self.container is Container.FOLDER:
+            return ()
+        assumed = f"It is taken to predict {self.assumed_prediction}; converting can say otherwise."
+        return (*self.notes, assumed) if self.prediction_type is None else self.notes
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""
         prefix = f"{part}."
         return {name.removeprefix(prefix): own for name, own in self.tensors.items() if name.startswith(prefix)}
+
+    def configuration(self, name: str) -> Config:
+        """A JSON file of its folder, or of the folder that a single file would be converted to.
+
+        Raises:
+            WeightError: the folder does not have it, or it is damaged.
+        """
+        if self.container is not Container.FOLDER:
+            return self.made_configurations()[name]
+        if self.other_vae and name == "vae/config.json":
+            return self.other_vae.config
+        return read_json(self.path / name)
+
+    def made_configurations(self) -> dict[str, Config]:
+        """The JSON files of the folder that a single file would be converted to, by their paths in it."""
+        own = {"vae/config.json": self.other_vae.config} if self.other_vae else {}
+        return {**folder_configs(self.spec, self.parts, self.assumed_prediction), **own}
+
+    def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
+        """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
+
+        Raises:
+            WeightError: `read` does not take the configuration.
+        """
+        name, known = f"{part}/config.json", model_shapes(self.spec)
+        config = self.configuration(name)
+        spec = read_config(self.path / name, config, read)
+        tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
+        file = self.other_vae.file if self.other_vae and part == "vae" else self.files.get(part, self.path)
+        return StoredNetwork(file, spec, config, tensors)
+
+    def with_vae(self, vae: StoredNetwork[VaeSpec]) -> "OpenedModel":
+        """The same with another autoencoder in place of its own."""
+        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("vae.")}
+        own = {f"vae.{name}": tensor for name, tensor in vae.tensors.items()}
+        parts = tuple(part for part in NETWORKS if part == "vae" or part in self.parts)
+        return replace(self, spec=replace(self.spec, vae=vae.spec), tensors=others | own, parts=parts, other_vae=vae)
 
     def check(self) -> None:
         """Stop if a network is not whole, or there are tensors that belong to none.
@@ -85,82 +162,137 @@ class OpenedModel:
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
 
-def open_model(path: Path, variant: str | None = None, use_averages: bool = False) -> OpenedModel:
+def open_model(
+    path: Path, variant: str | None = None, use_averages: bool = False, parts: Collection[str] | None = None
+) -> OpenedModel:
     """Recognise a model and open it; its tensors are not read, and misfits are in its report.
 
     Args:
         path: a folder in diffusers' layout, or a file.
         variant: which of the files in a folder; None for the plain ones, or for the only variant.
         use_averages: take the moving averages (EMA) of the weights that have them.
+        parts: the networks of a folder that are wanted; None for those that are there.
 
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
     """
-    if path.is_dir():
-        return _open_folder(path, variant)
+    return _open_folder(path, variant, parts) if path.is_dir() else _open_file(path, use_averages)
+
+
+def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     file = open_tensor_file(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found = recognise_model(shapes, str(path))
     if found.form is Format.DIFFUSERS:
         raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
-    parts = tuple(found.naming.present_parts(shapes))
-    plan = found.naming.read_plan(shapes, parts, use_averages)
-    if use_averages and not plan.averages:
+    model = _opened(path, file.container, found, file.tensors, found.naming.present_parts(shapes), use_averages)
+    if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
     said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
-    return OpenedModel(
-        path=path,
-        container=file.container,
-        form=found.form,
+    passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
+    return replace(
+        model,
         spec=_with_latent_statistics(found.model, file),
-        tensors=public_tensors(plan, file.tensors),
-        parts=parts,
-        report=plan.report,
         prediction_type=said or found.prediction_type,
-        averages=len(plan.averages),
-        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *_left_out(file)),
+        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *passed_over),
         metadata=file.metadata,
-        files=(path,),
     )
 
 
-def _open_folder(path: Path, variant: str | None) -> OpenedModel:
+def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
-    parts = tuple(part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir())
-    files = {part: weight_file(path, part, variant) for part in parts}
-    opened = {part: open_tensor_file(file) for part, file in files.items()}
-    stored = {f"{part}.{name}": tensor for part in parts for name, tensor in opened[part].tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if not shapes:
+    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
+    files = {part: weight_file(path, part, variant) for part in (there if wanted is None else wanted)}
+    stored = {f"{part}.{name}": own for part, file in files.items() for name, own in _weights(file).tensors.items()}
+    if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    found = recognise_model(shapes, str(path))
-    plan = found.naming.read_plan(shapes, parts)
+    found = recognise_model({name: tensor.shape for name, tensor in stored.items()}, str(path))
     scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
     said = scheduler.get("prediction_type", "epsilon") if scheduler else found.prediction_type
-    return OpenedModel(
-        path=path,
-        container=Container.FOLDER,
-        form=Format.DIFFUSERS,
-        spec=_with_vae_settings(found.model, path),
-        tensors=public_tensors(plan, stored),
-        parts=parts,
-        report=plan.report,
+    vae = path / "vae" / "config.json"
+    return replace(
+        _opened(path, Container.FOLDER, found, stored, files),
+        spec=_with_latents(found.model, vae, read_json(vae)) if vae.exists() else found.model,
         prediction_type=said if isinstance(said, str) else None,
-        averages=0,
         # A folder's configurations tell.
         notes=tuple(_without(found.notes, "do not tell", "are assumed")),
-        files=tuple(files.values()),
+        files=files,
     )
+
+
+def open_lone_vae(path: Path) -> OpenedModel:
+    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
+
+    Raises:
+        WeightError: no such file, damaged, or no autoencoder that is known.
+    """
+    file = open_tensor_file(path)
+    found = recognise_vae({name: tensor.shape for name, tensor in file.tensors.items()}, str(path))
+    return _opened(path, file.container, found, file.tensors, ("vae",))
+
+
+def _opened(
+    path: Path,
+    container: Container,
+    found: Recognition,
+    stored: Mapping[str, StoredTensor],
+    parts: Collection[str],
+    use_averages: bool = False,
+) -> OpenedModel:
+    plan = found.naming.read_plan({name: tensor.shape for name, tensor in stored.items()}, parts, use_averages)
+    return OpenedModel(
+        path=path,
+        container=container,
+        form=found.form,
+        spec=found.model,
+        tensors=public_tensors(plan, stored),
+        parts=tuple(parts),
+        report=plan.report,
+        averages=len(plan.averages),
+    )
+
+
+def _weights(path: Path) -> TensorFile:
+    """A file of a folder, which must be of the kind that its name says."""
+    return read_safetensors(path) if path.suffix == ".safetensors" else open_tensor_file(path)
+
+
+def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork[VaeSpec]:
+    """Check an autoencoder and open it.
+
+    Args:
+        path: its folder in diffusers' layout, a model folder with one, or a file that holds it alone.
+        latents_of: the autoencoder whose place it takes. The latents of one that is alone in a file, which does not say
+            how they are scaled, are scaled as this one's.
+        sample_size: height and width of the pictures it is for, in pixels.
+
+    Raises:
+        WeightError: there is none, or it is not whole.
+    """
+    is_file, folder = path.is_file(), path / "vae" if (path / "vae").is_dir() else path
+    found = open_lone_vae(path if is_file else weight_file(folder.parent, folder.name, None, "vae"))
+    found.report.check(str(found.path), "an autoencoder (VAE) of Stable Diffusion")
+    if is_file:
+        scale = {name: getattr(latents_of, name) for name in ("scaling_factor", "latents_mean", "latents_std")}
+        config: Config = write_vae_config(replace(found.spec.vae, **scale), sample_size)
+    else:
+        config = read_json(folder / "config.json")
+    spec = read_config(path if is_file else folder / "config.json", config, read_vae_config)
+    return StoredNetwork(found.path, spec, config, found.of_part("vae"))
 
 
 def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Public name -> tensor, for what a plan reads from the tensors of a file."""
-    blocks = _LastRead(stored)
+    # Of what several tensors are blocks of, so that it is read once: weight and bias take turns.
+    read_blocks = lru_cache(maxsize=2)(lambda name: stored[name].read())
+
+    def load(slot: Slot) -> np.ndarray:
+        return slot.restore(read_blocks(slot.name) if slot.blocks > 1 else stored[slot.name].read())
+
     tensors = {}
     for name, slot in plan.slots.items():
         own = stored[slot.name]
-        read = blocks.read if slot.blocks > 1 else partial(_read, stored)
-        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(read, slot), _ranges(slot, own))
+        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(load, slot), _ranges(slot, own))
     return tensors
 
 
@@ -172,50 +304,21 @@ def _ranges(slot: Slot, stored: StoredTensor) -> tuple[FileRange, ...]:
     return (stored.ranges[0].part(slot.block * size, size),)
 
 
-def _read(stored: Mapping[str, StoredTensor], slot: Slot) -> np.ndarray:
-    return slot.restore(stored[slot.name].read())
-
-
-class _LastRead:
-    """Tensors that several public ones are blocks of, so that they are read once: weight and bias take turns."""
-
-    KEPT = 2
-
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
-        self._stored = stored
-        self._values: dict[str, np.ndarray] = {}
-
-    def read(self, slot: Slot) -> np.ndarray:
-        """The block of a slot."""
-        if slot.name not in self._values:
-            while len(self._values) >= self.KEPT:
-                del self._values[next(iter(self._values))]
-            self._values[slot.name] = self._stored[slot.name].read()
-        return slot.restore(self._values[slot.name])
-
-
 def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
     """The model with the mean and deviation of its latents as a single file holds them, if it does."""
     if not all(name in file.tensors for name in LATENT_STATISTICS):
         return model
-    mean, std = (_statistic(file, name) for name in LATENT_STATISTICS)
+    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+    mean, std = (
+        [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
+        for name in LATENT_STATISTICS
+    )
     config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
     return _with_latents(model, file.path, config)
 
 
-def _statistic(file: TensorFile, name: str) -> list[float]:
-    values = file.tensors[name].cast_to(DType.F32).read().reshape(-1)
-    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
-    return [float(str(value)) for value in values]
-
-
-def _with_vae_settings(model: ModelSpec, folder: Path) -> ModelSpec:
-    """The model with the scale, mean and deviation of its latents as its folder says them."""
-    file = folder / "vae" / "config.json"
-    return _with_latents(model, file, read_json(file)) if file.exists() else model
-
-
 def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
+    """The model with the scale, mean and deviation of its latents as a configuration of its autoencoder says them."""
     channels = model.vae.latent_channels
     settings = read_config(source, config, lambda said: read_latent_settings(said, channels))
     return replace(model, vae=replace(model.vae, **settings))
@@ -224,19 +327,3 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
 def _without(notes: Collection[str], *doubts: str) -> list[str]:
     """The notes but those of some doubts, which something else has removed."""
     return [note for note in notes if not any(doubt in note for doubt in doubts)]
-
-
-def _left_out(file: TensorFile) -> list[str]:
-    return [f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()]
-
-
-def assumed_prediction(model: OpenedModel) -> str:
-    """What a model predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
-    return model.prediction_type or ("v_prediction" if model.spec.family is Family.SD2 else "epsilon")
-
-
-def notes_as_folder(model: OpenedModel) -> tuple[str, ...]:
-    """The notes on a single file that is read as a folder, with what is assumed of it."""
-    if model.prediction_type is not None:
-        return model.notes
-    return (*model.notes, f"It is taken to predict {assumed_prediction(model)}; converting can say otherwise.")

@@ -24,7 +24,7 @@ from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
 from tests.small_specs import SMALL
 from tests.whole_loras import FILES, random_lora, read_lora, write_lora_as
-from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, random_model
+from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, digests_of, random_model, roles_of
 
 PROMPT = "a photo of sks dog"
 
@@ -59,19 +59,18 @@ class TestBases:
     @pytest.mark.parametrize("name", ["stability", "mindone", "pickled", "bin", "shards"])
     def test_it_is_the_same_model_as_the_folder(self, opened, name):
         found, folder = opened[name], opened["diffusers"]
-        for field in ("unet_spec", "vae_spec", "text_spec", "schedule_spec", "scheduler_config", "picture_size"):
-            assert getattr(found, field) == getattr(folder, field), field
-        for part in ("unet", "vae", "text_encoder"):
-            assert found.digest(part) == folder.digest(part)
+        assert roles_of(found) == roles_of(folder)
+        assert found.picture_size == folder.picture_size
+        assert digests_of(found) == digests_of(folder)
 
     def test_digests_tell_weights_apart(self, opened):
-        digests = {opened["stability"].digest(part) for part in ("unet", "vae", "text_encoder")}
-        assert len(digests) == 3
+        assert len(set(digests_of(opened["stability"]).values())) == 3
 
     @pytest.mark.parametrize("name", ["stability", "bin"])
     def test_networks_are_filled(self, opened, name):
-        for load in ("load_unet", "load_vae", "load_text_encoder"):
-            found, expected = (read_parameters(getattr(opened[one], load)()) for one in (name, "diffusers"))
+        roles = (lambda bundle: bundle.denoiser, lambda bundle: bundle.codec, lambda bundle: bundle.text[0])
+        for role in roles:
+            found, expected = (read_parameters(role(opened[one]).load()) for one in (name, "diffusers"))
             assert found.keys() == expected.keys()
             assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
@@ -81,14 +80,14 @@ class TestBases:
         assert any(".layers.2." in name for name in unused)
         whole = replace(model, tensors={**model.tensors, **unused})
         plan_model(whole, Format.STABILITY).write(tmp_path / "model.safetensors")
-        found = read_parameters(open_bundle(tmp_path / "model.safetensors").load_text_encoder())
+        found = read_parameters(open_bundle(tmp_path / "model.safetensors").text[0].load())
         expected = model.of_part("text_encoder")
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], expected[name].read()) for name in expected)
 
     def test_a_folders_own_tokenizer_wins(self, opened, bases):
-        assert opened["diffusers"].tokenizer_paths == (bases["diffusers"] / "tokenizer",)
-        (on_board,) = opened["stability"].tokenizer_paths
+        own, on_board = (opened[form].text[0].tokenizer_folder for form in ("diffusers", "stability"))
+        assert own == bases["diffusers"] / "tokenizer"
         assert (on_board / "merges.txt").is_file()
 
     def test_what_a_base_lacks_is_told(self, tmp_path, bases):
@@ -160,8 +159,8 @@ class TestAdapters:
         ends = (".proj_in", ".conv1", ".to_q")
         lora = random_lora(RUNNING, tmp_path, choose=lambda layer: layer.endswith(ends))
         write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
-        base = read_parameters(opened["diffusers"].load_unet())
-        network = opened["diffusers"].load_unet()
+        base = read_parameters(opened["diffusers"].denoiser.load())
+        network = opened["diffusers"].denoiser.load()
         attached = ModelAdapters(opened["diffusers"], [tmp_path / "lora.safetensors"]).put_on({"unet": network})
         attached.set_scales((0.5,))
         now = read_parameters(network)
@@ -183,18 +182,17 @@ class TestAdapters:
 
 def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(opened, tmp_path):
     base = opened["mindone"]
-    unet = base.load_unet()
+    unet = base.denoiser.load()
     METHODS["full"](MethodConfig(method="full"), base, unet, None, 0).write_result(tmp_path / "full", 1)
     result = open_bundle(tmp_path / "full")
-    for part in ("unet", "vae", "text_encoder"):
-        assert result.digest(part) == base.digest(part)
-    assert (result.unet_spec, result.schedule_spec) == (base.unet_spec, base.schedule_spec)
-    assert result.tokenizer_paths == (tmp_path / "full/tokenizer",)
+    assert digests_of(result) == digests_of(base)
+    assert (result.denoiser.spec, result.schedule.spec) == (base.denoiser.spec, base.schedule.spec)
+    assert result.text[0].tokenizer_folder == tmp_path / "full/tokenizer"
 
 
 def test_files_that_hold_a_model_but_no_base(tmp_path, bases, capsys):
     assert train(tmp_path / "none.safetensors", tmp_path / "out", tmp_path) == 2
     assert "no such folder" in capsys.readouterr().err
-    write_safetensors(tmp_path / "x.safetensors", dict(open_bundle(bases["diffusers"]).tensors("unet")))
+    write_safetensors(tmp_path / "x.safetensors", open_bundle(bases["diffusers"]).opened().of_part("unet"))
     assert train(tmp_path / "x.safetensors", tmp_path / "out", tmp_path) == 2
     assert "this is a UNet alone, in diffusers' naming without its folder" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
-from tests.whole_models import RUNNING_SDXL, SUFFIXES, random_model, values_of
+from tests.whole_models import RUNNING_SDXL, SUFFIXES, digests_of, random_model, roles_of, values_of
 
 # Two resolutions, of which one has transformers.
 UNET = replace(
@@ -102,12 +102,11 @@ def test_what_is_drawn_from_a_file_is_what_is_drawn_from_the_folder(runs, form):
 @each_file
 def test_a_file_is_opened_as_the_folder(bases, form):
     found, folder = open_bundle(bases[form]), open_bundle(bases[Format.DIFFUSERS])
-    for field in ("unet_spec", "vae_spec", "text_spec", "text_spec_2", "schedule_spec", "scheduler_config"):
+    assert roles_of(found) == roles_of(folder)
+    for field in ("zeros_for_empty_prompt", "num_add_time_ids", "picture_size"):
         assert getattr(found, field) == getattr(folder, field), field
-    for field in ("zeros_for_empty_prompt", "num_add_time_ids", "text_encoders", "picture_size"):
-        assert getattr(found, field) == getattr(folder, field), field
-    for part in ("unet", "vae", *folder.text_encoders):
-        assert found.digest(part) == folder.digest(part)
+    assert digests_of(found) == digests_of(folder)
+    assert len(digests_of(found)) == 4
 
 
 @each_file
@@ -115,15 +114,15 @@ def test_the_refiner_is_opened_with_its_one_text_encoder(tmp_path, form):
     model, path = random_model(REFINER, tmp_path), tmp_path / f"refiner{SUFFIXES[form]}"
     plan_model(model, form).write(path)
     found = open_bundle(path)
-    assert (found.text_encoders, found.num_add_time_ids) == (("text_encoder_2",), 5)
-    assert (len(found.tokenizer_paths), found.zeros_for_empty_prompt) == (1, False)
-    loaded, saved = read_parameters(found.load_text_encoders().text_encoder_2), model.of_part("text_encoder_2")
+    (reader,) = found.text
+    assert (reader.name, found.num_add_time_ids, found.zeros_for_empty_prompt) == ("text_encoder_2", 5, False)
+    loaded, saved = read_parameters(reader.load()), model.of_part("text_encoder_2")
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name].read()) for name in saved)
 
 
 def test_its_second_tokenizer_fills_short_prompts_with_another_token(bases):
-    first, second = open_bundle(bases[Format.STABILITY]).tokenizer_paths
+    first, second = (reader.tokenizer_folder for reader in open_bundle(bases[Format.STABILITY]).text)
     assert first != second
     assert all((folder / "merges.txt").is_file() for folder in (first, second))
 
@@ -165,19 +164,19 @@ class TestAnotherAutoencoder:
     @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
     def test_it_may_be_alone_in_a_file(self, bases, other, vae, form):
         found = open_bundle(bases[form], vae=vae)
-        assert values_of(found.tensors("vae")) == values_of(other.of_part("vae"))
-        assert found.vae_spec == open_bundle(bases[form]).vae_spec
+        assert values_of(found.opened().of_part("vae")) == values_of(other.of_part("vae"))
+        assert found.codec.spec == open_bundle(bases[form]).codec.spec
         assert found.opened().of_part("vae").keys() == other.of_part("vae").keys()
-        assert found.digest("vae") != open_bundle(bases[form]).digest("vae")
+        assert found.codec.digest() != open_bundle(bases[form]).codec.digest()
 
     @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=lambda form: form.value)
     def test_it_is_in_the_folder_that_a_full_training_writes(self, bases, other, vae, tmp_path, form):
         base = open_bundle(bases[form], vae=vae)
-        METHODS["full"](MethodConfig(method="full"), base, base.load_unet(), None, 0).write_result(tmp_path, 1)
+        METHODS["full"](MethodConfig(method="full"), base, base.denoiser.load(), None, 0).write_result(tmp_path, 1)
         result = open_bundle(tmp_path)
-        assert values_of(result.tensors("vae")) == values_of(other.of_part("vae"))
-        assert result.vae_spec == base.vae_spec
-        assert result.digest("text_encoder_2") == base.digest("text_encoder_2")
+        assert values_of(result.opened().of_part("vae")) == values_of(other.of_part("vae"))
+        assert result.codec.spec == base.codec.spec
+        assert result.text[1].digest() == base.text[1].digest()
 
     def test_a_base_without_one_is_whole_with_it(self, tmp_path, other, vae):
         parts = ("unet", "text_encoder", "text_encoder_2")
@@ -198,8 +197,8 @@ def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
     tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
     write_safetensors(tmp_path / "playground.safetensors", {**tensors, **more})
     folder = open_bundle(tmp_path / "playground.safetensors")
-    assert (folder.schedule_spec, folder.scheduler_config["sigma_data"]) == (None, 0.5)
-    assert folder.vae_spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
+    assert (folder.schedule.spec, folder.schedule.config["sigma_data"]) == (None, 0.5)
+    assert folder.codec.spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
     said = r"playground\.safetensors: EDM\w+: models trained in EDM's formulation can be drawn with, not trained"
     with pytest.raises(WeightError, match=said):
-        folder.trained_schedule()
+        folder.schedule.trained()

@@ -12,9 +12,9 @@ from dreambooth_ms.models.clip import (
     CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    TextEncoders,
     end_positions,
 )
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import BUFFERS
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import (
@@ -72,11 +72,11 @@ def test_sdxl_reads_the_states_before_the_last_layer_of_both_encoders_and_the_po
     sensitivity = normal(2, 6, 48)
     (states * torch.tensor(sensitivity)).sum().backward()
 
-    ours = CLIPTextModel(read_text_config(first.config.to_dict()))
+    ours = CLIPTextModel(read_text_config(first.config.to_dict()), last_layer=False)
     projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
     for network, reference in ((ours, first), (projected, second)):
         load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
-    encoders = TextEncoders(ours, projected)
+    encoders = TextEncoders({"text_encoder": ours, "text_encoder_2": projected})
     ends = end_positions(ids_2, projected.spec.eos_token_id)
     text, pooled = encoders(Tensor(np.concatenate([ids_1, ids_2], 1)), Tensor(ends))
     errors = relative_error(text, states), relative_error(pooled, expected[1].text_embeds)
@@ -94,9 +94,9 @@ def test_clip_skip_leaves_out_layers_as_diffusers_pipelines_do(pynative):
     """SD 1 normalises what is left; SDXL, which leaves out one layer anyway, does not, and pools after all layers."""
     first = small_text_encoder(num_hidden_layers=3)
     second = small_text_encoder(1, ReferenceWithProjection, projection_dim=20, num_hidden_layers=3)
-    ours = CLIPTextModel(read_text_config(first.config.to_dict()))
+    alone, ours = (CLIPTextModel(read_text_config(first.config.to_dict()), last_layer=last) for last in (True, False))
     projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
-    for network, reference in ((ours, first), (projected, second)):
+    for network, reference in ((alone, first), (ours, first), (projected, second)):
         load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
     ids = np.array([[BEGIN, 4, 9, LARGEST, 0, 0]], np.int32)
     with torch.no_grad():
@@ -104,14 +104,14 @@ def test_clip_skip_leaves_out_layers_as_diffusers_pipelines_do(pynative):
         expected = first.text_model.final_layer_norm(states.hidden_states[-2])
         expected_xl = torch.cat([one.hidden_states[-3] for one in (states, states_2)], 2)
 
-    (text,) = TextEncoders(ours).with_clip_skip(1)(Tensor(ids))
-    both = TextEncoders(ours, projected).with_clip_skip(1)
+    (text,) = TextEncoders({"text_encoder": alone}).with_clip_skip(1)(Tensor(ids))
+    both = TextEncoders({"text_encoder": ours, "text_encoder_2": projected}).with_clip_skip(1)
     text_xl, pooled = both(Tensor(np.concatenate([ids, ids], 1)), Tensor(end_positions(ids, LARGEST)))
     assert relative_error(text, expected) < FORWARD
     assert relative_error(text_xl, expected_xl) < FORWARD
     assert relative_error(pooled, states_2.text_embeds) < FORWARD
     with pytest.raises(ConfigError, match="--clip_skip: expected 0 to 1, as its text encoders have layers, got 2"):
-        TextEncoders(ours, projected).with_clip_skip(2)
+        TextEncoders({"text_encoder": ours, "text_encoder_2": projected}).with_clip_skip(2)
 
 
 @pytest.mark.parametrize(

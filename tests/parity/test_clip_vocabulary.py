@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from transformers import CLIPTokenizer
 
-from dreambooth_ms.data.text import PromptTokenizer
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
 
 START, END = 49406, 49407
@@ -72,5 +72,5 @@ def test_merges_apply_in_their_order(folder, tokenizer):
 @pytest.mark.parametrize(("pad_token", "filler"), [("<|endoftext|>", END), ("!", 0)])
 def test_a_short_prompt_is_filled_as_the_tower_expects(tmp_path, pad_token, filler):
     write_clip_tokenizer(tmp_path, pad_token)
-    (ids,) = PromptTokenizer(tmp_path).ids(["a cat"])
+    (ids,) = ClipTokenizer(tmp_path).pieces("a cat", 1)
     assert ids.tolist() == [START, 320, 2368, END] + [filler] * 73

@@ -117,7 +117,7 @@ def test_what_is_trained_and_every_norm_is_float32_and_a_frozen_base_is_float16(
 def test_a_prediction_in_half_precision_is_that_of_float32_but_for_rounding(tmp_path, pynative):
     """With an adapter on it, as pictures are drawn; first it computes in float32, as for class pictures."""
     folder = open_bundle(write_random_model(tmp_path))
-    unet = folder.load_unet()
+    unet = folder.denoiser.load()
     for i, layer in enumerate(inject_lora(unet, 2, 2.0, ["to_q"]).values()):
         layer.set_factors(*(normal(*factor.shape, seed=i) for factor in layer.factors()))
     inputs = Tensor(normal(1, 4, 8, 8)), Tensor(np.array([500], np.int32)), Tensor(normal(1, 7, 24))

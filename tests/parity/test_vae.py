@@ -73,7 +73,7 @@ def test_decoding_in_bands_is_decoding(reference, formulation, max_taps):
 
 def test_one_direction_alone_is_loaded_and_computes_the_same(tmp_path):
     folder = open_bundle(write_random_model(tmp_path))
-    whole, decoder, encoder = folder.load_vae(), folder.load_vae(encodes=False), folder.load_vae(decodes=False)
+    whole, decoder, encoder = folder.codec.load(), folder.codec.load(encodes=False), folder.codec.load(decodes=False)
     names = {parameter.name for parameter in whole.get_parameters()}
     halves = [{parameter.name for parameter in half.get_parameters()} for half in (decoder, encoder)]
     assert halves[0] | halves[1] == names
@@ -118,7 +118,7 @@ def test_attention_weights_under_their_old_names_are_understood(reference, tmp_p
     assert len(renamed.keys() - weights.keys()) == 16  # four weights and four biases in each half
     write_folder(tmp_path, dict(reference.config), renamed)
 
-    loaded = read_parameters(open_bundle(tmp_path).load_vae())
+    loaded = read_parameters(open_bundle(tmp_path).codec.load())
     assert loaded.keys() == weights.keys()
     assert all(np.array_equal(loaded[name], weights[name]) for name in weights)
 

@@ -18,11 +18,12 @@ from mindspore import ParameterTuple, Tensor, nn
 
 from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextEncoders
+from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import ClipTextSpec
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.training.methods import TextConditioned
@@ -42,9 +43,9 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
     if with_text:
         words = {"vocab_size": WORDS, "max_position_embeddings": TOKENS}
         is_sdxl = unet_spec.addition_embed_type is not None
-        first = CLIPTextModel(ClipTextSpec(transformer=SDXL_TEXT if is_sdxl else TEXT, **words))
+        first = CLIPTextModel(ClipTextSpec(transformer=SDXL_TEXT if is_sdxl else TEXT, **words), last_layer=not is_sdxl)
         second = CLIPTextModelWithProjection(ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words))
-        text_encoders = TextEncoders(first, second if is_sdxl else None)
+        text_encoders = TextEncoders({"text_encoder": first} | ({"text_encoder_2": second} if is_sdxl else {}))
         networks += text_encoders.networks().values()
     trainables = []
     for number, network in enumerate(networks):
@@ -60,11 +61,11 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
             layer.set_factors(*(rng.standard_normal(factor.shape).astype(np.float32) for factor in layer.factors()))
         trainables += lora_trainables(layers)
     denoiser = TextConditioned(unet, text_encoders) if with_text else unet
-    if with_text and text_encoders.text_encoder_2 is not None:
+    if with_text and is_sdxl:
         # What SDXL does not read of its first encoder has no gradient.
         unread = {
             id(parameter)
-            for name, parameter in text_encoders.text_encoder.parameters_and_names()
+            for name, parameter in first.parameters_and_names()
             if not text_encoders.is_read("text_encoder", name)
         }
         trainables = [parameter for parameter in trainables if id(parameter) not in unread]

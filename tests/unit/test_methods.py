@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors
-from dreambooth_ms.models.clip import TextEncoders
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.training.results import ADAPTER, MODEL, Result, result_of
@@ -49,10 +49,10 @@ def half_base(base, tmp_path_factory):
 def trained(path, method, text=False, variant=None, **settings):
     """A learner whose trained weights have become others, as by a training."""
     folder = open_bundle(path, variant)
-    networks = {"unet": folder.load_unet()} | ({"text_encoder": folder.load_text_encoder()} if text else {})
+    networks = {"unet": folder.denoiser.load()} | ({"text_encoder": folder.text[0].load()} if text else {})
     config = MethodConfig(method=method, train_text_encoder=text, **settings)
     learner = METHODS[method](
-        config, folder, networks["unet"], TextEncoders(networks["text_encoder"]) if text else None, 3
+        config, folder, networks["unet"], TextEncoders({"text_encoder": networks["text_encoder"]}) if text else None, 3
     )
     chosen = {id(parameter) for parameter in learner.parameters}
     for network in networks.values():
@@ -76,7 +76,7 @@ class TestTheFolderOfAFullTraining:
         path, other = write_random_sdxl(tmp_path / "base"), write_random_sdxl(tmp_path / "other", seed=1)
         folder = open_bundle(path, vae=other)
         encoders = folder.load_text_encoders()
-        networks = {"unet": folder.load_unet(), **encoders.networks()}
+        networks = {"unet": folder.denoiser.load(), **encoders.networks()}
         config = MethodConfig(method="full", train_text_encoder=True)
         learner = METHODS["full"](config, folder, networks["unet"], encoders, 3)
         before = read_parameters(networks["text_encoder"])
@@ -113,7 +113,7 @@ class TestTheFolderOfAFullTraining:
         run = trained(base, "full", text=True)
         run.learner.write_result(tmp_path, STEP)
         folder = open_bundle(tmp_path)
-        for name, network in (("unet", folder.load_unet()), ("text_encoder", folder.load_text_encoder())):
+        for name, network in (("unet", folder.denoiser.load()), ("text_encoder", folder.text[0].load())):
             found = read_parameters(network)
             assert all(np.array_equal(found[key], value) for key, value in run.values[name].items())
 

@@ -1,11 +1,12 @@
 """A file's names and shapes tell what it is, and what does not fit is said in one line."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.formats import Format, naming_of, vae_naming
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.recognise import other_kind, recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
@@ -109,12 +110,12 @@ class TestAutoencoderAlone:
     @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=["diffusers", "ldm"])
     def test_it_is_recognised_under_both_names(self, form):
         for spec in (SD_15.vae, SMALL["sd15"].vae):
-            naming = vae_naming(form, spec)
-            plan = naming.write_plan(list(naming.shapes))
-            stored = plan.shapes(naming.shapes)
-            found, own = recognise_vae(stored | {"model_ema.decay": (), "loss.logvar": ()}, "a file")
-            assert vae_shapes(found) == vae_shapes(spec)
-            assert own.read_plan(stored).report.fits
+            prefix = "vae." if form is Format.DIFFUSERS else "first_stage_model."
+            whole = file_of(form, replace(SD_15, vae=spec), parts=("vae",))
+            stored = {name.removeprefix(prefix): shape for name, shape in whole.items()}
+            found = recognise_vae(stored | {"model_ema.decay": (), "loss.logvar": ()}, "a file")
+            assert vae_shapes(found.model.vae) == vae_shapes(spec)
+            assert found.naming.read_plan(stored, ("vae",)).report.fits
             assert len(stored) == 248
 
     def test_anything_else_is_refused_by_its_kind(self):

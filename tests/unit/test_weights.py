@@ -407,29 +407,30 @@ class TestModelFolder:
 
     @pytest.fixture
     def folder(self, tmp_path, text_encoder):
-        """Every part is there; only the text encoder's weights are real."""
+        """Every part is there; only the networks are real."""
         for name in PARTS:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("{}")
-            if name.endswith(".safetensors"):
-                write_tensors(tmp_path / name, {})
         (tmp_path / "model_index.json").write_text('{"unet": [], "vae": [], "text_encoder": []}')
-        (tmp_path / "unet/config.json").write_text(json.dumps(model_config.write_unet_config(UNET_OF_FOLDER)))
-        (tmp_path / "vae/config.json").write_text(json.dumps(model_config.write_vae_config(VAE, 16)))
-        config = model_config.write_text_config(TEXT, 16)
-        model_folder.save_network(tmp_path, "text_encoder", text_encoder, config)
+        for part, network, config in (
+            ("unet", UNet2DConditionModel(UNET_OF_FOLDER), model_config.write_unet_config(UNET_OF_FOLDER)),
+            ("vae", AutoencoderKL(VAE), model_config.write_vae_config(VAE, 16)),
+            ("text_encoder", text_encoder, model_config.write_text_config(TEXT, 16)),
+        ):
+            model_folder.save_network(tmp_path, part, network, config)
         return tmp_path
 
     def test_it_knows_its_networks(self, folder):
         found = model_folder.open_bundle(folder)
-        assert (found.unet_spec, found.vae_spec, found.text_spec) == (UNET_OF_FOLDER, VAE, TEXT)
-        assert found.schedule_spec == NoiseScheduleSpec()
+        (reader,) = found.text
+        assert (found.denoiser.spec, found.codec.spec, reader.spec) == (UNET_OF_FOLDER, VAE, TEXT)
+        assert found.schedule.spec == NoiseScheduleSpec()
         assert found.picture_size == 16
-        assert found.tokenizer_paths == (folder / "tokenizer",)
+        assert reader.tokenizer_folder == folder / "tokenizer"
 
     def test_a_network_is_loaded_as_it_was_saved(self, folder, text_encoder):
         saved = read_parameters(text_encoder)
-        loaded = read_parameters(model_folder.open_bundle(folder).load_text_encoder())
+        loaded = read_parameters(model_folder.open_bundle(folder).text[0].load())
         assert loaded.keys() == saved.keys()
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
@@ -451,12 +452,34 @@ class TestModelFolder:
         with pytest.raises(WeightError, match=r"unet/diffusion_pytorch_model\.fp16\.safetensors.*found: config\.json"):
             model_folder.open_bundle(folder, variant="fp16")
 
+    def test_a_tensor_that_belongs_to_no_network_is_told_before_any_is_read(self, folder):
+        file = folder / "unet/diffusion_pytorch_model.safetensors"
+        write_tensors(file, read_tensors(file)[0] | {"surplus.weight": np.zeros(2, np.float32)})
+        with pytest.raises(WeightError, match=r"does not fit a model of SD 2.*1 unexpected \(unet\.surplus\.weight\)"):
+            model_folder.open_bundle(folder)
+
+    def test_old_names_and_shapes_of_the_autoencoders_attention_are_read(self, folder):
+        file, old = folder / "vae/diffusion_pytorch_model.safetensors", {"to_q": "query", "to_out.0": "proj_attn"}
+        saved, before = read_tensors(file)[0], {}
+        for name, value in saved.items():
+            is_matrix = ".attentions.0.to_" in name and value.ndim == 2
+            for new, other in old.items():
+                name = name.replace(f".attentions.0.{new}.", f".attentions.0.{other}.")
+            before[name] = value[..., None, None] if is_matrix else value
+        assert before.keys() != saved.keys()
+        digest = model_folder.open_bundle(folder).codec.digest()
+        write_tensors(file, before)
+        found = model_folder.open_bundle(folder).codec
+        loaded = read_parameters(found.load())
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+        assert found.digest() == digest
+
     def test_weights_of_another_network_are_refused(self, folder):
         config = model_config.write_text_config(CLIP_L_TEXT, 16)
         config["num_hidden_layers"], config["hidden_size"] = 1, 16
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
-            model_folder.open_bundle(folder).load_text_encoder()
+            model_folder.open_bundle(folder).text[0].load()
 
     @pytest.mark.parametrize("inside", ["", "vae"], ids=["the autoencoder's folder", "a model folder"])
     def test_another_autoencoder_takes_the_place_of_its_own(self, folder, tmp_path_factory, inside):
@@ -465,9 +488,11 @@ class TestModelFolder:
         (other / "base").mkdir()
         model_folder.save_network(other / "base", "vae", network, model_config.write_vae_config(SMALL_VAE, 16))
         found = model_folder.open_bundle(folder, vae=other / "base" if inside else other / "base" / "vae")
-        assert found.vae_spec == SMALL_VAE
-        assert found.weight_file("vae") == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
-        loaded, saved = read_parameters(found.load_vae()), read_parameters(network)
+        assert found.codec.spec == SMALL_VAE
+        assert (
+            found.opened().network("vae", dict).file == other / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+        )
+        loaded, saved = read_parameters(found.codec.load()), read_parameters(network)
         assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
 
     def test_another_autoencoder_that_is_none_is_named(self, folder, tmp_path_factory):
@@ -479,10 +504,10 @@ class TestModelFolder:
     def test_sdxl_is_known_by_its_second_text_encoder(self, tmp_path, refiner):
         found = model_folder.open_bundle(write_random_sdxl(tmp_path, refiner=refiner))
         tokenizers = ("tokenizer_2",) if refiner else ("tokenizer", "tokenizer_2")
-        assert found.tokenizer_paths == tuple(tmp_path / name for name in tokenizers)
+        assert [reader.tokenizer_folder for reader in found.text] == [tmp_path / name for name in tokenizers]
         assert (found.num_add_time_ids, found.zeros_for_empty_prompt) == (5 if refiner else 6, not refiner)
-        assert (found.text_spec is None) == refiner
-        assert found.text_spec_2.projection_dim == POOLED
+        assert [reader.name for reader in found.text] == (["text_encoder"] * (not refiner)) + ["text_encoder_2"]
+        assert found.text[-1].spec.projection_dim == POOLED
 
     @pytest.mark.parametrize(("wider", "count"), [(8, 7), (-16, 4), (1, 0), (None, 0)])
     def test_a_unet_that_reads_other_numbers_than_sdxls_is_refused(self, tmp_path, wider, count):

@@ -9,8 +9,8 @@ from functools import lru_cache
 from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape, Slot
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes, vae_shapes
-from dreambooth_ms.models.specs import SD_15, ClipTextSpec, Family, ModelSpec, VaeSpec
+from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes
+from dreambooth_ms.models.specs import ClipTextSpec, Family, ModelSpec
 
 
 class Format(Enum):
@@ -46,8 +46,11 @@ _SCHEDULES = (
     r"|denoiser\.sigmas|model_ema\.decay|model_ema\.num_updates|v_pred|ztsnr|edm_mean|edm_std"
 )
 # Position ids are 0 to 76 in every file; an encoder for SDXL needs no projection of its first tower, whichever tool
-# saved one; and the autoencoder's training leaves its discriminator behind.
-_REST = r"(?:.+\.)?position_ids|.+\.logit_scale|.+\.text_projection(?:\.weight)?|first_stage_model\.loss\..+"
+# saved one; and the autoencoder's training leaves its discriminator and its averages behind.
+_REST = (
+    r"(?:.+\.)?position_ids|.+\.logit_scale|.+\.text_projection(?:\.weight)?"
+    r"|(?:vae|first_stage_model)\.(?:loss|model_ema)\..+"
+)
 _IGNORABLE = re.compile(f"(?:{_SCHEDULES}|{_REST})")
 
 
@@ -72,23 +75,6 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
         },
         ignorable=lambda name: _IGNORABLE.fullmatch(name) is not None,
         clean=mindone.clean if form is Format.MINDONE else lambda name: name,
-    )
-
-
-def vae_naming(form: Format, spec: VaeSpec) -> Naming:
-    """The naming of an autoencoder that is alone in a file: its names without a prefix, in diffusers' or LDM's form."""
-    shapes = {f"vae.{name}": shape for name, shape in vae_shapes(spec).items()}
-    model = replace(SD_15, vae=spec)
-    prefix = stability.VAE_PREFIX if form is Format.STABILITY else "vae."
-    spelled = {
-        name: [replace(slot, name=slot.name.removeprefix(prefix)) for slot in spell(form, name, model)]
-        for name in shapes
-    }
-    return Naming(
-        shapes=shapes,
-        slots={name: places[0] for name, places in spelled.items()},
-        spellings=({name: places[1] for name, places in spelled.items() if len(places) > 1},),
-        ignorable=lambda name: name.startswith(("loss.", "model_ema.")),
     )
 
 

@@ -7,6 +7,7 @@ the family's own.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from dreambooth_ms.formats.naming.formats import Format, spell
 from dreambooth_ms.formats.naming.slots import Shape
@@ -56,10 +57,11 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
     file = StoredModel(stored, form, model)
     if file.shape("vae.encoder.conv_in.weight"):
         model = replace(model, vae=_infer_vae(file))
-    if model.text_encoder and file.shape("text_encoder.text_model.embeddings.token_embedding.weight"):
-        model = replace(model, text_encoder=_infer_text(file, "text_encoder", model.text_encoder))
-    if model.text_encoder_2 and file.shape("text_encoder_2.text_model.embeddings.token_embedding.weight"):
-        model = replace(model, text_encoder_2=_infer_text(file, "text_encoder_2", model.text_encoder_2))
+    for part in ("text_encoder", "text_encoder_2"):
+        tower = getattr(model, part)
+        if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
+            inferred: dict[str, Any] = {part: _infer_text(file, part, tower)}
+            model = replace(model, **inferred)
     likely = with_channels(published, model.unet.in_channels, model.unet.out_channels)
     return likely if model_shapes(model) == model_shapes(likely) else model
 
@@ -123,7 +125,7 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
     if file.model.family is Family.SD2 and projection:
         # A whole tower, of which SD 2 does not use the last layer.
         layers, projection = layers - 1, 0
-    width = file.size(f"{tower}.embeddings.token_embedding.weight", axis=1)
+    words, width = (file.size(f"{tower}.embeddings.token_embedding.weight", axis) for axis in (0, 1))
     return replace(
         published,
         transformer=replace(
@@ -133,9 +135,9 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
             num_hidden_layers=layers,
             num_attention_heads=max(width // HEAD_WIDTH, 1),
         ),
-        vocab_size=file.size(f"{tower}.embeddings.token_embedding.weight"),
+        vocab_size=words,
         max_position_embeddings=file.size(f"{tower}.embeddings.position_embedding.weight"),
-        eos_token_id=file.size(f"{tower}.embeddings.token_embedding.weight") - 1,
+        eos_token_id=words - 1,
         projection_dim=projection or None,
     )
 

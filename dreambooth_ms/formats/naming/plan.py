@@ -27,7 +27,7 @@ class Naming:
     ignorable: Callable[[str], bool] = lambda name: False
     """Whether a name of the file is known to hold nothing that is needed."""
     clean: Callable[[str], str] = lambda name: name
-    """A name of the file without what some versions of the writing program insert."""
+    """A name of the file as the rules have it: without what some versions of the writing program insert."""
 
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False

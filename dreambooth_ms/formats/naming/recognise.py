@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
-from dreambooth_ms.formats.naming.formats import Format, naming_of, vae_naming
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec, VaeSpec
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
 
 EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
 
@@ -35,6 +35,12 @@ _OTHER_KINDS = {
 # What SDXL's base has in single files and its refiner, whose one text encoder is OpenCLIP's, has not.
 _SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.")
 _SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
+
+# Names that only autoencoders alone in a file have -> the format, and what is before their names in a whole model.
+_LONE_VAES = {
+    "encoder.down_blocks.0.resnets.0.norm1.weight": (Format.DIFFUSERS, "vae."),
+    "encoder.down.0.block.0.norm1.weight": (Format.STABILITY, stability.VAE_PREFIX),
+}
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,19 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     return Recognition(form, model, naming, prediction_type, tuple(_notes(cleaned, model, naming, prediction_type)))
 
 
-def recognise_vae(stored: Mapping[str, Shape], source: str) -> tuple[VaeSpec, Naming]:
-    """The sizes and the naming of an autoencoder that is alone in a file.
+def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
+    """Format, sizes and naming of an autoencoder that is alone in a file; the rest of the model is SD 1.5's.
 
     Raises:
         WeightError: it is something else.
     """
-    for form, mark, prefix in (
-        (Format.DIFFUSERS, "encoder.down_blocks.0.resnets.0.norm1.weight", "vae."),
-        (Format.STABILITY, "encoder.down.0.block.0.norm1.weight", stability.VAE_PREFIX),
-    ):
-        if mark in stored:
-            spec = infer_vae({prefix + name: shape for name, shape in stored.items()}, form)
-            return spec, vae_naming(form, spec)
-    raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
+    found = next((place for mark, place in _LONE_VAES.items() if mark in stored), None)
+    if found is None:
+        raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
+    form, prefix = found
+    model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
+    naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
+    return Recognition(form, model, naming, None, ())
 
 
 def other_kind(names: Collection[str]) -> str:

@@ -24,7 +24,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether there is no misfit."""
-        return not (self.missing or self.unexpected or self.misshaped or self.duplicate)
+        return self.count == 0
 
     @property
     def count(self) -> int:
@@ -35,7 +35,7 @@ class Report:
         """One line: kinds of misfits with their counts, by part, with the first names of each; "fits" if none."""
         kinds = (
             ("missing", self.missing, _by_part),
-            ("unexpected", self.unexpected, _shown),
+            ("unexpected", self.unexpected, show_names),
             ("of another shape", self.misshaped, _by_part),
             ("there more than once", self.duplicate, _by_part),
         )
@@ -60,9 +60,10 @@ def _by_part(names: Sequence[str]) -> str:
     for name in names:
         part, _, rest = name.partition(".")
         parts.setdefault(part, []).append(rest)
-    return "; ".join(f"{part} {len(rest)}: {_shown(rest)}" for part, rest in parts.items())
+    return "; ".join(f"{part} {len(rest)}: {show_names(rest)}" for part, rest in parts.items())
 
 
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return f"{', '.join(names[:NAMES_SHOWN])}{more}"
+def show_names(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{', '.join(names[:at_most])}{more}"

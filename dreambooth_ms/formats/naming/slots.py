@@ -3,7 +3,7 @@
 Every change moves elements and computes nothing, so it holds for any dtype, bfloat16's bit patterns in uint16 included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -35,23 +35,20 @@ class Layout(Enum):
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """Public form -> stored form, as a view."""
-        if self is Layout.TRANSPOSED:
-            return value.T
-        if self is Layout.CONVOLUTION:
-            return value[..., None, None]
-        if self is Layout.LINEAR:
-            return value[..., 0, 0]
-        return value
+        return _STORED[self][0](value)
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The stored form's shape for a public shape."""
-        if self is Layout.TRANSPOSED:
-            return shape[::-1]
-        if self is Layout.CONVOLUTION:
-            return (*shape, 1, 1)
-        if self is Layout.LINEAR:
-            return shape[:-2]
-        return shape
+        return _STORED[self][1](shape)
+
+
+_STORED: dict[Layout, tuple[Callable[[np.ndarray], np.ndarray], Callable[[Shape], Shape]]] = {
+    Layout.AS_IS: (lambda value: value, lambda shape: shape),
+    Layout.TRANSPOSED: (lambda value: value.T, lambda shape: shape[::-1]),
+    Layout.CONVOLUTION: (lambda value: value[..., None, None], lambda shape: (*shape, 1, 1)),
+    Layout.LINEAR: (lambda value: value[..., 0, 0], lambda shape: shape[:-2]),
+}
+"""What becomes of a tensor and of its shape."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,8 @@ class Slot:
 
     def restore(self, stored: np.ndarray) -> np.ndarray:
         """The file's tensor -> the public one, as a view."""
-        own = stored if self.blocks == 1 else stored[self.rows(stored.shape)]
+        own = np.split(stored, self.blocks)[self.block] if self.blocks > 1 else stored
         return self.layout.inverse.store(own)
-
-    def rows(self, stored: Shape) -> slice:
-        """The rows of the file's tensor that are the public one's, for the shape of the file's tensor."""
-        count = stored[0] // self.blocks
-        return slice(self.block * count, (self.block + 1) * count)
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The shape of the file's tensor for a public shape."""

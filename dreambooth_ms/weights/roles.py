@@ -1,0 +1,145 @@
+"""The roles that the networks of a model play, as values. Whoever builds one may put anything into it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspore import nn
+
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
+from dreambooth_ms.formats.folder_layout import SCHEDULER
+from dreambooth_ms.formats.model_config import Config, is_edm, read_config, read_scheduler_config
+from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
+from dreambooth_ms.weights.load import fill
+from dreambooth_ms.weights.opened_model import StoredNetwork
+
+CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of a text tower of CLIP that get an update, as in diffusers' scripts."""
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What predicts noise or velocity."""
+
+    spec: UNetSpec
+    load: Callable[[], Any]
+    """Gives the cell, filled."""
+
+    @classmethod
+    def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
+        """A UNet in a file."""
+        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored))
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Pictures <-> latents: an autoencoder, or nothing but the pixels."""
+
+    spec: Any
+    """Sizes and scale of latents: what `VaeSpec` has, but for its layers."""
+    load: Callable[..., Any]
+    """(encodes=True, decodes=True) -> a cell with `encode` and `decode`, as `AutoencoderKL` has them, or with one."""
+    digest: Callable[[], str]
+    """What caches of latents are keyed by."""
+
+    @classmethod
+    def of_vae(cls, stored: StoredNetwork[VaeSpec]) -> "Codec":
+        """An autoencoder in a file; one of its directions alone takes less memory."""
+
+        def load(encodes: bool = True, decodes: bool = True) -> AutoencoderKL:
+            unused = (*(() if encodes else ENCODER_LAYERS), *(() if decodes else DECODER_LAYERS))
+            return fill(AutoencoderKL(stored.spec, encodes, decodes), stored, unused)
+
+        return cls(stored.spec, load, stored.digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReader:
+    """What reads a prompt for the denoiser. A model has one, or several whose states stand side by side."""
+
+    name: str
+    """Of the network, in folders and adapters."""
+    spec: Any
+    """Its sizes."""
+    width: int
+    """Of the states of a token."""
+    pooled_width: int = 0
+    """Of the text's pooled state; 0: it gives none."""
+    pooled_at: int | None = None
+    """The token where a text ends and is pooled; None: it is not."""
+    adapted_layers: tuple[str, ...]
+    """The ends of the names of the layers that an adapter changes."""
+    tokenizer: Callable[[], Any]
+    """Gives what has the methods of `ClipTokenizer`."""
+    tokenizer_folder: Path | None = None
+    load: Callable[[], Any]
+    """Gives a cell that `models.text.TextEncoders` takes, filled."""
+    digest: Callable[[], str]
+    """What caches of embeddings are keyed by."""
+
+    @classmethod
+    def of_clip(
+        cls, name: str, stored: StoredNetwork[ClipTextSpec], tokenizer_folder: Path, last_layer: bool
+    ) -> "TextReader":
+        """A text tower of CLIP in a file.
+
+        Args:
+            name: of the network.
+            stored: the tower, which pools the text if it has a projection.
+            tokenizer_folder: its tokenizer's files.
+            last_layer: whether it yields the normalised states after its last layer (SD 1 and 2) or those before it
+                (SDXL).
+        """
+        spec = stored.spec
+
+        def load() -> nn.Cell:
+            tower = CLIPTextModelWithProjection(spec) if spec.projection_dim else CLIPTextModel(spec, last_layer)
+            return fill(tower, stored)
+
+        return cls(
+            name=name,
+            spec=spec,
+            width=spec.transformer.hidden_size,
+            pooled_width=spec.projection_dim or 0,
+            pooled_at=spec.eos_token_id if spec.projection_dim else None,
+            adapted_layers=CLIP_TARGETS,
+            tokenizer=lambda: ClipTokenizer(tokenizer_folder),
+            tokenizer_folder=tokenizer_folder,
+            load=load,
+            digest=stored.digest,
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model was trained to denoise."""
+
+    path: Path
+    """The model, for messages."""
+    config: Config
+    """The configuration of its scheduler."""
+    spec: NoiseScheduleSpec | None
+    """The forward process; None if it was trained in EDM's formulation."""
+
+    @classmethod
+    def of(cls, path: Path, config: Config) -> "Schedule":
+        """By the configuration of a model's scheduler.
+
+        Raises:
+            WeightError: it is no noise schedule that is known.
+        """
+        spec = None if is_edm(config) else read_config(path / SCHEDULER, config, read_scheduler_config)
+        return cls(path, config, spec)
+
+    def trained(self) -> NoiseScheduleSpec:
+        """The forward process that training follows.
+
+        Raises:
+            WeightError: it was trained in EDM's formulation, which ours does not follow.
+        """
+        return self.spec or read_config(self.path, self.config, read_scheduler_config)
