@@ -63,7 +63,6 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
         unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
-    pixels = unet.sample_size * model.vae.downsampling
     files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if "unet" in parts:
         files["unet/config.json"] = write_unet_config(unet)

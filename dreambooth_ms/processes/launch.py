@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from dreambooth_ms.errors import DeviceError
@@ -35,10 +35,6 @@ class Launch:
     def channel_port(self) -> int:
         """Where rank 0 listens for the others."""
         return self.port + 1
-
-    def of_scheduler(self) -> "Launch":
-        """The place of this run's scheduler."""
-        return replace(self, rank=SCHEDULER)
 
     @property
     def scheduler_environment(self) -> dict[str, str]:

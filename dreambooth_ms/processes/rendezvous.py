@@ -7,7 +7,6 @@ and only `exit_at_once` ends it.
 
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Listener
 from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, NoReturn
@@ -135,8 +134,16 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
         DeviceError: they are not there in time, or this process cannot listen.
     """
     expected = {*range(1, launch.count), *((SCHEDULER,) if launch.launcher == "msrun" else ())}
-    channels: dict[int, Channel] = {}
-    admission = Thread(target=_admit, args=(listen(launch), expected, channels), daemon=True)
+    channels, listener = dict[int, Channel](), listen(launch)
+
+    def admit() -> None:
+        """Let the expected processes in as they come; strangers are sent away."""
+        with listener:
+            while missing := expected - channels.keys():
+                if caller := accept(listener, missing):
+                    channels[caller[0]] = caller[1]
+
+    admission = Thread(target=admit, daemon=True)
     admission.start()
     admission.join(START_SECONDS)
     if missing := expected - channels.keys():
@@ -145,14 +152,6 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
         hint = "see its scheduler.log" if missing == {SCHEDULER} else hint
         raise DeviceError(f"{absent}: not started within {START_SECONDS} s; {hint}")
     return channels
-
-
-def _admit(listener: Listener, expected: set[int], channels: dict[int, Channel]) -> None:
-    """Let the expected processes in as they come; strangers are sent away."""
-    with listener:
-        while missing := expected - channels.keys():
-            if caller := accept(listener, missing):
-                channels[caller[0]] = caller[1]
 
 
 def _name(rank: int) -> str:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,7 @@ NOT_DECISIVE = (
     *("MS_SCHED_", "MS_NODE_ID", "MS_ROLE", "MS_WORKER_"),
 )
 
-READ_OF_CELL = {
-    "_params",
-    "_cells",
-    "_buffers",
-    "_primitives",
-    "training",
-    "mixed_precision_type",
-    "_jit_config_dict",
-}
+READ_OF_CELL = {"_params", "_cells", "_buffers", "_primitives", "training", "mixed_precision_type", "_jit_config_dict"}
 OF_A_COMPILATION = {"_compiled_for", "sequence_modified", "current_phase", "__parse_method__", "__compile_cell_hook__"}
 VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
 """What is the same where it is equal; of everything else it counts which attributes hold the same object."""
@@ -66,8 +59,8 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
     """
     description = _Description()
-    for part in (settings, surroundings()):
-        description.add(part)
+    description.add(settings)
+    description.add(surroundings())
     description.add_inputs(inputs)
     description.add(cell)
     return description.digest()
@@ -182,11 +175,6 @@ def _attributes_of_any_cell() -> set[str]:
     return set(vars(nn.Cell()))
 
 
-def _sorted_items(mapping: dict[Any, Any]) -> Iterator[Any]:
-    for name in sorted(mapping, key=str):
-        yield from (name, mapping[name])
-
-
 def _array(_: _Description, value: Any) -> Iterator[Any]:
     array = value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
     # A dtype that numpy does not know comes as one it does; MindSpore's name tells them apart.
@@ -207,7 +195,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[_Description, Any], Itera
     (nn.Cell, _Description.cell),
     ((ops.Primitive, MetaFuncGraph_), _Description.attributes),
     ((tuple, list), lambda _, values: iter((len(values), *values))),
-    (dict, lambda _, mapping: _sorted_items(mapping)),
+    (dict, lambda _, mapping: chain.from_iterable(sorted(mapping.items(), key=lambda item: str(item[0])))),
     (set, lambda _, values: iter(sorted(values, key=repr))),
     (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),
     (type(lambda: None), _Description.function),

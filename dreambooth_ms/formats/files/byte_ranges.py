@@ -115,22 +115,13 @@ class FileRange:
             OSError: the file cannot be written to.
         """
         target.flush()
-        copied = self._send_to(target)
-        buffer = memoryview(bytearray(min(self.size - copied, _COPIED)))
-        while copied < self.size:
-            piece = buffer[: self.size - copied]
-            self.part(copied, len(piece)).read_into(piece)
-            target.write(piece)
-            copied += len(piece)
-
-    def _send_to(self, target: BinaryIO) -> int:
-        """Copy the bytes without bringing them here; returns how many, 0 where the system cannot do it."""
-        sent = 0
+        copied = 0
         if sys.platform == "linux":
             with self.file.opened() as source, suppress(OSError):
-                while count := os.sendfile(target.fileno(), source.fileno(), self.start + sent, self.size - sent):
-                    sent += count
-        return sent
+                while count := os.sendfile(target.fileno(), source.fileno(), self.start + copied, self.size - copied):
+                    copied += count
+        for start in range(copied, self.size, _COPIED):
+            target.write(read_bytes(self.part(start, min(_COPIED, self.size - start))))
 
 
 @dataclass(frozen=True)

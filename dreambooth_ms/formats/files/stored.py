@@ -20,7 +20,6 @@ MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 32
 """Of numpy's arrays."""
 
-
 Progress = Callable[[int], object]
 """Told while a file is written: the number of bytes since the last call."""
 
@@ -71,10 +70,6 @@ class StoredTensor:
         if dtype is self.dtype or not (dtype.is_float and self.dtype.is_float):
             return self
         return StoredTensor(self.shape, dtype, lambda: cast(self.read(), self.dtype, dtype))
-
-    def reshaped(self, shape: tuple[int, ...]) -> "StoredTensor":
-        """The same values in the same order, in another shape."""
-        return StoredTensor(shape, self.dtype, lambda: self.read().reshape(shape), self.ranges)
 
     @classmethod
     def of(cls, values: np.ndarray, dtype: DType | None = None) -> "StoredTensor":

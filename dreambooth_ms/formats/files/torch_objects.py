@@ -142,11 +142,6 @@ class Found:
     metadata: Mapping[str, str]
     left_out: Mapping[str, int]
 
-    @property
-    def storage_keys(self) -> list[str]:
-        """The storages that are needed, each once."""
-        return list(dict.fromkeys(view.storage.key for view in self.views.values()))
-
 
 def find_tensors(root: Any) -> Found:
     """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files.

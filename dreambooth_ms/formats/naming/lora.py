@@ -20,7 +20,7 @@ from dreambooth_ms.formats.naming.lora_formats import (
 )
 from dreambooth_ms.formats.naming.plan import Naming, WritePlan
 from dreambooth_ms.formats.naming.recognise import other_kind
-from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 
@@ -170,10 +170,9 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in (DOWN, UP, ALPHA)])
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
-        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
         raise WeightError(
             f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of {len(held)} layers "
-            f"({', '.join(homeless[:3])}{more}); choose another format, or adapt other layers"
+            f"({show_names(homeless)}); choose another format, or adapt other layers"
         )
     return plan
 

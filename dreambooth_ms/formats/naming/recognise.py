@@ -12,8 +12,6 @@ from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
 
-EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
-
 # What a file may be instead -> names that only such files have. The first that fits is said.
 _OTHER_KINDS = {
     "a CosXL model, trained with the noise of EDM": r"^edm_vpred\.",
@@ -56,11 +54,6 @@ class Recognition:
     notes: tuple[str, ...]
     """What a user should know about it, one sentence each."""
 
-    @property
-    def is_published(self) -> bool:
-        """Whether all sizes are those of a published model."""
-        return with_channels(self.model, 4, 4) in PUBLISHED_MODELS
-
 
 def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     """Format, family and sizes of a model.
@@ -76,7 +69,7 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     cleaned = {mindone.clean(name): shape for name, shape in stored.items()}
     form = _form(cleaned)
     if form is None:
-        raise WeightError(f"{source}: this is {other_kind(stored)}; {EXPECTED}")
+        raise WeightError(f"{source}: this is {other_kind(stored)}; expected a model of SD 1.x, SD 2.x or SDXL")
     model = infer_model(cleaned, form, _family(cleaned, form))
     naming = naming_of(form, model)
     prediction_type = _prediction_type(cleaned, model.family)
@@ -103,8 +96,7 @@ def other_kind(names: Collection[str]) -> str:
     if _form(dict.fromkeys(names, ())):
         return "a whole model"
     for kind, pattern in _OTHER_KINDS.items():
-        compiled = re.compile(pattern)
-        if any(compiled.search(name) for name in names):
+        if any(map(re.compile(pattern).search, names)):
             return kind
     shown = ", ".join(sorted(names)[:3]) or "nothing"
     return f"of an unknown kind (it holds {shown})"
