@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
+"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename; and their digests."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -17,11 +18,8 @@ TEMPORARY_PREFIX = ".partial-"
 def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
     """A path to write to; on leaving, what was written takes the target's name in one step.
 
-    On any error the partial file is removed and what had the target's name before is untouched.
-
-    Args:
-        target: the file to be.
-        size: how many bytes it will have, as far as that is known: a disk that lacks room is told at once.
+    On any error the partial file is removed and what had the target's name before is untouched. `size` is how many
+    bytes it will have, as far as that is known: a disk that lacks room is told at once.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
@@ -130,6 +128,19 @@ def remove_leftovers(folder: Path) -> None:
             else:
                 with suppress(OSError):
                     path.unlink()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -23,11 +23,9 @@ LENGTH = 77
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
-    """Write the tokenizer as transformers' CLIPTokenizer reads it.
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
 
-    Args:
-        folder: where vocab.json, merges.txt and the configurations go.
-        pad_token: what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
+    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
 
     Raises:
         WeightError: the folder cannot be written to.

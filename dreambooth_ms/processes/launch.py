@@ -59,14 +59,8 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     Raises:
         DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
     """
-    if _MSRUN in environment:
-        return _from_msrun(environment)
-    if _MPIRUN in environment:
-        return _from_mpirun(environment)
-    return None
-
-
-def _from_msrun(environment: Mapping[str, str]) -> Launch:
+    if _MSRUN not in environment:
+        return _from_mpirun(environment) if _MPIRUN in environment else None
     host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])
     if environment[_MSRUN] == "MS_SCHED":
         rank = SCHEDULER

@@ -26,12 +26,7 @@ class Rendezvous:
     """One process's connections to the others. Every method must be called by all processes, in the same order."""
 
     def __init__(self, launch: Launch, exchange_seconds: float, complain: Callable[[str], object]) -> None:
-        """Connect to the others.
-
-        Args:
-            launch: this process's place.
-            exchange_seconds: how long to wait for another process in an exchange.
-            complain: prints a line for the user.
+        """Connect to the others; `complain` prints a line for the user.
 
         Raises:
             DeviceError: they are not there in time, or this process cannot reach them.
@@ -46,12 +41,7 @@ class Rendezvous:
             Thread(target=self._watch, args=(rank, channel), daemon=True).start()
 
     def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process.
-
-        Args:
-            what: names the exchange, for the line that says who did not come to it.
-            value: plain JSON.
-        """
+        """Every process's value, plain JSON, by rank; `what` is for the line that says who did not come to it."""
         if self._rank != 0:
             self._channels[0].send({"what": what, "value": value})
             return self._next(0, what)["values"]

@@ -58,12 +58,7 @@ class Counts:
 
 
 class CompileCache:
-    """Graphs of any process, in a folder.
-
-    Args:
-        folder: where the entries are.
-        max_bytes: size of all entries together.
-    """
+    """Graphs of any process, in a folder; the size of all entries is bounded."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder, self.max_bytes = folder, max_bytes
@@ -73,13 +68,8 @@ class CompileCache:
     def compile(self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]) -> None:
         """Let MindSpore compile a cell for such inputs, or read the graph that it has written before.
 
-        What goes wrong with the cache is told in a warning, and the run goes on without it.
-
-        Args:
-            cell: what is compiled.
-            inputs: of the call.
-            settings: what decides the graph beside the cell, the inputs and the environment.
-            compile: compiles it.
+        What goes wrong with the cache is told in a warning, and the run goes on without it. `settings` decide the graph
+        beside the cell, the inputs and the environment.
         """
         if self._is_off:
             return compile()
@@ -112,7 +102,7 @@ class CompileCache:
             return {}
         try:
             files = json.loads((entry / CONTENTS).read_text())
-            for number, (pattern, digest) in enumerate(sorted(files.items())):
+            for number, (pattern, digest) in enumerate(files.items()):
                 content = (entry / str(number)).read_bytes()
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise ValueError(pattern)
@@ -140,21 +130,20 @@ class CompileCache:
                 self.counts.found += 1
                 os.utime(entry)
                 return
-            written = [name for name in state if f"_{place}." in name]
-            self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
+            self._keep(entry, place, sorted(name for name in state if f"_{place}." in name))
             self.counts.kept += 1
             self._prune()
         except OSError as error:
             self._turn_off(error)
 
-    def _keep(self, entry: Path, names: dict[str, str]) -> None:
+    def _keep(self, entry: Path, place: int, names: list[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._unfinished() as unfinished:
             digests = {}
-            for number, (pattern, name) in enumerate(sorted(names.items())):
+            for number, name in enumerate(names):
                 content = (_mindspores.folder / name).read_bytes()
                 Path(unfinished, str(number)).write_bytes(content)
-                digests[pattern] = hashlib.sha256(content).hexdigest()
+                digests[name.replace(f"_{place}.", f"_{PLACE}.")] = hashlib.sha256(content).hexdigest()
             Path(unfinished, CONTENTS).write_text(json.dumps(digests))
             self._remove(entry)
             with suppress(OSError):  # Another process may have been first.
@@ -240,10 +229,9 @@ _wish: str | None = None
 
 
 def set_up_compile_cache(by_default: bool) -> None:
-    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0) and MS_COMPILER_CACHE_PATH say.
+    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says.
 
-    Args:
-        by_default: what to do if the environment says nothing.
+    MS_COMPILER_CACHE_PATH names the folder.
     """
     global _cache, _wish
     _wish = os.environ.get(ENABLE, _wish)

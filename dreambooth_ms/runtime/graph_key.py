@@ -25,6 +25,8 @@ from mindspore._c_expression import MetaFuncGraph_, MixedPrecisionType
 from mindspore._c_expression.typing import Type
 from mindspore.communication import GlobalComm, get_group_size, get_rank
 
+from dreambooth_ms.atomic import file_digest
+
 PACKAGE = Path(__file__).parents[1]
 PACKAGE_NAME = __name__.partition(".")[0]
 LIBRARY_NAME = "mindspore"
@@ -50,10 +52,7 @@ class NotDescribable(Exception):
 def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -> str:
     """The digest of everything that decides the graph of a call.
 
-    Args:
-        cell: the cell that is called.
-        inputs: what it is called with; of tensors only shape and dtype count.
-        settings: what else decides the graph, beside what `surroundings` knows.
+    Of inputs that are tensors only shape and dtype count; `settings` are what `surroundings` does not know.
 
     Raises:
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
@@ -63,12 +62,12 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
     description.add(surroundings())
     description.add_inputs(inputs)
     description.add(cell)
-    return description.digest()
+    return description.hash.hexdigest()[:32]
 
 
 def sources() -> dict[str, str]:
     """The digests of this package's files, as they are on disk."""
-    return {str(path.relative_to(PACKAGE)): _file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {str(path.relative_to(PACKAGE)): file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def surroundings() -> tuple[Any, ...]:
@@ -86,10 +85,6 @@ def surroundings() -> tuple[Any, ...]:
     return _SOURCES_AT_IMPORT, library, environment, context, processes
 
 
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 _SOURCES_AT_IMPORT = sources()
 
 
@@ -97,12 +92,9 @@ class _Description:
     """A text of values that is the same in each process, as its digest."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()[:32]
 
     def add(self, value: Any) -> None:
         """Add a value; an object that was added before, by its number."""
@@ -164,10 +156,10 @@ class _Description:
             file = inspect.getsourcefile(of)
             if file is None:
                 raise NotDescribable(f"the source of {of.__module__}")
-            yield _file_digest(Path(file))
+            yield file_digest(Path(file))
 
     def _say(self, *words: object) -> None:
-        self._hash.update(" ".join(map(str, words)).encode() + b"\0")
+        self.hash.update(" ".join(map(str, words)).encode() + b"\0")
 
 
 @cache

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,9 @@ from dreambooth_ms.formats.files.format_error import FormatError, unreadable
 
 _INFLATED, _COPIED = 1 << 20, 1 << 22
 """Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
+
+
+_identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,6 @@ class SourceFile:
             FormatError: they reach beyond the file.
         """
         return read_bytes(FileRange(self, start, count))
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,7 @@ class StoredModel:
 
 
 def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> ModelSpec:
-    """The networks of a file whose format and family are known; parts that it lacks are the published ones.
-
-    Args:
-        stored: names and shapes of the file's tensors, cleaned.
-        form: the format.
-        family: the family.
-    """
+    """The networks of a file by its cleaned names and shapes; parts that it lacks are the published ones."""
     published = next(model for model in PUBLISHED_MODELS if model.family is family)
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)

@@ -49,9 +49,7 @@ _INSERTIONS = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|\.processor(?=\.
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
     """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight.
 
-    Args:
-        model: the model.
-        parts: only of these parts; None for all that LoRAs are made for, which the autoencoder is not.
+    Only of some parts, or of all that LoRAs are made for, which the autoencoder is not.
     """
     wanted = ("unet", "text_encoder", "text_encoder_2") if parts is None else parts
     return {
@@ -71,12 +69,9 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
 
 @lru_cache(maxsize=32)
 def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
-    """The naming of every factor that a LoRA for a model can have, for reading.
+    """The naming of every factor that a LoRA for a model, or for some of its parts, can have, for reading.
 
-    Args:
-        form: the format.
-        model: the model that the LoRA is for.
-        parts: only for these parts. PEFT's names fit several, so there it must be one.
+    PEFT's names fit several parts, so there it must be one.
     """
     layers, shapes = lora_layers(model, parts), dict[str, Shape]()
     for layer, weight in layers.items():

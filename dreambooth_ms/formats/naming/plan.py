@@ -32,15 +32,12 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where.
+        """What is read from where, by the names and shapes of a file's tensors, with a report of what does not fit.
 
         Args:
             stored: names and shapes of the file's tensors.
             parts: the parts that are wanted; None for all that the model has.
             averages: take the moving averages instead of the weights, for the parameters that have them.
-
-        Returns:
-            The plan, with a report of what does not fit.
         """
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
