@@ -319,7 +319,8 @@ def _attention_gradient(attention: Any) -> Any:
 
 def compile_graphs(chosen: Sequence[str]) -> None:
     """Compile these graphs, in a process whose environment makes MindSpore write them down."""
-    from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
+    from dreambooth_ms.runtime.device import Formulation, set_up_device
+    from tools.formulation import use_formulation
 
     set_up_device("CPU", 0)
     with use_formulation(Formulation.ASCEND):

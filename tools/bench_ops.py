@@ -14,7 +14,8 @@ import torch
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.ops import Gelu, LayerNorm, MultiHeadAttention, conv2d, group_norm
-from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
+from dreambooth_ms.runtime.device import Formulation, set_up_device
+from tools.formulation import use_formulation
 
 RUNS, ROWS = 5, 2
 

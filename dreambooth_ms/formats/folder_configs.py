@@ -62,15 +62,17 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
     for part in TOKENIZERS:
         spec = getattr(model, part)
         if spec and part in parts:
-            files[f"{part}/config.json"] = model_config.write_text_config(
-                spec, spec.projection_dim or spec.transformer.hidden_size
-            )
+            width = spec.projection_dim or spec.transformer.hidden_size
+            files[f"{part}/config.json"] = model_config.write_text_config(spec, width)
     return files
 
 
 def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
     """The files that make the folders of these parts a pipeline: its index and its scheduler."""
-    scheduler = _scheduler(model, schedule)
+    scheduler = EDM_SCHEDULER if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
+    if _is_xl(model) and not model.vae.latents_mean:
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        del scheduler["clip_sample"], scheduler["set_alpha_to_one"]
     return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 
@@ -105,14 +107,3 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
     if model.family is Family.SDXL_REFINER:
         return index | {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     return index | {"force_zeros_for_empty_prompt": True}
-
-
-def _scheduler(model: ModelSpec, schedule: NoiseScheduleSpec) -> dict[str, Any]:
-    if model.vae.latents_mean:
-        return EDM_SCHEDULER
-    config = model_config.write_scheduler_config(schedule)
-    if not _is_xl(model):
-        return config
-    for key in ("clip_sample", "set_alpha_to_one"):
-        del config[key]
-    return config | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}

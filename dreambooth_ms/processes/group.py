@@ -53,7 +53,11 @@ class Processes:
 
     def count_on_this_machine(self) -> int:
         """How many of the processes share this machine's memory, this one included."""
-        machines = self.exchange("the machines", _machine())
+        try:
+            own = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # Containers have it in common.
+        except OSError:
+            own = platform.node()
+        machines = self.exchange("the machines", own)
         return machines.count(machines[self.rank])
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -62,14 +66,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def _machine() -> str:
-    """What tells this machine from others: the number of its boot, which containers have in common, or its name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
 
 
 def run_in_group(

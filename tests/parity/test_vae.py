@@ -14,11 +14,12 @@ from dreambooth_ms.formats.model_config import read_vae_config
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
 from dreambooth_ms.models.vae_bands import BandedDecoder, band_height
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
 from tests.tiny_model import write_random_model
+from tools.formulation import use_formulation
 
 # Float32 sums in another order, through some fifteen layers: measured below 1e-6.
 TOLERANCE = 1e-5

@@ -6,9 +6,10 @@ import torch
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.ops import FromPublicLayout, ToPublicLayout, conv, conv2d
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import ValueAndGradients, normal, public_gradients, relative_error
+from tools.formulation import use_formulation
 
 # Float32 sums of at most some hundred products in another order: measured below 1e-6.
 TOLERANCE = 5e-6

@@ -27,11 +27,12 @@ from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Dense, FromPublicLayout, ToPublicLayout, conv, conv2d, linear
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
+from tools.formulation import use_formulation
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LAYERS_OF_TINY_UNET = 4 * 2 * 4

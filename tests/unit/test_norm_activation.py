@@ -20,9 +20,10 @@ from dreambooth_ms.ops import (
 )
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
+from tools.formulation import use_formulation
 
 # Float32 sums of at most some hundred numbers in another order: measured below 2e-6.
 TOLERANCE = 5e-6

@@ -134,13 +134,8 @@ def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
             raise FormatError(f"{quoted(tag)} is no tensor of numbers")
     if tensor is None:
         raise FormatError(f"{quoted(tag)} has no values")
-    return _Part(tag, *_tensor(source, file, tag, tensor))
-
-
-def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[tuple[int, ...], str, FileRange]:
-    """Shape, type, and where the bytes are."""
     dims, type_name, content = [], "", range(0)
-    for field, value in read_fields(file, span.start, span.stop):
+    for field, value in read_fields(file, tensor.start, tensor.stop):
         if field == _DIMS and isinstance(value, int):
             dims.append(value if value < 1 << 63 else value - (1 << 64))
         elif field == _TYPE and isinstance(value, range):
@@ -151,7 +146,7 @@ def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[
             raise FormatError(f"{quoted(tag)} has another structure than tensors have")
         if len(dims) > stored.MAX_DIMENSIONS:
             raise FormatError(f"{quoted(tag)} has an impossible shape")
-    return tuple(dims), type_name, FileRange(source, content.start, len(content))
+    return _Part(tag, tuple(dims), type_name, FileRange(source, content.start, len(content)))
 
 
 def _name(file: BinaryIO, span: range) -> str:

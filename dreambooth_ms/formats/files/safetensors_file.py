@@ -111,10 +111,8 @@ def write_safetensors(
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata or {})
-    with (
-        atomic_path(path, size=len(header) + stored.total_bytes(ordered)) as partial_path,
-        partial_path.open("wb") as file,
-    ):
+    size = len(header) + stored.total_bytes(ordered)
+    with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
         file.write(header)
         for tensor in ordered.values():
             tensor.write_to(file)

@@ -169,13 +169,6 @@ class WritePlan:
     report: Report
     """What is missing for the parts to be whole."""
 
-    def shapes(self, public: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the file's tensors for the public shapes, in the order of writing; constants have none."""
-        return {
-            stored: assembly.shape([public[piece] for piece in assembly.pieces])
-            for stored, assembly in self.tensors.items()
-        }
-
 
 def parts_of(names: Iterable[str]) -> dict[str, None]:
     """The parts that public names belong to, in order."""
