@@ -84,7 +84,6 @@ def training_sdxl() -> list[Graph]:
 
     from dreambooth_ms.adapters.dropout import DropoutState
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
@@ -96,14 +95,17 @@ def training_sdxl() -> list[Graph]:
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
-    loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.V_PREDICTION)
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
-    text = (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends(), toy_networks.add_time_ids())
-    scalars = optimiser.update_scalars(1, 1e-3)
+    batch = toy_networks.batch(
+        input_ids=toy_networks.token_ids(2 * toy_networks.TOKENS),
+        end_mask=toy_networks.ends(),
+        time_ids=toy_networks.add_time_ids(),
+    )
     return [
-        (step._add_gradients, (Tensor(True), *toy_networks.rows(), *text)),
-        (step._update, scalars),
-        (MovingAverage(trainables, 0.9)._update, scalars[:1]),
+        (step._add_gradients, (Tensor(True), *batch.tensors())),
+        (step._update, ()),
+        (MovingAverage(trainables, 0.9)._update, (toy_networks.normal("share"),)),
     ]
 
 
@@ -113,7 +115,6 @@ def training_sd() -> list[Graph]:
     With adapters on linear layers and on those convolutions.
     """
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
@@ -122,21 +123,19 @@ def training_sd() -> list[Graph]:
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
     optimiser = AdamW(trainables, AdamWHyperparameters())
-    loss = DiffusionLoss(TextConditioned(unet, encoders), PredictionType.EPSILON)
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0)
-    return [(step, (*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), toy_networks.token_ids()))]
+    return [(step, toy_networks.batch(input_ids=toy_networks.token_ids()).tensors())]
 
 
 def recomputing() -> list[Graph]:
     """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.diffusion.noise_schedule import PredictionType
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-    from dreambooth_ms.training.recomputation import GivenPrediction
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
@@ -144,9 +143,9 @@ def recomputing() -> list[Graph]:
     layers += [inject_lora(network, 2, 2.0, TEXT_ENCODER_TARGETS) for network in encoders.networks().values()]
     trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
     optimiser = AdamW(trainables, AdamWHyperparameters())
-    loss = DiffusionLoss(GivenPrediction(), PredictionType.EPSILON)
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
-    return [(step, (*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), toy_networks.token_ids()))]
+    return [(step, toy_networks.batch(input_ids=toy_networks.token_ids()).tensors())]
 
 
 def optimisers() -> list[Graph]:
@@ -181,7 +180,7 @@ def optimisers() -> list[Graph]:
     ]
     # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
     with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):
-        pair = Processes(rank=0, count=2, meet=lambda what, value: [value, value])
+        pair = Processes(rank=0, count=2, exchange=lambda what, value: [value, value])
         shared = _update(trainables, ShardedOptimiser(trainables, of_part, pair), SumOverProcesses())
     return [*(_update(trainables, optimiser) for optimiser in whole), shared]
 
@@ -282,7 +281,7 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
     clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
     update = Update(optimiser, clip, sum_gradients, LossScaler(LossScaling()))
-    return _UpdateFromSums(sums, update), optimiser.update_scalars(1, 1e-3)
+    return _UpdateFromSums(sums, update), ()
 
 
 def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
@@ -299,7 +298,7 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
         parameter.requires_grad = False
     compute_in(unet, ms.float16)
     latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
-    number = toy_networks.rows()[4]
+    number = toy_networks.normal("numbers", 2)
     text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, spec.cross_attention_dim)
     return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
 

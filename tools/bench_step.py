@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.objectives import epsilon_at
 from dreambooth_ms.formats.model_config import read_unet_config, write_scheduler_config, write_unet_config
 from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
 from dreambooth_ms.processes.group import ALONE, Processes, run_in_group
@@ -177,13 +178,13 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.data.batches import Batch
+    from dreambooth_ms.data.conditioning import Conditioning, PromptText
     from dreambooth_ms.data.records import CLASS, INSTANCE
     from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
-    from dreambooth_ms.training.recomputation import GivenPrediction
     from dreambooth_ms.training.sharding import ShardedOptimiser
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
@@ -202,26 +203,21 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
         return AdamW(trainables[start:stop], AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
 
     optimiser = ShardedOptimiser(trainables, make_optimiser, processes) if job.zero_stage else make_optimiser()
-    spec = NoiseScheduleSpec()
-    schedule = NoiseSchedule.from_spec(spec)
+    schedule = NoiseSchedule.from_spec(NoiseScheduleSpec())
     segments = Segments(unet) if job.gradient_checkpointing else None
-    loss_cell = DiffusionLoss(GivenPrediction() if segments else unet, spec.prediction_type)
     sum_gradients = SumOverProcesses() if processes.count > 1 else None
-    step_cell = TrainStep(loss_cell, trainables, optimiser, MAX_GRAD_NORM, sum_gradients, scaler, segments)
+    step_cell = TrainStep(DiffusionLoss(unet), trainables, optimiser, MAX_GRAD_NORM, sum_gradients, scaler, segments)
 
     def take(rows: Rows, step: int) -> tuple[float, float]:
-        batch = Batch(
-            **vars(rows),
-            signal=schedule.signal(rows.timesteps),
-            sigma=schedule.noise(rows.timesteps),
-            coefficients=np.full(2, 1 / processes.count),
-            groups=(INSTANCE, CLASS),
-        )
-        scalars = optimiser.update_scalars(step, LEARNING_RATE)
+        columns = replace(epsilon_at(schedule, rows.timesteps), weight=np.full(2, 1 / processes.count))
+        prompts = [PromptText(*row) for row in zip(rows.text, rows.pooled, strict=True)]
+        conditioning = Conditioning.of(prompts, list(rows.add_time_ids)).inputs
+        batch = Batch.of(columns, rows.latents, rows.noise, conditioning, (INSTANCE, CLASS))
+        optimiser.prepare(step, LEARNING_RATE)
         if step == 1 and processes.count > 1:
-            step_cell.compile_for(scalars, batch.inputs())
+            step_cell.compile_for(batch.tensors())
         processes.wait_for_all(f"step {step}")
-        loss, _, norm = step_cell.take(scalars, [batch.inputs()])
+        loss, _, norm = step_cell.take([batch.tensors()])
         losses = processes.exchange(f"the loss of step {step}", float(loss.asnumpy()))
         return sum(losses), float(norm.asnumpy())
 
@@ -328,17 +324,16 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
 
 def expected_memory(job: Job) -> str:
     """What `dreambooth-ms train` says of such a step before it begins."""
-    from dreambooth_ms.models.activation_memory import FLOAT32, Settings
-    from dreambooth_ms.training.memory import Adapter, Workload, estimate
+    from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
+    from dreambooth_ms.models.parameter_shapes import unet_shapes
+    from dreambooth_ms.training.memory import Workload, estimate, ranks_of
 
-    adapter = Adapter(RANK, TARGETS, ()) if job.method == "lora" else None
+    shapes = unet_shapes(job.unet)
     width = FLOAT32 if job.mixed_precision == "no" else 2
-    settings = Settings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width)
     work = Workload(
         unet=job.unet,
-        text_encoders=(),
-        adapter=adapter,
-        settings=settings,
+        ranks=[ranks_of(shapes, RANK, TARGETS) if job.method == "lora" else ranks_of(shapes, None)],
+        activations=ActivationSettings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width),
         recomputed=job.gradient_checkpointing,
         bytes_of_weight=width,
         processes=job.processes,

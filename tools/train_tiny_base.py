@@ -27,6 +27,7 @@ from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen befor
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
+from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_clip_config,
     write_text_config,
@@ -211,8 +212,8 @@ def fit(
     started, recent = time.perf_counter(), []
     for step in range(first, schedule.steps):
         inputs = tuple(Tensor(array[PROCESSES.rank :: PROCESSES.count]) for array in batch(step))
-        scalars = optimiser.update_scalars(step + 1, schedule.rate(step))
-        _, report, _ = step_cell(*scalars, *inputs)
+        optimiser.prepare(step + 1, schedule.rate(step))
+        _, report, _ = step_cell(*inputs)
         recent.append(float(report.asnumpy().mean()))
         if PROCESSES.rank > 0:
             continue
@@ -350,20 +351,19 @@ def train_unet(
         latents = means[order] + deviations[order] * rng.standard_normal(shape, np.float32)
         noise = rng.standard_normal(shape, np.float32)
         timesteps = rng.integers(0, schedule.num_train_timesteps, size)
-        weight = (schedule.signal(timesteps) / schedule.noise(timesteps)) ** 2 + 1
+        columns = velocity_at(schedule, timesteps)
+        weight = (columns.in_x / columns.in_n) ** 2 + 1
         weights = np.minimum(weight, WEIGHT_LIMIT) / weight
         prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else captions[i] for i in order]
         return (
-            latents.astype(np.float32),
-            noise,
-            timesteps.astype(np.int32),
-            schedule.signal(timesteps).astype(np.float32),
-            schedule.noise(timesteps).astype(np.float32),
+            columns.target(latents, noise),
             (weights / size).astype(np.float32),
+            columns.network_input(latents, noise),
+            timesteps.astype(np.float32),
             np.stack([embeddings[prompt] for prompt in prompts]),
         )
 
-    fit("unet", network, DiffusionLoss(network, NOISE.prediction_type), batch)
+    fit("unet", network, DiffusionLoss(network), batch)
 
 
 def equalise(vae: AutoencoderKL) -> None:

@@ -19,7 +19,6 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -202,9 +201,10 @@ def training_figures() -> dict[str, float]:
     initialise_lora(layers, toy_networks.SEED)
     trainables = lora_trainables(layers)
     optimiser = AdamW(trainables, AdamWHyperparameters())
-    step = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
+    step = TrainStep(DiffusionLoss(unet), trainables, optimiser, 1.0)
     text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, toy_networks.SD_UNET.cross_attention_dim)
-    loss, _, norm = step(*optimiser.update_scalars(1, 1e-3), *toy_networks.rows(), text)
+    optimiser.prepare(1, 1e-3)
+    loss, _, norm = step(*toy_networks.batch(encoder_hidden_states=text).tensors())
     updates = [factors[1] for factors in (layer.factors() for layer in layers.values())]
     return {
         "loss": float(loss.asnumpy()),

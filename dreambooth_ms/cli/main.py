@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
-from dreambooth_ms.processes.exit import leave_at_once
+from dreambooth_ms.processes.exit import exit_at_once
 from dreambooth_ms.processes.launch import is_launched
 
 LIBRARY = "mindspore"
@@ -45,7 +45,7 @@ def program() -> NoReturn:
     """`main` as a process of its own, which ends with it: without what Python and MindSpore do for a longer life."""
     status = FAILED_STATUS
     # What is registered first is called last.
-    atexit.register(lambda: leave_at_once(status))
+    atexit.register(lambda: exit_at_once(status))
     status = main()
     sys.exit(status)
 

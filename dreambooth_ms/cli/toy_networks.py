@@ -9,6 +9,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from dreambooth_ms.data.batches import Batch
+from dreambooth_ms.diffusion.objectives import Columns
 from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.randomness import standard_normal
 
@@ -50,18 +52,14 @@ def normal(name: str, *shape: int) -> Tensor:
     return Tensor(standard_normal(shape, SEED, name), ms.float32)
 
 
-def rows() -> tuple[Tensor, ...]:
-    """What a loss takes before its text: latents, noise, timesteps, signal, sigma and coefficients."""
+def batch(**conditioning: Tensor) -> Batch:
+    """Two rows of a batch that predicts noise, with this conditioning."""
+    signal, ones = np.array([0.9, 0.3]), np.ones(ROWS)
+    columns = Columns(signal, np.sqrt(1 - signal**2), 0 * ones, ones, np.array([120, 700]), ones / ROWS)
     shape = (ROWS, SD_UNET.in_channels, SIDE, SIDE)
-    signal = np.array([0.9, 0.3], np.float32)
-    return (
-        normal("latents", *shape),
-        normal("noise", *shape),
-        Tensor(np.array([120, 700]), ms.int32),
-        Tensor(signal),
-        Tensor(np.sqrt(1 - signal**2)),
-        Tensor(np.full(ROWS, 1 / ROWS, np.float32)),
-    )
+    clean, noise = (normal(name, *shape).asnumpy() for name in ("latents", "noise"))
+    named = {name: rows.asnumpy() for name, rows in conditioning.items()}
+    return Batch.of(columns, clean, noise, named, ["toy"] * ROWS)
 
 
 def token_ids(tokens: int = TOKENS) -> Tensor:

@@ -3,17 +3,11 @@
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.models.activation_memory import FLOAT32, Settings
+from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
+from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation, formulation
-from dreambooth_ms.training.memory import (
-    OPTIMISER_BYTES,
-    Adapter,
-    Workload,
-    check_memory,
-    estimate,
-    machine_memory,
-)
+from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -46,21 +40,25 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
     texts = [spec for spec in (folder.text_spec, folder.text_spec_2) if spec] if method.train_text_encoder else []
-    adapter = Adapter(method.rank, method.lora_target_modules, TEXT_ENCODER_TARGETS)
+    shapes = [unet_shapes(folder.unet_spec), *map(clip_text_shapes, texts)]
+    targets = [method.lora_target_modules] + len(texts) * [TEXT_ENCODER_TARGETS]
+    is_lora = method.method == "lora"
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
     width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
-    settings = Settings(
-        rows=groups * run.train_batch_size,
-        latent_height=height,
-        latent_width=width_of_latents,
-        bytes_of_number=width,
-        dropout=method.lora_dropout > 0,
-    )
     return Workload(
         unet=folder.unet_spec,
         text_encoders=texts,
-        adapter=adapter if method.method == "lora" else None,
-        settings=settings,
+        ranks=[
+            ranks_of(own, method.rank, ends) if is_lora else ranks_of(own, None)
+            for own, ends in zip(shapes, targets, strict=True)
+        ],
+        activations=ActivationSettings(
+            rows=groups * run.train_batch_size,
+            latent_height=height,
+            latent_width=width_of_latents,
+            bytes_of_number=width,
+            dropout=method.lora_dropout > 0,
+        ),
         recomputed=run.gradient_checkpointing,
         bytes_of_weight=width,
         bytes_of_optimiser=OPTIMISER_BYTES[optimiser],

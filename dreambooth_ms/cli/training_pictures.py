@@ -11,7 +11,6 @@ from mindspore import Tensor
 
 from dreambooth_ms.cli.assemble import embed_prompts
 from dreambooth_ms.cli.output import progress
-from dreambooth_ms.cli.training_setup import prediction_type
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
@@ -19,6 +18,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
+from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
@@ -124,14 +124,14 @@ def encode_pictures(
         processes.wait_for_all("the encoded pictures")
     posteriors = encode(views)  # Those of the other processes are in the cache by now.
     gc.collect()
-    schedule = NoiseSchedule.from_spec(folder.trained_schedule())
-    gamma, kind = config.loss.snr_gamma, prediction_type(config, folder)
+    spec = folder.trained_schedule()
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
-        schedule=schedule,
-        loss_weights=lambda t: schedule.min_snr_weights(t, gamma, kind) if gamma else np.ones(len(t)),
+        objective=draw_columns(
+            config.loss.prediction_type or spec.prediction_type, NoiseSchedule.from_spec(spec), config.loss.snr_gamma
+        ),
         scaled=folder.vae_spec.scaled,
         group_weights={INSTANCE: 1.0, CLASS: config.prior.prior_loss_weight},
         batches_per_step=batches_per_step,

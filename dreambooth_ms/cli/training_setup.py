@@ -9,7 +9,6 @@ from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import ALONE, Processes
@@ -20,7 +19,6 @@ from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.recomputation import GivenPrediction
 from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
@@ -81,12 +79,10 @@ def set_up_training(
     optimiser = sharded or choose_optimiser(config, learner.trainables)
     step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     segments = Segments(unet, text_encoders) if config.run.gradient_checkpointing else None
-    denoiser = GivenPrediction() if segments else learner.denoiser
-    loss = DiffusionLoss(denoiser, prediction_type(config, folder))
     return Training(
         learner=learner,
         step=step(
-            loss,
+            DiffusionLoss(learner.denoiser),
             learner.parameters,
             optimiser,
             config.optimiser.max_grad_norm,
@@ -106,12 +102,6 @@ def _scaler(config: TrainConfig) -> LossScaler | None:
     c = config.loss_scaling
     dynamic = c.loss_scaler_type == "dynamic"
     return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
-
-
-def prediction_type(config: TrainConfig, folder: ModelBundle) -> PredictionType:
-    """What the UNet is trained to predict."""
-    chosen = config.loss.prediction_type
-    return PredictionType(chosen) if chosen else folder.trained_schedule().prediction_type
 
 
 def learning_rate_of(config: TrainConfig, total: int) -> Callable[[int], float]:

@@ -1,62 +1,58 @@
 """A batch is rows: whatever a method wants of a picture is a value in its row.
 
-Shapes: B rows, C, H, W of the latents, S text tokens, E text width, P width of pooled text, N add_time_ids.
+Shapes: B rows, C, H, W of the latents.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids_of_view
 from dreambooth_ms.data.plan import Plan, View
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
+from dreambooth_ms.diffusion.objectives import Columns
 from dreambooth_ms.randomness import generator, standard_normal
-
-
-def _no_rows() -> np.ndarray:
-    return np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one batch; the fields of `inputs` are the inputs of `training.step.DiffusionLoss`."""
+    """The rows of one batch: what a denoiser reads, what it should answer, and how its errors count."""
 
-    latents: np.ndarray
-    """(B, C, H, W) clean latents, scaled to deviation 1."""
-    noise: np.ndarray
+    inputs: dict[str, np.ndarray]
+    """By the denoiser's `input_names`, in their order: sample (B, C, H, W), timestep (B,), conditioning (B, ...)."""
+    target: np.ndarray
     """(B, C, H, W)."""
-    timesteps: np.ndarray
-    """(B,) int32."""
-    signal: np.ndarray
-    """(B,) factor of the latents in the noisy latents."""
-    sigma: np.ndarray
-    """(B,) factor of the noise."""
-    text: np.ndarray
-    """Each row's own prompt: embeddings (B, S, E), or token ids (B, S) int32 where the text encoder is trained."""
-    coefficients: np.ndarray
-    """(B,) weight of each row's error in the loss: lambda of the group * w_row / rows of the group in a step."""
-    groups: tuple[str, ...]
-    """Each row's group."""
-    pooled: np.ndarray = field(default_factory=_no_rows)
-    """Each row's own pooled text (B, P), or the ends of its token ids (B, S); empty where the UNet reads none."""
-    add_time_ids: np.ndarray = field(default_factory=_no_rows)
-    """Each row's own add_time_ids (B, N) (see `data.conditioning`); empty where the UNet reads none."""
+    weight: np.ndarray
+    """(B,) of each row's error in the loss: lambda of the concept * w_row / rows of the concept in a step."""
+    concepts: tuple[str, ...]
+    """The name of each row's concept."""
+    mask: np.ndarray | None = None
+    """(B, C, H, W), of mean 1 in each row: how much each element counts in the row's error. None: all the same."""
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The rows as the compiled step takes them."""
-        return (
-            Tensor(self.latents, ms.float32),
-            Tensor(self.noise, ms.float32),
-            Tensor(self.timesteps, ms.int32),
-            Tensor(self.signal, ms.float32),
-            Tensor(self.sigma, ms.float32),
-            Tensor(self.coefficients, ms.float32),
-            *Conditioning(self.text, self.pooled, self.add_time_ids).tensors(),
+    @classmethod
+    def of(
+        cls,
+        columns: Columns,
+        clean_BCHW: np.ndarray,
+        noise_BCHW: np.ndarray,
+        conditioning: Mapping[str, np.ndarray],
+        concepts: Sequence[str],
+    ) -> "Batch":
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`."""
+        sample_BCHW, timestep_B = columns.network_input(clean_BCHW, noise_BCHW), columns.time.astype(np.float32)
+        return cls(
+            inputs={"sample": sample_BCHW, "timestep": timestep_B, **conditioning},
+            target=columns.target(clean_BCHW, noise_BCHW),
+            weight=columns.weight.astype(np.float32),
+            concepts=tuple(concepts),
         )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the compiled step takes (see `training.step.DiffusionLoss`)."""
+        masks = () if self.mask is None else (self.mask,)
+        return tuple(map(Tensor, (self.target, self.weight, *masks, *self.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,12 @@ class BatchMaker:
     posteriors: Mapping[View, np.ndarray]
     texts: Mapping[str, PromptText]
     """What the step takes for each prompt: its embedding, or its token ids."""
-    schedule: NoiseSchedule
-    loss_weights: Callable[[np.ndarray], np.ndarray]
-    """Timesteps (B,) -> w_row (B,)."""
+    objective: Callable[[Sequence[np.random.Generator]], Columns]
+    """A generator for each row -> what is drawn from it (see `diffusion.objectives`)."""
     scaled: Callable[[np.ndarray], np.ndarray]
     """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
     group_weights: Mapping[str, float]
-    """Lambda of each group: 1 for the instance pictures, --prior_loss_weight for the class pictures."""
+    """Lambda of each concept: 1 for the instance pictures, --prior_loss_weight for the class pictures."""
     batches_per_step: int = 1
     noise_offset: float = 0.0
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
@@ -83,7 +78,7 @@ class BatchMaker:
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
         views, seed = self.plan.rows(number), self.plan.seed
-        latents, noise, timesteps = [], [], []
+        latents, noise, generators = [], [], []
         for view, row in zip(views, cycle(self.plan.row_numbers(number)), strict=False):
             group = view.record.group
             mean, log_variance = self.posteriors[view]
@@ -91,24 +86,18 @@ class BatchMaker:
             latents.append(self.scaled(mean + np.exp(0.5 * log_variance) * posterior_noise))
             offset = standard_normal((len(mean), 1, 1), seed, f"{group} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{group} noise", row) + self.noise_offset * offset)
-            rng = generator(seed, f"{group} timestep", row)
-            timesteps.append(int(rng.integers(self.schedule.num_train_timesteps)))
+            generators.append(generator(seed, f"{group} timestep", row))
         conditioning = Conditioning.of(
             [self.texts[view.record.prompt] for view in views],
             [add_time_ids_of_view(self.num_add_time_ids, view, self.plan.framing.resolution) for view in views],
         )
-        drawn = np.array(timesteps, np.int32)
-        rows_of_step = self.plan.batch_size * self.batches_per_step
+        columns = self.objective(generators)
         lambdas = np.array([self.group_weights[view.record.group] for view in views])
-        return Batch(
-            latents=np.stack(latents).astype(np.float32),
-            noise=np.stack(noise).astype(np.float32),
-            timesteps=drawn,
-            signal=self.schedule.signal(drawn).astype(np.float32),
-            sigma=self.schedule.noise(drawn).astype(np.float32),
-            text=conditioning.text,
-            coefficients=(lambdas * self.loss_weights(drawn) / rows_of_step).astype(np.float32),
-            groups=tuple(view.record.group for view in views),
-            pooled=conditioning.pooled,
-            add_time_ids=conditioning.add_time_ids,
+        rows_of_step = self.plan.batch_size * self.batches_per_step
+        return Batch.of(
+            replace(columns, weight=lambdas * columns.weight / rows_of_step),
+            np.stack(latents).astype(np.float32),
+            np.stack(noise).astype(np.float32),
+            conditioning.inputs,
+            [view.record.group for view in views],
         )

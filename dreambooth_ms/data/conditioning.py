@@ -28,30 +28,30 @@ class PromptText(NamedTuple):
     pooled: np.ndarray = NOTHING
     """Pooled text (P,), or beside token ids 1 where the prompt ends, (S,). Empty where the UNet reads none."""
 
+    @property
+    def input_names(self) -> tuple[str, str]:
+        """What the two are called by the network that takes them."""
+        is_tokens = np.issubdtype(self.text.dtype, np.integer)
+        return ("input_ids", "end_mask") if is_tokens else ("encoder_hidden_states", "text_embeds")
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The rows of a batch, as the prompts and sizes of its pictures tell them."""
+    """What a network reads of the rows of a batch beside sample and timestep."""
 
-    text: np.ndarray
-    """(B, S, E), or token ids (B, T * S)."""
-    pooled: np.ndarray
-    """(B, P), or the ends of the prompts (B, S); (B, 0) where the UNet reads none."""
-    add_time_ids: np.ndarray
-    """(B, N); (B, 0) where the UNet reads none."""
+    inputs: dict[str, np.ndarray]
+    """Rows (B, ...) by the network's `input_names`, in their order."""
 
     @classmethod
     def of(cls, prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
-        """From a prompt, and the add_time_ids if there are any, of each row."""
-        return cls(
-            np.stack([prompt.text for prompt in prompts]),
-            np.stack([prompt.pooled for prompt in prompts]),
-            np.stack(add_time_ids or [NOTHING] * len(prompts)),
-        )
+        """From a prompt, and the add_time_ids if there are any, of each row; what is empty is left out."""
+        of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
+        named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
+        return cls({name: rows for name, rows in named if rows.size})
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """As networks take them, after latents and timesteps; what is empty is left out."""
-        return tuple(Tensor(rows) for rows in (self.text, self.pooled, self.add_time_ids) if rows.size)
+        """As networks take them, after sample and timestep."""
+        return tuple(Tensor(rows) for rows in self.inputs.values())
 
 
 def add_time_ids(

@@ -57,13 +57,3 @@ class NoiseSchedule:
     def noise(self, timesteps: np.ndarray) -> np.ndarray:
         """Factor of the noise at these timesteps."""
         return np.sqrt(1 - self.alphas_cumprod[timesteps])
-
-    def min_snr_weights(self, timesteps: np.ndarray, gamma: float, prediction_type: PredictionType) -> np.ndarray:
-        """Weights of the rows' errors by their signal-to-noise ratio (Hang et al., 2023).
-
-        min(SNR, gamma) / SNR where the noise is predicted, min(SNR, gamma) / (SNR + 1) where the velocity is: both
-        weigh the error of the clean latents by min(SNR, gamma).
-        """
-        snr = (self.signal(timesteps) / self.noise(timesteps)) ** 2
-        velocity = prediction_type is PredictionType.V_PREDICTION
-        return np.minimum(snr, gamma) / (snr + 1 if velocity else snr)

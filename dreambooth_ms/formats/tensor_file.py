@@ -12,7 +12,7 @@ from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write
 from dreambooth_ms.formats.files.stored import StoredTensor
 
 STEP_KEY = "dreambooth_ms_step"
-"""In the metadata of what a run leaves: the optimiser steps it was trained for."""
+"""In the metadata of what a run writes: the optimiser steps it was trained for."""
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -22,12 +22,7 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         WeightError: the file is missing, cut short, or not a safetensors file.
     """
     file = read_safetensors(path)
-    return read_values(file.tensors), dict(file.metadata)
-
-
-def read_values(tensors: Mapping[str, StoredTensor]) -> dict[str, np.ndarray]:
-    """Tensors as arrays in memory. Each has its own dtype, but bfloat16, which becomes float32."""
-    return {name: read_value(tensor) for name, tensor in tensors.items()}
+    return {name: read_value(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
 
 
 def read_value(tensor: StoredTensor) -> np.ndarray:

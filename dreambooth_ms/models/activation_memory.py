@@ -1,14 +1,13 @@
 """What a training step keeps in memory of a network's activations, from its spec alone: no network is built for it.
 
 The counts are those of the tensors that the backward passes in `ops` and `models` need, on CPU.
-
-Shapes: B rows, T tokens of an image or a text in all rows, C channels, N = T * C numbers of an activation.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
 from dreambooth_ms.ops.attention import scores_at_a_time
 from dreambooth_ms.ops.conv import MAX_TAPS
@@ -27,8 +26,8 @@ class Trained(Enum):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the size of the activations of given networks."""
+class ActivationSettings:
+    """What decides the size of the activations of a network."""
 
     rows: int
     """Rows that are computed together."""
@@ -37,24 +36,23 @@ class Settings:
     text_tokens: int = 77
     bytes_of_number: int = FLOAT32
     """Of the type that the networks compute in."""
-    trained: Trained = Trained.ATTENTION
     dropout: bool = False
     """Whether adapters drop inputs; what was dropped is kept."""
 
 
 @dataclass(frozen=True)
-class Segment:
+class SegmentMemory:
     """Bytes of a part of a network that gradient checkpointing computes again as one."""
 
     result: int
     """Kept from the forward pass to the part's backward pass in any case."""
-    inside: int
+    inside: int = 0
     """Kept as well, unless the part is computed again."""
-    work: int
+    work: int = 0
     """Needed at once while the part is computed."""
 
 
-def peak_activations(segments: Iterable[Segment], recomputed: bool) -> int:
+def peak_activations(segments: Iterable[SegmentMemory], recomputed: bool) -> int:
     """Bytes of activations where the backward pass is about to begin; recomputed: with gradient checkpointing."""
     segments = list(segments)
     results = sum(segment.result for segment in segments)
@@ -63,111 +61,89 @@ def peak_activations(segments: Iterable[Segment], recomputed: bool) -> int:
     return results + sum(segment.inside for segment in segments) + max(segment.work for segment in segments)
 
 
-def unet_segments(spec: UNetSpec, settings: Settings) -> Iterator[Segment]:
-    """The segments of a UNet, as `models.segments` cuts it."""
-    channels, layers = spec.block_out_channels, spec.layers_per_block
-    pixels = [
-        settings.rows * (settings.latent_height >> level) * (settings.latent_width >> level)
-        for level in range(len(channels))
+def unet_segments(
+    spec: UNetSpec, settings: ActivationSettings, trained: Trained = Trained.ATTENTION
+) -> list[SegmentMemory]:
+    """The layers of a UNet but those that are small: time embedding, text and prediction."""
+    small = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_EXIT)
+    return [
+        _UNetLayer(spec, settings, trained, layer).memory() for layer in unet_layout(spec) if layer.kind not in small
     ]
-    yield _convolution(pixels[0], channels[0], channels[0], settings)
-    width, skips = channels[0], [channels[0]]
-    for level, out in enumerate(channels):
-        for _ in range(layers):
-            yield _resnet(pixels[level], width, out, settings, joined=False)
-            yield from _transformer(spec, level, pixels[level], settings)
-            width = out
-            skips.append(out)
-        if level < len(channels) - 1:
-            yield _convolution(pixels[level + 1], out, out, settings)
-            skips.append(out)
-    last = len(channels) - 1
-    yield _resnet(pixels[last], width, width, settings, joined=False)
-    yield from _transformer(spec, last, pixels[last], settings, always=True)
-    yield _resnet(pixels[last], width, width, settings, joined=False)
-    for level in reversed(range(len(channels))):
-        out = channels[level]
-        for _ in range(layers + 1):
-            yield _resnet(pixels[level], width + skips.pop(), out, settings, joined=True)
-            yield from _transformer(spec, level, pixels[level], settings)
-            width = out
-        if level > 0:
-            yield _convolution(pixels[level - 1], out, out, settings)
 
 
-def text_segment(spec: ClipTextSpec, settings: Settings) -> Segment:
+def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
     """A trained text encoder, which is one segment."""
     tower = spec.transformer
     tokens = settings.rows * spec.max_position_embeddings
     one = tokens * tower.hidden_size
     # Of a layer: both norms' inputs; queries, keys, values and the result by head; the inner width before and after the
-    # activation and its slope. What is trained keeps its inputs.
-    inputs = {Trained.NOTHING: 0, Trained.ATTENTION: 3 * one, Trained.ALL: 3 * one}[settings.trained]
+    # activation and its slope. What is trained keeps its inputs, adapters in float32.
     layer = 2 * FLOAT32 * one + settings.bytes_of_number * (4 * one + 3 * tokens * tower.intermediate_size)
-    layer += (FLOAT32 if settings.trained is Trained.ATTENTION else settings.bytes_of_number) * inputs
-    return Segment(settings.bytes_of_number * one, tower.num_hidden_layers * layer, 0)
+    if trained is not Trained.NOTHING:
+        layer += (FLOAT32 if trained is Trained.ATTENTION else settings.bytes_of_number) * 3 * one
+    return SegmentMemory(settings.bytes_of_number * one, tower.num_hidden_layers * layer)
 
 
-def _resnet(pixels: int, in_: int, out: int, settings: Settings, joined: bool) -> Segment:
-    """A residual block; with `joined`, its input is a tensor of its own that joins two others."""
-    number = settings.bytes_of_number
-    inside = FLOAT32 * pixels * (out + (in_ if joined else 0))
-    if settings.trained is Trained.ALL:
-        inside += number * pixels * (in_ + out)
-    return Segment(number * pixels * out, inside, _convolution_work(pixels, max(in_, out), settings))
+class _UNetLayer:
+    """The memory of one layer: `number` bytes a number, of `pixels` in all rows, `one` numbers in its result."""
 
+    def __init__(self, spec: UNetSpec, settings: ActivationSettings, trained: Trained, layer: Layer) -> None:
+        self.spec, self.settings, self.trained, self.layer = spec, settings, trained, layer
+        self.number, self.trains_all = settings.bytes_of_number, trained is Trained.ALL
+        self.pixels = settings.rows * (settings.latent_height >> layer.level) * (settings.latent_width >> layer.level)
+        self.one = self.pixels * layer.out_channels
 
-def _transformer(
-    spec: UNetSpec, level: int, tokens: int, settings: Settings, always: bool = False
-) -> Iterator[Segment]:
-    if not (always or spec.has_attention[level]):
-        return
-    layers, width = spec.transformer_layers(level), spec.block_out_channels[level]
-    one = Segment(settings.bytes_of_number * tokens * width, 0, 0)
-    inside, work = _layer_inside(spec, level, tokens, settings), _layer_work(spec, level, tokens, settings)
-    around = settings.bytes_of_number * tokens * width * (2 if settings.trained is Trained.ALL else 0)
-    if layers == 1:
-        # The projection's result, which the layer's first norm reads, is inside too.
-        yield Segment(one.result, inside + around + FLOAT32 * tokens * width, work)
-        return
-    yield Segment(one.result, around, 0)
-    for _ in range(layers):
-        yield Segment(one.result, inside, work)
-    yield one
+    def memory(self) -> SegmentMemory:
+        result = self.number * self.one
+        match self.layer.kind:
+            case LayerKind.RESNET | LayerKind.SKIP_RESNET:
+                return SegmentMemory(result, self._resnet_inside(), self._convolution_work())
+            case LayerKind.TRANSFORMER:
+                # The projection's result, which the block's first norm reads, is inside too.
+                inside = self._block_inside() + self._around_blocks() + FLOAT32 * self.one
+                return SegmentMemory(result, inside, self._block_work())
+            case LayerKind.TRANSFORMER_ENTRANCE:
+                return SegmentMemory(result, self._around_blocks())
+            case LayerKind.TRANSFORMER_BLOCK:
+                return SegmentMemory(result, self._block_inside(), self._block_work())
+            case LayerKind.TRANSFORMER_EXIT:
+                return SegmentMemory(result)
+            case LayerKind.UNET_ENTRANCE | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
+                return SegmentMemory(result, self.number * self.one if self.trains_all else 0, self._convolution_work())
+        raise AssertionError(self.layer.kind)
 
+    def _resnet_inside(self) -> int:
+        """With a skip, its input is a tensor of its own that joins two others."""
+        in_ = self.pixels * self.layer.in_channels
+        inside = FLOAT32 * (self.one + (in_ if self.layer.kind is LayerKind.SKIP_RESNET else 0))
+        return inside + (self.number * (in_ + self.one) if self.trains_all else 0)
 
-def _layer_inside(spec: UNetSpec, level: int, tokens: int, settings: Settings) -> int:
-    """What a transformer layer keeps beside its input and its result."""
-    width, number = spec.block_out_channels[level], settings.bytes_of_number
-    one, text = tokens * width, settings.rows * settings.text_tokens * width
-    # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
-    kept = 2 * FLOAT32 * one + number * (6 * one + 2 * text + 8 * one)
-    if settings.trained is not Trained.NOTHING:
-        # Inputs of both attentions' projections and of their outputs. Adapters take them in float32.
-        kept += (FLOAT32 if settings.trained is Trained.ATTENTION else number) * 4 * one
-    if settings.trained is Trained.ALL:
-        kept += number * 5 * one
-    if settings.dropout:
-        # What each of six projections of the image drops, and the result.
-        kept += FLOAT32 * 12 * one
-    return kept
+    def _convolution_work(self) -> int:
+        """The gathered taps of one part, the padded input, the result and the norm's backward pass before it."""
+        numbers = self.pixels * max(self.layer.in_channels, self.layer.out_channels)
+        return self.number * (min(MAX_TAPS, 9 * numbers) + 4 * numbers)
 
+    def _around_blocks(self) -> int:
+        """Inputs of the projections before and behind a transformer's blocks."""
+        return 2 * self.number * self.one if self.trains_all else 0
 
-def _layer_work(spec: UNetSpec, level: int, tokens: int, settings: Settings) -> int:
-    """The larger of attention's and the gated unit's backward pass."""
-    width, heads = spec.block_out_channels[level], spec.num_heads[level]
-    pixels = tokens // settings.rows
-    scores = scores_at_a_time(heads * settings.rows, pixels, pixels)
-    attention = FLOAT32 * 3 * scores + settings.bytes_of_number * 5 * tokens * width
-    return max(attention, settings.bytes_of_number * 24 * tokens * width)
+    def _block_inside(self) -> int:
+        """What a transformer block keeps beside its input and its result."""
+        one, text = self.one, self.settings.rows * self.settings.text_tokens * self.layer.out_channels
+        # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
+        kept = 2 * FLOAT32 * one + self.number * (6 * one + 2 * text + 8 * one)
+        if self.trained is not Trained.NOTHING:
+            # Inputs of both attentions' projections and of their outputs. Adapters take them in float32.
+            kept += (FLOAT32 if self.trained is Trained.ATTENTION else self.number) * 4 * one
+        if self.trains_all:
+            kept += self.number * 5 * one
+        if self.settings.dropout:
+            # What each of six projections of the image drops, and the result.
+            kept += FLOAT32 * 12 * one
+        return kept
 
-
-def _convolution(pixels: int, in_: int, out: int, settings: Settings) -> Segment:
-    inside = settings.bytes_of_number * pixels * in_ if settings.trained is Trained.ALL else 0
-    return Segment(settings.bytes_of_number * pixels * out, inside, _convolution_work(pixels, max(in_, out), settings))
-
-
-def _convolution_work(pixels: int, channels: int, settings: Settings) -> int:
-    """The gathered taps of one part, the padded input, the result and the norm's backward pass before it."""
-    taps = min(MAX_TAPS, 9 * pixels * channels)
-    return settings.bytes_of_number * (taps + 4 * pixels * channels)
+    def _block_work(self) -> int:
+        """The larger of attention's and the gated unit's backward pass."""
+        pixels = self.pixels // self.settings.rows
+        scores = scores_at_a_time(self.spec.num_heads[self.layer.level] * self.settings.rows, pixels, pixels)
+        return max(FLOAT32 * 3 * scores + self.number * 5 * self.one, self.number * 24 * self.one)

@@ -6,6 +6,7 @@ fills these rows.
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class VaeSpec:
     in_channels: int = 3
     latent_channels: int = 4
     norm_num_groups: int = 32
+    norm_eps: ClassVar[float] = 1e-6
     scaling_factor: float = 0.18215
     latents_mean: tuple[float, ...] | None = None
     """Mean of each latent channel, which is taken off before scaling (Playground v2.5). None: 0."""

@@ -3,6 +3,8 @@
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.layers import NoOp
+from dreambooth_ms.models.layout import Layer, LayerKind
+from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.ops import (
     Dense,
     GatedGelu,
@@ -17,33 +19,24 @@ from dreambooth_ms.ops import (
 
 
 class Transformer2DModel(nn.Cell):
-    """Image with C channels, text (B, S, E) -> image with C channels, plus the input."""
+    """Image with C channels, text (B, S, E) -> image with C channels, plus the input.
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        context_dim: int,
-        num_groups: int,
-        use_linear_projection: bool,
-        num_layers: int = 1,
-    ) -> None:
+    The blocks of a deep one are layers of their own, which are put into `transformer_blocks` later.
+    """
+
+    def __init__(self, layer: Layer, spec: UNetSpec) -> None:
         super().__init__()
-        self.use_linear_projection = use_linear_projection
-        self.norm = group_norm(num_groups, channels, eps=1e-6)
-        self.proj_in = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
+        channels, self.use_linear_projection = layer.out_channels, spec.use_linear_projection
+        self.norm = group_norm(spec.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = Dense(channels, channels) if self.use_linear_projection else conv2d(channels, channels, 1)
         self.to_tokens = shared(ImageToTokens)
-        self.transformer_blocks = nn.CellList(
-            [BasicTransformerBlock(channels, num_heads, context_dim) for _ in range(num_layers)]
-        )
+        blocks = [BasicTransformerBlock(layer, spec)] if layer.kind is LayerKind.TRANSFORMER else []
+        self.transformer_blocks = nn.CellList(blocks)
         self.to_image = shared(TokensToImage)
-        self.proj_out = Dense(channels, channels) if use_linear_projection else conv2d(channels, channels, 1)
+        self.proj_out = Dense(channels, channels) if self.use_linear_projection else conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
-        tokens_BLC = self.enter(x)
-        for block in self.transformer_blocks:
-            tokens_BLC = block(tokens_BLC, context_BSE)
-        return self.leave(tokens_BLC, x)
+        return self.leave(self.transformer_blocks[0](self.enter(x), context_BSE), x)
 
     def enter(self, x: Tensor) -> Tensor:
         """An image -> the tokens (B, L, C) of the first layer."""
@@ -64,12 +57,13 @@ class Transformer2DModel(nn.Cell):
 class BasicTransformerBlock(nn.Cell):
     """Self-attention, cross-attention and feed-forward, each behind a norm and added to its input."""
 
-    def __init__(self, channels: int, num_heads: int, context_dim: int) -> None:
+    def __init__(self, layer: Layer, spec: UNetSpec) -> None:
         super().__init__()
+        channels, num_heads = layer.out_channels, spec.num_heads[layer.level]
         self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, channels, num_heads)
         self.norm2 = LayerNorm(channels)
-        self.attn2 = Attention(channels, context_dim, num_heads)
+        self.attn2 = Attention(channels, spec.cross_attention_dim, num_heads)
         self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 

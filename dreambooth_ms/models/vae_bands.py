@@ -51,7 +51,7 @@ class BandedDecoder:
         for block in decoder.up_blocks:
             for resnet in block.resnets:
                 x = self._resnet(resnet, x)
-            if block.has_upsampler:
+            if hasattr(block, "upsamplers"):
                 x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
         x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
         return np.moveaxis(x.asnumpy(), self._axes.channels, 1)
@@ -162,7 +162,9 @@ class _Head(CompiledCell):
 
     def construct(self, latents_BChw: Tensor) -> Tensor:
         x = self.vae.post_quant_conv(self.vae.from_public_layout(latents_BChw))
-        return self.vae.decoder.mid_block(self.vae.decoder.conv_in(x))
+        middle = self.vae.decoder.mid_block
+        x = middle.resnets[0](self.vae.decoder.conv_in(x))
+        return middle.resnets[1](middle.attentions[0](x))
 
 
 def _convolved_band(conv: Conv2d, padding: Padding, x: Tensor) -> Tensor:

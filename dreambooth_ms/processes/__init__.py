@@ -1,4 +1,4 @@
-"""Several processes that train as one: who they are, what they tell each other on the host, and how they end together.
+"""Several processes that train one model: who they are, what they exchange on the host, and how all of them end.
 
-What they compute together goes through MindSpore's collective operations (`ops.parallel`); what is said here is small.
+What they compute as one goes through MindSpore's collective operations (`runtime.collective`); what is sent is small.
 """

@@ -1,4 +1,4 @@
-"""The end of a process without MindSpore's farewell."""
+"""The end of a process without MindSpore's own clean-up."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from typing import NoReturn
 from dreambooth_ms.errors import FAILED_STATUS
 
 
-def leave_at_once(status: int) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
     """End this process now; what was printed is written, and nothing else is tidied up.
 
-    MindSpore's farewell waits for the other processes of a run and for the scheduler, and takes a second to give back
+    MindSpore's clean-up waits for the other processes of a run and for the scheduler, and takes a second to give back
     memory that is the system's anyhow (both measured).
 
     Args:

@@ -25,16 +25,14 @@ class Processes:
     rank: int = 0
     count: int = 1
     launch: Launch | None = None
-    meet: Callable[[str, Any], list[Any]] = lambda what, value: [value]
+    exchange: Callable[[str, Any], list[Any]] = lambda what, value: [value]
+    """This process's value, plain JSON -> the values of all, by rank. The text names the exchange, for the message that
+    a process did not come to it."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the files and talks to the user."""
         return self.rank == 0
-
-    def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every process's value, plain JSON, by rank. `what` names the exchange where one does not come to it."""
-        return self.meet(what, value)
 
     def wait_for_all(self, what: str) -> None:
         """Come back when all processes have come to this point."""
@@ -92,19 +90,19 @@ def run_in_group(
         exchange_seconds: how long to wait for another process that is alive.
 
     Raises:
-        UserError: the only process made a mistake, or the processes could not meet.
+        UserError: the only process made a mistake, or the processes could not connect.
     """
     if launch is None:
         return work(ALONE)
-    meeting = Rendezvous(launch, exchange_seconds, complain)
+    rendezvous = Rendezvous(launch, exchange_seconds, complain)
     try:
-        status = work(Processes(launch.rank, launch.count, launch, meeting.exchange))
+        status = work(Processes(launch.rank, launch.count, launch, rendezvous.exchange))
     except KeyboardInterrupt:
-        meeting.fail("interrupted", INTERRUPTED_STATUS)
+        rendezvous.fail("interrupted", INTERRUPTED_STATUS)
     except BaseException as error:  # noqa: BLE001  (the others must learn of it, whatever it is)
         explanation = explain(error)
         if explanation is not None:
-            meeting.fail(explanation, USER_ERROR_STATUS)
+            rendezvous.fail(explanation, USER_ERROR_STATUS)
         traceback.print_exc()
-        meeting.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", FAILED_STATUS)
-    return meeting.leave(status)
+        rendezvous.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", FAILED_STATUS)
+    return rendezvous.finish(status)

@@ -1,4 +1,4 @@
-"""What `mpirun` and `msrun` tell a process of its place, read from the environment they start it with."""
+"""A process's place in a run, as `mpirun` and `msrun` put it into the environment that they start it with."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Literal
 from dreambooth_ms.errors import DeviceError
 
 SCHEDULER = -1
-"""Stands for the rank of MindSpore's scheduler, which has none: it brings the others together and trains nothing."""
+"""Stands for the rank of MindSpore's scheduler, which has none: it connects the others and trains nothing."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -18,7 +18,7 @@ _MSRUN, _MPIRUN = "MS_ROLE", "OMPI_COMM_WORLD_RANK"
 
 @dataclass(frozen=True)
 class Launch:
-    """A process's place in the run, and where the processes of the run meet."""
+    """A process's place in the run, and where rank 0 is reached."""
 
     launcher: Literal["mpirun", "msrun"]
     rank: int
@@ -29,7 +29,7 @@ class Launch:
     port: int
     """Where MindSpore's scheduler listens there. The processes' own channel has the port after it."""
     job: str
-    """Tells this run's processes from another's."""
+    """What this run's processes know each other by."""
 
     @property
     def channel_port(self) -> int:

@@ -1,19 +1,20 @@
-"""Where the processes of a run meet: rank 0 in the middle, a channel to each of the others.
+"""The connections of a run's processes on the host: rank 0 in the middle, a channel to each of the others.
 
 Values are exchanged there, with a time limit, and each process watches whether the others are alive: a process that
-waits in a collective operation for one that is gone would wait for ever. Only a thread of its own can tell then, and
-only leaving at once ends it.
+waits in a collective operation for one that is gone would wait for ever. Only a thread of its own can see that then,
+and only `exit_at_once` ends it.
 """
 
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Listener
 from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, NoReturn
 
 from dreambooth_ms.errors import FAILED_STATUS, DeviceError
 from dreambooth_ms.processes.channel import Channel, accept, connect, listen
-from dreambooth_ms.processes.exit import leave_at_once
+from dreambooth_ms.processes.exit import exit_at_once
 from dreambooth_ms.processes.launch import SCHEDULER, Launch
 
 START_SECONDS = 50
@@ -21,14 +22,12 @@ START_SECONDS = 50
 GRACE_SECONDS = 3
 """How long a failure elsewhere waits for this process's own: all of them fail of a mistake in their common flags."""
 
-_GONE = object()
-
 
 class Rendezvous:
-    """One process's side of the meeting. Every method must be called by all processes, in the same order."""
+    """One process's connections to the others. Every method must be called by all processes, in the same order."""
 
     def __init__(self, launch: Launch, exchange_seconds: float, complain: Callable[[str], object]) -> None:
-        """Meet the others.
+        """Connect to the others.
 
         Args:
             launch: this process's place.
@@ -36,13 +35,13 @@ class Rendezvous:
             complain: prints a line for the user.
 
         Raises:
-            DeviceError: they do not come, or this process cannot reach them.
+            DeviceError: they are not there in time, or this process cannot reach them.
         """
         self._rank, self._count = launch.rank, launch.count
         self._exchange_seconds, self._complain = exchange_seconds, complain
         self._received: dict[int, Queue[Any]] = {}
-        self._ending, self._own_failure, self._leaving = Lock(), Event(), False
-        self._channels = self._meet_all(launch) if launch.rank == 0 else {0: self._meet_first(launch)}
+        self._ending, self._own_failure, self._finished = Lock(), Event(), False
+        self._channels = _channels_to_all(launch) if launch.rank == 0 else {0: connect(launch, START_SECONDS)}
         for rank, channel in self._channels.items():
             self._received[rank] = Queue()
             Thread(target=self._watch, args=(rank, channel), daemon=True).start()
@@ -62,113 +61,100 @@ class Rendezvous:
             message = self._next(rank, what)
             assert message["what"] == what, f"rank {rank} is at {message['what']!r}, rank 0 at {what!r}"
             values.append(message["value"])
-        self._tell_all({"values": values}, but=SCHEDULER)
+        self._send_to_all({"values": values}, but=SCHEDULER)
         return values
 
-    def leave(self, status: int) -> NoReturn:
+    def finish(self, status: int) -> NoReturn:
         """End this process in good order, once all have come to the end."""
         self.exchange("the end of the run", None)
-        self._leaving = True
-        self._tell_all({"bye": True})
-        leave_at_once(status)
+        self._finished = True
+        self._send_to_all({"finished": True})
+        exit_at_once(status)
 
     def fail(self, why: str, status: int) -> NoReturn:
-        """End the whole run for a failure of this process, which is told by one line of rank 0."""
+        """End the whole run for a failure of this process, of which rank 0 prints one line."""
         self._own_failure.set()
         if self._rank == 0:
             self._end_run(why, status)
         self._channels[0].send({"failed": why, "status": status})
         time.sleep(2 * GRACE_SECONDS)  # Rank 0 says when; unless it is gone too.
-        leave_at_once(status)
+        exit_at_once(status)
 
     def wait_for_end(self) -> None:
-        """For the scheduler: come back when rank 0 has left."""
+        """For the scheduler: come back when rank 0 has ended."""
         self._received[0].get()
-
-    def _meet_all(self, launch: Launch) -> dict[int, Channel]:
-        channels: dict[int, Channel] = {}
-        give_up = time.monotonic() + START_SECONDS
-        with listen(launch.host, launch.channel_port) as listener:
-            while missing := set(range(1, launch.count)) - channels.keys():
-                channel = accept(listener, give_up - time.monotonic())
-                if channel is None:
-                    absent = ", ".join(f"rank {rank}" for rank in sorted(missing))
-                    raise DeviceError(
-                        f"{absent}: not started within {START_SECONDS} s; "
-                        "see that every machine runs the same command and reaches this one"
-                    )
-                rank = _rank_of_caller(channel, launch)
-                if rank is None:
-                    channel.close()
-                else:
-                    channels[rank] = channel
-            self._await_scheduler(listener, launch, channels)
-        return channels
-
-    def _await_scheduler(self, listener: Any, launch: Launch, channels: dict[int, Channel]) -> None:
-        """The scheduler of msrun comes by itself; that of mpirun is started after the meeting, and is a child."""
-        give_up = time.monotonic() + START_SECONDS
-        while launch.launcher == "msrun" and SCHEDULER not in channels:
-            channel = accept(listener, give_up - time.monotonic())
-            if channel is None:
-                raise DeviceError(f"msrun's scheduler was not started within {START_SECONDS} s; see its scheduler.log")
-            if _rank_of_caller(channel, launch) == SCHEDULER:
-                channels[SCHEDULER] = channel
-
-    def _meet_first(self, launch: Launch) -> Channel:
-        channel = connect(launch.host, launch.channel_port, START_SECONDS)
-        channel.send({"rank": launch.rank, "count": launch.count, "job": launch.job})
-        return channel
 
     def _next(self, rank: int, what: str) -> Any:
         try:
             message = self._received[rank].get(timeout=self._exchange_seconds)
         except Empty:
             self.fail(f"rank {rank} did not come to {what} within {self._exchange_seconds:g} s", FAILED_STATUS)
-        if message is _GONE:
+        if message is None:
             Event().wait()  # The watching thread is about to end this process.
         return message
 
     def _watch(self, rank: int, channel: Channel) -> None:
-        """Take what another process says, and end the run with it."""
-        for message in channel.messages():
+        """Take another process's messages, and end the run with it."""
+        while (message := channel.receive()) is not None:
             if "over" in message:
-                leave_at_once(message["status"])
+                exit_at_once(message["status"])
             if "failed" in message:
                 if not self._own_failure.wait(GRACE_SECONDS):
                     self._end_run(f"rank {rank}: {message['failed']}", message["status"])
                 return
-            if "bye" in message:
-                self._received[rank].put(message)
-                return
             self._received[rank].put(message)
-        self._received[rank].put(_GONE)
-        if not self._leaving and not self._own_failure.is_set():
-            who = "msrun's scheduler" if rank == SCHEDULER else f"rank {rank}"
+            if "finished" in message:
+                return
+        self._received[rank].put(None)
+        if not self._finished and not self._own_failure.is_set():
             self._end_run(
-                f"{who} ended without a word: it was killed, or crashed. The run has ended; "
+                f"{_name(rank)} ended without a word: it was killed, or crashed. The run has ended; "
                 "run the same command again to go on from its newest checkpoint",
                 FAILED_STATUS,
             )
 
     def _end_run(self, why: str, status: int) -> NoReturn:
         with self._ending:
-            # If rank 0 is gone, the others all see it: one tells it.
+            # If rank 0 is gone, the others all see it: one says so.
             if self._rank in (0, 1):
                 self._complain(why)
             if self._rank == 0:
-                self._tell_all({"over": True, "status": status})
-            leave_at_once(status)
+                self._send_to_all({"over": True, "status": status})
+            exit_at_once(status)
 
-    def _tell_all(self, message: dict[str, Any], but: int | None = None) -> None:
+    def _send_to_all(self, message: dict[str, Any], but: int | None = None) -> None:
         for rank, channel in self._channels.items():
             if rank != but:
                 channel.send(message)
 
 
-def _rank_of_caller(channel: Channel, launch: Launch) -> int | None:
-    """Who is at the other end; None if it is no process of this run."""
-    hello = next(channel.messages(), None)
-    if not isinstance(hello, dict) or (hello.get("job"), hello.get("count")) != (launch.job, launch.count):
-        return None
-    return hello["rank"]
+def _channels_to_all(launch: Launch) -> dict[int, Channel]:
+    """For rank 0: by rank, the others and the scheduler of msrun; that of mpirun is started afterwards, as a child.
+
+    Raises:
+        DeviceError: they are not there in time, or this process cannot listen.
+    """
+    expected = {*range(1, launch.count), *((SCHEDULER,) if launch.launcher == "msrun" else ())}
+    channels: dict[int, Channel] = {}
+    admission = Thread(target=_admit, args=(listen(launch), expected, channels), daemon=True)
+    admission.start()
+    admission.join(START_SECONDS)
+    if missing := expected - channels.keys():
+        absent = ", ".join(map(_name, sorted(missing)))
+        hint = "see that every machine runs the same command and reaches this one"
+        hint = "see its scheduler.log" if missing == {SCHEDULER} else hint
+        raise DeviceError(f"{absent}: not started within {START_SECONDS} s; {hint}")
+    return channels
+
+
+def _admit(listener: Listener, expected: set[int], channels: dict[int, Channel]) -> None:
+    """Let the expected processes in as they come; strangers are sent away."""
+    with listener:
+        while missing := expected - channels.keys():
+            caller = accept(listener)
+            if caller is not None and caller[0] in missing:
+                channels[caller[0]] = caller[1]
+
+
+def _name(rank: int) -> str:
+    return "msrun's scheduler" if rank == SCHEDULER else f"rank {rank}"

@@ -19,10 +19,10 @@ from dreambooth_ms.runtime.scheduler_process import scheduler_process
 
 @contextmanager
 def collective_operations(launch: Launch | None) -> Iterator[None]:
-    """Inside, the processes of a launched run compute together. Enter it after the device is chosen and all have met.
+    """Inside, the processes of a launched run compute as one. Enter it when the device is chosen and all are connected.
 
     On CPU, MindSpore does without OpenMPI's help and needs a scheduler of its own, also under mpirun; rank 0 brings it
-    there (measured). On Ascend HCCL meets through mpirun by itself (documented).
+    there (measured). On Ascend HCCL connects through mpirun by itself (documented).
     """
     if launch is None:
         yield
@@ -32,7 +32,7 @@ def collective_operations(launch: Launch | None) -> Iterator[None]:
         if needs_scheduler:
             os.environ |= launch.scheduler_environment
         if launch.launcher == "msrun" or needs_scheduler:
-            wait_until_listening(launch.host, launch.port, START_SECONDS)
+            wait_until_listening(launch.host, launch.port, START_SECONDS, "MindSpore's scheduler")
         communication.init()
         yield
 

@@ -2,9 +2,9 @@
 
 MindSpore writes a graph to a file and reads it again, but it knows a file by the place of the graph in the order of
 compilation alone, in one folder for the whole process, and takes what it finds there (MindSpore 2.10.0, measured). So
-each process has an empty folder of its own for MindSpore. A graph that is kept under the right key is put there, at the
-place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then the
-folder is empty again.
+each process has an empty folder of its own for MindSpore. A graph that is kept under the right key is copied there, to
+the place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then
+the folder is empty again.
 
 An entry is a folder named by a key, with the digests of its files. It appears whole, by a rename, and is used only
 while the digests hold.
@@ -35,11 +35,14 @@ UNCHECKED = "MS_DEV_FORCE_USE_COMPILE_CACHE"
 """Keeps MindSpore from comparing the sources that it finds by the imports of the program; the key knows them all."""
 
 MAX_BYTES = 1 << 30
-"""The entries that were used last are kept, up to this size together."""
+"""The entries that were used last are kept, up to this size in all."""
 
 CONTENTS, UNFINISHED = "entry.json", ".unfinished-"
 ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
+
+State = dict[str, tuple[int, int]]
+"""Files by name, with their sizes and times."""
 
 PLACE = "{place}"
 """Stands in a file's name for the graph's place in the order of compilation."""
@@ -77,31 +80,38 @@ class CompileCache:
             settings: what decides the graph beside the cell, the inputs and the environment.
             compile: compiles it.
         """
-        if self._is_off:
+        if self._is_off or not self._compile_with_cache(cell, inputs, settings, compile):
             compile()
-            return
+
+    def _compile_with_cache(
+        self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]
+    ) -> bool:
+        """As `compile`; False if nothing is compiled, since the cache cannot serve this cell."""
         try:
             entry = self.folder / graph_key(cell, inputs, settings)
-            put = self._put_in_place(entry)
+            copied = self._copy_to_mindspore(entry)
         except NotDescribable:
-            compile()
-            return
+            return False
         except OSError as error:
             self._turn_off(error)
-            compile()
-            return
-        if not self._compile_in_place(compile, was_put=bool(put)):
-            self._remove(entry)
-            compile()
-            return
+            return False
         try:
-            self._take_back(entry, put)
-        except OSError as error:
-            self._turn_off(error)
+            with _mindspores.switched_on():
+                compile()
+        except Exception:
+            # Whether MindSpore has counted this one is not known; the next one that it writes will show.
+            _mindspores.place = None
+            if not copied:
+                raise
+            self._remove(entry)  # MindSpore could not read it.
+            return False
+        else:
+            self._keep_what_is_new(entry, copied)
         finally:
             _mindspores.empty()
+        return True
 
-    def _put_in_place(self, entry: Path) -> dict[str, tuple[int, int]]:
+    def _copy_to_mindspore(self, entry: Path) -> State:
         """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
         if _mindspores.place is None:
             return {}
@@ -121,22 +131,8 @@ class CompileCache:
             self._remove(entry)
         return _mindspores.state()
 
-    def _compile_in_place(self, compile: Callable[[], None], was_put: bool) -> bool:
-        """Compile with MindSpore's cache; False if a graph that was put there did not do."""
-        try:
-            with _mindspores.switched_on():
-                compile()
-        except Exception:
-            # Whether MindSpore has counted this one is not known; the next one that it writes will tell.
-            _mindspores.place = None
-            _mindspores.empty()
-            if not was_put:
-                raise
-            return False
-        return True
-
-    def _take_back(self, entry: Path, put: dict[str, tuple[int, int]]) -> None:
-        """Keep what MindSpore has written, or note that it used what was put there."""
+    def _keep_what_is_new(self, entry: Path, copied: State) -> None:
+        """Keep what MindSpore has written, or note that it used what was copied there."""
         state = _mindspores.state()
         places = {int(match[1]) for name in state if (match := re.search(r"compile_cache_(\d+)\.", name))}
         if len(places) != 1:
@@ -144,39 +140,38 @@ class CompileCache:
             return
         (place,) = places
         _mindspores.place = place + 1
-        if state == put:
-            self.counts.found += 1
-            os.utime(entry)
-            return
-        written = [name for name in state if f"_{place}." in name]
-        self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
-        self.counts.kept += 1
-        self._prune()
+        try:
+            if state == copied:
+                self.counts.found += 1
+                os.utime(entry)
+                return
+            written = [name for name in state if f"_{place}." in name]
+            self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
+            self.counts.kept += 1
+            self._prune()
+        except OSError as error:
+            self._turn_off(error)
 
     def _keep(self, entry: Path, names: dict[str, str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
-        try:
+        with self._unfinished() as unfinished:
             digests = {}
             for number, pattern in enumerate(sorted(names)):
                 content = (_mindspores.folder() / names[pattern]).read_bytes()
-                (unfinished / str(number)).write_bytes(content)
+                Path(unfinished, str(number)).write_bytes(content)
                 digests[pattern] = hashlib.sha256(content).hexdigest()
-            (unfinished / CONTENTS).write_text(json.dumps(digests))
+            Path(unfinished, CONTENTS).write_text(json.dumps(digests))
             self._remove(entry)
             with suppress(OSError):  # Another process may have been first.
-                unfinished.rename(entry)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+                Path(unfinished).rename(entry)
 
     def _remove(self, entry: Path) -> None:
         """Remove an entry at once: nobody sees half of it."""
-        with suppress(OSError):
-            target = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
-            try:
-                entry.rename(target / entry.name)
-            finally:
-                shutil.rmtree(target, ignore_errors=True)
+        with suppress(OSError), self._unfinished() as unfinished:
+            entry.rename(Path(unfinished, entry.name))
+
+    def _unfinished(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder, ignore_cleanup_errors=True)
 
     def _prune(self) -> None:
         """Remove what was used longest ago while all is too large, and what nobody finished."""
@@ -223,18 +218,16 @@ class _MindSporesCache:
             # MindSpore reads the program's file, whose imports UNCHECKED makes it ignore; `python -c` has none.
             api.entry_script_path = __file__
         environment = {ENABLE: "1", FOLDER: str(self.folder()), UNCHECKED: "1"}
-        before = {name: os.environ.get(name) for name in environment}
+        before = {name: os.environ[name] for name in environment if name in os.environ}
         os.environ |= environment
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in environment:
+                del os.environ[name]
+            os.environ |= before
 
-    def state(self) -> dict[str, tuple[int, int]]:
+    def state(self) -> State:
         """The files that are there, with their sizes and times."""
         folder = self.folder()
         return {
@@ -244,7 +237,7 @@ class _MindSporesCache:
         }
 
     def empty(self) -> None:
-        """Remove the files, so that MindSpore finds none but those that are put there."""
+        """Remove the files, so that MindSpore finds none but those that are copied there."""
         for path in self.folder().iterdir():
             shutil.rmtree(path, ignore_errors=True)
 

@@ -27,7 +27,7 @@ class CompiledCell(nn.Cell):
         phase = self._compiled_for.get(self._signature(args))
         if phase is None or kwargs or not _are_tensors(args) or ms.get_context("mode") != ms.GRAPH_MODE:
             return super().__call__(*args, **kwargs)
-        # MindSpore would tell every cell of it which graph is run, 3 ms in a small UNet (measured).
+        # MindSpore would note in every cell of it which graph is run, 3 ms in a small UNet (measured).
         executor = _cell_graph_executor._graph_executor
         return _convert_python_data(executor(args, phase))
 

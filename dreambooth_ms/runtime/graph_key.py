@@ -34,7 +34,7 @@ NOT_DECISIVE = (
     *("MS_SCHED_", "MS_NODE_ID", "MS_ROLE", "MS_WORKER_"),
 )
 
-READ_OF_A_CELL = {
+READ_OF_CELL = {
     "_params",
     "_cells",
     "_buffers",
@@ -43,13 +43,7 @@ READ_OF_A_CELL = {
     "mixed_precision_type",
     "_jit_config_dict",
 }
-MADE_BY_A_COMPILATION = {
-    "_compiled_for",
-    "sequence_modified",
-    "current_phase",
-    "__parse_method__",
-    "__compile_cell_hook__",
-}
+OF_A_COMPILATION = {"_compiled_for", "sequence_modified", "current_phase", "__parse_method__", "__compile_cell_hook__"}
 VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
 """What is the same where it is equal; of everything else it counts which attributes hold the same object."""
 
@@ -128,14 +122,14 @@ class _Description:
                 return
             self._numbers[id(value)] = len(self._numbers)
             self._alive.append(value)  # Or its number could go to another object.
-        for kind, describe in _KINDS:
-            if isinstance(value, kind):
-                self._say(kind.__name__, f"{type(value).__module__}.{type(value).__qualname__}")
-                for part in describe(self, value):
-                    self.add(part)
-                self._say("end")
-                return
-        raise NotDescribable(f"{type(value).__module__}.{type(value).__qualname__}")
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        describe = next((describe for kind, describe in _KINDS if isinstance(value, kind)), None)
+        if describe is None and not dataclasses.is_dataclass(value):
+            raise NotDescribable(name)
+        self._say("one of", name)
+        for part in (describe or _fields)(self, value):
+            self.add(part)
+        self._say("end")
 
     def add_inputs(self, inputs: tuple[Any, ...]) -> None:
         """Add the shapes and dtypes of tensors, and other inputs, which are constants of a graph, as they are."""
@@ -151,7 +145,7 @@ class _Description:
     def cell(self, cell: nn.Cell) -> Iterator[Any]:
         """Class and attributes of a cell, without what MindSpore keeps there for itself."""
         yield from self.source(type(cell))
-        skipped = _attributes_of_any_cell() - READ_OF_A_CELL | MADE_BY_A_COMPILATION | {FLAGS}
+        skipped = _attributes_of_any_cell() - READ_OF_CELL | OF_A_COMPILATION | {FLAGS}
         yield from self.attributes(cell, skipped)
         flags = vars(cell).get(FLAGS, {})
         yield {name: value for name, value in flags.items() if name != FLAG_OF_A_COMPILATION}
@@ -204,32 +198,17 @@ def _fields(_: _Description, value: Any) -> Iterator[Any]:
         yield from (field.name, getattr(value, field.name))
 
 
-class _Dataclass(type):
-    def __instancecheck__(cls, value: object) -> bool:
-        return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-class AnyDataclass(metaclass=_Dataclass):
-    """Instances of any dataclass, for `isinstance`."""
-
-
 # The first that fits; a parameter is a tensor too.
-_KINDS: tuple[tuple[type, Callable[[_Description, Any], Iterator[Any]]], ...] = (
+_KINDS: tuple[tuple[type | tuple[type, ...], Callable[[_Description, Any], Iterator[Any]]], ...] = (
     (Parameter, lambda _, p: iter((p.name, str(p.dtype), p.shape, p.requires_grad))),
-    (Tensor, _array),
-    (np.ndarray, _array),
-    (np.generic, _array),
-    (Type, lambda _, kind: iter((str(kind),))),
+    ((Tensor, np.ndarray, np.generic), _array),
+    ((Type, MixedPrecisionType), lambda _, member: iter((str(member),))),
     (Enum, lambda _, member: iter((member.name,))),
-    (MixedPrecisionType, lambda _, member: iter((str(member),))),
     (nn.Cell, _Description.cell),
-    (ops.Primitive, _Description.attributes),
-    (MetaFuncGraph_, _Description.attributes),
-    (tuple, lambda _, values: iter((len(values), *values))),
-    (list, lambda _, values: iter((len(values), *values))),
+    ((ops.Primitive, MetaFuncGraph_), _Description.attributes),
+    ((tuple, list), lambda _, values: iter((len(values), *values))),
     (dict, lambda _, mapping: _sorted_items(mapping)),
     (set, lambda _, values: iter(sorted(values, key=repr))),
-    (AnyDataclass, _fields),
     (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),
     (type(lambda: None), _Description.function),
     (type(_Description().add), lambda _, method: iter((method.__func__, method.__self__))),

@@ -36,16 +36,18 @@ def arrays_used_again() -> Iterator[None]:
 
 def give_back_freed_memory() -> None:
     """Let what was freed among small objects go to the system, such as what the compiler leaves."""
-    trim = getattr(_c_library(), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _call_allocator("malloc_trim", 0)
 
 
 def _set_threshold(size: int) -> None:
-    option = getattr(_c_library(), "mallopt", None)
-    if option is not None:
-        option(_M_MMAP_THRESHOLD, size)
-        option(_M_TRIM_THRESHOLD, 2 * size)
+    _call_allocator("mallopt", _M_MMAP_THRESHOLD, size)
+    _call_allocator("mallopt", _M_TRIM_THRESHOLD, 2 * size)
+
+
+def _call_allocator(name: str, *arguments: int) -> None:
+    function = getattr(_c_library(), name, None)
+    if function is not None:
+        function(*arguments)
 
 
 def _c_library() -> ctypes.CDLL:

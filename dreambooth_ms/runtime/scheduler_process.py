@@ -1,6 +1,6 @@
-"""MindSpore's scheduler, which brings the processes of a run together on CPU, as a process of its own.
+"""MindSpore's scheduler, which connects the processes of a run on CPU, as a process of its own.
 
-It blocks all its threads until every worker has left, and for half a minute more after one that died (measured). So
+It blocks all its threads until every worker has ended, and for half a minute more after one that died (measured). So
 whoever starts it must be able to end it, and it dies with whoever started it.
 """
 

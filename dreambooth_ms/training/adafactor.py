@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from dreambooth_ms.ops import total
-from dreambooth_ms.training.optimisers import assign_if
+from dreambooth_ms.training.optimisers import Optimiser, assign_if, zeros_like
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
 """Epsilon 1 and 2 of the paper."""
@@ -30,45 +30,27 @@ class AdafactorHyperparameters:
     """Whether the learning rate of a parameter is times its root mean square."""
 
 
-class Adafactor(nn.Cell):
+class Adafactor(Optimiser):
     """Parameters and the factors of their second moments."""
 
-    num_scalars = 2
-
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdafactorHyperparameters,
-        rate_factors: Sequence[float] | None = None,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        """Each parameter's learning rate and weight decay over those given with a step. None: 1 for all."""
-        super().__init__(auto_prefix=False)
-        self.hyperparameters = hyperparameters
-        self.scale_parameter = hyperparameters.scale_parameter
-        ones = [1.0] * len(parameters)
-        self.parameters = ParameterTuple(parameters)
-        self.rate_factors = tuple(rate_factors or ones)
-        self.decays = tuple(factor * hyperparameters.weight_decay for factor in decay_factors or ones)
-        shapes = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
-        self.rows = ParameterTuple([_zeros(p, "rows", rows) for p, (rows, _) in zip(parameters, shapes, strict=True)])
-        self.columns = ParameterTuple(
-            [_zeros(p, "columns", columns) for p, (_, columns) in zip(parameters, shapes, strict=True)]
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        self.scale_parameter = self.hyperparameters.scale_parameter
+        self.decays = tuple(factor * self.hyperparameters.weight_decay for factor in self.decay_factors)
+        sides = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
+        self.rows, self.columns = (
+            ParameterTuple([zeros_like(p, role, (of[axis],)) for p, of in zip(parameters, sides, strict=True)])
+            for axis, role in enumerate(("rows", "columns"))
         )
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
         return [*self.rows, *self.columns]
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """Learning rate, and the share of the update number `step`, counted from 1, in the second moments."""
-        share = float(step) ** self.hyperparameters.decay_power
-        return Tensor(np.float32(learning_rate)), Tensor(np.float32(share))
+        return {"learning_rate": learning_rate, "share": float(step) ** self.hyperparameters.decay_power}
 
-    def construct(
-        self, gradients: tuple[Tensor, ...], proceed: Tensor | None, learning_rate: Tensor, share: Tensor
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        update = ops.partial(_update, self.scale_parameter, proceed, learning_rate, share)
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[tuple[Tensor, ...], ...]:
+        update = ops.partial(_update, self.scale_parameter, proceed, self.learning_rate, self.share)
         return _map(update, self.rate_factors, self.decays, self.parameters, self.rows, self.columns, gradients)
 
 
@@ -112,7 +94,3 @@ def _root_mean_square(x: Tensor) -> Tensor:
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (1, int(np.prod(shape)))
-
-
-def _zeros(parameter: Parameter, role: str, length: int) -> Parameter:
-    return Parameter(Tensor(np.zeros(length, np.float32)), name=f"{role}.{parameter.name}", requires_grad=False)

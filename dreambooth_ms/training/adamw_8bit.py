@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.training.flat_vectors import Joined, group_by_length
-from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_scalars, assign_if
+from dreambooth_ms.training.optimisers import AdamWHyperparameters, Optimiser, adamw_numbers, assign_if, state
 
 BLOCK = 128
 DECADES = 7
@@ -46,8 +46,7 @@ class Quantised(nn.Cell):
         self.levels, self.borders = Tensor(levels), Tensor((levels[1:] + levels[:-1]) / 2)
         codes = np.full((length // BLOCK, BLOCK), int(np.searchsorted(levels, 0)), np.uint8)
         scales = np.zeros((length // BLOCK, 1), np.float32)
-        self.codes = Parameter(Tensor(codes), name=f"{name}_codes", requires_grad=False)
-        self.scales = Parameter(Tensor(scales), name=f"{name}_scales", requires_grad=False)
+        self.codes, self.scales = state(f"{name}_codes", codes), state(f"{name}_scales", scales)
 
     def read(self, earlier: Tensor) -> Tensor:
         """The numbers, (N / BLOCK, BLOCK), not before `earlier` has been computed."""
@@ -66,48 +65,28 @@ class Quantised(nn.Cell):
         )
 
 
-class AdamW8bit(nn.Cell):
+class AdamW8bit(Optimiser):
     """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
 
-    num_scalars = 3
-
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdamWHyperparameters,
-        rate_factors: Sequence[float] | None = None,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        """Each parameter's learning rate and weight decay over those given with a step. None: 1 for all."""
-        super().__init__(auto_prefix=False)
-        self.hyperparameters = hyperparameters
-        ones = [1.0] * len(parameters)
-        factors = list(zip(rate_factors or ones, decay_factors or ones, strict=True))
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        factors = list(zip(self.rate_factors, self.decay_factors, strict=True))
         self.slices = [(part.start, part.stop) for part in group_by_length(parameters, factors)]
         self.vectors = nn.CellList(
             [
-                _Vector(number, parameters[start:stop], hyperparameters, *factors[start])
+                _Vector(number, parameters[start:stop], self.hyperparameters, *factors[start])
                 for number, (start, stop) in enumerate(self.slices)
             ],
             auto_prefix=False,
         )
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
-        return [state for vector in self.vectors for state in vector.state()]
+        return [moment for vector in self.vectors for moment in vector.state()]
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
-        """As those of `AdamW`."""
-        return adamw_scalars(self.hyperparameters, step, learning_rate)
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
+        return adamw_numbers(self.hyperparameters, step, learning_rate)
 
-    def construct(
-        self,
-        gradients: tuple[Tensor, ...],
-        proceed: Tensor | None,
-        learning_rate: Tensor,
-        epsilon: Tensor,
-        weight_decay: Tensor,
-    ) -> Tensor:
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
+        learning_rate, epsilon, weight_decay = self.learning_rate, self.epsilon, self.weight_decay
         done = learning_rate
         for number, vector in enumerate(self.vectors):
             start, stop = self.slices[number]

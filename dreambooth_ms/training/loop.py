@@ -76,11 +76,11 @@ def train(
     scaler = step_cell.scaler
     overflows = 0
 
-    def inputs(numbers: Sequence[int], batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
+    def tensors(numbers: Sequence[int], batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
         for number, batch in zip(numbers, batches, strict=True):
             if begin_batch:
                 begin_batch(number)
-            yield batch.inputs()
+            yield batch.tensors()
 
     of_all = batches_per_step * processes.count
     for step in range(done, stop):
@@ -89,17 +89,17 @@ def train(
         skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
         updates = step - skipped_before
         rate = learning_rate(updates)
-        scalars = step_cell.optimiser.update_scalars(updates + 1, rate)
+        step_cell.optimiser.prepare(updates + 1, rate)
         if step == done and processes.count > 1:
             # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
-            step_cell.compile_for(scalars, batches[0].inputs())
+            step_cell.compile_for(batches[0].tensors())
             processes.wait_for_all("the first step")
-        loss, errors, norm = step_cell.take(scalars, inputs(numbers, batches))
+        loss, errors, norm = step_cell.take(tensors(numbers, batches))
         skipped_steps = scaler.skipped_steps if scaler else 0
         rows = [
             (group, float(error))
             for batch, errors_B in zip(batches, errors, strict=True)
-            for group, error in zip(batch.groups, errors_B.asnumpy(), strict=True)
+            for group, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
         ]
         everywhere = processes.exchange(f"step {step + 1}", [float(loss.asnumpy()), rows, stop_asked()])
         report = StepReport(

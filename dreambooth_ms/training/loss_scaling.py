@@ -7,7 +7,10 @@ numbers is skipped and the scale falls; after a window of good steps it grows.
 from dataclasses import dataclass
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+
+from dreambooth_ms.training.optimisers import state
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,8 @@ class LossScaler(nn.Cell):
     def __init__(self, scaling: LossScaling) -> None:
         super().__init__(auto_prefix=False)
         self.factor, self.window, self.dynamic = scaling.factor, scaling.window, scaling.dynamic
-        self.scale = Parameter(Tensor(scaling.start, ms.float32), name="loss_scale", requires_grad=False)
-        self.good_steps = Parameter(Tensor(0, ms.int32), name="good_steps", requires_grad=False)
-        self.skipped = Parameter(Tensor(0, ms.int32), name="skipped_steps", requires_grad=False)
+        self.scale = state("loss_scale", np.float32(scaling.start))
+        self.good_steps, self.skipped = state("good_steps", np.int32(0)), state("skipped_steps", np.int32(0))
 
     def state(self) -> list[Parameter]:
         """What a resumed run needs."""

@@ -3,12 +3,12 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import (
     FLOAT32,
-    Settings,
+    ActivationSettings,
     Trained,
     peak_activations,
     text_segment,
@@ -17,8 +17,13 @@ from dreambooth_ms.models.activation_memory import (
 from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
 
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-"""Layers whose adapters keep no more than the inputs of attention."""
+Ranks = Mapping[str, int | None]
+"""Of a network: the rank of the update of each layer that has one; None where its weights themselves are trained."""
+
+ATTENTION_ENDS = tuple(
+    f".{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+)
+"""Layers whose updates keep no more than the inputs of attention."""
 
 OPTIMISER_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "prodigy": 4 * FLOAT32, "adafactor": 0}
 """State of each optimiser by trained number: AdamW's are two moments; Adafactor's rows and columns are next to none."""
@@ -35,26 +40,16 @@ POOL_SHARE = 1.15
 """MindSpore's memory pool over the tensors that are in it at once (measured)."""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA: its rank, the ends of the names of the UNet's and the text encoders' adapted layers."""
-
-    rank: int
-    unet_targets: Sequence[str]
-    text_targets: Sequence[str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What decides how much memory a training needs."""
 
     unet: UNetSpec
-    text_encoders: Sequence[ClipTextSpec]
+    text_encoders: Sequence[ClipTextSpec] = ()
     """Those that are trained."""
-    adapter: Adapter | None
-    """None: all weights are trained."""
-    settings: Settings
-    """Rows that are computed together, size of latents, width of numbers; what is trained is told by `adapter`."""
+    ranks: Sequence[Ranks]
+    """Of the UNet, then of each text encoder."""
+    activations: ActivationSettings
     recomputed: bool = False
     """Whether the backward pass computes activations again."""
     bytes_of_weight: int = FLOAT32
@@ -85,17 +80,26 @@ class MemoryEstimate:
         return f"expected memory: {_gib(self.total)} GiB ({parts})"
 
 
+def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[str] | None = None) -> Ranks:
+    """One rank for the layers whose names end in one of the targets, or for all layers."""
+    layers = (name.rpartition(".")[0] for name in shapes)
+    ends = ("",) if targets is None else tuple(f".{target}" for target in targets)
+    return {layer: rank for layer in layers if layer.endswith(ends)}
+
+
 def estimate(work: Workload) -> MemoryEstimate:
     """The memory at the peak of a step on CPU."""
     shapes = [unet_shapes(work.unet), *map(clip_text_shapes, work.text_encoders)]
-    weights = sum(map(_numbers, shapes))
-    trained = weights if work.adapter is None else _adapter_numbers(work.adapter, shapes)
-    segments = list(unet_segments(work.unet, replace(work.settings, trained=_trained(work.adapter))))
+    frozen, trained = map(sum, zip(*map(_numbers, shapes, work.ranks), strict=True))
+    of_unet, *of_texts = map(_trained, work.ranks)
+    segments = unet_segments(work.unet, work.activations, of_unet)
+    texts = [
+        text_segment(spec, work.activations, of_text)
+        for spec, of_text in zip(work.text_encoders, of_texts, strict=True)
+    ]
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
-    texts = [text_segment(spec, replace(work.settings, trained=_trained(work.adapter))) for spec in work.text_encoders]
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
-    frozen = 0 if work.adapter is None else weights
     # The gradients joined, and their sums.
     copies = 2 + work.copies_of_trained + (2 if work.processes > 1 else 0)
     optimiser = trained * work.bytes_of_optimiser
@@ -132,14 +136,10 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _trained(adapter: Adapter | None) -> Trained:
-    if adapter is None or not set(adapter.unet_targets) <= set(ATTENTION_TARGETS):
-        return Trained.ALL
-    return Trained.ATTENTION
-
-
-def _numbers(shapes: Mapping[str, Shape]) -> int:
-    return sum(map(math.prod, shapes.values()))
+def _trained(ranks: Ranks) -> Trained:
+    if all(rank and layer.endswith(ATTENTION_ENDS) for layer, rank in ranks.items()):
+        return Trained.ATTENTION if ranks else Trained.NOTHING
+    return Trained.ALL
 
 
 def _kernels(networks: Iterable[Mapping[str, Shape]]) -> int:
@@ -147,16 +147,18 @@ def _kernels(networks: Iterable[Mapping[str, Shape]]) -> int:
     return sum(math.prod(shape) for shapes in networks for shape in shapes.values() if shape[2:] == (3, 3))
 
 
-def _adapter_numbers(adapter: Adapter, networks: Iterable[Mapping[str, Shape]]) -> int:
-    """Numbers of the factors A, rank x inputs, and B, outputs x rank, of every adapted layer."""
-    total = 0
-    for is_text, shapes in enumerate(networks):
-        targets = adapter.text_targets if is_text else adapter.unet_targets
-        endings = tuple(f".{target}.weight" for target in targets)
-        total += sum(
-            adapter.rank * (shape[0] + math.prod(shape[1:])) for name, shape in shapes.items() if name.endswith(endings)
-        )
-    return total
+def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:
+    """Numbers that are frozen and trained; an update has the factors A, rank x inputs, and B, outputs x rank."""
+    frozen = trained = 0
+    for name, shape in shapes.items():
+        layer, _, parameter = name.rpartition(".")
+        rank, size = ranks.get(layer, 0), math.prod(shape)
+        if rank is None:
+            trained += size
+        else:
+            frozen += size
+            trained += rank * (shape[0] + size // shape[0]) if parameter == "weight" else 0
+    return frozen, trained
 
 
 def _gib(size: int) -> str:

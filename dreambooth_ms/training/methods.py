@@ -141,9 +141,7 @@ def full(
         copy_base(folder, target, networks.keys())
         write_networks(target, step)
 
-    return _learner(
-        unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL
-    )
+    return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
 METHODS: dict[Method, Callable[..., Learner]] = {"lora": lora, "full": full}

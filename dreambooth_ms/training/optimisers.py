@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -14,25 +14,45 @@ _number_or = ops.MultitypeFuncGraph("number_or")
 _map = ops.HyperMap()
 
 
-class Optimiser(Protocol):
-    """What the training step, the loop and checkpoints ask of an optimiser, which is a cell.
+class Optimiser(nn.Cell):
+    """What the training step, the loop and checkpoints ask of an optimiser.
 
-    As a cell it takes (gradients, proceed, *scalars). Where `proceed`, a truth value (), does not hold, it leaves
-    everything as it is, whatever the gradients are; None holds always.
+    As a cell it takes (gradients, proceed). Where `proceed`, a truth value (), does not hold, it leaves everything as
+    it is, whatever the gradients are; None holds always.
     """
 
-    @property
-    def num_scalars(self) -> int:
-        """How many numbers `update_scalars` gives."""
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        hyperparameters: Any,
+        rate_factors: Sequence[float] | None = None,
+        decay_factors: Sequence[float] | None = None,
+    ) -> None:
+        """Each parameter's learning rate and weight decay over those of a step. None: 1 for all."""
+        super().__init__(auto_prefix=False)
+        self.parameters, self.hyperparameters = ParameterTuple(parameters), hyperparameters
+        self.rate_factors = tuple(rate_factors or [1.0] * len(parameters))
+        self.decay_factors = tuple(decay_factors or [1.0] * len(parameters))
+        for name in self.numbers(1, 0.0):
+            setattr(self, name, state(f"of_step.{name}", np.float32(0)))
+        self.make_moments(parameters)
+
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        """The end of the construction."""
+        raise NotImplementedError
 
     def moments(self) -> list[Parameter]:
         """The state, beside the parameters themselves, that a resumed run needs."""
+        raise NotImplementedError
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
-        """What changes from step to step and is computed by the host, for the update counted from 1."""
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
+        """What changes from step to step, for the update counted from 1; each is a float32 parameter of its name."""
+        raise NotImplementedError
 
-    def __call__(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, *scalars: Tensor) -> Any:
-        """Update the parameters and the state."""
+    def prepare(self, step: int, learning_rate: float) -> None:
+        """Set the numbers of the step that is taken next. As parameters they are seen without compiling again."""
+        for name, number in self.numbers(step, learning_rate).items():
+            getattr(self, name).set_data(Tensor(np.float32(number)))
 
 
 @dataclass(frozen=True)
@@ -45,57 +65,33 @@ class AdamWHyperparameters:
     epsilon: float = 1e-8
 
 
-class AdamW(nn.Cell):
+class AdamW(Optimiser):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2) on float32 parameters.
 
     One fused kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction,
-    which therefore enters through the three numbers of `update_scalars`; they are inputs, so nothing is compiled again
-    when the learning rate changes. With `proceed`, a truth value (), nothing changes where it does not hold.
+    which therefore enters through the numbers of a step.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdamWHyperparameters,
-        rate_factors: Sequence[float] | None = None,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        """Each parameter's learning rate and weight decay over those given with a step. None: 1 for all."""
-        super().__init__(auto_prefix=False)
-        self.parameters = ParameterTuple(parameters)
-        self.rate_factors = tuple(rate_factors or [1.0] * len(parameters))
-        self.decay_factors = tuple(decay_factors or [1.0] * len(parameters))
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
         self.first_moments = ParameterTuple([zeros_like(p, "first_moment") for p in parameters])
         self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
-        self.hyperparameters = hyperparameters
-        self.beta1, self.beta2 = hyperparameters.beta1, hyperparameters.beta2
+        self.beta1, self.beta2 = self.hyperparameters.beta1, self.hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
 
-    num_scalars = 3
-
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
         return [*self.first_moments, *self.second_moments]
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """See `adamw_scalars`."""
-        return adamw_scalars(self.hyperparameters, step, learning_rate)
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
+        return adamw_numbers(self.hyperparameters, step, learning_rate)
 
-    def construct(
-        self,
-        gradients: tuple[Tensor, ...],
-        proceed: Tensor | None,
-        learning_rate: Tensor,
-        epsilon: Tensor,
-        weight_decay: Tensor,
-    ) -> tuple[Tensor, ...]:
-        beta1, beta2 = self.beta1, self.beta2
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
+        learning_rate, beta1, beta2 = self.learning_rate, self.beta1, self.beta2
         if proceed is not None:
             # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is a number.
             gradients = _map(ops.partial(_number_or, proceed), gradients, self.first_moments)
             learning_rate = ops.select(proceed, learning_rate, learning_rate * 0.0)
             beta1, beta2 = _or_one(proceed, beta1), _or_one(proceed, beta2)
-        update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, epsilon, weight_decay)
+        update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, self.epsilon, self.weight_decay)
         return _map(
             update,
             self.rate_factors,
@@ -143,17 +139,16 @@ def _update_tensor(
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
 
 
-def adamw_scalars(h: AdamWHyperparameters, step: int, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+def adamw_numbers(h: AdamWHyperparameters, step: int, learning_rate: float) -> dict[str, float]:
     """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
     # The kernel holds the betas in float32; the corrections are those of these numbers.
     correction1 = 1 - float(np.float32(h.beta1)) ** step
     correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
-    scalars = (
-        learning_rate * correction2 / correction1,
-        h.epsilon * correction2,
-        h.weight_decay * correction1 / correction2,
-    )
-    return tuple(Tensor(np.float32(scalar)) for scalar in scalars)
+    return {
+        "learning_rate": learning_rate * correction2 / correction1,
+        "epsilon": h.epsilon * correction2,
+        "weight_decay": h.weight_decay * correction1 / correction2,
+    }
 
 
 def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:
@@ -163,7 +158,12 @@ def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Te
     return ops.assign(parameter, value)
 
 
-def zeros_like(parameter: Parameter, role: str) -> Parameter:
-    """A parameter of zeros that stands beside another one, such as a moment of its gradients."""
-    zeros = Tensor(np.zeros(parameter.shape, np.float32), ms.float32)
-    return Parameter(zeros, name=f"{role}.{parameter.name}", requires_grad=False)
+def zeros_like(parameter: Parameter, role: str, shape: tuple[int, ...] | None = None) -> Parameter:
+    """Zeros, of its shape unless there is another, that stand beside a parameter, such as a moment of its gradients."""
+    zeros = np.zeros(parameter.shape if shape is None else shape, np.float32)
+    return state(f"{role}.{parameter.name}", zeros)
+
+
+def state(name: str, value: np.ndarray | np.generic) -> Parameter:
+    """A parameter that no gradient goes to."""
+    return Parameter(Tensor(value), name=name, requires_grad=False)

@@ -8,13 +8,12 @@ start, seen along the gradients. Equations are those of the algorithm's lines.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import total
 from dreambooth_ms.training.flat_vectors import Joined, group_by_length
-from dreambooth_ms.training.optimisers import assign_if
+from dreambooth_ms.training.optimisers import Optimiser, assign_if, state
 
 FIRST_ESTIMATE = 1e-6
 """d_0, from which the estimate grows."""
@@ -37,10 +36,8 @@ class ProdigyHyperparameters:
     """Keep the learning rate out of the denominator of the estimate, so that a warm-up does not raise it."""
 
 
-class Prodigy(nn.Cell):
+class Prodigy(Optimiser):
     """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1."""
-
-    num_scalars = 1
 
     def __init__(
         self,
@@ -52,35 +49,35 @@ class Prodigy(nn.Cell):
 
         The parameters must have the values that training starts from.
         """
-        super().__init__(auto_prefix=False)
-        self.hyperparameters = hyperparameters
-        self.beta3 = hyperparameters.beta2**0.5 if hyperparameters.beta3 is None else hyperparameters.beta3
-        factors = decay_factors or [1.0] * len(parameters)
-        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, factors)]
+        super().__init__(parameters, hyperparameters, decay_factors=decay_factors)
+
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        h = self.hyperparameters
+        self.beta3 = h.beta2**0.5 if h.beta3 is None else h.beta3
+        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, self.decay_factors)]
         self.vectors = nn.CellList(
             [
-                _Vector(number, parameters[start:stop], hyperparameters, self.beta3, factors[start])
+                _Vector(number, parameters[start:stop], h, self.beta3, self.decay_factors[start])
                 for number, (start, stop) in enumerate(self.slices)
             ],
             auto_prefix=False,
         )
-        self.estimate = _number("prodigy_estimate", FIRST_ESTIMATE)
-        self.numerator = _number("prodigy_numerator", 0.0)
+        self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
+        self.numerator = state("prodigy_numerator", np.float32(0))
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
-        states = [state for vector in self.vectors for state in vector.state()]
-        return [*states, self.estimate, self.numerator]
+        moments = [moment for vector in self.vectors for moment in vector.state()]
+        return [*moments, self.estimate, self.numerator]
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
         h = self.hyperparameters
         correction = (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step) if h.use_bias_correction else 1.0
-        return (Tensor(np.float32(learning_rate * correction)),)
+        return {"learning_rate": learning_rate * correction}
 
-    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, learning_rate: Tensor) -> Tensor:
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
         before = self.estimate * 1.0
-        rate = before * learning_rate
+        rate = before * self.learning_rate
         numerator, denominator = self.numerator * self.beta3, rate * 0.0
         done = rate
         for number, vector in enumerate(self.vectors):
@@ -115,10 +112,10 @@ class _Vector(nn.Cell):
         self.safeguard_warmup = h.safeguard_warmup
         start = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
         zeros = np.zeros_like(start)
-        self.start = _state(f"prodigy_start_{number}", start)
-        self.first_moment = _state(f"first_moment_{number}", zeros)
-        self.second_moment = _state(f"second_moment_{number}", zeros)
-        self.gradient_sum = _state(f"prodigy_gradient_sum_{number}", zeros)
+        self.start = state(f"prodigy_start_{number}", start)
+        self.first_moment = state(f"first_moment_{number}", zeros)
+        self.second_moment = state(f"second_moment_{number}", zeros)
+        self.gradient_sum = state(f"prodigy_gradient_sum_{number}", zeros)
 
     def state(self) -> list[Parameter]:
         return [self.start, self.first_moment, self.second_moment, self.gradient_sum]
@@ -155,11 +152,3 @@ class _Vector(nn.Cell):
         if proceed is not None:
             updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
         return ops.depend(rate, self.joined.write(updated))
-
-
-def _number(name: str, value: float) -> Parameter:
-    return Parameter(Tensor(value, ms.float32), name=name, requires_grad=False)
-
-
-def _state(name: str, values: np.ndarray) -> Parameter:
-    return Parameter(Tensor(values), name=name, requires_grad=False)

@@ -10,36 +10,28 @@ from typing import Any
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.diffusion.objective import noisy_latents, per_row
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.ops.graph import after
-
-_NUM_LOSS_INPUTS = 6
-"""Inputs of `training.step.DiffusionLoss` before the conditioning."""
-
 
 _NOTHING: tuple[Any, ...] = ()
 """Where a tuple begins that grows in a compiled loop."""
 
 
-class GivenPrediction(nn.Cell):
-    """Stands where a loss has its denoiser: its conditioning is the prediction."""
-
-    def construct(self, noisy_BCHW: Tensor, timesteps_B: Tensor, prediction_BCHW: Tensor) -> Tensor:
-        return prediction_BCHW
-
-
 class RecomputedGradients(nn.Cell):
-    """What `ops.value_and_grad` of a loss cell gives, with one segment's activations in memory at a time.
+    """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time.
 
-    The loss cell's denoiser is `GivenPrediction`, and the segments are the denoiser that it stands for.
+    Args:
+        compare: prediction, target, weights, masks -> the loss and what is reported beside it.
+        num_masks: 1 if the rows have a mask.
+        denoiser: what predicts, in segments.
+        trainables: what it is differentiated by.
     """
 
-    def __init__(self, loss_cell: nn.Cell, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
+    def __init__(self, compare: nn.Cell, num_masks: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         segments = denoiser.segments
-        self.loss_and_gradient = ops.value_and_grad(loss_cell, _NUM_LOSS_INPUTS, None, has_aux=True)
-        self.loss_cell = loss_cell
+        self.loss_and_gradient = ops.value_and_grad(compare, 0, None, has_aux=True)
+        self.compare, self.num_masks = compare, num_masks
         self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
         self.count = len(segments)
         self.reads = tuple(segment.reads for segment in segments)
@@ -81,14 +73,14 @@ class RecomputedGradients(nn.Cell):
         """For each segment on the way back and each of its results: (who read it, counted from the loss; as what)."""
         self.segment_of, self.place_in_segment = zip(*(found[place] for place in range(len(trainables))), strict=True)
 
-    def construct(self, *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        latents, noise, timesteps, signal_B, sigma_B = inputs[:5]
-        signal, sigma = per_row(signal_B, latents.shape), per_row(sigma_B, latents.shape)
-        values = (noisy_latents(latents, noise, signal, sigma), timesteps) + inputs[_NUM_LOSS_INPUTS:]
+    def construct(
+        self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        masks, values = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
         for i in range(self.count):
             result = self.segments[i](*_chosen(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
-        loss_and_report, dprediction = self.loss_and_gradient(*inputs[:_NUM_LOSS_INPUTS], values[-1])
+        loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *masks)
         dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
         for number in range(len(self.backward)):
             i = self.backward[number]

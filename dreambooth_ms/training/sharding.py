@@ -39,7 +39,6 @@ class ShardedOptimiser(nn.Cell):
         bounds = part_bounds([parameter.size for parameter in trainables], processes.count)
         self.start, self.stop = bounds[processes.rank], bounds[processes.rank + 1]
         self.own = make(self.start, self.stop)
-        self.num_scalars = self.own.num_scalars
         parts = [list(trainables[start:stop]) for start, stop in pairwise(bounds)]
         self.share_parts = ShareParts(parts, processes.rank)
         # Not a parameter, which the cell would list; only what each process keeps, and in which order all of it stands.
@@ -48,12 +47,12 @@ class ShardedOptimiser(nn.Cell):
         )
         self._order = [name for kept in zip(*map(_by_role, self._kept), strict=True) for part in kept for name in part]
 
-    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None, *scalars: Tensor) -> tuple[Tensor, ...]:
-        return self.share_parts(self.own(gradients[self.start : self.stop], proceed, *scalars))
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
+        return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
 
-    def update_scalars(self, step: int, learning_rate: float) -> tuple[Tensor, ...]:
-        """What the host computes for a step."""
-        return self.own.update_scalars(step, learning_rate)
+    def prepare(self, step: int, learning_rate: float) -> None:
+        """Set the numbers of the step that is taken next."""
+        self.own.prepare(step, learning_rate)
 
     def moments(self) -> list[Parameter]:
         """This process's part of the state."""

@@ -4,12 +4,10 @@
 gradients, and one that updates.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.diffusion.noise_schedule import PredictionType
-from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.ops import SumOfSquares
 from dreambooth_ms.runtime.collective import SumOverProcesses
@@ -19,41 +17,55 @@ from dreambooth_ms.training.optimisers import Optimiser, zeros_like
 from dreambooth_ms.training.recomputation import RecomputedGradients
 
 
-class DiffusionLoss(nn.Cell):
-    """The row-wise loss of a batch (see `data.batches.Batch` for the rows).
+class WeightedError(nn.Cell):
+    """Prediction, target (B, C, H, W), weights (B,), a mask if there is one -> loss, and the error of each row (B,).
 
-    loss = sum over rows of coefficient_row * mean squared error_row. The coefficients hold what makes a method:
-    prior preservation, for one, is lambda_group / rows of the group.
+    loss = sum over rows of weight_row * error_row, and an error is the mean over the row of the squared difference, of
+    which a mask (B, C, H, W) of mean 1 counts each element. The weights hold what makes a method: prior preservation,
+    for one, is lambda of the concept / rows of the concept.
     """
 
-    def __init__(self, unet: nn.Cell, prediction_type: PredictionType) -> None:
+    def __init__(self, masked: bool) -> None:
         super().__init__(auto_prefix=False)
-        self.unet = unet
-        self.prediction_type = prediction_type
+        self.num_masks = int(masked)
 
     def construct(
-        self,
-        latents_BCHW: Tensor,
-        noise_BCHW: Tensor,
-        timesteps_B: Tensor,
-        signal_B: Tensor,
-        sigma_B: Tensor,
-        coefficients_B: Tensor,
-        *conditioning: Tensor,
+        self, prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor, *masks: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the unscaled error of each row (B,)."""
-        signal, sigma = per_row(signal_B, latents_BCHW.shape), per_row(sigma_B, latents_BCHW.shape)
-        noisy = noisy_latents(latents_BCHW, noise_BCHW, signal, sigma)
-        target = diffusion_target(self.prediction_type, latents_BCHW, noise_BCHW, signal, sigma)
-        errors_B = mean_squared_error(self.unet(noisy, timesteps_B, *conditioning), target)
-        return (errors_B * coefficients_B).sum(), errors_B
+        difference = prediction_BCHW - target_BCHW
+        squares = difference * difference
+        if self.num_masks:
+            squares = squares * masks[0]
+        errors_B = squares.mean((1, 2, 3))
+        return (errors_B * weight_B).sum(), errors_B
+
+
+class DiffusionLoss(nn.Cell):
+    """Predict, compare, weigh: the rows of a batch as `data.batches.Batch.tensors` gives them -> see `WeightedError`.
+
+    Objectives, methods and families differ in the values of the rows alone.
+
+    Args:
+        denoiser: what it reads of the rows, in order -> prediction (B, C, H, W).
+        masked: whether the rows have a mask.
+    """
+
+    def __init__(self, denoiser: nn.Cell, masked: bool = False) -> None:
+        super().__init__(auto_prefix=False)
+        self.denoiser, self.compare = denoiser, WeightedError(masked)
+        self.num_masks = self.compare.num_masks
+
+    def construct(self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        masks, inputs = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
+        return self.compare(self.denoiser(*inputs), target_BCHW, weight_B, *masks)
 
 
 class TrainStep(CompiledCell):
-    """loss_cell(*inputs) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
+    """loss_cell(*batch) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
-    Where several processes train as one, `sum_gradients` gives the gradients of all their rows. With a `scaler`, steps
-    whose gradients overflow are skipped. With `recomputed`, see `loss_and_gradients`.
+    The optimiser must be prepared for the step. Where several processes train as one, `sum_gradients` gives the
+    gradients of all their rows. With a `scaler`, steps whose gradients overflow are skipped. With `recomputed`, see
+    `loss_and_gradients`.
     """
 
     def __init__(
@@ -67,34 +79,26 @@ class TrainStep(CompiledCell):
         recomputed: Segments | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.loss_cell = ScaledLoss(loss_cell, scaler)
-        self.trainables = ParameterTuple(trainables)
         self.optimiser, self.scaler = optimiser, scaler
-        self.num_scalars = optimiser.num_scalars
         clip = ClipByGlobalNorm([parameter.shape for parameter in trainables], max_grad_norm)
         self.update = Update(optimiser, clip, sum_gradients, scaler)
-        self.loss_and_gradients = loss_and_gradients(self.loss_cell, self.trainables, recomputed)
+        self.loss_and_gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
         self.set_train(True)
 
-    def construct(self, *scalars_and_inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, the loss cell's report, and the norm of the gradients before the clip.
-
-        The optimiser's scalars come first, then the loss cell's inputs.
-        """
-        (_, loss, report), gradients = self.loss_and_gradients(*scalars_and_inputs[self.num_scalars :])
-        norm = self.update(gradients, *scalars_and_inputs[: self.num_scalars])
+    def construct(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, the loss cell's report, and the norm of the gradients before the clip."""
+        (_, loss, report), gradients = self.loss_and_gradients(*batch)
+        norm = self.update(gradients)
         return ops.depend(loss, norm), report, norm
 
-    def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
-        """Compile for such inputs, without taking a step."""
-        self.compile(*scalars, *batch)
+    def compile_for(self, batch: Sequence[Tensor]) -> None:
+        """Compile for such a batch, without taking a step."""
+        self.compile(*batch)
 
-    def take(
-        self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+    def take(self, batches: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
         """A step whose rows are one batch: loss, the loss cell's reports, norm of the gradients."""
         (batch,) = batches
-        loss, report, norm = self(*scalars, *batch)
+        loss, report, norm = self(*batch)
         return loss, [report], norm
 
 
@@ -112,45 +116,37 @@ class AccumulatingTrainStep:
         recomputed: Segments | None = None,
     ) -> None:
         self.optimiser, self.scaler = optimiser, scaler
+        gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
         sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-        self._add_gradients = _AddGradients(ScaledLoss(loss_cell, scaler), trainables, sums, recomputed)
+        self._add_gradients = _AddGradients(gradients, sums)
         clip = ClipByGlobalNorm([total.shape for total in sums], max_grad_norm)
         self._update = _UpdateFromSums(sums, Update(optimiser, clip, sum_gradients, scaler))
 
-    def compile_for(self, scalars: Sequence[Tensor], batch: Sequence[Tensor]) -> None:
-        """Compile for such inputs, without taking a step."""
+    def compile_for(self, batch: Sequence[Tensor]) -> None:
+        """Compile for such a batch, without taking a step."""
         self._add_gradients.compile(Tensor(True), *batch)
-        self._update.compile(*scalars)
+        self._update.compile()
 
-    def take(
-        self, scalars: Sequence[Tensor], batches: Iterable[Sequence[Tensor]]
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+    def take(self, batches: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
         """Loss over all batches, the loss cell's report of each, norm of the summed gradients."""
         losses, reports = [], []
         for number, batch in enumerate(batches):
             loss, report = self._add_gradients(Tensor(number == 0), *batch)
             losses.append(loss)
             reports.append(report)
-        return sum(losses[1:], losses[0]), reports, self._update(*scalars)
+        return sum(losses[1:], losses[0]), reports, self._update()
 
 
 class _AddGradients(CompiledCell):
     """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
-    def __init__(
-        self,
-        loss_cell: nn.Cell,
-        trainables: Sequence[Parameter],
-        sums: ParameterTuple,
-        recomputed: Segments | None,
-    ) -> None:
+    def __init__(self, loss_and_gradients: nn.Cell, sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
-        self.loss_cell, self.trainables, self.sums = loss_cell, ParameterTuple(trainables), sums
-        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, recomputed)
+        self.loss_and_gradients, self.sums = loss_and_gradients, sums
         self.set_train(True)
 
-    def construct(self, is_first: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        (_, loss, report), gradients = self.loss_and_gradients(*inputs)
+    def construct(self, is_first: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        (_, loss, report), gradients = self.loss_and_gradients(*batch)
         added = _map(ops.partial(_add_to, is_first), self.sums, gradients)
         return ops.depend(loss, added), report
 
@@ -162,12 +158,12 @@ class _UpdateFromSums(CompiledCell):
         super().__init__(auto_prefix=False)
         self.sums, self.update = sums, update
 
-    def construct(self, *scalars: Tensor) -> Tensor:
-        return self.update(self.sums, *scalars)
+    def construct(self) -> Tensor:
+        return self.update(self.sums)
 
 
 class Update(nn.Cell):
-    """Sum over processes, clip, and the optimiser's update: gradients, the optimiser's scalars -> norm before the clip.
+    """Sum over processes, clip, and the optimiser's update: gradients -> their norm before the clip.
 
     With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. If their
     norm is no number, which holds if any of them is none, the optimiser leaves everything as it is. That is decided of
@@ -184,15 +180,15 @@ class Update(nn.Cell):
         super().__init__(auto_prefix=False)
         self.optimiser, self.clip, self.sum_gradients, self.scaler = optimiser, clip, sum_gradients, scaler
 
-    def construct(self, gradients: tuple[Tensor, ...], *scalars: Tensor) -> Tensor:
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
         if self.sum_gradients is not None:
             gradients = self.sum_gradients(gradients)
         if self.scaler is None:
             gradients, norm = self.clip(gradients)
-            return ops.depend(norm, self.optimiser(gradients, None, *scalars))
+            return ops.depend(norm, self.optimiser(gradients, None))
         gradients, norm = self.clip(gradients, 1 / self.scaler.scale)
         finite = ops.isfinite(norm)
-        updated = self.optimiser(gradients, finite, *scalars)
+        updated = self.optimiser(gradients, finite)
         return ops.depend(norm, (updated, self.scaler(finite)))
 
 
@@ -219,15 +215,22 @@ class ClipByGlobalNorm(nn.Cell):
 
 
 def loss_and_gradients(
-    loss_cell: nn.Cell, trainables: ParameterTuple, recomputed: Segments | None
-) -> Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """inputs -> what the loss cell gives, and the gradients of its first result.
-
-    With `recomputed`, activations of the denoiser are computed again; the loss cell's own is a `GivenPrediction`.
-    """
+    loss_cell: nn.Cell, trainables: ParameterTuple, scaler: LossScaler | None, recomputed: Segments | None
+) -> nn.Cell:
+    """batch -> (scaled loss, loss, report), gradients of the first; `recomputed`: of a `DiffusionLoss`'s denoiser."""
     if recomputed is None:
-        return ops.value_and_grad(loss_cell, None, trainables, has_aux=True)
-    return RecomputedGradients(loss_cell, recomputed, trainables)
+        return _Gradients(ScaledLoss(loss_cell, scaler), trainables)
+    return RecomputedGradients(ScaledLoss(loss_cell.compare, scaler), loss_cell.num_masks, recomputed, trainables)
+
+
+class _Gradients(nn.Cell):
+    def __init__(self, loss_cell: nn.Cell, trainables: ParameterTuple) -> None:
+        super().__init__(auto_prefix=False)
+        self.loss_cell, self.trainables = loss_cell, trainables
+        self.differentiate = ops.value_and_grad(loss_cell, None, trainables, has_aux=True)
+
+    def construct(self, *batch: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return self.differentiate(*batch)
 
 
 _scale = ops.MultitypeFuncGraph("scale")

@@ -1,5 +1,7 @@
 """The reference networks, small and with seeded weights, and how their results are compared with ours."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -202,3 +204,14 @@ def _disturbed(module: torch.nn.Module) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return module.eval()
+
+
+def as_drawn(objective):
+    """The same draws with the clean latents as what the network reads, and the noise as its target."""
+
+    def columns_of(generators):
+        columns = objective(generators)
+        zeros = np.zeros(len(columns.time))
+        return replace(columns, in_x=zeros + 1, in_n=zeros, out_x=zeros, out_n=zeros + 1)
+
+    return columns_of

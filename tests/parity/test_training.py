@@ -5,7 +5,7 @@ loss written out group by group.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,8 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.objectives import Columns, draw_columns, epsilon
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
@@ -32,7 +33,7 @@ from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
-from tests.parity.reference import normal, relative_error, worst_gradient_error
+from tests.parity.reference import as_drawn, normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
 RANK, ALPHA, TARGETS = 4, 6, ["to_q", "to_k", "to_v", "to_out.0"]
@@ -139,15 +140,14 @@ def plan_of(batch_size, prior):
     return Plan(groups if prior else groups[:1], batch_size, Framing(32, False, True), seed=5)
 
 
-def batches_of(plan, schedule, posterior, text, loss_weights, batches_per_step=1, num_add_time_ids=0):
+def batches_of(plan, objective, posterior, text, batches_per_step=1, num_add_time_ids=0):
     """Batches from a posterior and a text for each record."""
     known = [record for group in plan.groups for record in group]
     return BatchMaker(
         plan=plan,
         posteriors={view: posterior(known.index(view.record)) for view in plan.views(0, 60)},
         texts={record.prompt: PromptText(*text(i)) for i, record in enumerate(known)},
-        schedule=schedule,
-        loss_weights=loss_weights,
+        objective=objective,
         scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
         batches_per_step=batches_per_step,
@@ -191,17 +191,15 @@ class Training:
             for factor in (TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR)
         )
         self.optimiser = AdamW(self.learner.parameters, HYPERPARAMETERS, rates, decays)
-        self.loss = DiffusionLoss(self.learner.denoiser, folder.trained_schedule().prediction_type)
+        self.loss = DiffusionLoss(self.learner.denoiser)
         self.step_cells = {}
 
     def batches(self, case):
-        kind = PredictionType(self.trained.kind)
         return batches_of(
             plan_of(case.batch_size, case.prior),
-            self.schedule,
+            draw_columns(self.trained.kind, self.schedule, GAMMA if case.min_snr else None),
             posterior=lambda i: normal(2, *LATENTS, seed=i),
             text=self.token_ids if self.trained.text else self.embedding,
-            loss_weights=lambda t: self.schedule.min_snr_weights(t, GAMMA, kind) if case.min_snr else np.ones(len(t)),
             batches_per_step=case.batches_per_step,
             num_add_time_ids=self.num_add_time_ids,
         )
@@ -293,10 +291,10 @@ class Reference:
                 parameter.copy_(torch.tensor(start[name]))
 
     def row_errors(self, batch):
-        """Mean squared error of each row."""
-        latents, noise = map(torch.tensor, (batch.latents, batch.noise))
+        """Mean squared error of each row of a batch as it was drawn: latents in, noise out."""
+        latents, noise = map(torch.tensor, (batch.inputs["sample"], batch.target))
         text, added = self.conditioning(batch)
-        timesteps = torch.tensor(batch.timesteps).long()
+        timesteps = torch.tensor(batch.inputs["timestep"]).long()
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
         target = noise if self.kind == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
@@ -304,7 +302,8 @@ class Reference:
 
     def conditioning(self, batch):
         """What the UNet reads: text, and for SDXL pooled text and the numbers of the pictures."""
-        text, pooled, add_time_ids = map(torch.tensor, (batch.text, batch.pooled, batch.add_time_ids))
+        read = {name: torch.tensor(rows) for name, rows in batch.inputs.items()}
+        text, pooled = read["input_ids" if self.text_encoders else "encoder_hidden_states"], read.get("text_embeds")
         if len(self.text_encoders) == 1:
             text = self.text_encoders["text_encoder"](text.long()).last_hidden_state
         elif self.text_encoders:
@@ -312,7 +311,7 @@ class Reference:
             first = self.text_encoders["text_encoder"](ids, output_hidden_states=True)
             second = self.text_encoders["text_encoder_2"](ids_2, output_hidden_states=True)
             text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2), second.text_embeds
-        return text, {"text_embeds": pooled, "time_ids": add_time_ids} if add_time_ids.numel() else None
+        return text, {"text_embeds": pooled, "time_ids": read["time_ids"]} if "time_ids" in read else None
 
     def min_snr(self, timesteps):
         """Hang et al., 2023, equation 11 and its form for the velocity."""
@@ -321,9 +320,10 @@ class Reference:
         return snr.clamp(max=GAMMA) / (snr if self.kind == "epsilon" else snr + 1)
 
 
-def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, steps=STEPS):
-    """The same steps in torch, each of one batch."""
+def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, steps=STEPS, change=lambda batch: batch):
+    """The same steps in torch on the same draws, each of one batch, which is changed first."""
     reference = Reference(training.path, case.trained, training.start)
+    drawn = replace(batches, objective=as_drawn(batches.objective))
     trained = reference.parameters
     groups = [
         {
@@ -339,9 +339,9 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
     optimiser = torch.optim.AdamW(groups if case.trained.text else groups[:1])
     reports, gradients = [], None
     for step in range(steps):
-        batch = batches(step)
+        batch = change(drawn(step))
         errors = reference.row_errors(batch)
-        weighted = errors * reference.min_snr(batch.timesteps) if case.min_snr else errors
+        weighted = errors * reference.min_snr(batch.inputs["timestep"]) if case.min_snr else errors
         size = case.batch_size
         loss, losses = weighted[:size].mean(), {INSTANCE: errors[:size].mean()}
         if case.prior:
@@ -447,9 +447,7 @@ def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
     assert max(abs(one.loss / expected.loss - 1) for one, expected in losses) > 10 * LOSS
     if case.batch_size > 1 or case.prior:
         for field in read_fields(case.trained):
-            other = run_reference(
-                training, lambda number, field=field: with_next_rows(field, batches(number)), case, steps=1
-            )
+            other = run_reference(training, batches, case, steps=1, change=partial(with_next_rows, field))
             assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
     if case.trained.text:
         other = run_reference(training, batches, case, text_rate_factor=1.0)
@@ -459,13 +457,14 @@ def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
 
 def read_fields(trained):
     """What the reference reads of the rows' conditioning: it finds the ends of token ids by itself."""
+    text = "input_ids" if trained.text else "encoder_hidden_states"
     if not trained.sdxl:
-        return ("text",)
-    return ("text", "add_time_ids") if trained.text else ("text", "pooled", "add_time_ids")
+        return (text,)
+    return (text, "time_ids") if trained.text else (text, "text_embeds", "time_ids")
 
 
 def with_next_rows(field, batch):
-    return replace(batch, **{field: np.roll(getattr(batch, field), 1, axis=0)})
+    return replace(batch, inputs=batch.inputs | {field: np.roll(batch.inputs[field], 1, axis=0)})
 
 
 def test_training_leaves_every_bit_of_the_base_as_it_was(compared):
@@ -491,48 +490,66 @@ def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
     assert furthest < ONE_WEIGHT
 
 
+def test_a_batch_is_named_as_its_denoiser_reads_it(compared):
+    names = tuple(compared.batches(0).inputs)
+    assert names == compared.training.learner.denoiser.input_names
+    assert len(names) == (5 if compared.case.trained.sdxl else 3)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
     """Pictures and prompts are their own numbers here, so that each row says what it is made of."""
     plan = plan_of(batch_size, prior=True)
-    schedule = NoiseSchedule.from_spec(NoiseScheduleSpec())
     make_batch = batches_of(
         plan,
-        schedule,
+        weighted_by_time,
         # A log-variance of -60 leaves the mean as it is.
         posterior=lambda i: np.stack([np.full(LATENTS, i, np.float32), np.full(LATENTS, -60, np.float32)]),
         text=lambda i: (np.full(TEXT, 100 + i, np.float32), np.full(3, 200 + i, np.float32)),
-        loss_weights=weight_of,
         num_add_time_ids=6,
     )
+    make_drawn = replace(make_batch, objective=as_drawn(weighted_by_time))
     known = [record for group in plan.groups for record in group]
     used, seen, noise = set(), set(), []
     for step in range(10):
-        batch = make_batch(step)
-        assert batch.groups == (INSTANCE,) * batch_size + (CLASS,) * batch_size
-        assert len({len(field) for field in vars(batch).values()}) == 1
+        batch, drawn = make_batch(step), make_drawn(step)
+        assert batch.concepts == (INSTANCE,) * batch_size + (CLASS,) * batch_size
+        assert {len(field) for field in (batch.target, batch.weight, *batch.inputs.values())} == {2 * batch_size}
         for row, view in enumerate(plan.rows(step)):
             number = known.index(view.record)
-            assert (np.abs(batch.latents[row] - number * SCALING_FACTOR) < 1e-6).all()
-            assert (batch.text[row] == 100 + number).all()
-            assert (batch.pooled[row] == 200 + number).all()
+            read = {name: rows[row] for name, rows in batch.inputs.items()}
+            latents = drawn.inputs["sample"][row]
+            assert (np.abs(latents - number * SCALING_FACTOR) < 1e-6).all()
+            assert (read["encoder_hidden_states"] == 100 + number).all()
+            assert (read["text_embeds"] == 200 + number).all()
             (width, height), (top, left) = view.record.size, corner(view)
-            assert batch.add_time_ids[row].tolist() == [height, width, top, left, 32, 32]
+            assert read["time_ids"].tolist() == [height, width, top, left, 32, 32]
             seen |= {("mirrored", view.flip), ("below the top", top > 0), ("right of the left", left > 0)}
-            assert batch.groups[row] == view.record.group
-            weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * weight_of(batch.timesteps[row])
-            assert batch.coefficients[row] == np.float32(weight / batch_size)
-            alpha = schedule.alphas_cumprod[batch.timesteps[row]]
-            assert (batch.signal[row] ** 2, batch.sigma[row] ** 2) == pytest.approx((alpha, 1 - alpha), rel=1e-5)
+            assert batch.concepts[row] == view.record.group
+            timestep = int(read["timestep"])
+            weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * (1 + timestep / 1000)
+            assert batch.weight[row] == np.float32(weight / batch_size)
+            alpha = SCHEDULE.alphas_cumprod[timestep]
+            noisy = alpha**0.5 * latents + (1 - alpha) ** 0.5 * batch.target[row]
+            assert read["sample"] == pytest.approx(noisy, rel=1e-5, abs=1e-5)
             used.add(number)
-            noise.append(batch.noise[row].tobytes())
+            noise.append(batch.target[row].tobytes())
     assert used == set(range(7))
     assert {("mirrored", True), ("mirrored", False), ("below the top", True)} <= seen
     assert len(set(noise)) == len(noise)
 
 
+SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
+
+
+def weighted_by_time(generators):
+    """The noise is predicted, and rows weigh 1 to 2 by their timestep."""
+    columns = epsilon(SCHEDULE, generators)
+    return replace(columns, weight=1 + columns.time / 1000)
+
+
 class Readout(nn.Cell):
-    """A denoiser whose prediction can be told by hand: noisy latents plus the means of all that it is told."""
+    """A denoiser whose prediction can be told by hand: noisy latents plus the means of all that it reads."""
 
     def construct(self, noisy_BCHW, timesteps_B, text, pooled, add_time_ids):
         told_B = text.mean((1, 2)) + pooled.mean(1) + add_time_ids.mean(1) + timesteps_B * 0.001
@@ -543,32 +560,58 @@ class Readout(nn.Cell):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynative):
     """Picture by picture, in float64, from the plan alone: no row may take another's prompt, pooled text or numbers."""
-    plan, schedule = plan_of(batch_size, prior), NoiseSchedule.from_spec(NoiseScheduleSpec())
+    plan = plan_of(batch_size, prior)
     known = [record for group in plan.groups for record in group]
     texts = {record: (normal(*SDXL_TEXT_SHAPE, seed=i), normal(POOLED, seed=i)) for i, record in enumerate(known)}
     make_batch = batches_of(
         plan,
-        schedule,
+        weighted_by_time,
         posterior=lambda i: normal(2, *LATENTS, seed=i),
         text=lambda i: texts[known[i]],
-        loss_weights=weight_of,
         num_add_time_ids=6,
     )
-    loss_cell = DiffusionLoss(Readout(), PredictionType.EPSILON)
+    make_drawn = replace(make_batch, objective=as_drawn(weighted_by_time))
+    loss_cell = DiffusionLoss(Readout())
     for step in range(3):
-        batch, expected = make_batch(step), 0.0
+        drawn, expected = make_drawn(step), 0.0
         for row, view in enumerate(plan.rows(step)):
             (text, pooled), (width, height) = texts[view.record], view.record.size
-            timestep = int(batch.timesteps[row])
+            latents, noise = drawn.inputs["sample"][row], drawn.target[row]
+            timestep = int(drawn.inputs["timestep"][row])
             told = text.astype(float).mean() + pooled.astype(float).mean() + timestep * 0.001
             told += np.mean([height, width, *corner(view), 32, 32])
-            alpha = schedule.alphas_cumprod[timestep]
-            noisy = batch.latents[row] * alpha**0.5 + batch.noise[row] * (1 - alpha) ** 0.5
-            error = np.mean((noisy + told - batch.noise[row]) ** 2)
+            alpha = SCHEDULE.alphas_cumprod[timestep]
+            noisy = latents * alpha**0.5 + noise * (1 - alpha) ** 0.5
+            error = np.mean((noisy + told - noise) ** 2)
             weight = PRIOR_LOSS_WEIGHT if view.record.group == CLASS else 1.0
-            expected += weight * weight_of(timestep) * error / batch_size
-        loss, _ = loss_cell(*batch.inputs())
+            expected += weight * (1 + timestep / 1000) * error / batch_size
+        loss, _ = loss_cell(*make_batch(step).tensors())
         assert float(loss.asnumpy()) == pytest.approx(expected, rel=1e-5)
+
+
+def clean_latents(generators):
+    """A toy objective: the clean latents from latents with noise of a strength from 0 to 3, which is also the time."""
+    strength = np.array([3 * rng.random() for rng in generators])
+    ones = np.ones(len(strength))
+    return Columns(in_x=ones, in_n=strength, out_x=ones, out_n=0 * ones, time=strength, weight=1 / (1 + strength))
+
+
+def test_an_objective_is_one_function(training_of):
+    """The step that predicts noise takes it as it is: its loss is that of diffusers' network on such rows."""
+    case, training = Case(LORA, 2, False), training_of(LORA)
+    batches = replace(training.batches(case), objective=clean_latents)
+    report = training.run(batches).reports[0]
+    batch, drawn = batches(0), replace(batches, objective=as_drawn(clean_latents))(0)
+    latents, noise, strength = drawn.inputs["sample"], drawn.target, batch.inputs["timestep"]
+    assert (strength % 1 != 0).all()
+    sample = latents + strength.reshape(-1, 1, 1, 1) * noise
+    network = Reference(training.path, case.trained, training.start)
+    text, _ = network.conditioning(batch)
+    with torch.no_grad():
+        prediction = network.unet(torch.tensor(sample), torch.tensor(strength), text).sample.numpy()
+    errors = ((prediction - latents) ** 2).mean((1, 2, 3))
+    assert report.group_losses[INSTANCE] == pytest.approx(errors.mean(), rel=LOSS)
+    assert report.loss == pytest.approx((errors / (1 + strength)).mean(), rel=LOSS)
 
 
 def corner(view):
@@ -581,7 +624,3 @@ def corner(view):
     levels = np.asarray(ImageOps.mirror(resized) if view.flip else resized)
     top, left = np.argwhere(levels >= 254).min(0)
     return int(top), int(left)
-
-
-def weight_of(timesteps):
-    return 1 + timesteps / 1000

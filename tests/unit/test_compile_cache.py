@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_no_entry(cache, monkeypatch):
 def test_an_entry_that_another_process_wrote_meanwhile_stays(kept, monkeypatch):
     (entry,) = entries(kept)
     before = {path.name: path.read_bytes() for path in entry.iterdir()}
-    monkeypatch.setattr(CompileCache, "_put_in_place", lambda self, entry: {})
+    monkeypatch.setattr(CompileCache, "_copy_to_mindspore", lambda self, entry: {})
     monkeypatch.setattr(CompileCache, "_remove", lambda self, entry: None)
     computed(kept)
     assert [path.name for path in kept.folder.iterdir()] == [entry.name]

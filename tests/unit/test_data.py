@@ -17,11 +17,12 @@ from dreambooth_ms.data.pictures import CropBox
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.objectives import epsilon
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
 from dreambooth_ms.training.loop import group_means
-from tests.parity.reference import normal
+from tests.parity.reference import as_drawn, normal
 
 LOOSE = Framing(resolution=32, center_crop=False, random_flip=True)
 """Pictures of 80 x 64 have 9 crops at 32 pixels, and two sides each."""
@@ -130,20 +131,34 @@ LATENTS = (4, 6, 10)
 PRIOR_LOSS_WEIGHT = 0.7
 
 
-def maker(wanted, batches_per_step=1, noise_offset=0.0):
-    """Batches of a plan: latents of their own for each picture, and rows that weigh 1 to 2 by their timestep."""
+SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
+
+
+def weighted_by_time(generators):
+    """Noise as the target, and rows that weigh 1 to 2 by their timestep."""
+    columns = epsilon(SCHEDULE, generators)
+    return replace(columns, weight=1 + columns.time / 1000)
+
+
+def maker(wanted, batches_per_step=1, noise_offset=0.0, objective=weighted_by_time):
+    """Batches of a plan: latents of their own for each picture."""
     known = [record for group in wanted.groups for record in group]
     return BatchMaker(
         plan=wanted,
         posteriors={view: normal(2, *LATENTS, seed=known.index(view.record)) for view in wanted.views(0, 60)},
         texts={record.prompt: PromptText(normal(7, 3, seed=i)) for i, record in enumerate(known)},
-        schedule=NoiseSchedule.from_spec(NoiseScheduleSpec()),
-        loss_weights=lambda timesteps: 1 + timesteps / 1000,
+        objective=objective,
         scaled=VaeSpec(scaling_factor=0.5).scaled,
         group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
         batches_per_step=batches_per_step,
         noise_offset=noise_offset,
     )
+
+
+def fields(batch):
+    """Everything that a batch has for each row, by name."""
+    named = {name: value for name, value in vars(batch).items() if name != "inputs" and value is not None}
+    return named | batch.inputs
 
 
 class TestRows:
@@ -152,12 +167,12 @@ class TestRows:
         small = maker(plan(5, 1, class_count=3), batches_per_step=2, noise_offset=0.1)
         large = maker(plan(5, 2, class_count=3), noise_offset=0.1)
         for step in range(6):
-            first, second, both = vars(small(2 * step)), vars(small(2 * step + 1)), vars(large(step))
+            first, second, both = (fields(made) for made in (small(2 * step), small(2 * step + 1), large(step)))
             for field, rows in both.items():
                 cut = [part[field][row] for row in (0, 1) for part in (first, second)]
                 assert np.array_equal(rows, np.array(cut)), field
-            assert len({row.tobytes() for row in both["noise"]}) == 4
-            assert len(set(both["timesteps"])) > 1
+            assert len({row.tobytes() for row in both["target"]}) == 4
+            assert len(set(both["timestep"])) > 1
 
     @pytest.mark.parametrize(("batch_size", "batches_per_step"), [(1, 1), (3, 1), (1, 4), (2, 3)])
     def test_the_coefficients_of_a_step_are_the_rows_weights_over_the_rows_of_their_group(
@@ -166,23 +181,24 @@ class TestRows:
         make = maker(plan(5, batch_size, class_count=2), batches_per_step)
         for number in range(batches_per_step):
             batch = make(number)
-            lambdas = np.array([1.0 if group == INSTANCE else PRIOR_LOSS_WEIGHT for group in batch.groups])
-            expected = lambdas * (1 + batch.timesteps / 1000) / (batch_size * batches_per_step)
-            assert batch.coefficients == pytest.approx(expected, rel=1e-6)  # float32 rounding
+            lambdas = np.array([1.0 if concept == INSTANCE else PRIOR_LOSS_WEIGHT for concept in batch.concepts])
+            expected = lambdas * (1 + batch.inputs["timestep"] / 1000) / (batch_size * batches_per_step)
+            assert batch.weight == pytest.approx(expected, rel=1e-6)  # float32 rounding
 
     def test_the_noise_offset_is_one_constant_per_channel_and_row(self):
         """Beside the noise that there is without it, of the given strength, and of its own for every row."""
         wanted, strength = plan(5, 2, class_count=3), 0.3
-        make, make_plain = maker(wanted, noise_offset=strength), maker(wanted)
+        objective = as_drawn(weighted_by_time)
+        make, make_plain = (maker(wanted, noise_offset=offset, objective=objective) for offset in (strength, 0.0))
         offsets = []
         for number in range(60):
-            with_offset, without = make(number), make_plain(number)
-            offset = with_offset.noise - without.noise
+            with_offset, without = fields(make(number)), fields(make_plain(number))
+            offset = with_offset["target"] - without["target"]
             # Rounding of float32 sums of size 4.
             assert np.ptp(offset, axis=(2, 3)).max() < 2e-6
             offsets.append(offset[:, :, 0, 0])
-            for field in ("latents", "timesteps", "coefficients"):
-                assert np.array_equal(vars(with_offset)[field], vars(without)[field])
+            for field in ("sample", "timestep", "weight"):
+                assert np.array_equal(with_offset[field], without[field])
         draws = np.array(offsets) / strength
         assert len(np.unique(np.round(draws, 4))) > 0.9 * draws.size
         # Five standard deviations of the estimates from 960 draws of N(0, 1).

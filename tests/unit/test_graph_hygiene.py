@@ -9,7 +9,6 @@ from mindspore import Tensor
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.data.batches import Batch
-from dreambooth_ms.diffusion.noise_schedule import PredictionType
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.compile_cache import CompileCache, use_compile_cache
@@ -26,15 +25,18 @@ def batch(number, height=8):
     """The rows of a batch with captions and noise of their own; `height` is that of the latents."""
     rng = np.random.default_rng(number)
     latents, noise = rng.standard_normal((2, 2, 4, height, 8), dtype=np.float32)
+    timesteps = rng.integers(1000, size=2)
+    signal, sigma = (np.array(values, np.float32).reshape(-1, 1, 1, 1) for values in ([0.8, 0.6], [0.6, 0.8]))
+    text = rng.standard_normal((2, TOKENS, toy_networks.SD_UNET.cross_attention_dim), dtype=np.float32)
     return Batch(
-        latents=latents,
-        noise=noise,
-        timesteps=rng.integers(1000, size=2).astype(np.int32),
-        signal=np.array([0.8, 0.6], np.float32),
-        sigma=np.array([0.6, 0.8], np.float32),
-        text=rng.standard_normal((2, TOKENS, toy_networks.SD_UNET.cross_attention_dim), dtype=np.float32),
-        coefficients=np.full(2, 0.5, np.float32),
-        groups=("instance", "instance"),
+        inputs={
+            "sample": signal * latents + sigma * noise,
+            "timestep": timesteps.astype(np.float32),
+            "encoder_hidden_states": text,
+        },
+        target=noise,
+        weight=np.full(2, 0.5, np.float32),
+        concepts=("instance", "instance"),
     )
 
 
@@ -50,7 +52,7 @@ def begin(cache):
     initialise_lora(layers, 0)
     trainables = lora_trainables(layers)
     optimiser = AdamW(trainables, AdamWHyperparameters())
-    cell = TrainStep(DiffusionLoss(unet, PredictionType.EPSILON), trainables, optimiser, 1.0)
+    cell = TrainStep(DiffusionLoss(unet), trainables, optimiser, 1.0)
 
     def run(steps, begin_batch=None, make_batch=batch):
         with use_compile_cache(cache):

@@ -33,12 +33,12 @@ def no_dead_cells():
 class Rows:
     """A batch of the square loss, as the loop takes it."""
 
-    groups = ("instance",) * 2
+    concepts = ("instance",) * 2
 
     def __init__(self, x, y):
         self.x, self.y = x, y
 
-    def inputs(self):
+    def tensors(self):
         return Tensor(self.x), Tensor(self.y)
 
 

@@ -10,13 +10,20 @@ from dreambooth_ms.cli import training_memory
 from dreambooth_ms.config.load import load_train_config
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.errors import DeviceError
-from dreambooth_ms.models.activation_memory import Segment, Settings, Trained, peak_activations, unet_segments
+from dreambooth_ms.models.activation_memory import (
+    ActivationSettings,
+    SegmentMemory,
+    Trained,
+    peak_activations,
+    unet_segments,
+)
+from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation, use_formulation
-from dreambooth_ms.training.memory import Adapter, MemoryEstimate, Workload, check_memory, estimate
+from dreambooth_ms.training.memory import MemoryEstimate, Workload, check_memory, estimate, ranks_of
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
@@ -25,17 +32,24 @@ from tests.tiny_model import write_random_model
 
 GIB = 2**30
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-LORA = Adapter(4, TARGETS, ("q_proj", "k_proj", "v_proj", "out_proj"))
-SETTINGS = Settings(rows=2, latent_height=64, latent_width=64)
-LARGE = Settings(rows=2, latent_height=128, latent_width=128)
-SD_15_LORA = Workload(unet=SD_15_UNET, text_encoders=(), adapter=LORA, settings=SETTINGS)
-SDXL_LORA = replace(SD_15_LORA, unet=SDXL_UNET)
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+SETTINGS = ActivationSettings(rows=2, latent_height=64, latent_width=64)
+LARGE = ActivationSettings(rows=2, latent_height=128, latent_width=128)
 
 
-def activations(spec, recomputed=False, **changes):
-    return peak_activations(unet_segments(spec, replace(SETTINGS, **changes)), recomputed)
+def lora(unet, rank=4, **more):
+    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), rank, TARGETS)], activations=SETTINGS, **more)
 
 
+def full(unet, activations=SETTINGS, **more):
+    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), None)], activations=activations, **more)
+
+
+def activations(spec, recomputed=False, trained=Trained.ATTENTION, **changes):
+    return peak_activations(unet_segments(spec, replace(SETTINGS, **changes), trained), recomputed)
+
+
+SD_15_LORA, SDXL_LORA = lora(SD_15_UNET), lora(SDXL_UNET)
 HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
 
 
@@ -44,15 +58,15 @@ HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
     [
         pytest.param(SD_15_LORA, 9.9, id="SD 1.5, rank 4, 512 px"),
         pytest.param(replace(SD_15_LORA, recomputed=True), 9.9, id="with checkpointing"),
-        pytest.param(replace(SD_15_LORA, settings=LARGE), 19.2, id="1024 px"),
-        pytest.param(replace(SD_15_LORA, settings=LARGE, recomputed=True), 13.4, id="1024 px with checkpointing"),
+        pytest.param(replace(SD_15_LORA, activations=LARGE), 19.2, id="1024 px"),
+        pytest.param(replace(SD_15_LORA, activations=LARGE, recomputed=True), 13.4, id="1024 px with checkpointing"),
         pytest.param(SDXL_LORA, 20.1, id="SDXL"),
         pytest.param(replace(SDXL_LORA, recomputed=True), 18.9, id="SDXL with checkpointing"),
         pytest.param(
-            replace(SDXL_LORA, settings=LARGE, recomputed=True), 22.3, id="SDXL at 1024 px with checkpointing"
+            replace(SDXL_LORA, activations=LARGE, recomputed=True), 22.3, id="SDXL at 1024 px with checkpointing"
         ),
         pytest.param(
-            Workload(unet=HALF_SD_15, text_encoders=(), adapter=None, settings=Settings(2, 32, 32), processes=2),
+            full(HALF_SD_15, ActivationSettings(2, 32, 32), processes=2),
             16.7 / 2,
             id="all of half of SD 1.5, 256 px, in two processes",
         ),
@@ -65,21 +79,21 @@ def test_it_is_within_a_fifth_of_what_was_measured(work, measured):
 
 @pytest.mark.parametrize("unet", [TINY, TINY_SDXL, SMALL["sd21"].unet, SMALL["sdxl"].unet])
 def test_the_segments_are_those_of_the_network(unet):
-    """But for the first one and the last, the time embedding and the prediction, which are small."""
-    assert len(list(unet_segments(unet, SETTINGS))) == len(Segments(UNet2DConditionModel(unet)).segments) - 2
+    """But for the time embedding, the text and the prediction, which are small."""
+    assert len(unet_segments(unet, SETTINGS)) == len(Segments(UNet2DConditionModel(unet)).segments) - 3
 
 
 @pytest.mark.parametrize("unet", [TINY, SMALL["sdxl"].unet])
 def test_the_trained_numbers_are_those_of_the_adapters(unet):
     trainables = lora_trainables(inject_lora(UNet2DConditionModel(unet), 2, 2.0, TARGETS))
-    work = replace(SD_15_LORA, unet=unet, adapter=Adapter(2, TARGETS, ()))
+    work = lora(unet, rank=2)
     numbers = sum(math.prod(parameter.shape) for parameter in trainables)
     assert estimate(work).parts["trained"] == numbers * 4 * 2
     assert estimate(work).parts["optimiser"] == numbers * 4 * 2
 
 
 def test_a_full_training_trains_every_weight():
-    parts, of_lora = estimate(replace(SD_15_LORA, adapter=None)).parts, estimate(SD_15_LORA).parts
+    parts, of_lora = estimate(full(SD_15_UNET)).parts, estimate(SD_15_LORA).parts
     assert parts["weights"] == 0
     assert parts["trained"] == 2 * of_lora["weights"] == parts["optimiser"]
     assert parts["activations"] > of_lora["activations"]
@@ -93,13 +107,15 @@ def test_running_averages_and_the_optimiser_are_counted():
 
 
 def test_trained_text_encoders_are_counted():
-    plain, more = estimate(SD_15_LORA).parts, estimate(replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,))).parts
+    of_text = ranks_of(clip_text_shapes(CLIP_L_TEXT), 4, TEXT_TARGETS)
+    with_text = replace(SD_15_LORA, text_encoders=(CLIP_L_TEXT,), ranks=[*SD_15_LORA.ranks, of_text])
+    plain, more = estimate(SD_15_LORA).parts, estimate(with_text).parts
     assert all(more[name] > plain[name] for name in plain)
 
 
 def test_processes_keep_a_part_of_the_optimisers_state_each_and_join_their_gradients():
-    alone = estimate(replace(SD_15_LORA, adapter=None)).parts
-    one_of_two = estimate(replace(SD_15_LORA, adapter=None, processes=2, shares_optimiser=True)).parts
+    alone = estimate(full(SD_15_UNET)).parts
+    one_of_two = estimate(full(SD_15_UNET, processes=2, shares_optimiser=True)).parts
     assert one_of_two["optimiser"] == alone["optimiser"] / 2
     assert one_of_two["trained"] == 2 * alone["trained"]
 
@@ -123,7 +139,7 @@ def test_activations_grow_with_the_pictures_and_shrink_with_recomputation(spec):
 
 
 def test_recomputation_keeps_results_and_one_segment():
-    segments = [Segment(10, 100, 5), Segment(20, 200, 7), Segment(30, 50, 400)]
+    segments = [SegmentMemory(10, 100, 5), SegmentMemory(20, 200, 7), SegmentMemory(30, 50, 400)]
     assert peak_activations(segments, recomputed=False) == 60 + 350 + 400
     assert peak_activations(segments, recomputed=True) == 60 + 450
 
@@ -165,7 +181,7 @@ class TestTwoProcessesOnAMachine:
             config = load_train_config([*needed, *flags])
             expected = estimate(training_memory._workload(config, folder, processes))
             monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
-            together = Processes(0, processes, meet=lambda what, value: [value] * processes)
+            together = Processes(0, processes, exchange=lambda what, value: [value] * processes)
             training_memory.check_expected_memory(config, folder, together)
             return expected.parts
 

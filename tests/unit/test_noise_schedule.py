@@ -1,5 +1,7 @@
 """The forward process and the network's targets are diffusers', and both kinds of target mean the same latents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from mindspore import Tensor
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
-from dreambooth_ms.diffusion.objective import diffusion_target, mean_squared_error, noisy_latents, per_row
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.objectives import OBJECTIVES, draw_columns, epsilon_at, min_snr, velocity_at
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.randomness import generator
+from dreambooth_ms.training.step import WeightedError
 from tests.parity.reference import normal, relative_error
 
 SPECS = {
@@ -56,12 +60,12 @@ def test_an_unknown_schedule_is_refused_by_name():
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
-@pytest.mark.parametrize("kind", PredictionType)
-def test_min_snr_weights_are_those_of_diffusers_ratios(kind, gamma):
+@pytest.mark.parametrize("columns_at", [epsilon_at, velocity_at])
+def test_min_snr_weights_are_those_of_diffusers_ratios(columns_at, gamma):
     spec, timesteps = NoiseScheduleSpec(), np.arange(1000)
     snr = compute_snr(diffusers_scheduler(spec), torch.tensor(timesteps)).numpy().astype(np.float64)
-    expected = np.minimum(snr, gamma) / (snr if kind is PredictionType.EPSILON else snr + 1)
-    weights = NoiseSchedule.from_spec(spec).min_snr_weights(timesteps, gamma, kind)
+    expected = np.minimum(snr, gamma) / (snr if columns_at is epsilon_at else snr + 1)
+    weights = min_snr(columns_at(NoiseSchedule.from_spec(spec), timesteps), gamma).weight
     # diffusers' alphas, as above; at the first timestep 1 - alpha has lost three digits. Measured 2.6e-5.
     assert np.abs(weights / expected - 1).max() < 1e-4
     assert (weights <= 1).all()
@@ -72,52 +76,88 @@ def test_min_snr_weighs_the_same_error_of_the_clean_latents_for_both_kinds():
     """An error d of the latents is one of d signal / sigma of the noise, and of d / sigma of the velocity."""
     schedule, timesteps = NoiseSchedule.from_spec(NoiseScheduleSpec()), np.arange(1000)
     signal, sigma = schedule.signal(timesteps), schedule.noise(timesteps)
-    of_noise = schedule.min_snr_weights(timesteps, 5.0, PredictionType.EPSILON) * (signal / sigma) ** 2
-    of_velocity = schedule.min_snr_weights(timesteps, 5.0, PredictionType.V_PREDICTION) / sigma**2
+    of_noise = min_snr(epsilon_at(schedule, timesteps), 5.0).weight * (signal / sigma) ** 2
+    of_velocity = min_snr(velocity_at(schedule, timesteps), 5.0).weight / sigma**2
     assert of_noise == pytest.approx(np.minimum((signal / sigma) ** 2, 5.0), rel=1e-12)  # float64 rounding
     assert of_velocity == pytest.approx(of_noise, rel=1e-12)
 
 
-@pytest.fixture
-def rows(pynative):
-    """Latents, noise, and both factors at every element, one timestep per row."""
+def test_min_snr_multiplies_the_weights_that_there_are_and_knows_clean_latents_as_a_target():
+    """The error of the clean latents themselves weighs min(SNR, gamma)."""
+    schedule, timesteps = NoiseSchedule.from_spec(NoiseScheduleSpec()), np.arange(1000)
+    columns = epsilon_at(schedule, timesteps)
+    clean = replace(columns, out_x=columns.out_n, out_n=columns.out_x, weight=3 * columns.weight)
+    snr = (columns.in_x / columns.in_n) ** 2
+    assert min_snr(clean, 5.0).weight == pytest.approx(3 * np.minimum(snr, 5.0), rel=1e-12)  # float64 rounding
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_row_draws_its_timestep_from_its_own_generator(name):
     schedule = NoiseSchedule.from_spec(NoiseScheduleSpec())
-    latents, noise = normal(4, 4, 3, 5), normal(4, 4, 3, 5, seed=1)
-    factors = (
-        per_row(Tensor(factor(TIMESTEPS).astype(np.float32)), latents.shape)
-        for factor in (schedule.signal, schedule.noise)
-    )
-    return Tensor(latents), Tensor(noise), *factors
+    generators = lambda: [generator(7, "timestep", row) for row in range(50)]  # noqa: E731
+    plain, weighted = (draw_columns(name, schedule, gamma)(generators()) for gamma in (None, 5.0))
+    assert plain.time.tolist() == [int(rng.integers(1000)) for rng in generators()]
+    assert weighted.time.tolist() == plain.time.tolist()
+    assert (plain.weight == 1).all()
+    assert (weighted.weight < 1).any()
+    assert all(column.shape == (50,) and column.dtype == np.float64 for column in vars(weighted).values())
+
+
+@pytest.fixture
+def rows():
+    """Latents and noise, with the columns of both kinds of target at one timestep per row."""
+    schedule = NoiseSchedule.from_spec(NoiseScheduleSpec())
+    clean_and_noise = normal(4, 4, 3, 5), normal(4, 4, 3, 5, seed=1)
+    return clean_and_noise, epsilon_at(schedule, TIMESTEPS), velocity_at(schedule, TIMESTEPS)
 
 
 def test_noisy_latents_and_velocity_are_diffusers(rows):
     scheduler = diffusers_scheduler(NoiseScheduleSpec())
-    latents, noise = (torch.tensor(values.asnumpy()) for values in rows[:2])
+    clean_and_noise, of_noise, of_velocity = rows
+    latents, noise = map(torch.tensor, clean_and_noise)
     timesteps = torch.tensor(TIMESTEPS)
-    velocity = diffusion_target(PredictionType.V_PREDICTION, *rows)
+    noisy = of_noise.network_input(*clean_and_noise)
+    assert noisy.dtype == np.float32
+    assert np.array_equal(of_velocity.network_input(*clean_and_noise), noisy)
     # The factors differ as above, by half of it.
-    assert relative_error(noisy_latents(*rows), scheduler.add_noise(latents, noise, timesteps)) < 1e-5
+    assert relative_error(noisy, scheduler.add_noise(latents, noise, timesteps)) < 1e-5
+    velocity = of_velocity.target(*clean_and_noise)
     assert relative_error(velocity, scheduler.get_velocity(latents, noise, timesteps)) < 1e-5
 
 
 def test_predicting_noise_means_the_noise_itself(rows):
-    assert np.array_equal(diffusion_target(PredictionType.EPSILON, *rows).asnumpy(), rows[1].asnumpy())
+    clean_and_noise, of_noise, _ = rows
+    assert np.array_equal(of_noise.target(*clean_and_noise), clean_and_noise[1])
 
 
 def test_both_predictions_lead_back_to_the_same_latents(rows):
-    latents, _, signal, sigma = (values.asnumpy().astype(np.float64) for values in rows)
-    noisy = noisy_latents(*rows).asnumpy()
-    from_noise = (noisy - sigma * diffusion_target(PredictionType.EPSILON, *rows).asnumpy()) / signal
-    from_velocity = signal * noisy - sigma * diffusion_target(PredictionType.V_PREDICTION, *rows).asnumpy()
+    clean_and_noise, of_noise, of_velocity = rows
+    signal, sigma = (column.reshape(-1, 1, 1, 1) for column in (of_noise.in_x, of_noise.in_n))
+    noisy = of_noise.network_input(*clean_and_noise)
+    from_noise = (noisy - sigma * of_noise.target(*clean_and_noise)) / signal
+    from_velocity = signal * noisy - sigma * of_velocity.target(*clean_and_noise)
     # Rounding of float32; the division by the signal enlarges it up to fifteen times.
-    assert relative_error(from_noise, latents) < 5e-6
-    assert relative_error(from_velocity, latents) < 1e-6
+    assert relative_error(from_noise, clean_and_noise[0]) < 5e-6
+    assert relative_error(from_velocity, clean_and_noise[0]) < 1e-6
 
 
 def test_the_error_is_a_mean_over_each_row(pynative):
     prediction, target = normal(3, 4, 2, 5), normal(3, 4, 2, 5, seed=1)
     target[1] = prediction[1]
-    errors = mean_squared_error(Tensor(prediction), Tensor(target))
+    weight = np.array([0.5, 1, 2], np.float32)
+    loss, errors = WeightedError(masked=False)(*map(Tensor, (prediction, target, weight)))
     assert errors.shape == (3,)
     assert errors.asnumpy()[1] == 0
-    assert relative_error(errors, ((prediction - target) ** 2).mean((1, 2, 3))) < 1e-6  # rounding of 40 terms
+    expected = ((prediction - target) ** 2).mean((1, 2, 3))
+    assert relative_error(errors, expected) < 1e-6  # rounding of 40 terms
+    assert float(loss.asnumpy()) == pytest.approx((weight * expected).sum(), rel=1e-6)
+
+
+def test_with_a_mask_the_error_is_a_weighted_mean_over_each_row(pynative):
+    prediction, target, weight = normal(3, 4, 2, 5), normal(3, 4, 2, 5, seed=1), np.ones(3, np.float32)
+    mask = np.broadcast_to(np.random.default_rng(0).random((3, 1, 2, 5), np.float32), target.shape)
+    expected = (mask * (prediction - target) ** 2).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    of_mean_1 = mask / mask.mean((1, 2, 3), keepdims=True)
+    loss, errors = WeightedError(masked=True)(*map(Tensor, (prediction, target, weight, of_mean_1)))
+    assert relative_error(errors, expected) < 1e-6  # rounding of 40 terms
+    assert float(loss.asnumpy()) == pytest.approx(expected.sum(), rel=1e-6)

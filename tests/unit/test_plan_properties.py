@@ -15,6 +15,7 @@ from dreambooth_ms.data.pictures import centre_crop, crop_range
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.models.specs import VaeSpec
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -91,8 +92,7 @@ def maker(groups, seed, size, batches_per_step, prior_weight=0.7, noise_offset=0
         texts={
             f"a photo of {group}": PromptText(np.full((3, 2), number)) for number, group in enumerate((INSTANCE, CLASS))
         },
-        schedule=NoiseSchedule.from_spec(NoiseScheduleSpec()),
-        loss_weights=lambda timesteps: np.ones(len(timesteps)),
+        objective=draw_columns("epsilon", NoiseSchedule.from_spec(NoiseScheduleSpec())),
         scaled=VaeSpec(scaling_factor=0.18215).scaled,
         group_weights={INSTANCE: 1.0, CLASS: prior_weight},
         batches_per_step=batches_per_step,
@@ -100,15 +100,17 @@ def maker(groups, seed, size, batches_per_step, prior_weight=0.7, noise_offset=0
     )
 
 
-ROWS = ("latents", "noise", "timesteps", "signal", "sigma", "text", "coefficients")
+def fields(batch):
+    """What the step takes of each row, by name."""
+    return batch.inputs | {"target": batch.target, "weight": batch.weight}
 
 
 def by_group(batches, group):
     """Each field's rows of one group, over several batches."""
-    mine = [np.array([each == group for each in batch.groups]) for batch in batches]
+    mine = [np.array([each == group for each in batch.concepts]) for batch in batches]
     return [
-        np.concatenate([getattr(batch, field)[rows] for batch, rows in zip(batches, mine, strict=True)])
-        for field in ROWS
+        np.concatenate([fields(batch)[field][rows] for batch, rows in zip(batches, mine, strict=True)])
+        for field in fields(batches[0])
     ]
 
 
@@ -118,7 +120,7 @@ def test_accumulated_batches_are_the_rows_of_one_large_batch(groups, seed, size,
     large, small = maker(groups, seed, size * parts, 1), maker(groups, seed, size, parts)
     for step in range(2):
         whole, pieces = [large(step)], [small(step * parts + part) for part in range(parts)]
-        for group in set(whole[0].groups):
+        for group in set(whole[0].concepts):
             for ours, theirs in zip(by_group(pieces, group), by_group(whole, group), strict=True):
                 assert np.array_equal(ours, theirs)
 
@@ -127,7 +129,7 @@ def test_accumulated_batches_are_the_rows_of_one_large_batch(groups, seed, size,
 @settings(max_examples=30, deadline=None)
 def test_the_weights_of_a_step_add_up_to_those_of_its_groups(groups, seed, size, parts, prior_weight):
     made = maker(groups, seed, size, parts, prior_weight)
-    total = sum(made(part).coefficients.sum() for part in range(parts))
+    total = sum(made(part).weight.sum() for part in range(parts))
     assert total == pytest.approx(1.0 + (prior_weight if len(groups) > 1 else 0.0), rel=1e-5)
 
 
@@ -137,4 +139,4 @@ def test_a_batch_hangs_on_its_number_alone(groups, seed, number):
     one, other = maker(groups, seed, 1, 1), maker(groups, seed, 1, 1)
     other(0)
     first, again = one(number), other(number)
-    assert all(np.array_equal(getattr(first, field), getattr(again, field)) for field in ROWS)
+    assert all(np.array_equal(rows, fields(again)[field]) for field, rows in fields(first).items())

@@ -1,4 +1,4 @@
-"""Processes of a run meet, exchange, and end together: in real processes, but without MindSpore."""
+"""The processes of a run connect, exchange values, and all end: in real processes, but without MindSpore."""
 
 import os
 import random
@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
 
 from dreambooth_ms.errors import DeviceError
-from dreambooth_ms.processes.channel import connect, listen
+from dreambooth_ms.processes.channel import connect, listen, wait_until_listening
 from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 
@@ -135,7 +136,7 @@ class TestWhatTheLauncherSays:
 class TestMachines:
     @pytest.mark.parametrize(("rank", "count"), [(0, 2), (1, 1), (2, 2)])
     def test_processes_on_the_same_one_are_counted(self, rank, count):
-        assert Processes(rank, 3, meet=lambda what, value: ["a", "b", "a"]).count_on_this_machine() == count
+        assert Processes(rank, 3, exchange=lambda what, value: ["a", "b", "a"]).count_on_this_machine() == count
 
     def test_two_processes_here_are_on_one_machine(self):
         _, printed, _ = Run("print(processes.count_on_this_machine())").end()
@@ -186,11 +187,16 @@ class TestGoodOrder:
 
     def test_a_stranger_at_the_port_is_sent_away(self):
         run = Run("return 0", absent=(1,), start_seconds=4)
-        port = int(_environment_of(run.workers[0])["MS_SCHED_PORT"]) + 1
-        stranger = connect("127.0.0.1", port, 15)
-        stranger.send({"rank": 1, "count": 2, "job": "another"})
-        assert next(stranger.messages(), None) is None
-        connect("127.0.0.1", port, 5).send(["no", "hello"])
+        launch = find_launch(_environment_of(run.workers[0]))
+        wait_until_listening(launch.host, launch.channel_port, 15, "rank 0")
+        for stranger in (replace(launch, rank=1, job="another"), replace(launch, rank=1, count=3)):
+            with pytest.raises(DeviceError, match="rank 0 does not answer at 127"):
+                connect(stranger, 15)
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x7f\xff\xff\xff", bytes(100)):
+            with socket.create_connection((launch.host, launch.channel_port)) as other_program:
+                other_program.sendall(said)
+        assert connect(replace(launch, rank=7), 5).receive() is None, "a rank that the run does not have"
+        connect(launch, 5).send(["no", "message"])
         run.scheduler.kill()
         assert run.end()[0] == [1]
 
@@ -271,7 +277,7 @@ class TestFailure:
 
     def test_an_address_of_another_machine_is_refused_with_the_flags_to_change(self):
         with pytest.raises(DeviceError, match=r"cannot listen at 203\.0\.113\.1:9000 .*--master_addr"):
-            listen("203.0.113.1", 9000)
+            listen(find_launch(MSRUN | {"MS_NODE_ID": "0", "MS_SCHED_HOST": "203.0.113.1", "MS_SCHED_PORT": "8999"}))
 
     def test_twenty_kills_at_random_moments_end_everything(self, tmp_path):
         """Eight at a time; each rank exchanges, and rank 0 replaces a file, as in steps and checkpoints."""

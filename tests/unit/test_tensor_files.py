@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files import byte_ranges, mindspore_ckpt
-from dreambooth_ms.formats.files.dtypes import DType, to_float32
+from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
@@ -81,7 +81,7 @@ class TestRoundTrips:
         tensors, _ = read_tensors(tmp_path / "file")
         assert (tensors["a"].dtype, tensors["b"].dtype) == (np.float32, np.float16)
         stored = read_safetensors(tmp_path / "file").tensors["a"]
-        assert np.array_equal(tensors["a"], to_float32(stored.read(), DType.BF16))
+        assert np.array_equal(tensors["a"], cast(stored.read(), DType.BF16, DType.F32))
 
     def test_a_large_parameter_is_written_in_parts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(mindspore_ckpt, "SLICE_BYTES", 16)

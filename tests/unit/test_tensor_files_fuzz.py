@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file, read_sharded
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.sharded import read_sharded, write_sharded_safetensors
+from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.files.torch_file import read_torch_legacy, read_torch_zip
 from tests.stored_tensors import numbers

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_ms.formats.files.dtypes import DType, cast, from_float32, to_float32
+from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.stored import StoredTensor
 
 FLOATS = [dtype for dtype in DType if dtype.is_float]
@@ -13,7 +13,7 @@ FLOATS = [dtype for dtype in DType if dtype.is_float]
 
 def test_bfloat16_is_the_upper_half_of_float32():
     patterns = np.arange(1 << 16, dtype=np.uint16)
-    wide = to_float32(patterns, DType.BF16)
+    wide = cast(patterns, DType.BF16, DType.F32)
     assert wide.dtype == np.float32
     assert np.array_equal(wide.view(np.uint32), patterns.astype(np.uint32) << 16)
 
@@ -21,8 +21,8 @@ def test_bfloat16_is_the_upper_half_of_float32():
 def test_every_bfloat16_survives_the_way_over_float32():
     """But that a NaN may become a quiet one."""
     patterns = np.arange(1 << 16, dtype=np.uint16)
-    wide = to_float32(patterns, DType.BF16)
-    back = from_float32(wide, DType.BF16)
+    wide = cast(patterns, DType.BF16, DType.F32)
+    back = cast(wide, DType.F32, DType.BF16)
     number = ~np.isnan(wide)
     assert np.array_equal(back[number], patterns[number])
     assert np.array_equal(back[~number], patterns[~number] | 0x40)
@@ -30,10 +30,10 @@ def test_every_bfloat16_survives_the_way_over_float32():
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_bfloat16_is_the_nearest_and_of_two_the_even_one(value):
-    rounded = int(from_float32(np.array([value], np.float32), DType.BF16)[0])
+    rounded = int(cast(np.array([value], np.float32), DType.F32, DType.BF16)[0])
     # In float64, so that distances are exact; 3.4e38 is halfway between the largest number and what would follow.
     neighbours = [pattern for pattern in range(rounded - 1, rounded + 2) if 0 <= pattern < 1 << 16]
-    wide = {p: float(to_float32(np.array([p], np.uint16), DType.BF16)[0]) for p in neighbours}
+    wide = {p: float(cast(np.array([p], np.uint16), DType.BF16, DType.F32)[0]) for p in neighbours}
     wide = {p: np.copysign(2.0**128, w) if np.isinf(w) else w for p, w in wide.items() if not np.isnan(w)}
     distances = {p: abs(w - value) for p, w in wide.items() if np.signbit(w) == np.signbit(value)}
     assert distances[rounded] == min(distances.values())
@@ -56,7 +56,7 @@ def test_bfloat16_is_the_nearest_and_of_two_the_even_one(value):
     ],
 )
 def test_special_values_of_bfloat16(pattern, expected):
-    assert from_float32(np.array(pattern, np.uint32).view(np.float32), DType.BF16) == expected
+    assert cast(np.array(pattern, np.uint32).view(np.float32), DType.F32, DType.BF16) == expected
 
 
 @pytest.mark.parametrize("source", FLOATS)
@@ -67,8 +67,8 @@ def test_every_float_becomes_every_other(source, target):
     assert held.dtype == source.numpy
     found = cast(held.reshape(3, 3), source, target)
     assert (found.shape, found.dtype) == ((3, 3), target.numpy)
-    assert np.array_equal(to_float32(found, target).ravel(), values, equal_nan=True)
-    assert np.array_equal(np.signbit(to_float32(found, target)).ravel(), np.signbit(values))
+    assert np.array_equal(cast(found, target, DType.F32).ravel(), values, equal_nan=True)
+    assert np.array_equal(np.signbit(cast(found, target, DType.F32)).ravel(), np.signbit(values))
 
 
 @pytest.mark.parametrize("dtype", DType)

@@ -9,31 +9,39 @@ import numpy as np
 
 
 class DType(Enum):
-    """The type of a tensor's elements, in safetensors' spelling."""
+    """The type of a tensor's elements, in safetensors' spelling; with its type in numpy and its names elsewhere."""
 
-    F64 = "F64"
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    I64 = "I64"
-    I32 = "I32"
-    I16 = "I16"
-    I8 = "I8"
-    U64 = "U64"
-    U32 = "U32"
-    U16 = "U16"
-    U8 = "U8"
-    BOOL = "BOOL"
+    F64 = "F64", "<f8", "Float64", "DoubleStorage"
+    F32 = "F32", "<f4", "Float32", "FloatStorage"
+    F16 = "F16", "<f2", "Float16", "HalfStorage"
+    BF16 = "BF16", "<u2", "BFloat16", "BFloat16Storage"
+    I64 = "I64", "<i8", "Int64", "LongStorage"
+    I32 = "I32", "<i4", "Int32", "IntStorage"
+    I16 = "I16", "<i2", "Int16", "ShortStorage"
+    I8 = "I8", "i1", "Int8", "CharStorage"
+    U64 = "U64", "<u8", "UInt64", None
+    U32 = "U32", "<u4", "UInt32", None
+    U16 = "U16", "<u2", "UInt16", None
+    U8 = "U8", "u1", "UInt8", "ByteStorage"
+    BOOL = "BOOL", "?", "Bool", "BoolStorage"
 
-    @property
-    def numpy(self) -> np.dtype:
-        """The array type that carries the values, little-endian."""
-        return _NUMPY[self]
+    numpy: np.dtype
+    """The array type that carries the values, little-endian."""
+    mindspore: str
+    """The name in MindSpore's checkpoints."""
+    storage: str | None
+    """The class in PyTorch's checkpoints; None for types that came after these classes."""
+
+    def __new__(cls, name: str, numpy: str, mindspore: str, storage: str | None) -> "DType":
+        """A member, whose value is its first column."""
+        member = object.__new__(cls)
+        member._value_, member.numpy, member.mindspore, member.storage = name, np.dtype(numpy), mindspore, storage
+        return member
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return _NUMPY[self].itemsize
+        return self.numpy.itemsize
 
     @property
     def is_float(self) -> bool:
@@ -47,40 +55,11 @@ class DType(Enum):
         Raises:
             ValueError: no file format has this type.
         """
-        found = _BY_NUMPY.get(values.dtype.newbyteorder("<"))
-        if found is None:
-            raise ValueError(f"arrays of {values.dtype} cannot be stored")
-        return found
-
-
-_NUMPY: dict[DType, np.dtype] = {
-    DType.F64: np.dtype("<f8"),
-    DType.F32: np.dtype("<f4"),
-    DType.F16: np.dtype("<f2"),
-    DType.BF16: np.dtype("<u2"),
-    DType.I64: np.dtype("<i8"),
-    DType.I32: np.dtype("<i4"),
-    DType.I16: np.dtype("<i2"),
-    DType.I8: np.dtype("i1"),
-    DType.U64: np.dtype("<u8"),
-    DType.U32: np.dtype("<u4"),
-    DType.U16: np.dtype("<u2"),
-    DType.U8: np.dtype("u1"),
-    DType.BOOL: np.dtype("?"),
-}
-_BY_NUMPY: dict[np.dtype, DType] = {
-    array_type: dtype for dtype, array_type in _NUMPY.items() if dtype is not DType.BF16
-}
-
-
-def to_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """Values of any float type as float32."""
-    return cast(values, dtype, DType.F32)
-
-
-def from_float32(values: np.ndarray, dtype: DType) -> np.ndarray:
-    """float32 values as any float type, rounded to nearest, ties to even; NaN stays NaN."""
-    return cast(values, DType.F32, dtype)
+        stored = values.dtype.newbyteorder("<")
+        for dtype in cls:
+            if dtype.numpy == stored and dtype is not DType.BF16:
+                return dtype
+        raise ValueError(f"arrays of {values.dtype} cannot be stored")
 
 
 def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
@@ -97,18 +76,13 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
     if not (source.is_float and target.is_float):
         raise ValueError(f"cannot cast {source.value} to {target.value}")
     if source is DType.BF16:
-        values = _widen_bfloat16(values)
+        bits = values.astype(np.uint32)
+        bits <<= np.uint32(16)
+        values = bits.view(np.float32)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if target is DType.BF16:
             return _round_to_bfloat16(values.astype(np.float32, copy=False))
         return values.astype(target.numpy, copy=False)
-
-
-def _widen_bfloat16(patterns: np.ndarray) -> np.ndarray:
-    """Each pattern as the upper half of a float32."""
-    halves = np.zeros((patterns.size, 2), np.dtype("<u2"))
-    halves[:, 1] = patterns.reshape(-1)
-    return halves.view(np.dtype("<f4")).reshape(patterns.shape)
 
 
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:

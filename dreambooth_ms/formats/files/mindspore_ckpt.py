@@ -13,13 +13,12 @@ import io
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
-from dreambooth_ms.formats.files.byte_ranges import FileRange, JoinedRanges, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.formats.files.stored import (
@@ -38,22 +37,7 @@ from dreambooth_ms.formats.files.wire_format import content_field, head_of_field
 SLICE_BYTES = 512 * 1024 * 1024
 """MindSpore cuts larger parameters into such parts; protocol buffers cannot hold 2 GiB in one."""
 
-TYPE_NAMES: Mapping[DType, str] = {
-    DType.F64: "Float64",
-    DType.F32: "Float32",
-    DType.F16: "Float16",
-    DType.BF16: "BFloat16",
-    DType.I64: "Int64",
-    DType.I32: "Int32",
-    DType.I16: "Int16",
-    DType.I8: "Int8",
-    DType.U64: "UInt64",
-    DType.U32: "UInt32",
-    DType.U16: "UInt16",
-    DType.U8: "UInt8",
-    DType.BOOL: "Bool",
-}
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_TYPES = {dtype.mindspore: dtype for dtype in DType}
 _TEXT = "str"
 
 _TRAILER, _TRAILER_BYTES = b"crc_num", 17
@@ -103,19 +87,19 @@ def _stored(name: str, parts: list[_Part]) -> StoredTensor:
         raise FormatError(f"damaged: the parts of {quoted(name)} differ in shape or type")
     if first.type not in _TYPES:
         raise FormatError(f"{quoted(name)} has the type {quoted(first.type)}, which cannot be read")
-    dtype, values = _TYPES[first.type], JoinedRanges([part.content for part in parts])
+    dtype, size = _TYPES[first.type], sum(part.content.size for part in parts)
     # Older versions wrote a shape for numbers without an axis.
-    shape = () if first.dims == (0,) and values.size == dtype.itemsize else first.dims
-    if checked_byte_count(shape, dtype) != values.size:
+    shape = () if first.dims == (0,) and size == dtype.itemsize else first.dims
+    if checked_byte_count(shape, dtype) != size:
         raise FormatError(f"cut short, or damaged: {quoted(name)} has a size that does not fit its shape")
-    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), tuple(part.content for part in parts))
+    return StoredTensor.in_files(shape, dtype, *(part.content for part in parts))
 
 
 def _text(parts: list[_Part]) -> str:
     """A text, which MindSpore stores as numpy's array of characters of 4 bytes."""
     if sum(part.content.size for part in parts) > _LONGEST_TEXT:
         raise FormatError(f"{quoted(parts[0].tag)} is longer than a text can be")
-    content = b"".join(part.content.file.read(part.content.start, part.content.size) for part in parts)
+    content = b"".join(read_bytes(part.content) for part in parts)
     try:
         return content.decode("utf-32-le")
     except UnicodeDecodeError as error:
@@ -215,6 +199,6 @@ def _slices(name: str, tensor: StoredTensor) -> Iterator[tuple[bytes, range]]:
     for start in range(0, max(tensor.byte_count, 1), SLICE_BYTES):
         part = range(start, min(start + SLICE_BYTES, tensor.byte_count))
         described = b"".join(number_field(_DIMS, length) for length in tensor.shape)
-        described += content_field(_TYPE, TYPE_NAMES[tensor.dtype].encode()) + head_of_field(_CONTENT, len(part))
+        described += content_field(_TYPE, tensor.dtype.mindspore.encode()) + head_of_field(_CONTENT, len(part))
         head = content_field(_TAG, name.encode()) + head_of_field(_TENSOR, len(described) + len(part)) + described
         yield head_of_field(_VALUE, len(head) + len(part)) + head, part

@@ -1,9 +1,10 @@
 """What a pickle builds, without running anything that it names.
 
-A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries. A
-class or function is only a pair of names (`Global`), which is never looked up; what is called or constructed becomes a
-`Placeholder`, unless the reader of a format knows better. Time and memory are bounded by the number of operations:
-nothing is copied, compared or walked through, and nothing but texts and small numbers is hashed.
+A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries, by
+the operations that protocols 2 to 5 write. A class or function is only a pair of names (`Global`), which is never
+looked up; what is called or constructed becomes a `Placeholder`, unless the reader of a format knows better. Time and
+memory are bounded by the number of operations: nothing is copied, compared or walked through, and nothing but texts and
+small numbers is hashed.
 """
 
 import pickletools
@@ -61,19 +62,17 @@ class PickleMachine:
                 for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
                     if number == MAX_OPERATIONS:
                         raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
-                    self._step(operation.name, argument)
+                    _STEPS[operation.name](self, argument)
             return self._stack.pop()
         except (ValueError, IndexError, KeyError) as error:
             raise FormatError("its pickle is cut short or damaged") from error
 
-    def _step(self, operation: str, argument: Any) -> None:
-        if operation in _LITERALS:
-            self._stack.append(argument)
-        else:
-            _STEPS[operation](self, argument)
-
     def _push(self, value: Any) -> None:
         self._stack.append(value)
+
+    def _pop(self, count: int) -> list[Any]:
+        """The topmost values, the lowest of them first."""
+        return [self._stack.pop() for _ in range(count)][::-1]
 
     def _pop_to_mark(self) -> list[Any]:
         position = self._marks.pop()
@@ -81,27 +80,8 @@ class PickleMachine:
         del self._stack[position:]
         return items
 
-    def _swallow(self, items: list[Any]) -> None:
-        self._push(Placeholder())
-
-    def _pop_or_unmark(self) -> None:
-        if self._marks and self._marks[-1] == len(self._stack):
-            self._marks.pop()
-        else:
-            self._stack.pop()
-
-    def _mark(self) -> None:
-        self._marks.append(len(self._stack))
-
-    def _memoize(self, number: int | None = None) -> None:
-        # Longer numbers can be chosen so that they all collide in a dictionary.
-        if number is not None and not 0 <= number < 1 << 32:
-            raise FormatError("its pickle is damaged")
+    def _memoize(self, number: int | None) -> None:
         self._memo[len(self._memo) if number is None else number] = self._stack[-1]
-
-    def _pop_many(self, count: int) -> list[Any]:
-        """The topmost values, the lowest of them first."""
-        return [self._stack.pop() for _ in range(count)][::-1]
 
     def _extend(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -115,9 +95,8 @@ class PickleMachine:
                 if type(key) is str:
                     target[key] = value
 
-    def _dict_of(self, items: list[Any]) -> None:
-        self._push({})
-        self._set_items(items)
+    def _swallow(self, items: list[Any]) -> None:
+        """What becomes of an object's state and of the items of a set."""
 
     def _name(self, module: Any, name: Any) -> None:
         if not (type(module) is str and type(name) is str):
@@ -128,76 +107,52 @@ class PickleMachine:
         known = isinstance(function, Global) and isinstance(arguments, tuple)
         self._push(self._call(function, arguments) if known else Placeholder())
 
-    def _construct_object(self, function_and_arguments: list[Any]) -> None:
-        self._construct(function_and_arguments[0], tuple(function_and_arguments[1:]))
+    def _construct_of(self, items: list[Any]) -> None:
+        self._construct(items[0], tuple(items[1:]))
 
 
-_LITERALS = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    )
+_LITERALS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
-"""Operations that push their argument."""
 
-Step = Callable[[PickleMachine, Any], Any]
-
-
-def _nothing(machine: PickleMachine, argument: Any) -> None:
-    """For operations that say how the pickle is stored."""
-
-
-_STEPS: Mapping[str, Step] = {
+_STEPS: Mapping[str, Callable[[PickleMachine, Any], Any]] = {
     # How the pickle is stored.
-    "PROTO": _nothing,
-    "FRAME": _nothing,
-    "STOP": _nothing,
-    "READONLY_BUFFER": _nothing,
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
     # Stack and memo.
-    "MARK": lambda m, _: m._mark(),
-    "POP": lambda m, _: m._pop_or_unmark(),
-    "POP_MARK": lambda m, _: m._pop_to_mark(),
+    "MARK": lambda m, _: m._marks.append(len(m._stack)),
     "DUP": lambda m, _: m._push(m._stack[-1]),
-    "GET": lambda m, number: m._push(m._memo[number]),
-    "BINGET": lambda m, number: m._push(m._memo[number]),
-    "LONG_BINGET": lambda m, number: m._push(m._memo[number]),
-    "PUT": lambda m, number: m._memoize(number),
-    "BINPUT": lambda m, number: m._memoize(number),
-    "LONG_BINPUT": lambda m, number: m._memoize(number),
-    "MEMOIZE": lambda m, _: m._memoize(),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, number: m._push(m._memo[number])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), PickleMachine._memoize),
     # Values.
+    **dict.fromkeys(_LITERALS, PickleMachine._push),
     "NONE": lambda m, _: m._push(None),
     "NEWTRUE": lambda m, _: m._push(True),
     "NEWFALSE": lambda m, _: m._push(False),
     "EMPTY_TUPLE": lambda m, _: m._push(()),
-    "TUPLE1": lambda m, _: m._push(tuple(m._pop_many(1))),
-    "TUPLE2": lambda m, _: m._push(tuple(m._pop_many(2))),
-    "TUPLE3": lambda m, _: m._push(tuple(m._pop_many(3))),
+    "TUPLE1": lambda m, _: m._push(tuple(m._pop(1))),
+    "TUPLE2": lambda m, _: m._push(tuple(m._pop(2))),
+    "TUPLE3": lambda m, _: m._push(tuple(m._pop(3))),
     "TUPLE": lambda m, _: m._push(tuple(m._pop_to_mark())),
     "EMPTY_LIST": lambda m, _: m._push([]),
-    "LIST": lambda m, _: m._push(m._pop_to_mark()),
-    "APPEND": lambda m, _: m._extend(m._pop_many(1)),
+    "APPEND": lambda m, _: m._extend(m._pop(1)),
     "APPENDS": lambda m, _: m._extend(m._pop_to_mark()),
     "EMPTY_DICT": lambda m, _: m._push({}),
-    "DICT": lambda m, _: m._dict_of(m._pop_to_mark()),
-    "SETITEM": lambda m, _: m._set_items(m._pop_many(2)),
+    "SETITEM": lambda m, _: m._set_items(m._pop(2)),
     "SETITEMS": lambda m, _: m._set_items(m._pop_to_mark()),
-    "EMPTY_SET": lambda m, _: m._push(Placeholder()),
-    "ADDITEMS": lambda m, _: m._pop_to_mark(),
-    "FROZENSET": lambda m, _: m._swallow(m._pop_to_mark()),
     # Names, calls and objects.
     "GLOBAL": lambda m, names: m._name(*names.split(" ", 1)),
-    "STACK_GLOBAL": lambda m, _: m._name(*m._pop_many(2)),
-    "EXT1": lambda m, _: m._push(Placeholder()),
-    "EXT2": lambda m, _: m._push(Placeholder()),
-    "EXT4": lambda m, _: m._push(Placeholder()),
-    "REDUCE": lambda m, _: m._construct(*m._pop_many(2)),
-    "NEWOBJ": lambda m, _: m._construct(*m._pop_many(2)),
-    "NEWOBJ_EX": lambda m, _: m._construct(*m._pop_many(3)[:2]),
-    "INST": lambda m, names: m._construct(Global(*names.split(" ", 1)), tuple(m._pop_to_mark())),
-    "OBJ": lambda m, _: m._construct_object(m._pop_to_mark()),
-    "BUILD": lambda m, _: m._pop_many(1),
-    "PERSID": lambda m, identifier: m._push(m._load_persistent(identifier)),
-    "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop_many(1))),
+    "STACK_GLOBAL": lambda m, _: m._name(*m._pop(2)),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m._construct(*m._pop(2))),
+    "NEWOBJ_EX": lambda m, _: m._construct(*m._pop(3)[:2]),
+    "INST": lambda m, names: m._construct_of([Global(*names.split(" ", 1)), *m._pop_to_mark()]),
+    "OBJ": lambda m, _: m._construct_of(m._pop_to_mark()),
+    "BUILD": lambda m, _: m._swallow(m._pop(1)),
+    "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop(1))),
+    # What is nobody's tensor.
+    **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push(Placeholder())),
+    "ADDITEMS": lambda m, _: m._swallow(m._pop_to_mark()),
+    "FROZENSET": lambda m, _: m._construct(None, m._pop_to_mark()),
 }
+"""What each operation does to the machine, with the argument that stands behind it."""

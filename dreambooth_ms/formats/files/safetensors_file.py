@@ -6,15 +6,14 @@ The format is described at https://github.com/huggingface/safetensors#format.
 import json
 import struct
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import atomic_path
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
-from dreambooth_ms.formats.files.signatures import seems_to_be
+from dreambooth_ms.formats.files.recognise import seems_to_be
 from dreambooth_ms.formats.files.stored import (
     Container,
     Progress,
@@ -46,14 +45,10 @@ def read_safetensors(path: Path) -> TensorFile:
         entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
         _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
         tensors = {
-            name: _stored(FileRange(source, start + begin, end - begin), dtype, shape)
+            name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
             for name, (dtype, shape, (begin, end)) in entries.items()
         }
     return TensorFile(path, Container.SAFETENSORS, tensors, metadata)
-
-
-def _stored(values: FileRange, dtype: DType, shape: tuple[int, ...]) -> StoredTensor:
-    return StoredTensor(shape, dtype, partial(read_values, values, dtype, shape), (values,))
 
 
 def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
@@ -87,8 +82,8 @@ def _checked_entry(name: str, entry: Any) -> Entry:
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"the entry of {quoted(name)} is damaged") from error
     try:
-        dtype = DType(dtype_name)
-    except ValueError as error:
+        dtype = DType[dtype_name]
+    except (KeyError, TypeError) as error:
         raise FormatError(f"{quoted(name)} has the type {quoted(dtype_name)}, which cannot be read") from error
     if type(begin) is not int or type(end) is not int or end - begin != checked_byte_count(shape, dtype):
         raise FormatError(f"{quoted(name)} has a size that does not fit its shape")

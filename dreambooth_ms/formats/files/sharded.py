@@ -1,89 +1,19 @@
-"""A model in several files, and the index that says which tensor is in which: `<stem>.safetensors.index.json`."""
+"""Writing a model in several files, and the index of which tensor is in which: `<stem>.safetensors.index.json`."""
 
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, check_room, sync, write_bytes
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import SourceFile
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
-from dreambooth_ms.formats.files.recognise import WEIGHT_MAP, recognise
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile, check_names, total_bytes
-from dreambooth_ms.formats.files.strict_json import read_json_object
-from dreambooth_ms.formats.files.torch_file import read_torch_legacy, read_torch_zip
+from dreambooth_ms.formats.files.recognise import WEIGHT_MAP
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import Progress, StoredTensor, total_bytes
 
 MAX_SHARD_BYTES = 10 * 10**9
 """diffusers' own."""
-
-_SHARD_READERS: Mapping[Container, Callable[[Path], TensorFile]] = {
-    Container.SAFETENSORS: read_safetensors,
-    Container.TORCH_ZIP: read_torch_zip,
-    Container.TORCH_LEGACY: read_torch_legacy,
-}
-
-
-def read_sharded(path: Path) -> TensorFile:
-    """Open all the files that an index names.
-
-    Every tensor must be in the file that the index says, and in no other.
-
-    Raises:
-        WeightError: a file is missing or damaged, or does not hold what the index says.
-    """
-    with reading(path, Container.SHARDED.value):
-        places = _checked_places(read_json_object(SourceFile.at(path)).get(WEIGHT_MAP))
-    shards = {name: _read_shard(path, name) for name in sorted(set(places.values()))}
-    with reading(path, Container.SHARDED.value):
-        _check_that_the_index_is_right(places, shards)
-    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
-    metadata = {name: value for shard in shards.values() for name, value in shard.metadata.items()}
-    return TensorFile(path, Container.SHARDED, tensors, metadata)
-
-
-def _checked_places(weight_map: Any) -> dict[str, str]:
-    """Name of every tensor -> name of its file, which must be in the index's own folder."""
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"it has no {WEIGHT_MAP}")
-    check_names(list(weight_map))
-    for shard in set(map(str, weight_map.values())):
-        if shard in ("", ".", "..") or any(forbidden in shard for forbidden in "/\\\0:"):
-            raise FormatError(f"{quoted(shard)} is not the name of a file beside it")
-    return {name: str(shard) for name, shard in weight_map.items()}
-
-
-def _read_shard(index: Path, name: str) -> TensorFile:
-    path = index.with_name(name)
-    # Of os.path, because that of pathlib raises on names that are too long.
-    if not os.path.isfile(path):
-        raise WeightError(f"{index.parent}: {name} is missing, which {index.name} names; is the download complete?")
-    container = recognise(path)
-    if container not in _SHARD_READERS:
-        raise WeightError(
-            f"{path}: {index.name} names it as a part, but it is a {container.value}; download both again"
-        )
-    return _SHARD_READERS[container](path)
-
-
-def _check_that_the_index_is_right(places: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
-    held: dict[str, str] = {}
-    for shard, file in shards.items():
-        for name in file.tensors:
-            if name in held:
-                raise FormatError(f"{quoted(name)} is both in {held[name]} and in {shard}")
-            held[name] = shard
-    if held != places:
-        wrong = next(name for name in places.keys() | held.keys() if places.get(name) != held.get(name))
-        raise FormatError(
-            f"it says that {quoted(wrong)} is in {places.get(wrong, 'no file')}, but it is in "
-            f"{held.get(wrong, 'no file')}"
-        )
 
 
 def write_sharded_safetensors(
@@ -152,17 +82,13 @@ def _whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
     An older file with the last of the names is removed before that, so that it never stands beside newer ones.
     """
-    partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
-        yield partial
-        (folder / names[-1]).unlink(missing_ok=True)
-        for name in names:
-            (partial / name).replace(folder / name)
-        sync(folder)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
+            yield Path(partial)
+            (folder / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                Path(partial, name).replace(folder / name)
+            sync(folder)
     except OSError as error:
         raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)

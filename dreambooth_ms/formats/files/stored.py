@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import FileRange
+from dreambooth_ms.formats.files.byte_ranges import FileRange, read_values
 from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
@@ -80,6 +81,11 @@ class StoredTensor:
         """An array that is in memory; `dtype` marks bit patterns of bfloat16."""
         dtype = dtype or DType.of(values)
         return cls(values.shape, dtype, lambda: values.astype(dtype.numpy, copy=False))
+
+    @classmethod
+    def in_files(cls, shape: tuple[int, ...], dtype: DType, *ranges: FileRange) -> "StoredTensor":
+        """A tensor whose bytes stand in files as they are, one range after the other."""
+        return cls(shape, dtype, partial(read_values, ranges, dtype, shape), ranges)
 
 
 class Container(Enum):

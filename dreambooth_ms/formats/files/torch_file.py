@@ -119,7 +119,11 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
         raise FormatError(f"{quoted(name)} has a type that cannot be read, such as complex or quantised numbers")
     if view.reach * view.dtype.itemsize > view.storage.byte_count:
         raise FormatError(f"cut short, or damaged: the values of {quoted(name)} reach beyond their storage")
-    tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, storage, swapped))
+    values = storage.part(view.offset * view.dtype.itemsize, (view.reach - view.offset) * view.dtype.itemsize)
+    if view.is_contiguous and not swapped and isinstance(values, FileRange):
+        tensor = StoredTensor.in_files(view.shape, view.dtype, values)
+    else:
+        tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, values, swapped))
     if tensor.byte_count > max(storage.size, file_size, _SMALL):
         raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
     return tensor
@@ -131,16 +135,12 @@ def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
     return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
 
 
-def _read_view(view: View, dtype: DType, storage: ByteRange, swapped: bool) -> np.ndarray:
-    """The values of a view, in row-major order."""
-    start = view.offset * dtype.itemsize
-    if view.is_contiguous or 0 in view.shape:
-        values = read_values(storage, dtype, view.shape, start)
-    else:
-        row = read_values(storage, dtype, (view.reach - view.offset,), start)
-        strides = [
-            stride * dtype.itemsize if length > 1 else 0
-            for length, stride in zip(view.shape, view.strides, strict=True)
-        ]
-        values = np.lib.stride_tricks.as_strided(row, view.shape, strides, writeable=False).copy()
-    return values.byteswap() if swapped else values
+def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:
+    """The values of a view, in row-major order, out of all from its first to its last."""
+    read = read_values([values], dtype, view.shape if view.is_contiguous else (view.reach - view.offset,))
+    if not view.is_contiguous:
+        # A step along an axis of one leads nowhere, and may be too large for numpy.
+        steps = zip(view.shape, view.strides, strict=True)
+        strides = [stride * dtype.itemsize if length > 1 else 0 for length, stride in steps]
+        read = np.lib.stride_tricks.as_strided(read, view.shape, strides).copy()
+    return read.byteswap() if swapped else read

@@ -13,35 +13,15 @@ from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine, Placeholder
 from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
 
-# Name of a kind of storage -> bytes per element, and the type if arrays can have it.
+# Class of a storage -> bytes per element, and the type if arrays can have it.
 _STORAGES: Mapping[str, tuple[int, DType | None]] = {
-    "DoubleStorage": (8, DType.F64),
-    "FloatStorage": (4, DType.F32),
-    "HalfStorage": (2, DType.F16),
-    "BFloat16Storage": (2, DType.BF16),
-    "LongStorage": (8, DType.I64),
-    "IntStorage": (4, DType.I32),
-    "ShortStorage": (2, DType.I16),
-    "CharStorage": (1, DType.I8),
-    "ByteStorage": (1, DType.U8),
-    "BoolStorage": (1, DType.BOOL),
+    **{dtype.storage: (dtype.itemsize, dtype) for dtype in DType if dtype.storage},
     "UntypedStorage": (1, DType.U8),
-    "ComplexFloatStorage": (8, None),
-    "ComplexDoubleStorage": (16, None),
-    "QInt8Storage": (1, None),
-    "QUInt8Storage": (1, None),
-    "QInt32Storage": (4, None),
+    **{"ComplexFloatStorage": (8, None), "ComplexDoubleStorage": (16, None)},
+    **{"QInt8Storage": (1, None), "QUInt8Storage": (1, None), "QInt32Storage": (4, None)},
 }
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
-_REBUILD = (Global("torch._utils", "_rebuild_tensor"), Global("torch._utils", "_rebuild_tensor_v2"))
-_REBUILD_OF_TYPE = Global("torch._utils", "_rebuild_tensor_v3")
-_REBUILD_SUBCLASS = (Global("torch._tensor", "_rebuild_from_type"), Global("torch._tensor", "_rebuild_from_type_v2"))
-_REBUILD_PARAMETER = (
-    Global("torch._utils", "_rebuild_parameter"),
-    Global("torch._utils", "_rebuild_parameter_with_state"),
-)
-_SIZE = Global("torch", "Size")
 _UNSIGNED = {"uint16": DType.U16, "uint32": DType.U32, "uint64": DType.U64}
 
 _DEEPEST = 4
@@ -89,7 +69,7 @@ class View:
         expected = 1
         for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if length > 1 and stride != expected:
-                return False
+                return 0 in self.shape
             expected *= length
         return True
 
@@ -110,18 +90,18 @@ def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
 
 
 def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
-    if function in _REBUILD_SUBCLASS and len(arguments) >= 3:
+    """What PyTorch's own functions make of their arguments."""
+    if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
         function, arguments = arguments[0], arguments[2]
         if not (isinstance(function, Global) and isinstance(arguments, tuple)):
             return Placeholder()
-    if function in _REBUILD and len(arguments) >= 4:
-        return _view(arguments[:4], None, arguments[6:7])
-    if function == _REBUILD_OF_TYPE and len(arguments) >= 7:
-        return _view(arguments[:4], arguments[6], arguments[7:8])
-    if function in _REBUILD_PARAMETER and arguments:
-        return arguments[0]
-    if function == _SIZE and len(arguments) == 1:
-        return arguments[0]
+    match function.module, function.name:
+        case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
+            return _view(arguments[:4], None, arguments[6:7])
+        case "torch._utils", "_rebuild_tensor_v3":
+            return _view(arguments[:4], arguments[6], arguments[7:8])
+        case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
+            return arguments[0]
     return Placeholder()
 
 
@@ -174,7 +154,10 @@ def find_tensors(root: Any) -> Found:
     Raises:
         FormatError: there is no such dictionary.
     """
-    held = [(path, views) for path, mapping in _dictionaries(root) if (views := _views(mapping))]
+    held = []
+    for path, mapping in _dictionaries(root):
+        if views := {name: value for name, value in mapping.items() if isinstance(value, View)}:
+            held.append((path, views))
     if not held:
         raise FormatError("it holds no tensors by name")
     largest = max(held, key=lambda item: len(item[1]))
@@ -195,10 +178,6 @@ def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             if depth < _DEEPEST and isinstance(value, dict):
                 short = name[:_LONGEST_NAME]
                 queue.append((f"{path}.{short}" if path else short, value, depth + 1))
-
-
-def _views(mapping: Mapping[str, Any]) -> dict[str, View]:
-    return {name: value for name, value in mapping.items() if isinstance(value, View)}
 
 
 def _notes(root: Mapping[str, Any]) -> dict[str, str]:

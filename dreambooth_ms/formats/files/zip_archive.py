@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
 _MAX_DIRECTORY_BYTES = 16_000_000
@@ -17,6 +17,9 @@ _ENCRYPTED = 1
 
 # What was compressed may take so much more room than the archive, and so many bytes more.
 _MAX_INFLATION, _MAX_INFLATED = 16, 1 << 26
+
+_DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error)
+"""What the standard library raises on invalid archives."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class ZipArchive:
         start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         content = FileRange(self.source, start, entry.compress_size)
         if entry.compress_type == zipfile.ZIP_DEFLATED:
-            return DeflatedRange(content, entry.file_size)
+            return DeflatedRange(content, entry, 0, entry.file_size)
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise FormatError(f"{quoted(name)} is damaged, or compressed in a way that cannot be read")
         return content
@@ -77,13 +80,7 @@ class ZipArchive:
         content = self.range_of(name)
         if content.size > at_most:
             raise FormatError(f"{quoted(name)} has {content.size} bytes; at most {at_most} are read")
-        buffer = bytearray(content.size)
-        content.read_into(0, memoryview(buffer))
-        return bytes(buffer)
-
-
-_DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error)
-"""What the standard library raises on archives that are none."""
+        return read_bytes(content)
 
 
 class _BoundedReads:
