@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
 from dreambooth_ms.processes.launch import is_launched
+
+if TYPE_CHECKING:
+    from dreambooth_ms.config.schema import Schema
 
 LIBRARY = "mindspore"
 
@@ -30,14 +33,18 @@ class Command(NamedTuple):
     schema: str
 
 
+_SUMMARIES = {
+    "train": "teach a base model a subject from a few pictures",
+    "sample": "generate pictures with a base model and its adapters",
+    "evaluate": "compare base and adapted model",
+    "inspect": "say what a file or folder is",
+    "convert": "write a model or a LoRA in another format",
+    "merge": "merge LoRAs into a model",
+    "doctor": "check that the installation works on this machine",
+}
 COMMANDS: dict[str, Command] = {
-    "train": Command("dreambooth_ms.cli.train", "teach a base model a subject from a few pictures", "TrainConfig"),
-    "sample": Command("dreambooth_ms.cli.sample", "draw pictures with a base model and its adapters", "SampleConfig"),
-    "evaluate": Command("dreambooth_ms.cli.evaluate", "compare base and adapted model", "EvaluateConfig"),
-    "inspect": Command("dreambooth_ms.cli.inspect", "tell what a file or folder is", "InspectConfig"),
-    "convert": Command("dreambooth_ms.cli.convert", "write a model or a LoRA in another format", "ConvertConfig"),
-    "merge": Command("dreambooth_ms.cli.merge", "merge LoRAs into a model", "MergeConfig"),
-    "doctor": Command("dreambooth_ms.cli.doctor", "check that the installation works on this machine", "DoctorConfig"),
+    name: Command(f"dreambooth_ms.cli.{name}", summary, f"{name.capitalize()}Config")
+    for name, summary in _SUMMARIES.items()
 }
 
 
@@ -105,46 +112,36 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
         gc.freeze()
 
 
-def schema_of(name: str) -> type:
+def schema_of(name: str) -> type["Schema"]:
     """The class that describes the flags of a command."""
     return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), COMMANDS[name].schema)
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} COMMAND [--config FILE] [--name value ...]",
-            "",
-            "Teach Stable Diffusion a new subject from a few photographs.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            f"`{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {one.summary}" for name, one in COMMANDS.items())
+    return f"""usage: {PROGRAM} COMMAND [--config FILE] [--name value ...]
+
+Teach Stable Diffusion a new subject from a few photographs.
+
+commands:
+{commands}
+
+`{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version."""
 
 
 def _command_help(name: str) -> str:
     from dreambooth_ms.config.describe import describe
 
-    described = schema_of(name)
+    schema = schema_of(name)
+    positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
+    return f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
 
-    positional = "".join(f" {field.upper()}" for field in getattr(described, "POSITIONAL", ()))
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]",
-            "",
-            f"{COMMANDS[name].summary.capitalize()}.",
-            "",
-            "Values come from the YAML files given by --config, then from the flags. Switches are written --name,",
-            "--name True, --name False or --no-name; lists --name a b or --name a,b.",
-            "",
-            describe(described),
-        ]
-    )
+{COMMANDS[name].summary.capitalize()}.
+
+Values come from the YAML files given by --config, then from the flags. Switches are written --name,
+--name True, --name False or --no-name; lists --name a b or --name a,b.
+
+{describe(schema)}"""
 
 
 def _unknown(name: str) -> str:

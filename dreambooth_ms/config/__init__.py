@@ -1,1 +1,1 @@
-"""The typed configuration: what can be set (schema), what else users call it (spellings), and how it is read (load)."""
+"""The typed configuration: what can be set (a schema for each command), what else users call it (spellings), load."""

@@ -4,11 +4,11 @@ import ast
 import inspect
 import textwrap
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.ranges import RANGES
+from dreambooth_ms.config.ranges import Range
+from dreambooth_ms.config.rules import Resume, Rule
 
 _WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
 _PLACEHOLDERS = {bool: "[True|False]", int: "N", float: "X", str: "TEXT", list: "TEXT [TEXT ...]"}
@@ -28,8 +28,11 @@ class Field:
     kind: Any
     optional: bool
     default: Any
-    of_numbers: bool = False
+    of_numbers: bool
     """Whether it is a list of numbers; other lists are of text."""
+    range: Range | None
+    rules: tuple[Rule, ...]
+    resume: Resume | None
 
     @property
     def expected(self) -> str:
@@ -47,17 +50,15 @@ class Field:
         return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _PLACEHOLDERS[self.kind]
 
 
-@cache
 def schema_fields(schema: type) -> dict[str, Field]:
     """Every field of every section, by name, in the order of the schema. Names are unique over the sections."""
     known: dict[str, Field] = {}
     for section, owner in sections(schema).items():
-        hints = get_type_hints(owner)
+        hints = get_type_hints(owner, include_extras=True)
         for one in fields(owner):
             assert one.name not in known, f"{one.name} is a field of two sections"
             default = one.default if one.default_factory is MISSING else one.default_factory()
-            kind, optional = _kind(hints[one.name])
-            known[one.name] = Field(one.name, section, owner, kind, optional, default, hints[one.name] == list[float])
+            known[one.name] = Field(one.name, section, owner, default=default, **_read_hint(hints[one.name]))
     return known
 
 
@@ -67,50 +68,51 @@ def sections(schema: type) -> dict[str, type]:
     return {one.name: hints[one.name] for one in fields(schema)}
 
 
-def _kind(hint: Any) -> tuple[Any, bool]:
+def _read_hint(hint: Any) -> dict[str, Any]:
+    """What the annotation of a field says of it: the fields of `Field` from `kind` on, but for the default."""
+    hint, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     optional = get_origin(hint) in (Union, UnionType)
     if optional:
         (hint,) = [argument for argument in get_args(hint) if argument is not NoneType]
-    if get_origin(hint) is Literal:
-        return get_args(hint), optional
-    return get_origin(hint) or hint, optional
+    return {
+        "kind": get_args(hint) if get_origin(hint) is Literal else get_origin(hint) or hint,
+        "optional": optional,
+        "of_numbers": hint == list[float],
+        "range": next((mark for mark in marks if isinstance(mark, Range)), None),
+        "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
+        "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),
+    }
 
 
 def field_documentation(owner: type) -> dict[str, str]:
     """Field name -> the docstring under it, for one section; fields without one are left out."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-    assert isinstance(definition, ast.ClassDef)
     texts = {}
-    for statement, following in zip(definition.body, definition.body[1:], strict=False):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = inspect.cleandoc(text)
+    for part in reversed(owner.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = inspect.cleandoc(text)
     return texts
 
 
 def describe(schema: type) -> str:
-    """The flags of a command as help text: by section, each with its choices, range and default."""
-    known = schema_fields(schema)
+    """The flags of a command as help text, by section, required ones first; with choices, ranges and defaults."""
     blocks = []
     for section, owner in sections(schema).items():
         texts = field_documentation(owner)
         lines = [f"{section}: {inspect.getdoc(owner)}"]
-        for one in known.values():
-            if one.section == section:
-                lines.append(f"  --{one.name} {one.placeholder}")
-                lines += textwrap.wrap(
-                    f"{texts[one.name]} {_constraints(one)}",
-                    100,
-                    initial_indent=" " * 8,
-                    subsequent_indent=" " * 8,
-                    break_on_hyphens=False,
-                )
+        own = [one for one in schema_fields(schema).values() if one.section == section]
+        for one in sorted(own, key=lambda one: one.default is not MISSING):
+            text = textwrap.wrap(f"{texts[one.name]} {_constraints(one)}", 92, break_on_hyphens=False)
+            lines += [f"  --{one.name} {one.placeholder}", *(f"{' ' * 8}{line}" for line in text)]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def _constraints(one: Field) -> str:
-    allowed = [RANGES[one.name].expected] if one.name in RANGES and one.kind in (int, float) else []
+    allowed = [one.range.expected] if one.range and one.kind in (int, float) else []
     default = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
     value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
     return f"({'; '.join([*allowed, value])})"

@@ -2,19 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from dreambooth_ms.config.ranges import Findings, out_of_range
+from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import DeviceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Schema):
     """Check that the installation works on this machine."""
 
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
-    def check(self) -> Findings:
-        """Ranges and exclusions. Reads no file."""
-        problems = out_of_range(self)
-        if self.device.mixed_precision not in (None, "no"):
-            problems.append("--mixed_precision: the doctor compares figures in float32; leave it out")
-        return Findings(problems, [])
+    def problems(self) -> list[str]:
+        """Refuses half precision."""
+        if self.device.mixed_precision in (None, "no"):
+            return []
+        return ["--mixed_precision: the doctor compares figures in float32; leave it out"]

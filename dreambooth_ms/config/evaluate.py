@@ -1,54 +1,39 @@
 """What `evaluate` can be told."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.config.ranges import Findings, out_of_range
-from dreambooth_ms.config.shared import DeviceConfig, WeightsConfig, _scales_that_fit
+from dreambooth_ms.config.ranges import NOT_EMPTY, at_least
+from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig:
+class ComparisonConfig(GenerationConfig):
     """What base and adapted model are compared on."""
 
-    instance_data_dir: str
+    instance_data_dir: Annotated[str, NOT_EMPTY]
     """Folder with photographs of the subject."""
-    prompt: str
-    """What to draw of the subject: a prompt, or the path of a text file with one prompt per line."""
-    class_prompt: str
+    prompt: Annotated[str, NOT_EMPTY]
+    """What the pictures of the subject show: a prompt, or the path of a text file with one prompt per line."""
+    class_prompt: Annotated[str, NOT_EMPTY]
     """Prompt of the class, to see what the training did to it."""
-    clip: str | None = None
+    clip: Annotated[str | None, NOT_EMPTY] = None
     """Folder of the CLIP model that measures, in transformers' layout. None: the base model's own clip folder."""
-    num_images_per_prompt: int = 1
-    """Pictures per prompt; as many are drawn of the class prompt."""
-    batch_size: int = 4
-    """Pictures drawn at a time."""
-    num_inference_steps: int = 25
-    """Denoising steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
-    scheduler: SamplingScheduler = "ddim"
-    """Sampling method."""
-    seed: int = 0
-    """The same seed draws the same pictures."""
-    output_dir: str = "evaluation"
+    num_images_per_prompt: Annotated[int, at_least(1)] = 1
+    """Pictures per prompt; the class prompt gets as many as all others."""
+    output_dir: Annotated[str, NOT_EMPTY] = "evaluation"
     """Folder for before_after.png and metrics.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Schema):
     """Compare a base model with its adapted self: same prompts, same noise."""
 
     weights: WeightsConfig
     comparison: ComparisonConfig
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
-    def check(self) -> Findings:
-        """Ranges. Reads no file."""
-        problems = out_of_range(self)
-        if not self.weights.lora:
-            problems.append("--lora: missing; name the adapter to compare the base with")
-        broken, message = _scales_that_fit(self.weights)
-        if broken:
-            problems.append(message)
-        return Findings(problems, [])
+    def problems(self) -> list[str]:
+        """Refuses a comparison of the base with itself."""
+        return [] if self.weights.lora else ["--lora: missing; name the adapter to compare the base with"]

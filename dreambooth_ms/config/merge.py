@@ -1,45 +1,32 @@
 """What `merge` can be told."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import ModelFormat, PredictionType, WeightType
-from dreambooth_ms.config.ranges import Findings, out_of_range
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY
+from dreambooth_ms.config.rules import Rule
+from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.shared import TargetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergingConfig:
+class MergingConfig(TargetConfig):
     """One or several LoRAs become part of a model's weights."""
 
-    base: str
+    base: Annotated[str, NOT_EMPTY]
     """The model: a file or a folder, in any format that is read."""
-    lora: list[str]
+    lora: Annotated[list[str], Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
     """LoRA files or folders of any format and rank; several are added up."""
-    target: str
-    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
-    extension a folder."""
-    scale: float = 1.0
+    scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
-    alpha: float | None = None
-    """For LoRAs whose file does not hold their alpha, as those of mindone. None: their rank, a scale of 1."""
-    format: ModelFormat | None = None
-    """Format to write. None: told by the target's name."""
-    dtype: WeightType | None = None
-    """Type of the numbers to write. None: as they are in the model."""
+    format: Literal["diffusers", "stability", "mindone"] | None = None
+    """Format to write. None: the target's name decides."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
-    prediction_type: PredictionType | None = None
-    """What the model predicts, for one that does not tell. None: SD 2.x velocity, others noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(Schema):
     """Merge LoRAs into a model."""
 
     merging: MergingConfig
-
-    def check(self) -> Findings:
-        """Ranges. Reads no file."""
-        problems = out_of_range(self)
-        if not self.merging.lora:
-            problems.append("--lora: missing; name the LoRA to merge")
-        return Findings(problems, [])

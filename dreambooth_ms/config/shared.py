@@ -1,41 +1,95 @@
-"""Sections that several commands have."""
+"""Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import DeviceTarget, MixedPrecision
+from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.rules import Resume, only_with
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
     """Where it runs."""
 
-    device_target: DeviceTarget = "auto"
+    device_target: Annotated[Literal["auto", "CPU", "Ascend"], Resume.MAY_CHANGE] = "auto"
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
-    mixed_precision: MixedPrecision | None = None
-    """What networks compute in: fp16, bf16 (on Ascend), or no for float32. What is trained, norms, softmax, loss and
-    optimiser are float32 in any case, and so is the autoencoder. None: no."""
-    ms_mode: int = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """What networks compute in: fp16, bf16 (on Ascend), or no for float32. Trained weights, norms, softmax, loss,
+    optimiser and autoencoder are float32 in any case. None: no."""
+    ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsConfig:
+class BaseModelConfig:
+    """The base model."""
+
+    pretrained_model_name_or_path: Annotated[str, NOT_EMPTY]
+    """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY] = None
+    """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
-    pretrained_model_name_or_path: str
-    """Base model: a local folder or file, or a name on the Hugging Face hub."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """Autoencoder to use in place of the base's own: a folder, or a name on the hub."""
     lora: list[str] = field(default_factory=list)
     """Adapter files or folders; several are added up."""
-    lora_scale: list[float] = field(default_factory=lambda: [1.0])
+    lora_scale: Annotated[
+        list[float],
+        Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),
+        only_with("lora"),
+    ] = field(default_factory=lambda: [1.0])
     """Strength of the adapters, one for all or one for each: 0 is the base model, 1 is as trained."""
 
+    def problems(self) -> list[str]:
+        """Refuses a number of scales that is neither one nor that of the adapters."""
+        scales, adapters = len(self.lora_scale), len(self.lora)
+        if not adapters or scales in (1, adapters):
+            return []
+        return [f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {scales}"]
 
-def _scales_that_fit(weights: WeightsConfig) -> tuple[bool, str]:
-    """Whether there are neither one scale nor as many as adapters, and what to say of it."""
-    given, adapters = len(weights.lora_scale), len(weights.lora)
-    return (
-        bool(adapters) and given not in (1, adapters),
-        f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {given}",
-    )
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How pictures are generated."""
+
+    num_inference_steps: Annotated[int, STEPS] = 25
+    """Denoising steps."""
+    guidance_scale: Annotated[float, at_least(0)] = 7.5
+    """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
+    scheduler: SamplingScheduler = "ddim"
+    """Sampling method. Those that begin with edm_ are for models trained in EDM's formulation."""
+    seed: Annotated[int, SEED] = 0
+    """The same seed generates the same pictures, whatever the batch size."""
+    batch_size: Annotated[int, at_least(1)] = 4
+    """Pictures generated at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A file or folder to read."""
+
+    source: Annotated[str, NOT_EMPTY]
+    """Model or LoRA: a file or a folder, in any format that is read."""
+    base: Annotated[str | None, NOT_EMPTY] = None
+    """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """A file or folder to write."""
+
+    target: Annotated[str, NOT_EMPTY]
+    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
+    extension a folder."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Type of the numbers to write. None: as in the source."""
+    alpha: Annotated[float | None, FINITE] = None
+    """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, where its files do not say. None: velocity for SD 2.x, noise for all others."""

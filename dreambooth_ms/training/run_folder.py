@@ -1,11 +1,13 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
+from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load, to_yaml
+from dreambooth_ms.config.rules import Resume
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
@@ -15,30 +17,6 @@ from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
 CONFIG = "config.yaml"
-
-# How long a run is, what it keeps, where it is and computes may change when it goes on; what it learns may not.
-MAY_CHANGE = frozenset(
-    {
-        "output_dir",
-        "logging_dir",
-        "resume_from_checkpoint",
-        "max_train_steps",
-        "num_train_epochs",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "validation_prompt",
-        "num_validation_images",
-        "validation_steps",
-        "validation_scheduler",
-        "device_target",
-        "ms_mode",
-        "is_parallel",
-        "num_processes",
-        "zero_stage",
-    }
-)
-CUTS_ROWS = frozenset({"train_batch_size", "gradient_accumulation_steps"})
-"""How the rows of a step are cut into batches: this may change while there are as many of them."""
 
 
 def settle_config(config: TrainConfig) -> TrainConfig:
@@ -127,13 +105,10 @@ def _was_trained(folder: Path) -> bool:
 
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:
     same_rows = earlier.rows_per_step == now.rows_per_step
-    may_change = MAY_CHANGE | CUTS_ROWS if same_rows else MAY_CHANGE - {"num_processes"}
-    lines = []
-    for section in fields(TrainConfig):
-        before, after = vars(getattr(earlier, section.name)), vars(getattr(now, section.name))
-        lines += [
-            f"--{name}: {before[name]!r} there, {value!r} here"
-            for name, value in after.items()
-            if name not in may_change and before[name] != value
-        ]
-    return lines
+    may_change = {Resume.MAY_CHANGE, Resume.CUTS_ROWS} if same_rows else {Resume.MAY_CHANGE}
+    before, after = earlier.values(), now.values()
+    return [
+        f"--{name}: {before[name]!r} there, {after[name]!r} here"
+        for name, one in schema_fields(TrainConfig).items()
+        if one.resume not in may_change and before[name] != after[name]
+    ]

@@ -22,7 +22,6 @@ from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.inspect import InspectConfig
 from dreambooth_ms.config.load import load, load_sample_config, load_train_config, to_yaml
 from dreambooth_ms.config.merge import MergeConfig
-from dreambooth_ms.config.ranges import RANGES
 from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.config.train import TrainConfig
@@ -64,17 +63,22 @@ def test_every_field_is_documented(schema):
         assert field_documentation(owner).keys() == owner.__dataclass_fields__.keys()
 
 
-def test_every_range_belongs_to_a_field():
-    fields = [
-        schema_fields(schema).keys()
-        for schema in (TrainConfig, SampleConfig, EvaluateConfig, ConvertConfig, MergeConfig)
-    ]
-    assert RANGES.keys() <= set().union(*fields)
+@EVERY_SCHEMA
+def test_every_rule_is_about_fields_of_its_schema(schema):
+    known = schema_fields(schema)
+    values = {name: None if one.optional or one.default is MISSING else one.default for name, one in known.items()}
+    values |= {name: "x" for name in ("class_data_dir", "instance_data_dir") if name in known}
+    for one in known.values():
+        for rule in one.rules:
+            rule.broken(values)
+            message = rule.message.format_map(values | {"field": one.name})
+            assert known.keys() >= set(re.findall(r"--(\w+)", message))
+            assert rule.is_note or f"--{one.name}" in message
 
 
 @EVERY_SCHEMA
 def test_every_number_has_a_range(schema):
-    assert {name for name, one in schema_fields(schema).items() if one.kind in (int, float)} <= RANGES.keys()
+    assert all(one.range for one in schema_fields(schema).values() if one.kind in (int, float))
 
 
 # The flags of diffusers' train_dreambooth.py with their defaults; MISSING is required, False a switch that is off.
@@ -309,8 +313,8 @@ def values_of(one):
         list: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
     }
     kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
-    unlimited = one.name not in RANGES or one.of_numbers
-    valid = kinds.filter(lambda value: unlimited or RANGES[one.name].holds(value))
+    unlimited = one.range is None or one.of_numbers
+    valid = kinds.filter(lambda value: unlimited or one.range.holds(value))
     if one.of_numbers:
         valid = st.lists(st.floats(-2, 2), min_size=1, max_size=3)
     if one.name == "sd_xl_base_ratios":
@@ -772,14 +776,14 @@ OUTSIDE = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OUTSIDE.items() for value in values])
 def test_a_value_out_of_range_is_refused(name, value):
     (line,) = train_problems(f"--{name}={value}")
-    assert line.startswith(f"--{name}: expected {RANGES[name].expected}, got ")
+    assert line.startswith(f"--{name}: expected {schema_fields(TrainConfig)[name].range.expected}, got ")
 
 
 @pytest.mark.parametrize(("name", "value"), [("height", "100"), ("width", "0"), ("num_inference_steps", "0"),
                                              ("lora_scale", "nan"), ("batch_size", "0"), ("prompt", "")])  # fmt: skip
 def test_a_value_out_of_range_is_refused_in_sampling_too(name, value):
     (line,) = problems(*SAMPLE_REQUIRED, f"--{name}={value}", schema=SampleConfig)
-    assert line.startswith(f"--{name}: expected {RANGES[name].expected}, got ")
+    assert line.startswith(f"--{name}: expected {schema_fields(SampleConfig)[name].range.expected}, got ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""What a field goes with. It stands at the field: `ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999`.
+
+A rule looks at the values of all fields, by name, and only where its own field differs from its default.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple, TypeAlias
+
+Values: TypeAlias = Mapping[str, Any]
+
+
+class Resume(Enum):
+    """Whether a field may differ when a run goes on. A field that says nothing may not."""
+
+    MAY_CHANGE = "always"
+    CUTS_ROWS = "while a step has as many rows"
+
+
+class Rule(NamedTuple):
+    """What a value may break beside others, and the message then: `{field}` is its own name, `{rank}` a value."""
+
+    broken: Callable[[Values], Any]
+    message: str
+    is_note: bool = False
+    """Whether the value is accepted, with the message as a note."""
+
+
+def no_effect(reason: str, when: Callable[[Values], Any]) -> Rule:
+    """The field is not read then; the reason completes "--name has no effect"."""
+    return Rule(when, f"--{{field}} has no effect {reason}", is_note=True)
+
+
+def only_with(other: str, value: str | None = None) -> Rule:
+    """The field is only read while the other one has this value, or without a value: while it is set."""
+    if value is None:
+        return no_effect(f"without --{other}", lambda values: not values[other])
+    return no_effect(f"without --{other} {value}", lambda values: values[other] != value)
+
+
+def not_with(other: str, *those: str) -> Rule:
+    """The field is not read where the other one has one of those values."""
+    return no_effect(f"with --{other} {{{other}}}", lambda values: values[other] in those)
+
+
+def needs(other: str, what: str) -> Rule:
+    """The other field must be given, too; `what` says what it is."""
+    return Rule(lambda values: values[other] is None, f"--{{field}}: needs --{other}, {what}")
+
+
+def refused_with(other: str, value: str, message: str) -> Rule:
+    """The other field must not have this value."""
+    return Rule(lambda values: values[other] == value, f"--{{field}}: {message}")
+
+
+def excludes(*others: str, message: str) -> Rule:
+    """None of the other fields, whose default is None, may be given."""
+    return Rule(lambda values: any(values[other] is not None for other in others), f"--{{field}}: {message}")

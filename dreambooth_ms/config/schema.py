@@ -1,0 +1,53 @@
+"""What all schemas of commands share: their values by name, and the check of these by what stands at the fields."""
+
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+from dreambooth_ms.config.describe import schema_fields
+
+
+class Findings(NamedTuple):
+    """What a check of one configuration found, one line per entry."""
+
+    problems: list[str]
+    warnings: list[str]
+
+
+class Schema:
+    """What one command can be told: a frozen dataclass of sections, themselves frozen dataclasses of values.
+
+    A section whose fields only make sense in certain combinations may have `problems`, too.
+    """
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ()
+    """Fields that may be given without their flags, in this order."""
+
+    def values(self) -> dict[str, Any]:
+        """Field name -> value, over all sections."""
+        sections = [getattr(self, section.name) for section in fields(self)]  # type: ignore[arg-type]
+        return {name: value for section in sections for name, value in vars(section).items()}
+
+    def problems(self) -> list[str]:
+        """Combinations that are refused, beyond those that stand at a field."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Combinations that are accepted but hardly meant, beyond those that stand at a field."""
+        return []
+
+    def check(self) -> Findings:
+        """Ranges, and rules between fields. Reads no file. A problem names the fields it is about, as `--name`."""
+        values = self.values()
+        outside, broken, notes = [], [], []
+        for name, one in schema_fields(type(self)).items():
+            value = values[name]
+            if one.range is not None and value is not None and not one.range.holds(value):
+                outside.append(f"--{name}: expected {one.range.expected}, got {value!r}")
+            if value != one.default:
+                found = [rule for rule in one.rules if rule.broken(values)]
+                lines = [rule.message.format_map(values | {"field": name}) for rule in found]
+                broken += [line for line, rule in zip(lines, found, strict=True) if not rule.is_note]
+                notes += [line for line, rule in zip(lines, found, strict=True) if rule.is_note][:1]
+        for section in fields(self):  # type: ignore[arg-type]
+            broken += getattr(getattr(self, section.name), "problems", list)()
+        return Findings(outside + broken + self.problems(), notes + self.notes())

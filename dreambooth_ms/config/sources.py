@@ -1,0 +1,129 @@
+"""The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dreambooth_ms.config.describe import Field, schema_fields, sections
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, SPELLINGS
+
+
+@dataclass
+class Setting:
+    """One value as the user wrote it, MISSING if it cannot be used. `source` is the file, or empty for a flag."""
+
+    name: str
+    value: Any
+    source: str = ""
+    section: str | None = None
+    problems: list[str] = field(default_factory=list)
+    """What is wrong with it, one line each."""
+    note: str = ""
+    """What the user should know of it."""
+    undecided: set[str] = field(default_factory=set)
+    """Fields whose values are not known because of its problems."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it: `--rank`, or `run.yaml: method.rank`."""
+        if not self.source:
+            return f"--{self.name}"
+        return f"{self.source}: {self.section}.{self.name}" if self.section else f"{self.source}: {self.name}"
+
+    def complain(self, message: str, undecided: str | None = None) -> None:
+        """Note a problem, and the field whose value is not known because of it."""
+        self.problems.append(f"{self.label}: {message}")
+        if undecided is not None:
+            self.undecided.add(undecided)
+
+
+def canonical(name: str, known: Mapping[str, Field]) -> str | None:
+    """The field that a name or another spelling of it stands for; None for any other name."""
+    return next((one for one in (name, *SPELLINGS.get(name, ())) if one in known), None)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that is spelled most like the name; None if all are far from it."""
+    return next(iter(get_close_matches(name, list(candidates), n=1, cutoff=0.7)), None)
+
+
+def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequence[str]) -> list[Setting]:
+    """Split the command line at its flags. A value is a text, a list of texts, or True for a flag that stands alone.
+
+    Fields in `positional` may stand at the beginning without their flags, in this order.
+    """
+    settings: list[Setting] = []
+    rest = list(argv)
+    while len(settings) < len(positional) and rest and not rest[0].startswith("--"):
+        settings.append(Setting(positional[len(settings)], rest.pop(0)))
+    while rest:
+        first = rest.pop(0)
+        if not first.startswith("--"):
+            unexpected = f"unexpected {first!r}: a value follows its flag, as in --seed 1"
+            settings.append(Setting("", MISSING, problems=[unexpected]))
+            continue
+        name, equals, value = first[2:].partition("=")
+        texts = [value] if equals else []
+        while rest and not rest[0].startswith("--"):
+            texts.append(rest.pop(0))
+        settings.append(_flag(name.replace("-", "_"), texts, known))
+    return settings
+
+
+def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
+    setting = Setting(name, MISSING)
+    target = canonical(name, known)
+    denied = canonical(name.removeprefix("no_"), known)
+    if target is None and name.startswith("no_") and denied is not None and known[denied].kind is bool:
+        if texts:
+            setting.complain(f"expected no value, got {texts[0]!r}")
+        setting.name, setting.value = name.removeprefix("no_"), "False"
+        return setting
+    kind = known[target].kind if target else {"config": str, BASE_THEN_ADAPTERS: list}.get(name, bool)
+    if not texts and kind is not bool:
+        expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
+        setting.complain(f"expected {expected}, got nothing", target)
+        return setting
+    if len(texts) > 1 and kind is not list and (target or name == "config"):
+        setting.complain(f"unexpected {texts[1]!r} after its value; put text with spaces in quotes")
+    setting.value = texts if kind is list else texts[0] if texts else True
+    return setting
+
+
+def read_file(named: Setting, schema: type) -> list[Setting]:
+    """The values of the YAML file that a --config names, flat or by section. `${…}` is resolved within the file."""
+    owners, known, path = sections(schema), schema_fields(schema), named.value
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        if not isinstance(content, dict):
+            raise OSError("expected lines such as `rank: 4`")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        named.problems.append(f"--config {path}: {_in_one_line(error)}")
+        named.undecided.update(known)
+        return []
+    settings = []
+    for key, value in content.items():
+        name = str(key)
+        one = Setting(name, value, path)
+        if name in owners and isinstance(value, dict):
+            settings += [Setting(str(inner), item, path, name) for inner, item in value.items()]
+            continue
+        if isinstance(value, dict) and ((close := nearest(name, owners)) or canonical(name, known) is None):
+            one.complain("unknown section" + (f"; did you mean {close}?" if close else ""))
+            one.value = MISSING
+        if name in known or name not in owners or value is not None:
+            settings.append(one)
+    return settings
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0]
