@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Side, Step
-from dreambooth_ms.cli.assemble import open_base
+from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.refinement import draw_refined
-from dreambooth_ms.sampling.settings import Drawn, DrawRequest, Refinement, StepReport
+from dreambooth_ms.sampling.refinement import sample_refined
+from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
 
 Send = Callable[[Any], None]
 
@@ -49,66 +48,56 @@ class Painter:
 
         Raises:
             ConfigError: the request asks for what this model cannot do.
-            WeightError: the size does not fit, or values come out that are no numbers.
+            WeightError: the size does not fit, or NaN comes out.
         """
         drawing = asked.drawing
-        self._model.folder.latent_shape(drawing.height, drawing.width)
+        self._model.bundle.latent_shape(drawing.height, drawing.width)
         compiled = drawing.width, drawing.height, drawing.guidance_scale > 1, drawing.image is None
         if compiled not in self._compiled:
             send(Phase(asked.job, "Compiling for this size, which is done once"))
         for side in drawing.sides:
-            request = self._request(drawing, side)
-            steps = _StepSender(asked.job, drawing, side, partial(self._preview, request), send)
-            for drawn in self._drawn(drawing, request, steps, cancelled):
-                send(Picture(asked.job, drawn.number, side, drawn.picture, self._settings(drawn)))
+            steps = _StepSender(asked.job, drawing, side, self._preview, send)
+            for sample in self._samples(drawing, self._request(drawing, side), steps, cancelled):
+                send(Picture(asked.job, sample.number, side, sample.picture, self._settings(sample)))
             if cancelled():
                 return False
         self._compiled.add(compiled)
         return True
 
-    def _drawn(
-        self, drawing: Drawing, request: DrawRequest, steps: "_StepSender", cancelled: Callable[[], bool]
-    ) -> Iterator[Drawn]:
+    def _samples(
+        self, drawing: Drawing, request: SampleRequest, steps: "_StepSender", cancelled: Callable[[], bool]
+    ) -> Iterator[Sample]:
         if self._refiner is None or drawing.model.refiner is None:
-            return self._model.draw(request, steps, cancelled)
+            return self._model.sample(request, steps, cancelled)
         refinement = Refinement(denoising_end=drawing.refiner_start)
-        return draw_refined(self._model, self._refiner, request, refinement, steps, cancelled, release=False)
+        return sample_refined(self._model, self._refiner, request, refinement, steps, cancelled, release=False)
 
-    def _request(self, drawing: Drawing, side: Side) -> DrawRequest:
+    def _request(self, drawing: Drawing, side: Side) -> SampleRequest:
         wanted = dict(zip(drawing.model.loras, drawing.lora_scales, strict=True)) if side == "adapted" else {}
-        return DrawRequest(
+        return SampleRequest.of(
+            drawing,
             prompts=(drawing.prompt,),
-            negative_prompt=drawing.negative_prompt,
             num_images_per_prompt=drawing.count,
-            height=drawing.height,
-            width=drawing.width,
-            seed=drawing.seed,
-            # One at a time: any number of pictures is drawn by what was compiled for the first.
+            # One at a time: any number of pictures is sampled by what was compiled for the first.
             batch_size=1,
-            scheduler=drawing.scheduler,
-            num_inference_steps=drawing.num_inference_steps,
-            guidance_scale=drawing.guidance_scale,
             image=None if drawing.image is None else Image.fromarray(drawing.image),
-            strength=drawing.strength,
-            lora_scales=tuple(wanted.get(path, 0.0) for path in self._model.adapters),
+            lora_scales=tuple(wanted.get(path, 0.0) for path in self._model.adapters.paths),
         )
 
-    def _preview(self, request: DrawRequest, report: StepReport) -> np.ndarray | None:
+    def _preview(self, report: StepReport) -> np.ndarray | None:
         """The picture as it is after a step; None where it cannot be shown yet."""
         model = self._refiner if report.stage == "refiner" and self._refiner else self._model
-        if model is self._refiner:
-            request = DrawRequest(prompts=request.prompts, num_images_per_prompt=request.num_images_per_prompt)
         try:
-            picture = Image.fromarray(model.drawn(request, report.rows.start, report.latents[0]).picture)
+            picture = Image.fromarray(model.picture(report.latents[0], report.rows.start))
         except WeightError:
             return None
         picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         return np.asarray(picture)
 
     @staticmethod
-    def _settings(drawn: Drawn) -> dict[str, Any]:
+    def _settings(sample: Sample) -> dict[str, Any]:
         """What makes a picture again, without the adapters that had no part in it."""
-        settings = dict(drawn.settings)
+        settings = dict(sample.settings)
         used = [(path, scale) for path, scale in zip(settings["lora"], settings["lora_scale"], strict=True) if scale]
         return settings | {"lora": [path for path, _ in used], "lora_scale": [scale for _, scale in used]}
 

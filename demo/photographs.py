@@ -6,17 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dreambooth_ms.data.pictures import (
-    MIN_SIDE,
-    CropBox,
-    digest,
-    find_pictures,
-    open_picture,
-    resized_size,
-    skipped_line,
-)
+from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture, skipped_line
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.records import INSTANCE, Record
+from dreambooth_ms.data.records import INSTANCE, Concept, Record
 from dreambooth_ms.errors import DataError
 
 THUMBNAIL_SIDE = 360
@@ -66,11 +58,11 @@ def look_at(folder: Path, resolution: int, center_crop: bool, seed: int) -> Look
     found = find_pictures(folder)
     opened: dict[Path, Image.Image | str] = {path: _open(path) for path in found.pictures}
     records = tuple(
-        Record(path, digest(path), image.size, "", INSTANCE)
+        Record(path, digest(path), image.size, captions=("",))
         for path, image in opened.items()
         if not isinstance(image, str)
     )
-    crops = first_crops(records, resolution, center_crop, seed)
+    frames = first_frames(records, resolution, center_crop, seed)
     photographs, seen = [], dict[str, str]()
     for path, image in opened.items():
         if isinstance(image, str):
@@ -80,18 +72,17 @@ def look_at(folder: Path, resolution: int, center_crop: bool, seed: int) -> Look
         problems = _problems(image.size, resolution)
         if twin != path.name:
             problems.append(f"the same picture as {twin}: it will count twice")
-        photographs.append(
-            Photograph(path, image.size, _thumbnail(image, crops[path], resolution), tuple(problems), usable=True)
-        )
+        photographs.append(Photograph(path, image.size, _thumbnail(image, frames[path]), tuple(problems), usable=True))
     return Look(tuple(photographs), tuple(_remarks(len(records), skipped_line(found.skipped))))
 
 
-def first_crops(records: Sequence[Record], resolution: int, center_crop: bool, seed: int) -> dict[Path, CropBox]:
-    """The crop of each picture in the first pass of a run with this seed: the training's own plan."""
+def first_frames(records: Sequence[Record], resolution: int, center_crop: bool, seed: int) -> dict[Path, Frame]:
+    """How each picture is cropped in the first pass of a run with this seed: the training's own plan."""
     if not records:
         return {}
-    plan = Plan((tuple(records),), 1, Framing(resolution, center_crop, random_flip=False), seed)
-    return {view.record.path: view.crop for view in plan.views(0, len(records))}
+    framing = Framing(((resolution, resolution),), center_crop, random_flip=False)
+    plan = Plan((Concept(INSTANCE, tuple(records)),), 1, framing, seed)
+    return {view.record.path: view.frame for view in plan.views(0, len(records))}
 
 
 def _open(path: Path) -> Image.Image | str:
@@ -126,13 +117,13 @@ def _remarks(count: int, skipped: str) -> list[str]:
     return remarks
 
 
-def _thumbnail(image: Image.Image, crop: CropBox, resolution: int) -> Image.Image:
+def _thumbnail(image: Image.Image, frame: Frame) -> Image.Image:
     """The picture in small, dimmed outside its crop, with a line around it."""
-    width, height = resized_size(image.size, resolution)
+    (width, height), (across, down) = frame.resized, frame.size
     scale = THUMBNAIL_SIDE / max(width, height)
     small = image.resize((max(round(width * scale), 1), max(round(height * scale), 1)), Image.Resampling.LANCZOS)
-    left, top = round(crop.left * scale), round(crop.top * scale)
-    right, bottom = round((crop.left + resolution) * scale), round((crop.top + resolution) * scale)
+    left, top = round(frame.left * scale), round(frame.top * scale)
+    right, bottom = round((frame.left + across) * scale), round((frame.top + down) * scale)
     shown = ImageEnhance.Brightness(small).enhance(0.35)
     shown.paste(small.crop((left, top, right, bottom)), (left, top))
     ImageDraw.Draw(shown).rectangle((left, top, right - 1, bottom - 1), outline="white", width=2)

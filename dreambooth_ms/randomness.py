@@ -6,6 +6,7 @@ or the number of processes.
 
 import hashlib
 import secrets
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,10 +20,14 @@ def generator(seed: int, purpose: str, step: int = 0, row: int = 0) -> np.random
         step: what is counted, 0-based: epochs, or the rows of a run, or steps.
         row: row within it, 0-based.
     """
-    purpose_key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     # As uint64 from the start: a list of large and small integers would pass through float64 and merge seeds.
-    key, counter = np.array([seed, purpose_key], np.uint64), np.array([0, 0, step, row], np.uint64)
+    key, counter = np.array([seed, _purpose_key(purpose)], np.uint64), np.array([0, 0, step, row], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@lru_cache(maxsize=256)
+def _purpose_key(purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
 
 
 def standard_normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0, row: int = 0) -> np.ndarray:

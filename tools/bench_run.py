@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from dreambooth_ms.adapters.file import FILE_NAME
-from dreambooth_ms.data.pictures import centre_crop, find_pictures, open_picture, resize_and_crop, to_array
+from dreambooth_ms.data.pictures import find_pictures, frame_of, open_picture, resize_and_crop, to_array
 from dreambooth_ms.formats.tensor_file import read_tensors
 from tools.bench_step import MAX_GRAD_NORM, RANK, TARGETS, WEIGHT_DECAY, peak_memory, ratio_table
 
@@ -182,7 +182,7 @@ def draw_class_pictures(pipeline: Any, job: Job, folder: Path) -> None:
 def read_square(path: Path, resolution: int) -> Any:
     """The centre of a picture as the autoencoder takes it: float32 (1, 3, H, W) in [-1, 1]."""
     picture = open_picture(path)
-    square = resize_and_crop(picture, resolution, "lanczos", centre_crop(picture.size, resolution))
+    square = resize_and_crop(picture, frame_of(picture.size, (resolution, resolution)), "lanczos")
     return to_array(square).transpose(2, 0, 1)[None].copy()
 
 

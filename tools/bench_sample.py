@@ -67,12 +67,12 @@ def build_ours(job: Job, mark: Mark) -> Draw:
     set_up_device("CPU", 0)
 
     from dreambooth_ms.sampling.model import SamplingModel
-    from dreambooth_ms.sampling.settings import DrawRequest
+    from dreambooth_ms.sampling.request import SampleRequest
     from dreambooth_ms.weights.bundle import open_bundle
 
     mark("imported")
     model = SamplingModel(open_bundle(job.base))
-    request = DrawRequest(
+    request = SampleRequest(
         prompts=(PROMPT,),
         height=job.resolution,
         width=job.resolution,
@@ -82,8 +82,8 @@ def build_ours(job: Job, mark: Mark) -> Draw:
     )
 
     def draw(step_done: Callable[[], None]) -> np.ndarray:
-        (drawn,) = model.draw(request, lambda report: step_done())
-        return drawn.picture
+        (sample,) = model.sample(request, lambda report: step_done())
+        return sample.picture
 
     return draw
 
@@ -102,7 +102,7 @@ def build_peer(job: Job, mark: Mark) -> Draw:
     pipeline.set_progress_bar_config(disable=True)
     side = (job.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor) // pipeline.vae_scale_factor
     shape = pipeline.unet.config.in_channels, side, side
-    # The noise of the first picture of a request, as `sampling.pipeline.starting_noise` draws it.
+    # The noise of the first picture of a request, as `sampling.model.starting_noise` draws it.
     noise = torch.from_numpy(standard_normal(shape, SEED, "sample", row=0)[None])
 
     def draw(step_done: Callable[[], None]) -> np.ndarray:

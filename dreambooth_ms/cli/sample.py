@@ -1,85 +1,83 @@
 """`dreambooth-ms sample`: base model, adapters and prompts -> PNG files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.assemble import open_base
+from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load_sample_config
-from dreambooth_ms.config.sample import RefinerConfig, SampleConfig, SizesConfig
-from dreambooth_ms.config.shared import DeviceConfig
+from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import draw_grid, first_free_number, write_picture
-from dreambooth_ms.sampling.refinement import draw_refined
-from dreambooth_ms.sampling.settings import Drawn, DrawRequest, PictureSizes, Refinement, StepReport
+from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
+from dreambooth_ms.sampling.refinement import sample_refined
+from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, SampleRequest, StepReport
 
 
 def run(argv: Sequence[str]) -> int:
-    """Draw the pictures of a command line; returns the exit status."""
+    """Sample the pictures of a command line; returns the exit status."""
     config = load_sample_config(argv)
-    weights, output = config.weights, Path(config.pictures.output_dir)
+    weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
-    folder = open_base(
-        config.device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path
-    )
-    model = SamplingModel(folder, weights.lora, mixed_precision=config.device.mixed_precision)
-    folder.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
-    refiner = open_refiner(config.device, config.refinement)
+    bundle = open_base(device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path)
+    model = SamplingModel(bundle, weights.lora, mixed_precision=device.mixed_precision)
+    bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
+    refiner = None
+    if config.refinement.refiner is not None:
+        refiner_bundle = open_base(device, config.refinement.refiner)
+        refiner = SamplingModel(refiner_bundle, mixed_precision=device.mixed_precision)
     check_writable(output)
 
     pictures = _Folder(config)
     with tqdm(desc="sampling", unit="step") as bar:
-        written = [pictures.write(drawn) for drawn in draw(model, refiner, request, config.refinement, bar)]
+
+        def show(report: StepReport) -> None:
+            if report.step == 1 and report.rows.start == 0:
+                bar.reset(total=-(-report.total // request.batch_size) * report.steps)
+                bar.set_description("refining" if report.stage == "refiner" else "sampling")
+            bar.update()
+
+        if refiner is None:
+            samples = model.sample(request, show)
+        else:
+            samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
+        written = [pictures.write(sample) for sample in samples]
     tell(f"wrote {len(written)} pictures to {output}, {written[0].name} to {written[-1].name}")
     return 0
 
 
-def request_of(config: SampleConfig, prompts: Sequence[str]) -> DrawRequest:
+def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     """What a configuration asks for.
 
     Raises:
         DataError: the picture to start from is none.
     """
-    wanted, start = config.pictures, config.start
+    wanted, start, told = config.pictures, config.start, config.sizes
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
-    return DrawRequest(
+    return SampleRequest.of(
+        wanted,
         prompts=tuple(prompts),
-        negative_prompt=wanted.negative_prompt,
         num_images_per_prompt=config.num_images_per_prompt,
         height=height,
         width=width,
-        seed=wanted.seed,
-        batch_size=wanted.batch_size,
-        scheduler=wanted.scheduler,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        guidance_rescale=wanted.guidance_rescale,
         image=open_picture(start.image) if start.image else None,
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
-        clip_skip=wanted.clip_skip,
-        support_long_prompts=wanted.support_long_prompts,
-        sizes=sizes_of(config.sizes),
+        sizes=PictureSizes(
+            original_size=_size(told.orig_width, told.orig_height),
+            crop_top=told.crop_coords_top,
+            crop_left=told.crop_coords_left,
+            target_size=_size(told.target_width, told.target_height),
+            aesthetic_score=told.aesthetic_score,
+            negative_aesthetic_score=told.negative_aesthetic_score,
+        ),
         whole_up_to=wanted.vae_whole_up_to,
-    )
-
-
-def sizes_of(config: SizesConfig) -> PictureSizes:
-    """What SDXL is told of the pictures."""
-    return PictureSizes(
-        original_size=_size(config.orig_width, config.orig_height),
-        crop_top=config.crop_coords_top,
-        crop_left=config.crop_coords_left,
-        target_size=_size(config.target_width, config.target_height),
-        aesthetic_score=config.aesthetic_score,
-        negative_aesthetic_score=config.negative_aesthetic_score,
     )
 
 
@@ -87,39 +85,11 @@ def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
     return None if width is None or height is None else (width, height)
 
 
-def open_refiner(device: DeviceConfig, config: RefinerConfig) -> SamplingModel | None:
-    """The second model of a configuration, if it names one."""
-    if config.refiner is None:
-        return None
-    return SamplingModel(open_base(device, config.refiner), mixed_precision=device.mixed_precision)
-
-
-def refinement_of(config: RefinerConfig, sizes: PictureSizes) -> Refinement:
+def refinement_of(config: RefinerConfig) -> Refinement:
     """Where the base stops, and how the refiner goes on."""
-    scores = {
-        "aesthetic_score": sizes.aesthetic_score,
-        "negative_aesthetic_score": sizes.negative_aesthetic_score,
-    }
     if config.refiner_strength is not None:
-        return Refinement(denoising_end=None, strength=config.refiner_strength, **scores)
-    return Refinement(denoising_end=config.denoising_end or Refinement.denoising_end, **scores)
-
-
-def draw(
-    model: SamplingModel, refiner: SamplingModel | None, request: DrawRequest, config: RefinerConfig, bar: tqdm
-) -> Iterator[Drawn]:
-    """The pictures of a request, with the steps shown on a bar."""
-
-    def show(report: StepReport) -> None:
-        batches = -(-report.total // request.batch_size)
-        if report.step == 1 and report.rows.start == 0:
-            bar.reset(total=batches * report.steps)
-            bar.set_description("refining" if report.stage == "refiner" else "sampling")
-        bar.update()
-
-    if refiner is None:
-        return model.draw(request, show)
-    return draw_refined(model, refiner, request, refinement_of(config, request.sizes), show)
+        return Refinement(denoising_end=None, strength=config.refiner_strength)
+    return Refinement(denoising_end=config.denoising_end or Refinement.denoising_end)
 
 
 def read_prompts(text_or_path: str) -> list[str]:
@@ -149,22 +119,22 @@ class _Folder:
 
     def __init__(self, config: SampleConfig) -> None:
         self._folder = Path(config.pictures.output_dir)
-        self._given = {**vars(config.weights), "image": config.start.image}
+        self._inputs = {**vars(config.weights), "image": config.start.image}
         self._columns = (config.pictures.num_cols or 1) if config.draws_sheet else None
         self._per_prompt = config.num_images_per_prompt
         self._first = first_free_number(self._folder)
         self._sheet: list[np.ndarray] = []
 
-    def write(self, drawn: Drawn) -> Path:
+    def write(self, sample: Sample) -> Path:
         """Write a picture, and when it is the last of its prompt, the sheet."""
-        number = self._first + drawn.number
+        number = self._first + sample.number
         path = self._folder / f"{number:05d}.png"
-        settings = {**drawn.settings, **self._given}
-        write_picture(path, drawn.picture, settings)
+        settings = {**sample.settings, **self._inputs}
+        write_picture(path, sample.picture, settings)
         if self._columns:
-            self._sheet.append(drawn.picture)
+            self._sheet.append(sample.picture)
             if len(self._sheet) == self._per_prompt:
                 first = number + 1 - self._per_prompt
-                write_picture(self._folder / f"grid-{first:05d}.png", draw_grid(self._sheet, self._columns), settings)
+                write_picture(self._folder / f"grid-{first:05d}.png", grid(self._sheet, self._columns), settings)
                 self._sheet = []
         return path

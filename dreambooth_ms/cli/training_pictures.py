@@ -1,55 +1,59 @@
 """What a run trains on: class pictures, embeddings and latents, until every batch can be made from its number."""
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
-from dreambooth_ms.cli.assemble import embed_prompts
-from dreambooth_ms.cli.output import progress
-from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.cli.output import progress, tell
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.data.batches import BatchMaker
-from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
+from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.plan import Plan
-from dreambooth_ms.data.records import CLASS, INSTANCE, Record
+from dreambooth_ms.data.plan import Framing, Plan
+from dreambooth_ms.data.prompts import embed_prompts, prompt_tokenizer
+from dreambooth_ms.data.records import CLASS, Concept, read_concept
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.sampling.class_images import draw_class_images, missing_numbers
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
-from dreambooth_ms.training.run_folder import seed_of
+from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-@dataclass(frozen=True)
-class ClassPictures:
-    """The pictures of prior preservation: where they are, under which prompt, and how many."""
+def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
+    """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
+    cache = ContentCache(job.config.output_dir / "cache")
+    embeddings = embeddings_of(job.base, cache)
+    with job.processes.first_goes_ahead("the prompts' embeddings"):
+        # All at once, because the encoders are compiled anew each time.
+        embeddings.prepare([*captions_of(subjects), job.config.prior.class_prompt or "", ""])
+    unet, concepts = None, list(subjects)
+    if prior := job.class_pictures:
+        unet = sample_missing_class_pictures(job, embeddings)
+        weight = job.config.prior.prior_loss_weight
+        concepts.append(read_concept(CLASS, prior.folder, prior.prompt, tell, weight, at_most=prior.count))
+    check_same_pictures(job.processes, concepts)
+    texts: Callable[[str], PromptText] = embeddings
+    if job.config.method.train_text_encoder:
+        texts = prompt_tokenizer(job.base).texts(captions_of(concepts)).__getitem__
+    batches = encode_pictures(job, concepts, cache, texts)
+    return unet or job.base.load_unet(), batches
 
-    folder: Path
-    prompt: str
-    count: int
+
+def captions_of(concepts: Iterable[Concept]) -> list[str]:
+    """All prompts that rows may be told under, each once."""
+    return list(dict.fromkeys(caption for c in concepts for record in c.records for caption in record.captions))
 
 
-def class_pictures_of(config: TrainConfig) -> ClassPictures | None:
-    """What the configuration says of class pictures, with prior preservation."""
-    prior = config.prior
-    if not prior.with_prior_preservation:
-        return None
-    assert prior.class_data_dir is not None and prior.class_prompt is not None, "TrainConfig.check comes first"
-    return ClassPictures(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
-
-
-def check_same_pictures(processes: Processes, groups: Sequence[Sequence[Record]]) -> None:
+def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> None:
     """Raise DataError if another process, perhaps on another machine, found other pictures."""
-    digests = [record.digest for group in groups for record in group]
+    digests = [record.digest for concept in concepts for record in concept.records]
     for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
         if others != digests:
             raise DataError(
@@ -58,90 +62,79 @@ def check_same_pictures(processes: Processes, groups: Sequence[Sequence[Record]]
             )
 
 
-def embed_all(folder: ModelBundle, cache: ContentCache, prompts: Sequence[str]) -> dict[str, PromptText]:
-    """Prompts by the base's own text encoders, all at once, because each time they are compiled anew."""
-    digests = [folder.digest(name) for name in folder.text_encoders]
-    key = " ".join([*digests, "zeros"] if folder.zeros_for_empty_prompt else digests)
-    return cached_embeddings(cache, prompts, key, lambda missing: embed_prompts(folder, missing))
+def embeddings_of(base: ModelBundle, cache: ContentCache) -> Lookup[str, PromptText]:
+    """Prompt -> embedding by the base's own text encoders."""
+    digests = [base.digest(name) for name in base.text_encoders]
+    key = " ".join([*digests, "zeros"] if base.zeros_for_empty_prompt else digests)
+    return embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
 
 
-def draw_missing_class_images(
-    processes: Processes,
-    config: TrainConfig,
-    folder: ModelBundle,
-    wanted: ClassPictures,
-    embeddings: Mapping[str, PromptText],
-) -> UNet2DConditionModel | None:
-    """Draw this process's share of the class pictures that are missing; returns the UNet if it was loaded for that."""
-    prior = config.prior
+def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], PromptText]) -> nn.Cell | None:
+    """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
+    wanted, processes, prior = job.class_pictures, job.processes, job.config.prior
+    assert wanted is not None, "asked for with prior preservation"
     missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
-    numbers = list(processes.share(missing))
+    numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")
         return None
-    unet, vae = folder.load_unet(), folder.load_vae(encodes=False)
-    batch_size = min(prior.sample_batch_size, len(numbers))
-    settings = SamplingSettings("ddim", prior.infer_steps, prior.guidance_scale, batch_size)
-    draw_class_images(
-        Sampler(unet, vae, folder.scheduler_config, settings),
-        wanted.folder,
-        numbers,
-        wanted.prompt,
-        embeddings[wanted.prompt],
-        embeddings[""],
-        folder.latent_shape(config.data.resolution, config.data.resolution),
-        seed_of(config),
-        lambda pictures: progress(pictures, desc="class pictures", total=len(numbers), unit="picture"),
+    model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (wanted.prompt, "")})
+    width, height = job.size
+    request = SampleRequest(
+        prompts=(wanted.prompt,),
+        num_images_per_prompt=len(numbers),
+        numbers=numbers,
+        height=height,
+        width=width,
+        seed=job.seed,
+        purpose=PURPOSE,
+        batch_size=min(prior.sample_batch_size, len(numbers)),
+        num_inference_steps=prior.infer_steps,
+        guidance_scale=prior.guidance_scale,
     )
+    for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
+        path = wanted.folder / picture_name(sample.number)
+        write_picture(path, sample.picture, settings_of_training(request, sample))
     processes.wait_for_all("the class pictures")
-    return unet
+    return model.denoiser
 
 
 def encode_pictures(
-    processes: Processes,
-    config: TrainConfig,
-    folder: ModelBundle,
-    plan: Plan,
-    cache: ContentCache,
-    texts: Mapping[str, PromptText],
-    done: int,
-    total: int,
+    job: TrainingJob, concepts: Sequence[Concept], cache: ContentCache, texts: Callable[[str], PromptText]
 ) -> BatchMaker:
-    """Everything the steps done … total need of pictures; the VAE is gone afterwards."""
-    data, batches_per_step = config.data, config.run.gradient_accumulation_steps * processes.count
-    views = plan.views(done * batches_per_step, total * batches_per_step)
-    encode = partial(
-        cached_posteriors,
+    """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards."""
+    data, base, processes = job.config.data, job.base, job.processes
+    framing = Framing((job.size,), data.center_crop, data.random_flip)
+    plan = Plan(tuple(concepts), job.config.run.train_batch_size, framing, job.seed, job.batches_per_step)
+    posteriors = posterior_lookup(
         cache,
-        encoder_digest=folder.digest("vae"),
-        resolution=data.resolution,
+        encoder_digest=base.digest("vae"),
         interpolation=data.image_interpolation_mode,
-        load_encoder=lambda: _load_encoder(folder),
+        load_encoder=lambda: _load_encoder(base),
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
-    if processes.count > 1:
-        encode(processes.share(views))
-        processes.wait_for_all("the encoded pictures")
-    posteriors = encode(views)  # Those of the other processes are in the cache by now.
+    missing = posteriors.missing(plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step))
+    processes.wait_for_all("the list of missing latents")
+    posteriors.prepare(processes.share(missing))
+    processes.wait_for_all("the encoded pictures")
+    posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
-    spec = folder.trained_schedule()
+    spec, loss = base.trained_schedule(), job.config.loss
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
         objective=draw_columns(
-            config.loss.prediction_type or spec.prediction_type, NoiseSchedule.from_spec(spec), config.loss.snr_gamma
+            loss.prediction_type or spec.prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma
         ),
-        scaled=folder.vae_spec.scaled,
-        group_weights={INSTANCE: 1.0, CLASS: config.prior.prior_loss_weight},
-        batches_per_step=batches_per_step,
-        noise_offset=config.noise_offset,
-        num_add_time_ids=folder.num_add_time_ids,
+        scaled=base.vae_spec.scaled,
+        noise_offset=job.config.noise_offset,
+        num_add_time_ids=base.num_add_time_ids,
     )
 
 
-def _load_encoder(folder: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
-    encoder = VaeEncoder(folder.load_vae(decodes=False))
+def _load_encoder(base: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
+    encoder = VaeEncoder(base.load_vae(decodes=False))
 
     def encode(pictures_B3HW: np.ndarray) -> np.ndarray:
         mean, log_variance = encoder(Tensor(pictures_B3HW))

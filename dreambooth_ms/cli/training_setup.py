@@ -1,6 +1,5 @@
 """What a run trains: the method's trainables with their optimiser and step, and what a checkpoint keeps of them."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,21 +7,20 @@ from pathlib import Path
 from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
+from dreambooth_ms.training.checkpoint import Checkpoint, restore
 from dreambooth_ms.training.ema import MovingAverage
+from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
-from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.training.methods import METHODS, Learner
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.training.sharding import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
-from dreambooth_ms.weights.bundle import ModelBundle
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,15 @@ class Training:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
         return self.average.in_place_of_weights() if self.average else nullcontext()
 
+    def update_average(self, report: StepReport) -> None:
+        """A hook: take the weights after a step into the average, if one is kept."""
+        if self.average and not report.is_skipped:
+            self.average.update(report.updates)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from there."""
+        restore(checkpoint, self.state, self.sharded.shapes() if self.sharded else {})
+
     def write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
         with self.result_weights():
@@ -64,31 +71,28 @@ class Training:
             self.learner.write_result(target, step)
 
 
-def set_up_training(
-    config: TrainConfig, folder: ModelBundle, unet: UNet2DConditionModel, processes: Processes = ALONE
-) -> Training:
+def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
     """The method's trainables, with their optimiser and step, as they are before the first step."""
-    method = config.method
-    text_encoders = folder.load_text_encoders() if method.train_text_encoder else None
-    learner = METHODS[method.method](method, folder, unet, text_encoders, seed_of(config))
+    config, processes = job.config, job.processes
+    method, run = config.method, config.run
+    text_encoders = job.base.load_text_encoders() if method.train_text_encoder else None
+    learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
     compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
     sharded = None
     if config.processes.zero_stage > 0 and processes.count > 1:
         make_part = lambda start, stop: choose_optimiser(config, learner.trainables[start:stop])  # noqa: E731
         sharded = ShardedOptimiser(learner.parameters, make_part, processes)
-    optimiser = sharded or choose_optimiser(config, learner.trainables)
-    step = TrainStep if config.run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
-    segments = Segments(unet, text_encoders) if config.run.gradient_checkpointing else None
+    step = TrainStep if run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
     return Training(
         learner=learner,
         step=step(
             DiffusionLoss(learner.denoiser),
             learner.parameters,
-            optimiser,
+            sharded or choose_optimiser(config, learner.trainables),
             config.optimiser.max_grad_norm,
             SumOverProcesses() if processes.count > 1 else None,
             _scaler(config),
-            segments,
+            Segments(unet, text_encoders) if run.gradient_checkpointing else None,
         ),
         average=MovingAverage(learner.parameters, method.ema_decay) if method.use_ema else None,
         sharded=sharded,
@@ -102,13 +106,3 @@ def _scaler(config: TrainConfig) -> LossScaler | None:
     c = config.loss_scaling
     dynamic = c.loss_scaler_type == "dynamic"
     return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
-
-
-def learning_rate_of(config: TrainConfig, total: int) -> Callable[[int], float]:
-    """The learning rate of each update, counted from 0."""
-    o = config.optimiser
-    highest = config.learning_rate * (config.rows_per_step if o.scale_lr else 1)
-    return lambda step: (
-        highest
-        * learning_rate_factor(o.lr_scheduler, step, o.lr_warmup_steps, total, o.lr_num_cycles, o.lr_power, highest)
-    )

@@ -5,7 +5,6 @@ Shapes: B rows, C, H, W of the latents.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 
 import numpy as np
 from mindspore import Tensor
@@ -57,19 +56,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes any batch of the run, from its number alone. A step takes `batches_per_step` of them."""
+    """Makes any batch of the run, from its number alone."""
 
     plan: Plan
-    posteriors: Mapping[View, np.ndarray]
-    texts: Mapping[str, PromptText]
+    posteriors: Callable[[View], np.ndarray]
+    """View -> mean and log-variance (2, C, H, W) of its latents, as the autoencoder has them."""
+    texts: Callable[[str], PromptText]
     """What the step takes for each prompt: its embedding, or its token ids."""
     objective: Callable[[Sequence[np.random.Generator]], Columns]
     """A generator for each row -> what is drawn from it (see `diffusion.objectives`)."""
     scaled: Callable[[np.ndarray], np.ndarray]
     """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
-    group_weights: Mapping[str, float]
-    """Lambda of each concept: 1 for the instance pictures, --prior_loss_weight for the class pictures."""
-    batches_per_step: int = 1
     noise_offset: float = 0.0
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
     num_add_time_ids: int = 0
@@ -77,27 +74,25 @@ class BatchMaker:
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
-        views, seed = self.plan.rows(number), self.plan.seed
+        rows, seed = self.plan.rows(number).rows, self.plan.seed
         latents, noise, generators = [], [], []
-        for view, row in zip(views, cycle(self.plan.row_numbers(number)), strict=False):
-            group = view.record.group
-            mean, log_variance = self.posteriors[view]
-            posterior_noise = standard_normal(mean.shape, seed, f"{group} posterior", row)
+        for concept, row, view in rows:
+            mean, log_variance = self.posteriors(view)
+            posterior_noise = standard_normal(mean.shape, seed, f"{concept.name} posterior", row)
             latents.append(self.scaled(mean + np.exp(0.5 * log_variance) * posterior_noise))
-            offset = standard_normal((len(mean), 1, 1), seed, f"{group} noise offset", row)
-            noise.append(standard_normal(mean.shape, seed, f"{group} noise", row) + self.noise_offset * offset)
-            generators.append(generator(seed, f"{group} timestep", row))
+            offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
+            noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
+            generators.append(generator(seed, f"{concept.name} timestep", row))
         conditioning = Conditioning.of(
-            [self.texts[view.record.prompt] for view in views],
-            [add_time_ids_of_view(self.num_add_time_ids, view, self.plan.framing.resolution) for view in views],
+            [self.texts(row.view.prompt) for row in rows],
+            [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows],
         )
         columns = self.objective(generators)
-        lambdas = np.array([self.group_weights[view.record.group] for view in views])
-        rows_of_step = self.plan.batch_size * self.batches_per_step
+        weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
         return Batch.of(
-            replace(columns, weight=lambdas * columns.weight / rows_of_step),
+            replace(columns, weight=weights),
             np.stack(latents).astype(np.float32),
             np.stack(noise).astype(np.float32),
             conditioning.inputs,
-            [view.record.group for view in views],
+            [row.concept.name for row in rows],
         )

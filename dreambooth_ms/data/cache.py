@@ -1,14 +1,17 @@
 """Posterior parameters and text embeddings, computed once and kept on disk by the content they came from.
 
 A key is a digest of everything that decides the value: the picture's bytes, the crop, the network's weights. So a
-cache can't go stale: another picture, base or size has another key.
+cache can't go stale: another picture, base or size has another key. Values are looked up when a batch is made; a
+bounded number of them stays in memory.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -19,28 +22,51 @@ from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 
+BYTES_IN_MEMORY = 64 * 2**20
+"""512 posteriors at SD 1.5's size. A step computes for longer than it takes to read its rows again."""
+
 Encode = Callable[[np.ndarray], np.ndarray]
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 class ContentCache:
-    """Arrays in a folder, one file per key. A damaged file counts as absent and is made again."""
+    """Arrays in a folder, one file per key. A damaged file counts as absent and is made again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where they are.
+        bytes_in_memory: how much of what was asked for last is kept in memory too.
+    """
+
+    def __init__(self, folder: Path, bytes_in_memory: int = BYTES_IN_MEMORY) -> None:
+        self.folder, self._limit = folder, bytes_in_memory
+        self._recent: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def has_file(self, key: str) -> bool:
+        """Whether there is a file of this key; it is not read."""
+        return self._path(key).is_file()
 
     def get(self, key: str) -> np.ndarray | None:
-        """The array of this key, if there is one."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
+        """The array of this key, if there is one. It is shared: not to be written to."""
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
         try:
-            return read_tensors(path)[0]["value"]
+            return self._remembered(key, read_tensors(self._path(key))[0]["value"]) if self.has_file(key) else None
         except (WeightError, KeyError):
             return None
 
     def put(self, key: str, value: np.ndarray) -> None:
-        """Keep an array under this key."""
+        """Keep an array under this key, on disk."""
         write_tensors(self._path(key), {"value": value})
+
+    def _remembered(self, key: str, value: np.ndarray) -> np.ndarray:
+        self._recent[key] = value
+        self._bytes += value.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._recent.popitem(last=False)[1].nbytes
+        return value
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -51,89 +77,107 @@ def content_key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def cached_posteriors(
+@dataclass(frozen=True)
+class Lookup(Generic[Item, Value]):
+    """Item -> value, from the cache. What is missing is made, best in advance and at once by `prepare`."""
+
+    cache: ContentCache
+    keys: Callable[[Item], tuple[str, ...]]
+    """Of the arrays that a value has."""
+    make: Callable[[Sequence[Item]], Iterable[tuple[Item, Sequence[np.ndarray]]]]
+    """Each item, in any order, with its arrays."""
+    value: Callable[..., Value]
+    """Arrays -> value."""
+
+    def __call__(self, item: Item) -> Value:
+        """The value of an item; made again if its file is damaged or gone."""
+        arrays: Sequence[np.ndarray | None] = [self.cache.get(key) for key in self.keys(item)]
+        if any(array is None for array in arrays):
+            arrays = dict(self._made([item]))[item]
+        return self.value(*arrays)
+
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        """Those that have no file, each value once. Files are looked at, not read."""
+        distinct = {self.keys(item): item for item in items}
+        return [item for keys, item in distinct.items() if not all(map(self.cache.has_file, keys))]
+
+    def prepare(self, items: Iterable[Item]) -> None:
+        """Make what is missing of these."""
+        missing = self.missing(items)
+        for _ in self._made(missing) if missing else ():
+            pass
+
+    def _made(self, items: Sequence[Item]) -> Iterator[tuple[Item, Sequence[np.ndarray]]]:
+        for item, arrays in self.make(items):
+            for key, array in zip(self.keys(item), arrays, strict=True):
+                self.cache.put(key, array)
+            yield item, arrays
+
+
+def posterior_lookup(
     cache: ContentCache,
-    views: Sequence[View],
     encoder_digest: str,
-    resolution: int,
     interpolation: Interpolation,
     load_encoder: Callable[[], Encode],
-    progress: Callable[[Sequence[View]], Any],
-) -> dict[View, np.ndarray]:
-    """Mean and log-variance (2, C, h, w) of every view's posterior.
+    progress: Callable[[Sequence[View]], Iterable[View]],
+) -> Lookup[View, np.ndarray]:
+    """View -> mean and log-variance (2, C, h, w) of its posterior.
 
     Args:
         cache: where they are looked up and kept.
-        views: what to encode.
         encoder_digest: identifies the autoencoder's weights.
-        resolution: side of the squares, in pixels.
         interpolation: filter used to resize.
         load_encoder: called only if something is missing; gives pictures (1, 3, H, W) -> (2, C, h, w).
         progress: wraps the loop over what is missing.
 
     Raises:
-        DataError: a picture gives values that are no numbers.
+        DataError: by what it gives, of a picture that is encoded to NaN, infinity or black.
     """
-    keys = {
-        view: content_key(
+
+    def keys(view: View) -> tuple[str]:
+        frame, (width, height) = view.frame, view.frame.size
+        key = content_key(
             picture=view.record.digest,
-            crop=view.crop,
+            crop=(frame.top, frame.left),
             flip=view.flip,
             encoder=encoder_digest,
-            resolution=resolution,
+            # Of squares one side, as in the first version, whose caches hold.
+            resolution=width if width == height else (width, height),
             interpolation=interpolation,
         )
-        for view in views
-    }
-    found = {view: value for view, key in keys.items() if (value := cache.get(key)) is not None}
-    missing = [view for view in views if view not in found]
-    if not missing:
-        return found
-    encode = load_encoder()
-    for view in progress(missing):
-        square = resize_and_crop(open_picture(view.record.path), resolution, interpolation, view.crop, view.flip)
-        value = encode(to_array(square).transpose(2, 0, 1)[None])
-        flaw = _flaw(value)
-        if flaw:
-            raise DataError(
-                f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with "
-                "--pretrained_vae_model_name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
-            )
-        cache.put(keys[view], value)
-        found[view] = value
-    return found
+        return (key,)
+
+    def make(views: Sequence[View]) -> Iterator[tuple[View, tuple[np.ndarray]]]:
+        encode = load_encoder()
+        for view in progress(views):
+            crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
+            value = encode(to_array(crop).transpose(2, 0, 1)[None])
+            flaw = _flaw(value)
+            if flaw:
+                raise DataError(
+                    f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
+                    "name_or_path (for SDXL madebyollin/sdxl-vae-fp16-fix), or remove the picture"
+                )
+            yield view, (value,)
+
+    return Lookup(cache, keys, make, lambda posterior: posterior)
 
 
 def _flaw(posterior: np.ndarray) -> str | None:
     """What is wrong with mean and log-variance (2, C, h, w), if anything is."""
     if not np.isfinite(posterior).all():
-        return "values that are no numbers"
+        return "NaN or infinity"
     if not posterior[0].any():
         return "nothing but zeros, which is black"
     return None
 
 
-def cached_embeddings(
-    cache: ContentCache,
-    prompts: Sequence[str],
-    encoder_digest: str,
-    encode: Callable[[Sequence[str]], dict[str, PromptText]],
-) -> dict[str, PromptText]:
-    """What the UNet reads of every prompt; `encode` is called only if one is missing."""
-    parts = PromptText._fields
-    keys = {
-        prompt: [content_key(prompt=prompt, encoder=encoder_digest, part=part) for part in parts] for prompt in prompts
-    }
-    found = {}
-    for prompt, its_keys in keys.items():
-        values = [value for key in its_keys if (value := cache.get(key)) is not None]
-        if len(values) == len(parts):
-            found[prompt] = PromptText(*values)
-    missing = [prompt for prompt in keys if prompt not in found]
-    if missing:
-        embeddings = encode(missing)
-        for prompt in missing:
-            for key, value in zip(keys[prompt], embeddings[prompt], strict=True):
-                cache.put(key, value)
-            found[prompt] = embeddings[prompt]
-    return found
+def embedding_lookup(
+    cache: ContentCache, encoder_digest: str, encode: Callable[[Sequence[str]], Iterable[tuple[str, PromptText]]]
+) -> Lookup[str, PromptText]:
+    """Prompt -> what the UNet reads of it; `encode` gives it beside each prompt, if one is missing."""
+
+    def keys(prompt: str) -> tuple[str, ...]:
+        return tuple(content_key(prompt=prompt, encoder=encoder_digest, part=part) for part in PromptText._fields)
+
+    return Lookup(cache, keys, encode, PromptText)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.pictures import CropBox, crop_range
 from dreambooth_ms.data.plan import View
 
 NOTHING = np.zeros(0, np.float32)
@@ -57,7 +56,7 @@ class Conditioning:
 def add_time_ids(
     count: int,
     original_size: tuple[int, int],
-    crop: CropBox,
+    crop: tuple[int, int],
     target_size: tuple[int, int],
     aesthetic_score: float = AESTHETIC_SCORE,
 ) -> np.ndarray:
@@ -67,7 +66,7 @@ def add_time_ids(
         count: 6 for SDXL: height and width before the picture was resized, top and left of the crop after it, height
             and width of the crop. 5 for its refiner, which has a score in place of the last two. 0 for others.
         original_size: (width, height), as all sizes.
-        crop: its corner in the resized picture.
+        crop: (top, left) of its corner in the resized picture.
         target_size: size of what is cropped.
         aesthetic_score: how beautiful the picture is, from 0 to 10.
     """
@@ -75,7 +74,8 @@ def add_time_ids(
     return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
 
 
-def add_time_ids_of_view(count: int, view: View, resolution: int) -> np.ndarray:
+def add_time_ids_of_view(count: int, view: View) -> np.ndarray:
     """The add_time_ids (N,) of a picture: its own size and crop. A mirrored crop counts from the right."""
-    left = crop_range(view.record.size, resolution).left - view.crop.left if view.flip else view.crop.left
-    return add_time_ids(count, view.record.size, CropBox(view.crop.top, left), (resolution, resolution))
+    frame = view.frame
+    left = frame.highest[1] - frame.left if view.flip else frame.left
+    return add_time_ids(count, view.record.size, (frame.top, left), frame.size)

@@ -1,4 +1,4 @@
-"""From a folder of photographs to float32 squares: find, open as people see them, resize, crop, flip.
+"""From a folder of photographs to float32 crops: find, open as people see them, resize, crop, flip.
 
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +20,9 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.digest import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
 MIN_SIDE = 8
 """A smaller picture is an icon or a tracking pixel: there is nothing to learn from it."""
 MAX_ASPECT_RATIO = 20
@@ -43,11 +45,21 @@ class PictureFolder:
     skipped: tuple[Path, ...]
 
 
-class CropBox(NamedTuple):
-    """The corner of a square crop, in pixels of the resized picture."""
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How a picture becomes a crop: resized until it covers the crop's size, then cut. All in pixels."""
 
+    size: Size
+    """Of the crop."""
+    resized: Size
+    """Of the whole picture when it is cut; one side is the crop's."""
     top: int
     left: int
+
+    @property
+    def highest(self) -> tuple[int, int]:
+        """The largest (top, left) that a crop of this size can have; one of the two is 0."""
+        return self.resized[1] - self.size[1], self.resized[0] - self.size[0]
 
 
 def find_pictures(folder: str | Path) -> PictureFolder:
@@ -142,41 +154,40 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def resized_size(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """(width, height) after the shortest side is brought to `resolution`; the other side is rounded down."""
-    width, height = size
-    shortest = min(size)
-    return resolution * width // shortest, resolution * height // shortest
+def covering_size(picture: Size, size: Size) -> Size:
+    """What a picture is resized to so that it just covers `size`; its longer side is rounded down."""
+    (width, height), (across, down) = picture, size
+    return (down * width // height, down) if width * down >= height * across else (across, across * height // width)
 
 
-def crop_range(size: tuple[int, int], resolution: int) -> CropBox:
-    """The largest (top, left) that a crop of a picture of this original size can have; one of the two is 0."""
-    width, height = resized_size(size, resolution)
-    return CropBox(height - resolution, width - resolution)
+def frame_of(picture: Size, size: Size, rng: np.random.Generator | None = None) -> Frame:
+    """A crop of `size`, drawn uniformly from all that fit into a picture of the size `picture`.
+
+    Without a generator it is the one in the middle; a half pixel goes to the even neighbour, as in torchvision's
+    CenterCrop.
+    """
+    resized = covering_size(picture, size)
+    top, left = (
+        round(highest / 2) if rng is None else int(rng.integers(highest + 1))
+        for highest in Frame(size, resized, 0, 0).highest
+    )
+    return Frame(size, resized, top, left)
 
 
-def centre_crop(size: tuple[int, int], resolution: int) -> CropBox:
-    """The crop in the middle; a half pixel goes to the even neighbour, as torchvision's CenterCrop has it."""
-    highest = crop_range(size, resolution)
-    return CropBox(round(highest.top / 2), round(highest.left / 2))
+def resize_and_crop(image: Image.Image, frame: Frame, interpolation: Interpolation, flip: bool = False) -> Image.Image:
+    """A picture within its frame, mirrored if asked.
 
-
-def random_crop(size: tuple[int, int], resolution: int, rng: np.random.Generator) -> CropBox:
-    """A crop drawn uniformly from all that fit."""
-    highest = crop_range(size, resolution)
-    return CropBox(int(rng.integers(highest.top + 1)), int(rng.integers(highest.left + 1)))
-
-
-def resize_and_crop(
-    image: Image.Image, resolution: int, interpolation: Interpolation, crop: CropBox, flip: bool = False
-) -> Image.Image:
-    """A square of resolution x resolution: shortest side resized to it, cropped at `crop`, then mirrored if asked."""
-    highest = crop_range(image.size, resolution)
-    if not (0 <= crop.top <= highest.top and 0 <= crop.left <= highest.left):
-        raise ValueError(f"crop {tuple(crop)} is outside (0, 0) .. {tuple(highest)}")
-    resized = image.resize(resized_size(image.size, resolution), Image.Resampling[interpolation.upper()])
-    square = resized.crop((crop.left, crop.top, crop.left + resolution, crop.top + resolution))
-    return ImageOps.mirror(square) if flip else square
+    Raises:
+        ValueError: the frame is not one of this picture.
+    """
+    (top, left), (width, height) = frame.highest, frame.size
+    if frame.resized != covering_size(image.size, frame.size) or not (
+        0 <= frame.top <= top and 0 <= frame.left <= left
+    ):
+        raise ValueError(f"{frame} is outside a picture of {image.size}")
+    resized = image.resize(frame.resized, Image.Resampling[interpolation.upper()])
+    crop = resized.crop((frame.left, frame.top, frame.left + width, frame.top + height))
+    return ImageOps.mirror(crop) if flip else crop
 
 
 def to_array(image: Image.Image) -> np.ndarray:

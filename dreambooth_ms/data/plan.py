@@ -1,73 +1,114 @@
-"""Which picture, crop and flip each row of each batch sees: a function of the seed, known before the run starts.
+"""Which picture, prompt, crop and flip each row of each batch sees: a function of the seed, known in advance.
 
-Rows are numbered over the whole run, each group by itself. All that is random about a row depends on its number, so it
-makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
+Rows are numbered over the whole run, each concept's by themselves. All that is random about a row depends on its
+number, so it makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
+The size is the step's, and depends on the number of the step.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
-from dreambooth_ms.data.pictures import CropBox, centre_crop, random_crop
-from dreambooth_ms.data.records import Record
+import numpy as np
+
+from dreambooth_ms.data.pictures import Frame, Size, frame_of
+from dreambooth_ms.data.records import Concept, Record
 from dreambooth_ms.randomness import generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """A picture as a row sees it."""
 
     record: Record
-    crop: CropBox
+    prompt: str
+    frame: Frame
     flip: bool
+
+
+class Row(NamedTuple):
+    """A row of the run."""
+
+    concept: Concept
+    number: int
+    """Among the rows of its concept: what all its draws are named by."""
+    view: View
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of one step, all of one size."""
+
+    size: Size
+    rows: tuple[Row, ...]
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """What the rows see."""
+        return tuple(row.view for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures become squares."""
+    """How pictures become crops."""
 
-    resolution: int
+    sizes: tuple[Size, ...]
+    """Each step draws one, for all its rows."""
     center_crop: bool
     random_flip: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of every batch: `batch_size` of each group, the groups in the order given.
+    """The rows of every batch: `batch_size` of each concept, in the order of the concepts.
 
-    Each group is gone through in an order drawn anew for every epoch of its own, so that no picture is dropped and all
-    come up equally often, whatever the batch size.
+    Each concept is gone through in an order drawn anew for every epoch of its own, so that no picture is dropped and
+    all come up equally often, whatever the batch size.
     """
 
-    groups: tuple[tuple[Record, ...], ...]
+    concepts: tuple[Concept, ...]
     batch_size: int
     framing: Framing
     seed: int
+    batches_per_step: int = 1
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches in which the largest group is gone through once."""
-        return -(-max(len(records) for records in self.groups) // self.batch_size)
+    def rows_per_step(self) -> int:
+        """The rows of each concept in a step."""
+        return self.batch_size * self.batches_per_step
 
-    def row_numbers(self, batch: int) -> range:
-        """The numbers of a batch's rows, the same in each group."""
-        return range(batch * self.batch_size, (batch + 1) * self.batch_size)
+    def size_of_step(self, step: int) -> Size:
+        """The size of a step's rows, counted from 0. (Buckets by aspect ratio would be chosen here.)"""
+        sizes = self.framing.sizes
+        return sizes[generator(self.seed, "size", step).integers(len(sizes))] if len(sizes) > 1 else sizes[0]
 
-    def rows(self, batch: int) -> tuple[View, ...]:
-        """What the rows of a batch see."""
-        return tuple(self._view(records, number) for records in self.groups for number in self.row_numbers(batch))
+    def rows(self, batch: int) -> StepRows:
+        """The rows of a batch, counted from 0 over the run."""
+        size = self.size_of_step(batch // self.batches_per_step)
+        numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+        rows = (
+            Row(concept, number, self._view(concept, number, size)) for concept in self.concepts for number in numbers
+        )
+        return StepRows(size, tuple(rows))
 
     def views(self, first_batch: int, stop_batch: int) -> tuple[View, ...]:
         """All distinct views of these batches, in the order of their first use."""
-        return tuple(dict.fromkeys(view for batch in range(first_batch, stop_batch) for view in self.rows(batch)))
+        batches = range(first_batch, stop_batch)
+        return tuple(dict.fromkeys(view for batch in batches for view in self.rows(batch).views))
 
-    def _view(self, records: Sequence[Record], number: int) -> View:
-        group = records[0].group
-        epoch, position = divmod(number, len(records))
-        record = records[generator(self.seed, f"{group} order", epoch).permutation(len(records))[position]]
-        framing = self.framing
-        if framing.center_crop:
-            crop = centre_crop(record.size, framing.resolution)
-        else:
-            crop = random_crop(record.size, framing.resolution, generator(self.seed, f"{group} crop", number))
-        flip = framing.random_flip and generator(self.seed, f"{group} flip", number).random() < 0.5
-        return View(record, crop, bool(flip))
+    def _view(self, concept: Concept, number: int, size: Size) -> View:
+        name, framing = concept.name, self.framing
+        epoch, position = divmod(number, len(concept.records))
+        record = concept.records[_order(self.seed, name, len(concept.records), epoch)[position]]
+        prompt = record.captions[0]
+        if len(record.captions) > 1:
+            prompt = record.captions[generator(self.seed, f"{name} caption", number).integers(len(record.captions))]
+        drawn = None if framing.center_crop else generator(self.seed, f"{name} crop", number)
+        flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
+        return View(record, prompt, frame_of(record.size, size, drawn), bool(flip))
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, name: str, count: int, epoch: int) -> np.ndarray:
+    """The positions (count,) in which an epoch goes through a concept. Rows come in order, so few are asked again."""
+    return generator(seed, f"{name} order", epoch).permutation(count).astype(np.int32)

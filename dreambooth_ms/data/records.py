@@ -1,34 +1,51 @@
-"""From folders to records: one per picture, with everything a row needs to know about it."""
+"""From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_ms.data.pictures import MIN_SIDE, digest, find_pictures, open_picture, skipped_line
+from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, open_picture, skipped_line
 from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
-    """A picture and its prompt."""
+    """A picture with its own captions."""
 
     path: Path
     digest: str
     """SHA-256 of the file: what caches are keyed by."""
-    size: tuple[int, int]
-    """(width, height), upright, in pixels."""
-    prompt: str
-    group: str
-    """INSTANCE or CLASS."""
+    size: Size
+    """Upright, in pixels."""
+    captions: tuple[str, ...]
+    """What it may be told under: one, or several of which each row draws one."""
+    mask: Path | None = None
+    """A picture that is white where the error counts; None: it counts everywhere."""
 
 
-def read_records(
-    folder: Path, prompt: str, group: str, tell: Callable[[str], object], at_most: int | None = None
-) -> tuple[Record, ...]:
+@dataclass(frozen=True)
+class Concept:
+    """What has the same number of rows in every step: a subject, or its class."""
+
+    name: str
+    """Names the loss in logs, and the draws of its rows: INSTANCE, CLASS or another."""
+    records: tuple[Record, ...]
+    weight: float = 1.0
+    """Of its rows' mean error in the loss."""
+
+
+def read_concept(
+    name: str,
+    folder: Path,
+    prompt: str,
+    tell: Callable[[str], object],
+    weight: float = 1.0,
+    at_most: int | None = None,
+) -> Concept:
     """The pictures of a folder under one prompt, in natural order. Every one is opened once, so that a damaged file
-    is found before the training starts; what is no picture is told once.
+    is found before the training starts; what is not a picture is told once.
 
     Raises:
         DataError: no usable folder, or damaged pictures, one line each.
@@ -39,15 +56,15 @@ def read_records(
     records, problems = [], []
     for path in found.pictures[:at_most]:
         try:
-            records.append(Record(path, digest(path), _size(path), prompt, group))
+            records.append(Record(path, digest(path), _size(path), (prompt,)))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    return tuple(records)
+    return Concept(name, tuple(records), weight)
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: Path) -> Size:
     width, height = open_picture(path).size
     if min(width, height) < MIN_SIDE:
         raise DataError(f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it")

@@ -56,6 +56,10 @@ class Channel:
         except (OSError, EOFError, ValueError):
             return None
 
+    def close(self) -> None:
+        """End the connection; the other end receives None."""
+        self._connection.close()
+
 
 def connect(launch: Launch, seconds: float) -> Channel:
     """Connect to rank 0 of this run, which may not listen yet.
@@ -106,14 +110,17 @@ def listen(launch: Launch) -> Listener:
         ) from error
 
 
-def accept(listener: Listener) -> tuple[int, Channel] | None:
-    """The rank of the next process that connects, and the channel to it; None if it is no process of this run."""
+def accept(listener: Listener, expected: set[int]) -> tuple[int, Channel] | None:
+    """The rank of the next process that connects, and the channel to it; None, after closing it, for a stranger."""
     try:
         channel = Channel(listener.accept())
     except _REFUSALS:
         return None
     hello = channel.receive()
-    return (hello["rank"], channel) if isinstance(hello, dict) and "rank" in hello else None
+    if isinstance(hello, dict) and hello.get("rank") in expected:
+        return hello["rank"], channel
+    channel.close()
+    return None
 
 
 def _key(launch: Launch) -> bytes:

@@ -151,8 +151,7 @@ def _admit(listener: Listener, expected: set[int], channels: dict[int, Channel])
     """Let the expected processes in as they come; strangers are sent away."""
     with listener:
         while missing := expected - channels.keys():
-            caller = accept(listener)
-            if caller is not None and caller[0] in missing:
+            if caller := accept(listener, missing):
                 channels[caller[0]] = caller[1]
 
 

@@ -1,9 +1,9 @@
-"""The autoencoder at the two ends of sampling: latents of a picture to start from, pictures of the latents drawn.
+"""The autoencoder at the two ends of sampling: latents of a picture to start from, pictures of the finished latents.
 
 One picture passes at a time, so that the memory it takes does not grow with the batch. Shapes: C, h, w of the latents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from mindspore import Tensor
@@ -37,23 +37,18 @@ class PictureDecoder:
             whole_up_to: side in pixels of the largest square that is decoded at once; None: `WHOLE_UP_TO`.
 
         Raises:
-            WeightError: values come out that are no numbers, which a viewer would show as black.
+            WeightError: NaN or infinity comes out, which a viewer would show as black.
         """
-        decoded = self._decoded(self.spec.unscaled(latents), whole_up_to)
+        _, height, width = latents.shape
+        is_whole = height * width * self.spec.downsampling**2 <= (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2
+        latents_1Chw = Tensor(np.ascontiguousarray(self.spec.unscaled(latents))[None])
+        decoded = self._decoder(latents_1Chw).asnumpy()[0] if is_whole else self._banded(latents_1Chw)[0]
         if not np.isfinite(decoded).all():
             raise WeightError(
-                f"picture {number} came out as values that are no numbers; check the base's weights and the "
-                "adapter's, or give another autoencoder with --pretrained_vae_model_name_or_path"
+                f"picture {number} came out as NaN or infinity; check the base's weights and the adapter's, or give "
+                "another autoencoder with --pretrained_vae_model_name_or_path"
             )
         return to_picture(decoded)
-
-    def _decoded(self, latents: np.ndarray, whole_up_to: int | None) -> np.ndarray:
-        """(C, h, w) -> (3, H, W)."""
-        _, height, width = latents.shape
-        latents_1Chw = Tensor(np.ascontiguousarray(latents)[None])
-        if height * width * self.spec.downsampling**2 > (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2:
-            return self._banded(latents_1Chw)[0]
-        return self._decoder(latents_1Chw).asnumpy()[0]
 
 
 class PictureEncoder:
@@ -63,17 +58,17 @@ class PictureEncoder:
         self.spec = vae.spec
         self._encoder = VaeEncoder(vae)
 
-    def latents(self, picture_3HW: np.ndarray, seed: int, rows: int) -> Iterator[np.ndarray]:
-        """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each row.
+    def latents(self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+        """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each number.
 
         Args:
             picture_3HW: float32 in [-1, 1].
-            seed: of the draws, each of which is a function of it and of the row's number.
-            rows: how many to draw.
+            seed: of the draws, each of which is a function of it and of its number.
+            numbers: of the pictures that start from it.
         """
         mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
-        for row in range(rows):
-            draw = standard_normal(mean.shape, seed, PURPOSE, row=row)
+        for number in numbers:
+            draw = standard_normal(mean.shape, seed, PURPOSE, row=number)
             yield self.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
 
 

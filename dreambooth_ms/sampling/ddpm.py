@@ -6,42 +6,35 @@ from typing import Any
 import numpy as np
 from mindspore import Tensor, ops
 
-from dreambooth_ms.sampling.discrete_noise import DiscreteNoise, RowNoise
+from dreambooth_ms.sampling.discrete_scheduler import DiscreteScheduler, RowNoise
 
 
-class DDPMScheduler:
+class DDPMScheduler(DiscreteScheduler):
     """x_{t-1} ~ N(mu(x_t, x_0), variance) with the posterior's mean and variance of the paper's eq. 7.
 
-    The interface is that of mindone's schedulers; `config` are the keys of diffusers' scheduler of this name.
+    `config` are the keys of diffusers' scheduler of this name.
     """
 
-    order, init_noise_sigma = 1, 1.0
-
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._noise = DiscreteNoise(config)
+        super().__init__(config)
         self._spacing = config.get("timestep_spacing", "leading")
         self._clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
-        self.alphas_cumprod = self._noise.alphas_cumprod
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Choose the timesteps, from noise to picture."""
-        last = self._noise.num_train_timesteps - 1
+        last = self.num_train_timesteps - 1
         if self._spacing == "linspace":
             self.timesteps = np.linspace(0, last, num_inference_steps).round()[::-1].astype(np.int64)
         else:
-            self.timesteps = self._noise.spaced(self._spacing, num_inference_steps)
+            self.timesteps = self.spaced(self._spacing, num_inference_steps)
         self._next = dict(zip(self.timesteps.tolist(), self.timesteps[1:].tolist(), strict=False))
-
-    def scale_model_input(self, latents: Tensor, timestep: int) -> Tensor:
-        """Nothing to do: latents have deviation 1 at every timestep."""
-        return latents
 
     def step(self, prediction: Tensor, timestep: int, latents: Tensor, generator: RowNoise) -> tuple[Tensor]:
         """The latents at the next timestep; `generator` draws the step's noise, which the last one has not."""
         here = self.alphas_cumprod[timestep]
         following = self._next.get(int(timestep))
         there = 1.0 if following is None else self.alphas_cumprod[following]
-        clean = self._noise.clean_latents(prediction, latents, here)
+        clean = self.clean_latents(prediction, latents, here)
         if self._clip is not None:
             clean = ops.clamp(clean, -self._clip, self._clip)
         beta = 1 - here / there

@@ -34,11 +34,11 @@ def first_free_number(folder: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def draw_grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Pictures (H, W, 3) of one size side by side, row by row; what is left of the last row is white."""
     height, width, _ = pictures[0].shape
     rows = -(-len(pictures) // columns)
-    grid = np.full((rows, columns, height, width, 3), 255, np.uint8)
+    cells = np.full((rows, columns, height, width, 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
-        grid[divmod(number, columns)] = picture
-    return grid.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+        cells[divmod(number, columns)] = picture
+    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)

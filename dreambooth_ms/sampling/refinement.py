@@ -2,31 +2,34 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.sampling.model import SamplingModel, repeated
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.request import OnStep, Refinement, Sample, SampleRequest, Stopped
 from dreambooth_ms.sampling.schedulers import check_formulation
-from dreambooth_ms.sampling.settings import Drawn, DrawRequest, OnStep, Refinement, Stopped
+
+_MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
+"""Of an autoencoder: what decides what latents mean."""
 
 
-def draw_refined(
+def sample_refined(
     base: SamplingModel,
     refiner: SamplingModel,
-    request: DrawRequest,
+    request: SampleRequest,
     refinement: Refinement,
     on_step: OnStep | None = None,
     stopped: Stopped | None = None,
     release: bool = True,
-) -> Iterator[Drawn]:
-    """The pictures of a request, drawn by the base and refined.
+) -> Iterator[Sample]:
+    """The pictures of a request, sampled by the base and refined.
 
     Args:
-        base: draws from noise, or from the picture of the request.
+        base: samples from noise, or from the picture of the request.
         refiner: goes on from its latents, with the same prompts.
-        request: what to draw.
+        request: what to sample.
         refinement: where the one stops and the other starts.
         on_step: called after every step, of either model.
         stopped: asked before every step; see `Stopped`.
@@ -35,51 +38,36 @@ def draw_refined(
     Raises:
         ConfigError: the two have different latents, or one has another noise than the scheduler's.
     """
-    _check_latents(base, refiner)
-    check_formulation(request.scheduler, refiner.folder.scheduler_config)
-    rows = base.rows(request)
+    if _MEANING(base.bundle.vae_spec) != _MEANING(refiner.bundle.vae_spec):
+        raise ConfigError(
+            f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
+            "the same family"
+        )
+    check_formulation(request.scheduler, refiner.bundle.scheduler_config)
     end = refinement.denoising_end
-    drawn = [latents for _, latents in base.latents(request, rows, "base", None, end, on_step, stopped)]
-    settings = [base.picture_settings(request, prompt, n) for n, prompt in enumerate(repeated(request))]
-    height, width = base.size(request)
+    begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
+    start = [latents for _, latents in begun]
     if release:
         base.release()
-    if len(drawn) < len(settings):
+    if len(start) < len(request.pictures):
         return
+    height, width = base.size(request)
     own = replace(
         request,
         image=None,
         strength=refinement.strength,
+        denoising_start=end,
         height=height,
         width=width,
         lora_scales=None,
         # Other noise than the one that the base has just taken away.
         purpose=f"{request.purpose}, refined",
-        sizes=replace(
-            request.sizes,
-            aesthetic_score=refinement.aesthetic_score,
-            negative_aesthetic_score=refinement.negative_aesthetic_score,
-        ),
     )
-    refined = refiner.latents(
-        own, replace(refiner.rows(own), start=np.stack(drawn)), "refiner", end, None, on_step, stopped
-    )
-    more = {"refiner": str(refiner.folder.path), "denoising_end": end}
+    rows = replace(refiner.rows(own), start=np.stack(start))
+    refiner.load()
+    more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
     if end is None:
         more["refiner_strength"] = refinement.strength
-    for number, latents in refined:
-        yield refiner.drawn(own, number, latents)._replace(settings={**settings[number], **more})
-
-
-def _check_latents(base: SamplingModel, refiner: SamplingModel) -> None:
-    """Both must mean the same by the same latents."""
-    ours, theirs = base.folder.vae_spec, refiner.folder.vae_spec
-    if _meaning(ours) != _meaning(theirs):
-        raise ConfigError(
-            f"--refiner {refiner.folder.path}: its latents are not those of {base.folder.path}; give the refiner of "
-            "the same family"
-        )
-
-
-def _meaning(vae: VaeSpec) -> tuple[object, ...]:
-    return vae.latent_channels, vae.downsampling, vae.scaling_factor, vae.latents_mean, vae.latents_std
+    for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
+        picture = refiner.picture(latents, number, request.whole_up_to)
+        yield Sample(number, request.pictures[number], picture, base.picture_settings(request, number) | more)

@@ -79,7 +79,7 @@ SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
 
 
 def check_formulation(name: SamplingScheduler, config: Config) -> None:
-    """A model that was trained in EDM's formulation is drawn with by EDM's schedulers, and only such a model.
+    """A model that was trained in EDM's formulation is sampled with by EDM's schedulers, and only such a model.
 
     Raises:
         ConfigError: this scheduler is not for this model.

@@ -1,4 +1,4 @@
-"""The picture that image to image starts from, brought to a size that a model can draw. Sizes are (height, width)."""
+"""The picture that image to image starts from, brought to a size that a model can sample. Sizes are (height, width)."""
 
 import math
 
@@ -11,7 +11,7 @@ from dreambooth_ms.data.pictures import to_array
 def fitted_size(
     image: Image.Image, height: int | None, width: int | None, model_side: int, multiple: int
 ) -> tuple[int, int]:
-    """The size to draw at: what is asked for; what is not follows from the picture's shape.
+    """The size to sample at: what is asked for; what is not follows from the picture's shape.
 
     Without either, the area is the one that the model was trained at, whatever the size of the picture.
 

@@ -10,29 +10,31 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.sampling.discrete_noise import RowNoise
+from dreambooth_ms.sampling.discrete_scheduler import RowNoise
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
-from dreambooth_ms.sampling.settings import SamplingSettings
 
 
 class Trajectory:
     """The timesteps of a batch and what becomes of its latents in them.
 
     Args:
-        settings: the scheduler, its steps, and which of them are taken.
+        request: the scheduler, its steps, which of them are taken, and the seed of the noise that they draw.
         config: `scheduler_config.json` of the model.
-        seed: of the noise that steps draw.
-        rows: the numbers of the pictures, on which that noise hangs too.
+        numbers: the pictures' own, on which that noise depends too.
+        from_picture: whether the latents begin as those of other pictures, in place of noise.
     """
 
-    def __init__(self, settings: SamplingSettings, config: Mapping[str, Any], seed: int, rows: Sequence[int]) -> None:
-        self._kind = SCHEDULERS[settings.scheduler]
-        self._scheduler = create_scheduler(settings.scheduler, config, settings.num_inference_steps)
-        self._seed, self._rows = seed, rows
-        self._continues = settings.denoising_start is not None
+    def __init__(
+        self, request: SampleRequest, config: Mapping[str, Any], numbers: Sequence[int], from_picture: bool = False
+    ) -> None:
+        self._kind = SCHEDULERS[request.scheduler]
+        self._scheduler = create_scheduler(request.scheduler, config, request.num_inference_steps)
+        self._seed, self._numbers = request.seed, numbers
+        self._continues = request.denoising_start is not None
         levels = np.array([float(timestep) for timestep in self._scheduler.timesteps])
         range_ = int(config.get("num_train_timesteps", 1000))
-        self._first, end = taken_steps(levels, settings, self._scheduler.order, range_)
+        self._first, end = taken_steps(levels, request, self._scheduler.order, range_, from_picture)
         self.timesteps: list[Any] = list(self._scheduler.timesteps[self._first : end])
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self._first)
@@ -55,7 +57,7 @@ class Trajectory:
         """The latents after `timesteps[index]`."""
         timestep, more = self.timesteps[index], {}
         if self._kind.draws_noise:
-            more["generator"] = RowNoise(self._seed, self._first + index, self._rows)
+            more["generator"] = RowNoise(self._seed, self._first + index, self._numbers)
         return self._scheduler.step(prediction_BChw, timestep, latents_BChw, **more)[0]
 
     def _sigma(self) -> float:
@@ -67,24 +69,25 @@ class Trajectory:
 
 
 def taken_steps(
-    levels: np.ndarray, settings: SamplingSettings, order: int, num_train_timesteps: int
+    levels: np.ndarray, request: SampleRequest, order: int, num_train_timesteps: int, from_picture: bool
 ) -> tuple[int, int]:
     """First and end of the steps that are taken, as diffusers' pipelines choose them.
 
     Args:
         levels: all timesteps of the scheduler, from noise to picture.
-        settings: `strength`, `denoising_start` and `denoising_end` are read.
+        request: `strength`, `denoising_start` and `denoising_end` are read.
         order: evaluations of each step.
         num_train_timesteps: of the model, which the shares of the noise's range refer to.
+        from_picture: whether `strength` counts.
     """
     first, end = 0, len(levels)
-    steps = settings.num_inference_steps
-    if settings.denoising_start is not None:
-        left = int((levels < round(num_train_timesteps - settings.denoising_start * num_train_timesteps)).sum())
+    steps = request.num_inference_steps
+    if request.denoising_start is not None:
+        left = int((levels < round(num_train_timesteps - request.denoising_start * num_train_timesteps)).sum())
         # A step of two evaluations is not begun in its middle.
         first = end - (left + 1 if order == 2 and left % 2 == 0 else left)
-    elif settings.strength is not None:
-        first = max(steps - min(int(steps * settings.strength), steps), 0) * order
-    if settings.denoising_end is not None:
-        end = int((levels >= round(num_train_timesteps - settings.denoising_end * num_train_timesteps)).sum())
+    elif from_picture:
+        first = max(steps - min(int(steps * request.strength), steps), 0) * order
+    if request.denoising_end is not None:
+        end = int((levels >= round(num_train_timesteps - request.denoising_end * num_train_timesteps)).sum())
     return first, end

@@ -6,98 +6,80 @@ operator that CPUs have not (`StackExt`).
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.sampling.discrete_noise import DiscreteNoise
+from dreambooth_ms.sampling.discrete_scheduler import DiscreteScheduler
 
 ORDER = 2
 
 
-class _Past(NamedTuple):
-    """A step that was taken."""
-
-    position: int
-    clean: Tensor
-    """The clean latents that were predicted in it."""
-
-
-class UniPCMultistepScheduler:
-    """The interface is that of mindone's schedulers; `config` are the keys of diffusers' scheduler of this name."""
-
-    order, init_noise_sigma = 1, 1.0
+class UniPCMultistepScheduler(DiscreteScheduler):
+    """`config` are the keys of diffusers' scheduler of this name."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._noise = DiscreteNoise(config)
+        super().__init__(config)
         self._spacing = config.get("timestep_spacing", "linspace")
         self._index = 0
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Choose the timesteps, from noise to picture."""
-        table = self._noise.alphas_cumprod
+        table = self.alphas_cumprod
         if self._spacing == "linspace":
             spaced = np.linspace(0, len(table) - 1, num_inference_steps + 1).round()[::-1][:-1].astype(np.int64)
         elif self._spacing == "leading":
-            spaced = self._noise.spaced("leading", num_inference_steps + 1)[:-1]
+            spaced = self.spaced("leading", num_inference_steps + 1)[:-1]
         else:
-            spaced = self._noise.spaced("trailing", num_inference_steps)
+            spaced = self.spaced("trailing", num_inference_steps)
         self.timesteps = spaced
         self.sigmas = np.append(((1 - table[spaced]) / table[spaced]) ** 0.5, 0.0)
-        self._past: list[_Past] = []
-        self._corrects_from: Tensor | None = None
-        self._last_order = 0
+        self._clean: list[Tensor] = []
+        """The clean latents that were predicted in the last steps, the newest first."""
+        self._before: Tensor | None = None
+        """The latents that the last step began with."""
+        self._order = 0
 
     def set_begin_index(self, index: int) -> None:
         """Begin at this timestep, as image to image does."""
         self._index = index
 
-    def scale_model_input(self, latents: Tensor, timestep: int) -> Tensor:
-        """Nothing to do: latents have deviation 1 at every timestep."""
-        return latents
-
     def step(self, prediction: Tensor, timestep: int, latents: Tensor) -> tuple[Tensor]:
         """The latents at the next timestep."""
         here = self._index
-        clean = self._noise.clean_latents(prediction, latents, self._noise.alphas_cumprod[int(timestep)])
-        if self._corrects_from is not None:
-            latents = self._corrected(self._corrects_from, clean)
-        self._past = [_Past(here, clean), *self._past][:ORDER]
+        clean = self.clean_latents(prediction, latents, self.alphas_cumprod[int(timestep)])
+        if self._before is not None:
+            # The last step once more, now that the prediction at its end is known.
+            latents = self._advanced(self._before, here - 1, clean)
+        self._clean = [clean, *self._clean][:ORDER]
         # Fewer at the beginning, where there is no past, and at the end, where there is no noise.
-        self._last_order = min(ORDER, len(self.timesteps) - here, len(self._past))
-        self._corrects_from = latents
+        self._order = min(ORDER, len(self.timesteps) - here, len(self._clean))
+        self._before = latents
         self._index += 1
-        return (self._predicted(latents),)
+        return (self._advanced(latents, here),)
 
-    def _predicted(self, latents: Tensor) -> Tensor:
-        """UniP, eq. 9 of the paper for data prediction: from the newest step to the next timestep."""
-        newest = self._past[0]
-        step = self._between(newest.position, newest.position + 1)
-        update = latents * step.keep - newest.clean * step.gain
-        if self._last_order == 2:
-            older = self._past[1]
-            ratio = step.ratio(self._log_snr(older.position), self._log_snr(newest.position))
-            update = update - (older.clean - newest.clean) * (step.gain * 0.5 / ratio)
+    def _advanced(self, latents: Tensor, start: int, following: Tensor | None = None) -> Tensor:
+        """From one timestep to the next: UniP, eq. 9 of the paper for data prediction.
+
+        Args:
+            latents: at the beginning.
+            start: index of the timestep.
+            following: the clean latents that are predicted at the end, with which it is UniC.
+        """
+        (signal, noise), (_, noise_before) = self._parts(start + 1), self._parts(start)
+        h = self._log_snr(start + 1) - self._log_snr(start)
+        gain = signal * math.expm1(-h)
+        newest, weight_older, weight_following = self._clean[0], 0.5, 0.5
+        update = latents * (noise / noise_before) - newest * gain
+        if self._order == 2:
+            ratio = (self._log_snr(start - 1) - self._log_snr(start)) / h
+            if following is not None:
+                weight_older, weight_following = _corrector_weights(-h, ratio)
+            update = update - (self._clean[1] - newest) * (gain * weight_older / ratio)
+        if following is not None:
+            update = update - (following - newest) * (gain * weight_following)
         return update
-
-    def _corrected(self, before: Tensor, clean: Tensor) -> Tensor:
-        """UniC: the newest step once more, now that the prediction at its end is known."""
-        newest = self._past[0]
-        step = self._between(newest.position, newest.position + 1)
-        update = before * step.keep - newest.clean * step.gain
-        if self._last_order == 1:
-            return update - (clean - newest.clean) * (step.gain * 0.5)
-        older = self._past[1]
-        ratio = step.ratio(self._log_snr(older.position), self._log_snr(newest.position))
-        weight_older, weight_new = step.corrector_weights(ratio)
-        update = update - (older.clean - newest.clean) * (step.gain * weight_older / ratio)
-        return update - (clean - newest.clean) * (step.gain * weight_new)
-
-    def _between(self, start: int, end: int) -> "_Interval":
-        (signal, noise), (_, noise_before) = self._parts(end), self._parts(start)
-        h = self._log_snr(end) - self._log_snr(start)
-        return _Interval(noise / noise_before, signal * math.expm1(-h), h)
 
     def _parts(self, index: int) -> tuple[float, float]:
         """Factors of signal and noise."""
@@ -111,26 +93,11 @@ class UniPCMultistepScheduler:
         return -math.log(sigma) if sigma else math.inf
 
 
-class _Interval(NamedTuple):
-    """What an exponential integrator needs of the way between two noise levels."""
-
-    keep: float
-    """Factor of the latents."""
-    gain: float
-    """Factor of the predicted clean latents, with the sign of e^-h - 1."""
-    h: float
-    """Difference of the log-SNR."""
-
-    def ratio(self, older: float, newest: float) -> float:
-        """r of the paper: how far back an older step is, in units of h; negative."""
-        return (older - newest) / self.h
-
-    def corrector_weights(self, ratio: float) -> tuple[float, float]:
-        """The solution of the paper's 2 x 2 system (eq. 7) for nodes at `ratio` and 1."""
-        hh = -self.h
-        growth = math.expm1(hh)
-        first = growth / hh - 1
-        second = first / hh - 0.5
-        matrix = np.array([[1.0, 1.0], [ratio, 1.0]])
-        older, new = np.linalg.solve(matrix, np.array([first / growth, second * 2 / growth]))
-        return float(older), float(new)
+def _corrector_weights(hh: float, ratio: float) -> tuple[float, float]:
+    """The solution of the paper's 2 x 2 system (eq. 7) for nodes at `ratio`, r of the paper, and 1; `hh` is -h."""
+    growth = math.expm1(hh)
+    first = growth / hh - 1
+    second = first / hh - 0.5
+    matrix = np.array([[1.0, 1.0], [ratio, 1.0]])
+    older, new = np.linalg.solve(matrix, np.array([first / growth, second * 2 / growth]))
+    return float(older), float(new)

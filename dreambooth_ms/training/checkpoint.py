@@ -20,9 +20,13 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
+from dreambooth_ms.config.load import to_yaml
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.digest import file_digest
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.training.loop import StepReport
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"
@@ -85,6 +89,35 @@ def save_checkpoint(
         for old in others[: len(others) - (keep - 1)]:
             shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@dataclass(frozen=True)
+class SaveCheckpoints:
+    """A hook: saves the run after every so many steps, and when it is asked to stop."""
+
+    config: TrainConfig
+    state: Callable[[], Sequence[Parameter]]
+    """The whole state; all processes ask for it at the same time."""
+    write_results: Callable[[Path, int], Any]
+    """Writes the weights for other tools, after so many steps."""
+    processes: Processes
+
+    def __call__(self, report: StepReport) -> None:
+        """Save after this step, if it is time."""
+        run = self.config.run
+        if report.step % run.checkpointing_steps and not report.stop_asked:
+            return
+        state = self.state()
+        if self.processes.is_first:
+            save_checkpoint(
+                self.config.output_dir,
+                report.step,
+                state,
+                to_yaml(self.config),
+                lambda target: self.write_results(target, report.step),
+                run.checkpoints_total_limit,
+            )
+        self.processes.wait_for_all("the checkpoint")
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

@@ -1,6 +1,6 @@
-"""The training loop: from a step's number to its batch, one compiled step, and what is told about it."""
+"""The training loop: the rate and the batches of a step, the compiled step, its report, and the hooks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,8 @@ class StepReport:
     """Steps done, this one included."""
     loss: float
     """The sum that was minimised."""
-    group_losses: dict[str, float]
-    """Mean squared error by group of rows, unweighted."""
+    concept_losses: dict[str, float]
+    """Mean squared error of the rows by concept, unweighted."""
     grad_norm: float
     """Global norm of the gradients before the clip."""
     learning_rate: float
@@ -49,89 +49,96 @@ def train(
     make_batch: Callable[[int], Batch],
     batches_per_step: int,
     learning_rate: Callable[[int], float],
-    done: int,
-    stop: int,
-    begin_batch: Callable[[int], None] | None = None,
+    steps: range,
+    hooks: Sequence[Callable[[StepReport], object]] = (),
+    begin_batch: Callable[[int], object] | None = None,
     processes: Processes = ALONE,
     stop_asked: Callable[[], bool] = lambda: False,
-) -> Iterator[StepReport]:
-    """Take the steps done + 1 … stop, and report each; the caller decides what to log, save and show in between.
-
-    Several processes take each step together: its batches are dealt out to them in turn, and each reports the whole.
+) -> StepReport | None:
+    """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop.
 
     Args:
         step_cell: the compiled step, holding the trainables and the optimiser's state.
         make_batch: the batch with a number counted from 0 over the whole run.
         batches_per_step: batches of this process whose gradients are added up to one step.
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
-        done: steps that were taken before.
-        stop: steps that will have been taken at the end.
+        steps: which to take, counted from 0.
+        hooks: what is done after a step: averages, logs, checkpoints, pictures.
         begin_batch: told the number of each batch before it is computed.
-        processes: those that train together.
-        stop_asked: whether this process was asked to stop.
+        processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
+        stop_asked: whether this process was asked to stop; the step's hooks are still called.
 
     Raises:
-        DataError: the loss is no number; with loss scaling, in many steps in a row.
+        DataError: the loss is NaN or infinite; with loss scaling, in many steps in a row.
     """
-    scaler = step_cell.scaler
-    overflows = 0
-
-    def tensors(numbers: Sequence[int], batches: Sequence[Batch]) -> Iterator[tuple[Tensor, ...]]:
-        for number, batch in zip(numbers, batches, strict=True):
-            if begin_batch:
-                begin_batch(number)
-            yield batch.tensors()
-
-    of_all = batches_per_step * processes.count
-    for step in range(done, stop):
-        numbers = range(step * of_all + processes.rank, (step + 1) * of_all, processes.count)
-        batches = [make_batch(number) for number in numbers]
+    scaler, overflows, of_all = step_cell.scaler, 0, batches_per_step * processes.count
+    for step in steps:
+        batches = {number: make_batch(number) for number in processes.share(range(step * of_all, (step + 1) * of_all))}
         skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
-        updates = step - skipped_before
-        rate = learning_rate(updates)
-        step_cell.optimiser.prepare(updates + 1, rate)
-        if step == done and processes.count > 1:
+        rate = learning_rate(step - skipped_before)
+        step_cell.optimiser.prepare(step - skipped_before + 1, rate)
+        if step == steps.start and processes.count > 1:
             # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
-            step_cell.compile_for(batches[0].tensors())
+            step_cell.compile_for(next(iter(batches.values())).tensors())
             processes.wait_for_all("the first step")
-        loss, errors, norm = step_cell.take(tensors(numbers, batches))
+        loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
-        rows = [
-            (group, float(error))
-            for batch, errors_B in zip(batches, errors, strict=True)
-            for group, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
-        ]
-        everywhere = processes.exchange(f"step {step + 1}", [float(loss.asnumpy()), rows, stop_asked()])
+        mine = [float(loss.asnumpy()), _named_errors(batches.values(), errors), stop_asked()]
+        losses, rows, stops = zip(*processes.exchange(f"step {step + 1}", mine), strict=True)
         report = StepReport(
             step=step + 1,
-            loss=sum(loss for loss, _, _ in everywhere),
-            group_losses=group_means([row for _, rows, _ in everywhere for row in rows]),
+            loss=sum(losses),
+            concept_losses=concept_means([row for of_process in rows for row in of_process]),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
-            stop_asked=any(asked for _, _, asked in everywhere),
+            stop_asked=any(stops),
             is_skipped=skipped_steps > skipped_before,
             skipped_steps=skipped_steps,
             loss_scale=scale,
         )
         overflows = overflows + 1 if report.is_skipped else 0
-        if overflows == OVERFLOWS or not (report.is_skipped or np.isfinite(report.loss)):
-            raise DataError(_no_number(report))
-        yield report
+        check_finite(report, overflows)
+        for hook in hooks:
+            hook(report)
+        if report.stop_asked:
+            return report
+    return None
 
 
-def _no_number(report: StepReport) -> str:
-    if report.is_skipped:
-        return (
-            f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were no numbers (loss "
+def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | None) -> Iterator[tuple[Tensor, ...]]:
+    """Each batch as the step takes it, begun when the step comes to it."""
+    for number, batch in batches.items():
+        if begin_batch:
+            begin_batch(number)
+        yield batch.tensors()
+
+
+def _named_errors(batches: Iterable[Batch], errors: Sequence[Tensor]) -> list[tuple[str, float]]:
+    """The concept and the error of each row."""
+    return [
+        (name, float(error))
+        for batch, errors_B in zip(batches, errors, strict=True)
+        for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
+    ]
+
+
+def check_finite(report: StepReport, overflows: int) -> None:
+    """Raise DataError where going on is of no use; `overflows`: steps skipped in a row, this one included."""
+    if overflows == OVERFLOWS:
+        raise DataError(
+            f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were NaN or infinite (loss "
             f"{report.loss}, scale {report.loss_scale:g}); resume from a checkpoint with a lower --learning_rate, or "
             "start anew with --mixed_precision no"
         )
-    return f"step {report.step}: the loss is {report.loss}; resume from a checkpoint with a lower --learning_rate"
+    if not (report.is_skipped or np.isfinite(report.loss)):
+        raise DataError(
+            f"step {report.step}: the loss is {report.loss}; resume from a checkpoint with a lower --learning_rate"
+        )
 
 
-def group_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Mean of the rows' errors by group, unweighted."""
-    return {
-        group: float(np.mean([error for of, error in rows if of == group]))
-        for group in dict.fromkeys(group for group, _ in rows)
-    }
+def concept_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Mean of the rows' errors by concept, unweighted."""
+    errors: dict[str, list[float]] = {}
+    for name, error in rows:
+        errors.setdefault(name, []).append(error)
+    return {name: float(np.mean(own)) for name, own in errors.items()}

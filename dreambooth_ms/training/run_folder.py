@@ -51,7 +51,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def settle_together(processes: Processes, config: TrainConfig) -> TrainConfig:
+def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
     """`settle_config` for one of several processes: rank 0 looks into the folder.
 
     Raises:

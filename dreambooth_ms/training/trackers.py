@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.training.loop import StepReport
 
 HISTORY = "history.jsonl"
-_COLOURS = {"instance": (34, 94, 168), "class": (217, 95, 2)}
+_COLOURS = ((34, 94, 168), (217, 95, 2), (27, 158, 119), (117, 112, 179), (231, 41, 138))
+"""Of the concepts in their order; after the last the first comes again."""
 _INK, _GRID = (60, 60, 60), (225, 225, 225)
 
 
@@ -38,7 +40,7 @@ class Tracker:
 
     def log(self, report: StepReport) -> None:
         """Record one step."""
-        losses = {f"{group}_loss": value for group, value in report.group_losses.items()}
+        losses = {f"{name}_loss": value for name, value in report.concept_losses.items()}
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
         if report.loss_scale is not None:
             values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
@@ -119,18 +121,18 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, int] = (960, 480)) -> None:
-    """Draw each group's loss over the steps, pale as it was and strong as a running mean.
+    """Draw each concept's loss over the steps, pale as it was and strong as a running mean.
 
     Steps whose loss overflowed, which are skipped in mixed precision, are left out.
     """
     lines = [line for line in history if np.isfinite(line["loss"])]
-    groups = [group for group in _COLOURS if lines and f"{group}_loss" in lines[0]]
+    names = [key.removesuffix("_loss") for key in lines[0] if key.endswith("_loss")] if lines else []
     width, height = size
     left, top, right, bottom = 70, 44, width - 24, height - 44
     image = Image.new("RGB", size, "white")
     canvas = ImageDraw.Draw(image, "RGBA")
     font = ImageFont.load_default(15)
-    highest = max((line[f"{group}_loss"] for line in lines for group in groups), default=1.0) * 1.05 or 1.0
+    highest = max((line[f"{name}_loss"] for line in lines for name in names), default=1.0) * 1.05 or 1.0
     last = max((line["step"] for line in lines), default=1)
 
     def place(step: float, value: float) -> tuple[float, float]:
@@ -145,13 +147,12 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, 
         canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
     x = float(left)
-    for group in groups:
-        steps = [line["step"] for line in lines]
-        values = np.array([line[f"{group}_loss"] for line in lines])
-        colour = _COLOURS[group]
+    steps = [line["step"] for line in lines]
+    for name, colour in zip(names, cycle(_COLOURS), strict=False):
+        values = np.array([line[f"{name}_loss"] for line in lines])
         canvas.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill=(*colour, 60), width=1)
         canvas.line([place(s, v) for s, v in zip(steps, _running_mean(values), strict=True)], fill=colour, width=3)
-        label = f"{group} loss"
+        label = f"{name} loss"
         canvas.rectangle((x, 16, x + 16, 28), fill=colour)
         canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
         x += 48 + canvas.textlength(label, font=font)

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.sampling.autoencoder import PictureDecoder, PictureEncoder
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings, starting_noise
+from dreambooth_ms.sampling.model import SamplingModel, starting_noise
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.start_picture import fitted
 from dreambooth_ms.weights.bundle import open_bundle
 from tools.tiny_base.checker import shows
@@ -25,10 +25,9 @@ def base():
     return open_bundle(BASE)
 
 
-def draw(base, prompts, settings, noise):
-    embeddings = encode_prompts(PromptTokenizer(*base.tokenizer_paths), base.load_text_encoders(), [*prompts, ""], 16)
-    sampler = Sampler(base.load_unet(), base.load_vae(), base.scheduler_config, settings)
-    return list(sampler.pictures(noise, [embeddings[prompt] for prompt in prompts], embeddings[""]))
+def sampled(base, prompts, **settings):
+    request = SampleRequest(prompts=tuple(prompts), guidance_scale=4.0, **settings)
+    return [sample.picture for sample in SamplingModel(base).sample(request)]
 
 
 def plain_prompts(count):
@@ -45,8 +44,7 @@ def plain_prompts(count):
 
 def test_nine_of_ten_samples_show_the_shape_and_colour_of_their_prompt(base):
     rows = plain_prompts(64)
-    noise = starting_noise(len(rows), base.latent_shape(64, 64), 0, "base quality")
-    pictures = draw(base, [prompt for _, _, prompt in rows], SamplingSettings("ddim", 25, 4.0, 32), noise)
+    pictures = sampled(base, [prompt for _, _, prompt in rows], purpose="base quality", batch_size=32)
     right = [shows(picture, shape, colour) for (shape, colour, _), picture in zip(rows, pictures, strict=True)]
     missed = [prompt for (_, _, prompt), is_right in zip(rows, right, strict=True) if not is_right]
     print(f"{sum(right)} of {len(right)} right; missed: {missed}")
@@ -59,8 +57,8 @@ def test_the_folder_is_small():
 
 def test_diffusers_loads_the_folder_and_gives_our_pictures_from_the_same_noise(base):
     prompts = ["a photo of a red circle on a blue background", "a photo of a striped green and white heart"]
-    noise = starting_noise(2, base.latent_shape(64, 64), 5, "diffusers")
-    ours = draw(base, prompts, SamplingSettings("ddim", 10, 4.0, 2), noise)
+    noise = starting_noise([0, 1], base.latent_shape(64, 64), 5, "diffusers")
+    ours = sampled(base, prompts, seed=5, purpose="diffusers", num_inference_steps=10, batch_size=2)
     pipeline = StableDiffusionPipeline.from_pretrained(BASE, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
@@ -76,7 +74,7 @@ def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
     vae = base.load_vae()
     encoder, decoder = PictureEncoder(vae), PictureDecoder(vae)
     photograph = fitted(open_picture("demo/subject/1.png"), 192, 192)
-    (latents,) = encoder.latents(photograph, 0, 1)
+    (latents,) = encoder.latents(photograph, 0, [0])
     whole = decoder.picture(latents, 0)
     assert np.abs(whole - photograph.transpose(1, 2, 0) * 127.5 - 127.5).mean() < 16, "it shows what was encoded"
     difference = np.abs(decoder.picture(latents, 0, whole_up_to=128).astype(int) - whole)

@@ -6,7 +6,7 @@ import pytest
 from demo.drawing import Painter
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Step
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.sampling.settings import DrawRequest
+from dreambooth_ms.sampling.request import SampleRequest
 from tests.tiny_model import write_random_model, write_random_sdxl
 from tests.whole_loras import write_run_lora
 
@@ -72,8 +72,8 @@ def test_each_lora_has_its_own_strength_and_none_is_the_base(painter, model):
 
 def test_the_command_line_draws_the_same(painter, model):
     asked = drawing(model, seed=5, guidance_scale=3.0, lora_scales=(0.5, 1.0))
-    theirs = painter._model.draw(
-        DrawRequest(
+    theirs = painter._model.sample(
+        SampleRequest(
             prompts=(asked.prompt,), height=32, width=32, seed=5, batch_size=1, num_inference_steps=4,
             guidance_scale=3.0, lora_scales=(0.5, 1.0),
         )

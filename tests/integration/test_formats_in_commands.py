@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dreambooth_ms.cli.assemble import load_adapted
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
@@ -18,6 +16,9 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.models.parameters import read_parameters
+from dreambooth_ms.sampling.adapters import ModelAdapters
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
@@ -114,10 +115,8 @@ def test_a_single_file_is_trained_on(bases, tmp_path, pynative):
     assert all(np.abs(own.up).max() > 0 for own in trained.values())
 
 
-def adapted(opened, lora, scale=1.0):
-    """The weights of both networks with an adapter: layers' factors times their scale."""
-    weights = WeightsConfig(pretrained_model_name_or_path="", lora=[str(lora)], lora_scale=[scale])
-    return load_adapted(opened, weights, [PROMPT])
+def embedding_of(model, scale=1.0):
+    return model.embeddings(SampleRequest(prompts=(PROMPT,), lora_scales=(scale,)))[PROMPT]
 
 
 LINEAR = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.2", ".q_proj", ".out_proj")
@@ -140,16 +139,16 @@ def files(lora):
 
 @pytest.fixture(scope="module")
 def embedding(opened, files):
-    return adapted(opened["diffusers"], files[LoraFormat.KOHYA]).embeddings[PROMPT]
+    return embedding_of(SamplingModel(opened["diffusers"], [files[LoraFormat.KOHYA]]))
 
 
 class TestAdapters:
     @pytest.mark.parametrize("form", [LoraFormat.PEFT, LoraFormat.MINDONE], ids=lambda form: form.value)
     def test_every_format_adapts_alike(self, opened, files, lora, embedding, form):
-        model = adapted(opened["diffusers"], files[form])
-        assert np.abs(model.embeddings[PROMPT].text - embedding.text).max() < 1e-5
-        assert np.abs(model.base_embeddings[PROMPT].text - embedding.text).max() > 0.01
-        parameters = read_parameters(model.unet)
+        model = SamplingModel(opened["diffusers"], [files[form]])
+        assert np.abs(embedding_of(model).text - embedding.text).max() < 1e-5
+        assert np.abs(embedding_of(model, 0.0).text - embedding.text).max() > 0.01
+        parameters = read_parameters(model.denoiser)
         for layer, own in lora.adapter.parts["unet"].items():
             scale = parameters[f"{layer}.lora_scale"]
             update = scale * parameters[f"{layer}.lora_B.weight"] @ parameters[f"{layer}.lora_A.weight"]
@@ -161,22 +160,24 @@ class TestAdapters:
         lora = random_lora(RUNNING, tmp_path, choose=lambda layer: layer.endswith(ends))
         write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
         base = read_parameters(opened["diffusers"].denoiser.load())
-        model = adapted(opened["diffusers"], tmp_path / "lora.safetensors", 0.5)
-        now = read_parameters(model.unet)
+        network = opened["diffusers"].denoiser.load()
+        attached = ModelAdapters(opened["diffusers"], [tmp_path / "lora.safetensors"]).put_on({"unet": network})
+        attached.set_scales((0.5,))
+        now = read_parameters(network)
         convolutions = {name: own for name, own in lora.adapter.parts["unet"].items() if not name.endswith(".to_q")}
         assert len(convolutions) > 4
         for layer, own in convolutions.items():
             expected = base[f"{layer}.weight"] + 0.5 * own.delta(base[f"{layer}.weight"])
             assert np.abs(now[f"{layer}.weight"] - expected).max() < 1e-6, layer
-        model.adapters.set_scales([0.0])
-        now = read_parameters(model.unet)
+        attached.set_scales((0.0,))
+        now = read_parameters(network)
         assert all(np.array_equal(now[name], base[name]) for name in base)
 
     def test_a_lora_for_another_family_says_for_which(self, opened, tmp_path):
         lora = random_lora(SMALL["sdxl"], tmp_path)
         write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
         with pytest.raises(WeightError, match="this is a LoRA for SDXL base; expected one for SD 1"):
-            adapted(opened["diffusers"], tmp_path / "lora.safetensors")
+            SamplingModel(opened["diffusers"], [tmp_path / "lora.safetensors"])
 
 
 def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(opened, tmp_path):

@@ -250,15 +250,15 @@ def test_a_full_disk_ends_a_run_with_one_line_and_costs_nothing(
     disk_is_full = {"log": (21, 0), "checkpoint": (20, 3 * 4096), "result": (40, 0)}
     full_at, leave = disk_is_full[moment]
 
-    def steps(*arguments):
-        done, stop = arguments[4], arguments[5]
-        for step in range(done + 1, stop + 1):
-            yield StepReport(step, 1.0, {"instance": 1.0}, 1.0, 5e-4)
-            if step == full_at and done == 0:
+    def train(step_cell, make_batch, batches_per_step, learning_rate, steps, hooks, *_):
+        for step in steps:
+            for hook in hooks:
+                hook(StepReport(step + 1, 1.0, {"instance": 1.0}, 1.0, 5e-4))
+            if step + 1 == full_at and steps.start == 0:
                 fill(small_disk, leave)
 
     monkeypatch.chdir(home)
-    monkeypatch.setattr(train_command, "train", steps)
+    monkeypatch.setattr(train_command, "train", train)
     output = small_disk / "run"
     shutil.copytree(encoded / "cache", output / "cache")
     arguments = command(output, 40, "--method", method, "--checkpointing_steps", "10", "--checkpoints_total_limit", "1")
@@ -286,7 +286,7 @@ def encoded(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoded")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(train_command, "train", lambda *arguments: iter(()))
+        patch.setattr(train_command, "train", lambda *arguments: None)
         assert main(command(folder, 40)) == 0
     return folder
 
@@ -341,16 +341,16 @@ def test_a_second_ctrl_c_leaves_at_once_and_an_adapter_is_the_same_in_the_end(ho
 
     taken = []
 
-    def inputs(batch):
+    def tensors(batch):
         taken.append(batch)
         if len(taken) == 3 * SAVED + 2:
             for _ in range(2):
                 signal.raise_signal(signal.SIGINT)
-        return whole_inputs(batch)
+        return whole_tensors(batch)
 
-    whole_inputs = Batch.inputs
+    whole_tensors = Batch.tensors
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "inputs", inputs)
+        patch.setattr(Batch, "tensors", tensors)
         assert main(command("stopped", STEPS, *LORA)) == 130
     assert len(taken) == 3 * SAVED + 2
     assert capsys.readouterr().err.endswith("dreambooth-ms: interrupted\n")

@@ -1,6 +1,7 @@
 """An adapter goes to diffusers and comes from it in one file, with every number and with the same pictures."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,14 +16,13 @@ from safetensors.numpy import load_file
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.adapters.writing import write_adapter
-from dreambooth_ms.cli.assemble import load_adapted
-from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
+from dreambooth_ms.sampling.model import Rows, SamplingModel
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.results import Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
@@ -118,14 +118,12 @@ def diffusers_adapter(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(model, diffusers_adapter, tmp_path_factory):
     """Our UNet's picture with that adapter, and the same adapter in a file of ours."""
-    folder = open_bundle(model)
-    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(diffusers_adapter.folder)])
+    adapted = SamplingModel(open_bundle(model), [diffusers_adapter.folder])
     networks = read_lora(diffusers_adapter.folder, model)
-    adapted = load_adapted(folder, weights, [])
     return SimpleNamespace(
         adapter=networks["unet"],
         file=write_again(networks, tmp_path_factory.mktemp("ours")),
-        **vars(drawn(folder, adapted.unet, PromptText(TEXT[0]), PromptText(NEGATIVE))),
+        **vars(sampled(adapted, PromptText(TEXT[0]), PromptText(NEGATIVE))),
     )
 
 
@@ -137,12 +135,13 @@ def write_again(networks, target):
     return path
 
 
-def drawn(folder, unet, text, negative):
+REQUEST = SampleRequest(prompts=(PROMPT,), num_inference_steps=4, guidance_scale=3.0)
+
+
+def sampled(model, text, negative):
     """Our latents and picture."""
-    settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=1)
-    sampler = Sampler(unet, folder.load_vae(), folder.scheduler_config, settings)
-    *_, latents = sampler.denoise(NOISE, [text], negative)
-    return SimpleNamespace(latents=latents.asnumpy()[0], picture=next(sampler.pictures(NOISE, [text], negative)))
+    ((number, latents),) = model.latents(REQUEST, Rows(NOISE, [text], negative))
+    return SimpleNamespace(latents=latents, picture=model.picture(latents, number))
 
 
 def assert_same_picture(ours, pipeline, **prompt):
@@ -246,10 +245,9 @@ def both(model, tmp_path_factory):
         values[f"{name}_lora_layers"] = get_peft_model_state_dict(network)
         values[f"{name}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **values)
-    base = open_bundle(model)
-    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(folder)])
-    adapted = load_adapted(base, weights, [PROMPT])
-    picture = drawn(base, adapted.unet, adapted.embeddings[PROMPT], adapted.embeddings[""])
+    adapted = SamplingModel(open_bundle(model), [folder])
+    embeddings = adapted.embeddings(REQUEST)
+    picture = sampled(adapted, embeddings[PROMPT], embeddings[""])
     read = read_lora(folder, model)
     return SimpleNamespace(
         pipeline=pipeline,
@@ -276,7 +274,9 @@ class TestWithATextEncoder:
     def test_the_part_of_the_text_encoder_shows_in_the_picture(self, both, model):
         alone = random_peft_adapter(model, ALPHA)
         assert relative_error(both.picture.latents, draw(alone, prompt=PROMPT)[0]) > 100 * LATENTS
-        base, adapted = both.adapted.base_embeddings[PROMPT].text, both.adapted.embeddings[PROMPT].text
+        base, adapted = (
+            both.adapted.embeddings(replace(REQUEST, lora_scales=(scale,)))[PROMPT].text for scale in (0.0, 1.0)
+        )
         assert relative_error(adapted, base) > 0.1
 
     def test_a_fresh_pipeline_takes_every_factor_and_alpha_from_our_file(self, both, model, caplog, monkeypatch):
@@ -323,17 +323,15 @@ def one_layer(name):
 def test_an_adapter_of_another_base_is_refused_by_name(model, tmp_path):
     layer = "down_blocks.7.attentions.0.transformer_blocks.0.attn1.to_q"
     file = write_run_lora(tmp_path, one_layer(layer))
-    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
     said = (
         f"{FILE_NAME} does not fit a LoRA of SD 1.x in the naming of diffusers for {model}: 2 unexpected .unet.{layer}"
     )
     with pytest.raises(WeightError, match=said):
-        load_adapted(open_bundle(model), weights, [])
+        SamplingModel(open_bundle(model), [file])
 
 
 def test_an_adapter_for_layers_of_another_size_is_refused(model, tmp_path):
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     file = write_run_lora(tmp_path, one_layer(layer))
-    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(file)])
     with pytest.raises(WeightError, match=r"1 of another shape .*: a weight of \(32, 32\) has no update by \(2, 16\)"):
-        load_adapted(open_bundle(model), weights, [])
+        SamplingModel(open_bundle(model), [file])

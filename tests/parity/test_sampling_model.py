@@ -1,4 +1,6 @@
-"""What a model is asked to draw is what diffusers' pipelines draw: from pictures, refined, with several adapters."""
+"""What a model samples is what diffusers' pipelines sample: from pictures, refined, with several adapters."""
+
+from dataclasses import replace
 
 import diffusers
 import mindspore as ms
@@ -19,10 +21,9 @@ from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.pipeline import starting_noise
-from dreambooth_ms.sampling.refinement import draw_refined
-from dreambooth_ms.sampling.settings import DrawRequest, PictureSizes, Refinement
+from dreambooth_ms.sampling.model import SamplingModel, starting_noise
+from dreambooth_ms.sampling.refinement import sample_refined
+from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model, write_random_sdxl
@@ -81,7 +82,7 @@ def pipeline_of(kind, folder, scheduler="DDIMScheduler", **options):
 
 def request(**more):
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": HEIGHT, "width": WIDTH, "seed": SEED}
-    return DrawRequest(prompts=(PROMPT,), negative_prompt=NEGATIVE, **settings | more)
+    return SampleRequest(prompts=(PROMPT,), negative_prompt=NEGATIVE, **settings | more)
 
 
 def settings_of_pipeline(**more):
@@ -90,7 +91,7 @@ def settings_of_pipeline(**more):
 
 
 def noise(purpose="sample"):
-    return starting_noise(1, LATENT_SHAPE, SEED, purpose)
+    return starting_noise([0], LATENT_SHAPE, SEED, purpose)
 
 
 def give_noise(monkeypatch, pipeline_module, purpose="sample"):
@@ -145,7 +146,7 @@ def test_a_base_trained_in_edms_formulation(models, edm_base, picture, monkeypat
     expected = pipeline(image=picture, strength=0.5, **settings_of_pipeline()).images
     assert_close(latents(model, request(scheduler=name, image=picture, strength=0.5)), expected)
     with pytest.raises(ConfigError, match="--scheduler ddim: this model was trained in EDM's formulation; use edm_"):
-        list(model.draw(request(scheduler="ddim")))
+        list(model.sample(request(scheduler="ddim")))
 
 
 def test_image_to_image_of_sdxl_with_other_sizes(models, folders, picture, monkeypatch):
@@ -183,17 +184,17 @@ def test_the_refiner_starts_from_the_finished_picture(models, folders, monkeypat
     refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"])
     scores = {"aesthetic_score": 5.0, "negative_aesthetic_score": 3.0}
     expected = refiner(image=begun, strength=0.5, **scores, **settings_of_pipeline()).images
-    ours = refined_latents(models, request(), Refinement(denoising_end=None, strength=0.5, **scores))
+    ours = refined_latents(models, request(sizes=PictureSizes(**scores)), Refinement(denoising_end=None, strength=0.5))
     assert_close(ours, expected)
 
 
 def refined_latents(models, asked, refinement):
     """The refiner's latents after its last step."""
     reports = []
-    (drawn,) = draw_refined(models["base"], models["refiner"], asked, refinement, reports.append, release=False)
+    (drawn,) = sample_refined(models["base"], models["refiner"], asked, refinement, reports.append, release=False)
     assert {report.stage for report in reports} == {"base", "refiner"}
     assert drawn.picture.shape == (HEIGHT, WIDTH, 3)
-    assert drawn.settings["refiner"] == str(models["refiner"].folder.path)
+    assert drawn.settings["refiner"] == str(models["refiner"].bundle.path)
     return reports[-1].latents
 
 
@@ -235,7 +236,7 @@ def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
         drawn.append(latents(model, request(lora_scales=scales)))
         assert_close(drawn[-1], expected)
     assert relative_error(*drawn) > 0.1
-    (denoiser,) = model._sampler._denoisers.values()
+    (denoiser,) = model._denoisers.values()
     assert len(denoiser.compile_cache) == 1, "other scales are no other graph"
     assert np.array_equal(latents(model, request(lora_scales=(0.0,))), latents(models["sd1"], request()))
     with pytest.raises(ConfigError, match="--lora_scale: expected one number, or one for each of 2 adapters, got 3"):
@@ -261,7 +262,7 @@ def random_factors(networks, seed, rank):
 def test_long_prompts_are_read_in_pieces(models, folders):
     """Each of 75 tokens between a start and an end token; both prompts get as many."""
     prompt = " ".join(["a photo of a star"] * 25)
-    asked = DrawRequest(prompts=(prompt,), negative_prompt=NEGATIVE, support_long_prompts=True)
+    asked = SampleRequest(prompts=(prompt,), negative_prompt=NEGATIVE, support_long_prompts=True)
     ours = models["sd1"].embeddings(asked)
     pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])
     tokenizer = pipeline.tokenizer
@@ -276,18 +277,43 @@ def test_long_prompts_are_read_in_pieces(models, folders):
         expected = pipeline.text_encoder(torch.tensor(pieces))[0].reshape(1, count * 77, -1)
     assert relative_error(ours[prompt].text[None], expected) < 1e-5
     assert ours[NEGATIVE].text.shape == ours[prompt].text.shape
-    short = models["sd1"].embeddings(DrawRequest(prompts=(PROMPT,), support_long_prompts=True))
-    assert np.array_equal(short[PROMPT].text, models["sd1"].embeddings(DrawRequest(prompts=(PROMPT,)))[PROMPT].text)
+    short = models["sd1"].embeddings(SampleRequest(prompts=(PROMPT,), support_long_prompts=True))
+    assert np.array_equal(short[PROMPT].text, models["sd1"].embeddings(SampleRequest(prompts=(PROMPT,)))[PROMPT].text)
 
 
 def test_what_is_stopped_gives_the_pictures_that_are_done(models):
     reports = []
     asked = request(num_images_per_prompt=3, batch_size=1, num_inference_steps=2)
-    drawn = list(models["sd1"].draw(asked, reports.append, lambda: len(reports) == 3))
+    drawn = list(models["sd1"].sample(asked, reports.append, lambda: len(reports) == 3))
     assert [one.number for one in drawn] == [0]
     assert [(report.step, report.rows) for report in reports] == [(1, range(1)), (2, range(1)), (1, range(1, 2))]
     assert reports[0].steps == 2
     assert reports[0].total == 3
+
+
+def test_pictures_of_some_numbers_are_those_of_the_whole_request(models):
+    """So what is missing of a series is sampled as if it had never been missing; the steps' noise included."""
+    asked = request(num_images_per_prompt=3, batch_size=1, num_inference_steps=2, scheduler="euler_a")
+    whole = dict(models["sd1"].latents(asked, models["sd1"].rows(asked)))
+    some = replace(asked, numbers=(2, 0), num_images_per_prompt=2)
+    found = dict(models["sd1"].latents(some, models["sd1"].rows(some)))
+    assert list(found) == [2, 0]
+    assert all(np.array_equal(own, whole[number]) for number, own in found.items())
+
+
+def test_lent_networks_are_used_as_they_are_at_the_time(models, folders):
+    bundle = open_bundle(folders["sd1"])
+    unet, encoders = bundle.load_unet(), bundle.load_text_encoders()
+    model = SamplingModel(bundle, denoiser=unet, text_encoders=encoders)
+    assert np.array_equal(latents(model, request()), latents(models["sd1"], request()))
+    before = model.embeddings(request())[PROMPT].text
+    weight = encoders.text_encoder.text_model.final_layer_norm.bias
+    weight.set_data(weight + 1)
+    assert relative_error(model.embeddings(request())[PROMPT].text, before) > 0.1, "nothing is remembered"
+    model.release()
+    assert model.denoiser is unet
+    read = SamplingModel(bundle, embeddings=model.embeddings(request()), denoiser=unet)
+    assert relative_error(latents(read, request()), latents(model, request())) == 0.0
 
 
 def test_what_a_model_cannot_draw_is_said_in_a_line(models, picture):
@@ -305,15 +331,15 @@ def test_what_a_model_cannot_draw_is_said_in_a_line(models, picture):
     with pytest.raises(
         ConfigError, match=r"--refiner .*: its latents are not those of .*; give the refiner of the same"
     ):
-        list(draw_refined(model, models["refiner"], request(), Refinement()))
+        list(sample_refined(model, models["refiner"], request(), Refinement()))
 
 
 def test_the_size_follows_the_picture_to_start_from(models):
     """Its shape is kept, at the area of the model, in sides that the networks can halve."""
     wide = Image.new("RGB", (400, 200))
     model = models["sd1"]
-    assert model.size(DrawRequest(prompts=("",), image=wide)) == (24, 44)
-    assert model.size(DrawRequest(prompts=("",), image=wide, height=40)) == (40, 80)
-    assert model.size(DrawRequest(prompts=("",), image=wide, width=40)) == (20, 40)
-    assert model.size(DrawRequest(prompts=("",), image=wide, width=32, height=32)) == (32, 32)
-    assert model.size(DrawRequest(prompts=("",))) == (32, 32)
+    assert model.size(SampleRequest(prompts=("",), image=wide)) == (24, 44)
+    assert model.size(SampleRequest(prompts=("",), image=wide, height=40)) == (40, 80)
+    assert model.size(SampleRequest(prompts=("",), image=wide, width=40)) == (20, 40)
+    assert model.size(SampleRequest(prompts=("",), image=wide, width=32, height=32)) == (32, 32)
+    assert model.size(SampleRequest(prompts=("",))) == (32, 32)

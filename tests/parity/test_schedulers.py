@@ -12,8 +12,9 @@ from diffusers import StableDiffusionPipeline
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.sampling.discrete_noise import RowNoise
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
+from dreambooth_ms.sampling.discrete_scheduler import RowNoise
+from dreambooth_ms.sampling.model import Rows, SamplingModel
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
 from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.bundle import open_bundle
@@ -58,6 +59,10 @@ REFERENCES = {
 }
 STOCHASTIC = {"ddpm", "euler_a", "dpm++_sde", "lcm"}
 SEED = 5
+
+
+def request(scheduler, steps, seed=SEED, **more):
+    return SampleRequest(prompts=("",), scheduler=scheduler, num_inference_steps=steps, seed=seed, **more)
 
 
 def test_every_scheduler_is_compared():
@@ -105,7 +110,7 @@ def test_ten_steps_are_diffusers(name, prediction_type, monkeypatch):
         expected = reference.step(prediction, timestep, expected).prev_sample
         expected_states.append(expected.numpy())
 
-    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2), config, SEED, [0, 1])
+    trajectory = Trajectory(request(name, STEPS), config, [0, 1])
     timesteps = [float(timestep) for timestep in trajectory.timesteps]
     assert timesteps == pytest.approx([float(timestep) for timestep in reference.timesteps], rel=1e-5, abs=1e-5)
     latents, errors = trajectory.begin(start, None), []
@@ -128,7 +133,7 @@ def test_a_picture_is_noised_to_the_step_it_starts_from_as_in_diffusers(name):
         reference.set_begin_index(first)
     picture, noise = normal(2, 4, 6, 8), normal(2, 4, 6, 8, seed=1)
     expected = reference.add_noise(torch.tensor(picture), torch.tensor(noise), timesteps[:1].repeat(2))
-    trajectory = Trajectory(SamplingSettings(name, STEPS, 1.0, 2, strength=0.5), config_for(name), SEED, [0, 1])
+    trajectory = Trajectory(request(name, STEPS, strength=0.5), config_for(name), [0, 1], from_picture=True)
     assert len(trajectory.timesteps) == len(timesteps)
     assert float(trajectory.timesteps[0]) == pytest.approx(float(timesteps[0]), rel=1e-5)
     assert relative_error(trajectory.begin(noise, picture), expected) < 1e-5
@@ -139,7 +144,7 @@ def test_a_second_trajectory_is_not_disturbed_by_the_first(name):
     """Some schedulers keep the last predictions, so each batch has one of its own."""
 
     def last(start):
-        trajectory = Trajectory(SamplingSettings(name, 4, 1.0, 1), config_for(name), SEED, [0])
+        trajectory = Trajectory(request(name, 4), config_for(name), [0])
         latents = trajectory.begin(start, None)
         for index, timestep in enumerate(trajectory.timesteps):
             prediction = trajectory.inputs(latents, timestep) * 0.1
@@ -153,10 +158,10 @@ def test_a_second_trajectory_is_not_disturbed_by_the_first(name):
 
 @pytest.mark.parametrize("name", sorted(STOCHASTIC))
 def test_the_noise_of_a_row_does_not_depend_on_its_batch(name):
-    settings, start = SamplingSettings(name, 3, 1.0, 2), normal(3, 4, 4, 4)
+    start = normal(3, 4, 4, 4)
 
     def drawn(rows, seed=SEED):
-        trajectory = Trajectory(settings, PUBLISHED, seed, rows)
+        trajectory = Trajectory(request(name, 3, seed=seed), PUBLISHED, rows)
         latents = trajectory.begin(start[rows], None)
         for index, timestep in enumerate(trajectory.timesteps):
             latents = trajectory.step(index, trajectory.inputs(latents, timestep) * 0.1, latents)
@@ -174,17 +179,15 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(model):
-    """Two pictures at a time; compiled once for all schedulers."""
-    folder = open_bundle(model)
-    settings = SamplingSettings("ddim", 4, guidance_scale=3.0, batch_size=2)
-    return Sampler(folder.load_unet(), folder.load_vae(), folder.scheduler_config, settings)
+    """Compiled once for all schedulers."""
+    return SamplingModel(open_bundle(model))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, monkeypatch):
     """Same weights, latents and texts, four steps: the sampler's whole way from noise to pixels.
 
-    There are three pictures, so the second batch is filled up, and what fills it must not be seen.
+    There are three pictures, two at a time, so the second batch is filled up, and what fills it must not be seen.
     """
     noise, text, negative = normal(3, 4, 16, 16), normal(3, 77, 24), normal(77, 24, seed=1)
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -199,9 +202,11 @@ def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, 
         output_type="np",
     ).images
 
-    sampler.settings = replace(sampler.settings, scheduler=name)
-    monkeypatch.setattr(sampler, "_scheduler_config", config_for(name, sampler._scheduler_config))
-    pictures = list(sampler.pictures(noise, [PromptText(row) for row in text], PromptText(negative)))
+    bundle = replace(sampler.bundle, scheduler_config=config_for(name, sampler.bundle.scheduler_config))
+    monkeypatch.setattr(sampler, "bundle", bundle)
+    asked = request(name, 4, seed=0, num_images_per_prompt=3, batch_size=2, guidance_scale=3.0)
+    rows = Rows(noise, [PromptText(row) for row in text], PromptText(negative))
+    pictures = [sampler.picture(latents, number) for number, latents in sampler.latents(asked, rows)]
     assert len(pictures) == 3
     assert min(picture.std() for picture in expected) > 0.1, "a flat picture shows no difference"
     differences = np.abs(np.stack(pictures).astype(int) - np.rint(expected * 255))

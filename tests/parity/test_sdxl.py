@@ -1,7 +1,5 @@
 """SDXL draws diffusers' pictures from the prompt itself, with and without an adapter on all three networks."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -9,12 +7,11 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from dreambooth_ms.adapters.lora import adaptable_layers
-from dreambooth_ms.cli.assemble import embed_prompts, load_adapted
-from dreambooth_ms.config.shared import WeightsConfig
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PLAYGROUND_25
-from dreambooth_ms.sampling.pipeline import Sampler, SamplingSettings
+from dreambooth_ms.sampling.model import Rows, SamplingModel
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
@@ -58,13 +55,8 @@ def adapter(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(model, adapter):
-    """Our networks with the adapter on them, and what draws with them."""
-    folder = open_bundle(model)
-    weights = WeightsConfig(pretrained_model_name_or_path=str(model), lora=[str(adapter)])
-    adapted = load_adapted(folder, weights, [PROMPT, NEGATIVE])
-    settings = SamplingSettings("ddim", STEPS, GUIDANCE, batch_size=1)
-    sampler = Sampler(adapted.unet, folder.load_vae(), folder.scheduler_config, settings)
-    return SimpleNamespace(adapted=adapted, sampler=sampler)
+    """Our networks with the adapter on them."""
+    return SamplingModel(open_bundle(model), [adapter], keep_text_encoders=True)
 
 
 def pipeline_of(model):
@@ -82,11 +74,21 @@ def draw(pipeline, **more):
     return latents, pipeline.image_processor.postprocess(decoded, output_type="np")[0]
 
 
+def request(scale, negative=""):
+    return SampleRequest(
+        prompts=(PROMPT,),
+        negative_prompt=negative,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        lora_scales=(scale,),
+    )
+
+
 def draw_ours(ours, scale, negative=""):
-    ours.adapted.adapters.set_scales([scale])
-    texts = ours.adapted.embeddings if scale else ours.adapted.base_embeddings
-    *_, latents = ours.sampler.denoise(NOISE, [texts[PROMPT]], texts[negative])
-    return latents.asnumpy(), next(ours.sampler.pictures(NOISE, [texts[PROMPT]], texts[negative]))
+    asked = request(scale, negative)
+    texts = ours.embeddings(asked)
+    ((number, latents),) = ours.latents(asked, Rows(NOISE, [texts[PROMPT]], texts[negative]))
+    return latents[None], ours.picture(latents, number)
 
 
 def assert_same(ours, expected):
@@ -98,8 +100,9 @@ def assert_same(ours, expected):
 
 
 def test_without_a_negative_prompt_it_is_guided_by_zeros_as_diffusers_is(ours, model):
-    assert not ours.adapted.base_embeddings[""].text.any()
-    assert not ours.adapted.base_embeddings[""].pooled.any()
+    empty = ours.embeddings(request(0.0))[""]
+    assert not empty.text.any()
+    assert not empty.pooled.any()
     assert_same(draw_ours(ours, 0.0), draw(pipeline_of(model)))
 
 
@@ -132,10 +135,9 @@ def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
     """As its own pipeline tells it, which starts from the same noise where nothing of a picture is kept."""
     folder = open_bundle(write_random_sdxl(tmp_path, refiner=True))
     assert (folder.text_encoders, folder.num_add_time_ids) == (("text_encoder_2",), 5)
-    texts = embed_prompts(folder, [PROMPT])
-    settings = SamplingSettings("ddim", STEPS, GUIDANCE, batch_size=1)
-    sampler = Sampler(folder.load_unet(), folder.load_vae(), folder.scheduler_config, settings)
-    *_, latents = sampler.denoise(NOISE, [texts[PROMPT]], texts[""])
+    model, asked = SamplingModel(folder), request(1.0)
+    texts = model.embeddings(asked)
+    ((_, latents),) = model.latents(asked, Rows(NOISE, [texts[PROMPT]], texts[""]))
 
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -149,16 +151,19 @@ def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
         "output_type": "latent",
     }
     assert texts[""].text.any(), "the refiner is guided by the encoded empty prompt"
-    error = relative_error(latents, pipeline(**given).images)
+    error = relative_error(latents[None], pipeline(**given).images)
     print(f"latents of the refiner {error:.1e}")
     assert error < LATENTS
-    assert relative_error(latents, pipeline(**given, aesthetic_score=2.5).images) > 10 * LATENTS
+    assert relative_error(latents[None], pipeline(**given, aesthetic_score=2.5).images) > 10 * LATENTS
 
 
-def test_values_that_are_no_numbers_end_in_a_line_and_not_in_a_black_picture(ours):
-    broken = PromptText(*(np.full_like(value, np.nan) for value in ours.adapted.base_embeddings[PROMPT]))
-    with pytest.raises(WeightError, match=r"picture 0 came out as values that are no numbers; .*pretrained_vae"):
-        next(ours.sampler.pictures(NOISE, [broken], ours.adapted.base_embeddings[""]))
+def test_nan_ends_in_a_line_and_not_in_a_black_picture(ours):
+    asked = request(0.0)
+    texts = ours.embeddings(asked)
+    broken = PromptText(*(np.full_like(value, np.nan) for value in texts[PROMPT]))
+    ((number, latents),) = ours.latents(asked, Rows(NOISE, [broken], texts[""]))
+    with pytest.raises(WeightError, match=r"picture 0 came out as NaN or infinity; .*pretrained_vae"):
+        ours.picture(latents, number)
 
 
 def test_latents_of_playground_are_moved_and_scaled_by_channel():

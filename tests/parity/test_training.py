@@ -22,7 +22,7 @@ from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.records import CLASS, INSTANCE, Record
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import Columns, draw_columns, epsilon
 from dreambooth_ms.models.clip import end_positions
@@ -125,34 +125,39 @@ CASES = [
 ]
 
 
-def records(group, count):
-    """Pictures of which no two have the same size, in either group."""
-    longer = 7 * (group == CLASS)
-    return tuple(
-        Record(Path(f"{group}-{i}.png"), f"{group} {i}", (50 + longer, 60 + 9 * i), f"{group} prompt {i}", group)
+def concept(name, count, weight=1.0):
+    """Pictures of which no two have the same size, in either concept."""
+    longer = 7 * (name == CLASS)
+    records = (
+        Record(Path(f"{name}-{i}.png"), f"{name} {i}", (50 + longer, 60 + 9 * i), (f"{name} prompt {i}",))
         for i in range(count)
     )
+    return Concept(name, tuple(records), weight)
 
 
-def plan_of(batch_size, prior):
+def plan_of(batch_size, prior, batches_per_step=1):
     """Five pictures of the subject and two of the class, each with a prompt of its own."""
-    groups = (records(INSTANCE, 5), records(CLASS, 2))
-    return Plan(groups if prior else groups[:1], batch_size, Framing(32, False, True), seed=5)
+    concepts = (concept(INSTANCE, 5), concept(CLASS, 2, PRIOR_LOSS_WEIGHT))
+    framing = Framing(((32, 32),), False, True)
+    return Plan(concepts if prior else concepts[:1], batch_size, framing, 5, batches_per_step)
 
 
-def batches_of(plan, objective, posterior, text, batches_per_step=1, num_add_time_ids=0):
+def batches_of(plan, objective, posterior, text, num_add_time_ids=0):
     """Batches from a posterior and a text for each record."""
-    known = [record for group in plan.groups for record in group]
+    known = known_records(plan)
+    texts = {caption: PromptText(*text(i)) for i, record in enumerate(known) for caption in record.captions}
     return BatchMaker(
         plan=plan,
-        posteriors={view: posterior(known.index(view.record)) for view in plan.views(0, 60)},
-        texts={record.prompt: PromptText(*text(i)) for i, record in enumerate(known)},
+        posteriors=lambda view: posterior(known.index(view.record)),
+        texts=texts.__getitem__,
         objective=objective,
         scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
-        group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
-        batches_per_step=batches_per_step,
         num_add_time_ids=num_add_time_ids,
     )
+
+
+def known_records(plan):
+    return [record for of in plan.concepts for record in of.records]
 
 
 class Training:
@@ -196,11 +201,10 @@ class Training:
 
     def batches(self, case):
         return batches_of(
-            plan_of(case.batch_size, case.prior),
+            plan_of(case.batch_size, case.prior, case.batches_per_step),
             draw_columns(self.trained.kind, self.schedule, GAMMA if case.min_snr else None),
             posterior=lambda i: normal(2, *LATENTS, seed=i),
             text=self.token_ids if self.trained.text else self.embedding,
-            batches_per_step=case.batches_per_step,
             num_add_time_ids=self.num_add_time_ids,
         )
 
@@ -231,13 +235,12 @@ class Training:
         for moment in self.optimiser.moments():
             moment.set_data(0 * moment)
         base = self.base()
-        step_cell = self.step_cell(batches.batches_per_step)
-        steps = train(step_cell, batches, batches.batches_per_step, lambda step: LEARNING_RATE, 0, STEPS)
-        reports = [next(steps)]
-        gradients = self.first_gradients()
-        reports += steps
+        reports, gradients, per_step = [], [], batches.plan.batches_per_step
+        keep_gradients = lambda report: gradients or gradients.append(self.first_gradients())  # noqa: E731
+        hooks = [reports.append, keep_gradients]
+        train(self.step_cell(per_step), batches, per_step, lambda step: LEARNING_RATE, range(STEPS), hooks)
         return SimpleNamespace(
-            reports=reports, gradients=gradients, weights=self.weights(), base_before=base, base_after=self.base()
+            reports=reports, gradients=gradients[0], weights=self.weights(), base_before=base, base_after=self.base()
         )
 
     def weights(self):
@@ -353,8 +356,8 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
         gradients = gradients or {name: parameter.grad.numpy().copy() for name, parameter in trained.items()}
         optimiser.step()
-        group_losses = {group: value.item() for group, value in losses.items()}
-        reports.append(SimpleNamespace(loss=loss.item(), group_losses=group_losses, grad_norm=norm.item()))
+        concept_losses = {group: value.item() for group, value in losses.items()}
+        reports.append(SimpleNamespace(loss=loss.item(), concept_losses=concept_losses, grad_norm=norm.item()))
     weights = {name: parameter.detach().numpy() for name, parameter in trained.items()}
     return SimpleNamespace(reports=reports, gradients=gradients, weights=weights)
 
@@ -406,7 +409,7 @@ def pairs(compared):
 def test_the_loss_of_every_step_is_torchs(compared):
     for ours, reference in pairs(compared):
         assert ours.loss == pytest.approx(reference.loss, rel=LOSS)
-        assert ours.group_losses == pytest.approx(reference.group_losses, rel=LOSS)
+        assert ours.concept_losses == pytest.approx(reference.concept_losses, rel=LOSS)
     print(f"loss {max(abs(ours.loss / reference.loss - 1) for ours, reference in pairs(compared)):.1e}")
 
 
@@ -482,7 +485,7 @@ def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
     several, one = (training.run(training.batches(form)) for form in (case, in_one_batch(case)))
     for ours, expected in zip(several.reports, one.reports, strict=True):
         assert ours.loss == pytest.approx(expected.loss, rel=LOSS)
-        assert ours.group_losses == pytest.approx(expected.group_losses, rel=LOSS)
+        assert ours.concept_losses == pytest.approx(expected.concept_losses, rel=LOSS)
         assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=LOSS)
     together, furthest = differences(several.weights, one.weights, training.start)
     print(f"weights together {together:.1e}, one {furthest:.1e}")
@@ -509,13 +512,13 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         num_add_time_ids=6,
     )
     make_drawn = replace(make_batch, objective=as_drawn(weighted_by_time))
-    known = [record for group in plan.groups for record in group]
+    known = known_records(plan)
     used, seen, noise = set(), set(), []
     for step in range(10):
         batch, drawn = make_batch(step), make_drawn(step)
         assert batch.concepts == (INSTANCE,) * batch_size + (CLASS,) * batch_size
         assert {len(field) for field in (batch.target, batch.weight, *batch.inputs.values())} == {2 * batch_size}
-        for row, view in enumerate(plan.rows(step)):
+        for row, (of, _, view) in enumerate(plan.rows(step).rows):
             number = known.index(view.record)
             read = {name: rows[row] for name, rows in batch.inputs.items()}
             latents = drawn.inputs["sample"][row]
@@ -525,7 +528,7 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
             (width, height), (top, left) = view.record.size, corner(view)
             assert read["time_ids"].tolist() == [height, width, top, left, 32, 32]
             seen |= {("mirrored", view.flip), ("below the top", top > 0), ("right of the left", left > 0)}
-            assert batch.concepts[row] == view.record.group
+            assert batch.concepts[row] == of.name
             timestep = int(read["timestep"])
             weight = (1.0 if number < 5 else PRIOR_LOSS_WEIGHT) * (1 + timestep / 1000)
             assert batch.weight[row] == np.float32(weight / batch_size)
@@ -561,7 +564,7 @@ class Readout(nn.Cell):
 def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynative):
     """Picture by picture, in float64, from the plan alone: no row may take another's prompt, pooled text or numbers."""
     plan = plan_of(batch_size, prior)
-    known = [record for group in plan.groups for record in group]
+    known = known_records(plan)
     texts = {record: (normal(*SDXL_TEXT_SHAPE, seed=i), normal(POOLED, seed=i)) for i, record in enumerate(known)}
     make_batch = batches_of(
         plan,
@@ -574,7 +577,7 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
     loss_cell = DiffusionLoss(Readout())
     for step in range(3):
         drawn, expected = make_drawn(step), 0.0
-        for row, view in enumerate(plan.rows(step)):
+        for row, (of, _, view) in enumerate(plan.rows(step).rows):
             (text, pooled), (width, height) = texts[view.record], view.record.size
             latents, noise = drawn.inputs["sample"][row], drawn.target[row]
             timestep = int(drawn.inputs["timestep"][row])
@@ -583,7 +586,7 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
             alpha = SCHEDULE.alphas_cumprod[timestep]
             noisy = latents * alpha**0.5 + noise * (1 - alpha) ** 0.5
             error = np.mean((noisy + told - noise) ** 2)
-            weight = PRIOR_LOSS_WEIGHT if view.record.group == CLASS else 1.0
+            weight = PRIOR_LOSS_WEIGHT if of.name == CLASS else 1.0
             expected += weight * (1 + timestep / 1000) * error / batch_size
         loss, _ = loss_cell(*make_batch(step).tensors())
         assert float(loss.asnumpy()) == pytest.approx(expected, rel=1e-5)
@@ -610,7 +613,7 @@ def test_an_objective_is_one_function(training_of):
     with torch.no_grad():
         prediction = network.unet(torch.tensor(sample), torch.tensor(strength), text).sample.numpy()
     errors = ((prediction - latents) ** 2).mean((1, 2, 3))
-    assert report.group_losses[INSTANCE] == pytest.approx(errors.mean(), rel=LOSS)
+    assert report.concept_losses[INSTANCE] == pytest.approx(errors.mean(), rel=LOSS)
     assert report.loss == pytest.approx((errors / (1 + strength)).mean(), rel=LOSS)
 
 
@@ -619,8 +622,8 @@ def corner(view):
     width, height = view.record.size
     shortest = min(width, height)
     resized = Image.new("L", (32 * width // shortest, 32 * height // shortest))
-    resized.putpixel((view.crop.left, view.crop.top), 255)
-    resized.putpixel((view.crop.left + 31, view.crop.top), 254)
+    resized.putpixel((view.frame.left, view.frame.top), 255)
+    resized.putpixel((view.frame.left + 31, view.frame.top), 254)
     levels = np.asarray(ImageOps.mirror(resized) if view.flip else resized)
     top, left = np.argwhere(levels >= 254).min(0)
     return int(top), int(left)

@@ -3,46 +3,57 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mindspore import Tensor
 from PIL import Image
 
+from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.cli.toy_networks import SD_UNET
+from dreambooth_ms.cli.training_job import total_steps
+from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dreambooth_ms.data import prompts as prompts_module
 from dreambooth_ms.data.batches import BatchMaker
-from dreambooth_ms.data.cache import ContentCache, cached_embeddings, cached_posteriors
+from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.pictures import CropBox
+from dreambooth_ms.data.pictures import Frame
 from dreambooth_ms.data.plan import Framing, Plan, View
-from dreambooth_ms.data.records import CLASS, INSTANCE, Record, read_records
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, read_concept
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import epsilon
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.sampling.class_images import missing_numbers, picture_name
-from dreambooth_ms.training.loop import group_means
+from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
+from dreambooth_ms.training.loop import concept_means, train
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.parity.reference import as_drawn, normal
 
-LOOSE = Framing(resolution=32, center_crop=False, random_flip=True)
+LOOSE = Framing(sizes=((32, 32),), center_crop=False, random_flip=True)
 """Pictures of 80 x 64 have 9 crops at 32 pixels, and two sides each."""
+PRIOR_LOSS_WEIGHT = 0.7
 
 
-def records(count, group=INSTANCE, size=(80, 64)):
-    return tuple(
-        Record(Path(f"{group}-{i}.png"), f"{group} digest {i}", size, f"a photo of {group}", group)
-        for i in range(count)
-    )
+def records(count, name=INSTANCE, size=(80, 64), captions=("a photo",)):
+    return tuple(Record(Path(f"{name}-{i}.png"), f"{name} digest {i}", size, captions) for i in range(count))
 
 
-def plan(count=5, batch_size=1, framing=LOOSE, seed=0, class_count=0):
-    groups = (records(count), records(class_count, CLASS)) if class_count else (records(count),)
-    return Plan(groups, batch_size, framing, seed)
+def plan(count=5, batch_size=1, framing=LOOSE, seed=0, class_count=0, batches_per_step=1, **record):
+    concepts = [Concept(INSTANCE, records(count, **record))]
+    if class_count:
+        concepts.append(Concept(CLASS, records(class_count, CLASS), PRIOR_LOSS_WEIGHT))
+    return Plan(tuple(concepts), batch_size, framing, seed, batches_per_step)
 
 
-def seen(wanted, steps, group=INSTANCE):
-    """The pictures of a group's rows, in the order in which the run comes to them."""
-    return [view.record for step in range(steps) for view in wanted.rows(step) if view.record.group == group]
+def seen(wanted, steps, name=INSTANCE):
+    """The pictures of a concept's rows, in the order in which the run comes to them."""
+    return [row.view.record for step in range(steps) for row in wanted.rows(step).rows if row.concept.name == name]
 
 
 class TestWhichPicture:
@@ -78,7 +89,7 @@ class TestWhichPicture:
     def test_each_group_has_its_rows_in_every_step_and_epochs_of_its_own(self):
         both = plan(2, batch_size=3, class_count=7)
         for step in range(14):
-            assert [view.record.group for view in both.rows(step)] == [INSTANCE] * 3 + [CLASS] * 3
+            assert [row.concept.name for row in both.rows(step).rows] == [INSTANCE] * 3 + [CLASS] * 3
         assert Counter(seen(both, 14)) == dict.fromkeys(records(2), 21)
         assert Counter(seen(both, 14, CLASS)) == dict.fromkeys(records(7, CLASS), 6)
 
@@ -88,39 +99,62 @@ class TestWhichPicture:
     @pytest.mark.parametrize(
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
     )
-    def test_an_epoch_goes_once_through_the_largest_group(self, count, class_count, batch_size, steps):
-        assert plan(count, batch_size, class_count=class_count).batches_per_epoch == steps
+    def test_an_epoch_goes_once_through_the_largest_concept(self, count, class_count, batch_size, steps):
+        config = TrainConfig(
+            model=ModelConfig(pretrained_model_name_or_path=""),
+            data=DataConfig(instance_data_dir="", instance_prompt=""),
+            run=RunConfig(train_batch_size=batch_size, num_train_epochs=1),
+        )
+        assert total_steps(config, max(count, class_count)) == steps
+        wanted = plan(count, batch_size, class_count=class_count)
+        largest = max(wanted.concepts, key=lambda concept: len(concept.records))
+        assert set(seen(wanted, steps, largest.name)) == set(largest.records)
+        if steps > 1:
+            assert set(seen(wanted, steps - 1, largest.name)) < set(largest.records)
 
 
 class TestHowItIsSeen:
     def test_crops_and_sides_vary_from_step_to_step_and_are_the_same_when_asked_again(self):
-        views = [plan(1).rows(step)[0] for step in range(60)]
+        views = [plan(1).rows(step).views[0] for step in range(60)]
         assert {view.flip for view in views} == {False, True}
-        assert {view.crop.left for view in views} == set(range(9))
-        assert {view.crop.top for view in views} == {0}
-        assert views == [plan(1).rows(step)[0] for step in range(60)]
+        assert {view.frame.left for view in views} == set(range(9))
+        assert {view.frame.top for view in views} == {0}
+        assert views == [plan(1).rows(step).views[0] for step in range(60)]
 
     def test_the_rows_of_one_step_have_crops_of_their_own(self):
         """One picture, eight rows: were the draws shared, there would be one view."""
-        assert len(set(plan(1, batch_size=8).rows(0))) > 1
+        assert len(set(plan(1, batch_size=8).rows(0).views)) > 1
 
     def test_another_seed_has_other_crops(self):
-        assert [plan(1, seed=1).rows(step) for step in range(20)] != [plan(1).rows(step) for step in range(20)]
+        other, ours = ([plan(1, seed=seed).rows(step).views for step in range(20)] for seed in (1, 0))
+        assert other != ours
 
     def test_a_centre_crop_without_flip_is_one_view_per_picture(self):
         still = replace(LOOSE, center_crop=True, random_flip=False)
-        assert set(plan(3, 2, still).views(0, 30)) == {View(record, CropBox(0, 4), False) for record in records(3)}
+        middle = Frame((32, 32), resized=(40, 32), top=0, left=4)
+        expected = {View(record, "a photo", middle, False) for record in records(3)}
+        assert set(plan(3, 2, still).views(0, 30)) == expected
+
+    def test_each_row_draws_one_of_its_pictures_captions(self):
+        captions = ("a dog", "a dog in snow", "a dog at night")
+        rows = [plan(1, captions=captions).rows(step).rows[0] for step in range(60)]
+        assert {row.view.prompt for row in rows} == set(captions)
+        assert [row.view.prompt for row in rows] == [
+            row.view.prompt for step in range(30) for row in plan(1, 2, captions=captions).rows(step).rows
+        ]
+        # What else is drawn is as with one caption.
+        assert [row.view.frame for row in rows] == [plan(1).rows(step).views[0].frame for step in range(60)]
 
     def test_a_tall_picture_is_cropped_up_and_down(self):
-        tall = Plan((records(1, size=(64, 80)),), 1, LOOSE, 0)
-        crops = [tall.rows(step)[0].crop for step in range(60)]
-        assert {crop.left for crop in crops} == {0}
-        assert {crop.top for crop in crops} == set(range(9))
+        tall = plan(1, size=(64, 80))
+        frames = [tall.rows(step).views[0].frame for step in range(60)]
+        assert {frame.left for frame in frames} == {0}
+        assert {frame.top for frame in frames} == set(range(9))
 
     def test_the_views_of_some_steps_are_those_of_their_rows_each_once_in_order_of_use(self):
         wanted = plan(3, batch_size=2, class_count=2)
         views = wanted.views(4, 30)
-        used = [view for step in range(4, 30) for view in wanted.rows(step)]
+        used = [view for step in range(4, 30) for view in wanted.rows(step).views]
         assert len(views) == len(set(views)) < len(used)
         assert set(views) == set(used)
         assert sorted(views, key=used.index) == list(views)
@@ -128,9 +162,6 @@ class TestHowItIsSeen:
 
 
 LATENTS = (4, 6, 10)
-PRIOR_LOSS_WEIGHT = 0.7
-
-
 SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
 
 
@@ -140,17 +171,15 @@ def weighted_by_time(generators):
     return replace(columns, weight=1 + columns.time / 1000)
 
 
-def maker(wanted, batches_per_step=1, noise_offset=0.0, objective=weighted_by_time):
+def maker(wanted, noise_offset=0.0, objective=weighted_by_time):
     """Batches of a plan: latents of their own for each picture."""
-    known = [record for group in wanted.groups for record in group]
+    known = [record for concept in wanted.concepts for record in concept.records]
     return BatchMaker(
         plan=wanted,
-        posteriors={view: normal(2, *LATENTS, seed=known.index(view.record)) for view in wanted.views(0, 60)},
-        texts={record.prompt: PromptText(normal(7, 3, seed=i)) for i, record in enumerate(known)},
+        posteriors=lambda view: normal(2, *LATENTS, seed=known.index(view.record)),
+        texts=lambda prompt: PromptText(normal(7, 3, seed=len(prompt))),
         objective=objective,
         scaled=VaeSpec(scaling_factor=0.5).scaled,
-        group_weights={INSTANCE: 1.0, CLASS: PRIOR_LOSS_WEIGHT},
-        batches_per_step=batches_per_step,
         noise_offset=noise_offset,
     )
 
@@ -164,7 +193,7 @@ def fields(batch):
 class TestRows:
     def test_two_batches_of_one_are_the_rows_of_one_batch_of_two(self):
         """With class pictures a batch is (subject, class), and one of two is (subject, subject, class, class)."""
-        small = maker(plan(5, 1, class_count=3), batches_per_step=2, noise_offset=0.1)
+        small = maker(plan(5, 1, class_count=3, batches_per_step=2), noise_offset=0.1)
         large = maker(plan(5, 2, class_count=3), noise_offset=0.1)
         for step in range(6):
             first, second, both = (fields(made) for made in (small(2 * step), small(2 * step + 1), large(step)))
@@ -178,7 +207,7 @@ class TestRows:
     def test_the_coefficients_of_a_step_are_the_rows_weights_over_the_rows_of_their_group(
         self, batch_size, batches_per_step
     ):
-        make = maker(plan(5, batch_size, class_count=2), batches_per_step)
+        make = maker(plan(5, batch_size, class_count=2, batches_per_step=batches_per_step))
         for number in range(batches_per_step):
             batch = make(number)
             lambdas = np.array([1.0 if concept == INSTANCE else PRIOR_LOSS_WEIGHT for concept in batch.concepts])
@@ -208,6 +237,49 @@ class TestRows:
         assert np.abs(between_channels).max() < 5 / np.sqrt(draws.size / LATENTS[0])
 
 
+def test_a_step_of_three_concepts_with_prompts_of_their_own_and_no_squares(pynative):
+    """The batch maker and one step, by hand: each row has its own caption's text, and each concept its weight."""
+    weights = {INSTANCE: 1.0, "cat": 0.5, CLASS: PRIOR_LOSS_WEIGHT}
+    concepts = tuple(
+        Concept(name, tuple(replace(one, captions=(f"{name} {i}",)) for i, one in enumerate(records(3, name))), weight)
+        for name, weight in weights.items()
+    )
+    wanted = Plan(concepts, 2, Framing(((48, 32),), center_crop=False, random_flip=True), seed=3)
+    prompts = [record.captions[0] for concept in concepts for record in concept.records]
+    make = BatchMaker(
+        plan=wanted,
+        posteriors=lambda view: normal(2, 4, view.frame.size[1] // 4, view.frame.size[0] // 4),
+        texts=lambda prompt: PromptText(normal(5, SD_UNET.cross_attention_dim, seed=prompts.index(prompt))),
+        objective=weighted_by_time,
+        scaled=VaeSpec(scaling_factor=0.5).scaled,
+    )
+    batch, rows = make(0), wanted.rows(0).rows
+    assert batch.inputs["sample"].shape == (6, 4, 8, 12)
+    for text, row in zip(batch.inputs["encoder_hidden_states"], rows, strict=True):
+        assert row.view.prompt == row.view.record.captions[0]
+        assert np.array_equal(text, make.texts(row.view.prompt).text)
+
+    unet, reports = UNet2DConditionModel(SD_UNET), []
+    initialise(unet, 0)
+    layers = inject_lora(unet, 2, 2.0, ["to_q"])
+    initialise_lora(layers, 0)
+    trainables = lora_trainables(layers)
+    prediction = unet(*map(Tensor, batch.inputs.values())).asnumpy()
+    errors = np.square(prediction - batch.target).mean((1, 2, 3))
+    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, AdamWHyperparameters()), 1.0)
+    train(step, make, 1, lambda update: 1e-3, range(1), [reports.append])
+    (report,) = reports
+    # Float32 sums in another order.
+    assert report.concept_losses == pytest.approx(
+        dict(zip(weights, errors.reshape(3, 2).mean(1), strict=True)), rel=1e-5
+    )
+    expected = sum(
+        weights[name] * (1 + time / 1000) * error / 2
+        for name, time, error in zip(batch.concepts, batch.inputs["timestep"], errors, strict=True)
+    )
+    assert report.loss == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """Three pictures in one colour each."""
@@ -234,23 +306,25 @@ class Encoder:
         return np.tile(picture_13HW.mean((0, 2, 3))[None, :, None, None], (2, 1, 4, 4)).astype(np.float32)
 
 
+def view_of(record, resolution=32, left=0, flip=False):
+    frame = Frame((resolution, resolution), (resolution * 5 // 4, resolution), 0, left)
+    return View(record, record.captions[0], frame, flip)
+
+
+def read(pictures, prompt="a dog"):
+    return read_concept(INSTANCE, pictures, prompt, tell=lambda line: None).records
+
+
 class TestPosteriorCache:
     def fill(self, tmp_path, pictures, digest="weights", resolution=32, interpolation="lanczos", prompt="a dog"):
-        """Look up every picture, in an encoder that is asked for the first time."""
-        found = read_records(pictures, prompt, INSTANCE, tell=lambda line: None)
-        views = [View(record, CropBox(0, 0), False) for record in found]
-        encoder = Encoder()
-        values = cached_posteriors(
-            ContentCache(tmp_path / "cache"),
-            views,
-            digest,
-            resolution,
-            interpolation,
-            encoder.load,
-            lambda views: views,
+        """Encode what is missing, then look up every picture, with an encoder that is asked for the first time."""
+        views, encoder = [view_of(record, resolution) for record in read(pictures, prompt)], Encoder()
+        posteriors = posterior_lookup(
+            ContentCache(tmp_path / "cache"), digest, interpolation, encoder.load, lambda views: views
         )
-        assert sorted(values, key=lambda view: view.record.path) == views
-        return [values[view] for view in views], encoder
+        posteriors.prepare(views)
+        assert posteriors.missing(views) == []
+        return [posteriors(view) for view in views], encoder
 
     def test_the_second_call_encodes_nothing_and_gives_the_same_bits(self, tmp_path, pictures):
         first, encoder = self.fill(tmp_path, pictures)
@@ -298,13 +372,19 @@ class TestPosteriorCache:
         assert self.fill(tmp_path, pictures)[1].encoded == []
 
     def test_every_crop_and_side_has_a_value_of_its_own(self, tmp_path, pictures):
-        record = read_records(pictures, "a dog", INSTANCE, tell=lambda line: None)[0]
-        views = [View(record, CropBox(0, left), flip) for left in (0, 8) for flip in (False, True)]
-        encoder = Encoder()
-        cached_posteriors(
-            ContentCache(tmp_path / "cache"), views, "weights", 32, "lanczos", encoder.load, lambda views: views
-        )
-        assert len(encoder.encoded) == len(list((tmp_path / "cache").iterdir())) == 4
+        record, encoder = read(pictures)[0], Encoder()
+        views = [view_of(record, left=left, flip=flip) for left in (0, 8) for flip in (False, True)]
+        views.append(View(record, "a dog", Frame((24, 32), (40, 32), 0, 0), False))
+        cache = ContentCache(tmp_path / "cache")
+        posterior_lookup(cache, "", "lanczos", encoder.load, lambda views: views).prepare(views)
+        assert len(encoder.encoded) == len(list((tmp_path / "cache").iterdir())) == 5
+        assert encoder.encoded == [(1, 3, 32, 32)] * 4 + [(1, 3, 32, 24)]
+
+    def test_the_same_picture_under_another_prompt_is_encoded_once(self, tmp_path, pictures):
+        record, encoder = read(pictures)[0], Encoder()
+        views = [replace(view_of(record), prompt=prompt) for prompt in ("a dog", "a dog in snow")]
+        posterior_lookup(ContentCache(tmp_path), "", "lanczos", encoder.load, lambda views: views).prepare(views)
+        assert len(encoder.encoded) == 1
 
     @pytest.mark.parametrize("content", [b"", b"not a tensor", None], ids=["empty", "something else", "cut short"])
     def test_a_damaged_file_is_made_again(self, tmp_path, pictures, content):
@@ -316,22 +396,54 @@ class TestPosteriorCache:
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
         assert self.fill(tmp_path, pictures)[1].encoded == []
 
-    def test_black_latents_are_refused_with_the_picture_and_the_way_out(self, tmp_path, pictures):
-        views = [View(record, CropBox(0, 0), False) for record in read_records(pictures, "", INSTANCE, tell=print)]
-        said = r"0\.png: the autoencoder gave nothing but zeros.*--pretrained_vae_model_name_or_path"
-        with pytest.raises(DataError, match=said):
-            cached_posteriors(
-                ContentCache(tmp_path), views, "", 32, "lanczos", lambda: lambda picture: np.zeros((2, 4)), list
-            )
+    def test_what_is_found_damaged_or_gone_during_training_is_made_again(self, tmp_path, pictures):
+        """By an encoder that is loaded for it; the files are looked at before that, not read."""
+        views, encoder = [view_of(record) for record in read(pictures)], Encoder()
+        cache = ContentCache(tmp_path / "cache", bytes_in_memory=0)
+        posteriors = posterior_lookup(cache, "", "lanczos", encoder.load, lambda views: views)
+        posteriors.prepare(views)
+        before = [posteriors(view) for view in views]
+        first, second, _ = (cache.folder / f"{posteriors.keys(view)[0]}.safetensors" for view in views)
+        first.write_bytes(b"damaged")
+        second.unlink()
+        assert posteriors.missing(views) == views[1:2]
+        for _ in range(2):
+            assert all(np.array_equal(posteriors(view), value) for view, value in zip(views, before, strict=True))
+        assert (encoder.loaded, len(encoder.encoded)) == (3, 5)
 
-    def test_values_that_are_no_numbers_are_refused_and_not_kept(self, tmp_path, pictures):
-        views = [View(record, CropBox(0, 0), False) for record in read_records(pictures, "", INSTANCE, tell=print)]
-        cache = ContentCache(tmp_path / "cache")
-        with pytest.raises(DataError, match=r"0\.png: the autoencoder gave values that are no numbers"):
-            cached_posteriors(
-                cache, views, "", 32, "lanczos", lambda: lambda picture: np.full((2, 4), np.nan), lambda views: views
-            )
+    def refused(self, tmp_path, pictures, value, said):
+        views, cache = [view_of(record) for record in read(pictures)], ContentCache(tmp_path / "cache")
+        posteriors = posterior_lookup(cache, "", "lanczos", lambda: lambda picture: value, lambda views: views)
+        with pytest.raises(DataError, match=said):
+            posteriors.prepare(views)
         assert not list((tmp_path / "cache").glob("*"))
+
+    def test_black_latents_are_refused_with_the_picture_and_the_way_out(self, tmp_path, pictures):
+        said = r"0\.png: the autoencoder gave nothing but zeros.*--pretrained_vae_model_name_or_path"
+        self.refused(tmp_path, pictures, np.zeros((2, 4)), said)
+
+    def test_nan_is_refused_and_not_kept(self, tmp_path, pictures):
+        self.refused(tmp_path, pictures, np.full((2, 4), np.nan), r"0\.png: the autoencoder gave NaN or infinity")
+
+
+class TestMemory:
+    def test_what_was_asked_for_last_is_kept_within_the_bound(self, tmp_path):
+        """Ten arrays of 400 bytes in 1000: the last two are not read again."""
+        cache, values = ContentCache(tmp_path, bytes_in_memory=1000), [np.full(100, i, np.float32) for i in range(10)]
+        for i, value in enumerate(values):
+            cache.put(str(i), value)
+            assert np.array_equal(cache.get(str(i)), value)
+        cache.get("8")
+        cache.get("0")
+        for path in tmp_path.iterdir():
+            path.unlink()
+        held = [i for i in range(10) if cache.get(str(i)) is not None]
+        assert held == [0, 8]
+
+    def test_a_value_larger_than_the_bound_is_read_each_time(self, tmp_path):
+        cache = ContentCache(tmp_path, bytes_in_memory=10)
+        cache.put("a", np.ones(100))
+        assert cache.get("a").sum() == cache.get("a").sum() == 100
 
 
 class TestEmbeddingCache:
@@ -340,22 +452,38 @@ class TestEmbeddingCache:
 
         def encode(prompts):
             asked.append(list(prompts))
-            return {prompt: PromptText(np.full((7, 3), len(prompt), np.float32)) for prompt in [*prompts, ""]}
+            return [(prompt, PromptText(np.full((7, 3), len(prompt), np.float32))) for prompt in [*prompts, ""]]
 
         cache = ContentCache(tmp_path)
         for prompts, digest in ((["a dog"], "w"), (["a dog", "a sks dog"], "w"), (["a dog"], "w"), (["a dog"], "v")):
-            found = cached_embeddings(cache, prompts, digest, encode)
-            assert {prompt: value.text[0, 0] for prompt, value in found.items()} == {p: len(p) for p in prompts}
+            embeddings = embedding_lookup(cache, digest, encode)
+            embeddings.prepare(prompts)
+            assert {prompt: embeddings(prompt).text[0, 0] for prompt in prompts} == {p: len(p) for p in prompts}
         assert asked == [["a dog"], ["a sks dog"], ["a dog"]]
 
     def test_pooled_text_is_kept_beside_the_embedding_and_nothing_where_there_is_none(self, tmp_path):
         """The second look finds them on disk: nothing may be encoded any more."""
         texts = {"SDXL": PromptText(normal(7, 3), normal(5)), "SD": PromptText(normal(7, 3, seed=1))}
-        cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: texts)
-        found = cached_embeddings(ContentCache(tmp_path), list(texts), "weights", lambda missing: {})
-        assert found["SD"].pooled.size == 0
+        embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: texts.items()).prepare(texts)
+        found = embedding_lookup(ContentCache(tmp_path), "weights", lambda missing: ())
+        found.prepare(texts)
+        assert found("SD").pooled.size == 0
         for prompt, expected in texts.items():
-            assert all(np.array_equal(ours, one) for ours, one in zip(found[prompt], expected, strict=True))
+            assert all(np.array_equal(ours, one) for ours, one in zip(found(prompt), expected, strict=True))
+
+    def test_many_captions_are_encoded_a_part_at_a_time_by_encoders_loaded_once(self, monkeypatch):
+        loaded, asked = [], []
+
+        def encode(bundle, tokenizer, encoders, prompts, batch_size):
+            asked.append((len(prompts), batch_size))
+            return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
+
+        monkeypatch.setattr(prompts_module, "encode", encode)
+        monkeypatch.setattr(prompts_module, "prompt_tokenizer", lambda bundle: None)
+        bundle, captions = SimpleNamespace(load_text_encoders=lambda: loaded.append(1)), [str(i) for i in range(100)]
+        found = dict(prompts_module.embed_prompts(bundle, captions))
+        assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)
+        assert asked == [(64, 8), (37, 8)]
 
 
 class TestClassPictures:
@@ -400,4 +528,4 @@ class TestClassPictures:
 
 def test_the_errors_of_a_step_are_reported_by_group():
     rows = [(INSTANCE, 1.0), (CLASS, 10.0), (INSTANCE, 3.0), (CLASS, 20.0), (CLASS, 60.0)]
-    assert group_means(rows) == {INSTANCE: 2.0, CLASS: 30.0}
+    assert concept_means(rows) == {INSTANCE: 2.0, CLASS: 30.0}

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from demo import uploads
-from demo.photographs import first_crops, look_at
-from dreambooth_ms.data.pictures import centre_crop
+from demo.photographs import first_frames, look_at
+from dreambooth_ms.data.pictures import frame_of
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.tensor_file import write_tensors
 from tests.whole_loras import write_run_lora
@@ -143,7 +143,7 @@ def test_the_crop_shown_is_the_crop_trained_on(folder):
     wide = next(photograph for photograph in look.photographs if photograph.path.name == "2.png")
     bright = np.asarray(wide.thumbnail).sum(axis=(0, 2))
     left, right = np.flatnonzero(bright > bright.max() * 0.8)[[0, -1]]
-    crop, scale = centre_crop((200, 64), 64), wide.thumbnail.width / 200
+    crop, scale = frame_of((200, 64), (64, 64)), wide.thumbnail.width / 200
     assert abs(left - crop.left * scale) <= 2
     assert abs(right - (crop.left + 64) * scale) <= 2
 
@@ -151,7 +151,7 @@ def test_the_crop_shown_is_the_crop_trained_on(folder):
 def test_random_crops_are_those_of_the_seed(folder):
     from demo.photographs import Record
 
-    records = tuple(Record(folder / f"{n}.png", str(n), (300, 64), "", "instance") for n in range(5))
-    assert first_crops(records, 64, False, 1) == first_crops(records, 64, False, 1)
-    assert first_crops(records, 64, False, 1) != first_crops(records, 64, False, 2)
-    assert len(first_crops(records, 64, False, 1)) == 5
+    records = tuple(Record(folder / f"{n}.png", str(n), (300, 64), ("",)) for n in range(5))
+    assert first_frames(records, 64, False, 1) == first_frames(records, 64, False, 1)
+    assert first_frames(records, 64, False, 1) != first_frames(records, 64, False, 2)
+    assert len(first_frames(records, 64, False, 1)) == 5

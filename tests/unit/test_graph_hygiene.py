@@ -55,8 +55,9 @@ def begin(cache):
     cell = TrainStep(DiffusionLoss(unet), trainables, optimiser, 1.0)
 
     def run(steps, begin_batch=None, make_batch=batch):
+        reports = []
         with use_compile_cache(cache):
-            reports = list(train(cell, make_batch, 1, rate, 0, steps, begin_batch))
+            train(cell, make_batch, 1, rate, range(steps), [reports.append], begin_batch)
         return reports, [parameter.asnumpy().copy() for parameter in trainables]
 
     return SimpleNamespace(cell=cell, layers=layers.values(), run=run)

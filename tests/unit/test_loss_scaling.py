@@ -65,9 +65,11 @@ class Ours:
         self.batches_per_step = batches_per_step
         self.step = kind(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)
 
-    def run(self, done, stop, overflowing=OVERFLOWING):
-        count = self.batches_per_step
-        return train(self.step, lambda number: batch(number, count, overflowing), count, rate_at, done, stop)
+    def run(self, done, stop, overflowing=OVERFLOWING, hook=lambda report: None):
+        count, reports = self.batches_per_step, []
+        make_batch = lambda number: batch(number, count, overflowing)  # noqa: E731
+        train(self.step, make_batch, count, rate_at, range(done, stop), [reports.append, hook])
+        return reports
 
     def state(self):
         return [self.weight, *self.adamw.moments(), *(self.scaler.state() if self.scaler else [])]
@@ -103,19 +105,23 @@ class Theirs:
 @pytest.mark.parametrize("batches_per_step", [1, 2], ids=["one batch", "accumulated"])
 def test_steps_that_overflow_are_skipped_as_torchs_grad_scaler_skips_them(batches_per_step):
     ours, theirs = Ours(SCALING, batches_per_step), Theirs(batches_per_step)
-    before, scales = ours.bits(), []
-    for report in ours.run(0, STEPS):
+    states, scales = [ours.bits()], []
+
+    def compare(report):
         assert report.loss_scale == theirs.scaler.get_scale()
         theirs.take(report.step - 1)
         assert report.is_skipped == (report.step - 1 in OVERFLOWING)
         assert report.updates == theirs.updates
         # Float32 roundings of twelve terms; see test_optimisers.
         assert relative_error(ours.weight, theirs.weight) < 1e-6
-        after = ours.bits()
+        before, after = states[-1], ours.bits()
         unchanged = {name for name in after if after[name] == before[name]}
         assert ({"weight", *(moment.name for moment in ours.adamw.moments())} <= unchanged) == report.is_skipped
-        before = after
+        states.append(after)
         scales.append(report.loss_scale)
+
+    ours.run(0, STEPS, hook=compare)
+    assert len(scales) == STEPS
     assert (ours.scaler.skipped_steps, ours.scaler.value) == (len(OVERFLOWING), theirs.scaler.get_scale())
     assert {later / earlier for earlier, later in pairwise(scales)} == {0.25, 1, 4}
 

@@ -15,11 +15,12 @@ from dreambooth_ms import randomness
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data import pictures
-from dreambooth_ms.data.pictures import CropBox, find_pictures, open_picture, resize_and_crop, skipped_line
+from dreambooth_ms.data.pictures import Frame, find_pictures, frame_of, open_picture, resize_and_crop, skipped_line
 from dreambooth_ms.errors import DataError
 
 INTERPOLATIONS = schema_fields(TrainConfig)["image_interpolation_mode"].kind
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
+SQUARE = (64, 64)
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
@@ -292,74 +293,94 @@ def test_a_strip_is_refused_before_it_is_enlarged(tmp_path):
 # --- Resizing and cropping ---
 
 
+CROPS = st.sampled_from([(32, 32), (64, 64), (40, 64), (96, 32), (512, 512)])
+
+
+@given(size=SIZES, crop=CROPS)
+def test_a_picture_just_covers_the_crop_and_the_shape_stays(size, crop):
+    """One side is the crop's; the other is what keeps the shape, rounded down, and not smaller than the crop's."""
+    resized = pictures.covering_size(size, crop)
+    assert resized[0] >= crop[0]
+    assert resized[1] >= crop[1]
+    fixed = [side for side in (0, 1) if resized[side] == crop[side]]
+    other = [crop[side] * size[1 - side] / size[side] for side in fixed]
+    assert any(exact - 1 < resized[1 - side] <= exact for side, exact in zip(fixed, other, strict=True))
+
+
 @given(size=SIZES, resolution=st.sampled_from([32, 64, 512]))
 def test_the_shortest_side_becomes_the_resolution_and_the_shape_stays(size, resolution):
-    resized = pictures.resized_size(size, resolution)
+    resized = pictures.covering_size(size, (resolution, resolution))
     assert min(resized) == resolution
     longest = resolution * max(size) / min(size)
     assert longest - 1 < max(resized) <= longest
     assert (resized[0] <= resized[1]) if size[0] <= size[1] else (resized[0] >= resized[1])
 
 
-@given(size=SIZES, seed=st.integers(0, 2**32))
-def test_every_crop_is_inside_the_resized_picture(size, seed):
-    width, height = pictures.resized_size(size, 64)
-    for crop in (pictures.centre_crop(size, 64), pictures.random_crop(size, 64, randomness.generator(seed, "crop"))):
-        assert 0 <= crop.top <= height - 64
-        assert 0 <= crop.left <= width - 64
+@given(size=SIZES, crop=CROPS, seed=st.integers(0, 2**32))
+def test_every_crop_is_inside_the_resized_picture(size, crop, seed):
+    width, height = pictures.covering_size(size, crop)
+    for frame in (frame_of(size, crop), frame_of(size, crop, randomness.generator(seed, "crop"))):
+        assert (frame.size, frame.resized) == (crop, (width, height))
+        assert frame.highest == (height - crop[1], width - crop[0])
+        assert 0 <= frame.top <= height - crop[1]
+        assert 0 <= frame.left <= width - crop[0]
 
 
 @pytest.mark.parametrize(("size", "tops", "lefts"), [((67, 64), {0}, {0, 1, 2, 3}), ((64, 66), {0, 1, 2}, {0})])
 def test_a_random_crop_reaches_both_ends_and_repeats_with_its_seed(size, tops, lefts):
-    crops, again = (
-        [pictures.random_crop(size, 64, randomness.generator(0, "crop", row=row)) for row in range(200)]
-        for _ in range(2)
+    frames, again = (
+        [frame_of(size, SQUARE, randomness.generator(0, "crop", row=row)) for row in range(200)] for _ in range(2)
     )
-    assert ({crop.top for crop in crops}, {crop.left for crop in crops}) == (tops, lefts)
-    assert crops == again
+    assert ({frame.top for frame in frames}, {frame.left for frame in frames}) == (tops, lefts)
+    assert frames == again
 
 
 def test_the_centre_crop_leaves_the_same_margin_on_both_sides():
-    assert pictures.centre_crop((164, 64), 64) == CropBox(top=0, left=50)
-    assert pictures.centre_crop((64, 164), 64) == CropBox(top=50, left=0)
+    assert frame_of((164, 64), SQUARE) == Frame(SQUARE, (164, 64), top=0, left=50)
+    assert frame_of((64, 164), SQUARE) == Frame(SQUARE, (64, 164), top=50, left=0)
+    assert frame_of((164, 64), (100, 64)) == Frame((100, 64), (164, 64), top=0, left=32)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("size", [(90, 64), (64, 90), (50, 40), (64, 64)])
-def test_a_square_is_a_window_of_the_resized_picture(interpolation, size):
+@pytest.mark.parametrize("crop", [SQUARE, (48, 72)])
+def test_a_crop_is_a_window_of_the_resized_picture(interpolation, size, crop):
     image = gradient(*size)
-    crop = pictures.crop_range(size, 64)
-    square = resize_and_crop(image, 64, interpolation, crop)
-    resized = np.asarray(
-        image.resize(pictures.resized_size(size, 64), getattr(Image.Resampling, interpolation.upper()))
-    )
-    assert np.array_equal(np.asarray(square), resized[crop.top : crop.top + 64, crop.left : crop.left + 64])
-    flipped = resize_and_crop(image, 64, interpolation, crop, flip=True)
-    assert np.array_equal(np.asarray(flipped), np.asarray(square)[:, ::-1])
+    resized_size = pictures.covering_size(size, crop)
+    top, left = resized_size[1] - crop[1], resized_size[0] - crop[0]
+    frame = Frame(crop, resized_size, top, left)
+    window = resize_and_crop(image, frame, interpolation)
+    resized = np.asarray(image.resize(resized_size, getattr(Image.Resampling, interpolation.upper())))
+    assert np.array_equal(np.asarray(window), resized[top : top + crop[1], left : left + crop[0]])
+    flipped = resize_and_crop(image, frame, interpolation, flip=True)
+    assert np.array_equal(np.asarray(flipped), np.asarray(window)[:, ::-1])
 
 
 @given(
     width=st.integers(8, 160),
     height=st.integers(8, 160),
-    resolution=st.sampled_from([32, 40, 64]),
+    crop=st.sampled_from([(32, 32), (40, 40), (64, 64), (48, 32)]),
     interpolation=st.sampled_from(INTERPOLATIONS),
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=50, deadline=None)
-def test_any_picture_gives_a_square_whose_mirror_mirrored_is_itself(width, height, resolution, interpolation, seed):
+def test_any_picture_gives_a_crop_whose_mirror_mirrored_is_itself(width, height, crop, interpolation, seed):
     image = gradient(width, height)
-    crop = pictures.random_crop(image.size, resolution, randomness.generator(seed, "crop"))
-    square, mirrored = (
-        np.asarray(resize_and_crop(image, resolution, interpolation, crop, flip)) for flip in (False, True)
-    )
-    assert square.shape == (resolution, resolution, 3)
-    assert np.array_equal(mirrored[:, ::-1], square)
+    frame = frame_of(image.size, crop, randomness.generator(seed, "crop"))
+    window, mirrored = (np.asarray(resize_and_crop(image, frame, interpolation, flip)) for flip in (False, True))
+    assert window.shape == (crop[1], crop[0], 3)
+    assert np.array_equal(mirrored[:, ::-1], window)
 
 
-@pytest.mark.parametrize("crop", [CropBox(1, 0), CropBox(0, 27), CropBox(0, -1)])
-def test_a_crop_outside_the_picture_is_a_defect(crop):
+@pytest.mark.parametrize(("top", "left"), [(1, 0), (0, 27), (0, -1)])
+def test_a_crop_outside_the_picture_is_a_defect(top, left):
     with pytest.raises(ValueError, match="is outside"):
-        resize_and_crop(gradient(90, 64), 64, "lanczos", crop)
+        resize_and_crop(gradient(90, 64), Frame(SQUARE, (90, 64), top, left), "lanczos")
+
+
+def test_a_frame_of_another_picture_is_a_defect():
+    with pytest.raises(ValueError, match="is outside"):
+        resize_and_crop(gradient(90, 64), frame_of((80, 64), SQUARE), "lanczos")
 
 
 # --- Arrays and digests ---

@@ -186,7 +186,7 @@ class TestGoodOrder:
         assert Run("processes.wait_for_all('stop')\nreturn 130").end()[0] == [130, 130]
 
     def test_a_stranger_at_the_port_is_sent_away(self):
-        run = Run("return 0", absent=(1,), start_seconds=4)
+        run = Run("return 0", absent=(1,), start_seconds=8)
         launch = find_launch(_environment_of(run.workers[0]))
         wait_until_listening(launch.host, launch.channel_port, 15, "rank 0")
         for stranger in (replace(launch, rank=1, job="another"), replace(launch, rank=1, count=3)):

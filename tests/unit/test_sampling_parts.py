@@ -7,8 +7,8 @@ from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.sample import refinement_of, request_of
 from dreambooth_ms.config.load import load, load_sample_config
 from dreambooth_ms.config.sample import SampleConfig
-from dreambooth_ms.sampling.picture_file import draw_grid, first_free_number
-from dreambooth_ms.sampling.settings import PictureSizes, Refinement, SamplingSettings
+from dreambooth_ms.sampling.picture_file import first_free_number, grid
+from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
 from dreambooth_ms.sampling.trajectory import taken_steps
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
@@ -16,9 +16,9 @@ REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
 
 def test_a_sheet_has_the_pictures_row_by_row():
     pictures = [np.full((2, 3, 3), number, np.uint8) for number in range(3)]
-    grid = draw_grid(pictures, columns=2)
-    assert grid.shape == (4, 6, 3)
-    assert grid[:, :, 0].tolist() == [[0] * 3 + [1] * 3] * 2 + [[2] * 3 + [255] * 3] * 2
+    sheet = grid(pictures, columns=2)
+    assert sheet.shape == (4, 6, 3)
+    assert sheet[:, :, 0].tolist() == [[0] * 3 + [1] * 3] * 2 + [[2] * 3 + [255] * 3] * 2
 
 
 def test_numbers_go_on_from_what_is_in_the_folder(tmp_path):
@@ -40,7 +40,8 @@ def test_numbers_go_on_from_what_is_in_the_folder(tmp_path):
 )
 def test_the_steps_that_are_taken(settings, expected):
     levels = np.arange(901, 0, -100)
-    assert taken_steps(levels, SamplingSettings("ddim", 10, 1.0, 1, **settings), 1, 1000) == expected
+    asked = SampleRequest(prompts=("",), num_inference_steps=10, **settings)
+    assert taken_steps(levels, asked, 1, 1000, from_picture="strength" in settings) == expected
 
 
 class TestRequests:
@@ -69,7 +70,7 @@ class TestRequests:
     )
     def test_the_refiner_goes_on_unless_the_base_finishes(self, flags, expected):
         config = load_sample_config([*REQUIRED, "--refiner", "refiner", *flags])
-        assert refinement_of(config.refinement, PictureSizes()) == expected
+        assert refinement_of(config.refinement) == expected
 
     @pytest.mark.parametrize(
         ("flags", "note"),

@@ -1,7 +1,7 @@
-"""What to draw and how: plain values, which the command line, the page and other programs fill in."""
+"""Which pictures to sample and how: plain values, which the command line, the page and other programs fill in."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,27 +11,9 @@ from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.data.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 
 
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How pictures are drawn."""
-
-    scheduler: SamplingScheduler
-    num_inference_steps: int
-    guidance_scale: float
-    batch_size: int
-    guidance_rescale: float = 0.0
-    """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
-    strength: float | None = None
-    """Share of the steps that a picture goes through which starts from another one; None: all."""
-    denoising_start: float | None = None
-    """Share of the noise's range, from all noise, that another model has gone through before."""
-    denoising_end: float | None = None
-    """Share of it after which another model goes on; None: to the end."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PictureSizes:
-    """What SDXL is told of the pictures; sizes are (width, height), None for that of the picture drawn."""
+    """What SDXL is told of the pictures; sizes are (width, height), None for that of the sampled picture."""
 
     original_size: tuple[int, int] | None = None
     crop_top: int = 0
@@ -43,14 +25,16 @@ class PictureSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawRequest:
-    """Pictures to draw with a `SamplingModel`. Only their size, the batch size and whether they are guided or rescaled
-    decide what is compiled; everything else can change from request to request at no cost."""
+class SampleRequest:
+    """Pictures to sample with a `SamplingModel`. Only their size, the batch size and whether they are guided or
+    rescaled decide what is compiled; everything else can change from request to request at no cost."""
 
     prompts: tuple[str, ...]
-    """One or more; each is drawn `num_images_per_prompt` times."""
+    """One or more; there are `num_images_per_prompt` pictures of each."""
     negative_prompt: str = ""
     num_images_per_prompt: int = 1
+    numbers: tuple[int, ...] | None = None
+    """The pictures' numbers, on which their noise depends; None: from 0."""
     height: int | None = None
     """In pixels; None: that of the picture it starts from, or the model's own."""
     width: int | None = None
@@ -62,10 +46,15 @@ class DrawRequest:
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
+    """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
     image: Image.Image | None = None
     """Picture to start from (image to image); None: from noise."""
     strength: float = 0.75
-    """How far from `image` to go: 0 keeps it, 1 keeps nothing of it."""
+    """How far from `image` to go, as a share of the steps: 0 keeps it, 1 keeps nothing of it."""
+    denoising_start: float | None = None
+    """Share of the noise's range, from all noise, that another model has gone through before."""
+    denoising_end: float | None = None
+    """Share of it after which another model goes on; None: to the end."""
     lora_scales: tuple[float, ...] | None = None
     """Strength of each adapter of the model, in their order; None: all 1."""
     clip_skip: int = 0
@@ -76,6 +65,23 @@ class DrawRequest:
     whole_up_to: int | None = None
     """Side in pixels of the largest square that is decoded at once; None: see `autoencoder.WHOLE_UP_TO`."""
 
+    @classmethod
+    def of(cls, config: object, **more: Any) -> "SampleRequest":
+        """A request with what a configuration has under the names of a request's fields, and with `more`."""
+        shared = {one.name: getattr(config, one.name) for one in fields(cls) if hasattr(config, one.name)}
+        return cls(**shared | more)
+
+    @property
+    def pictures(self) -> dict[int, str]:
+        """The prompt of each picture, by its number."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.num_images_per_prompt)]
+        return dict(zip(self.numbers or range(len(prompts)), prompts, strict=True))
+
+    def steps(self) -> dict[str, Any]:
+        """How its latents are denoised, as plain values for a picture's metadata."""
+        names = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
@@ -85,8 +91,6 @@ class Refinement:
     """Share of the noise's range that the base goes through, before the refiner goes through the rest. None: the base
     finishes its pictures, and the refiner starts from them by `strength`."""
     strength: float = 0.3
-    aesthetic_score: float = AESTHETIC_SCORE
-    negative_aesthetic_score: float = NEGATIVE_AESTHETIC_SCORE
 
 
 class StepReport(NamedTuple):
@@ -97,7 +101,7 @@ class StepReport(NamedTuple):
     steps: int
     """Steps of each batch; with some schedulers more than were asked for."""
     rows: range
-    """The pictures that are being drawn, by their numbers from 0."""
+    """The pictures in work, by their place in the request, from 0."""
     total: int
     """Pictures of the request."""
     stage: str
@@ -106,11 +110,11 @@ class StepReport(NamedTuple):
     """(B, C, h, w) after the step."""
 
 
-class Drawn(NamedTuple):
+class Sample(NamedTuple):
     """A picture."""
 
     number: int
-    """Among those of the request, from 0."""
+    """Its own among those of the request."""
     prompt: str
     picture: np.ndarray
     """(H, W, 3) uint8."""
@@ -118,8 +122,14 @@ class Drawn(NamedTuple):
     """What makes it again, for its file's metadata: plain values."""
 
 
+def settings_of_training(request: SampleRequest, sample: Sample) -> dict[str, Any]:
+    """What says how a training sampled a picture: always from noise and all the way."""
+    whole_way = dict.fromkeys(("strength", "denoising_start", "denoising_end"))
+    return {**request.steps(), **whole_way, "prompt": sample.prompt, "number": sample.number}
+
+
 OnStep = Callable[[StepReport], object]
 """Called after every step."""
 
 Stopped = Callable[[], bool]
-"""Asked before every step; once it says True nothing more is drawn, and what is finished has been given."""
+"""Asked before every step; once it says True nothing more is sampled, and what is finished has been given."""

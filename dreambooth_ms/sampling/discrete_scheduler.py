@@ -26,8 +26,13 @@ class RowNoise:
         return np.stack([standard_normal(shape, self._seed, PURPOSE, self._step, row) for row in self._rows])
 
 
-class DiscreteNoise:
-    """The noise that a model was trained with, by its `scheduler_config.json`."""
+class DiscreteScheduler:
+    """A scheduler on the timesteps of the noise that a model was trained with, by its `scheduler_config.json`.
+
+    The interface is that of mindone's schedulers. Latents have deviation 1 at every timestep.
+    """
+
+    order, init_noise_sigma = 1, 1.0
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         spec = read_scheduler_config(config)
@@ -35,6 +40,10 @@ class DiscreteNoise:
         self.num_train_timesteps = len(self.alphas_cumprod)
         self._kind = spec.prediction_type
         self._offset = int(config.get("steps_offset", 0))
+
+    def scale_model_input(self, latents: Tensor, timestep: int) -> Tensor:
+        """What the network sees: the latents as they are."""
+        return latents
 
     def spaced(self, spacing: str, steps: int) -> np.ndarray:
         """So many timesteps, the largest first, as diffusers' schedulers space them "leading" or "trailing" (Lin et

@@ -1,0 +1,78 @@
+"""What a training command asks for, with all that follows from it, found once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.pictures import Size
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.training.checkpoint import Checkpoint
+from dreambooth_ms.training.lr_schedules import learning_rate_factor
+from dreambooth_ms.training.run_folder import seed_of
+from dreambooth_ms.weights.bundle import ModelBundle
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """The pictures of prior preservation: where they are, under which prompt, and how many."""
+
+    folder: Path
+    prompt: str
+    count: int
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run's configuration and base, and how far the run is."""
+
+    processes: Processes
+    config: TrainConfig
+    base: ModelBundle
+    class_pictures: ClassPictures | None
+    """What to have of them, with prior preservation."""
+    total: int
+    """Optimiser steps of the whole run."""
+    checkpoint: Checkpoint | None
+    """What the run goes on from."""
+
+    @property
+    def done(self) -> int:
+        """Steps that were taken before."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    @property
+    def seed(self) -> int:
+        """Names all random draws of the run."""
+        return seed_of(self.config)
+
+    @property
+    def size(self) -> Size:
+        """Of the pictures."""
+        return self.config.data.resolution, self.config.data.resolution
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of all processes."""
+        return self.config.run.gradient_accumulation_steps * self.processes.count
+
+    def learning_rate(self, update: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        o = self.config.optimiser
+        highest = self.config.learning_rate * (self.config.rows_per_step if o.scale_lr else 1)
+        return highest * learning_rate_factor(
+            o.lr_scheduler, update, o.lr_warmup_steps, self.total, o.lr_num_cycles, o.lr_power, highest
+        )
+
+
+def class_pictures_of(config: TrainConfig) -> ClassPictures | None:
+    """What the configuration says of class pictures."""
+    prior = config.prior
+    if not prior.with_prior_preservation:
+        return None
+    assert prior.class_data_dir is not None and prior.class_prompt is not None, "TrainConfig.check comes first"
+    return ClassPictures(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
+
+
+def total_steps(config: TrainConfig, pictures: int) -> int:
+    """Optimiser steps of the run; an epoch goes through so many pictures."""
+    return config.run.max_train_steps or config.run.num_train_epochs * -(-pictures // config.rows_per_step)

@@ -1,0 +1,47 @@
+"""The adapters of a model that is sampled with."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mindspore import nn
+
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
+from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.weights.bundle import ModelBundle
+
+
+class ModelAdapters:
+    """Adapters of any format, read at once and put on the networks of their base as these are loaded.
+
+    Raises:
+        WeightError: an adapter is none, or is for another base.
+    """
+
+    def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path]) -> None:
+        self.paths = tuple(str(path) for path in paths)
+        models = [bundle.opened().spec] if paths else []
+        self._adapters = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
+
+    @property
+    def adapt_text(self) -> bool:
+        """Whether one of them changes how prompts are read."""
+        return any(adapter.parts.keys() - {"unet"} for adapter in self._adapters)
+
+    def scales(self, request: SampleRequest) -> tuple[float, ...]:
+        """The strength of each adapter, or one number for all.
+
+        Raises:
+            ConfigError: it asks for another number of strengths.
+        """
+        scales = (1.0,) * len(self.paths) if request.lora_scales is None else request.lora_scales
+        if len(scales) not in (1, len(self.paths)) and self.paths:
+            raise ConfigError(
+                f"--lora_scale: expected one number, or one for each of {len(self.paths)} adapters, got {len(scales)}"
+            )
+        return scales
+
+    def put_on(self, networks: Mapping[str, nn.Cell]) -> AttachedAdapters:
+        """Put them on some of the networks, by the names of their folders."""
+        return attach(networks, self._adapters)
