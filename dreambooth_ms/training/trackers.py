@@ -25,41 +25,56 @@ class Tracker:
     """Writes every step's report to `history.jsonl` and to TensorBoard.
 
     Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
+    TensorBoard's file is written at once: tensorboardX's own writer does it in a thread, and a full disk ends the
+    thread, after which the training would wait for it forever.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
     """
 
     def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
-        self._folder = folder
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._folder, self._summary, self._event = folder, summary, Event
         kept = [line for line in read_history(folder) if line["step"] <= done]
         write_bytes(folder / HISTORY, "".join(map(_json_line, kept)).encode())
         with self._writing():
             self._file = (folder / HISTORY).open("a", encoding="utf-8")
-            self._board = _Board(folder / logging_dir, done)
+            (folder / logging_dir).mkdir(parents=True, exist_ok=True)
+            self._board = EventsWriter(str(folder / logging_dir / "events"), f".{done}")
+            # Hides what an interrupted run had logged of later steps.
+            self._show(done + 1, file_version="brain.Event:2")
+            self._show(done + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, report: StepReport) -> None:
-        """Record one step."""
+        """A hook: record the step."""
         losses = {f"{name}_loss": value for name, value in report.concept_losses.items()}
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
         if report.loss_scale is not None:
             values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
+        entries = [entry for name, value in values.items() for entry in self._summary.scalar(name, value).value]
         with self._writing():
             self._file.write(_json_line({"step": report.step, **values}))
             self._file.flush()
-            self._board.add_scalars(values, report.step)
+            self._show(report.step, summary=self._summary.Summary(value=entries))
 
     def log_pictures(self, step: int, name: str, pictures: Sequence[np.ndarray]) -> None:
         """Show pictures, each (H, W, 3) uint8, as they were after a step."""
         with self._writing():
-            self._board.add_images({f"{name}/{number}": picture for number, picture in enumerate(pictures)}, step)
+            for number, picture in enumerate(pictures):
+                self._show(step, summary=self._summary.image(f"{name}/{number}", picture, dataformats="HWC"))
 
     def close(self) -> None:
         """Close both files; all that was logged is in them."""
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            self._board.close()
+        for file in (self._file, self._board):
+            with suppress(OSError):
+                file.close()
+
+    def _show(self, step: int, **content: Any) -> None:
+        self._board.write_event(self._event(wall_time=time.time(), step=step, **content))
+        self._board.flush()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -68,38 +83,6 @@ class Tracker:
         except OSError as error:
             message = f"{self._folder}: the log cannot be written ({error.strerror}); free some space and resume"
             raise WeightError(message) from error
-
-
-class _Board:
-    """TensorBoard's file, written at once: tensorboardX's own writer does it in a thread, and a full disk ends the
-    thread, after which the training would wait for it forever."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._summary, self._event = summary, Event
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"), f".{done}")
-        # Hides what an interrupted run had logged of later steps.
-        self._write(done + 1, file_version="brain.Event:2")
-        self._write(done + 1, session_log=SessionLog(status=SessionLog.START))
-
-    def add_scalars(self, values: dict[str, float], step: int) -> None:
-        entries = [entry for name, value in values.items() for entry in self._summary.scalar(name, value).value]
-        self._write(step, summary=self._summary.Summary(value=entries))
-
-    def add_images(self, pictures: dict[str, np.ndarray], step: int) -> None:
-        for name, picture in pictures.items():
-            self._write(step, summary=self._summary.image(name, picture, dataformats="HWC"))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, step: int, **content: Any) -> None:
-        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
-        self._file.flush()
 
 
 def _json_line(values: dict[str, float]) -> str:

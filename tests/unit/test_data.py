@@ -1,5 +1,7 @@
 """Which picture, crop and side each row has, what is drawn for it, what is kept on disk, and what is missing."""
 
+import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +36,7 @@ from dreambooth_ms.training.loop import concept_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.parity.reference import as_drawn, normal
+from tools import bench_data
 
 LOOSE = Framing(sizes=((32, 32),), center_crop=False, random_flip=True)
 """Pictures of 80 x 64 have 9 crops at 32 pixels, and two sides each."""
@@ -111,6 +114,14 @@ class TestWhichPicture:
         assert set(seen(wanted, steps, largest.name)) == set(largest.records)
         if steps > 1:
             assert set(seen(wanted, steps - 1, largest.name)) < set(largest.records)
+
+
+def test_a_long_run_is_planned_and_measured(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_data", "--pictures", "50", "--steps", "30"])
+    bench_data.main()
+    said = capsys.readouterr().out
+    assert re.match(r"50 pictures, 30 steps: (\d+) views, \d+ without latents\nplanned in ", said)
+    assert "memory beside the network" in said
 
 
 class TestHowItIsSeen:
