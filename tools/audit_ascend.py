@@ -134,13 +134,14 @@ def recomputing() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS, TextConditioned
+    from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.weights.roles import CLIP_TARGETS
 
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
-    layers += [inject_lora(network, 2, 2.0, TEXT_ENCODER_TARGETS) for network in encoders.networks().values()]
+    layers += [inject_lora(network, 2, 2.0, CLIP_TARGETS) for network in encoders.networks().values()]
     trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
@@ -260,11 +261,11 @@ def _named(*networks: Any) -> Any:
 def _all_trained(unet: Any, encoders: Any, targets: Sequence[str], dropout: Any = None) -> list[Any]:
     """All parameters of a UNet and its text encoders, after adapters were put into them."""
     from dreambooth_ms.adapters.lora import inject_lora
-    from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
+    from dreambooth_ms.weights.roles import CLIP_TARGETS
 
     inject_lora(unet, 2, 2.0, targets, dropout)
     for encoder in encoders.networks().values():
-        inject_lora(encoder, 2, 2.0, TEXT_ENCODER_TARGETS, dropout)
+        inject_lora(encoder, 2, 2.0, CLIP_TARGETS, dropout)
     # Scalars are scales and the state of the dropout.
     networks = [unet, *encoders.networks().values()]
     return [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]

@@ -79,8 +79,8 @@ class OpenedAdapter:
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         silent = {name: own for name, own in _loras(self.adapter).items() if own.alpha is None}
-        told = {name: replace(own, alpha=alpha) for name, own in silent.items()}
-        return replace(self, adapter=Adapter.of(self.adapter.updates | told))
+        known = {name: replace(own, alpha=alpha) for name, own in silent.items()}
+        return replace(self, adapter=Adapter.of(self.adapter.updates | known))
 
 
 def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
@@ -147,22 +147,19 @@ def _updates(plan: LoraPlan, file: TensorFile) -> dict[str, Update]:
 def _with_settings(update: Update, name: str, settings: Mapping[str, Mapping[str, Any]], source: str) -> Update:
     """The update with the alpha that stands beside the tensors, if it has none of its own."""
     part, _, layer = name.partition(".")
-    if not isinstance(update, LoraUpdate) or update.alpha is not None or part not in settings:
+    if not isinstance(update, LoraUpdate) or update.alpha is not None:
         return update
     return replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
 
 
 def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings by part, as diffusers puts them into a file's metadata; empty if there are none."""
+    """Settings by part, as diffusers puts them into a file's metadata; empty where there are none."""
     try:
         content = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError, RecursionError):
-        return {}
-    settings: dict[str, dict[str, Any]] = {}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        part, _, key = name.partition(".")
-        settings.setdefault(part, {})[key] = value
-    return settings
+        content = None
+    named = [(*key.partition("."), value) for key, value in content.items()] if isinstance(content, dict) else []
+    return {part: {key: value for own, _, key, value in named if own == part} for part in PARTS}
 
 
 def _file(path: Path) -> Path:

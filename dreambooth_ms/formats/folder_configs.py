@@ -1,6 +1,6 @@
 """The JSON files of a model folder, for a model that came without them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ _SPECIAL_PIPELINES = {
 }
 """By the channels that the UNet takes."""
 
-EDM_SCHEDULER = {
+EDM_SCHEDULER: Mapping[str, Any] = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
@@ -69,7 +69,7 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
 
 def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
     """The files that make the folders of these parts a pipeline: its index and its scheduler."""
-    scheduler = EDM_SCHEDULER if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
+    scheduler = dict(EDM_SCHEDULER) if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
     if _is_xl(model) and not model.vae.latents_mean:
         scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
         del scheduler["clip_sample"], scheduler["set_alpha_to_one"]

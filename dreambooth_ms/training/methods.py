@@ -23,9 +23,6 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.training.results import ADAPTER, MODEL
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model, write_parts
-from dreambooth_ms.weights.roles import CLIP_TARGETS
-
-TEXT_ENCODER_TARGETS = CLIP_TARGETS  # The name from before the roles, until its users are swept.
 
 Write = Callable[[Path, int], None]
 """Writes into a folder what was trained for so many steps."""

@@ -29,10 +29,11 @@ from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
-from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
+from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import as_drawn, normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
@@ -166,10 +167,10 @@ class Training:
     def __init__(self, path, trained):
         folder = open_bundle(path)
         self.path, self.trained = path, trained
-        self.schedule = NoiseSchedule.from_spec(folder.trained_schedule())
-        self.vocabulary, self.num_add_time_ids = folder.text_spec.vocab_size, folder.num_add_time_ids
+        self.schedule = NoiseSchedule.from_spec(folder.schedule.trained())
+        self.vocabulary, self.num_add_time_ids = folder.text[0].spec.vocab_size, folder.num_add_time_ids
         text_encoders = folder.load_text_encoders() if trained.text else None
-        self.networks = networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
+        self.networks = networks = {"unet": folder.denoiser.load()} | (text_encoders.networks() if trained.text else {})
         config = MethodConfig(
             method=trained.method,
             train_text_encoder=trained.text,
@@ -276,7 +277,7 @@ class Reference:
         self.kind = trained.kind
         self.parameters = {}
         for name, network in {"unet": self.unet, **self.text_encoders}.items():
-            targets = trained.targets if name == "unet" else list(TEXT_ENCODER_TARGETS)
+            targets = trained.targets if name == "unet" else list(CLIP_TARGETS)
             if trained.method == "lora":
                 network.requires_grad_(False)
                 network.add_adapter(

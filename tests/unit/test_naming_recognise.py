@@ -29,7 +29,7 @@ class TestFamilies:
     def test_a_published_model_is_recognised(self, family, form):
         recognition = recognise_model(file_of(form, PUBLISHED[family]), "a file")
         assert (recognition.form, recognition.model) == (form, PUBLISHED[family])
-        assert with_channels(recognition.model, 4, 4) in PUBLISHED_MODELS
+        assert recognition.model in PUBLISHED_MODELS
 
     @pytest.mark.parametrize("family", SMALL)
     def test_a_model_of_other_sizes_is_recognised_with_its_sizes(self, family, form):

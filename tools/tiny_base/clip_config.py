@@ -1,4 +1,4 @@
-"""The configuration of a whole CLIP, which the toolkit itself only reads."""
+"""The config.json of a whole CLIP, which only those who train one write."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from dreambooth_ms.models.specs import ClipSpec
 
 
 def write_clip_config(spec: ClipSpec) -> dict[str, Any]:
-    """The inverse of `read_clip_config`."""
+    """The inverse of `formats.model_config.read_clip_config`."""
     vision = {
         "model_type": "clip_vision_model",
         **vars(spec.vision.transformer),
