@@ -32,7 +32,11 @@ def read_safetensors(path: Path) -> TensorFile:
     with reading(path, Container.SAFETENSORS.value):
         source = SourceFile.at(path)
         header, start = _read_header(source)
-        metadata = _checked_metadata(header.pop(METADATA_NAME, {}))
+        metadata = header.pop(METADATA_NAME, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError("its metadata is not text by name")
+        if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
+            raise FormatError("its metadata is no valid text")
         stored.check_names(list(header))
         entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
         _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
@@ -54,14 +58,6 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
     return parse_json_object(source.read(8, length)), 8 + length
-
-
-def _checked_metadata(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError("its metadata is not text by name")
-    if not all(stored.is_valid_text(name) and stored.is_valid_text(value) for name, value in metadata.items()):
-        raise FormatError("its metadata is no valid text")
-    return metadata
 
 
 Entry = tuple[DType, tuple[int, ...], tuple[int, int]]

@@ -32,7 +32,7 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where, by the names and shapes of a file's tensors, with a report of what does not fit.
+        """What is read from where, with a report of what does not fit.
 
         Args:
             stored: names and shapes of the file's tensors.
