@@ -43,15 +43,12 @@ EDM_SCHEDULER: Mapping[str, Any] = {
 }
 """Of Playground v2.5, the one model whose latents have a mean and deviation of their own, as diffusers has it."""
 
-_SD2_NOISE_SAMPLE_SIZE = 64
-"""Latents of the SD 2.x models that predict noise; those that predict velocity have 96."""
-
 
 def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str) -> Files:
     """The files of a folder in which these parts of a model are; it predicts "epsilon" or "v_prediction"."""
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
-        unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
+        unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
     files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if "unet" in parts:
         files["unet/config.json"] = model_config.write_unet_config(unet)

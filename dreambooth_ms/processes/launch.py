@@ -11,8 +11,6 @@ from dreambooth_ms.errors import DeviceError
 SCHEDULER = -1
 """Stands for the rank of MindSpore's scheduler, which has none: it connects the others and trains nothing."""
 
-LOOPBACK = "127.0.0.1"
-
 _MSRUN, _MPIRUN = "MS_ROLE", "OMPI_COMM_WORLD_RANK"
 """What each launcher sets in every process that it starts."""
 
@@ -79,7 +77,7 @@ def _from_mpirun(environment: Mapping[str, str]) -> Launch:
     on_one_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
     # OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0.
     addresses = re.search(r"tcp://([^,:;]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
-    host = environment.get("MS_SCHED_HOST") or (LOOPBACK if on_one_machine else addresses and addresses[1])
+    host = environment.get("MS_SCHED_HOST") or ("127.0.0.1" if on_one_machine else addresses and addresses[1])
     if not host:
         raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
     number = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")

@@ -347,7 +347,7 @@ class TestConfigurations:
         assert model_config.read_projected_text_config(config) == OPENCLIP_BIGG_TEXT
 
     def test_the_noise_of_edm_is_refused_by_its_name(self):
-        with pytest.raises(WeightError, match=r"EDM.*: models trained in EDM's formulation can be drawn"):
+        with pytest.raises(WeightError, match=r"EDM.*: models trained in EDM's formulation can be sampled"):
             model_config.read_scheduler_config({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5})
 
     def test_clip_is_read_as_it_was_written(self):

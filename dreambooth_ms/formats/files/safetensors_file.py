@@ -19,8 +19,6 @@ from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
-ALIGNMENT = 8
-"""The values begin at a multiple of this, as the safetensors library writes them."""
 
 
 def read_safetensors(path: Path) -> TensorFile:
@@ -126,5 +124,7 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
         entries[name] = {"dtype": tensor.dtype.value, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % ALIGNMENT)
+    content += b" " * (
+        -len(content) % 8
+    )  # The values begin at a multiple of 8, as the safetensors library writes them.
     return struct.pack("<Q", len(content)) + content
