@@ -124,7 +124,5 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
         entries[name] = {"dtype": tensor.dtype.value, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    content += b" " * (
-        -len(content) % 8
-    )  # The values begin at a multiple of 8, as the safetensors library writes them.
+    content += b" " * (-len(content) % 8)  # As the safetensors library aligns the values.
     return struct.pack("<Q", len(content)) + content
