@@ -12,9 +12,6 @@ from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_S
 from dreambooth_ms.processes.launch import Launch
 from dreambooth_ms.processes.rendezvous import Rendezvous
 
-EXCHANGE_SECONDS = 3600
-"""How long to wait for another process that is alive: what they do between two exchanges takes equally long."""
-
 Item = TypeVar("Item")
 
 
@@ -72,7 +69,7 @@ def run_in_group(
     launch: Launch | None,
     work: Callable[[Processes], int],
     complain: Callable[[str], object],
-    exchange_seconds: float = EXCHANGE_SECONDS,
+    exchange_seconds: float = 3600,
 ) -> int:
     """Do the work of one process of a run, and return its exit status.
 
@@ -83,7 +80,8 @@ def run_in_group(
         launch: this process's place; None if it was started by itself.
         work: what this process does.
         complain: prints a line for the user; called by one process of the run.
-        exchange_seconds: how long to wait for another process that is alive.
+        exchange_seconds: how long to wait for another process that is alive: what they do between two exchanges takes
+            equally long.
 
     Raises:
         UserError: the only process made a mistake, or the processes could not connect.
