@@ -23,9 +23,9 @@ from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.training.results import Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
 from tests.whole_loras import read_lora, write_run_lora
@@ -129,7 +129,7 @@ def ours(model, diffusers_adapter, tmp_path_factory):
 
 def write_again(networks, target):
     """Adapters that were read, in a file of ours, with the layers named as a training is asked for them."""
-    targets = {"unet": tuple(TARGETS), "text_encoder": TEXT_ENCODER_TARGETS}
+    targets = {"unet": tuple(TARGETS), "text_encoder": CLIP_TARGETS}
     path, metadata = target / FILE_NAME, {STEP_KEY: "500"}
     write_adapter(Adapter(networks), path, LoraFormat.DIFFUSERS, SD_15, metadata=metadata, targets=targets)
     return path
@@ -238,7 +238,7 @@ class TestToDiffusers:
 def both(model, tmp_path_factory):
     """A file that diffusers wrote, the pipeline behind it, our picture with it, and a file of ours of the same."""
     pipeline, folder = random_peft_adapter(model, ALPHA), tmp_path_factory.mktemp("both")
-    add_random_adapter(pipeline.text_encoder, TEXT_RANK, TEXT_ALPHA, list(TEXT_ENCODER_TARGETS))
+    add_random_adapter(pipeline.text_encoder, TEXT_RANK, TEXT_ALPHA, list(CLIP_TARGETS))
     networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     values = {}
     for name, network in networks.items():

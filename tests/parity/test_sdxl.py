@@ -12,8 +12,8 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PLAYGROUND_25
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.training.methods import TEXT_ENCODER_TARGETS
 from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_sdxl
 from tests.whole_loras import read_lora, write_run_lora
@@ -41,7 +41,7 @@ def adapter(model, tmp_path_factory):
     networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
     chosen = {}
     for number, (name, network) in enumerate(networks.items()):
-        targets = TARGETS if name == "unet" else TEXT_ENCODER_TARGETS
+        targets = TARGETS if name == "unet" else CLIP_TARGETS
         chosen[name] = {
             layer: (
                 0.15 * normal(RANK, cell.in_channels, seed=2 * number),

@@ -29,10 +29,11 @@ from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
-from dreambooth_ms.training.methods import METHODS, TEXT_ENCODER_TARGETS
+from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import as_drawn, normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 
@@ -225,8 +226,8 @@ class Training:
     def step_cell(self, batches_per_step):
         """The step that takes so many batches."""
         if batches_per_step not in self.step_cells:
-            kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
-            self.step_cells[batches_per_step] = kind(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
+            step = TrainStep(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
+            self.step_cells[batches_per_step] = step if batches_per_step == 1 else AccumulatingTrainStep(step)
         return self.step_cells[batches_per_step]
 
     def run(self, batches):
@@ -276,7 +277,7 @@ class Reference:
         self.kind = trained.kind
         self.parameters = {}
         for name, network in {"unet": self.unet, **self.text_encoders}.items():
-            targets = trained.targets if name == "unet" else list(TEXT_ENCODER_TARGETS)
+            targets = trained.targets if name == "unet" else list(CLIP_TARGETS)
             if trained.method == "lora":
                 network.requires_grad_(False)
                 network.add_adapter(
