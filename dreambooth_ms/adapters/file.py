@@ -79,8 +79,8 @@ class OpenedAdapter:
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         silent = {name: own for name, own in _loras(self.adapter).items() if own.alpha is None}
-        told = {name: replace(own, alpha=alpha) for name, own in silent.items()}
-        return replace(self, adapter=Adapter.of(self.adapter.updates | told))
+        known = {name: replace(own, alpha=alpha) for name, own in silent.items()}
+        return replace(self, adapter=Adapter.of(self.adapter.updates | known))
 
 
 def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
@@ -145,23 +145,20 @@ def _updates(
     updates: dict[str, Update] = {}
     for name, tensors in plan.read(lambda name: read_value(file.tensors[name])).items():
         update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
-        if isinstance(update, LoraUpdate) and update.alpha is None and part in settings:
+        if isinstance(update, LoraUpdate) and update.alpha is None:
             update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
         updates[name] = update
     return updates
 
 
 def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings by part, as diffusers puts them into a file's metadata; empty if there are none."""
+    """Settings by part, as diffusers puts them into a file's metadata; empty where there are none."""
     try:
         content = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError, RecursionError):
-        return {}
-    settings: dict[str, dict[str, Any]] = {}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        part, _, key = name.partition(".")
-        settings.setdefault(part, {})[key] = value
-    return settings
+        content = None
+    named = [(*key.partition("."), value) for key, value in content.items()] if isinstance(content, dict) else []
+    return {part: {key: value for own, _, key, value in named if own == part} for part in PARTS}
 
 
 def _file(path: Path) -> Path:

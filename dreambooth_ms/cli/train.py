@@ -3,18 +3,18 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_hooks import ShowProgress, ShowValidation
 from dreambooth_ms.cli.training_job import ClassPictures, TrainingJob, class_pictures_of, total_steps
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
-from dreambooth_ms.cli.validation import Validator
+from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load_train_config
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -64,7 +64,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         )
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
-    base.trained_schedule()
+    base.schedule.trained()
     check_expected_memory(config, base, processes)
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
@@ -115,10 +115,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     if job.checkpoint:
         training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
-    validation, dropout = config.validation, training.learner.dropout
-    shows = validation.validation_prompt and processes.is_first
-    validator = Validator(config, job.base, unet, training.learner) if shows else None
-    parameters = training.learner.parameters
+    parameters, dropout = training.learner.parameters, training.learner.dropout
     tell(f"training {sum(p.size for p in parameters):,} parameters in {len(parameters)} tensors for {job.total} steps")
 
     with ExitStack() as stack:
@@ -129,8 +126,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(ShowProgress(stack.enter_context(bar)))
         hooks.append(SaveCheckpoints(config, training.whole_state, training.write_part, processes))
-        if validation.validation_prompt:
-            hooks.append(ShowValidation(validation.validation_steps, training, validator, tracker, processes))
+        if config.validation.validation_prompt:
+            hooks.append(ShowValidation(job, unet, training, tracker))
         stop = stack.enter_context(stop_requests())
         stopped = train(
             training.step,
@@ -151,3 +148,17 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
     return 0
+
+
+@dataclass(frozen=True)
+class ShowProgress:
+    """A hook: the bar with the losses of the step."""
+
+    bar: Any
+    """As tqdm makes it."""
+
+    def __call__(self, report: StepReport) -> None:
+        """Move the bar by this step."""
+        shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
+        self.bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
+        self.bar.update()

@@ -12,8 +12,9 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.prompts import embed_prompts, prompt_tokenizer
+from dreambooth_ms.data.prompts import embed_prompts
 from dreambooth_ms.data.records import CLASS, Concept, read_concept
+from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
@@ -41,9 +42,9 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        texts = prompt_tokenizer(job.base).texts(captions_of(concepts)).__getitem__
+        texts = PromptTokenizer.of(job.base.text).texts(captions_of(concepts)).__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
-    return unet or job.base.load_unet(), batches
+    return unet or job.base.denoiser.load(), batches
 
 
 def captions_of(concepts: Iterable[Concept]) -> list[str]:
@@ -64,7 +65,7 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
 
 def embeddings_of(base: ModelBundle, cache: ContentCache) -> Lookup[str, PromptText]:
     """Prompt -> embedding by the base's own text encoders."""
-    digests = [base.digest(name) for name in base.text_encoders]
+    digests = [reader.digest() for reader in base.text]
     key = " ".join([*digests, "zeros"] if base.zeros_for_empty_prompt else digests)
     return embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
 
@@ -108,7 +109,7 @@ def encode_pictures(
     plan = Plan(tuple(concepts), job.config.run.train_batch_size, framing, job.seed, job.batches_per_step)
     posteriors = posterior_lookup(
         cache,
-        encoder_digest=base.digest("vae"),
+        encoder_digest=base.codec.digest(),
         interpolation=data.image_interpolation_mode,
         load_encoder=lambda: _load_encoder(base),
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
@@ -119,7 +120,7 @@ def encode_pictures(
     processes.wait_for_all("the encoded pictures")
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
-    spec, loss = base.trained_schedule(), job.config.loss
+    spec, loss = base.schedule.trained(), job.config.loss
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
@@ -127,14 +128,14 @@ def encode_pictures(
         objective=draw_columns(
             loss.prediction_type or spec.prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma
         ),
-        scaled=base.vae_spec.scaled,
+        scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,
     )
 
 
 def _load_encoder(base: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
-    encoder = VaeEncoder(base.load_vae(decodes=False))
+    encoder = VaeEncoder(base.codec.load(decodes=False))
 
     def encode(pictures_B3HW: np.ndarray) -> np.ndarray:
         mean, log_variance = encoder(Tensor(pictures_B3HW))

@@ -204,24 +204,6 @@ def read_clip_config(config: Config) -> ClipSpec:
     )
 
 
-def write_clip_config(spec: ClipSpec) -> dict[str, Any]:
-    """The inverse of `read_clip_config`."""
-    vision = {
-        "model_type": "clip_vision_model",
-        **vars(spec.vision.transformer),
-        "image_size": spec.vision.image_size,
-        "patch_size": spec.vision.patch_size,
-        "projection_dim": spec.projection_dim,
-    }
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": spec.projection_dim,
-        "text_config": write_text_config(spec.text, spec.projection_dim),
-        "vision_config": vision,
-    }
-
-
 def is_edm(scheduler_config: Config) -> bool:
     """Whether a diffusers scheduler is for models trained in EDM's formulation (Karras et al., 2022)."""
     return str(scheduler_config.get("_class_name")).startswith("EDM")

@@ -8,7 +8,6 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
-from dreambooth_ms.models.text import TextEncoders  # noqa: F401  (its old place, until all imports are swept)
 from dreambooth_ms.ops import (
     Dense,
     Embedding,

@@ -18,7 +18,7 @@ from dreambooth_ms.adapters.attach import AttachedAdapters
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.adapters import ModelAdapters
@@ -146,7 +146,7 @@ class SamplingModel:
             filled = np.resize(batch, size)  # All batches have one size; what fills the last one up is not given out.
             start = None if rows.start is None else rows.start[filled]
             filled_numbers = [numbers[row] for row in filled]
-            trajectory = Trajectory(request, self.bundle.scheduler_config, filled_numbers, start is not None)
+            trajectory = Trajectory(request, self.bundle.schedule.config, filled_numbers, start is not None)
             latents = trajectory.begin(rows.noise[filled], start)
             predict, steps = self._prediction(request, rows, filled), len(trajectory.timesteps)
             for index, timestep in enumerate(trajectory.timesteps):
@@ -189,7 +189,7 @@ class SamplingModel:
     def denoiser(self) -> nn.Cell:
         """The network that predicts, with the adapters on it."""
         if self._unet is None:
-            self._unet = self.bundle.load_unet()
+            self._unet = self.bundle.denoiser.load()
             self._attached = self.adapters.put_on({"unet": self._unet})
             compute_in(self._unet, compute_dtype(self._mixed_precision))
         return self._unet
@@ -208,15 +208,15 @@ class SamplingModel:
 
     @cached_property
     def _decoder(self) -> PictureDecoder:
-        return PictureDecoder(self.bundle.load_vae(encodes=False))
+        return PictureDecoder(self.bundle.codec.load(encodes=False))
 
     @cached_property
     def _encoder(self) -> PictureEncoder:
-        return PictureEncoder(self.bundle.load_vae(decodes=False))
+        return PictureEncoder(self.bundle.codec.load(decodes=False))
 
     def _check(self, request: SampleRequest) -> None:
         self.adapters.scales(request)
-        check_formulation(request.scheduler, self.bundle.scheduler_config)
+        check_formulation(request.scheduler, self.bundle.schedule.config)
         steps, strength = request.num_inference_steps, request.strength
         if request.image is not None and int(steps * strength) < 1:
             raise ConfigError(
@@ -242,7 +242,7 @@ class SamplingModel:
 
     def _conditioning(self, request: SampleRequest, rows: Rows, batch: np.ndarray, guided: bool) -> Conditioning:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
-        sizes, factor = request.sizes, self.bundle.vae_spec.downsampling
+        sizes, factor = request.sizes, self.bundle.codec.spec.downsampling
         own = rows.noise.shape[3] * factor, rows.noise.shape[2] * factor
         positive_ids, negative_ids = (
             add_time_ids(

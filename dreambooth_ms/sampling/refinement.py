@@ -38,12 +38,12 @@ def sample_refined(
     Raises:
         ConfigError: the two have different latents, or one has another noise than the scheduler's.
     """
-    if _MEANING(base.bundle.vae_spec) != _MEANING(refiner.bundle.vae_spec):
+    if _MEANING(base.bundle.codec.spec) != _MEANING(refiner.bundle.codec.spec):
         raise ConfigError(
             f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
             "the same family"
         )
-    check_formulation(request.scheduler, refiner.bundle.scheduler_config)
+    check_formulation(request.scheduler, refiner.bundle.schedule.config)
     end = refinement.denoising_end
     begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
     start = [latents for _, latents in begun]

@@ -135,23 +135,6 @@ class ModelBundle:
                 f"{names}; use SD 1.x, 2.x, SDXL or its refiner"
             )
 
-    # The names from before the roles, until all users are swept.
-    unet_spec = property(lambda self: self.denoiser.spec)
-    vae_spec = property(lambda self: self.codec.spec)
-    text_spec = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder"), None))
-    text_spec_2 = property(lambda self: next((one.spec for one in self.text if one.name == "text_encoder_2"), None))
-    text_encoders = property(lambda self: tuple(reader.name for reader in self.text))
-    tokenizer_paths = property(lambda self: tuple(reader.tokenizer() for reader in self.text))
-    schedule_spec = property(lambda self: self.schedule.spec)
-    scheduler_config = property(lambda self: self.schedule.config)
-    trained_schedule = property(lambda self: self.schedule.trained)
-    load_unet = property(lambda self: self.denoiser.load)
-    load_vae = property(lambda self: self.codec.load)
-    load_text_encoder = property(lambda self: self.text[0].load)
-    vae = property(lambda self: self.opened().other_vae)
-    config = property(lambda self: lambda part: self.opened().configuration(f"{part}/config.json"))
-    digest = property(lambda self: lambda part: self.opened().network(part, dict).digest())
-
 
 def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None) -> ModelBundle:
     """Check a folder, or a model in a single file, and read its configurations.

@@ -71,7 +71,7 @@ def test_diffusers_loads_the_folder_and_gives_our_pictures_from_the_same_noise(b
 
 
 def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
-    vae = base.load_vae()
+    vae = base.codec.load()
     encoder, decoder = PictureEncoder(vae), PictureDecoder(vae)
     photograph = fitted(open_picture("demo/subject/1.png"), 192, 192)
     (latents,) = encoder.latents(photograph, 0, [0])

@@ -220,7 +220,7 @@ def test_guidance_is_rescaled():
 def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
     """1 and 0.6 of the text encoder and the UNet, then other scales, without loading anything again."""
     folder = open_bundle(folders["sd1"])
-    networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
+    networks = {"unet": folder.denoiser.load(), **folder.load_text_encoders().networks()}
     files = [
         write_run_lora(tmp_path / str(n), random_factors(networks, n, rank=2 + n), alpha=4.0 + 2 * n) for n in range(2)
     ]
@@ -303,7 +303,7 @@ def test_pictures_of_some_numbers_are_those_of_the_whole_request(models):
 
 def test_lent_networks_are_used_as_they_are_at_the_time(models, folders):
     bundle = open_bundle(folders["sd1"])
-    unet, encoders = bundle.load_unet(), bundle.load_text_encoders()
+    unet, encoders = bundle.denoiser.load(), bundle.load_text_encoders()
     model = SamplingModel(bundle, denoiser=unet, text_encoders=encoders)
     assert np.array_equal(latents(model, request()), latents(models["sd1"], request()))
     before = model.embeddings(request())[PROMPT].text

@@ -202,7 +202,8 @@ def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, 
         output_type="np",
     ).images
 
-    bundle = replace(sampler.bundle, scheduler_config=config_for(name, sampler.bundle.scheduler_config))
+    schedule = replace(sampler.bundle.schedule, config=config_for(name, sampler.bundle.schedule.config))
+    bundle = replace(sampler.bundle, schedule=schedule)
     monkeypatch.setattr(sampler, "bundle", bundle)
     asked = request(name, 4, seed=0, num_images_per_prompt=3, batch_size=2, guidance_scale=3.0)
     rows = Rows(noise, [PromptText(row) for row in text], PromptText(negative))

@@ -38,7 +38,7 @@ def model(tmp_path_factory):
 def adapter(model, tmp_path_factory):
     """A file with an adapter of each network, both factors away from zero."""
     folder = open_bundle(model)
-    networks = {"unet": folder.load_unet(), **folder.load_text_encoders().networks()}
+    networks = {"unet": folder.denoiser.load(), **folder.load_text_encoders().networks()}
     chosen = {}
     for number, (name, network) in enumerate(networks.items()):
         targets = TARGETS if name == "unet" else CLIP_TARGETS
@@ -134,7 +134,7 @@ def test_diffusers_loads_our_adapter_of_all_three_networks_and_draws_our_picture
 def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
     """As its own pipeline tells it, which starts from the same noise where nothing of a picture is kept."""
     folder = open_bundle(write_random_sdxl(tmp_path, refiner=True))
-    assert (folder.text_encoders, folder.num_add_time_ids) == (("text_encoder_2",), 5)
+    assert ([reader.name for reader in folder.text], folder.num_add_time_ids) == (["text_encoder_2"], 5)
     model, asked = SamplingModel(folder), request(1.0)
     texts = model.embeddings(asked)
     ((_, latents),) = model.latents(asked, Rows(NOISE, [texts[PROMPT]], texts[""]))

@@ -167,10 +167,10 @@ class Training:
     def __init__(self, path, trained):
         folder = open_bundle(path)
         self.path, self.trained = path, trained
-        self.schedule = NoiseSchedule.from_spec(folder.trained_schedule())
-        self.vocabulary, self.num_add_time_ids = folder.text_spec.vocab_size, folder.num_add_time_ids
+        self.schedule = NoiseSchedule.from_spec(folder.schedule.trained())
+        self.vocabulary, self.num_add_time_ids = folder.text[0].spec.vocab_size, folder.num_add_time_ids
         text_encoders = folder.load_text_encoders() if trained.text else None
-        self.networks = networks = {"unet": folder.load_unet()} | (text_encoders.networks() if trained.text else {})
+        self.networks = networks = {"unet": folder.denoiser.load()} | (text_encoders.networks() if trained.text else {})
         config = MethodConfig(
             method=trained.method,
             train_text_encoder=trained.text,

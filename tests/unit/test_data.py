@@ -490,8 +490,9 @@ class TestEmbeddingCache:
             return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
 
         monkeypatch.setattr(prompts_module, "encode", encode)
-        monkeypatch.setattr(prompts_module, "prompt_tokenizer", lambda bundle: None)
-        bundle, captions = SimpleNamespace(load_text_encoders=lambda: loaded.append(1)), [str(i) for i in range(100)]
+        monkeypatch.setattr(prompts_module.PromptTokenizer, "of", lambda readers: None)
+        bundle = SimpleNamespace(text=(), load_text_encoders=lambda: loaded.append(1))
+        captions = [str(i) for i in range(100)]
         found = dict(prompts_module.embed_prompts(bundle, captions))
         assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)
         assert asked == [(64, 8), (37, 8)]

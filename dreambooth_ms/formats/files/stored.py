@@ -72,10 +72,6 @@ class StoredTensor:
             return self
         return StoredTensor(self.shape, dtype, lambda: cast(self.read(), self.dtype, dtype))
 
-    def reshaped(self, shape: tuple[int, ...]) -> "StoredTensor":
-        """The same values in the same order, in another shape."""
-        return StoredTensor(shape, self.dtype, lambda: self.read().reshape(shape), self.ranges)
-
     @classmethod
     def of(cls, values: np.ndarray, dtype: DType | None = None) -> "StoredTensor":
         """An array that is in memory; `dtype` marks bit patterns of bfloat16."""

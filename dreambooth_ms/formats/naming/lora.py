@@ -98,14 +98,14 @@ def recognise_lora(
     if not plans:
         raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
     families = {plan.models[0].family: None for plan in plans}
-    others = _plans(form, [model for model in PUBLISHED_MODELS if model.family not in families], stored, parts)
-    named = [plan for plan in others if not plan.report.missing and not plan.report.unexpected]
-    if named:
-        # Its sizes may be others: that of a published model comes first.
-        own = min(named, key=lambda plan: len(plan.report.misshaped)).models[0].family
-        wanted = " or ".join(family.value for family in families)
-        raise WeightError(f"{source}: this is a LoRA for {own.value}; expected one for {wanted}")
     nearest = min(plans, key=lambda plan: plan.report.count)
+    others = _plans(form, [model for model in PUBLISHED_MODELS if model.family not in families], stored, parts)
+    # With all its names, and maybe other sizes.
+    named = [plan for plan in others if not plan.report.missing and not plan.report.unexpected]
+    own = min(named, key=lambda plan: plan.report.count, default=nearest)
+    if own.report.count < nearest.report.count:
+        wanted = " or ".join(family.value for family in families)
+        raise WeightError(f"{source}: this is a LoRA for {own.models[0].family.value}; expected one for {wanted}")
     target = f"a LoRA of {nearest.models[0].family.value} in the naming of {form.value}"
     nearest.report.check(source, f"{target} for {base}" if base else target)
     raise AssertionError("what fits was returned")

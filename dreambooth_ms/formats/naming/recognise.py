@@ -56,11 +56,6 @@ class Recognition:
     notes: tuple[str, ...]
     """What a user should know about it, one sentence each."""
 
-    @property
-    def is_published(self) -> bool:
-        """Whether all sizes are those of a published model."""
-        return with_channels(self.model, 4, 4) in PUBLISHED_MODELS
-
 
 def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     """Format, family and sizes of a model.
