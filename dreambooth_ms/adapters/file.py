@@ -118,7 +118,7 @@ def open_adapter(
         candidates = plan.models
         source = str(folder / PEFT_CONFIG if folder else file.path)
         beside = _diffusers_settings(file.metadata) if settings is None else dict.fromkeys(PARTS, settings)
-        updates |= {name: _with_settings(own, name, beside, source) for name, own in _updates(plan, file).items()}
+        updates |= _updates(plan, file, beside, source)
         files.append(file)
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
@@ -132,24 +132,23 @@ def open_adapter(
     )
 
 
-def _updates(plan: LoraPlan, file: TensorFile) -> dict[str, Update]:
-    """The updates by part, a dot and the layer's name."""
+def _updates(
+    plan: LoraPlan, file: TensorFile, settings: Mapping[str, Mapping[str, Any]], source: str
+) -> dict[str, Update]:
+    """By part, a dot and the layer's name; one without an alpha of its own has that of the part's settings."""
     for slots in plan.layers.values():
         for factor, slot in slots.items():
             if factor != ALPHA and not file.tensors[slot.name].dtype.is_float:
                 raise WeightError(f"{file.path}: {slot.name} holds whole numbers, not factors; download it again")
             if factor == ALPHA and not math.isfinite(value := read_value(file.tensors[slot.name]).item()):
                 raise WeightError(f"{file.path}: {slot.name} is {value}, which is no scale; download it again")
-    layers = plan.read(lambda name: read_value(file.tensors[name]))
-    return {layer: next(KINDS[one] for one in tensors if one in KINDS)(tensors) for layer, tensors in layers.items()}
-
-
-def _with_settings(update: Update, name: str, settings: Mapping[str, Mapping[str, Any]], source: str) -> Update:
-    """The update with the alpha that stands beside the tensors, if it has none of its own."""
-    part, _, layer = name.partition(".")
-    if not isinstance(update, LoraUpdate) or update.alpha is not None:
-        return update
-    return replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+    updates: dict[str, Update] = {}
+    for name, tensors in plan.read(lambda name: read_value(file.tensors[name])).items():
+        update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
+        if isinstance(update, LoraUpdate) and update.alpha is None:
+            update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+        updates[name] = update
+    return updates
 
 
 def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

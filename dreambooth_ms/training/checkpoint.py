@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "go on with the version that wrote it, or start anew in another --output_dir"
         )
     for name, fingerprint in files.items():
-        if not _is_unchanged(path / name, fingerprint):
-            raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
+        with suppress(OSError):
+            if _fingerprint(path / name) == fingerprint:
+                continue
+        raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
     return Checkpoint(path, step)
 
 
@@ -207,13 +210,6 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         return []
     matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [folder / match[0] for match in sorted(matches, key=lambda match: (int(match[1]), not match[2]))]
-
-
-def _is_unchanged(path: Path, fingerprint: dict[str, Any]) -> bool:
-    try:
-        return _fingerprint(path) == fingerprint
-    except OSError:
-        return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
