@@ -17,6 +17,7 @@ from mindspore import Tensor
 from dreambooth_ms import __version__
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli import toy_networks
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.errors import UserError
@@ -58,7 +59,7 @@ class Failed(Exception):
 
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
-    device = load(DoctorConfig, argv).config.device
+    device = load(DoctorConfig, argv, tell).device
     failed = 0
     for name, look in Examination(device.device_target, device.ms_mode).checks():
         started = time.monotonic()

@@ -27,10 +27,7 @@ SHOWN = 6
 
 def run(argv: Sequence[str]) -> int:
     """Compare base and adapted model by a command line; returns the exit status."""
-    loaded = load(EvaluateConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    before, after = evaluate(loaded.config)
+    before, after = evaluate(load(EvaluateConfig, argv, tell))
     for name, value in vars(before).items():
         print(f"{name.replace('_', ' '):26} {value:.3f} -> {vars(after)[name]:.3f}")
     return 0

@@ -10,7 +10,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.load import load_sample_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import DataError
@@ -22,7 +22,7 @@ from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, Sam
 
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
-    config = load_sample_config(argv)
+    config = load(SampleConfig, argv)
     weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
     bundle = open_base(device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path)

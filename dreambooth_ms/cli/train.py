@@ -15,7 +15,7 @@ from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import Validator
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.records import INSTANCE, read_concept
@@ -52,7 +52,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
     if not processes.is_first:
         be_quiet()
-    config = agree_on_config(processes, load_train_config(argv, tell))
+    config = agree_on_config(processes, load(TrainConfig, argv, tell))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
         base = open_base(

@@ -1,16 +1,9 @@
 """What all schemas of commands share: their values by name, and the check of these by what stands at the fields."""
 
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from dreambooth_ms.config.describe import schema_fields
-
-
-class Findings(NamedTuple):
-    """What a check of one configuration found, one line per entry."""
-
-    problems: list[str]
-    warnings: list[str]
 
 
 class Schema:
@@ -35,8 +28,9 @@ class Schema:
         """Combinations that are accepted but hardly meant, beyond those that stand at a field."""
         return []
 
-    def check(self) -> Findings:
-        """Ranges, and rules between fields. Reads no file. A problem names the fields it is about, as `--name`."""
+    def check(self) -> tuple[list[str], list[str]]:
+        """Problems and notes, one line each: of ranges, and of rules between fields. Reads no file. A problem names the
+        fields that it is about, as `--name`."""
         values = self.values()
         outside, broken, notes = [], [], []
         for name, one in schema_fields(type(self)).items():
@@ -50,4 +44,4 @@ class Schema:
                 notes += [line for line, rule in zip(lines, found, strict=True) if rule.is_note][:1]
         for section in fields(self):  # type: ignore[arg-type]
             broken += getattr(getattr(self, section.name), "problems", list)()
-        return Findings(outside + broken + self.problems(), notes + self.notes())
+        return outside + broken + self.problems(), notes + self.notes()
