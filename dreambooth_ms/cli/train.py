@@ -55,13 +55,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     config = agree_on_config(processes, load(TrainConfig, argv, tell))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(
-            config.device,
-            model.pretrained_model_name_or_path,
-            model.revision,
-            model.variant,
-            model.pretrained_vae_model_name_or_path,
-        )
+        base = open_base(config.device, model, model.revision, model.variant)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
     base.schedule.trained()

@@ -5,25 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import (
-    Interpolation,
-    LearningRateSchedule,
-    Method,
-    PredictionType,
-    ValidationScheduler,
-)
-from dreambooth_ms.config.ranges import (
-    ABOVE_ONE,
-    DECAY,
-    MEMORY,
-    NOT_EMPTY,
-    POSITIVE,
-    SEED,
-    SIDE,
-    STEPS,
-    ZERO_OR_ONE,
-    at_least,
-)
+from dreambooth_ms.config import choices
+from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
 from dreambooth_ms.config.rules import Resume, Rule, Values, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
@@ -62,7 +45,7 @@ class DataConfig:
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False
     """Mirror pictures left to right at random."""
-    image_interpolation_mode: Interpolation = "lanczos"
+    image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
 
 
@@ -74,7 +57,7 @@ _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 class MethodConfig:
     """What is trained."""
 
-    method: Method = "lora"
+    method: choices.Method = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: bool = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
@@ -138,20 +121,20 @@ _ONE_RATE = refused_with(
 class OptimiserConfig:
     """The optimiser and its learning rate."""
 
-    learning_rate: Annotated[float | None, POSITIVE] = None
+    learning_rate: Annotated[float | None, above(0)] = None
     """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
     by it."""
-    text_encoder_lr: Annotated[float | None, POSITIVE, _TEXT_ENCODER, _ONE_RATE] = None
+    text_encoder_lr: Annotated[float | None, above(0), _TEXT_ENCODER, _ONE_RATE] = None
     """Learning rate of the text encoder (both, for SDXL). None: the same as --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
-    lr_scheduler: LearningRateSchedule = "constant"
+    lr_scheduler: choices.LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
     lr_warmup_steps: Annotated[int, at_least(0), not_with("lr_scheduler", "constant")] = 500
     """Steps of linear warm-up; not used by the constant schedule."""
     lr_num_cycles: Annotated[int, at_least(1), only_with("lr_scheduler", "cosine_with_restarts")] = 1
     """Number of cycles of the cosine_with_restarts schedule."""
-    lr_power: Annotated[float, POSITIVE, only_with("lr_scheduler", "polynomial")] = 1.0
+    lr_power: Annotated[float, above(0), only_with("lr_scheduler", "polynomial")] = 1.0
     """Power of the polynomial schedule."""
     optimizer: Literal["AdamW", "adafactor", "prodigy"] = "AdamW"
     """How gradients become updates. prodigy finds the size of its steps by itself; adafactor keeps next to no state."""
@@ -165,7 +148,7 @@ class OptimiserConfig:
     """Decoupled weight decay."""
     adam_weight_decay_text_encoder: Annotated[float | None, at_least(0), _TEXT_ENCODER] = None
     """Weight decay of the text encoder (both, for SDXL). None: the same as --adam_weight_decay."""
-    adam_epsilon: Annotated[float, POSITIVE, _OF_ADAM] = 1e-8
+    adam_epsilon: Annotated[float, above(0), _OF_ADAM] = 1e-8
     """Added to the denominator of the update."""
     adafactor_scale_parameter: Annotated[bool, only_with("optimizer", "adafactor")] = False
     """Multiply the learning rate of each weight by its root mean square, as in Adafactor's paper."""
@@ -177,7 +160,7 @@ class OptimiserConfig:
     """Correct Prodigy's moments for their start from zero, as Adam does."""
     prodigy_safeguard_warmup: Annotated[bool, _PRODIGY] = True
     """Keep the learning rate out of Prodigy's estimate, so that a warm-up does not raise it."""
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
     """Gradients are scaled down to this global norm."""
 
 
@@ -234,7 +217,9 @@ class ValidationConfig:
     """Pictures generated each time, always from the same noise."""
     validation_steps: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
-    validation_scheduler: Annotated[ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = "DPMSolverMultistepScheduler"
+    validation_scheduler: Annotated[choices.ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = (
+        "DPMSolverMultistepScheduler"
+    )
     """Sampling method, by the name of diffusers' class."""
 
 
@@ -248,9 +233,9 @@ _ONE_OFFSET = Rule(
 class LossConfig:
     """What the network learns to predict."""
 
-    prediction_type: PredictionType | None = None
+    prediction_type: choices.PredictionType | None = None
     """Prediction target. None: the one that the base model was trained with."""
-    snr_gamma: Annotated[float | None, POSITIVE] = None
+    snr_gamma: Annotated[float | None, above(0)] = None
     """Min-SNR weighting: rows with little noise weigh less; 5.0 is usual. None: all rows weigh the same."""
     offset_noise: Annotated[bool, _ONE_OFFSET] = False
     """Add a random constant of strength 0.1 to each channel of the noise; it helps very dark and bright pictures."""
@@ -270,7 +255,7 @@ class LossScalingConfig:
     """dynamic: the scale falls with each overflow, and grows again. static: it stays. Either skips such a step."""
     init_loss_scale: Annotated[float, at_least(1), _SCALED] = 65536.0
     """Scale of the first step; powers of two round nothing."""
-    loss_scale_factor: Annotated[float, ABOVE_ONE, _SCALED, _ADJUSTED] = 2.0
+    loss_scale_factor: Annotated[float, above(1), _SCALED, _ADJUSTED] = 2.0
     """Factor by which the scale falls and grows."""
     scale_window: Annotated[int, at_least(1), _SCALED, _ADJUSTED] = 2000
     """Steps in a row without an overflow after which the scale grows."""

@@ -152,7 +152,8 @@ def posterior_lookup(
         for view in progress(views):
             crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
             value = encode(to_array(crop).transpose(2, 0, 1)[None])
-            flaw = _flaw(value)
+            # Zeros alone are black.
+            flaw = "NaN or infinity" if not np.isfinite(value).all() else "" if value[0].any() else "nothing but zeros"
             if flaw:
                 raise DataError(
                     f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
@@ -161,15 +162,6 @@ def posterior_lookup(
             yield view, (value,)
 
     return Lookup(cache, keys, make, lambda posterior: posterior)
-
-
-def _flaw(posterior: np.ndarray) -> str | None:
-    """What is wrong with mean and log-variance (2, C, h, w), if anything is."""
-    if not np.isfinite(posterior).all():
-        return "NaN or infinity"
-    if not posterior[0].any():
-        return "nothing but zeros, which is black"
-    return None
 
 
 def embedding_lookup(

@@ -5,11 +5,9 @@ called add_time_ids. Shapes: B rows, S text tokens, E text width, P width of poo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor
 
 from dreambooth_ms.data.plan import View
 
@@ -34,23 +32,21 @@ class PromptText(NamedTuple):
         return ("input_ids", "end_mask") if is_tokens else ("encoder_hidden_states", "text_embeds")
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network reads of the rows of a batch beside sample and timestep."""
+def conditioning(
+    prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """What a network reads of the rows of a batch beside sample and timestep.
 
-    inputs: dict[str, np.ndarray]
-    """Rows (B, ...) by the network's `input_names`, in their order."""
+    Args:
+        prompts: of each row.
+        add_time_ids: (N,) of each row, if there are any.
 
-    @classmethod
-    def of(cls, prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
-        """From a prompt, and the add_time_ids if there are any, of each row; what is empty is left out."""
-        of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
-        named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
-        return cls({name: rows for name, rows in named if rows.size})
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """As networks take them, after sample and timestep."""
-        return tuple(Tensor(rows) for rows in self.inputs.values())
+    Returns:
+        Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out.
+    """
+    of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
+    named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
+    return {name: rows for name, rows in named if rows.size}
 
 
 def add_time_ids(

@@ -4,14 +4,16 @@ Shapes: B prompts, T tokenizers, S tokens, E text width, P width of pooled text.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import Conditioning, PromptText
+from dreambooth_ms.data.conditioning import PromptText, conditioning
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.weights.bundle import ModelBundle
 from dreambooth_ms.weights.roles import TextReader
 
 
@@ -73,6 +75,7 @@ def encode_prompts(
     prompts: Sequence[str],
     batch_size: int | None = None,
     pieces: int = 1,
+    zeros_for_empty: bool = False,
 ) -> dict[str, PromptText]:
     """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape.
 
@@ -83,6 +86,7 @@ def encode_prompts(
         batch_size: rows of a batch; None: 8, or as many as there are.
         pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
             (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
+        zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
     """
     if pieces == 1:
         texts = {prompt: [text] for prompt, text in tokenizer.texts(prompts).items()}
@@ -94,11 +98,23 @@ def encode_prompts(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         filler = [batch[-1]] * (batch_size - len(batch))
-        encoded = [one.asnumpy() for one in text_encoders(*Conditioning.of([*batch, *filler]).tensors())]
-        found += [PromptText(*row) for row in zip(*encoded, strict=True)][: len(batch)]
-    joined = [_joined(found[first : first + pieces]) for first in range(0, len(found), pieces)]
-    return dict(zip(texts, joined, strict=True))
+        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, conditioning([*batch, *filler]).values()))]
+        found += [PromptText(*row) for row in zip(*outputs, strict=True)][: len(batch)]
+    of_prompts = (found[first : first + pieces] for first in range(0, len(found), pieces))
+    encoded = {
+        prompt: PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled)
+        for prompt, own in zip(texts, of_prompts, strict=True)
+    }
+    if zeros_for_empty and "" in encoded:
+        encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
+    return encoded
 
 
-def _joined(pieces: Sequence[PromptText]) -> PromptText:
-    return PromptText(np.concatenate([piece.text for piece in pieces]), pieces[0].pooled)
+def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
+    """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
+    that not all are in memory; the encoders are gone afterwards."""
+    tokenizer, encoders, ordered = PromptTokenizer.of(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
+    rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
+    for start in range(0, len(ordered), 8 * rows):
+        part = ordered[start : start + 8 * rows]
+        yield from encode_prompts(tokenizer, encoders, part, rows, zeros_for_empty=zeros).items()
