@@ -3,18 +3,18 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_hooks import ShowProgress, ShowValidation
-from dreambooth_ms.cli.training_job import ClassPictures, TrainingJob, class_pictures_of, total_steps
+from dreambooth_ms.cli.training_job import TrainingJob, total_steps
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
-from dreambooth_ms.cli.validation import Validator
+from dreambooth_ms.cli.validation import Validation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -62,18 +62,18 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     check_expected_memory(config, base, processes)
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
-    class_pictures = class_pictures_of(config)
-    total = total_steps(config, max(len(subject.records), class_pictures.count if class_pictures else 0))
-    found = processes.from_first("the run's folder", lambda: _open_folder(config, class_pictures, total))
+    class_pictures = config.prior.num_class_images if config.prior.pictures else 0
+    total = total_steps(config, max(len(subject.records), class_pictures))
+    found = processes.from_first("the run's folder", lambda: _open_folder(config, total))
     if found is None:
         return 0
     checkpoint = Checkpoint(Path(found["checkpoint"]), found["step"]) if found["checkpoint"] else None
-    job = TrainingJob(processes, config, base, class_pictures, total, checkpoint)
+    job = TrainingJob(processes, config, base, total, checkpoint)
     with collective_operations(processes.launch):
         return train_and_save(job, *prepare_training(job, [subject]))
 
 
-def _open_folder(config: TrainConfig, class_pictures: ClassPictures | None, total: int) -> dict[str, Any] | None:
+def _open_folder(config: TrainConfig, total: int) -> dict[str, Any] | None:
     """Make the run's folder ready; gives the checkpoint to go on from, or None if nothing is left to do."""
     checkpoint = _checkpoint_to_resume(config)
     if checkpoint and checkpoint.step > total:
@@ -81,8 +81,9 @@ def _open_folder(config: TrainConfig, class_pictures: ClassPictures | None, tota
             f"{checkpoint.path}: {checkpoint.step} steps are done, the run would end after {total}; "
             "raise --max_train_steps, or choose another --output_dir"
         )
-    if class_pictures and missing_numbers(class_pictures.folder, class_pictures.count):
-        check_writable(class_pictures.folder)
+    prior = config.prior
+    if prior.pictures and missing_numbers(prior.pictures.folder, prior.num_class_images):
+        check_writable(prior.pictures.folder)
     write_config(config)
     result = result_of(config.output_dir)
     if result and result.steps >= total:
@@ -109,22 +110,18 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     if job.checkpoint:
         training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
-    validation, dropout = config.validation, training.learner.dropout
-    shows = validation.validation_prompt and processes.is_first
-    validator = Validator(config, job.base, unet, training.learner) if shows else None
-    parameters = training.learner.parameters
-    tell(f"training {sum(p.size for p in parameters):,} parameters in {len(parameters)} tensors for {job.total} steps")
-
+    parameters, dropout = training.learner.parameters, training.learner.dropout
     with ExitStack() as stack:
         tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
         hooks: list[Callable[[StepReport], object]] = [training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
+        validation = [Validation(job, unet, training, tracker)] if config.validation.validation_prompt else []
+        count = sum(parameter.size for parameter in parameters)
+        tell(f"training {count:,} parameters in {len(parameters)} tensors for {job.total} steps")
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
-        hooks.append(ShowProgress(stack.enter_context(bar)))
-        hooks.append(SaveCheckpoints(config, training.whole_state, training.write_part, processes))
-        if validation.validation_prompt:
-            hooks.append(ShowValidation(validation.validation_steps, training, validator, tracker, processes))
+        hooks.append(partial(_show_step, stack.enter_context(bar)))
+        hooks += [SaveCheckpoints(config, training.whole_state, training.write_part, processes), *validation]
         stop = stack.enter_context(stop_requests())
         stopped = train(
             training.step,
@@ -145,3 +142,10 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
     return 0
+
+
+def _show_step(bar: Any, report: StepReport) -> None:
+    """A hook: move tqdm's bar by a step, and show its losses."""
+    shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
+    bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
+    bar.update()

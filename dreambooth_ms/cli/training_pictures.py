@@ -8,6 +8,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.config.train import ClassPictures
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
@@ -34,10 +35,11 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
         # All at once, because the encoders are compiled anew each time.
         embeddings.prepare([*captions_of(subjects), job.config.prior.class_prompt or "", ""])
     unet, concepts = None, list(subjects)
-    if prior := job.class_pictures:
-        unet = sample_missing_class_pictures(job, embeddings)
-        weight = job.config.prior.prior_loss_weight
-        concepts.append(read_concept(CLASS, prior.folder, prior.prompt, tell, weight, at_most=prior.count))
+    prior = job.config.prior
+    if prior.pictures:
+        unet = sample_missing_class_pictures(job, prior.pictures, embeddings)
+        of_class = read_concept(CLASS, *prior.pictures, tell, prior.prior_loss_weight, at_most=prior.num_class_images)
+        concepts.append(of_class)
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
@@ -69,11 +71,12 @@ def embeddings_of(base: ModelBundle, cache: ContentCache) -> Lookup[str, PromptT
     return embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
 
 
-def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], PromptText]) -> nn.Cell | None:
+def sample_missing_class_pictures(
+    job: TrainingJob, wanted: ClassPictures, embeddings: Callable[[str], PromptText]
+) -> nn.Cell | None:
     """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
-    wanted, processes, prior = job.class_pictures, job.processes, job.config.prior
-    assert wanted is not None, "asked for with prior preservation"
-    missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
+    processes, prior = job.processes, job.config.prior
+    missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, prior.num_class_images))
     numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")

@@ -4,15 +4,15 @@ from contextlib import nullcontext
 
 import numpy as np
 
+from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
-from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
-from dreambooth_ms.training.methods import Learner
-from dreambooth_ms.training.run_folder import seed_of
-from dreambooth_ms.weights.bundle import ModelBundle
+from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.training.trackers import Tracker
 
 PURPOSE, FOLDER = "validation", "validation"
 STEPS, GUIDANCE = 25, 7.5
@@ -24,36 +24,56 @@ SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
 }
 
 
-class Validator:
-    """Samples the pictures of --validation_prompt with the weights as they are.
+class Validation:
+    """A hook: samples the pictures of --validation_prompt after every so many steps, in the first process.
 
     One picture at a time, by one compiled denoiser, which takes less memory than a training step of as many rows.
+
+    Args:
+        job: the run.
+        unet: the network that is trained.
+        training: what it is trained with.
+        tracker: takes the pictures; None in all processes but the first.
     """
 
-    def __init__(self, config: TrainConfig, bundle: ModelBundle, unet: UNet2DConditionModel, learner: Learner) -> None:
-        wanted = config.validation
+    def __init__(
+        self, job: TrainingJob, unet: UNet2DConditionModel, training: Training, tracker: Tracker | None
+    ) -> None:
+        wanted, text_encoders = job.config.validation, training.learner.text_encoders
         assert wanted.validation_prompt is not None, "asked for by a prompt"
-        self._output, self._dropout = config.output_dir / FOLDER, learner.dropout
+        self._every, self._output = wanted.validation_steps, job.config.output_dir / FOLDER
+        self._training, self._tracker, self._processes = training, tracker, job.processes
+        width, height = job.size
         self._request = SampleRequest(
             prompts=(wanted.validation_prompt,),
             num_images_per_prompt=wanted.num_validation_images,
-            height=config.data.resolution,
-            width=config.data.resolution,
-            seed=seed_of(config),
+            height=height,
+            width=width,
+            seed=job.seed,
             purpose=PURPOSE,
             batch_size=1,
             scheduler=SCHEDULERS[wanted.validation_scheduler],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
         )
-        self._model = SamplingModel(bundle, denoiser=unet, text_encoders=learner.text_encoders)
-        if not learner.text_encoders:
-            self._model.embeddings(self._request)  # So that the text encoders are gone before the first step.
-        self._model.load()
+        self._model = SamplingModel(job.base, denoiser=unet, text_encoders=text_encoders)
+        if tracker:
+            if not text_encoders:
+                self._model.embeddings(self._request)  # So that the text encoders are gone before the first step.
+            self._model.load()
 
-    def sample(self, step: int) -> list[np.ndarray]:
+    def __call__(self, report: StepReport) -> None:
+        """Sample after this step, if it is time and the run goes on."""
+        if report.step % self._every or report.stop_asked:
+            return
+        if self._tracker:
+            self._tracker.log_pictures(report.step, "validation", self._sample(report.step))
+        self._processes.wait_for_all("the validation pictures")
+
+    def _sample(self, step: int) -> list[np.ndarray]:
         """Sample and write the pictures after a step; returns them, each (H, W, 3) uint8."""
-        with self._dropout.off() if self._dropout else nullcontext():
+        dropout = self._training.learner.dropout
+        with self._training.result_weights(), dropout.off() if dropout else nullcontext():
             samples = list(self._model.sample(self._request))
         for sample in samples:
             path = self._output / f"step-{step:06d}-{sample.number}.png"

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from dreambooth_ms.config import choices
 from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
@@ -170,6 +170,13 @@ def _in_one_folder(values: Values) -> bool:
     return values["with_prior_preservation"] and len(folders) == 1
 
 
+class ClassPictures(NamedTuple):
+    """Where the pictures of the class are, and under which prompt."""
+
+    folder: Path
+    prompt: str
+
+
 _PRIOR = only_with("with_prior_preservation")
 _APART = Rule(
     _in_one_folder,
@@ -202,6 +209,13 @@ class PriorConfig:
     """Denoising steps for each generated class picture."""
     guidance_scale: Annotated[float, at_least(0), _PRIOR] = 7.5
     """Classifier-free guidance for generated class pictures; 1 turns it off."""
+
+    @property
+    def pictures(self) -> ClassPictures | None:
+        """The pictures of the class, with prior preservation; of a configuration that was checked."""
+        if not self.with_prior_preservation or self.class_data_dir is None or self.class_prompt is None:
+            return None
+        return ClassPictures(Path(self.class_data_dir), self.class_prompt)
 
 
 _VALIDATES = only_with("validation_prompt")

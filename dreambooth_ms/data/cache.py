@@ -152,8 +152,8 @@ def posterior_lookup(
         for view in progress(views):
             crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
             value = encode(to_array(crop).transpose(2, 0, 1)[None])
-            # Zeros alone are black.
-            flaw = "NaN or infinity" if not np.isfinite(value).all() else "" if value[0].any() else "nothing but zeros"
+            flaw = "" if value[0].any() else "nothing but zeros, which is black"
+            flaw = flaw if np.isfinite(value).all() else "NaN or infinity"
             if flaw:
                 raise DataError(
                     f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
