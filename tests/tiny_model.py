@@ -7,18 +7,14 @@ from pathlib import Path
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.formats.folder_configs import pipeline_configs
 from dreambooth_ms.formats.folder_layout import write_json
-from dreambooth_ms.formats.model_config import (
-    write_clip_config,
-    write_text_config,
-    write_unet_config,
-    write_vae_config,
-)
+from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.bundle import save_network
+from tools.tiny_base.clip_config import write_clip_config
 from tools.tiny_base.tokenizer import write_tokenizer
 
 UNET = UNetSpec(

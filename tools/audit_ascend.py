@@ -89,17 +89,17 @@ def training_sdxl() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
-    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss
+    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
-    step = AccumulatingTrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScaling()))
+    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler()))
     batch = toy_networks.batch(
         input_ids=_token_ids(2),
         end_mask=_ends(),
@@ -180,7 +180,7 @@ def optimisers() -> list[Graph]:
     whole: list[Optimiser] = [
         AdamW8bit(trainables, AdamWHyperparameters(), decay_factors=decays),
         Adafactor(trainables, AdafactorHyperparameters(scale_parameter=True), decay_factors=decays),
-        Prodigy(trainables, ProdigyHyperparameters(), decays),
+        Prodigy(trainables, ProdigyHyperparameters(), decay_factors=decays),
     ]
     # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
     with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):
@@ -307,13 +307,13 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     """An update by this optimiser, from gradients that were added up."""
     from mindspore import ParameterTuple
 
-    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.optimisers import zeros_like
     from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
 
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
     clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
-    update = Update(optimiser, clip, sum_gradients, LossScaler(LossScaling()))
+    update = Update(optimiser, clip, sum_gradients, LossScaler())
     return _UpdateFromSums(sums, update), ()
 
 

@@ -183,7 +183,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
     from dreambooth_ms.training.sharding import ShardedOptimiser
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
@@ -197,7 +197,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
             public.write(start_value(name, public.shape))
     trainables = lora_trainables(layers) if layers else [public.parameter for public in named.values()]
     compute_in(unet, compute_dtype(job.mixed_precision))
-    scaler = LossScaler(LossScaling()) if job.mixed_precision == "fp16" else None
+    scaler = LossScaler() if job.mixed_precision == "fp16" else None
 
     def make_optimiser(start: int = 0, stop: int | None = None) -> Optimiser:
         return AdamW(trainables[start:stop], AdamWHyperparameters(weight_decay=WEIGHT_DECAY))

@@ -32,7 +32,6 @@ from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
-    write_clip_config,
     write_text_config,
     write_unet_config,
     write_vae_config,
@@ -62,6 +61,7 @@ from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
+from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
 
 PROCESSES = ALONE

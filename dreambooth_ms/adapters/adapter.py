@@ -12,8 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     from mindspore import nn
 
-    from dreambooth_ms.adapters.dropout import Dropout
-
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks that can be adapted, by the names of their folders, in the order of files."""
 
@@ -21,7 +19,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 class Update(Protocol):
     """What an adapter makes of one layer."""
 
-    def layer(self, base: "nn.Cell", dropout: "Dropout | None" = None) -> "nn.Cell":
+    def layer(self, base: "nn.Cell") -> "nn.Cell":
         """The cell that stands in for a layer, with the base's own parameters and names in it.
 
         Raises:

@@ -1,6 +1,6 @@
 """Adapters on networks that draw: the sum of several, each with a strength that can be set again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -12,11 +12,14 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
 
+SetScales = Callable[[np.ndarray], object]
+"""Of an adapted layer: takes the strength of each adapter."""
+
 
 class AttachedAdapters:
     """The adapted layers of some networks, and how strong their adapters are at present."""
 
-    def __init__(self, layers: Sequence["_Beside | _Folded"] = (), count: int = 0) -> None:
+    def __init__(self, layers: Sequence[SetScales] = (), count: int = 0) -> None:
         self._layers, self._count = layers, count
         self._scales: tuple[float, ...] = ()
         self.set_scales((1.0,))
@@ -25,8 +28,8 @@ class AttachedAdapters:
         """One for all adapters, or one for each; what is as it should be already costs nothing."""
         if self._layers and tuple(scales) != self._scales:
             self._scales = tuple(scales)
-            for layer in self._layers:
-                layer.set_scales(np.broadcast_to(np.array(scales, np.float32), self._count))
+            for set_scales in self._layers:
+                set_scales(np.broadcast_to(np.array(scales, np.float32), self._count))
 
 
 def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> AttachedAdapters:
@@ -42,7 +45,7 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     Raises:
         WeightError: an adapter was trained on another network.
     """
-    layers: list[_Beside | _Folded] = []
+    layers: list[SetScales] = []
     for part, network in networks.items():
         updates: dict[str, dict[int, Update]] = {}
         for number, adapter in enumerate(adapters):
@@ -53,48 +56,35 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     return AttachedAdapters(layers, len(adapters))
 
 
-def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> list["_Beside | _Folded"]:
+def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> list[SetScales]:
     """Put updates, by layer and number of the adapter, on a network."""
     plain, parameters = adaptable_layers(network), public_parameters(network)
     if not all(f"{name}.weight" in parameters for name in updates):
         raise WeightError("the adapter was trained on another base")
-    layers: list[_Beside | _Folded] = []
+    layers: list[SetScales] = []
     beside: dict[str, nn.Cell] = {}
     for name, own in updates.items():
         loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}
         if loras.keys() == own.keys() and isinstance(plain.get(name), Dense):
             beside[name] = side_by_side(list(loras.values())).layer(plain[name])
-            layers.append(_Beside(beside[name], [number for number, one in loras.items() for _ in range(one.rank)]))
+            layers.append(_beside(beside[name], np.repeat(list(loras), [one.rank for one in loras.values()])))
         else:
-            layers.append(_Folded(parameters[f"{name}.weight"], own))
+            layers.append(_folded(parameters[f"{name}.weight"], own))
     if beside:
         put_in_place(network, beside)
     return layers
 
 
-class _Beside:
-    """A linear layer with several LoRAs side by side."""
-
-    def __init__(self, layer: nn.Cell, owners: Sequence[int]) -> None:
-        """`owners`: the number of the adapter that each row of A belongs to."""
-        self._layer, self._owners = layer, np.array(owners)
-        layer.lora_scale = Parameter(Tensor(np.ones(len(owners), np.float32)), requires_grad=False)
-
-    def set_scales(self, scales: np.ndarray) -> None:
-        """A scale for each row of A, which a compiled graph reads."""
-        self._layer.lora_scale.set_data(Tensor(scales[self._owners]))
+def _beside(layer: nn.Cell, owners: np.ndarray) -> SetScales:
+    """Of a linear layer with LoRAs side by side; `owners`: the number of the adapter of each row of A."""
+    layer.lora_scale = Parameter(Tensor(np.ones(len(owners), np.float32)), requires_grad=False)
+    return lambda scales: layer.lora_scale.set_data(Tensor(scales[owners]))
 
 
-class _Folded:
-    """Updates in a layer's weight, which is the base's own bits where all scales are 0."""
-
-    def __init__(self, weight: PublicParameter, updates: Mapping[int, Update]) -> None:
-        self._weight, self._base = weight, weight.read()
-        self._deltas = {number: update.delta(self._base) for number, update in updates.items()}
-
-    def set_scales(self, scales: np.ndarray) -> None:
-        """Write the sum into the weight."""
-        value = self._base
-        for number, delta in self._deltas.items():
-            value = value + scales[number] * delta if scales[number] else value
-        self._weight.write(value)
+def _folded(weight: PublicParameter, updates: Mapping[int, Update]) -> SetScales:
+    """Of updates in a layer's weight, which is the base's own bits where all scales are 0."""
+    base = weight.read()
+    deltas = {number: update.delta(base) for number, update in updates.items()}
+    return lambda scales: weight.write(
+        sum((scales[number] * delta for number, delta in deltas.items() if scales[number]), start=base)
+    )

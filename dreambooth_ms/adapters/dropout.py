@@ -32,7 +32,7 @@ class DropoutState(nn.Cell):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside, nothing is dropped, as in drawing pictures."""
+        """Inside, nothing is dropped, as in sampling."""
         self.rate.set_data(Tensor(np.float32(0)))
         try:
             yield

@@ -79,8 +79,8 @@ class OpenedAdapter:
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         silent = {name: own for name, own in _loras(self.adapter).items() if own.alpha is None}
-        told = {name: replace(own, alpha=alpha) for name, own in silent.items()}
-        return replace(self, adapter=Adapter.of(self.adapter.updates | told))
+        known = {name: replace(own, alpha=alpha) for name, own in silent.items()}
+        return replace(self, adapter=Adapter.of(self.adapter.updates | known))
 
 
 def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
@@ -118,7 +118,7 @@ def open_adapter(
         candidates = plan.models
         source = str(folder / PEFT_CONFIG if folder else file.path)
         beside = _diffusers_settings(file.metadata) if settings is None else dict.fromkeys(PARTS, settings)
-        updates |= {name: _with_settings(own, name, beside, source) for name, own in _updates(plan, file).items()}
+        updates |= _updates(plan, file, beside, source)
         files.append(file)
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
@@ -132,37 +132,33 @@ def open_adapter(
     )
 
 
-def _updates(plan: LoraPlan, file: TensorFile) -> dict[str, Update]:
-    """The updates by part, a dot and the layer's name."""
+def _updates(
+    plan: LoraPlan, file: TensorFile, settings: Mapping[str, Mapping[str, Any]], source: str
+) -> dict[str, Update]:
+    """By part, a dot and the layer's name; one without an alpha of its own has that of the part's settings."""
     for slots in plan.layers.values():
         for factor, slot in slots.items():
             if factor != ALPHA and not file.tensors[slot.name].dtype.is_float:
                 raise WeightError(f"{file.path}: {slot.name} holds whole numbers, not factors; download it again")
             if factor == ALPHA and not math.isfinite(value := read_value(file.tensors[slot.name]).item()):
                 raise WeightError(f"{file.path}: {slot.name} is {value}, which is no scale; download it again")
-    layers = plan.read(lambda name: read_value(file.tensors[name]))
-    return {layer: next(KINDS[one] for one in tensors if one in KINDS)(tensors) for layer, tensors in layers.items()}
-
-
-def _with_settings(update: Update, name: str, settings: Mapping[str, Mapping[str, Any]], source: str) -> Update:
-    """The update with the alpha that stands beside the tensors, if it has none of its own."""
-    part, _, layer = name.partition(".")
-    if not isinstance(update, LoraUpdate) or update.alpha is not None or part not in settings:
-        return update
-    return replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+    updates: dict[str, Update] = {}
+    for name, tensors in plan.read(lambda name: read_value(file.tensors[name])).items():
+        update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
+        if isinstance(update, LoraUpdate) and update.alpha is None:
+            update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+        updates[name] = update
+    return updates
 
 
 def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings by part, as diffusers puts them into a file's metadata; empty if there are none."""
+    """Settings by part, as diffusers puts them into a file's metadata; empty where there are none."""
     try:
         content = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError, RecursionError):
-        return {}
-    settings: dict[str, dict[str, Any]] = {}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        part, _, key = name.partition(".")
-        settings.setdefault(part, {})[key] = value
-    return settings
+        content = None
+    named = [(*key.partition("."), value) for key, value in content.items()] if isinstance(content, dict) else []
+    return {part: {key: value for own, _, key, value in named if own == part} for part in PARTS}
 
 
 def _file(path: Path) -> Path:

@@ -3,8 +3,10 @@
 y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so that a fresh adapter changes nothing.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import mindspore as ms
 import numpy as np
@@ -58,10 +60,6 @@ class LoraLayer(nn.Cell):
         """The adapter as it is now."""
         return LoraUpdate(*self.factors(), self.alpha)
 
-    def set_scale(self, multiplier: float) -> None:
-        """Weaken or strengthen the adapter: 0 is the base layer, 1 is as trained."""
-        self.lora_scale.set_data(Tensor(np.float32(multiplier * self.alpha / self.rank)))
-
 
 def _public_weight(cell: nn.Cell) -> PublicParameter:
     return PublicParameter(cell.weight, getattr(cell, "stored_layouts", {}).get("weight"))
@@ -84,8 +82,7 @@ class LoraDense(LoraLayer):
         inputs = rows.astype(ms.float32)
         if self.dropout is not None:
             inputs = self.dropout(inputs)
-        down = self.matmul(inputs, self.lora_A.weight)
-        down = _scaled(down, self.lora_scale)
+        down = _scaled(self.matmul(inputs, self.lora_A.weight), self.lora_scale)
         y = y + self.matmul(down, self.lora_B.weight).astype(y.dtype)
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
 
@@ -105,8 +102,7 @@ class LoraConv2d(LoraLayer):
         inputs = x.astype(ms.float32)
         if self.dropout is not None:
             inputs = ops.reshape(self.dropout(ops.reshape(inputs, (-1, inputs.shape[-1]))), inputs.shape)
-        down = self.lora_A(inputs)
-        down = _scaled(down, self.lora_scale)
+        down = _scaled(self.lora_A(inputs), self.lora_scale)
         return y + self.lora_B(down).astype(y.dtype)
 
 
@@ -124,11 +120,7 @@ class LoraMatrix(nn.Cell):
 
 
 def inject_lora(
-    root: nn.Cell,
-    rank: int,
-    alpha: float,
-    target_modules: Sequence[str],
-    dropout: DropoutState | None = None,
+    root: nn.Cell, rank: int, alpha: float, target_modules: Sequence[str], dropout: DropoutState | None = None
 ) -> dict[str, LoraLayer]:
     """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
 
@@ -136,20 +128,26 @@ def inject_lora(
         The adapted layers by the public names of their base layers.
 
     Raises:
-        ConfigError: a target matches no linear layer and no convolution.
+        ConfigError: a target matches no linear layer and no convolution; or the rank is larger than one of the layers,
+            so that more numbers would be trained than the layer has.
     """
-    layers = adaptable_layers(root)
-    chosen = {name: cell for name, cell in layers.items() if any(_matches(name, target) for target in target_modules)}
-    unmatched = [target for target in target_modules if not any(_matches(name, target) for name in layers)]
+    layers, prefix = adaptable_layers(root), name_prefix(root)
+    chosen = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in target_modules}
+    unmatched = [target for target, names in chosen.items() if not names]
     if unmatched:
-        endings = sorted({_ending(name) for name in layers})
+        # `to_q`, or `to_out.0`.
+        endings = sorted({re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers})
         raise ConfigError(
             f"--lora_target_modules: no layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
         )
-    prefix = name_prefix(root)
+    wanted = set(chain.from_iterable(chosen.values()))
+    largest = min((min(layers[name].in_channels, layers[name].out_channels) for name in wanted), default=rank)
+    if rank > largest:
+        raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
     adapted = {
         name: lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
-        for name, cell in chosen.items()
+        for name, cell in layers.items()
+        if name in wanted
     }
     put_in_place(root, adapted)
     return adapted
@@ -159,11 +157,10 @@ def put_in_place(root: nn.Cell, layers: Mapping[str, nn.Cell]) -> None:
     """Put cells in the places of the layers with these names; freeze everything else."""
     for _, parameter in root.parameters_and_names():
         parameter.requires_grad = False
+    cells = dict(root.cells_and_names())
     for name, layer in layers.items():
-        *path, last = name.split(".")
-        parent = root
-        for part in path:
-            parent = parent[int(part)] if isinstance(parent, nn.CellList) else getattr(parent, part)
+        path, _, last = name.rpartition(".")
+        parent = cells[path]
         if isinstance(parent, nn.CellList):
             parent[int(last)] = layer
         else:
@@ -175,19 +172,7 @@ def put_in_place(root: nn.Cell, layers: Mapping[str, nn.Cell]) -> None:
 
 def lora_layer(base: nn.Cell, rank: int, alpha: float, dropout: Dropout | None = None) -> LoraLayer:
     """A linear layer or convolution with an adapter beside it."""
-    kind = LoraConv2d if isinstance(base, Conv2d) else LoraDense
-    return kind(base, rank, alpha, dropout)
-
-
-def check_rank(rank: int, layers: dict[str, LoraLayer]) -> None:
-    """A rank above a layer's size trains more numbers than the layer has.
-
-    Raises:
-        ConfigError: the rank is larger than the smallest of these layers.
-    """
-    largest = min(min(cell.in_channels, cell.out_channels) for cell in layers.values())
-    if rank > largest:
-        raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
+    return (LoraConv2d if isinstance(base, Conv2d) else LoraDense)(base, rank, alpha, dropout)
 
 
 def adaptable_layers(root: nn.Cell) -> dict[str, Dense | Conv2d]:
@@ -206,13 +191,3 @@ def initialise_lora(layers: dict[str, LoraLayer], seed: int, prefix: str = "") -
 def lora_trainables(layers: dict[str, LoraLayer]) -> list[Parameter]:
     """The parameters to train, in a fixed order."""
     return [matrix.weight for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _ending(name: str) -> str:
-    """The part of a layer's name that tells what it is for: `to_q`, or `to_out.0`."""
-    parts = name.split(".")
-    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

@@ -12,8 +12,6 @@ from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
 if TYPE_CHECKING:
     from mindspore import nn
 
-    from dreambooth_ms.adapters.dropout import Dropout
-
 
 @dataclass(frozen=True)
 class LoraUpdate:
@@ -47,7 +45,7 @@ class LoraUpdate:
         """alpha / r."""
         return self.alpha_or_rank / self.rank
 
-    def layer(self, base: "nn.Cell", dropout: "Dropout | None" = None) -> "nn.Cell":
+    def layer(self, base: "nn.Cell") -> "nn.Cell":
         """The base with A and B beside it.
 
         Raises:
@@ -56,7 +54,7 @@ class LoraUpdate:
         # Here, because files are read and merged without MindSpore, which takes seconds to load.
         from dreambooth_ms.adapters.lora import lora_layer
 
-        layer = lora_layer(base, self.rank, self.alpha_or_rank, dropout)
+        layer = lora_layer(base, self.rank, self.alpha_or_rank)
         layer.set_factors(self.down, self.up)
         return layer
 

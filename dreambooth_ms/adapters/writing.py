@@ -20,8 +20,6 @@ from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraForma
 from dreambooth_ms.formats.naming.lora_settings import lora_settings
 from dreambooth_ms.models.specs import ModelSpec
 
-FILE_SUFFIX = ".safetensors"
-
 Tensors = dict[str, np.ndarray]
 
 _OWN_METADATA = ("format", METADATA_KEY, "ss_network_dim", "ss_network_alpha", "ss_network_module")
@@ -78,7 +76,7 @@ def write_adapter(
     tensors, beside = stored(adapter), _metadata(settings, form, metadata or {})
     if form is LoraFormat.MINDONE:
         write_mindspore_ckpt(path, tensors)
-    elif path.suffix == FILE_SUFFIX:
+    elif path.suffix == ".safetensors":
         write_safetensors(path, tensors, beside)
     else:
         check_room(path, total_bytes(tensors))
@@ -100,9 +98,7 @@ def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: s
         layers = _with_common_down(shared_layers(form, model), {name: folded(own) for name, own in layers.items()})
     plan = write_plan(form, model, layers, source)
     values = {f"{layer}.{factor}": value for layer, tensors in layers.items() for factor, value in tensors.items()}
-    return {
-        name: assembly.build([values[piece] for piece in assembly.pieces]) for name, assembly in plan.tensors.items()
-    }
+    return {name: made.build([values[piece] for piece in made.pieces]) for name, made in plan.tensors.items()}
 
 
 def folded(tensors: Tensors) -> Tensors:
@@ -149,11 +145,8 @@ def _metadata(
     """What stands beside the tensors: rank and alpha, and of what else there is what is not about a format."""
     if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
         first = next(iter(settings.values()))
-        own = {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(first["r"]),
-            "ss_network_alpha": f"{first['lora_alpha']:g}",
-        }
+        own = {"ss_network_module": "networks.lora", "ss_network_dim": str(first["r"])}
+        own["ss_network_alpha"] = f"{first['lora_alpha']:g}"
     else:
         named = {f"{part}.{key}": value for part, own in settings.items() for key, value in own.items()}
         own = {METADATA_KEY: json.dumps(named, sort_keys=True)}

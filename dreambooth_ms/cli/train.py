@@ -14,7 +14,7 @@ from dreambooth_ms.cli.training_job import TrainingJob, total_steps
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
-from dreambooth_ms.cli.validation import Validation
+from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -111,17 +111,18 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
     parameters, dropout = training.learner.parameters, training.learner.dropout
+    tell(f"training {sum(p.size for p in parameters):,} parameters in {len(parameters)} tensors for {job.total} steps")
+
     with ExitStack() as stack:
         tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
         hooks: list[Callable[[StepReport], object]] = [training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
-        validation = [Validation(job, unet, training, tracker)] if config.validation.validation_prompt else []
-        count = sum(parameter.size for parameter in parameters)
-        tell(f"training {count:,} parameters in {len(parameters)} tensors for {job.total} steps")
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        hooks += [SaveCheckpoints(config, training.whole_state, training.write_part, processes), *validation]
+        hooks.append(SaveCheckpoints(config, training.whole_state, training.write_part, processes))
+        if config.validation.validation_prompt:
+            hooks.append(ShowValidation(job, unet, training, tracker))
         stop = stack.enter_context(stop_requests())
         stopped = train(
             training.step,

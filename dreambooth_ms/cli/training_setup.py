@@ -16,7 +16,7 @@ from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import Checkpoint, restore
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.methods import METHODS, Learner
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
 from dreambooth_ms.training.sharding import ShardedOptimiser
@@ -82,18 +82,18 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
     if config.processes.zero_stage > 0 and processes.count > 1:
         make_part = lambda start, stop: choose_optimiser(config, learner.trainables[start:stop])  # noqa: E731
         sharded = ShardedOptimiser(learner.parameters, make_part, processes)
-    step = TrainStep if run.gradient_accumulation_steps == 1 else AccumulatingTrainStep
+    step = TrainStep(
+        DiffusionLoss(learner.denoiser),
+        learner.parameters,
+        sharded or choose_optimiser(config, learner.trainables),
+        config.optimiser.max_grad_norm,
+        SumOverProcesses() if processes.count > 1 else None,
+        _scaler(config),
+        Segments(unet, text_encoders) if run.gradient_checkpointing else None,
+    )
     return Training(
         learner=learner,
-        step=step(
-            DiffusionLoss(learner.denoiser),
-            learner.parameters,
-            sharded or choose_optimiser(config, learner.trainables),
-            config.optimiser.max_grad_norm,
-            SumOverProcesses() if processes.count > 1 else None,
-            _scaler(config),
-            Segments(unet, text_encoders) if run.gradient_checkpointing else None,
-        ),
+        step=AccumulatingTrainStep(step) if run.gradient_accumulation_steps > 1 else step,
         average=MovingAverage(learner.parameters, method.ema_decay) if method.use_ema else None,
         sharded=sharded,
     )
@@ -105,4 +105,4 @@ def _scaler(config: TrainConfig) -> LossScaler | None:
         return None
     c = config.loss_scaling
     dynamic = c.loss_scaler_type == "dynamic"
-    return LossScaler(LossScaling(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic))
+    return LossScaler(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic)

@@ -2,12 +2,11 @@
 
 from contextlib import nullcontext
 
-import numpy as np
+from mindspore import nn
 
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
-from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
@@ -24,26 +23,18 @@ SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
 }
 
 
-class Validation:
-    """A hook: samples the pictures of --validation_prompt after every so many steps, in the first process.
+class ShowValidation:
+    """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are.
 
-    One picture at a time, by one compiled denoiser, which takes less memory than a training step of as many rows.
-
-    Args:
-        job: the run.
-        unet: the network that is trained.
-        training: what it is trained with.
-        tracker: takes the pictures; None in all processes but the first.
+    The process that has the tracker samples them one at a time, by one compiled denoiser, which takes less memory than
+    a training step of as many rows.
     """
 
-    def __init__(
-        self, job: TrainingJob, unet: UNet2DConditionModel, training: Training, tracker: Tracker | None
-    ) -> None:
-        wanted, text_encoders = job.config.validation, training.learner.text_encoders
+    def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
+        wanted, (width, height) = job.config.validation, job.size
         assert wanted.validation_prompt is not None, "asked for by a prompt"
-        self._every, self._output = wanted.validation_steps, job.config.output_dir / FOLDER
+        self._output, self._every = job.config.output_dir / FOLDER, wanted.validation_steps
         self._training, self._tracker, self._processes = training, tracker, job.processes
-        width, height = job.size
         self._request = SampleRequest(
             prompts=(wanted.validation_prompt,),
             num_images_per_prompt=wanted.num_validation_images,
@@ -56,26 +47,23 @@ class Validation:
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
         )
-        self._model = SamplingModel(job.base, denoiser=unet, text_encoders=text_encoders)
+        self._model = SamplingModel(job.base, denoiser=unet, text_encoders=training.learner.text_encoders)
         if tracker:
-            if not text_encoders:
+            if not training.learner.text_encoders:
                 self._model.embeddings(self._request)  # So that the text encoders are gone before the first step.
             self._model.load()
 
     def __call__(self, report: StepReport) -> None:
-        """Sample after this step, if it is time and the run goes on."""
+        """Sample, write and log after this step, if it is time and the run goes on."""
         if report.step % self._every or report.stop_asked:
             return
         if self._tracker:
-            self._tracker.log_pictures(report.step, "validation", self._sample(report.step))
+            dropout = self._training.learner.dropout
+            with self._training.result_weights(), dropout.off() if dropout else nullcontext():
+                samples = list(self._model.sample(self._request))
+            for sample in samples:
+                path = self._output / f"step-{report.step:06d}-{sample.number}.png"
+                settings = settings_of_training(self._request, sample) | {"step": report.step}
+                write_picture(path, sample.picture, settings)
+            self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")
-
-    def _sample(self, step: int) -> list[np.ndarray]:
-        """Sample and write the pictures after a step; returns them, each (H, W, 3) uint8."""
-        dropout = self._training.learner.dropout
-        with self._training.result_weights(), dropout.off() if dropout else nullcontext():
-            samples = list(self._model.sample(self._request))
-        for sample in samples:
-            path = self._output / f"step-{step:06d}-{sample.number}.png"
-            write_picture(path, sample.picture, settings_of_training(self._request, sample) | {"step": step})
-        return [sample.picture for sample in samples]

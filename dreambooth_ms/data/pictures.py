@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from dreambooth_ms.atomic import file_digest
 from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.formats.digest import file_digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 Size = tuple[int, int]

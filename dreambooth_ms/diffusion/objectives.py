@@ -6,6 +6,7 @@ the schema. Shapes: B rows, C, H, W of the latents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -92,7 +93,5 @@ def draw_columns(
     name: str, schedule: NoiseSchedule, snr_gamma: float | None = None
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
     """The objective of this name for a model, with min-SNR weights where there is a gamma: generators -> columns."""
-    objective = OBJECTIVES[name]
-    if not snr_gamma:
-        return lambda generators: objective(schedule, generators)
-    return lambda generators: min_snr(objective(schedule, generators), snr_gamma)
+    objective = partial(OBJECTIVES[name], schedule)
+    return (lambda generators: min_snr(objective(generators), snr_gamma)) if snr_gamma else objective

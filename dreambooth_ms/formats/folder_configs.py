@@ -5,14 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.clip_vocabulary import END
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
-from dreambooth_ms.formats.model_config import (
-    write_scheduler_config,
-    write_text_config,
-    write_unet_config,
-    write_vae_config,
-)
 from dreambooth_ms.models.specs import Family, ModelSpec
 
 Files = dict[str, dict[str, Any]]
@@ -53,28 +48,23 @@ _SD2_NOISE_SAMPLE_SIZE = 64
 
 
 def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str) -> Files:
-    """The files of a folder in which these parts of a model are.
-
-    Args:
-        model: the networks.
-        parts: the parts that are there.
-        prediction_type: "epsilon" or "v_prediction".
-    """
+    """The files of a folder in which these parts of a model are; it predicts "epsilon" or "v_prediction"."""
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
         unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
-    pixels = unet.sample_size * model.vae.downsampling
     files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if "unet" in parts:
-        files["unet/config.json"] = write_unet_config(unet)
+        files["unet/config.json"] = model_config.write_unet_config(unet)
     if "vae" in parts:
         pixels = unet.sample_size * model.vae.downsampling
         more = {"force_upcast": True} if _is_xl(model) else {}
-        files["vae/config.json"] = write_vae_config(model.vae, pixels) | more
+        files["vae/config.json"] = model_config.write_vae_config(model.vae, pixels) | more
     for part in TOKENIZERS:
         spec = getattr(model, part)
         if spec and part in parts:
-            files[f"{part}/config.json"] = write_text_config(spec, spec.projection_dim or spec.transformer.hidden_size)
+            files[f"{part}/config.json"] = model_config.write_text_config(
+                spec, spec.projection_dim or spec.transformer.hidden_size
+            )
     return files
 
 
@@ -120,7 +110,7 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
 def _scheduler(model: ModelSpec, schedule: NoiseScheduleSpec) -> dict[str, Any]:
     if model.vae.latents_mean:
         return EDM_SCHEDULER
-    config = write_scheduler_config(schedule)
+    config = model_config.write_scheduler_config(schedule)
     if not _is_xl(model):
         return config
     for key in ("clip_sample", "set_alpha_to_one"):

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from dreambooth_ms.errors import DeviceError
@@ -36,10 +36,6 @@ class Launch:
         """Where rank 0 listens for the others."""
         return self.port + 1
 
-    def of_scheduler(self) -> "Launch":
-        """The place of this run's scheduler."""
-        return replace(self, rank=SCHEDULER)
-
     @property
     def scheduler_environment(self) -> dict[str, str]:
         """MindSpore's variables for this place, with which a process needs no launcher of MindSpore's."""
@@ -63,14 +59,8 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     Raises:
         DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
     """
-    if _MSRUN in environment:
-        return _from_msrun(environment)
-    if _MPIRUN in environment:
-        return _from_mpirun(environment)
-    return None
-
-
-def _from_msrun(environment: Mapping[str, str]) -> Launch:
+    if _MSRUN not in environment:
+        return _from_mpirun(environment) if _MPIRUN in environment else None
     host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])
     if environment[_MSRUN] == "MS_SCHED":
         rank = SCHEDULER

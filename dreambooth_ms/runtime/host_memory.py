@@ -45,10 +45,5 @@ def _set_threshold(size: int) -> None:
 
 
 def _call_allocator(name: str, *arguments: int) -> None:
-    function = getattr(_c_library(), name, None)
-    if function is not None:
+    if (function := getattr(ctypes.CDLL(None), name, None)) is not None:
         function(*arguments)
-
-
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -17,6 +17,8 @@ LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
 """Epsilon 1 and 2 of the paper."""
 CLIP = 1.0
 """The largest root mean square of an update before the learning rate."""
+DECAY_POWER = -0.8
+"""The second moments of step t keep 1 - t^power of themselves."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,6 @@ class AdafactorHyperparameters:
     """Of the paper, but for the scale, which is off because learning rates are meant as those of AdamW."""
 
     weight_decay: float = 1e-2
-    decay_power: float = -0.8
-    """The second moments of step t keep 1 - t^power of themselves."""
     scale_parameter: bool = False
     """Whether the learning rate of a parameter is times its root mean square."""
 
@@ -47,7 +47,7 @@ class Adafactor(Optimiser):
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """Learning rate, and the share of the update number `step`, counted from 1, in the second moments."""
-        return {"learning_rate": learning_rate, "share": float(step) ** self.hyperparameters.decay_power}
+        return {"learning_rate": learning_rate, "share": float(step) ** DECAY_POWER}
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[tuple[Tensor, ...], ...]:
         update = ops.partial(_update, self.scale_parameter, proceed, self.learning_rate, self.share)
@@ -58,15 +58,9 @@ _update = ops.MultitypeFuncGraph("adafactor_update")
 _map = ops.HyperMap()
 
 
-@_update.register(
-    *("Bool", "None", "Tensor", "Tensor", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
-)
-@_update.register(
-    *("Bool", "Tensor", "Tensor", "Tensor", "Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
-)
-def _update_tensor(
-    scale_parameter, proceed, learning_rate, share, rate_factor, decay, parameter, rows, columns, gradient
-):
+@_update.register("Bool", "None", "Tensor", "Tensor", "Number", "Number", *["Tensor"] * 4)
+@_update.register("Bool", "Tensor", "Tensor", "Tensor", "Number", "Number", *["Tensor"] * 4)
+def _update_tensor(scale_parameter, proceed, rate, share, rate_factor, decay, parameter, rows, columns, gradient):
     gradient_RC = ops.reshape(gradient, (rows.shape[0], columns.shape[0]))
     value_RC = ops.reshape(parameter, gradient_RC.shape)
     square_RC = gradient_RC * gradient_RC + LEAST_SQUARE
@@ -76,7 +70,7 @@ def _update_tensor(
     row_factor_RC = ops.broadcast_to(ops.reshape(row_factor, (-1, 1)), gradient_RC.shape)
     column_factor_RC = ops.broadcast_to(ops.reshape(ops.rsqrt(new_columns), (1, -1)), gradient_RC.shape)
     change_RC = gradient_RC * row_factor_RC * column_factor_RC
-    rate = learning_rate * rate_factor
+    rate = rate * rate_factor
     if scale_parameter:
         rate = rate * ops.maximum(_root_mean_square(value_RC), LEAST_SCALE)
     clip = 1 / ops.maximum(_root_mean_square(change_RC) * (1 / CLIP), 1.0)

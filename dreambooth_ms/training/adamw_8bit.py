@@ -16,8 +16,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from dreambooth_ms.training.flat_vectors import Joined, group_by_length
-from dreambooth_ms.training.optimisers import AdamWHyperparameters, Optimiser, adamw_numbers, assign_if, state
+from dreambooth_ms.training.flat_vectors import Joined, VectorOptimiser
+from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_numbers, assign_if, state
 
 BLOCK = 128
 DECADES = 7
@@ -59,55 +59,38 @@ class Quantised(nn.Cell):
         # A block of zeros has a scale of 0, and nothing to divide.
         divisors = ops.maximum(scales, 1e-37)
         codes = ops.searchsorted(self.borders, numbers / ops.broadcast_to(divisors, numbers.shape))
-        return (
-            assign_if(proceed, self.codes, codes.astype(ms.uint8)),
-            assign_if(proceed, self.scales, scales),
-        )
+        return assign_if(proceed, self.codes, codes.astype(ms.uint8)), assign_if(proceed, self.scales, scales)
 
 
-class AdamW8bit(Optimiser):
+class AdamW8bit(VectorOptimiser):
     """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
 
-    def make_moments(self, parameters: Sequence[Parameter]) -> None:
-        factors = list(zip(self.rate_factors, self.decay_factors, strict=True))
-        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, factors)]
-        self.vectors = nn.CellList(
-            [
-                _Vector(number, parameters[start:stop], self.hyperparameters, *factors[start])
-                for number, (start, stop) in enumerate(self.slices)
-            ],
-            auto_prefix=False,
-        )
-
-    def moments(self) -> list[Parameter]:
-        return [moment for vector in self.vectors for moment in vector.state()]
+    def make_vector(
+        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
+    ) -> nn.Cell:
+        return _Vector(number, parameters, self.hyperparameters, rate_factor, decay_factor)
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         return adamw_numbers(self.hyperparameters, step, learning_rate)
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
-        learning_rate, epsilon, weight_decay = self.learning_rate, self.epsilon, self.weight_decay
-        done = learning_rate
+        numbers = self.learning_rate, self.epsilon, self.weight_decay
+        done = numbers[0]
         for number, vector in enumerate(self.vectors):
             start, stop = self.slices[number]
-            done = vector(gradients[start:stop], proceed, done, learning_rate, epsilon, weight_decay)
+            done = vector(gradients[start:stop], proceed, done, numbers)
         return done
 
 
 class _Vector(nn.Cell):
     def __init__(
-        self,
-        number: int,
-        parameters: Sequence[Parameter],
-        hyperparameters: AdamWHyperparameters,
-        rate_factor: float,
-        decay_factor: float,
+        self, number: int, parameters: Sequence[Parameter], h: AdamWHyperparameters, rate_factor: float, decay: float
     ) -> None:
         super().__init__(auto_prefix=False)
         self.joined = Joined(parameters, BLOCK)
-        self.rate_factor, self.decay_factor = rate_factor, decay_factor
+        self.rate_factor, self.decay_factor = rate_factor, decay
         # The betas of AdamW's kernel are float32.
-        self.beta1, self.beta2 = float(np.float32(hyperparameters.beta1)), float(np.float32(hyperparameters.beta2))
+        self.beta1, self.beta2 = float(np.float32(h.beta1)), float(np.float32(h.beta2))
         self.first_moment = Quantised(self.joined.length, True, f"first_moment_{number}")
         self.second_root = Quantised(self.joined.length, False, f"second_moment_root_{number}")
 
@@ -116,14 +99,9 @@ class _Vector(nn.Cell):
         return [first.codes, first.scales, second.codes, second.scales]
 
     def construct(
-        self,
-        gradients: tuple[Tensor, ...],
-        proceed: Tensor | None,
-        earlier: Tensor,
-        learning_rate: Tensor,
-        epsilon: Tensor,
-        weight_decay: Tensor,
+        self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, numbers: tuple[Tensor, ...]
     ) -> Tensor:
+        learning_rate, epsilon, weight_decay = numbers
         gradient = ops.reshape(self.joined(gradients, earlier), (-1, BLOCK))
         value = ops.reshape(self.joined.read(earlier), (-1, BLOCK))
         first = self.first_moment.read(earlier) * self.beta1 + gradient * (1 - self.beta1)

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, file_digest, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.digest import file_digest
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.loop import StepReport
@@ -187,8 +187,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "go on with the version that wrote it, or start anew in another --output_dir"
         )
     for name, fingerprint in files.items():
-        if not _is_unchanged(path / name, fingerprint):
-            raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
+        with suppress(OSError):
+            if _fingerprint(path / name) == fingerprint:
+                continue
+        raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
     return Checkpoint(path, step)
 
 
@@ -208,13 +210,6 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         return []
     matches = [match for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [folder / match[0] for match in sorted(matches, key=lambda match: (int(match[1]), not match[2]))]
-
-
-def _is_unchanged(path: Path, fingerprint: dict[str, Any]) -> bool:
-    try:
-        return _fingerprint(path) == fingerprint
-    except OSError:
-        return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
-from dreambooth_ms.training.optimisers import zeros_like
+from dreambooth_ms.training.optimisers import state
 
 _blend = ops.MultitypeFuncGraph("blend")
 _map = ops.HyperMap()
@@ -19,9 +19,7 @@ class MovingAverage:
     def __init__(self, trainables: Sequence[Parameter], decay: float) -> None:
         self.decay = decay
         self.trainables = list(trainables)
-        self.averages = [zeros_like(parameter, "average") for parameter in trainables]
-        for average, parameter in zip(self.averages, trainables, strict=True):
-            average.set_data(Tensor(parameter.asnumpy()))
+        self.averages = [state(f"average.{parameter.name}", parameter.asnumpy()) for parameter in trainables]
         self._update = _Blend(self.trainables, self.averages)
 
     def update(self, step: int) -> None:

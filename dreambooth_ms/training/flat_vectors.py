@@ -12,6 +12,8 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.training.optimisers import Optimiser
+
 LENGTH = 1 << 22
 """Tensors are joined up to about so many numbers (16 MiB in float32)."""
 MOST_VECTORS = 128
@@ -42,18 +44,37 @@ class Joined(nn.Cell):
         return _map(ops.partial(_write, vector), self.offsets, self.parameters)
 
 
-def group_by_length(parameters: Sequence[Parameter], kinds: Sequence[object]) -> list[slice]:
-    """Cut a list of parameters into those that are joined: neighbours of one kind, up to about `LENGTH` numbers."""
+def group_by_length(parameters: Sequence[Parameter], kinds: Sequence[object]) -> list[tuple[int, int]]:
+    """Start and stop of the parameters that are joined: neighbours of one kind, up to about `LENGTH` numbers."""
     length = max(LENGTH, sum(parameter.size for parameter in parameters) // MOST_VECTORS)
     slices, start = [], 0
     for _, neighbours in groupby(range(len(parameters)), key=lambda index: kinds[index]):
         total = 0
         for index in neighbours:
             if index > start and (total == 0 or total + parameters[index].size > length):
-                slices.append(slice(start, index))
+                slices.append((start, index))
                 start, total = index, 0
             total += parameters[index].size
-    return [*slices, slice(start, len(parameters))]
+    return [*slices, (start, len(parameters))]
+
+
+class VectorOptimiser(Optimiser):
+    """An optimiser whose state is in cells for several parameters each, by `make_vector`."""
+
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        factors = list(zip(self.rate_factors, self.decay_factors, strict=True))
+        self.slices = group_by_length(parameters, factors)
+        vectors = [self.make_vector(i, parameters[a:b], *factors[a]) for i, (a, b) in enumerate(self.slices)]
+        self.vectors = nn.CellList(vectors, auto_prefix=False)
+
+    def make_vector(
+        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
+    ) -> nn.Cell:
+        """The cell for neighbours that have the same factors; its `state()` is what a resumed run needs."""
+        raise NotImplementedError
+
+    def moments(self) -> list[Parameter]:
+        return [moment for vector in self.vectors for moment in vector.state()]
 
 
 _row = ops.MultitypeFuncGraph("row")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from mindspore import Tensor
@@ -83,12 +84,14 @@ def train(
             processes.wait_for_all("the first step")
         loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
-        mine = [float(loss.asnumpy()), _named_errors(batches.values(), errors), stop_asked()]
+        names = chain.from_iterable(batch.concepts for batch in batches.values())
+        values = chain.from_iterable(errors_B.asnumpy().tolist() for errors_B in errors)
+        mine = [float(loss.asnumpy()), list(zip(names, values, strict=True)), stop_asked()]
         losses, rows, stops = zip(*processes.exchange(f"step {step + 1}", mine), strict=True)
         report = StepReport(
             step=step + 1,
             loss=sum(losses),
-            concept_losses=concept_means([row for of_process in rows for row in of_process]),
+            concept_losses=concept_means(chain.from_iterable(rows)),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
             stop_asked=any(stops),
@@ -113,15 +116,6 @@ def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | 
         yield batch.tensors()
 
 
-def _named_errors(batches: Iterable[Batch], errors: Sequence[Tensor]) -> list[tuple[str, float]]:
-    """The concept and the error of each row."""
-    return [
-        (name, float(error))
-        for batch, errors_B in zip(batches, errors, strict=True)
-        for name, error in zip(batch.concepts, errors_B.asnumpy(), strict=True)
-    ]
-
-
 def check_finite(report: StepReport, overflows: int) -> None:
     """Raise DataError where going on is of no use; `overflows`: steps skipped in a row, this one included."""
     if overflows == OVERFLOWS:
@@ -136,7 +130,7 @@ def check_finite(report: StepReport, overflows: int) -> None:
         )
 
 
-def concept_means(rows: Sequence[tuple[str, float]]) -> dict[str, float]:
+def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Mean of the rows' errors by concept, unweighted."""
     errors: dict[str, list[float]] = {}
     for name, error in rows:

@@ -1,10 +1,8 @@
 """Loss scaling: gradients that float16 would round to zero are computed times a number, and divided by it once.
 
-As in Micikevicius et al. (2018), section 3.2, with the rule of PyTorch's GradScaler: a step whose gradients are no
-numbers is skipped and the scale falls; after a window of good steps it grows.
+As in Micikevicius et al. (2018), section 3.2, with the rule of PyTorch's GradScaler: a step with NaN or
+infinity in its gradients is skipped and the scale falls; after a window of good steps it grows.
 """
-
-from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
@@ -13,30 +11,22 @@ from mindspore import Parameter, Tensor, nn, ops
 from dreambooth_ms.training.optimisers import state
 
 
-@dataclass(frozen=True)
-class LossScaling:
-    """How the scale changes."""
-
-    start: float = 65536.0
-    """The scale of the first step."""
-    factor: float = 2.0
-    """The scale grows and falls by this factor. A power of two only moves exponents, so that nothing is rounded."""
-    window: int = 2000
-    """Good steps in a row after which the scale grows."""
-    dynamic: bool = True
-    """False: the scale stays as it is. Steps whose gradients are no numbers are skipped all the same."""
-
-
 class LossScaler(nn.Cell):
     """The scale, and its change after each step: whether the gradients were finite () -> what was assigned.
 
     Its state stays on the device, so that no step waits for the host to learn whether the last one was skipped.
+
+    Args:
+        start: the scale of the first step.
+        factor: the scale grows and falls by it. A power of two only moves exponents, so that nothing is rounded.
+        window: good steps in a row after which the scale grows.
+        dynamic: False keeps the scale as it is. Steps with NaN or infinity are skipped all the same.
     """
 
-    def __init__(self, scaling: LossScaling) -> None:
+    def __init__(self, start: float = 65536.0, factor: float = 2.0, window: int = 2000, dynamic: bool = True) -> None:
         super().__init__(auto_prefix=False)
-        self.factor, self.window, self.dynamic = scaling.factor, scaling.window, scaling.dynamic
-        self.scale = state("loss_scale", np.float32(scaling.start))
+        self.factor, self.window, self.dynamic = factor, window, dynamic
+        self.scale = state("loss_scale", np.float32(start))
         self.good_steps, self.skipped = state("good_steps", np.int32(0)), state("skipped_steps", np.int32(0))
 
     def state(self) -> list[Parameter]:
@@ -61,7 +51,7 @@ class LossScaler(nn.Cell):
         in_a_row = (self.good_steps + 1) * good
         grows = in_a_row >= self.window
         grown = ops.select(grows, self.scale * self.factor, self.scale * 1.0)
-        # A scale that is no number itself would never fall again.
+        # An infinite scale would never fall again.
         grown = ops.select(ops.isfinite(grown), grown, self.scale * 1.0)
         scale = ops.assign(self.scale, ops.select(finite, grown, self.scale * (1 / self.factor)))
         return skipped, scale, ops.assign(self.good_steps, in_a_row * (1 - grows.astype(ms.int32)))

@@ -1,6 +1,6 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.dropout import DropoutState
-from dreambooth_ms.adapters.lora import check_rank, initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig
@@ -44,7 +44,7 @@ class Learner:
     """Its inputs, by `input_names` -> prediction."""
     trainables: list[Trainable]
     text_encoders: TextEncoders | None
-    """The text encoders, if they are trained."""
+    """If they are trained: the denoiser reads token ids, and text is encoded in each step."""
     dropout: DropoutState | None = None
     write_part: Write
     """Of what was trained, into the folder of a checkpoint."""
@@ -57,11 +57,6 @@ class Learner:
     def parameters(self) -> list[Parameter]:
         """The parameters of the trainables."""
         return [one.parameter for one in self.trainables]
-
-    @property
-    def encodes_text(self) -> bool:
-        """Whether the denoiser reads token ids, so that text is encoded in each step."""
-        return self.text_encoders is not None
 
 
 class TextConditioned(nn.Cell):
@@ -79,79 +74,62 @@ class TextConditioned(nn.Cell):
 
 
 def lora(
-    config: MethodConfig,
-    folder: ModelBundle,
-    unet: UNet2DConditionModel,
-    text_encoders: TextEncoders | None,
-    seed: int,
+    config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """Low-rank updates of the attention layers; the result is one small file."""
     alpha = float(config.lora_alpha or config.rank)
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
-    networks = _networks(unet, text_encoders)
-    targets = {"unet": config.lora_target_modules, **{one.name: list(one.adapted_layers) for one in folder.text}}
+    targets = {"unet": config.lora_target_modules, **{one.name: list(one.adapted_layers) for one in base.text}}
     layers = {}
-    for name, network in networks.items():
+    for name, network in _networks(unet, text_encoders).items():
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
-        check_rank(config.rank, layers[name])
         initialise_lora(layers[name], seed, name_prefix(network))
-    model = folder.opened().spec
+    model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        adapter = Adapter(
-            {name: {layer: cell.update() for layer, cell in adapted.items()} for name, adapted in layers.items()}
-        )
+        adapter = Adapter({part: {name: cell.update() for name, cell in own.items()} for part, own in layers.items()})
         metadata = {STEP_KEY: str(step)}
         write_adapter(adapter, target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata, targets=targets)
 
-    parameters = {
-        name: {layer: lora_trainables({layer: cell}) for layer, cell in adapted.items()}
-        for name, adapted in layers.items()
-    }
+    parameters = [
+        (part, name, parameter)
+        for part, own in layers.items()
+        for name, cell in own.items()
+        for parameter in lora_trainables({name: cell})
+    ]
     return _learner(
         unet, text_encoders, parameters, write_part=write, write_result=write, result=ADAPTER, dropout=dropout
     )
 
 
 def full(
-    config: MethodConfig,
-    folder: ModelBundle,
-    unet: UNet2DConditionModel,
-    text_encoders: TextEncoders | None,
-    seed: int,
+    config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """All weights of the UNet, and with `train_text_encoder` of the text encoders; the result is a model folder."""
     networks = _networks(unet, text_encoders)
-    parameters = {
-        name: {parameter: [public.parameter] for parameter, public in public_parameters(network).items()}
-        for name, network in networks.items()
-    }
 
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
         for name, network in reversed(networks.items()):
-            configuration = folder.opened().configuration(f"{name}/config.json")
+            configuration = base.opened().configuration(f"{name}/config.json")
             save_network(target, name, network, configuration, np.float32, {STEP_KEY: str(step)})
 
     def write_folder(target: Path, step: int) -> None:
-        copy_base(folder, target, networks.keys())
+        # Weights have plain names whatever variant they were, so that the result loads without naming one.
+        planned = plan_model(base.opened(), Format.DIFFUSERS).tensors
+        kept = {name: tensor for name, tensor in planned.items() if name.partition(".")[0] not in networks}
+        write_parts(target, base.opened(), kept)
         write_networks(target, step)
 
+    parameters = [
+        (part, name, public.parameter)
+        for part, network in networks.items()
+        for name, public in public_parameters(network).items()
+    ]
     return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
 METHODS: dict[Method, Callable[..., Learner]] = {"lora": lora, "full": full}
-
-
-def copy_base(folder: ModelBundle, target: Path, trained: Collection[str]) -> None:
-    """Write what was not trained of a base model: networks, tokenizer, scheduler and the index.
-
-    Weights have plain names whatever variant they were, so that the result loads without naming one.
-    """
-    base = folder.opened()
-    planned = plan_model(base, Format.DIFFUSERS)
-    kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in trained}
-    write_parts(target, base, kept)
 
 
 def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, nn.Cell]:
@@ -162,16 +140,14 @@ def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) ->
 def _learner(
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
-    parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
+    parameters: Iterable[tuple[str, str, Parameter]],
     **writing: Any,
 ) -> Learner:
-    """The learner of parameters, by network and layer; what the prediction does not depend on would only decay."""
+    """Of (network, layer, parameter); what the prediction does not depend on would only decay."""
     trainables = [
-        Trainable(parameter, "unet" if network == "unet" else "text_encoder")
-        for network, layers in parameters.items()
-        for layer, own in layers.items()
-        if text_encoders is None or text_encoders.is_read(network, layer)
-        for parameter in own
+        Trainable(parameter, "unet" if part == "unet" else "text_encoder")
+        for part, layer, parameter in parameters
+        if text_encoders is None or text_encoders.is_read(part, layer)
     ]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)
     return Learner(denoiser=denoiser, trainables=trainables, text_encoders=text_encoders, **writing)

@@ -18,20 +18,11 @@ def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Op
     of_text, of_unet = (one / (decay or 1.0) for one in (config.text_encoder_weight_decay, o.adam_weight_decay))
     factors = {"unet": (1.0, of_unet), "text_encoder": (text_rate, of_text)}
     rates, decays = ([factors[one.kind][i] for one in trainables] for i in (0, 1))
-    if o.optimizer == "prodigy":
-        prodigy = ProdigyHyperparameters(
-            o.adam_beta1,
-            o.adam_beta2,
-            o.prodigy_beta3,
-            decay,
-            o.adam_epsilon,
-            o.prodigy_decouple,
-            o.prodigy_use_bias_correction,
-            o.prodigy_safeguard_warmup,
-        )
-        return Prodigy(parameters, prodigy, decays)
     if o.optimizer == "adafactor":
-        adafactor = AdafactorHyperparameters(decay, scale_parameter=o.adafactor_scale_parameter)
+        adafactor = AdafactorHyperparameters(decay, o.adafactor_scale_parameter)
         return Adafactor(parameters, adafactor, rates, decays)
-    adamw = AdamW8bit if o.use_8bit_adam else AdamW
-    return adamw(parameters, AdamWHyperparameters(o.adam_beta1, o.adam_beta2, decay, o.adam_epsilon), rates, decays)
+    adam = (o.adam_beta1, o.adam_beta2, decay, o.adam_epsilon)
+    if o.optimizer == "prodigy":
+        further = (o.prodigy_beta3, o.prodigy_decouple, o.prodigy_use_bias_correction, o.prodigy_safeguard_warmup)
+        return Prodigy(parameters, ProdigyHyperparameters(*adam, *further), decay_factors=decays)
+    return (AdamW8bit if o.use_8bit_adam else AdamW)(parameters, AdamWHyperparameters(*adam), rates, decays)

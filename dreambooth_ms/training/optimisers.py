@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 _update = ops.MultitypeFuncGraph("adamw_update")
-_number_or = ops.MultitypeFuncGraph("number_or")
+_finite_or = ops.MultitypeFuncGraph("finite_or")
 _map = ops.HyperMap()
 
 
@@ -86,25 +86,18 @@ class AdamW(Optimiser):
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         learning_rate, beta1, beta2 = self.learning_rate, self.beta1, self.beta2
+        factors, decays, first, second = self.rate_factors, self.decay_factors, self.first_moments, self.second_moments
         if proceed is not None:
-            # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is a number.
-            gradients = _map(ops.partial(_number_or, proceed), gradients, self.first_moments)
+            # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is finite.
+            gradients = _map(ops.partial(_finite_or, proceed), gradients, first)
             learning_rate = ops.select(proceed, learning_rate, learning_rate * 0.0)
             beta1, beta2 = _or_one(proceed, beta1), _or_one(proceed, beta2)
         update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, self.epsilon, self.weight_decay)
-        return _map(
-            update,
-            self.rate_factors,
-            self.decay_factors,
-            self.parameters,
-            self.first_moments,
-            self.second_moments,
-            gradients,
-        )
+        return _map(update, factors, decays, self.parameters, first, second, gradients)
 
 
-@_number_or.register("Tensor", "Tensor", "Tensor")
-def _number_or_tensor(proceed, gradient, otherwise):
+@_finite_or.register("Tensor", "Tensor", "Tensor")
+def _finite_or_tensor(proceed, gradient, otherwise):
     return ops.select(ops.broadcast_to(proceed, gradient.shape), gradient, otherwise)
 
 
@@ -112,30 +105,13 @@ def _or_one(proceed: Tensor, beta: float) -> Tensor:
     return ops.select(proceed, Tensor(beta, ms.float32), Tensor(1.0, ms.float32))
 
 
-@_update.register(
-    *("Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor"),
-    *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
-)
-@_update.register(
-    *("Function", "Number", "Number", "Tensor", "Tensor", "Tensor"),
-    *("Number", "Number", "Tensor", "Tensor", "Tensor", "Tensor"),
-)
+@_update.register("Function", "Tensor", "Tensor", *["Tensor"] * 3, "Number", "Number", *["Tensor"] * 4)
+@_update.register("Function", "Number", "Number", *["Tensor"] * 3, "Number", "Number", *["Tensor"] * 4)
 def _update_tensor(
-    fused_update,
-    beta1,
-    beta2,
-    learning_rate,
-    epsilon,
-    weight_decay,
-    rate_factor,
-    decay_factor,
-    parameter,
-    first,
-    second,
-    gradient,
+    fused_update, beta1, beta2, rate, epsilon, decay, rate_factor, decay_factor, parameter, first, second, gradient
 ):
-    rate = learning_rate if rate_factor == 1.0 else learning_rate * rate_factor
-    decay = weight_decay if decay_factor == 1.0 else weight_decay * decay_factor
+    rate = rate if rate_factor == 1.0 else rate * rate_factor
+    decay = decay if decay_factor == 1.0 else decay * decay_factor
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
 
 
@@ -152,7 +128,7 @@ def adamw_numbers(h: AdamWHyperparameters, step: int, learning_rate: float) -> d
 
 
 def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:
-    """Set a parameter where `proceed`, a truth value (), holds; None holds always. `value` may be no number else."""
+    """Set a parameter where `proceed`, a truth value (), holds; None holds always. Else `value` may be NaN."""
     if proceed is not None:
         value = ops.select(ops.broadcast_to(proceed, parameter.shape), value, parameter)
     return ops.assign(parameter, value)
@@ -160,8 +136,7 @@ def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Te
 
 def zeros_like(parameter: Parameter, role: str, shape: tuple[int, ...] | None = None) -> Parameter:
     """Zeros, of its shape unless there is another, that stand beside a parameter, such as a moment of its gradients."""
-    zeros = np.zeros(parameter.shape if shape is None else shape, np.float32)
-    return state(f"{role}.{parameter.name}", zeros)
+    return state(f"{role}.{parameter.name}", np.zeros(parameter.shape if shape is None else shape, np.float32))
 
 
 def state(name: str, value: np.ndarray | np.generic) -> Parameter:

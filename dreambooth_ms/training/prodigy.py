@@ -12,23 +12,19 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import total
-from dreambooth_ms.training.flat_vectors import Joined, group_by_length
-from dreambooth_ms.training.optimisers import Optimiser, assign_if, state
+from dreambooth_ms.training.flat_vectors import Joined, VectorOptimiser
+from dreambooth_ms.training.optimisers import AdamWHyperparameters, assign_if, state
 
 FIRST_ESTIMATE = 1e-6
 """d_0, from which the estimate grows."""
 
 
 @dataclass(frozen=True)
-class ProdigyHyperparameters:
-    """Defaults as in the published DreamBooth scripts."""
+class ProdigyHyperparameters(AdamWHyperparameters):
+    """AdamW's, and further ones; defaults as in the published DreamBooth scripts."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
     beta3: float | None = None
     """Decay of the sums behind the estimate. None: the square root of beta2."""
-    weight_decay: float = 1e-2
-    epsilon: float = 1e-8
     decouple: bool = True
     """Weight decay as in AdamW; otherwise it is added to the gradients."""
     use_bias_correction: bool = True
@@ -36,38 +32,27 @@ class ProdigyHyperparameters:
     """Keep the learning rate out of the denominator of the estimate, so that a warm-up does not raise it."""
 
 
-class Prodigy(Optimiser):
-    """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1."""
+class Prodigy(VectorOptimiser):
+    """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1.
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        hyperparameters: ProdigyHyperparameters,
-        decay_factors: Sequence[float] | None = None,
-    ) -> None:
-        """Each parameter's weight decay over that of the hyperparameters. None: 1 for all.
-
-        The parameters must have the values that training starts from.
-        """
-        super().__init__(parameters, hyperparameters, decay_factors=decay_factors)
+    The parameters must have the values that training starts from, and one learning rate.
+    """
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
         h = self.hyperparameters
         self.beta3 = h.beta2**0.5 if h.beta3 is None else h.beta3
-        self.slices = [(part.start, part.stop) for part in group_by_length(parameters, self.decay_factors)]
-        self.vectors = nn.CellList(
-            [
-                _Vector(number, parameters[start:stop], h, self.beta3, self.decay_factors[start])
-                for number, (start, stop) in enumerate(self.slices)
-            ],
-            auto_prefix=False,
-        )
+        super().make_moments(parameters)
         self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
         self.numerator = state("prodigy_numerator", np.float32(0))
 
+    def make_vector(
+        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
+    ) -> nn.Cell:
+        assert rate_factor == 1.0, "the estimate is one for all parameters"
+        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay_factor)
+
     def moments(self) -> list[Parameter]:
-        moments = [moment for vector in self.vectors for moment in vector.state()]
-        return [*moments, self.estimate, self.numerator]
+        return [*super().moments(), self.estimate, self.numerator]
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
@@ -97,19 +82,12 @@ class Prodigy(Optimiser):
 
 class _Vector(nn.Cell):
     def __init__(
-        self,
-        number: int,
-        parameters: Sequence[Parameter],
-        hyperparameters: ProdigyHyperparameters,
-        beta3: float,
-        decay_factor: float,
+        self, number: int, parameters: Sequence[Parameter], h: ProdigyHyperparameters, beta3: float, decay_factor: float
     ) -> None:
         super().__init__(auto_prefix=False)
         self.joined = Joined(parameters)
-        h = hyperparameters
         self.beta1, self.beta2, self.beta3, self.epsilon = h.beta1, h.beta2, beta3, h.epsilon
-        self.decay, self.decouple = h.weight_decay * decay_factor, h.decouple
-        self.safeguard_warmup = h.safeguard_warmup
+        self.decay, self.decouple, self.safeguard_warmup = h.weight_decay * decay_factor, h.decouple, h.safeguard_warmup
         start = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
         zeros = np.zeros_like(start)
         self.start = state(f"prodigy_start_{number}", start)
@@ -144,8 +122,7 @@ class _Vector(nn.Cell):
     def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
         """Move the parameters, not before `earlier` has been computed."""
         value = self.joined.read(earlier)
-        divisor = ops.sqrt(self.second_moment) + estimate * self.epsilon
-        change = self.first_moment / divisor
+        change = self.first_moment / (ops.sqrt(self.second_moment) + estimate * self.epsilon)
         if self.decay and self.decouple:
             change = change + value * self.decay
         updated = value - change * rate

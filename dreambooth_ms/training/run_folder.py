@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.describe import schema_fields
@@ -42,8 +41,10 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
     if config.run.seed is None:
         config = replace(config, run=replace(config.run, seed=earlier.run.seed))
+    # A run that failed before its first step may be started again with a mended configuration.
+    was_trained = result_of(config.output_dir) or checkpoint_folders(config.output_dir)
     differences = _differences(earlier, config)
-    if differences and _was_trained(config.output_dir):
+    if differences and (was_trained or (config.output_dir / HISTORY).is_file()):
         listed = "; ".join(differences)
         raise ConfigError(
             f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
@@ -98,14 +99,8 @@ def _with_learning_rate(config: TrainConfig) -> TrainConfig:
     return replace(config, optimiser=replace(config.optimiser, learning_rate=config.learning_rate))
 
 
-def _was_trained(folder: Path) -> bool:
-    """Whether a run took a step there. One that failed before may be started again with a mended configuration."""
-    return bool(result_of(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
-
-
 def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:
-    same_rows = earlier.rows_per_step == now.rows_per_step
-    may_change = {Resume.MAY_CHANGE, Resume.CUTS_ROWS} if same_rows else {Resume.MAY_CHANGE}
+    may_change = {Resume.MAY_CHANGE} | ({Resume.CUTS_ROWS} if earlier.rows_per_step == now.rows_per_step else set())
     before, after = earlier.values(), now.values()
     return [
         f"--{name}: {before[name]!r} there, {after[name]!r} here"

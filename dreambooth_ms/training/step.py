@@ -79,10 +79,10 @@ class TrainStep(CompiledCell):
         recomputed: Segments | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.optimiser, self.scaler = optimiser, scaler
+        self.trainables, self.optimiser, self.scaler = ParameterTuple(trainables), optimiser, scaler
         clip = ClipByGlobalNorm([parameter.shape for parameter in trainables], max_grad_norm)
         self.update = Update(optimiser, clip, sum_gradients, scaler)
-        self.loss_and_gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
+        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, scaler, recomputed)
         self.set_train(True)
 
     def construct(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,24 +103,13 @@ class TrainStep(CompiledCell):
 
 
 class AccumulatingTrainStep:
-    """The same step with its rows in several batches, whose losses are parts of one sum."""
+    """A step with its rows in several batches, whose losses are parts of one sum."""
 
-    def __init__(
-        self,
-        loss_cell: nn.Cell,
-        trainables: Sequence[Parameter],
-        optimiser: Optimiser,
-        max_grad_norm: float,
-        sum_gradients: SumOverProcesses | None = None,
-        scaler: LossScaler | None = None,
-        recomputed: Segments | None = None,
-    ) -> None:
-        self.optimiser, self.scaler = optimiser, scaler
-        gradients = loss_and_gradients(loss_cell, ParameterTuple(trainables), scaler, recomputed)
-        sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
-        self._add_gradients = _AddGradients(gradients, sums)
-        clip = ClipByGlobalNorm([total.shape for total in sums], max_grad_norm)
-        self._update = _UpdateFromSums(sums, Update(optimiser, clip, sum_gradients, scaler))
+    def __init__(self, step: TrainStep) -> None:
+        self._step, self.optimiser, self.scaler = step, step.optimiser, step.scaler
+        sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in step.trainables])
+        self._add_gradients = _AddGradients(step.loss_and_gradients, sums)
+        self._update = _UpdateFromSums(sums, step.update)
 
     def compile_for(self, batch: Sequence[Tensor]) -> None:
         """Compile for such a batch, without taking a step."""
@@ -129,12 +118,9 @@ class AccumulatingTrainStep:
 
     def take(self, batches: Iterable[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor], Tensor]:
         """Loss over all batches, the loss cell's report of each, norm of the summed gradients."""
-        losses, reports = [], []
-        for number, batch in enumerate(batches):
-            loss, report = self._add_gradients(Tensor(number == 0), *batch)
-            losses.append(loss)
-            reports.append(report)
-        return sum(losses[1:], losses[0]), reports, self._update()
+        added = [self._add_gradients(Tensor(number == 0), *batch) for number, batch in enumerate(batches)]
+        losses, reports = zip(*added, strict=True)
+        return sum(losses[1:], losses[0]), list(reports), self._update()
 
 
 class _AddGradients(CompiledCell):
@@ -166,16 +152,12 @@ class Update(nn.Cell):
     """Sum over processes, clip, and the optimiser's update: gradients -> their norm before the clip.
 
     With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. If their
-    norm is no number, which holds if any of them is none, the optimiser leaves everything as it is. That is decided of
+    norm is NaN or infinity, as it is if any of them is, the optimiser leaves everything as it is. That is decided of
     the sum over all processes, so that they decide the same.
     """
 
     def __init__(
-        self,
-        optimiser: Optimiser,
-        clip: "ClipByGlobalNorm",
-        sum_gradients: SumOverProcesses | None,
-        scaler: LossScaler | None,
+        self, optimiser: Optimiser, clip: nn.Cell, sum_gradients: SumOverProcesses | None, scaler: LossScaler | None
     ) -> None:
         super().__init__(auto_prefix=False)
         self.optimiser, self.clip, self.sum_gradients, self.scaler = optimiser, clip, sum_gradients, scaler

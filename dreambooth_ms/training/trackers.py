@@ -39,7 +39,7 @@ class Tracker:
 
         self._folder, self._summary, self._event = folder, summary, Event
         kept = [line for line in read_history(folder) if line["step"] <= done]
-        write_bytes(folder / HISTORY, "".join(map(_json_line, kept)).encode())
+        write_bytes(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with self._writing():
             self._file = (folder / HISTORY).open("a", encoding="utf-8")
             (folder / logging_dir).mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class Tracker:
             values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
         entries = [entry for name, value in values.items() for entry in self._summary.scalar(name, value).value]
         with self._writing():
-            self._file.write(_json_line({"step": report.step, **values}))
+            self._file.write(json.dumps({"step": report.step, **values}) + "\n")
             self._file.flush()
             self._show(report.step, summary=self._summary.Summary(value=entries))
 
@@ -83,10 +83,6 @@ class Tracker:
         except OSError as error:
             message = f"{self._folder}: the log cannot be written ({error.strerror}); free some space and resume"
             raise WeightError(message) from error
-
-
-def _json_line(values: dict[str, float]) -> str:
-    return json.dumps(values) + "\n"
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:

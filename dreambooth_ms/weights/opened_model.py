@@ -10,12 +10,11 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.digest import tensors_digest
 from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
 from dreambooth_ms.formats.folder_configs import folder_configs
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import (

@@ -638,10 +638,10 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
     [
         (["--lora", "nowhere"], "nowhere: no such file; check the path"),
         (["--lora", "dog"], f"dog/{FILE_NAME}: no such file; check the path"),
-        (["--lora", "dog/0.png"], "dog/0.png: not a readable safetensors file ("),
+        (["--lora", "dog/0.png"], "dog/0.png: not a readable weight file (it is a PNG picture)"),
         (
             ["--lora", f"model/{UNET_WEIGHTS}"],
-            f"model/{UNET_WEIGHTS}: not a LoRA of UNet and text encoder in diffusers'",
+            f"model/{UNET_WEIGHTS}: this is a UNet alone, in diffusers' naming without its folder; expected a LoRA",
         ),
         (["--height", "100"], "--height: expected a multiple of 8, at least 32, got 100"),
         (["--scheduler", "plms"], "--scheduler: expected one of ddim, ddpm, pndm, lms, euler, "),

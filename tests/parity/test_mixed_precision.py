@@ -10,7 +10,7 @@ from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.runtime.device import Formulation, compute_dtype, use_formulation
-from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error, worst_gradient_error
@@ -40,14 +40,12 @@ class HalfTraining(Training):
     def __init__(self, path, trained):
         super().__init__(path, trained)
         compute_in(self.learner.denoiser, compute_dtype("fp16"))
-        self.scaler = LossScaler(LossScaling(factor=FACTOR))
+        self.scaler = LossScaler(factor=FACTOR)
 
     def step_cell(self, batches_per_step):
         if batches_per_step not in self.step_cells:
-            kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
-            self.step_cells[batches_per_step] = kind(
-                self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM, scaler=self.scaler
-            )
+            step = TrainStep(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM, scaler=self.scaler)
+            self.step_cells[batches_per_step] = step if batches_per_step == 1 else AccumulatingTrainStep(step)
         return self.step_cells[batches_per_step]
 
     def run_from(self, scale, case):

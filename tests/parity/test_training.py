@@ -226,8 +226,8 @@ class Training:
     def step_cell(self, batches_per_step):
         """The step that takes so many batches."""
         if batches_per_step not in self.step_cells:
-            kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
-            self.step_cells[batches_per_step] = kind(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
+            step = TrainStep(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
+            self.step_cells[batches_per_step] = step if batches_per_step == 1 else AccumulatingTrainStep(step)
         return self.step_cells[batches_per_step]
 
     def run(self, batches):

@@ -18,7 +18,7 @@ from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCac
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
@@ -326,13 +326,13 @@ def test_every_training_step_has_a_key(optimiser, accumulates):
     def keys(scaler):
         cell = Dense(3, 4)
         trained = [cell.weight, cell.bias]
-        step = AccumulatingTrainStep if accumulates else TrainStep
-        made = step(cell, trained, optimiser(trained), 1.0, scaler=scaler)
-        compiled = [made._add_gradients, made._update] if accumulates else [made]
+        step = TrainStep(cell, trained, optimiser(trained), 1.0, scaler=scaler)
+        accumulating = AccumulatingTrainStep(step)
+        compiled = [accumulating._add_gradients, accumulating._update] if accumulates else [step]
         return [graph_key.graph_key(one, INPUTS) for one in compiled]
 
     assert keys(None) == keys(None)
-    assert not set(keys(None)) & set(keys(LossScaler(LossScaling())))
+    assert not set(keys(None)) & set(keys(LossScaler()))
 
 
 # --- What the environment says ---

@@ -138,3 +138,14 @@ def test_the_chinese_readme_holds_what_the_english_one_holds():
         if what == "figures":
             held = [{one for one in found if "." in one or len(one) > 2} for found in held]
         assert held[0] == held[1], what
+
+
+def test_the_tour_names_files_that_are_there_each_once():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "dreambooth_ms"
+    named = [path for path in re.findall(r"`((?:\w+/)*\w+\.py)`", text) if not path.startswith("tools/")]
+    assert len(named) > 30
+    assert all((package / path).is_file() or (ROOT / path).is_file() for path in named), named
+    tour = text.partition("## Follow one picture")[2].partition("\n## ")[0]
+    files = re.findall(r"`((?:\w+/)*\w+\.py)`", tour)
+    assert len(files) > 15 and len(files) == len(set(files))

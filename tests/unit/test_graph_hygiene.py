@@ -15,6 +15,7 @@ from dreambooth_ms.runtime.compile_cache import CompileCache, use_compile_cache
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+from tests.unit.test_lora import set_scale
 
 STEPS, TOKENS = 50, 5
 WAITS = ("asnumpy", "item", "tolist", "__bool__", "__float__", "__int__")
@@ -73,10 +74,10 @@ def trained(cache):
     """Steps with other captions, another learning rate and another scale of the adapter each; and what waited."""
     waits = []
 
-    def set_scale(number):
+    def set_scales(number):
         waits.append(0)
         for layer in ours.layers:
-            layer.set_scale(1 + number / STEPS)
+            set_scale(layer, 1 + number / STEPS)
 
     ours = begin(cache)
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +90,7 @@ def trained(cache):
                 return original(tensor, *arguments)
 
             patch.setattr(Tensor, name, counted)
-        reports, weights = ours.run(STEPS, set_scale)
+        reports, weights = ours.run(STEPS, set_scales)
     return SimpleNamespace(cell=ours.cell, reports=reports, weights=weights, waits=waits)
 
 
@@ -128,12 +129,12 @@ def test_a_scale_that_changed_is_seen_without_compiling(trained, cache):
 def test_a_step_from_the_cache_gives_the_same_bits(trained, cache):
     found = cache.counts.found
 
-    def set_scale(number):
+    def set_scales(number):
         for layer in again.layers:
-            layer.set_scale(1 + number / STEPS)
+            set_scale(layer, 1 + number / STEPS)
 
     again = begin(cache)
-    reports, weights = again.run(STEPS, set_scale)
+    reports, weights = again.run(STEPS, set_scales)
     assert (cache.counts.found, cache.counts.kept) == (found + 1, 1)
     assert reports == trained.reports
     for ours, before in zip(weights, trained.weights, strict=True):

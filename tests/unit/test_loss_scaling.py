@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.loop import OVERFLOWS, train
-from dreambooth_ms.training.loss_scaling import LossScaler, LossScaling
+from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 from tests.parity.reference import normal, relative_error
@@ -21,7 +21,7 @@ STEPS = 12
 OVERFLOWING = {0: np.inf, 3: np.nan, 4: -np.inf, 10: np.inf}
 """Step -> what is in one of its rows."""
 START, WINDOW = 1024.0, 2
-SCALING = LossScaling(start=START, factor=4.0, window=WINDOW)
+SCALING = {"start": START, "factor": 4.0, "window": WINDOW}
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +60,10 @@ class Ours:
     def __init__(self, scaling, batches_per_step=1, sum_gradients=None):
         self.weight = Parameter(Tensor(normal(4)), name="weight")
         self.adamw = AdamW([self.weight], AdamWHyperparameters())
-        self.scaler = LossScaler(scaling) if scaling else None
-        kind = TrainStep if batches_per_step == 1 else AccumulatingTrainStep
+        self.scaler = LossScaler(**scaling) if scaling else None
         self.batches_per_step = batches_per_step
-        self.step = kind(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)
+        step = TrainStep(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)
+        self.step = step if batches_per_step == 1 else AccumulatingTrainStep(step)
 
     def run(self, done, stop, overflowing=OVERFLOWING, hook=lambda report: None):
         count, reports = self.batches_per_step, []
@@ -130,7 +130,7 @@ def test_steps_that_overflow_are_skipped_as_torchs_grad_scaler_skips_them(batche
 def test_a_static_scale_is_taken_out_exactly_once(batches_per_step):
     """A power of two rounds nothing, so that weights, moments and norms are those of the unscaled loss to the bit."""
     scaled, plain = (
-        Ours(scaling, batches_per_step) for scaling in (LossScaling(start=4096.0, dynamic=False, window=1), None)
+        Ours(scaling, batches_per_step) for scaling in ({"start": 4096.0, "dynamic": False, "window": 1}, None)
     )
     for one, two in zip(scaled.run(0, 5, {}), plain.run(0, 5, {}), strict=True):
         assert (one.loss, one.grad_norm, one.loss_scale, two.loss_scale) == (two.loss, two.grad_norm, 4096.0, None)

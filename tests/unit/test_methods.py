@@ -206,7 +206,7 @@ class TestWhatIsTrained:
     @pytest.mark.parametrize("text", [False, True], ids=["UNet", "UNet and text encoder"])
     def test_the_denoiser_names_its_inputs_as_it_reads_them(self, base, text):
         learner = trained(base, "lora", text).learner
-        assert learner.encodes_text is text
+        assert (learner.text_encoders is not None) is text
         names = ("sample", "timestep", "input_ids" if text else "encoder_hidden_states")
         assert learner.denoiser.input_names == names
 

@@ -11,7 +11,7 @@ from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.recognise import other_kind, recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes, vae_shapes
-from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE, SDXL_REFINER, Family
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE, SDXL_REFINER, Family
 from tests.small_specs import PUBLISHED, SMALL
 
 
@@ -28,14 +28,14 @@ class TestFamilies:
     def test_a_published_model_is_recognised(self, family, form):
         recognition = recognise_model(file_of(form, PUBLISHED[family]), "a file")
         assert (recognition.form, recognition.model) == (form, PUBLISHED[family])
-        assert recognition.is_published
+        assert recognition.model in PUBLISHED_MODELS
 
     @pytest.mark.parametrize("family", SMALL)
     def test_a_model_of_other_sizes_is_recognised_with_its_sizes(self, family, form):
         recognition = recognise_model(file_of(form, SMALL[family]), "a file")
         assert (recognition.form, recognition.model.family) == (form, SMALL[family].family)
         assert model_shapes(recognition.model) == model_shapes(SMALL[family])
-        assert not recognition.is_published
+        assert with_channels(recognition.model, 4, 4) not in PUBLISHED_MODELS
         assert any("heads and norm groups are assumed" in note for note in recognition.notes)
 
     @pytest.mark.parametrize("family", PUBLISHED)

@@ -41,7 +41,7 @@ def chosen(*flags):
         (
             ["--optimizer", "prodigy", *BETAS, "--prodigy_beta3", "0.7"],
             Prodigy,
-            ProdigyHyperparameters(0.8, 0.95, 0.7, 0.1, 1e-6),
+            ProdigyHyperparameters(0.8, 0.95, 0.1, 1e-6, 0.7),
         ),
         (["--optimizer", "prodigy", "--no-prodigy_decouple"], Prodigy, ProdigyHyperparameters(decouple=False)),
         (

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from dreambooth_ms.training import flat_vectors
-from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+from dreambooth_ms.training.adafactor import DECAY_POWER, Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import BLOCK, AdamW8bit, Quantised, dynamic_levels
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.flat_vectors import group_by_length
@@ -91,7 +91,7 @@ MAKERS = {
     "AdamW": lambda parameters: AdamW(parameters, AdamWHyperparameters(), RATES, DECAYS),
     "8-bit AdamW": lambda parameters: AdamW8bit(parameters, AdamWHyperparameters(), RATES, DECAYS),
     "Adafactor": lambda parameters: Adafactor(parameters, AdafactorHyperparameters(), RATES, DECAYS),
-    "Prodigy": lambda parameters: Prodigy(parameters, ProdigyHyperparameters(), DECAYS),
+    "Prodigy": lambda parameters: Prodigy(parameters, ProdigyHyperparameters(), decay_factors=DECAYS),
 }
 
 
@@ -160,7 +160,7 @@ def adafactor_reference(values, hyperparameters):
         scale_parameter=hyperparameters.scale_parameter,
         relative_step=False,
         warmup_init=False,
-        decay_rate=hyperparameters.decay_power,
+        decay_rate=DECAY_POWER,
     )
 
 
@@ -235,7 +235,7 @@ def prodigy_rate(number):
 
 PRODIGY_CASES = {
     "defaults": ProdigyHyperparameters(),
-    "all others": ProdigyHyperparameters(0.8, 0.95, 0.9, 0.1, 1e-6, False, False, False),
+    "all others": ProdigyHyperparameters(0.8, 0.95, 0.1, 1e-6, 0.9, False, False, False),
 }
 
 
@@ -243,7 +243,7 @@ PRODIGY_CASES = {
 def test_prodigy_is_the_papers(name):
     """On a slope that points mostly the same way, so that the estimate grows by orders of magnitude."""
     hyperparameters, start = PRODIGY_CASES[name], start_values(1e-3)
-    ours = Ours(lambda parameters: Prodigy(parameters, hyperparameters, DECAYS), start)
+    ours = Ours(lambda parameters: Prodigy(parameters, hyperparameters, decay_factors=DECAYS), start)
     reference = ProdigyReference(start, hyperparameters)
     worst = 0.0
     for number in range(PRODIGY_STEPS[name]):
@@ -347,8 +347,7 @@ def test_the_state_of_8bit_adamw_is_a_quarter():
 def test_neighbours_of_one_kind_are_joined_up_to_a_length():
     parameters = [SimpleNamespace(size=size) for size in (100, 200, 300, 900, 50, 50)]
     kinds = ["unet"] * 5 + ["text"]
-    slices = [(part.start, part.stop) for part in group_by_length(parameters, kinds)]
-    assert slices == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    assert group_by_length(parameters, kinds) == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
 
 
 def test_a_mistake_would_show():

@@ -130,7 +130,7 @@ class TestWhatTheLauncherSays:
         launch = find_launch(OPENMPI)
         again = find_launch(launch.scheduler_environment)
         assert (again.rank, again.count, again.host, again.port) == (3, 8, launch.host, launch.port)
-        assert find_launch(launch.of_scheduler().scheduler_environment).rank == SCHEDULER
+        assert find_launch(replace(launch, rank=SCHEDULER).scheduler_environment).rank == SCHEDULER
 
 
 class TestMachines:

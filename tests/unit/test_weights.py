@@ -45,6 +45,7 @@ from dreambooth_ms.weights import bundle as model_folder
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal
 from tests.tiny_model import POOLED, write_random_sdxl
+from tools.tiny_base.clip_config import write_clip_config
 
 
 class Network(nn.Cell):
@@ -351,7 +352,7 @@ class TestConfigurations:
 
     def test_clip_is_read_as_it_was_written(self):
         spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
-        assert model_config.read_clip_config(written(model_config.write_clip_config(spec))) == spec
+        assert model_config.read_clip_config(written(write_clip_config(spec))) == spec
 
     def test_an_older_unet_has_the_same_number_of_heads_everywhere(self):
         config = model_config.write_unet_config(UNET) | {"attention_head_dim": 8}
@@ -391,7 +392,7 @@ def test_clip_is_loaded_as_it_was_saved(tmp_path):
     spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
     network = CLIPModel(spec)
     initialise(network, 0)
-    model_folder.save_network(tmp_path, "clip", network, model_config.write_clip_config(spec))
+    model_folder.save_network(tmp_path, "clip", network, write_clip_config(spec))
     saved, loaded = read_parameters(network), read_parameters(model_folder.load_clip(tmp_path / "clip"))
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)

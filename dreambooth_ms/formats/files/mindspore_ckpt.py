@@ -18,20 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
-from dreambooth_ms.formats.files.stored import (
-    MAX_DIMENSIONS,
-    MAX_TENSORS,
-    Container,
-    Progress,
-    StoredTensor,
-    TensorFile,
-    check_names,
-    checked_byte_count,
-    raw_bytes,
-)
+from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.wire_format import content_field, head_of_field, number_field, read_fields
 
 SLICE_BYTES = 512 * 1024 * 1024
@@ -71,7 +62,7 @@ def read_mindspore_ckpt(path: Path) -> TensorFile:
             parts = list(_parts(source, file))
         groups = [(tag, list(group)) for tag, group in groupby(parts, key=lambda part: part.tag)]
         names = [tag for tag, _ in groups]
-        check_names(names)
+        stored.check_names(names)
         if not names:
             raise FormatError("it holds nothing")
         if len(set(names)) < len(names):
@@ -90,7 +81,7 @@ def _stored(name: str, parts: list[_Part]) -> StoredTensor:
     dtype, size = _TYPES[first.type], sum(part.content.size for part in parts)
     # Older versions wrote a shape for numbers without an axis.
     shape = () if first.dims == (0,) and size == dtype.itemsize else first.dims
-    if checked_byte_count(shape, dtype) != size:
+    if stored.checked_byte_count(shape, dtype) != size:
         raise FormatError(f"cut short, or damaged: {quoted(name)} has a size that does not fit its shape")
     return StoredTensor.in_files(shape, dtype, *(part.content for part in parts))
 
@@ -127,7 +118,7 @@ def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
     if end >= _TRAILER_BYTES and source.read(end - _TRAILER_BYTES, len(_TRAILER)) == _TRAILER:
         end -= _TRAILER_BYTES
     for number, (field, span) in enumerate(read_fields(file, 0, end)):
-        if field != _VALUE or not isinstance(span, range) or number == MAX_TENSORS:
+        if field != _VALUE or not isinstance(span, range) or number == stored.MAX_TENSORS:
             raise FormatError("it has another structure than checkpoints have, or too many parts")
         yield _part(source, file, span)
 
@@ -158,7 +149,7 @@ def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[
             content = value
         else:
             raise FormatError(f"{quoted(tag)} has another structure than tensors have")
-        if len(dims) > MAX_DIMENSIONS:
+        if len(dims) > stored.MAX_DIMENSIONS:
             raise FormatError(f"{quoted(tag)} has an impossible shape")
     return tuple(dims), type_name, FileRange(source, content.start, len(content))
 
@@ -183,7 +174,7 @@ def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progre
     with atomic_path(path, size=size) as partial_path, partial_path.open("wb") as file:
         for name, tensor in tensors.items():
             slices = list(_slices(name, tensor))
-            content = raw_bytes(tensor.read()) if len(slices) > 1 else None
+            content = stored.raw_bytes(tensor.read()) if len(slices) > 1 else None
             for head, part in slices:
                 file.write(head)
                 if content is None:

@@ -117,12 +117,9 @@ def _storage(kind: Any, key: Any, count: Any, view_of_another: Any = None) -> St
 
 
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
-    """The tensor that a call describes.
+    """The tensor that a call describes by storage, offset, shape and strides, and by a type if the storage has none.
 
-    Args:
-        described: storage, offset, shape and strides, as PyTorch gives them.
-        dtype_name: the type, if the storage does not have one.
-        flags: what else must happen to the values; PyTorch marks so the negative or conjugate of another tensor.
+    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor.
     """
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
@@ -141,11 +138,6 @@ class Found:
     views: Mapping[str, View]
     metadata: Mapping[str, str]
     left_out: Mapping[str, int]
-
-    @property
-    def storage_keys(self) -> list[str]:
-        """The storages that are needed, each once."""
-        return list(dict.fromkeys(view.storage.key for view in self.views.values()))
 
 
 def find_tensors(root: Any) -> Found:

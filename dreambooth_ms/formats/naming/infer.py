@@ -45,13 +45,7 @@ class StoredModel:
 
 
 def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> ModelSpec:
-    """The networks of a file whose format and family are known; parts that it lacks are the published ones.
-
-    Args:
-        stored: names and shapes of the file's tensors, cleaned.
-        form: the format.
-        family: the family.
-    """
+    """The networks of a file by its cleaned names and shapes; parts that it lacks are the published ones."""
     published = next(model for model in PUBLISHED_MODELS if model.family is family)
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)
@@ -121,9 +115,10 @@ def _infer_vae(file: StoredModel) -> VaeSpec:
 def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTextSpec:
     tower = f"{part}.text_model"
     layers = file.count(tower + ".encoder.layers.{}.layer_norm1.weight")
-    projection = file.size(f"{part}.text_projection.weight") if _may_project(file, part) else 0
-    if file.model.family is Family.SD2 and projection:
-        # A whole tower, of which SD 2 does not use the last layer.
+    is_whole = file.model.family is Family.SD2 and file.form is Format.STABILITY
+    projection = file.size(f"{part}.text_projection.weight") if part == "text_encoder_2" or is_whole else 0
+    if is_whole and projection:
+        # Of a whole tower SD 2 does not use the last layer.
         layers, projection = layers - 1, 0
     words, width = (file.size(f"{tower}.embeddings.token_embedding.weight", axis) for axis in (0, 1))
     return replace(
@@ -140,8 +135,3 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
         eos_token_id=words - 1,
         projection_dim=projection or None,
     )
-
-
-def _may_project(file: StoredModel, part: str) -> bool:
-    """Whether a projection of the part's tower counts: SDXL's second has one, and LDM's SD 2 with a whole tower."""
-    return part == "text_encoder_2" or (file.model.family is Family.SD2 and file.form is Format.STABILITY)

@@ -44,12 +44,8 @@ class Report:
     def check(self, source: str, target: str) -> None:
         """Stop if anything does not fit.
 
-        Args:
-            source: the file or folder, for the message.
-            target: the networks it is for, for the message.
-
         Raises:
-            WeightError: the summary.
+            WeightError: the summary, with the file or folder and the networks that it is for.
         """
         if not self.fits:
             raise WeightError(f"{source} does not fit {target}: {self.summary()}")
