@@ -1,5 +1,6 @@
 """`dreambooth-ms sample`: base model, adapters and prompts -> PNG files."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -97,11 +98,8 @@ def read_prompts(text_or_path: str) -> list[str]:
     Raises:
         DataError: the file is not UTF-8 text, or has no line with a prompt.
     """
-    try:
-        is_file = Path(text_or_path).is_file()
-    except OSError:
-        is_file = False
-    if not is_file:
+    # Of os.path, because that of pathlib raises on what is too long for a name.
+    if not os.path.isfile(text_or_path):
         return [text_or_path]
     try:
         lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()

@@ -62,7 +62,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     check_expected_memory(config, base, processes)
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
-    class_pictures = config.prior.num_class_images if config.prior.pictures else 0
+    class_pictures = config.prior.num_class_images if config.prior.folder else 0
     total = total_steps(config, max(len(subject.records), class_pictures))
     found = processes.from_first("the run's folder", lambda: _open_folder(config, total))
     if found is None:
@@ -82,8 +82,8 @@ def _open_folder(config: TrainConfig, total: int) -> dict[str, Any] | None:
             "raise --max_train_steps, or choose another --output_dir"
         )
     prior = config.prior
-    if prior.pictures and missing_numbers(prior.pictures.folder, prior.num_class_images):
-        check_writable(prior.pictures.folder)
+    if prior.folder and missing_numbers(prior.folder, prior.num_class_images):
+        check_writable(prior.folder)
     write_config(config)
     result = result_of(config.output_dir)
     if result and result.steps >= total:
@@ -120,7 +120,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks.append(stack.enter_context(closing(tracker)).log)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        hooks.append(SaveCheckpoints(config, training.whole_state, training.write_part, processes))
+        hooks.append(SaveCheckpoints(config, lambda: training.state(of_all=True), training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
         stop = stack.enter_context(stop_requests())

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -195,10 +195,10 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")
     if one.kind is bool and not isinstance(value, bool | str):
         raise ConfigError(f"expected {one.expected}, got {value!r}")
-    if one.kind is list:
+    if get_origin(one.kind) is list:
         if any(isinstance(entry, dict | list) for entry in texts):
             raise ConfigError(f"expected {one.expected}, got {value!r}")
-        if one.of_numbers and isinstance(value, int | float):
+        if one.kind == list[float] and isinstance(value, int | float):
             return [value]
         return _split(value) if isinstance(value, str) or is_flag else value
     if isinstance(one.kind, tuple) and isinstance(value, bool | str):

@@ -3,11 +3,11 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
 from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
-from dreambooth_ms.config.rules import Resume, Rule, Values, needs, no_effect, not_with, only_with, refused_with
+from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 
@@ -164,22 +164,12 @@ class OptimiserConfig:
     """Gradients are scaled down to this global norm."""
 
 
-def _in_one_folder(values: Values) -> bool:
-    """Whether pictures of the class and of the subject would be in the same folder."""
-    folders = {os.path.realpath(values[name]) for name in ("class_data_dir", "instance_data_dir")}
-    return values["with_prior_preservation"] and len(folders) == 1
-
-
-class ClassPictures(NamedTuple):
-    """Where the pictures of the class are, and under which prompt."""
-
-    folder: Path
-    prompt: str
-
-
 _PRIOR = only_with("with_prior_preservation")
+_FOLDERS = ("class_data_dir", "instance_data_dir")
 _APART = Rule(
-    _in_one_folder,
+    lambda values: (
+        values["with_prior_preservation"] and len({os.path.realpath(values[name]) for name in _FOLDERS}) == 1
+    ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",
 )
@@ -211,11 +201,9 @@ class PriorConfig:
     """Classifier-free guidance for generated class pictures; 1 turns it off."""
 
     @property
-    def pictures(self) -> ClassPictures | None:
-        """The pictures of the class, with prior preservation; of a configuration that was checked."""
-        if not self.with_prior_preservation or self.class_data_dir is None or self.class_prompt is None:
-            return None
-        return ClassPictures(Path(self.class_data_dir), self.class_prompt)
+    def folder(self) -> Path | None:
+        """Where the class pictures are; None without prior preservation."""
+        return Path(self.class_data_dir) if self.with_prior_preservation and self.class_data_dir else None
 
 
 _VALIDATES = only_with("validation_prompt")

@@ -53,20 +53,18 @@ class ContentCache:
             self._recent.move_to_end(key)
             return self._recent[key]
         try:
-            return self._remembered(key, read_tensors(self._path(key))[0]["value"]) if self.has_file(key) else None
+            value = read_tensors(self._path(key))[0]["value"]
         except (WeightError, KeyError):
             return None
-
-    def put(self, key: str, value: np.ndarray) -> None:
-        """Keep an array under this key, on disk."""
-        write_tensors(self._path(key), {"value": value})
-
-    def _remembered(self, key: str, value: np.ndarray) -> np.ndarray:
         self._recent[key] = value
         self._bytes += value.nbytes
         while self._bytes > self._limit:
             self._bytes -= self._recent.popitem(last=False)[1].nbytes
         return value
+
+    def put(self, key: str, value: np.ndarray) -> None:
+        """Keep an array under this key, on disk."""
+        write_tensors(self._path(key), {"value": value})
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

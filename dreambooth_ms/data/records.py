@@ -56,16 +56,14 @@ def read_concept(
     records, problems = [], []
     for path in found.pictures[:at_most]:
         try:
-            records.append(Record(path, digest(path), _size(path), (prompt,)))
+            sha256, (width, height) = digest(path), open_picture(path).size
+            if min(width, height) < MIN_SIDE:
+                raise DataError(
+                    f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
+                )
+            records.append(Record(path, sha256, (width, height), (prompt,)))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
     return Concept(name, tuple(records), weight)
-
-
-def _size(path: Path) -> Size:
-    width, height = open_picture(path).size
-    if min(width, height) < MIN_SIDE:
-        raise DataError(f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it")
-    return width, height

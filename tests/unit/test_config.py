@@ -314,13 +314,11 @@ def values_of(one):
         float: st.floats(0, 2) | st.floats(min_value=0, allow_nan=False, allow_infinity=False),
         str: st.text("aé$\\{}: #'\"-~/\n", max_size=8) | st.sampled_from(["yes", "no", "1", "1e3", "=", "0x1F", "~"]),
         bool: st.booleans(),
-        list: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
+        list[str]: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
+        list[float]: st.lists(st.floats(-2, 2), min_size=1, max_size=3),
     }
     kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
-    unlimited = one.range is None or one.of_numbers
-    valid = kinds.filter(lambda value: unlimited or one.range.holds(value))
-    if one.of_numbers:
-        valid = st.lists(st.floats(-2, 2), min_size=1, max_size=3)
+    valid = kinds.filter(lambda value: one.range is None or one.range.holds(value))
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
     if one.name in ("resolution", "height", "width", "vae_whole_up_to"):
