@@ -43,7 +43,8 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        texts = PromptTokenizer.of(base.text).texts(captions_of(concepts)).__getitem__
+        tokens = PromptTokenizer.of(base.text).texts(captions_of(concepts))
+        texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or base.denoiser.load(), batches
 

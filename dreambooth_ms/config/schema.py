@@ -24,10 +24,6 @@ class Schema:
         """Combinations that are refused, beyond those that stand at a field."""
         return []
 
-    def notes(self) -> list[str]:
-        """Combinations that are accepted but hardly meant, beyond those that stand at a field."""
-        return []
-
     def check(self) -> tuple[list[str], list[str]]:
         """Problems and notes, one line each: of ranges, and of rules between fields. Reads no file. A problem names the
         fields that it is about, as `--name`."""
@@ -44,4 +40,4 @@ class Schema:
                 notes += [line for line, rule in zip(lines, found, strict=True) if rule.is_note][:1]
         for section in fields(self):  # type: ignore[arg-type]
             broken += getattr(getattr(self, section.name), "problems", list)()
-        return outside + broken + self.problems(), notes + self.notes()
+        return outside + broken + self.problems(), notes

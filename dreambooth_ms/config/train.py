@@ -75,6 +75,12 @@ class MethodConfig:
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
 
 
+_NEVER_WARM = Rule(
+    lambda values: values["lr_scheduler"] != "constant" and values["lr_warmup_steps"] >= values["max_train_steps"],
+    "--lr_warmup_steps {lr_warmup_steps} is not less than --max_train_steps {max_train_steps}: "
+    "the learning rate never arrives at --learning_rate",
+    is_note=True,
+)
 _BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
 
 
@@ -84,7 +90,7 @@ class RunConfig:
 
     output_dir: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
     """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
-    max_train_steps: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
+    max_train_steps: Annotated[int | None, at_least(1), _NEVER_WARM, Resume.MAY_CHANGE] = None
     """Number of optimiser steps. None: as many as num_train_epochs takes."""
     num_train_epochs: Annotated[int, at_least(1), _BY_PASSES, Resume.MAY_CHANGE] = 1
     """Passes over the pictures; not used when max_train_steps is given."""
@@ -112,6 +118,16 @@ class RunConfig:
 _TEXT_ENCODER = only_with("train_text_encoder")
 _OF_ADAM = not_with("optimizer", "adafactor")
 _PRODIGY = only_with("optimizer", "prodigy")
+_RISES = Rule(
+    lambda values: values["lr_scheduler"] == "polynomial" and values["learning_rate"] <= POLYNOMIAL_END_LEARNING_RATE,
+    f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} and must start above it, "
+    "got {learning_rate:g}",
+)
+_SMALL_FOR_PRODIGY = Rule(
+    lambda values: values["optimizer"] == "prodigy" and values["learning_rate"] < LEAST_PRODIGY_RATE,
+    "--learning_rate {learning_rate:g} multiplies what prodigy finds by itself; it is usually 1",
+    is_note=True,
+)
 _ONE_RATE = refused_with(
     "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
 )
@@ -121,7 +137,7 @@ _ONE_RATE = refused_with(
 class OptimiserConfig:
     """The optimiser and its learning rate."""
 
-    learning_rate: Annotated[float | None, above(0)] = None
+    learning_rate: Annotated[float | None, above(0), _RISES, _SMALL_FOR_PRODIGY] = None
     """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
     by it."""
     text_encoder_lr: Annotated[float | None, above(0), _TEXT_ENCODER, _ONE_RATE] = None
@@ -324,27 +340,3 @@ class TrainConfig(Schema):
     def noise_offset(self) -> float:
         """Strength of the constant added to the noise."""
         return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset
-
-    def problems(self) -> list[str]:
-        """Refuses a polynomial schedule that would rise."""
-        if self.optimiser.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END_LEARNING_RATE:
-            return [
-                f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} "
-                f"and must start above it, got {self.learning_rate:g}"
-            ]
-        return []
-
-    def notes(self) -> list[str]:
-        """A learning rate that is far from its optimiser's, or that is never reached."""
-        optimiser, steps = self.optimiser, self.run.max_train_steps
-        lines = []
-        if optimiser.optimizer == "prodigy" and self.learning_rate < LEAST_PRODIGY_RATE:
-            lines.append(
-                f"--learning_rate {self.learning_rate:g} multiplies what prodigy finds by itself; it is usually 1"
-            )
-        if steps is not None and optimiser.lr_scheduler != "constant" and optimiser.lr_warmup_steps >= steps:
-            lines.append(
-                f"--lr_warmup_steps {optimiser.lr_warmup_steps} is not less than --max_train_steps {steps}: "
-                "the learning rate never arrives at --learning_rate"
-            )
-        return lines
