@@ -47,7 +47,7 @@ STORED = {
     "prediction": 5.655940,
     "picture": 8.164962,
 }
-"""What `training_figures` and `drawing_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
+"""What `training_figures` and `sampling_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
 
 TOLERANCES = {Formulation.CPU: 1e-4, Formulation.ASCEND: 1e-2}
 """Relative. On CPU float32 sums may come in another order. On Ascend nothing was measured: convolutions use HF32 by
@@ -90,7 +90,7 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
         "memory": memory,
         "disk": disk,
         "training step": lambda: compare(training_figures()),
-        "drawing": lambda: compare(drawing_figures()),
+        "sampling": lambda: compare(sampling_figures()),
         "compile cache": lambda: "not used in PyNative mode" if device.ms_mode == 1 else compile_twice(),
     }
 
@@ -190,7 +190,7 @@ def training_figures() -> dict[str, float]:
     return {"loss": float(loss.asnumpy()), "gradient norm": float(norm.asnumpy()), "update": update}
 
 
-def drawing_figures() -> dict[str, float]:
+def sampling_figures() -> dict[str, float]:
     """Norms of a guided prediction and of a decoded picture."""
     unet = UNet2DConditionModel(toy_networks.SDXL_UNET)
     initialise(unet, toy_networks.SEED)

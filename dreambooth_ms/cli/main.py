@@ -10,19 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain
+from dreambooth_ms.config.describe import describe
+from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
 from dreambooth_ms.processes.launch import is_launched
-
-if TYPE_CHECKING:
-    from dreambooth_ms.config.schema import Schema
-
-LIBRARY = "mindspore"
-
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
@@ -91,7 +87,7 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
     MindSpore collects garbage whenever it compiles. In a fresh process nothing that is imported is ever garbage, so it
     need not be looked at; that takes a tenth of a second each time, and a fifth of the import (measured).
     """
-    if LIBRARY in sys.modules:
+    if "mindspore" in sys.modules:
         return importlib.import_module(module).run
     gc.disable()
     try:
@@ -101,7 +97,7 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
         gc.freeze()
 
 
-def schema_of(name: str) -> type["Schema"]:
+def schema_of(name: str) -> type[Schema]:
     """The class that describes the flags of a command."""
     return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), f"{name.capitalize()}Config")
 
@@ -119,8 +115,6 @@ commands:
 
 
 def _command_help(name: str) -> str:
-    from dreambooth_ms.config.describe import describe
-
     schema = schema_of(name)
     positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
     return f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]

@@ -58,7 +58,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     Raises:
         DataError: the picture to start from is none.
     """
-    wanted, start, told = config.pictures, config.start, config.sizes
+    wanted, start, sizes = config.pictures, config.start, config.sizes
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
         wanted,
@@ -70,12 +70,12 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=PictureSizes(
-            original_size=_size(told.orig_width, told.orig_height),
-            crop_top=told.crop_coords_top,
-            crop_left=told.crop_coords_left,
-            target_size=_size(told.target_width, told.target_height),
-            aesthetic_score=told.aesthetic_score,
-            negative_aesthetic_score=told.negative_aesthetic_score,
+            original_size=_size(sizes.orig_width, sizes.orig_height),
+            crop_top=sizes.crop_coords_top,
+            crop_left=sizes.crop_coords_left,
+            target_size=_size(sizes.target_width, sizes.target_height),
+            aesthetic_score=sizes.aesthetic_score,
+            negative_aesthetic_score=sizes.negative_aesthetic_score,
         ),
         whole_up_to=wanted.vae_whole_up_to,
     )
@@ -122,7 +122,7 @@ def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Pat
         write_picture(written[-1], sample.picture, settings)
         sheet.append(sample.picture)
         if len(sheet) == per_prompt:
-            if config.draws_sheet:
+            if config.has_sheet:
                 path = folder / f"grid-{number + 1 - per_prompt:05d}.png"
                 write_picture(path, grid(sheet, config.pictures.num_cols or 1), settings)
             sheet = []

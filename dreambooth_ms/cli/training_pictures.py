@@ -50,7 +50,7 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
 
 
 def captions_of(concepts: Iterable[Concept]) -> list[str]:
-    """All prompts that rows may be told under, each once."""
+    """All prompts that rows may have, each once."""
     return list(dict.fromkeys(caption for c in concepts for record in c.records for caption in record.captions))
 
 

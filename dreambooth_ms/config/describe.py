@@ -28,7 +28,6 @@ class Field:
 
     name: str
     section: str
-    owner: type
     kind: Any
     optional: bool
     default: Any
@@ -56,7 +55,7 @@ def schema_fields(schema: type) -> dict[str, Field]:
         for one in fields(owner):
             assert one.name not in known, f"{one.name} is a field of two sections"
             default = one.default if one.default_factory is MISSING else one.default_factory()
-            known[one.name] = Field(one.name, section, owner, default=default, **_read_hint(hints[one.name]))
+            known[one.name] = Field(one.name, section, default=default, **_read_hint(hints[one.name]))
     return known
 
 

@@ -1,4 +1,4 @@
-"""What `inspect` can be told."""
+"""The settings of `inspect`."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -162,18 +162,12 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
         if not asks_for_nothing and value not in spellings.REFUSED[setting.name].unless:
             setting.complain(spellings.REFUSED[setting.name].reason)
     else:
-        _complain_of_unknown(setting, known)
+        kind, dashes = ("key", "") if setting.source else ("flag", "--")
+        others = (one for one in spellings.SPELLINGS if canonical(one, known))
+        close = nearest(setting.name, known if setting.source else [*known, "config"]) or nearest(setting.name, others)
+        hint = f"; did you mean {dashes}{close}?" if close else ""
+        setting.complain(f"unknown {kind}{hint}", canonical(close or "", known))
     return []
-
-
-def _complain_of_unknown(setting: Setting, known: Mapping[str, Field]) -> None:
-    what, dashes = ("key", "") if setting.source else ("flag", "--")
-    names = [*known] if setting.source else [*known, "config"]
-    close = nearest(setting.name, names) or nearest(
-        setting.name, [one for one in spellings.SPELLINGS if canonical(one, known)]
-    )
-    hint = f"; did you mean {dashes}{close}?" if close else ""
-    setting.complain(f"unknown {what}{hint}", canonical(close or "", known))
 
 
 def _plain(one: Field, value: Any, is_flag: bool) -> Any:

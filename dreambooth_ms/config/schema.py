@@ -7,7 +7,7 @@ from dreambooth_ms.config.describe import schema_fields
 
 
 class Schema:
-    """What one command can be told: a frozen dataclass of sections, themselves frozen dataclasses of values.
+    """The settings of one command: a frozen dataclass of sections, themselves frozen dataclasses of values.
 
     A section whose fields only make sense in certain combinations may have `problems`, too.
     """
@@ -35,9 +35,9 @@ class Schema:
                 outside.append(f"--{name}: expected {one.range.expected}, got {value!r}")
             if value != one.default:
                 found = [rule for rule in one.rules if rule.broken(values)]
-                lines = [rule.message.format_map(values | {"field": name}) for rule in found]
-                broken += [line for line, rule in zip(lines, found, strict=True) if not rule.is_note]
-                notes += [line for line, rule in zip(lines, found, strict=True) if rule.is_note][:1]
+                lines = [(rule.message.format_map(values | {"field": name}), rule.is_note) for rule in found]
+                broken += [line for line, is_note in lines if not is_note]
+                notes += [line for line, is_note in lines if is_note][:1]
         for section in fields(self):  # type: ignore[arg-type]
             broken += getattr(getattr(self, section.name), "problems", list)()
         return outside + broken + self.problems(), notes

@@ -1,4 +1,4 @@
-"""What `train` can be told: one dataclass per section, one docstring per field, which `--help` prints."""
+"""The settings of `train`: one dataclass per section, one docstring per field, which `--help` prints."""
 
 import os
 from dataclasses import dataclass, field

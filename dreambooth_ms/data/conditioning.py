@@ -1,4 +1,4 @@
-"""What a UNet is told beside noisy latents and timestep: all that the families of models differ in.
+"""What a UNet reads beside noisy latents and timestep: all that the families of models differ in.
 
 SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
 called add_time_ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N add_time_ids.
@@ -14,11 +14,11 @@ from dreambooth_ms.data.plan import View
 NOTHING = np.zeros(0, np.float32)
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner is told of pictures and of what to keep away from, as in diffusers' pipeline."""
+"""What SDXL's refiner reads of pictures and of what to keep away from, as in diffusers' pipeline."""
 
 
 class PromptText(NamedTuple):
-    """What a network is given of one prompt."""
+    """What a network reads of one prompt."""
 
     text: np.ndarray
     """Embedding (S, E); or, for a network that encodes it, token ids (T * S,) int32 of T tokenizers side by side."""

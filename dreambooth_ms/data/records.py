@@ -20,7 +20,7 @@ class Record:
     size: Size
     """Upright, in pixels."""
     captions: tuple[str, ...]
-    """What it may be told under: one, or several of which each row draws one."""
+    """One, or several of which each row draws one."""
     mask: Path | None = None
     """A picture that is white where the error counts; None: it counts everywhere."""
 
@@ -45,7 +45,7 @@ def read_concept(
     at_most: int | None = None,
 ) -> Concept:
     """The pictures of a folder under one prompt, in natural order. Every one is opened once, so that a damaged file
-    is found before the training starts; what is not a picture is told once.
+    is found before the training starts; what is not a picture is listed in one line.
 
     Raises:
         DataError: no usable folder, or damaged pictures, one line each.

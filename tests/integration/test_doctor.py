@@ -27,7 +27,7 @@ def test_the_lines_tell_what_was_found(examined):
     assert "mindspore 2." in found["versions"]
     assert found["device"].startswith("CPU, ")
     assert "GiB free" in found["memory"] and "GiB free" in found["disk"]
-    for name in ("training step", "drawing"):
+    for name in ("training step", "sampling"):
         error = float(found[name].rpartition("to ")[2])
         # Measured 0 to 1e-6: the stored figures have seven digits.
         assert error < 1e-5

@@ -899,7 +899,7 @@ def test_notes_are_told_or_printed(capsys):
 def test_help_names_every_field_with_its_text_and_default(schema):
     text = re.sub(r"\s+", " ", describe(schema))
     for name, one in schema_fields(schema).items():
-        documentation = re.sub(r"\s+", " ", field_documentation(one.owner)[name])
+        documentation = re.sub(r"\s+", " ", field_documentation(sections(schema)[one.section])[name])
         assert f"--{name} {one.placeholder} {documentation} (" in text
 
 
