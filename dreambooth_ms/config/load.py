@@ -187,11 +187,11 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         return None
     if one.kind is str and not isinstance(value, str):
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")
-    if one.kind is bool and not isinstance(value, bool | str):
+    is_list = get_origin(one.kind) is list
+    is_nested = is_list and any(isinstance(entry, dict | list) for entry in texts)
+    if is_nested or (one.kind is bool and not isinstance(value, bool | str)):
         raise ConfigError(f"expected {one.expected}, got {value!r}")
-    if get_origin(one.kind) is list:
-        if any(isinstance(entry, dict | list) for entry in texts):
-            raise ConfigError(f"expected {one.expected}, got {value!r}")
+    if is_list:
         if one.kind == list[float] and isinstance(value, int | float):
             return [value]
         return _split(value) if isinstance(value, str) or is_flag else value

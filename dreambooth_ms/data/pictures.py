@@ -80,7 +80,7 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     pictures = tuple(path for path in entries if looks_like_a_picture(path))
     skipped = tuple(path for path in entries if not looks_like_a_picture(path))
     if not pictures:
-        raise DataError(f"{folder}: no picture in it, {_listed(skipped) or 'it is empty'}; {wanted}")
+        raise DataError(f"{folder}: no picture in it, {_listed(skipped) if skipped else 'it is empty'}; {wanted}")
     return PictureFolder(pictures, skipped)
 
 
@@ -100,8 +100,6 @@ def skipped_line(skipped: Sequence[Path]) -> str:
 
 
 def _listed(paths: Sequence[Path], limit: int = 5) -> str:
-    if not paths:
-        return ""
     names = [repr(path.name)[1:-1] for path in paths[:limit]]
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return f"{len(paths)} found: {', '.join(names)}{more}"
