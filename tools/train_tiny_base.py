@@ -307,7 +307,7 @@ def clip_batch(
     rng = generator(SEED, f"{stage} batch", step)
     chosen = rng.choice(len(groups), SCHEDULES[stage].batch_size // ALIKE, replace=False)
     rows, captions = pictures(np.concatenate([rng.choice(groups[i], ALIKE, replace=False) for i in chosen]))
-    ids = tokenizer.ids(captions)
+    ids = np.concatenate([tokenizer.ids(caption) for caption in captions])
     same = np.array([[a == b for b in captions] for a in captions], np.float32)
     targets = same / same.sum(1, keepdims=True)
     return ids, end_positions(ids, clip.spec.text.eos_token_id), clip_pixels(rows), targets

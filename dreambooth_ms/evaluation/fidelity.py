@@ -3,7 +3,6 @@
 Shapes: N pictures, E width of CLIP's space.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +65,6 @@ def measure(
         class_drift=float(1 - (class_NE * base_class_NE).sum(1).mean()),
         class_subject_similarity=float((class_NE @ photograph_NE.T).mean()),
     )
-
-
-def metrics_json(before: Fidelity, after: Fidelity) -> str:
-    """Both sets of figures as JSON."""
-    return json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
 
 
 def _square(picture: np.ndarray, size: int) -> np.ndarray:

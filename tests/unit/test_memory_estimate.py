@@ -7,8 +7,9 @@ import pytest
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.cli import training_memory
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import (
     ActivationSettings,
@@ -179,7 +180,7 @@ class TestTwoProcessesOnAMachine:
         ]
 
         def check(*flags, processes=1):
-            config = load_train_config([*needed, *flags])
+            config = load(TrainConfig, [*needed, *flags])
             expected = estimate(training_memory._workload(config, folder, processes))
             monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
             together = Processes(0, processes, exchange=lambda what, value: [value] * processes)
