@@ -17,7 +17,7 @@ from dreambooth_ms.data.records import CLASS, Concept, read_concept
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.vae import VaeEncoder
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
 from dreambooth_ms.sampling.model import SamplingModel
@@ -134,7 +134,7 @@ def encode_pictures(
 
 
 def _load_encoder(base: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
-    encoder = VaeEncoder(base.load_vae(decodes=False))
+    encoder = CellMethod(base.load_vae(decodes=False).encode)
 
     def encode(pictures_B3HW: np.ndarray) -> np.ndarray:
         mean, log_variance = encoder(Tensor(pictures_B3HW))

@@ -6,7 +6,7 @@ import numpy as np
 
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
-from dreambooth_ms.models.text import TextEncoders  # noqa: F401  (its old place, until all imports are swept)
 from dreambooth_ms.ops import (
+    Conv2d,
     Dense,
     Embedding,
     FromPublicLayout,
@@ -18,11 +18,9 @@ from dreambooth_ms.ops import (
     LayerNorm,
     MultiHeadAttention,
     QuickGelu,
-    conv2d,
     shared,
 )
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class CLIPTextModel(nn.Cell):
@@ -111,17 +109,6 @@ class CLIPModel(nn.Cell):
         return _unit(self.visual_projection(self.vision_model(pictures_B3HW)))
 
 
-class ClipImageEncoder(CompiledCell):
-    """`CLIPModel.encode_image` as a cell that can be compiled."""
-
-    def __init__(self, clip: CLIPModel) -> None:
-        super().__init__(auto_prefix=False)
-        self.clip = clip
-
-    def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        return self.clip.encode_image(pictures_B3HW)
-
-
 class TextTransformer(nn.Cell):
     """Token ids (B, S) -> (B, S, D). Tokens see only the ones before them."""
 
@@ -182,7 +169,7 @@ class VisionEmbeddings(nn.Cell):
         num_patches = (spec.image_size // spec.patch_size) ** 2
         self.class_embedding = empty_parameter((width,))
         self.from_public_layout = FromPublicLayout()
-        self.patch_embedding = conv2d(
+        self.patch_embedding = Conv2d(
             3, width, spec.patch_size, stride=spec.patch_size, padding=(0, 0, 0, 0), has_bias=False
         )
         self.to_tokens = shared(ImageToTokens)

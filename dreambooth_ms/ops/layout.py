@@ -4,7 +4,6 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import mindspore as ms
@@ -103,13 +102,6 @@ class ConcatChannels(_ImageCell):
         return ops.concat((x, y), self.channel_axis)
 
 
-class SplitChannels(_ImageCell):
-    """An image -> two, each with half of the channels."""
-
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.split(x, x.shape[self.channel_axis] // 2, self.channel_axis)
-
-
 class AddPerChannel(_ImageCell):
     """An image plus one number per row and channel, (B, C)."""
 
@@ -169,18 +161,13 @@ class _UpsampleRows(nn.Cell):
 @constexpr
 def _parents(height: int, width: int) -> Tensor:
     """For every pixel of the large image, the pixel of the small one that it repeats."""
-    return _index(_pixels(height, width).repeat(2, 0).repeat(2, 1))
+    return _index(np.arange(height * width).reshape(height, width).repeat(2, 0).repeat(2, 1))
 
 
 @constexpr
 def _children(height: int, width: int, corner: int) -> Tensor:
     """For every pixel of the small image, the one of its four copies that stands in this corner."""
-    return _index(_pixels(2 * height, 2 * width)[corner // 2 :: 2, corner % 2 :: 2])
-
-
-@lru_cache(maxsize=256)
-def _pixels(height: int, width: int) -> np.ndarray:
-    return np.arange(height * width).reshape(height, width)
+    return _index(np.arange(4 * height * width).reshape(2 * height, -1)[corner // 2 :: 2, corner % 2 :: 2])
 
 
 def _index(rows: np.ndarray) -> Tensor:

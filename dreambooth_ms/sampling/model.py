@@ -18,7 +18,7 @@ from dreambooth_ms.adapters.attach import AttachedAdapters
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.adapters import ModelAdapters

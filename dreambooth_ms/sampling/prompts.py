@@ -9,7 +9,7 @@ from dreambooth_ms.adapters.attach import AttachedAdapters
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.prompts import encode, prompt_tokenizer
 from dreambooth_ms.data.text import PromptTokenizer
-from dreambooth_ms.models.clip import TextEncoders
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.adapters import ModelAdapters
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle
