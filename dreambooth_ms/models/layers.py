@@ -14,7 +14,7 @@ from dreambooth_ms.runtime.compiled_cell import CompiledCell
 class ResnetBlock2D(nn.Cell):
     """Residual block: image[, skip to concatenate by channels][, SiLU of the time embedding (B, E)] -> image.
 
-    The time embedding is there unless it reads an image alone, as the autoencoder's do.
+    The autoencoder's have no time embedding.
     """
 
     def __init__(self, layer: Layer, spec: UNetSpec | VaeSpec) -> None:
@@ -47,7 +47,7 @@ class ResnetBlock2D(nn.Cell):
 
 
 class Downsample2D(nn.Cell):
-    """Half the height and width, by a convolution of stride 2; the autoencoder's pads below and right alone."""
+    """Half the height and width, by a convolution of stride 2; the autoencoder's pads below and right only."""
 
     def __init__(self, layer: Layer, spec: UNetSpec | VaeSpec) -> None:
         super().__init__()

@@ -69,10 +69,17 @@ def time_width(spec: UNetSpec) -> int:
 
 def unet_layout(spec: UNetSpec) -> tuple[Layer, ...]:
     """The layers of a UNet in the order in which they are computed; the last one's result is the prediction."""
-    walk = _UNetWalk(spec)
-    skips = [walk.x, *walk.go_down()]
-    walk.cross_middle()
-    walk.go_up(skips)
+    _, timestep, text, *added = range(len(unet_inputs(spec)))
+    width, context = spec.block_out_channels[0], spec.cross_attention_dim
+    walk = _Walk(spec, len(unet_inputs(spec)), spec.in_channels)
+    x = walk.add(LayerKind.UNET_INPUT, "conv_in", 0, width)
+    parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
+    time = Layer(LayerKind.TIME_EMBEDDING, "", 0, width, time_width(spec), (timestep, *added), parts)
+    walk.layers += [time, Layer(LayerKind.TEXT, "", 0, context, context, (text,))]
+    walk.time, walk.text = (x + 1,), (x + 2,)
+    skips = [x, *walk.down()]
+    walk.middle()
+    walk.up(skips)
     walk.add(LayerKind.UNET_OUTPUT, "", 0, spec.out_channels, parts=("conv_norm_out", "conv_out"))
     return tuple(walk.layers)
 
@@ -81,11 +88,11 @@ def vae_layout(spec: VaeSpec) -> dict[str, tuple[Layer, ...]]:
     """The layers of "encoder" and "decoder", each of which reads the one before; names are within either."""
     encoder, decoder = _Walk(spec, 1, spec.in_channels), _Walk(spec, 1, spec.latent_channels)
     encoder.add(LayerKind.CONV, "conv_in", 0, spec.block_out_channels[0])
-    encoder.go_down()
+    encoder.down()
     decoder.add(LayerKind.CONV, "conv_in", decoder.coarsest, spec.block_out_channels[-1])
-    encoder.cross_middle()
-    decoder.cross_middle()
-    decoder.go_up([])
+    encoder.middle()
+    decoder.middle()
+    decoder.up([])
     for walk, level, result in ((encoder, encoder.coarsest, 2 * spec.latent_channels), (decoder, 0, spec.in_channels)):
         walk.add(LayerKind.NORM, "conv_norm_out", level)
         walk.add(LayerKind.CONV, "conv_out", level, result)
@@ -93,15 +100,15 @@ def vae_layout(spec: VaeSpec) -> dict[str, tuple[Layer, ...]]:
 
 
 class _Walk:
-    """The way of an image through layers, with its number `x` so far; the first input is the image.
-
-    A step is a residual block; in the middle there is attention between two.
-    """
+    """The way of an image through layers, with its number `x` so far; the first input is the image."""
 
     def __init__(self, spec: UNetSpec | VaeSpec, num_inputs: int, channels: int) -> None:
+        self.spec, self.coarsest, self.num_inputs = spec, len(spec.block_out_channels) - 1, num_inputs
         self.layers: list[Layer] = []
-        self.spec, self.coarsest = spec, len(spec.block_out_channels) - 1
-        self.num_inputs, self.x, self.channels = num_inputs, 0, {0: channels}
+        self.x, self.channels = 0, {0: channels}
+        # What a UNet's residual blocks and transformers read as well.
+        self.time: tuple[int, ...] = ()
+        self.text: tuple[int, ...] = ()
 
     def add(
         self,
@@ -121,7 +128,7 @@ class _Walk:
         self.channels[self.x] = out
         return self.x
 
-    def go_down(self) -> list[int]:
+    def down(self) -> list[int]:
         """To the coarsest level; returns the number of each result on the way."""
         results = []
         for level in range(self.coarsest + 1):
@@ -130,57 +137,39 @@ class _Walk:
                 results.append(self.add(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
         return results
 
-    def cross_middle(self) -> None:
+    def middle(self) -> None:
         self.resnet("mid_block.resnets.0", self.coarsest)
         self.attention("mid_block.attentions.0", self.coarsest)
         self.resnet("mid_block.resnets.1", self.coarsest)
 
-    def go_up(self, skips: list[int]) -> None:
+    def up(self, skips: list[int]) -> None:
         """To the finest level; each step takes the last skip, if there are any."""
-        for block, level in enumerate(range(self.coarsest, -1, -1)):
+        for block, level in enumerate(reversed(range(self.coarsest + 1))):
             for i in range(self.spec.layers_per_block + 1):
-                self.step(f"up_blocks.{block}", i, level, *(skips.pop() for _ in skips[-1:]))
+                self.step(f"up_blocks.{block}", i, level, *([skips.pop()] if skips else []))
             if level > 0:
                 self.add(LayerKind.UPSAMPLER, f"up_blocks.{block}.upsamplers.0", level - 1)
 
     def step(self, block: str, i: int, level: int, *skip: int) -> int:
-        return self.resnet(f"{block}.resnets.{i}", level)
+        """Through a residual block and, where a UNet's resolution has them, a transformer."""
+        self.resnet(f"{block}.resnets.{i}", level, *skip)
+        if isinstance(self.spec, UNetSpec) and self.spec.has_attention[level]:
+            self.attention(f"{block}.attentions.{i}", level)
+        return self.x
 
-    def resnet(self, name: str, level: int) -> int:
-        return self.add(LayerKind.RESNET, name, level, self.spec.block_out_channels[level])
-
-    def attention(self, name: str, level: int) -> int:
-        return self.add(LayerKind.PIXEL_ATTENTION, name, level)
-
-
-class _UNetWalk(_Walk):
-    """The same with a time embedding and a text, from which residual blocks and transformers read."""
-
-    def __init__(self, spec: UNetSpec) -> None:
-        _, timestep, text, *added = range(len(unet_inputs(spec)))
-        super().__init__(spec, len(unet_inputs(spec)), spec.in_channels)
-        finest, context = spec.block_out_channels[0], spec.cross_attention_dim
-        self.add(LayerKind.UNET_INPUT, "conv_in", 0, finest)
-        parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
-        time = Layer(LayerKind.TIME_EMBEDDING, "", 0, finest, time_width(spec), (timestep, *added), parts)
-        self.layers += [time, Layer(LayerKind.TEXT, "", 0, context, context, (text,))]
-        self.time, self.text = self.x + 1, self.x + 2
-
-    def step(self, block: str, i: int, level: int, *skip: int) -> int:
-        """Through a residual block and, where the resolution has them, a transformer."""
-        x = self.resnet(f"{block}.resnets.{i}", level, *skip)
-        return self.attention(f"{block}.attentions.{i}", level) if self.spec.has_attention[level] else x
-
-    def resnet(self, name: str, level: int, *skip: int) -> int:
+    def resnet(self, name: str, level: int, *skip: int) -> None:
         kind = LayerKind.SKIP_RESNET if skip else LayerKind.RESNET
-        return self.add(kind, name, level, self.spec.block_out_channels[level], skip, (self.time,))
+        self.add(kind, name, level, self.spec.block_out_channels[level], skip, self.time)
 
-    def attention(self, name: str, level: int) -> int:
-        """One of a single block is a layer; in a deep one, as SDXL has them, each block is."""
-        depth, image = self.spec.transformer_layers(level), self.x
-        if depth == 1:
-            return self.add(LayerKind.TRANSFORMER, name, level, others=(self.text,))
-        self.add(LayerKind.TRANSFORMER_INPUT, name, level, parts=("norm", "proj_in"))
-        for i in range(depth):
-            self.add(LayerKind.TRANSFORMER_BLOCK, f"{name}.transformer_blocks.{i}", level, others=(self.text,))
-        return self.add(LayerKind.TRANSFORMER_OUTPUT, name, level, others=(image,), parts=("proj_out",))
+    def attention(self, name: str, level: int) -> None:
+        """A transformer of a single block is a layer; in a deep one, as SDXL has them, each block is."""
+        if isinstance(self.spec, VaeSpec):
+            self.add(LayerKind.PIXEL_ATTENTION, name, level)
+        elif (depth := self.spec.transformer_layers(level)) == 1:
+            self.add(LayerKind.TRANSFORMER, name, level, others=self.text)
+        else:
+            image = self.x
+            self.add(LayerKind.TRANSFORMER_INPUT, name, level, parts=("norm", "proj_in"))
+            for i in range(depth):
+                self.add(LayerKind.TRANSFORMER_BLOCK, f"{name}.transformer_blocks.{i}", level, others=self.text)
+            self.add(LayerKind.TRANSFORMER_OUTPUT, name, level, others=(image,), parts=("proj_out",))

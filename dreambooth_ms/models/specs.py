@@ -44,7 +44,7 @@ class UNetSpec:
         return layers if isinstance(layers, int) else layers[level]
 
     def num_add_time_ids(self, pooled_width: int) -> int:
-        """add_time_ids of a picture that are read beside pooled text of this width: 6 in SDXL, 5 in its refiner.
+        """add_time_ids of a picture that are read with pooled text of this width: 6 in SDXL, 5 in its refiner.
 
         0 in other UNets, and where the width does not fit.
         """

@@ -4,17 +4,8 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.layout import Layer, LayerKind
 from dreambooth_ms.models.specs import UNetSpec
-from dreambooth_ms.ops import (
-    Conv2d,
-    Dense,
-    GatedGelu,
-    GroupNorm,
-    ImageToTokens,
-    LayerNorm,
-    MultiHeadAttention,
-    TokensToImage,
-    shared,
-)
+from dreambooth_ms.ops import Conv2d, Dense, GatedGelu, GroupNorm, LayerNorm, MultiHeadAttention, shared
+from dreambooth_ms.ops.layout import ImageToTokens, TokensToImage
 
 
 class Transformer2DModel(nn.Cell):
@@ -40,17 +31,13 @@ class Transformer2DModel(nn.Cell):
     def project_in(self, x: Tensor) -> Tensor:
         """An image -> the tokens (B, L, C) of the first block."""
         y = self.norm(x)
-        if self.use_linear_projection:
-            return self.proj_in(self.to_tokens(y))
-        return self.to_tokens(self.proj_in(y))
+        return self.proj_in(self.to_tokens(y)) if self.use_linear_projection else self.to_tokens(self.proj_in(y))
 
     def project_out(self, tokens_BLC: Tensor, x: Tensor) -> Tensor:
         """The tokens of the last block, and the image that they came from -> an image."""
         if self.use_linear_projection:
-            y = self.to_image(self.proj_out(tokens_BLC), x)
-        else:
-            y = self.proj_out(self.to_image(tokens_BLC, x))
-        return x + y
+            return x + self.to_image(self.proj_out(tokens_BLC), x)
+        return x + self.proj_out(self.to_image(tokens_BLC, x))
 
 
 class BasicTransformerBlock(nn.Cell):

@@ -87,11 +87,11 @@ class BandedDecoder:
         if into is None:
             sizes = {self._axes.height: height, self._axes.width: width, self._axes.channels: conv.out_channels}
             into = mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=x.dtype)
-        beside = conv.kernel_size // 2
+        margin = conv.kernel_size // 2
         rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
         for start in range(0, height, rows):
-            first, stop = max(start - beside, 0), min(start + rows + beside, height)
-            padding = first - start + beside, start + rows + beside - stop, beside, beside
+            first, stop = max(start - margin, 0), min(start + rows + margin, height)
+            padding = first - start + margin, start + rows + margin - stop, margin, margin
             band = self._read(x, first, stop, upsampling)
             band = band if normalise is None else normalise(band)
             convolve = convolution(conv.out_channels, conv.kernel_size, 1, padding)

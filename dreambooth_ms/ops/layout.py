@@ -61,18 +61,14 @@ class FromPublicLayout(_ImageCell):
     """(B, C, H, W), as files and schedulers hold images and latents -> an image of this formulation."""
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
-        if self.channels_last:
-            return ops.transpose(x_BCHW, (0, 2, 3, 1))
-        return x_BCHW
+        return ops.transpose(x_BCHW, (0, 2, 3, 1)) if self.channels_last else x_BCHW
 
 
 class ToPublicLayout(_ImageCell):
     """The inverse of `FromPublicLayout`."""
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.channels_last:
-            return ops.transpose(x, (0, 3, 1, 2))
-        return x
+        return ops.transpose(x, (0, 3, 1, 2)) if self.channels_last else x
 
 
 class ImageToTokens(_ImageCell):
@@ -135,10 +131,9 @@ class UpsampleNearest(_ImageCell):
         if self.channels_last:
             return self.upsample_rows(x)
         batch, channels, height, width = x.shape
-        x = ops.broadcast_to(
-            ops.reshape(x, (batch, channels, height, 1, width, 1)), (batch, channels, height, 2, width, 2)
-        )
-        return ops.reshape(x, (batch, channels, 2 * height, 2 * width))
+        pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
+        squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
+        return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
 
 
 class _UpsampleRows(nn.Cell):

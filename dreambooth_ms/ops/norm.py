@@ -12,6 +12,7 @@ from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 Triple = tuple[Tensor, Tensor, Tensor]
+"""A normalised tensor and its two statistics, or gradients of input, weight and bias."""
 
 
 class LayerNorm(nn.Cell):
@@ -91,7 +92,7 @@ class _NormaliseRows(nn.Cell):
 class GroupNorm(nn.Cell):
     """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `silu`, and SiLU after it.
 
-    The two are one cell because a backward pass of both needs their input alone. On CPU sums over pixels are matrix
+    The two are one cell because a backward pass of both needs only their input. On CPU sums over pixels are matrix
     products, and nothing is transposed; on Ascend it is the device's operator.
     """
 
@@ -169,7 +170,7 @@ class _NormaliseGroups(nn.Cell):
         return self.transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
 
     def _group_mean(self, sums_BC: Tensor, pixels: int) -> Tensor:
-        """Mean over a group from the sums over pixels of its channels, given back to each of its channels."""
+        """Mean over a group from the sums over pixels of its channels, for each of its channels."""
         count = pixels * (self.channels // self.num_groups)
         if self.channels <= MAX_FOLDED:
             return self.matmul(sums_BC, _same_group(self.channels, self.num_groups, count))
