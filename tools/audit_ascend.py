@@ -192,15 +192,19 @@ def optimisers() -> list[Graph]:
 def drawing_sdxl() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+    from dreambooth_ms.models.layers import CellMethod
+    from dreambooth_ms.models.vae import AutoencoderKL
 
     vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
     pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.add_time_ids())
     return [
         (_sdxl_text_encoders(), (_token_ids(2), _ends())),
         _denoising(toy_networks.SDXL_UNET, *pooled),
-        (VaeDecoder(vae), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
-        (VaeEncoder(vae), (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),)),
+        (CellMethod(vae.decode), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
+        (
+            CellMethod(vae.encode),
+            (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),),
+        ),
     ]
 
 
