@@ -101,8 +101,4 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
 
 def _scaler(config: TrainConfig) -> LossScaler | None:
     """float16 alone needs one: bfloat16 has the exponents of float32."""
-    if config.device.mixed_precision != "fp16":
-        return None
-    c = config.loss_scaling
-    dynamic = c.loss_scaler_type == "dynamic"
-    return LossScaler(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic)
+    return LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
