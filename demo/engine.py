@@ -1,4 +1,4 @@
-"""One drawing at a time: a queue of jobs, and the process that holds the model.
+"""One request at a time: a queue of jobs, and the process that holds the model.
 
 The model lives in a process of its own. Where another model is asked for, the process is ended and a new one is
 started, so that nothing of the old one can stay in memory; and whatever happens in it, the page goes on.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal
 
-from demo.messages import Cancel, Draw, Drawing, Finished, ModelChoice, Phase, Picture, Step
+from demo.messages import Cancel, Finished, ModelChoice, Phase, Picture, PictureRequest, Start, Step
 from demo.processes import environment
 from dreambooth_ms.errors import UserError
 
@@ -26,20 +26,20 @@ UNWATCHED_SECONDS = 600.0
 
 State = Literal["waiting", "working", "done", "cancelled", "failed"]
 _ENDED_BY_ITSELF = (
-    "The drawing process ended by itself, probably for lack of memory. Choose a smaller size or fewer pictures, or "
-    "look into the terminal that this page was started from."
+    "The process that generates pictures ended by itself, probably for lack of memory. Choose a smaller size or fewer "
+    "pictures, or look into the terminal that this page was started from."
 )
 
 
 class QueueFullError(UserError):
-    """More drawings are waiting than are worth waiting for."""
+    """More requests are waiting than are worth waiting for."""
 
 
 class Job:
-    """A drawing on its way. The engine's thread writes it, pages read it."""
+    """A request on its way. The engine's thread writes it, pages read it."""
 
-    def __init__(self, number: int, drawing: Drawing) -> None:
-        self.number, self.drawing = number, drawing
+    def __init__(self, number: int, request: PictureRequest) -> None:
+        self.number, self.request = number, request
         self.state: State = "waiting"
         self.phase = ""
         self.step: Step | None = None
@@ -66,7 +66,7 @@ class Job:
         return (time.monotonic() - moment) * (1 - self.step.share) / (self.step.share - share)
 
     def hear(self, message: Phase | Step | Picture | Finished) -> None:
-        """Take in what the drawing process says."""
+        """Take in what the sampling process says."""
         if isinstance(message, Phase):
             self.phase = message.text
         elif isinstance(message, Step):
@@ -83,12 +83,12 @@ class Job:
             self.state = message.outcome
 
 
-class DrawingProcess:
+class SamplingProcess:
     """A process that has loaded one model."""
 
     def __init__(self, command: Sequence[str], model: ModelChoice) -> None:
         self.model = model
-        self.has_drawn = False
+        self.has_sampled = False
         self._connection, theirs = Pipe()
         self._process = subprocess.Popen(
             [*command, str(theirs.fileno())],
@@ -122,7 +122,7 @@ class DrawingProcess:
 
 
 class Engine:
-    """Draws what pages ask for, in the order in which they ask."""
+    """Samples what pages ask for, in the order in which they ask."""
 
     def __init__(self, command: Sequence[str] = WORKER) -> None:
         self._command = command
@@ -130,33 +130,33 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._current: Job | None = None
-        self._process: DrawingProcess | None = None
+        self._process: SamplingProcess | None = None
         self._unload_asked = self._closed = False
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="drawings")
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="sampling")
         self._thread.start()
         atexit.register(self.close)
 
     @property
-    def process(self) -> DrawingProcess | None:
+    def process(self) -> SamplingProcess | None:
         """The process with the model; None if none is loaded."""
         return self._process
 
-    def submit(self, drawing: Drawing) -> Job:
-        """Put a drawing into the queue.
+    def submit(self, request: PictureRequest) -> Job:
+        """Put a request into the queue.
 
         Raises:
             QueueFullError: there are too many before it.
         """
         with self._changed:
             if len(self._queue) >= LONGEST_QUEUE:
-                raise QueueFullError(f"{len(self._queue)} drawings are waiting already; try again when some are done")
-            job = Job(next(self._numbers), drawing)
+                raise QueueFullError(f"{len(self._queue)} requests are waiting already; try again when some are done")
+            job = Job(next(self._numbers), request)
             self._queue.append(job)
             self._changed.notify_all()
         return job
 
     def ahead(self, job: Job) -> int:
-        """How many drawings come before this one, the one in work included."""
+        """How many requests come before this one, the one in work included."""
         with self._changed:
             waiting = list(self._queue)
             return waiting.index(job) + (self._current is not None) if job in waiting else 0
@@ -171,13 +171,13 @@ class Engine:
             self._changed.notify_all()
 
     def unload(self) -> None:
-        """Give the model's memory back once nothing is being drawn."""
+        """Give the model's memory back once nothing is being sampled."""
         with self._changed:
             self._unload_asked = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End everything; nothing can be drawn afterwards."""
+        """End everything; nothing can be sampled afterwards."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -194,33 +194,33 @@ class Engine:
             if unload:
                 self._end_process()
             if self._current:
-                self._draw(self._current)
+                self._sample(self._current)
                 self._current = None
         self._end_process()
 
-    def _draw(self, job: Job) -> None:
+    def _sample(self, job: Job) -> None:
         job.state = "working"
         try:
             process = self._process_for(job)
-            process.connection.send(Draw(job.number, job.drawing))
+            process.connection.send(Start(job.number, job.request))
             self._follow(job, process)
         except (EOFError, OSError):
             self._end_process()
             job.hear(Finished(job.number, "cancelled" if job.cancel_asked else "failed", _ENDED_BY_ITSELF))
 
-    def _process_for(self, job: Job) -> DrawingProcess:
-        if self._process is None or not self._process.model.serves(job.drawing.model):
+    def _process_for(self, job: Job) -> SamplingProcess:
+        if self._process is None or not self._process.model.serves(job.request.model):
             self._end_process()
             job.phase = "Loading the model"
-            self._process = DrawingProcess(self._command, job.drawing.model)
+            self._process = SamplingProcess(self._command, job.request.model)
         return self._process
 
-    def _follow(self, job: Job, process: DrawingProcess) -> None:
+    def _follow(self, job: Job, process: SamplingProcess) -> None:
         cancel_sent = False
         while not job.over:
             unwatched = time.monotonic() - job.watched > UNWATCHED_SECONDS
             if (job.cancel_asked or unwatched or self._closed) and not cancel_sent:
-                if not process.has_drawn:  # It is still loading, and listens to nobody.
+                if not process.has_sampled:  # It is still loading, and listens to nobody.
                     self._end_process()
                     job.state = "cancelled"
                     return
@@ -229,11 +229,11 @@ class Engine:
             if process.connection.poll(0.1):
                 message: Any = process.connection.recv()
                 if message.job == job.number:
-                    process.has_drawn |= isinstance(message, Step)
+                    process.has_sampled |= isinstance(message, Step)
                     job.hear(message)
             if self._closed and cancel_sent:
                 return
-        if job.state == "failed" and not process.has_drawn:
+        if job.state == "failed" and not process.has_sampled:
             self._end_process()
 
     def _end_process(self) -> None:

@@ -1,4 +1,4 @@
-"""What a session has drawn: pictures as PNG files with their settings in them."""
+"""What a session has sampled: pictures as PNG files with their settings in them."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from demo.engine import Job
-from demo.messages import Drawing, Side
+from demo.messages import PictureRequest, Side
 from dreambooth_ms.sampling.picture_file import write_picture
 
 MOST = 60
@@ -23,7 +23,7 @@ class Entry:
     """A picture, and what it is without the adapters if that was asked for."""
 
     name: str
-    drawing: Drawing
+    request: PictureRequest
     settings: dict[str, Any]
     """What made it."""
     files: dict[Side, bytes]
@@ -44,14 +44,14 @@ class Entry:
 
 
 def entries_of(job: Job) -> list[Entry]:
-    """The pictures of a drawing, also of one that was cancelled."""
-    drawn = {(picture.number, picture.side): picture for picture in job.pictures}
+    """The pictures of a request, also of one that was cancelled."""
+    sampled = {(picture.number, picture.side): picture for picture in job.pictures}
     entries = []
-    for number in range(job.drawing.count):
-        own = [drawn[number, side] for side in job.drawing.sides if (number, side) in drawn]
+    for number in range(job.request.count):
+        own = [sampled[number, side] for side in job.request.sides if (number, side) in sampled]
         if own:
             files = {picture.side: png_file(picture.pixels, picture.settings) for picture in own}
-            entries.append(Entry(f"{job.number:03d}-{number}", job.drawing, own[0].settings, files))
+            entries.append(Entry(f"{job.number:03d}-{number}", job.request, own[0].settings, files))
     return entries
 
 

@@ -1,4 +1,4 @@
-"""The models, LoRAs and runs that a page may use: those in the folders that it was given, and nothing else."""
+"""The models, LoRAs and runs that a page may use: those in the folders of its command line, and nothing else."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dreambooth_ms.weights.opened_model import open_model
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 RUN_CONFIG = "config.yaml"
 DEPTH, ENTRIES = 4, 20_000
-"""How deep and how wide folders are searched, so that a page opens soon whatever it is given."""
+"""How deep and how wide folders are searched, so that a page opens soon whatever they hold."""
 
 _WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "__pycache__")
 """How the folders of a run begin that hold no result, but what it was made of."""
@@ -94,7 +94,7 @@ def find(places: Places) -> Shelf:
 
 
 def find_photographs(places: Places) -> list[Path]:
-    """The folders that hold pictures, but for what runs have drawn."""
+    """The folders that hold pictures, but for what runs have sampled."""
     return [folder for place in places.readable for folder in _picture_folders(place, 2)]
 
 
@@ -138,10 +138,10 @@ def _search(folder: Path, depth: int, left: list[int]) -> Iterator[tuple[str, Pa
 
 def _kind_of_file(path: Path) -> str:
     try:
-        told = path.stat()
+        status = path.stat()
     except OSError:
         return ""
-    return _kind(path, told.st_mtime_ns, told.st_size)
+    return _kind(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""What the page's process and the drawing process say to each other."""
+"""What the page's process and the sampling process say to each other."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -13,7 +13,7 @@ Side: TypeAlias = Literal["adapted", "base"]
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The networks of a drawing: what a process loads once."""
+    """The networks of a request: what a process loads once."""
 
     base: str
     loras: tuple[str, ...] = ()
@@ -22,14 +22,14 @@ class ModelChoice:
     """Each of them with the time of its last change: a LoRA that was trained on is another one."""
 
     def serves(self, wanted: "ModelChoice") -> bool:
-        """Whether a process that loaded this can draw that: adapters that are not wanted get a scale of 0."""
+        """Whether a process that loaded this can sample that: adapters that are not wanted get a scale of 0."""
         same = self.base == wanted.base and self.refiner == wanted.refiner
         return same and set(self.loras) >= set(wanted.loras) and self.changed >= wanted.changed
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Pictures to draw. All but `model` are inputs of networks that are loaded and compiled."""
+class PictureRequest:
+    """Pictures to sample. All but `model` are inputs of networks that are loaded and compiled."""
 
     model: ModelChoice
     prompt: str
@@ -44,7 +44,7 @@ class Drawing:
     height: int = 512
     count: int = 1
     compare: bool = False
-    """Draw each picture without the adapters too."""
+    """Sample each picture without the adapters too."""
     image: np.ndarray | None = None
     """(height, width, 3) uint8 to start from; None: from noise."""
     strength: float = 0.6
@@ -54,21 +54,21 @@ class Drawing:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """What is drawn of each picture, in this order."""
+        """What is sampled of each picture, in this order."""
         return ("adapted", "base") if self.compare and self.model.loras else ("adapted",)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """To the drawing process: draw this."""
+class Start:
+    """To the sampling process: sample this."""
 
     job: int
-    drawing: Drawing
+    request: PictureRequest
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """To the drawing process: end this one after the step it is in."""
+    """To the sampling process: end this one after the step it is in."""
 
     job: int
 
@@ -95,7 +95,7 @@ class Step:
     """Steps done of this picture in this stage, this one included."""
     steps: int
     share: float
-    """0 to 1, of the whole drawing."""
+    """0 to 1, of the whole request."""
     preview: np.ndarray | None = field(default=None, repr=False)
     """The picture as it is forming, (H, W, 3) uint8; not in every step."""
 
@@ -115,7 +115,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Finished:
-    """The drawing is over."""
+    """The request is over."""
 
     job: int
     outcome: Literal["done", "cancelled", "failed"]

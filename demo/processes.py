@@ -1,4 +1,4 @@
-"""What the processes that a page starts are given."""
+"""The environment of the processes that a page starts."""
 
 import os
 from pathlib import Path

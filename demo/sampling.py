@@ -1,4 +1,4 @@
-"""Draw and teach in a browser:
+"""Generate and teach in a browser:
 
 streamlit run demo/sampling.py
 streamlit run demo/sampling.py -- --folder /data/models --runs /data/runs
@@ -11,12 +11,12 @@ import streamlit as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Streamlit puts the script's own folder there alone.
 
-from demo import draw_page, session, teach_page
+from demo import sample_page, session, teach_page
 
 st.set_page_config(page_title="dreambooth_ms", page_icon=":material/brush:", layout="wide")
 session.check_server()
 session.PAGES = {
-    "draw": st.Page(draw_page.show, title="Draw", icon=":material/brush:", default=True),
+    "sample": st.Page(sample_page.show, title="Generate", icon=":material/brush:", default=True),
     "teach": st.Page(teach_page.show, title="Teach", icon=":material/school:", url_path="teach"),
 }
 st.navigation(list(session.PAGES.values()), position="top").run()

@@ -1,4 +1,4 @@
-"""Draw pictures by the flags of mindone's SDXL guide, with the functions of `dreambooth-ms sample`.
+"""Sample pictures by the flags of mindone's SDXL guide, with the functions of `dreambooth-ms sample`.
 
     python demo/sampling_without_streamlit.py --task txt2img --config configs/inference/sd_xl_base.yaml \
         --weight base.safetensors,lora.safetensors --prompt "a photo of sks dog" --num_rows 2 --num_cols 2
@@ -36,7 +36,7 @@ def sample_flags(argv: Sequence[str]) -> list[str]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", default=str(INFERENCE / "sd_xl_base.yaml"), help="of the base")
-    parser.add_argument("--prompt", default=PROMPT, help="what to draw, or a file with one prompt per line")
+    parser.add_argument("--prompt", default=PROMPT, help="what to sample, or a file with one prompt per line")
     parser.add_argument("--save_path", default="outputs/demo", help="folder for the pictures")
     parser.add_argument("--guider", choices=["VanillaCFG", "IdentityGuider"], default="VanillaCFG")
     parser.add_argument("--add_pipeline", default="False", **SWITCH, help="refine the pictures with a second model")
@@ -44,14 +44,21 @@ def sample_flags(argv: Sequence[str]) -> list[str]:
     parser.add_argument("--pipeline_weight", help="the second model (default: the one of --pipeline_config)")
     parser.add_argument("--stage2strength", type=float, default=0.15, help="share of the second model")
     parser.add_argument("--finish_denoising", default="True", **SWITCH, help="the second model finishes the first's")
-    given, others = parser.parse_known_args(argv)
+    arguments, others = parser.parse_known_args(argv)
 
-    flags = ["--config", inference_config(given.config), "--prompt", given.prompt, "--save_path", given.save_path]
-    if given.guider == "IdentityGuider":
+    flags = [
+        "--config",
+        inference_config(arguments.config),
+        "--prompt",
+        arguments.prompt,
+        "--save_path",
+        arguments.save_path,
+    ]
+    if arguments.guider == "IdentityGuider":
         flags += ["--guidance_scale", "1"]
-    if given.add_pipeline == "True":
-        refiner = given.pipeline_weight or base_of(given.pipeline_config)
-        flags += ["--refiner", refiner, *_shares(given.stage2strength, given.finish_denoising == "True")]
+    if arguments.add_pipeline == "True":
+        refiner = arguments.pipeline_weight or base_of(arguments.pipeline_config)
+        flags += ["--refiner", refiner, *_shares(arguments.stage2strength, arguments.finish_denoising == "True")]
     return flags + others
 
 
@@ -69,7 +76,7 @@ def inference_config(path: str) -> str:
     name = Path(path).stem
     family = "sd_xl_base" if "xl" in name else "sd_v2_1" if "v2" in name else "sd_v1_5"
     chosen = str(INFERENCE / f"{family}.yaml")
-    tell(f"--config {path}: is for training; pictures are drawn by {chosen}")
+    tell(f"--config {path}: is for training; pictures are sampled by {chosen}")
     return chosen
 
 
@@ -79,7 +86,7 @@ def base_of(path: str) -> str:
 
 
 def _content(path: str) -> dict[str, Any]:
-    """What a file says, if it says anything: what is wrong with it is told where it is read in earnest."""
+    """What a file says, if it says anything: what is wrong with it is reported where it is read to be used."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -36,12 +36,12 @@ def check_server() -> None:
 
 
 def places() -> Places:
-    """The folders that the page was given on its command line, after `--`."""
-    parser = argparse.ArgumentParser(prog="streamlit run demo/sampling.py --", description="Draw and teach.")
+    """The folders on the page's command line, after `--`."""
+    parser = argparse.ArgumentParser(prog="streamlit run demo/sampling.py --", description="Generate and teach.")
     parser.add_argument("--folder", action="append", type=Path, default=[], help="more models, LoRAs, photographs")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs", help="where trainings are written")
-    given, _ = parser.parse_known_args(sys.argv[1:])
-    return Places.of([REPOSITORY / "checkpoints", REPOSITORY / "demo" / "subject", *given.folder], given.runs)
+    arguments, _ = parser.parse_known_args(sys.argv[1:])
+    return Places.of([REPOSITORY / "checkpoints", REPOSITORY / "demo" / "subject", *arguments.folder], arguments.runs)
 
 
 @st.cache_resource
@@ -76,10 +76,10 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        tell_error(error)
+        show_error(error)
 
 
-def tell_error(error: UserError | str) -> None:
+def show_error(error: UserError | str) -> None:
     """Show what is wrong, without a traceback."""
     st.error(str(error), icon=":material/error:")
 

@@ -23,7 +23,7 @@ STATE_ICONS = {"running": "progress_activity", "finished": "check", "stopped": "
 
 
 def show() -> None:
-    """Draw the page."""
+    """Show the page."""
     st.html(session.STYLE)
     places = session.places()
     trainings = training_process.trainings(places.runs)[:SHOWN_TRAININGS]
@@ -56,7 +56,7 @@ def _new_training(places: Places) -> None:
     shelf = find(places)
     models = [path for path in shelf.models if not path.is_relative_to(places.runs)]
     if not models:
-        session.tell_error(f"There is no model in {places.listed()}; start the page with `-- --folder DIR`.")
+        session.show_error(f"There is no model in {places.listed()}; start the page with `-- --folder DIR`.")
         return
     left, right = st.columns([3, 2], gap="large")
     with right:
@@ -92,7 +92,7 @@ def _base(places: Places, models: list[Path]) -> ModelFacts | None:
         if facts.family is Family.SDXL_REFINER:
             raise DataError(f"{session.label(name)}: SDXL's refiner; choose a base model")
     except UserError as error:
-        session.tell_error(error)
+        session.show_error(error)
         return None
     return facts
 
@@ -107,7 +107,7 @@ def _preset(facts: ModelFacts) -> Preset | None:
     try:
         return read_preset(file)
     except UserError as error:
-        session.tell_error(error)
+        session.show_error(error)
         return None
 
 
@@ -128,7 +128,7 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
         preset.with_prior_preservation,
         key=f"teach_prior {preset.file.stem}",
         persist_state="session",
-        help="Prior preservation: pictures of the class are drawn first and trained beside.",
+        help="Prior preservation: pictures of the class are generated first and trained beside.",
     )
     class_prompt = None
     if prior:
@@ -151,16 +151,16 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
         persist_state="session",
     )
     validation = st.text_input(
-        "Draw during training",
+        "Generate during training",
         prompt,
         key=f"teach_validation {small}",
         persist_state="session",
-        help="A prompt to watch the subject being learnt by; empty to draw nothing.",
+        help="A prompt to watch the subject being learnt by; empty to generate nothing.",
     )
     with st.expander("More"):
         left, right = st.columns(2)
         every = left.number_input(
-            "Draw every … steps", 1, 100_000, max(int(steps) // 4, 1), key=f"teach_every {key} {steps}"
+            "Generate every … steps", 1, 100_000, max(int(steps) // 4, 1), key=f"teach_every {key} {steps}"
         )
         pictures = right.number_input("Pictures each time", 1, 8, 2, key="teach_pictures", persist_state="session")
         rank = left.number_input("Rank", 1, 512, preset.rank, key=f"teach_rank {key}", persist_state="session")
@@ -252,7 +252,7 @@ def _look(folder: Path, facts: ModelFacts, wishes: TrainingWishes) -> Look | Non
     try:
         look = look_at(folder, facts.picture_size, wishes.center_crop, wishes.seed)
     except UserError as error:
-        session.tell_error(error)
+        session.show_error(error)
         return None
     for remark in look.remarks:
         st.info(remark, icon=":material/info:")
@@ -302,7 +302,7 @@ def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Lo
 
 
 def _show_next(training: Training) -> None:
-    """Show this training when the page is drawn again: a widget's value cannot be set after it was drawn."""
+    """Show this training when the page is shown again: a widget's value cannot be set after it was shown."""
     st.session_state.teach_next = training.name
     st.rerun()
 

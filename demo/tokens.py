@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, told at once: transformers, which reads prompts in earnest, takes seconds to import."""
+"""How many tokens a prompt has, counted without transformers, which takes seconds to import."""
 
 from functools import lru_cache
 from pathlib import Path

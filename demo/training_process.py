@@ -1,7 +1,7 @@
 """A training as a process of its own: started, followed, stopped and taken up again.
 
 The process is `dreambooth-ms train` and needs no page: it goes on when the browser or the server is closed. Whether it
-runs is told by a lock on a file in the run's folder, which it inherits and the operating system takes away with it.
+runs is known from a lock on a file in the run's folder, which it inherits and the operating system takes away with it.
 """
 
 import fcntl
@@ -71,7 +71,7 @@ class Training:
 
     @property
     def has_result(self) -> bool:
-        """Whether there is something to draw with."""
+        """Whether there is something to sample with."""
         return (self.folder / FILE_NAME).is_file() or (self.folder / INDEX).is_file()
 
     @property
@@ -110,7 +110,7 @@ class Training:
         return reports
 
     def validation_pictures(self) -> dict[int, list[Path]]:
-        """The pictures drawn during training, by step."""
+        """The pictures sampled during training, by step."""
         found: dict[int, list[Path]] = {}
         for path in sorted((self.folder / VALIDATION).glob("step-*-*.png")):
             found.setdefault(int(path.stem.split("-")[1]), []).append(path)
@@ -185,8 +185,8 @@ def arguments_of(values: Mapping[str, Any], config: Path) -> list[str]:
         values: flags of `dreambooth-ms train` by name; None leaves one out.
         config: a YAML file that they are put on top of.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    return ["--config", str(config), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return ["--config", str(config), *(word for name, value in chosen.items() for word in (f"--{name}", str(value)))]
 
 
 def start(folder: Path, arguments: Sequence[str]) -> Training:

@@ -48,7 +48,7 @@ def _content(training: Training) -> None:
         _buttons(training)
     if state == "failed":
         for sentence in training.errors():
-            session.tell_error(sentence)
+            session.show_error(sentence)
     history = training.history()
     _figures(training, history)
     left, right = st.columns([3, 2], gap="large")
@@ -75,11 +75,11 @@ def _buttons(training: Training) -> None:
         )
     elif state in ("stopped", "failed"):
         st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
-    # Not while it runs: that part of the page is drawn again by itself, and a click on it may be lost.
+    # Not while it runs: that part of the page is shown again by itself, and a click on it may be lost.
     done = state != "running" and training.has_result
-    if done and st.button("Draw with it", type="primary", icon=":material/brush:", key="draw_with_it"):
-        st.session_state.draw_with_run = str(training.folder)
-        st.switch_page(session.PAGES["draw"])
+    if done and st.button("Generate with it", type="primary", icon=":material/brush:", key="sample_with_it"):
+        st.session_state.sample_with_run = str(training.folder)
+        st.switch_page(session.PAGES["sample"])
 
 
 def _resume(training: Training) -> None:
@@ -149,4 +149,4 @@ def _pictures(training: Training) -> None:
         for column, picture in zip(st.columns(max(len(pictures), 2)), pictures, strict=False):
             column.image(str(picture), width="stretch")
     if not found and training.state == "running":
-        st.caption("Pictures that are drawn during the training appear here.")
+        st.caption("Pictures that are generated during the training appear here.")

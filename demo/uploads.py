@@ -107,7 +107,7 @@ def _stored(folder: Path, name: str, content: bytes) -> Path:
 
 def safe_name(name: str, content: bytes) -> str:
     """A file name without anything that a shell, a browser or a file system could take for something else."""
-    given = Path(name.replace("\\", "/")).name
-    stem = re.sub(r"[^A-Za-z0-9_]+", "-", Path(given).stem).strip("-")[:40] or "file"
-    suffix = re.sub(r"[^a-z0-9.]", "", Path(given).suffix.lower())
+    base_name = Path(name.replace("\\", "/")).name
+    stem = re.sub(r"[^A-Za-z0-9_]+", "-", Path(base_name).stem).strip("-")[:40] or "file"
+    suffix = re.sub(r"[^a-z0-9.]", "", Path(base_name).suffix.lower())
     return f"{stem}-{hashlib.sha256(content).hexdigest()[:8]}{suffix}"

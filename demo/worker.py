@@ -1,4 +1,4 @@
-"""The drawing process: holds one model, draws what it is sent, and says how far it is.
+"""The sampling process: holds one model, samples what it is sent, and says how far it is.
 
     python -m demo.worker FILE_DESCRIPTOR
 
@@ -13,20 +13,20 @@ import traceback
 from functools import partial
 from multiprocessing.connection import Connection
 
-from demo.messages import Cancel, Draw, Finished
+from demo.messages import Cancel, Finished, Start
 from dreambooth_ms.errors import UserError
 
 UNKNOWN = (
-    "This drawing failed for a reason that the page does not know. The terminal that it was started from shows it; "
+    "These pictures failed for a reason that the page does not know. The terminal that it was started from shows it; "
     "other settings may work."
 )
 
 
 class Inbox:
-    """What has been asked for, read by a thread of its own: a cancellation is heard while something is drawn."""
+    """What has been asked for, read by a thread of its own: a cancellation is heard while something is sampled."""
 
     def __init__(self, connection: Connection) -> None:
-        self.drawings: queue.Queue[Draw] = queue.Queue()
+        self.requests: queue.Queue[Start] = queue.Queue()
         self._cancelled: set[int] = set()
         self._connection = connection
         threading.Thread(target=self._read, daemon=True, name="inbox").start()
@@ -42,23 +42,23 @@ class Inbox:
                 if isinstance(message, Cancel):
                     self._cancelled.add(message.job)
                 else:
-                    self.drawings.put(message)
+                    self.requests.put(message)
         except (EOFError, OSError):
             os._exit(0)
 
 
 def main(descriptor: int) -> None:
-    """Draw until the connection is closed."""
+    """Sample until the connection is closed."""
     connection = Connection(descriptor)
     inbox = Inbox(connection)
-    from demo.drawing import Painter  # MindSpore takes seconds to import, in which a cancellation may come.
+    from demo.sampler import Sampler  # MindSpore takes seconds to import, in which a cancellation may come.
 
-    painter = None
+    sampler = None
     while True:
-        asked = inbox.drawings.get()
+        asked = inbox.requests.get()
         try:
-            painter = painter or Painter(asked.drawing.model, connection.send, asked.job)
-            finished = painter.draw(asked, connection.send, partial(inbox.is_cancelled, asked.job))
+            sampler = sampler or Sampler(asked.request.model, connection.send, asked.job)
+            finished = sampler.sample(asked, connection.send, partial(inbox.is_cancelled, asked.job))
             connection.send(Finished(asked.job, "done" if finished else "cancelled"))
         except UserError as error:
             connection.send(Finished(asked.job, "failed", str(error)))

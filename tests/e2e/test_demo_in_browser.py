@@ -1,4 +1,4 @@
-"""The page in a real browser, on the embedded base: draw, compare, teach, and a file that is none."""
+"""The page in a real browser, on the embedded base: generate, compare, teach, and a file that is none."""
 
 import os
 import shutil
@@ -35,11 +35,11 @@ def runs(tmp_path_factory):
         f"pretrained_model_name_or_path: {base}\ninstance_data_dir: x\ninstance_prompt: a photo of a red star\n"
     )
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    draw = np.random.default_rng(0).standard_normal
+    normal = np.random.default_rng(0).standard_normal
     from dreambooth_ms.formats.tensor_file import read_tensors
 
     weight = read_tensors(base / "unet" / "diffusion_pytorch_model.safetensors")[0][f"{layer}.weight"]
-    factors = {layer: (draw((2, weight.shape[1]), np.float32), draw((weight.shape[0], 2), np.float32))}
+    factors = {layer: (normal((2, weight.shape[1]), np.float32), normal((weight.shape[0], 2), np.float32))}
     write_run_lora(run, {"unet": factors}, 3)
     return runs
 
@@ -177,11 +177,11 @@ class Page:
         return [one.get_attribute("src") for one in self.browser.find_elements("css selector", ".stMain img")]
 
 
-def test_draw_compare_teach_and_draw_with_the_result(browser, address, runs, tmp_path):
+def test_generate_compare_teach_and_generate_with_the_result(browser, address, runs, tmp_path):
     page = Page(browser, address)
     page.has("runs/dog")
     page.write("Steps", "8")
-    page.press("Draw")
+    page.press("Generate")
     page.button("Cancel")
     page.has("Without it, same seed")
     with_it, without = page.wait_for(lambda: len(page.pictures()) == 2 and page.pictures(), "two pictures")
@@ -200,11 +200,11 @@ def test_draw_compare_teach_and_draw_with_the_result(browser, address, runs, tmp
     page.has("5 photographs")
     page.switch("Keep the class as it is")
     page.write("Steps", "3")
-    page.write("Draw during training", "")
+    page.write("Generate during training", "")
     page.write("Name", "taught")
     page.press("Teach")
     page.button("Stop")
-    page.press("Draw with it")
+    page.press("Generate with it")
     page.has("runs/taught")
     assert (runs / "taught" / "pytorch_lora_weights.safetensors").is_file()
     assert Path(runs / "taught" / "history.jsonl").read_text().count("\n") == 3

@@ -82,14 +82,14 @@ def test_paths_outside_are_refused(places, tmp_path, name):
         places.confined(name.format(runs=places.runs))
 
 
-def test_paths_inside_are_taken_and_missing_ones_told(places):
+def test_paths_inside_are_taken_and_missing_ones_refused(places):
     run = write_run(places.runs / "dog")
     assert places.confined(f" {places.runs}/../runs/dog ") == run
     with pytest.raises(DataError, match="no such file or folder"):
         places.confined(str(places.runs / "cat"))
 
 
-def test_labels_are_short_and_tell_runs(places):
+def test_labels_are_short_and_name_runs(places):
     assert places.label(EMBEDDED) == "tiny-shapes"
     assert places.label(places.runs / "dog") == "runs/dog"
 
@@ -103,7 +103,7 @@ def test_a_model_is_described_without_its_weights():
     assert len(set(facts.sizes().values())) == len(facts.sizes())
 
 
-def test_folders_of_photographs_are_found_but_not_what_runs_have_drawn(places):
+def test_folders_of_photographs_are_found_but_not_what_runs_have_sampled(places):
     for folder in ("photos", "dog/class_images", "dog/validation"):
         (places.runs / folder).mkdir(parents=True)
         (places.runs / folder / "1.png").write_bytes(b"")

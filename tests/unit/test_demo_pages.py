@@ -23,8 +23,8 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """The folder of runs of a page whose drawing process draws plain colours."""
-    monkeypatch.setattr(engines, "WORKER", (sys.executable, "-m", "tests.painting_process"))
+    """The folder of runs of a page whose sampling process samples plain colours."""
+    monkeypatch.setattr(engines, "WORKER", (sys.executable, "-m", "tests.stub_sampling_process"))
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--runs", str(tmp_path / "runs")])
     before = config.get_option("server.address")
     config.set_option("server.address", "127.0.0.1")
@@ -52,8 +52,8 @@ def opened():
     return page
 
 
-def draw(page):
-    page.button("draw_button").click().run()
+def sample(page):
+    page.button("sample_button").click().run()
     return finished(page)
 
 
@@ -79,107 +79,107 @@ def errors(page):
     return " ".join(error.value for error in page.error)
 
 
-def test_it_opens_on_the_embedded_base_and_one_button_draws(runs):
+def test_it_opens_on_the_embedded_base_and_one_button_generates(runs):
     page = opened()
-    assert page.selectbox("draw_model").value == str(EMBEDDED)
-    assert page.text_area("draw_prompt").value == "a photo of a red circle on a blue background"
+    assert page.selectbox("sample_model").value == str(EMBEDDED)
+    assert page.text_area("sample_prompt").value == "a photo of a red circle on a blue background"
     assert any("10 of 75 tokens" in caption.value for caption in page.caption)
-    draw(page)
+    sample(page)
     (entry,) = gallery(page)
-    assert entry.drawing.prompt == "a photo of a red circle on a blue background"
-    assert (entry.drawing.width, entry.drawing.height, entry.drawing.guidance_scale) == (64, 64, 3.0)
+    assert entry.request.prompt == "a photo of a red circle on a blue background"
+    assert (entry.request.width, entry.request.height, entry.request.guidance_scale) == (64, 64, 3.0)
 
 
 def test_it_opens_on_the_newest_run(runs):
     run = write_run(runs / "dog")
     page = opened()
-    assert page.multiselect("draw_loras").value == [str(run)]
-    assert page.text_area("draw_prompt").value == "a photo of a sks star"
-    draw(page)
+    assert page.multiselect("sample_loras").value == [str(run)]
+    assert page.text_area("sample_prompt").value == "a photo of a sks star"
+    sample(page)
     (entry,) = gallery(page)
-    assert entry.drawing.model.loras == (str(run),)
+    assert entry.request.model.loras == (str(run),)
     assert list(entry.files) == ["adapted", "base"]
 
 
-def test_settings_reach_the_drawing(runs):
+def test_settings_reach_the_request(runs):
     run = write_run(runs / "dog")
     page = opened()
     page.slider(f"scale {run}").set_value(0.5)
-    page.selectbox("draw_size").set_value("Landscape")
-    page.selectbox("draw_scheduler").set_value("euler")
-    page.number_input("draw_steps").set_value(4)
-    page.number_input("draw_count").set_value(2)
-    page.number_input("draw_seed").set_value(77)
-    page.text_area("draw_negative_prompt").set_value("green")
-    page.toggle("draw_compare").set_value(False)
+    page.selectbox("sample_size").set_value("Landscape")
+    page.selectbox("sample_scheduler").set_value("euler")
+    page.number_input("sample_steps").set_value(4)
+    page.number_input("sample_count").set_value(2)
+    page.number_input("sample_seed").set_value(77)
+    page.text_area("sample_negative_prompt").set_value("green")
+    page.toggle("sample_compare").set_value(False)
     page.run()
-    draw(page)
-    drawing = gallery(page)[0].drawing
+    sample(page)
+    request = gallery(page)[0].request
     assert len(gallery(page)) == 2
-    assert drawing.width > drawing.height
-    assert (drawing.lora_scales, drawing.scheduler, drawing.num_inference_steps) == ((0.5,), "euler", 4)
-    assert (drawing.seed, drawing.negative_prompt, drawing.compare) == (77, "green", False)
+    assert request.width > request.height
+    assert (request.lora_scales, request.scheduler, request.num_inference_steps) == ((0.5,), "euler", 4)
+    assert (request.seed, request.negative_prompt, request.compare) == (77, "green", False)
 
 
 def test_settings_of_the_gallery_are_used_again(runs):
     page = opened()
-    page.number_input("draw_seed").set_value(77)
-    page.selectbox("draw_size").set_value("Landscape").run()
-    draw(page)
-    page.number_input("draw_seed").set_value(5)
-    page.selectbox("draw_size").set_value("Square")
-    page.text_area("draw_prompt").set_value("a star").run()
+    page.number_input("sample_seed").set_value(77)
+    page.selectbox("sample_size").set_value("Landscape").run()
+    sample(page)
+    page.number_input("sample_seed").set_value(5)
+    page.selectbox("sample_size").set_value("Square")
+    page.text_area("sample_prompt").set_value("a star").run()
     page.button(f"again {gallery(page)[0].name}").click().run()
-    assert page.number_input("draw_seed").value == 77
-    assert page.selectbox("draw_size").value == "Landscape"
-    assert page.text_area("draw_prompt").value == "a photo of a red circle on a blue background"
+    assert page.number_input("sample_seed").value == 77
+    assert page.selectbox("sample_size").value == "Landscape"
+    assert page.text_area("sample_prompt").value == "a photo of a red circle on a blue background"
 
 
 def test_a_new_seed_each_time(runs):
     page = opened()
-    page.toggle("draw_random_seed").set_value(True).run()
-    draw(page)
-    draw(page)
-    first, second = (entry.drawing.seed for entry in gallery(page))
+    page.toggle("sample_random_seed").set_value(True).run()
+    sample(page)
+    sample(page)
+    first, second = (entry.request.seed for entry in gallery(page))
     assert first != second
-    assert page.number_input("draw_seed").value == first
+    assert page.number_input("sample_seed").value == first
 
 
 def test_progress_and_cancel(runs):
     page = opened()
-    page.text_area("draw_prompt").set_value("slow").run()
-    page.button("draw_button").click().run()
-    assert page.button("draw_button").disabled
+    page.text_area("sample_prompt").set_value("slow").run()
+    page.button("sample_button").click().run()
+    assert page.button("sample_button").disabled
     page.button("cancel_button").click().run()
     finished(page)
     assert "Cancelled" in page.info[0].value
-    assert not page.button("draw_button").disabled
+    assert not page.button("sample_button").disabled
 
 
 @pytest.mark.parametrize(("prompt", "sentence"), [("wrong", "no such model"), ("crash", "ended by itself")])
 def test_what_goes_wrong_is_a_sentence_and_the_page_goes_on(runs, prompt, sentence):
     page = opened()
-    page.text_area("draw_prompt").set_value(prompt).run()
-    draw(page)
+    page.text_area("sample_prompt").set_value(prompt).run()
+    sample(page)
     assert sentence in errors(page)
-    page.text_area("draw_prompt").set_value("a star").run()
-    draw(page)
+    page.text_area("sample_prompt").set_value("a star").run()
+    sample(page)
     assert len(gallery(page)) == 1
     assert not page.error
 
 
 def test_a_prompt_is_needed_and_long_ones_are_told(runs):
     page = opened()
-    page.text_area("draw_prompt").set_value("  ").run()
-    page.button("draw_button").click().run()
+    page.text_area("sample_prompt").set_value("  ").run()
+    page.button("sample_button").click().run()
     assert "Write a prompt first" in errors(page)
-    page.text_area("draw_prompt").set_value("star " * 80).run()
+    page.text_area("sample_prompt").set_value("star " * 80).run()
     assert any("are not read" in caption.value for caption in page.caption)
 
 
 def test_a_path_outside_is_refused(runs):
     page = AppTest.from_file(SCRIPT, default_timeout=60)
-    page.session_state["draw_model"] = "/etc"
+    page.session_state["sample_model"] = "/etc"
     page.run()
     assert "outside the folders of this page" in errors(page)
     assert not page.exception
@@ -187,21 +187,21 @@ def test_a_path_outside_is_refused(runs):
 
 def test_two_windows_do_not_mix(runs):
     one, other = opened(), opened()
-    one.number_input("draw_seed").set_value(1).run()
-    other.number_input("draw_seed").set_value(2).run()
-    one.button("draw_button").click().run()
-    other.button("draw_button").click().run()
-    assert [entry.drawing.seed for entry in gallery(finished(one))] == [1]
-    assert [entry.drawing.seed for entry in gallery(finished(other))] == [2]
+    one.number_input("sample_seed").set_value(1).run()
+    other.number_input("sample_seed").set_value(2).run()
+    one.button("sample_button").click().run()
+    other.button("sample_button").click().run()
+    assert [entry.request.seed for entry in gallery(finished(one))] == [1]
+    assert [entry.request.seed for entry in gallery(finished(other))] == [2]
 
 
-def test_a_window_sees_how_many_drawings_are_before_its_own(runs):
+def test_a_window_sees_how_many_requests_are_before_its_own(runs):
     one, other = opened(), opened()
-    one.number_input("draw_steps").set_value(200)
-    one.text_area("draw_prompt").set_value("slow").run()
-    one.button("draw_button").click().run()
-    other.button("draw_button").click().run()
-    assert other.get("progress")[0].proto.text == "Waiting: 1 drawing before this one"
+    one.number_input("sample_steps").set_value(200)
+    one.text_area("sample_prompt").set_value("slow").run()
+    one.button("sample_button").click().run()
+    other.button("sample_button").click().run()
+    assert other.get("progress")[0].proto.text == "Waiting: 1 request before this one"
     other.button("cancel_button").click().run()
     assert "Cancelled" in finished(other).info[0].value
     one.button("cancel_button").click().run()
@@ -216,15 +216,15 @@ def png():
 
 def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
     page = opened()
-    page.file_uploader("draw_picture").set_value(("a.png", b"MZ", "image/png")).run()
+    page.file_uploader("sample_picture").set_value(("a.png", b"MZ", "image/png")).run()
     assert "a.png: not a picture of a known format" in errors(page)
-    page.file_uploader("draw_picture").set_value(("a.png", png(), "image/png"))
-    page.slider("draw_strength").set_value(0.3).run()
+    page.file_uploader("sample_picture").set_value(("a.png", png(), "image/png"))
+    page.slider("sample_strength").set_value(0.3).run()
     assert not page.error
-    draw(page)
-    drawing = gallery(page)[0].drawing
-    assert (drawing.image.shape, drawing.strength) == ((64, 64, 3), 0.3)
-    assert (drawing.image[..., 0] > 200).all()
+    sample(page)
+    request = gallery(page)[0].request
+    assert (request.image.shape, request.strength) == ((64, 64, 3), 0.3)
+    assert (request.image[..., 0] > 200).all()
 
 
 def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
@@ -233,11 +233,11 @@ def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
     assert "a.safetensors" in errors(page)
     content = (write_run(tmp_path / "elsewhere") / "pytorch_lora_weights.safetensors").read_bytes()
     page.file_uploader("lora_upload").set_value(("mine.safetensors", content, "")).run()
-    (chosen,) = page.multiselect("draw_loras").value
+    (chosen,) = page.multiselect("sample_loras").value
     assert "mine-" in chosen
     assert page.slider(f"scale {chosen}").value == 1.0
     other = opened()
-    assert other.multiselect("draw_loras").options == [], "of another window"
+    assert other.multiselect("sample_loras").options == [], "of another window"
 
 
 def test_a_server_that_others_can_reach_shows_nothing(runs):
@@ -249,7 +249,7 @@ def test_a_server_that_others_can_reach_shows_nothing(runs):
 
 
 def test_the_page_opens_without_mindspore():
-    program = "import sys, demo.draw_page, demo.teach_page; sys.exit('mindspore' in sys.modules)"
+    program = "import sys, demo.sample_page, demo.teach_page; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
@@ -295,7 +295,7 @@ def test_a_training_that_is_over_is_shown_with_what_it_left(runs):
     page.button_group("teach_chosen").set_value("dog").run()
     assert not page.exception
     assert [metric.value for metric in page.metric][:2] == ["8", "0.5000"]
-    assert page.button("draw_with_it")
+    assert page.button("sample_with_it")
 
 
 TRAINING = """

@@ -120,12 +120,12 @@ def test_photographs_come_with_what_is_wrong_with_them(folder):
     (folder / "4.jpg").write_bytes(b"no")
     (folder / "notes.txt").write_text("")
     look = look_at(folder, 64, center_crop=True, seed=0)
-    told = {photograph.path.name: " ".join(photograph.problems) for photograph in look.photographs}
-    assert told["1.png"] == ""
-    assert "68% of it is cut off" in told["2.png"]
-    assert "the same picture as 1.png" in told["3.png"]
-    assert "not a picture" in told["4.jpg"]
-    assert "enlarged 3.2 times" in told["10.png"]
+    problems = {photograph.path.name: " ".join(photograph.problems) for photograph in look.photographs}
+    assert problems["1.png"] == ""
+    assert "68% of it is cut off" in problems["2.png"]
+    assert "the same picture as 1.png" in problems["3.png"]
+    assert "not a picture" in problems["4.jpg"]
+    assert "enlarged 3.2 times" in problems["10.png"]
     assert not look.usable
     assert any("notes.txt" in remark for remark in look.remarks)
 

@@ -1,10 +1,10 @@
-"""What the page's drawing process does with the toolkit, on models of a few thousand weights."""
+"""What the page's sampling process does with the toolkit, on models of a few thousand weights."""
 
 import numpy as np
 import pytest
 
-from demo.drawing import Painter
-from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Step
+from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Start, Step
+from demo.sampler import Sampler
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.request import SampleRequest
 from tests.tiny_model import write_random_model, write_random_sdxl
@@ -14,8 +14,8 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def lora(folder, seed):
-    draw = np.random.default_rng(seed).standard_normal
-    factors = {LAYER: (draw((2, 16), np.float32), draw((16, 2), np.float32))}
+    normal = np.random.default_rng(seed).standard_normal
+    factors = {LAYER: (normal((2, 16), np.float32), normal((16, 2), np.float32))}
     return str(write_run_lora(folder, {"unet": factors}, 1).parent)
 
 
@@ -27,24 +27,29 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def painter(model):
-    return Painter(model, lambda message: None, 1)
+def sampler(model):
+    return Sampler(model, lambda message: None, 1)
 
 
-def drawing(model, **settings):
-    given = {"width": 32, "height": 32, "num_inference_steps": 4, "lora_scales": (1.0,) * len(model.loras)}
-    return Drawing(model, "a photo of a star", **(given | settings))
+def request(model, **settings):
+    settings = {
+        "width": 32,
+        "height": 32,
+        "num_inference_steps": 4,
+        "lora_scales": (1.0,) * len(model.loras),
+    } | settings
+    return PictureRequest(model, "a photo of a star", **settings)
 
 
-def drawn(painter, asked, cancelled=lambda: False):
+def sampled(sampler, asked, cancelled=lambda: False):
     """Whether it was finished, and the messages by kind."""
     sent = []
-    finished = painter.draw(Draw(1, asked), sent.append, cancelled)
+    finished = sampler.sample(Start(1, asked), sent.append, cancelled)
     return finished, {kind: [one for one in sent if isinstance(one, kind)] for kind in (Phase, Step, Picture)}
 
 
-def test_pairs_are_drawn_with_progress_and_previews(painter, model):
-    finished, sent = drawn(painter, drawing(model, count=2, compare=True))
+def test_pairs_are_sampled_with_progress_and_previews(sampler, model):
+    finished, sent = sampled(sampler, request(model, count=2, compare=True))
     assert finished
     assert [(p.side, p.number) for p in sent[Picture]] == [("adapted", 0), ("adapted", 1), ("base", 0), ("base", 1)]
     assert not np.array_equal(sent[Picture][0].pixels, sent[Picture][2].pixels)
@@ -54,70 +59,70 @@ def test_pairs_are_drawn_with_progress_and_previews(painter, model):
     assert shares[-1] == 1.0
     assert sent[Step][0].preview.shape == (32, 32, 3)
     assert len(sent[Phase]) == 1
-    assert not drawn(painter, drawing(model, seed=1))[1][Phase], "compiled already"
+    assert not sampled(sampler, request(model, seed=1))[1][Phase], "compiled already"
 
 
-def test_each_lora_has_its_own_strength_and_none_is_the_base(painter, model):
+def test_each_lora_has_its_own_strength_and_none_is_the_base(sampler, model):
     pictures = {
-        scales: drawn(painter, drawing(model, lora_scales=scales))[1][Picture][0]
+        scales: sampled(sampler, request(model, lora_scales=scales))[1][Picture][0]
         for scales in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0))
     }
     pixels = {scales: picture.pixels.tobytes() for scales, picture in pictures.items()}
     assert len(set(pixels.values())) == 4
-    alone = drawn(painter, drawing(ModelChoice(model.base)))[1][Picture][0]
+    alone = sampled(sampler, request(ModelChoice(model.base)))[1][Picture][0]
     assert alone.pixels.tobytes() == pixels[0.0, 0.0]
     assert pictures[1.0, 0.0].settings["lora"] == [model.loras[0]]
     assert alone.settings["lora"] == []
 
 
-def test_the_command_line_draws_the_same(painter, model):
-    asked = drawing(model, seed=5, guidance_scale=3.0, lora_scales=(0.5, 1.0))
-    theirs = painter._model.sample(
+def test_the_command_line_samples_the_same(sampler, model):
+    asked = request(model, seed=5, guidance_scale=3.0, lora_scales=(0.5, 1.0))
+    theirs = sampler._model.sample(
         SampleRequest(
             prompts=(asked.prompt,), height=32, width=32, seed=5, batch_size=1, num_inference_steps=4,
             guidance_scale=3.0, lora_scales=(0.5, 1.0),
         )
     )  # fmt: skip
-    assert np.array_equal(next(theirs).picture, drawn(painter, asked)[1][Picture][0].pixels)
+    assert np.array_equal(next(theirs).picture, sampled(sampler, asked)[1][Picture][0].pixels)
 
 
-def test_a_picture_to_start_from_is_kept_the_more_the_weaker(painter, model):
+def test_a_picture_to_start_from_is_kept_the_more_the_weaker(sampler, model):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:16] = 255
     far, near = (
-        drawn(painter, drawing(model, image=image, strength=strength))[1][Picture][0] for strength in (1.0, 0.3)
+        sampled(sampler, request(model, image=image, strength=strength))[1][Picture][0] for strength in (1.0, 0.3)
     )
     assert not np.array_equal(far.pixels, near.pixels)
     assert near.settings["strength"] == 0.3
 
 
-def test_a_cancellation_ends_it_between_two_steps(painter, model):
+def test_a_cancellation_ends_it_between_two_steps(sampler, model):
     steps = []
 
     def cancelled():
         steps.append(1)
         return len(steps) > 3
 
-    finished, sent = drawn(painter, drawing(model, num_inference_steps=50), cancelled)
+    finished, sent = sampled(sampler, request(model, num_inference_steps=50), cancelled)
     assert not finished
     assert len(sent[Step]) == 3
     assert not sent[Picture]
 
 
-def test_a_size_that_does_not_fit_is_a_sentence(painter, model):
+def test_a_size_that_does_not_fit_is_a_sentence(sampler, model):
     with pytest.raises(WeightError, match="sides must be multiples of"):
-        drawn(painter, drawing(model, width=33))
+        sampled(sampler, request(model, width=33))
 
 
 def test_the_refiner_finishes_the_pictures_of_the_base(tmp_path):
     base, refiner = write_random_sdxl(tmp_path / "base"), write_random_sdxl(tmp_path / "refiner", refiner=True)
     both = ModelChoice(str(base), refiner=str(refiner))
-    painter = Painter(both, lambda message: None, 1)
-    _, sent = drawn(painter, drawing(both, num_inference_steps=5, refiner_start=0.6))
+    sampler = Sampler(both, lambda message: None, 1)
+    _, sent = sampled(sampler, request(both, num_inference_steps=5, refiner_start=0.6))
     assert [step.stage for step in sent[Step]] == ["base"] * 3 + ["refiner"] * 2
     assert [step.share for step in sent[Step]] == sorted(step.share for step in sent[Step])
     assert sent[Step][-1].share == 1.0
     (refined,) = sent[Picture]
     assert refined.settings["refiner"] == str(refiner)
-    (alone,) = drawn(painter, drawing(ModelChoice(str(base)), num_inference_steps=5))[1][Picture]
+    (alone,) = sampled(sampler, request(ModelChoice(str(base)), num_inference_steps=5))[1][Picture]
     assert not np.array_equal(alone.pixels, refined.pixels)

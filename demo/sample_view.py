@@ -1,4 +1,4 @@
-"""What comes of a drawing: the picture as it forms, and the gallery of the session."""
+"""What comes of a request: the picture as it forms, and the gallery of the session."""
 
 import time
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import streamlit as st
 
 from demo import gallery, session
-from demo.draw_controls import SCHEDULERS
 from demo.engine import Job
 from demo.gallery import Entry
 from demo.library import describe
-from demo.messages import Drawing
+from demo.messages import PictureRequest
+from demo.sample_controls import SCHEDULERS
 
 POLL_SECONDS = 0.4
 CARD_WIDTH = 172
@@ -18,17 +18,17 @@ CARD_WIDTH = 172
 
 
 def show_result() -> None:
-    """Where the drawing of this window is, or what came of it."""
+    """Where the request of this window is, or what came of it."""
     job: Job | None = st.session_state.get("job")
-    if st.session_state.get("draw_error"):
-        session.tell_error(st.session_state.draw_error)
+    if st.session_state.get("sample_error"):
+        session.show_error(st.session_state.sample_error)
     if job is None:
         if not st.session_state.get("gallery"):
             _welcome()
     elif job.over:
         _collect(job)
         if job.state == "failed":
-            session.tell_error(job.sentence)
+            session.show_error(job.sentence)
         elif job.state == "cancelled":
             st.info("Cancelled.", icon=":material/block:")
     else:
@@ -37,12 +37,12 @@ def show_result() -> None:
 
 def _welcome() -> None:
     with st.container(border=True, horizontal_alignment="center", height=260, vertical_alignment="center"):
-        st.markdown(":material/image:  Press **Draw**: your picture appears here.", width="content")
+        st.markdown(":material/image:  Press **Generate**: your picture appears here.", width="content")
         st.caption("The first one takes longer, while the model is loaded and compiled.", width="content")
 
 
 def _collect(job: Job) -> None:
-    """Put what a job has drawn into the gallery, once."""
+    """Put what a job has sampled into the gallery, once."""
     if st.session_state.get("collected") == job.number:
         return
     st.session_state.collected = job.number
@@ -59,14 +59,14 @@ def _live() -> None:
         text, button = st.columns([5, 1], vertical_alignment="center")
         text.progress(job.step.share if job.step else 0.0, text=_progress_text(job))
         button.button("Cancel", key="cancel_button", on_click=session.engine().cancel, args=(job,), width="stretch")
-        shown_sides = job.drawing.sides
+        shown_sides = job.request.sides
         columns = st.columns(max(len(shown_sides), 2), wrap=False)
         for column, side in zip(columns, shown_sides, strict=False):
             newest = next((p for p in reversed(job.pictures) if p.side == side), None)
             preview = job.preview if job.preview and job.preview.side == side else None
             pixels = preview.preview if preview else newest.pixels if newest else None
             if pixels is not None:
-                column.image(pixels, width="stretch", caption=_side_label(side, job.drawing))
+                column.image(pixels, width="stretch", caption=_side_label(side, job.request))
 
 
 def _progress_text(job: Job) -> str:
@@ -74,13 +74,13 @@ def _progress_text(job: Job) -> str:
         return "Ending after this step"
     if job.state == "waiting":
         ahead = session.engine().ahead(job)
-        return f"Waiting: {ahead} drawing{'s' if ahead != 1 else ''} before this one"
+        return f"Waiting: {ahead} request{'s' if ahead != 1 else ''} before this one"
     if job.phase or not job.step:
         return job.phase or "Starting"
-    step, drawing = job.step, job.drawing
+    step, request = job.step, job.request
     words = [f"step {step.step} of {step.steps}"]
-    if drawing.count > 1:
-        words.insert(0, f"picture {step.number + 1} of {drawing.count}")
+    if request.count > 1:
+        words.insert(0, f"picture {step.number + 1} of {request.count}")
     if step.side == "base":
         words.insert(0, "without the LoRAs")
     if step.stage == "refiner":
@@ -95,18 +95,18 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def _side_label(side: str, drawing: Drawing) -> str | None:
-    if not drawing.compare:
+def _side_label(side: str, request: PictureRequest) -> str | None:
+    if not request.compare:
         return None
     return "With the LoRA" if side == "adapted" else "Without it, same seed"
 
 
 def show_gallery() -> None:
-    """What was drawn in this window, the newest large."""
+    """What was sampled in this window, the newest large."""
     entries: list[Entry] = st.session_state.get("gallery", [])
     if not entries:
         return
-    latest = [entry for entry in entries if entry.drawing is entries[0].drawing]
+    latest = [entry for entry in entries if entry.request is entries[0].request]
     _latest(list(reversed(latest)))
     earlier = entries[len(latest) :]
     if earlier:
@@ -119,7 +119,7 @@ def show_gallery() -> None:
 
 
 def _latest(entries: list[Entry]) -> None:
-    per_row = min(len(entries), 2) if entries[0].drawing.compare else min(max(len(entries), 2), 3)
+    per_row = min(len(entries), 2) if entries[0].request.compare else min(max(len(entries), 2), 3)
     for start in range(0, len(entries), per_row):
         for column, entry in zip(st.columns(per_row), entries[start : start + per_row], strict=False):
             with column.container(border=True):
@@ -127,12 +127,12 @@ def _latest(entries: list[Entry]) -> None:
 
 
 def _entry(entry: Entry) -> None:
-    sides, drawing = list(entry.files), entry.drawing
+    sides, request = list(entry.files), entry.request
     for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
-        column.image(entry.files[side], width="stretch", caption=_side_label(side, drawing))
-    scheduler, guidance = SCHEDULERS[drawing.scheduler], drawing.guidance_scale
-    how = f"{drawing.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
-    st.caption(f"{drawing.prompt}  \nseed {drawing.seed}, {how}")
+        column.image(entry.files[side], width="stretch", caption=_side_label(side, request))
+    scheduler, guidance = SCHEDULERS[request.scheduler], request.guidance_scale
+    how = f"{request.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+    st.caption(f"{request.prompt}  \nseed {request.seed}, {how}")
     _buttons(entry, with_words=True)
 
 
@@ -169,14 +169,16 @@ def _buttons(entry: Entry, with_words: bool) -> None:
 
 
 def _use_again(entry: Entry) -> None:
-    drawing, state = entry.drawing, st.session_state
-    state.draw_model, state.draw_loras = drawing.model.base, list(drawing.model.loras)
-    for name, scale in zip(drawing.model.loras, drawing.lora_scales, strict=True):
+    request, state = entry.request, st.session_state
+    state.sample_model, state.sample_loras = request.model.base, list(request.model.loras)
+    for name, scale in zip(request.model.loras, request.lora_scales, strict=True):
         state[f"scale {name}"] = scale
-    state.draw_prompt, state.draw_negative_prompt = drawing.prompt, drawing.negative_prompt
-    state.draw_steps, state.draw_count = drawing.num_inference_steps, drawing.count
-    state.draw_guidance, state.draw_guidance_of = drawing.guidance_scale, drawing.model.base
-    state.draw_scheduler, state.draw_seed, state.draw_random_seed = drawing.scheduler, drawing.seed, False
-    state.draw_compare = drawing.compare
-    sizes = describe(Path(drawing.model.base)).sizes()
-    state.draw_size = next((name for name, size in sizes.items() if size == (drawing.width, drawing.height)), "Square")
+    state.sample_prompt, state.sample_negative_prompt = request.prompt, request.negative_prompt
+    state.sample_steps, state.sample_count = request.num_inference_steps, request.count
+    state.sample_guidance, state.sample_guidance_of = request.guidance_scale, request.model.base
+    state.sample_scheduler, state.sample_seed, state.sample_random_seed = request.scheduler, request.seed, False
+    state.sample_compare = request.compare
+    sizes = describe(Path(request.model.base)).sizes()
+    state.sample_size = next(
+        (name for name, size in sizes.items() if size == (request.width, request.height)), "Square"
+    )

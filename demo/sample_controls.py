@@ -1,4 +1,4 @@
-"""The side of the page to draw on: which networks, and how they draw."""
+"""The side of the page to generate on: which networks, and how they sample."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import streamlit as st
 
 from demo import session, uploads
 from demo.library import ModelFacts, Places, Shelf, choose, describe, find_refiners
-from demo.messages import Drawing, ModelChoice
+from demo.messages import ModelChoice, PictureRequest
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.specs import Family
@@ -27,46 +27,46 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
     "lcm": "LCM",
     "ddpm": "DDPM",
 }
-"""As the page calls them; those for models of EDM's formulation are for none that is drawn with here."""
+"""As the page calls them; the page takes no models of EDM's formulation, so none of their schedulers."""
 LARGEST_SEED = 2**31 - 1
 
 
 def model_control(places: Places, shelf: Shelf) -> ModelFacts | None:
     """The base; None if it cannot be used, and the page says why."""
-    names, chosen = [str(path) for path in shelf.models], st.session_state.draw_model
+    names, chosen = [str(path) for path in shelf.models], st.session_state.sample_model
     st.selectbox(
         "Model",
         names if chosen in names else [*names, chosen],
         format_func=session.label,
-        key="draw_model",
+        key="sample_model",
         persist_state="session",
         accept_new_options=True,
         help=f"Found in {places.listed()}; or write the path of a file or folder there.",
     )
     try:
-        return describe(places.confined(st.session_state.draw_model))
+        return describe(places.confined(st.session_state.sample_model))
     except UserError as error:
-        session.tell_error(error)
+        session.show_error(error)
         return None
 
 
-def controls(facts: ModelFacts, shelf: Shelf) -> Drawing:
-    """The drawing that is set up at the side, without prompts and picture."""
+def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
+    """The request that is set up at the side, without prompts and picture."""
     loras, scales = _loras(shelf)
     refiner, refiner_start = _refiner(facts, shelf)
-    drawing = _settings(facts)
+    request = _settings(facts)
     model = choose(str(facts.path), loras, refiner)
-    return replace(drawing, model=model, lora_scales=scales, refiner_start=refiner_start)
+    return replace(request, model=model, lora_scales=scales, refiner_start=refiner_start)
 
 
 def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The adapters and their strengths."""
     state = st.session_state
     names = [str(path) for path in shelf.loras] + state.setdefault("uploaded_loras", [])
-    wanted = [*state.get("draw_loras", []), *filter(None, [state.pop("add_lora", None)])]
-    state.draw_loras = [name for name in dict.fromkeys(wanted) if name in names]
+    wanted = [*state.get("sample_loras", []), *filter(None, [state.pop("add_lora", None)])]
+    state.sample_loras = [name for name in dict.fromkeys(wanted) if name in names]
     loras = st.multiselect(
-        "LoRAs", names, format_func=session.label, key="draw_loras", persist_state="session", placeholder="None"
+        "LoRAs", names, format_func=session.label, key="sample_loras", persist_state="session", placeholder="None"
     )
     loras = [name for name in loras if name in names]
     scales = tuple(_strength(name) for name in loras)
@@ -105,63 +105,67 @@ def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
     """The model that finishes the pictures, and from where on."""
     refiners = [str(path) for path in find_refiners(shelf)] if facts.family is Family.SDXL else []
     if not refiners:
-        return None, Drawing.refiner_start
+        return None, PictureRequest.refiner_start
     refiner = st.selectbox(
         "Refiner",
         [None, *refiners],
         format_func=lambda name: session.label(name) if name else "None",
-        key="draw_refiner",
+        key="sample_refiner",
         persist_state="session",
     )
-    start = Drawing.refiner_start
+    start = PictureRequest.refiner_start
     if refiner:
         start = st.slider(
-            "The refiner takes over after", 0.5, 0.95, step=0.05, key="draw_refiner_start", persist_state="session"
+            "The refiner takes over after", 0.5, 0.95, step=0.05, key="sample_refiner_start", persist_state="session"
         )
     return refiner, start
 
 
-def _settings(facts: ModelFacts) -> Drawing:
-    """How it is drawn."""
+def _settings(facts: ModelFacts) -> PictureRequest:
+    """How it is sampled."""
     state, sizes = st.session_state, facts.sizes()
-    if state.get("draw_size") not in sizes:
-        state.draw_size = "Square"
-    if state.get("draw_guidance_of") != str(facts.path):
-        state.draw_guidance_of, state.draw_guidance = str(facts.path), facts.guidance
+    if state.get("sample_size") not in sizes:
+        state.sample_size = "Square"
+    if state.get("sample_guidance_of") != str(facts.path):
+        state.sample_guidance_of, state.sample_guidance = str(facts.path), facts.guidance
     size = st.selectbox(
         "Size",
         list(sizes),
         format_func=lambda name: f"{name}  {sizes[name][0]} × {sizes[name][1]}",
-        key="draw_size",
+        key="sample_size",
         persist_state="session",
     )
     left, right = st.columns(2)
-    steps = left.number_input("Steps", 1, 200, key="draw_steps", persist_state="session")
-    count = right.number_input("Pictures", 1, 16, key="draw_count", persist_state="session")
+    steps = left.number_input("Steps", 1, 200, key="sample_steps", persist_state="session")
+    count = right.number_input("Pictures", 1, 16, key="sample_count", persist_state="session")
     guidance = st.slider(
         "Guidance",
         1.0,
         15.0,
         step=0.5,
         format="%.1f",
-        key="draw_guidance",
+        key="sample_guidance",
         persist_state="session",
         help="How closely to follow the prompt; 1 turns it off.",
     )
     scheduler = st.selectbox(
-        "Scheduler", list(SCHEDULERS), format_func=SCHEDULERS.__getitem__, key="draw_scheduler", persist_state="session"
+        "Scheduler",
+        list(SCHEDULERS),
+        format_func=SCHEDULERS.__getitem__,
+        key="sample_scheduler",
+        persist_state="session",
     )
     seed = st.number_input(
         "Seed",
         0,
         LARGEST_SEED,
-        key="draw_seed",
+        key="sample_seed",
         persist_state="session",
-        help="The same seed draws the same picture.",
+        help="The same seed generates the same picture.",
     )
-    st.toggle("A new seed each time", key="draw_random_seed", persist_state="session")
+    st.toggle("A new seed each time", key="sample_random_seed", persist_state="session")
     width, height = sizes[size]
-    return Drawing(
+    return PictureRequest(
         model=ModelChoice(str(facts.path)),
         prompt="",
         scheduler=scheduler,

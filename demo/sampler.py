@@ -1,4 +1,4 @@
-"""All that the page uses of the toolkit to draw: one model, loaded and compiled once, and requests to it."""
+"""All that the page uses of the toolkit to sample: one model, loaded and compiled once, and requests to it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Side, Step
+from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Start, Step
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
@@ -24,8 +24,8 @@ PREVIEW_SIDE = 512
 """Larger previews are made smaller before they are sent."""
 
 
-class Painter:
-    """Draws with one model.
+class Sampler:
+    """Samples with one model.
 
     Args:
         model: the base, its adapters, and the refiner if there is one.
@@ -42,21 +42,21 @@ class Painter:
         self._refiner = SamplingModel(_open(model.refiner), keep_text_encoders=True) if model.refiner else None
         self._compiled: set[tuple[object, ...]] = set()
 
-    def draw(self, asked: Draw, send: Send, cancelled: Callable[[], bool]) -> bool:
-        """Draw what is asked for and send every step and picture; False if it was cancelled.
+    def sample(self, asked: Start, send: Send, cancelled: Callable[[], bool]) -> bool:
+        """Sample what is asked for and send every step and picture; False if it was cancelled.
 
         Raises:
             ConfigError: the request asks for what this model cannot do.
             WeightError: the size does not fit, or NaN comes out.
         """
-        drawing = asked.drawing
-        self._model.bundle.latent_shape(drawing.height, drawing.width)
-        compiled = drawing.width, drawing.height, drawing.guidance_scale > 1, drawing.image is None
+        request = asked.request
+        self._model.bundle.latent_shape(request.height, request.width)
+        compiled = request.width, request.height, request.guidance_scale > 1, request.image is None
         if compiled not in self._compiled:
             send(Phase(asked.job, "Compiling for this size, which is done once"))
-        for side in drawing.sides:
-            steps = _StepSender(asked.job, drawing, side, self._preview, send)
-            for sample in self._samples(drawing, self._request(drawing, side), steps, cancelled):
+        for side in request.sides:
+            steps = _StepSender(asked.job, request, side, self._preview, send)
+            for sample in self._samples(request, self._sample_request(request, side), steps, cancelled):
                 send(Picture(asked.job, sample.number, side, sample.picture, self._settings(sample)))
             if cancelled():
                 return False
@@ -64,22 +64,26 @@ class Painter:
         return True
 
     def _samples(
-        self, drawing: Drawing, request: SampleRequest, steps: "_StepSender", cancelled: Callable[[], bool]
+        self,
+        request: PictureRequest,
+        sample_request: SampleRequest,
+        steps: "_StepSender",
+        cancelled: Callable[[], bool],
     ) -> Iterator[Sample]:
-        if self._refiner is None or drawing.model.refiner is None:
-            return self._model.sample(request, steps, cancelled)
-        refinement = Refinement(denoising_end=drawing.refiner_start)
-        return sample_refined(self._model, self._refiner, request, refinement, steps, cancelled, release=False)
+        if self._refiner is None or request.model.refiner is None:
+            return self._model.sample(sample_request, steps, cancelled)
+        refinement = Refinement(denoising_end=request.refiner_start)
+        return sample_refined(self._model, self._refiner, sample_request, refinement, steps, cancelled, release=False)
 
-    def _request(self, drawing: Drawing, side: Side) -> SampleRequest:
-        wanted = dict(zip(drawing.model.loras, drawing.lora_scales, strict=True)) if side == "adapted" else {}
+    def _sample_request(self, request: PictureRequest, side: Side) -> SampleRequest:
+        wanted = dict(zip(request.model.loras, request.lora_scales, strict=True)) if side == "adapted" else {}
         return SampleRequest.of(
-            drawing,
-            prompts=(drawing.prompt,),
-            num_images_per_prompt=drawing.count,
+            request,
+            prompts=(request.prompt,),
+            num_images_per_prompt=request.count,
             # One at a time: any number of pictures is sampled by what was compiled for the first.
             batch_size=1,
-            image=None if drawing.image is None else Image.fromarray(drawing.image),
+            image=None if request.image is None else Image.fromarray(request.image),
             lora_scales=tuple(wanted.get(path, 0.0) for path in self._model.adapters.paths),
         )
 
@@ -102,12 +106,12 @@ class Painter:
 
 
 class _StepSender:
-    """Called after every step: says how far the drawing is, and shows the picture as often as there is time for.
+    """Called after every step: says how far the request is, and shows the picture as often as there is time for.
 
     Args:
         job: whose steps they are.
-        drawing: the whole drawing.
-        side: the part of it that is being drawn.
+        request: the whole request.
+        side: the part of it that is being sampled.
         preview: gives the picture after a step.
         send: takes the steps.
     """
@@ -115,12 +119,12 @@ class _StepSender:
     def __init__(
         self,
         job: int,
-        drawing: Drawing,
+        request: PictureRequest,
         side: Side,
         preview: Callable[[StepReport], np.ndarray | None],
         send: Send,
     ) -> None:
-        self._job, self._drawing, self._side = job, drawing, side
+        self._job, self._request, self._side = job, request, side
         self._preview, self._send = preview, send
         self._shown = 0
         self._next_preview = 0.0
@@ -140,12 +144,12 @@ class _StepSender:
         )
 
     def _share(self, report: StepReport) -> float:
-        """0 to 1 of the whole drawing."""
+        """0 to 1 of the whole request."""
         of_stage = (report.rows.start + report.step / report.steps) / report.total
-        if self._drawing.model.refiner:
-            start = self._drawing.refiner_start
+        if self._request.model.refiner:
+            start = self._request.refiner_start
             of_stage = start * of_stage if report.stage == "base" else start + (1 - start) * of_stage
-        sides = self._drawing.sides
+        sides = self._request.sides
         return (sides.index(self._side) + of_stage) / len(sides)
 
     def _preview_in_time(self, report: StepReport) -> np.ndarray | None:
@@ -155,7 +159,7 @@ class _StepSender:
         picture = self._preview(report)
         ended = time.monotonic()
         self._shown += 1
-        # The first one is compiled, and tells nothing of the next.
+        # The first one is compiled: its time says nothing about the next.
         if self._shown > 1:
             self._next_preview = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
         return picture

@@ -1,0 +1,188 @@
+"""The page to generate on: prompt and picture in the middle, the model and how it samples at the side."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+from PIL import Image, ImageOps
+
+from demo import session, uploads
+from demo.engine import Job
+from demo.library import ModelFacts, Places, Shelf, find, newest_run, read_run
+from demo.messages import PictureRequest
+from demo.processes import REPOSITORY
+from demo.sample_controls import LARGEST_SEED, controls, model_control
+from demo.sample_view import show_gallery, show_result
+from demo.tokens import MOST, count_tokens
+from dreambooth_ms.errors import UserError
+
+FIRST_MODEL = REPOSITORY / "checkpoints" / "tiny-shapes"
+FIRST_PROMPT = "a photo of a red circle on a blue background"
+FIRST_VALUES = {
+    "sample_steps": PictureRequest.num_inference_steps,
+    "sample_count": PictureRequest.count,
+    "sample_scheduler": PictureRequest.scheduler,
+    "sample_seed": PictureRequest.seed,
+    "sample_strength": PictureRequest.strength,
+    "sample_refiner_start": PictureRequest.refiner_start,
+    "sample_negative_prompt": "",
+    "sample_compare": False,
+    "sample_random_seed": False,
+}
+"""Of the widgets with these keys. They stand in the state, because "use again" sets them there."""
+
+
+def show() -> None:
+    """Show the page."""
+    st.html(session.STYLE)
+    places = session.places()
+    shelf = find(places)
+    if not shelf.models:
+        session.show_error(f"There is no model in {places.listed()}; start the page with `-- --folder DIR`.")
+        return
+    _set_first_values(places, shelf)
+    with st.sidebar:
+        facts = model_control(places, shelf)
+        if facts is None:
+            return
+        request = controls(facts, shelf)
+    _prompt(facts)
+    left, right = st.columns(2)
+    with left:
+        _negative_prompt(facts)
+    with right:
+        request = _picture_to_start_from(request)
+    _button(request)
+    _show_networks(request)
+    show_result()
+    show_gallery()
+
+
+def _set_first_values(places: Places, shelf: Shelf) -> None:
+    """What a newcomer finds: the newest run on its base, otherwise the embedded base."""
+    state = st.session_state
+    for name, value in FIRST_VALUES.items():
+        state.setdefault(name, value)
+    handed_over = state.pop("sample_with_run", None)
+    if "sample_model" in state and not handed_over:
+        return
+    result = Path(handed_over) if handed_over else None
+    run = read_run(result) if result else newest_run(places, shelf)
+    base = Path(run.base).resolve() if run else None
+    if run and result in shelf.models:
+        state.sample_model, state.sample_loras, state.sample_prompt = str(result), [], run.instance_prompt
+    elif run and base in shelf.models:
+        state.sample_model, state.sample_loras, state.sample_prompt = str(base), [str(run.folder)], run.instance_prompt
+        state.sample_compare = True
+    elif "sample_model" not in state:
+        first = FIRST_MODEL if FIRST_MODEL in shelf.models else shelf.models[0]
+        state.sample_model, state.sample_loras = str(first), []
+        state.sample_prompt = FIRST_PROMPT if first == FIRST_MODEL else ""
+
+
+def _prompt(facts: ModelFacts) -> None:
+    prompt = st.text_area("Prompt", key="sample_prompt", persist_state="session", height=84)
+    _show_length(prompt, facts)
+
+
+def _negative_prompt(facts: ModelFacts) -> None:
+    with st.expander("Negative prompt"):
+        negative = st.text_area(
+            "Negative prompt",
+            key="sample_negative_prompt",
+            persist_state="session",
+            height=68,
+            label_visibility="collapsed",
+            placeholder="What to keep away from",
+        )
+        _show_length(negative, facts)
+
+
+def _picture_to_start_from(request: PictureRequest) -> PictureRequest:
+    """The request with the picture that it starts from, if there is one."""
+    with st.expander("Start from a picture", expanded=bool(st.session_state.get("sample_picture"))):
+        left, right = st.columns([2, 1], vertical_alignment="center")
+        file = left.file_uploader(
+            "Picture",
+            type=uploads.PICTURE_TYPES,
+            key="sample_picture",
+            label_visibility="collapsed",
+            max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
+        )
+        strength = left.slider(
+            "How far to go from it", 0.05, 1.0, step=0.05, key="sample_strength", persist_state="session"
+        )
+        if file is None:
+            return request
+        try:
+            image = uploads.read_picture(session.upload_folder(), file.name, file.getvalue())
+        except UserError as error:
+            session.show_error(error)
+            return request
+        fitted = ImageOps.fit(image, (request.width, request.height), Image.Resampling.LANCZOS)
+        right.image(fitted, width="stretch", caption="As it will be used")
+    return replace(request, image=np.asarray(fitted), strength=strength)
+
+
+def _button(request: PictureRequest) -> None:
+    job: Job | None = st.session_state.get("job")
+    busy = job is not None and not job.over
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button(
+            "Generate",
+            type="primary",
+            icon=":material/brush:",
+            disabled=busy,
+            key="sample_button",
+            on_click=_submit,
+            args=(request,),
+            shortcut="Ctrl+Enter",
+        )
+        st.toggle(
+            "Compare with the model alone",
+            key="sample_compare",
+            persist_state="session",
+            disabled=not request.model.loras,
+            help="Generates each picture a second time from the same seed, without the LoRAs.",
+        )
+
+
+def _show_networks(request: PictureRequest) -> None:
+    """One line on what will be sampled with: on a phone the settings are out of sight."""
+    model = request.model
+    networks = [session.label(model.base), *map(session.label, model.loras)]
+    networks += [session.label(model.refiner)] if model.refiner else []
+    start = " from your picture" if request.image is not None else ""
+    st.caption(f"{' + '.join(networks)}, {request.width} × {request.height}{start}")
+
+
+def _show_length(prompt: str, facts: ModelFacts) -> None:
+    tokens = count_tokens(prompt, facts.tokenizer)
+    if tokens > MOST:
+        st.caption(f":red[{tokens} of {MOST} tokens: the last {tokens - MOST} are not read.]")
+    elif tokens:
+        st.caption(f"{tokens} of {MOST} tokens")
+
+
+def _submit(request: PictureRequest) -> None:
+    """Hand a request to the engine, with what the widgets of the middle say at the click."""
+    state = st.session_state
+    if state.sample_random_seed:
+        state.sample_seed = random.randrange(LARGEST_SEED)
+    request = replace(
+        request,
+        seed=state.sample_seed,
+        prompt=state.sample_prompt,
+        negative_prompt=state.sample_negative_prompt,
+        compare=state.sample_compare and bool(request.model.loras),
+    )
+    state.sample_error = ""
+    if not request.prompt.strip():
+        state.sample_error = "Write a prompt first: what shall be on the picture?"
+        return
+    try:
+        state.job = session.engine().submit(request)
+    except UserError as error:
+        state.sample_error = str(error)
