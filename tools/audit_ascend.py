@@ -190,7 +190,7 @@ def optimisers() -> list[Graph]:
     return [*(_update(trainables, optimiser) for optimiser in whole), shared]
 
 
-def drawing_sdxl() -> list[Graph]:
+def sampling_sdxl() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.layers import CellMethod
@@ -209,7 +209,7 @@ def drawing_sdxl() -> list[Graph]:
     ]
 
 
-def drawing_sd() -> list[Graph]:
+def sampling_sd() -> list[Graph]:
     """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
     from dreambooth_ms.cli import toy_networks
 
@@ -236,8 +236,8 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
     "training SD": training_sd,
     "recomputing": recomputing,
     "optimisers": optimisers,
-    "drawing SDXL": drawing_sdxl,
-    "drawing SD": drawing_sd,
+    "sampling SDXL": sampling_sdxl,
+    "sampling SD": sampling_sd,
     "fused attention": fused_attention,
 }
 
@@ -286,7 +286,7 @@ def _sd_text_encoders() -> Any:
 
 
 def _named(*networks: Any) -> Any:
-    """The text encoders together, each with its parameters' public names."""
+    """All text encoders, each with its parameters' public names."""
     from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.text import TextEncoders
 
@@ -394,15 +394,15 @@ _TENSOR = re.compile(r"Tensor\[(\w+)\]")
 def primitives(ir: str) -> dict[str, Use]:
     """The primitives of a graph as MindSpore writes it down, with the dtypes of the tensors they take and give."""
     uses: dict[str, Use] = {}
-    for name, taken, given in _NODE.findall(ir):
+    for name, inputs, outputs in _NODE.findall(ir):
         use = uses.setdefault(name, Use())
         use.count += 1
-        use.dtypes.update(_TENSOR.findall(f"{taken} {given}"))
+        use.dtypes.update(_TENSOR.findall(f"{inputs} {outputs}"))
     return uses
 
 
 def audited(chosen: Sequence[str]) -> dict[str, Use]:
-    """The primitives of these graphs together."""
+    """The primitives of all these graphs."""
     total: dict[str, Use] = {}
     for name in chosen:
         with TemporaryDirectory() as folder:

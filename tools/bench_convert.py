@@ -89,7 +89,7 @@ def compare(source: Path, name: str, target: Path, dtype: str | None) -> None:
 
 
 def resident_peak(process: int) -> int:
-    """The most memory that a running process has had, in bytes; what wait4 tells would include that of this one."""
+    """The most memory that a running process has had, in bytes; what wait4 returns would include that of this one."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -53,12 +53,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--batch_size", type=int, default=1)
-    given = parser.parse_args()
+    args = parser.parse_args()
     before = megabytes()
-    concepts = (concept(INSTANCE, given.pictures), concept(CLASS, 200))
+    concepts = (concept(INSTANCE, args.pictures), concept(CLASS, 200))
     start = time.perf_counter()
-    plan = Plan(concepts, given.batch_size, Framing(((512, 512),), center_crop=False, random_flip=True), seed=0)
-    views = plan.views(0, given.steps)
+    plan = Plan(concepts, args.batch_size, Framing(((512, 512),), center_crop=False, random_flip=True), seed=0)
+    views = plan.views(0, args.steps)
     planned = time.perf_counter() - start
     with TemporaryDirectory() as folder:
         posteriors = posterior_lookup(ContentCache(Path(folder)), "made up", "lanczos", lambda: abs, iter)
@@ -71,7 +71,7 @@ def main() -> None:
         for view in read:
             posteriors(view)
         each = (time.perf_counter() - start) / len(read)
-    print(f"{given.pictures} pictures, {given.steps} steps: {len(views)} views, {len(missing)} without latents")
+    print(f"{args.pictures} pictures, {args.steps} steps: {len(views)} views, {len(missing)} without latents")
     print(f"planned in {planned:.2f} s, files looked for in {looked:.2f} s; latents read in {each * 1e3:.2f} ms a row")
     print(f"memory beside the network: {megabytes() - before:.0f} MB")
 

@@ -4,7 +4,7 @@
     python -m tools.bench_run --base FOLDER --resolution 32
     python -m tools.bench_run --compile_cache warm  # ours with its graphs from a run before
 
-The job is LoRA with prior preservation: draw the class pictures, encode all pictures and prompts once, train, save.
+The job is LoRA with prior preservation: sample the class pictures, encode all pictures and prompts once, train, save.
 The peer is one script of diffusers' pipeline and peft's LoRA on PyTorch, with a thread for every core. The two run in
 turns, each time in a fresh process and a fresh folder. Our compile cache is empty at the start of a run, unless it is
 to be warm: then a run that is not timed goes before. Both have the same number of pictures, denoising steps, rows,
@@ -61,7 +61,7 @@ class Job:
     """Pictures of the subject per step; as many of the class come with them."""
     num_class_images: int
     sample_batch_size: int
-    """Class pictures drawn at a time."""
+    """Class pictures sampled at a time."""
     infer_steps: int
     """Denoising steps for each class picture."""
     guidance_scale: float
@@ -115,7 +115,7 @@ def run_peer(job: Job, folder: Path) -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     unet, vae = pipeline.unet, pipeline.vae
-    draw_class_pictures(pipeline, job, folder / "class")
+    sample_class_pictures(pipeline, job, folder / "class")
 
     pictures = [find_pictures(path).pictures for path in (job.instance_data_dir, folder / "class")]
     with torch.no_grad():
@@ -159,22 +159,22 @@ def run_peer(job: Job, folder: Path) -> None:
     print(f"{WROTE}{folder / FILE_NAME}", file=sys.stderr, flush=True)
 
 
-def draw_class_pictures(pipeline: Any, job: Job, folder: Path) -> None:
-    """Draw the class pictures with diffusers' pipeline, some at a time."""
+def sample_class_pictures(pipeline: Any, job: Job, folder: Path) -> None:
+    """Sample the class pictures with diffusers' pipeline, some at a time."""
     from tqdm import tqdm
 
     folder.mkdir()
     with tqdm(total=job.num_class_images, desc=CLASS_PICTURES[:-1], unit="picture") as bar:
         for start in range(0, job.num_class_images, job.sample_batch_size):
             count = min(job.sample_batch_size, job.num_class_images - start)
-            drawn: list[Image.Image] = pipeline(
+            sampled: list[Image.Image] = pipeline(
                 [CLASS_PROMPT] * count,
                 height=job.resolution,
                 width=job.resolution,
                 num_inference_steps=job.infer_steps,
                 guidance_scale=job.guidance_scale,
             ).images
-            for number, picture in enumerate(drawn, start):
+            for number, picture in enumerate(sampled, start):
                 picture.save(folder / f"{number}.png")
             bar.update(count)
 
@@ -289,7 +289,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         ("steps", int, 100, "training steps"),
         ("batch_size", int, 4, "pictures of the subject per step; as many of the class come with them"),
         ("num_class_images", int, 24, "class pictures"),
-        ("sample_batch_size", int, 8, "class pictures drawn at a time"),
+        ("sample_batch_size", int, 8, "class pictures sampled at a time"),
         ("infer_steps", int, 25, "denoising steps for each class picture"),
         ("guidance_scale", float, 4.0, "classifier-free guidance for the class pictures"),
         ("pairs", int, 1, "runs of each side"),

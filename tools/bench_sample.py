@@ -5,8 +5,8 @@
     python -m tools.bench_sample --base FOLDER        # a model folder in diffusers' layout
 
 Each side runs in fresh processes, in turns, from the same folder: the model is loaded, the prompt encoded, and two
-pictures are drawn from the same noise with guidance, in float32. The first tells how long a user waits for it, the
-second how long a step takes. Both sides draw the same picture, and that is checked. PyTorch gets a thread for every
+pictures are sampled from the same noise with guidance, in float32. The first says how long a user waits for it, the
+second how long a step takes. Both sides sample the same picture, and that is checked. PyTorch gets a thread for every
 core; MindSpore's threads are what it takes by itself. Then ours runs twice more, with an empty compile cache and with
 the one that this filled.
 """
@@ -54,11 +54,11 @@ class Job:
 
 Mark = Callable[[str], None]
 """Notes that something is done."""
-Draw = Callable[[Callable[[], None]], np.ndarray]
-"""Draws the picture (H, W, 3) uint8, and calls what it is given after every step."""
+SampleFunction = Callable[[Callable[[], None]], np.ndarray]
+"""Samples the picture (H, W, 3) uint8, and calls its argument after every step."""
 
 
-def build_ours(job: Job, mark: Mark) -> Draw:
+def build_ours(job: Job, mark: Mark) -> SampleFunction:
     """A picture of this toolkit, from the parts that `dreambooth-ms sample` puts together."""
     # transformers imports PyTorch where it is installed, which it is not for those who use the toolkit.
     os.environ["USE_TORCH"] = "0"
@@ -81,15 +81,15 @@ def build_ours(job: Job, mark: Mark) -> Draw:
         seed=SEED,
     )
 
-    def draw(step_done: Callable[[], None]) -> np.ndarray:
+    def sample(step_done: Callable[[], None]) -> np.ndarray:
         (sample,) = model.sample(request, lambda report: step_done())
         return sample.picture
 
-    return draw
+    return sample
 
 
-def build_peer(job: Job, mark: Mark) -> Draw:
-    """The same picture as diffusers' pipeline draws it."""
+def build_peer(job: Job, mark: Mark) -> SampleFunction:
+    """The same picture as diffusers' pipeline samples it."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -105,7 +105,7 @@ def build_peer(job: Job, mark: Mark) -> Draw:
     # The noise of the first picture of a request, as `sampling.model.starting_noise` draws it.
     noise = torch.from_numpy(standard_normal(shape, SEED, "sample", row=0)[None])
 
-    def draw(step_done: Callable[[], None]) -> np.ndarray:
+    def sample(step_done: Callable[[], None]) -> np.ndarray:
         def end_of_step(_pipeline: Any, _step: int, _timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             step_done()
             return tensors
@@ -120,10 +120,10 @@ def build_peer(job: Job, mark: Mark) -> Draw:
         ).images
         return np.rint(images[0] * 255).astype(np.uint8)
 
-    return draw
+    return sample
 
 
-SIDES: dict[str, Callable[[Job, Mark], Draw]] = {"ours": build_ours, "peer": build_peer}
+SIDES: dict[str, Callable[[Job, Mark], SampleFunction]] = {"ours": build_ours, "peer": build_peer}
 
 
 def measure(side: str, job: Job, started: float) -> dict[str, Any]:
@@ -146,11 +146,11 @@ def measure(side: str, job: Job, started: float) -> dict[str, Any]:
     def mark(name: str) -> None:
         marks[name] = time.monotonic() - started
 
-    draw = SIDES[side](job, mark)
-    first = draw(lambda: None)
+    sample = SIDES[side](job, mark)
+    first = sample(lambda: None)
     mark("first_picture")
     begun, ends = time.monotonic(), []
-    picture = draw(lambda: ends.append(time.monotonic()))
+    picture = sample(lambda: ends.append(time.monotonic()))
     seconds = time.monotonic() - begun
     if picture.std() == 0 or not np.array_equal(first, picture):
         raise SystemExit(f"{side}: the picture is flat, or was another one the second time")
@@ -237,11 +237,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def compare(base: Path, args: argparse.Namespace, scratch: Path) -> None:
     """Time both sides in turns and print the table, then ours with the compile cache."""
-    given = ["--base", str(base), "--steps", str(args.steps)]
-    given += ["--resolution", str(args.resolution)] if args.resolution else []
+    flags = ["--base", str(base), "--steps", str(args.steps)]
+    flags += ["--resolution", str(args.resolution)] if args.resolution else []
 
     def run(side: str) -> dict[str, Any]:
-        report = run_child([sys.executable, "-m", "tools.bench_sample", *given, "--side", side])
+        report = run_child([sys.executable, "-m", "tools.bench_sample", *flags, "--side", side])
         print(f"{side}: {figures(report)['step, s']:.3f} s a step", flush=True)
         return report
 

@@ -9,9 +9,9 @@
     python -m tools.bench_step --size sd15-half --resolution 256 --method full --processes 2 --zero_stage 1 --only ours
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
-and one of the class, latents and embeddings given, AdamW, gradients clipped to norm 1. So both have the same loss, and
-that is checked. With --processes each of ours takes two rows of its own, and its memory is that of all. PyTorch gets a
-thread for every core; MindSpore's threads are what it takes by itself.
+and one of the class, latents and embeddings made beforehand, AdamW, gradients clipped to norm 1. So both have the same
+loss, and that is checked. With --processes each of ours takes two rows of its own, and its memory is that of all.
+PyTorch gets a thread for every core; MindSpore's threads are what it takes by itself.
 """
 
 import argparse
@@ -293,7 +293,7 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
         step, the first included; `losses`; `peak_memory`: bytes; `expected_memory`: in words, of ours.
 
     Raises:
-        SystemExit: a loss or gradient is no number, or a weight stayed as it was; such a step is not worth timing.
+        SystemExit: a loss or gradient is NaN or infinity, or a weight stayed as it was; such a step is not timed.
     """
     marks: dict[str, float] = {}
 
@@ -493,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.side:
         print(json.dumps(measure(args.side, job, args.started)), flush=True)
         return
-    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     precision = "float32" if job.mixed_precision == "no" else job.mixed_precision
     size = f"latents {job.latent_size} x {job.latent_size}"
     rows = f"{2 * job.processes} rows, of ours in {job.processes} processes" if job.processes > 1 else "2 rows"
@@ -501,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sides = [args.only] if args.only else list(SIDES)
     runs = []
     for _ in range(args.pairs):
-        command = [sys.executable, "-m", "tools.bench_step", *given, "--side"]
+        command = [sys.executable, "-m", "tools.bench_step", *arguments, "--side"]
         reports = [run_child([*command, side], job.processes if side == "ours" else 1) for side in sides]
         for side, report in zip(sides, reports, strict=True):
             losses = " ".join(f"{loss:.4f}" for loss in report["losses"])

@@ -20,13 +20,13 @@ def translated(argv: Sequence[str]) -> list[str]:
     flags = [part for argument in argv for part in argument.split("=", 1)] if "--weight_ms" in " ".join(argv) else []
     if not flags:
         return list(argv)
-    given = dict(zip(flags[::2], flags[1::2], strict=False))
-    files = {kind: given.pop(flag) for flag, kind in OLD_FILES.items() if flag in given}
+    values = dict(zip(flags[::2], flags[1::2], strict=False))
+    files = {kind: values.pop(flag) for flag, kind in OLD_FILES.items() if flag in values}
     for flag in OLD_NAME_LISTS:
-        given.pop(flag, None)
-    to_mindspore = given.pop("--task", "st_to_ms").endswith("_ms")
+        values.pop(flag, None)
+    to_mindspore = values.pop("--task", "st_to_ms").endswith("_ms")
     order = ("torch", "ms") if to_mindspore else ("ms", "torch")
-    return [*(files[kind] for kind in order if kind in files), *(text for pair in given.items() for text in pair)]
+    return [*(files[kind] for kind in order if kind in files), *(text for pair in values.items() for text in pair)]
 
 
 if __name__ == "__main__":

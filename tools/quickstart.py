@@ -31,7 +31,7 @@ RESULTS = ("pytorch_lora_weights.safetensors", "config.yaml", "before_after.png"
 NEXT = """
 Next:
   look at           {run}/before_after.png and {run}/loss.png
-  draw more         .venv/bin/dreambooth-ms sample --pretrained_model_name_or_path checkpoints/tiny-shapes \\
+  generate more     .venv/bin/dreambooth-ms sample --pretrained_model_name_or_path checkpoints/tiny-shapes \\
                       --lora {run} --prompt "a photo of a sks star on a pink background" --guidance_scale 3
   your own photos   .venv/bin/dreambooth-ms train --help, and README.md, "Train on your own photographs"
 """

@@ -1,4 +1,4 @@
-"""The embedded base draws what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
+"""The embedded base samples what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
 
 from pathlib import Path
 

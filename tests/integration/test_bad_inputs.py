@@ -116,8 +116,8 @@ def train_command(place, **flags):
     }
     for name in ("pretrained_model_name_or_path", "instance_data_dir"):
         defaults[name] = place / defaults[name]
-    given = {name: value for name, value in (defaults | flags).items() if value is not None}
-    return ["train", *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
+    values = {name: value for name, value in (defaults | flags).items() if value is not None}
+    return ["train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))]
 
 
 def contents(folder):
@@ -630,7 +630,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
     assert line.endswith("; repeat that training's flags, or start anew in another --output_dir")
 
 
-# --- Drawing and comparing ---
+# --- Sampling and comparing ---
 
 
 @pytest.mark.parametrize(
@@ -700,7 +700,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder in diffusers' layout: "),
     ],
 )
-def test_pictures_that_cannot_be_drawn(place, refused, flags, said):
+def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
     (place / "empty.txt").write_text("\n")
     (line,) = refused(
         *("sample", "--pretrained_model_name_or_path", "model", "--prompt", "a star", "--output_dir", "out"), *flags

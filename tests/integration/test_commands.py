@@ -54,7 +54,7 @@ def test_the_run_leaves_adapter_configuration_history_curve_and_log(home):
     assert all(line["loss"] == pytest.approx(line["instance_loss"] + line["class_loss"], rel=1e-5) for line in history)
 
 
-def test_missing_class_pictures_are_drawn_and_say_how(home):
+def test_missing_class_pictures_are_sampled_and_say_how(home):
     files = sorted((home / "class").iterdir())
     assert [file.name for file in files] == ["class-00000.png", "class-00001.png", "class-00002.png"]
     assert read_settings(files[2])["prompt"] == "a photo of star"
@@ -63,7 +63,7 @@ def test_missing_class_pictures_are_drawn_and_say_how(home):
 
 
 def test_sampling_is_the_same_whatever_the_batch_size(home):
-    drawn = {}
+    sampled = {}
     for size in (1, 3):
         status = run(
             "sample",
@@ -75,17 +75,17 @@ def test_sampling_is_the_same_whatever_the_batch_size(home):
             # Its steps draw noise.
             scheduler="euler_a",
             seed=4,
-            output_dir=home / f"drawn{size}",
+            output_dir=home / f"sampled{size}",
         )
         assert status == 0
-        drawn[size] = [np.asarray(Image.open(p)).astype(int) for p in sorted((home / f"drawn{size}").glob("*.png"))]
+        sampled[size] = [np.asarray(Image.open(p)).astype(int) for p in sorted((home / f"sampled{size}").glob("*.png"))]
     # Products of other shapes round differently; a level of 255 is far less than one picture differs from another.
-    assert len(drawn[1]) == 3
-    assert max(np.abs(a - b).max() for a, b in zip(drawn[1], drawn[3], strict=True)) <= 1
-    assert np.abs(drawn[1][0] - drawn[1][1]).max() > 10
+    assert len(sampled[1]) == 3
+    assert max(np.abs(a - b).max() for a, b in zip(sampled[1], sampled[3], strict=True)) <= 1
+    assert np.abs(sampled[1][0] - sampled[1][1]).max() > 10
 
 
-def test_the_flags_of_the_guide_draw_from_a_picture_and_write_a_sheet(home):
+def test_the_flags_of_the_guide_sample_from_a_picture_and_write_a_sheet(home):
     """Two adapters with scales of their own; the metadata repeats what was asked for."""
     photograph = next((home / "photographs").glob("*.png"))
     (home / "inference.yaml").write_text("pictures: {num_inference_steps: 4, scheduler: euler}")

@@ -1,4 +1,4 @@
-"""`dreambooth-ms doctor` tells of each part of an installation whether it works."""
+"""`dreambooth-ms doctor` reports of each part of an installation whether it works."""
 
 import shutil
 

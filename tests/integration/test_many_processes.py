@@ -187,9 +187,9 @@ class TestTheSameTraining:
         assert difference(place, "half-two", "half-one") < TOLERANCE
 
     def test_the_loss_shown_is_that_of_all_rows(self, place, two, one):
-        told, expected = read_history(place.root / "two"), read_history(place.root / "one")
-        assert [step["step"] for step in told] == list(range(1, STEPS + 1))
-        for ours, theirs in zip(told, expected, strict=True):
+        reported, expected = read_history(place.root / "two"), read_history(place.root / "one")
+        assert [step["step"] for step in reported] == list(range(1, STEPS + 1))
+        for ours, theirs in zip(reported, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
     def test_a_resumed_run_may_have_another_number_of_processes(self, place, two, one, monkeypatch):
@@ -210,7 +210,7 @@ class TestWorkIsShared:
         assert sorted(place.count_in_graphs("AllReduce", "graphs"))[-2:] == [0, 1]
         assert not any(place.count_in_graphs("AllGather", "graphs"))
 
-    def test_class_pictures_are_drawn_once_each(self, place, two):
+    def test_class_pictures_are_sampled_once_each(self, place, two):
         assert len(list((place.root / "class").glob("*.png"))) == 4
         assert [path.name for path in sorted((place.root / "class").glob("class-*"))] == [
             "class-00000.png",

@@ -52,7 +52,7 @@ def checkpoints(folder):
     return {path.name for path in folder.iterdir() if path.name.startswith("checkpoint")}
 
 
-def draw(pipeline):
+def sample(pipeline):
     """A picture of the subject from one step, which is a picture if it is finite and not all the same."""
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(PROMPT, num_inference_steps=1, output_type="np").images[0]
@@ -69,7 +69,7 @@ def full(home):
         checkpoints=checkpoints(folder),
         unet=load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
     )
-    draw(StableDiffusionPipeline.from_pretrained(folder, safety_checker=None))
+    sample(StableDiffusionPipeline.from_pretrained(folder, safety_checker=None))
     middle = UNet2DConditionModel.from_pretrained(folder / "checkpoint-2", subfolder="unet")
     shutil.rmtree(folder / "checkpoint-2")
     train(home, "full", 6, "--method", "full", "--resume_from_checkpoint", str(folder / "checkpoint-4"))
@@ -82,7 +82,7 @@ class TestFull:
         assert full.first.checkpoints == {"checkpoint-2", "checkpoint-4"}
 
     def test_the_unet_of_a_checkpoint_takes_its_place_in_the_pipeline(self, full, home):
-        draw(StableDiffusionPipeline.from_pretrained(home / "base", unet=full.middle, safety_checker=None))
+        sample(StableDiffusionPipeline.from_pretrained(home / "base", unet=full.middle, safety_checker=None))
         values = {name: value.numpy() for name, value in full.middle.state_dict().items()}
         assert values.keys() == full.first.unet.keys()
         assert any(not np.array_equal(values[name], value) for name, value in full.first.unet.items())
@@ -90,7 +90,7 @@ class TestFull:
     def test_a_resumed_run_makes_what_is_missing_and_no_more(self, full):
         assert checkpoints(full.folder) == {"checkpoint-4", "checkpoint-6"}
         pipeline = StableDiffusionPipeline.from_pretrained(full.folder, safety_checker=None)
-        draw(pipeline)
+        sample(pipeline)
         after = pipeline.unet.state_dict()
         assert any(not np.array_equal(after[name].numpy(), value) for name, value in full.first.unet.items())
 
@@ -131,11 +131,11 @@ class TestLora:
 
     @pytest.mark.parametrize("part", ["", "checkpoint-6"], ids=["result", "checkpoint"])
     @pytest.mark.parametrize("run", ["lora", "lora_with_text_encoder"])
-    def test_a_pipeline_loads_it_and_draws(self, home, request, run, part):
+    def test_a_pipeline_loads_it_and_samples(self, home, request, run, part):
         value = request.getfixturevalue(run)
         folder = value if run == "lora_with_text_encoder" else value.folder
         pipeline = StableDiffusionPipeline.from_pretrained(home / "base", safety_checker=None)
         pipeline.load_lora_weights(folder / part)
         parts = {"unet"} | ({"text_encoder"} if run == "lora_with_text_encoder" else set())
         assert pipeline.get_list_adapters().keys() == parts
-        draw(pipeline)
+        sample(pipeline)

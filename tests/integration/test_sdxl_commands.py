@@ -42,7 +42,7 @@ def home(tmp_path_factory):
     return home
 
 
-def test_both_groups_are_trained_on_and_the_missing_class_picture_is_drawn(home):
+def test_both_groups_are_trained_on_and_the_missing_class_picture_is_sampled(home):
     history = read_history(home / "run")
     assert [line["step"] for line in history] == [1, 2]
     assert all(line["instance_loss"] > 0 and line["class_loss"] > 0 for line in history)
@@ -71,13 +71,13 @@ def test_a_checkpoint_keeps_the_two_text_encoders_apart(home):
     }
 
 
-def test_a_picture_is_drawn_with_the_adapter_and_refined(home):
+def test_a_picture_is_sampled_with_the_adapter_and_refined(home):
     """At the model's own size."""
     write_random_sdxl(home / "refiner", refiner=True)
     status = main(
         [
             *("sample", "--weight", f"{home / 'base'},{home / 'run'}", "--prompt", "a photo of star"),
-            *("--num_inference_steps", "4", "--output_dir", str(home / "drawn")),
+            *("--num_inference_steps", "4", "--output_dir", str(home / "sampled")),
             *(
                 "--refiner",
                 str(home / "refiner"),
@@ -91,7 +91,7 @@ def test_a_picture_is_drawn_with_the_adapter_and_refined(home):
         ]
     )
     assert status == 0
-    (file,) = (home / "drawn").iterdir()
+    (file,) = (home / "sampled").iterdir()
     settings = read_settings(file)
     assert (settings["refiner"], settings["denoising_end"]) == (str(home / "refiner"), 0.5)
     assert settings["original_size"] == [64, 48]

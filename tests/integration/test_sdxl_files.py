@@ -1,4 +1,4 @@
-"""SDXL in single files: trained on, drawn with and merged into as the folder with the same weights, to the bit."""
+"""SDXL in single files: trained on, sampled with and merged into as the folder with the same weights, to the bit."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(bases, tmp_path_factory):
-    """A run of one step on all three networks from each of them, and a picture drawn with it."""
+    """A run of one step on all three networks from each of them, and a picture sampled with it."""
     home = tmp_path_factory.mktemp("runs")
     (home / "dog").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (70, 96, 3), np.uint8)
@@ -68,16 +68,16 @@ def runs(bases, tmp_path_factory):
             + ["--instance_prompt", PROMPT, "--resolution", "64", "--train_batch_size", "1", "--max_train_steps", "1"]
             + ["--train_text_encoder", "--rank", "2", "--seed", "3", "--ms_mode", "1", "--output_dir", str(run)]
         )
-        drawn = main(
+        sampled = main(
             ["sample", "--weight", f"{base},{run}", "--prompt", PROMPT, "--num_inference_steps", "2", "--ms_mode", "1"]
-            + ["--height", "64", "--width", "64", "--seed", "3", "--output_dir", str(run / "drawn")]
+            + ["--height", "64", "--width", "64", "--seed", "3", "--output_dir", str(run / "sampled")]
         )
-        assert (trained, drawn) == (0, 0)
+        assert (trained, sampled) == (0, 0)
     return home
 
 
 def picture_of(run):
-    (file,) = (run / "drawn").glob("*.png")
+    (file,) = (run / "sampled").glob("*.png")
     return np.asarray(Image.open(file))
 
 
@@ -93,7 +93,7 @@ def test_what_is_learnt_from_a_file_is_what_is_learnt_from_the_folder(runs, pyna
 
 
 @each_file
-def test_what_is_drawn_from_a_file_is_what_is_drawn_from_the_folder(runs, form):
+def test_what_is_sampled_from_a_file_is_what_is_sampled_from_the_folder(runs, form):
     expected = picture_of(runs / Format.DIFFUSERS.value)
     assert expected.std() > 1
     assert np.array_equal(picture_of(runs / form.value), expected)

@@ -139,7 +139,7 @@ def worst_gradient_error(ours: dict[str, np.ndarray], reference: dict[str, np.nd
 
 
 def small_unet(form: dict, layers_per_block: int = 1, seed: int = 0) -> UNet2DConditionModel:
-    """diffusers' UNet in one of the two forms above: two resolutions, one layer each unless told otherwise."""
+    """diffusers' UNet in one of the two forms above: two resolutions, one layer each unless stated otherwise."""
     torch.manual_seed(seed)
     return _disturbed(
         UNet2DConditionModel(

@@ -45,7 +45,7 @@ def pipeline_of(model):
     return pipeline
 
 
-def draw(pipeline, **prompt):
+def sample(pipeline, **prompt):
     """Diffusers' latents and picture (H, W, 3) in [0, 1]: DDIM, four steps, guidance 3."""
     embeddings = {"prompt_embeds": torch.tensor(TEXT), "negative_prompt_embeds": torch.tensor(NEGATIVE)[None]}
     latents = pipeline(
@@ -145,7 +145,7 @@ def sampled(model, text, negative):
 
 
 def assert_same_picture(ours, pipeline, **prompt):
-    latents, picture = draw(pipeline, **prompt)
+    latents, picture = sample(pipeline, **prompt)
     error = relative_error(ours.latents, latents)
     levels = np.abs(ours.picture.astype(int) - np.rint(picture * 255)).max()
     print(f"latents {error:.1e}, pixels {levels:.0f} levels")
@@ -166,13 +166,13 @@ class TestFromDiffusers:
         assert settings_of(networks["unet"]) == {(RANK, ALPHA)}
         assert_same_factors(networks["unet"], factors_of(diffusers_adapter.pipeline.unet))
 
-    def test_it_draws_the_same_picture(self, ours, diffusers_adapter):
+    def test_it_samples_the_same_picture(self, ours, diffusers_adapter):
         assert_same_picture(ours, diffusers_adapter.pipeline)
 
     def test_the_adapter_and_its_alpha_show_in_the_picture(self, ours, model):
         """So the comparisons here can fail."""
-        assert relative_error(ours.latents, draw(pipeline_of(model))[0]) > 0.1
-        assert relative_error(ours.latents, draw(random_peft_adapter(model, RANK))[0]) > 0.1
+        assert relative_error(ours.latents, sample(pipeline_of(model))[0]) > 0.1
+        assert relative_error(ours.latents, sample(random_peft_adapter(model, RANK))[0]) > 0.1
 
     def test_the_names_of_the_published_training_scripts_are_read_and_alpha_is_the_rank(self, model, tmp_path):
         """`lora.down` and `lora.up`, without peft's configuration."""
@@ -191,7 +191,7 @@ class TestFromDiffusers:
         ids=["alpha over the root of the rank", "alphas by layer", "ranks by layer"],
     )
     def test_every_scaling_of_peft_is_read(self, model, tmp_path, option):
-        """Drawn with another strength than it was trained with, it would be another adapter."""
+        """Sampled with another strength than it was trained with, it would be another adapter."""
         pipeline = pipeline_of(model)
         pipeline.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, **option))
         StableDiffusionPipeline.save_lora_weights(
@@ -223,7 +223,7 @@ class TestToDiffusers:
         assert_same_factors(ours.adapter, factors_of(loaded.pipeline.unet))
         assert scales_of(loaded.pipeline.unet) == [pytest.approx(ALPHA / RANK)] * len(ours.adapter)
 
-    def test_it_draws_the_same_picture(self, loaded, ours):
+    def test_it_samples_the_same_picture(self, loaded, ours):
         assert_same_picture(ours, loaded.pipeline)
 
     def test_what_we_write_we_read(self, model, ours):
@@ -260,7 +260,7 @@ def both(model, tmp_path_factory):
 
 
 class TestWithATextEncoder:
-    """The file holds both networks' parts, of unlike rank and alpha; pictures are drawn from the prompt itself."""
+    """The file holds both networks' parts, of unlike rank and alpha; pictures are sampled from the prompt itself."""
 
     def test_every_factor_and_alpha_of_both_are_read(self, both):
         assert both.read.keys() == both.networks.keys()
@@ -268,12 +268,12 @@ class TestWithATextEncoder:
             assert settings_of(both.read[name]) == {settings}
             assert_same_factors(both.read[name], factors_of(both.networks[name]))
 
-    def test_it_draws_diffusers_picture(self, both):
+    def test_it_samples_diffusers_picture(self, both):
         assert_same_picture(both.picture, both.pipeline, prompt=PROMPT)
 
     def test_the_part_of_the_text_encoder_shows_in_the_picture(self, both, model):
         alone = random_peft_adapter(model, ALPHA)
-        assert relative_error(both.picture.latents, draw(alone, prompt=PROMPT)[0]) > 100 * LATENTS
+        assert relative_error(both.picture.latents, sample(alone, prompt=PROMPT)[0]) > 100 * LATENTS
         base, adapted = (
             both.adapted.embeddings(replace(REQUEST, lora_scales=(scale,)))[PROMPT].text for scale in (0.0, 1.0)
         )

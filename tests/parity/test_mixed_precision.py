@@ -73,12 +73,12 @@ def test_a_step_is_that_of_float32_but_for_rounding(training):
         abs(mine.loss / expected.loss - 1) for mine, expected in zip(ours.reports, reference.reports, strict=True)
     )
     worst, name = worst_gradient_error(ours.gradients, reference.gradients)
-    together, _ = differences(ours.weights, reference.weights, training.start)
-    print(f"loss {losses:.1e}, gradients {worst:.1e} ({name}), weights together {together:.1e}")
+    all_weights, _ = differences(ours.weights, reference.weights, training.start)
+    print(f"loss {losses:.1e}, gradients {worst:.1e} ({name}), weights together {all_weights:.1e}")
     # Float32 is much closer; see test_training.
     assert 1e-6 < losses < HALF_LOSS
     assert 1e-3 < worst < HALF_GRADIENT
-    assert together < HALF_WEIGHTS
+    assert all_weights < HALF_WEIGHTS
 
 
 def test_steps_are_skipped_until_the_scale_has_fallen(training):
@@ -115,7 +115,7 @@ def test_what_is_trained_and_every_norm_is_float32_and_a_frozen_base_is_float16(
 
 
 def test_a_prediction_in_half_precision_is_that_of_float32_but_for_rounding(tmp_path, pynative):
-    """With an adapter on it, as pictures are drawn; first it computes in float32, as for class pictures."""
+    """With an adapter on it, as pictures are sampled; first it computes in float32, as for class pictures."""
     folder = open_bundle(write_random_model(tmp_path))
     unet = folder.denoiser.load()
     for i, layer in enumerate(inject_lora(unet, 2, 2.0, ["to_q"]).values()):

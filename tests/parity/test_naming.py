@@ -51,7 +51,7 @@ def assert_same(converted, expected):
 
 def test_the_unet_has_the_name_by_which_diffusers_tells_the_family(model, checkpoint):
     kinds = {Family.SD1: "v1", Family.SD2: "v2", Family.SDXL: "xl_base", Family.SDXL_REFINER: "xl_refiner"}
-    # SD 2 is told by the width of its text, which is small here.
+    # SD 2 is recognised by the width of its text, which is small here.
     marks = {kind: single_file_utils.CHECKPOINT_KEY_NAMES[kind] in checkpoint for kind in kinds.values()}
     assert marks[kinds[model.family]]
     assert marks["xl_base"] == (model.family is Family.SDXL)

@@ -102,8 +102,8 @@ def give_noise(monkeypatch, pipeline_module, purpose="sample"):
 
 
 def latents(model, asked):
-    ((_, drawn),) = model.latents(asked, model.rows(asked))
-    return drawn[None]
+    ((_, sampled),) = model.latents(asked, model.rows(asked))
+    return sampled[None]
 
 
 def assert_close(ours, expected):
@@ -152,9 +152,9 @@ def test_a_base_trained_in_edms_formulation(models, edm_base, picture, monkeypat
 def test_image_to_image_of_sdxl_with_other_sizes(models, folders, picture, monkeypatch):
     give_noise(monkeypatch, xl_img2img)
     pipeline = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["base"], "EulerDiscreteScheduler")
-    told = {"original_size": (60, 70), "crops_coords_top_left": (3, 5), "target_size": (20, 30)}
-    negative_told = {f"negative_{name}": value for name, value in told.items()}
-    expected = pipeline(image=picture, strength=0.5, **told, **negative_told, **settings_of_pipeline()).images
+    sizes = {"original_size": (60, 70), "crops_coords_top_left": (3, 5), "target_size": (20, 30)}
+    negative_sizes = {f"negative_{name}": value for name, value in sizes.items()}
+    expected = pipeline(image=picture, strength=0.5, **sizes, **negative_sizes, **settings_of_pipeline()).images
     sizes = PictureSizes(original_size=(70, 60), crop_top=3, crop_left=5, target_size=(30, 20))
     asked = request(scheduler="euler", image=picture, strength=0.5, sizes=sizes)
     assert_close(latents(models["base"], asked), expected)
@@ -191,10 +191,10 @@ def test_the_refiner_starts_from_the_finished_picture(models, folders, monkeypat
 def refined_latents(models, asked, refinement):
     """The refiner's latents after its last step."""
     reports = []
-    (drawn,) = sample_refined(models["base"], models["refiner"], asked, refinement, reports.append, release=False)
+    (sampled,) = sample_refined(models["base"], models["refiner"], asked, refinement, reports.append, release=False)
     assert {report.stage for report in reports} == {"base", "refiner"}
-    assert drawn.picture.shape == (HEIGHT, WIDTH, 3)
-    assert drawn.settings["refiner"] == str(models["refiner"].bundle.path)
+    assert sampled.picture.shape == (HEIGHT, WIDTH, 3)
+    assert sampled.settings["refiner"] == str(models["refiner"].bundle.path)
     return reports[-1].latents
 
 
@@ -227,15 +227,15 @@ def test_adapters_have_scales_of_their_own(folders, models, tmp_path):
     pipeline = pipeline_of("StableDiffusionPipeline", folders["sd1"])
     for n, file in enumerate(files):
         pipeline.load_lora_weights(file.parent, adapter_name=str(n))
-    given = settings_of_pipeline(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH)
+    arguments = settings_of_pipeline(latents=torch.tensor(noise()), height=HEIGHT, width=WIDTH)
     model = SamplingModel(folder, files, keep_text_encoders=True)
-    drawn = []
+    sampled = []
     for scales in ((1.0, 0.6), (-0.5, 1.2)):
         pipeline.set_adapters(["0", "1"], list(scales))
-        expected = pipeline(**given).images
-        drawn.append(latents(model, request(lora_scales=scales)))
-        assert_close(drawn[-1], expected)
-    assert relative_error(*drawn) > 0.1
+        expected = pipeline(**arguments).images
+        sampled.append(latents(model, request(lora_scales=scales)))
+        assert_close(sampled[-1], expected)
+    assert relative_error(*sampled) > 0.1
     (denoiser,) = model._denoisers.values()
     assert len(denoiser.compile_cache) == 1, "other scales are no other graph"
     assert np.array_equal(latents(model, request(lora_scales=(0.0,))), latents(models["sd1"], request()))
@@ -284,8 +284,8 @@ def test_long_prompts_are_read_in_pieces(models, folders):
 def test_what_is_stopped_gives_the_pictures_that_are_done(models):
     reports = []
     asked = request(num_images_per_prompt=3, batch_size=1, num_inference_steps=2)
-    drawn = list(models["sd1"].sample(asked, reports.append, lambda: len(reports) == 3))
-    assert [one.number for one in drawn] == [0]
+    sampled = list(models["sd1"].sample(asked, reports.append, lambda: len(reports) == 3))
+    assert [one.number for one in sampled] == [0]
     assert [(report.step, report.rows) for report in reports] == [(1, range(1)), (2, range(1)), (1, range(1, 2))]
     assert reports[0].steps == 2
     assert reports[0].total == 3
@@ -316,7 +316,7 @@ def test_lent_networks_are_used_as_they_are_at_the_time(models, folders):
     assert relative_error(latents(read, request()), latents(model, request())) == 0.0
 
 
-def test_what_a_model_cannot_draw_is_said_in_a_line(models, picture):
+def test_what_a_model_cannot_sample_is_said_in_a_line(models, picture):
     model = models["sd1"]
     refused = [
         (request(image=picture, strength=0.1), "--strength 0.1: of 4 steps none is left"),

@@ -167,9 +167,9 @@ def test_the_noise_of_a_row_does_not_depend_on_its_batch(name):
             latents = trajectory.step(index, trajectory.inputs(latents, timestep) * 0.1, latents)
         return latents.asnumpy()
 
-    together = drawn([0, 1, 2])
-    assert np.array_equal(drawn([2, 1]), together[[2, 1]])
-    assert not np.array_equal(drawn([0], seed=SEED + 1)[0], together[0])
+    all_rows = drawn([0, 1, 2])
+    assert np.array_equal(drawn([2, 1]), all_rows[[2, 1]])
+    assert not np.array_equal(drawn([0], seed=SEED + 1)[0], all_rows[0])
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def sampler(model):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_pictures_are_those_that_diffusers_pipeline_draws(name, model, sampler, monkeypatch):
+def test_pictures_are_those_that_diffusers_pipeline_samples(name, model, sampler, monkeypatch):
     """Same weights, latents and texts, four steps: the sampler's whole way from noise to pixels.
 
     There are three pictures, two at a time, so the second batch is filled up, and what fills it must not be seen.

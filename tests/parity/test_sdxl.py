@@ -1,4 +1,4 @@
-"""SDXL draws diffusers' pictures from the prompt itself, with and without an adapter on all three networks."""
+"""SDXL samples diffusers' pictures from the prompt itself, with and without an adapter on all three networks."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def pipeline_of(model):
     return pipeline
 
 
-def draw(pipeline, **more):
+def sample(pipeline, **more):
     """Diffusers' latents and picture."""
     settings = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, **more}
     latents = pipeline(height=HEIGHT, width=WIDTH, latents=torch.tensor(NOISE), output_type="latent", **settings).images
@@ -84,7 +84,7 @@ def request(scale, negative=""):
     )
 
 
-def draw_ours(ours, scale, negative=""):
+def sample_ours(ours, scale, negative=""):
     asked = request(scale, negative)
     texts = ours.embeddings(asked)
     ((number, latents),) = ours.latents(asked, Rows(NOISE, [texts[PROMPT]], texts[negative]))
@@ -103,36 +103,36 @@ def test_without_a_negative_prompt_it_is_guided_by_zeros_as_diffusers_is(ours, m
     empty = ours.embeddings(request(0.0))[""]
     assert not empty.text.any()
     assert not empty.pooled.any()
-    assert_same(draw_ours(ours, 0.0), draw(pipeline_of(model)))
+    assert_same(sample_ours(ours, 0.0), sample(pipeline_of(model)))
 
 
-def test_a_negative_prompt_draws_another_picture_and_diffusers_too(ours, model):
-    expected = draw(pipeline_of(model), negative_prompt=NEGATIVE)
-    assert_same(draw_ours(ours, 0.0, NEGATIVE), expected)
-    assert relative_error(draw_ours(ours, 0.0)[0], expected[0]) > 100 * LATENTS
+def test_a_negative_prompt_samples_another_picture_and_diffusers_too(ours, model):
+    expected = sample(pipeline_of(model), negative_prompt=NEGATIVE)
+    assert_same(sample_ours(ours, 0.0, NEGATIVE), expected)
+    assert relative_error(sample_ours(ours, 0.0)[0], expected[0]) > 100 * LATENTS
 
 
 def test_the_numbers_of_the_picture_show_in_it(ours, model):
     """So a wrong order of them would be seen."""
-    others = draw(pipeline_of(model), original_size=(WIDTH, HEIGHT)), draw(pipeline_of(model), target_size=(8, 8))
-    assert all(relative_error(draw_ours(ours, 0.0)[0], other[0]) > 10 * LATENTS for other in others)
+    others = sample(pipeline_of(model), original_size=(WIDTH, HEIGHT)), sample(pipeline_of(model), target_size=(8, 8))
+    assert all(relative_error(sample_ours(ours, 0.0)[0], other[0]) > 10 * LATENTS for other in others)
 
 
-def test_diffusers_loads_our_adapter_of_all_three_networks_and_draws_our_picture(ours, model, adapter):
+def test_diffusers_loads_our_adapter_of_all_three_networks_and_samples_our_picture(ours, model, adapter):
     assert read_lora(adapter, model).keys() == {"unet", "text_encoder", "text_encoder_2"}
     pipeline = pipeline_of(model)
     pipeline.load_lora_weights(adapter.parent)
-    expected = draw(pipeline)
-    assert_same(draw_ours(ours, 1.0), expected)
-    assert relative_error(draw_ours(ours, 0.0)[0], expected[0]) > 0.1
+    expected = sample(pipeline)
+    assert_same(sample_ours(ours, 1.0), expected)
+    assert relative_error(sample_ours(ours, 0.0)[0], expected[0]) > 0.1
     without_text = pipeline_of(model)
     without_text.load_lora_weights(adapter.parent)
     without_text.text_encoder.disable_adapters()
-    assert relative_error(expected[0], draw(without_text)[0]) > 100 * LATENTS
+    assert relative_error(expected[0], sample(without_text)[0]) > 100 * LATENTS
 
 
 def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
-    """As its own pipeline tells it, which starts from the same noise where nothing of a picture is kept."""
+    """As in its own pipeline, which starts from the same noise where nothing of a picture is kept."""
     folder = open_bundle(write_random_sdxl(tmp_path, refiner=True))
     assert ([reader.name for reader in folder.text], folder.num_add_time_ids) == (["text_encoder_2"], 5)
     model, asked = SamplingModel(folder), request(1.0)
@@ -141,7 +141,7 @@ def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
 
     pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(tmp_path, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
-    given = {
+    arguments = {
         "prompt": PROMPT,
         "image": Image.new("RGB", (WIDTH, HEIGHT)),
         "latents": torch.tensor(NOISE),
@@ -151,10 +151,10 @@ def test_the_refiner_is_told_how_beautiful_the_picture_is(tmp_path):
         "output_type": "latent",
     }
     assert texts[""].text.any(), "the refiner is guided by the encoded empty prompt"
-    error = relative_error(latents[None], pipeline(**given).images)
+    error = relative_error(latents[None], pipeline(**arguments).images)
     print(f"latents of the refiner {error:.1e}")
     assert error < LATENTS
-    assert relative_error(latents[None], pipeline(**given, aesthetic_score=2.5).images) > 10 * LATENTS
+    assert relative_error(latents[None], pipeline(**arguments, aesthetic_score=2.5).images) > 10 * LATENTS
 
 
 def test_nan_ends_in_a_line_and_not_in_a_black_picture(ours):

@@ -263,7 +263,7 @@ class Training:
 
 
 class Reference:
-    """The networks of a model folder in torch, to be trained from given weights."""
+    """The networks of a model folder in torch, to be trained from chosen weights."""
 
     def __init__(self, path, trained, start):
         self.unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
@@ -438,9 +438,9 @@ def differences(weights, expected, start):
 
 
 def test_the_weights_after_five_steps_are_torchs(compared):
-    together, one = differences(compared.ours.weights, compared.reference.weights, compared.training.start)
-    print(f"weights together {together:.1e}, one {one:.1e}")
-    assert together < ALL_WEIGHTS
+    all_weights, one = differences(compared.ours.weights, compared.reference.weights, compared.training.start)
+    print(f"weights together {all_weights:.1e}, one {one:.1e}")
+    assert all_weights < ALL_WEIGHTS
     assert one < ONE_WEIGHT
 
 
@@ -455,8 +455,8 @@ def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
             assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
     if case.trained.text:
         other = run_reference(training, batches, case, text_rate_factor=1.0)
-        together, _ = differences(other.weights, compared.reference.weights, training.start)
-        assert together > 10 * ALL_WEIGHTS
+        all_weights, _ = differences(other.weights, compared.reference.weights, training.start)
+        assert all_weights > 10 * ALL_WEIGHTS
 
 
 def read_fields(trained):
@@ -488,9 +488,9 @@ def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
         assert ours.loss == pytest.approx(expected.loss, rel=LOSS)
         assert ours.concept_losses == pytest.approx(expected.concept_losses, rel=LOSS)
         assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=LOSS)
-    together, furthest = differences(several.weights, one.weights, training.start)
-    print(f"weights together {together:.1e}, one {furthest:.1e}")
-    assert together < ALL_WEIGHTS
+    all_weights, furthest = differences(several.weights, one.weights, training.start)
+    print(f"weights together {all_weights:.1e}, one {furthest:.1e}")
+    assert all_weights < ALL_WEIGHTS
     assert furthest < ONE_WEIGHT
 
 
@@ -553,7 +553,7 @@ def weighted_by_time(generators):
 
 
 class Readout(nn.Cell):
-    """A denoiser whose prediction can be told by hand: noisy latents plus the means of all that it reads."""
+    """A denoiser whose prediction can be worked out by hand: noisy latents plus the means of all that it reads."""
 
     def construct(self, noisy_BCHW, timesteps_B, text, pooled, add_time_ids):
         told_B = text.mean((1, 2)) + pooled.mean(1) + add_time_ids.mean(1) + timesteps_B * 0.001
@@ -582,11 +582,11 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
             (text, pooled), (width, height) = texts[view.record], view.record.size
             latents, noise = drawn.inputs["sample"][row], drawn.target[row]
             timestep = int(drawn.inputs["timestep"][row])
-            told = text.astype(float).mean() + pooled.astype(float).mean() + timestep * 0.001
-            told += np.mean([height, width, *corner(view), 32, 32])
+            conditioning = text.astype(float).mean() + pooled.astype(float).mean() + timestep * 0.001
+            conditioning += np.mean([height, width, *corner(view), 32, 32])
             alpha = SCHEDULE.alphas_cumprod[timestep]
             noisy = latents * alpha**0.5 + noise * (1 - alpha) ** 0.5
-            error = np.mean((noisy + told - noise) ** 2)
+            error = np.mean((noisy + conditioning - noise) ** 2)
             weight = PRIOR_LOSS_WEIGHT if of.name == CLASS else 1.0
             expected += weight * (1 + timestep / 1000) * error / batch_size
         loss, _ = loss_cell(*make_batch(step).tensors())

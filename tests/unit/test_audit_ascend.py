@@ -29,9 +29,9 @@ def test_the_graphs_have_every_kind_of_operation(uses):
     assert "Float16" in uses["Conv2D"].dtypes
 
 
-def test_sd_and_sdxl_are_trained_and_drawn(uses):
-    assert {"Conv2D", "MatMul"} <= {name for name, use in uses.items() if use.graphs >= {"training SD", "drawing SD"}}
-    assert all(uses[name].graphs >= {"training SDXL", "drawing SDXL"} for name in ("Conv2D", "MatMul"))
+def test_sd_and_sdxl_are_trained_and_sampled(uses):
+    assert {"Conv2D", "MatMul"} <= {name for name, use in uses.items() if use.graphs >= {"training SD", "sampling SD"}}
+    assert all(uses[name].graphs >= {"training SDXL", "sampling SDXL"} for name in ("Conv2D", "MatMul"))
 
 
 def test_a_step_with_gradient_checkpointing_is_among_them(uses):

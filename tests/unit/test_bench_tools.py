@@ -202,20 +202,20 @@ def test_what_pictures_cannot_be_timed_is_refused(flags):
 
 
 @pytest.fixture
-def draw_on(monkeypatch):
-    """A job whose only side draws given pictures, one after the other."""
+def sample_on(monkeypatch):
+    """A job whose only side samples chosen pictures, one after the other."""
 
     def with_pictures(*pictures):
         remaining = iter(pictures)
 
-        def draw(step_done):
+        def sample(step_done):
             for _ in range(3):
                 step_done()
             return next(remaining)
 
         def build(job, mark):
             mark("imported")
-            return draw
+            return sample
 
         monkeypatch.setitem(bench_sample.SIDES, "fake", build)
         return bench_sample.Job(bench_step.BASE, None, 3)
@@ -223,9 +223,9 @@ def draw_on(monkeypatch):
     return with_pictures
 
 
-def test_a_process_times_the_steps_of_the_second_picture(draw_on):
+def test_a_process_times_the_steps_of_the_second_picture(sample_on):
     picture = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
-    report = bench_sample.measure("fake", draw_on(picture, picture), time.monotonic())
+    report = bench_sample.measure("fake", sample_on(picture, picture), time.monotonic())
     assert 0 < report["imported"] <= report["first_picture"]
     assert len(report["steps"]) == 2
     assert report["levels"] == picture[::2, ::2].reshape(-1).tolist()
@@ -234,9 +234,9 @@ def test_a_process_times_the_steps_of_the_second_picture(draw_on):
 
 
 @pytest.mark.parametrize("pictures", [(np.zeros((8, 8, 3)),) * 2, (np.eye(8), np.eye(8)[::-1])], ids=["flat", "other"])
-def test_a_picture_that_shows_nothing_or_changes_is_not_timed(draw_on, pictures):
+def test_a_picture_that_shows_nothing_or_changes_is_not_timed(sample_on, pictures):
     with pytest.raises(SystemExit, match="flat, or was another one"):
-        bench_sample.measure("fake", draw_on(*pictures), time.monotonic())
+        bench_sample.measure("fake", sample_on(*pictures), time.monotonic())
 
 
 def test_different_pictures_are_different_work():

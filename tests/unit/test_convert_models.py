@@ -180,7 +180,7 @@ class TestSingleFiles:
         assert main(["convert", str(path), str(tmp_path / "out.ckpt")]) == 0
         assert "no place for the mean and deviation of its latents" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("values", [np.zeros(3), np.array([1, 2, np.nan, 4])], ids=["too few", "no number"])
+    @pytest.mark.parametrize("values", [np.zeros(3), np.array([1, 2, np.nan, 4])], ids=["too few", "NaN"])
     def test_statistics_that_are_none_are_refused(self, tmp_path, capsys, values):
         more = STATISTICS | {"edm_mean": StoredTensor.of(values.astype(np.float32))}
         path, _ = single_file(tmp_path, "sdxl", more)

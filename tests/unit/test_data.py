@@ -519,7 +519,7 @@ class TestClassPictures:
         self.make(tmp_path, *map(picture_name, range(3)), ".partial-abc.png")
         assert missing_numbers(tmp_path, 5) == [3, 4]
 
-    def test_a_picture_that_was_removed_is_drawn_again_under_its_number(self, tmp_path):
+    def test_a_picture_that_was_removed_is_sampled_again_under_its_number(self, tmp_path):
         self.make(tmp_path, *map(picture_name, (0, 2, 3)))
         assert missing_numbers(tmp_path, 5) == [1, 4]
 

@@ -45,20 +45,20 @@ def test_the_readme_shows_commands():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "training").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_training_configuration_loads(path):
     required = ["--instance_data_dir", "photos", "--instance_prompt", "a photo of sks dog"]
-    given = path.read_text(encoding="utf-8")
-    others = [] if "instance_data_dir" in given else required
-    if "with_prior_preservation: true" in given and "class_data_dir" not in given:
+    text = path.read_text(encoding="utf-8")
+    others = [] if "instance_data_dir" in text else required
+    if "with_prior_preservation: true" in text and "class_data_dir" not in text:
         others += ["--class_data_dir", "class", "--class_prompt", "a photo of a dog"]
-    told = []
-    load(TrainConfig, ["--config", str(path), *others], told.append)
-    assert not told
+    notes = []
+    load(TrainConfig, ["--config", str(path), *others], notes.append)
+    assert not notes
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "inference").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_inference_configuration_loads(path):
-    told = []
-    load(SampleConfig, ["--config", str(path), "--prompt", "a photo of sks dog"], told.append)
-    assert not told
+    notes = []
+    load(SampleConfig, ["--config", str(path), "--prompt", "a photo of sks dog"], notes.append)
+    assert not notes
 
 
 def test_the_configurations_of_the_guides_are_here():

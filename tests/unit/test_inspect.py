@@ -114,7 +114,7 @@ def test_an_autoencoder_alone(tmp_path, inspect, form):
         ("mid_block.x", "a UNet alone, in diffusers' naming without its folder"),
     ],
 )
-def test_another_kind_of_model_is_told_by_its_name(tmp_path, capsys, name, kind):
+def test_another_kind_of_model_is_reported_by_its_name(tmp_path, capsys, name, kind):
     write_safetensors(tmp_path / "file", {name: StoredTensor.of(np.zeros(3, np.float32))})
     assert main(["inspect", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err == (

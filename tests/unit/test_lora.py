@@ -50,7 +50,7 @@ def random_factors(layers, seed=0):
 def outputs():
     """What a UNet says without an adapter, and then with one in four states.
 
-    As in a run that first draws its class pictures, the network has been compiled before the adapter is added.
+    As in a run that first samples its class pictures, the network has been compiled before the adapter is added.
     """
     unet = UNet2DConditionModel(UNET)
     initialise(unet, 0)

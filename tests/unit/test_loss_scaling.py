@@ -139,7 +139,7 @@ def test_a_static_scale_is_taken_out_exactly_once(batches_per_step):
 
 
 class WithAnother(nn.Cell):
-    """The sum with another process's gradients, which are no numbers."""
+    """The sum with another process's gradients, which are NaN."""
 
     def construct(self, gradients):
         return (gradients[0] + np.inf,)

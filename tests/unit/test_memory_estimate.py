@@ -183,8 +183,8 @@ class TestTwoProcessesOnAMachine:
             config = load(TrainConfig, [*needed, *flags])
             expected = estimate(training_memory._workload(config, folder, processes))
             monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
-            together = Processes(0, processes, exchange=lambda what, value: [value] * processes)
-            training_memory.check_expected_memory(config, folder, together)
+            group = Processes(0, processes, exchange=lambda what, value: [value] * processes)
+            training_memory.check_expected_memory(config, folder, group)
             return expected.parts
 
         return check

@@ -181,7 +181,7 @@ class TestWhatIsTrained:
                 assert np.array_equal(update.up, run.values[name][f"{layer}.lora_B.weight"])
 
     def test_a_trained_lora_is_written_as_diffusers_writes_it(self, base, tmp_path):
-        """The names of its scripts, and beside them what peft is told, with the layers as they were asked for."""
+        """The names of its scripts, and beside them peft's settings, with the layers as they were asked for."""
         run = trained(base, "lora", text=True, rank=2, lora_alpha=3, lora_target_modules=["to_v", "attn1.to_q"])
         run.learner.write_part(tmp_path, STEP)
         file = read_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
@@ -191,13 +191,13 @@ class TestWhatIsTrained:
         text = [name for name in file.tensors if name not in names]
         assert len(text) == 2 * 4
         assert all(".lora_linear_layer." in name and name.startswith("text_encoder.") for name in text)
-        told = {"r": 2, "lora_alpha": 3.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
-        told |= {"use_rslora": False, "lora_bias": False}
+        common = {"r": 2, "lora_alpha": 3.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        common |= {"use_rslora": False, "lora_bias": False}
         targets = {"unet": ["attn1.to_q", "to_v"], "text_encoder": ["k_proj", "out_proj", "q_proj", "v_proj"]}
         settings = {
             f"{part}.{key}": value
             for part in targets
-            for key, value in (told | {"target_modules": targets[part]}).items()
+            for key, value in (common | {"target_modules": targets[part]}).items()
         }
         assert list(file.metadata) == ["format", "lora_adapter_metadata", "dreambooth_ms_step"]
         assert file.metadata["lora_adapter_metadata"] == json.dumps(settings, sort_keys=True)

@@ -1,4 +1,4 @@
-"""LoRAs of every format and family go there and back, and what they adapt is told from names and shapes."""
+"""LoRAs of every format and family go there and back, and what they adapt is known from names and shapes."""
 
 import numpy as np
 import pytest

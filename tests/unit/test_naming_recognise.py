@@ -1,4 +1,4 @@
-"""A file's names and shapes tell what it is, and what does not fit is said in one line."""
+"""A file's names and shapes show what it is, and what does not fit is said in one line."""
 
 import re
 from dataclasses import replace

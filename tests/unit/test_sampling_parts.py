@@ -85,9 +85,9 @@ class TestRequests:
         ],
     )
     def test_what_has_no_effect_is_noted(self, flags, note):
-        told = []
-        load(SampleConfig, [*REQUIRED, *flags], told.append)
-        assert told == [note]
+        notes = []
+        load(SampleConfig, [*REQUIRED, *flags], notes.append)
+        assert notes == [note]
 
     def test_one_scale_in_a_file_needs_no_list(self, tmp_path):
         (tmp_path / "run.yaml").write_text("weights: {lora: [a], lora_scale: 0.5}")
@@ -112,7 +112,7 @@ class TestFlagsOfTheGuide:
         config = self.loaded("--config", path, "--weight", "base.ckpt,lora.ckpt", "--sd_xl_base_ratios", "1.0")
         assert config.weights.lora == ["lora.ckpt"]
         assert config.pictures.num_inference_steps == 40
-        assert f"--config {path}: is for training; pictures are drawn by " in capsys.readouterr().err
+        assert f"--config {path}: is for training; pictures are sampled by " in capsys.readouterr().err
 
     def test_the_refiner_is_named_the_guides_way(self):
         config = self.loaded("--add_pipeline", "True").refinement

@@ -1,4 +1,4 @@
-"""Sums: exact enough at every size, the same bits every time, and no number where a gradient is none."""
+"""Sums: exact enough at every size, the same bits every time, and NaN where a gradient is NaN."""
 
 import numpy as np
 import pytest

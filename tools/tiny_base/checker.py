@@ -1,6 +1,6 @@
 """A checker of drawn scenes that reads pixels and has nothing learned in it.
 
-It says which shape of which colour a picture of the world shows on which background, or that it cannot tell. It is
+It says which shape of which colour a picture of the world shows on which background, or that it is unsure. It is
 meant for plain scenes; of a patterned one it names the colour that covers most of the inside of the shape.
 """
 
@@ -45,7 +45,7 @@ TEMPLATE_ANGLES = range(-25, 26, 5)
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; None where the checker cannot tell."""
+    """What a picture shows; None where the checker is unsure."""
 
     shape: str | None
     colour: str | None
@@ -142,7 +142,7 @@ def _depth(mask: np.ndarray) -> np.ndarray:
 
 
 def _piece_around(mask: np.ndarray, pixel: int) -> np.ndarray:
-    """The connected piece of the mask that holds this pixel, given by its index in the flattened mask."""
+    """The connected piece of the mask that holds this pixel, named by its index in the flattened mask."""
     piece = np.zeros_like(mask)
     piece.flat[pixel] = mask.flat[pixel]
     while True:

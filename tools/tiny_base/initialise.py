@@ -19,7 +19,7 @@ def initialise_for_training(root: nn.Cell, seed: int) -> None:
     Variances are 1 / fan_in, and residual branches and the output of a UNet start at 0 (as in Ho et al., 2020). An
     autoencoder of 64 x 64 pictures had a fifth of the squared error after 250 steps (measured, against `initialise`).
     Words start with variance 1: at a deviation of 0.02, what the first layer adds drowned them, and in the states of a
-    small CLIP trained so, 2% of the variance at the word for a shape told which shape it was (measured).
+    small CLIP trained so, 2% of the variance at the word for a shape depended on which shape it was (measured).
     """
     initialise(root, seed, variance=1.0)
     for name, parameter in public_parameters(root).items():
