@@ -15,7 +15,7 @@ test: .venv/installed-tests
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 # At real model size: about 20 GiB and a quarter of an hour.
-# Each in a process of its own: MindSpore keeps the weights of what it has compiled (measured), here of all models together.
+# Each in a process of its own: MindSpore keeps the weights of what it has compiled (measured), here of all models at once.
 test-real: .venv/installed-tests
 	@tests=$$($(BIN)/python -m pytest -q -m real --collect-only | grep ::) || { echo "no real-size test was found"; exit 1; }; \
 	failed=; for test in $$tests; do \
