@@ -3,7 +3,7 @@
 import math
 
 from dreambooth_ms.config.choices import LearningRateSchedule
-from dreambooth_ms.config.train import POLYNOMIAL_END_LEARNING_RATE
+from dreambooth_ms.config.train import POLYNOMIAL_END_RATE
 
 
 def learning_rate_factor(
@@ -48,6 +48,6 @@ def learning_rate_factor(
         case "cosine_with_restarts":
             return 0.5 * (1.0 + math.cos(math.pi * (num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
         case "polynomial":
-            end = POLYNOMIAL_END_LEARNING_RATE / base_learning_rate
+            end = POLYNOMIAL_END_RATE / base_learning_rate
             return (1.0 - end) * remaining**power + end
     raise ValueError(f"unknown learning rate schedule {kind!r}")
