@@ -87,6 +87,7 @@ def training_sdxl() -> list[Graph]:
 
     from dreambooth_ms.adapters.dropout import DropoutState
     from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.loss_scaling import LossScaler
@@ -99,7 +100,7 @@ def training_sdxl() -> list[Graph]:
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
-    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler()))
+    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
     batch = toy_networks.batch(
         input_ids=_token_ids(2),
         end_mask=_ends(),
@@ -192,15 +193,19 @@ def optimisers() -> list[Graph]:
 def drawing_sdxl() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+    from dreambooth_ms.models.layers import CellMethod
+    from dreambooth_ms.models.vae import AutoencoderKL
 
     vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
     pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.add_time_ids())
     return [
         (_sdxl_text_encoders(), (_token_ids(2), _ends())),
         _denoising(toy_networks.SDXL_UNET, *pooled),
-        (VaeDecoder(vae), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
-        (VaeEncoder(vae), (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),)),
+        (CellMethod(vae.decode), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
+        (
+            CellMethod(vae.encode),
+            (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),),
+        ),
     ]
 
 
@@ -307,13 +312,14 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     """An update by this optimiser, from gradients that were added up."""
     from mindspore import ParameterTuple
 
+    from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.optimisers import zeros_like
     from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
 
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
     clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
-    update = Update(optimiser, clip, sum_gradients, LossScaler())
+    update = Update(optimiser, clip, sum_gradients, LossScaler(LossScalingConfig()))
     return _UpdateFromSums(sums, update), ()
 
 
@@ -352,7 +358,8 @@ def _attention_gradient(attention: Any) -> Any:
 
 def compile_graphs(chosen: Sequence[str]) -> None:
     """Compile these graphs, in a process whose environment makes MindSpore write them down."""
-    from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
+    from dreambooth_ms.runtime.device import Formulation, set_up_device
+    from tools.formulation import use_formulation
 
     set_up_device("CPU", 0)
     with use_formulation(Formulation.ASCEND):

@@ -23,8 +23,9 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation, set_up_device
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -207,10 +208,10 @@ def sampling_figures() -> dict[str, float]:
     return {"prediction": _norm([prediction.asnumpy()]), "picture": _norm([_decoder()(latents).asnumpy()])}
 
 
-def _decoder() -> VaeDecoder:
+def _decoder() -> CellMethod:
     vae = AutoencoderKL(toy_networks.VAE)
     initialise(vae, toy_networks.SEED)
-    return VaeDecoder(vae)
+    return CellMethod(vae.decode)
 
 
 def _norm(arrays: Sequence[np.ndarray]) -> float:

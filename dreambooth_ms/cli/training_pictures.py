@@ -18,7 +18,7 @@ from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.vae import VaeEncoder
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
 from dreambooth_ms.sampling.model import SamplingModel
@@ -105,7 +105,7 @@ def encode_pictures(
     plan = Plan(tuple(concepts), job.config.run.train_batch_size, framing, job.seed, job.batches_per_step)
 
     def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
-        encoder = VaeEncoder(base.codec.load(decodes=False))
+        encoder = CellMethod(base.codec.load(decodes=False).encode)
         return lambda pictures: np.concatenate([one.asnumpy() for one in encoder(Tensor(pictures))]).astype(np.float32)
 
     posteriors = posterior_lookup(
