@@ -65,10 +65,8 @@ class Quantised(nn.Cell):
 class AdamW8bit(VectorOptimiser):
     """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
 
-    def make_vector(
-        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
-    ) -> nn.Cell:
-        return _Vector(number, parameters, self.hyperparameters, rate_factor, decay_factor)
+    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
+        return _Vector(number, parameters, self.hyperparameters, rate, decay)
 
     numbers = AdamW.numbers
 

@@ -45,11 +45,9 @@ class Prodigy(VectorOptimiser):
         self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
         self.numerator = state("prodigy_numerator", np.float32(0))
 
-    def make_vector(
-        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
-    ) -> nn.Cell:
-        assert rate_factor == 1.0, "the estimate is one for all parameters"
-        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay_factor)
+    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
+        assert rate == 1.0, "the estimate is one for all parameters"
+        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay)
 
     def moments(self) -> list[Parameter]:
         return [*super().moments(), self.estimate, self.numerator]

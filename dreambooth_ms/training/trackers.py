@@ -90,12 +90,9 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     path = folder / HISTORY
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    lines: list[dict[str, float]] = []
+    with suppress(ValueError):
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8", errors="replace").splitlines()))
     return lines
 
 
