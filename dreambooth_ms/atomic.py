@@ -1,11 +1,13 @@
-"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename."""
+"""Files that appear whole or not at all: a temporary name in the same folder, fsync, rename; and their digests."""
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from dreambooth_ms.errors import WeightError
 
@@ -16,27 +18,20 @@ TEMPORARY_PREFIX = ".partial-"
 def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
     """A path to write to; on leaving, what was written takes the target's name in one step.
 
-    On any error the partial file is removed and what had the target's name before is untouched.
-
-    Args:
-        target: the file to be.
-        size: how many bytes it will have, as far as that is known: a disk that lacks room is told at once.
+    On any error the partial file is removed and what had the target's name before is untouched. `size` is how many
+    bytes it will have, as far as that is known: a disk that lacks room is told at once.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
     """
     check_room(target, size)
-    try:
+    partial = target.parent / f"{TEMPORARY_PREFIX}{token_hex(4)}{target.suffix}"
+    with _asking_for(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent)
-        os.close(handle)
-    except (OSError, ValueError) as error:
-        raise _cannot_write(target, error) from error
-    partial = Path(name)
+        partial.touch(exist_ok=False)
     try:
         yield partial
         sync(partial)
-        partial.chmod(0o666 & ~_umask())
         partial.replace(target)
         sync(target.parent)
     except OSError as error:
@@ -51,11 +46,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         WeightError: it cannot.
     """
-    try:
-        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
-            pass
-    except (OSError, ValueError) as error:
-        raise _cannot_write(folder, error) from error
+    with _asking_for(folder), tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
+        pass
 
 
 def check_room(target: Path, size: int) -> None:
@@ -64,10 +56,8 @@ def check_room(target: Path, size: int) -> None:
     Raises:
         WeightError: there is too little, or no such place.
     """
-    try:
+    with _asking_for(target):
         free = shutil.disk_usage(_nearest_that_exists(target.parent)).free
-    except (OSError, ValueError) as error:
-        raise _cannot_write(target, error) from error
     if size > free:
         raise WeightError(
             f"{target}: cannot be written (No space left on device: {_readable(size)} are needed, "
@@ -96,19 +86,16 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         WeightError: the place cannot be written to, or the disk is full.
     """
-    partial_folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))
-        yield partial_folder
-        partial_folder.chmod(0o755)
-        partial_folder.replace(path)
-        sync(path.parent)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as name:
+            partial = Path(name)
+            yield partial
+            partial.chmod(0o755)
+            partial.replace(path)
+            sync(path.parent)
     except OSError as error:
         raise WeightError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        if partial_folder is not None:
-            shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def _nearest_that_exists(folder: Path) -> Path:
@@ -128,14 +115,25 @@ def write_bytes(target: Path, content: bytes) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what programs that were killed while they wrote have left in a folder and those below it."""
     for parent, folders, files in os.walk(folder):
-        for name in folders + files:
-            if name.startswith(TEMPORARY_PREFIX):
-                path = Path(parent, name)
-                if name in folders:
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    with suppress(OSError):
-                        path.unlink()
+        for path in (Path(parent, name) for name in folders + files if name.startswith(TEMPORARY_PREFIX)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -147,12 +145,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: OSError | ValueError) -> WeightError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return WeightError(f"{path}: cannot be written ({reason}); choose another folder")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def _asking_for(path: Path) -> Iterator[None]:
+    """Inside, what is wrong with a place to write to becomes a WeightError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightError(f"{path}: cannot be written ({reason}); choose another folder") from error

@@ -4,8 +4,10 @@ The merges are the file that OpenAI published with CLIP (Radford et al., 2021), 
 carries it under the licence beside it. Every CLIP text encoder of Stable Diffusion reads these tokens.
 """
 
+import atexit
 import gzip
 import json
+import shutil
 import tempfile
 from functools import cache
 from importlib.resources import files
@@ -19,23 +21,20 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
 """Tokens of a prompt, marks included."""
 
-_END_OF_WORD = "</w>"
-_MERGES = SIZE - 2 * 256 - 2
-
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
-    """Write the tokenizer as transformers' CLIPTokenizer reads it.
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
 
-    Args:
-        folder: where vocab.json, merges.txt and the configurations go.
-        pad_token: what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
+    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
 
     Raises:
         WeightError: the folder cannot be written to.
     """
-    merges = _merges()
+    packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+    # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
+    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - 2 * 256 - 2]
     symbols = byte_symbols()
-    tokens = [*symbols, *(symbol + _END_OF_WORD for symbol in symbols)]
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
     tokens += [merge.replace(" ", "") for merge in merges]
     tokens += [START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
@@ -46,15 +45,12 @@ def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
     _write_json(folder / "tokenizer_config.json", config)
 
 
+@cache
 def tokenizer_on_board(pad_token: str = END) -> Path:
     """A folder with the tokenizer, made when it is first asked for and gone when the program ends."""
-    return Path(_temporary_tokenizer(pad_token).name)
-
-
-@cache
-def _temporary_tokenizer(pad_token: str) -> tempfile.TemporaryDirectory[str]:
-    folder = tempfile.TemporaryDirectory(prefix="dreambooth-ms-tokenizer-")
-    write_clip_tokenizer(Path(folder.name), pad_token)
+    folder = Path(tempfile.mkdtemp(prefix="dreambooth-ms-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_clip_tokenizer(folder, pad_token)
     return folder
 
 
@@ -63,13 +59,6 @@ def byte_symbols() -> list[str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = 256 - len(printable)
     return [*map(chr, printable), *(chr(256 + i) for i in range(others))]
-
-
-def _merges() -> list[str]:
-    """Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes."""
-    packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
-    return lines[1 : 1 + _MERGES]
 
 
 def _write_json(path: Path, content: object) -> None:

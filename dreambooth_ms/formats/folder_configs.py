@@ -1,39 +1,32 @@
 """The JSON files of a model folder, for a model that came without them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
-from dreambooth_ms.formats.clip_vocabulary import END
+from dreambooth_ms.formats import model_config
+from dreambooth_ms.formats.clip_vocabulary import END, SIZE
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
-from dreambooth_ms.formats.model_config import (
-    write_scheduler_config,
-    write_text_config,
-    write_unet_config,
-    write_vae_config,
-)
 from dreambooth_ms.models.specs import Family, ModelSpec
 
 Files = dict[str, dict[str, Any]]
 """Path within the folder -> content."""
 
 _PIPELINES = {
-    Family.SD1: "StableDiffusionPipeline",
-    Family.SD2: "StableDiffusionPipeline",
-    Family.SDXL: "StableDiffusionXLPipeline",
-    Family.SDXL_REFINER: "StableDiffusionXLImg2ImgPipeline",
-}
-_SPECIAL_PIPELINES = {
+    (Family.SD1, 4): "StableDiffusionPipeline",
+    (Family.SD2, 4): "StableDiffusionPipeline",
+    (Family.SDXL, 4): "StableDiffusionXLPipeline",
+    (Family.SDXL_REFINER, 4): "StableDiffusionXLImg2ImgPipeline",
     (Family.SD1, 8): "StableDiffusionInstructPix2PixPipeline",
     (Family.SD1, 9): "StableDiffusionInpaintPipeline",
     (Family.SD2, 5): "StableDiffusionDepth2ImgPipeline",
     (Family.SD2, 9): "StableDiffusionInpaintPipeline",
     (Family.SDXL, 9): "StableDiffusionXLInpaintPipeline",
 }
-"""By the channels that the UNet takes."""
+"""By the channels that the UNet takes; others are treated as 4."""
 
-EDM_SCHEDULER = {
+EDM_SCHEDULER: Mapping[str, Any] = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
@@ -48,46 +41,41 @@ EDM_SCHEDULER = {
 }
 """Of Playground v2.5, the one model whose latents have a mean and deviation of their own, as diffusers has it."""
 
-_SD2_NOISE_SAMPLE_SIZE = 64
-"""Latents of the SD 2.x models that predict noise; those that predict velocity have 96."""
-
 
 def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str) -> Files:
-    """The files of a folder in which these parts of a model are.
-
-    Args:
-        model: the networks.
-        parts: the parts that are there.
-        prediction_type: "epsilon" or "v_prediction".
-    """
+    """The files of a folder in which these parts of a model are; it predicts "epsilon" or "v_prediction"."""
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
-        unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
-    pixels = unet.sample_size * model.vae.downsampling
+        unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
     files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if "unet" in parts:
-        files["unet/config.json"] = write_unet_config(unet)
+        files["unet/config.json"] = model_config.write_unet_config(unet)
     if "vae" in parts:
         pixels = unet.sample_size * model.vae.downsampling
         more = {"force_upcast": True} if _is_xl(model) else {}
-        files["vae/config.json"] = write_vae_config(model.vae, pixels) | more
+        files["vae/config.json"] = model_config.write_vae_config(model.vae, pixels) | more
     for part in TOKENIZERS:
         spec = getattr(model, part)
         if spec and part in parts:
-            files[f"{part}/config.json"] = write_text_config(spec, spec.projection_dim or spec.transformer.hidden_size)
+            width = spec.projection_dim or spec.transformer.hidden_size
+            files[f"{part}/config.json"] = model_config.write_text_config(spec, width)
     return files
 
 
 def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
     """The files that make the folders of these parts a pipeline: its index and its scheduler."""
-    scheduler = _scheduler(model, schedule)
+    scheduler = dict(EDM_SCHEDULER) if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
+    if _is_xl(model) and not model.vae.latents_mean:
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        del scheduler["clip_sample"], scheduler["set_alpha_to_one"]
     return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 
-def tokenizers(model: ModelSpec) -> dict[str, str]:
-    """A model's text encoders -> what their tokenizers fill a short prompt with, as the encoder was trained."""
-    pad_tokens = {"text_encoder": "!" if model.family is Family.SD2 else END, "text_encoder_2": "!"}
-    return {part: pad_token for part, pad_token in pad_tokens.items() if getattr(model, part)}
+def pad_tokens(model: ModelSpec) -> dict[str, str | None]:
+    """A model's text encoders -> what their tokenizers fill a short prompt with; None if their words are not CLIP's."""
+    trained = {"text_encoder": "!" if model.family is Family.SD2 else END, "text_encoder_2": "!"}
+    specs = {part: getattr(model, part) for part in trained}
+    return {part: trained[part] if spec.vocab_size == SIZE else None for part, spec in specs.items() if spec}
 
 
 def _is_xl(model: ModelSpec) -> bool:
@@ -107,7 +95,7 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
     if not _is_xl(model):
         del components["text_encoder_2"], components["tokenizer_2"]
     absent = {component for part in NETWORKS if part not in parts for component in (part, TOKENIZERS.get(part))}
-    pipeline = _SPECIAL_PIPELINES.get((model.family, model.unet.in_channels), _PIPELINES[model.family])
+    pipeline = _PIPELINES.get((model.family, model.unet.in_channels), _PIPELINES[model.family, 4])
     index: dict[str, Any] = {"_class_name": pipeline}
     index |= {part: ABSENT if part in absent else library for part, library in components.items()}
     if not _is_xl(model):
@@ -115,14 +103,3 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
     if model.family is Family.SDXL_REFINER:
         return index | {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     return index | {"force_zeros_for_empty_prompt": True}
-
-
-def _scheduler(model: ModelSpec, schedule: NoiseScheduleSpec) -> dict[str, Any]:
-    if model.vae.latents_mean:
-        return EDM_SCHEDULER
-    config = write_scheduler_config(schedule)
-    if not _is_xl(model):
-        return config
-    for key in ("clip_sample", "set_alpha_to_one"):
-        del config[key]
-    return config | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}

@@ -4,21 +4,13 @@ The fields of the specs have the names of the configurations' keys, and their de
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.specs import (
-    SD_VAE,
-    ClipSpec,
-    ClipTextSpec,
-    ClipVisionSpec,
-    TransformerSpec,
-    UNetSpec,
-    VaeSpec,
-)
+from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
@@ -85,7 +77,7 @@ def read_unet_config(config: Config) -> UNetSpec:
     return _read(
         UNetSpec,
         config,
-        ("cross_attention_dim", "layers_per_block", "in_channels", "out_channels", "sample_size"),
+        *("layers_per_block", "in_channels", "out_channels", "sample_size"),
         block_out_channels=channels,
         has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
         num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
@@ -116,7 +108,7 @@ def read_vae_config(config: Config) -> VaeSpec:
     return _read(
         VaeSpec,
         config,
-        ("layers_per_block", "latent_channels"),
+        *("layers_per_block", "latent_channels"),
         block_out_channels=tuple(config["block_out_channels"]),
         **read_latent_settings(config, config["latent_channels"]),
     )
@@ -126,9 +118,9 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
     """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
 
     Raises:
-        TypeError: a value is no number, or there is not one for each of the channels.
+        TypeError: a value is not a finite number, or there is not one for each of the channels.
     """
-    factor = _numbers([config.get("scaling_factor", SD_VAE.scaling_factor)], "scaling_factor", 1)[0]
+    factor = _numbers([config.get("scaling_factor", VaeSpec.scaling_factor)], "scaling_factor", 1)[0]
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     return {
         "scaling_factor": factor,
@@ -138,7 +130,7 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
 
 
 _LARGEST = 1e30
-"""Of numbers that can be calculated with in float32; neither infinity nor what is no number is below."""
+"""Of numbers that can be calculated with in float32; neither infinity nor NaN is below."""
 
 
 def _numbers(values: Any, name: str, count: int) -> tuple[float, ...]:
@@ -164,12 +156,8 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
 
 def read_text_config(config: Config) -> ClipTextSpec:
     """transformers' CLIPTextModel configuration -> spec."""
-    return ClipTextSpec(
-        transformer=_read_transformer(config),
-        vocab_size=config["vocab_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        eos_token_id=config.get("eos_token_id", 2),
-    )
+    own = {"transformer": _read(TransformerSpec, config), "eos_token_id": config.get("eos_token_id", 2)}
+    return _read(ClipTextSpec, config, "vocab_size", "max_position_embeddings", **own, projection_dim=None)
 
 
 def read_projected_text_config(config: Config) -> ClipTextSpec:
@@ -197,9 +185,7 @@ def read_clip_config(config: Config) -> ClipSpec:
     vision = config["vision_config"]
     return ClipSpec(
         text=read_text_config(config["text_config"]),
-        vision=ClipVisionSpec(
-            transformer=_read_transformer(vision), image_size=vision["image_size"], patch_size=vision["patch_size"]
-        ),
+        vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
         projection_dim=config["projection_dim"],
     )
 
@@ -217,7 +203,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """
     if is_edm(config):
         raise WeightError(
-            f"{config['_class_name']}: models trained in EDM's formulation can be drawn with, not trained; "
+            f"{config['_class_name']}: models trained in EDM's formulation can be sampled, not trained; "
             "use SD 1.x, 2.x or SDXL"
         )
     kind = config.get("prediction_type", "epsilon")
@@ -228,7 +214,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
         raise WeightError(
             f"beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; use SD 1.x, 2.x or SDXL"
         )
-    return _read(NoiseScheduleSpec, config, (), prediction_type=PredictionType(kind))
+    return _read(NoiseScheduleSpec, config, prediction_type=PredictionType(kind))
 
 
 def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
@@ -243,21 +229,16 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
     )
 
 
-def _read_transformer(config: Config) -> TransformerSpec:
-    return _read(
-        TransformerSpec, config, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    )
-
-
-def _read(kind: type[Spec], config: Config, required: tuple[str, ...], **own: Any) -> Spec:
+def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
     """A spec from the keys that its fields are named for; `own` are values of fields that are not read so.
 
     Raises:
-        KeyError: one of those that must be there is not.
+        KeyError: a key is missing that is required, or that has no default.
     """
-    values = {name: config[name] for name in required}
-    values |= {one.name: config[one.name] for one in fields(kind) if one.name in config}  # type: ignore[arg-type]
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in (values | own).items()})
+    read = [one for one in fields(kind) if one.name not in own]  # type: ignore[arg-type]
+    wanted = [one.name for one in read if one.name in {*config, *required} or one.default is MISSING]
+    values = {name: config[name] for name in wanted} | own
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _config_of(spec: Any, **more: Any) -> dict[str, Any]:

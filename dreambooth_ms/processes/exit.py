@@ -11,10 +11,8 @@ def exit_at_once(status: int) -> NoReturn:
     """End this process now; what was printed is written, and nothing else is tidied up.
 
     MindSpore's clean-up waits for the other processes of a run and for the scheduler, and takes a second to give back
-    memory that is the system's anyhow (both measured).
-
-    Args:
-        status: the exit status; 1 in place of 0 if what was printed cannot be written.
+    memory that is the system's anyhow (both measured). The status is 1 in place of 0 if what was printed cannot be
+    written.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

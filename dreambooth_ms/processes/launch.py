@@ -1,16 +1,15 @@
 """A process's place in a run, as `mpirun` and `msrun` put it into the environment that they start it with."""
 
 import hashlib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from dreambooth_ms.errors import DeviceError
 
 SCHEDULER = -1
 """Stands for the rank of MindSpore's scheduler, which has none: it connects the others and trains nothing."""
-
-LOOPBACK = "127.0.0.1"
 
 _MSRUN, _MPIRUN = "MS_ROLE", "OMPI_COMM_WORLD_RANK"
 """What each launcher sets in every process that it starts."""
@@ -36,10 +35,6 @@ class Launch:
         """Where rank 0 listens for the others."""
         return self.port + 1
 
-    def of_scheduler(self) -> "Launch":
-        """The place of this run's scheduler."""
-        return replace(self, rank=SCHEDULER)
-
     @property
     def scheduler_environment(self) -> dict[str, str]:
         """MindSpore's variables for this place, with which a process needs no launcher of MindSpore's."""
@@ -63,14 +58,8 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     Raises:
         DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
     """
-    if _MSRUN in environment:
-        return _from_msrun(environment)
-    if _MPIRUN in environment:
-        return _from_mpirun(environment)
-    return None
-
-
-def _from_msrun(environment: Mapping[str, str]) -> Launch:
+    if _MSRUN not in environment:
+        return _from_mpirun(environment) if _MPIRUN in environment else None
     host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])
     if environment[_MSRUN] == "MS_SCHED":
         rank = SCHEDULER
@@ -86,16 +75,12 @@ def _from_mpirun(environment: Mapping[str, str]) -> Launch:
     rank, count = int(environment[_MPIRUN]), int(environment["OMPI_COMM_WORLD_SIZE"])
     job = environment.get("PMIX_NAMESPACE", "")
     on_one_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
-    host = LOOPBACK if on_one_machine else _host_of_mpirun(environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    # OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0.
+    addresses = re.search(r"tcp://([^,:;]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    host = environment.get("MS_SCHED_HOST") or ("127.0.0.1" if on_one_machine else addresses and addresses[1])
+    if not host:
+        raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
     number = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")
     # Even ports below those that Linux gives to outgoing connections (32768 and up).
     port = int(environment.get("MS_SCHED_PORT", 20000 + 2 * (number % 6000)))
-    return Launch("mpirun", rank, count, environment.get("MS_SCHED_HOST", host), port, job)
-
-
-def _host_of_mpirun(uri: str) -> str:
-    """The first IPv4 address in OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0."""
-    for part in uri.split(";"):
-        if part.startswith("tcp://"):
-            return part.removeprefix("tcp://").split(":")[0].split(",")[0]
-    raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
+    return Launch("mpirun", rank, count, host, port, job)

@@ -7,7 +7,6 @@ and only `exit_at_once` ends it.
 
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Listener
 from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, NoReturn
@@ -27,12 +26,7 @@ class Rendezvous:
     """One process's connections to the others. Every method must be called by all processes, in the same order."""
 
     def __init__(self, launch: Launch, exchange_seconds: float, complain: Callable[[str], object]) -> None:
-        """Connect to the others.
-
-        Args:
-            launch: this process's place.
-            exchange_seconds: how long to wait for another process in an exchange.
-            complain: prints a line for the user.
+        """Connect to the others; `complain` prints a line for the user.
 
         Raises:
             DeviceError: they are not there in time, or this process cannot reach them.
@@ -47,12 +41,7 @@ class Rendezvous:
             Thread(target=self._watch, args=(rank, channel), daemon=True).start()
 
     def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every process's value, by rank, on every process.
-
-        Args:
-            what: names the exchange, for the line that says who did not come to it.
-            value: plain JSON.
-        """
+        """Every process's value, plain JSON, by rank; `what` is for the line that says who did not come to it."""
         if self._rank != 0:
             self._channels[0].send({"what": what, "value": value})
             return self._next(0, what)["values"]
@@ -135,8 +124,16 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
         DeviceError: they are not there in time, or this process cannot listen.
     """
     expected = {*range(1, launch.count), *((SCHEDULER,) if launch.launcher == "msrun" else ())}
-    channels: dict[int, Channel] = {}
-    admission = Thread(target=_admit, args=(listen(launch), expected, channels), daemon=True)
+    channels, listener = dict[int, Channel](), listen(launch)
+
+    def admit() -> None:
+        """Let the expected processes in as they come; strangers are sent away."""
+        with listener:
+            while missing := expected - channels.keys():
+                if caller := accept(listener, missing):
+                    channels[caller[0]] = caller[1]
+
+    admission = Thread(target=admit, daemon=True)
     admission.start()
     admission.join(START_SECONDS)
     if missing := expected - channels.keys():
@@ -145,14 +142,6 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
         hint = "see its scheduler.log" if missing == {SCHEDULER} else hint
         raise DeviceError(f"{absent}: not started within {START_SECONDS} s; {hint}")
     return channels
-
-
-def _admit(listener: Listener, expected: set[int], channels: dict[int, Channel]) -> None:
-    """Let the expected processes in as they come; strangers are sent away."""
-    with listener:
-        while missing := expected - channels.keys():
-            if caller := accept(listener, missing):
-                channels[caller[0]] = caller[1]
 
 
 def _name(rank: int) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
@@ -11,7 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.processes.channel import wait_until_listening
-from dreambooth_ms.processes.launch import Launch
+from dreambooth_ms.processes.launch import SCHEDULER, Launch
 from dreambooth_ms.processes.rendezvous import START_SECONDS, Rendezvous
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.runtime.scheduler_process import scheduler_process
@@ -28,7 +29,7 @@ def collective_operations(launch: Launch | None) -> Iterator[None]:
         yield
         return
     needs_scheduler = launch.launcher == "mpirun" and formulation() is Formulation.CPU
-    with scheduler_process(launch.of_scheduler()) if needs_scheduler and launch.rank == 0 else nullcontext():
+    with scheduler_process(replace(launch, rank=SCHEDULER)) if needs_scheduler and launch.rank == 0 else nullcontext():
         if needs_scheduler:
             os.environ |= launch.scheduler_environment
         if launch.launcher == "msrun" or needs_scheduler:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,7 @@ class Counts:
 
 
 class CompileCache:
-    """Graphs of any process, in a folder.
-
-    Args:
-        folder: where the entries are.
-        max_bytes: size of all entries together.
-    """
+    """Graphs of any process, in a folder; the size of all entries is bounded."""
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder, self.max_bytes = folder, max_bytes
@@ -72,29 +68,19 @@ class CompileCache:
     def compile(self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]) -> None:
         """Let MindSpore compile a cell for such inputs, or read the graph that it has written before.
 
-        What goes wrong with the cache is told in a warning, and the run goes on without it.
-
-        Args:
-            cell: what is compiled.
-            inputs: of the call.
-            settings: what decides the graph beside the cell, the inputs and the environment.
-            compile: compiles it.
+        What goes wrong with the cache is told in a warning, and the run goes on without it. `settings` decide the graph
+        beside the cell, the inputs and the environment.
         """
-        if self._is_off or not self._compile_with_cache(cell, inputs, settings, compile):
-            compile()
-
-    def _compile_with_cache(
-        self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]
-    ) -> bool:
-        """As `compile`; False if nothing is compiled, since the cache cannot serve this cell."""
+        if self._is_off:
+            return compile()
         try:
             entry = self.folder / graph_key(cell, inputs, settings)
             copied = self._copy_to_mindspore(entry)
         except NotDescribable:
-            return False
+            return compile()
         except OSError as error:
             self._turn_off(error)
-            return False
+            return compile()
         try:
             with _mindspores.switched_on():
                 compile()
@@ -104,12 +90,11 @@ class CompileCache:
             if not copied:
                 raise
             self._remove(entry)  # MindSpore could not read it.
-            return False
         else:
-            self._keep_what_is_new(entry, copied)
+            return self._keep_what_is_new(entry, copied)
         finally:
             _mindspores.empty()
-        return True
+        return compile()
 
     def _copy_to_mindspore(self, entry: Path) -> State:
         """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
@@ -117,11 +102,11 @@ class CompileCache:
             return {}
         try:
             files = json.loads((entry / CONTENTS).read_text())
-            for number, (pattern, digest) in enumerate(sorted(files.items())):
+            for number, (pattern, digest) in enumerate(files.items()):
                 content = (entry / str(number)).read_bytes()
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise ValueError(pattern)
-                path = _mindspores.folder() / pattern.replace(PLACE, str(_mindspores.place))
+                path = _mindspores.folder / pattern.replace(PLACE, str(_mindspores.place))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
         except FileNotFoundError:
@@ -145,21 +130,20 @@ class CompileCache:
                 self.counts.found += 1
                 os.utime(entry)
                 return
-            written = [name for name in state if f"_{place}." in name]
-            self._keep(entry, {name.replace(f"_{place}.", f"_{PLACE}."): name for name in written})
+            self._keep(entry, place, sorted(name for name in state if f"_{place}." in name))
             self.counts.kept += 1
             self._prune()
         except OSError as error:
             self._turn_off(error)
 
-    def _keep(self, entry: Path, names: dict[str, str]) -> None:
+    def _keep(self, entry: Path, place: int, names: list[str]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._unfinished() as unfinished:
             digests = {}
-            for number, pattern in enumerate(sorted(names)):
-                content = (_mindspores.folder() / names[pattern]).read_bytes()
+            for number, name in enumerate(names):
+                content = (_mindspores.folder / name).read_bytes()
                 Path(unfinished, str(number)).write_bytes(content)
-                digests[pattern] = hashlib.sha256(content).hexdigest()
+                digests[name.replace(f"_{place}.", f"_{PLACE}.")] = hashlib.sha256(content).hexdigest()
             Path(unfinished, CONTENTS).write_text(json.dumps(digests))
             self._remove(entry)
             with suppress(OSError):  # Another process may have been first.
@@ -195,21 +179,20 @@ class CompileCache:
 
 
 class _MindSporesCache:
-    """MindSpore's own cache in this process: its folder, and the place of the next graph; None if that is not known.
+    """MindSpore's own cache in this process.
 
     It reads the folder's name once, and counts the graphs that it compiles while it is switched on.
     """
 
-    def __init__(self) -> None:
-        self.place: int | None = 0
-        self._folder: Path | None = None
+    place: int | None = 0
+    """Of the next graph; None if that is not known."""
 
+    @cached_property
     def folder(self) -> Path:
-        """The folder, made on first use and removed at the end of the process."""
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="dreambooth_ms-graphs-"))
-            atexit.register(_remove_own, self._folder, os.getpid())
-        return self._folder
+        """The folder, made on first use and removed at the end of the process, but not of a fork of it."""
+        folder, process = Path(tempfile.mkdtemp(prefix="dreambooth_ms-graphs-")), os.getpid()
+        atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))
+        return folder
 
     @contextmanager
     def switched_on(self) -> Iterator[None]:
@@ -217,7 +200,7 @@ class _MindSporesCache:
         if not os.path.isfile(api.entry_script_path or ""):
             # MindSpore reads the program's file, whose imports UNCHECKED makes it ignore; `python -c` has none.
             api.entry_script_path = __file__
-        environment = {ENABLE: "1", FOLDER: str(self.folder()), UNCHECKED: "1"}
+        environment = {ENABLE: "1", FOLDER: str(self.folder), UNCHECKED: "1"}
         before = {name: os.environ[name] for name in environment if name in os.environ}
         os.environ |= environment
         try:
@@ -229,25 +212,16 @@ class _MindSporesCache:
 
     def state(self) -> State:
         """The files that are there, with their sizes and times."""
-        folder = self.folder()
-        return {
-            str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
+        files = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
+        return {str(path.relative_to(self.folder)): (own.st_size, own.st_mtime_ns) for path, own in files.items()}
 
     def empty(self) -> None:
         """Remove the files, so that MindSpore finds none but those that are copied there."""
-        for path in self.folder().iterdir():
+        for path in self.folder.iterdir():
             shutil.rmtree(path, ignore_errors=True)
 
 
 _mindspores = _MindSporesCache()
-
-
-def _remove_own(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # Not in a fork of it.
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 _cache: CompileCache | None = None
@@ -255,10 +229,9 @@ _wish: str | None = None
 
 
 def set_up_compile_cache(by_default: bool) -> None:
-    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0) and MS_COMPILER_CACHE_PATH say.
+    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says.
 
-    Args:
-        by_default: what to do if the environment says nothing.
+    MS_COMPILER_CACHE_PATH names the folder.
     """
     global _cache, _wish
     _wish = os.environ.get(ENABLE, _wish)
@@ -278,7 +251,7 @@ def compile_cache() -> CompileCache | None:
 
 @contextmanager
 def use_compile_cache(cache: CompileCache | None) -> Iterator[None]:
-    """Inside, this cache is in use: for tests."""
+    """Inside, this cache is in use."""
     global _cache
     before, _cache = _cache, cache
     try:

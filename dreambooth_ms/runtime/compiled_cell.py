@@ -25,7 +25,8 @@ class CompiledCell(nn.Cell):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph for such inputs, after compiling it if there is none."""
         phase = self._compiled_for.get(self._signature(args))
-        if phase is None or kwargs or not _are_tensors(args) or ms.get_context("mode") != ms.GRAPH_MODE:
+        plain = all(type(one) is Tensor for one in args)  # Their shapes and dtypes alone decide the graph.
+        if phase is None or kwargs or not plain or ms.get_context("mode") != ms.GRAPH_MODE:
             return super().__call__(*args, **kwargs)
         # MindSpore would note in every cell of it which graph is run, 3 ms in a small UNet (measured).
         executor = _cell_graph_executor._graph_executor
@@ -45,8 +46,3 @@ class CompiledCell(nn.Cell):
 
     def _signature(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return self.training, *((one.shape, one.dtype) if isinstance(one, Tensor) else repr(one) for one in inputs)
-
-
-def _are_tensors(inputs: tuple[Any, ...]) -> bool:
-    """Whether they are plain tensors, of which shape and dtype alone decide the graph."""
-    return all(type(one) is Tensor for one in inputs)

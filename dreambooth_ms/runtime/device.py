@@ -20,8 +20,6 @@ class Formulation(Enum):
     ASCEND = "ascend"
 
 
-POOL_PIECE = "1GB"
-
 _formulation = Formulation.CPU
 
 
@@ -39,7 +37,8 @@ def set_up_device(target: str, ms_mode: int) -> str:
         DeviceError: Ascend was asked for and there is none.
     """
     global _formulation
-    has_ascend = target != "CPU" and _has_ascend()
+    # No device node of the driver, no card; to ask MindSpore would print its loader's errors (measured).
+    has_ascend = target != "CPU" and Path("/dev/davinci_manager").exists() and ms.hal.is_available("Ascend")
     if target == "Ascend" and not has_ascend:
         raise DeviceError("--device_target Ascend: no Ascend device was found here; use --device_target CPU or auto")
     device = "Ascend" if has_ascend else "CPU"
@@ -61,7 +60,7 @@ def _set_up_pool() -> None:
     By itself it grows by single tensors, and much of it lies idle: a LoRA step of two of SD 1.5's finest levels at
     512 px took 4.3 GiB, and 3.5 GiB with this (measured). What is never used of a piece is not resident.
     """
-    ms.runtime.set_memory(init_size=POOL_PIECE, increase_size=POOL_PIECE)
+    ms.runtime.set_memory(init_size="1GB", increase_size="1GB")
 
 
 def compute_dtype(mixed_precision: str | None) -> ms.Type:
@@ -92,19 +91,3 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         ms.set_context(mode=mode)
-
-
-@contextmanager
-def use_formulation(chosen: Formulation) -> Iterator[None]:
-    """Build cells in another formulation than the device's own: for tests that compare the two on one machine."""
-    global _formulation
-    before, _formulation = _formulation, chosen
-    try:
-        yield
-    finally:
-        _formulation = before
-
-
-def _has_ascend() -> bool:
-    # No device node of the driver, no card; to ask MindSpore would print its loader's errors (measured).
-    return Path("/dev/davinci_manager").exists() and ms.hal.is_available("Ascend")

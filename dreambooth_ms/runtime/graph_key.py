@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from mindspore._c_expression import MetaFuncGraph_, MixedPrecisionType
 from mindspore._c_expression.typing import Type
 from mindspore.communication import GlobalComm, get_group_size, get_rank
 
+from dreambooth_ms.atomic import file_digest
+
 PACKAGE = Path(__file__).parents[1]
-PACKAGE_NAME = __name__.partition(".")[0]
-LIBRARY_NAME = "mindspore"
 
 # Settings that name places and processes, and decide nothing of a graph.
 NOT_DECISIVE = (
@@ -34,15 +35,7 @@ NOT_DECISIVE = (
     *("MS_SCHED_", "MS_NODE_ID", "MS_ROLE", "MS_WORKER_"),
 )
 
-READ_OF_CELL = {
-    "_params",
-    "_cells",
-    "_buffers",
-    "_primitives",
-    "training",
-    "mixed_precision_type",
-    "_jit_config_dict",
-}
+READ_OF_CELL = {"_params", "_cells", "_buffers", "_primitives", "training", "mixed_precision_type", "_jit_config_dict"}
 OF_A_COMPILATION = {"_compiled_for", "sequence_modified", "current_phase", "__parse_method__", "__compile_cell_hook__"}
 VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
 """What is the same where it is equal; of everything else it counts which attributes hold the same object."""
@@ -57,25 +50,22 @@ class NotDescribable(Exception):
 def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -> str:
     """The digest of everything that decides the graph of a call.
 
-    Args:
-        cell: the cell that is called.
-        inputs: what it is called with; of tensors only shape and dtype count.
-        settings: what else decides the graph, beside what `surroundings` knows.
+    Of inputs that are tensors only shape and dtype count; `settings` are what `surroundings` does not know.
 
     Raises:
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
     """
     description = _Description()
-    for part in (settings, surroundings()):
-        description.add(part)
+    description.add(settings)
+    description.add(surroundings())
     description.add_inputs(inputs)
     description.add(cell)
-    return description.digest()
+    return description.hash.hexdigest()[:32]
 
 
 def sources() -> dict[str, str]:
     """The digests of this package's files, as they are on disk."""
-    return {str(path.relative_to(PACKAGE)): _file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {str(path.relative_to(PACKAGE)): file_digest(path) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def surroundings() -> tuple[Any, ...]:
@@ -93,10 +83,6 @@ def surroundings() -> tuple[Any, ...]:
     return _SOURCES_AT_IMPORT, library, environment, context, processes
 
 
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 _SOURCES_AT_IMPORT = sources()
 
 
@@ -104,12 +90,9 @@ class _Description:
     """A text of values that is the same in each process, as its digest."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256()
+        self.hash = hashlib.sha256()
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()[:32]
 
     def add(self, value: Any) -> None:
         """Add a value; an object that was added before, by its number."""
@@ -167,24 +150,19 @@ class _Description:
 
     def source(self, of: Any) -> Iterator[Any]:
         """The file that something was written in, unless its package is described as a whole."""
-        if of.__module__.partition(".")[0] not in (PACKAGE_NAME, LIBRARY_NAME):
+        if of.__module__.partition(".")[0] not in (__name__.partition(".")[0], "mindspore"):
             file = inspect.getsourcefile(of)
             if file is None:
                 raise NotDescribable(f"the source of {of.__module__}")
-            yield _file_digest(Path(file))
+            yield file_digest(Path(file))
 
     def _say(self, *words: object) -> None:
-        self._hash.update(" ".join(map(str, words)).encode() + b"\0")
+        self.hash.update(" ".join(map(str, words)).encode() + b"\0")
 
 
 @cache
 def _attributes_of_any_cell() -> set[str]:
     return set(vars(nn.Cell()))
-
-
-def _sorted_items(mapping: dict[Any, Any]) -> Iterator[Any]:
-    for name in sorted(mapping, key=str):
-        yield from (name, mapping[name])
 
 
 def _array(_: _Description, value: Any) -> Iterator[Any]:
@@ -207,7 +185,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[_Description, Any], Itera
     (nn.Cell, _Description.cell),
     ((ops.Primitive, MetaFuncGraph_), _Description.attributes),
     ((tuple, list), lambda _, values: iter((len(values), *values))),
-    (dict, lambda _, mapping: _sorted_items(mapping)),
+    (dict, lambda _, mapping: chain.from_iterable(sorted(mapping.items(), key=lambda item: str(item[0])))),
     (set, lambda _, values: iter(sorted(values, key=repr))),
     (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),
     (type(lambda: None), _Description.function),

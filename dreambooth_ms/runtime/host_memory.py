@@ -1,7 +1,7 @@
 """What becomes of host memory that is given back: with GNU's allocator, other systems do as they do.
 
 By itself that allocator soon keeps arrays of up to 32 MiB among small objects, where little of what is given back can
-go to the system: after loading SD 1.5 and a step of drawing 5.1 GiB were resident, and 4.7 with arrays apart. Memory
+go to the system: after loading SD 1.5 and a step of sampling 5.1 GiB were resident, and 4.7 with arrays apart. Memory
 from the system is slower, though: decoding in bands of rows, in a form that was compiled, took 21 s, and 16 with its
 arrays kept (measured).
 """
@@ -45,10 +45,5 @@ def _set_threshold(size: int) -> None:
 
 
 def _call_allocator(name: str, *arguments: int) -> None:
-    function = getattr(_c_library(), name, None)
-    if function is not None:
+    if (function := getattr(ctypes.CDLL(None), name, None)) is not None:
         function(*arguments)
-
-
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.atomic import TEMPORARY_PREFIX, remove_leftovers, sync
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, file_digest, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.digest import file_digest
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.loop import StepReport

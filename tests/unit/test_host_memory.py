@@ -42,7 +42,7 @@ def test_arrays_that_were_kept_go_back_in_the_end(device):
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
-    monkeypatch.setattr(host_memory, "_c_library", lambda: object())
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
     keep_arrays_apart()
     with arrays_used_again():
         give_back_freed_memory()

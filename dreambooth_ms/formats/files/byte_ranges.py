@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,9 @@ from dreambooth_ms.formats.files.format_error import FormatError, unreadable
 
 _INFLATED, _COPIED = 1 << 20, 1 << 22
 """Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
+
+
+_identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,6 @@ class SourceFile:
         return read_bytes(FileRange(self, start, count))
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
 @dataclass(frozen=True)
 class FileRange:
     """A part of a file as it is.
@@ -115,22 +115,13 @@ class FileRange:
             OSError: the file cannot be written to.
         """
         target.flush()
-        copied = self._send_to(target)
-        buffer = memoryview(bytearray(min(self.size - copied, _COPIED)))
-        while copied < self.size:
-            piece = buffer[: self.size - copied]
-            self.part(copied, len(piece)).read_into(piece)
-            target.write(piece)
-            copied += len(piece)
-
-    def _send_to(self, target: BinaryIO) -> int:
-        """Copy the bytes without bringing them here; returns how many, 0 where the system cannot do it."""
-        sent = 0
+        copied = 0
         if sys.platform == "linux":
             with self.file.opened() as source, suppress(OSError):
-                while count := os.sendfile(target.fileno(), source.fileno(), self.start + sent, self.size - sent):
-                    sent += count
-        return sent
+                while count := os.sendfile(target.fileno(), source.fileno(), self.start + copied, self.size - copied):
+                    copied += count
+        for start in range(copied, self.size, _COPIED):
+            target.write(read_bytes(self.part(start, min(_COPIED, self.size - start))))
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,6 @@ class PickleMachine:
                 if type(key) is str:
                     target[key] = value
 
-    def _swallow(self, items: list[Any]) -> None:
-        """What becomes of an object's state and of the items of a set."""
-
     def _name(self, module: Any, name: Any) -> None:
         if not (type(module) is str and type(name) is str):
             raise FormatError("its pickle is damaged")
@@ -148,11 +145,11 @@ _STEPS: Mapping[str, Callable[[PickleMachine, Any], Any]] = {
     "NEWOBJ_EX": lambda m, _: m._construct(*m._pop(3)[:2]),
     "INST": lambda m, names: m._construct_of([Global(*names.split(" ", 1)), *m._pop_to_mark()]),
     "OBJ": lambda m, _: m._construct_of(m._pop_to_mark()),
-    "BUILD": lambda m, _: m._swallow(m._pop(1)),
+    "BUILD": lambda m, _: m._pop(1),
     "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop(1))),
-    # What is nobody's tensor.
+    # What is nobody's tensor. The state of an object and the items of a set are dropped.
     **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push(Placeholder())),
-    "ADDITEMS": lambda m, _: m._swallow(m._pop_to_mark()),
+    "ADDITEMS": lambda m, _: m._pop_to_mark(),
     "FROZENSET": lambda m, _: m._construct(None, m._pop_to_mark()),
 }
 """What each operation does to the machine, with the argument that stands behind it."""

@@ -1,5 +1,6 @@
 """A tensor that is not in memory yet, and a file of such tensors."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ MAX_TENSORS = 200_000
 
 MAX_DIMENSIONS = 32
 """Of numpy's arrays."""
-
 
 Progress = Callable[[int], object]
 """Told while a file is written: the number of bytes since the last call."""
@@ -141,6 +141,19 @@ def is_valid_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
+    """SHA-256 of tensors with their names, types and shapes, in hexadecimal; whatever file they are in.
+
+    Raises:
+        WeightError: a tensor cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
+        digest.update(raw_bytes(tensor.read()))
+    return digest.hexdigest()
 
 
 def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:

@@ -50,7 +50,8 @@ def read_torch_zip(path: Path) -> TensorFile:
         byteorder = f"{folder}byteorder"
         swapped = byteorder in archive.entries and archive.read(byteorder, 100) == b"big"
         found = find_tensors(root)
-        ranges = {key: archive.range_of(f"{folder}data/{key}") for key in found.storage_keys}
+        keys = dict.fromkeys(view.storage.key for view in found.views.values())
+        ranges = {key: archive.range_of(f"{folder}data/{key}") for key in keys}
         return _tensor_file(source, Container.TORCH_ZIP, found, ranges, swapped)
 
 

@@ -78,10 +78,18 @@ def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
     """A machine that makes a `View` of every tensor, and notes every storage by its key."""
 
     def load_persistent(identifier: Any) -> Any:
-        """For ("storage", kind, key, device, number of elements, …)."""
+        """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
             return Placeholder()
-        storage = _storage(*identifier[1:3], *identifier[4:6])
+        kind, key, _, count, *view_of_another = identifier[1:6]
+        if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
+            name = kind.name if isinstance(kind, Global) else None
+            raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
+        if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
+            raise FormatError("its pickle is damaged: a storage without key or length")
+        if any(one is not None for one in view_of_another):
+            raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
+        storage = Storage(key, *_STORAGES[kind.name], count)
         if storages.setdefault(storage.key, storage) != storage:
             raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
         return storage
@@ -105,24 +113,10 @@ def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
     return Placeholder()
 
 
-def _storage(kind: Any, key: Any, count: Any, view_of_another: Any = None) -> Storage:
-    if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
-        name = kind.name if isinstance(kind, Global) else None
-        raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
-    if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
-        raise FormatError("its pickle is damaged: a storage without key or length")
-    if view_of_another is not None:
-        raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
-    return Storage(key, *_STORAGES[kind.name], count)
-
-
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
-    """The tensor that a call describes.
+    """The tensor that a call describes by storage, offset, shape and strides, and by a type if the storage has none.
 
-    Args:
-        described: storage, offset, shape and strides, as PyTorch gives them.
-        dtype_name: the type, if the storage does not have one.
-        flags: what else must happen to the values; PyTorch marks so the negative or conjugate of another tensor.
+    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor.
     """
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
@@ -141,11 +135,6 @@ class Found:
     views: Mapping[str, View]
     metadata: Mapping[str, str]
     left_out: Mapping[str, int]
-
-    @property
-    def storage_keys(self) -> list[str]:
-        """The storages that are needed, each once."""
-        return list(dict.fromkeys(view.storage.key for view in self.views.values()))
 
 
 def find_tensors(root: Any) -> Found:

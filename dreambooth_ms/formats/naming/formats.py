@@ -10,7 +10,7 @@ from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape, Slot
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes
-from dreambooth_ms.models.specs import ClipTextSpec, Family, ModelSpec
+from dreambooth_ms.models.specs import Family, ModelSpec
 
 
 class Format(Enum):
@@ -85,19 +85,21 @@ def spell(form: Format, name: str, model: ModelSpec) -> list[Slot]:
     """
     if form is Format.DIFFUSERS:
         return _diffusers_slots(name)
-    if form is Format.MINDONE:
-        return _mindone_slots(name, model)
-    return _stability_slots(name, model)
+    if form is Format.STABILITY:
+        return _stability_slots(name, model)
+    is_sd = model.family in (Family.SD1, Family.SD2)
+    if is_sd and name.startswith("text_encoder."):
+        slot = mindone.sd_text_slot(name)
+        return [slot] if slot else []
+    change = mindone.sd_slot if is_sd else mindone.sdxl_slot
+    return [change(name, slot) for slot in _stability_slots(name, model)]
 
 
 def _diffusers_slots(name: str) -> list[Slot]:
     part, _, inner = name.partition(".")
     slots = [Slot(name)]
-    layer, _, parameter = name.rpartition(".")
-    if part == "vae" and ".attentions.0." in name:
-        path, _, projection = layer.partition(".attentions.0.")
-        if projection in OLD_VAE_NAMES:
-            slots.append(Slot(f"{path}.attentions.0.{OLD_VAE_NAMES[projection]}.{parameter}"))
+    if match := re.fullmatch(r"(vae\..+\.attentions\.0)\.(to_[qkv]|to_out\.0)\.(\w+)", name):
+        slots.append(Slot(f"{match[1]}.{OLD_VAE_NAMES[match[2]]}.{match[3]}"))
     if inner.startswith("text_model."):
         # transformers 5.6 gave up this level of CLIPTextModel.
         slots.append(Slot(f"{part}.{inner.removeprefix('text_model.')}"))
@@ -110,22 +112,12 @@ def _stability_slots(name: str, model: ModelSpec) -> list[Slot]:
         return [stability.unet_slot(inner, model.unet)]
     if part == "vae":
         return [stability.vae_slot(inner, model.vae)]
-    openclip = _OPENCLIP_PREFIXES.get((model.family, part))
-    if openclip:
+    if openclip := _OPENCLIP_PREFIXES.get((model.family, part)):
         slot = stability.openclip_slot(inner)
         return [replace(slot, name=openclip + slot.name)]
     prefix = _TRANSFORMERS_PREFIXES[model.family]
     # Some old files lack this level of the text tower.
     return [Slot(prefix + inner), Slot(prefix + inner.removeprefix("text_model."))]
-
-
-def _mindone_slots(name: str, model: ModelSpec) -> list[Slot]:
-    is_sd = model.family in (Family.SD1, Family.SD2)
-    if is_sd and name.startswith("text_encoder."):
-        slot = mindone.sd_text_slot(name)
-        return [slot] if slot else []
-    change = mindone.sd_slot if is_sd else mindone.sdxl_slot
-    return [change(name, slot) for slot in _stability_slots(name, model)]
 
 
 def _averages(form: Format, slots: dict[str, Slot]) -> dict[str, Slot]:
@@ -150,16 +142,9 @@ def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
         if spec and (model.family, part) in _OPENCLIP_PREFIXES:
             shapes[f"{part}.logit_scale"] = ()
             if model.family is Family.SD2:
-                shapes |= {f"{part}.{name}": shape for name, shape in _last_layer_shapes(spec).items()}
+                layers, last = f"{part}.text_model.encoder.layers.", spec.transformer.num_hidden_layers
+                for name, shape in clip_text_shapes(spec).items():
+                    if name.startswith("text_model.encoder.layers.0."):
+                        shapes[f"{layers}{last}.{name.removeprefix('text_model.encoder.layers.0.')}"] = shape
+                shapes[f"{part}.text_projection.weight"] = (spec.transformer.hidden_size,) * 2
     return shapes
-
-
-def _last_layer_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
-    width, last = spec.transformer.hidden_size, spec.transformer.num_hidden_layers
-    first = "text_model.encoder.layers.0."
-    layer = {
-        name.replace(first, f"text_model.encoder.layers.{last}."): shape
-        for name, shape in clip_text_shapes(spec).items()
-        if name.startswith(first)
-    }
-    return {**layer, "text_projection.weight": (width, width)}

@@ -45,18 +45,12 @@ class StoredModel:
 
 
 def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> ModelSpec:
-    """The networks of a file whose format and family are known; parts that it lacks are the published ones.
-
-    Args:
-        stored: names and shapes of the file's tensors, cleaned.
-        form: the format.
-        family: the family.
-    """
+    """The networks of a file by its cleaned names and shapes; parts that it lacks are the published ones."""
     published = next(model for model in PUBLISHED_MODELS if model.family is family)
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)
     if file.shape("vae.encoder.conv_in.weight"):
-        model = replace(model, vae=_infer_vae(file))
+        model = replace(model, vae=infer_vae(file))
     for part in ("text_encoder", "text_encoder_2"):
         tower = getattr(model, part)
         if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
@@ -69,11 +63,6 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
 def with_channels(model: ModelSpec, in_channels: int, out_channels: int) -> ModelSpec:
     """A model whose UNet takes and gives other numbers of channels, as one for inpainting does."""
     return replace(model, unet=replace(model.unet, in_channels=in_channels, out_channels=out_channels))
-
-
-def infer_vae(stored: Mapping[str, Shape], form: Format) -> VaeSpec:
-    """The autoencoder of a file, which may be alone in it. Names begin with the format's prefix for this part."""
-    return _infer_vae(StoredModel(stored, form, PUBLISHED_MODELS[0]))
 
 
 def _infer_unet(file: StoredModel) -> UNetSpec:
@@ -105,7 +94,8 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
     )
 
 
-def _infer_vae(file: StoredModel) -> VaeSpec:
+def infer_vae(file: StoredModel) -> VaeSpec:
+    """The autoencoder of a file, which may be alone in it. Names begin with the format's prefix for this part."""
     levels = file.count("vae.encoder.down_blocks.{}.resnets.0.norm1.weight")
     return replace(
         file.model.vae,
@@ -121,9 +111,10 @@ def _infer_vae(file: StoredModel) -> VaeSpec:
 def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTextSpec:
     tower = f"{part}.text_model"
     layers = file.count(tower + ".encoder.layers.{}.layer_norm1.weight")
-    projection = file.size(f"{part}.text_projection.weight") if _may_project(file, part) else 0
-    if file.model.family is Family.SD2 and projection:
-        # A whole tower, of which SD 2 does not use the last layer.
+    is_whole = file.model.family is Family.SD2 and file.form is Format.STABILITY
+    projection = file.size(f"{part}.text_projection.weight") if part == "text_encoder_2" or is_whole else 0
+    if is_whole and projection:
+        # Of a whole tower SD 2 does not use the last layer.
         layers, projection = layers - 1, 0
     words, width = (file.size(f"{tower}.embeddings.token_embedding.weight", axis) for axis in (0, 1))
     return replace(
@@ -140,8 +131,3 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
         eos_token_id=words - 1,
         projection_dim=projection or None,
     )
-
-
-def _may_project(file: StoredModel, part: str) -> bool:
-    """Whether a projection of the part's tower counts: SDXL's second has one, and LDM's SD 2 with a whole tower."""
-    return part == "text_encoder_2" or (file.model.family is Family.SD2 and file.form is Format.STABILITY)

@@ -7,20 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.naming import lora_formats
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.lora_formats import (
-    ALPHA,
-    DOWN,
-    UP,
-    LoraFormat,
-    factor_shapes,
-    lora_layers,
-    lora_naming,
-    lora_slots,
-)
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
 from dreambooth_ms.formats.naming.plan import Naming, WritePlan
 from dreambooth_ms.formats.naming.recognise import other_kind
-from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 
@@ -72,12 +64,8 @@ def recognise_lora(
 ) -> LoraPlan:
     """The format of a LoRA, which models it is for, and how it is read.
 
-    Args:
-        stored: names and shapes of the file's tensors.
-        source: the file or folder, for the message.
-        models: the models it may be for.
-        parts: the one part that a file of PEFT is for, where its folder tells.
-        base: the file or folder of the only model, for the message.
+    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, and `base`
+    that of the only model it may be for, for the message.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
@@ -123,18 +111,14 @@ def read_plan(
 ) -> LoraPlan:
     """Where the factors of every adapted layer are, with a report of what does not fit the model.
 
-    Args:
-        form: the format.
-        model: the model it is for.
-        stored: names and shapes of the file's tensors.
-        parts: the parts it may adapt; one for PEFT, whose files do not name it.
+    `parts` are those that it may adapt; one for PEFT, whose files do not name it.
     """
-    places, unknown = lora_naming(form, model, parts).locate(stored)
+    places, unknown = lora_formats.lora_naming(form, model, parts).locate(stored)
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
     layers, misshaped, missing = {}, [], []
-    for name, weight in lora_layers(model, parts).items():
+    for name, weight in lora_formats.lora_layers(model, parts).items():
         found = {factor: places[f"{name}.{factor}"][0] for factor in (DOWN, UP, ALPHA) if f"{name}.{factor}" in places}
         lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if factor not in found] if found else []
         missing += lacking
@@ -153,27 +137,21 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     """What each tensor of a file is made of, for the layers that are adapted, in their order.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
-    must have one, and all be there (`shared_layers`).
-
-    Args:
-        form: the format.
-        model: the model that the LoRA is for.
-        layers: by part, a dot and the layer's public name.
-        source: the LoRA, for the message.
+    must have one, and all be there (`shared_layers`). Layers are named by part, a dot and the public name; `source` is
+    the LoRA, for the message.
 
     Raises:
         WeightError: layers that the format has no place for.
     """
     held = list(layers)
     assert form is not LoraFormat.PEFT or len({layer.partition(".")[0] for layer in held}) == 1, "a folder is a part's"
-    naming = Naming(shapes={}, slots=lora_slots(form, held, model))
+    naming = Naming(shapes={}, slots=lora_formats.lora_slots(form, held, model))
     plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in (DOWN, UP, ALPHA)])
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
-        more = f" and {len(homeless) - 3} more" if len(homeless) > 3 else ""
         raise WeightError(
             f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of {len(held)} layers "
-            f"({', '.join(homeless[:3])}{more}); choose another format, or adapt other layers"
+            f"({show_names(homeless)}); choose another format, or adapt other layers"
         )
     return plan
 
@@ -181,7 +159,7 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
 def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
     """All layers of a model, each with those that have the same A in a format."""
     groups: dict[str, list[str]] = {}
-    for name, slot in lora_slots(form, lora_layers(model), model).items():
+    for name, slot in lora_formats.lora_slots(form, lora_formats.lora_layers(model), model).items():
         if name.endswith(f".{DOWN}"):
             groups.setdefault(slot.name, []).append(name.removesuffix(f".{DOWN}"))
     return list(groups.values())
@@ -204,7 +182,7 @@ def _plans(
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
     """The layer's slots as the file has them; None if their shapes make no update of the weight."""
     rank = next(iter(stored[found[DOWN].name]), 0)
-    down_shape, up_shape = factor_shapes(weight, rank)
+    down_shape, up_shape = lora_formats.factor_shapes(weight, rank)
     down = slot_as_found(found[DOWN], down_shape, stored[found[DOWN].name])
     up = slot_as_found(found[UP], up_shape, stored[found[UP].name])
     if not rank or not down or not up or (ALPHA in found and stored[found[ALPHA].name] not in ((), (1,))):

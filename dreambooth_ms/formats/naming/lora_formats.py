@@ -49,9 +49,7 @@ _INSERTIONS = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|\.processor(?=\.
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
     """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight.
 
-    Args:
-        model: the model.
-        parts: only of these parts; None for all that LoRAs are made for, which the autoencoder is not.
+    Only of some parts, or of all that LoRAs are made for, which the autoencoder is not.
     """
     wanted = ("unet", "text_encoder", "text_encoder_2") if parts is None else parts
     return {
@@ -71,15 +69,11 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
 
 @lru_cache(maxsize=32)
 def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
-    """The naming of every factor that a LoRA for a model can have, for reading.
+    """The naming of every factor that a LoRA for a model, or for some of its parts, can have, for reading.
 
-    Args:
-        form: the format.
-        model: the model that the LoRA is for.
-        parts: only for these parts. PEFT's names fit several, so there it must be one.
+    PEFT's names fit several parts, so there it must be one.
     """
-    layers = lora_layers(model, parts)
-    shapes: dict[str, Shape] = {}
+    layers, shapes = lora_layers(model, parts), dict[str, Shape]()
     for layer, weight in layers.items():
         down, up = factor_shapes(weight, rank=1)
         shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
@@ -90,7 +84,7 @@ def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | Non
         slots=_slots(own[form], layers, model),
         spellings=tuple(_slots(rule, layers, model) for rule in rules),
         optional=frozenset(shapes),
-        clean=mindone.clean if form is LoraFormat.MINDONE else _without_insertions,
+        clean=mindone.clean if form is LoraFormat.MINDONE else lambda name: _INSERTIONS.sub("", name),
     )
 
 
@@ -121,10 +115,6 @@ def _diffusers(part: str, layer: str, model: ModelSpec) -> Slots:
     return _pair(f"{part}.{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}")
 
 
-def _diffusers_peft(part: str, layer: str, model: ModelSpec) -> Slots:
-    return _pair(f"{part}.{layer}", DOWN, UP)
-
-
 def _diffusers_processors(part: str, layer: str, model: ModelSpec) -> Slots:
     if part != "unet":
         return _diffusers(part, layer, model)
@@ -132,17 +122,9 @@ def _diffusers_processors(part: str, layer: str, model: ModelSpec) -> Slots:
     return _pair(f"unet.{match[1]}.processor.to_{match[2]}_lora") if match else {}
 
 
-def _diffusers_alpha(part: str, layer: str, model: ModelSpec) -> Slots:
-    return {ALPHA: Slot(f"{part}.{layer}.{ALPHA}")}
-
-
 def _diffusers_text_attention(part: str, layer: str, model: ModelSpec) -> Slots:
     match = re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", layer)
     return _pair(f"{part}.{match[1]}.to_{match[2]}_lora") if match else {}
-
-
-def _diffusers_as_in_unet(part: str, layer: str, model: ModelSpec) -> Slots:
-    return _pair(f"{part}.{layer}.lora")
 
 
 def _without_part(rule: Rule) -> Rule:
@@ -153,10 +135,6 @@ def _without_part(rule: Rule) -> Rule:
         return {factor: Slot(slot.name.removeprefix("unet.")) for factor, slot in slots.items()}
 
     return shorter
-
-
-def _peft(part: str, layer: str, model: ModelSpec) -> Slots:
-    return _pair(f"base_model.model.{layer}", DOWN, UP)
 
 
 def _kohya(part: str, layer: str, model: ModelSpec) -> Slots:
@@ -196,20 +174,18 @@ _LIBRARIES: tuple[tuple[dict[LoraFormat, Rule], tuple[Rule, ...]], ...] = (
     (
         {
             LoraFormat.DIFFUSERS: _diffusers,
-            LoraFormat.DIFFUSERS_PEFT: _diffusers_peft,
+            LoraFormat.DIFFUSERS_PEFT: lambda part, layer, model: _pair(f"{part}.{layer}", DOWN, UP),
             LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
         },
         (
-            *(_diffusers_alpha, _diffusers_text_attention, _diffusers_as_in_unet),
+            lambda part, layer, model: {ALPHA: Slot(f"{part}.{layer}.{ALPHA}")},
+            _diffusers_text_attention,
+            lambda part, layer, model: _pair(f"{part}.{layer}.lora"),
             *(_without_part(_diffusers_processors), _without_part(_diffusers)),
         ),
     ),
-    ({LoraFormat.PEFT: _peft}, ()),
+    ({LoraFormat.PEFT: lambda part, layer, model: _pair(f"base_model.model.{layer}", DOWN, UP)}, ()),
     ({LoraFormat.KOHYA: _kohya, LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers}, (_kohya_other_encoder,)),
     ({LoraFormat.MINDONE: _mindone}, ()),
 )
 """The formats of each library, which are read together, and what readers meet besides and nobody writes any more."""
-
-
-def _without_insertions(name: str) -> str:
-    return _INSERTIONS.sub("", name)

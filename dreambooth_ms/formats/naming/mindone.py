@@ -54,10 +54,8 @@ def sd_text_slot(name: str) -> Slot | None:
     if slot.name in ("text_projection", "logit_scale"):
         return None
     slot = sdxl_slot(name, slot)
-    path = (
-        slot.name.replace("transformer.", "transformer_layer.").replace(".mlp.", ".").replace(".attn.", ".attn.attn.")
-    )
-    return replace(slot, name=SD_TEXT_PREFIX + path.replace("in_proj_", "in_proj."))
+    path = slot.name.replace("transformer.", "transformer_layer.").replace("in_proj_", "in_proj.")
+    return replace(slot, name=SD_TEXT_PREFIX + path.replace(".mlp.", ".").replace(".attn.", ".attn.attn."))
 
 
 def clean(name: str) -> str:

@@ -32,15 +32,12 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where.
+        """What is read from where, with a report of what does not fit.
 
         Args:
             stored: names and shapes of the file's tensors.
             parts: the parts that are wanted; None for all that the model has.
             averages: take the moving averages instead of the weights, for the parameters that have them.
-
-        Returns:
-            The plan, with a report of what does not fit.
         """
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
@@ -57,14 +54,15 @@ class Naming:
                 misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
             if len(candidates) > 1:
                 duplicate.append(f"{name}: {' and '.join(candidate.name for candidate in candidates)}")
-        known = self._known(unknown)
+        of_format = {slot.name for slots in (self.slots, self.averages) for slot in slots.values()}
+        is_known = {name: self.clean(name) in of_format or self.ignorable(self.clean(name)) for name in unknown}
         return ReadPlan(
             slots=slots,
-            ignored=tuple(name for name in unknown if name in known),
+            ignored=tuple(name for name, known in is_known.items() if known),
             averages=tuple(sorted({slot.name for slot in self.averages.values()} & stored.keys())),
             report=Report(
                 missing=tuple(name for name in self.required(wanted) if name not in places),
-                unexpected=tuple(name for name in unknown if name not in known),
+                unexpected=tuple(name for name, known in is_known.items() if not known),
                 misshaped=tuple(misshaped),
                 duplicate=tuple(duplicate),
             ),
@@ -76,7 +74,7 @@ class Naming:
         Returns:
             The places of each public name, in the model's order, and the names that hold none.
         """
-        holders = self._holders_of_averages if averages else self._holders
+        holders = self._backwards({**self.slots, **self.averages}) if averages else self._holders
         places: dict[str, list[Slot]] = {}
         unknown = []
         for name in names:
@@ -132,18 +130,9 @@ class Naming:
         ordered = sorted(group, key=lambda name: self.slots[name].block)
         return Assembly(tuple(ordered), slots[0].layout, shared=len(group) > slots[0].blocks)
 
-    def _known(self, names: Iterable[str]) -> set[str]:
-        """Those of some names that hold nothing public and yet belong to the format."""
-        places = {slot.name for slots in (self.slots, self.averages) for slot in slots.values()}
-        return {name for name in names if self.clean(name) in places or self.ignorable(self.clean(name))}
-
     @cached_property
     def _holders(self) -> dict[str, dict[str, Slot]]:
         return self._backwards(self.slots)
-
-    @cached_property
-    def _holders_of_averages(self) -> dict[str, dict[str, Slot]]:
-        return self._backwards({**self.slots, **self.averages})
 
     def _backwards(self, first: Mapping[str, Slot]) -> dict[str, dict[str, Slot]]:
         """The rules read backwards: name in a file -> the public names it holds."""
@@ -179,13 +168,6 @@ class WritePlan:
     """Public names that the format has no place for."""
     report: Report
     """What is missing for the parts to be whole."""
-
-    def shapes(self, public: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the file's tensors for the public shapes, in the order of writing; constants have none."""
-        return {
-            stored: assembly.shape([public[piece] for piece in assembly.pieces])
-            for stored, assembly in self.tensors.items()
-        }
 
 
 def parts_of(names: Iterable[str]) -> dict[str, None]:

@@ -1,18 +1,16 @@
 """What a file holds, told from the names and shapes of its tensors alone."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
+from dreambooth_ms.formats.naming.infer import StoredModel, infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
-
-EXPECTED = "expected a model of SD 1.x, SD 2.x or SDXL"
 
 # What a file may be instead -> names that only such files have. The first that fits is said.
 _OTHER_KINDS = {
@@ -71,10 +69,12 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     cleaned = {mindone.clean(name): shape for name, shape in stored.items()}
     form = _form(cleaned)
     if form is None:
-        raise WeightError(f"{source}: this is {other_kind(stored)}; {EXPECTED}")
+        raise WeightError(f"{source}: this is {other_kind(stored)}; expected a model of SD 1.x, SD 2.x or SDXL")
     model = infer_model(cleaned, form, _family(cleaned, form))
     naming = naming_of(form, model)
-    prediction_type = _prediction_type(cleaned, model.family)
+    is_open = model.family is Family.SD2 or "edm_mean" in cleaned
+    # Fine-tuned models that predict velocity say so by a tensor that holds nothing.
+    prediction_type = "v_prediction" if "v_pred" in cleaned else None if is_open else "epsilon"
     return Recognition(form, model, naming, prediction_type, tuple(_notes(cleaned, model, naming, prediction_type)))
 
 
@@ -88,7 +88,8 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     if found is None:
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
     form, prefix = found
-    model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
+    shapes = {prefix + name: shape for name, shape in stored.items()}
+    model = replace(SD_15, vae=infer_vae(StoredModel(shapes, form, SD_15)))
     naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
     return Recognition(form, model, naming, None, ())
 
@@ -98,8 +99,7 @@ def other_kind(names: Collection[str]) -> str:
     if _form(dict.fromkeys(names, ())):
         return "a whole model"
     for kind, pattern in _OTHER_KINDS.items():
-        compiled = re.compile(pattern)
-        if any(compiled.search(name) for name in names):
+        if any(map(re.compile(pattern).search, names)):
             return kind
     shown = ", ".join(sorted(names)[:3]) or "nothing"
     return f"of an unknown kind (it holds {shown})"
@@ -132,25 +132,16 @@ def _family(stored: Mapping[str, Shape], form: Format) -> Family:
     return Family.SD2 if len(stored.get(projection, ())) == 2 else Family.SD1
 
 
-def _prediction_type(stored: Mapping[str, Shape], family: Family) -> str | None:
-    """Fine-tuned models that predict velocity say so by a tensor that holds nothing."""
-    if "v_pred" in stored:
-        return "v_prediction"
-    return None if family is Family.SD2 or "edm_mean" in stored else "epsilon"
-
-
-def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, prediction_type: str | None) -> list[str]:
-    notes = []
+def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, prediction_type: str | None) -> Iterator[str]:
     if model.family is Family.SD2 and prediction_type is None:
-        notes.append("Names do not tell whether an SD 2.x model predicts noise (512 px) or velocity (768 px).")
+        yield "Names do not tell whether an SD 2.x model predicts noise (512 px) or velocity (768 px)."
     if "edm_mean" in stored:
-        notes.append("Playground v2.5: its latents have a mean and deviation of their own, in the same file.")
+        yield "Playground v2.5: its latents have a mean and deviation of their own, in the same file."
     if model.unet.in_channels in _SPECIAL_INPUTS:
         use = _SPECIAL_INPUTS[model.unet.in_channels]
-        notes.append(f"Its UNet takes {model.unet.in_channels} channels: a model for {use}.")
+        yield f"Its UNet takes {model.unet.in_channels} channels: a model for {use}."
     averages = {slot.name for slot in naming.averages.values()} & stored.keys()
     if averages:
-        notes.append(f"Moving averages (EMA) of {len(averages)} weights are there besides the weights.")
+        yield f"Moving averages (EMA) of {len(averages)} weights are there besides the weights."
     if with_channels(model, 4, 4) not in PUBLISHED_MODELS:
-        notes.append("Its sizes are not those of a published model; heads and norm groups are assumed.")
-    return notes
+        yield "Its sizes are not those of a published model; heads and norm groups are assumed."

@@ -99,15 +99,9 @@ class Assembly:
 
 
 def slot_as_found(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
-    """The slot as this file has it: tools disagree on whether a 1x1 convolution is kept as a linear layer.
+    """The slot with the layout that leads from the stored shape to the public one, or None if there is none.
 
-    Args:
-        slot: where the format keeps the tensor.
-        shape: the public shape.
-        stored: the shape of the file's tensor.
-
-    Returns:
-        The slot with the layout that leads from the file's shape to the public one, or None if there is none.
+    Tools disagree on whether a 1x1 convolution is kept as a linear layer.
     """
     layouts = [slot.layout]
     if slot.layout is not Layout.TRANSPOSED and len(shape) == 2:

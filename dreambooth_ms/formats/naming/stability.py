@@ -80,9 +80,8 @@ def _unet_layer(layer: str, spec: UNetSpec) -> str:
         return _UNET_ENDS[layer]
     if layer.startswith("mid_block."):
         kind, index, rest = _matched(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", layer).groups()
-        return (
-            f"middle_block.1.{rest}" if kind == "attentions" else f"middle_block.{2 * int(index)}.{_UNET_RESNET[rest]}"
-        )
+        place = f"1.{rest}" if kind == "attentions" else f"{2 * int(index)}.{_UNET_RESNET[rest]}"
+        return f"middle_block.{place}"
     pattern = r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
     way, level, kind, index, rest = _matched(pattern, layer).groups()
     # A way up has one residual block more in each resolution; on the way down the downsampler fills its place.
