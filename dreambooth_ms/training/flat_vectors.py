@@ -20,7 +20,7 @@ MOST_VECTORS = 128
 """Of larger models vectors are longer, since each adds to the graph; tensors above the length come on top."""
 
 
-class Joined(nn.Cell):
+class FlatVector(nn.Cell):
     """Some parameters as one vector: tensors of their shapes -> (N,). Each begins at a multiple of `block`."""
 
     def __init__(self, parameters: Sequence[Parameter], block: int = 1) -> None:

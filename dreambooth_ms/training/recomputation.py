@@ -42,7 +42,7 @@ class RecomputedGradients(nn.Cell):
     def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
 
-        MindSpore compiles what it is told here as constants; a table of gradients that grows would cost it memory.
+        MindSpore compiles what is planned here as constants; a table of gradients that grows would cost it memory.
         """
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
         depend_on_trainables: set[int] = set()
