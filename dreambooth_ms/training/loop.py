@@ -15,7 +15,7 @@ from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step tells."""
+    """What is reported of one step."""
 
     step: int
     """Steps done, this one included."""
@@ -65,7 +65,7 @@ def train(
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         steps: which to take, counted from 0.
         hooks: what is done after a step: averages, logs, checkpoints, pictures.
-        begin_batch: told the number of each batch before it is computed.
+        begin_batch: called with the number of each batch before it is computed.
         processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.
 
