@@ -1,9 +1,5 @@
 """A base model as its roles: denoiser, codec, text readers and schedule, from a folder or a single file of any format.
 
-A model folder in diffusers' layout has model_index.json and a folder per network with its config.json and weights:
-
-    unet/  vae/  text_encoder/  tokenizer/  scheduler/        and in SDXL also text_encoder_2/  tokenizer_2/
-
 A model in a single file is read as the folder that it would be converted to.
 """
 
@@ -89,7 +85,7 @@ class ModelBundle:
 
         Raises:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
-                schedule is neither a known one nor EDM's.
+                schedule is unknown.
         """
         if not model_config.is_edm(self.schedule.config):
             self.schedule.trained()
