@@ -41,7 +41,7 @@ class ModelBundle:
     zeros_for_empty_prompt: bool = False
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
     source: OpenedModel | None = None
-    """What it was opened from; None if it was put together otherwise."""
+    """What it was opened from; None if it was built otherwise."""
     notes: tuple[str, ...] = ()
     """What a user should know about it, one sentence each."""
 
