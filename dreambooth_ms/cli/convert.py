@@ -14,10 +14,7 @@ from dreambooth_ms.formats.files.stored import Progress
 
 def run(argv: Sequence[str]) -> int:
     """Convert by a command line; returns the exit status."""
-    loaded = load(ConvertConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    convert(loaded.config.conversion, tell, bytes_bar)
+    convert(load(ConvertConfig, argv, tell).conversion, tell, bytes_bar)
     return 0
 
 

@@ -11,8 +11,5 @@ from dreambooth_ms.conversion.merge import merge
 
 def run(argv: Sequence[str]) -> int:
     """Merge by a command line; returns the exit status."""
-    loaded = load(MergeConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    merge(loaded.config.merging, tell, bytes_bar)
+    merge(load(MergeConfig, argv, tell).merging, tell, bytes_bar)
     return 0

@@ -4,14 +4,16 @@ Shapes: B prompts, T tokenizers, S tokens, E text width, P width of pooled text.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import Conditioning, PromptText
+from dreambooth_ms.data.conditioning import PromptText, conditioning
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.weights.bundle import ModelBundle
 from dreambooth_ms.weights.roles import TextReader
 
 
@@ -33,38 +35,29 @@ class PromptTokenizer:
         """The tokenizers of these readers."""
         return cls(*(reader.tokenizer() for reader in readers), pooled_at=readers[-1].pooled_at)
 
-    def ids(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids (B, T * length) int32, those of each tokenizer side by side.
+    def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
+        """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side.
 
-        A prompt that is too long is cut, and a warning says what was lost.
+        Each piece is a text of full length, one after the other; the last ones may be empty. In one piece, a prompt
+        that is too long is cut, and a warning says what was lost.
         """
-        for prompt in prompts:
-            lost = self._tokenizers[0].lost(prompt)
-            if lost is not None:
-                warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
-        return np.concatenate([self._pieces(prompt, 1) for prompt in prompts])
+        lost = self._tokenizers[0].lost(prompt) if pieces == 1 else None
+        if lost is not None:
+            warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
+        return np.concatenate([tokenizer.pieces(prompt, pieces) for tokenizer in self._tokenizers], axis=1)
 
-    def texts(self, prompts: Sequence[str]) -> dict[str, PromptText]:
-        """What text encoders take of each distinct prompt: ids, and where they end if its text is pooled."""
-        distinct = sorted(set(prompts))
-        return dict(zip(distinct, self._with_ends(self.ids(distinct)), strict=True))
+    def texts(self, prompts: Iterable[str], pieces: int = 1) -> dict[str, list[PromptText]]:
+        """What text encoders take of each piece of each distinct prompt: ids, and where they end if they are pooled."""
+        found = {}
+        for prompt in sorted(set(prompts)):
+            ids = self.ids(prompt, pieces)
+            ends = [] if self._pooled_at is None else [end_positions(ids[:, -self.length :], self._pooled_at)]
+            found[prompt] = [PromptText(*row) for row in zip(ids, *ends, strict=True)]
+        return found
 
-    def num_pieces(self, prompts: Sequence[str]) -> int:
+    def num_pieces(self, prompts: Iterable[str]) -> int:
         """In how many pieces of full length the longest of these prompts fits."""
-        return max(self._tokenizers[0].num_pieces(prompt) for prompt in prompts)
-
-    def pieces(self, prompt: str, count: int) -> list[PromptText]:
-        """A prompt cut into `count` texts of full length, one after the other; the last ones may be empty."""
-        return self._with_ends(self._pieces(prompt, count))
-
-    def _pieces(self, prompt: str, count: int) -> np.ndarray:
-        return np.concatenate([tokenizer.pieces(prompt, count) for tokenizer in self._tokenizers], axis=1)
-
-    def _with_ends(self, ids: np.ndarray) -> list[PromptText]:
-        if self._pooled_at is None:
-            return [PromptText(row) for row in ids]
-        ends = end_positions(ids[:, -self.length :], self._pooled_at)
-        return [PromptText(*rows) for rows in zip(ids, ends, strict=True)]
+        return max(map(self._tokenizers[0].num_pieces, prompts))
 
 
 def encode_prompts(
@@ -73,6 +66,7 @@ def encode_prompts(
     prompts: Sequence[str],
     batch_size: int | None = None,
     pieces: int = 1,
+    zeros_for_empty: bool = False,
 ) -> dict[str, PromptText]:
     """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape.
 
@@ -83,22 +77,32 @@ def encode_prompts(
         batch_size: rows of a batch; None: 8, or as many as there are.
         pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
             (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
+        zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
     """
-    if pieces == 1:
-        texts = {prompt: [text] for prompt, text in tokenizer.texts(prompts).items()}
-    else:
-        texts = {prompt: tokenizer.pieces(prompt, pieces) for prompt in sorted(set(prompts))}
+    texts = tokenizer.texts(prompts, pieces)
     rows = [row for own in texts.values() for row in own]
     batch_size = batch_size or min(8, len(rows))
     found: list[PromptText] = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         filler = [batch[-1]] * (batch_size - len(batch))
-        encoded = [one.asnumpy() for one in text_encoders(*Conditioning.of([*batch, *filler]).tensors())]
-        found += [PromptText(*row) for row in zip(*encoded, strict=True)][: len(batch)]
-    joined = [_joined(found[first : first + pieces]) for first in range(0, len(found), pieces)]
-    return dict(zip(texts, joined, strict=True))
+        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, conditioning([*batch, *filler]).values()))]
+        found += [PromptText(*row) for row in zip(*outputs, strict=True)][: len(batch)]
+    of_prompts = (found[first : first + pieces] for first in range(0, len(found), pieces))
+    encoded = {
+        prompt: PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled)
+        for prompt, own in zip(texts, of_prompts, strict=True)
+    }
+    if zeros_for_empty and "" in encoded:
+        encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
+    return encoded
 
 
-def _joined(pieces: Sequence[PromptText]) -> PromptText:
-    return PromptText(np.concatenate([piece.text for piece in pieces]), pieces[0].pooled)
+def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
+    """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
+    that not all are in memory; the encoders are gone afterwards."""
+    tokenizer, encoders, ordered = PromptTokenizer.of(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
+    rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
+    for start in range(0, len(ordered), 8 * rows):
+        part = ordered[start : start + 8 * rows]
+        yield from encode_prompts(tokenizer, encoders, part, rows, zeros_for_empty=zeros).items()

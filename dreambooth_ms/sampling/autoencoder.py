@@ -9,7 +9,8 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.models.layers import CellMethod
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.models.vae_bands import BandedDecoder
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import Formulation, formulation
@@ -26,7 +27,7 @@ class PictureDecoder:
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.spec = vae.spec
-        self._decoder, self._banded = VaeDecoder(vae), BandedDecoder(vae)
+        self._decoder, self._banded = CellMethod(vae.decode), BandedDecoder(vae)
 
     def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 of latents (C, h, w) as the diffusion has them.
@@ -56,7 +57,7 @@ class PictureEncoder:
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.spec = vae.spec
-        self._encoder = VaeEncoder(vae)
+        self._encoder = CellMethod(vae.encode)
 
     def latents(self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
         """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each number.

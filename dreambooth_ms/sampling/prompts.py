@@ -7,8 +7,7 @@ from typing import Any
 
 from dreambooth_ms.adapters.attach import AttachedAdapters
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.prompts import encode
-from dreambooth_ms.data.text import PromptTokenizer
+from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.adapters import ModelAdapters
 from dreambooth_ms.sampling.request import SampleRequest
@@ -53,7 +52,8 @@ class PromptReader:
         if missing:
             encoders = self._ready(request.clip_skip)
             self._attached.set_scales(scales)
-            known |= encode(self._bundle, self._tokenizer, encoders, missing, TEXT_ROWS, pieces)
+            zeros = self._bundle.zeros_for_empty_prompt
+            known |= encode_prompts(self._tokenizer, encoders, missing, TEXT_ROWS, pieces, zeros)
             if not self._keep:
                 self.release()
         return {prompt: known[prompt] for prompt in wanted}
