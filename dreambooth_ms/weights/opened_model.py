@@ -172,7 +172,7 @@ def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
     files = {part: weight_file(path / part, part, variant) for part in (there if wanted is None else wanted)}
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for part, file in files.items():
         # It must be of the kind that its name says.
         opened = read_safetensors(file) if file.suffix == ".safetensors" else open_tensor_file(file)
