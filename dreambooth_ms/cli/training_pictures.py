@@ -12,9 +12,8 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.prompts import embed_prompts
 from dreambooth_ms.data.records import CLASS, Concept, read_concept
-from dreambooth_ms.data.text import PromptTokenizer
+from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
@@ -42,7 +41,8 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        texts = PromptTokenizer.of(job.base.text).texts(captions_of(concepts)).__getitem__
+        captions = sorted(captions_of(concepts))
+        texts = dict(zip(captions, PromptTokenizer.of(job.base.text).texts(captions), strict=True)).__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or job.base.denoiser.load(), batches
 

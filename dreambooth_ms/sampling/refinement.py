@@ -70,4 +70,4 @@ def sample_refined(
         more["refiner_strength"] = refinement.strength
     for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
         picture = refiner.picture(latents, number, request.whole_up_to)
-        yield Sample(number, request.pictures[number], picture, base.picture_settings(request, number) | more)
+        yield Sample(number, picture, base.picture_settings(request, number) | more)

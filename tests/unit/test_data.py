@@ -18,7 +18,7 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.cli.toy_networks import SD_UNET
 from dreambooth_ms.cli.training_job import total_steps
 from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
-from dreambooth_ms.data import prompts as prompts_module
+from dreambooth_ms.data import text as text_module
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
@@ -485,15 +485,15 @@ class TestEmbeddingCache:
     def test_many_captions_are_encoded_a_part_at_a_time_by_encoders_loaded_once(self, monkeypatch):
         loaded, asked = [], []
 
-        def encode(bundle, tokenizer, encoders, prompts, batch_size):
+        def encode(tokenizer, encoders, prompts, batch_size, pieces, zeros_for_empty):
             asked.append((len(prompts), batch_size))
             return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
 
-        monkeypatch.setattr(prompts_module, "encode", encode)
-        monkeypatch.setattr(prompts_module.PromptTokenizer, "of", lambda readers: None)
-        bundle = SimpleNamespace(text=(), load_text_encoders=lambda: loaded.append(1))
+        monkeypatch.setattr(text_module, "encode_prompts", encode)
+        monkeypatch.setattr(text_module.PromptTokenizer, "of", lambda readers: None)
+        bundle = SimpleNamespace(text=(), load_text_encoders=lambda: loaded.append(1), zeros_for_empty_prompt=False)
         captions = [str(i) for i in range(100)]
-        found = dict(prompts_module.embed_prompts(bundle, captions))
+        found = dict(text_module.embed_prompts(bundle, captions))
         assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)
         assert asked == [(64, 8), (37, 8)]
 
