@@ -17,7 +17,8 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(ConvertConfig, argv)
     for note in loaded.notes:
         tell(note)
-    convert(loaded.config.conversion, tell, bytes_bar)
+    for line in convert(loaded.config.conversion, bytes_bar):
+        tell(line)
     return 0
 
 

@@ -14,5 +14,6 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(MergeConfig, argv)
     for note in loaded.notes:
         tell(note)
-    merge(loaded.config.merging, tell, bytes_bar)
+    for line in merge(loaded.config.merging, bytes_bar):
+        tell(line)
     return 0
