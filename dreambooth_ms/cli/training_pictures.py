@@ -19,9 +19,8 @@ from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.vae import VaeEncoder
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -42,7 +41,7 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
         captions = sorted(captions_of(concepts))
-        texts = dict(zip(captions, PromptTokenizer.of(job.base.text).texts(captions), strict=True)).__getitem__
+        texts = dict(zip(captions, PromptTokenizer(job.base.text).texts(captions), strict=True)).__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or job.base.denoiser.load(), batches
 
@@ -88,13 +87,13 @@ def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], 
         height=height,
         width=width,
         seed=job.seed,
-        purpose=PURPOSE,
+        purpose="class picture",
         batch_size=min(prior.sample_batch_size, len(numbers)),
         num_inference_steps=prior.infer_steps,
         guidance_scale=prior.guidance_scale,
     )
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
-        path = wanted.folder / picture_name(sample.number)
+        path = wanted.folder / class_picture_name(sample.number)
         write_picture(path, sample.picture, settings_of_training(request, sample))
     processes.wait_for_all("the class pictures")
     return model.denoiser

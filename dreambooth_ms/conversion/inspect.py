@@ -55,10 +55,11 @@ def _model(model: OpenedModel) -> Iterator[str]:
     if model.averages:
         yield f"moving averages (EMA): of {model.averages} weights"
     yield from _metadata(model.metadata.items())
-    missing = "; ".join(f"the whole {part}" for part in model.missing_parts)
-    yield (
-        f"missing: {missing or 'nothing'}" if model.report.fits else f"does not fit: {missing}{model.report.summary()}"
-    )
+    missing = [f"the whole {part}" for part in model.missing_parts]
+    if model.report.fits:
+        yield f"missing: {'; '.join(missing) or 'nothing'}"
+    else:
+        yield f"does not fit: {'; '.join([*missing, model.report.summary()])}"
     yield from (f"note: {note}" for note in model.notes)
 
 

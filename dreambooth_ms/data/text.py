@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from dreambooth_ms.data.conditioning import Conditioning, PromptText
-from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -20,21 +19,12 @@ ROWS = 8
 
 
 class PromptTokenizer:
-    """The tokenizers of a model, one for each of its text readers.
+    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool."""
 
-    Args:
-        tokenizers: in the order of the readers, all of one length.
-        pooled_at: the token that ends a text of the last one, where its reader pools the text; None: it does not.
-    """
-
-    def __init__(self, *tokenizers: ClipTokenizer, pooled_at: int | None = None) -> None:
-        self._tokenizers, self._pooled_at = tokenizers, pooled_at
-        self.length = tokenizers[0].length
-
-    @classmethod
-    def of(cls, readers: Sequence[TextReader]) -> "PromptTokenizer":
-        """The tokenizers of these readers."""
-        return cls(*(reader.tokenizer() for reader in readers), pooled_at=readers[-1].pooled_at)
+    def __init__(self, readers: Sequence[TextReader]) -> None:
+        self._tokenizers = [reader.tokenizer() for reader in readers]
+        self._pooled_at = readers[-1].pooled_at
+        self.length: int = self._tokenizers[0].length
 
     def num_pieces(self, prompts: Iterable[str]) -> int:
         """In how many pieces of full length the longest of these prompts fits."""
@@ -102,7 +92,7 @@ def encode_prompts(
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
     """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
     that not all are in memory; the encoders are gone afterwards."""
-    tokenizer, encoders, ordered = PromptTokenizer.of(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
+    tokenizer, encoders, ordered = PromptTokenizer(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
     rows, zeros, part = min(ROWS, len(ordered)), bundle.zeros_for_empty_prompt, 8 * ROWS
     for start in range(0, len(ordered), part):
         yield from encode_prompts(tokenizer, encoders, ordered[start : start + part], rows, 1, zeros).items()

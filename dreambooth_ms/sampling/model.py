@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from dreambooth_ms.adapters.attach import AttachedAdapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
 from dreambooth_ms.errors import ConfigError
@@ -197,7 +197,7 @@ class SamplingModel:
         """The network that predicts, with the adapters on it."""
         if self._unet is None:
             self._unet = self.bundle.denoiser.load()
-            self._attached = self.adapters.put_on({"unet": self._unet})
+            self._attached = attach({"unet": self._unet}, self.adapters.opened)
             compute_in(self._unet, compute_dtype(self._mixed_precision))
         return self._unet
 

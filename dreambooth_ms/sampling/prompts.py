@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from dreambooth_ms.adapters.attach import AttachedAdapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.models.text import TextEncoders
@@ -52,7 +52,7 @@ class PromptReader:
         if missing:
             if self._encoders is None:
                 self._encoders = self._bundle.load_text_encoders()
-                self._attached = self._adapters.put_on(self._encoders.networks())
+                self._attached = attach(self._encoders.networks(), self._adapters.opened)
             if request.clip_skip != self._encoders.clip_skip:
                 self._encoders = self._encoders.with_clip_skip(request.clip_skip)
             self._attached.set_scales(scales)
@@ -70,4 +70,4 @@ class PromptReader:
 
     @cached_property
     def _tokenizer(self) -> PromptTokenizer:
-        return PromptTokenizer.of(self._bundle.text)
+        return PromptTokenizer(self._bundle.text)
