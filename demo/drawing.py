@@ -9,11 +9,12 @@ from PIL import Image
 
 from demo.messages import Draw, Drawing, ModelChoice, Phase, Picture, Side, Step
 from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.config.shared import DeviceConfig
+from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.refinement import sample_refined
 from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.weights.bundle import ModelBundle
 
 Send = Callable[[Any], None]
 
@@ -37,10 +38,8 @@ class Painter:
 
     def __init__(self, model: ModelChoice, send: Send, job: int) -> None:
         send(Phase(job, "Loading the model"))
-        self._model = SamplingModel(open_base(DeviceConfig(), model.base), model.loras, keep_text_encoders=True)
-        self._refiner = (
-            SamplingModel(open_base(DeviceConfig(), model.refiner), keep_text_encoders=True) if model.refiner else None
-        )
+        self._model = SamplingModel(_open(model.base), model.loras, keep_text_encoders=True)
+        self._refiner = SamplingModel(_open(model.refiner), keep_text_encoders=True) if model.refiner else None
         self._compiled: set[tuple[object, ...]] = set()
 
     def draw(self, asked: Draw, send: Send, cancelled: Callable[[], bool]) -> bool:
@@ -160,3 +159,7 @@ class _StepSender:
         if self._shown > 1:
             self._next_preview = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
         return picture
+
+
+def _open(name_or_path: str) -> ModelBundle:
+    return open_base(DeviceConfig(), BaseModelConfig(pretrained_model_name_or_path=name_or_path))

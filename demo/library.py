@@ -243,7 +243,7 @@ class Run:
 def read_run(folder: Path) -> Run | None:
     """The run in a folder; None if there is none."""
     try:
-        config = load(TrainConfig, ["--config", str(folder / RUN_CONFIG)]).config
+        config = load(TrainConfig, ["--config", str(folder / RUN_CONFIG)], tell=lambda note: None)
     except (UserError, OSError):
         return None
     return Run(

@@ -61,7 +61,7 @@ def read_preset(file: Path) -> Preset:
         "class_prompt",
     ]
     given = [word for name in asked for word in (f"--{name}", f"a {name}")]
-    config = load(TrainConfig, ["--config", str(file), *given]).config
+    config = load(TrainConfig, ["--config", str(file), *given], tell=lambda note: None)
     return Preset(
         file=file,
         with_prior_preservation=config.prior.with_prior_preservation,

@@ -26,11 +26,9 @@ def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
     """
     check_room(target, size)
     partial = target.parent / f"{TEMPORARY_PREFIX}{token_hex(4)}{target.suffix}"
-    try:
+    with _asking_for(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
-    except (OSError, ValueError) as error:
-        raise _cannot_write(target, error) from error
     try:
         yield partial
         sync(partial)
@@ -48,11 +46,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         WeightError: it cannot.
     """
-    try:
-        with tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
-            pass
-    except (OSError, ValueError) as error:
-        raise _cannot_write(folder, error) from error
+    with _asking_for(folder), tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
+        pass
 
 
 def check_room(target: Path, size: int) -> None:
@@ -61,10 +56,8 @@ def check_room(target: Path, size: int) -> None:
     Raises:
         WeightError: there is too little, or no such place.
     """
-    try:
+    with _asking_for(target):
         free = shutil.disk_usage(_nearest_that_exists(target.parent)).free
-    except (OSError, ValueError) as error:
-        raise _cannot_write(target, error) from error
     if size > free:
         raise WeightError(
             f"{target}: cannot be written (No space left on device: {_readable(size)} are needed, "
@@ -152,6 +145,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: OSError | ValueError) -> WeightError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return WeightError(f"{path}: cannot be written ({reason}); choose another folder")
+@contextmanager
+def _asking_for(path: Path) -> Iterator[None]:
+    """Inside, what is wrong with a place to write to becomes a WeightError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WeightError(f"{path}: cannot be written ({reason}); choose another folder") from error

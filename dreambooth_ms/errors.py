@@ -36,14 +36,10 @@ def explain(error: BaseException) -> str | None:
     """What to tell the user of an error that the user can mend; None for a defect."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and (reason := _disk_error(error)):
-        where = error.filename or "a file"
-        return f"{where}: cannot be written ({reason}); free some space and run the same command again"
+    if isinstance(error, OSError):
+        for code, reason in ((code, os.strerror(code)) for code in DISK_ERRORS):
+            # Of several errors shutil keeps only the texts.
+            if error.errno == code or reason in str(error):
+                where = error.filename or "a file"
+                return f"{where}: cannot be written ({reason}); free some space and run the same command again"
     return None
-
-
-def _disk_error(error: OSError) -> str | None:
-    """What is wrong with the disk, if that is what is wrong; of several errors shutil keeps only the texts."""
-    return next(
-        (os.strerror(code) for code in DISK_ERRORS if error.errno == code or os.strerror(code) in str(error)), None
-    )

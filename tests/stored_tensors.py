@@ -35,3 +35,8 @@ def same(found, expected):
         (found[name].shape, found[name].dtype, bits(found[name])) == (tensor.shape, tensor.dtype, bits(tensor))
         for name, tensor in expected.items()
     )
+
+
+def written_shapes(plan, public):
+    """The shapes of the tensors that a plan writes, for the public shapes; constants have none."""
+    return {name: own.shape([public[piece] for piece in own.pieces]) for name, own in plan.tensors.items()}

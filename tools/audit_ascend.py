@@ -19,10 +19,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+WORDS = 50
+"""Of the vocabulary of the text encoders."""
 
 # What the runtime does itself: values, order and parameters. No kernel is needed.
 CONTROL = frozenset({"Load", "MakeTuple", "TupleGetItem", "Depend", "UpdateState", "Return", "make_tuple"})
@@ -98,8 +101,8 @@ def training_sdxl() -> list[Graph]:
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler()))
     batch = toy_networks.batch(
-        input_ids=toy_networks.token_ids(2 * toy_networks.TOKENS),
-        end_mask=toy_networks.ends(),
+        input_ids=_token_ids(2),
+        end_mask=_ends(),
         time_ids=toy_networks.add_time_ids(),
     )
     return [
@@ -125,7 +128,7 @@ def training_sd() -> list[Graph]:
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0)
-    return [(step, toy_networks.batch(input_ids=toy_networks.token_ids()).tensors())]
+    return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
 
 
 def recomputing() -> list[Graph]:
@@ -146,7 +149,7 @@ def recomputing() -> list[Graph]:
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
-    return [(step, toy_networks.batch(input_ids=toy_networks.token_ids()).tensors())]
+    return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
 
 
 def optimisers() -> list[Graph]:
@@ -189,15 +192,19 @@ def optimisers() -> list[Graph]:
 def drawing_sdxl() -> list[Graph]:
     """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+    from dreambooth_ms.models.layers import CellMethod
+    from dreambooth_ms.models.vae import AutoencoderKL
 
     vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
     pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.add_time_ids())
     return [
-        (_sdxl_text_encoders(), (toy_networks.token_ids(2 * toy_networks.TOKENS), toy_networks.ends())),
+        (_sdxl_text_encoders(), (_token_ids(2), _ends())),
         _denoising(toy_networks.SDXL_UNET, *pooled),
-        (VaeDecoder(vae), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
-        (VaeEncoder(vae), (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),)),
+        (CellMethod(vae.decode), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
+        (
+            CellMethod(vae.encode),
+            (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),),
+        ),
     ]
 
 
@@ -205,7 +212,7 @@ def drawing_sd() -> list[Graph]:
     """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
     from dreambooth_ms.cli import toy_networks
 
-    return [(_sd_text_encoders(), (toy_networks.token_ids(),)), _denoising(toy_networks.SD_UNET)]
+    return [(_sd_text_encoders(), (_token_ids(),)), _denoising(toy_networks.SD_UNET)]
 
 
 def fused_attention() -> list[Graph]:
@@ -234,18 +241,47 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
 }
 
 
+def _token_ids(tokenizers: int = 1) -> Any:
+    """Token ids (B, T * S) int32."""
+    import numpy as np
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli.toy_networks import ROWS, TOKENS
+
+    count = tokenizers * TOKENS
+    return Tensor((np.arange(ROWS * count).reshape(ROWS, count) * 7 % WORDS).astype(np.int32))
+
+
+def _ends() -> Any:
+    """Where the texts end (B, S)."""
+    import numpy as np
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli.toy_networks import TOKENS
+
+    return Tensor(np.eye(TOKENS, dtype=np.float32)[[5, 9]])
+
+
+def _text_spec() -> Any:
+    from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec
+
+    transformer = TransformerSpec(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    return ClipTextSpec(transformer=transformer, vocab_size=WORDS, eos_token_id=WORDS - 1)
+
+
 def _sdxl_text_encoders() -> Any:
-    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.cli.toy_networks import POOLED
     from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    return _named(CLIPTextModel(toy_networks.TEXT, last_layer=False), CLIPTextModelWithProjection(toy_networks.TEXT_2))
+    spec = _text_spec()
+    pooling = replace(spec, transformer=replace(spec.transformer, hidden_act="gelu"), projection_dim=POOLED)
+    return _named(CLIPTextModel(spec, last_layer=False), CLIPTextModelWithProjection(pooling))
 
 
 def _sd_text_encoders() -> Any:
-    from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.clip import CLIPTextModel
 
-    return _named(CLIPTextModel(toy_networks.TEXT))
+    return _named(CLIPTextModel(_text_spec()))
 
 
 def _named(*networks: Any) -> Any:
@@ -320,7 +356,8 @@ def _attention_gradient(attention: Any) -> Any:
 
 def compile_graphs(chosen: Sequence[str]) -> None:
     """Compile these graphs, in a process whose environment makes MindSpore write them down."""
-    from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
+    from dreambooth_ms.runtime.device import Formulation, set_up_device
+    from tools.formulation import use_formulation
 
     set_up_device("CPU", 0)
     with use_formulation(Formulation.ASCEND):

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import Gelu, LayerNorm, MultiHeadAttention, conv2d, group_norm
-from dreambooth_ms.runtime.device import Formulation, set_up_device, use_formulation
+from dreambooth_ms.ops import Conv2d, Gelu, GroupNorm, LayerNorm, MultiHeadAttention
+from dreambooth_ms.runtime.device import Formulation, set_up_device
+from tools.formulation import use_formulation
 
 RUNS, ROWS = 5, 2
 
@@ -88,16 +89,16 @@ def main() -> None:
         report(
             f"3x3 convolution {channels} x {side}^2",
             {
-                "ours": time_cell(conv2d(channels, channels), last),
+                "ours": time_cell(Conv2d(channels, channels), last),
                 "torch": time_torch(frozen(torch.nn.Conv2d(channels, channels, 3, padding=1)), first),
             },
         )
         with use_formulation(Formulation.ASCEND):
-            library = group_norm(32, channels, 1e-5)
+            library = GroupNorm(32, channels, 1e-5)
         report(
             f"group norm {channels} x {side}^2",
             {
-                "ours": time_cell(group_norm(32, channels, 1e-5), last),
+                "ours": time_cell(GroupNorm(32, channels, 1e-5), last),
                 "library": time_cell(library, first),
                 "torch": time_torch(frozen(torch.nn.GroupNorm(32, channels)), first),
             },

@@ -178,7 +178,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.data.batches import Batch
-    from dreambooth_ms.data.conditioning import Conditioning, PromptText
+    from dreambooth_ms.data.conditioning import PromptText, conditioning
     from dreambooth_ms.data.records import CLASS, INSTANCE
     from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.segments import Segments
@@ -211,8 +211,8 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     def take(rows: Rows, step: int) -> tuple[float, float]:
         columns = replace(epsilon_at(schedule, rows.timesteps), weight=np.full(2, 1 / processes.count))
         prompts = [PromptText(*row) for row in zip(rows.text, rows.pooled, strict=True)]
-        conditioning = Conditioning.of(prompts, list(rows.add_time_ids)).inputs
-        batch = Batch.of(columns, rows.latents, rows.noise, conditioning, (INSTANCE, CLASS))
+        read = conditioning(prompts, list(rows.add_time_ids))
+        batch = Batch.of(columns, rows.latents, rows.noise, read, (INSTANCE, CLASS))
         optimiser.prepare(step, LEARNING_RATE)
         if step == 1 and processes.count > 1:
             step_cell.compile_for(batch.tensors())

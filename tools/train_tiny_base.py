@@ -39,7 +39,7 @@ from dreambooth_ms.formats.model_config import (  # noqa: E402
 )
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
-from dreambooth_ms.models.initialise import initialise_for_training  # noqa: E402
+from dreambooth_ms.models.layers import CellMethod  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
 from dreambooth_ms.models.specs import (  # noqa: E402
     SD_15,
@@ -52,7 +52,7 @@ from dreambooth_ms.models.specs import (  # noqa: E402
 )
 from dreambooth_ms.models.text import TextEncoders  # noqa: E402
 from dreambooth_ms.models.unet import UNet2DConditionModel  # noqa: E402
-from dreambooth_ms.models.vae import AutoencoderKL, VaeEncoder  # noqa: E402
+from dreambooth_ms.models.vae import AutoencoderKL  # noqa: E402
 from dreambooth_ms.processes.group import ALONE, Processes, run_in_group  # noqa: E402
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch  # noqa: E402
 from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
@@ -63,6 +63,7 @@ from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
+from tools.tiny_base.initialise import initialise_for_training  # noqa: E402
 from tools.tiny_base.tokenizer import write_tokenizer  # noqa: E402
 
 PROCESSES = ALONE
@@ -308,7 +309,7 @@ def clip_batch(
     rng = generator(SEED, f"{stage} batch", step)
     chosen = rng.choice(len(groups), SCHEDULES[stage].batch_size // ALIKE, replace=False)
     rows, captions = pictures(np.concatenate([rng.choice(groups[i], ALIKE, replace=False) for i in chosen]))
-    ids = tokenizer.ids(captions)
+    ids = np.concatenate([tokenizer.ids(caption) for caption in captions])
     same = np.array([[a == b for b in captions] for a in captions], np.float32)
     targets = same / same.sum(1, keepdims=True)
     return ids, end_positions(ids, clip.spec.text.eos_token_id), clip_pixels(rows), targets
@@ -326,7 +327,7 @@ def encode_world(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
 ) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, np.ndarray]]:
     """Posterior means and deviations of all scenes, their captions, and the embedding of each caption."""
-    encoder, size = VaeEncoder(vae), 100
+    encoder, size = CellMethod(vae.encode), 100
     means, deviations, captions = [], [], []
     for start in range(0, NUM_SCENES, size):
         rows, texts = pictures(range(start, start + size))
@@ -382,7 +383,7 @@ def equalise(vae: AutoencoderKL) -> None:
     which has done its work, shrinks to `POSTERIOR_DEVIATION`.
     """
     latents = vae.spec.latent_channels
-    encoder, (rows, _) = VaeEncoder(vae), pictures(range(1000))
+    encoder, (rows, _) = CellMethod(vae.encode), pictures(range(1000))
     means = [encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, len(rows), 100)]
     means_CN = _by_channel(np.concatenate(means))
     centre_C, (variances, directions) = means_CN.mean(1), np.linalg.eigh(np.cov(means_CN))

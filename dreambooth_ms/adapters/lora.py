@@ -16,7 +16,7 @@ from dreambooth_ms.adapters.dropout import Dropout, DropoutState
 from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
-from dreambooth_ms.ops import Conv2d, Dense, conv2d
+from dreambooth_ms.ops import Conv2d, Dense
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.randomness import standard_normal
 
@@ -94,8 +94,8 @@ class LoraConv2d(LoraLayer):
         super().__init__(base, rank, alpha, dropout)
         self.stored_layouts = base.stored_layouts
         self.convolve = base.convolve
-        self.lora_A = conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, has_bias=False)
-        self.lora_B = conv2d(rank, base.out_channels, kernel_size=1, has_bias=False)
+        self.lora_A = Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, has_bias=False)
+        self.lora_B = Conv2d(rank, base.out_channels, kernel_size=1, has_bias=False)
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.convolve(x, self.weight, self.bias if self.has_bias else None)

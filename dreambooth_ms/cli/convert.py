@@ -14,10 +14,7 @@ from dreambooth_ms.formats.files.stored import Progress
 
 def run(argv: Sequence[str]) -> int:
     """Convert by a command line; returns the exit status."""
-    loaded = load(ConvertConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    for line in convert(loaded.config.conversion, bytes_bar):
+    for line in convert(load(ConvertConfig, argv, tell).conversion, bytes_bar):
         tell(line)
     return 0
 

@@ -17,14 +17,17 @@ from mindspore import Tensor
 from dreambooth_ms import __version__
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli import toy_networks
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
+from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
-from dreambooth_ms.runtime.device import set_up_device
+from dreambooth_ms.runtime.device import Formulation, formulation, set_up_device
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
@@ -45,9 +48,9 @@ STORED = {
     "prediction": 5.655940,
     "picture": 8.164962,
 }
-"""What `training_figures` and `drawing_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
+"""What `training_figures` and `sampling_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
 
-TOLERANCES = {"CPU": 1e-4, "Ascend": 1e-2}
+TOLERANCES = {Formulation.CPU: 1e-4, Formulation.ASCEND: 1e-2}
 """Relative. On CPU float32 sums may come in another order. On Ascend nothing was measured: convolutions use HF32 by
 default there, which keeps 10 bits of a fraction (documented)."""
 
@@ -58,9 +61,9 @@ class Failed(Exception):
 
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
-    device = load(DoctorConfig, argv).config.device
+    device = load(DoctorConfig, argv, tell).device
     failed = 0
-    for name, look in Examination(device.device_target, device.ms_mode).checks():
+    for name, look in checks(device).items():
         started = time.monotonic()
         mark, found = examine(look)
         failed += mark != "ok"
@@ -79,91 +82,70 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
         return "FAILED", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-class Examination:
-    """The checks, in an order in which the later ones need the earlier ones."""
+def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
+    """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
+    `Failed`."""
+    return {
+        "versions": versions,
+        "device": lambda: set_up(device),
+        "memory": memory,
+        "disk": disk,
+        "training step": lambda: compare(training_figures()),
+        "sampling": lambda: compare(sampling_figures()),
+        "compile cache": lambda: "not used in PyNative mode" if device.ms_mode == 1 else compile_twice(),
+    }
 
-    def __init__(self, target: str, ms_mode: int) -> None:
-        self.target, self.ms_mode = target, ms_mode
-        self.device = "CPU"
 
-    def checks(self) -> list[tuple[str, Callable[[], str]]]:
-        """Name and action of each check; an action says what it found, or raises `Failed`."""
-        return [
-            ("versions", versions),
-            ("device", self.set_up),
-            ("memory", memory),
-            ("disk", disk),
-            ("training step", self.train),
-            ("drawing", self.draw),
-            ("compile cache", self.compile_twice),
-        ]
+def set_up(wanted: DeviceConfig) -> str:
+    """Choose the device as every command does, and say what is known of it."""
+    if set_up_device(wanted.device_target, wanted.ms_mode) == "CPU":
+        return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    cann = cann_version(Path(os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")))
+    if cann and not cann.startswith(CANN_ACCEPTED):
+        raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}; see docs/ascend.md")
+    name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
+    return f"{count} x Ascend {name}, CANN {cann or 'of unknown version (ASCEND_HOME_PATH is not set)'}"
 
-    def set_up(self) -> str:
-        """Choose the device as every command does, and say what is known of it."""
-        self.device = set_up_device(self.target, self.ms_mode)
-        if self.device == "CPU":
-            return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-        cann = cann_version(Path(os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")))
-        if cann and not cann.startswith(CANN_ACCEPTED):
-            raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}; see docs/ascend.md")
-        name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
-        return f"{count} x Ascend {name}, CANN {cann or 'of unknown version (ASCEND_HOME_PATH is not set)'}"
 
-    def train(self) -> str:
-        """One LoRA step of a generated model, against stored figures."""
-        return self._compare(training_figures())
+def compile_twice() -> str:
+    """The same graph compiled and read back gives the same bits, with a cache of its own."""
+    latents = toy_networks.normal("latents", *toy_networks.LATENTS)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = CompileCache(Path(folder))
+        with use_compile_cache(cache):
+            first, second = (_decoder()(latents).asnumpy() for _ in range(2))
+    if cache.counts != Counts(found=1, kept=1):
+        raise Failed(f"MindSpore did not read its graph again; set {ENABLE}=0")
+    if not np.array_equal(first, second):
+        raise Failed(f"a graph from the cache gives other numbers; set {ENABLE}=0")
+    where = compile_cache()
+    return f"sound; graphs are kept in {where.folder}" if where else f"sound, and switched off; {ENABLE}=1 is on"
 
-    def draw(self) -> str:
-        """One denoising step and one decoded picture of a generated model, against stored figures."""
-        return self._compare(drawing_figures())
 
-    def compile_twice(self) -> str:
-        """The same graph compiled and read back gives the same bits, with a cache of its own."""
-        if self.ms_mode == 1:
-            return "not used in PyNative mode"
-        inputs = (
-            toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, toy_networks.SIDE, toy_networks.SIDE),
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            cache = CompileCache(Path(folder))
-            with use_compile_cache(cache):
-                first, second = (_decoder()(*inputs).asnumpy() for _ in range(2))
-        if cache.counts != Counts(found=1, kept=1):
-            raise Failed(f"MindSpore did not read its graph again; set {ENABLE}=0")
-        if not np.array_equal(first, second):
-            raise Failed(f"a graph from the cache gives other numbers; set {ENABLE}=0")
-        where = compile_cache()
-        return f"sound; graphs are kept in {where.folder}" if where else f"sound, and switched off; {ENABLE}=1 is on"
-
-    def _compare(self, figures: dict[str, float]) -> str:
-        tolerance = TOLERANCES[self.device]
-        errors = {name: abs(value / STORED[name] - 1) for name, value in figures.items()}
-        found = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
-        wrong = [name for name, error in errors.items() if not error <= tolerance]
-        if wrong:
-            expected = ", ".join(f"{name} {STORED[name]:.6g}" for name in wrong)
-            raise Failed(f"{found}; expected {expected}, to {tolerance:.0e}")
-        return f"{found}; as stored, to {max(errors.values()):.0e}"
+def compare(figures: dict[str, float]) -> str:
+    """Whether figures are those that are stored."""
+    tolerance = TOLERANCES[formulation()]
+    errors = {name: abs(value / STORED[name] - 1) for name, value in figures.items()}
+    found = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
+    wrong = [name for name, error in errors.items() if not error <= tolerance]
+    if wrong:
+        expected = ", ".join(f"{name} {STORED[name]:.6g}" for name in wrong)
+        raise Failed(f"{found}; expected {expected}, to {tolerance:.0e}")
+    return f"{found}; as stored, to {max(errors.values()):.0e}"
 
 
 def versions() -> str:
     """What is installed, and whether it is what was tested."""
-    required = dict(_requirement(line) for line in importlib.metadata.requires("dreambooth-ms") or ())
+    lines = (line.partition(";")[0].strip() for line in importlib.metadata.requires("dreambooth-ms") or ())
+    required = dict(line.split("==") for line in lines if "==" in line)
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    others = [
-        f"{name} {required[name]}" for name, version in found.items() if name in required and required[name] != version
-    ]
-    said = f"dreambooth_ms {__version__}, Python {platform.python_version()}, " + ", ".join(
-        map(" ".join, found.items())
+    others = [f"{name} {version}" for name, version in required.items() if found.get(name, version) != version]
+    said = ", ".join(
+        [f"dreambooth_ms {__version__}, Python {platform.python_version()}", *map(" ".join, found.items())]
     )
     if others:
         raise Failed(f"{said}; tested with {', '.join(others)}: pip install -r requirements.txt")
     return said
-
-
-def _requirement(line: str) -> tuple[str, str]:
-    name, _, version = line.partition(";")[0].strip().partition("==")
-    return name, version
 
 
 def memory() -> str:
@@ -205,20 +187,16 @@ def training_figures() -> dict[str, float]:
     text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, toy_networks.SD_UNET.cross_attention_dim)
     optimiser.prepare(1, 1e-3)
     loss, _, norm = step(*toy_networks.batch(encoder_hidden_states=text).tensors())
-    updates = [factors[1] for factors in (layer.factors() for layer in layers.values())]
-    return {
-        "loss": float(loss.asnumpy()),
-        "gradient norm": float(norm.asnumpy()),
-        "update": _norm(updates),
-    }
+    update = _norm([layer.factors()[1] for layer in layers.values()])
+    return {"loss": float(loss.asnumpy()), "gradient norm": float(norm.asnumpy()), "update": update}
 
 
-def drawing_figures() -> dict[str, float]:
+def sampling_figures() -> dict[str, float]:
     """Norms of a guided prediction and of a decoded picture."""
     unet = UNet2DConditionModel(toy_networks.SDXL_UNET)
     initialise(unet, toy_networks.SEED)
     rows, spec = toy_networks.ROWS, toy_networks.SDXL_UNET
-    latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
+    latents = toy_networks.normal("latents", *toy_networks.LATENTS)
     prediction = Denoiser(unet, guided=True)(
         latents,
         Tensor(np.array([500], np.float32)),
@@ -230,10 +208,10 @@ def drawing_figures() -> dict[str, float]:
     return {"prediction": _norm([prediction.asnumpy()]), "picture": _norm([_decoder()(latents).asnumpy()])}
 
 
-def _decoder() -> VaeDecoder:
+def _decoder() -> CellMethod:
     vae = AutoencoderKL(toy_networks.VAE)
     initialise(vae, toy_networks.SEED)
-    return VaeDecoder(vae)
+    return CellMethod(vae.decode)
 
 
 def _norm(arrays: Sequence[np.ndarray]) -> float:

@@ -1,5 +1,6 @@
 """`dreambooth-ms evaluate`: the same prompts and noise through the base and the adapted model -> sheet and figures."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import find_pictures, open_picture
-from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure, metrics_json
+from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
@@ -27,10 +28,7 @@ SHOWN = 6
 
 def run(argv: Sequence[str]) -> int:
     """Compare base and adapted model by a command line; returns the exit status."""
-    loaded = load(EvaluateConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    before, after = evaluate(loaded.config)
+    before, after = evaluate(load(EvaluateConfig, argv, tell))
     for name, value in vars(before).items():
         print(f"{name.replace('_', ' '):26} {value:.3f} -> {vars(after)[name]:.3f}")
     return 0
@@ -39,9 +37,7 @@ def run(argv: Sequence[str]) -> int:
 def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     """Write the sheet and the figures into the output folder; returns the figures before and after."""
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
-    bundle = open_base(
-        config.device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path
-    )
+    bundle = open_base(config.device, weights)
     photographs = [np.asarray(open_picture(p)) for p in find_pictures(wanted.instance_data_dir).pictures]
     embed = load_image_embedder(Path(wanted.clip) if wanted.clip else bundle.path / "clip")
     subject_prompts = read_prompts(wanted.prompt)
@@ -68,7 +64,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     )
     with atomic_path(output / SHEET) as partial:
         draw_sheet(title, rows).save(partial, format="PNG")
-    write_bytes(output / METRICS, metrics_json(before, after).encode())
+    metrics = json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
+    write_bytes(output / METRICS, metrics.encode())
     tell(f"wrote {output / SHEET} and {output / METRICS}")
     return before, after
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.inspect import InspectConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.conversion.inspect import describe_source
@@ -10,7 +11,7 @@ from dreambooth_ms.conversion.inspect import describe_source
 
 def run(argv: Sequence[str]) -> int:
     """Inspect by a command line; returns the exit status."""
-    wanted = load(InspectConfig, argv).config.inspection
+    wanted = load(InspectConfig, argv, tell).inspection
     for line in describe_source(Path(wanted.source), wanted.base, wanted.variant):
         print(line.encode(errors="backslashreplace").decode())
     return 0

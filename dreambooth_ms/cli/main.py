@@ -10,30 +10,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain
+from dreambooth_ms.config.describe import describe
+from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
 from dreambooth_ms.processes.launch import is_launched
 
-if TYPE_CHECKING:
-    from dreambooth_ms.config.schema import Schema
-
-LIBRARY = "mindspore"
-
-
-class Command(NamedTuple):
-    """One command. `module` has `run(argv) -> int`; `schema` is the class in the module
-    of `config` with the command's name that describes its flags."""
-
-    module: str
-    summary: str
-    schema: str
-
-
-_SUMMARIES = {
+COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
     "sample": "generate pictures with a base model and its adapters",
     "evaluate": "compare base and adapted model",
@@ -42,10 +29,7 @@ _SUMMARIES = {
     "merge": "merge LoRAs into a model",
     "doctor": "check that the installation works on this machine",
 }
-COMMANDS: dict[str, Command] = {
-    name: Command(f"dreambooth_ms.cli.{name}", summary, f"{name.capitalize()}Config")
-    for name, summary in _SUMMARIES.items()
-}
+"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and one of `config`."""
 
 
 def program() -> NoReturn:
@@ -88,12 +72,13 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UserError(_unknown(name))
-    command = COMMANDS[name]
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name}: unknown command; {hint}")
     if "-h" in rest or "--help" in rest:
         print(_command_help(name))
         return 0
-    return _import_run(command.module)(rest)
+    return _import_run(f"dreambooth_ms.cli.{name}")(rest)
 
 
 def _import_run(module: str) -> Callable[[Sequence[str]], int]:
@@ -102,7 +87,7 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
     MindSpore collects garbage whenever it compiles. In a fresh process nothing that is imported is ever garbage, so it
     need not be looked at; that takes a tenth of a second each time, and a fifth of the import (measured).
     """
-    if LIBRARY in sys.modules:
+    if "mindspore" in sys.modules:
         return importlib.import_module(module).run
     gc.disable()
     try:
@@ -112,13 +97,13 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
         gc.freeze()
 
 
-def schema_of(name: str) -> type["Schema"]:
+def schema_of(name: str) -> type[Schema]:
     """The class that describes the flags of a command."""
-    return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), COMMANDS[name].schema)
+    return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), f"{name.capitalize()}Config")
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {one.summary}" for name, one in COMMANDS.items())
+    commands = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {summary}" for name, summary in COMMANDS.items())
     return f"""usage: {PROGRAM} COMMAND [--config FILE] [--name value ...]
 
 Teach Stable Diffusion a new subject from a few photographs.
@@ -130,24 +115,16 @@ commands:
 
 
 def _command_help(name: str) -> str:
-    from dreambooth_ms.config.describe import describe
-
     schema = schema_of(name)
     positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
     return f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
 
-{COMMANDS[name].summary.capitalize()}.
+{COMMANDS[name].capitalize()}.
 
 Values come from the YAML files given by --config, then from the flags. Switches are written --name,
 --name True, --name False or --no-name; lists --name a b or --name a,b.
 
 {describe(schema)}"""
-
-
-def _unknown(name: str) -> str:
-    close = get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
-    return f"{name}: unknown command; {hint}"
 
 
 if __name__ == "__main__":

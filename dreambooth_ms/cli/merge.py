@@ -11,9 +11,6 @@ from dreambooth_ms.conversion.merge import merge
 
 def run(argv: Sequence[str]) -> int:
     """Merge by a command line; returns the exit status."""
-    loaded = load(MergeConfig, argv)
-    for note in loaded.notes:
-        tell(note)
-    for line in merge(loaded.config.merging, bytes_bar):
+    for line in merge(load(MergeConfig, argv, tell).merging, bytes_bar):
         tell(line)
     return 0

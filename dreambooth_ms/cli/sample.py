@@ -1,17 +1,18 @@
 """`dreambooth-ms sample`: base model, adapters and prompts -> PNG files."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.load import load_sample_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
+from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.sampling.model import SamplingModel
@@ -22,19 +23,18 @@ from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, Sam
 
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
-    config = load_sample_config(argv)
+    config = load(SampleConfig, argv)
     weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
-    bundle = open_base(device, weights.pretrained_model_name_or_path, vae=weights.pretrained_vae_model_name_or_path)
+    bundle = open_base(device, weights)
     model = SamplingModel(bundle, weights.lora, mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:
-        refiner_bundle = open_base(device, config.refinement.refiner)
-        refiner = SamplingModel(refiner_bundle, mixed_precision=device.mixed_precision)
+        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner)
+        refiner = SamplingModel(open_base(device, refiner_base), mixed_precision=device.mixed_precision)
     check_writable(output)
 
-    pictures = _Folder(config)
     with tqdm(desc="sampling", unit="step") as bar:
 
         def show(report: StepReport) -> None:
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
             samples = model.sample(request, show)
         else:
             samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
-        written = [pictures.write(sample) for sample in samples]
+        written = _write_pictures(config, samples)
     tell(f"wrote {len(written)} pictures to {output}, {written[0].name} to {written[-1].name}")
     return 0
 
@@ -58,7 +58,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     Raises:
         DataError: the picture to start from is none.
     """
-    wanted, start, told = config.pictures, config.start, config.sizes
+    wanted, start, sizes = config.pictures, config.start, config.sizes
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
         wanted,
@@ -70,12 +70,12 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=PictureSizes(
-            original_size=_size(told.orig_width, told.orig_height),
-            crop_top=told.crop_coords_top,
-            crop_left=told.crop_coords_left,
-            target_size=_size(told.target_width, told.target_height),
-            aesthetic_score=told.aesthetic_score,
-            negative_aesthetic_score=told.negative_aesthetic_score,
+            original_size=_size(sizes.orig_width, sizes.orig_height),
+            crop_top=sizes.crop_coords_top,
+            crop_left=sizes.crop_coords_left,
+            target_size=_size(sizes.target_width, sizes.target_height),
+            aesthetic_score=sizes.aesthetic_score,
+            negative_aesthetic_score=sizes.negative_aesthetic_score,
         ),
         whole_up_to=wanted.vae_whole_up_to,
     )
@@ -98,11 +98,8 @@ def read_prompts(text_or_path: str) -> list[str]:
     Raises:
         DataError: the file is not UTF-8 text, or has no line with a prompt.
     """
-    try:
-        is_file = Path(text_or_path).is_file()
-    except OSError:
-        is_file = False
-    if not is_file:
+    # Of os.path, because that of pathlib raises on what is too long for a name.
+    if not os.path.isfile(text_or_path):
         return [text_or_path]
     try:
         lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()
@@ -114,27 +111,19 @@ def read_prompts(text_or_path: str) -> list[str]:
     return prompts
 
 
-class _Folder:
-    """Where the pictures of a command go: files numbered on from what is there, and the sheet of each prompt."""
-
-    def __init__(self, config: SampleConfig) -> None:
-        self._folder = Path(config.pictures.output_dir)
-        self._inputs = {**vars(config.weights), "image": config.start.image}
-        self._columns = (config.pictures.num_cols or 1) if config.draws_sheet else None
-        self._per_prompt = config.num_images_per_prompt
-        self._first = first_free_number(self._folder)
-        self._sheet: list[np.ndarray] = []
-
-    def write(self, sample: Sample) -> Path:
-        """Write a picture, and when it is the last of its prompt, the sheet."""
-        number = self._first + sample.number
-        path = self._folder / f"{number:05d}.png"
-        settings = {**sample.settings, **self._inputs}
-        write_picture(path, sample.picture, settings)
-        if self._columns:
-            self._sheet.append(sample.picture)
-            if len(self._sheet) == self._per_prompt:
-                first = number + 1 - self._per_prompt
-                write_picture(self._folder / f"grid-{first:05d}.png", grid(self._sheet, self._columns), settings)
-                self._sheet = []
-        return path
+def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
+    """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
+    folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
+    inputs = {**vars(config.weights), "image": config.start.image}
+    first, written, sheet = first_free_number(folder), [], []
+    for sample in samples:
+        number, settings = first + sample.number, {**sample.settings, **inputs}
+        written.append(folder / f"{number:05d}.png")
+        write_picture(written[-1], sample.picture, settings)
+        sheet.append(sample.picture)
+        if len(sheet) == per_prompt:
+            if config.has_sheet:
+                path = folder / f"grid-{number + 1 - per_prompt:05d}.png"
+                write_picture(path, grid(sheet, config.pictures.num_cols or 1), settings)
+            sheet = []
+    return written

@@ -11,7 +11,7 @@ from mindspore import Tensor
 
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.diffusion.objectives import Columns
-from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import UNetSpec, VaeSpec
 from dreambooth_ms.randomness import standard_normal
 
 ROWS, TOKENS, SIDE, SEED = 2, 77, 8, 0
@@ -38,13 +38,8 @@ SDXL_UNET = replace(
     projection_class_embeddings_input_dim=POOLED + 6 * 8,
 )
 VAE = VaeSpec(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
-WORDS = 50
-TEXT = ClipTextSpec(
-    transformer=TransformerSpec(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
-    vocab_size=WORDS,
-    eos_token_id=WORDS - 1,
-)
-TEXT_2 = replace(TEXT, transformer=replace(TEXT.transformer, hidden_act="gelu"), projection_dim=POOLED)
+LATENTS = (1, VAE.latent_channels, SIDE, SIDE)
+"""Shape of those of one picture."""
 
 
 def normal(name: str, *shape: int) -> Tensor:
@@ -60,16 +55,6 @@ def batch(**conditioning: Tensor) -> Batch:
     clean, noise = (normal(name, *shape).asnumpy() for name in ("latents", "noise"))
     named = {name: rows.asnumpy() for name, rows in conditioning.items()}
     return Batch.of(columns, clean, noise, named, ["toy"] * ROWS)
-
-
-def token_ids(tokens: int = TOKENS) -> Tensor:
-    """Token ids (B, S)."""
-    return Tensor(np.arange(ROWS * tokens).reshape(ROWS, tokens) * 7 % WORDS, ms.int32)
-
-
-def ends() -> Tensor:
-    """Where the texts end (B, S)."""
-    return Tensor(np.eye(TOKENS, dtype=np.float32)[[5, 9]])
 
 
 def add_time_ids() -> Tensor:

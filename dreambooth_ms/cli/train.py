@@ -3,19 +3,19 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_job import ClassPictures, TrainingJob, class_pictures_of, total_steps
+from dreambooth_ms.cli.training_job import TrainingJob, total_steps
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.records import INSTANCE, read_concept
@@ -52,34 +52,28 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
     if not processes.is_first:
         be_quiet()
-    config = agree_on_config(processes, load_train_config(argv, tell))
+    config = agree_on_config(processes, load(TrainConfig, argv, tell))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(
-            config.device,
-            model.pretrained_model_name_or_path,
-            model.revision,
-            model.variant,
-            model.pretrained_vae_model_name_or_path,
-        )
+        base = open_base(config.device, model, model.revision, model.variant)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
     base.schedule.trained()
     check_expected_memory(config, base, processes)
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
-    class_pictures = class_pictures_of(config)
-    total = total_steps(config, max(len(subject.records), class_pictures.count if class_pictures else 0))
-    found = processes.from_first("the run's folder", lambda: _open_folder(config, class_pictures, total))
+    class_pictures = config.prior.num_class_images if config.prior.folder else 0
+    total = total_steps(config, max(len(subject.records), class_pictures))
+    found = processes.from_first("the run's folder", lambda: _open_folder(config, total))
     if found is None:
         return 0
     checkpoint = Checkpoint(Path(found["checkpoint"]), found["step"]) if found["checkpoint"] else None
-    job = TrainingJob(processes, config, base, class_pictures, total, checkpoint)
+    job = TrainingJob(processes, config, base, total, checkpoint)
     with collective_operations(processes.launch):
         return train_and_save(job, *prepare_training(job, [subject]))
 
 
-def _open_folder(config: TrainConfig, class_pictures: ClassPictures | None, total: int) -> dict[str, Any] | None:
+def _open_folder(config: TrainConfig, total: int) -> dict[str, Any] | None:
     """Make the run's folder ready; gives the checkpoint to go on from, or None if nothing is left to do."""
     checkpoint = _checkpoint_to_resume(config)
     if checkpoint and checkpoint.step > total:
@@ -87,8 +81,9 @@ def _open_folder(config: TrainConfig, class_pictures: ClassPictures | None, tota
             f"{checkpoint.path}: {checkpoint.step} steps are done, the run would end after {total}; "
             "raise --max_train_steps, or choose another --output_dir"
         )
-    if class_pictures and missing_numbers(class_pictures.folder, class_pictures.count):
-        check_writable(class_pictures.folder)
+    prior = config.prior
+    if prior.folder and missing_numbers(prior.folder, prior.num_class_images):
+        check_writable(prior.folder)
     write_config(config)
     result = result_of(config.output_dir)
     if result and result.steps >= total:
@@ -124,8 +119,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
-        hooks.append(ShowProgress(stack.enter_context(bar)))
-        hooks.append(SaveCheckpoints(config, training.whole_state, training.write_part, processes))
+        hooks.append(partial(_show_step, stack.enter_context(bar)))
+        hooks.append(SaveCheckpoints(config, lambda: training.state(of_all=True), training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
         stop = stack.enter_context(stop_requests())
@@ -150,15 +145,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     return 0
 
 
-@dataclass(frozen=True)
-class ShowProgress:
-    """A hook: the bar with the losses of the step."""
-
-    bar: Any
-    """As tqdm makes it."""
-
-    def __call__(self, report: StepReport) -> None:
-        """Move the bar by this step."""
-        shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
-        self.bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
-        self.bar.update()
+def _show_step(bar: Any, report: StepReport) -> None:
+    """A hook: move tqdm's bar by a step, and show its losses."""
+    shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
+    bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
+    bar.update()

@@ -1,7 +1,6 @@
 """What a training command asks for, with all that follows from it, found once."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
@@ -13,23 +12,12 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 @dataclass(frozen=True)
-class ClassPictures:
-    """The pictures of prior preservation: where they are, under which prompt, and how many."""
-
-    folder: Path
-    prompt: str
-    count: int
-
-
-@dataclass(frozen=True)
 class TrainingJob:
     """A run's configuration and base, and how far the run is."""
 
     processes: Processes
     config: TrainConfig
     base: ModelBundle
-    class_pictures: ClassPictures | None
-    """What to have of them, with prior preservation."""
     total: int
     """Optimiser steps of the whole run."""
     checkpoint: Checkpoint | None
@@ -62,15 +50,6 @@ class TrainingJob:
         return highest * learning_rate_factor(
             o.lr_scheduler, update, o.lr_warmup_steps, self.total, o.lr_num_cycles, o.lr_power, highest
         )
-
-
-def class_pictures_of(config: TrainConfig) -> ClassPictures | None:
-    """What the configuration says of class pictures."""
-    prior = config.prior
-    if not prior.with_prior_preservation:
-        return None
-    assert prior.class_data_dir is not None and prior.class_prompt is not None, "TrainConfig.check comes first"
-    return ClassPictures(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
 
 
 def total_steps(config: TrainConfig, pictures: int) -> int:

@@ -14,8 +14,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: Processes) -> None:
     """Say how much memory a step will need; what cannot fit ends here, before any work.
 
-    `--max_device_memory` is of each process. Without it the processes of the run that are on a machine share its
-    memory, but not where each has a card with memory of its own. All processes must ask at the same time.
+    `--max_device_memory` is of each process. All processes must ask at the same time.
     """
     run, expected = config.run, estimate(_workload(config, folder, processes.count))
     tell(str(expected))
@@ -23,13 +22,10 @@ def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: P
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
     advice += [f"a --resolution below {config.data.resolution}"]
     advice += ["--method lora"] if config.method.method == "full" else []
-    limit, sharing = machine_memory(), processes.count_on_this_machine()
-    if run.max_device_memory:
-        given = memory_size(run.max_device_memory)
-        assert given is not None, "TrainConfig.check comes first"
-        limit, sharing = given, 1
-    elif formulation() is not Formulation.CPU:
-        sharing = 1
+    # The processes on a machine share its memory, but not that of their cards.
+    limit, sharing = machine_memory(), processes.count_on_this_machine() if formulation() is Formulation.CPU else 1
+    if run.max_device_memory and (size := memory_size(run.max_device_memory)):
+        limit, sharing = size, 1
     advice += ["fewer processes on a machine"] if sharing > 1 else []
     check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -9,7 +10,7 @@ from mindspore import Tensor, nn
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.data.batches import BatchMaker
-from dreambooth_ms.data.cache import ContentCache, Lookup, embedding_lookup, posterior_lookup
+from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, Concept, read_concept
@@ -17,37 +18,38 @@ from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.vae import VaeEncoder
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
-from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
-    cache = ContentCache(job.config.output_dir / "cache")
-    embeddings = embeddings_of(job.base, cache)
+    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / "cache")
+    class_prompt = prior.class_prompt or ""
+    key = " ".join([*(reader.digest() for reader in base.text), *(["zeros"] if base.zeros_for_empty_prompt else [])])
+    embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*captions_of(subjects), job.config.prior.class_prompt or "", ""])
+        embeddings.prepare([*captions_of(subjects), class_prompt, ""])
     unet, concepts = None, list(subjects)
-    if prior := job.class_pictures:
-        unet = sample_missing_class_pictures(job, embeddings)
-        weight = job.config.prior.prior_loss_weight
-        concepts.append(read_concept(CLASS, prior.folder, prior.prompt, tell, weight, at_most=prior.count))
+    if prior.folder:
+        unet = sample_missing_class_pictures(job, prior.folder, class_prompt, embeddings)
+        weight, count = prior.prior_loss_weight, prior.num_class_images
+        concepts.append(read_concept(CLASS, prior.folder, class_prompt, tell, weight, at_most=count))
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        captions = sorted(captions_of(concepts))
-        texts = dict(zip(captions, PromptTokenizer(job.base.text).texts(captions), strict=True)).__getitem__
+        tokens = PromptTokenizer(base.text).texts(captions_of(concepts))
+        texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
-    return unet or job.base.denoiser.load(), batches
+    return unet or base.denoiser.load(), batches
 
 
 def captions_of(concepts: Iterable[Concept]) -> list[str]:
-    """All prompts that rows may be told under, each once."""
+    """All prompts that rows may have, each once."""
     return list(dict.fromkeys(caption for c in concepts for record in c.records for caption in record.captions))
 
 
@@ -62,26 +64,20 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
             )
 
 
-def embeddings_of(base: ModelBundle, cache: ContentCache) -> Lookup[str, PromptText]:
-    """Prompt -> embedding by the base's own text encoders."""
-    digests = [reader.digest() for reader in base.text]
-    key = " ".join([*digests, "zeros"] if base.zeros_for_empty_prompt else digests)
-    return embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
-
-
-def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], PromptText]) -> nn.Cell | None:
+def sample_missing_class_pictures(
+    job: TrainingJob, folder: Path, prompt: str, embeddings: Callable[[str], PromptText]
+) -> nn.Cell | None:
     """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
-    wanted, processes, prior = job.class_pictures, job.processes, job.config.prior
-    assert wanted is not None, "asked for with prior preservation"
-    missing = processes.from_first("the class pictures", lambda: missing_numbers(wanted.folder, wanted.count))
+    processes, prior = job.processes, job.config.prior
+    missing = processes.from_first("the class pictures", lambda: missing_numbers(folder, prior.num_class_images))
     numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")
         return None
-    model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (wanted.prompt, "")})
+    model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (prompt, "")})
     width, height = job.size
     request = SampleRequest(
-        prompts=(wanted.prompt,),
+        prompts=(prompt,),
         num_images_per_prompt=len(numbers),
         numbers=numbers,
         height=height,
@@ -93,8 +89,8 @@ def sample_missing_class_pictures(job: TrainingJob, embeddings: Callable[[str], 
         guidance_scale=prior.guidance_scale,
     )
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
-        path = wanted.folder / class_picture_name(sample.number)
-        write_picture(path, sample.picture, settings_of_training(request, sample))
+        settings = settings_of_training(request, sample)
+        write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
     processes.wait_for_all("the class pictures")
     return model.denoiser
 
@@ -106,11 +102,16 @@ def encode_pictures(
     data, base, processes = job.config.data, job.base, job.processes
     framing = Framing((job.size,), data.center_crop, data.random_flip)
     plan = Plan(tuple(concepts), job.config.run.train_batch_size, framing, job.seed, job.batches_per_step)
+
+    def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
+        encoder = CellMethod(base.codec.load(decodes=False).encode)
+        return lambda pictures: np.concatenate([one.asnumpy() for one in encoder(Tensor(pictures))]).astype(np.float32)
+
     posteriors = posterior_lookup(
         cache,
         encoder_digest=base.codec.digest(),
         interpolation=data.image_interpolation_mode,
-        load_encoder=lambda: _load_encoder(base),
+        load_encoder=load_encoder,
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
     missing = posteriors.missing(plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step))
@@ -120,24 +121,13 @@ def encode_pictures(
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
     spec, loss = base.schedule.trained(), job.config.loss
+    prediction_type = loss.prediction_type or spec.prediction_type
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
-        objective=draw_columns(
-            loss.prediction_type or spec.prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma
-        ),
+        objective=draw_columns(prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma),
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,
     )
-
-
-def _load_encoder(base: ModelBundle) -> Callable[[np.ndarray], np.ndarray]:
-    encoder = VaeEncoder(base.codec.load(decodes=False))
-
-    def encode(pictures_B3HW: np.ndarray) -> np.ndarray:
-        mean, log_variance = encoder(Tensor(pictures_B3HW))
-        return np.concatenate([mean.asnumpy(), log_variance.asnumpy()]).astype(np.float32)
-
-    return encode

@@ -8,7 +8,6 @@ from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
@@ -33,16 +32,12 @@ class Training:
     sharded: ShardedOptimiser | None
     """The optimiser, if this process keeps a part of its state."""
 
-    @property
-    def state(self) -> list[Parameter]:
-        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling."""
-        return self._state_with(self.step.optimiser.moments())
+    def state(self, of_all: bool = False) -> list[Parameter]:
+        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
 
-    def whole_state(self) -> list[Parameter]:
-        """The same with the moments that other processes keep; all processes must ask for it at the same time."""
-        return self._state_with(self.sharded.all_moments()) if self.sharded else self.state
-
-    def _state_with(self, moments: list[Parameter]) -> list[Parameter]:
+        With those moments that other processes keep if it is `of_all`, for which all must ask at the same time.
+        """
+        moments = self.sharded.all_moments() if self.sharded and of_all else self.step.optimiser.moments()
         averages = self.average.averages if self.average else []
         scaling = self.step.scaler.state() if self.step.scaler else []
         return [*self.learner.parameters, *moments, *averages, *scaling]
@@ -58,7 +53,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from there."""
-        restore(checkpoint, self.state, self.sharded.shapes() if self.sharded else {})
+        restore(checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
 
     def write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
@@ -80,15 +75,19 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
     compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
     sharded = None
     if config.processes.zero_stage > 0 and processes.count > 1:
-        make_part = lambda start, stop: choose_optimiser(config, learner.trainables[start:stop])  # noqa: E731
-        sharded = ShardedOptimiser(learner.parameters, make_part, processes)
+        sharded = ShardedOptimiser(
+            learner.parameters, lambda i, j: choose_optimiser(config, learner.trainables[i:j]), processes
+        )
+    scaler, c = None, config.loss_scaling
+    if config.device.mixed_precision == "fp16":  # bfloat16 has the exponents of float32.
+        scaler = LossScaler(c.init_loss_scale, c.loss_scale_factor, c.scale_window, c.loss_scaler_type == "dynamic")
     step = TrainStep(
         DiffusionLoss(learner.denoiser),
         learner.parameters,
         sharded or choose_optimiser(config, learner.trainables),
         config.optimiser.max_grad_norm,
         SumOverProcesses() if processes.count > 1 else None,
-        _scaler(config),
+        scaler,
         Segments(unet, text_encoders) if run.gradient_checkpointing else None,
     )
     return Training(
@@ -97,12 +96,3 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
         average=MovingAverage(learner.parameters, method.ema_decay) if method.use_ema else None,
         sharded=sharded,
     )
-
-
-def _scaler(config: TrainConfig) -> LossScaler | None:
-    """float16 alone needs one: bfloat16 has the exponents of float32."""
-    if config.device.mixed_precision != "fp16":
-        return None
-    c = config.loss_scaling
-    dynamic = c.loss_scaler_type == "dynamic"
-    return LossScaler(c.init_loss_scale, c.loss_scale_factor, c.scale_window, dynamic)

@@ -1,4 +1,4 @@
-"""What `convert` can be told."""
+"""The settings of `convert`."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias

@@ -10,26 +10,27 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from dreambooth_ms.config.ranges import Range
 from dreambooth_ms.config.rules import Resume, Rule
 
-_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
-_PLACEHOLDERS = {bool: "[True|False]", int: "N", float: "X", str: "TEXT", list: "TEXT [TEXT ...]"}
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("True or False", "[True|False]"), int: ("a whole number", "N"), float: ("a number", "X"),
+    str: ("text", "TEXT"), list[str]: ("a list of texts", "TEXT [TEXT ...]"),
+    list[float]: ("a list of numbers", "X [X ...]"),
+}  # fmt: skip
+"""Kind of a field -> what a value has to be, and what stands for it in a usage line."""
 
 
 @dataclass(frozen=True)
 class Field:
     """One field of a schema, as flags, files and the help text see it.
 
-    kind is bool, int, float, str, list or the tuple of texts to choose from; default is dataclasses.MISSING where the
-    user has to give a value.
+    kind is bool, int, float, str, list[str], list[float] or the tuple of texts to choose from; default is
+    dataclasses.MISSING where the user has to give a value.
     """
 
     name: str
     section: str
-    owner: type
     kind: Any
     optional: bool
     default: Any
-    of_numbers: bool
-    """Whether it is a list of numbers; other lists are of text."""
     range: Range | None
     rules: tuple[Rule, ...]
     resume: Resume | None
@@ -37,17 +38,13 @@ class Field:
     @property
     def expected(self) -> str:
         """What a value has to be, in words."""
-        what = f"one of {', '.join(self.kind)}" if isinstance(self.kind, tuple) else _WORDS[self.kind]
-        if self.of_numbers:
-            what = "a list of numbers"
+        what = f"one of {', '.join(self.kind)}" if isinstance(self.kind, tuple) else _WORDS[self.kind][0]
         return f"{what}, or None" if self.optional else what
 
     @property
     def placeholder(self) -> str:
         """What stands for the value in a usage line."""
-        if self.of_numbers:
-            return "X [X ...]"
-        return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _PLACEHOLDERS[self.kind]
+        return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _WORDS[self.kind][1]
 
 
 def schema_fields(schema: type) -> dict[str, Field]:
@@ -58,7 +55,7 @@ def schema_fields(schema: type) -> dict[str, Field]:
         for one in fields(owner):
             assert one.name not in known, f"{one.name} is a field of two sections"
             default = one.default if one.default_factory is MISSING else one.default_factory()
-            known[one.name] = Field(one.name, section, owner, default=default, **_read_hint(hints[one.name]))
+            known[one.name] = Field(one.name, section, default=default, **_read_hint(hints[one.name]))
     return known
 
 
@@ -75,9 +72,8 @@ def _read_hint(hint: Any) -> dict[str, Any]:
     if optional:
         (hint,) = [argument for argument in get_args(hint) if argument is not NoneType]
     return {
-        "kind": get_args(hint) if get_origin(hint) is Literal else get_origin(hint) or hint,
+        "kind": get_args(hint) if get_origin(hint) is Literal else hint,
         "optional": optional,
-        "of_numbers": hint == list[float],
         "range": next((mark for mark in marks if isinstance(mark, Range)), None),
         "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
         "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),

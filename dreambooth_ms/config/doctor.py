@@ -1,4 +1,4 @@
-"""What `doctor` can be told."""
+"""The settings of `doctor`."""
 
 from dataclasses import dataclass, field
 
@@ -14,6 +14,5 @@ class DoctorConfig(Schema):
 
     def problems(self) -> list[str]:
         """Refuses half precision."""
-        if self.device.mixed_precision in (None, "no"):
-            return []
-        return ["--mixed_precision: the doctor compares figures in float32; leave it out"]
+        allowed = self.device.mixed_precision in (None, "no")
+        return [] if allowed else ["--mixed_precision: the doctor compares figures in float32; leave it out"]

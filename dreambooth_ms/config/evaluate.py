@@ -1,4 +1,4 @@
-"""What `evaluate` can be told."""
+"""The settings of `evaluate`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What `inspect` can be told."""
+"""The settings of `inspect`."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,14 +8,9 @@ from dreambooth_ms.config.shared import SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectionConfig(SourceConfig):
-    """What is in a file or folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class InspectConfig(Schema):
     """Say what a file or folder is."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("source",)
 
-    inspection: InspectionConfig
+    inspection: SourceConfig

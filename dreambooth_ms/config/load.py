@@ -10,44 +10,21 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import chain
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dreambooth_ms.config import spellings
 from dreambooth_ms.config.describe import Field, schema_fields
-from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.sources import Setting, canonical, nearest, read_file, read_flags
-from dreambooth_ms.config.spellings import (
-    BASE_THEN_ADAPTERS,
-    HARMLESS,
-    METHODS_NOT_YET,
-    REFUSED,
-    SPELLINGS,
-    VALUE_SPELLINGS,
-)
-from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
 Config = TypeVar("Config", bound=Schema)
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 """What no file can hold as text: Python's stand-ins for bytes that are not UTF-8, and the null character."""
-
-
-@dataclass(frozen=True)
-class Loaded(Generic[Config]):
-    """A configuration that holds together, and what the user should know about it, one line per note."""
-
-    config: Config
-    notes: tuple[str, ...]
-
-    def told(self, tell: Callable[[str], object]) -> Config:
-        """The configuration, once its notes have gone to `tell`, one by one."""
-        for note in self.notes:
-            tell(note)
-        return self.config
 
 
 @dataclass
@@ -64,23 +41,14 @@ def _print(note: str) -> None:
     sys.stderr.write(f"dreambooth-ms: note: {note}\n")
 
 
-def load_train_config(argv: Sequence[str], tell: Callable[[str], object] = _print) -> TrainConfig:
-    """The configuration of `dreambooth-ms train`; see `load`. Its notes go to `tell`, one by one."""
-    return load(TrainConfig, argv).told(tell)
-
-
-def load_sample_config(argv: Sequence[str], tell: Callable[[str], object] = _print) -> SampleConfig:
-    """The configuration of `dreambooth-ms sample`; see `load`. Its notes go to `tell`, one by one."""
-    return load(SampleConfig, argv).told(tell)
-
-
-def load(schema: type[Config], argv: Sequence[str]) -> Loaded[Config]:
-    """Read the flags and the files that they name.
+def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object] = _print) -> Config:
+    """A configuration from the flags and the files that they name.
 
     Args:
         schema: TrainConfig, SampleConfig or another Schema.
         argv: flags, without the names of the program and the command. Booleans: `--flag`, `--flag True`, `--no-flag`.
             Lists: `--name a b`, `--name a,b`, or the flag once more. A hyphen in a name stands for an underscore.
+        tell: takes what the user should know about it, one line per note.
 
     Raises:
         ConfigError: every mistake found, one line each.
@@ -101,11 +69,13 @@ def load(schema: type[Config], argv: Sequence[str]) -> Loaded[Config]:
     problems = [line for one in settings for line in one.problems]
     problems += [f"--{name}: required" for name in absent if name not in undecided]
     undecided.update(absent)
-    findings = config.check()
-    problems += [line for line in findings.problems if undecided.isdisjoint(re.findall(r"--(\w+)", line))]
+    broken, notes = config.check()
+    problems += [line for line in broken if undecided.isdisjoint(re.findall(r"--(\w+)", line))]
     if problems:
         raise ConfigError("\n".join(problems))
-    return Loaded(config, (*(one.note for one in settings if one.note), *findings.warnings))
+    for note in (*(one.note for one in settings if one.note), *notes):
+        tell(note)
+    return config
 
 
 def to_yaml(config: Any) -> str:
@@ -177,7 +147,7 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
     name = canonical(setting.name, known)
     if name is not None:
         return [(name, setting.value)]
-    if setting.name == BASE_THEN_ADAPTERS and "pretrained_model_name_or_path" in known:
+    if setting.name == spellings.BASE_THEN_ADAPTERS and "pretrained_model_name_or_path" in known:
         base, *adapters = _split(setting.value) or [""]
         if adapters and "lora" not in known:
             setting.complain(f"expected one base model, got also {', '.join(adapters)}")
@@ -185,23 +155,19 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
         return [("pretrained_model_name_or_path", base), *more]
     value = str(setting.value).lower()
     asks_for_nothing = value in ("false", "none", "no", "")
-    if setting.name in HARMLESS:
+    if setting.name in spellings.HARMLESS:
         if not asks_for_nothing:
-            setting.note = f"{setting.label} is accepted and ignored: {HARMLESS[setting.name]}"
-    elif setting.name in REFUSED:
-        if not asks_for_nothing and value not in REFUSED[setting.name].unless:
-            setting.complain(REFUSED[setting.name].reason)
+            setting.note = f"{setting.label} is accepted and ignored: {spellings.HARMLESS[setting.name]}"
+    elif setting.name in spellings.REFUSED:
+        if not asks_for_nothing and value not in spellings.REFUSED[setting.name].unless:
+            setting.complain(spellings.REFUSED[setting.name].reason)
     else:
-        _complain_of_unknown(setting, known)
+        kind, dashes = ("key", "") if setting.source else ("flag", "--")
+        others = (one for one in spellings.SPELLINGS if canonical(one, known))
+        close = nearest(setting.name, known if setting.source else [*known, "config"]) or nearest(setting.name, others)
+        hint = f"; did you mean {dashes}{close}?" if close else ""
+        setting.complain(f"unknown {kind}{hint}", canonical(close or "", known))
     return []
-
-
-def _complain_of_unknown(setting: Setting, known: Mapping[str, Field]) -> None:
-    what, dashes = ("key", "") if setting.source else ("flag", "--")
-    names = [*known] if setting.source else [*known, "config"]
-    close = nearest(setting.name, names) or nearest(setting.name, [one for one in SPELLINGS if canonical(one, known)])
-    hint = f"; did you mean {dashes}{close}?" if close else ""
-    setting.complain(f"unknown {what}{hint}", canonical(close or "", known))
 
 
 def _plain(one: Field, value: Any, is_flag: bool) -> Any:
@@ -211,8 +177,8 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         ConfigError: OmegaConf would accept it, and the field should not.
     """
     texts = value if isinstance(value, list) else [value]
-    if one.name == "method" and isinstance(value, str) and value in METHODS_NOT_YET:
-        raise ConfigError(f"{value}: {METHODS_NOT_YET[value]}")
+    if one.name == "method" and isinstance(value, str) and value in spellings.METHODS_NOT_YET:
+        raise ConfigError(f"{value}: {spellings.METHODS_NOT_YET[value]}")
     if "???" in texts:
         raise ConfigError("??? stands for a value that is still to be given")
     if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):
@@ -221,17 +187,17 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         return None
     if one.kind is str and not isinstance(value, str):
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")
-    if one.kind is bool and not isinstance(value, bool | str):
+    is_list = get_origin(one.kind) is list
+    is_nested = is_list and any(isinstance(entry, dict | list) for entry in texts)
+    if is_nested or (one.kind is bool and not isinstance(value, bool | str)):
         raise ConfigError(f"expected {one.expected}, got {value!r}")
-    if one.kind is list:
-        if any(isinstance(entry, dict | list) for entry in texts):
-            raise ConfigError(f"expected {one.expected}, got {value!r}")
-        if one.of_numbers and isinstance(value, int | float):
+    if is_list:
+        if one.kind == list[float] and isinstance(value, int | float):
             return [value]
         return _split(value) if isinstance(value, str) or is_flag else value
     if isinstance(one.kind, tuple) and isinstance(value, bool | str):
         text = str(value).lower()
-        text = VALUE_SPELLINGS.get(one.name, {}).get(text, text)
+        text = spellings.VALUE_SPELLINGS.get(one.name, {}).get(text, text)
         return next((choice for choice in one.kind if choice.lower() == text), value)
     return value
 

@@ -1,4 +1,4 @@
-"""What `merge` can be told."""
+"""The settings of `merge`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -18,8 +18,11 @@ def at_least(lowest: float) -> Range:
     return Range(f"at least {lowest}", lambda value: lowest <= value < math.inf)
 
 
-ABOVE_ONE = Range("greater than 1", lambda value: 1 < value < math.inf)
-POSITIVE = Range("greater than 0", lambda value: 0 < value < math.inf)
+def above(lowest: float) -> Range:
+    """Finite numbers above the lowest."""
+    return Range(f"greater than {lowest}", lambda value: lowest < value < math.inf)
+
+
 DECAY = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE = Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 INNER_SHARE = Range("greater than 0 and less than 1", lambda value: 0 < value < 1)

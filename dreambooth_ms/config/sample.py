@@ -1,4 +1,4 @@
-"""What `sample` can be told."""
+"""The settings of `sample`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -71,17 +71,27 @@ class StartConfig:
     """How far to go from the picture: 1 keeps nothing of it."""
 
 
+def _whole(size: str) -> Rule:
+    return Rule(
+        lambda values: values[f"{size}_height"] is None or values[f"{size}_width"] is None,
+        f"--{size}_height: give it together with --{size}_width",
+    )
+
+
+_ORIGINAL, _TARGET = _whole("orig"), _whole("target")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SizesConfig:
     """Size and crop that SDXL assumes of its pictures (add_time_ids): small ones look blurred, cropped ones cut off."""
 
-    orig_height: Annotated[int | None, at_least(1)] = None
+    orig_height: Annotated[int | None, at_least(1), _ORIGINAL] = None
     """Height of the picture before it was resized. None: that of the generated picture."""
-    orig_width: Annotated[int | None, at_least(1)] = None
+    orig_width: Annotated[int | None, at_least(1), _ORIGINAL] = None
     """Width of the picture before it was resized. None: that of the generated picture."""
-    target_height: Annotated[int | None, at_least(1)] = None
+    target_height: Annotated[int | None, at_least(1), _TARGET] = None
     """Height of the picture. None: that of the generated picture. The refiner does not take it."""
-    target_width: Annotated[int | None, at_least(1)] = None
+    target_width: Annotated[int | None, at_least(1), _TARGET] = None
     """Width of the picture. None: that of the generated picture. The refiner does not take it."""
     crop_coords_top: Annotated[int, at_least(0)] = 0
     """Rows cut off at the top."""
@@ -91,15 +101,6 @@ class SizesConfig:
     """How beautiful the picture is, of 10; only the refiner takes it."""
     negative_aesthetic_score: Annotated[float, SCORE] = 2.5
     """The score that comes with the negative prompt, of 10; only the refiner takes it."""
-
-    def problems(self) -> list[str]:
-        """Refuses half a size."""
-        sizes = {"orig": (self.orig_height, self.orig_width), "target": (self.target_height, self.target_width)}
-        return [
-            f"--{name}_height: give it together with --{name}_width"
-            for name, (height, width) in sizes.items()
-            if (height is None) != (width is None)
-        ]
 
 
 _STOPS = excludes(
@@ -135,9 +136,9 @@ class SampleConfig(Schema):
     def num_images_per_prompt(self) -> int:
         """Pictures of each prompt: as many as were asked for, or as the sheet has room for."""
         wanted = self.pictures
-        return (wanted.num_rows or 1) * (wanted.num_cols or 1) if self.draws_sheet else wanted.num_images_per_prompt
+        return (wanted.num_rows or 1) * (wanted.num_cols or 1) if self.has_sheet else wanted.num_images_per_prompt
 
     @property
-    def draws_sheet(self) -> bool:
+    def has_sheet(self) -> bool:
         """Whether the pictures of each prompt are written as a sheet, too."""
         return self.pictures.num_rows is not None or self.pictures.num_cols is not None

@@ -1,20 +1,13 @@
 """What all schemas of commands share: their values by name, and the check of these by what stands at the fields."""
 
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from dreambooth_ms.config.describe import schema_fields
 
 
-class Findings(NamedTuple):
-    """What a check of one configuration found, one line per entry."""
-
-    problems: list[str]
-    warnings: list[str]
-
-
 class Schema:
-    """What one command can be told: a frozen dataclass of sections, themselves frozen dataclasses of values.
+    """The settings of one command: a frozen dataclass of sections, themselves frozen dataclasses of values.
 
     A section whose fields only make sense in certain combinations may have `problems`, too.
     """
@@ -31,12 +24,9 @@ class Schema:
         """Combinations that are refused, beyond those that stand at a field."""
         return []
 
-    def notes(self) -> list[str]:
-        """Combinations that are accepted but hardly meant, beyond those that stand at a field."""
-        return []
-
-    def check(self) -> Findings:
-        """Ranges, and rules between fields. Reads no file. A problem names the fields it is about, as `--name`."""
+    def check(self) -> tuple[list[str], list[str]]:
+        """Problems and notes, one line each: of ranges, and of rules between fields. Reads no file. A problem names the
+        fields that it is about, as `--name`."""
         values = self.values()
         outside, broken, notes = [], [], []
         for name, one in schema_fields(type(self)).items():
@@ -45,9 +35,9 @@ class Schema:
                 outside.append(f"--{name}: expected {one.range.expected}, got {value!r}")
             if value != one.default:
                 found = [rule for rule in one.rules if rule.broken(values)]
-                lines = [rule.message.format_map(values | {"field": name}) for rule in found]
-                broken += [line for line, rule in zip(lines, found, strict=True) if not rule.is_note]
-                notes += [line for line, rule in zip(lines, found, strict=True) if rule.is_note][:1]
+                lines = [(rule.message.format_map(values | {"field": name}), rule.is_note) for rule in found]
+                broken += [line for line, is_note in lines if not is_note]
+                notes += [line for line, is_note in lines if is_note][:1]
         for section in fields(self):  # type: ignore[arg-type]
             broken += getattr(getattr(self, section.name), "problems", list)()
-        return Findings(outside + broken + self.problems(), notes + self.notes())
+        return outside + broken + self.problems(), notes

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -84,14 +84,15 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
             setting.complain(f"expected no value, got {texts[0]!r}")
         setting.name, setting.value = name.removeprefix("no_"), "False"
         return setting
-    kind = known[target].kind if target else {"config": str, BASE_THEN_ADAPTERS: list}.get(name, bool)
+    kind = known[target].kind if target else {"config": str, BASE_THEN_ADAPTERS: list[str]}.get(name, bool)
+    is_list = get_origin(kind) is list
     if not texts and kind is not bool:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
         setting.complain(f"expected {expected}, got nothing", target)
         return setting
-    if len(texts) > 1 and kind is not list and (target or name == "config"):
+    if len(texts) > 1 and not is_list and (target or name == "config"):
         setting.complain(f"unexpected {texts[1]!r} after its value; put text with spaces in quotes")
-    setting.value = texts if kind is list else texts[0] if texts else True
+    setting.value = texts if is_list else texts[0] if texts else True
     return setting
 
 

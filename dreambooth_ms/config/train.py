@@ -1,30 +1,13 @@
-"""What `train` can be told: one dataclass per section, one docstring per field, which `--help` prints."""
+"""The settings of `train`: one dataclass per section, one docstring per field, which `--help` prints."""
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from dreambooth_ms.config.choices import (
-    Interpolation,
-    LearningRateSchedule,
-    Method,
-    PredictionType,
-    ValidationScheduler,
-)
-from dreambooth_ms.config.ranges import (
-    ABOVE_ONE,
-    DECAY,
-    MEMORY,
-    NOT_EMPTY,
-    POSITIVE,
-    SEED,
-    SIDE,
-    STEPS,
-    ZERO_OR_ONE,
-    at_least,
-)
-from dreambooth_ms.config.rules import Resume, Rule, Values, needs, no_effect, not_with, only_with, refused_with
+from dreambooth_ms.config import choices
+from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
+from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 
@@ -62,7 +45,7 @@ class DataConfig:
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False
     """Mirror pictures left to right at random."""
-    image_interpolation_mode: Interpolation = "lanczos"
+    image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
 
 
@@ -74,7 +57,7 @@ _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 class MethodConfig:
     """What is trained."""
 
-    method: Method = "lora"
+    method: choices.Method = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: bool = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
@@ -92,6 +75,12 @@ class MethodConfig:
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
 
 
+_NEVER_WARM = Rule(
+    lambda values: values["lr_scheduler"] != "constant" and values["lr_warmup_steps"] >= values["max_train_steps"],
+    "--lr_warmup_steps {lr_warmup_steps} is not less than --max_train_steps {max_train_steps}: "
+    "the learning rate never arrives at --learning_rate",
+    is_note=True,
+)
 _BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
 
 
@@ -101,7 +90,7 @@ class RunConfig:
 
     output_dir: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
     """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
-    max_train_steps: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
+    max_train_steps: Annotated[int | None, at_least(1), _NEVER_WARM, Resume.MAY_CHANGE] = None
     """Number of optimiser steps. None: as many as num_train_epochs takes."""
     num_train_epochs: Annotated[int, at_least(1), _BY_PASSES, Resume.MAY_CHANGE] = 1
     """Passes over the pictures; not used when max_train_steps is given."""
@@ -129,6 +118,16 @@ class RunConfig:
 _TEXT_ENCODER = only_with("train_text_encoder")
 _OF_ADAM = not_with("optimizer", "adafactor")
 _PRODIGY = only_with("optimizer", "prodigy")
+_RISES = Rule(
+    lambda values: values["lr_scheduler"] == "polynomial" and values["learning_rate"] <= POLYNOMIAL_END_LEARNING_RATE,
+    f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} and must start above it, "
+    "got {learning_rate:g}",
+)
+_SMALL_FOR_PRODIGY = Rule(
+    lambda values: values["optimizer"] == "prodigy" and values["learning_rate"] < LEAST_PRODIGY_RATE,
+    "--learning_rate {learning_rate:g} multiplies what prodigy finds by itself; it is usually 1",
+    is_note=True,
+)
 _ONE_RATE = refused_with(
     "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
 )
@@ -138,20 +137,20 @@ _ONE_RATE = refused_with(
 class OptimiserConfig:
     """The optimiser and its learning rate."""
 
-    learning_rate: Annotated[float | None, POSITIVE] = None
+    learning_rate: Annotated[float | None, above(0), _RISES, _SMALL_FOR_PRODIGY] = None
     """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
     by it."""
-    text_encoder_lr: Annotated[float | None, POSITIVE, _TEXT_ENCODER, _ONE_RATE] = None
+    text_encoder_lr: Annotated[float | None, above(0), _TEXT_ENCODER, _ONE_RATE] = None
     """Learning rate of the text encoder (both, for SDXL). None: the same as --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
-    lr_scheduler: LearningRateSchedule = "constant"
+    lr_scheduler: choices.LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
     lr_warmup_steps: Annotated[int, at_least(0), not_with("lr_scheduler", "constant")] = 500
     """Steps of linear warm-up; not used by the constant schedule."""
     lr_num_cycles: Annotated[int, at_least(1), only_with("lr_scheduler", "cosine_with_restarts")] = 1
     """Number of cycles of the cosine_with_restarts schedule."""
-    lr_power: Annotated[float, POSITIVE, only_with("lr_scheduler", "polynomial")] = 1.0
+    lr_power: Annotated[float, above(0), only_with("lr_scheduler", "polynomial")] = 1.0
     """Power of the polynomial schedule."""
     optimizer: Literal["AdamW", "adafactor", "prodigy"] = "AdamW"
     """How gradients become updates. prodigy finds the size of its steps by itself; adafactor keeps next to no state."""
@@ -165,7 +164,7 @@ class OptimiserConfig:
     """Decoupled weight decay."""
     adam_weight_decay_text_encoder: Annotated[float | None, at_least(0), _TEXT_ENCODER] = None
     """Weight decay of the text encoder (both, for SDXL). None: the same as --adam_weight_decay."""
-    adam_epsilon: Annotated[float, POSITIVE, _OF_ADAM] = 1e-8
+    adam_epsilon: Annotated[float, above(0), _OF_ADAM] = 1e-8
     """Added to the denominator of the update."""
     adafactor_scale_parameter: Annotated[bool, only_with("optimizer", "adafactor")] = False
     """Multiply the learning rate of each weight by its root mean square, as in Adafactor's paper."""
@@ -177,19 +176,16 @@ class OptimiserConfig:
     """Correct Prodigy's moments for their start from zero, as Adam does."""
     prodigy_safeguard_warmup: Annotated[bool, _PRODIGY] = True
     """Keep the learning rate out of Prodigy's estimate, so that a warm-up does not raise it."""
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
     """Gradients are scaled down to this global norm."""
 
 
-def _in_one_folder(values: Values) -> bool:
-    """Whether pictures of the class and of the subject would be in the same folder."""
-    folders = {os.path.realpath(values[name]) for name in ("class_data_dir", "instance_data_dir")}
-    return values["with_prior_preservation"] and len(folders) == 1
-
-
 _PRIOR = only_with("with_prior_preservation")
+_FOLDERS = ("class_data_dir", "instance_data_dir")
 _APART = Rule(
-    _in_one_folder,
+    lambda values: (
+        values["with_prior_preservation"] and len({os.path.realpath(values[name]) for name in _FOLDERS}) == 1
+    ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",
 )
@@ -220,6 +216,11 @@ class PriorConfig:
     guidance_scale: Annotated[float, at_least(0), _PRIOR] = 7.5
     """Classifier-free guidance for generated class pictures; 1 turns it off."""
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the class pictures are; None without prior preservation."""
+        return Path(self.class_data_dir) if self.with_prior_preservation and self.class_data_dir else None
+
 
 _VALIDATES = only_with("validation_prompt")
 
@@ -234,7 +235,9 @@ class ValidationConfig:
     """Pictures generated each time, always from the same noise."""
     validation_steps: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
-    validation_scheduler: Annotated[ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = "DPMSolverMultistepScheduler"
+    validation_scheduler: Annotated[choices.ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = (
+        "DPMSolverMultistepScheduler"
+    )
     """Sampling method, by the name of diffusers' class."""
 
 
@@ -248,9 +251,9 @@ _ONE_OFFSET = Rule(
 class LossConfig:
     """What the network learns to predict."""
 
-    prediction_type: PredictionType | None = None
+    prediction_type: choices.PredictionType | None = None
     """Prediction target. None: the one that the base model was trained with."""
-    snr_gamma: Annotated[float | None, POSITIVE] = None
+    snr_gamma: Annotated[float | None, above(0)] = None
     """Min-SNR weighting: rows with little noise weigh less; 5.0 is usual. None: all rows weigh the same."""
     offset_noise: Annotated[bool, _ONE_OFFSET] = False
     """Add a random constant of strength 0.1 to each channel of the noise; it helps very dark and bright pictures."""
@@ -270,7 +273,7 @@ class LossScalingConfig:
     """dynamic: the scale falls with each overflow, and grows again. static: it stays. Either skips such a step."""
     init_loss_scale: Annotated[float, at_least(1), _SCALED] = 65536.0
     """Scale of the first step; powers of two round nothing."""
-    loss_scale_factor: Annotated[float, ABOVE_ONE, _SCALED, _ADJUSTED] = 2.0
+    loss_scale_factor: Annotated[float, above(1), _SCALED, _ADJUSTED] = 2.0
     """Factor by which the scale falls and grows."""
     scale_window: Annotated[int, at_least(1), _SCALED, _ADJUSTED] = 2000
     """Steps in a row without an overflow after which the scale grows."""
@@ -337,27 +340,3 @@ class TrainConfig(Schema):
     def noise_offset(self) -> float:
         """Strength of the constant added to the noise."""
         return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset
-
-    def problems(self) -> list[str]:
-        """Refuses a polynomial schedule that would rise."""
-        if self.optimiser.lr_scheduler == "polynomial" and self.learning_rate <= POLYNOMIAL_END_LEARNING_RATE:
-            return [
-                f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} "
-                f"and must start above it, got {self.learning_rate:g}"
-            ]
-        return []
-
-    def notes(self) -> list[str]:
-        """A learning rate that is far from its optimiser's, or that is never reached."""
-        optimiser, steps = self.optimiser, self.run.max_train_steps
-        lines = []
-        if optimiser.optimizer == "prodigy" and self.learning_rate < LEAST_PRODIGY_RATE:
-            lines.append(
-                f"--learning_rate {self.learning_rate:g} multiplies what prodigy finds by itself; it is usually 1"
-            )
-        if steps is not None and optimiser.lr_scheduler != "constant" and optimiser.lr_warmup_steps >= steps:
-            lines.append(
-                f"--lr_warmup_steps {optimiser.lr_warmup_steps} is not less than --max_train_steps {steps}: "
-                "the learning rate never arrives at --learning_rate"
-            )
-        return lines

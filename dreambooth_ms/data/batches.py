@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids_of_view
+from dreambooth_ms.data.conditioning import PromptText, add_time_ids_of_view, conditioning
 from dreambooth_ms.data.plan import Plan, View
 from dreambooth_ms.diffusion.objectives import Columns
 from dreambooth_ms.randomness import generator, standard_normal
@@ -83,16 +83,14 @@ class BatchMaker:
             offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
             generators.append(generator(seed, f"{concept.name} timestep", row))
-        conditioning = Conditioning.of(
-            [self.texts(row.view.prompt) for row in rows],
-            [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows],
-        )
+        texts = [self.texts(row.view.prompt) for row in rows]
+        add_time_ids = [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows]
         columns = self.objective(generators)
         weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
         return Batch.of(
             replace(columns, weight=weights),
             np.stack(latents).astype(np.float32),
             np.stack(noise).astype(np.float32),
-            conditioning.inputs,
+            conditioning(texts, add_time_ids),
             [row.concept.name for row in rows],
         )

@@ -53,20 +53,18 @@ class ContentCache:
             self._recent.move_to_end(key)
             return self._recent[key]
         try:
-            return self._remembered(key, read_tensors(self._path(key))[0]["value"]) if self.has_file(key) else None
+            value = read_tensors(self._path(key))[0]["value"]
         except (WeightError, KeyError):
             return None
-
-    def put(self, key: str, value: np.ndarray) -> None:
-        """Keep an array under this key, on disk."""
-        write_tensors(self._path(key), {"value": value})
-
-    def _remembered(self, key: str, value: np.ndarray) -> np.ndarray:
         self._recent[key] = value
         self._bytes += value.nbytes
         while self._bytes > self._limit:
             self._bytes -= self._recent.popitem(last=False)[1].nbytes
         return value
+
+    def put(self, key: str, value: np.ndarray) -> None:
+        """Keep an array under this key, on disk."""
+        write_tensors(self._path(key), {"value": value})
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -152,7 +150,8 @@ def posterior_lookup(
         for view in progress(views):
             crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
             value = encode(to_array(crop).transpose(2, 0, 1)[None])
-            flaw = _flaw(value)
+            flaw = "" if value[0].any() else "nothing but zeros, which is black"
+            flaw = flaw if np.isfinite(value).all() else "NaN or infinity"
             if flaw:
                 raise DataError(
                     f"{view.record.path}: the autoencoder gave {flaw}; give a sound one with --pretrained_vae_model_"
@@ -161,15 +160,6 @@ def posterior_lookup(
             yield view, (value,)
 
     return Lookup(cache, keys, make, lambda posterior: posterior)
-
-
-def _flaw(posterior: np.ndarray) -> str | None:
-    """What is wrong with mean and log-variance (2, C, h, w), if anything is."""
-    if not np.isfinite(posterior).all():
-        return "NaN or infinity"
-    if not posterior[0].any():
-        return "nothing but zeros, which is black"
-    return None
 
 
 def embedding_lookup(

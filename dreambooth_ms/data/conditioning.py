@@ -1,26 +1,24 @@
-"""What a UNet is told beside noisy latents and timestep: all that the families of models differ in.
+"""What a UNet reads beside noisy latents and timestep: all that the families of models differ in.
 
 SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
 called add_time_ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N add_time_ids.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from mindspore import Tensor
 
 from dreambooth_ms.data.plan import View
 
 NOTHING = np.zeros(0, np.float32)
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner is told of pictures and of what to keep away from, as in diffusers' pipeline."""
+"""What SDXL's refiner reads of pictures and of what to keep away from, as in diffusers' pipeline."""
 
 
 class PromptText(NamedTuple):
-    """What a network is given of one prompt."""
+    """What a network reads of one prompt."""
 
     text: np.ndarray
     """Embedding (S, E); or, for a network that encodes it, token ids (T * S,) int32 of T tokenizers side by side."""
@@ -34,23 +32,21 @@ class PromptText(NamedTuple):
         return ("input_ids", "end_mask") if is_tokens else ("encoder_hidden_states", "text_embeds")
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a network reads of the rows of a batch beside sample and timestep."""
+def conditioning(
+    prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """What a network reads of the rows of a batch beside sample and timestep.
 
-    inputs: dict[str, np.ndarray]
-    """Rows (B, ...) by the network's `input_names`, in their order."""
+    Args:
+        prompts: of each row.
+        add_time_ids: (N,) of each row, if there are any.
 
-    @classmethod
-    def of(cls, prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None) -> "Conditioning":
-        """From a prompt, and the add_time_ids if there are any, of each row; what is empty is left out."""
-        of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
-        named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
-        return cls({name: rows for name, rows in named if rows.size})
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """As networks take them, after sample and timestep."""
-        return tuple(Tensor(rows) for rows in self.inputs.values())
+    Returns:
+        Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out.
+    """
+    of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
+    named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
+    return {name: rows for name, rows in named if rows.size}
 
 
 def add_time_ids(

@@ -80,7 +80,7 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     pictures = tuple(path for path in entries if looks_like_a_picture(path))
     skipped = tuple(path for path in entries if not looks_like_a_picture(path))
     if not pictures:
-        raise DataError(f"{folder}: no picture in it, {_listed(skipped) or 'it is empty'}; {wanted}")
+        raise DataError(f"{folder}: no picture in it, {_listed(skipped) if skipped else 'it is empty'}; {wanted}")
     return PictureFolder(pictures, skipped)
 
 
@@ -100,8 +100,6 @@ def skipped_line(skipped: Sequence[Path]) -> str:
 
 
 def _listed(paths: Sequence[Path], limit: int = 5) -> str:
-    if not paths:
-        return ""
     names = [repr(path.name)[1:-1] for path in paths[:limit]]
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
     return f"{len(paths)} found: {', '.join(names)}{more}"
@@ -138,20 +136,16 @@ def open_picture(path: str | Path) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        return _from_16_bits(image)
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
     return image.convert("RGB")
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image).astype(np.int64)
-    if levels.min() < 0 or levels.max() > 65535:
-        raise ValueError("its pixels have more than 16 bits")
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
 def covering_size(picture: Size, size: Size) -> Size:
@@ -181,9 +175,8 @@ def resize_and_crop(image: Image.Image, frame: Frame, interpolation: Interpolati
         ValueError: the frame is not one of this picture.
     """
     (top, left), (width, height) = frame.highest, frame.size
-    if frame.resized != covering_size(image.size, frame.size) or not (
-        0 <= frame.top <= top and 0 <= frame.left <= left
-    ):
+    is_inside = 0 <= frame.top <= top and 0 <= frame.left <= left
+    if frame.resized != covering_size(image.size, frame.size) or not is_inside:
         raise ValueError(f"{frame} is outside a picture of {image.size}")
     resized = image.resize(frame.resized, Image.Resampling[interpolation.upper()])
     crop = resized.crop((frame.left, frame.top, frame.left + width, frame.top + height))

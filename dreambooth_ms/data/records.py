@@ -20,7 +20,7 @@ class Record:
     size: Size
     """Upright, in pixels."""
     captions: tuple[str, ...]
-    """What it may be told under: one, or several of which each row draws one."""
+    """One, or several of which each row draws one."""
     mask: Path | None = None
     """A picture that is white where the error counts; None: it counts everywhere."""
 
@@ -45,7 +45,7 @@ def read_concept(
     at_most: int | None = None,
 ) -> Concept:
     """The pictures of a folder under one prompt, in natural order. Every one is opened once, so that a damaged file
-    is found before the training starts; what is not a picture is told once.
+    is found before the training starts; what is not a picture is listed in one line.
 
     Raises:
         DataError: no usable folder, or damaged pictures, one line each.
@@ -56,16 +56,14 @@ def read_concept(
     records, problems = [], []
     for path in found.pictures[:at_most]:
         try:
-            records.append(Record(path, digest(path), _size(path), (prompt,)))
+            sha256, (width, height) = digest(path), open_picture(path).size
+            if min(width, height) < MIN_SIDE:
+                raise DataError(
+                    f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
+                )
+            records.append(Record(path, sha256, (width, height), (prompt,)))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
     return Concept(name, tuple(records), weight)
-
-
-def _size(path: Path) -> Size:
-    width, height = open_picture(path).size
-    if min(width, height) < MIN_SIDE:
-        raise DataError(f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it")
-    return width, height

@@ -3,7 +3,6 @@
 Shapes: N pictures, E width of CLIP's space.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from dreambooth_ms.formats.folder_layout import read_json
-from dreambooth_ms.models.clip import ClipImageEncoder
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.weights.bundle import load_clip
 
 
@@ -33,7 +32,7 @@ class Fidelity:
 def load_image_embedder(clip_folder: Path, batch_size: int = 16) -> Callable[[Sequence[np.ndarray]], np.ndarray]:
     """A function from pictures (H, W, 3) uint8 of any size to unit vectors (N, E)."""
     clip = load_clip(clip_folder)
-    encoder = ClipImageEncoder(clip)
+    encoder = CellMethod(clip.encode_image)
     size = clip.spec.vision.image_size
     preprocessing = read_json(clip_folder / "preprocessor_config.json")
     mean, std = (np.array(preprocessing[key], np.float32) for key in ("image_mean", "image_std"))
@@ -66,11 +65,6 @@ def measure(
         class_drift=float(1 - (class_NE * base_class_NE).sum(1).mean()),
         class_subject_similarity=float((class_NE @ photograph_NE.T).mean()),
     )
-
-
-def metrics_json(before: Fidelity, after: Fidelity) -> str:
-    """Both sets of figures as JSON."""
-    return json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
 
 
 def _square(picture: np.ndarray, size: int) -> np.ndarray:

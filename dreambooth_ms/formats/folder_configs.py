@@ -1,6 +1,6 @@
 """The JSON files of a model folder, for a model that came without them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ _SPECIAL_PIPELINES = {
 }
 """By the channels that the UNet takes."""
 
-EDM_SCHEDULER = {
+EDM_SCHEDULER: Mapping[str, Any] = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
@@ -43,15 +43,12 @@ EDM_SCHEDULER = {
 }
 """Of Playground v2.5, the one model whose latents have a mean and deviation of their own, as diffusers has it."""
 
-_SD2_NOISE_SAMPLE_SIZE = 64
-"""Latents of the SD 2.x models that predict noise; those that predict velocity have 96."""
-
 
 def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str) -> Files:
     """The files of a folder in which these parts of a model are; it predicts "epsilon" or "v_prediction"."""
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
-        unet = replace(unet, sample_size=_SD2_NOISE_SAMPLE_SIZE)
+        unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
     files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
     if "unet" in parts:
         files["unet/config.json"] = model_config.write_unet_config(unet)
@@ -62,15 +59,17 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
     for part in TOKENIZERS:
         spec = getattr(model, part)
         if spec and part in parts:
-            files[f"{part}/config.json"] = model_config.write_text_config(
-                spec, spec.projection_dim or spec.transformer.hidden_size
-            )
+            width = spec.projection_dim or spec.transformer.hidden_size
+            files[f"{part}/config.json"] = model_config.write_text_config(spec, width)
     return files
 
 
 def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
     """The files that make the folders of these parts a pipeline: its index and its scheduler."""
-    scheduler = _scheduler(model, schedule)
+    scheduler = dict(EDM_SCHEDULER) if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
+    if _is_xl(model) and not model.vae.latents_mean:
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        del scheduler["clip_sample"], scheduler["set_alpha_to_one"]
     return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 
@@ -105,14 +104,3 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
     if model.family is Family.SDXL_REFINER:
         return index | {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     return index | {"force_zeros_for_empty_prompt": True}
-
-
-def _scheduler(model: ModelSpec, schedule: NoiseScheduleSpec) -> dict[str, Any]:
-    if model.vae.latents_mean:
-        return EDM_SCHEDULER
-    config = model_config.write_scheduler_config(schedule)
-    if not _is_xl(model):
-        return config
-    for key in ("clip_sample", "set_alpha_to_one"):
-        del config[key]
-    return config | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}

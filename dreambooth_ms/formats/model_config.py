@@ -118,7 +118,7 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
     """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
 
     Raises:
-        TypeError: a value is no number, or there is not one for each of the channels.
+        TypeError: a value is not a finite number, or there is not one for each of the channels.
     """
     factor = _numbers([config.get("scaling_factor", VaeSpec.scaling_factor)], "scaling_factor", 1)[0]
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
@@ -203,7 +203,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """
     if is_edm(config):
         raise WeightError(
-            f"{config['_class_name']}: models trained in EDM's formulation can be drawn with, not trained; "
+            f"{config['_class_name']}: models trained in EDM's formulation can be sampled, not trained; "
             "use SD 1.x, 2.x or SDXL"
         )
     kind = config.get("prediction_type", "epsilon")

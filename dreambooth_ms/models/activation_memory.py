@@ -4,7 +4,7 @@ The counts are those of the tensors that the backward passes in `ops` and `model
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
@@ -30,7 +30,7 @@ class ActivationSettings:
     """What decides the size of the activations of a network."""
 
     rows: int
-    """Rows that are computed together."""
+    """Rows of a batch."""
     latent_height: int
     latent_width: int
     text_tokens: int = 77
@@ -65,10 +65,8 @@ def unet_segments(
     spec: UNetSpec, settings: ActivationSettings, trained: Trained = Trained.ATTENTION
 ) -> list[SegmentMemory]:
     """The layers of a UNet but those that are small: time embedding, text and prediction."""
-    small = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_EXIT)
-    return [
-        _UNetLayer(spec, settings, trained, layer).memory() for layer in unet_layout(spec) if layer.kind not in small
-    ]
+    small = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
+    return [_unet_layer(layer, spec, settings, trained) for layer in unet_layout(spec) if layer.kind not in small]
 
 
 def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
@@ -84,66 +82,52 @@ def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trai
     return SegmentMemory(settings.bytes_of_number * one, tower.num_hidden_layers * layer)
 
 
-class _UNetLayer:
-    """The memory of one layer: `number` bytes a number, of `pixels` in all rows, `one` numbers in its result."""
+def _unet_layer(layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
+    """The memory of a layer, from the numbers in its input and its result."""
+    number, trains_all = settings.bytes_of_number, trained is Trained.ALL
+    pixels = settings.rows * (settings.latent_height >> layer.level) * (settings.latent_width >> layer.level)
+    in_, out = pixels * layer.in_channels, pixels * layer.out_channels
+    # The gathered taps of one part, the padded input, the result and the norm's backward pass before it.
+    convolution = number * (min(MAX_TAPS, 9 * max(in_, out)) + 4 * max(in_, out))
+    # Inputs of the projections before and behind a transformer's blocks.
+    projections = 2 * number * out if trains_all else 0
+    match layer.kind:
+        case LayerKind.RESNET | LayerKind.SKIP_RESNET:
+            inside = FLOAT32 * out + (number * (in_ + out) if trains_all else 0)
+            # With a skip, its input is a tensor of its own.
+            inside += FLOAT32 * in_ if layer.kind is LayerKind.SKIP_RESNET else 0
+            return SegmentMemory(number * out, inside, convolution)
+        case LayerKind.TRANSFORMER:
+            block = _transformer_block(layer, spec, settings, trained, pixels)
+            # The projection's result, which the block's first norm reads, is inside too.
+            return replace(block, inside=block.inside + projections + FLOAT32 * out)
+        case LayerKind.TRANSFORMER_BLOCK:
+            return _transformer_block(layer, spec, settings, trained, pixels)
+        case LayerKind.TRANSFORMER_INPUT:
+            return SegmentMemory(number * out, projections)
+        case LayerKind.TRANSFORMER_OUTPUT:
+            return SegmentMemory(number * out)
+        case LayerKind.UNET_INPUT | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
+            return SegmentMemory(number * out, number * out if trains_all else 0, convolution)
+    raise AssertionError(layer.kind)
 
-    def __init__(self, spec: UNetSpec, settings: ActivationSettings, trained: Trained, layer: Layer) -> None:
-        self.spec, self.settings, self.trained, self.layer = spec, settings, trained, layer
-        self.number, self.trains_all = settings.bytes_of_number, trained is Trained.ALL
-        self.pixels = settings.rows * (settings.latent_height >> layer.level) * (settings.latent_width >> layer.level)
-        self.one = self.pixels * layer.out_channels
 
-    def memory(self) -> SegmentMemory:
-        result = self.number * self.one
-        match self.layer.kind:
-            case LayerKind.RESNET | LayerKind.SKIP_RESNET:
-                return SegmentMemory(result, self._resnet_inside(), self._convolution_work())
-            case LayerKind.TRANSFORMER:
-                # The projection's result, which the block's first norm reads, is inside too.
-                inside = self._block_inside() + self._around_blocks() + FLOAT32 * self.one
-                return SegmentMemory(result, inside, self._block_work())
-            case LayerKind.TRANSFORMER_ENTRANCE:
-                return SegmentMemory(result, self._around_blocks())
-            case LayerKind.TRANSFORMER_BLOCK:
-                return SegmentMemory(result, self._block_inside(), self._block_work())
-            case LayerKind.TRANSFORMER_EXIT:
-                return SegmentMemory(result)
-            case LayerKind.UNET_ENTRANCE | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
-                return SegmentMemory(result, self.number * self.one if self.trains_all else 0, self._convolution_work())
-        raise AssertionError(self.layer.kind)
-
-    def _resnet_inside(self) -> int:
-        """With a skip, its input is a tensor of its own that joins two others."""
-        in_ = self.pixels * self.layer.in_channels
-        inside = FLOAT32 * (self.one + (in_ if self.layer.kind is LayerKind.SKIP_RESNET else 0))
-        return inside + (self.number * (in_ + self.one) if self.trains_all else 0)
-
-    def _convolution_work(self) -> int:
-        """The gathered taps of one part, the padded input, the result and the norm's backward pass before it."""
-        numbers = self.pixels * max(self.layer.in_channels, self.layer.out_channels)
-        return self.number * (min(MAX_TAPS, 9 * numbers) + 4 * numbers)
-
-    def _around_blocks(self) -> int:
-        """Inputs of the projections before and behind a transformer's blocks."""
-        return 2 * self.number * self.one if self.trains_all else 0
-
-    def _block_inside(self) -> int:
-        """What a transformer block keeps beside its input and its result."""
-        one, text = self.one, self.settings.rows * self.settings.text_tokens * self.layer.out_channels
-        # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
-        kept = 2 * FLOAT32 * one + self.number * (6 * one + 2 * text + 8 * one)
-        if self.trained is not Trained.NOTHING:
-            # Inputs of both attentions' projections and of their outputs. Adapters take them in float32.
-            kept += (FLOAT32 if self.trained is Trained.ATTENTION else self.number) * 4 * one
-        if self.trains_all:
-            kept += self.number * 5 * one
-        if self.settings.dropout:
-            # What each of six projections of the image drops, and the result.
-            kept += FLOAT32 * 12 * one
-        return kept
-
-    def _block_work(self) -> int:
-        """The larger of attention's and the gated unit's backward pass."""
-        pixels = self.pixels // self.settings.rows
-        scores = scores_at_a_time(self.spec.num_heads[self.layer.level] * self.settings.rows, pixels, pixels)
-        return max(FLOAT32 * 3 * scores + self.number * 5 * self.one, self.number * 24 * self.one)
+def _transformer_block(
+    layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained, pixels: int
+) -> SegmentMemory:
+    """What a transformer block keeps beside its input and its result, and attention's and the gated unit's work."""
+    number, one = settings.bytes_of_number, pixels * layer.out_channels
+    text = settings.rows * settings.text_tokens * layer.out_channels
+    # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
+    inside = 2 * FLOAT32 * one + number * (6 * one + 2 * text + 8 * one)
+    if trained is not Trained.NOTHING:
+        # Inputs of both attentions' projections and of their outputs. Adapters take them in float32.
+        inside += (FLOAT32 if trained is Trained.ATTENTION else number) * 4 * one
+    if trained is Trained.ALL:
+        inside += number * 5 * one
+    if settings.dropout:
+        # What each of six projections of the image drops, and the result.
+        inside += FLOAT32 * 12 * one
+    tokens = pixels // settings.rows
+    scores = scores_at_a_time(spec.num_heads[layer.level] * settings.rows, tokens, tokens)
+    return SegmentMemory(number * one, inside, max(FLOAT32 * 3 * scores + number * 5 * one, number * 24 * one))

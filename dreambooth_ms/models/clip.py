@@ -8,20 +8,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
-from dreambooth_ms.ops import (
-    Dense,
-    Embedding,
-    FromPublicLayout,
-    Gelu,
-    ImageToTokens,
-    LayerNorm,
-    MultiHeadAttention,
-    QuickGelu,
-    conv2d,
-    shared,
-)
+from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, shared
+from dreambooth_ms.ops.activation import Gelu, QuickGelu
+from dreambooth_ms.ops.layout import FromPublicLayout, ImageToTokens
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class CLIPTextModel(nn.Cell):
@@ -35,8 +25,7 @@ class CLIPTextModel(nn.Cell):
 
     def __init__(self, spec: ClipTextSpec, last_layer: bool = True) -> None:
         super().__init__()
-        self.spec = spec
-        self.last_layer = last_layer
+        self.spec, self.last_layer = spec, last_layer
         self.text_model = TextTransformer(spec)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
@@ -66,7 +55,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     """
 
     name_prefix = "text_encoder_2."
-    """Its parameters would otherwise have the names of the encoder beside it."""
+    """Without it, its parameters would have the names of the first encoder's."""
 
     def __init__(self, spec: ClipTextSpec) -> None:
         super().__init__(spec, last_layer=False)
@@ -86,7 +75,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
 
 class CLIPModel(nn.Cell):
-    """Both towers; images and texts meet as unit vectors (B, E)."""
+    """Both towers, which encode images and texts as unit vectors (B, E) of one space."""
 
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
@@ -110,33 +99,21 @@ class CLIPModel(nn.Cell):
         return _unit(self.visual_projection(self.vision_model(pictures_B3HW)))
 
 
-class ClipImageEncoder(CompiledCell):
-    """`CLIPModel.encode_image` as a cell that can be compiled."""
-
-    def __init__(self, clip: CLIPModel) -> None:
-        super().__init__(auto_prefix=False)
-        self.clip = clip
-
-    def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        return self.clip.encode_image(pictures_B3HW)
-
-
 class TextTransformer(nn.Cell):
     """Token ids (B, S) -> (B, S, D). Tokens see only the ones before them."""
 
     def __init__(self, spec: ClipTextSpec) -> None:
         super().__init__()
-        width, eps = spec.transformer.hidden_size, spec.transformer.layer_norm_eps
         self.embeddings = TextEmbeddings(spec)
         self.encoder = ClipEncoder(spec.transformer, causal=True)
-        self.final_layer_norm = LayerNorm(width, eps)
+        self.final_layer_norm = LayerNorm(spec.transformer.hidden_size, spec.transformer.layer_norm_eps)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         return self.final_layer_norm(self.states(ids_BS, 0)[1])
 
     def states(self, ids_BS: Tensor, skip: int) -> tuple[Tensor, Tensor]:
         """The states before the last `skip` layers, and after all; neither is normalised."""
-        return self.encoder.states(self.embeddings(ids_BS), skip)
+        return self.encoder(self.embeddings(ids_BS), skip)
 
 
 class TextEmbeddings(nn.Cell):
@@ -145,9 +122,8 @@ class TextEmbeddings(nn.Cell):
     def __init__(self, spec: ClipTextSpec) -> None:
         super().__init__()
         self.compute_dtype = ms.float32
-        width = spec.transformer.hidden_size
-        self.token_embedding = Embedding(spec.vocab_size, width)
-        self.position_embedding = Embedding(spec.max_position_embeddings, width)
+        self.token_embedding = Embedding(spec.vocab_size, spec.transformer.hidden_size)
+        self.position_embedding = Embedding(spec.max_position_embeddings, spec.transformer.hidden_size)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         x_BSD = self.token_embedding(ids_BS)
@@ -168,7 +144,7 @@ class VisionTransformer(nn.Cell):
         self.post_layernorm = LayerNorm(width, eps)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)))
+        _, hidden_BPD = self.encoder(self.pre_layrnorm(self.embeddings(pictures_B3HW)), 0)
         return self.post_layernorm(hidden_BPD[:, 0])
 
 
@@ -177,15 +153,12 @@ class VisionEmbeddings(nn.Cell):
 
     def __init__(self, spec: ClipVisionSpec) -> None:
         super().__init__()
-        width = spec.transformer.hidden_size
-        num_patches = (spec.image_size // spec.patch_size) ** 2
+        width, size = spec.transformer.hidden_size, spec.patch_size
         self.class_embedding = empty_parameter((width,))
         self.from_public_layout = FromPublicLayout()
-        self.patch_embedding = conv2d(
-            3, width, spec.patch_size, stride=spec.patch_size, padding=(0, 0, 0, 0), has_bias=False
-        )
+        self.patch_embedding = Conv2d(3, width, size, stride=size, padding=(0, 0, 0, 0), has_bias=False)
         self.to_tokens = shared(ImageToTokens)
-        self.position_embedding = Embedding(num_patches + 1, width)
+        self.position_embedding = Embedding((spec.image_size // size) ** 2 + 1, width)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
         patches_BPD = self.to_tokens(self.patch_embedding(self.from_public_layout(pictures_B3HW)))
@@ -196,19 +169,14 @@ class VisionEmbeddings(nn.Cell):
 
 
 class ClipEncoder(nn.Cell):
-    """A stack of pre-norm transformer layers: (B, S, D) -> (B, S, D)."""
+    """Pre-norm transformer layers: (B, S, D) -> the states before the last `skip` layers, and after all, (B, S, D)."""
 
     def __init__(self, spec: TransformerSpec, causal: bool) -> None:
         super().__init__()
         self.layers = nn.CellList([ClipEncoderLayer(spec, causal) for _ in range(spec.num_hidden_layers)])
 
-    def construct(self, x_BSD: Tensor) -> Tensor:
-        return self.states(x_BSD, 0)[1]
-
-    def states(self, x_BSD: Tensor, skip: int) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> the same before the last `skip` layers, and after all."""
-        first_skipped = len(self.layers) - skip
-        early_BSD = x_BSD
+    def construct(self, x_BSD: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+        first_skipped, early_BSD = len(self.layers) - skip, x_BSD
         for number, layer in enumerate(self.layers):
             x_BSD = layer(x_BSD)
             if number < first_skipped:

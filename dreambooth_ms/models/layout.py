@@ -20,16 +20,16 @@ class LayerKind(Enum):
     DOWNSAMPLER = "image -> image of half the height and width"
     UPSAMPLER = "image -> image of twice the height and width"
     RESNET = "image[, time embedding] -> image"
-    SKIP_RESNET = "image, skip, time embedding -> image; the first two are joined by channels"
+    SKIP_RESNET = "image, skip, time embedding -> image; the first two are concatenated by channels"
     PIXEL_ATTENTION = "image -> image, by attention of all pixels"
     TRANSFORMER = "image, text -> image"
-    TRANSFORMER_ENTRANCE = "image -> tokens"
+    TRANSFORMER_INPUT = "image -> tokens"
     TRANSFORMER_BLOCK = "tokens, text -> tokens"
-    TRANSFORMER_EXIT = "tokens, the image of the entrance -> image"
-    UNET_ENTRANCE = "noisy latents -> image"
+    TRANSFORMER_OUTPUT = "tokens, the image that they came from -> image"
+    UNET_INPUT = "noisy latents -> image"
     TIME_EMBEDDING = "timesteps, what is added to them -> time embedding"
-    TEXT = "text as it is given -> text as the transformers read it"
-    UNET_EXIT = "image -> prediction"
+    TEXT = "text -> text in the dtype of the transformers"
+    UNET_OUTPUT = "image -> prediction"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Layer:
     level: int
     """The resolution of its result: 0 is the network's own, each further one half as high and wide."""
     in_channels: int
-    """Of the images that it joins."""
+    """Of all images that it reads by channels: with a skip, the sum."""
     out_channels: int
     reads: tuple[int, ...]
     """Numbers of values."""
@@ -69,105 +69,107 @@ def time_width(spec: UNetSpec) -> int:
 
 def unet_layout(spec: UNetSpec) -> tuple[Layer, ...]:
     """The layers of a UNet in the order in which they are computed; the last one's result is the prediction."""
-    walk, levels = _UNetWalk(spec), len(spec.block_out_channels)
-    skips = [walk.x]
-    for level in range(levels):
-        skips += [walk.step(f"down_blocks.{level}", i, level) for i in range(spec.layers_per_block)]
-        if level < levels - 1:
-            skips.append(walk.go(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
-    walk.resnet("mid_block.resnets.0", levels - 1)
-    walk.transformer("mid_block.attentions.0", levels - 1)
-    walk.resnet("mid_block.resnets.1", levels - 1)
-    for index, level in enumerate(reversed(range(levels))):
-        for i in range(spec.layers_per_block + 1):
-            walk.step(f"up_blocks.{index}", i, level, skips.pop())
-        if level > 0:
-            walk.go(LayerKind.UPSAMPLER, f"up_blocks.{index}.upsamplers.0", level - 1)
-    walk.go(LayerKind.UNET_EXIT, "", 0, spec.out_channels, parts=("conv_norm_out", "conv_out"))
+    _, timestep, text, *added = range(len(unet_inputs(spec)))
+    width, context = spec.block_out_channels[0], spec.cross_attention_dim
+    walk = _Walk(spec, len(unet_inputs(spec)), spec.in_channels)
+    x = walk.add(LayerKind.UNET_INPUT, "conv_in", 0, width)
+    parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
+    time = Layer(LayerKind.TIME_EMBEDDING, "", 0, width, time_width(spec), (timestep, *added), parts)
+    walk.layers += [time, Layer(LayerKind.TEXT, "", 0, context, context, (text,))]
+    walk.time, walk.text = (x + 1,), (x + 2,)
+    skips = [x, *walk.down()]
+    walk.middle()
+    walk.up(skips)
+    walk.add(LayerKind.UNET_OUTPUT, "", 0, spec.out_channels, parts=("conv_norm_out", "conv_out"))
     return tuple(walk.layers)
 
 
 def vae_layout(spec: VaeSpec) -> dict[str, tuple[Layer, ...]]:
     """The layers of "encoder" and "decoder", each of which reads the one before; names are within either."""
-    channels, levels = spec.block_out_channels, len(spec.block_out_channels)
-    encoder, decoder = _Walk(1, spec.in_channels), _Walk(1, spec.latent_channels)
-    encoder.go(LayerKind.CONV, "conv_in", 0, channels[0])
-    for level in range(levels):
-        for i in range(spec.layers_per_block):
-            encoder.go(LayerKind.RESNET, f"down_blocks.{level}.resnets.{i}", level, channels[level])
-        if level < levels - 1:
-            encoder.go(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1)
-    decoder.go(LayerKind.CONV, "conv_in", levels - 1, channels[-1])
-    for walk in (encoder, decoder):
-        walk.go(LayerKind.RESNET, "mid_block.resnets.0", levels - 1)
-        walk.go(LayerKind.PIXEL_ATTENTION, "mid_block.attentions.0", levels - 1)
-        walk.go(LayerKind.RESNET, "mid_block.resnets.1", levels - 1)
-    for index, level in enumerate(reversed(range(levels))):
-        for i in range(spec.layers_per_block + 1):
-            decoder.go(LayerKind.RESNET, f"up_blocks.{index}.resnets.{i}", level, channels[level])
-        if level > 0:
-            decoder.go(LayerKind.UPSAMPLER, f"up_blocks.{index}.upsamplers.0", level - 1)
-    for walk, level, result in ((encoder, levels - 1, 2 * spec.latent_channels), (decoder, 0, spec.in_channels)):
-        walk.go(LayerKind.NORM, "conv_norm_out", level)
-        walk.go(LayerKind.CONV, "conv_out", level, result)
+    encoder, decoder = _Walk(spec, 1, spec.in_channels), _Walk(spec, 1, spec.latent_channels)
+    encoder.add(LayerKind.CONV, "conv_in", 0, spec.block_out_channels[0])
+    encoder.down()
+    decoder.add(LayerKind.CONV, "conv_in", decoder.coarsest, spec.block_out_channels[-1])
+    encoder.middle()
+    decoder.middle()
+    decoder.up([])
+    for walk, level, result in ((encoder, encoder.coarsest, 2 * spec.latent_channels), (decoder, 0, spec.in_channels)):
+        walk.add(LayerKind.NORM, "conv_norm_out", level)
+        walk.add(LayerKind.CONV, "conv_out", level, result)
     return {"encoder": tuple(encoder.layers), "decoder": tuple(decoder.layers)}
 
 
 class _Walk:
     """The way of an image through layers, with its number `x` so far; the first input is the image."""
 
-    def __init__(self, num_inputs: int, channels: int) -> None:
+    def __init__(self, spec: UNetSpec | VaeSpec, num_inputs: int, channels: int) -> None:
+        self.spec, self.coarsest, self.num_inputs = spec, len(spec.block_out_channels) - 1, num_inputs
         self.layers: list[Layer] = []
-        self.num_inputs, self.x, self.channels = num_inputs, 0, {0: channels}
+        self.x, self.channels = 0, {0: channels}
+        # What a UNet's residual blocks and transformers read as well.
+        self.time: tuple[int, ...] = ()
+        self.text: tuple[int, ...] = ()
 
-    def add(self, layer: Layer) -> int:
-        """Append a layer; returns the number of its result."""
-        self.layers.append(layer)
-        return self.num_inputs + len(self.layers) - 1
-
-    def go(
+    def add(
         self,
         kind: LayerKind,
         name: str,
         level: int,
         out_channels: int | None = None,
-        joins: tuple[int, ...] = (),
-        beside: tuple[int, ...] = (),
+        skips: tuple[int, ...] = (),
+        others: tuple[int, ...] = (),
         parts: tuple[str, ...] = (),
     ) -> int:
-        """Through a layer that reads the image, images that are joined to it, and other values; returns the new `x`."""
-        channels = sum(self.channels[image] for image in (self.x, *joins))
+        """Through a layer that reads the image, skips, and other values; returns the new `x`."""
+        channels = sum(self.channels[image] for image in (self.x, *skips))
         out = out_channels or self.channels[self.x]
-        self.x = self.add(Layer(kind, name, level, channels, out, (self.x, *joins, *beside), parts))
+        self.layers.append(Layer(kind, name, level, channels, out, (self.x, *skips, *others), parts))
+        self.x = self.num_inputs + len(self.layers) - 1
         self.channels[self.x] = out
         return self.x
 
+    def down(self) -> list[int]:
+        """To the coarsest level; returns the number of each result on the way."""
+        results = []
+        for level in range(self.coarsest + 1):
+            results += [self.step(f"down_blocks.{level}", i, level) for i in range(self.spec.layers_per_block)]
+            if level < self.coarsest:
+                results.append(self.add(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
+        return results
 
-class _UNetWalk(_Walk):
-    def __init__(self, spec: UNetSpec) -> None:
-        _, timestep, text, *added = range(len(unet_inputs(spec)))
-        super().__init__(len(unet_inputs(spec)), spec.in_channels)
-        self.spec, finest, context = spec, spec.block_out_channels[0], spec.cross_attention_dim
-        self.go(LayerKind.UNET_ENTRANCE, "conv_in", 0, finest)
-        parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
-        time = Layer(LayerKind.TIME_EMBEDDING, "", 0, finest, time_width(spec), (timestep, *added), parts)
-        self.time, self.text = self.add(time), self.add(Layer(LayerKind.TEXT, "", 0, context, context, (text,)))
+    def middle(self) -> None:
+        self.resnet("mid_block.resnets.0", self.coarsest)
+        self.attention("mid_block.attentions.0", self.coarsest)
+        self.resnet("mid_block.resnets.1", self.coarsest)
+
+    def up(self, skips: list[int]) -> None:
+        """To the finest level; each step takes the last skip, if there are any."""
+        for block, level in enumerate(reversed(range(self.coarsest + 1))):
+            for i in range(self.spec.layers_per_block + 1):
+                self.step(f"up_blocks.{block}", i, level, *([skips.pop()] if skips else []))
+            if level > 0:
+                self.add(LayerKind.UPSAMPLER, f"up_blocks.{block}.upsamplers.0", level - 1)
 
     def step(self, block: str, i: int, level: int, *skip: int) -> int:
-        """Through a residual block and, where the resolution has them, a transformer."""
+        """Through a residual block and, where a UNet's resolution has them, a transformer."""
         self.resnet(f"{block}.resnets.{i}", level, *skip)
-        return self.transformer(f"{block}.attentions.{i}", level) if self.spec.has_attention[level] else self.x
+        if isinstance(self.spec, UNetSpec) and self.spec.has_attention[level]:
+            self.attention(f"{block}.attentions.{i}", level)
+        return self.x
 
     def resnet(self, name: str, level: int, *skip: int) -> None:
         kind = LayerKind.SKIP_RESNET if skip else LayerKind.RESNET
-        self.go(kind, name, level, self.spec.block_out_channels[level], skip, (self.time,))
+        self.add(kind, name, level, self.spec.block_out_channels[level], skip, self.time)
 
-    def transformer(self, name: str, level: int) -> int:
-        """One of a single block is a layer; in a deep one, as SDXL has them, each block is."""
-        depth, image = self.spec.transformer_layers(level), self.x
-        if depth == 1:
-            return self.go(LayerKind.TRANSFORMER, name, level, beside=(self.text,))
-        self.go(LayerKind.TRANSFORMER_ENTRANCE, name, level, parts=("norm", "proj_in"))
-        for i in range(depth):
-            self.go(LayerKind.TRANSFORMER_BLOCK, f"{name}.transformer_blocks.{i}", level, beside=(self.text,))
-        return self.go(LayerKind.TRANSFORMER_EXIT, name, level, beside=(image,), parts=("proj_out",))
+    def attention(self, name: str, level: int) -> None:
+        """A transformer of a single block is a layer; in a deep one, as SDXL has them, each block is."""
+        if isinstance(self.spec, VaeSpec):
+            self.add(LayerKind.PIXEL_ATTENTION, name, level)
+        elif (depth := self.spec.transformer_layers(level)) == 1:
+            self.add(LayerKind.TRANSFORMER, name, level, others=self.text)
+        else:
+            image = self.x
+            self.add(LayerKind.TRANSFORMER_INPUT, name, level, parts=("norm", "proj_in"))
+            for i in range(depth):
+                self.add(LayerKind.TRANSFORMER_BLOCK, f"{name}.transformer_blocks.{i}", level, others=self.text)
+            self.add(LayerKind.TRANSFORMER_OUTPUT, name, level, others=(image,), parts=("proj_out",))

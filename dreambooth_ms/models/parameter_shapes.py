@@ -73,7 +73,7 @@ def _layers(root: str, layers: Iterable[Layer], spec: UNetSpec | None = None) ->
 def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
     in_, out = layer.in_channels, layer.out_channels
     match layer.kind:
-        case LayerKind.CONV | LayerKind.UNET_ENTRANCE:
+        case LayerKind.CONV | LayerKind.UNET_INPUT:
             return _conv(in_, out)
         case LayerKind.NORM:
             return _norm(out)
@@ -85,7 +85,7 @@ def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
             return {"group_norm": _norm(out), **_attention(out, out, bias=True)}
         case LayerKind.TEXT:
             return {}
-        case LayerKind.UNET_EXIT:
+        case LayerKind.UNET_OUTPUT:
             return {"conv_norm_out": _norm(in_), "conv_out": _conv(in_, out)}
     assert spec
     if layer.kind is LayerKind.TIME_EMBEDDING:
@@ -95,9 +95,9 @@ def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
     entrance, block, exit_ = {"norm": _norm(out), "proj_in": projection}, _block(out, spec), {"proj_out": projection}
     return {
         LayerKind.TRANSFORMER: entrance | {"transformer_blocks.0": block} | exit_,
-        LayerKind.TRANSFORMER_ENTRANCE: entrance,
+        LayerKind.TRANSFORMER_INPUT: entrance,
         LayerKind.TRANSFORMER_BLOCK: block,
-        LayerKind.TRANSFORMER_EXIT: exit_,
+        LayerKind.TRANSFORMER_OUTPUT: exit_,
     }[layer.kind]
 
 

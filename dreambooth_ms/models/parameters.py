@@ -27,7 +27,7 @@ class PublicParameter:
         return self.layout.restore(value) if self.layout else value.copy()
 
     def write(self, value: np.ndarray) -> None:
-        """Set the value, given in its public form; it is cast to the parameter's dtype."""
+        """Set the value from its public form; it is cast to the parameter's dtype."""
         stored = self.layout.store(value) if self.layout else value
         dtype = np.float16 if self.parameter.dtype == ms.float16 else np.float32
         # Not ascontiguousarray: that would give a scalar an axis.
@@ -35,7 +35,7 @@ class PublicParameter:
 
 
 def name_prefix(root: nn.Cell) -> str:
-    """What tells a network's parameters from those of another with the same public names; "" for most."""
+    """What distinguishes a network's parameters from those of another with the same public names; "" for most."""
     return getattr(root, "name_prefix", "")
 
 

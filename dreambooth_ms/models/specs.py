@@ -36,7 +36,7 @@ class UNetSpec:
     addition_time_embed_dim: int | None = None
     """Width that each of the sizes is encoded to."""
     projection_class_embeddings_input_dim: int | None = None
-    """Width of pooled text and encoded sizes together."""
+    """Width of pooled text plus encoded sizes."""
 
     def transformer_layers(self, level: int) -> int:
         """Transformer blocks in each transformer of a resolution."""
@@ -44,7 +44,7 @@ class UNetSpec:
         return layers if isinstance(layers, int) else layers[level]
 
     def num_add_time_ids(self, pooled_width: int) -> int:
-        """add_time_ids of a picture that are read beside pooled text of this width: 6 in SDXL, 5 in its refiner.
+        """add_time_ids of a picture that are read with pooled text of this width: 6 in SDXL, 5 in its refiner.
 
         0 in other UNets, and where the width does not fit.
         """
@@ -138,11 +138,9 @@ SD_15_UNET = UNetSpec(
     num_heads=(8, 8, 8, 8),
     cross_attention_dim=768,
 )
-
 SD_21_UNET = replace(
     SD_15_UNET, num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96
 )
-
 SDXL_UNET = UNetSpec(
     block_out_channels=(320, 640, 1280),
     has_attention=(False, True, True),
@@ -155,7 +153,6 @@ SDXL_UNET = UNetSpec(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
-
 SDXL_REFINER_UNET = replace(
     SDXL_UNET,
     block_out_channels=(384, 768, 1536, 1536),
@@ -167,31 +164,27 @@ SDXL_REFINER_UNET = replace(
 )
 
 SD_VAE = VaeSpec()
-
 SDXL_VAE = VaeSpec(scaling_factor=0.13025)
-
 PLAYGROUND_25_VAE = VaeSpec(
     scaling_factor=0.5,
     latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
     latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
 )
 
-CLIP_L_TEXT = ClipTextSpec(
-    transformer=TransformerSpec(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-)
 
-OPENCLIP_H_TEXT = ClipTextSpec(
-    transformer=TransformerSpec(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
+def _tower(width: int, layers: int, heads: int, hidden_act: str) -> TransformerSpec:
+    return TransformerSpec(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=hidden_act,
     )
-)
 
-OPENCLIP_BIGG_TEXT = ClipTextSpec(
-    transformer=TransformerSpec(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu"
-    ),
-    projection_dim=1280,
-)
+
+CLIP_L_TEXT = ClipTextSpec(transformer=_tower(768, 12, 12, "quick_gelu"))
+OPENCLIP_H_TEXT = ClipTextSpec(transformer=_tower(1024, 23, 16, "gelu"))
+OPENCLIP_BIGG_TEXT = ClipTextSpec(transformer=_tower(1280, 32, 20, "gelu"), projection_dim=1280)
 
 
 class Family(Enum):
@@ -215,19 +208,11 @@ class ModelSpec:
 
 
 SD_15 = ModelSpec(family=Family.SD1, unet=SD_15_UNET, vae=SD_VAE, text_encoder=CLIP_L_TEXT)
-
 SD_21 = ModelSpec(family=Family.SD2, unet=SD_21_UNET, vae=SD_VAE, text_encoder=OPENCLIP_H_TEXT)
-
 SDXL_BASE = ModelSpec(
-    family=Family.SDXL,
-    unet=SDXL_UNET,
-    vae=SDXL_VAE,
-    text_encoder=CLIP_L_TEXT,
-    text_encoder_2=OPENCLIP_BIGG_TEXT,
+    family=Family.SDXL, unet=SDXL_UNET, vae=SDXL_VAE, text_encoder=CLIP_L_TEXT, text_encoder_2=OPENCLIP_BIGG_TEXT
 )
-
 SDXL_REFINER = replace(SDXL_BASE, family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, text_encoder=None)
-
 PLAYGROUND_25 = replace(SDXL_BASE, vae=PLAYGROUND_25_VAE)
 """SDXL's networks with latents of another distribution."""
 

@@ -2,20 +2,10 @@
 
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.layers import NoOp
 from dreambooth_ms.models.layout import Layer, LayerKind
 from dreambooth_ms.models.specs import UNetSpec
-from dreambooth_ms.ops import (
-    Dense,
-    GatedGelu,
-    ImageToTokens,
-    LayerNorm,
-    MultiHeadAttention,
-    TokensToImage,
-    conv2d,
-    group_norm,
-    shared,
-)
+from dreambooth_ms.ops import Conv2d, Dense, GatedGelu, GroupNorm, LayerNorm, MultiHeadAttention, shared
+from dreambooth_ms.ops.layout import ImageToTokens, TokensToImage
 
 
 class Transformer2DModel(nn.Cell):
@@ -27,31 +17,27 @@ class Transformer2DModel(nn.Cell):
     def __init__(self, layer: Layer, spec: UNetSpec) -> None:
         super().__init__()
         channels, self.use_linear_projection = layer.out_channels, spec.use_linear_projection
-        self.norm = group_norm(spec.norm_num_groups, channels, eps=1e-6)
-        self.proj_in = Dense(channels, channels) if self.use_linear_projection else conv2d(channels, channels, 1)
+        self.norm = GroupNorm(spec.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = Dense(channels, channels) if self.use_linear_projection else Conv2d(channels, channels, 1)
         self.to_tokens = shared(ImageToTokens)
         blocks = [BasicTransformerBlock(layer, spec)] if layer.kind is LayerKind.TRANSFORMER else []
         self.transformer_blocks = nn.CellList(blocks)
         self.to_image = shared(TokensToImage)
-        self.proj_out = Dense(channels, channels) if self.use_linear_projection else conv2d(channels, channels, 1)
+        self.proj_out = Dense(channels, channels) if self.use_linear_projection else Conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
-        return self.leave(self.transformer_blocks[0](self.enter(x), context_BSE), x)
+        return self.project_out(self.transformer_blocks[0](self.project_in(x), context_BSE), x)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """An image -> the tokens (B, L, C) of the first layer."""
+    def project_in(self, x: Tensor) -> Tensor:
+        """An image -> the tokens (B, L, C) of the first block."""
         y = self.norm(x)
-        if self.use_linear_projection:
-            return self.proj_in(self.to_tokens(y))
-        return self.to_tokens(self.proj_in(y))
+        return self.proj_in(self.to_tokens(y)) if self.use_linear_projection else self.to_tokens(self.proj_in(y))
 
-    def leave(self, tokens_BLC: Tensor, x: Tensor) -> Tensor:
-        """The tokens of the last layer, and the image that they came from -> an image."""
+    def project_out(self, tokens_BLC: Tensor, x: Tensor) -> Tensor:
+        """The tokens of the last block, and the image that they came from -> an image."""
         if self.use_linear_projection:
-            y = self.to_image(self.proj_out(tokens_BLC), x)
-        else:
-            y = self.proj_out(self.to_image(tokens_BLC, x))
-        return x + y
+            return x + self.to_image(self.proj_out(tokens_BLC), x)
+        return x + self.proj_out(self.to_image(tokens_BLC, x))
 
 
 class BasicTransformerBlock(nn.Cell):
@@ -95,7 +81,7 @@ class FeedForward(nn.Cell):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.net = nn.CellList([GEGLU(channels, 4 * channels), NoOp(), Dense(4 * channels, channels)])
+        self.net = nn.CellList([GEGLU(channels, 4 * channels), nn.Identity(), Dense(4 * channels, channels)])
 
     def construct(self, x_BLC: Tensor) -> Tensor:
         return self.net[2](self.net[0](x_BLC))

@@ -6,25 +6,18 @@ P width of pooled text, N add_time_ids.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.layers import (
-    CellMethod,
-    Downsample2D,
-    ResnetBlock2D,
-    SkipResnetBlock2D,
-    Upsample2D,
-    attach,
-)
+from dreambooth_ms.models.layers import CellMethod, Downsample2D, ResnetBlock2D, Upsample2D, attach
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_inputs, unet_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
-from dreambooth_ms.ops import Dense, FromPublicLayout, ToPublicLayout, conv2d, group_norm
+from dreambooth_ms.ops import Conv2d, Dense, FromPublicLayout, GroupNorm, ToPublicLayout
+from dreambooth_ms.ops.graph import select
 
 
 @dataclass(frozen=True)
@@ -40,19 +33,19 @@ class Segment:
 
 
 _OUTER = {
-    LayerKind.UNET_ENTRANCE: "enter",
+    LayerKind.UNET_INPUT: "embed_latents",
     LayerKind.TIME_EMBEDDING: "embed_time",
-    LayerKind.TEXT: "read_text",
-    LayerKind.UNET_EXIT: "leave",
+    LayerKind.TEXT: "cast_text",
+    LayerKind.UNET_OUTPUT: "predict",
 }
 """The first layers, in this order, and the last one. They are methods of the network, because their modules are its own
 and an adapter may take the place of one."""
 
 _INNER: dict[LayerKind, type[nn.Cell]] = {
     LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.SKIP_RESNET: SkipResnetBlock2D,
+    LayerKind.SKIP_RESNET: ResnetBlock2D,
     LayerKind.TRANSFORMER: Transformer2DModel,
-    LayerKind.TRANSFORMER_ENTRANCE: Transformer2DModel,
+    LayerKind.TRANSFORMER_INPUT: Transformer2DModel,
     LayerKind.TRANSFORMER_BLOCK: BasicTransformerBlock,
     LayerKind.DOWNSAMPLER: Downsample2D,
     LayerKind.UPSAMPLER: Upsample2D,
@@ -68,8 +61,9 @@ class UNet2DConditionModel(nn.Cell):
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
-        self.spec = spec
-        self.compute_dtype = ms.float32
+        self.spec, self.compute_dtype = spec, ms.float32
+        self.input_names = unet_inputs(spec)
+        """What it takes, in order, by diffusers' names."""
         width = spec.block_out_channels[0]
         self.from_public_layout = FromPublicLayout()
         self.time_proj = TimestepEncoding(width)
@@ -78,29 +72,24 @@ class UNet2DConditionModel(nn.Cell):
         if self.adds_text_and_sizes:
             self.add_time_proj = TimestepEncoding(spec.addition_time_embed_dim)
             self.add_embedding = TimestepEmbedding(spec.projection_class_embeddings_input_dim, time_width(spec))
-        self.conv_in = conv2d(spec.in_channels, width)
+        self.conv_in = Conv2d(spec.in_channels, width)
         inner = [layer for layer in unet_layout(spec) if layer.kind not in _OUTER]
         cells = [self._attach(layer) for layer in inner]
-        self.conv_norm_out = group_norm(spec.norm_num_groups, width, spec.norm_eps, silu=True)
-        self.conv_out = conv2d(width, spec.out_channels)
+        self.conv_norm_out = GroupNorm(spec.norm_num_groups, width, spec.norm_eps, silu=True)
+        self.conv_out = Conv2d(width, spec.out_channels)
         self.to_public_layout = ToPublicLayout()
         self.reads = tuple(layer.reads for layer in inner)
         # Last, so that every cell is found by its public name first.
         self.inner = nn.CellList(cells, auto_prefix=False)
-        # Sets the names of the parameters, which `attach` and the list before changed.
+        # Names the parameters, which `attach` and the list before do not.
         public_parameters(self)
 
     def _attach(self, layer: Layer) -> nn.Cell:
         """The cell of a layer, whose module is put at its public name."""
-        if layer.kind is LayerKind.TRANSFORMER_EXIT:
-            return CellMethod(self.get_sub_cell(layer.name).leave)
+        if layer.kind is LayerKind.TRANSFORMER_OUTPUT:
+            return CellMethod(self.get_sub_cell(layer.name).project_out)
         cell = attach(self, layer.name, _INNER[layer.kind](layer, self.spec))
-        return CellMethod(cell.enter) if layer.kind is LayerKind.TRANSFORMER_ENTRANCE else cell
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """What it takes, in order, by diffusers' names."""
-        return unet_inputs(self.spec)
+        return CellMethod(cell.project_in) if layer.kind is LayerKind.TRANSFORMER_INPUT else cell
 
     @property
     def segments(self) -> list[Segment]:
@@ -117,49 +106,32 @@ class UNet2DConditionModel(nn.Cell):
     ) -> Tensor:
         values = (latents_BCHW, timesteps_B, text_BSE) + pooled_and_sizes
         temb_BT = self.embed_time(timesteps_B, *pooled_and_sizes)
-        values = values + (self.enter(latents_BCHW), temb_BT, self.read_text(text_BSE))
+        values = values + (self.embed_latents(latents_BCHW), temb_BT, self.cast_text(text_BSE))
         for i in range(len(self.reads)):
-            values = values + (self.inner[i](*chosen(values, self.reads[i])),)
-        return self.leave(values[-1])
+            values = values + (self.inner[i](*select(values, self.reads[i])),)
+        return self.predict(values[-1])
 
-    def enter(self, latents_BCHW: Tensor) -> Tensor:
+    def embed_latents(self, latents_BCHW: Tensor) -> Tensor:
         """Latents -> an image with the channels of the finest resolution."""
         return self.conv_in(self.from_public_layout(latents_BCHW).astype(self.compute_dtype))
 
     def embed_time(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
-        """Timesteps, SDXL's pooled text and add_time_ids -> what every residual block is told, after a SiLU (B, T)."""
+        """Timesteps, SDXL's pooled text and add_time_ids -> what every residual block reads, after a SiLU (B, T)."""
         dtype = self.compute_dtype
         temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
         if self.adds_text_and_sizes:
             pooled_BP, sizes_BN = pooled_and_sizes
-            encoded = self.add_time_proj(ops.reshape(sizes_BN, (-1,)))
-            encoded = ops.reshape(encoded, (sizes_BN.shape[0], -1))
+            encoded = ops.reshape(self.add_time_proj(ops.reshape(sizes_BN, (-1,))), (sizes_BN.shape[0], -1))
             temb_BT = temb_BT + self.add_embedding(ops.concat((pooled_BP, encoded), 1).astype(dtype))
         return ops.silu(temb_BT)
 
-    def read_text(self, text_BSE: Tensor) -> Tensor:
+    def cast_text(self, text_BSE: Tensor) -> Tensor:
         """Text -> the same in the type that the transformers compute in."""
         return text_BSE.astype(self.compute_dtype)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor) -> Tensor:
         """The image of the finest resolution -> the prediction (B, C, H, W)."""
         return self.to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
-
-
-_NOTHING: tuple[Any, ...] = ()
-"""Where a tuple begins that grows in a compiled loop."""
-
-
-def chosen(values: tuple[Tensor, ...], numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The values with these numbers.
-
-    A function of its own: the compiler calls what comes after a loop from its last round, each round from the one
-    before, so that a loop within a loop would go too deep (measured).
-    """
-    values_chosen = _NOTHING
-    for number in numbers:
-        values_chosen = values_chosen + (values[number],)
-    return values_chosen
 
 
 class TimestepEncoding(nn.Cell):
@@ -171,11 +143,9 @@ class TimestepEncoding(nn.Cell):
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(self.half) / self.half)[None], ms.float32)
 
     def construct(self, timesteps_B: Tensor) -> Tensor:
-        batch = timesteps_B.shape[0]
-        shape = (batch, self.half)
-        angles = ops.broadcast_to(ops.reshape(timesteps_B.astype(ms.float32), (batch, 1)), shape) * ops.broadcast_to(
-            self.frequencies, shape
-        )
+        shape = (timesteps_B.shape[0], self.half)
+        timesteps_B1 = ops.reshape(timesteps_B.astype(ms.float32), (-1, 1))
+        angles = ops.broadcast_to(timesteps_B1, shape) * ops.broadcast_to(self.frequencies, shape)
         return ops.concat((ops.cos(angles), ops.sin(angles)), 1)
 
 

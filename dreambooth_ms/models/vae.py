@@ -4,7 +4,6 @@ Shapes: B batch, C latent channels, H, W height and width of the picture, h, w t
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from mindspore import Tensor, nn, ops
 
@@ -13,8 +12,7 @@ from dreambooth_ms.models.layout import Layer, LayerKind, vae_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import FromPublicLayout, ImageToTokens, TokensToImage, ToPublicLayout, conv2d, group_norm, shared
-from dreambooth_ms.runtime.compiled_cell import CompiledCell
+from dreambooth_ms.ops import Conv2d, FromPublicLayout, GroupNorm, ImageToTokens, TokensToImage, ToPublicLayout, shared
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -29,12 +27,12 @@ class AutoencoderKL(nn.Cell):
         self.from_public_layout = FromPublicLayout()
         if encodes:
             self.encoder = LayerChain(layout["encoder"], spec)
-            self.quant_conv = conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
+            self.quant_conv = Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         if decodes:
-            self.post_quant_conv = conv2d(spec.latent_channels, spec.latent_channels, 1)
+            self.post_quant_conv = Conv2d(spec.latent_channels, spec.latent_channels, 1)
             self.decoder = LayerChain(layout["decoder"], spec)
         self.to_public_layout = ToPublicLayout()
-        # Sets the names of the parameters, which `attach` changed.
+        # Names the parameters, which `attach` does not.
         public_parameters(self)
 
     def encode(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,27 +46,11 @@ class AutoencoderKL(nn.Cell):
         x = self.decoder(self.post_quant_conv(self.from_public_layout(latents_BChw)))
         return self.to_public_layout(x)
 
-
-class VaeEncoder(CompiledCell):
-    """`AutoencoderKL.encode` as a cell that can be compiled."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__(auto_prefix=False)
-        self.vae = vae
-
-    def construct(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        return self.vae.encode(pictures_B3HW)
-
-
-class VaeDecoder(CompiledCell):
-    """`AutoencoderKL.decode` as a cell that can be compiled."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__(auto_prefix=False)
-        self.vae = vae
-
-    def construct(self, latents_BChw: Tensor) -> Tensor:
-        return self.vae.decode(latents_BChw)
+    def decode_middle(self, latents_BChw: Tensor) -> Tensor:
+        """An image: `decode` as far as it is at the size of the latents, where attention is over all pixels."""
+        x = self.decoder.conv_in(self.post_quant_conv(self.from_public_layout(latents_BChw)))
+        middle = self.decoder.mid_block
+        return middle.resnets[1](middle.attentions[0](middle.resnets[0](x)))
 
 
 class LayerChain(nn.Cell):
@@ -90,7 +72,7 @@ class PixelAttention(Attention):
 
     def __init__(self, layer: Layer, spec: VaeSpec) -> None:
         super().__init__(layer.in_channels, layer.in_channels, num_heads=1, qkv_bias=True)
-        self.group_norm = group_norm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
+        self.group_norm = GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
         self.to_tokens = shared(ImageToTokens)
         self.to_image = shared(TokensToImage)
 
@@ -101,10 +83,10 @@ class PixelAttention(Attention):
 
 
 _CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {
-    LayerKind.CONV: lambda layer, _: conv2d(layer.in_channels, layer.out_channels),
-    LayerKind.NORM: lambda layer, spec: group_norm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
+    LayerKind.CONV: lambda layer, _: Conv2d(layer.in_channels, layer.out_channels),
+    LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
     LayerKind.RESNET: ResnetBlock2D,
     LayerKind.PIXEL_ATTENTION: PixelAttention,
-    LayerKind.DOWNSAMPLER: partial(Downsample2D, padding=(0, 1, 0, 1)),
+    LayerKind.DOWNSAMPLER: Downsample2D,
     LayerKind.UPSAMPLER: Upsample2D,
 }

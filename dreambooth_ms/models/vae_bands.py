@@ -8,15 +8,14 @@ Shapes: x an image of one row in this formulation's layout, C channels; I, O cha
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
 
-from dreambooth_ms.models.layers import ResnetBlock2D
+from dreambooth_ms.models.layers import CellMethod, ResnetBlock2D
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Conv2d, Padding, UpsampleNearest, convolution, image_axes, shared
-from dreambooth_ms.runtime.compiled_cell import CompiledCell
+from dreambooth_ms.ops import Conv2d, UpsampleNearest, convolution, image_axes, shared
 from dreambooth_ms.runtime.device import uncompiled
 from dreambooth_ms.runtime.host_memory import arrays_used_again
 
@@ -35,26 +34,23 @@ class BandedDecoder:
     """
 
     def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
-        self._vae, self._max_taps = vae, max_taps
-        self._head = _Head(vae)
-        self._axes = image_axes()
+        self._vae, self._max_taps, self._axes = vae, max_taps, image_axes()
 
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
-        """Decode."""
-        x = self._head(latents_1Chw)
+        """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
+        x, decoder = self._decode_middle(latents_1Chw), self._vae.decoder
         with uncompiled(), arrays_used_again():
-            return self._tail(x)
+            for block in decoder.up_blocks:
+                for resnet in block.resnets:
+                    x = self._resnet(resnet, x)
+                if hasattr(block, "upsamplers"):
+                    x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
+            x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
+            return np.moveaxis(x.asnumpy(), self._axes.channels, 1)
 
-    def _tail(self, x: Tensor) -> np.ndarray:
-        """What comes after the head, operation by operation: graphs would keep their last inputs (measured)."""
-        decoder = self._vae.decoder
-        for block in decoder.up_blocks:
-            for resnet in block.resnets:
-                x = self._resnet(resnet, x)
-            if hasattr(block, "upsamplers"):
-                x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
-        x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
-        return np.moveaxis(x.asnumpy(), self._axes.channels, 1)
+    @cached_property
+    def _decode_middle(self) -> CellMethod:
+        return CellMethod(self._vae.decode_middle)
 
     def _resnet(self, resnet: ResnetBlock2D, x: Tensor) -> Tensor:
         """See `ResnetBlock2D`; the result takes the place of the input."""
@@ -88,29 +84,28 @@ class BandedDecoder:
         """
         height, width = (x.shape[axis] * upsampling for axis in (self._axes.height, self._axes.width))
         normalise = None if norm is None else self._norm_and_silu(norm, x)
-        result = self._empty_image(height, width, conv.out_channels, x.dtype) if into is None else into
-        beside = conv.kernel_size // 2
+        if into is None:
+            sizes = {self._axes.height: height, self._axes.width: width, self._axes.channels: conv.out_channels}
+            into = mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=x.dtype)
+        margin = conv.kernel_size // 2
         rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
         for start in range(0, height, rows):
-            first, stop = max(start - beside, 0), min(start + rows + beside, height)
-            padding = first - start + beside, start + rows + beside - stop, beside, beside
+            first, stop = max(start - margin, 0), min(start + rows + margin, height)
+            padding = first - start + margin, start + rows + margin - stop, margin, margin
             band = self._read(x, first, stop, upsampling)
-            y = _convolved_band(conv, padding, band if normalise is None else normalise(band))
+            band = band if normalise is None else normalise(band)
+            convolve = convolution(conv.out_channels, conv.kernel_size, 1, padding)
+            y = convolve(band, conv.weight.astype(band.dtype), conv.bias.astype(band.dtype))
             place = self._rows(start, start + rows)
-            result[place] = result[place] + y if adds else y
-        return result
-
-    def _empty_image(self, height: int, width: int, channels: int, dtype: ms.Type) -> Tensor:
-        sizes = {self._axes.height: height, self._axes.width: width, self._axes.channels: channels}
-        return mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=dtype)
+            into[place] = into[place] + y if adds else y
+        return into
 
     def _read(self, x: Tensor, start: int, stop: int, upsampling: int) -> Tensor:
         """Some rows of an image, or of it enlarged to twice its size."""
         if upsampling == 1:
             return x[self._rows(start, stop)]
-        parents = start // 2, (stop + 1) // 2
-        enlarged = shared(UpsampleNearest)(x[self._rows(*parents)])
-        return enlarged[self._rows(start - 2 * parents[0], stop - 2 * parents[0])]
+        enlarged = shared(UpsampleNearest)(x[self._rows(start // 2, (stop + 1) // 2)])
+        return enlarged[self._rows(start % 2, start % 2 + stop - start)]
 
     def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self._axes.height + (slice(start, stop),)
@@ -151,22 +146,3 @@ class BandedDecoder:
 def band_height(height: int, most: int) -> int:
     """The largest divisor of a height that is at most this, and at least 1, so that bands are of one height."""
     return next(rows for rows in range(max(1, min(height, most)), 0, -1) if height % rows == 0)
-
-
-class _Head(CompiledCell):
-    """The decoder's layers at the size of the latents, whose attention is over all pixels."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__(auto_prefix=False)
-        self.vae = vae
-
-    def construct(self, latents_BChw: Tensor) -> Tensor:
-        x = self.vae.post_quant_conv(self.vae.from_public_layout(latents_BChw))
-        middle = self.vae.decoder.mid_block
-        x = middle.resnets[0](self.vae.decoder.conv_in(x))
-        return middle.resnets[1](middle.attentions[0](x))
-
-
-def _convolved_band(conv: Conv2d, padding: Padding, x: Tensor) -> Tensor:
-    convolve = convolution(conv.in_channels, conv.out_channels, conv.kernel_size, 1, padding)
-    return convolve(x, conv.weight.astype(x.dtype), conv.bias.astype(x.dtype))

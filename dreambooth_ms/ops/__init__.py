@@ -11,14 +11,13 @@ Networks are built from these cells and never name an axis of an image themselve
 
 from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.attention import MultiHeadAttention
-from dreambooth_ms.ops.conv import Conv2d, Padding, conv2d, convolution
+from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
 from dreambooth_ms.ops.layout import (
     AddPerChannel,
     ConcatChannels,
     FromPublicLayout,
     ImageToTokens,
-    SplitChannels,
     StoredLayout,
     TokensToImage,
     ToPublicLayout,
@@ -26,33 +25,5 @@ from dreambooth_ms.ops.layout import (
     image_axes,
 )
 from dreambooth_ms.ops.linear import Dense, Embedding
-from dreambooth_ms.ops.norm import LayerNorm, group_norm
+from dreambooth_ms.ops.norm import GroupNorm, LayerNorm
 from dreambooth_ms.ops.sums import SumOfSquares, total
-
-__all__ = [
-    "AddPerChannel",
-    "ConcatChannels",
-    "Conv2d",
-    "Dense",
-    "Embedding",
-    "FromPublicLayout",
-    "GatedGelu",
-    "Gelu",
-    "ImageToTokens",
-    "LayerNorm",
-    "MultiHeadAttention",
-    "Padding",
-    "QuickGelu",
-    "SplitChannels",
-    "StoredLayout",
-    "SumOfSquares",
-    "ToPublicLayout",
-    "TokensToImage",
-    "UpsampleNearest",
-    "conv2d",
-    "convolution",
-    "group_norm",
-    "image_axes",
-    "shared",
-    "total",
-]

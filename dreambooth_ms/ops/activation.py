@@ -8,7 +8,7 @@ from dreambooth_ms.ops.graph import after
 
 
 class Gelu(nn.Cell):
-    """Exact GELU, x * Phi(x) (Hendrycks and Gimpel, 2016). Keeps x alone for the backward pass.
+    """Exact GELU, x * Phi(x) (Hendrycks and Gimpel, 2016). Keeps only x for the backward pass.
 
     On CPU `ops.gelu(approximate="none")` and its gradient keep index tables of 12 bytes an element (measured).
     """
@@ -24,7 +24,7 @@ class Gelu(nn.Cell):
 class GatedGelu(nn.Cell):
     """(value, gate) in the two halves of the last axis -> value * GELU(gate): (N, 2 D) -> (N, D).
 
-    As GEGLU has it (Shazeer, 2020). Keeps its input alone for the backward pass.
+    As GEGLU has it (Shazeer, 2020). Keeps only its input for the backward pass.
     """
 
     def __init__(self) -> None:
@@ -56,5 +56,5 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _gelu_slope(x: Tensor, cdf: Tensor) -> Tensor:
-    """Derivative of x * Phi(x), given Phi(x)."""
+    """Derivative of x * Phi(x), from x and Phi(x)."""
     return cdf + x * ops.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))

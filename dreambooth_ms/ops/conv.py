@@ -23,46 +23,37 @@ Padding = tuple[int, int, int, int]
 MAX_TAPS = 1 << 25
 
 
-def conv2d(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int = 3,
-    stride: int = 1,
-    padding: Padding | None = None,
-    has_bias: bool = True,
-) -> "Conv2d":
-    """A convolution in this device's formulation: image with I channels -> image with O channels.
-
-    `padding` None keeps height and width at stride 1.
-    """
-    return Conv2d(in_channels, out_channels, kernel_size, stride, padding or (kernel_size // 2,) * 4, has_bias)
-
-
-def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> Any:
+def convolution(out_channels: int, kernel_size: int, stride: int, padding: Padding) -> Any:
     """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it, bias (O,) or None -> image."""
     kind = _TapConvolution if formulation() is Formulation.CPU else _NativeConvolution
-    return shared(kind, in_channels, out_channels, kernel_size, stride, padding)
+    return shared(kind, out_channels, kernel_size, stride, padding)
 
 
 class Conv2d(nn.Cell):
-    """CPU: (B, H, W, I) -> (B, H', W', O). Ascend: (B, I, H, W) -> (B, O, H', W') by the device's operator.
+    """Image with I channels -> image with O channels, in the dtype of x and this device's formulation.
 
-    On CPU the weight is stored as (O, k * k * I): see `StoredLayout`. It computes in the dtype of x.
+    `padding` None keeps height and width at stride 1. On CPU the weight is stored as `StoredLayout` says.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding, has_bias: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: Padding | None = None,
+        has_bias: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.has_bias = in_channels, out_channels, has_bias
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding or (kernel_size // 2,) * 4
         if formulation() is Formulation.CPU:
             self.weight = empty_parameter((out_channels, kernel_size * kernel_size * in_channels))
             self.stored_layouts = {"weight": StoredLayout(kernel_size)}
         else:
             self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
             self.stored_layouts = {}
-        self.convolve = convolution(in_channels, out_channels, kernel_size, stride, padding)
+        self.convolve = convolution(out_channels, kernel_size, stride, self.padding)
         if has_bias:
             self.bias = empty_parameter((out_channels,))
 
@@ -73,7 +64,7 @@ class Conv2d(nn.Cell):
 class _NativeConvolution(nn.Cell):
     """(B, I, H, W) -> (B, O, H', W') by the device's operator."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
         self.product = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
         self.bias_add = ops.BiasAdd()
@@ -86,9 +77,9 @@ class _NativeConvolution(nn.Cell):
 class _TapConvolution(nn.Cell):
     """(B, H, W, I) -> (B, H', W', O) by a product of rows of pixels."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
-        self.product = _TapProduct(in_channels, out_channels, kernel_size, stride, padding)
+        self.product = _TapProduct(out_channels, kernel_size, stride, padding)
         self.bias_add = shared(BiasAdd)
 
     def construct(self, x_BHWI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -105,10 +96,9 @@ class _TapProduct(nn.Cell):
     With its own backward pass: only the input and the weight are kept.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.geometry = kernel_size, stride, padding
+        self.out_channels, self.geometry = out_channels, (kernel_size, stride, padding)
         self.taps = kernel_size * kernel_size
         self.pointwise = kernel_size == 1 and stride == 1
         self.times_transposed = ops.MatMul(transpose_b=True)
@@ -127,15 +117,14 @@ class _TapProduct(nn.Cell):
         parts = ()
         for start, stop in _parts(batch, out_height * out_width, self.taps * channels):
             index = _taps(batch, height, width, *self.geometry, start, stop)
-            y_NO = self.times_transposed(self._columns(rows_NI, index), weight)
-            parts = parts + (y_NO,)
-            rows_NI = after(rows_NI, y_NO)
-        return _joined(parts, batch)
+            parts = parts + (self.times_transposed(self._columns(rows_NI, index), weight),)
+            rows_NI = after(rows_NI, parts[-1])
+        return _concat_pixels(parts, batch)
 
     def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout_NO: Tensor) -> tuple[Tensor, Tensor]:
         if self.pointwise:
             dx = ops.reshape(self.times(dout_NO, weight), x_BHWI.shape)
-            return dx, self.transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, self.in_channels)))
+            return dx, self.transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, x_BHWI.shape[3])))
         return self._input_gradient(x_BHWI.shape, weight, dout_NO), self._weight_gradient(x_BHWI, dout_NO)
 
     def _input_gradient(self, shape: tuple[int, ...], weight: Tensor, dout_NO: Tensor) -> Tensor:
@@ -149,16 +138,14 @@ class _TapProduct(nn.Cell):
         parts = ()
         for start, stop in _parts(batch, height * width, self.taps * self.out_channels):
             index = _reverse_taps(batch, height, width, *self.geometry, start, stop)
-            dx_NI = self.times(self._columns(dout_NO, index), by_tap)
-            parts = parts + (dx_NI,)
-            dout_NO = after(dout_NO, dx_NI)
-        return ops.reshape(_joined(parts, batch), shape)
+            parts = parts + (self.times(self._columns(dout_NO, index), by_tap),)
+            dout_NO = after(dout_NO, parts[-1])
+        return ops.reshape(_concat_pixels(parts, batch), shape)
 
     def _weight_gradient(self, x_BHWI: Tensor, dout_NO: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWI.shape
         rows_NI = ops.reshape(after(x_BHWI, dout_NO), (-1, channels))
-        pixels = dout_NO.shape[0] // batch
-        index = _taps(batch, height, width, *self.geometry, 0, pixels)
+        index = _taps(batch, height, width, *self.geometry, 0, dout_NO.shape[0] // batch)
         return self.transposed_times(dout_NO, self._columns(rows_NI, index))
 
     def _columns(self, rows_NC: Tensor, index: Tensor) -> Tensor:
@@ -166,7 +153,7 @@ class _TapProduct(nn.Cell):
         return ops.reshape(self.lookup(rows_NC, index, 0), (-1, self.taps * rows_NC.shape[1]))
 
 
-def _joined(parts: tuple[Tensor, ...], batch: int) -> Tensor:
+def _concat_pixels(parts: tuple[Tensor, ...], batch: int) -> Tensor:
     """Rows of pixels, each part's image by image -> all pixels of the first image, then all of the second …"""
     if len(parts) == 1:
         return parts[0]
@@ -198,8 +185,7 @@ def _taps(
 
     (B * (stop - start) * k * k,) int32; what is read outside the image is a pixel behind the batch, which is 0.
     """
-    table = _tap_table(height, width, kernel_size, stride, padding)
-    return _of_batch(table[start:stop], batch, pixels=height * width)
+    return _of_batch(_tap_table(height, width, kernel_size, stride, padding)[start:stop], batch, height * width)
 
 
 @constexpr
@@ -208,11 +194,11 @@ def _reverse_taps(
 ) -> Tensor:
     """The same for input pixels, and the output pixel that read it through that tap."""
     table = _tap_table(height, width, kernel_size, stride, padding)
-    outside_output = table.shape[0]
-    reverse = np.full((height * width + 1, table.shape[1]), outside_output)
-    for tap in range(table.shape[1]):
-        reverse[table[:, tap], tap] = np.arange(table.shape[0])
-    return _of_batch(reverse[start:stop], batch, outside_output)
+    outputs, taps = table.shape
+    reverse = np.full((height * width + 1, taps), outputs)
+    for tap in range(taps):
+        reverse[table[:, tap], tap] = np.arange(outputs)
+    return _of_batch(reverse[start:stop], batch, outputs)
 
 
 def _of_batch(table: np.ndarray, batch: int, pixels: int) -> Tensor:

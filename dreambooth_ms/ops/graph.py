@@ -35,6 +35,18 @@ def after(x: Tensor, earlier: Tensor | tuple[Tensor, ...]) -> Tensor:
     return ops.depend(x, earlier)
 
 
+def select(values: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...]:
+    """The values with these numbers.
+
+    A loop within a loop of a graph must be such a function of its own: the compiler calls what comes after a loop from
+    its last round, each round from the one before, and gives up at 1000 calls (measured).
+    """
+    selected = ()
+    for number in numbers:
+        selected = selected + (values[number],)
+    return selected
+
+
 @constexpr
 def constant(value: float, shape: tuple[int, ...]) -> Tensor:
     """A constant of the graph, float32; `ops.ones` is an operation of every step."""

@@ -4,7 +4,6 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import mindspore as ms
@@ -62,18 +61,14 @@ class FromPublicLayout(_ImageCell):
     """(B, C, H, W), as files and schedulers hold images and latents -> an image of this formulation."""
 
     def construct(self, x_BCHW: Tensor) -> Tensor:
-        if self.channels_last:
-            return ops.transpose(x_BCHW, (0, 2, 3, 1))
-        return x_BCHW
+        return ops.transpose(x_BCHW, (0, 2, 3, 1)) if self.channels_last else x_BCHW
 
 
 class ToPublicLayout(_ImageCell):
     """The inverse of `FromPublicLayout`."""
 
     def construct(self, x: Tensor) -> Tensor:
-        if self.channels_last:
-            return ops.transpose(x, (0, 3, 1, 2))
-        return x
+        return ops.transpose(x, (0, 3, 1, 2)) if self.channels_last else x
 
 
 class ImageToTokens(_ImageCell):
@@ -101,13 +96,6 @@ class ConcatChannels(_ImageCell):
 
     def construct(self, x: Tensor, y: Tensor) -> Tensor:
         return ops.concat((x, y), self.channel_axis)
-
-
-class SplitChannels(_ImageCell):
-    """An image -> two, each with half of the channels."""
-
-    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.split(x, x.shape[self.channel_axis] // 2, self.channel_axis)
 
 
 class AddPerChannel(_ImageCell):
@@ -143,10 +131,9 @@ class UpsampleNearest(_ImageCell):
         if self.channels_last:
             return self.upsample_rows(x)
         batch, channels, height, width = x.shape
-        x = ops.broadcast_to(
-            ops.reshape(x, (batch, channels, height, 1, width, 1)), (batch, channels, height, 2, width, 2)
-        )
-        return ops.reshape(x, (batch, channels, 2 * height, 2 * width))
+        pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
+        squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
+        return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
 
 
 class _UpsampleRows(nn.Cell):
@@ -169,18 +156,13 @@ class _UpsampleRows(nn.Cell):
 @constexpr
 def _parents(height: int, width: int) -> Tensor:
     """For every pixel of the large image, the pixel of the small one that it repeats."""
-    return _index(_pixels(height, width).repeat(2, 0).repeat(2, 1))
+    return _index(np.arange(height * width).reshape(height, width).repeat(2, 0).repeat(2, 1))
 
 
 @constexpr
 def _children(height: int, width: int, corner: int) -> Tensor:
     """For every pixel of the small image, the one of its four copies that stands in this corner."""
-    return _index(_pixels(2 * height, 2 * width)[corner // 2 :: 2, corner % 2 :: 2])
-
-
-@lru_cache(maxsize=256)
-def _pixels(height: int, width: int) -> np.ndarray:
-    return np.arange(height * width).reshape(height, width)
+    return _index(np.arange(4 * height * width).reshape(2 * height, -1)[corner // 2 :: 2, corner % 2 :: 2])
 
 
 def _index(rows: np.ndarray) -> Tensor:

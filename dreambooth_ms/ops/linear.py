@@ -1,6 +1,5 @@
 """Linear layer and embedding table, with the public parameter names `weight` and `bias`."""
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
@@ -54,4 +53,4 @@ class Embedding(nn.Cell):
 
 def empty_parameter(shape: tuple[int, ...]) -> Parameter:
     """A float32 parameter of zeros, to be filled from a file or by `models.initialise`."""
-    return Parameter(Tensor(np.zeros(shape, np.float32), ms.float32))
+    return Parameter(Tensor(np.zeros(shape, np.float32)))

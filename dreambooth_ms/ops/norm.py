@@ -11,14 +11,8 @@ from dreambooth_ms.ops.layout import image_of_pixel
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation, formulation
 
-
-def group_norm(num_groups: int, channels: int, eps: float, silu: bool = False) -> nn.Cell:
-    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `silu`, and SiLU after it.
-
-    The two are one cell because a backward pass of both needs their input alone.
-    """
-    cell = ChannelsLastGroupNorm if formulation() is Formulation.CPU else ChannelsFirstGroupNorm
-    return cell(num_groups, channels, eps, silu)
+Triple = tuple[Tensor, Tensor, Tensor]
+"""A normalised tensor and its two statistics, or gradients of input, weight and bias."""
 
 
 class LayerNorm(nn.Cell):
@@ -55,17 +49,10 @@ class _NormaliseRows(nn.Cell):
         self.norm_grad.add_prim_attr("epsilon", eps)
         self.matmul = ops.MatMul()
 
-    def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor) -> Triple:
         return self.norm(x_NC, weight_C, bias_C)
 
-    def bprop(
-        self,
-        x_NC: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        out: tuple[Tensor, Tensor, Tensor],
-        dout: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def bprop(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, out: Triple, dout: Triple) -> Triple:
         rows, channels = x_NC.shape
         dy_NC = dout[0]
         x_NC, mean_N1, variance_N1 = after(x_NC, dy_NC), after(out[1], dy_NC), after(out[2], dy_NC)
@@ -102,35 +89,27 @@ class _NormaliseRows(nn.Cell):
         return ops.broadcast_to(x_1C, (rows, x_1C.shape[1]))
 
 
-class ChannelsFirstGroupNorm(nn.Cell):
-    """(B, C, H, W) -> (B, C, H, W) by the device's operator."""
+class GroupNorm(nn.Cell):
+    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `silu`, and SiLU after it.
+
+    The two are one cell because a backward pass of both needs only their input. On CPU sums over pixels are matrix
+    products, and nothing is transposed; on Ascend it is the device's operator.
+    """
 
     def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
         super().__init__()
-        self.num_groups, self.eps, self.silu = num_groups, eps, silu
+        self.num_groups, self.channels, self.eps, self.silu = num_groups, channels, eps, silu
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
-
-    def construct(self, x_BCHW: Tensor) -> Tensor:
-        y = ops.group_norm(x_BCHW.astype(ms.float32), self.num_groups, self.weight, self.bias, self.eps)
-        if self.silu:
-            y = ops.silu(y)
-        return y.astype(x_BCHW.dtype)
-
-
-class ChannelsLastGroupNorm(nn.Cell):
-    """(B, H, W, C) -> (B, H, W, C). Sums over pixels are matrix products; nothing is transposed."""
-
-    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
-        super().__init__()
-        self.num_groups, self.eps = num_groups, eps
-        self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
+        self.channels_last = formulation() is Formulation.CPU
         self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, silu)
 
-    def construct(self, x_BHWC: Tensor) -> Tensor:
-        batch, _, _, channels = x_BHWC.shape
-        x_NC = ops.reshape(x_BHWC, (-1, channels)).astype(ms.float32)
-        y_NC, _, _ = self.normalise(x_NC, self.weight, self.bias, batch)
-        return ops.reshape(y_NC, x_BHWC.shape).astype(x_BHWC.dtype)
+    def construct(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x_NC = ops.reshape(x, (-1, self.channels)).astype(ms.float32)
+            y_NC, _, _ = self.normalise(x_NC, self.weight, self.bias, x.shape[0])
+            return ops.reshape(y_NC, x.shape).astype(x.dtype)
+        y = ops.group_norm(x.astype(ms.float32), self.num_groups, self.weight, self.bias, self.eps)
+        return (ops.silu(y) if self.silu else y).astype(x.dtype)
 
 
 class _NormaliseGroups(nn.Cell):
@@ -150,7 +129,7 @@ class _NormaliseGroups(nn.Cell):
         self.transposed_times = ops.MatMul(transpose_a=True)
         self.bias_add, self.silu_grad = ops.BiasAdd(), SiLUGrad()
 
-    def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int) -> Triple:
         pixels = x_NC.shape[0] // batch
         mean_BC = self._group_mean(self._pixel_sum(x_NC, batch), pixels)
         centred_NC = x_NC - self._over_pixels(mean_BC, pixels)
@@ -164,13 +143,7 @@ class _NormaliseGroups(nn.Cell):
         return y_NC, mean_BC, rstd_BC
 
     def bprop(
-        self,
-        x_NC: Tensor,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        batch: int,
-        out: tuple[Tensor, Tensor, Tensor],
-        dout: tuple[Tensor, Tensor, Tensor],
+        self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int, out: Triple, dout: Triple
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         pixels = x_NC.shape[0] // batch
         dy_NC = dout[0]
@@ -197,7 +170,7 @@ class _NormaliseGroups(nn.Cell):
         return self.transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
 
     def _group_mean(self, sums_BC: Tensor, pixels: int) -> Tensor:
-        """Mean over a group from the sums over pixels of its channels, given back to each of its channels."""
+        """Mean over a group from the sums over pixels of its channels, for each of its channels."""
         count = pixels * (self.channels // self.num_groups)
         if self.channels <= MAX_FOLDED:
             return self.matmul(sums_BC, _same_group(self.channels, self.num_groups, count))

@@ -8,13 +8,12 @@ differ from run to run, and takes 3.5 ns an element; a sum over rows does neithe
 from collections.abc import Sequence
 from math import prod
 
-import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.ops import constexpr
+
+from dreambooth_ms.ops.graph import constant
 
 SMALL = 1 << 14
-"""Up to so many numbers are summed at once, and tensors of so many are joined to a vector: each operation costs."""
+"""Up to so many numbers are summed at once, and tensors of so many are put into one vector: each operation costs."""
 
 WIDTH = 1 << 10
 """A longer vector is summed as rows of so many numbers."""
@@ -28,7 +27,7 @@ def total(x: Tensor) -> Tensor:
         return x.sum()
     missing = -x.shape[0] % WIDTH
     if missing:
-        x = ops.concat((x, _zeros(missing)))
+        x = ops.concat((x, constant(0.0, (missing,))))
     return ops.reshape(x, (-1, WIDTH)).sum(0).sum()
 
 
@@ -37,16 +36,16 @@ class SumOfSquares(nn.Cell):
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         super().__init__(auto_prefix=False)
-        self.joined = tuple(place for place, shape in enumerate(shapes) if prod(shape) <= SMALL)
-        self.alone = tuple(place for place, shape in enumerate(shapes) if prod(shape) > SMALL)
+        self.small = tuple(place for place, shape in enumerate(shapes) if prod(shape) <= SMALL)
+        self.large = tuple(place for place, shape in enumerate(shapes) if prod(shape) > SMALL)
         self.map = ops.HyperMap()
 
     def construct(self, tensors: tuple[Tensor, ...]) -> Tensor:
         sums = ()
-        if self.alone:
-            sums = self.map(ops.partial(_column_sums, tensors), self.alone)
-        if self.joined:
-            vector = ops.concat(self.map(ops.partial(_flat, tensors), self.joined))
+        if self.large:
+            sums = self.map(ops.partial(_column_sums, tensors), self.large)
+        if self.small:
+            vector = ops.concat(self.map(ops.partial(_flat, tensors), self.small))
             sums = sums + (vector * vector,)
         return total(ops.concat(sums))
 
@@ -65,8 +64,3 @@ def _column_sums_of_tensor(tensors, place):
     tensor = tensors[place]
     rows = ops.reshape(tensor, (-1, tensor.shape[-1]))
     return (rows * rows).sum(0)
-
-
-@constexpr
-def _zeros(count: int) -> Tensor:
-    return Tensor(np.zeros(count), ms.float32)

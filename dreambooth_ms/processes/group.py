@@ -12,9 +12,6 @@ from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_S
 from dreambooth_ms.processes.launch import Launch
 from dreambooth_ms.processes.rendezvous import Rendezvous
 
-EXCHANGE_SECONDS = 3600
-"""How long to wait for another process that is alive: what they do between two exchanges takes equally long."""
-
 Item = TypeVar("Item")
 
 
@@ -53,7 +50,11 @@ class Processes:
 
     def count_on_this_machine(self) -> int:
         """How many of the processes share this machine's memory, this one included."""
-        machines = self.exchange("the machines", _machine())
+        try:
+            own = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")  # Containers have it in common.
+        except OSError:
+            own = platform.node()
+        machines = self.exchange("the machines", own)
         return machines.count(machines[self.rank])
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
@@ -64,19 +65,11 @@ class Processes:
 ALONE = Processes()
 
 
-def _machine() -> str:
-    """What tells this machine from others: the number of its boot, which containers have in common, or its name."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
-
-
 def run_in_group(
     launch: Launch | None,
     work: Callable[[Processes], int],
     complain: Callable[[str], object],
-    exchange_seconds: float = EXCHANGE_SECONDS,
+    exchange_seconds: float = 3600,
 ) -> int:
     """Do the work of one process of a run, and return its exit status.
 
@@ -87,7 +80,8 @@ def run_in_group(
         launch: this process's place; None if it was started by itself.
         work: what this process does.
         complain: prints a line for the user; called by one process of the run.
-        exchange_seconds: how long to wait for another process that is alive.
+        exchange_seconds: how long to wait for another process that is alive: what they do between two exchanges takes
+            equally long.
 
     Raises:
         UserError: the only process made a mistake, or the processes could not connect.

@@ -1,6 +1,7 @@
 """A process's place in a run, as `mpirun` and `msrun` put it into the environment that they start it with."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,8 +10,6 @@ from dreambooth_ms.errors import DeviceError
 
 SCHEDULER = -1
 """Stands for the rank of MindSpore's scheduler, which has none: it connects the others and trains nothing."""
-
-LOOPBACK = "127.0.0.1"
 
 _MSRUN, _MPIRUN = "MS_ROLE", "OMPI_COMM_WORLD_RANK"
 """What each launcher sets in every process that it starts."""
@@ -76,16 +75,12 @@ def _from_mpirun(environment: Mapping[str, str]) -> Launch:
     rank, count = int(environment[_MPIRUN]), int(environment["OMPI_COMM_WORLD_SIZE"])
     job = environment.get("PMIX_NAMESPACE", "")
     on_one_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == str(count)
-    host = LOOPBACK if on_one_machine else _host_of_mpirun(environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    # OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0.
+    addresses = re.search(r"tcp://([^,:;]+)", environment.get("OMPI_MCA_orte_hnp_uri", ""))
+    host = environment.get("MS_SCHED_HOST") or ("127.0.0.1" if on_one_machine else addresses and addresses[1])
+    if not host:
+        raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
     number = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4], "big")
     # Even ports below those that Linux gives to outgoing connections (32768 and up).
     port = int(environment.get("MS_SCHED_PORT", 20000 + 2 * (number % 6000)))
-    return Launch("mpirun", rank, count, environment.get("MS_SCHED_HOST", host), port, job)
-
-
-def _host_of_mpirun(uri: str) -> str:
-    """The first IPv4 address in OpenMPI's `job;tcp://a.b.c.d,e.f.g.h:port;…`: where mpirun runs, and with it rank 0."""
-    for part in uri.split(";"):
-        if part.startswith("tcp://"):
-            return part.removeprefix("tcp://").split(":")[0].split(",")[0]
-    raise DeviceError("mpirun: the machine of rank 0 is not known; name its address with -x MS_SCHED_HOST=…")
+    return Launch("mpirun", rank, count, host, port, job)

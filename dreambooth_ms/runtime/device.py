@@ -91,14 +91,3 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         ms.set_context(mode=mode)
-
-
-@contextmanager
-def use_formulation(chosen: Formulation) -> Iterator[None]:
-    """Build cells in another formulation than the device's own: for tests that compare the two on one machine."""
-    global _formulation
-    before, _formulation = _formulation, chosen
-    try:
-        yield
-    finally:
-        _formulation = before

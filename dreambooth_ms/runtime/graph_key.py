@@ -28,8 +28,6 @@ from mindspore.communication import GlobalComm, get_group_size, get_rank
 from dreambooth_ms.atomic import file_digest
 
 PACKAGE = Path(__file__).parents[1]
-PACKAGE_NAME = __name__.partition(".")[0]
-LIBRARY_NAME = "mindspore"
 
 # Settings that name places and processes, and decide nothing of a graph.
 NOT_DECISIVE = (
@@ -152,7 +150,7 @@ class _Description:
 
     def source(self, of: Any) -> Iterator[Any]:
         """The file that something was written in, unless its package is described as a whole."""
-        if of.__module__.partition(".")[0] not in (PACKAGE_NAME, LIBRARY_NAME):
+        if of.__module__.partition(".")[0] not in (__name__.partition(".")[0], "mindspore"):
             file = inspect.getsourcefile(of)
             if file is None:
                 raise NotDescribable(f"the source of {of.__module__}")

@@ -1,7 +1,7 @@
 """What becomes of host memory that is given back: with GNU's allocator, other systems do as they do.
 
 By itself that allocator soon keeps arrays of up to 32 MiB among small objects, where little of what is given back can
-go to the system: after loading SD 1.5 and a step of drawing 5.1 GiB were resident, and 4.7 with arrays apart. Memory
+go to the system: after loading SD 1.5 and a step of sampling 5.1 GiB were resident, and 4.7 with arrays apart. Memory
 from the system is slower, though: decoding in bands of rows, in a form that was compiled, took 21 s, and 16 with its
 arrays kept (measured).
 """

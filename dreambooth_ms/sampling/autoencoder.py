@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dreambooth_ms.data.pictures import to_array
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.vae import VaeDecoder, VaeEncoder
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.vae_bands import BandedDecoder
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import Formulation, formulation
@@ -73,14 +73,14 @@ class PictureCodec:
             yield self._codec.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
 
     @cached_property
-    def decoders(self) -> tuple[VaeDecoder, BandedDecoder]:
+    def decoders(self) -> tuple[CellMethod, BandedDecoder]:
         """Of whole pictures, and of pictures in bands of rows."""
         vae = self._codec.load(encodes=False)
-        return VaeDecoder(vae), BandedDecoder(vae)
+        return CellMethod(vae.decode), BandedDecoder(vae)
 
     @cached_property
-    def _encoder(self) -> VaeEncoder:
-        return VaeEncoder(self._codec.load(decodes=False))
+    def _encoder(self) -> CellMethod:
+        return CellMethod(self._codec.load(decodes=False).encode)
 
 
 def fitted_size(

@@ -15,7 +15,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
-from dreambooth_ms.data.conditioning import Conditioning, PromptText, add_time_ids
+from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
@@ -220,16 +220,18 @@ class SamplingModel:
         if key not in self._denoisers:
             self._denoisers[key] = Denoiser(network, *key)
         denoiser = self._denoisers[key]
-        conditioning = self._conditioning(request, rows, batch, guided).tensors()
+        read = tuple(map(Tensor, self._conditioning(request, rows, batch, guided).values()))
         guidance = Tensor([request.guidance_scale, request.guidance_rescale], ms.float32)
 
         def predict(latents_BChw: Tensor, timestep: float) -> Tensor:
             timesteps_B = Tensor(np.full(len(batch), timestep, np.float32))
-            return denoiser(latents_BChw, timesteps_B, guidance, *conditioning)
+            return denoiser(latents_BChw, timesteps_B, guidance, *read)
 
         return predict
 
-    def _conditioning(self, request: SampleRequest, rows: Rows, batch: np.ndarray, guided: bool) -> Conditioning:
+    def _conditioning(
+        self, request: SampleRequest, rows: Rows, batch: np.ndarray, guided: bool
+    ) -> dict[str, np.ndarray]:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
         sizes, factor = request.sizes, self.bundle.codec.spec.downsampling
         own = rows.noise.shape[3] * factor, rows.noise.shape[2] * factor
@@ -245,8 +247,8 @@ class SamplingModel:
         )
         prompts, count = [rows.prompts[row] for row in batch], len(batch)
         if not guided:
-            return Conditioning.of(prompts, [positive_ids] * count)
-        return Conditioning.of([rows.negative] * count + prompts, [negative_ids] * count + [positive_ids] * count)
+            return conditioning(prompts, [positive_ids] * count)
+        return conditioning([rows.negative] * count + prompts, [negative_ids] * count + [positive_ids] * count)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

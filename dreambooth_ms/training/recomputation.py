@@ -11,7 +11,7 @@ from typing import Any
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.ops.graph import after
+from dreambooth_ms.ops.graph import after, select
 
 _NOTHING: tuple[Any, ...] = ()
 """Where a tuple begins that grows in a compiled loop."""
@@ -78,7 +78,7 @@ class RecomputedGradients(nn.Cell):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         masks, values = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
         for i in range(self.count):
-            result = self.segments[i](*_chosen(values, self.reads[i]))
+            result = self.segments[i](*select(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
         loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *masks)
         dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
@@ -86,7 +86,7 @@ class RecomputedGradients(nn.Cell):
             i = self.backward[number]
             dresults = _sums(dinputs, self.terms[number])
             dresult = dresults if self.num_results[i] else dresults[0]
-            inputs_after = _all_after(_chosen(values, self.reads[i]), dresult)
+            inputs_after = _all_after(select(values, self.reads[i]), dresult)
             of_inputs, of_weights = self.gradients[i](dresult, *inputs_after)
             dinputs, dweights = dinputs + (of_inputs,), dweights + (of_weights,)
         gradients = self.map(ops.partial(_pick, dweights), self.segment_of, self.place_in_segment)
@@ -112,13 +112,6 @@ class _SegmentGradient(nn.Cell):
 
 # Loops within a loop are functions of their own: the compiler calls what comes after a loop from its last round, each
 # round from the one before, and gives up at 1000 calls, which SDXL's segments would reach (measured).
-
-
-def _chosen(values: tuple[Tensor, ...], numbers: tuple[int, ...]) -> tuple[Tensor, ...]:
-    chosen = _NOTHING
-    for number in numbers:
-        chosen = chosen + (values[number],)
-    return chosen
 
 
 def _all_after(values: tuple[Tensor, ...], earlier: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

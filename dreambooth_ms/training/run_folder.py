@@ -35,7 +35,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         seed = draw_seed() if config.run.seed is None else config.run.seed
         return replace(config, run=replace(config.run, seed=seed))
     try:
-        earlier = _with_learning_rate(load(TrainConfig, ["--config", str(file)]).config)
+        earlier = _with_learning_rate(load(TrainConfig, ["--config", str(file)], tell=lambda note: None))
     except ConfigError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error

@@ -7,14 +7,15 @@ import pytest
 
 from dreambooth_ms.cli import doctor
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.runtime.device import Formulation
 
 
 @pytest.fixture(scope="module")
 def examined():
     """What each check says here; every one is looked at once."""
-    examination = doctor.Examination("CPU", 0)
-    return {name: doctor.examine(look) for name, look in examination.checks()}
+    return {name: doctor.examine(look) for name, look in doctor.checks(DeviceConfig(device_target="CPU")).items()}
 
 
 def test_everything_works_here(examined):
@@ -26,7 +27,7 @@ def test_the_lines_tell_what_was_found(examined):
     assert "mindspore 2." in found["versions"]
     assert found["device"].startswith("CPU, ")
     assert "GiB free" in found["memory"] and "GiB free" in found["disk"]
-    for name in ("training step", "drawing"):
+    for name in ("training step", "sampling"):
         error = float(found[name].rpartition("to ")[2])
         # Measured 0 to 1e-6: the stored figures have seven digits.
         assert error < 1e-5
@@ -38,7 +39,7 @@ def checks(monkeypatch):
     """Puts other checks in the place of the command's own."""
 
     def install(**looks):
-        monkeypatch.setattr(doctor.Examination, "checks", lambda self: list(looks.items()))
+        monkeypatch.setattr(doctor, "checks", lambda device: looks)
 
     return install
 
@@ -81,12 +82,11 @@ def test_it_refuses_to_compute_in_half_precision(capsys):
 
 
 def test_figures_that_are_not_those_stored_fail():
-    examination = doctor.Examination("CPU", 0)
     stored = {"loss": doctor.STORED["loss"], "update": doctor.STORED["update"]}
-    assert "as stored" in examination._compare(stored)
-    for wrong in (stored["loss"] * (1 + 2 * doctor.TOLERANCES["CPU"]), np.nan):
+    assert "as stored" in doctor.compare(stored)
+    for wrong in (stored["loss"] * (1 + 2 * doctor.TOLERANCES[Formulation.CPU]), np.nan):
         with pytest.raises(doctor.Failed, match=r"loss .*; expected loss 1"):
-            examination._compare(stored | {"loss": wrong})
+            doctor.compare(stored | {"loss": wrong})
 
 
 def test_a_machine_without_room_fails(monkeypatch):
@@ -105,7 +105,7 @@ def test_other_versions_than_the_tested_ones_fail(monkeypatch):
 
 
 def test_a_card_that_was_asked_for_and_is_not_there_fails():
-    mark, said = doctor.examine(doctor.Examination("Ascend", 0).set_up)
+    mark, said = doctor.examine(doctor.checks(DeviceConfig(device_target="Ascend"))["device"])
     assert (mark, "no Ascend device" in said) == ("FAILED", True)
 
 

@@ -199,6 +199,6 @@ def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
     folder = open_bundle(tmp_path / "playground.safetensors")
     assert (folder.schedule.spec, folder.schedule.config["sigma_data"]) == (None, 0.5)
     assert folder.codec.spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
-    said = r"playground\.safetensors: EDM\w+: models trained in EDM's formulation can be drawn with, not trained"
+    said = r"playground\.safetensors: EDM\w+: models trained in EDM's formulation can be sampled, not trained"
     with pytest.raises(WeightError, match=said):
         folder.schedule.trained()

@@ -9,7 +9,7 @@ from dreambooth_ms.adapters.lora import inject_lora
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.parameters import public_parameters
-from dreambooth_ms.runtime.device import Formulation, compute_dtype, use_formulation
+from dreambooth_ms.runtime.device import Formulation, compute_dtype
 from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
@@ -25,6 +25,7 @@ from tests.parity.test_training import (
     run_reference,
 )
 from tests.tiny_model import write_random_model, write_random_sdxl
+from tools.formulation import use_formulation
 
 # float16 has 11 bits, 5e-4 of a number, and a network some thirty layers: measured 4e-5 of the loss and 2e-2 of the
 # largest gradient of a weight.

@@ -21,6 +21,7 @@ from transformers import CLIPTextModelWithProjection as ReferenceProjectedText
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, end_positions
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
@@ -34,7 +35,7 @@ from dreambooth_ms.models.specs import (
     SDXL_VAE,
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.bundle import BUFFERS
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error, weights_of
@@ -253,10 +254,10 @@ def test_the_autoencoder_at_256_pixels_is_diffusers():
     load_strict(network, weights_of(reference), "diffusers")
     del reference
     gc.collect()
-    mean, log_variance = VaeEncoder(network)(Tensor(pictures))
+    mean, log_variance = CellMethod(network.encode)(Tensor(pictures))
     assert_close("mean", mean, posterior.mean)
     assert_close("log-variance", log_variance, posterior.logvar)
-    assert_close("decoded", VaeDecoder(network)(Tensor(latents)), decoded)
+    assert_close("decoded", CellMethod(network.decode)(Tensor(latents)), decoded)
 
 
 @pytest.mark.parametrize(

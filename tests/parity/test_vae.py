@@ -11,14 +11,16 @@ from mindspore import Tensor
 from safetensors.numpy import save_file
 
 from dreambooth_ms.formats.model_config import read_vae_config
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import read_parameters
-from dreambooth_ms.models.vae import AutoencoderKL, VaeDecoder, VaeEncoder
+from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.models.vae_bands import BandedDecoder, band_height
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
 from tests.tiny_model import write_random_model
+from tools.formulation import use_formulation
 
 # Float32 sums in another order, through some fifteen layers: measured below 1e-6.
 TOLERANCE = 1e-5
@@ -40,7 +42,7 @@ def test_encoding_is_diffusers(reference, ours):
     pictures = normal(2, 3, 16, 24)
     with torch.no_grad():
         posterior = reference.encode(torch.tensor(pictures)).latent_dist
-    mean, log_variance = VaeEncoder(ours)(Tensor(pictures))
+    mean, log_variance = CellMethod(ours.encode)(Tensor(pictures))
     errors = relative_error(mean, posterior.mean), relative_error(log_variance, posterior.logvar)
     print("mean and log-variance", *(f"{error:.1e}" for error in errors))
     assert max(errors) < TOLERANCE
@@ -50,7 +52,7 @@ def test_decoding_is_diffusers(reference, ours):
     latents = normal(2, 4, 8, 12)
     with torch.no_grad():
         expected = reference.decode(torch.tensor(latents)).sample
-    error = relative_error(VaeDecoder(ours)(Tensor(latents)), expected)
+    error = relative_error(CellMethod(ours.decode)(Tensor(latents)), expected)
     print(f"decoded {error:.1e}")
     assert error < TOLERANCE
 
@@ -79,8 +81,8 @@ def test_one_direction_alone_is_loaded_and_computes_the_same(tmp_path):
     assert halves[0] | halves[1] == names
     assert not halves[0] & halves[1]
     latents, pictures = Tensor(normal(1, 4, 8, 8)), Tensor(normal(1, 3, 16, 16))
-    assert np.array_equal(VaeDecoder(decoder)(latents).asnumpy(), VaeDecoder(whole)(latents).asnumpy())
-    for ours, expected in zip(VaeEncoder(encoder)(pictures), VaeEncoder(whole)(pictures), strict=True):
+    assert np.array_equal(CellMethod(decoder.decode)(latents).asnumpy(), CellMethod(whole.decode)(latents).asnumpy())
+    for ours, expected in zip(CellMethod(encoder.encode)(pictures), CellMethod(whole.encode)(pictures), strict=True):
         assert np.array_equal(ours.asnumpy(), expected.asnumpy())
 
 

@@ -10,8 +10,9 @@ import torch
 from mindspore import Tensor, ops
 
 from dreambooth_ms.ops import MultiHeadAttention, attention
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from tests.parity.reference import InputGradients, normal, relative_error
+from tools.formulation import use_formulation
 
 # Float32 sums of at most some dozen products in another order: measured below 1e-6.
 TOLERANCE = 5e-6

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.models.specs import UNetSpec
 from tools import bench_run, bench_sample, bench_step
 
@@ -156,7 +157,7 @@ def test_a_run_needs_a_base(tmp_path):
 
 
 def test_our_run_is_the_job(run_job, tmp_path):
-    config = load_train_config(bench_run.our_command(run_job, tmp_path / "run")[4:])
+    config = load(TrainConfig, bench_run.our_command(run_job, tmp_path / "run")[4:])
     assert (config.run.max_train_steps, config.run.train_batch_size) == (run_job.steps, run_job.batch_size)
     assert (config.data.resolution, config.prior.num_class_images) == (run_job.resolution, run_job.num_class_images)
     assert config.prior.with_prior_preservation

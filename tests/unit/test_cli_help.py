@@ -28,7 +28,7 @@ def train_runs(monkeypatch):
     """Puts a function in the place of the train command."""
 
     def install(run):
-        monkeypatch.setitem(sys.modules, COMMANDS["train"].module, types.SimpleNamespace(run=run))
+        monkeypatch.setitem(sys.modules, "dreambooth_ms.cli.train", types.SimpleNamespace(run=run))
 
     return install
 
@@ -56,9 +56,9 @@ def test_help_and_mistakes_import_nothing_heavy(arguments):
 def test_help_lists_every_command_with_its_summary(flag, capsys):
     assert main([flag]) == 0
     text = capsys.readouterr().out
-    for name, command in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         assert f"  {name}" in text
-        assert command.summary in text
+        assert summary in text
 
 
 def test_no_command_prints_help_and_fails(capsys):
@@ -71,9 +71,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"dreambooth-ms {__version__}\n"
 
 
-@pytest.mark.parametrize(("name", "schema"), [(n, c.schema) for n, c in COMMANDS.items() if c.schema])
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("flags", [["--help"], ["-h"], ["--seed", "1", "--help"]])
-def test_help_of_a_command_lists_its_flags(name, schema, flags, capsys):
+def test_help_of_a_command_lists_its_flags(name, flags, capsys):
     assert main([name, *flags]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: dreambooth-ms {name} ")

@@ -5,10 +5,11 @@ import pytest
 import torch
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import FromPublicLayout, ToPublicLayout, conv, conv2d
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.ops import Conv2d, FromPublicLayout, ToPublicLayout, conv
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import ValueAndGradients, normal, public_gradients, relative_error
+from tools.formulation import use_formulation
 
 # Float32 sums of at most some hundred products in another order: measured below 1e-6.
 TOLERANCE = 5e-6
@@ -22,7 +23,7 @@ class PublicConv(nn.Cell):
     def __init__(self, **options):
         super().__init__()
         self.from_public_layout = FromPublicLayout()
-        self.conv = conv2d(IN_CHANNELS, OUT_CHANNELS, **options)
+        self.conv = Conv2d(IN_CHANNELS, OUT_CHANNELS, **options)
         self.to_public_layout = ToPublicLayout()
 
     def construct(self, x):
@@ -102,7 +103,7 @@ def test_every_part_of_a_cut_convolution_keeps_its_taps_below_the_limit(monkeypa
 @pytest.mark.parametrize("name", ["pointwise", "halving, padded below and right", "four unlike paddings", "patches"])
 def test_the_native_convolution_of_ascend_is_the_same(name):
     with use_formulation(Formulation.ASCEND):
-        assert isinstance(conv2d(3, 5).convolve.product, ops.Conv2D)
+        assert isinstance(Conv2d(3, 5).convolve.product, ops.Conv2D)
         assert compare(8, 12, **FORMS[name]) < TOLERANCE
 
 

@@ -485,13 +485,13 @@ class TestEmbeddingCache:
     def test_many_captions_are_encoded_a_part_at_a_time_by_encoders_loaded_once(self, monkeypatch):
         loaded, asked = [], []
 
-        def encode(tokenizer, encoders, prompts, batch_size, pieces, zeros_for_empty):
+        def encode(tokenizer, encoders, prompts, batch_size, zeros_for_empty):
             asked.append((len(prompts), batch_size))
             return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
 
         monkeypatch.setattr(text_module, "encode_prompts", encode)
         monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers: None)
-        bundle = SimpleNamespace(text=(), load_text_encoders=lambda: loaded.append(1), zeros_for_empty_prompt=False)
+        bundle = SimpleNamespace(text=(), zeros_for_empty_prompt=False, load_text_encoders=lambda: loaded.append(1))
         captions = [str(i) for i in range(100)]
         found = dict(text_module.embed_prompts(bundle, captions))
         assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)

@@ -18,7 +18,7 @@ def test_every_value_is_read_after_it_was_made_but_the_prediction(spec):
     for number, layer in enumerate(layers):
         assert max(layer.reads) < num_inputs + number
     assert {value for layer in layers for value in layer.reads} == set(range(num_inputs + len(layers) - 1))
-    assert layers[-1].kind is LayerKind.UNET_EXIT
+    assert layers[-1].kind is LayerKind.UNET_OUTPUT
 
 
 @pytest.mark.parametrize("spec", UNETS)

@@ -24,13 +24,14 @@ from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Dense, FromPublicLayout, ToPublicLayout, conv, conv2d, linear
+from dreambooth_ms.ops import Conv2d, Dense, FromPublicLayout, ToPublicLayout, conv, linear
 from dreambooth_ms.ops.linear import empty_parameter
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
+from tools.formulation import use_formulation
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 LAYERS_OF_TINY_UNET = 4 * 2 * 4
@@ -123,7 +124,7 @@ class TestItsEffect:
     )
     def test_a_convolution_adds_the_one_with_alpha_over_rank_times_b_a(self, formulation, form):
         with use_formulation(formulation):
-            base, folded = conv2d(6, 5, **form), conv2d(6, 5, **form)
+            base, folded = Conv2d(6, 5, **form), Conv2d(6, 5, **form)
             initialise(base, 0)
             layer = LoraConv2d(base, rank=2, alpha=3.0)
             to_public, from_public = ToPublicLayout(), FromPublicLayout()

@@ -7,8 +7,9 @@ import pytest
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.cli import training_memory
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import (
     ActivationSettings,
@@ -22,13 +23,14 @@ from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.training.memory import MemoryEstimate, Workload, check_memory, estimate, ranks_of
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
 from tests.tiny_model import UNET as TINY
 from tests.tiny_model import write_random_model
+from tools.formulation import use_formulation
 
 GIB = 2**30
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -178,7 +180,7 @@ class TestTwoProcessesOnAMachine:
         ]
 
         def check(*flags, processes=1):
-            config = load_train_config([*needed, *flags])
+            config = load(TrainConfig, [*needed, *flags])
             expected = estimate(training_memory._workload(config, folder, processes))
             monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
             together = Processes(0, processes, exchange=lambda what, value: [value] * processes)

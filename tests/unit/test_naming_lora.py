@@ -24,6 +24,7 @@ from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal
 from tests.small_specs import PUBLISHED, SMALL
+from tests.stored_tensors import written_shapes
 
 FORMATS = list(LoraFormat)
 LIBRARIES = {
@@ -94,7 +95,7 @@ class TestNames:
             common = [assembly.pieces[0] for assembly in written.tensors.values() if assembly.shared]
             assert not common or form is LoraFormat.MINDONE
             assert all(".self_attn.q_proj." in piece for piece in common)
-            stored = written.shapes(naming.shapes)
+            stored = written_shapes(written, naming.shapes)
             plan = read_plan(form, model, stored, parts)
             assert plan.report.fits
             assert list(plan.layers) == layers
@@ -104,7 +105,7 @@ class TestNames:
         model = PUBLISHED[family]
         layers = [layer for layer in adaptable(form, model, ("unet",)) if ".attn" in layer]
         naming = lora_naming(form, model, ("unet",))
-        stored = write_plan(form, model, layers).shapes(naming.shapes)
+        stored = written_shapes(write_plan(form, model, layers), naming.shapes)
         plan = recognise_lora(stored, "a file")
         assert plan.models == (model,)
         assert list(plan.layers) == layers

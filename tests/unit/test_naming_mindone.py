@@ -9,6 +9,7 @@ import pytest
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.recognise import recognise_model
 from tests.small_specs import PUBLISHED
+from tests.stored_tensors import written_shapes
 
 LISTS = Path(next(iter(find_spec("mindone").submodule_search_locations))) / "tools" / "sd_torch_to_mindspore"
 
@@ -31,7 +32,7 @@ class TestSdLists:
         assert read.report.fits
         assert not read.ignored
         written = naming.write_plan(list(read.slots))
-        shapes = written.shapes(naming.shapes)
+        shapes = written_shapes(written, naming.shapes)
         assert shapes == stored
         assert len(stored) == count
 

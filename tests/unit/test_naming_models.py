@@ -14,6 +14,7 @@ from dreambooth_ms.formats.naming.slots import Assembly, Layout, Slot, slot_as_f
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SD_15, VaeSpec
 from tests.small_specs import PUBLISHED, SMALL
+from tests.stored_tensors import written_shapes
 
 FORMATS = list(Format)
 DTYPES = [np.float32, np.float16, np.uint16]
@@ -26,7 +27,7 @@ def random_bits(shape, dtype, rng):
 
 
 def stored_shapes(naming, names):
-    return naming.write_plan(names).shapes(naming.shapes)
+    return written_shapes(naming.write_plan(names), naming.shapes)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.value)

@@ -13,13 +13,14 @@ from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes, vae_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE, SDXL_REFINER, Family
 from tests.small_specs import PUBLISHED, SMALL
+from tests.stored_tensors import written_shapes
 
 
 def file_of(form, model, parts=("unet", "vae", "text_encoder", "text_encoder_2")):
     """Names and shapes of a file with some parts of a model."""
     naming = naming_of(form, model)
     plan = naming.write_plan([name for name in naming.shapes if name.partition(".")[0] in parts])
-    return plan.shapes(naming.shapes)
+    return written_shapes(plan, naming.shapes)
 
 
 @pytest.mark.parametrize("form", list(Format), ids=lambda form: form.value)

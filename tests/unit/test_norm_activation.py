@@ -12,17 +12,18 @@ from dreambooth_ms.ops import (
     FromPublicLayout,
     GatedGelu,
     Gelu,
+    GroupNorm,
     LayerNorm,
     QuickGelu,
     ToPublicLayout,
     UpsampleNearest,
-    group_norm,
 )
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
+from tools.formulation import use_formulation
 
 # Float32 sums of at most some hundred numbers in another order: measured below 2e-6.
 TOLERANCE = 5e-6
@@ -85,14 +86,14 @@ def test_group_norm_is_torchs(written_for, silu):
     x[:, 3:6] *= 10
     weights = {"inner.weight": normal(12), "inner.bias": normal(12, seed=1)}
     with use_formulation(written_for):
-        assert_same(OnPublicImage(lambda: group_norm(4, 12, eps=1e-5, silu=silu)), x, weights, reference)
+        assert_same(OnPublicImage(lambda: GroupNorm(4, 12, eps=1e-5, silu=silu)), x, weights, reference)
 
 
 def test_group_norm_adds_eps_to_the_variance():
     """An eps of the variance's own size."""
     weights = {"inner.weight": normal(4), "inner.bias": normal(4, seed=1)}
     assert_same(
-        OnPublicImage(lambda: group_norm(2, 4, eps=1.0)),
+        OnPublicImage(lambda: GroupNorm(2, 4, eps=1.0)),
         normal(1, 4, 3, 5),
         weights,
         lambda x, w, b: torch.nn.functional.group_norm(x, 2, w, b, eps=1.0),
@@ -103,7 +104,7 @@ def test_group_norm_stays_accurate_far_from_zero():
     """Mean 100, deviation 1, against float64: a variance from one pass over the squares would be wrong by 1e-3."""
     x = 100 + normal(2, 8, 16, 16)
     weights = {"inner.weight": normal(8), "inner.bias": normal(8, seed=1)}
-    cell = OnPublicImage(lambda: group_norm(2, 8, eps=1e-5))
+    cell = OnPublicImage(lambda: GroupNorm(2, 8, eps=1e-5))
     load_strict(cell, weights, "the test")
     y, sensitivity, (dx, dweight, dbias) = torch_gradients(
         lambda x, w, b: torch.nn.functional.group_norm(x, 2, w, b, eps=1e-5),

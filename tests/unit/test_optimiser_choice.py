@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.methods import Trainable
@@ -20,7 +21,7 @@ def chosen(*flags):
     """The optimiser of one weight of the UNet and one of a text encoder."""
     weights = [Parameter(Tensor(np.zeros(2, np.float32)), name=name) for name in ("unet", "text")]
     trainables = [Trainable(weight, kind) for weight, kind in zip(weights, ("unet", "text_encoder"), strict=True)]
-    return choose_optimiser(load_train_config([*REQUIRED, *flags], lambda note: None), trainables)
+    return choose_optimiser(load(TrainConfig, [*REQUIRED, *flags], lambda note: None), trainables)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ class TestWhatTheLauncherSays:
         uri = {"OMPI_MCA_orte_hnp_uri": "1914241024.0;tcp://10.0.0.7,192.168.0.2:45705;tcp6://[fd00::2]:53763"}
         assert find_launch(several | uri).host == "10.0.0.7"
         assert find_launch(several | uri | {"MS_SCHED_HOST": "10.0.0.9", "MS_SCHED_PORT": "9000"}).host == "10.0.0.9"
+        assert find_launch(several | {"MS_SCHED_HOST": "10.0.0.9"}).host == "10.0.0.9"
         with pytest.raises(DeviceError, match="-x MS_SCHED_HOST="):
             find_launch(several)
 

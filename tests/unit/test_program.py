@@ -23,7 +23,7 @@ def run(argv):
     print("done")
     {ending}
 
-sys.modules[command_line.COMMANDS["train"].module] = types.SimpleNamespace(run=run)
+sys.modules["dreambooth_ms.cli.train"] = types.SimpleNamespace(run=run)
 sys.argv = ["dreambooth-ms", "train"]
 command_line.program()
 """

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.ops import GatedGelu, LayerNorm, MultiHeadAttention, group_norm
+from dreambooth_ms.ops import GatedGelu, GroupNorm, LayerNorm, MultiHeadAttention
 from dreambooth_ms.runtime.device import set_up_device
 
 
 class Network(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.norm, self.layer_norm = group_norm(2, 8, 1e-5, silu=True), LayerNorm(8)
+        self.norm, self.layer_norm = GroupNorm(2, 8, 1e-5, silu=True), LayerNorm(8)
         self.attend, self.gelu = MultiHeadAttention(2, 4), GatedGelu()
 
     def construct(self, x_BHWC):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_ms.config.load import load_train_config
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.training.sharding import part_bounds
 
@@ -30,4 +31,4 @@ def test_no_part_is_larger_than_its_share_by_more_than_one_parameter(sizes, coun
 def test_only_the_moments_of_adamw_are_shared_out(flag):
     needed = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
     with pytest.raises(ConfigError, match="--zero_stage 1: shares out the moments of plain AdamW"):
-        load_train_config([*needed, "--zero_stage", "1", *flag.split("=")])
+        load(TrainConfig, [*needed, "--zero_stage", "1", *flag.split("=")])

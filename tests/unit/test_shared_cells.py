@@ -5,8 +5,9 @@ from mindspore import nn
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import GatedGelu, shared
 from dreambooth_ms.ops.layout import ConcatChannels
-from dreambooth_ms.runtime.device import Formulation, use_formulation
+from dreambooth_ms.runtime.device import Formulation
 from tests.tiny_model import UNET
+from tools.formulation import use_formulation
 
 
 def test_equal_arguments_give_the_same_cell_and_others_another():

@@ -17,7 +17,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
-from dreambooth_ms.models.initialise import RESIDUAL_ENDS, initialise, initialise_for_training
+from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
@@ -39,19 +39,20 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Dense, StoredLayout, conv2d
+from dreambooth_ms.ops import Conv2d, Dense, StoredLayout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import normal
 from tests.tiny_model import POOLED, write_random_sdxl
 from tools.tiny_base.clip_config import write_clip_config
+from tools.tiny_base.initialise import RESIDUAL_ENDS, initialise_for_training
 
 
 class Network(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.conv = conv2d(3, 4, 3)
+        self.conv = Conv2d(3, 4, 3)
         self.dense = nn.CellList([Dense(4, 2), Dense(2, 2)])
         self.logit_scale = empty_parameter(())
 
@@ -347,7 +348,7 @@ class TestConfigurations:
         assert model_config.read_projected_text_config(config) == OPENCLIP_BIGG_TEXT
 
     def test_the_noise_of_edm_is_refused_by_its_name(self):
-        with pytest.raises(WeightError, match=r"EDM.*: models trained in EDM's formulation can be drawn"):
+        with pytest.raises(WeightError, match=r"EDM.*: models trained in EDM's formulation can be sampled"):
             model_config.read_scheduler_config({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5})
 
     def test_clip_is_read_as_it_was_written(self):

@@ -4,9 +4,9 @@
     Value           { string tag = 1; TensorProto tensor = 2 or MapTensorProto maptensor = 3 }
     TensorProto     { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
 
-as in mindspore/train/checkpoint_pb2.py of MindSpore 2.10. A large parameter stands in several consecutive values with
-the same tag; each repeats the whole shape and carries the next part of the bytes. Checkpoints that were saved with
-`crc_check` end in `crc_num` and ten more bytes.
+as in mindspore/train/checkpoint_pb2.py of MindSpore 2.10, stored as https://protobuf.dev/programming-guides/encoding
+says. A large parameter stands in several consecutive values with the same tag; each repeats the whole shape and carries
+the next part of the bytes. Checkpoints that were saved with `crc_check` end in `crc_num` and ten more bytes.
 """
 
 import io
@@ -23,7 +23,6 @@ from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
-from dreambooth_ms.formats.files.wire_format import content_field, head_of_field, number_field, read_fields
 
 SLICE_BYTES = 512 * 1024 * 1024
 """MindSpore cuts larger parameters into such parts; protocol buffers cannot hold 2 GiB in one."""
@@ -33,6 +32,9 @@ _TEXT = "str"
 
 _TRAILER, _TRAILER_BYTES = b"crc_num", 17
 _LONGEST_NAME, _LONGEST_TEXT = 10_000, 10_000
+
+# How a field is stored: in bits 0 to 2 of its key; the field's number stands above.
+_VARINT, _DELIMITED = 0, 2
 
 # Numbers of the fields.
 _VALUE = 1
@@ -101,10 +103,10 @@ def begins_like_a_checkpoint(head: bytes) -> bool:
     """Whether a file's first bytes are those of a checkpoint: a value with a readable tag, then a tensor."""
     file = io.BytesIO(head)
     try:
-        field, value = next(read_fields(file, 0, sys.maxsize))
+        field, value = next(_read_fields(file, 0, sys.maxsize))
         if field != _VALUE or not isinstance(value, range):
             return False
-        fields = read_fields(file, value.start, sys.maxsize)
+        fields = _read_fields(file, value.start, sys.maxsize)
         tag_field, tag = next(fields)
         readable = isinstance(tag, range) and 0 < len(tag) < len(head) and _name(file, tag).isprintable()
         return tag_field == _TAG and readable and next(fields)[0] in (_TENSOR, _MAP_TENSOR)
@@ -117,7 +119,7 @@ def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
     end = source.size
     if end >= _TRAILER_BYTES and source.read(end - _TRAILER_BYTES, len(_TRAILER)) == _TRAILER:
         end -= _TRAILER_BYTES
-    for number, (field, span) in enumerate(read_fields(file, 0, end)):
+    for number, (field, span) in enumerate(_read_fields(file, 0, end)):
         if field != _VALUE or not isinstance(span, range) or number == stored.MAX_TENSORS:
             raise FormatError("it has another structure than checkpoints have, or too many parts")
         yield _part(source, file, span)
@@ -125,7 +127,7 @@ def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
 
 def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
     tag, tensor = "", None
-    for field, value in read_fields(file, span.start, span.stop):
+    for field, value in _read_fields(file, span.start, span.stop):
         if field == _TAG and isinstance(value, range):
             tag = _name(file, value)
         elif field == _TENSOR and isinstance(value, range) and tensor is None:
@@ -134,13 +136,8 @@ def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
             raise FormatError(f"{quoted(tag)} is no tensor of numbers")
     if tensor is None:
         raise FormatError(f"{quoted(tag)} has no values")
-    return _Part(tag, *_tensor(source, file, tag, tensor))
-
-
-def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[tuple[int, ...], str, FileRange]:
-    """Shape, type, and where the bytes are."""
     dims, type_name, content = [], "", range(0)
-    for field, value in read_fields(file, span.start, span.stop):
+    for field, value in _read_fields(file, tensor.start, tensor.stop):
         if field == _DIMS and isinstance(value, int):
             dims.append(value if value < 1 << 63 else value - (1 << 64))
         elif field == _TYPE and isinstance(value, range):
@@ -151,7 +148,7 @@ def _tensor(source: SourceFile, file: BinaryIO, tag: str, span: range) -> tuple[
             raise FormatError(f"{quoted(tag)} has another structure than tensors have")
         if len(dims) > stored.MAX_DIMENSIONS:
             raise FormatError(f"{quoted(tag)} has an impossible shape")
-    return tuple(dims), type_name, FileRange(source, content.start, len(content))
+    return _Part(tag, tuple(dims), type_name, FileRange(source, content.start, len(content)))
 
 
 def _name(file: BinaryIO, span: range) -> str:
@@ -189,7 +186,64 @@ def _slices(name: str, tensor: StoredTensor) -> Iterator[tuple[bytes, range]]:
     """What stands before each part of a tensor's bytes, and which part it is."""
     for start in range(0, max(tensor.byte_count, 1), SLICE_BYTES):
         part = range(start, min(start + SLICE_BYTES, tensor.byte_count))
-        described = b"".join(number_field(_DIMS, length) for length in tensor.shape)
-        described += content_field(_TYPE, tensor.dtype.mindspore.encode()) + head_of_field(_CONTENT, len(part))
-        head = content_field(_TAG, name.encode()) + head_of_field(_TENSOR, len(described) + len(part)) + described
-        yield head_of_field(_VALUE, len(head) + len(part)) + head, part
+        described = b"".join(_number_field(_DIMS, length) for length in tensor.shape)
+        described += _content_field(_TYPE, tensor.dtype.mindspore.encode()) + _head_of_field(_CONTENT, len(part))
+        head = _content_field(_TAG, name.encode()) + _head_of_field(_TENSOR, len(described) + len(part)) + described
+        yield _head_of_field(_VALUE, len(head) + len(part)) + head, part
+
+
+def _read_fields(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int | range]]:
+    """The fields of a message that stands from `start` to `end`: number, and value or where the content stands."""
+    position = start
+    while position < end:
+        file.seek(position)
+        key = _read_varint(file)
+        if key & 7 == _VARINT:
+            value: int | range = _read_varint(file)
+            position = file.tell()
+        elif key & 7 == _DELIMITED:
+            length = _read_varint(file)
+            value = range(file.tell(), file.tell() + length)
+            position = value.stop
+        else:
+            raise FormatError("it has another structure than checkpoints have")
+        if position > end:
+            raise FormatError("cut short, or damaged: something in it would lie beyond its end")
+        yield key >> 3, value
+
+
+def _read_varint(file: BinaryIO) -> int:
+    """A number in groups of 7 bits, the lowest first; bit 7 says that another group follows."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = file.read(1)
+        if not byte:
+            raise FormatError("cut short")
+        value |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            return value & (1 << 64) - 1
+    raise FormatError("damaged: a number without an end")
+
+
+def _content_field(field: int, content: bytes) -> bytes:
+    """A field with a text or with another message."""
+    return _head_of_field(field, len(content)) + content
+
+
+def _head_of_field(field: int, length: int) -> bytes:
+    """What stands before a content of so many bytes."""
+    return _encoded(field << 3 | _DELIMITED) + _encoded(length)
+
+
+def _number_field(field: int, value: int) -> bytes:
+    """A field with a number that is not negative."""
+    return _encoded(field << 3 | _VARINT) + _encoded(value)
+
+
+def _encoded(value: int) -> bytes:
+    """The inverse of `_read_varint`."""
+    groups = []
+    while value >= 0x80:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*groups, value])

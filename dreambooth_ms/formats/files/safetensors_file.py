@@ -19,8 +19,6 @@ from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
-ALIGNMENT = 8
-"""The values begin at a multiple of this, as the safetensors library writes them."""
 
 
 def read_safetensors(path: Path) -> TensorFile:
@@ -32,7 +30,11 @@ def read_safetensors(path: Path) -> TensorFile:
     with reading(path, Container.SAFETENSORS.value):
         source = SourceFile.at(path)
         header, start = _read_header(source)
-        metadata = _checked_metadata(header.pop(METADATA_NAME, {}))
+        metadata = header.pop(METADATA_NAME, {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise FormatError("its metadata is not text by name")
+        if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
+            raise FormatError("its metadata is no valid text")
         stored.check_names(list(header))
         entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
         _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
@@ -54,14 +56,6 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
     return parse_json_object(source.read(8, length)), 8 + length
-
-
-def _checked_metadata(metadata: Any) -> dict[str, str]:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError("its metadata is not text by name")
-    if not all(stored.is_valid_text(name) and stored.is_valid_text(value) for name, value in metadata.items()):
-        raise FormatError("its metadata is no valid text")
-    return metadata
 
 
 Entry = tuple[DType, tuple[int, ...], tuple[int, int]]
@@ -111,10 +105,8 @@ def write_safetensors(
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata or {})
-    with (
-        atomic_path(path, size=len(header) + stored.total_bytes(ordered)) as partial_path,
-        partial_path.open("wb") as file,
-    ):
+    size = len(header) + stored.total_bytes(ordered)
+    with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
         file.write(header)
         for tensor in ordered.values():
             tensor.write_to(file)
@@ -132,5 +124,5 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
         entries[name] = {"dtype": tensor.dtype.value, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % ALIGNMENT)
+    content += b" " * (-len(content) % 8)  # As the safetensors library aligns the values.
     return struct.pack("<Q", len(content)) + content

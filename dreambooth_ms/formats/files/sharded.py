@@ -2,8 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, check_room, sync, write_bytes
@@ -56,10 +55,18 @@ def write_sharded_safetensors(
     places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     content = {"metadata": {"total_size": total_bytes(tensors)}, WEIGHT_MAP: places}
     check_room(index, total_bytes(tensors))
-    with _whole_files(folder, [*names, index.name]) as partial:
-        for file, part in zip(names, parts, strict=True):
-            write_safetensors(partial / file, part, metadata, progress)
-        write_bytes(partial / index.name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
+            for file, part in zip(names, parts, strict=True):
+                write_safetensors(Path(partial, file), part, metadata, progress)
+            write_bytes(Path(partial, index.name), (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+            index.unlink(missing_ok=True)  # An older index never stands beside newer files.
+            for file in (*names, index.name):
+                Path(partial, file).replace(folder / file)
+            sync(folder)
+    except OSError as error:
+        raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     return [index, *(folder / name for name in names)]
 
 
@@ -74,21 +81,3 @@ def _parts(tensors: Mapping[str, StoredTensor], max_bytes: int) -> Iterator[dict
         part[name] = tensor
         size += tensor.byte_count
     yield part
-
-
-@contextmanager
-def _whole_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write files into, which then take their names in `folder` one after the other.
-
-    An older file with the last of the names is removed before that, so that it never stands beside newer ones.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
-            yield Path(partial)
-            (folder / names[-1]).unlink(missing_ok=True)
-            for name in names:
-                Path(partial, name).replace(folder / name)
-            sync(folder)
-    except OSError as error:
-        raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error

@@ -78,10 +78,18 @@ def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
     """A machine that makes a `View` of every tensor, and notes every storage by its key."""
 
     def load_persistent(identifier: Any) -> Any:
-        """For ("storage", kind, key, device, number of elements, …)."""
+        """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
             return Placeholder()
-        storage = _storage(*identifier[1:3], *identifier[4:6])
+        kind, key, _, count, *view_of_another = identifier[1:6]
+        if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
+            name = kind.name if isinstance(kind, Global) else None
+            raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
+        if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
+            raise FormatError("its pickle is damaged: a storage without key or length")
+        if any(one is not None for one in view_of_another):
+            raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
+        storage = Storage(key, *_STORAGES[kind.name], count)
         if storages.setdefault(storage.key, storage) != storage:
             raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
         return storage
@@ -103,17 +111,6 @@ def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
         case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
             return arguments[0]
     return Placeholder()
-
-
-def _storage(kind: Any, key: Any, count: Any, view_of_another: Any = None) -> Storage:
-    if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
-        name = kind.name if isinstance(kind, Global) else None
-        raise FormatError(f"it has tensors in a storage of an unknown kind {quoted(name)}")
-    if type(key) is not str or type(count) is not int or not 0 <= count < 2**59:
-        raise FormatError("its pickle is damaged: a storage without key or length")
-    if view_of_another is not None:
-        raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
-    return Storage(key, *_STORAGES[kind.name], count)
 
 
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:

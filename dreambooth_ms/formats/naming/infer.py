@@ -50,7 +50,7 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)
     if file.shape("vae.encoder.conv_in.weight"):
-        model = replace(model, vae=_infer_vae(file))
+        model = replace(model, vae=infer_vae(file))
     for part in ("text_encoder", "text_encoder_2"):
         tower = getattr(model, part)
         if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
@@ -63,11 +63,6 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
 def with_channels(model: ModelSpec, in_channels: int, out_channels: int) -> ModelSpec:
     """A model whose UNet takes and gives other numbers of channels, as one for inpainting does."""
     return replace(model, unet=replace(model.unet, in_channels=in_channels, out_channels=out_channels))
-
-
-def infer_vae(stored: Mapping[str, Shape], form: Format) -> VaeSpec:
-    """The autoencoder of a file, which may be alone in it. Names begin with the format's prefix for this part."""
-    return _infer_vae(StoredModel(stored, form, PUBLISHED_MODELS[0]))
 
 
 def _infer_unet(file: StoredModel) -> UNetSpec:
@@ -99,7 +94,8 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
     )
 
 
-def _infer_vae(file: StoredModel) -> VaeSpec:
+def infer_vae(file: StoredModel) -> VaeSpec:
+    """The autoencoder of a file, which may be alone in it. Names begin with the format's prefix for this part."""
     levels = file.count("vae.encoder.down_blocks.{}.resnets.0.norm1.weight")
     return replace(
         file.model.vae,

@@ -64,12 +64,8 @@ def recognise_lora(
 ) -> LoraPlan:
     """The format of a LoRA, which models it is for, and how it is read.
 
-    Args:
-        stored: names and shapes of the file's tensors.
-        source: the file or folder, for the message.
-        models: the models it may be for.
-        parts: the one part that a file of PEFT is for, where its folder tells.
-        base: the file or folder of the only model, for the message.
+    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, and `base`
+    that of the only model it may be for, for the message.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.

@@ -179,8 +179,9 @@ _LIBRARIES: tuple[tuple[dict[LoraFormat, Rule], tuple[Rule, ...]], ...] = (
         },
         (
             lambda part, layer, model: {ALPHA: Slot(f"{part}.{layer}.{ALPHA}")},
+            _diffusers_text_attention,
             lambda part, layer, model: _pair(f"{part}.{layer}.lora"),
-            *(_diffusers_text_attention, _without_part(_diffusers_processors), _without_part(_diffusers)),
+            *(_without_part(_diffusers_processors), _without_part(_diffusers)),
         ),
     ),
     ({LoraFormat.PEFT: lambda part, layer, model: _pair(f"base_model.model.{layer}", DOWN, UP)}, ()),

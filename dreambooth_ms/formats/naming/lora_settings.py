@@ -16,13 +16,9 @@ Settings = Mapping[str, Any]
 
 
 def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> float | None:
-    """The alpha of a layer by the settings, such that its scale is alpha / r; None if they do not say.
+    """The alpha of a layer by its part's settings, such that its scale is alpha / r; None if they do not say.
 
-    Args:
-        settings: of the part.
-        layer: the layer's public name, without the part.
-        rank: its rank.
-        source: the file, for the message.
+    The layer is named without the part; `source` is the file, for the message.
 
     Raises:
         WeightError: settings that are not numbers, or under which the factors mean something else.

@@ -32,7 +32,7 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where, by the names and shapes of a file's tensors, with a report of what does not fit.
+        """What is read from where, with a report of what does not fit.
 
         Args:
             stored: names and shapes of the file's tensors.
@@ -168,13 +168,6 @@ class WritePlan:
     """Public names that the format has no place for."""
     report: Report
     """What is missing for the parts to be whole."""
-
-    def shapes(self, public: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the file's tensors for the public shapes, in the order of writing; constants have none."""
-        return {
-            stored: assembly.shape([public[piece] for piece in assembly.pieces])
-            for stored, assembly in self.tensors.items()
-        }
 
 
 def parts_of(names: Iterable[str]) -> dict[str, None]:

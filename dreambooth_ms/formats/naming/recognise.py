@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.infer import infer_model, infer_vae, with_channels
+from dreambooth_ms.formats.naming.infer import StoredModel, infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
@@ -88,7 +88,8 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     if found is None:
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
     form, prefix = found
-    model = replace(SD_15, vae=infer_vae({prefix + name: shape for name, shape in stored.items()}, form))
+    shapes = {prefix + name: shape for name, shape in stored.items()}
+    model = replace(SD_15, vae=infer_vae(StoredModel(shapes, form, SD_15)))
     naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
     return Recognition(form, model, naming, None, ())
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from dreambooth_ms.errors import WeightError
 
-NAMES_SHOWN = 3
-
 
 @dataclass(frozen=True)
 class Report:
@@ -59,7 +57,7 @@ def _by_part(names: Sequence[str]) -> str:
     return "; ".join(f"{part} {len(rest)}: {show_names(rest)}" for part, rest in parts.items())
 
 
-def show_names(names: Sequence[str], at_most: int = NAMES_SHOWN) -> str:
+def show_names(names: Sequence[str], at_most: int = 3) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return f"{', '.join(names[:at_most])}{more}"
