@@ -6,6 +6,7 @@ Shapes: N pictures, B of them at a time, C, h, w of the latents.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,20 +236,11 @@ class SamplingModel:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
         sizes, factor = request.sizes, self.bundle.codec.spec.downsampling
         own = rows.noise.shape[3] * factor, rows.noise.shape[2] * factor
-        positive_ids, negative_ids = (
-            add_time_ids(
-                self.bundle.num_add_time_ids,
-                sizes.original_size or own,
-                (sizes.crop_top, sizes.crop_left),
-                sizes.target_size or own,
-                score,
-            )
-            for score in (sizes.aesthetic_score, sizes.negative_aesthetic_score)
-        )
-        prompts, count = [rows.prompts[row] for row in batch], len(batch)
-        if not guided:
-            return conditioning(prompts, [positive_ids] * count)
-        return conditioning([rows.negative] * count + prompts, [negative_ids] * count + [positive_ids] * count)
+        original, target, crop = sizes.original_size or own, sizes.target_size or own, (sizes.crop_top, sizes.crop_left)
+        scored = [(rows.negative, sizes.negative_aesthetic_score)] * len(batch) if guided else []
+        scored += [(rows.prompts[row], sizes.aesthetic_score) for row in batch]
+        ids_with = partial(add_time_ids, self.bundle.num_add_time_ids, original, crop, target)
+        return conditioning([prompt for prompt, _ in scored], [ids_with(score) for _, score in scored])
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

@@ -5,14 +5,13 @@ The interface is mindone's; `config` are the keys of diffusers' scheduler of the
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from mindspore import Tensor, ops
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, PredictionType
-from dreambooth_ms.formats.model_config import read_scheduler_config
+from dreambooth_ms.formats.model_config import Config, read_scheduler_config
 from dreambooth_ms.randomness import standard_normal
 
 PURPOSE = "noise of a sampling step"
@@ -52,7 +51,7 @@ class DiscreteScheduler(OwnScheduler):
 
     default_spacing: str
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         spec = read_scheduler_config(config)
         self.alphas_cumprod = NoiseSchedule.from_spec(spec).alphas_cumprod
         self._predicts_velocity = spec.prediction_type is PredictionType.V_PREDICTION
@@ -81,7 +80,7 @@ class DDPMScheduler(DiscreteScheduler):
 
     default_spacing = "leading"
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._clip = float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None
 
@@ -180,7 +179,7 @@ class EDMEulerScheduler(OwnScheduler):
     """Euler steps in EDM's formulation (Karras et al., 2022, algorithm 1 without its second half), for models that were
     trained in it."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config) -> None:
         self._data = float(config.get("sigma_data", 0.5))
         self._range = float(config.get("sigma_max", 80.0)), float(config.get("sigma_min", 0.002))
         self._rho = float(config.get("rho", 7.0))

@@ -2,20 +2,13 @@
 alone."""
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.formats.model_config import is_edm
+from dreambooth_ms.formats.model_config import Config, is_edm
 from dreambooth_ms.sampling.own_schedulers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
-
-Config = Mapping[str, Any]
-"""The content of a `scheduler_config.json`."""
-
-LEFT_AT_DEFAULT = "_use_default_values"
-"""Names the settings of a configuration that were not chosen, and so do not hold for another scheduler."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,8 @@ class SchedulerKind:
 
         kind = getattr(schedulers, self.scheduler)
         # Its `from_config` does the same, and to warn of settings that no scheduler has it imports them all and scipy.
-        known = inspect.signature(kind.__init__).parameters.keys() - set(config.get(LEFT_AT_DEFAULT, ()))
+        # What a configuration left at its default does not hold for another scheduler.
+        known = inspect.signature(kind.__init__).parameters.keys() - set(config.get("_use_default_values", ()))
         return kind(**{name: value for name, value in config.items() if name in known} | self.options)
 
 

@@ -3,13 +3,14 @@
 Shapes: B rows, C, h, w of the latents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from dreambooth_ms.formats.model_config import Config
 from dreambooth_ms.sampling.own_schedulers import RowNoise
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
@@ -26,7 +27,7 @@ class Trajectory:
     """
 
     def __init__(
-        self, request: SampleRequest, config: Mapping[str, Any], numbers: Sequence[int], from_picture: bool = False
+        self, request: SampleRequest, config: Config, numbers: Sequence[int], from_picture: bool = False
     ) -> None:
         self._kind = SCHEDULERS[request.scheduler]
         self._scheduler = self._kind.create(config)
