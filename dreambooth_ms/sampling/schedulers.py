@@ -17,7 +17,7 @@ class SchedulerKind:
 
     scheduler: str | type
     """One of mindone, or ours."""
-    options: Config = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     """What the name adds to the model's own configuration, of one of mindone."""
     draws_noise: bool = False
     """Whether its steps take random numbers."""
