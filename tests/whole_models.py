@@ -1,8 +1,10 @@
 """Whole models in files: random weights under every name of a published family, at a few thousandths of its size."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import pytest
 
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
@@ -10,6 +12,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SDXL_BASE, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.weights import model_writing
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel
 from tests.small_specs import SMALL
@@ -94,9 +97,22 @@ def write_model(form, target, family="sd15", **more):
     return path, model
 
 
+def write_in_shards(model, target, most_bytes):
+    """Write a model folder whose files hold at most so many bytes of values."""
+    with pytest.MonkeyPatch.context() as patch:
+        write = partial(model_writing.write_sharded_safetensors, max_shard_bytes=most_bytes)
+        patch.setattr(model_writing, "write_sharded_safetensors", write)
+        plan_model(model, Format.DIFFUSERS).write(target)
+
+
+def tokenizer_folders(bundle):
+    """The folders that the tokenizers of a bundle are read from."""
+    return [reader.tokenizer.args[0] for reader in bundle.text]
+
+
 def roles_of(bundle):
     """What a bundle says of its networks, as plain values."""
-    specs = [bundle.denoiser.spec, bundle.codec.spec, bundle.schedule.spec, bundle.schedule.config]
+    specs = [bundle.denoiser.spec, bundle.codec.spec, bundle.schedule.trained(), bundle.schedule.config]
     return [*specs, *((reader.name, reader.spec) for reader in bundle.text)]
 
 

@@ -87,6 +87,7 @@ def training_sdxl() -> list[Graph]:
 
     from dreambooth_ms.adapters.dropout import DropoutState
     from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.loss_scaling import LossScaler
@@ -99,7 +100,7 @@ def training_sdxl() -> list[Graph]:
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
     optimiser = AdamW(trainables, AdamWHyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
-    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler()))
+    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
     batch = toy_networks.batch(
         input_ids=_token_ids(2),
         end_mask=_ends(),
@@ -311,13 +312,14 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     """An update by this optimiser, from gradients that were added up."""
     from mindspore import ParameterTuple
 
+    from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.optimisers import zeros_like
     from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
 
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
     clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
-    update = Update(optimiser, clip, sum_gradients, LossScaler())
+    update = Update(optimiser, clip, sum_gradients, LossScaler(LossScalingConfig()))
     return _UpdateFromSums(sums, update), ()
 
 

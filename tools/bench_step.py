@@ -177,6 +177,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
 
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
+    from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.data.batches import Batch
     from dreambooth_ms.data.conditioning import PromptText, conditioning
     from dreambooth_ms.data.records import CLASS, INSTANCE
@@ -197,7 +198,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
             public.write(start_value(name, public.shape))
     trainables = lora_trainables(layers) if layers else [public.parameter for public in named.values()]
     compute_in(unet, compute_dtype(job.mixed_precision))
-    scaler = LossScaler() if job.mixed_precision == "fp16" else None
+    scaler = LossScaler(LossScalingConfig()) if job.mixed_precision == "fp16" else None
 
     def make_optimiser(start: int = 0, stop: int | None = None) -> Optimiser:
         return AdamW(trainables[start:stop], AdamWHyperparameters(weight_decay=WEIGHT_DECAY))

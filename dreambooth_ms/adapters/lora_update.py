@@ -46,11 +46,7 @@ class LoraUpdate:
         return self.alpha_or_rank / self.rank
 
     def layer(self, base: "nn.Cell") -> "nn.Cell":
-        """The base with A and B beside it.
-
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
+        """The base with A and B beside it."""
         # Here, because files are read and merged without MindSpore, which takes seconds to load.
         from dreambooth_ms.adapters.lora import lora_layer
 
@@ -59,11 +55,7 @@ class LoraUpdate:
         return layer
 
     def delta(self, weight: np.ndarray) -> np.ndarray:
-        """alpha / r * B A in float32: (O, I) or (O, I, K, K).
-
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
+        """alpha / r * B A in float32: (O, I) or (O, I, K, K)."""
         down, up = self.down.astype(np.float32), self.up.astype(np.float32)
         product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
         delta = np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])

@@ -123,7 +123,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         hooks.append(SaveCheckpoints(config, lambda: training.state(of_all=True), training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
-        stop = stack.enter_context(stop_requests())
+        stop_asked = stack.enter_context(stop_requests())
         stopped = train(
             training.step,
             batches,
@@ -133,7 +133,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks,
             dropout.begin_batch if dropout else None,
             processes,
-            lambda: stop.asked,
+            stop_asked,
         )
     if stopped:
         tell(f"stopped; saved {checkpoint_folder(output, stopped.step)}. Run the same command again to go on")

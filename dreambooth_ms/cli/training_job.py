@@ -47,9 +47,7 @@ class TrainingJob:
         """The learning rate of an update, counted from 0."""
         o = self.config.optimiser
         highest = self.config.learning_rate * (self.config.rows_per_step if o.scale_lr else 1)
-        return highest * learning_rate_factor(
-            o.lr_scheduler, update, o.lr_warmup_steps, self.total, o.lr_num_cycles, o.lr_power, highest
-        )
+        return highest * learning_rate_factor(o, update, self.total, highest)
 
 
 def total_steps(config: TrainConfig, pictures: int) -> int:

@@ -78,9 +78,8 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
         sharded = ShardedOptimiser(
             learner.parameters, lambda i, j: choose_optimiser(config, learner.trainables[i:j]), processes
         )
-    scaler, c = None, config.loss_scaling
-    if config.device.mixed_precision == "fp16":  # bfloat16 has the exponents of float32.
-        scaler = LossScaler(c.init_loss_scale, c.loss_scale_factor, c.scale_window, c.loss_scaler_type == "dynamic")
+    # bfloat16 has the exponents of float32.
+    scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
     step = TrainStep(
         DiffusionLoss(learner.denoiser),
         learner.parameters,

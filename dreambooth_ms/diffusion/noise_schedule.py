@@ -36,14 +36,11 @@ class NoiseSchedule:
     @classmethod
     def from_spec(cls, spec: NoiseScheduleSpec) -> "NoiseSchedule":
         """The schedule of a model folder. `scaled_linear` is linear in the square root of beta (latent diffusion)."""
-        start, end, steps = spec.beta_start, spec.beta_end, spec.num_train_timesteps
-        if spec.beta_schedule == "scaled_linear":
-            betas = np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-        elif spec.beta_schedule == "linear":
-            betas = np.linspace(start, end, steps, dtype=np.float64)
-        else:
+        power = {"linear": 1, "scaled_linear": 2}.get(spec.beta_schedule)
+        if power is None:
             raise ConfigError(f"beta_schedule {spec.beta_schedule!r}: expected scaled_linear or linear")
-        return cls(np.cumprod(1 - betas))
+        start, end = spec.beta_start ** (1 / power), spec.beta_end ** (1 / power)
+        return cls(np.cumprod(1 - np.linspace(start, end, spec.num_train_timesteps, dtype=np.float64) ** power))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.formats import model_config
-from dreambooth_ms.formats.clip_vocabulary import END
+from dreambooth_ms.formats.clip_vocabulary import END, SIZE
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
 from dreambooth_ms.models.specs import Family, ModelSpec
 
@@ -14,19 +14,17 @@ Files = dict[str, dict[str, Any]]
 """Path within the folder -> content."""
 
 _PIPELINES = {
-    Family.SD1: "StableDiffusionPipeline",
-    Family.SD2: "StableDiffusionPipeline",
-    Family.SDXL: "StableDiffusionXLPipeline",
-    Family.SDXL_REFINER: "StableDiffusionXLImg2ImgPipeline",
-}
-_SPECIAL_PIPELINES = {
+    (Family.SD1, 4): "StableDiffusionPipeline",
+    (Family.SD2, 4): "StableDiffusionPipeline",
+    (Family.SDXL, 4): "StableDiffusionXLPipeline",
+    (Family.SDXL_REFINER, 4): "StableDiffusionXLImg2ImgPipeline",
     (Family.SD1, 8): "StableDiffusionInstructPix2PixPipeline",
     (Family.SD1, 9): "StableDiffusionInpaintPipeline",
     (Family.SD2, 5): "StableDiffusionDepth2ImgPipeline",
     (Family.SD2, 9): "StableDiffusionInpaintPipeline",
     (Family.SDXL, 9): "StableDiffusionXLInpaintPipeline",
 }
-"""By the channels that the UNet takes."""
+"""By the channels that the UNet takes; others are treated as 4."""
 
 EDM_SCHEDULER: Mapping[str, Any] = {
     "_class_name": "EDMDPMSolverMultistepScheduler",
@@ -73,10 +71,11 @@ def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseSc
     return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 
-def tokenizers(model: ModelSpec) -> dict[str, str]:
-    """A model's text encoders -> what their tokenizers fill a short prompt with, as the encoder was trained."""
-    pad_tokens = {"text_encoder": "!" if model.family is Family.SD2 else END, "text_encoder_2": "!"}
-    return {part: pad_token for part, pad_token in pad_tokens.items() if getattr(model, part)}
+def pad_tokens(model: ModelSpec) -> dict[str, str | None]:
+    """A model's text encoders -> what their tokenizers fill a short prompt with; None if their words are not CLIP's."""
+    trained = {"text_encoder": "!" if model.family is Family.SD2 else END, "text_encoder_2": "!"}
+    specs = {part: getattr(model, part) for part in trained}
+    return {part: trained[part] if spec.vocab_size == SIZE else None for part, spec in specs.items() if spec}
 
 
 def _is_xl(model: ModelSpec) -> bool:
@@ -96,7 +95,7 @@ def _index(model: ModelSpec, parts: Collection[str], scheduler: str) -> dict[str
     if not _is_xl(model):
         del components["text_encoder_2"], components["tokenizer_2"]
     absent = {component for part in NETWORKS if part not in parts for component in (part, TOKENIZERS.get(part))}
-    pipeline = _SPECIAL_PIPELINES.get((model.family, model.unet.in_channels), _PIPELINES[model.family])
+    pipeline = _PIPELINES.get((model.family, model.unet.in_channels), _PIPELINES[model.family, 4])
     index: dict[str, Any] = {"_class_name": pipeline}
     index |= {part: ABSENT if part in absent else library for part, library in components.items()}
     if not _is_xl(model):

@@ -40,39 +40,28 @@ _VARIANT = re.compile(
 )
 
 
-def weight_file(folder: Path, part: str, variant: str | None, network: str | None = None) -> Path:
-    """The file with a part's weights, or the index of its shards: safetensors, else PyTorch's.
+def weight_file(folder: Path, network: str, variant: str | None) -> Path:
+    """The file with the weights in a network's folder, or the index of its shards: safetensors, else PyTorch's.
 
-    Without a variant, the plain files; where there are none, the only variant that is there. `network` says what the
-    part is, if its folder has another name.
+    Without a variant, the plain files; where there are none, the only variant that is there.
 
     Raises:
         WeightError: there is none, or there are only several variants.
     """
-    stem = WEIGHT_NAMES[network or part]
-    file = _weight_file(folder / part, stem, variant)
-    if file is None and variant is None:
-        others = variants(folder / part)
-        if len(others) > 1:
-            raise WeightError(f"{folder}: {part} is there in the variants {', '.join(others)}; name one with --variant")
-        file = _weight_file(folder / part, stem, others[0]) if others else None
-    if file is None:
-        wanted = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-        held = sorted(p.name for p in (folder / part).glob("*")) if (folder / part).is_dir() else []
-        raise WeightError(
-            f"{folder}: {part}/{wanted} is missing (found: {', '.join(held) or 'nothing'}); is the download complete?"
-        )
-    return file
-
-
-def _weight_file(folder: Path, stem: str, variant: str | None) -> Path | None:
-    dotted = f".{variant}" if variant else ""
-    names = [
-        f"{name}{dotted}.{kind}" if not index else f"{name}.{kind}.index{dotted}.json"
-        for kind, name in (("safetensors", stem), ("bin", _PICKLE_NAMES.get(stem, stem)))
-        for index in (False, True)
-    ]
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    stem, dotted = WEIGHT_NAMES[network], f".{variant}" if variant else ""
+    for kind, name in (("safetensors", stem), ("bin", _PICKLE_NAMES.get(stem, stem))):
+        for file in (folder / f"{name}{dotted}.{kind}", folder / f"{name}.{kind}.index{dotted}.json"):
+            if file.is_file():
+                return file
+    others, model, part = variants(folder) if variant is None else [], folder.parent, folder.name
+    if len(others) > 1:
+        raise WeightError(f"{model}: {part} is there in the variants {', '.join(others)}; name one with --variant")
+    if others:
+        return weight_file(folder, network, others[0])
+    held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
+    raise WeightError(
+        f"{model}: {part}/{stem}{dotted}.safetensors is missing (found: {held}); is the download complete?"
+    )
 
 
 def variants(folder: Path) -> list[str]:

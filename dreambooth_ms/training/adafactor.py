@@ -7,7 +7,6 @@ A convolution is the matrix of its output channels, a vector one row; for that t
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
 from dreambooth_ms.ops import total
@@ -36,7 +35,7 @@ class Adafactor(Optimiser):
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
         self.scale_parameter = self.hyperparameters.scale_parameter
         self.decays = tuple(factor * self.hyperparameters.weight_decay for factor in self.decay_factors)
-        sides = [_as_matrix(tuple(parameter.shape)) for parameter in parameters]
+        sides = [(p.shape[0], p.size // p.shape[0]) if p.ndim > 1 else (1, p.size) for p in parameters]
         self.rows, self.columns = (
             ParameterTuple([zeros_like(p, role, (of[axis],)) for p, of in zip(parameters, sides, strict=True)])
             for axis, role in enumerate(("rows", "columns"))
@@ -84,7 +83,3 @@ def _update_tensor(scale_parameter, proceed, rate, share, rate_factor, decay, pa
 
 def _root_mean_square(x: Tensor) -> Tensor:
     return ops.sqrt(total(x * x) * (1 / x.size))
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    return (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (1, int(np.prod(shape)))

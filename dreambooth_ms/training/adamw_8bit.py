@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.training.flat_vectors import Joined, VectorOptimiser
-from dreambooth_ms.training.optimisers import AdamWHyperparameters, adamw_numbers, assign_if, state
+from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, assign_if, state
 
 BLOCK = 128
 DECADES = 7
@@ -70,8 +70,7 @@ class AdamW8bit(VectorOptimiser):
     ) -> nn.Cell:
         return _Vector(number, parameters, self.hyperparameters, rate_factor, decay_factor)
 
-    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
-        return adamw_numbers(self.hyperparameters, step, learning_rate)
+    numbers = AdamW.numbers
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
         numbers = self.learning_rate, self.epsilon, self.weight_decay

@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def save_checkpoint(
     step: int,
     state: Sequence[Parameter],
     config: str,
-    write_results: Callable[[Path], Any],
+    write_results: Callable[[Path, int], Any],
     keep: int | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
@@ -57,33 +57,30 @@ def save_checkpoint(
         step: optimiser steps done.
         state: trained parameters and optimiser moments; their names must be unique.
         config: the resolved configuration, as YAML.
-        write_results: writes the weights for other tools into the folder it is given.
+        write_results: writes the weights for other tools, after so many steps, into a folder.
         keep: number of checkpoints to keep; None keeps all.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
     """
     target = checkpoint_folder(folder, step)
-    partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
-        write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
-        write_results(partial)
-        written = sorted(path for path in partial.rglob("*") if path.is_file())
-        files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
-        manifest = {"format": FORMAT, "step": step, "files": files, "config": config}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        sync(partial / MANIFEST)
-        sync(partial)
-        _put_in_place(partial, target)
-        sync(folder)
+        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as name:
+            partial = Path(name)
+            write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
+            write_results(partial, step)
+            written = sorted(path for path in partial.rglob("*") if path.is_file())
+            files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
+            manifest = {"format": FORMAT, "step": step, "files": files, "config": config}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            sync(partial / MANIFEST)
+            sync(partial)
+            _put_in_place(partial, target)
+            sync(folder)
     except OSError as error:
         raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and resume") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     if keep is not None:
         others = [path for path in checkpoint_folders(folder) if path != target]
         for old in others[: len(others) - (keep - 1)]:
@@ -104,19 +101,12 @@ class SaveCheckpoints:
 
     def __call__(self, report: StepReport) -> None:
         """Save after this step, if it is time."""
-        run = self.config.run
+        run, folder = self.config.run, self.config.output_dir
         if report.step % run.checkpointing_steps and not report.stop_asked:
             return
-        state = self.state()
+        state, config, keep = self.state(), to_yaml(self.config), run.checkpoints_total_limit
         if self.processes.is_first:
-            save_checkpoint(
-                self.config.output_dir,
-                report.step,
-                state,
-                to_yaml(self.config),
-                lambda target: self.write_results(target, report.step),
-                run.checkpoints_total_limit,
-            )
+            save_checkpoint(folder, report.step, state, config, self.write_results, keep)
         self.processes.wait_for_all("the checkpoint")
 
 
@@ -197,10 +187,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def find_latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole, or None."""
     for path in reversed(checkpoint_folders(folder)):
-        try:
+        with suppress(WeightError):
             return open_checkpoint(path)
-        except WeightError:
-            continue
     return None
 
 

@@ -8,6 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.training.optimisers import state
 
 
@@ -15,18 +16,13 @@ class LossScaler(nn.Cell):
     """The scale, and its change after each step: whether the gradients were finite () -> what was assigned.
 
     Its state stays on the device, so that no step waits for the host to learn whether the last one was skipped.
-
-    Args:
-        start: the scale of the first step.
-        factor: the scale grows and falls by it. A power of two only moves exponents, so that nothing is rounded.
-        window: good steps in a row after which the scale grows.
-        dynamic: False keeps the scale as it is. Steps with NaN or infinity are skipped all the same.
     """
 
-    def __init__(self, start: float = 65536.0, factor: float = 2.0, window: int = 2000, dynamic: bool = True) -> None:
+    def __init__(self, config: LossScalingConfig) -> None:
         super().__init__(auto_prefix=False)
-        self.factor, self.window, self.dynamic = factor, window, dynamic
-        self.scale = state("loss_scale", np.float32(start))
+        self.factor, self.window = config.loss_scale_factor, config.scale_window
+        self.dynamic = config.loss_scaler_type == "dynamic"
+        self.scale = state("loss_scale", np.float32(config.init_loss_scale))
         self.good_steps, self.skipped = state("good_steps", np.int32(0)), state("skipped_steps", np.int32(0))
 
     def state(self) -> list[Parameter]:

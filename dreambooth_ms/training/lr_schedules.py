@@ -2,35 +2,24 @@
 
 import math
 
-from dreambooth_ms.config.choices import LearningRateSchedule
-from dreambooth_ms.config.train import POLYNOMIAL_END_LEARNING_RATE
+from dreambooth_ms.config.train import POLYNOMIAL_END_LEARNING_RATE, OptimiserConfig
 
 
-def learning_rate_factor(
-    kind: LearningRateSchedule,
-    step: int,
-    warmup_steps: int,
-    total_steps: int,
-    num_cycles: int,
-    power: float,
-    base_learning_rate: float,
-) -> float:
+def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
     """The factor on the base learning rate for one optimiser step.
 
     All schedules but `constant` rise linearly from 0 over the warm-up.
 
     Args:
-        kind: one of the six names.
+        config: which of the six schedules, and its settings.
         step: optimiser steps taken so far, so that the first update uses step 0.
-        warmup_steps: length of the warm-up; not used by `constant`.
         total_steps: length of the run, warm-up included; not used by the constant schedules.
-        num_cycles: number of times that `cosine_with_restarts` falls from 1 to 0.
-        power: exponent of `polynomial`.
         base_learning_rate: the learning rate that the factor multiplies; `polynomial` ends at an absolute rate.
 
     Raises:
-        ValueError: kind is none of the six.
+        ValueError: the schedule is none of the six.
     """
+    kind, warmup_steps = config.lr_scheduler, config.lr_warmup_steps
     if kind == "constant":
         return 1.0
     if step < warmup_steps:
@@ -46,8 +35,8 @@ def learning_rate_factor(
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
         case "cosine_with_restarts":
-            return 0.5 * (1.0 + math.cos(math.pi * (num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
+            return 0.5 * (1.0 + math.cos(math.pi * (config.lr_num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
         case "polynomial":
             end = POLYNOMIAL_END_LEARNING_RATE / base_learning_rate
-            return (1.0 - end) * remaining**power + end
+            return (1.0 - end) * remaining**config.lr_power + end
     raise ValueError(f"unknown learning rate schedule {kind!r}")

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dreambooth_ms.errors import DeviceError
@@ -100,6 +100,8 @@ def estimate(work: Workload) -> MemoryEstimate:
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
+    # 3x3 convolutions take memory a second time, whatever the pictures' size (measured).
+    kernels = sum(math.prod(shape) for network in shapes for shape in network.values() if shape[2:] == (3, 3))
     # The gradients joined, and their sums.
     copies = 2 + work.copies_of_trained + (2 if work.processes > 1 else 0)
     optimiser = trained * work.bytes_of_optimiser
@@ -109,7 +111,7 @@ def estimate(work: Workload) -> MemoryEstimate:
             "trained": trained * FLOAT32 * copies,
             "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
             "activations": int(POOL_SHARE * peak_activations([*segments, *texts], work.recomputed)),
-            "program and graphs": PROGRAM + _kernels(shapes) * FLOAT32 + int(passes * graphs),
+            "program and graphs": PROGRAM + kernels * FLOAT32 + int(passes * graphs),
         }
     )
 
@@ -140,11 +142,6 @@ def _trained(ranks: Ranks) -> Trained:
     if all(rank and layer.endswith(ATTENTION_ENDS) for layer, rank in ranks.items()):
         return Trained.ATTENTION if ranks else Trained.NOTHING
     return Trained.ALL
-
-
-def _kernels(networks: Iterable[Mapping[str, Shape]]) -> int:
-    """Numbers of the 3x3 convolutions, which take memory a second time, whatever the pictures' size (measured)."""
-    return sum(math.prod(shape) for shapes in networks for shape in shapes.values() if shape[2:] == (3, 3))
 
 
 def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:

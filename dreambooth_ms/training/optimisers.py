@@ -81,8 +81,17 @@ class AdamW(Optimiser):
     def moments(self) -> list[Parameter]:
         return [*self.first_moments, *self.second_moments]
 
-    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
-        return adamw_numbers(self.hyperparameters, step, learning_rate)
+    def numbers(self: Optimiser, step: int, learning_rate: float) -> dict[str, float]:
+        """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
+        h = self.hyperparameters
+        # The kernel holds the betas in float32; the corrections are those of these numbers.
+        correction1 = 1 - float(np.float32(h.beta1)) ** step
+        correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
+        return {
+            "learning_rate": learning_rate * correction2 / correction1,
+            "epsilon": h.epsilon * correction2,
+            "weight_decay": h.weight_decay * correction1 / correction2,
+        }
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         learning_rate, beta1, beta2 = self.learning_rate, self.beta1, self.beta2
@@ -113,18 +122,6 @@ def _update_tensor(
     rate = rate if rate_factor == 1.0 else rate * rate_factor
     decay = decay if decay_factor == 1.0 else decay * decay_factor
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
-
-
-def adamw_numbers(h: AdamWHyperparameters, step: int, learning_rate: float) -> dict[str, float]:
-    """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
-    # The kernel holds the betas in float32; the corrections are those of these numbers.
-    correction1 = 1 - float(np.float32(h.beta1)) ** step
-    correction2 = math.sqrt(1 - float(np.float32(h.beta2)) ** step)
-    return {
-        "learning_rate": learning_rate * correction2 / correction1,
-        "epsilon": h.epsilon * correction2,
-        "weight_decay": h.weight_decay * correction1 / correction2,
-    }
 
 
 def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A run that is asked to stop finishes its step first, so that what it saves is the state after a whole step."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -9,25 +9,22 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
-    """Whether someone asked."""
-
-    asked = False
-
-
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Inside, Ctrl-C and SIGTERM are noted instead of ending the program; a second one raises KeyboardInterrupt."""
-    request = StopRequest()
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM are noted instead of ending the program; a second one raises KeyboardInterrupt.
+
+    Yields whether the program was asked to stop.
+    """
+    asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request.asked:
+        if asked:
             raise KeyboardInterrupt
-        request.asked = True
+        asked.append(number)
 
     before = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
-        yield request
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

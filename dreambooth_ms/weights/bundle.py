@@ -8,51 +8,29 @@ A model in a single file is read as the folder that it would be converted to.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.formats.files.recognise import recognise
-from dreambooth_ms.formats.folder_configs import tokenizers
-from dreambooth_ms.formats.folder_layout import (
-    ABSENT,
-    INDEX,
-    SCHEDULER,
-    TOKENIZERS,
-    WEIGHT_NAMES,
-    read_json,
-    write_json,
-)
-from dreambooth_ms.formats.model_config import (
-    Config,
-    read_clip_config,
-    read_config,
-    read_projected_text_config,
-    read_text_config,
-    read_unet_config,
-    read_vae_config,
-)
+from dreambooth_ms.formats.folder_configs import pad_tokens
+from dreambooth_ms.formats.folder_layout import ABSENT, TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.load import load_strict
-from dreambooth_ms.weights.model_writing import tokenizers_on_board
-from dreambooth_ms.weights.opened_model import OpenedModel, open_model, open_vae
+from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
 from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-
-_TEXT_CONFIGS = {"text_encoder": read_text_config, "text_encoder_2": read_projected_text_config}
-
-NUM_ADD_TIME_IDS = (5, 6)
-"""add_time_ids of a picture that SDXL's UNets read: the refiner's, the base's."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +46,8 @@ class ModelBundle:
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
     source: OpenedModel | None = None
     """What it was opened from; None if it was put together otherwise."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know about it, one sentence each."""
-        return self.source.notes_as_base if self.source else ()
+    notes: tuple[str, ...] = ()
+    """What a user should know about it, one sentence each."""
 
     @property
     def num_add_time_ids(self) -> int:
@@ -110,11 +85,14 @@ class ModelBundle:
         return TextEncoders({reader.name: reader.load() for reader in self.text})
 
     def check(self) -> None:
-        """Stop if the roles do not fit each other.
+        """Stop if the roles do not fit each other, or the model was trained by no schedule that is known.
 
         Raises:
-            WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give.
+            WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
+                schedule is neither a known one nor EDM's.
         """
+        if not model_config.is_edm(self.schedule.config):
+            self.schedule.trained()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -129,10 +107,11 @@ class ModelBundle:
                 f"{'gives' if len(self.text) == 1 else 'give'} {width}; take both from one model"
             )
         pools = any(reader.pooled_width for reader in self.text)
-        if not (self.num_add_time_ids in NUM_ADD_TIME_IDS if pools else unet.addition_embed_type is None):
+        # SDXL's base reads 6, its refiner 5.
+        if not (self.num_add_time_ids in (5, 6) if pools else unet.addition_embed_type is None):
             raise WeightError(
-                f"{self.path}: its unet reads {self.num_add_time_ids} numbers of a picture beside the text of its "
-                f"{names}; use SD 1.x, 2.x, SDXL or its refiner"
+                f"{self.path}: its unet reads {self.num_add_time_ids} add_time_ids beside the text of its {names}; "
+                "use SD 1.x, 2.x, SDXL or its refiner"
             )
 
 
@@ -150,23 +129,24 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     """
     own = ("unet",) if vae else ("unet", "vae")
     model, folders = _open_folder(path, variant, own) if path.is_dir() else _open_file(path, own)
-    denoiser = Denoiser.of_unet(model.network("unet", read_unet_config))
+    denoiser = Denoiser.of_unet(model.network("unet", model_config.read_unet_config))
     if vae:
-        pixels = denoiser.spec.sample_size * model.spec.vae.downsampling
-        model = model.with_vae(open_vae(vae, model.spec.vae, pixels))
+        model = with_other_vae(model, vae, denoiser.spec.sample_size)
     is_xl = "text_encoder_2" in folders
-    force_zeros = model.configuration(INDEX).get("force_zeros_for_empty_prompt", True)
+    text = []
+    for name, folder in folders.items():
+        read = model_config.read_projected_text_config if name == "text_encoder_2" else model_config.read_text_config
+        text.append(TextReader.of_clip(name, model.network(name, read), folder, last_layer=not is_xl))
+    force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
         denoiser=denoiser,
-        codec=Codec.of_vae(model.network("vae", read_vae_config)),
-        text=tuple(
-            TextReader.of_clip(name, model.network(name, _TEXT_CONFIGS[name]), folder, last_layer=not is_xl)
-            for name, folder in folders.items()
-        ),
-        schedule=Schedule.of(path, model.configuration(SCHEDULER)),
+        codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
+        text=tuple(text),
+        schedule=Schedule(path, model.configuration(folder_layout.SCHEDULER)),
         zeros_for_empty_prompt=is_xl and bool(force_zeros),
         source=model,
+        notes=() if path.is_dir() else model.notes,
     )
     bundle.check()
     return bundle
@@ -174,7 +154,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
 
 def _open_folder(path: Path, variant: str | None, own: Collection[str]) -> tuple[OpenedModel, dict[str, Path]]:
     """A folder, which must have the weights of every network, and its text encoders' tokenizers, by their names."""
-    index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
+    index = read_json(path / folder_layout.INDEX, f"{path} is not a model folder in diffusers' layout")
     folders = {name: path / tokenizer for name, tokenizer in TOKENIZERS.items() if index.get(name, ABSENT) != ABSENT}
     if not ({"unet", "vae"} <= index.keys() and folders):
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, 2.x or SDXL")
@@ -193,14 +173,17 @@ def _open_file(path: Path, own: Collection[str]) -> tuple[OpenedModel, dict[str,
         raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
     model = open_model(path)
     model.check()
-    pad_tokens = tokenizers(model.spec)
-    lacking = [part for part in (*own, *pad_tokens) if part not in model.parts]
+    tokens = pad_tokens(model.spec)
+    lacking = [part for part in (*own, *tokens) if part not in model.parts]
     if lacking:
         absent = " and no ".join(lacking)
         raise WeightError(f"{path}: holds no {absent}; convert it into a folder and put them into that")
-    if pad_tokens.keys() - tokenizers_on_board(model).keys():
+    if None in tokens.values():
         raise WeightError(f"{path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that")
-    return model, {name: tokenizer_on_board(pad_token) for name, pad_token in pad_tokens.items()}
+    if model.prediction_type is None:
+        assumed = f"It is taken to predict {model.assumed_prediction}; converting can say otherwise."
+        model = replace(model, notes=(*model.notes, assumed))
+    return model, {name: tokenizer_on_board(token) for name, token in tokens.items() if token}
 
 
 def load_clip(folder: Path) -> CLIPModel:
@@ -210,7 +193,7 @@ def load_clip(folder: Path) -> CLIPModel:
         WeightError: it holds no CLIP model.
     """
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
-    network = CLIPModel(read_config(folder / "config.json", config, read_clip_config))
+    network = CLIPModel(model_config.read_config(folder / "config.json", config, model_config.read_clip_config))
     file = folder / "model.safetensors"
     load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
     return network
@@ -220,11 +203,11 @@ def save_network(
     folder: Path,
     part: str,
     network: nn.Cell,
-    config: Config,
+    config: model_config.Config,
     dtype: type[np.floating] = np.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a network's config.json and weights into `folder/part`."""
     tensors: dict[str, np.ndarray] = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
     write_json(folder / part / "config.json", config)
-    write_tensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", tensors, metadata)
+    write_tensors(folder / part / f"{folder_layout.WEIGHT_NAMES[part]}.safetensors", tensors, metadata)

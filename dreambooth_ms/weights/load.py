@@ -13,8 +13,6 @@ from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.weights.opened_model import StoredNetwork
 
-NAMES_SHOWN = 5
-
 Network = TypeVar("Network", bound=nn.Cell)
 
 
@@ -56,7 +54,7 @@ def load_strict(
             if name in tensors and tuple(tensors[name].shape) != parameter.shape
         ],
     }
-    problems = [f"{len(names)} {kind} ({show_names(names, NAMES_SHOWN)})" for kind, names in misfits.items() if names]
+    problems = [f"{len(names)} {kind} ({show_names(names, at_most=5)})" for kind, names in misfits.items() if names]
     if problems:
         raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
     for name, parameter in wanted.items():

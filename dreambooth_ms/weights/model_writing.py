@@ -1,32 +1,22 @@
 """An opened model -> a file or folder in another format, tensor by tensor."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
-from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
-from dreambooth_ms.formats.files.byte_ranges import FileRange
+from dreambooth_ms.formats import folder_layout
+from dreambooth_ms.formats.clip_vocabulary import write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.sharded import MAX_SHARD_BYTES, write_sharded_safetensors
+from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
-from dreambooth_ms.formats.folder_configs import tokenizers
-from dreambooth_ms.formats.folder_layout import (
-    ABSENT,
-    INDEX,
-    NETWORKS,
-    TOKENIZERS,
-    WEIGHT_NAMES,
-    read_json,
-    variants,
-    write_json,
-)
+from dreambooth_ms.formats.folder_configs import pad_tokens
+from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
@@ -66,13 +56,8 @@ class ModelTarget:
         check_writable(path.parent)
         check_room(path, self.byte_count)
 
-    def write(self, path: Path, progress: Progress | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        """Write the file or folder; it appears whole or not at all.
-
-        Args:
-            path: a name that is not taken.
-            progress: told the bytes that are written.
-            max_shard_bytes: values per file of a folder.
+    def write(self, path: Path, progress: Progress | None = None) -> None:
+        """Write the file or folder, a name that is not taken; it appears whole or not at all.
 
         Raises:
             WeightError: the name is taken, the disk lacks room, the place cannot be written to, or a tensor cannot be
@@ -81,7 +66,7 @@ class ModelTarget:
         self.check_place(path)
         if self.form is Format.DIFFUSERS:
             with new_folder(path) as folder:
-                write_parts(folder, self.model, self.tensors, progress, max_shard_bytes)
+                write_parts(folder, self.model, self.tensors, progress)
         elif self.form is Format.MINDONE:
             write_mindspore_ckpt(path, self.tensors, progress)
         else:
@@ -102,7 +87,10 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     model.check()
     plan = naming_of(form, model.spec).write_plan(list(model.tensors), model.parts)
     plan.report.check(str(model.path), f"a model of {model.spec.family.value}")
-    tensors = dict(assembled(plan, model.tensors, dtype))
+    tensors = {
+        name: _assembled(assembly, [model.tensors[piece] for piece in assembly.pieces], dtype)
+        for name, assembly in plan.tensors.items()
+    }
     default = dtype or next(iter(model.dtypes))
     for name, value in plan.constants.items():
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
@@ -122,26 +110,15 @@ def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
     return {name: StoredTensor.of(values) for name, values in marks.items()}
 
 
-def assembled(
-    plan: WritePlan, public: Mapping[str, StoredTensor], dtype: DType | None
-) -> Iterator[tuple[str, StoredTensor]]:
-    """Name and tensor of everything that a plan writes of public tensors."""
-    for name, assembly in plan.tensors.items():
-        pieces = [public[piece] for piece in assembly.pieces]
-        own = dtype if dtype and pieces[0].dtype.is_float else pieces[0].dtype
-        pieces = [piece.cast_to(own) for piece in pieces]
-        load = partial(_build, assembly, pieces)
-        yield name, StoredTensor(assembly.shape([p.shape for p in pieces]), own, load, _ranges(assembly, pieces))
-
-
-def _ranges(assembly: Assembly, pieces: list[StoredTensor]) -> tuple[FileRange, ...]:
-    """Where files have the bytes of an assembled tensor in their order; empty if nowhere."""
-    ordered = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
-    return tuple(one for piece in pieces for one in piece.ranges) if ordered else ()
-
-
-def _build(assembly: Assembly, pieces: list[StoredTensor]) -> np.ndarray:
-    return assembly.build([piece.read() for piece in pieces])
+def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType | None) -> StoredTensor:
+    """A tensor of a file, made of public ones; of floats, in `dtype` if it is named."""
+    own = dtype if dtype and pieces[0].dtype.is_float else pieces[0].dtype
+    pieces = [piece.cast_to(own) for piece in pieces]
+    # Where files have its bytes in their order.
+    in_order = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
+    ranges = tuple(one for piece in pieces for one in piece.ranges) if in_order else ()
+    shape = assembly.shape([piece.shape for piece in pieces])
+    return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges)
 
 
 def write_parts(
@@ -149,7 +126,6 @@ def write_parts(
     model: OpenedModel,
     tensors: Mapping[str, StoredTensor],
     progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the weights of networks, and everything else that makes a folder a model.
 
@@ -157,21 +133,22 @@ def write_parts(
         folder: where it goes.
         model: whose configurations and other components it has.
         tensors: by part, a dot and the name; a part without any has no weights in the folder.
-        progress: told the bytes that are written.
-        max_shard_bytes: values per file.
+        progress: gets the number of bytes after each write.
     """
     if model.container is Container.FOLDER:
         _copy_the_rest(model, folder)
     else:
-        _make_the_rest(model, folder)
+        for name, content in model.made_configurations().items():
+            write_json(folder / name, content)
+        for encoder, pad_token in pad_tokens(model.spec).items():
+            if pad_token and encoder in model.parts:
+                write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
     for part in model.parts:
         prefix = f"{part}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if own:
-            stem = WEIGHT_NAMES[part]
-            write_sharded_safetensors(
-                folder / part, stem, own, {"format": "pt"}, max_shard_bytes=max_shard_bytes, progress=progress
-            )
+            stem = folder_layout.WEIGHT_NAMES[part]
+            write_sharded_safetensors(folder / part, stem, own, {"format": "pt"}, progress=progress)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
@@ -182,31 +159,15 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
     index = read_json(model.path / INDEX)
     for part in model.parts:
         write_json(folder / part / "config.json", model.configuration(f"{part}/config.json"))
-    others = (path.name for path in model.path.iterdir() if path.is_dir() and path.name in index.keys() - set(NETWORKS))
-    for name in sorted(others):
+    there = {path.name for path in model.path.iterdir() if path.is_dir()}
+    for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
-        for variant in variants(folder / name):
+        for variant in folder_layout.variants(folder / name):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
     components = [name for name, of in index.items() if isinstance(of, list)]
-    absent = [name for name in components if name not in model.parts and not (model.path / name).is_dir()]
-    write_json(folder / INDEX, index | dict.fromkeys(absent, ABSENT))
-
-
-def _make_the_rest(model: OpenedModel, folder: Path) -> None:
-    for name, content in model.made_configurations().items():
-        write_json(folder / name, content)
-    for encoder, pad_token in tokenizers_on_board(model).items():
-        write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
-
-
-def tokenizers_on_board(model: OpenedModel) -> dict[str, str]:
-    """What fills short prompts of a model without tokenizers, as far as its encoders have CLIP's vocabulary."""
-    return {
-        encoder: pad_token
-        for encoder, pad_token in tokenizers(model.spec).items()
-        if encoder in model.parts and getattr(model.spec, encoder).vocab_size == SIZE
-    }
+    absent = [name for name in components if name not in there.union(model.parts)]
+    write_json(folder / INDEX, index | dict.fromkeys(absent, folder_layout.ABSENT))
 
 
 def _metadata(model: OpenedModel) -> dict[str, str]:
@@ -231,16 +192,12 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
         yield "A MindSpore checkpoint has no place for the mean and deviation of its latents: keep the source."
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
-    yield from _notes_on_prediction(model, form)
-    if form is Format.DIFFUSERS and model.container is not Container.FOLDER:
-        lacking = tokenizers(model.spec).keys() & set(model.parts) - tokenizers_on_board(model).keys()
-        if lacking:
-            own = ", ".join(TOKENIZERS[encoder] for encoder in sorted(lacking))
-            yield f"Its words are not CLIP's: put the model's own {own} into the folder."
-
-
-def _notes_on_prediction(model: OpenedModel, form: Format) -> Iterator[str]:
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:
         yield f"The scheduler says {model.assumed_prediction}; --prediction_type says otherwise."
     if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
         yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."
+    if form is Format.DIFFUSERS and model.container is not Container.FOLDER:
+        lacking = [name for name, token in pad_tokens(model.spec).items() if name in model.parts and token is None]
+        if lacking:
+            own = ", ".join(TOKENIZERS[encoder] for encoder in lacking)
+            yield f"Its words are not CLIP's: put the model's own {own} into the folder."

@@ -3,34 +3,28 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import FileRange
+from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
 from dreambooth_ms.formats.folder_configs import folder_configs
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
-from dreambooth_ms.formats.model_config import (
-    Config,
-    read_config,
-    read_latent_settings,
-    read_vae_config,
-    write_vae_config,
-)
+from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
 from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
 from dreambooth_ms.formats.naming.report import Report
-from dreambooth_ms.formats.naming.slots import Slot
+from dreambooth_ms.formats.naming.slots import Shape, Slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec, VaeSpec
+from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
@@ -50,8 +44,6 @@ class StoredNetwork(Generic[Spec]):
     file: Path
     """The file that holds the tensors."""
     spec: Spec
-    config: Config
-    """Its config.json, or what it would be."""
     tensors: Mapping[str, StoredTensor]
     """By their names in the network."""
 
@@ -77,15 +69,15 @@ class OpenedModel:
     report: Report
     """What does not fit the family's names."""
     prediction_type: str | None = None
-    """"epsilon" or "v_prediction"; None if nothing tells."""
+    """"epsilon" or "v_prediction"; None if nothing says it."""
     averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
-    """The files of a folder's networks."""
-    other_vae: StoredNetwork[VaeSpec] | None = None
-    """Another model's autoencoder, if it takes the place of its own."""
+    """The files of the networks that are not in the single file."""
+    configurations: Mapping[str, Config] = field(default_factory=dict)
+    """JSON files that stand for its own, by their paths in a folder."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
@@ -99,16 +91,8 @@ class OpenedModel:
 
     @property
     def assumed_prediction(self) -> str:
-        """What it predicts, where nothing tells: the published SD 2.1 predicts velocity, the others noise."""
+        """What it predicts, where nothing says it: the published SD 2.1 predicts velocity, the others noise."""
         return self.prediction_type or ("v_prediction" if self.spec.family is Family.SD2 else "epsilon")
-
-    @property
-    def notes_as_base(self) -> tuple[str, ...]:
-        """What a user should know where it is a base: the notes on a single file, with what is assumed of it."""
-        if self.container is Container.FOLDER:
-            return ()
-        assumed = f"It is taken to predict {self.assumed_prediction}; converting can say otherwise."
-        return (*self.notes, assumed) if self.prediction_type is None else self.notes
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""
@@ -123,14 +107,11 @@ class OpenedModel:
         """
         if self.container is not Container.FOLDER:
             return self.made_configurations()[name]
-        if self.other_vae and name == "vae/config.json":
-            return self.other_vae.config
-        return read_json(self.path / name)
+        return self.configurations.get(name) or read_json(self.path / name)
 
     def made_configurations(self) -> dict[str, Config]:
         """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        own = {"vae/config.json": self.other_vae.config} if self.other_vae else {}
-        return {**folder_configs(self.spec, self.parts, self.assumed_prediction), **own}
+        return {**folder_configs(self.spec, self.parts, self.assumed_prediction), **self.configurations}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
         """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
@@ -139,18 +120,9 @@ class OpenedModel:
             WeightError: `read` does not take the configuration.
         """
         name, known = f"{part}/config.json", model_shapes(self.spec)
-        config = self.configuration(name)
-        spec = read_config(self.path / name, config, read)
+        spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
-        file = self.other_vae.file if self.other_vae and part == "vae" else self.files.get(part, self.path)
-        return StoredNetwork(file, spec, config, tensors)
-
-    def with_vae(self, vae: StoredNetwork[VaeSpec]) -> "OpenedModel":
-        """The same with another autoencoder in place of its own."""
-        others = {name: tensor for name, tensor in self.tensors.items() if not name.startswith("vae.")}
-        own = {f"vae.{name}": tensor for name, tensor in vae.tensors.items()}
-        parts = tuple(part for part in NETWORKS if part == "vae" or part in self.parts)
-        return replace(self, spec=replace(self.spec, vae=vae.spec), tensors=others | own, parts=parts, other_vae=vae)
+        return StoredNetwork(self.files.get(part, self.path), spec, tensors)
 
     def check(self) -> None:
         """Stop if a network is not whole, or there are tensors that belong to none.
@@ -180,20 +152,18 @@ def open_model(
 
 def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     file = open_tensor_file(path)
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found = recognise_model(shapes, str(path))
-    if found.form is Format.DIFFUSERS:
+    model = _opened(file, recognise_model, use_averages=use_averages)
+    if model.form is Format.DIFFUSERS:
         raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
-    model = _opened(path, file.container, found, file.tensors, found.naming.present_parts(shapes), use_averages)
     if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
     said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
     passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
     return replace(
         model,
-        spec=_with_latent_statistics(found.model, file),
-        prediction_type=said or found.prediction_type,
-        notes=(*(_without(found.notes, "do not tell") if said else found.notes), *passed_over),
+        spec=_with_latent_statistics(model.spec, file),
+        prediction_type=said or model.prediction_type,
+        notes=(*(_without(model.notes, "do not tell") if said else model.notes), *passed_over),
         metadata=file.metadata,
     )
 
@@ -201,20 +171,20 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
 def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
-    files = {part: weight_file(path, part, variant) for part in (there if wanted is None else wanted)}
+    files = {part: weight_file(path / part, part, variant) for part in (there if wanted is None else wanted)}
     stored = {f"{part}.{name}": own for part, file in files.items() for name, own in _weights(file).tensors.items()}
     if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    found = recognise_model({name: tensor.shape for name, tensor in stored.items()}, str(path))
+    model = _opened(TensorFile(path, Container.FOLDER, stored), recognise_model, files)
     scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
-    said = scheduler.get("prediction_type", "epsilon") if scheduler else found.prediction_type
+    said = scheduler.get("prediction_type", "epsilon") if scheduler else model.prediction_type
     vae = path / "vae" / "config.json"
     return replace(
-        _opened(path, Container.FOLDER, found, stored, files),
-        spec=_with_latents(found.model, vae, read_json(vae)) if vae.exists() else found.model,
+        model,
+        spec=_with_latents(model.spec, vae, read_json(vae)) if vae.exists() else model.spec,
         prediction_type=said if isinstance(said, str) else None,
-        # A folder's configurations tell.
-        notes=tuple(_without(found.notes, "do not tell", "are assumed")),
+        # A folder's configurations say it.
+        notes=tuple(_without(model.notes, "do not tell", "are assumed")),
         files=files,
     )
 
@@ -225,29 +195,63 @@ def open_lone_vae(path: Path) -> OpenedModel:
     Raises:
         WeightError: no such file, damaged, or no autoencoder that is known.
     """
-    file = open_tensor_file(path)
-    found = recognise_vae({name: tensor.shape for name, tensor in file.tensors.items()}, str(path))
-    return _opened(path, file.container, found, file.tensors, ("vae",))
+    return _opened(open_tensor_file(path), recognise_vae)
+
+
+def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedModel:
+    """A model with another autoencoder in place of its own.
+
+    Args:
+        model: the model.
+        path: the autoencoder's folder in diffusers' layout, a model folder with one, or a file that holds it alone and
+            does not say how its latents are scaled: they are scaled as the model's.
+        sample_size: height and width of the model's latents.
+
+    Raises:
+        WeightError: there is no autoencoder, or it is not whole.
+    """
+    is_file, folder, own = path.is_file(), path / "vae" if (path / "vae").is_dir() else path, model.spec.vae
+    vae = open_lone_vae(path if is_file else weight_file(folder, "vae", None))
+    vae.report.check(str(vae.path), "an autoencoder (VAE) of Stable Diffusion")
+    if is_file:
+        scale = {name: getattr(own, name) for name in ("scaling_factor", "latents_mean", "latents_std")}
+        spec = replace(vae.spec.vae, **scale)
+        config: Config = model_config.write_vae_config(spec, sample_size * own.downsampling)
+    else:
+        config = read_json(folder / "config.json")
+        spec = read_config(folder / "config.json", config, model_config.read_vae_config)
+    return replace(
+        model,
+        spec=replace(model.spec, vae=spec),
+        tensors={name: one for name, one in model.tensors.items() if not name.startswith("vae.")} | {**vae.tensors},
+        parts=tuple(part for part in NETWORKS if part == "vae" or part in model.parts),
+        files={**model.files, "vae": vae.path},
+        configurations={"vae/config.json": config},
+    )
 
 
 def _opened(
-    path: Path,
-    container: Container,
-    found: Recognition,
-    stored: Mapping[str, StoredTensor],
-    parts: Collection[str],
+    file: TensorFile,
+    recognise: Callable[[Mapping[str, Shape], str], Recognition],
+    parts: Collection[str] | None = None,
     use_averages: bool = False,
 ) -> OpenedModel:
-    plan = found.naming.read_plan({name: tensor.shape for name, tensor in stored.items()}, parts, use_averages)
+    """What the names and shapes of tensors say; without `parts`, the networks of which there is anything."""
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    found = recognise(shapes, str(file.path))
+    parts = found.naming.present_parts(shapes) if parts is None else parts
+    plan = found.naming.read_plan(shapes, parts, use_averages)
     return OpenedModel(
-        path=path,
-        container=container,
+        path=file.path,
+        container=file.container,
         form=found.form,
         spec=found.model,
-        tensors=public_tensors(plan, stored),
+        tensors=_public_tensors(plan, file.tensors),
         parts=tuple(parts),
         report=plan.report,
+        prediction_type=found.prediction_type,
         averages=len(plan.averages),
+        notes=found.notes,
     )
 
 
@@ -256,51 +260,23 @@ def _weights(path: Path) -> TensorFile:
     return read_safetensors(path) if path.suffix == ".safetensors" else open_tensor_file(path)
 
 
-def open_vae(path: Path, latents_of: VaeSpec, sample_size: int) -> StoredNetwork[VaeSpec]:
-    """Check an autoencoder and open it.
-
-    Args:
-        path: its folder in diffusers' layout, a model folder with one, or a file that holds it alone.
-        latents_of: the autoencoder whose place it takes. The latents of one that is alone in a file, which does not say
-            how they are scaled, are scaled as this one's.
-        sample_size: height and width of the pictures it is for, in pixels.
-
-    Raises:
-        WeightError: there is none, or it is not whole.
-    """
-    is_file, folder = path.is_file(), path / "vae" if (path / "vae").is_dir() else path
-    found = open_lone_vae(path if is_file else weight_file(folder.parent, folder.name, None, "vae"))
-    found.report.check(str(found.path), "an autoencoder (VAE) of Stable Diffusion")
-    if is_file:
-        scale = {name: getattr(latents_of, name) for name in ("scaling_factor", "latents_mean", "latents_std")}
-        config: Config = write_vae_config(replace(found.spec.vae, **scale), sample_size)
-    else:
-        config = read_json(folder / "config.json")
-    spec = read_config(path if is_file else folder / "config.json", config, read_vae_config)
-    return StoredNetwork(found.path, spec, config, found.of_part("vae"))
-
-
-def public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Public name -> tensor, for what a plan reads from the tensors of a file."""
     # Of what several tensors are blocks of, so that it is read once: weight and bias take turns.
     read_blocks = lru_cache(maxsize=2)(lambda name: stored[name].read())
 
-    def load(slot: Slot) -> np.ndarray:
-        return slot.restore(read_blocks(slot.name) if slot.blocks > 1 else stored[slot.name].read())
+    def public(slot: Slot) -> StoredTensor:
+        def load() -> np.ndarray:
+            return slot.restore(read_blocks(slot.name) if slot.blocks > 1 else own.read())
 
-    tensors = {}
-    for name, slot in plan.slots.items():
         own = stored[slot.name]
-        tensors[name] = StoredTensor(slot.public_shape(own.shape), own.dtype, partial(load, slot), _ranges(slot, own))
-    return tensors
+        size = own.byte_count // slot.blocks
+        # A block of rows is a part of its tensor's bytes.
+        in_order = slot.layout.keeps_order and len(own.ranges) == 1
+        ranges = (own.ranges[0].part(slot.block * size, size),) if in_order else ()
+        return StoredTensor(slot.public_shape(own.shape), own.dtype, load, ranges)
 
-
-def _ranges(slot: Slot, stored: StoredTensor) -> tuple[FileRange, ...]:
-    """Where the file has the bytes of a public tensor in their order: a block of rows is a part of its tensor's."""
-    if not slot.layout.keeps_order or len(stored.ranges) != 1:
-        return ()
-    size = stored.byte_count // slot.blocks
-    return (stored.ranges[0].part(slot.block * size, size),)
+    return {name: public(slot) for name, slot in plan.slots.items()}
 
 
 def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
@@ -319,7 +295,7 @@ def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
 def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
     """The model with the scale, mean and deviation of its latents as a configuration of its autoencoder says them."""
     channels = model.vae.latent_channels
-    settings = read_config(source, config, lambda said: read_latent_settings(said, channels))
+    settings = read_config(source, config, lambda said: model_config.read_latent_settings(said, channels))
     return replace(model, vae=replace(model.vae, **settings))
 
 

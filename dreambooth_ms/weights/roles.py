@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,6 @@ class TextReader:
     """The ends of the names of the layers that an adapter changes."""
     tokenizer: Callable[[], Any]
     """Gives what has the methods of `ClipTokenizer`."""
-    tokenizer_folder: Path | None = None
     load: Callable[[], Any]
     """Gives a cell that `models.text.TextEncoders` takes, filled."""
     digest: Callable[[], str]
@@ -86,14 +86,9 @@ class TextReader:
     def of_clip(
         cls, name: str, stored: StoredNetwork[ClipTextSpec], tokenizer_folder: Path, last_layer: bool
     ) -> "TextReader":
-        """A text tower of CLIP in a file.
+        """A text tower of CLIP in a file, which pools the text if it has a projection.
 
-        Args:
-            name: of the network.
-            stored: the tower, which pools the text if it has a projection.
-            tokenizer_folder: its tokenizer's files.
-            last_layer: whether it yields the normalised states after its last layer (SD 1 and 2) or those before it
-                (SDXL).
+        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before (SDXL).
         """
         spec = stored.spec
 
@@ -108,8 +103,7 @@ class TextReader:
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             adapted_layers=CLIP_TARGETS,
-            tokenizer=lambda: ClipTokenizer(tokenizer_folder),
-            tokenizer_folder=tokenizer_folder,
+            tokenizer=partial(ClipTokenizer, tokenizer_folder),
             load=load,
             digest=stored.digest,
         )
@@ -123,23 +117,12 @@ class Schedule:
     """The model, for messages."""
     config: Config
     """The configuration of its scheduler."""
-    spec: NoiseScheduleSpec | None
-    """The forward process; None if it was trained in EDM's formulation."""
-
-    @classmethod
-    def of(cls, path: Path, config: Config) -> "Schedule":
-        """By the configuration of a model's scheduler.
-
-        Raises:
-            WeightError: it is no noise schedule that is known.
-        """
-        spec = None if is_edm(config) else read_config(path / SCHEDULER, config, read_scheduler_config)
-        return cls(path, config, spec)
 
     def trained(self) -> NoiseScheduleSpec:
         """The forward process that training follows.
 
         Raises:
-            WeightError: it was trained in EDM's formulation, which ours does not follow.
+            WeightError: it was trained in EDM's formulation, which ours does not follow, or by an unknown schedule.
         """
-        return self.spec or read_config(self.path, self.config, read_scheduler_config)
+        file = self.path if is_edm(self.config) else self.path / SCHEDULER
+        return read_config(file, self.config, read_scheduler_config)

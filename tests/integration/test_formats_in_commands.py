@@ -25,7 +25,16 @@ from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
 from tests.small_specs import SMALL
 from tests.whole_loras import FILES, random_lora, read_lora, write_lora_as
-from tests.whole_models import RUNNING, RUNNING_SD2, SUFFIXES, digests_of, random_model, roles_of
+from tests.whole_models import (
+    RUNNING,
+    RUNNING_SD2,
+    SUFFIXES,
+    digests_of,
+    random_model,
+    roles_of,
+    tokenizer_folders,
+    write_in_shards,
+)
 
 PROMPT = "a photo of sks dog"
 
@@ -42,7 +51,7 @@ def bases(tmp_path_factory):
     state = load_file(paths["stability"])
     paths["pickled"], paths["bin"], paths["shards"] = folder / "pickled.ckpt", folder / "bin", folder / "shards"
     torch.save({"state_dict": state, "global_step": 5}, paths["pickled"])
-    plan_model(model, Format.DIFFUSERS).write(paths["shards"], max_shard_bytes=1_000_000)
+    write_in_shards(model, paths["shards"], 1_000_000)
     plan_model(model, Format.DIFFUSERS).write(paths["bin"])
     for file in paths["bin"].rglob("*.safetensors"):
         name = file.name.replace("model.", "pytorch_model.") if file.name.startswith("model.") else file.name
@@ -87,7 +96,7 @@ class TestBases:
         assert all(np.array_equal(found[name], expected[name].read()) for name in expected)
 
     def test_a_folders_own_tokenizer_wins(self, opened, bases):
-        own, on_board = (opened[form].text[0].tokenizer_folder for form in ("diffusers", "stability"))
+        own, on_board = (tokenizer_folders(opened[form])[0] for form in ("diffusers", "stability"))
         assert own == bases["diffusers"] / "tokenizer"
         assert (on_board / "merges.txt").is_file()
 
@@ -188,8 +197,9 @@ def test_the_result_of_a_full_training_from_a_single_file_is_a_whole_folder(open
     METHODS["full"](MethodConfig(method="full"), base, unet, None, 0).write_result(tmp_path / "full", 1)
     result = open_bundle(tmp_path / "full")
     assert digests_of(result) == digests_of(base)
-    assert (result.denoiser.spec, result.schedule.spec) == (base.denoiser.spec, base.schedule.spec)
-    assert result.text[0].tokenizer_folder == tmp_path / "full/tokenizer"
+    assert result.denoiser.spec == base.denoiser.spec
+    assert result.schedule.trained() == base.schedule.trained()
+    assert tokenizer_folders(result) == [tmp_path / "full/tokenizer"]
 
 
 def test_files_that_hold_a_model_but_no_base(tmp_path, bases, capsys):

@@ -67,8 +67,7 @@ for line in sys.stdin:
     if child == 0:
         say(f"child {os.getpid()}")
         for step in range(int(step), 10**6):
-            results = lambda target: write_results(target, step)
-            save_checkpoint(Path(folder), step, parameters(step), "rank: 4", results, keep=int(keep))
+            save_checkpoint(Path(folder), step, parameters(step), "rank: 4", write_results, keep=int(keep))
             say(f"saved {step}")
     os.waitpid(child, 0)
     say("dead")
@@ -153,7 +152,7 @@ def test_a_kill_at_any_moment_of_saving_costs_no_checkpoint(tmp_path):
     print(f"{KILLS} kills, {reported} checkpoints, {half_written} half-written")
     assert reported > 10
     assert half_written > 5, "the kills must meet the program while it writes"
-    save_checkpoint(folder, reported + 1, [], "", lambda target: None, keep=KEEP)
+    save_checkpoint(folder, reported + 1, [], "", lambda target, step: None, keep=KEEP)
     assert leftovers(folder) == []
     assert [open_checkpoint(path).step for path in checkpoint_folders(folder)][-1] == reported + 1
     assert len(checkpoint_folders(folder)) == KEEP
@@ -168,12 +167,12 @@ def test_a_checkpoint_that_is_replaced_counts_until_the_new_one_is_there(tmp_pat
         return rename(path, target)
 
     rename = Path.rename
-    save_checkpoint(tmp_path, 3, [], "first", lambda target: None)
+    save_checkpoint(tmp_path, 3, [], "first", lambda target, step: None)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Path, "rename", killed)
-        save_checkpoint(tmp_path, 3, [], "second", lambda target: None)
+        save_checkpoint(tmp_path, 3, [], "second", lambda target, step: None)
     assert find_latest(tmp_path).step == 3
-    save_checkpoint(tmp_path, 3, [], "third", lambda target: None)
+    save_checkpoint(tmp_path, 3, [], "third", lambda target, step: None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -399,8 +398,8 @@ def test_a_run_of_all_weights_that_is_killed_is_the_same_in_the_end(home, monkey
 
 def test_one_ctrl_c_is_noted_and_a_second_one_leaves_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_requests() as stop:
+    with pytest.raises(KeyboardInterrupt), stop_requests() as stop_asked:
         signal.raise_signal(signal.SIGINT)
-        assert stop.asked
+        assert stop_asked()
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -7,6 +7,7 @@ from mindspore import Tensor
 
 from dreambooth_ms.adapters.lora import inject_lora
 from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.runtime.device import Formulation, compute_dtype
@@ -41,7 +42,7 @@ class HalfTraining(Training):
     def __init__(self, path, trained):
         super().__init__(path, trained)
         compute_in(self.learner.denoiser, compute_dtype("fp16"))
-        self.scaler = LossScaler(factor=FACTOR)
+        self.scaler = LossScaler(LossScalingConfig(loss_scale_factor=FACTOR))
 
     def step_cell(self, batches_per_step):
         if batches_per_step not in self.step_cells:

@@ -97,7 +97,7 @@ def bundle(tmp_path):
         denoiser=Denoiser(UNET_OF_PIXELS, lambda: filled(UNet2DConditionModel(UNET_OF_PIXELS))),
         codec=Codec(PixelSpec(), lambda encodes=True, decodes=True: cell, lambda: "pixels"),
         text=(READER,),
-        schedule=Schedule.of(tmp_path, {}),
+        schedule=Schedule(tmp_path, {}),
     )
 
 
@@ -152,7 +152,7 @@ def test_readers_of_two_kinds_stand_side_by_side(pynative):
         ({"text": (READER, READER)}, "its unet reads text of width 12, its letters and letters give 24; take both"),
         (
             {"text": (replace(READER, pooled_width=7),)},
-            "its unet reads 0 numbers of a picture beside the text of its",
+            "its unet reads 0 add_time_ids beside the text of its",
         ),
     ],
 )

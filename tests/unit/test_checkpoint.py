@@ -39,7 +39,7 @@ def bits(state):
 
 def save(folder, step, fill=None, keep=None, config="rank: 4\n", write_results=None):
     """A checkpoint whose values are its step's number."""
-    results = write_results or (lambda target: write_bytes(target / ADAPTER, b"adapter of step %d" % step))
+    results = write_results or (lambda target, step: write_bytes(target / ADAPTER, b"adapter of step %d" % step))
     return save_checkpoint(folder, step, parameters(step if fill is None else fill), config, results, keep)
 
 
@@ -56,7 +56,7 @@ class TestSavingAndRestoring:
         state = parameters(0.5)
         state[0].set_data(Tensor(AWKWARD))
         before = bits(state)
-        path = save_checkpoint(tmp_path, 7, state, "", lambda target: None)
+        path = save_checkpoint(tmp_path, 7, state, "", lambda target, step: None)
         restored = parameters(0.0)
         assert bits(restored) != before
         restore(open_checkpoint(path), restored)
@@ -66,7 +66,7 @@ class TestSavingAndRestoring:
     def test_a_training_that_goes_on_does_not_change_what_was_saved(self, tmp_path):
         state = parameters(1.0)
         before = bits(state)
-        path = save_checkpoint(tmp_path, 1, state, "", lambda target: None)
+        path = save_checkpoint(tmp_path, 1, state, "", lambda target, step: None)
         for parameter in state:
             parameter.set_data(parameter + 1)
         assert bits(state) != before
@@ -219,7 +219,7 @@ class TestKeeping:
         for step in (1, 2):
             save(tmp_path, step, keep=2)
 
-        def full_disk(target):
+        def full_disk(target, step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with pytest.raises(WeightError, match=r"checkpoint-3: cannot be written \(No space left on device\)"):
@@ -246,7 +246,7 @@ class TestKeeping:
         assert path.is_dir()
 
     def test_an_interrupt_leaves_nothing_half_written(self, tmp_path):
-        def interrupted(target):
+        def interrupted(target, step):
             assert names(tmp_path) != []
             raise KeyboardInterrupt
 

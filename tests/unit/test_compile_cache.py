@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.ops import Dense
 from dreambooth_ms.runtime import compile_cache, graph_key
 from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, use_compile_cache
@@ -332,7 +333,7 @@ def test_every_training_step_has_a_key(optimiser, accumulates):
         return [graph_key.graph_key(one, INPUTS) for one in compiled]
 
     assert keys(None) == keys(None)
-    assert not set(keys(None)) & set(keys(LossScaler()))
+    assert not set(keys(None)) & set(keys(LossScaler(LossScalingConfig())))
 
 
 # --- What the environment says ---

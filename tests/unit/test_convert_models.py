@@ -18,7 +18,7 @@ from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
-from tests.whole_models import SUFFIXES, random_model, values_of, write_model
+from tests.whole_models import SUFFIXES, random_model, values_of, write_in_shards, write_model
 
 # From each format to each, itself included, once.
 DIFFUSERS, STABILITY, MINDONE = Format
@@ -62,7 +62,7 @@ def test_numbers_are_rounded_to_the_type_that_is_asked_for(tmp_path, form):
 
 def test_a_large_folder_is_sharded_and_read_again(tmp_path):
     model = random_model(SMALL["sd15"], tmp_path)
-    plan_model(model, Format.DIFFUSERS).write(tmp_path / "out", max_shard_bytes=100_000)
+    write_in_shards(model, tmp_path / "out", 100_000)
     assert len(list((tmp_path / "out/unet").glob("*-of-*.safetensors"))) > 1
     assert values_of(open_model(tmp_path / "out").tensors) == values_of(model.tensors)
 

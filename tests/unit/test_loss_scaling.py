@@ -8,6 +8,7 @@ import pytest
 import torch
 from mindspore import Parameter, Tensor, nn
 
+from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.loop import OVERFLOWS, train
@@ -21,7 +22,7 @@ STEPS = 12
 OVERFLOWING = {0: np.inf, 3: np.nan, 4: -np.inf, 10: np.inf}
 """Step -> what is in one of its rows."""
 START, WINDOW = 1024.0, 2
-SCALING = {"start": START, "factor": 4.0, "window": WINDOW}
+SCALING = LossScalingConfig(init_loss_scale=START, loss_scale_factor=4.0, scale_window=WINDOW)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ class Ours:
     def __init__(self, scaling, batches_per_step=1, sum_gradients=None):
         self.weight = Parameter(Tensor(normal(4)), name="weight")
         self.adamw = AdamW([self.weight], AdamWHyperparameters())
-        self.scaler = LossScaler(**scaling) if scaling else None
+        self.scaler = LossScaler(scaling) if scaling else None
         self.batches_per_step = batches_per_step
         step = TrainStep(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)
         self.step = step if batches_per_step == 1 else AccumulatingTrainStep(step)
@@ -129,9 +130,8 @@ def test_steps_that_overflow_are_skipped_as_torchs_grad_scaler_skips_them(batche
 @pytest.mark.parametrize("batches_per_step", [1, 2], ids=["one batch", "accumulated"])
 def test_a_static_scale_is_taken_out_exactly_once(batches_per_step):
     """A power of two rounds nothing, so that weights, moments and norms are those of the unscaled loss to the bit."""
-    scaled, plain = (
-        Ours(scaling, batches_per_step) for scaling in ({"start": 4096.0, "dynamic": False, "window": 1}, None)
-    )
+    static = LossScalingConfig(loss_scaler_type="static", init_loss_scale=4096.0, scale_window=1)
+    scaled, plain = (Ours(scaling, batches_per_step) for scaling in (static, None))
     for one, two in zip(scaled.run(0, 5, {}), plain.run(0, 5, {}), strict=True):
         assert (one.loss, one.grad_norm, one.loss_scale, two.loss_scale) == (two.loss, two.grad_norm, 4096.0, None)
         assert one.grad_norm > 1
@@ -156,7 +156,7 @@ def test_a_step_is_skipped_if_another_process_overflows():
 def test_a_resumed_run_has_the_scale_and_the_counts_it_was_left_with(tmp_path):
     whole = Ours(SCALING)
     reports = list(whole.run(0, 5))
-    path = save_checkpoint(tmp_path, 5, whole.state(), "", lambda folder: None)
+    path = save_checkpoint(tmp_path, 5, whole.state(), "", lambda folder, step: None)
     reports += whole.run(5, STEPS)
     after = whole.bits()
     resumed = whole

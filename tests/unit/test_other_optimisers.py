@@ -107,7 +107,7 @@ def test_a_skipped_step_changes_no_bit_and_a_resumed_run_is_the_same_to_the_bit(
         gradients[1] = gradients[1] * 0 + np.float32(bad)
         ours.step(2, gradients, proceed=False)
         assert ours.bits() == before
-    path = save_checkpoint(tmp_path, 2, ours.state(), "", lambda folder: None)
+    path = save_checkpoint(tmp_path, 2, ours.state(), "", lambda folder, step: None)
     ours.step(2)
     after = ours.bits()
     assert all(after[parameter] != before[parameter] for parameter in ("down", "up", "bias"))
