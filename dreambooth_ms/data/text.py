@@ -52,7 +52,7 @@ class PromptTokenizer:
 def encode_prompts(
     tokenizer: PromptTokenizer,
     text_encoders: TextEncoders,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     batch_size: int | None = None,
     pieces: int = 1,
     zeros_for_empty: bool = False,
