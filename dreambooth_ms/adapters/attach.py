@@ -1,4 +1,4 @@
-"""Adapters on networks that draw: the sum of several, each with a strength that can be set again."""
+"""Adapters on networks that sample: the sum of several, each with a strength that can be set again."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -42,11 +42,11 @@ class RecomputedGradients(nn.Cell):
     def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
 
-        MindSpore compiles what it is told here as constants; a table of gradients that grows would cost it memory.
+        MindSpore compiles what is planned here as constants; a table of gradients that grows would cost it memory.
         """
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
         depend_on_trainables: set[int] = set()
-        gradients, own_weights, wanted, results = [], [], [], []
+        gradients, wanted, results = [], [], []
         next_result = denoiser.num_inputs
         for segment in denoiser.segments:
             own = [p for part in segment.parts for p in part.get_parameters() if id(p) in places]
@@ -56,7 +56,6 @@ class RecomputedGradients(nn.Cell):
             if own or any(wanted[-1]):
                 depend_on_trainables.update(results[-1])
             gradients.append(_SegmentGradient(segment.cell, own, any(wanted[-1])))
-            own_weights.append(own)
         self.gradients = nn.CellList(gradients, auto_prefix=False)
         self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in depend_on_trainables)
         readers: dict[int, list[tuple[int, int]]] = {next_result - 1: [(0, 0)]}
@@ -67,7 +66,7 @@ class RecomputedGradients(nn.Cell):
             for position, value in enumerate(denoiser.segments[i].reads):
                 if wanted[i][position]:
                     readers.setdefault(value, []).append((number, position))
-            found |= {places[id(p)]: (number - 1, position) for position, p in enumerate(own_weights[i])}
+            found |= {places[id(p)]: (number - 1, position) for position, p in enumerate(gradients[i].weights)}
         assert len(found) == len(trainables), "every trainable belongs to one segment"
         self.terms = tuple(terms)
         """For each segment on the way back and each of its results: (who read it, counted from the loss; as what)."""
@@ -137,9 +136,5 @@ def _sum(dinputs: tuple[tuple[Tensor, ...], ...], terms: tuple[tuple[int, int], 
     return total
 
 
-_pick = ops.MultitypeFuncGraph("pick")
-
-
-@_pick.register("Tuple", "Number", "Number")
-def _pick_from_tuples(tuples, number, position):
+def _pick(tuples, number, position):
     return tuples[number][position]

@@ -90,25 +90,22 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     path = folder / HISTORY
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    lines: list[dict[str, float]] = []
+    with suppress(ValueError):
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8", errors="replace").splitlines()))
     return lines
 
 
-def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, int] = (960, 480)) -> None:
+def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
     """Draw each concept's loss over the steps, pale as it was and strong as a running mean.
 
     Steps whose loss overflowed, which are skipped in mixed precision, are left out.
     """
     lines = [line for line in history if np.isfinite(line["loss"])]
     names = [key.removesuffix("_loss") for key in lines[0] if key.endswith("_loss")] if lines else []
-    width, height = size
+    width, height = 960, 480
     left, top, right, bottom = 70, 44, width - 24, height - 44
-    image = Image.new("RGB", size, "white")
+    image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image, "RGBA")
     font = ImageFont.load_default(15)
     highest = max((line[f"{name}_loss"] for line in lines for name in names), default=1.0) * 1.05 or 1.0

@@ -276,6 +276,12 @@ def test_interpolation_is_plain_text_in_a_flag():
     assert train("--instance_prompt", "a ${oc.env:HOME} dog").data.instance_prompt == "a ${oc.env:HOME} dog"
 
 
+@pytest.mark.parametrize("name", ["use_ema", "rank", "learning_rate", "lr_scheduler", "prior_loss_weight"])
+def test_interpolation_in_a_flag_is_no_number_switch_or_choice(name):
+    field = schema_fields(TrainConfig)[name]
+    assert train_problems(f"--{name}", "${x}") == [f"--{name}: expected {field.expected}, got '${{x}}'"]
+
+
 @given((st.text() | st.text("\\${}?\"' :a\n")).filter(lambda text: text != "???" and "\0" not in text))
 @example("${")
 @example("\\${oc.env:HOME}")
@@ -298,7 +304,7 @@ def test_any_prompt_survives_the_command_line_and_a_resolved_file(tmp_path_facto
 )
 @settings(max_examples=25, deadline=None)
 def test_any_resolved_configuration_loads_again(tmp_path_factory, rank, rate, seed, flip, schedule, modules):
-    schedule = "constant" if rate <= train_schema.POLYNOMIAL_END_LEARNING_RATE else schedule
+    schedule = "constant" if rate <= train_schema.POLYNOMIAL_END_RATE else schedule
     flags = [f"--rank={rank}", f"--learning_rate={rate!r}", f"--seed={seed}", f"--random_flip={flip}"]
     config = train(*flags, "--lr_scheduler", schedule, "--lora_target_modules", *modules)
     assert (config.method.rank, config.optimiser.learning_rate, config.run.seed) == (rank, rate, seed)
