@@ -44,21 +44,14 @@ def sample_flags(argv: Sequence[str]) -> list[str]:
     parser.add_argument("--pipeline_weight", help="the second model (default: the one of --pipeline_config)")
     parser.add_argument("--stage2strength", type=float, default=0.15, help="share of the second model")
     parser.add_argument("--finish_denoising", default="True", **SWITCH, help="the second model finishes the first's")
-    arguments, others = parser.parse_known_args(argv)
+    wanted, others = parser.parse_known_args(argv)
 
-    flags = [
-        "--config",
-        inference_config(arguments.config),
-        "--prompt",
-        arguments.prompt,
-        "--save_path",
-        arguments.save_path,
-    ]
-    if arguments.guider == "IdentityGuider":
+    flags = ["--config", inference_config(wanted.config), "--prompt", wanted.prompt, "--save_path", wanted.save_path]
+    if wanted.guider == "IdentityGuider":
         flags += ["--guidance_scale", "1"]
-    if arguments.add_pipeline == "True":
-        refiner = arguments.pipeline_weight or base_of(arguments.pipeline_config)
-        flags += ["--refiner", refiner, *_shares(arguments.stage2strength, arguments.finish_denoising == "True")]
+    if wanted.add_pipeline == "True":
+        refiner = wanted.pipeline_weight or base_of(wanted.pipeline_config)
+        flags += ["--refiner", refiner, *_shares(wanted.stage2strength, wanted.finish_denoising == "True")]
     return flags + others
 
 

@@ -50,7 +50,7 @@ RUNNING_SDXL = ModelSpec(
     unet=_SDXL_UNET,
     vae=replace(_VAE, scaling_factor=SDXL_BASE.vae.scaling_factor),
     text_encoder=ClipTextSpec(transformer=_TOWER),
-    # Of another width than the first, because diffusers tells them apart by it.
+    # Of another width than the first, because diffusers distinguishes them by it.
     text_encoder_2=ClipTextSpec(
         transformer=replace(_GELU_TOWER, hidden_size=128, num_attention_heads=2), projection_dim=128
     ),

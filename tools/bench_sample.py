@@ -196,7 +196,7 @@ def write_random_model(folder: Path) -> None:
     from dreambooth_ms.formats.naming.report import Report
     from dreambooth_ms.models.parameter_shapes import model_shapes
     from dreambooth_ms.models.specs import SD_15
-    from dreambooth_ms.weights.model_writing import plan_model, write_parts
+    from dreambooth_ms.weights.model_writing import plan_model
     from dreambooth_ms.weights.opened_model import OpenedModel
 
     shapes = model_shapes(SD_15)
@@ -213,7 +213,7 @@ def write_random_model(folder: Path) -> None:
         prediction_type="epsilon",
         averages=0,
     )
-    write_parts(folder, model, plan_model(model, Format.DIFFUSERS).tensors)
+    plan_model(model, Format.DIFFUSERS).write_parts(folder)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

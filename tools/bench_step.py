@@ -286,7 +286,7 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
         side: a key of `SIDES`.
         job: what to time.
         started: when this process was started, in seconds of the monotonic clock.
-        processes: those that take a step together.
+        processes: those that share a step.
 
     Returns:
         `imported`, `built`, `first_step`: when each was done, in seconds after the start; `times`: seconds of every

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -448,7 +449,8 @@ def train_stages() -> None:
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(FOLDER / "tokenizer", world.WORDS)
-    tokenizer = PromptTokenizer(ClipTokenizer(FOLDER / "tokenizer"))
+    reader = SimpleNamespace(tokenizer=lambda: ClipTokenizer(FOLDER / "tokenizer"), pooled_at=None)
+    tokenizer = PromptTokenizer([reader])
     vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
 
     if only in (None, "vae"):

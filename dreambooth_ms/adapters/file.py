@@ -34,7 +34,7 @@ METADATA_KEY = "lora_adapter_metadata"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
-"""How an update is made of a layer's tensors, by the one that tells its kind."""
+"""How an update is made of a layer's tensors, by the one that its kind is known by."""
 
 _PRECISION = (DType.F64, DType.F32, DType.BF16, DType.F16)
 """From the one that holds the most to the one that holds the least."""

@@ -22,7 +22,7 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
     for _, cell in denoiser.cells_and_names():
         if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
             cell.compute_dtype = dtype
-            # If it was compiled before, such as to draw class pictures, it would go on as it was.
+            # If it was compiled before, such as to sample class pictures, it would go on as it was.
             cell.compile_cache.clear()
         if isinstance(cell, Dense | Conv2d | Embedding | LoraLayer):
             for parameter in (cell.weight, getattr(cell, "bias", None)):

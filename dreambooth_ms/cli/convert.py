@@ -14,7 +14,8 @@ from dreambooth_ms.formats.files.stored import Progress
 
 def run(argv: Sequence[str]) -> int:
     """Convert by a command line; returns the exit status."""
-    convert(load(ConvertConfig, argv, tell).conversion, tell, bytes_bar)
+    for line in convert(load(ConvertConfig, argv, tell).conversion, bytes_bar):
+        tell(line)
     return 0
 
 

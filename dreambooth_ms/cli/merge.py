@@ -11,5 +11,6 @@ from dreambooth_ms.conversion.merge import merge
 
 def run(argv: Sequence[str]) -> int:
     """Merge by a command line; returns the exit status."""
-    merge(load(MergeConfig, argv, tell).merging, tell, bytes_bar)
+    for line in merge(load(MergeConfig, argv, tell).merging, bytes_bar):
+        tell(line)
     return 0

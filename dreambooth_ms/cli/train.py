@@ -24,7 +24,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
-from dreambooth_ms.sampling.class_pictures import missing_numbers
+from dreambooth_ms.sampling.picture_file import missing_numbers
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
     SaveCheckpoints,

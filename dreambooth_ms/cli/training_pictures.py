@@ -20,9 +20,8 @@ from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.sampling.class_pictures import PURPOSE, missing_numbers, picture_name
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 
 
@@ -43,7 +42,7 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        tokens = PromptTokenizer.of(base.text).texts(captions_of(concepts))
+        tokens = PromptTokenizer(base.text).texts(captions_of(concepts))
         texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or base.denoiser.load(), batches
@@ -84,14 +83,14 @@ def sample_missing_class_pictures(
         height=height,
         width=width,
         seed=job.seed,
-        purpose=PURPOSE,
+        purpose="class picture",
         batch_size=min(prior.sample_batch_size, len(numbers)),
         num_inference_steps=prior.infer_steps,
         guidance_scale=prior.guidance_scale,
     )
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
         settings = settings_of_training(request, sample)
-        write_picture(folder / picture_name(sample.number), sample.picture, settings)
+        write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
     processes.wait_for_all("the class pictures")
     return model.denoiser
 

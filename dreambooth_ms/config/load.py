@@ -189,7 +189,9 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         raise ConfigError(f"expected text, got {value!r}; put it in quotes")
     is_list = get_origin(one.kind) is list
     is_nested = is_list and any(isinstance(entry, dict | list) for entry in texts)
-    if is_nested or (one.kind is bool and not isinstance(value, bool | str)):
+    # OmegaConf would find out too late that this is text.
+    is_reference = one.kind not in (str, list[str]) and any("${" in text for text in texts if isinstance(text, str))
+    if is_nested or is_reference or (one.kind is bool and not isinstance(value, bool | str)):
         raise ConfigError(f"expected {one.expected}, got {value!r}")
     if is_list:
         if one.kind == list[float] and isinstance(value, int | float):

@@ -11,7 +11,7 @@ from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with,
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 
-POLYNOMIAL_END_LEARNING_RATE = 1e-7
+POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
 
 LEAST_PRODIGY_RATE = 0.1
@@ -119,13 +119,13 @@ _TEXT_ENCODER = only_with("train_text_encoder")
 _OF_ADAM = not_with("optimizer", "adafactor")
 _PRODIGY = only_with("optimizer", "prodigy")
 _RISES = Rule(
-    lambda values: values["lr_scheduler"] == "polynomial" and values["learning_rate"] <= POLYNOMIAL_END_LEARNING_RATE,
-    f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_LEARNING_RATE:g} and must start above it, "
-    "got {learning_rate:g}",
+    lambda values: values["lr_scheduler"] == "polynomial" and 0 < values["learning_rate"] <= POLYNOMIAL_END_RATE,
+    f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_RATE:g} and must start above it, "
+    "got {learning_rate}",
 )
 _SMALL_FOR_PRODIGY = Rule(
     lambda values: values["optimizer"] == "prodigy" and values["learning_rate"] < LEAST_PRODIGY_RATE,
-    "--learning_rate {learning_rate:g} multiplies what prodigy finds by itself; it is usually 1",
+    "--learning_rate {learning_rate} multiplies what prodigy finds by itself; it is usually 1",
     is_note=True,
 )
 _ONE_RATE = refused_with(

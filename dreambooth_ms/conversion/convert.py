@@ -1,9 +1,10 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter
@@ -22,33 +23,34 @@ from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 
 MODEL_FORMATS = {form.value: form for form in Format}
-"""As users name them."""
-
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
 """As users name them."""
 
-Tell = Callable[[str], object]
-ProgressBar = Callable[[int], AbstractContextManager[Progress]]
-"""From the number of bytes to write to what is told how many were written."""
-
-_PICKLES = (".bin", ".pt", ".pth")
-_EXTENSIONS = {
+EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
     Format.DIFFUSERS: ("",),
     Format.STABILITY: (".safetensors",),
     Format.MINDONE: (".ckpt",),
+    **dict.fromkeys(LoraFormat, ("", ".safetensors")),
     LoraFormat.PEFT: ("",),
     LoraFormat.MINDONE: (".ckpt",),
 }
-_LORA_FILE = ("", ".safetensors")
+"""What names of files in a format may end in; a folder in nothing."""
+
+ProgressBar = Callable[[int], AbstractContextManager[Progress]]
+"""From the number of bytes to write to what is told how many were written."""
+
+Form = TypeVar("Form", Format, LoraFormat)
 
 
-def convert(wanted: ConversionConfig, tell: Tell, progress: ProgressBar) -> None:
+def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     """Write the model or the LoRA of a source in another format.
 
     Args:
         wanted: what is converted into what.
-        tell: is given what the user should know, line by line.
         progress: shows how far it is.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
 
     Raises:
         WeightError: anything is wrong with the source or the target; nothing is left of the target.
@@ -56,20 +58,17 @@ def convert(wanted: ConversionConfig, tell: Tell, progress: ProgressBar) -> None
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     if not holds_adapter(source):
-        write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, tell, progress)
+        yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
         return
     opened = open_adapter(source, models_of(wanted.base), wanted.base).with_alpha(wanted.alpha)
     form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    for note in opened.notes:
-        tell(note)
-    tell(f"wrote {target}: {describe_adapter(opened)}")
+    yield from opened.notes
+    yield f"wrote {target}: {describe_adapter(opened)}"
 
 
-def write_model(
-    model: OpenedModel, wanted: ConversionConfig | MergingConfig, tell: Tell, progress: ProgressBar
-) -> None:
-    """Write a model as it is asked for, and say so."""
+def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:
+    """Write a model as it is asked for; yields what the user should know."""
     target = Path(wanted.target)
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
@@ -78,19 +77,14 @@ def write_model(
     planned.check_place(target)
     with progress(planned.byte_count) as count:
         planned.write(target, count)
-    for note in (*planned.model.notes, *planned.notes):
-        tell(note)
-    tell(f"wrote {target}: {describe_model(planned.model)}, {planned.byte_count / 1e6:,.1f} MB")
+    yield from (*planned.model.notes, *planned.notes)
+    kind = f"{planned.model.spec.family.value} with {', '.join(planned.model.parts)}"
+    yield f"wrote {target}: {kind}, {planned.byte_count / 1e6:,.1f} MB"
 
 
 def models_of(base: str | None) -> Sequence[ModelSpec]:
     """The models that a LoRA may be for: the one that is named, because its sizes are its own, or those published."""
     return [open_model(Path(base)).spec] if base else PUBLISHED_MODELS
-
-
-def describe_model(model: OpenedModel) -> str:
-    """The model in a few words."""
-    return f"{model.spec.family.value} with {', '.join(model.parts)}"
 
 
 def describe_adapter(opened: OpenedAdapter) -> str:
@@ -103,20 +97,17 @@ def model_format_of(target: Path, form: str | None) -> Format:
     """The format of a model that a target's name and the user ask for.
 
     Raises:
-        WeightError: they do not go together, or the format is not written.
+        WeightError: they do not fit each other, or the format is not written.
     """
-    chosen = MODEL_FORMATS.get(form) if form else None
-    if form and chosen is None:
-        raise WeightError(f"--format {form}: for LoRAs only; for a model choose one of {', '.join(MODEL_FORMATS)}")
-    _refuse_pickles(target)
-    by_name = next((one for one in Format if _extension(target) in _EXTENSIONS[one]), None)
+    chosen = _chosen(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
+    by_name = next((one for one in Format if _extension(target) in EXTENSIONS[one]), None)
     if by_name is None:
         raise WeightError(
             f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt "
             "(MindSpore), or give the name of a folder without an extension"
         )
     if chosen and chosen is not by_name:
-        raise WeightError(f"{target}: --format {form} is written to {_kinds(_EXTENSIONS[chosen])}; name one")
+        raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}; name one")
     return by_name
 
 
@@ -124,15 +115,12 @@ def lora_format_of(target: Path, form: str | None) -> LoraFormat:
     """The format of a LoRA that a target's name and the user ask for.
 
     Raises:
-        WeightError: they do not go together, the name leaves it open, or the format is not written.
+        WeightError: they do not fit each other, the name leaves it open, or the format is not written.
     """
-    chosen = LORA_FORMATS.get(form) if form else None
-    if form and chosen is None:
-        raise WeightError(f"--format {form}: for models only; for a LoRA choose one of {', '.join(LORA_FORMATS)}")
-    _refuse_pickles(target)
+    chosen = _chosen(target, form, LORA_FORMATS, "for models only; for a LoRA")
     if chosen:
-        if _extension(target) not in _EXTENSIONS.get(chosen, _LORA_FILE):
-            raise WeightError(f"{target}: --format {form} is written to {_kinds(_EXTENSIONS.get(chosen, _LORA_FILE))}")
+        if _extension(target) not in EXTENSIONS[chosen]:
+            raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}")
         return chosen
     if target.suffix == ".ckpt":
         return LoraFormat.MINDONE
@@ -142,15 +130,19 @@ def lora_format_of(target: Path, form: str | None) -> LoraFormat:
     raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
 
 
+def _chosen(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> Form | None:
+    """The format that the user names, if any."""
+    if form and form not in formats:
+        raise WeightError(f"--format {form}: {otherwise} choose one of {', '.join(formats)}")
+    if target.suffix in (".bin", ".pt", ".pth"):
+        raise WeightError(f"{target}: PyTorch's pickles can run code and are not written; end it in .safetensors")
+    return formats[form] if form else None
+
+
 def _extension(target: Path) -> str:
     """The extension; a folder has none, though its name may have a dot in it, as `sd-v1.5`."""
     return target.suffix if not target.suffix[1:2].isdigit() else ""
 
 
-def _refuse_pickles(target: Path) -> None:
-    if target.suffix in _PICKLES:
-        raise WeightError(f"{target}: PyTorch's pickles can run code and are not written; end it in .safetensors")
-
-
-def _kinds(extensions: tuple[str, ...]) -> str:
-    return " or ".join(f"a file that ends in {one}" if one else "a folder" for one in extensions)
+def _kinds(form: Format | LoraFormat) -> str:
+    return " or ".join(f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[form])

@@ -36,11 +36,11 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         return list(_adapter(open_adapter(path, models_of(base), base)))
     try:
         return list(_model(open_model(path, variant)))
-    except WeightError:
-        vae = _lone_vae(path)
-        if vae is None:
-            raise
-        return vae
+    except WeightError as error:
+        try:
+            return list(_lone_vae(open_lone_vae(path)))
+        except WeightError:
+            raise error from None
 
 
 def _model(model: OpenedModel) -> Iterator[str]:
@@ -56,8 +56,10 @@ def _model(model: OpenedModel) -> Iterator[str]:
         yield f"moving averages (EMA): of {model.averages} weights"
     yield from _metadata(model.metadata.items())
     missing = [f"the whole {part}" for part in model.missing_parts]
-    missing += [] if model.report.fits else [model.report.summary()]
-    yield f"missing: {'; '.join(missing) or 'nothing'}" if model.report.fits else f"does not fit: {'; '.join(missing)}"
+    if model.report.fits:
+        yield f"missing: {'; '.join(missing) or 'nothing'}"
+    else:
+        yield f"does not fit: {'; '.join([*missing, model.report.summary()])}"
     yield from (f"note: {note}" for note in model.notes)
 
 
@@ -93,19 +95,12 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     yield from (f"note: {note}" for note in opened.notes)
 
 
-def _lone_vae(path: Path) -> list[str] | None:
-    """The lines for an autoencoder that is alone in a file; None if it is none."""
-    try:
-        vae = open_lone_vae(path)
-    except WeightError:
-        return None
-    return [
-        f"format: autoencoder alone, {vae.form.value}, {vae.container.value}",
-        f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}",
-        f"vae: {_parameters(vae.tensors.values())} in {len(vae.tensors)} tensors, channels "
-        f"{'-'.join(map(str, vae.spec.vae.block_out_channels))}",
-        "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}",
-    ]
+def _lone_vae(vae: OpenedModel) -> Iterator[str]:
+    yield f"format: autoencoder alone, {vae.form.value}, {vae.container.value}"
+    yield f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}"
+    channels = "-".join(map(str, vae.spec.vae.block_out_channels))
+    yield f"vae: {_parameters(vae.tensors.values())} in {len(vae.tensors)} tensors, channels {channels}"
+    yield "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}"
 
 
 def _parameters(tensors: Iterable[StoredTensor]) -> str:

@@ -1,6 +1,6 @@
 """LoRAs become part of a model: W + scale * alpha / r * B A (Hu et al., 2021, section 4.1), weight by weight."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,20 +11,22 @@ from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import OpenedAdapter, open_adapter
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.conversion.convert import ProgressBar, Tell, describe_adapter, write_model
+from dreambooth_ms.conversion.convert import ProgressBar, describe_adapter, write_model
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
 
-def merge(wanted: MergingConfig, tell: Tell, progress: ProgressBar) -> None:
+def merge(wanted: MergingConfig, progress: ProgressBar) -> Iterator[str]:
     """Write a model with LoRAs merged into it.
 
     Args:
         wanted: what is merged into what.
-        tell: is given what the user should know, line by line.
         progress: shows how far it is.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
 
     Raises:
         WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
@@ -34,9 +36,8 @@ def merge(wanted: MergingConfig, tell: Tell, progress: ProgressBar) -> None:
     model.check()
     opened = [open_adapter(Path(path), [model.spec], wanted.base).with_alpha(wanted.alpha) for path in wanted.lora]
     for one in opened:
-        for note in (*one.notes, describe_adapter(one)):
-            tell(f"{one.path}: {note}")
-    write_model(merged(model, opened, wanted.scale), wanted, tell, progress)
+        yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
+    yield from write_model(merged(model, opened, wanted.scale), wanted, progress)
 
 
 def merged(model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float) -> OpenedModel:
@@ -56,12 +57,12 @@ def merged(model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float) 
             updates.setdefault(f"{layer}.weight", []).append(update)
     if scale == 0:
         return model
-    changed = {name: _updated(model.tensors[name], own, scale) for name, own in updates.items()}
-    return replace(model, tensors={**model.tensors, **changed})
-
-
-def _updated(weight: StoredTensor, updates: Sequence[Update], scale: float) -> StoredTensor:
-    return StoredTensor(weight.shape, DType.F32, partial(_sum, weight, updates, scale)).cast_to(weight.dtype)
+    tensors = dict(model.tensors)
+    for name, own in updates.items():
+        weight = tensors[name]
+        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale))
+        tensors[name] = changed.cast_to(weight.dtype)
+    return replace(model, tensors=tensors)
 
 
 def _sum(weight: StoredTensor, updates: Sequence[Update], scale: float) -> np.ndarray:

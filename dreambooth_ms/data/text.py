@@ -10,7 +10,6 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText, conditioning
-from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -18,22 +17,12 @@ from dreambooth_ms.weights.roles import TextReader
 
 
 class PromptTokenizer:
-    """The tokenizers of a model, one for each of its text readers.
+    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool."""
 
-    Args:
-        tokenizers: in the order of the readers, all of one length.
-        pooled_at: the token that ends a text of the last one, where its reader pools the text; None: it does not.
-    """
-
-    def __init__(self, *tokenizers: ClipTokenizer, pooled_at: int | None = None) -> None:
-        self._tokenizers = tokenizers
-        self._pooled_at = pooled_at
-        self.length = tokenizers[0].length
-
-    @classmethod
-    def of(cls, readers: Sequence[TextReader]) -> "PromptTokenizer":
-        """The tokenizers of these readers."""
-        return cls(*(reader.tokenizer() for reader in readers), pooled_at=readers[-1].pooled_at)
+    def __init__(self, readers: Sequence[TextReader]) -> None:
+        self._tokenizers = [reader.tokenizer() for reader in readers]
+        self._pooled_at = readers[-1].pooled_at
+        self.length: int = self._tokenizers[0].length
 
     def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
         """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side.
@@ -63,7 +52,7 @@ class PromptTokenizer:
 def encode_prompts(
     tokenizer: PromptTokenizer,
     text_encoders: TextEncoders,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     batch_size: int | None = None,
     pieces: int = 1,
     zeros_for_empty: bool = False,
@@ -89,10 +78,8 @@ def encode_prompts(
         outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, conditioning([*batch, *filler]).values()))]
         found += [PromptText(*row) for row in zip(*outputs, strict=True)][: len(batch)]
     of_prompts = (found[first : first + pieces] for first in range(0, len(found), pieces))
-    encoded = {
-        prompt: PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled)
-        for prompt, own in zip(texts, of_prompts, strict=True)
-    }
+    read = [PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled) for own in of_prompts]
+    encoded = dict(zip(texts, read, strict=True))
     if zeros_for_empty and "" in encoded:
         encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
     return encoded
@@ -101,7 +88,7 @@ def encode_prompts(
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
     """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
     that not all are in memory; the encoders are gone afterwards."""
-    tokenizer, encoders, ordered = PromptTokenizer.of(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
+    tokenizer, encoders, ordered = PromptTokenizer(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
     rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
     for start in range(0, len(ordered), 8 * rows):
         part = ordered[start : start + 8 * rows]

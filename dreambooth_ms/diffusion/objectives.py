@@ -23,7 +23,7 @@ class Columns:
     out_x: np.ndarray
     out_n: np.ndarray
     time: np.ndarray
-    """The timestep that the network is told, which need not be whole."""
+    """The timestep that the network reads, which need not be whole."""
     weight: np.ndarray
     """Of the row's error: the mean squared difference of prediction and target."""
 

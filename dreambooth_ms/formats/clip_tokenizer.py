@@ -57,9 +57,9 @@ def check_clip_tokenizer(folder: Path) -> None:
         WeightError: a file is missing or cut short.
     """
     vocabulary = read_json(folder / "vocab.json")
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if name == "tokenizer_config.json" or (folder / name).exists():
-            read_json(folder / name)
+    read_json(folder / "tokenizer_config.json")
+    if (folder / "special_tokens_map.json").exists():
+        read_json(folder / "special_tokens_map.json")
     try:
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -57,8 +57,7 @@ def tokenizer_on_board(pad_token: str = END) -> Path:
 def byte_symbols() -> list[str]:
     """The printable character that stands for each byte, in the vocabulary's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = 256 - len(printable)
-    return [*map(chr, printable), *(chr(256 + i) for i in range(others))]
+    return [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
 
 
 def _write_json(path: Path, content: object) -> None:

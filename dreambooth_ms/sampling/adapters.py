@@ -1,11 +1,8 @@
 """The adapters of a model that is sampled with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from mindspore import nn
-
-from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.sampling.request import SampleRequest
@@ -13,7 +10,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 class ModelAdapters:
-    """Adapters of any format, read at once and put on the networks of their base as these are loaded.
+    """Adapters of any format, read at once, to be put on the networks of their base as these are loaded.
 
     Raises:
         WeightError: an adapter is none, or is for another base.
@@ -22,12 +19,12 @@ class ModelAdapters:
     def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path]) -> None:
         self.paths = tuple(str(path) for path in paths)
         models = [bundle.opened().spec] if paths else []
-        self._adapters = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
+        self.opened = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
 
     @property
     def adapt_text(self) -> bool:
         """Whether one of them changes how prompts are read."""
-        return any(adapter.parts.keys() - {"unet"} for adapter in self._adapters)
+        return any(adapter.parts.keys() - {"unet"} for adapter in self.opened)
 
     def scales(self, request: SampleRequest) -> tuple[float, ...]:
         """The strength of each adapter, or one number for all.
@@ -41,7 +38,3 @@ class ModelAdapters:
                 f"--lora_scale: expected one number, or one for each of {len(self.paths)} adapters, got {len(scales)}"
             )
         return scales
-
-    def put_on(self, networks: Mapping[str, nn.Cell]) -> AttachedAdapters:
-        """Put them on some of the networks, by the names of their folders."""
-        return attach(networks, self._adapters)

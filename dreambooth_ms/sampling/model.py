@@ -6,7 +6,7 @@ Shapes: N pictures, B of them at a time, C, h, w of the latents.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from dreambooth_ms.adapters.attach import AttachedAdapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.errors import ConfigError
@@ -22,12 +22,11 @@ from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.adapters import ModelAdapters
-from dreambooth_ms.sampling.autoencoder import PictureDecoder, PictureEncoder
+from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import PromptReader
 from dreambooth_ms.sampling.request import OnStep, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import check_formulation
-from dreambooth_ms.sampling.start_picture import fitted, fitted_size
 from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -83,7 +82,7 @@ class SamplingModel:
         self._mixed_precision = mixed_precision
         self._text = PromptReader(bundle, self.adapters, keep_text_encoders, text_encoders, embeddings or {})
         self._lent = self._unet = denoiser
-        self._attached = AttachedAdapters()
+        self._attached, self._codec = AttachedAdapters(), PictureCodec(bundle.codec)
         self._denoisers: dict[tuple[bool, bool], Denoiser] = {}
 
     def sample(
@@ -104,17 +103,23 @@ class SamplingModel:
         self.load()
         for number, latents in self.latents(request, rows, on_step=on_step, stopped=stopped):
             picture = self.picture(latents, number, request.whole_up_to)
-            yield Sample(number, request.pictures[number], picture, self.picture_settings(request, number))
+            yield Sample(number, picture, self.picture_settings(request, number))
 
     def rows(self, request: SampleRequest) -> Rows:
         """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
-        self._check(request)
+        self.adapters.scales(request)
+        check_formulation(request.scheduler, self.bundle.schedule.config)
+        steps, strength = request.num_inference_steps, request.strength
+        if request.image is not None and int(steps * strength) < 1:
+            raise ConfigError(
+                f"--strength {strength}: of {steps} steps none is left; raise --strength or --num_inference_steps"
+            )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)
         texts, start = self.embeddings(request), None
         if request.image is not None:
             picture = fitted(request.image, height, width)
-            start = np.stack(list(self._encoder.latents(picture, request.seed, request.pictures)))
+            start = np.stack(list(self._codec.latents(picture, request.seed, request.pictures)))
         return Rows(
             noise=starting_noise(request.pictures, shape, request.seed, request.purpose),
             prompts=[texts[prompt] for prompt in request.pictures.values()],
@@ -159,8 +164,8 @@ class SamplingModel:
             yield from zip((numbers[row] for row in batch), latents.asnumpy(), strict=False)
 
     def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
-        """The picture (H, W, 3) uint8 of latents (C, h, w); see `PictureDecoder`."""
-        return self._decoder.picture(latents, number, whole_up_to)
+        """The picture (H, W, 3) uint8 of latents (C, h, w); see `PictureCodec`."""
+        return self._codec.picture(latents, number, whole_up_to)
 
     def size(self, request: SampleRequest) -> tuple[int, int]:
         """(height, width) of the pictures of a request, in pixels."""
@@ -176,52 +181,37 @@ class SamplingModel:
     def picture_settings(self, request: SampleRequest, number: int) -> dict[str, Any]:
         """What makes a picture again, as plain values."""
         height, width = self.size(request)
-        base = {"pretrained_model_name_or_path": str(self.bundle.path), "lora": list(self.adapters.paths)}
         names = ("negative_prompt", "num_images_per_prompt", "clip_skip", "support_long_prompts", "whole_up_to")
-        own = {"lora_scale": list(self.adapters.scales(request)), **{name: getattr(request, name) for name in names}}
-        if request.image is not None:
-            own["strength"] = request.strength
-        sizes = vars(request.sizes) if self.bundle.num_add_time_ids else {}
-        picture = {"prompt": request.pictures[number], "number": number, "height": height, "width": width}
-        return {**base, **own, **request.steps(), **sizes, **picture}
+        return {
+            "pretrained_model_name_or_path": str(self.bundle.path),
+            "lora": list(self.adapters.paths),
+            "lora_scale": list(self.adapters.scales(request)),
+            **{name: getattr(request, name) for name in names},
+            **({} if request.image is None else {"strength": request.strength}),
+            **request.steps(),
+            **(vars(request.sizes) if self.bundle.num_add_time_ids else {}),
+            **{"prompt": request.pictures[number], "number": number, "height": height, "width": width},
+        }
 
     @property
     def denoiser(self) -> nn.Cell:
         """The network that predicts, with the adapters on it."""
         if self._unet is None:
             self._unet = self.bundle.denoiser.load()
-            self._attached = self.adapters.put_on({"unet": self._unet})
+            self._attached = attach({"unet": self._unet}, self.adapters.opened)
             compute_in(self._unet, compute_dtype(self._mixed_precision))
         return self._unet
 
     def load(self) -> None:
         """Load what denoises and decodes now, so that what is wrong with it is said before a step is taken."""
-        _ = self.denoiser, self._decoder
+        _ = self.denoiser, self._codec.decoders
 
     def release(self) -> None:
         """Give back the memory of what it loaded; it is loaded again when it is needed."""
         self._unet, self._attached, self._denoisers = self._lent, AttachedAdapters(), {}
-        for name in ("_decoder", "_encoder"):
-            vars(self).pop(name, None)
+        self._codec = PictureCodec(self.bundle.codec)
         self._text.release()
         gc.collect()
-
-    @cached_property
-    def _decoder(self) -> PictureDecoder:
-        return PictureDecoder(self.bundle.codec.load(encodes=False))
-
-    @cached_property
-    def _encoder(self) -> PictureEncoder:
-        return PictureEncoder(self.bundle.codec.load(decodes=False))
-
-    def _check(self, request: SampleRequest) -> None:
-        self.adapters.scales(request)
-        check_formulation(request.scheduler, self.bundle.schedule.config)
-        steps, strength = request.num_inference_steps, request.strength
-        if request.image is not None and int(steps * strength) < 1:
-            raise ConfigError(
-                f"--strength {strength}: of {steps} steps none is left; raise --strength or --num_inference_steps"
-            )
 
     def _prediction(self, request: SampleRequest, rows: Rows, batch: np.ndarray) -> Callable[[Tensor, float], Tensor]:
         """What predicts of the noisy latents (B, C, h, w) of some rows at a timestep, with the adapters' strengths."""
@@ -246,20 +236,11 @@ class SamplingModel:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
         sizes, factor = request.sizes, self.bundle.codec.spec.downsampling
         own = rows.noise.shape[3] * factor, rows.noise.shape[2] * factor
-        positive_ids, negative_ids = (
-            add_time_ids(
-                self.bundle.num_add_time_ids,
-                sizes.original_size or own,
-                (sizes.crop_top, sizes.crop_left),
-                sizes.target_size or own,
-                score,
-            )
-            for score in (sizes.aesthetic_score, sizes.negative_aesthetic_score)
-        )
-        prompts, count = [rows.prompts[row] for row in batch], len(batch)
-        if not guided:
-            return conditioning(prompts, [positive_ids] * count)
-        return conditioning([rows.negative] * count + prompts, [negative_ids] * count + [positive_ids] * count)
+        original, target, crop = sizes.original_size or own, sizes.target_size or own, (sizes.crop_top, sizes.crop_left)
+        scored = [(rows.negative, sizes.negative_aesthetic_score)] * len(batch) if guided else []
+        scored += [(rows.prompts[row], sizes.aesthetic_score) for row in batch]
+        ids_with = partial(add_time_ids, self.bundle.num_add_time_ids, original, crop, target)
+        return conditioning([prompt for prompt, _ in scored], [ids_with(score) for _, score in scored])
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Pictures as PNG files that appear whole, with the settings they were made with in their metadata."""
+"""Sampled pictures as PNG files that appear whole, with the settings they were made with in their metadata.
+
+The names of files hold the pictures' numbers, so that a command goes on where another stopped.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.data.pictures import looks_like_a_picture
+from dreambooth_ms.errors import DataError
 
 SETTINGS_KEY = "dreambooth_ms"
 
@@ -22,16 +27,30 @@ def write_picture(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) 
         Image.fromarray(picture).save(partial, format="PNG", pnginfo=information)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings a picture was made with; empty if it holds none."""
-    with Image.open(path) as image:
-        return json.loads(getattr(image, "text", {}).get(SETTINGS_KEY, "{}"))
-
-
 def first_free_number(folder: Path) -> int:
     """One more than the highest number of a picture in the folder, so that nothing is written over."""
-    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
-    return max(numbers, default=-1) + 1
+    return max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()), default=-1) + 1
+
+
+def missing_numbers(folder: Path, wanted: int) -> list[int]:
+    """Numbers of the class pictures still to sample, so that the folder will hold `wanted` of them.
+
+    Only picture files count, the user's own as well as sampled ones. A sampled picture's number is in its name, so a
+    run that was stopped goes on with the numbers it had not come to.
+
+    Raises:
+        DataError: the path is taken by a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--class_data_dir {folder}: expected a folder, got a file")
+    held = {p.name for p in folder.glob("*") if looks_like_a_picture(p)}
+    free = (number for number in range(wanted + len(held)) if class_picture_name(number) not in held)
+    return [next(free) for _ in range(max(wanted - len(held), 0))]
+
+
+def class_picture_name(number: int) -> str:
+    """File name of a sampled class picture."""
+    return f"class-{number:05d}.png"
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

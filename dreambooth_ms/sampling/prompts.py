@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from dreambooth_ms.adapters.attach import AttachedAdapters
+from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.models.text import TextEncoders
@@ -44,16 +44,20 @@ class PromptReader:
     def read(self, request: SampleRequest) -> dict[str, PromptText]:
         """Its prompts, its negative prompt, and the empty one as it stands for "no negative prompt", encoded."""
         wanted = {*request.prompts, request.negative_prompt, ""}
-        pieces = self._tokenizer.num_pieces(sorted(wanted)) if request.support_long_prompts else 1
+        pieces = self._tokenizer.num_pieces(wanted) if request.support_long_prompts else 1
         # Without adapters of text, their scales make no difference.
         scales = self._adapters.scales(request) if self._adapters.adapt_text else ()
         known = {} if self._lent else self._known.setdefault((pieces, request.clip_skip, scales), {})
-        missing = sorted(wanted - known.keys())
+        missing = wanted - known.keys()
         if missing:
-            encoders = self._ready(request.clip_skip)
+            if self._encoders is None:
+                self._encoders = self._bundle.load_text_encoders()
+                self._attached = attach(self._encoders.networks(), self._adapters.opened)
+            if request.clip_skip != self._encoders.clip_skip:
+                self._encoders = self._encoders.with_clip_skip(request.clip_skip)
             self._attached.set_scales(scales)
             zeros = self._bundle.zeros_for_empty_prompt
-            known |= encode_prompts(self._tokenizer, encoders, missing, TEXT_ROWS, pieces, zeros)
+            known |= encode_prompts(self._tokenizer, self._encoders, missing, TEXT_ROWS, pieces, zeros)
             if not self._keep:
                 self.release()
         return {prompt: known[prompt] for prompt in wanted}
@@ -66,12 +70,4 @@ class PromptReader:
 
     @cached_property
     def _tokenizer(self) -> PromptTokenizer:
-        return PromptTokenizer.of(self._bundle.text)
-
-    def _ready(self, clip_skip: int) -> TextEncoders:
-        if self._encoders is None:
-            self._encoders = self._bundle.load_text_encoders()
-            self._attached = self._adapters.put_on(self._encoders.networks())
-        if clip_skip != self._encoders.clip_skip:
-            self._encoders = self._encoders.with_clip_skip(clip_skip)
-        return self._encoders
+        return PromptTokenizer(self._bundle.text)

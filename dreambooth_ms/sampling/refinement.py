@@ -66,8 +66,7 @@ def sample_refined(
     rows = replace(refiner.rows(own), start=np.stack(start))
     refiner.load()
     more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
-    if end is None:
-        more["refiner_strength"] = refinement.strength
+    more |= {"refiner_strength": refinement.strength} if end is None else {}
     for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
         picture = refiner.picture(latents, number, request.whole_up_to)
-        yield Sample(number, request.pictures[number], picture, base.picture_settings(request, number) | more)
+        yield Sample(number, picture, base.picture_settings(request, number) | more)

@@ -115,7 +115,6 @@ class Sample(NamedTuple):
 
     number: int
     """Its own among those of the request."""
-    prompt: str
     picture: np.ndarray
     """(H, W, 3) uint8."""
     settings: Mapping[str, Any]
@@ -125,7 +124,7 @@ class Sample(NamedTuple):
 def settings_of_training(request: SampleRequest, sample: Sample) -> dict[str, Any]:
     """What says how a training sampled a picture: always from noise and all the way."""
     whole_way = dict.fromkeys(("strength", "denoising_start", "denoising_end"))
-    return {**request.steps(), **whole_way, "prompt": sample.prompt, "number": sample.number}
+    return {**request.steps(), **whole_way, "prompt": sample.settings["prompt"], "number": sample.number}
 
 
 OnStep = Callable[[StepReport], object]

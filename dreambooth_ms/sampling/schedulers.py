@@ -1,26 +1,24 @@
 """The schedulers by the names people use: mindone's ports of diffusers' schedulers, and ours where those run on Ascend
 alone."""
 
-import importlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.formats.model_config import is_edm
-from dreambooth_ms.sampling.ddpm import DDPMScheduler
-from dreambooth_ms.sampling.edm_euler import EDMEulerScheduler
-from dreambooth_ms.sampling.unipc import UniPCMultistepScheduler
-
-Config = Mapping[str, Any]
-"""The content of a `scheduler_config.json`."""
+from dreambooth_ms.formats.model_config import Config, is_edm
+from dreambooth_ms.sampling.own_schedulers import DDPMScheduler, EDMEulerScheduler, UniPCMultistepScheduler
 
 
-class SchedulerKind(NamedTuple):
+@dataclass(frozen=True)
+class SchedulerKind:
     """What is behind a name."""
 
-    create: Callable[[Config], Any]
+    scheduler: str | type
+    """One of mindone, or ours."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the name adds to the model's own configuration, of one of mindone."""
     draws_noise: bool = False
     """Whether its steps take random numbers."""
     keeps_signal: bool = False
@@ -29,52 +27,40 @@ class SchedulerKind(NamedTuple):
     edm: bool = False
     """Whether it is for models that were trained in EDM's formulation."""
 
+    def create(self, config: Config) -> Any:
+        """The scheduler for a model, by its configuration."""
+        if not isinstance(self.scheduler, str):
+            return self.scheduler(config)
+        from mindone.diffusers import schedulers
 
-LEFT_AT_DEFAULT = "_use_default_values"
-"""Names the settings of a configuration that were not chosen, and so do not hold for another scheduler."""
-
-
-def _ported(module: str, name: str, **options: Any) -> Callable[[Config], Any]:
-    """A scheduler of mindone, with what its name here adds to the model's own configuration."""
-
-    def create(config: Config) -> Any:
-        kind = getattr(importlib.import_module(f"mindone.diffusers.schedulers.{module}"), name)
+        kind = getattr(schedulers, self.scheduler)
         # Its `from_config` does the same, and to warn of settings that no scheduler has it imports them all and scipy.
-        known = inspect.signature(kind.__init__).parameters.keys() - set(config.get(LEFT_AT_DEFAULT, ()))
-        return kind(**{setting: value for setting, value in config.items() if setting in known} | options)
+        # What a configuration left at its default does not hold for another scheduler.
+        known = inspect.signature(kind.__init__).parameters.keys() - set(config.get("_use_default_values", ()))
+        return kind(**{name: value for name, value in config.items() if name in known} | self.options)
 
-    return create
 
-
-_MULTISTEP = "scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler"
-_SINGLESTEP = "scheduling_dpmsolver_singlestep", "DPMSolverSinglestepScheduler"
+_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+_SDE = {"algorithm_type": "sde-dpmsolver++", "lower_order_final": True}
 
 SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
-    "ddim": SchedulerKind(_ported("scheduling_ddim", "DDIMScheduler")),
+    "ddim": SchedulerKind("DDIMScheduler"),
     "ddpm": SchedulerKind(DDPMScheduler, draws_noise=True),
-    "pndm": SchedulerKind(_ported("scheduling_pndm", "PNDMScheduler", skip_prk_steps=True)),
-    "lms": SchedulerKind(_ported("scheduling_lms_discrete", "LMSDiscreteScheduler"), keeps_signal=True),
-    "euler": SchedulerKind(_ported("scheduling_euler_discrete", "EulerDiscreteScheduler"), keeps_signal=True),
-    "euler_a": SchedulerKind(
-        _ported("scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler"),
-        draws_noise=True,
-        keeps_signal=True,
-    ),
-    "heun": SchedulerKind(_ported("scheduling_heun_discrete", "HeunDiscreteScheduler"), keeps_signal=True),
-    "dpm++_2m": SchedulerKind(_ported(*_MULTISTEP)),
-    "dpm++_2m_karras": SchedulerKind(_ported(*_MULTISTEP, use_karras_sigmas=True)),
+    "pndm": SchedulerKind("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": SchedulerKind("LMSDiscreteScheduler", keeps_signal=True),
+    "euler": SchedulerKind("EulerDiscreteScheduler", keeps_signal=True),
+    "euler_a": SchedulerKind("EulerAncestralDiscreteScheduler", draws_noise=True, keeps_signal=True),
+    "heun": SchedulerKind("HeunDiscreteScheduler", keeps_signal=True),
+    "dpm++_2m": SchedulerKind(_MULTISTEP),
+    "dpm++_2m_karras": SchedulerKind(_MULTISTEP, {"use_karras_sigmas": True}),
     # Without lower_order_final they say that they set it themselves.
-    "dpm++_2s": SchedulerKind(_ported(*_SINGLESTEP, lower_order_final=True)),
-    "dpm++_sde": SchedulerKind(
-        _ported(*_SINGLESTEP, algorithm_type="sde-dpmsolver++", lower_order_final=True), draws_noise=True
-    ),
+    "dpm++_2s": SchedulerKind(_SINGLESTEP, {"lower_order_final": True}),
+    "dpm++_sde": SchedulerKind(_SINGLESTEP, _SDE, draws_noise=True),
     "unipc": SchedulerKind(UniPCMultistepScheduler),
-    "deis": SchedulerKind(_ported("scheduling_deis_multistep", "DEISMultistepScheduler")),
-    "lcm": SchedulerKind(_ported("scheduling_lcm", "LCMScheduler"), draws_noise=True),
+    "deis": SchedulerKind("DEISMultistepScheduler"),
+    "lcm": SchedulerKind("LCMScheduler", draws_noise=True),
     "edm_euler": SchedulerKind(EDMEulerScheduler, keeps_signal=True, edm=True),
-    "edm_dpm++_2m": SchedulerKind(
-        _ported("scheduling_edm_dpmsolver_multistep", "EDMDPMSolverMultistepScheduler"), keeps_signal=True, edm=True
-    ),
+    "edm_dpm++_2m": SchedulerKind("EDMDPMSolverMultistepScheduler", keeps_signal=True, edm=True),
 }
 
 
@@ -93,15 +79,3 @@ def check_formulation(name: SamplingScheduler, config: Config) -> None:
         raise ConfigError(
             f"--scheduler {name}: this model was trained in EDM's formulation; use edm_dpm++_2m or edm_euler"
         )
-
-
-def create_scheduler(name: SamplingScheduler, config: Config, num_inference_steps: int) -> Any:
-    """A scheduler with its timesteps set, from the `scheduler_config.json` of a model.
-
-    Raises:
-        ConfigError: see `check_formulation`.
-    """
-    check_formulation(name, config)
-    scheduler = SCHEDULERS[name].create(config)
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler

@@ -3,16 +3,17 @@
 Shapes: B rows, C, h, w of the latents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.sampling.discrete_scheduler import RowNoise
+from dreambooth_ms.formats.model_config import Config
+from dreambooth_ms.sampling.own_schedulers import RowNoise
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.sampling.schedulers import SCHEDULERS, create_scheduler
+from dreambooth_ms.sampling.schedulers import SCHEDULERS
 
 
 class Trajectory:
@@ -26,15 +27,16 @@ class Trajectory:
     """
 
     def __init__(
-        self, request: SampleRequest, config: Mapping[str, Any], numbers: Sequence[int], from_picture: bool = False
+        self, request: SampleRequest, config: Config, numbers: Sequence[int], from_picture: bool = False
     ) -> None:
         self._kind = SCHEDULERS[request.scheduler]
-        self._scheduler = create_scheduler(request.scheduler, config, request.num_inference_steps)
+        self._scheduler = self._kind.create(config)
+        self._scheduler.set_timesteps(request.num_inference_steps)
         self._seed, self._numbers = request.seed, numbers
         self._continues = request.denoising_start is not None
         levels = np.array([float(timestep) for timestep in self._scheduler.timesteps])
-        range_ = int(config.get("num_train_timesteps", 1000))
-        self._first, end = taken_steps(levels, request, self._scheduler.order, range_, from_picture)
+        trained = int(config.get("num_train_timesteps", 1000))
+        self._first, end = taken_steps(levels, request, self._scheduler.order, trained, from_picture)
         self.timesteps: list[Any] = list(self._scheduler.timesteps[self._first : end])
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(self._first)
@@ -45,7 +47,11 @@ class Trajectory:
             return Tensor(noise_BChw, ms.float32) * float(self._scheduler.init_noise_sigma)
         if self._continues or not self.timesteps:
             return Tensor(start_BChw, ms.float32)
-        sigma = self._sigma()
+        if getattr(self._scheduler, "sigmas", None) is not None:
+            sigma = float(self._scheduler.sigmas[self._first])
+        else:
+            alpha = float(self._scheduler.alphas_cumprod[int(self.timesteps[0])])
+            sigma = ((1 - alpha) / alpha) ** 0.5
         signal = 1.0 if self._kind.keeps_signal else 1 / (1 + sigma**2) ** 0.5
         return Tensor(start_BChw * np.float32(signal) + noise_BChw * np.float32(signal * sigma), ms.float32)
 
@@ -60,13 +66,6 @@ class Trajectory:
             more["generator"] = RowNoise(self._seed, self._first + index, self._numbers)
         return self._scheduler.step(prediction_BChw, timestep, latents_BChw, **more)[0]
 
-    def _sigma(self) -> float:
-        """Noise per signal at the first step."""
-        if getattr(self._scheduler, "sigmas", None) is not None:
-            return float(self._scheduler.sigmas[self._first])
-        alpha = float(self._scheduler.alphas_cumprod[int(self.timesteps[0])])
-        return ((1 - alpha) / alpha) ** 0.5
-
 
 def taken_steps(
     levels: np.ndarray, request: SampleRequest, order: int, num_train_timesteps: int, from_picture: bool
@@ -80,8 +79,7 @@ def taken_steps(
         num_train_timesteps: of the model, which the shares of the noise's range refer to.
         from_picture: whether `strength` counts.
     """
-    first, end = 0, len(levels)
-    steps = request.num_inference_steps
+    first, end, steps = 0, len(levels), request.num_inference_steps
     if request.denoising_start is not None:
         left = int((levels < round(num_train_timesteps - request.denoising_start * num_train_timesteps)).sum())
         # A step of two evaluations is not begun in its middle.

@@ -53,13 +53,10 @@ class Adafactor(Optimiser):
         return _map(update, self.rate_factors, self.decays, self.parameters, self.rows, self.columns, gradients)
 
 
-_update = ops.MultitypeFuncGraph("adafactor_update")
 _map = ops.HyperMap()
 
 
-@_update.register("Bool", "None", "Tensor", "Tensor", "Number", "Number", *["Tensor"] * 4)
-@_update.register("Bool", "Tensor", "Tensor", "Tensor", "Number", "Number", *["Tensor"] * 4)
-def _update_tensor(scale_parameter, proceed, rate, share, rate_factor, decay, parameter, rows, columns, gradient):
+def _update(scale_parameter, proceed, rate, share, rate_factor, decay, parameter, rows, columns, gradient):
     gradient_RC = ops.reshape(gradient, (rows.shape[0], columns.shape[0]))
     value_RC = ops.reshape(parameter, gradient_RC.shape)
     square_RC = gradient_RC * gradient_RC + LEAST_SQUARE

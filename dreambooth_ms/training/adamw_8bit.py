@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from dreambooth_ms.training.flat_vectors import Joined, VectorOptimiser
+from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, assign_if, state
 
 BLOCK = 128
@@ -65,10 +65,8 @@ class Quantised(nn.Cell):
 class AdamW8bit(VectorOptimiser):
     """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
 
-    def make_vector(
-        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
-    ) -> nn.Cell:
-        return _Vector(number, parameters, self.hyperparameters, rate_factor, decay_factor)
+    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
+        return _Vector(number, parameters, self.hyperparameters, rate, decay)
 
     numbers = AdamW.numbers
 
@@ -86,12 +84,12 @@ class _Vector(nn.Cell):
         self, number: int, parameters: Sequence[Parameter], h: AdamWHyperparameters, rate_factor: float, decay: float
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.joined = Joined(parameters, BLOCK)
+        self.vector = FlatVector(parameters, BLOCK)
         self.rate_factor, self.decay_factor = rate_factor, decay
         # The betas of AdamW's kernel are float32.
         self.beta1, self.beta2 = float(np.float32(h.beta1)), float(np.float32(h.beta2))
-        self.first_moment = Quantised(self.joined.length, True, f"first_moment_{number}")
-        self.second_root = Quantised(self.joined.length, False, f"second_moment_root_{number}")
+        self.first_moment = Quantised(self.vector.length, True, f"first_moment_{number}")
+        self.second_root = Quantised(self.vector.length, False, f"second_moment_root_{number}")
 
     def state(self) -> list[Parameter]:
         first, second = self.first_moment, self.second_root
@@ -101,8 +99,8 @@ class _Vector(nn.Cell):
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, numbers: tuple[Tensor, ...]
     ) -> Tensor:
         learning_rate, epsilon, weight_decay = numbers
-        gradient = ops.reshape(self.joined(gradients, earlier), (-1, BLOCK))
-        value = ops.reshape(self.joined.read(earlier), (-1, BLOCK))
+        gradient = ops.reshape(self.vector(gradients, earlier), (-1, BLOCK))
+        value = ops.reshape(self.vector.read(earlier), (-1, BLOCK))
         first = self.first_moment.read(earlier) * self.beta1 + gradient * (1 - self.beta1)
         root = self.second_root.read(earlier)
         root = ops.sqrt(root * root * self.beta2 + gradient * gradient * (1 - self.beta2))
@@ -111,6 +109,6 @@ class _Vector(nn.Cell):
         updated = value - change * (learning_rate * self.rate_factor)
         if proceed is not None:
             updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
-        written = self.joined.write(ops.reshape(updated, (-1,)))
+        written = self.vector.write(ops.reshape(updated, (-1,)))
         states = (self.first_moment.write(proceed, first), self.second_root.write(proceed, root))
         return ops.depend(learning_rate, (written, states))

@@ -10,11 +10,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as name:
             partial = Path(name)
             write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
             write_results(partial, step)

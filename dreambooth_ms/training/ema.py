@@ -9,7 +9,6 @@ from mindspore import Parameter, ParameterTuple, Tensor, ops
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.optimisers import state
 
-_blend = ops.MultitypeFuncGraph("blend")
 _map = ops.HyperMap()
 
 
@@ -54,6 +53,5 @@ class _Blend(CompiledCell):
         return _map(ops.partial(_blend, share), self.averages, self.parameters)
 
 
-@_blend.register("Tensor", "Tensor", "Tensor")
-def _blend_tensor(share, average, parameter):
+def _blend(share: Tensor, average: Parameter, parameter: Parameter) -> Tensor:
     return ops.assign(average, average - share * (average - parameter))

@@ -20,7 +20,7 @@ MOST_VECTORS = 128
 """Of larger models vectors are longer, since each adds to the graph; tensors above the length come on top."""
 
 
-class Joined(nn.Cell):
+class FlatVector(nn.Cell):
     """Some parameters as one vector: tensors of their shapes -> (N,). Each begins at a multiple of `block`."""
 
     def __init__(self, parameters: Sequence[Parameter], block: int = 1) -> None:
@@ -67,30 +67,24 @@ class VectorOptimiser(Optimiser):
         vectors = [self.make_vector(i, parameters[a:b], *factors[a]) for i, (a, b) in enumerate(self.slices)]
         self.vectors = nn.CellList(vectors, auto_prefix=False)
 
-    def make_vector(
-        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
-    ) -> nn.Cell:
-        """The cell for neighbours that have the same factors; its `state()` is what a resumed run needs."""
+    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
+        """The cell for neighbours that have these factors; its `state()` is what a resumed run needs."""
         raise NotImplementedError
 
     def moments(self) -> list[Parameter]:
         return [moment for vector in self.vectors for moment in vector.state()]
 
 
-_row = ops.MultitypeFuncGraph("row")
-_write = ops.MultitypeFuncGraph("write")
 _map = ops.HyperMap()
 
 
-@_row.register("Number", "Tensor", "Tensor")
-def _row_of_tensor(block, earlier, tensor):
+def _row(block, earlier, tensor):
     row = ops.reshape(ops.depend(tensor, earlier), (-1,))
     missing = -row.shape[0] % block
     return ops.concat((row, _zeros(missing))) if missing else row
 
 
-@_write.register("Tensor", "Number", "Tensor")
-def _write_part(vector, offset, parameter):
+def _write(vector, offset, parameter):
     part = ops.slice(vector, (offset,), (ops.size(parameter),))
     return ops.assign(parameter, ops.reshape(part, parameter.shape))
 

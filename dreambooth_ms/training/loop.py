@@ -15,7 +15,7 @@ from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step tells."""
+    """What is reported of one step."""
 
     step: int
     """Steps done, this one included."""
@@ -65,7 +65,7 @@ def train(
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         steps: which to take, counted from 0.
         hooks: what is done after a step: averages, logs, checkpoints, pictures.
-        begin_batch: told the number of each batch before it is computed.
+        begin_batch: called with the number of each batch before it is computed.
         processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.
 
@@ -79,9 +79,7 @@ def train(
         rate = learning_rate(step - skipped_before)
         step_cell.optimiser.prepare(step - skipped_before + 1, rate)
         if step == steps.start and processes.count > 1:
-            # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
-            step_cell.compile_for(next(iter(batches.values())).tensors())
-            processes.wait_for_all("the first step")
+            _compile_at_once(step_cell, next(iter(batches.values())), processes)
         loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
         names = chain.from_iterable(batch.concepts for batch in batches.values())
@@ -106,6 +104,12 @@ def train(
         if report.stop_asked:
             return report
     return None
+
+
+def _compile_at_once(step_cell: TrainStep | AccumulatingTrainStep, batch: Batch, processes: Processes) -> None:
+    """MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer."""
+    step_cell.compile_for(batch.tensors())
+    processes.wait_for_all("the first step")
 
 
 def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | None) -> Iterator[tuple[Tensor, ...]]:

@@ -2,7 +2,7 @@
 
 import math
 
-from dreambooth_ms.config.train import POLYNOMIAL_END_LEARNING_RATE, OptimiserConfig
+from dreambooth_ms.config.train import POLYNOMIAL_END_RATE, OptimiserConfig
 
 
 def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
@@ -37,6 +37,6 @@ def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, b
         case "cosine_with_restarts":
             return 0.5 * (1.0 + math.cos(math.pi * (config.lr_num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
         case "polynomial":
-            end = POLYNOMIAL_END_LEARNING_RATE / base_learning_rate
+            end = POLYNOMIAL_END_RATE / base_learning_rate
             return (1.0 - end) * remaining**config.lr_power + end
     raise ValueError(f"unknown learning rate schedule {kind!r}")

@@ -93,10 +93,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     frozen, trained = map(sum, zip(*map(_numbers, shapes, work.ranks), strict=True))
     of_unet, *of_texts = map(_trained, work.ranks)
     segments = unet_segments(work.unet, work.activations, of_unet)
-    texts = [
-        text_segment(spec, work.activations, of_text)
-        for spec, of_text in zip(work.text_encoders, of_texts, strict=True)
-    ]
+    texts = [text_segment(spec, work.activations, own) for spec, own in zip(work.text_encoders, of_texts, strict=True)]
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
@@ -117,16 +114,10 @@ def estimate(work: Workload) -> MemoryEstimate:
 
 
 def check_memory(expected: MemoryEstimate, limit: int, advice: str, processes: int = 1) -> None:
-    """Refuse what cannot fit.
-
-    Args:
-        expected: what each process will need.
-        limit: bytes that there are for all of them.
-        advice: what would need less.
-        processes: how many share these bytes.
+    """Refuse what cannot fit: what is expected of each of some processes, which share `limit` bytes.
 
     Raises:
-        DeviceError: they need more than there is.
+        DeviceError: they need more than there is; `advice` says what would need less.
     """
     if expected.total * processes > limit:
         each = f" in each of {processes} processes" if processes > 1 else ""

@@ -1,7 +1,7 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.training.results import ADAPTER, MODEL
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
-from dreambooth_ms.weights.model_writing import plan_model, write_parts
+from dreambooth_ms.weights.model_writing import plan_model
 
 Write = Callable[[Path, int], None]
 """Writes into a folder what was trained for so many steps."""
@@ -116,9 +116,9 @@ def full(
 
     def write_folder(target: Path, step: int) -> None:
         # Weights have plain names whatever variant they were, so that the result loads without naming one.
-        planned = plan_model(base.opened(), Format.DIFFUSERS).tensors
-        kept = {name: tensor for name, tensor in planned.items() if name.partition(".")[0] not in networks}
-        write_parts(target, base.opened(), kept)
+        planned = plan_model(base.opened(), Format.DIFFUSERS)
+        kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in networks}
+        replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)
 
     parameters = [

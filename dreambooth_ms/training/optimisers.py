@@ -9,8 +9,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-_update = ops.MultitypeFuncGraph("adamw_update")
-_finite_or = ops.MultitypeFuncGraph("finite_or")
 _map = ops.HyperMap()
 
 
@@ -105,8 +103,7 @@ class AdamW(Optimiser):
         return _map(update, factors, decays, self.parameters, first, second, gradients)
 
 
-@_finite_or.register("Tensor", "Tensor", "Tensor")
-def _finite_or_tensor(proceed, gradient, otherwise):
+def _finite_or(proceed, gradient, otherwise):
     return ops.select(ops.broadcast_to(proceed, gradient.shape), gradient, otherwise)
 
 
@@ -114,9 +111,7 @@ def _or_one(proceed: Tensor, beta: float) -> Tensor:
     return ops.select(proceed, Tensor(beta, ms.float32), Tensor(1.0, ms.float32))
 
 
-@_update.register("Function", "Tensor", "Tensor", *["Tensor"] * 3, "Number", "Number", *["Tensor"] * 4)
-@_update.register("Function", "Number", "Number", *["Tensor"] * 3, "Number", "Number", *["Tensor"] * 4)
-def _update_tensor(
+def _update(
     fused_update, beta1, beta2, rate, epsilon, decay, rate_factor, decay_factor, parameter, first, second, gradient
 ):
     rate = rate if rate_factor == 1.0 else rate * rate_factor

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import total
-from dreambooth_ms.training.flat_vectors import Joined, VectorOptimiser
+from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
 from dreambooth_ms.training.optimisers import AdamWHyperparameters, assign_if, state
 
 FIRST_ESTIMATE = 1e-6
@@ -45,11 +45,9 @@ class Prodigy(VectorOptimiser):
         self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
         self.numerator = state("prodigy_numerator", np.float32(0))
 
-    def make_vector(
-        self, number: int, parameters: Sequence[Parameter], rate_factor: float, decay_factor: float
-    ) -> nn.Cell:
-        assert rate_factor == 1.0, "the estimate is one for all parameters"
-        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay_factor)
+    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
+        assert rate == 1.0, "the estimate is one for all parameters"
+        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay)
 
     def moments(self) -> list[Parameter]:
         return [*super().moments(), self.estimate, self.numerator]
@@ -85,7 +83,7 @@ class _Vector(nn.Cell):
         self, number: int, parameters: Sequence[Parameter], h: ProdigyHyperparameters, beta3: float, decay_factor: float
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.joined = Joined(parameters)
+        self.vector = FlatVector(parameters)
         self.beta1, self.beta2, self.beta3, self.epsilon = h.beta1, h.beta2, beta3, h.epsilon
         self.decay, self.decouple, self.safeguard_warmup = h.weight_decay * decay_factor, h.decouple, h.safeguard_warmup
         start = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
@@ -102,7 +100,7 @@ class _Vector(nn.Cell):
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Take in the gradients; returns what they add to the numerator (), and to the denominator ()."""
-        gradient, value = self.joined(gradients, earlier), self.joined.read(earlier)
+        gradient, value = self.vector(gradients, earlier), self.vector.read(earlier)
         if self.decay and not self.decouple:
             gradient = gradient + value * self.decay
         over_first = estimate * (1 / FIRST_ESTIMATE)
@@ -121,11 +119,11 @@ class _Vector(nn.Cell):
 
     def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
         """Move the parameters, not before `earlier` has been computed."""
-        value = self.joined.read(earlier)
+        value = self.vector.read(earlier)
         change = self.first_moment / (ops.sqrt(self.second_moment) + estimate * self.epsilon)
         if self.decay and self.decouple:
             change = change + value * self.decay
         updated = value - change * rate
         if proceed is not None:
             updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
-        return ops.depend(rate, self.joined.write(updated))
+        return ops.depend(rate, self.vector.write(updated))

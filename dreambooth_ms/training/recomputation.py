@@ -33,7 +33,6 @@ class RecomputedGradients(nn.Cell):
         self.loss_and_gradient = ops.value_and_grad(compare, 0, None, has_aux=True)
         self.compare, self.num_masks = compare, num_masks
         self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
-        self.count = len(segments)
         self.reads = tuple(segment.reads for segment in segments)
         self.num_results = tuple(segment.num_results or 0 for segment in segments)
         self._plan_backward(denoiser, trainables)
@@ -42,11 +41,11 @@ class RecomputedGradients(nn.Cell):
     def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
 
-        MindSpore compiles what it is told here as constants; a table of gradients that grows would cost it memory.
+        MindSpore compiles what is planned here as constants; a table of gradients that grows would cost it memory.
         """
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
         depend_on_trainables: set[int] = set()
-        gradients, own_weights, wanted, results = [], [], [], []
+        gradients, wanted, results = [], [], []
         next_result = denoiser.num_inputs
         for segment in denoiser.segments:
             own = [p for part in segment.parts for p in part.get_parameters() if id(p) in places]
@@ -56,9 +55,8 @@ class RecomputedGradients(nn.Cell):
             if own or any(wanted[-1]):
                 depend_on_trainables.update(results[-1])
             gradients.append(_SegmentGradient(segment.cell, own, any(wanted[-1])))
-            own_weights.append(own)
         self.gradients = nn.CellList(gradients, auto_prefix=False)
-        self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in depend_on_trainables)
+        self.backward = tuple(i for i in reversed(range(len(results))) if results[i][0] in depend_on_trainables)
         readers: dict[int, list[tuple[int, int]]] = {next_result - 1: [(0, 0)]}
         found: dict[int, tuple[int, int]] = {}
         terms = []
@@ -67,7 +65,7 @@ class RecomputedGradients(nn.Cell):
             for position, value in enumerate(denoiser.segments[i].reads):
                 if wanted[i][position]:
                     readers.setdefault(value, []).append((number, position))
-            found |= {places[id(p)]: (number - 1, position) for position, p in enumerate(own_weights[i])}
+            found |= {places[id(p)]: (number - 1, position) for position, p in enumerate(gradients[i].weights)}
         assert len(found) == len(trainables), "every trainable belongs to one segment"
         self.terms = tuple(terms)
         """For each segment on the way back and each of its results: (who read it, counted from the loss; as what)."""
@@ -77,7 +75,7 @@ class RecomputedGradients(nn.Cell):
         self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         masks, values = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
-        for i in range(self.count):
+        for i in range(len(self.reads)):
             result = self.segments[i](*select(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
         loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *masks)
@@ -137,9 +135,5 @@ def _sum(dinputs: tuple[tuple[Tensor, ...], ...], terms: tuple[tuple[int, int], 
     return total
 
 
-_pick = ops.MultitypeFuncGraph("pick")
-
-
-@_pick.register("Tuple", "Number", "Number")
-def _pick_from_tuples(tuples, number, position):
+def _pick(tuples, number, position):
     return tuples[number][position]

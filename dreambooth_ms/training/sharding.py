@@ -6,7 +6,6 @@ updated parts from them.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -45,7 +44,10 @@ class ShardedOptimiser(nn.Cell):
         self._kept = processes.exchange(
             "the optimiser's state", [[m.name, list(m.shape), str(m.dtype)] for m in self.own.moments()]
         )
-        self._order = [name for kept in zip(*map(_by_role, self._kept), strict=True) for part in kept for name in part]
+        names = [name for kept in self._kept for name, *_ in kept]
+        # A role is the first word of a name: all first moments stand before all second moments.
+        roles = list(dict.fromkeys(name.split(".")[0] for name in names))
+        self._order = sorted(names, key=lambda name: roles.index(name.split(".")[0]))
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
@@ -71,11 +73,3 @@ class ShardedOptimiser(nn.Cell):
             for name, shape, dtype in kept
         }
         return [found[name] for name in self._order]
-
-
-def _by_role(kept: Sequence[Sequence[Any]]) -> list[list[str]]:
-    """Names by their first word, in the order of its first coming: the first moments, the second moments."""
-    roles: dict[str, list[str]] = {}
-    for name, *_ in kept:
-        roles.setdefault(name.split(".")[0], []).append(name)
-    return list(roles.values())

@@ -215,18 +215,14 @@ class _Gradients(nn.Cell):
         return self.differentiate(*batch)
 
 
-_scale = ops.MultitypeFuncGraph("scale")
-_add_to = ops.MultitypeFuncGraph("add_to")
 _map = ops.HyperMap()
 
 
-@_scale.register("Tensor", "Tensor")
-def _scale_tensor(factor, gradient):
+def _scale(factor, gradient):
     # To broadcast one number keeps no index table on CPU, unlike several (measured), and `broadcast_to` takes longer.
     return gradient * factor
 
 
-@_add_to.register("Tensor", "Tensor", "Tensor")
-def _add_to_tensor(is_first, total, gradient):
+def _add_to(is_first, total, gradient):
     # Not by a factor of 0, which would leave what overflowed in the step before.
     return ops.assign(total, ops.select(ops.broadcast_to(is_first, total.shape), gradient, total + gradient))

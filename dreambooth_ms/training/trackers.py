@@ -90,25 +90,22 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     path = folder / HISTORY
     if not path.is_file():
         return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    lines: list[dict[str, float]] = []
+    with suppress(ValueError):
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8", errors="replace").splitlines()))
     return lines
 
 
-def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, int] = (960, 480)) -> None:
-    """Draw each concept's loss over the steps, pale as it was and strong as a running mean.
+def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
+    """Draw each concept's loss over the steps, pale as it was and strong as a running mean over a tenth of the run.
 
     Steps whose loss overflowed, which are skipped in mixed precision, are left out.
     """
     lines = [line for line in history if np.isfinite(line["loss"])]
     names = [key.removesuffix("_loss") for key in lines[0] if key.endswith("_loss")] if lines else []
-    width, height = size
+    width, height = 960, 480
     left, top, right, bottom = 70, 44, width - 24, height - 44
-    image = Image.new("RGB", size, "white")
+    image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image, "RGBA")
     font = ImageFont.load_default(15)
     highest = max((line[f"{name}_loss"] for line in lines for name in names), default=1.0) * 1.05 or 1.0
@@ -126,20 +123,15 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path, size: tuple[int, 
         canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
     x = float(left)
-    steps = [line["step"] for line in lines]
+    steps, half = [line["step"] for line in lines], max(len(lines) // 20, 1)
     for name, colour in zip(names, cycle(_COLOURS), strict=False):
         values = np.array([line[f"{name}_loss"] for line in lines])
         canvas.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill=(*colour, 60), width=1)
-        canvas.line([place(s, v) for s, v in zip(steps, _running_mean(values), strict=True)], fill=colour, width=3)
+        means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
+        canvas.line([place(s, v) for s, v in zip(steps, means, strict=True)], fill=colour, width=3)
         label = f"{name} loss"
         canvas.rectangle((x, 16, x + 16, 28), fill=colour)
         canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
         x += 48 + canvas.textlength(label, font=font)
     with atomic_path(path) as partial:
         image.save(partial, format="PNG")
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a tenth of the run around each value, shorter at the ends."""
-    half = max(len(values) // 20, 1)
-    return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])

@@ -1,9 +1,5 @@
 """A base model as its roles: denoiser, codec, text readers and schedule, from a folder or a single file of any format.
 
-A model folder in diffusers' layout has model_index.json and a folder per network with its config.json and weights:
-
-    unet/  vae/  text_encoder/  tokenizer/  scheduler/        and in SDXL also text_encoder_2/  tokenizer_2/
-
 A model in a single file is read as the folder that it would be converted to.
 """
 
@@ -45,7 +41,7 @@ class ModelBundle:
     zeros_for_empty_prompt: bool = False
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
     source: OpenedModel | None = None
-    """What it was opened from; None if it was put together otherwise."""
+    """What it was opened from; None if it was built otherwise."""
     notes: tuple[str, ...] = ()
     """What a user should know about it, one sentence each."""
 
@@ -89,7 +85,7 @@ class ModelBundle:
 
         Raises:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
-                schedule is neither a known one nor EDM's.
+                schedule is unknown.
         """
         if not model_config.is_edm(self.schedule.config):
             self.schedule.trained()

@@ -42,7 +42,7 @@ def load_strict(
         ignore_unexpected: names that may be there although the network has no use for them.
 
     Raises:
-        WeightError: lists all missing, unexpected and mis-shaped names together.
+        WeightError: lists all missing, unexpected and mis-shaped names.
     """
     wanted = public_parameters(root)
     misfits = {

@@ -66,11 +66,32 @@ class ModelTarget:
         self.check_place(path)
         if self.form is Format.DIFFUSERS:
             with new_folder(path) as folder:
-                write_parts(folder, self.model, self.tensors, progress)
+                self.write_parts(folder, progress)
         elif self.form is Format.MINDONE:
             write_mindspore_ckpt(path, self.tensors, progress)
         else:
             write_safetensors(path, self.tensors, _metadata(self.model), progress)
+
+    def write_parts(self, folder: Path, progress: Progress | None = None) -> None:
+        """Write the tensors of networks into a folder, and everything else that makes it a model.
+
+        A network that has no tensors here gets no weights.
+        """
+        model = self.model
+        if model.container is Container.FOLDER:
+            _copy_the_rest(model, folder)
+        else:
+            for name, content in model.made_configurations().items():
+                write_json(folder / name, content)
+            for encoder, pad_token in pad_tokens(model.spec).items():
+                if pad_token and encoder in model.parts:
+                    write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
+        for part in model.parts:
+            prefix = f"{part}."
+            own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
+            if own:
+                stem = folder_layout.WEIGHT_NAMES[part]
+                write_sharded_safetensors(folder / part, stem, own, {"format": "pt"}, progress=progress)
 
 
 def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> ModelTarget:
@@ -119,36 +140,6 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
     ranges = tuple(one for piece in pieces for one in piece.ranges) if in_order else ()
     shape = assembly.shape([piece.shape for piece in pieces])
     return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges)
-
-
-def write_parts(
-    folder: Path,
-    model: OpenedModel,
-    tensors: Mapping[str, StoredTensor],
-    progress: Progress | None = None,
-) -> None:
-    """Write the weights of networks, and everything else that makes a folder a model.
-
-    Args:
-        folder: where it goes.
-        model: whose configurations and other components it has.
-        tensors: by part, a dot and the name; a part without any has no weights in the folder.
-        progress: gets the number of bytes after each write.
-    """
-    if model.container is Container.FOLDER:
-        _copy_the_rest(model, folder)
-    else:
-        for name, content in model.made_configurations().items():
-            write_json(folder / name, content)
-        for encoder, pad_token in pad_tokens(model.spec).items():
-            if pad_token and encoder in model.parts:
-                write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
-    for part in model.parts:
-        prefix = f"{part}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if own:
-            stem = folder_layout.WEIGHT_NAMES[part]
-            write_sharded_safetensors(folder / part, stem, own, {"format": "pt"}, progress=progress)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:

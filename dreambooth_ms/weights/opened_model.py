@@ -75,9 +75,9 @@ class OpenedModel:
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
-    """The files of the networks that are not in the single file."""
+    """Of networks that are not in the file `path`."""
     configurations: Mapping[str, Config] = field(default_factory=dict)
-    """JSON files that stand for its own, by their paths in a folder."""
+    """JSON files in place of its own, by their paths in a folder."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
@@ -172,7 +172,11 @@ def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
     files = {part: weight_file(path / part, part, variant) for part in (there if wanted is None else wanted)}
-    stored = {f"{part}.{name}": own for part, file in files.items() for name, own in _weights(file).tensors.items()}
+    stored: dict[str, StoredTensor] = {}
+    for part, file in files.items():
+        # It must be of the kind that its name says.
+        opened = read_safetensors(file) if file.suffix == ".safetensors" else open_tensor_file(file)
+        stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
     if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
     model = _opened(TensorFile(path, Container.FOLDER, stored), recognise_model, files)
@@ -253,11 +257,6 @@ def _opened(
         averages=len(plan.averages),
         notes=found.notes,
     )
-
-
-def _weights(path: Path) -> TensorFile:
-    """A file of a folder, which must be of the kind that its name says."""
-    return read_safetensors(path) if path.suffix == ".safetensors" else open_tensor_file(path)
 
 
 def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -9,10 +9,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.randomness import generator
-from dreambooth_ms.sampling.autoencoder import PictureDecoder, PictureEncoder
+from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted
 from dreambooth_ms.sampling.model import SamplingModel, starting_noise
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.sampling.start_picture import fitted
 from dreambooth_ms.weights.bundle import open_bundle
 from tools.tiny_base.checker import shows
 from tools.tiny_base.world import COLOURS, SHAPES
@@ -71,13 +70,12 @@ def test_diffusers_loads_the_folder_and_gives_our_pictures_from_the_same_noise(b
 
 
 def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
-    vae = base.codec.load()
-    encoder, decoder = PictureEncoder(vae), PictureDecoder(vae)
+    codec = PictureCodec(base.codec)
     photograph = fitted(open_picture("demo/subject/1.png"), 192, 192)
-    (latents,) = encoder.latents(photograph, 0, [0])
-    whole = decoder.picture(latents, 0)
+    (latents,) = codec.latents(photograph, 0, [0])
+    whole = codec.picture(latents, 0)
     assert np.abs(whole - photograph.transpose(1, 2, 0) * 127.5 - 127.5).mean() < 16, "it shows what was encoded"
-    difference = np.abs(decoder.picture(latents, 0, whole_up_to=128).astype(int) - whole)
+    difference = np.abs(codec.picture(latents, 0, whole_up_to=128).astype(int) - whole)
     # A number next to the half of a level may be rounded up or down.
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3

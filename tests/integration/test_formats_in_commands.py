@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dreambooth_ms.adapters.attach import attach
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import WeightError
@@ -170,7 +171,8 @@ class TestAdapters:
         write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
         base = read_parameters(opened["diffusers"].denoiser.load())
         network = opened["diffusers"].denoiser.load()
-        attached = ModelAdapters(opened["diffusers"], [tmp_path / "lora.safetensors"]).put_on({"unet": network})
+        adapters = ModelAdapters(opened["diffusers"], [tmp_path / "lora.safetensors"])
+        attached = attach({"unet": network}, adapters.opened)
         attached.set_scales((0.5,))
         now = read_parameters(network)
         convolutions = {name: own for name, own in lora.adapter.parts["unet"].items() if not name.endswith(".to_q")}

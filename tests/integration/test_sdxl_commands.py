@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.tensor_file import read_tensors
-from dreambooth_ms.sampling.picture_file import read_settings
 from dreambooth_ms.training.checkpoint import STATE
 from dreambooth_ms.training.trackers import read_history
+from tests.picture_settings import read_settings
 from tests.tiny_model import write_random_sdxl
 
 

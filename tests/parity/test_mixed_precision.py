@@ -74,7 +74,7 @@ def test_a_step_is_that_of_float32_but_for_rounding(training):
     )
     worst, name = worst_gradient_error(ours.gradients, reference.gradients)
     all_weights, _ = differences(ours.weights, reference.weights, training.start)
-    print(f"loss {losses:.1e}, gradients {worst:.1e} ({name}), weights together {all_weights:.1e}")
+    print(f"loss {losses:.1e}, gradients {worst:.1e} ({name}), all weights {all_weights:.1e}")
     # Float32 is much closer; see test_training.
     assert 1e-6 < losses < HALF_LOSS
     assert 1e-3 < worst < HALF_GRADIENT

@@ -100,7 +100,7 @@ def test_its_networks_from_our_file_give_our_outputs(written, pynative):
     )
     ours = open_bundle(written.file)
     latents, timesteps, text = normal(1, 4, 16, 16), np.array([500]), normal(1, 77, 64)
-    picture, ids = normal(1, 3, 32, 32), PromptTokenizer.of(ours.text).ids("a photo of sks dog")
+    picture, ids = normal(1, 3, 32, 32), PromptTokenizer(ours.text).ids("a photo of sks dog")
     with torch.no_grad():
         noise = pipeline.unet(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample
         mean = pipeline.vae.encode(torch.tensor(picture)).latent_dist.mean

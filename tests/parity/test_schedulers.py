@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.sampling.discrete_scheduler import RowNoise
 from dreambooth_ms.sampling.model import Rows, SamplingModel
+from dreambooth_ms.sampling.own_schedulers import RowNoise
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
 from dreambooth_ms.sampling.trajectory import Trajectory

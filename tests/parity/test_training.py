@@ -429,7 +429,7 @@ def test_the_gradients_of_all_trained_weights_are_torchs(compared):
 
 
 def differences(weights, expected, start):
-    """How far weights are from others: all together relative to the others' way from the start, and the largest."""
+    """How far weights are from others: all of them relative to the others' way from the start, and the largest."""
     ours, reference, start = (
         np.concatenate([values[name].ravel() for name in start]).astype(np.float64)
         for values in (weights, expected, start)
@@ -439,7 +439,7 @@ def differences(weights, expected, start):
 
 def test_the_weights_after_five_steps_are_torchs(compared):
     all_weights, one = differences(compared.ours.weights, compared.reference.weights, compared.training.start)
-    print(f"weights together {all_weights:.1e}, one {one:.1e}")
+    print(f"all weights {all_weights:.1e}, one {one:.1e}")
     assert all_weights < ALL_WEIGHTS
     assert one < ONE_WEIGHT
 
@@ -489,7 +489,7 @@ def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
         assert ours.concept_losses == pytest.approx(expected.concept_losses, rel=LOSS)
         assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=LOSS)
     all_weights, furthest = differences(several.weights, one.weights, training.start)
-    print(f"weights together {all_weights:.1e}, one {furthest:.1e}")
+    print(f"all weights {all_weights:.1e}, one {furthest:.1e}")
     assert all_weights < ALL_WEIGHTS
     assert furthest < ONE_WEIGHT
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ class TestKeeping:
         present = []
 
         def watched(path, *args, **kwargs):
-            present.append((path.name, steps_held(tmp_path)))
+            present.append((Path(path).name, steps_held(tmp_path)))
             return remove(path, *args, **kwargs)
 
         remove = shutil.rmtree

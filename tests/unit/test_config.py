@@ -1,4 +1,4 @@
-"""What users may write on the command line and in files, and what they are told when it is wrong."""
+"""What users may write on the command line and in files, and what the message says when it is wrong."""
 
 import ast
 import contextlib
@@ -40,9 +40,9 @@ def train(*flags: str) -> TrainConfig:
 
 
 def notes(schema: type, flags: list[str]) -> tuple[str, ...]:
-    told: list[str] = []
-    load(schema, flags, told.append)
-    return tuple(told)
+    notes: list[str] = []
+    load(schema, flags, notes.append)
+    return tuple(notes)
 
 
 def problems(*flags: str, schema: type = TrainConfig) -> list[str]:
@@ -276,6 +276,12 @@ def test_interpolation_is_plain_text_in_a_flag():
     assert train("--instance_prompt", "a ${oc.env:HOME} dog").data.instance_prompt == "a ${oc.env:HOME} dog"
 
 
+@pytest.mark.parametrize("name", ["use_ema", "rank", "learning_rate", "lr_scheduler", "prior_loss_weight"])
+def test_interpolation_in_a_flag_is_no_number_switch_or_choice(name):
+    field = schema_fields(TrainConfig)[name]
+    assert train_problems(f"--{name}", "${x}") == [f"--{name}: expected {field.expected}, got '${{x}}'"]
+
+
 @given((st.text() | st.text("\\${}?\"' :a\n")).filter(lambda text: text != "???" and "\0" not in text))
 @example("${")
 @example("\\${oc.env:HOME}")
@@ -298,7 +304,7 @@ def test_any_prompt_survives_the_command_line_and_a_resolved_file(tmp_path_facto
 )
 @settings(max_examples=25, deadline=None)
 def test_any_resolved_configuration_loads_again(tmp_path_factory, rank, rate, seed, flip, schedule, modules):
-    schedule = "constant" if rate <= train_schema.POLYNOMIAL_END_LEARNING_RATE else schedule
+    schedule = "constant" if rate <= train_schema.POLYNOMIAL_END_RATE else schedule
     flags = [f"--rank={rank}", f"--learning_rate={rate!r}", f"--seed={seed}", f"--random_flip={flip}"]
     config = train(*flags, "--lr_scheduler", schedule, "--lora_target_modules", *modules)
     assert (config.method.rank, config.optimiser.learning_rate, config.run.seed) == (rank, rate, seed)
@@ -885,11 +891,11 @@ def test_what_has_no_effect_in_sampling_is_noted():
 
 
 def test_notes_are_told_or_printed(capsys):
-    told = []
-    load(TrainConfig, [*REQUIRED, "--allow_tf32"], tell=told.append)
-    assert (len(told), capsys.readouterr().err) == (1, "")
+    notes = []
+    load(TrainConfig, [*REQUIRED, "--allow_tf32"], tell=notes.append)
+    assert (len(notes), capsys.readouterr().err) == (1, "")
     load(TrainConfig, [*REQUIRED, "--allow_tf32"])
-    assert capsys.readouterr().err == f"dreambooth-ms: note: {told[0]}\n"
+    assert capsys.readouterr().err == f"dreambooth-ms: note: {notes[0]}\n"
 
 
 # --- Help ---

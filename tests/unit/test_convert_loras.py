@@ -25,7 +25,7 @@ DTYPES = {"sd15": DType.F32, "sd21": DType.F16, "sdxl": DType.BF16}
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A model of each family, whose sizes --base tells."""
+    """A model of each family, whose sizes come from --base."""
     folder = tmp_path_factory.mktemp("bases")
     return {family: write_model(Format.STABILITY, folder / family, family)[0] for family in FAMILIES}
 

@@ -31,7 +31,7 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.sampling.class_pictures import missing_numbers, picture_name
+from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers
 from dreambooth_ms.training.loop import concept_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
@@ -490,7 +490,7 @@ class TestEmbeddingCache:
             return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
 
         monkeypatch.setattr(text_module, "encode_prompts", encode)
-        monkeypatch.setattr(text_module.PromptTokenizer, "of", lambda readers: None)
+        monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers: None)
         bundle = SimpleNamespace(text=(), zeros_for_empty_prompt=False, load_text_encoders=lambda: loaded.append(1))
         captions = [str(i) for i in range(100)]
         found = dict(text_module.embed_prompts(bundle, captions))
@@ -516,20 +516,20 @@ class TestClassPictures:
         assert missing_numbers(tmp_path, 2) == [0, 1]
 
     def test_a_run_that_was_killed_goes_on_where_it_stopped(self, tmp_path):
-        self.make(tmp_path, *map(picture_name, range(3)), ".partial-abc.png")
+        self.make(tmp_path, *map(class_picture_name, range(3)), ".partial-abc.png")
         assert missing_numbers(tmp_path, 5) == [3, 4]
 
     def test_a_picture_that_was_removed_is_sampled_again_under_its_number(self, tmp_path):
-        self.make(tmp_path, *map(picture_name, (0, 2, 3)))
+        self.make(tmp_path, *map(class_picture_name, (0, 2, 3)))
         assert missing_numbers(tmp_path, 5) == [1, 4]
 
     def test_the_users_own_pictures_take_no_number(self, tmp_path):
-        self.make(tmp_path, "mine.png", picture_name(0))
+        self.make(tmp_path, "mine.png", class_picture_name(0))
         assert missing_numbers(tmp_path, 4) == [1, 2]
 
     @pytest.mark.parametrize("wanted", [1, 2])
     def test_enough_is_enough(self, tmp_path, wanted):
-        self.make(tmp_path, "a.png", picture_name(7))
+        self.make(tmp_path, "a.png", class_picture_name(7))
         assert missing_numbers(tmp_path, wanted) == []
 
     def test_a_file_in_the_way_is_a_clear_error(self, tmp_path):

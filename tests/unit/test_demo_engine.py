@@ -10,7 +10,7 @@ import pytest
 from demo.engine import LONGEST_QUEUE, Engine, QueueFullError
 from demo.gallery import MOST, added, entries_of
 from demo.messages import ModelChoice, PictureRequest
-from dreambooth_ms.sampling.picture_file import read_settings
+from tests.picture_settings import read_settings
 
 PROCESS = (sys.executable, "-m", "tests.stub_sampling_process")
 BASE = ModelChoice("base")

@@ -37,7 +37,7 @@ def test_it_has_the_same_bits_however_busy_the_machine_is(shape, pynative):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("place", [0, 1], ids=["joined", "alone"])
+@pytest.mark.parametrize("place", [0, 1], ids=["concatenated", "alone"])
 def test_what_is_no_number_stays_none(place, bad, pynative):
     tensors = [np.ones(3, np.float32), np.ones((SMALL, 2), np.float32)]
     tensors[place].reshape(-1)[1] = bad

@@ -126,7 +126,7 @@ class TestLoading:
         layout, weight = StoredLayout(kernel_size), normal(5, 3, kernel_size, kernel_size)
         stored = layout.store(weight)
         assert stored.shape == (5, kernel_size**2 * 3)
-        assert np.array_equal(stored[1, :3], weight[1, :, 0, 0])  # the channels of a tap stand together
+        assert np.array_equal(stored[1, :3], weight[1, :, 0, 0])  # the channels of a tap are adjacent
         assert layout.public_shape(stored.shape) == weight.shape
         assert np.array_equal(layout.restore(stored), weight)
 
