@@ -54,7 +54,8 @@ def write_model(path: Path, family: str, dtype: DType) -> int:
     """A single file with random bits; returns the size of its largest tensor in bytes."""
     model = MODELS[family]
     naming = naming_of(Format.STABILITY, model)
-    shapes = naming.write_plan(list(model_shapes(model))).shapes(naming.shapes)
+    plan = naming.write_plan(list(model_shapes(model)))
+    shapes = {name: own.shape([naming.shapes[piece] for piece in own.pieces]) for name, own in plan.tensors.items()}
     tensors = {name: StoredTensor(shape, dtype, partial(_random, shape, dtype)) for name, shape in shapes.items()}
     write_safetensors(path, tensors, {"format": "pt"})
     return max(tensor.byte_count for tensor in tensors.values())

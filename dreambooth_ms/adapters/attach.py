@@ -33,14 +33,10 @@ class AttachedAdapters:
 
 
 def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> AttachedAdapters:
-    """Put the sum of some adapters on networks, as strong as they were trained.
+    """Put the sum of a model's adapters on some of its networks, by the names of their folders, as they were trained.
 
     A LoRA stands beside a linear layer, with its scale as a parameter of the graph. Every other update is added to the
     layer's weight.
-
-    Args:
-        networks: by the names of their folders; adapters of others are passed over.
-        adapters: all adapters of the model.
 
     Raises:
         WeightError: an adapter was trained on another network.
@@ -51,28 +47,22 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
         for number, adapter in enumerate(adapters):
             for name, update in adapter.parts.get(part, {}).items():
                 updates.setdefault(name, {})[number] = update
-        if updates:
-            layers += _attach(network, updates)
+        if not updates:
+            continue
+        plain, parameters = adaptable_layers(network), public_parameters(network)
+        if not all(f"{name}.weight" in parameters for name in updates):
+            raise WeightError("the adapter was trained on another base")
+        beside: dict[str, nn.Cell] = {}
+        for name, own in updates.items():
+            loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}
+            if loras.keys() == own.keys() and isinstance(plain.get(name), Dense):
+                beside[name] = side_by_side(list(loras.values())).layer(plain[name])
+                layers.append(_beside(beside[name], np.repeat(list(loras), [one.rank for one in loras.values()])))
+            else:
+                layers.append(_folded(parameters[f"{name}.weight"], own))
+        if beside:
+            put_in_place(network, beside)
     return AttachedAdapters(layers, len(adapters))
-
-
-def _attach(network: nn.Cell, updates: Mapping[str, Mapping[int, Update]]) -> list[SetScales]:
-    """Put updates, by layer and number of the adapter, on a network."""
-    plain, parameters = adaptable_layers(network), public_parameters(network)
-    if not all(f"{name}.weight" in parameters for name in updates):
-        raise WeightError("the adapter was trained on another base")
-    layers: list[SetScales] = []
-    beside: dict[str, nn.Cell] = {}
-    for name, own in updates.items():
-        loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}
-        if loras.keys() == own.keys() and isinstance(plain.get(name), Dense):
-            beside[name] = side_by_side(list(loras.values())).layer(plain[name])
-            layers.append(_beside(beside[name], np.repeat(list(loras), [one.rank for one in loras.values()])))
-        else:
-            layers.append(_folded(parameters[f"{name}.weight"], own))
-    if beside:
-        put_in_place(network, beside)
-    return layers
 
 
 def _beside(layer: nn.Cell, owners: np.ndarray) -> SetScales:

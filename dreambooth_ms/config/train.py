@@ -121,11 +121,11 @@ _PRODIGY = only_with("optimizer", "prodigy")
 _RISES = Rule(
     lambda values: values["lr_scheduler"] == "polynomial" and 0 < values["learning_rate"] <= POLYNOMIAL_END_RATE,
     f"--learning_rate: the polynomial schedule ends at {POLYNOMIAL_END_RATE:g} and must start above it, "
-    "got {learning_rate:g}",
+    "got {learning_rate}",
 )
 _SMALL_FOR_PRODIGY = Rule(
     lambda values: values["optimizer"] == "prodigy" and values["learning_rate"] < LEAST_PRODIGY_RATE,
-    "--learning_rate {learning_rate:g} multiplies what prodigy finds by itself; it is usually 1",
+    "--learning_rate {learning_rate} multiplies what prodigy finds by itself; it is usually 1",
     is_note=True,
 )
 _ONE_RATE = refused_with(

@@ -33,7 +33,6 @@ class RecomputedGradients(nn.Cell):
         self.loss_and_gradient = ops.value_and_grad(compare, 0, None, has_aux=True)
         self.compare, self.num_masks = compare, num_masks
         self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
-        self.count = len(segments)
         self.reads = tuple(segment.reads for segment in segments)
         self.num_results = tuple(segment.num_results or 0 for segment in segments)
         self._plan_backward(denoiser, trainables)
@@ -57,7 +56,7 @@ class RecomputedGradients(nn.Cell):
                 depend_on_trainables.update(results[-1])
             gradients.append(_SegmentGradient(segment.cell, own, any(wanted[-1])))
         self.gradients = nn.CellList(gradients, auto_prefix=False)
-        self.backward = tuple(i for i in reversed(range(self.count)) if results[i][0] in depend_on_trainables)
+        self.backward = tuple(i for i in reversed(range(len(results))) if results[i][0] in depend_on_trainables)
         readers: dict[int, list[tuple[int, int]]] = {next_result - 1: [(0, 0)]}
         found: dict[int, tuple[int, int]] = {}
         terms = []
@@ -76,7 +75,7 @@ class RecomputedGradients(nn.Cell):
         self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         masks, values = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
-        for i in range(self.count):
+        for i in range(len(self.reads)):
             result = self.segments[i](*select(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
         loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *masks)

@@ -97,7 +97,7 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
-    """Draw each concept's loss over the steps, pale as it was and strong as a running mean.
+    """Draw each concept's loss over the steps, pale as it was and strong as a running mean over a tenth of the run.
 
     Steps whose loss overflowed, which are skipped in mixed precision, are left out.
     """
@@ -123,20 +123,15 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
         canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
     x = float(left)
-    steps = [line["step"] for line in lines]
+    steps, half = [line["step"] for line in lines], max(len(lines) // 20, 1)
     for name, colour in zip(names, cycle(_COLOURS), strict=False):
         values = np.array([line[f"{name}_loss"] for line in lines])
         canvas.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill=(*colour, 60), width=1)
-        canvas.line([place(s, v) for s, v in zip(steps, _running_mean(values), strict=True)], fill=colour, width=3)
+        means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
+        canvas.line([place(s, v) for s, v in zip(steps, means, strict=True)], fill=colour, width=3)
         label = f"{name} loss"
         canvas.rectangle((x, 16, x + 16, 28), fill=colour)
         canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
         x += 48 + canvas.textlength(label, font=font)
     with atomic_path(path) as partial:
         image.save(partial, format="PNG")
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of a tenth of the run around each value, shorter at the ends."""
-    half = max(len(values) // 20, 1)
-    return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])

@@ -307,7 +307,7 @@ def test_lent_networks_are_used_as_they_are_at_the_time(models, folders):
     model = SamplingModel(bundle, denoiser=unet, text_encoders=encoders)
     assert np.array_equal(latents(model, request()), latents(models["sd1"], request()))
     before = model.embeddings(request())[PROMPT].text
-    weight = encoders.text_encoder.text_model.final_layer_norm.bias
+    weight = encoders.networks()["text_encoder"].text_model.final_layer_norm.bias
     weight.set_data(weight + 1)
     assert relative_error(model.embeddings(request())[PROMPT].text, before) > 0.1, "nothing is remembered"
     model.release()
