@@ -76,9 +76,9 @@ def test_merge_lora_to_base_merges_and_is_told_the_alpha_that_the_file_lacks(tmp
 
 class TestCommandLines:
     def test_sources_and_targets_come_first_and_need_no_flag(self):
-        config = load(ConvertConfig, ["a", "b.ckpt", "--dtype", "fp16"]).config.conversion
+        config = load(ConvertConfig, ["a", "b.ckpt", "--dtype", "fp16"]).conversion
         assert (config.source, config.target, config.dtype) == ("a", "b.ckpt", "fp16")
-        assert load(ConvertConfig, ["a", "--target", "b"]).config.conversion.target == "b"
+        assert load(ConvertConfig, ["a", "--target", "b"]).conversion.target == "b"
 
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -95,7 +95,7 @@ class TestCommandLines:
         with pytest.raises(ConfigError, match="--lora: required"):
             load(MergeConfig, ["--base", "a", "--target", "b"])
         several = ["--base", "a", "--target", "b", "--lora", "c", "--lora", "d"]
-        assert load(MergeConfig, several).config.merging.lora == ["c", "d"]
+        assert load(MergeConfig, several).merging.lora == ["c", "d"]
 
 
 class TestPickledCheckpoints:
