@@ -13,7 +13,6 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.adapters.dropout import Dropout, DropoutState
-from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.ops import Conv2d, Dense
@@ -55,10 +54,6 @@ class LoraLayer(nn.Cell):
             if weight.shape != value.shape:
                 raise WeightError(f"the adapter does not fit the base: {value.shape} for {weight.shape}")
             weight.write(value)
-
-    def update(self) -> LoraUpdate:
-        """The adapter as it is now."""
-        return LoraUpdate(*self.factors(), self.alpha)
 
 
 def _public_weight(cell: nn.Cell) -> PublicParameter:

@@ -12,6 +12,8 @@ from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
 if TYPE_CHECKING:
     from mindspore import nn
 
+    from dreambooth_ms.adapters.lora import LoraLayer
+
 
 @dataclass(frozen=True)
 class LoraUpdate:
@@ -29,6 +31,11 @@ class LoraUpdate:
         """From what a file holds; not every file has an alpha."""
         alpha = tensors.get(ALPHA)
         return cls(tensors[DOWN], tensors[UP], None if alpha is None else float(alpha.reshape(-1)[0]))
+
+    @classmethod
+    def of_layer(cls, layer: "LoraLayer") -> "LoraUpdate":
+        """What a layer that stands in for another adds to it at present."""
+        return cls(*layer.factors(), layer.alpha)
 
     @property
     def rank(self) -> int:

@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig
@@ -87,9 +88,11 @@ def lora(
     model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        adapter = Adapter({part: {name: cell.update() for name, cell in own.items()} for part, own in layers.items()})
+        updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
         metadata = {STEP_KEY: str(step)}
-        write_adapter(adapter, target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata, targets=targets)
+        write_adapter(
+            Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata, targets=targets
+        )
 
     parameters = [
         (part, name, parameter)
