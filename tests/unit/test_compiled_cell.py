@@ -71,8 +71,8 @@ def test_inputs_that_are_no_tensors_are_constants(cell):
 
 def test_a_parameter_may_be_an_input(cell):
     for value in (1.0, 3.0):
-        weight = Parameter(Tensor([value], ms.float32), name="weight")
-        np.testing.assert_array_equal(cell(weight)[0].asnumpy(), [2 * value])
+        added = Parameter(Tensor([value], ms.float32), name="added")
+        np.testing.assert_array_equal(cell(added)[0].asnumpy(), [2 * value])
 
 
 def test_without_graph_mode_it_is_computed_operation_by_operation(cell):
