@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.graph import after
+from dreambooth_ms.ops.graph import after, set_between_runs
 from dreambooth_ms.randomness import generator
 
 
@@ -28,7 +28,7 @@ class DropoutState(nn.Cell):
     def begin_batch(self, number: int) -> None:
         """From here on the layers draw what belongs to the batch with this number."""
         draw = generator(self._seed, "lora dropout", number).integers(2**31, dtype=np.int32)
-        self.draw.set_data(Tensor(np.int32(draw)))
+        set_between_runs(self.draw, np.int32(draw))
 
     @contextmanager
     def off(self) -> Iterator[None]:
