@@ -173,7 +173,7 @@ def new_folder(runs: Path, name: str) -> Path:
     if not _NAME.fullmatch(name) or name.endswith((" ", ".")):
         raise ConfigError(f"{name or 'no name'}: expected a name of letters, digits, spaces, dots and dashes")
     folder = runs / name
-    if (folder / COMMAND).exists() or (folder / RUN_CONFIG).exists():
+    if folder.exists():
         raise ConfigError(f"{name}: there is a training of this name; choose another, or go on with that one")
     return folder
 

@@ -1,7 +1,9 @@
 """A training as it goes: figures, curves and pictures, and what can be done with it."""
 
 import math
-from typing import Any, Literal
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
 
 import altair as alt
 import pandas as pd
@@ -11,6 +13,7 @@ from demo import session, training_process
 from demo.training_process import State, Training
 
 POLL_SECONDS = 1.0
+PNG_END = b"IEND\xaeB`\x82"
 POINTS = 400
 """So many points of a curve are sent to the browser."""
 COLOURS = {"subject": "#b4471f", "class": "#3f7d78"}
@@ -143,10 +146,20 @@ def curve_table(history: list[dict[str, float]]) -> pd.DataFrame:
 
 
 def _pictures(training: Training) -> None:
-    found: dict[int, list[Any]] = training.validation_pictures()
+    found = {step: whole_pictures(paths) for step, paths in training.validation_pictures().items()}
     for step, pictures in reversed(found.items()):
-        st.caption(f"After step {step}")
+        if pictures:
+            st.caption(f"After step {step}")
         for column, picture in zip(st.columns(max(len(pictures), 2)), pictures, strict=False):
-            column.image(str(picture), width="stretch")
-    if not found and training.state == "running":
+            column.image(picture, width="stretch")
+    if not any(found.values()) and training.state == "running":
         st.caption("Pictures that are generated during the training appear here.")
+
+
+def whole_pictures(paths: list[Path]) -> list[bytes]:
+    """The PNG files that have their end: of the others, one is being written, and another was cut."""
+    files = []
+    for path in paths:
+        with suppress(OSError):
+            files.append(path.read_bytes())
+    return [file for file in files if file.endswith(PNG_END)]

@@ -11,9 +11,10 @@ from PIL import Image
 from streamlit import config
 from streamlit.testing.v1 import AppTest
 
+from demo import downloads, session, training_process
 from demo import engine as engines
-from demo import session, training_process
 from demo.processes import REPOSITORY
+from dreambooth_ms.errors import ConfigError
 from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
@@ -28,8 +29,10 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--runs", str(tmp_path / "runs")])
     before = config.get_option("server.address")
     config.set_option("server.address", "127.0.0.1")
+    monkeypatch.setattr(session, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "runs").mkdir()
-    session.engine.clear()
+    for of_server in (session.engine, session.windows, session.downloads):
+        of_server.clear()
     yield tmp_path / "runs"
     session.engine().close()
     session.engine.clear()
@@ -46,8 +49,10 @@ def write_run(folder, base=EMBEDDED):
     return folder
 
 
-def opened():
-    page = AppTest.from_file(SCRIPT, default_timeout=60).run()
+def opened(**address):
+    page = AppTest.from_file(SCRIPT, default_timeout=60)
+    page.query_params.update(address)
+    page.run()
     assert not page.exception
     return page
 
@@ -65,14 +70,15 @@ def wait_for(condition, seconds=30):
 
 
 def finished(page):
-    wait_for(lambda: "job" not in page.session_state or page.session_state["job"].over)
+    job = page.session_state["window"].job
+    wait_for(lambda: job is None or job.over)
     page.run()
     assert not page.exception
     return page
 
 
 def gallery(page):
-    return page.session_state.get("gallery", [])
+    return page.session_state["window"].gallery
 
 
 def errors(page):
@@ -168,6 +174,34 @@ def test_what_goes_wrong_is_a_sentence_and_the_page_goes_on(runs, prompt, senten
     assert not page.error
 
 
+def test_a_page_that_is_loaded_again_shows_its_drawing(runs):
+    page = opened()
+    page.number_input("sample_seed").set_value(77)
+    page.text_area("sample_prompt").set_value("slow").run()
+    page.button("sample_button").click().run()
+    (address,) = page.query_params["window"]
+    again = opened(window=address)
+    assert (again.text_area("sample_prompt").value, again.number_input("sample_seed").value) == ("slow", 77)
+    assert again.button("sample_button").disabled
+    again.button("cancel_button").click().run()
+    assert "Cancelled" in finished(again).info[0].value
+    again.text_area("sample_prompt").set_value("a star").run()
+    sample(again)
+    assert gallery(opened(window=address)) == gallery(again) != []
+
+
+def test_a_drawing_that_nobody_looks_at_is_shown_to_who_comes(runs, monkeypatch):
+    page = opened()
+    page.text_area("sample_prompt").set_value("slow").run()
+    page.button("sample_button").click().run()
+    assert not opened(window="unknown").session_state["window"].job
+    monkeypatch.setattr(session, "LEFT_SECONDS", 0.0)
+    later = opened()
+    later.button("cancel_button").click().run()
+    assert "Cancelled" in finished(later).info[0].value
+    assert not opened().session_state["window"].job
+
+
 def test_a_prompt_is_needed_and_long_ones_are_told(runs):
     page = opened()
     page.text_area("sample_prompt").set_value("  ").run()
@@ -230,12 +264,13 @@ def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
 def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
     page = opened()
     page.file_uploader("lora_upload").set_value(("a.safetensors", b"no", "")).run()
-    assert "a.safetensors" in errors(page)
+    assert "a.safetensors" in errors(page.run()), "as long as the file is there"
     content = (write_run(tmp_path / "elsewhere") / "pytorch_lora_weights.safetensors").read_bytes()
     page.file_uploader("lora_upload").set_value(("mine.safetensors", content, "")).run()
     (chosen,) = page.multiselect("sample_loras").value
     assert "mine-" in chosen
     assert page.slider(f"scale {chosen}").value == 1.0
+    assert not page.error
     other = opened()
     assert other.multiselect("sample_loras").options == [], "of another window"
 
@@ -267,6 +302,73 @@ def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
     assert page.number_input("teach_steps quickstart").value == 1200
     assert sum("64 × 64" in caption.value for caption in page.caption) == 5
     assert not page.button("teach_button").disabled
+
+
+def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_another(runs, monkeypatch, tmp_path):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert "knows flat shapes only" in page.info[0].value
+    page.button("advised teach_model").click().run()
+    assert page.selectbox("teach_model").value == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert "is not on this machine" in page.info[0].value
+    (go_on := tmp_path / "go_on").mkdir()
+    waits = "import os, sys, time\nwhile os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+    ends = (f"print({str(EMBEDDED)!r})", "print('no such model'); sys.exit(2)")
+    for end, fails in zip(ends, (False, True), strict=True):
+        program = f"print('Fetching 9 files:  40%|##  | 4/9', flush=True)\n{waits}{end}"
+        monkeypatch.setattr(downloads, "PROGRAM", (sys.executable, "-c", program, str(go_on)))
+        go_on.mkdir(exist_ok=True)
+        page.selectbox("teach_model").set_value(f"owner/{fails}").run()
+        page.button(f"fetch owner/{fails}").click().run()
+        download = session.downloads()[f"owner/{fails}"]
+        wait_for(lambda download=download: "40%" in download.says)
+        assert page.run().get("progress")[0].proto.value == 40
+        go_on.rmdir()
+        wait_for(lambda download=download: download.state != "running")
+        page.run()
+        assert ("no such model" in errors(page)) == fails
+        assert bool([one for one in page.button if one.key == "teach_button"]) != fails
+    assert not page.exception
+
+
+def test_a_model_that_the_hub_gave_is_named_as_there(runs, tmp_path):
+    snapshot = tmp_path / "hub" / "models--owner--shapes" / "snapshots" / "4f9a"
+    snapshot.mkdir(parents=True)
+    for part in EMBEDDED.iterdir():
+        (snapshot / part.name).symlink_to(part)
+    page = AppTest.from_function(teach, default_timeout=60)
+    page.session_state["teach_model"] = "owner/shapes"
+    page.run()
+    assert page.selectbox("teach_model").value == str(snapshot)
+    assert page.selectbox("teach_model").options == ["tiny-shapes", "owner/shapes"]
+
+
+def test_the_name_follows_the_prompt_until_it_is_written(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert page.text_input("teach_name").value == "sks-star"
+    write_run(runs / "zwx-heart")
+    page.text_input("teach_prompt True").set_value("a photo of a zwx heart")
+    page.text_input("teach_class True").set_value("a photo of a heart").run()
+    assert page.text_input("teach_name").value == "zwx-heart-2"
+    page.text_input("teach_name").set_value("mine").run()
+    page.text_input("teach_prompt True").set_value("a photo of a qxt heart").run()
+    assert page.text_input("teach_name").value == "mine"
+
+
+def test_a_training_that_cannot_start_leaves_nothing(runs, monkeypatch):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_source").set_value("Upload").run()
+    page.file_uploader("teach_upload").set_value([("a.png", png(), "image/png"), ("b.png", b"MZ", "image/png")]).run()
+    assert "b.png: not a picture of a known format" in errors(page)
+    assert "1 photograph" in " ".join(caption.value for caption in page.caption)
+
+    def start(folder, arguments):
+        assert list((folder / "photographs").iterdir())
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(training_process, "start", start)
+    page.button("teach_button").click().run()
+    assert "no room" in errors(page)
+    assert not list(runs.iterdir())
 
 
 def test_mistakes_on_the_page_to_teach_on_are_sentences(runs):
