@@ -137,6 +137,8 @@ STYLE = """
   .block-container { padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1500px; }
   [data-testid="stImage"] img { border-radius: .5rem; }
   [data-testid="stSidebarUserContent"] { padding-top: .5rem; }
+  .st-key-narrow { display: none; }
+  @media (max-width: 768px) { .st-key-narrow { display: flex; } }
   @media (max-width: 640px) {
     .block-container { padding-left: 1rem; padding-right: 1rem; }
     button kbd { display: none !important; }
