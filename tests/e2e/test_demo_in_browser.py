@@ -193,10 +193,10 @@ def test_generate_compare_teach_and_generate_with_the_result(browser, address, r
     page.button("Cancel")
     browser.refresh()
     page.button("Cancel")
+    page.button("PNG")
     page.has("Without it, same seed")
     with_it, without = page.wait_for(lambda: len(page.pictures()) == 2 and page.pictures(), "two pictures")
     assert with_it != without
-    page.button("PNG")
 
     browser.refresh()
     page.wait_for(lambda: page.pictures() == [with_it, without], "the pictures from before")
