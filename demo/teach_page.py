@@ -142,12 +142,11 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
         key=f"teach_rate {key}",
         persist_state="session",
     )
-    validation = st.text_input(
+    validation = _follows(
         "Generate during training",
+        f"teach_validation {small}",
         prompt,
-        key=f"teach_validation {small}",
-        persist_state="session",
-        help="A prompt to watch the subject being learnt by; empty to generate nothing.",
+        "A prompt to watch the subject being learnt by; empty to generate nothing.",
     )
     with st.expander("More"):
         left, right = st.columns(2)
@@ -272,7 +271,9 @@ def _photograph(photograph: Photograph) -> None:
 
 
 def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Look | None) -> None:
-    name = _name(places.runs, wishes)
+    stem = name_of(wishes.instance_prompt, wishes.class_prompt)
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    name = _follows("Name", "teach_name", next(name for name in names if not (places.runs / name).exists()))
     running = training_process.running(places.runs)
     if running:
         st.caption(f"{running.name} is being trained; wait for its end, or stop it.")
@@ -302,12 +303,10 @@ def _show_next(training: Training) -> None:
     st.rerun()
 
 
-def _name(runs: Path, wishes: TrainingWishes) -> str:
-    """The training's name, which follows the prompt until another is written."""
-    state, stem = st.session_state, name_of(wishes.instance_prompt, wishes.class_prompt)
-    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
-    free = next(name for name in names if not (runs / name).exists())
-    if state.get("teach_name", "") in ("", state.get("teach_free_name")):
-        state.teach_name = free
-    state.teach_free_name = free
-    return st.text_input("Name", key="teach_name", persist_state="session")
+def _follows(label: str, key: str, suggestion: str, meaning: str | None = None) -> str:
+    """A text that follows the prompt until another one is written."""
+    state, before = st.session_state, f"{key} suggested"
+    if key not in state or state[key] == state.get(before):
+        state[key] = suggestion
+    state[before] = suggestion
+    return st.text_input(label, key=key, persist_state="session", help=meaning)

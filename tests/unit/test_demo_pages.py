@@ -349,6 +349,7 @@ def test_the_name_follows_the_prompt_until_it_is_written(runs):
     page.text_input("teach_prompt True").set_value("a photo of a zwx heart")
     page.text_input("teach_class True").set_value("a photo of a heart").run()
     assert page.text_input("teach_name").value == "zwx-heart-2"
+    assert page.text_input("teach_validation True").value == "a photo of a zwx heart"
     page.text_input("teach_name").set_value("mine").run()
     page.text_input("teach_prompt True").set_value("a photo of a qxt heart").run()
     assert page.text_input("teach_name").value == "mine"
