@@ -14,7 +14,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.refinement import sample_refined
@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
         else:
             samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
         written = _write_pictures(config, samples)
-    tell(f"wrote {len(written)} pictures to {output}, {written[0].name} to {written[-1].name}")
+    names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
+    tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
     return 0
 
 

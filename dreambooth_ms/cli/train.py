@@ -12,7 +12,7 @@ from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob, total_steps
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
-from dreambooth_ms.cli.training_pictures import class_pictures_to_come, prepare_training, read_concepts
+from dreambooth_ms.cli.training_pictures import class_numbers_to_come, prepare_training, read_concepts
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
@@ -24,6 +24,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
+from dreambooth_ms.sampling.picture_file import class_picture_name
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
     SaveCheckpoints,
@@ -31,10 +32,10 @@ from dreambooth_ms.training.checkpoint import (
     find_latest,
     open_checkpoint,
 )
-from dreambooth_ms.training.content import Content, base_digests
+from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, train
 from dreambooth_ms.training.results import result_of
-from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_shapes, write_config
+from dreambooth_ms.training.run_folder import agree_on_config, check_data, write_config
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
@@ -70,9 +71,8 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, config, base, concepts, total))
         if found is None:
             return 0
-        path, step, content = found["checkpoint"] or (None, 0, None)
-        learnt = Content.from_json(content) if content else None
-        checkpoint = Checkpoint(Path(path), step, content=learnt) if path else None
+        path, step, content = found["checkpoint"] or (None, 0, {})
+        checkpoint = Checkpoint(Path(path), step, content) if path else None
         job = TrainingJob(processes, config, base, found["base"], total, checkpoint)
         stack.enter_context(collective_operations(processes.launch))
         return train_and_save(job, *prepare_training(job, concepts))
@@ -91,24 +91,24 @@ def _open_folder(
             f"{checkpoint.path}: {count_of(checkpoint.step, 'step')} done, the run would end after {total}; "
             "raise --max_train_steps, or choose another --output_dir"
         )
-    digests, to_come = base_digests(base), class_pictures_to_come(config)
-    if checkpoint:
-        check_shapes(config, checkpoint)
-    check_data(config, checkpoint, Content.of(digests, concepts), to_come, tell)
+    digests, to_come = base_digests(base), [class_picture_name(one) for one in class_numbers_to_come(config)]
+    check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
     if config.prior.folder and to_come:
         check_writable(config.prior.folder)
     result = result_of(output)
-    is_done = result and result.steps >= total
-    if not is_done:
-        check_expected_disk(config, base, checkpoint.step if checkpoint else 0, total)
-    stack.enter_context(only_run_in(output, tell))
-    write_config(config)
-    if result and is_done:
+    if result and result.steps >= total:
+        stack.enter_context(only_run_in(output, tell))
+        write_config(config)
         tell(f"{result.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
         return None
+    check_expected_disk(config, base, checkpoint.step if checkpoint else 0, total)
+    stack.enter_context(only_run_in(output, tell))
+    write_config(config)
     warn_of_little(config, total)
-    content = checkpoint.content.to_json() if checkpoint and checkpoint.content else None
-    return {"base": digests, "checkpoint": checkpoint and (str(checkpoint.path), checkpoint.step, content)}
+    return {
+        "base": digests,
+        "checkpoint": (str(checkpoint.path), checkpoint.step, checkpoint.content) if checkpoint else None,
+    }
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
@@ -141,8 +141,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks.append(stack.enter_context(closing(tracker)).log)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        content = Content.of(job.base_digests, batches.plan.concepts)
-        state = partial(training.state, of_all=True)
+        content, state = content_of(job.base_digests, batches.plan.concepts), partial(training.state, of_all=True)
         hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))

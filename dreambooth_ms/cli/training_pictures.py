@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
-from dreambooth_ms.training.content import Content, in_order
+from dreambooth_ms.training.content import content_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
 
@@ -37,17 +36,15 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
     """
     data, prior = config.data, config.prior
     concepts = [read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)]
-    if prior.folder and len(class_pictures_to_come(config)) < prior.num_class_images:
+    if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
         weight, count = prior.prior_loss_weight, prior.num_class_images
         concepts.append(read_concept(CLASS, prior.folder, prior.class_prompt or "", tell, weight, at_most=count))
     return concepts
 
 
-def class_pictures_to_come(config: TrainConfig) -> list[str]:
-    """The names of the class pictures that are still to be sampled."""
-    prior = config.prior
-    missing = missing_numbers(prior.folder, prior.num_class_images) if prior.folder else []
-    return [class_picture_name(number) for number in missing]
+def class_numbers_to_come(config: TrainConfig) -> list[int]:
+    """The numbers of the class pictures that are yet to be sampled."""
+    return missing_numbers(config.prior.folder, config.prior.num_class_images) if config.prior.folder else []
 
 
 def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
@@ -60,13 +57,12 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
         embeddings.prepare([*captions_of(concepts), class_prompt, ""])
-    unet, earlier = None, job.checkpoint.content if job.checkpoint else None
-    numbers = partial(missing_numbers, prior.folder, prior.num_class_images)
-    missing = job.processes.from_first("the class pictures", numbers) if prior.folder else []
+    unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
+    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
         unet = sample_class_pictures(job, missing, prior.folder, class_prompt, embeddings)
         concepts = read_concepts(job.config, lambda line: None)
-        check_data(job.config, job.checkpoint, Content.of(job.base_digests, concepts), (), tell)
+        check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
     check_same_pictures(job.processes, concepts)
     concepts = [in_order(concept, earlier) for concept in concepts]
     texts: Callable[[str], PromptText] = embeddings

@@ -37,7 +37,7 @@ class ModelConfig(BaseModelConfig):
 
 _NAMELESS = Rule(
     lambda values: values["class_prompt"] and _words(values["instance_prompt"]) <= _words(values["class_prompt"]),
-    "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not, so the subject gets "
+    "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
     'no name of its own; add a rare word, as in "a photo of sks dog"',
     is_note=True,
 )

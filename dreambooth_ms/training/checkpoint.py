@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,8 @@ class Checkpoint:
 
     path: Path
     step: int
-    config: str = ""
-    """The run's configuration, as YAML."""
-    content: Content | None = None
-    """What it learnt from; None where an earlier version wrote it."""
+    content: Content = field(default_factory=dict)
+    """What it learnt from; empty where an earlier version wrote it."""
 
 
 def save_checkpoint(
@@ -80,8 +78,7 @@ def save_checkpoint(
             write_results(partial, step)
             written = sorted(path for path in partial.rglob("*") if path.is_file())
             files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
-            learnt = {"content": content.to_json()} if content else {}
-            manifest = {"format": FORMAT, "step": step, "files": files, "config": config, **learnt}
+            manifest = {"format": FORMAT, "step": step, "files": files, "config": config, "content": content or {}}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             sync(partial / MANIFEST)
             sync(partial)
@@ -175,7 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
-        content = Content.from_json(manifest["content"]) if "content" in manifest else None
+        content = {group: dict(digests) for group, digests in manifest.get("content", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightError(
             f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged); "
@@ -191,7 +188,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if _fingerprint(path / name) == fingerprint:
                 continue
         raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
-    return Checkpoint(path, step, str(manifest.get("config", "")), content)
+    return Checkpoint(path, step, content)
 
 
 def find_latest(folder: Path) -> Checkpoint | None:

@@ -101,7 +101,7 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
     if rank is None or targets is None:
         return {name.rpartition(".")[0]: rank for name in shapes}
     # Linear layers and convolutions; tables of embeddings have no targets.
-    layers = {name.removesuffix(".weight"): shape[:2] for name, shape in shapes.items() if shape[1:]}
+    layers = {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes.items() if shape[1:]}
     return dict.fromkeys(layers_to_adapt(layers, rank, targets), rank)
 
 

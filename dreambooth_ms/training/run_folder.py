@@ -4,8 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.describe import schema_fields
@@ -16,7 +15,7 @@ from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders
-from dreambooth_ms.training.content import Content
+from dreambooth_ms.training.content import Content, changes
 from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
@@ -42,7 +41,10 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         config = replace(config, run=replace(config.run, seed=earlier.run.seed))
     differences = _differences(earlier, config)
     if differences and _was_trained(config.output_dir):
-        raise ConfigError(_other_configuration(config, differences, "choose another --output_dir"))
+        listed = "; ".join(differences)
+        raise ConfigError(
+            f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
+        )
     return config
 
 
@@ -51,54 +53,29 @@ def check_data(
     checkpoint: Checkpoint | None,
     content: Content,
     to_come: Iterable[str],
-    tell: Callable[[str], object],
+    tell: Callable[[str], Any],
 ) -> None:
     """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
 
-    Args:
-        config: of the run, settled.
-        checkpoint: what it would go on from. One that an earlier version wrote knows no content, so paths count.
-        content: what there is now to learn from.
-        to_come: files of class pictures that are still to be sampled.
-        tell: takes a line for the user.
+    A checkpoint that an earlier version wrote does not know its content, so that paths count. `to_come`: files of class
+    pictures that are yet to be sampled.
 
     Raises:
         ConfigError: something is not what it was, and every change is named.
     """
-    remedy = "bring back what it had, choose another --output_dir, or go on with this by --accept_changed_data"
     if checkpoint and checkpoint.content:
-        changes = checkpoint.content.changes(content, to_come)
-        message = f"{checkpoint.path} has learnt from other data ({'; '.join(changes)}); {remedy}"
+        found = changes(checkpoint.content, content, to_come)
     else:
-        earlier = _earlier_run(config)
-        changes = (
-            _differences(earlier, config, Resume.BY_CONTENT) if earlier and _was_trained(config.output_dir) else []
-        )
-        message = _other_configuration(config, changes, remedy)
-    if changes and not config.run.accept_changed_data:
-        raise ConfigError(message)
-    if changes:
-        tell(f"{config.output_dir}: going on with {'; '.join(changes)}")
-
-
-def check_shapes(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Stop before any work if a checkpoint, perhaps of another folder, holds the state of other parameters.
-
-    Raises:
-        ConfigError: it was trained otherwise, and every difference is named.
-    """
-    there = (yaml.safe_load(checkpoint.config) or {}).get("method", {})
-    here = vars(config.method)
-    differences = [
-        f"--{name}: {there[name]!r} there, {here[name]!r} here"
-        for name in ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema")
-        if name in there and there[name] != here[name]
-    ]
-    if differences:
+        earlier = _earlier_run(config) if _was_trained(config.output_dir) else None
+        found = _differences(earlier, config, Resume.BY_CONTENT) if earlier else []
+    if found and not config.run.accept_changed_data:
+        where = checkpoint.path if checkpoint else config.output_dir
         raise ConfigError(
-            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
-            "or start anew in another --output_dir"
+            f"{where}: was trained on other data ({'; '.join(found)}); bring back what it had, choose another "
+            "--output_dir, or go on with this by --accept_changed_data"
         )
+    if found:
+        tell(f"{config.output_dir}: going on with changed data ({'; '.join(found)})")
 
 
 def _earlier_run(config: TrainConfig) -> TrainConfig | None:
@@ -116,10 +93,6 @@ def _earlier_run(config: TrainConfig) -> TrainConfig | None:
 def _was_trained(folder: Path) -> bool:
     """Whether a step was taken; a run that failed before may be started again with a mended configuration."""
     return bool(result_of(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
-
-
-def _other_configuration(config: TrainConfig, differences: Iterable[str], remedy: str) -> str:
-    return f"{config.output_dir} holds a run with another configuration ({'; '.join(differences)}); {remedy}"
 
 
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
@@ -170,16 +143,14 @@ def _with_learning_rate(config: TrainConfig) -> TrainConfig:
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig, of: Resume | None = None) -> list[str]:
-    """Of the fields with this mark, or of those that must not differ. Paths are the same if they lead to the same."""
+    """Of the fields with this mark, or of those that must not differ. Paths are equal that lead to the same place."""
     marks = {of} | ({Resume.CUTS_ROWS} if of is None and earlier.rows_per_step != now.rows_per_step else set())
-    before, after = earlier.values(), now.values()
-    return [
-        f"--{name}: {before[name]!r} there, {after[name]!r} here"
-        for name, one in schema_fields(TrainConfig).items()
-        if one.resume in marks and before[name] != after[name]
-        if not (one.is_path and before[name] and after[name] and _same_place(before[name], after[name]))
+    values = [
+        (name, one, earlier.values()[name], now.values()[name]) for name, one in schema_fields(TrainConfig).items()
     ]
-
-
-def _same_place(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+    return [
+        f"--{name}: {before!r} there, {after!r} here"
+        for name, one, before, after in values
+        if one.resume in marks and before != after
+        if not (one.is_path and before and after and os.path.realpath(before) == os.path.realpath(after))
+    ]
