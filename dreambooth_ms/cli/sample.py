@@ -100,10 +100,11 @@ def read_prompts(text_or_path: str) -> list[str]:
         DataError: the file is not UTF-8 text, or has no line with a prompt.
     """
     # Of os.path, because that of pathlib raises on what is too long for a name.
-    if not os.path.isfile(text_or_path):
+    path = os.path.expanduser(text_or_path)
+    if not os.path.isfile(path):
         return [text_or_path]
     try:
-        lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt {text_or_path}: not readable as UTF-8 text ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
