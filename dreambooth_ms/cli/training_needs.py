@@ -40,23 +40,22 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
     Raises:
         WeightError: there is too little.
     """
-    run, output = config.run, config.output_dir
-    work = _workload(config, base, 1)
-    trained = work.numbers[1] * FLOAT32
-    # The weights and the optimiser's state; and the weights once more, for other tools.
-    checkpoint = (2 + int(config.method.use_ema)) * trained + work.numbers[1] * work.bytes_of_optimiser
-    frozen = 0
-    if config.method.method == "full":
-        networks = ["unet", *(reader.name for reader in base.text if config.method.train_text_encoder)]
+    method, run, work = config.method, config.run, _workload(config, base, 1)
+    trained = work.numbers[1]
+    # The weights, once more for other tools, and the state of the optimiser.
+    checkpoint = trained * ((2 + int(method.use_ema)) * FLOAT32 + work.bytes_of_optimiser)
+    result = trained * FLOAT32
+    if method.method == "full":
+        networks = ["unet", *(reader.name for reader in base.text if method.train_text_encoder)]
         tensors = base.opened().tensors.items()
-        frozen = total_bytes({name: one for name, one in tensors if name.partition(".")[0] not in networks})
+        result += total_bytes({name: one for name, one in tensors if name.partition(".")[0] not in networks})
     count = total // run.checkpointing_steps - done // run.checkpointing_steps
     if run.checkpoints_total_limit:
-        # One more than are kept, until it is whole.
-        there = len(checkpoint_folders(output))
-        count = min(count, max(run.checkpoints_total_limit + 1 - there, 1))
-    advice = f"free some for {count_of(count, 'checkpoint')} and the result, or keep fewer by --checkpoints_total_limit"
-    check_room(output, count * checkpoint + trained + frozen, advice)
+        # An old one goes when the new one is whole.
+        count = min(count, max(run.checkpoints_total_limit + 1 - len(checkpoint_folders(config.output_dir)), 1))
+    fewer = ", or keep fewer by --checkpoints_total_limit" if count > 1 else ""
+    advice = f"free some for {count_of(count, 'checkpoint') + ' and ' if count else ''}the result{fewer}"
+    check_room(config.output_dir, count * checkpoint + result, advice)
 
 
 FEW_STEPS = 20
