@@ -92,9 +92,14 @@ class Training:
         return self.runner is not None and self.runner.is_here
 
     @property
+    def is_of_a_page(self) -> bool:
+        """Whether a page started it, so that its command is known."""
+        return (self.folder / COMMAND).is_file()
+
+    @property
     def can_be_resumed(self) -> bool:
-        """Whether it does not run, and was started by a page, so that its command is known."""
-        return self.runner is None and (self.folder / COMMAND).is_file()
+        """Whether the page can give its command again."""
+        return self.runner is None and self.is_of_a_page
 
     def stop(self) -> None:
         """Let it finish its step, save and end."""
