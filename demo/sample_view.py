@@ -12,7 +12,7 @@ from demo.gallery import Entry
 from demo.library import describe
 from demo.messages import PictureRequest
 from demo.sample_controls import SCHEDULERS
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import UserError, count_of
 
 POLL_SECONDS = 0.4
 CARD_WIDTH = 172
@@ -134,7 +134,7 @@ def _entry(entry: Entry) -> None:
     for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
         column.image(entry.files[side], width="stretch", caption=_side_label(side, request))
     scheduler, guidance = SCHEDULERS[request.scheduler], request.guidance_scale
-    how = f"{request.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+    how = f"{count_of(request.num_inference_steps, 'step')} of {scheduler}, guidance {guidance:g}"
     st.caption(f"{request.prompt}  \nseed {request.seed}, {how}")
     _buttons(entry, with_words=True)
 

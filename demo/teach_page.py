@@ -13,7 +13,7 @@ from demo.photographs import Look, Photograph, look_at
 from demo.training_plan import Preset, TrainingWishes, flags, name_of, preset_files, read_preset
 from demo.training_process import Training
 from demo.training_view import watch
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.models.specs import Family
 
 NEW = "New training"
@@ -252,7 +252,7 @@ def _look(folder: Path, facts: ModelFacts, wishes: TrainingWishes) -> Look | Non
         if wishes.center_crop
         else ("The bright part is what the first pass is trained on; the next passes see other parts.")
     )
-    st.caption(f"{len(look.photographs)} photographs. {how}")
+    st.caption(f"{count_of(len(look.photographs), 'photograph')}. {how}")
     with st.container(horizontal=True):
         for photograph in look.photographs:
             with st.container(width=CARD_WIDTH):

@@ -67,8 +67,8 @@ def _content(training: Training) -> None:
 
 
 def _buttons(training: Training) -> None:
-    state = training.state
-    if state == "running":
+    state, runner = training.state, training.runner
+    if training.can_be_stopped:
         st.button(
             "Stop",
             icon=":material/stop:",
@@ -76,8 +76,10 @@ def _buttons(training: Training) -> None:
             on_click=training.stop,
             help="It finishes its step and saves, and can be resumed.",
         )
-    elif state in ("stopped", "failed"):
+    elif state in ("stopped", "failed") and training.can_be_resumed:
         st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
+    if state != "finished" and not training.is_of_a_page:
+        st.caption(f"In a terminal: {runner}" if runner else "Started in a terminal: give its command there again")
     # Not while it runs: that part of the page is shown again by itself, and a click on it may be lost.
     done = state != "running" and training.has_result
     if done and st.button("Generate with it", type="primary", icon=":material/brush:", key="sample_with_it"):
