@@ -11,7 +11,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from demo import session
 from demo.library import ModelFacts, Places, describe
 from demo.processes import REPOSITORY
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import UserError, explain
 from dreambooth_ms.weights.hub import find_model
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
@@ -36,7 +36,7 @@ def model_control(label: str, key: str, places: Places, models: Sequence[Path]) 
         help=f"Found in {places.listed()}; or write a path there, or the name of a model on the Hugging Face hub.",
     )
     if chosen not in names and _HUB_NAME.fullmatch(chosen) and not Path(chosen).exists():
-        download = _downloads().get(chosen)
+        download = downloads().get(chosen)
         if download is None or download.path is None:
             _fetch(chosen)
             return None
@@ -60,8 +60,8 @@ class _Download(threading.Thread):
     def run(self) -> None:
         try:
             self.path = find_model(self.name)
-        except UserError as error:
-            self.error = str(error)
+        except (UserError, OSError) as error:
+            self.error = explain(error) or str(error)
 
     @property
     def gigabytes(self) -> float:
@@ -71,7 +71,7 @@ class _Download(threading.Thread):
 
 
 @st.cache_resource
-def _downloads() -> dict[str, _Download]:
+def downloads() -> dict[str, _Download]:
     """By name, for all windows."""
     return {}
 
@@ -79,16 +79,14 @@ def _downloads() -> dict[str, _Download]:
 @st.fragment(run_every=POLL_SECONDS)
 def _fetch(name: str) -> None:
     """Offer to fetch a model of the hub, or show how far that is."""
-    download = _downloads().get(name)
+    download = downloads().get(name)
     if download and download.path:
         st.rerun()
     if download and download.is_alive():
         st.info(f"Fetching {name}: {download.gigabytes:.2f} GB are here.", icon=":material/cloud_download:")
         return
     st.info(f"{name} is not on this machine; the Hugging Face hub may have it.", icon=":material/cloud_download:")
-    if st.button("Download", key=f"fetch {name}"):
-        _downloads()[name] = _Download(name)
-        st.rerun(scope="fragment")
+    st.button("Download", key=f"fetch {name}", on_click=lambda: downloads().update({name: _Download(name)}))
     if download and download.error:
         session.show_error(download.error)
 

@@ -170,7 +170,7 @@ def _show_networks(request: PictureRequest) -> None:
 def _show_length(prompt: str, facts: ModelFacts) -> None:
     tokens = count_tokens(prompt, facts.tokenizer)
     if tokens > MOST:
-        st.caption(f":red[{tokens} of {MOST} tokens, without the last {tokens - MOST}.]")
+        st.caption(f":red[{tokens} of {MOST} tokens: only the first {MOST} are read.]")
     elif tokens:
         st.caption(f"{tokens} of {MOST} tokens")
 

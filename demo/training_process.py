@@ -136,7 +136,7 @@ class Training:
         if not bars:
             history = [] if (self.folder / LOG).exists() else self.history()
             done = int(history[-1]["step"]) if history else 0
-            return Bar("training", done, max(self._total() or done, done), "?", "–") if history else None
+            return Bar("training", done, self._total() or 0, "?", "–") if history else None
         name, done, total, _, left, number, unit = bars[-1]
         return Bar(name.strip(), int(done), int(total), left, f"{number} {unit}".strip())
 

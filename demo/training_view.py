@@ -105,7 +105,8 @@ def _figures(training: Training, history: list[dict[str, float]]) -> None:
         if not history:
             st.progress(0.0, text="Compiling the training step")
         else:
-            st.progress(min(bar.done / bar.total, 1.0), text=f"{bar.time_left} left")
+            left = "" if "?" in bar.time_left else f"{bar.time_left} left"
+            st.progress(min(bar.done / bar.total, 1.0) if bar.total else 0.0, text=left)
     if not history:
         return
     recent = history[-min(len(history), 20) :]

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -11,10 +12,10 @@ from PIL import Image
 from streamlit import config
 from streamlit.testing.v1 import AppTest
 
-from demo import downloads, session, training_process
 from demo import engine as engines
+from demo import model_control, session, training_process
 from demo.processes import REPOSITORY
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, WeightError
 from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
@@ -31,7 +32,7 @@ def runs(tmp_path, monkeypatch):
     config.set_option("server.address", "127.0.0.1")
     monkeypatch.setattr(session, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "runs").mkdir()
-    for of_server in (session.engine, session.windows, session.downloads):
+    for of_server in (session.engine, session.windows, model_control.downloads):
         of_server.clear()
     yield tmp_path / "runs"
     session.engine().close()
@@ -179,7 +180,7 @@ def test_a_page_that_is_loaded_again_shows_its_drawing(runs):
     page.number_input("sample_seed").set_value(77)
     page.text_area("sample_prompt").set_value("slow").run()
     page.button("sample_button").click().run()
-    (address,) = page.query_params["window"]
+    address = page.query_params["window"]
     again = opened(window=address)
     assert (again.text_area("sample_prompt").value, again.number_input("sample_seed").value) == ("slow", 77)
     assert again.button("sample_button").disabled
@@ -208,7 +209,7 @@ def test_a_prompt_is_needed_and_long_ones_are_told(runs):
     page.button("sample_button").click().run()
     assert "Write a prompt first" in errors(page)
     page.text_area("sample_prompt").set_value("star " * 80).run()
-    assert any("are not read" in caption.value for caption in page.caption)
+    assert any("only the first 75 are read" in caption.value for caption in page.caption)
 
 
 def test_a_path_outside_is_refused(runs):
@@ -307,26 +308,33 @@ def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
 def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_another(runs, monkeypatch, tmp_path):
     page = AppTest.from_function(teach, default_timeout=60).run()
     assert "knows flat shapes only" in page.info[0].value
-    page.button("advised teach_model").click().run()
+    page.button("advised").click().run()
     assert page.selectbox("teach_model").value == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert "is not on this machine" in page.info[0].value
-    (go_on := tmp_path / "go_on").mkdir()
-    waits = "import os, sys, time\nwhile os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
-    ends = (f"print({str(EMBEDDED)!r})", "print('no such model'); sys.exit(2)")
-    for end, fails in zip(ends, (False, True), strict=True):
-        program = f"print('Fetching 9 files:  40%|##  | 4/9', flush=True)\n{waits}{end}"
-        monkeypatch.setattr(downloads, "PROGRAM", (sys.executable, "-c", program, str(go_on)))
-        go_on.mkdir(exist_ok=True)
-        page.selectbox("teach_model").set_value(f"owner/{fails}").run()
-        page.button(f"fetch owner/{fails}").click().run()
-        download = session.downloads()[f"owner/{fails}"]
-        wait_for(lambda download=download: "40%" in download.says)
-        assert page.run().get("progress")[0].proto.value == 40
-        go_on.rmdir()
-        wait_for(lambda download=download: download.state != "running")
+    goes_on = threading.Event()
+
+    def find_model(name):
+        part = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "blobs" / "1.incomplete"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(bytes(10_000_000))
+        goes_on.wait(30)
+        if name == "owner/none":
+            raise WeightError("no such model")
+        return EMBEDDED
+
+    monkeypatch.setattr(model_control, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(model_control, "find_model", find_model)
+    for name in ("owner/none", "owner/one"):
+        goes_on.clear()
+        page = AppTest.from_function(teach, default_timeout=60)
+        page.session_state["teach_model"] = name
+        page.run().button(f"fetch {name}").click().run()
+        assert f"{name}: 0.01 GB are here" in page.info[0].value
+        goes_on.set()
+        wait_for(lambda name=name: not model_control.downloads()[name].is_alive())
         page.run()
-        assert ("no such model" in errors(page)) == fails
-        assert bool([one for one in page.button if one.key == "teach_button"]) != fails
+        assert ("no such model" in errors(page)) == (name == "owner/none")
+    assert page.button("teach_button")
     assert not page.exception
 
 
