@@ -60,6 +60,7 @@ def _new_training(places: Places) -> None:
     if not models:
         session.show_error(f"There is no model in {places.listed()}; start the page with `-- --folder DIR`.")
         return
+    advice = st.container()
     left, right = st.columns([3, 2], gap="large")
     with left:  # Whatever the base is: an upload whose widget is not shown is forgotten.
         st.subheader("Photographs of the subject", anchor=False)
@@ -68,6 +69,9 @@ def _new_training(places: Places) -> None:
         st.subheader("The training", anchor=False)
         facts = _base(places, models)
         preset = _preset(facts) if facts else None
+    if facts and facts.path == EMBEDDED:
+        with advice:
+            advise("teach_model")
     if facts is None or preset is None:
         return
     with right:
@@ -84,8 +88,6 @@ def _base(places: Places, models: list[Path]) -> ModelFacts | None:
     if facts and facts.family is Family.SDXL_REFINER:
         session.show_error(f"{session.label(str(facts.path))}: SDXL's refiner; choose a base model")
         return None
-    if facts and facts.path == EMBEDDED:
-        advise("teach_model")
     return facts
 
 
