@@ -67,7 +67,7 @@ class _Download(threading.Thread):
     def gigabytes(self) -> float:
         """What is here so far."""
         files = Path(HF_HUB_CACHE, f"models--{self.name.replace('/', '--')}", "blobs").glob("*")
-        return sum(file.stat().st_size for file in files) / 1e9
+        return sum(file.stat().st_size for file in files if file.exists()) / 1e9
 
 
 @st.cache_resource

@@ -47,20 +47,16 @@ def show() -> None:
             st.caption("It knows flat shapes only. For other bases, write a name of the Hugging Face hub here.")
         request = controls(facts, shelf) if facts else None
     if facts and request:
-        _form(facts, request)
+        _prompt(facts)
+        left, right = st.columns(2)
+        with left:
+            _negative_prompt(facts)
+        with right:
+            request = _picture_to_start_from(request)
+        _button(request)
+        _show_networks(request)
     show_result()
     show_gallery()
-
-
-def _form(facts: ModelFacts, request: PictureRequest) -> None:
-    _prompt(facts)
-    left, right = st.columns(2)
-    with left:
-        _negative_prompt(facts)
-    with right:
-        request = _picture_to_start_from(request)
-    _button(request)
-    _show_networks(request)
 
 
 def _set_first_values(places: Places, shelf: Shelf) -> None:

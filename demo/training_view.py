@@ -1,7 +1,6 @@
 """A training as it goes: figures, curves and pictures, and what can be done with it."""
 
 import math
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -161,8 +160,4 @@ def _pictures(training: Training) -> None:
 
 def whole_pictures(paths: list[Path]) -> list[bytes]:
     """The PNG files that have their end: of the others, one is being written, and another was cut."""
-    files = []
-    for path in paths:
-        with suppress(OSError):
-            files.append(path.read_bytes())
-    return [file for file in files if file.endswith(PNG_END)]
+    return [file for path in paths if (file := path.read_bytes()).endswith(PNG_END)]
