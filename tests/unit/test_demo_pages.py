@@ -15,6 +15,8 @@ from streamlit.testing.v1 import AppTest
 from demo import engine as engines
 from demo import model_control, session, training_process
 from demo.processes import REPOSITORY
+from demo.training_plan import name_of
+from demo.training_view import whole_pictures
 from dreambooth_ms.errors import ConfigError, WeightError
 from tests.whole_loras import write_run_lora
 
@@ -435,3 +437,25 @@ def test_a_training_is_started_watched_stopped_and_resumed(runs, monkeypatch):
     wait_for(lambda: training.state == "stopped")
     assert not page.exception
     assert not page.error
+
+
+def test_pictures_that_are_cut_or_being_written_are_not_shown(tmp_path):
+    for name, size in (("whole", None), ("cut", 40), ("begun", 0)):
+        (tmp_path / name).write_bytes(png()[:size])
+    assert whole_pictures([tmp_path / name for name in ("cut", "whole", "begun")]) == [png()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "class_prompt", "name"),
+    [
+        ("a photo of sks dog", "a photo of dog", "sks-dog"),
+        ("a photo of a sks star", None, "sks-star"),
+        ("a photo of zwx golden retriever dog, best quality", "a photo of a dog", "zwx-golden-retriever-dog"),
+        ("A photograph of my cat Tom in the snow", None, "cat-tom"),
+        ("zwx person wearing a hat", "photo of a person", "zwx-person"),
+        ("一张sks狗的照片", None, "sks"),
+        ("一只狗", "", "subject"),
+    ],
+)
+def test_a_training_is_named_after_its_word_and_class(prompt, class_prompt, name):
+    assert name_of(prompt, class_prompt) == name
