@@ -46,6 +46,11 @@ def _content(training: Training) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader(training.name, anchor=False, width="content")
         st.badge(state, color=BADGES[state])
+        if state != "finished" and not training.is_of_a_page:
+            where = (
+                f"In a terminal: {training.runner}" if state == "running" else "Give its command in the terminal again"
+            )
+            st.caption(where, width="content")
         st.space("stretch")
         _buttons(training)
     if state == "failed":
@@ -66,7 +71,7 @@ def _content(training: Training) -> None:
 
 
 def _buttons(training: Training) -> None:
-    state, runner = training.state, training.runner
+    state = training.state
     if training.can_be_stopped:
         st.button(
             "Stop",
@@ -77,8 +82,6 @@ def _buttons(training: Training) -> None:
         )
     elif state in ("stopped", "failed") and training.can_be_resumed:
         st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
-    if state != "finished" and not training.is_of_a_page:
-        st.caption(f"In a terminal: {runner}" if runner else "Started in a terminal: give its command there again")
     # Not while it runs: that part of the page is shown again by itself, and a click on it may be lost.
     done = state != "running" and training.has_result
     if done and st.button("Generate with it", type="primary", icon=":material/brush:", key="sample_with_it"):
@@ -123,7 +126,8 @@ def _figures(training: Training, history: list[dict[str, float]]) -> None:
 
 def _curves(history: list[dict[str, float]]) -> None:
     table = curve_table(history)
-    scale = alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))
+    shown = [of for of in COLOURS if of in set(table["of"])]
+    scale = alt.Scale(domain=shown, range=[COLOURS[of] for of in shown])
     base = alt.Chart(table).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
         color=alt.Color("of:N", scale=scale, title=None, legend=alt.Legend(orient="top")),
@@ -152,8 +156,9 @@ def _pictures(training: Training) -> None:
     for step, pictures in reversed(found.items()):
         if pictures:
             st.caption(f"After step {step}")
-        for column, picture in zip(st.columns(max(len(pictures), 2)), pictures, strict=False):
-            column.image(picture, width="stretch")
+        for start in range(0, len(pictures), 2):
+            for column, picture in zip(st.columns(2, wrap=False), pictures[start : start + 2], strict=False):
+                column.image(picture, width="stretch")
     if not any(found.values()) and training.state == "running":
         st.caption("Pictures that are generated during the training appear here.")
 
