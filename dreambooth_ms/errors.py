@@ -32,6 +32,11 @@ class DeviceError(UserError):
     """The device cannot do what was asked of it."""
 
 
+def count_of(number: int, thing: str) -> str:
+    """How many of a thing, in words: "1 picture", "1,200 pictures"."""
+    return f"{number:,} {thing if number == 1 else thing + 's'}"
+
+
 def explain(error: BaseException) -> str | None:
     """What to tell the user of an error that the user can mend; None for a defect."""
     if isinstance(error, UserError):

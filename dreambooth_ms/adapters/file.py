@@ -16,7 +16,7 @@ import numpy as np
 
 from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
 from dreambooth_ms.adapters.lora_update import LoraUpdate
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container, TensorFile
@@ -74,7 +74,9 @@ class OpenedAdapter:
         if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
             return ["mindone's SD LoRAs have a scale of 1: alpha is the rank."]
         ranks = ", ".join(map(str, sorted({own.rank for own in loras.values()})))
-        return [f"{silent} of {len(loras)} layers have no alpha in the file: it is taken as the rank ({ranks})."]
+        return [
+            f"no alpha in the file for {silent} of {count_of(len(loras), 'layer')}: it is taken as the rank ({ranks})."
+        ]
 
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""

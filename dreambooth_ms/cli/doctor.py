@@ -21,7 +21,7 @@ from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
         mark, found = examine(look)
         failed += mark != "ok"
         print(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]", flush=True)
-    print("everything works" if not failed else f"{failed} of the checks failed")
+    print("everything works" if not failed else f"{count_of(failed, 'check')} failed")
     return FAILED_STATUS if failed else 0
 
 
@@ -99,7 +99,7 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
 def set_up(wanted: DeviceConfig) -> str:
     """Choose the device as every command does, and say what is known of it."""
     if set_up_device(wanted.device_target, wanted.ms_mode) == "CPU":
-        return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+        return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}"
     cann = cann_version(Path(os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")))
     if cann and not cann.startswith(CANN_ACCEPTED):
         raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}; see docs/ascend.md")

@@ -14,7 +14,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.refinement import sample_refined
@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
         else:
             samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
         written = _write_pictures(config, samples)
-    tell(f"wrote {len(written)} pictures to {output}, {written[0].name} to {written[-1].name}")
+    names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
+    tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
     return 0
 
 
@@ -99,10 +100,11 @@ def read_prompts(text_or_path: str) -> list[str]:
         DataError: the file is not UTF-8 text, or has no line with a prompt.
     """
     # Of os.path, because that of pathlib raises on what is too long for a name.
-    if not os.path.isfile(text_or_path):
+    path = os.path.expanduser(text_or_path)
+    if not os.path.isfile(path):
         return [text_or_path]
     try:
-        lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt {text_or_path}: not readable as UTF-8 text ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -1,5 +1,6 @@
 """What a training command asks for, with all that follows from it, found once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_ms.config.train import TrainConfig
@@ -18,6 +19,8 @@ class TrainingJob:
     processes: Processes
     config: TrainConfig
     base: ModelBundle
+    base_digests: Mapping[str, str]
+    """By the networks' names."""
     total: int
     """Optimiser steps of the whole run."""
     checkpoint: Checkpoint | None

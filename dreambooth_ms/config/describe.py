@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.ranges import Range
+from dreambooth_ms.config.ranges import PATH, Range
 from dreambooth_ms.config.rules import Resume, Rule
 
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -34,6 +34,7 @@ class Field:
     range: Range | None
     rules: tuple[Rule, ...]
     resume: Resume | None
+    is_path: bool
 
     @property
     def expected(self) -> str:
@@ -77,6 +78,7 @@ def _read_hint(hint: Any) -> dict[str, Any]:
         "range": next((mark for mark in marks if isinstance(mark, Range)), None),
         "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
         "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),
+        "is_path": PATH in marks,
     }
 
 

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dreambooth_ms.config import spellings
 from dreambooth_ms.config.describe import Field, schema_fields
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.sources import Setting, canonical, nearest, read_file, read_flags
+from dreambooth_ms.config.sources import Setting, at_home, canonical, nearest, read_file, read_flags
 from dreambooth_ms.errors import ConfigError
 
 Config = TypeVar("Config", bound=Schema)
@@ -128,7 +128,8 @@ def _entries(layer: Iterable[Setting], known: Mapping[str, Field]) -> list[_Entr
                 setting.complain(f"means the same as {first[name].label}; give one of them")
             else:
                 try:
-                    entry = _Entry(setting, one, value, _plain(one, value, is_flag=not setting.source))
+                    plain = _plain(one, value, is_flag=not setting.source)
+                    entry = _Entry(setting, one, value, at_home(plain) if one.is_path else plain)
                 except ConfigError as error:
                     setting.complain(str(error), name)
                     continue

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH
 from dreambooth_ms.config.rules import Rule
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import TargetConfig
@@ -13,9 +13,9 @@ from dreambooth_ms.config.shared import TargetConfig
 class MergingConfig(TargetConfig):
     """One or several LoRAs become part of a model's weights."""
 
-    base: Annotated[str, NOT_EMPTY]
+    base: Annotated[str, NOT_EMPTY, PATH]
     """The model: a file or a folder, in any format that is read."""
-    lora: Annotated[list[str], Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
+    lora: Annotated[list[str], PATH, Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
     """LoRA files or folders of any format and rank; several are added up."""
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""

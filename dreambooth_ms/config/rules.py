@@ -15,6 +15,7 @@ class Resume(Enum):
 
     MAY_CHANGE = "always"
     CUTS_ROWS = "while a step has as many rows"
+    BY_CONTENT = "while what it names has the same content"
 
 
 class Rule(NamedTuple):

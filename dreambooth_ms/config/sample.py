@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
@@ -47,7 +47,7 @@ class PicturesConfig(GenerationConfig):
     num_images_per_prompt. None: 1, or no sheet without num_cols."""
     num_cols: Annotated[int | None, at_least(1)] = None
     """Columns of that sheet, see num_rows. None: 1, or no sheet without num_rows."""
-    output_dir: Annotated[str, NOT_EMPTY] = "outputs"
+    output_dir: Annotated[str, NOT_EMPTY, PATH] = "outputs"
     """Folder for the pictures."""
 
 
@@ -65,7 +65,7 @@ class StartConfig:
 
     task: Annotated[Literal["txt2img", "img2img"] | None, _STARTS] = None
     """Start from text alone (txt2img), or from a picture (img2img). None: from a picture if --image names one."""
-    image: Annotated[str | None, NOT_EMPTY, _NO_START] = None
+    image: Annotated[str | None, NOT_EMPTY, PATH, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
     """How far to go from the picture: 1 keeps nothing of it."""
@@ -112,7 +112,7 @@ _STOPS = excludes(
 class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
-    refiner: Annotated[str | None, NOT_EMPTY] = None
+    refiner: Annotated[str | None, NOT_EMPTY, PATH] = None
     """The model: a local folder or file, or a name on the Hugging Face hub. None: the base makes the pictures alone."""
     denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
     """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with

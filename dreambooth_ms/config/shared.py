@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
+from dreambooth_ms.errors import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,9 @@ class DeviceConfig:
 class BaseModelConfig:
     """The base model."""
 
-    pretrained_model_name_or_path: Annotated[str, NOT_EMPTY]
+    pretrained_model_name_or_path: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
     """Base model: a local folder or file, or a name on the Hugging Face hub."""
-    pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY] = None
+    pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
 
 
@@ -35,7 +36,7 @@ class BaseModelConfig:
 class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
-    lora: list[str] = field(default_factory=list)
+    lora: Annotated[list[str], PATH] = field(default_factory=list)
     """Adapter files or folders; several are added up."""
     lora_scale: Annotated[
         list[float],
@@ -49,7 +50,8 @@ class WeightsConfig(BaseModelConfig):
         scales, adapters = len(self.lora_scale), len(self.lora)
         if not adapters or scales in (1, adapters):
             return []
-        return [f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {scales}"]
+        each = f"one for each of {count_of(adapters, 'adapter')} in --lora"
+        return [f"--lora_scale: expected one number, or {each}, got {scales}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,9 @@ class GenerationConfig:
 class SourceConfig:
     """A file or folder to read."""
 
-    source: Annotated[str, NOT_EMPTY]
+    source: Annotated[str, NOT_EMPTY, PATH]
     """Model or LoRA: a file or a folder, in any format that is read."""
-    base: Annotated[str | None, NOT_EMPTY] = None
+    base: Annotated[str | None, NOT_EMPTY, PATH] = None
     """For a LoRA: the model it is for, where that has other sizes than the published ones."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
@@ -84,7 +86,7 @@ class SourceConfig:
 class TargetConfig:
     """A file or folder to write."""
 
-    target: Annotated[str, NOT_EMPTY]
+    target: Annotated[str, NOT_EMPTY, PATH]
     """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
     extension a folder."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None

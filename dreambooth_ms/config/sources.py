@@ -1,5 +1,6 @@
 """The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, SPELLINGS
+from dreambooth_ms.errors import ConfigError
 
 
 @dataclass
@@ -96,14 +98,32 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
     return setting
 
 
+def at_home(paths: Any) -> Any:
+    """A path, or a list of them, with ~ as the home folder; what is no text stays as it is.
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    if isinstance(paths, list):
+        return [at_home(path) for path in paths]
+    whole = os.path.expanduser(paths) if isinstance(paths, str) else paths
+    if isinstance(whole, str) and whole.startswith("~"):
+        raise ConfigError(
+            f"{paths}: no home folder is known for {whole.partition('/')[0]}; write the whole path, "
+            f"or ./{paths} for a name that begins so"
+        )
+    return whole
+
+
 def read_file(named: Setting, schema: type) -> list[Setting]:
     """The values of the YAML file that a --config names, flat or by section. `${…}` is resolved within the file."""
     owners, known, path = sections(schema), schema_fields(schema), named.value
     try:
+        path = at_home(path)
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(content, dict):
             raise OSError("expected lines such as `rank: 4`")
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, ConfigError, yaml.YAMLError, OmegaConfBaseException) as error:
         named.problems.append(f"--config {path}: {_in_one_line(error)}")
         named.undecided.update(known)
         return []

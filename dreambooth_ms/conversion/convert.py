@@ -11,7 +11,7 @@ from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.convert import ConversionConfig
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Progress
 from dreambooth_ms.formats.naming.formats import Format
@@ -90,7 +90,7 @@ def models_of(base: str | None) -> Sequence[ModelSpec]:
 def describe_adapter(opened: OpenedAdapter) -> str:
     """The adapter in a few words."""
     adapter = opened.adapter
-    return f"a LoRA of {len(adapter.updates)} layers of {', '.join(adapter.parts)} of {opened.families}"
+    return f"a LoRA of {count_of(len(adapter.updates), 'layer')} of {', '.join(adapter.parts)} of {opened.families}"
 
 
 def model_format_of(target: Path, form: str | None) -> Format:

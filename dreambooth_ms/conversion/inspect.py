@@ -1,13 +1,13 @@
 """What a file or folder is, in lines for people."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.conversion.convert import models_of
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.infer import with_channels
@@ -48,12 +48,13 @@ def _model(model: OpenedModel) -> Iterator[str]:
     sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
     yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}"
-    yield f"dtype: {', '.join(f'{dtype.value} ({count} tensors)' for dtype, count in model.dtypes.items())}"
+    dtypes = [f"{dtype.value} ({count_of(count, 'tensor')})" for dtype, count in model.dtypes.items()]
+    yield f"dtype: {', '.join(dtypes)}"
     for part in model.parts:
         own = model.of_part(part)
-        yield f"{part}: {_parameters(own.values())} in {len(own)} tensors{_size_of(part, model.spec)}"
+        yield f"{part}: {_parameters(own.values())}{_size_of(part, model.spec)}"
     if model.averages:
-        yield f"moving averages (EMA): of {model.averages} weights"
+        yield f"moving averages (EMA): of {count_of(model.averages, 'weight')}"
     yield from _metadata(model.metadata.items())
     missing = [f"the whole {part}" for part in model.missing_parts]
     if model.report.fits:
@@ -76,7 +77,7 @@ def _size_of(part: str, model: ModelSpec) -> str:
     if isinstance(spec, VaeSpec):
         own = ", mean and deviation of their own" if spec.latents_mean else ""
         return f", scale of the latents {spec.scaling_factor:g}{own}"
-    return f", {spec.transformer.num_hidden_layers} layers of width {spec.transformer.hidden_size}"
+    return f", {count_of(spec.transformer.num_hidden_layers, 'layer')} of width {spec.transformer.hidden_size}"
 
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
     for part, own in parts.items():
         count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
-        yield f"{part}: {count:,} parameters in {len(own)} layers"
+        yield f"{part}: {count_of(count, 'parameter')} in {count_of(len(own), 'layer')}"
     yield from _metadata(opened.metadata.items())
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)
@@ -99,12 +100,13 @@ def _lone_vae(vae: OpenedModel) -> Iterator[str]:
     yield f"format: autoencoder alone, {vae.form.value}, {vae.container.value}"
     yield f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}"
     channels = "-".join(map(str, vae.spec.vae.block_out_channels))
-    yield f"vae: {_parameters(vae.tensors.values())} in {len(vae.tensors)} tensors, channels {channels}"
+    yield f"vae: {_parameters(vae.tensors.values())}, channels {channels}"
     yield "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}"
 
 
-def _parameters(tensors: Iterable[StoredTensor]) -> str:
-    return f"{sum(math.prod(tensor.shape) for tensor in tensors):,} parameters"
+def _parameters(tensors: Collection[StoredTensor]) -> str:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count_of(parameters, 'parameter')} in {count_of(len(tensors), 'tensor')}"
 
 
 def _metadata(items: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from mindspore import Tensor, nn
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
@@ -112,7 +112,8 @@ class SamplingModel:
         steps, strength = request.num_inference_steps, request.strength
         if request.image is not None and int(steps * strength) < 1:
             raise ConfigError(
-                f"--strength {strength}: of {steps} steps none is left; raise --strength or --num_inference_steps"
+                f"--strength {strength}: of {count_of(steps, 'step')} none is left; raise --strength or "
+                "--num_inference_steps"
             )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats import folder_layout
 from dreambooth_ms.formats.clip_vocabulary import write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
@@ -175,10 +176,10 @@ def _metadata(model: OpenedModel) -> dict[str, str]:
 
 def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
     if model.averages:
-        yield f"{model.averages} moving averages (EMA) are not written; --use_ema takes them in place of the weights."
+        yield f"{count_of(model.averages, 'moving average')} (EMA) not written; --use_ema takes them for the weights."
     if plan.left_out:
-        shown = ", ".join(plan.left_out[:3])
-        yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
+        shown, count = ", ".join(plan.left_out[:3]), count_of(len(plan.left_out), "tensor")
+        yield f"The target has no place for {count} that no network here reads ({shown})."
     if form is Format.MINDONE and model.spec.vae.latents_mean:
         yield "A MindSpore checkpoint has no place for the mean and deviation of its latents: keep the source."
     if model.missing_parts:

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
@@ -158,7 +158,9 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
     said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
-    passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
+    passed_over = (
+        f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()
+    )
     return replace(
         model,
         spec=_with_latent_statistics(model.spec, file),

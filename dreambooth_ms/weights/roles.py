@@ -30,11 +30,13 @@ class Denoiser:
     spec: UNetSpec
     load: Callable[[], Any]
     """Gives the cell, filled."""
+    digest: Callable[[], str]
+    """By which a run that goes on knows it."""
 
     @classmethod
     def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
         """A UNet in a file."""
-        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored))
+        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored), stored.digest)
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,8 @@ def values_of(one):
     }
     kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
     valid = kinds.filter(lambda value: one.range is None or one.range.holds(value))
+    if one.is_path:
+        valid = valid.filter(lambda value: not str(value).startswith("~"))
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
     if one.name in ("resolution", "height", "width", "vae_whole_up_to"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,14 @@ def test_paths_inside_are_taken_and_missing_ones_refused(places):
     assert places.confined(f" {places.runs}/../runs/dog ") == run
     with pytest.raises(DataError, match="no such file or folder"):
         places.confined(str(places.runs / "cat"))
+
+
+def test_the_home_folder_has_a_short_name(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert places.confined("~/models") == tmp_path / "models"
+    with pytest.raises(DataError, match=f"-- --folder '?{tmp_path}/my photos"):
+        places.confined("~/my photos")
+    assert Places.of([Path("~/models")], Path("~/runs")).readable == (tmp_path / "models", tmp_path / "runs")
 
 
 def test_labels_are_short_and_name_runs(places):

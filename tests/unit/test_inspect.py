@@ -65,7 +65,7 @@ def test_velocity_and_averages_and_metadata(tmp_path, inspect):
     write_safetensors(tmp_path / "ema.safetensors", tensors, metadata)
     said = inspect(tmp_path / "ema.safetensors")
     assert said["predicts"] == "velocity (v_prediction)"
-    assert said["moving averages (EMA)"] == "of 1 weights"
+    assert said["moving averages (EMA)"] == "of 1 weight"
     assert said["metadata note"] == f"{'x' * 200}… (500 characters)"
 
 
@@ -87,7 +87,8 @@ def test_an_alpha_that_the_file_does_not_hold_is_assumed_aloud(tmp_path, inspect
         LoraFormat.MINDONE, tmp_path / "lora", "sdxl", choose=attention, ranks=(4,), alphas=(4.0,)
     )
     said = inspect(path, "--base", str(base))
-    assert said["note"].endswith("layers have no alpha in the file: it is taken as the rank (4).")
+    assert said["note"].startswith("no alpha in the file for ")
+    assert said["note"].endswith(" layers: it is taken as the rank (4).")
 
 
 @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=lambda form: form.value)

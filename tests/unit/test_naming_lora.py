@@ -165,10 +165,10 @@ class TestAlpha:
     def test_without_it_the_rank_is_assumed_aloud(self, tmp_path):
         model = SD_15
         file = shapes_of(LoraFormat.DIFFUSERS, model, [Q, K], rank=4)
-        assert notes(file, tmp_path) == ["2 of 2 layers have no alpha in the file: it is taken as the rank (4)."]
+        assert notes(file, tmp_path) == ["no alpha in the file for 2 of 2 layers: it is taken as the rank (4)."]
         with_one = file | {f"{Q}.alpha": ()}
         assert recognise_lora(with_one, "a file").layers[Q][ALPHA].name == f"{Q}.alpha"
-        assert notes(with_one, tmp_path)[0].startswith("1 of 2 layers")
+        assert notes(with_one, tmp_path)[0].startswith("no alpha in the file for 1 of 2 layers")
         assert notes(shapes_of(LoraFormat.KOHYA, model, [Q, K]), tmp_path) == []
 
     def test_in_mindones_sd_files_the_scale_is_known(self, tmp_path):
@@ -347,9 +347,9 @@ class TestWhatIsRefused:
 
     def test_layers_that_the_format_has_no_place_for(self):
         layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-        with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layers .{layer}."):
+        with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layer .{layer}."):
             named(LoraFormat.MINDONE, SMALL["sdxl"], random_factors(SMALL["sdxl"], [layer]))
-        with pytest.raises(WeightError, match=r"no place for 1 of 1 layers \(unet\.conv_in\)"):
+        with pytest.raises(WeightError, match=r"no place for 1 of 1 layer \(unet\.conv_in\)"):
             write_plan(LoraFormat.DIFFUSERS_PROCESSORS, SD_15, ["unet.conv_in"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
@@ -52,7 +53,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
     (length,) = struct.unpack_from("<Q", head)
     if length > source.size - 8:
-        raise FormatError(f"cut short, or damaged: a header of {length} bytes in a file of {source.size}")
+        raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
     return parse_json_object(source.read(8, length)), 8 + length

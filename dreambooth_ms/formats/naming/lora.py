@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import lora_formats
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
@@ -150,8 +150,8 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
         raise WeightError(
-            f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of {len(held)} layers "
-            f"({show_names(homeless)}); choose another format, or adapt other layers"
+            f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of "
+            f"{count_of(len(held), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"
         )
     return plan
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import StoredModel, infer_model, infer_vae, with_channels
@@ -142,6 +142,6 @@ def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, predic
         yield f"Its UNet takes {model.unet.in_channels} channels: a model for {use}."
     averages = {slot.name for slot in naming.averages.values()} & stored.keys()
     if averages:
-        yield f"Moving averages (EMA) of {len(averages)} weights are there besides the weights."
+        yield f"Moving averages (EMA) of {count_of(len(averages), 'weight')} are there besides the weights."
     if with_channels(model, 4, 4) not in PUBLISHED_MODELS:
         yield "Its sizes are not those of a published model; heads and norm groups are assumed."
