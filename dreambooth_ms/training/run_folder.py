@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load, to_yaml
@@ -76,6 +78,26 @@ def check_data(
         )
     if found:
         tell(f"{config.output_dir}: going on with changed data ({'; '.join(found)})")
+
+
+def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Stop before any work if a checkpoint, perhaps of another folder, holds the state of other parameters.
+
+    Raises:
+        ConfigError: it was trained otherwise, and every difference is named.
+    """
+    there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
+    names = [
+        name for name in ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema") if name in there
+    ]
+    differences = [
+        f"--{name}: {there[name]!r} there, {here[name]!r} here" for name in names if there[name] != here[name]
+    ]
+    if differences:
+        raise ConfigError(
+            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, or "
+            "start anew in another --output_dir"
+        )
 
 
 def _earlier_run(config: TrainConfig) -> TrainConfig | None:
