@@ -95,8 +95,8 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
     ]
     if differences:
         raise ConfigError(
-            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, or "
-            "start anew in another --output_dir"
+            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
+            "or start anew in another --output_dir"
         )
 
 
