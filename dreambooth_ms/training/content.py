@@ -48,7 +48,7 @@ def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
     for name, digest in sorted(some.items(), key=lambda item: others.get(item[0]) != item[1]):
         left[digest] -= 1
         names += [name] if left[digest] < 0 else []
-    return names
+    return sorted(names)
 
 
 def in_order(concept: Concept, earlier: Content) -> Concept:
