@@ -93,6 +93,7 @@ def _open_folder(
         )
     if checkpoint:
         check_method(config, checkpoint)
+    check_writable(output)
     digests, to_come = base_digests(base), [class_picture_name(one) for one in class_numbers_to_come(config)]
     check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
     if config.prior.folder and to_come:

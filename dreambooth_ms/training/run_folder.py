@@ -114,7 +114,7 @@ def _earlier_run(config: TrainConfig) -> TrainConfig | None:
 
 def _was_trained(folder: Path) -> bool:
     """Whether a step was taken; a run that failed before may be started again with a mended configuration."""
-    return bool(result_of(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
+    return bool(result_of(folder) or checkpoint_folders(folder)) or os.path.isfile(folder / HISTORY)
 
 
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
