@@ -35,7 +35,7 @@ from dreambooth_ms.training.checkpoint import (
 from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, train
 from dreambooth_ms.training.results import result_of
-from dreambooth_ms.training.run_folder import agree_on_config, check_data, write_config
+from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
@@ -91,6 +91,9 @@ def _open_folder(
             f"{checkpoint.path}: {count_of(checkpoint.step, 'step')} done, the run would end after {total}; "
             "raise --max_train_steps, or choose another --output_dir"
         )
+    if checkpoint:
+        check_method(config, checkpoint)
+    check_writable(output)
     digests, to_come = base_digests(base), [class_picture_name(one) for one in class_numbers_to_come(config)]
     check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
     if config.prior.folder and to_come:

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
-from dreambooth_ms.errors import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,7 @@ class WeightsConfig(BaseModelConfig):
         scales, adapters = len(self.lora_scale), len(self.lora)
         if not adapters or scales in (1, adapters):
             return []
-        each = f"one for each of {count_of(adapters, 'adapter')} in --lora"
-        return [f"--lora_scale: expected one number, or {each}, got {scales}"]
+        return [f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {scales}"]
 
 
 @dataclass(frozen=True, kw_only=True)

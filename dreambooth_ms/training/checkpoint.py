@@ -43,6 +43,8 @@ class Checkpoint:
     step: int
     content: Content = field(default_factory=dict)
     """What it learnt from; empty where an earlier version wrote it."""
+    config: str = ""
+    """Of its run, as YAML."""
 
 
 def save_checkpoint(
@@ -188,7 +190,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if _fingerprint(path / name) == fingerprint:
                 continue
         raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
-    return Checkpoint(path, step, content)
+    return Checkpoint(path, step, content, str(manifest.get("config", "")))
 
 
 def find_latest(folder: Path) -> Checkpoint | None:

@@ -1,6 +1,6 @@
 """What a run learns from, by its content: a run goes on with the same pictures and weights, wherever they are."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
@@ -30,17 +30,25 @@ def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[
     found = []
     for group, old in before.items():
         new = {name: old[name] for name in to_come if name in old} | now.get(group, {})
-        if sorted(old.values()) == sorted(new.values()):
-            continue
+        lost, come = _beyond(old, new), _beyond(new, old)
         names = {
-            "removed": [name for name in old if name not in new],
-            "added": [name for name in new if name not in old],
-            "changed": [name for name in new if old.get(name, new[name]) != new[name]],
+            "removed": [name for name in lost if name not in come],
+            "added": [name for name in come if name not in lost],
+            "changed": [name for name in lost if name in come],
         }
         for what, some in names.items():
             more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
             found += [f"{group}: {', '.join(some[:_LISTED])}{more} {what}"] if some else []
     return found
+
+
+def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
+    """The names of what the others lack, each as often as they hold it; of equal files those with other names."""
+    left, names = Counter(others.values()), []
+    for name, digest in sorted(some.items(), key=lambda item: others.get(item[0]) != item[1]):
+        left[digest] -= 1
+        names += [name] if left[digest] < 0 else []
+    return sorted(names)
 
 
 def in_order(concept: Concept, earlier: Content) -> Concept:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load, to_yaml
@@ -78,6 +80,26 @@ def check_data(
         tell(f"{config.output_dir}: going on with changed data ({'; '.join(found)})")
 
 
+def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Stop before any work if a checkpoint, perhaps of another folder, holds the state of other parameters.
+
+    Raises:
+        ConfigError: it was trained otherwise, and every difference is named.
+    """
+    there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
+    names = [
+        name for name in ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema") if name in there
+    ]
+    differences = [
+        f"--{name}: {there[name]!r} there, {here[name]!r} here" for name in names if there[name] != here[name]
+    ]
+    if differences:
+        raise ConfigError(
+            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
+            "or start anew in another --output_dir"
+        )
+
+
 def _earlier_run(config: TrainConfig) -> TrainConfig | None:
     """The configuration that the run's folder holds, if it holds one."""
     file = config.output_dir / CONFIG
@@ -92,7 +114,7 @@ def _earlier_run(config: TrainConfig) -> TrainConfig | None:
 
 def _was_trained(folder: Path) -> bool:
     """Whether a step was taken; a run that failed before may be started again with a mended configuration."""
-    return bool(result_of(folder) or checkpoint_folders(folder)) or (folder / HISTORY).is_file()
+    return bool(result_of(folder) or checkpoint_folders(folder)) or os.path.isfile(folder / HISTORY)
 
 
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.errors import ConfigError
 
 LOCK = "training.lock"
@@ -79,13 +78,11 @@ def sign(file: IO[bytes], process_id: int) -> None:
 
 @contextmanager
 def only_run_in(folder: Path, tell: Callable[[str], object]) -> Iterator[None]:
-    """Inside, no other training begins in the folder. That a file system has no locks is told.
+    """Inside, no other training begins in the folder, which can be written to. That it can't be locked is told.
 
     Raises:
         ConfigError: one has begun.
-        WeightError: the folder cannot be written to.
     """
-    check_writable(folder)
     inherited = os.environ.pop(INHERITED, None)
     try:
         file = os.fdopen(int(inherited), "a+b", buffering=0) if inherited else take_lock(folder)

@@ -209,7 +209,10 @@ def test_a_picture_folder_that_cannot_be_used(place, train_refused, files, said)
         ("dog/0.png", "dog/0.png: not a folder; expected a folder with pictures"),
         ("dog/0.png/below", "dog/0.png/below: no such folder; expected a folder with pictures"),
         ("d" * 300, f"{'d' * 300}: no such folder; expected a folder with pictures"),
-        ("~nobody-of-that-name/dog", "~nobody-of-that-name/dog: no such folder; expected a folder with pictures"),
+        (
+            "~nobody-of-that-name/dog",
+            "--instance_data_dir: ~nobody-of-that-name/dog: no home folder is known for ~nobody",
+        ),
         (os.fsdecode(b"d\xff"), "--instance_data_dir: expected text in UTF-8, got "),
     ],
     ids=["missing", "a file", "below a file", "too long", "an unknown user", "not UTF-8"],
@@ -375,7 +378,10 @@ def test_a_configuration_file_that_is_none(train_refused, path, said):
         ("./nowhere", "./nowhere: no such folder, and not a hub name of the form owner/model"),
         ("nowhere", "nowhere: no such folder, and not a hub name of the form owner/model"),
         ("m" * 300, f"{'m' * 300}: no such folder, and not a hub name of the form owner/model"),
-        ("~nobody-of-that-name/model", "~nobody-of-that-name/model: no such folder, and not a hub name"),
+        (
+            "~nobody-of-that-name/model",
+            "--pretrained_model_name_or_path: ~nobody-of-that-name/model: no home folder is known for ~nobody",
+        ),
         ("dog/0.png", "dog/0.png: expected a model folder, got a file"),
         (
             "dog",
@@ -636,10 +642,9 @@ def test_a_checkpoint_that_is_further_than_the_run(train_refused, run):
     )
 
 
-def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
-    flags = {"rank": 8, "resume_from_checkpoint": run / "checkpoint-1"}
-    (line,) = train_refused(**flags, may_leave=[f"out/{CONFIG}"])
-    assert line.startswith(f"{run}/checkpoint-1: belongs to another training (")
+def test_the_checkpoint_of_another_rank(run, train_refused):
+    (line,) = train_refused(rank=8, resume_from_checkpoint=run / "checkpoint-1")
+    assert line.startswith(f"{run}/checkpoint-1: belongs to another training (--rank: 4 there, 8 here")
     assert line.endswith("); repeat that training's flags, or start anew in another --output_dir")
 
 

@@ -211,7 +211,10 @@ def test_other_pictures_or_weights_are_refused_by_name(place, resumed, monkeypat
     for steps in (STEPS, STEPS + 3):
         for change, said in {
             ("--instance_data_dir", "fewer"): "instance: 1.png removed",
-            ("--instance_data_dir", "class"): "instance: 2.png removed; instance: 0.png, 1.png changed",
+            (
+                "--instance_data_dir",
+                "class",
+            ): "instance: 2.png, 9.png removed; instance: 0.png added; instance: 1.png changed",
             ("--pretrained_model_name_or_path", "other"): "base: unet, vae, text_encoder changed",
         }.items():
             assert main(train("parts", steps, *change)) == 2

@@ -105,7 +105,7 @@ class TestSavingAndRestoring:
         shapes = {p.name: tuple(p.shape) for p in parameters()} | change
         state = [Parameter(Tensor(np.ones(shape, np.float32)), name=name) for name, shape in shapes.items() if shape]
         before = bits(state)
-        with pytest.raises(WeightError, match=f"checkpoint-3: belongs to another training \({named}\)"):
+        with pytest.raises(WeightError, match=rf"checkpoint-3: belongs to another training \({named}\)"):
             restore(open_checkpoint(save(tmp_path, 3)), state)
         assert bits(state) == before
 

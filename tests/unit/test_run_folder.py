@@ -132,6 +132,8 @@ class TestContent:
             (BASE, {"a": "1", "b": "3", "c": "1"}, ["instance: b changed"]),
             (BASE | {"unet": "w"}, {"a": "1", "b": "2", "c": "1"}, ["base: unet changed"]),
             (BASE, {}, ["instance: a, b, c removed"]),
+            (BASE, {"c": "1", "x": "2"}, ["instance: a removed"]),
+            (BASE, {"x": "2", "y": "5", "z": "1"}, ["instance: c removed", "instance: y added"]),
             (BASE, {f"n{i}": f"{i}" for i in range(7)} | {"a": "1", "b": "2", "c": "1"},
              ["instance: n0, n1, n2, n3, n4 and 2 more added"]),
         ],
