@@ -6,7 +6,6 @@ Nothing heavy is imported until a command runs, so that help and mistakes answer
 import atexit
 import gc
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -18,7 +17,6 @@ from dreambooth_ms.config.describe import describe
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
-from dreambooth_ms.processes.launch import is_launched
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
@@ -44,14 +42,10 @@ def program() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # transformers, whose tokenizers are used, would advise to install PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if is_launched(os.environ):
-        os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
-    # MindSpore would warn of each graph that it takes from the compile cache.
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
+    except BrokenPipeError:
+        return FAILED_STATUS  # Nobody listens any more, as after `| head`.
     except (UserError, OSError) as error:
         explanation = explain(error)
         if explanation is None:
@@ -59,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(explanation)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        complain("interrupted", kind="")
         return INTERRUPTED_STATUS
 
 
