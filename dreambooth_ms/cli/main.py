@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.output import PROGRAM, complain
+from dreambooth_ms.cli.output import PROGRAM, complain, tell_warnings
 from dreambooth_ms.config.describe import describe
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
@@ -33,6 +33,7 @@ COMMANDS = {
 def program() -> NoReturn:
     """`main` as a process of its own, which ends with it: without what Python and MindSpore do for a longer life."""
     status = FAILED_STATUS
+    tell_warnings()
     # What is registered first is called last.
     atexit.register(lambda: exit_at_once(status))
     status = main()

@@ -1,8 +1,10 @@
 """What commands say while they work. Of several processes that train as one, one speaks."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -29,6 +31,18 @@ def tell(line: str) -> None:
     """Print a line about what goes on to stderr, above the bar; stdout is left to results."""
     if not _quiet:
         tqdm.write(line, file=sys.stderr)
+
+
+def tell_warnings() -> None:
+    """From now on a warning of this package is a line; one of a library says nothing to a user, and is left out."""
+    package = str(Path(__file__).parents[1])
+
+    def show(message: Warning | str, category: object, filename: str, *_: object) -> None:
+        if filename.startswith(package):
+            tell(f"warning: {message}")
+
+    if not sys.warnoptions:
+        warnings.showwarning = show
 
 
 def progress(*arguments: Any, **options: Any) -> Any:
