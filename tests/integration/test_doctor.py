@@ -119,14 +119,8 @@ def test_the_page_shows_what_is_there(tmp_path):
     (tmp_path / "version.cfg").write_text("[7.6.0.1.220:8.5.0]\nversion=[7.6:8.5.0]\n")
     signs = Ascend(("davinci0", "davinci_manager"), str(tmp_path), Path("/cann/set_env.sh"), "libx.so: no such file")
     page = doctor.what_to_look_at(signs, "/usr/local/bin/npu-smi")
-    found = (
-        "davinci0, davinci_manager",
-        f"ASCEND_HOME_PATH: {tmp_path}",
-        "8.5.0;",
-        "source /cann/set_env.sh",
-        "libx.so",
-    )
-    assert all(text in page for text in (*found, "npu-smi: /usr/local/bin/npu-smi"))
+    found = ["davinci0, davinci_manager", "npu-smi: /usr/local/bin/npu-smi", f"ASCEND_HOME_PATH: {tmp_path}"]
+    assert all(text in page for text in (*found, "8.5.0;", "source /cann/set_env.sh", "libx.so"))
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ def test_a_card_that_mindspore_can_use_has_no_obstacle():
 
 
 def test_a_card_that_is_not_there_is_refused_in_one_line():
-    with pytest.raises(
-        DeviceError, match=r"no Ascend device was found here; `dreambooth-ms doctor.*--device_target CPU"
-    ):
+    with pytest.raises(DeviceError, match=r"no Ascend device was found here; .*--device_target CPU"):
         set_up_device("Ascend", 0)
 
 
@@ -98,7 +96,9 @@ SDXL = ("finetune_dreambooth_lora_910a", "finetune_dreambooth_lora_910b", "finet
 def test_the_configurations_under_mindones_names_have_its_precision():
     """mindone's `ms_amp_level` is O2 by default, which is fp16 on Ascend."""
     pictures = ["--instance_data_dir", "d", "--instance_prompt", "p", "--class_data_dir", "c", "--class_prompt", "q"]
-    configs = [load(TrainConfig, ["--config", f"configs/training/sd_xl_base_{name}.yaml", *pictures]) for name in SDXL]
+    for name in SDXL:
+        config = load(TrainConfig, ["--config", f"configs/training/sd_xl_base_{name}.yaml", *pictures])
+        assert config.device.mixed_precision == "auto"
     for name in ("base", "refiner"):
-        configs.append(load(SampleConfig, ["--config", f"configs/inference/sd_xl_{name}.yaml", "--prompt", "p"]))
-    assert {config.device.mixed_precision for config in configs} == {"auto"}
+        sampled = load(SampleConfig, ["--config", f"configs/inference/sd_xl_{name}.yaml", "--prompt", "p"])
+        assert sampled.device.mixed_precision == "auto"

@@ -89,9 +89,8 @@ def test_warnings_are_lines_of_their_own_and_libraries_give_none():
 
 @pytest.mark.parametrize(("asked", "level"), [(None, "3"), ("2", "2")])
 def test_libraries_are_quiet_unless_the_user_wants_to_hear_them(asked, level):
-    environment = {name: value for name, value in os.environ.items() if name != "GLOG_v"} | (
-        {"GLOG_v": asked} if asked else {}
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLOG_v"}
+    environment |= {"GLOG_v": asked} if asked else {}
     code = "import os, dreambooth_ms; print(os.environ['GLOG_v'])"
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ended.stdout == f"{level}\n"
