@@ -124,6 +124,12 @@ class Training:
         name, done, total, _, left, number, unit = bars[-1]
         return Bar(name.strip(), int(done), int(total), left, f"{number} {unit}".strip())
 
+    @property
+    def compiling(self) -> str | None:
+        """What its command says of what it compiles just now."""
+        last = self.log().rstrip().rpartition("\n")[2]
+        return last if last.startswith("compiling ") else None
+
     def errors(self) -> list[str]:
         """What its command complained about, in its own sentences."""
         log = self.log()

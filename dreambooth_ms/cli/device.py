@@ -10,7 +10,7 @@ from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.runtime.ascend import find_ascend
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
-from dreambooth_ms.runtime.device import compute_dtype, set_up_device, settled_precision
+from dreambooth_ms.runtime.device import Formulation, compute_dtype, formulation, set_up_device, settled_precision
 
 
 def set_up(wanted: DeviceConfig) -> DeviceConfig:
@@ -21,7 +21,7 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
     """
     device = set_up_device(wanted.device_target, wanted.ms_mode)
     settled = replace(wanted, mixed_precision=settled_precision(wanted.mixed_precision))
-    dtype = compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.
+    compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.
     watch_compilations(show_compilation)
     obstacle = find_ascend().obstacle
     if wanted.device_target == "auto" and device == "CPU" and obstacle:
@@ -29,12 +29,13 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
     reason = ""
     if wanted.mixed_precision == "auto" and device == "CPU":
         reason = "; --mixed_precision auto is fp16 on Ascend only: on a CPU that is slower"
-    tell(f"computing on {name_of(device)}, in {str(dtype).lower()}{reason}")
+    tell(f"computing {described(settled)}{reason}")
     return settled
 
 
-def name_of(device: str) -> str:
-    """A device as people know it."""
-    if device == "CPU":
-        return f"the CPU ({os.cpu_count()} cores)"
-    return f"Ascend {ms.hal.get_device_name(0)}"
+def described(settled: DeviceConfig) -> str:
+    """On what is computed and in which precision, in words."""
+    cores = os.cpu_count() or 1
+    cpu = f"the CPU ({cores} core{'s' if cores > 1 else ''})"
+    where = cpu if formulation() is Formulation.CPU else f"Ascend {ms.hal.get_device_name(0)}"
+    return f"on {where}, in {str(compute_dtype(settled.mixed_precision)).lower()}"

@@ -1,9 +1,14 @@
 """What commands say while they work: bars, and what is compiled meanwhile."""
 
+import fcntl
 import os
 import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import pytest
 
@@ -54,16 +59,16 @@ with output.progress(total=2, desc="training") as bar:
 
 
 def test_on_a_terminal_the_time_that_has_gone_is_renewed_and_the_bar_comes_afterwards():
-    process, terminal = pty.fork()
-    if process == 0:
-        os.execv(sys.executable, [sys.executable, "-c", ON_A_TERMINAL])
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", ON_A_TERMINAL], stderr=terminal)
+    os.close(terminal)
     said = b""
-    try:
-        while piece := os.read(terminal, 4096):
+    with suppress(OSError):  # When the other end is closed.
+        while piece := os.read(reader, 4096):
             said += piece
-    except OSError:  # The other end is closed.
-        pass
-    assert os.waitpid(process, 0)[1] == 0
+    os.close(reader)
+    assert process.wait() == 0
     pieces = [piece.strip() for piece in re.split("[\r\n]+", said.decode()) if piece.strip()]
     assert pieces[:2] == ["compiling it: 1 s, 45 s last time", "compiling it: 2 s, 45 s last time"]
     assert pieces[2].startswith("training:   0%")
