@@ -6,13 +6,14 @@ Nothing heavy is imported until a command runs, so that help and mistakes answer
 import atexit
 import gc
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.output import PROGRAM, complain, tell_warnings
+from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
 from dreambooth_ms.config.describe import describe
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
@@ -33,7 +34,18 @@ COMMANDS = {
 def program() -> NoReturn:
     """`main` as a process of its own, which ends with it: without what Python and MindSpore do for a longer life."""
     status = FAILED_STATUS
+
+    def end_at_once(*_: object) -> NoReturn:
+        nonlocal status
+        complain_of_interruption()
+        status = INTERRUPTED_STATUS
+        atexit._run_exitfuncs()
+        raise AssertionError("the last of them ends the process")
+
     tell_warnings()
+    # MindSpore answers Ctrl-C with a SIGTERM to its own process. An exception that comes while it compiles is taken for
+    # one of the graph, with a page of its text, or lost (both measured).
+    signal.signal(signal.SIGTERM, end_at_once)
     # What is registered first is called last.
     atexit.register(lambda: exit_at_once(status))
     status = main()
@@ -54,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(explanation)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        complain("interrupted", kind="")
+        complain_of_interruption()
         return INTERRUPTED_STATUS
 
 

@@ -64,9 +64,20 @@ def bars_paused() -> Iterator[None]:
         bar.refresh()
 
 
-def complain(lines: str, kind: str = "error: ") -> None:
+def complain(lines: str) -> None:
     """Print what ends the command, one line per problem; file names that are not UTF-8 are escaped."""
+    _end_bars()
+    for problem in lines.splitlines():
+        print(f"{PROGRAM}: error: {problem}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def complain_of_interruption() -> None:
+    """Print that the command was interrupted."""
+    if not _quiet:
+        _end_bars()
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+
+
+def _end_bars() -> None:
     for bar in list(_bars):
         bar.close()
-    for problem in lines.splitlines():
-        print(f"{PROGRAM}: {kind}{problem}".encode(errors="backslashreplace").decode(), file=sys.stderr)
