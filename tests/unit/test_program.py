@@ -58,14 +58,21 @@ def test_output_that_cannot_be_written_is_no_success():
         assert run("return 0", stdout=full).returncode != 0
 
 
-@pytest.mark.parametrize("rest", ["'line\\n' * 100_000", "'end'"])
-def test_output_that_nobody_reads_any_more_is_no_traceback(rest):
+@pytest.mark.parametrize("arguments", [["train", "--help"], ["--version"]])
+def test_output_that_nobody_reads_any_more_is_no_traceback(arguments):
     """As in `dreambooth-ms ... | head -1`: long output fails while it is printed, short output at the end."""
     reader, writer = os.pipe()
     os.close(reader)
-    ended = run(f"print({rest})", stdout=writer)
+    command = [sys.executable, "-m", "dreambooth_ms", *arguments]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (FAILED_STATUS, "")
+
+
+def test_a_ctrl_c_that_mindspore_answers_ends_the_program_with_its_line():
+    ended = run("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    assert (ended.returncode, ended.stderr) == (INTERRUPTED_STATUS, "dreambooth-ms: interrupted\n")
+    assert ended.stdout.splitlines() == ["done", "tidied up"]
 
 
 def test_the_line_of_an_interruption_is_not_within_a_bar():
