@@ -30,12 +30,12 @@ lint: .venv/installed-tests
 
 # Each mark appears when all is installed; what was interrupted or failed is done again.
 .venv/installed: requirements.txt pyproject.toml
-	$(PYTHON) tools/install.py -e .
-	touch $@
+	@$(PYTHON) tools/install.py -e .
+	@touch $@
 
 .venv/installed-tests: tests/requirements.txt .venv/installed
-	$(PYTHON) tools/install.py -r tests/requirements.txt
-	touch $@
+	@$(PYTHON) tools/install.py -r tests/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

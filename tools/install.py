@@ -20,7 +20,8 @@ ENVIRONMENT = Path(".venv")
 PYTHON = ENVIRONMENT / "bin" / "python"
 QUIETER = ("--disable-pip-version-check", "--progress-bar", "off", "--no-input")
 GB = 1e9
-SIZES = {"-e": (3.4, 1.0), "-r": (2.0, 1.0)}
+WHAT = {"-e": "the toolkit with MindSpore and what else it needs", "-r": "what the tests need"}
+SIZES = {"-e": (3.8, 1.0), "-r": (2.0, 1.0)}
 """GB that an installation takes in the end, and for its largest downloads meanwhile."""
 
 STAGES = {
@@ -39,7 +40,7 @@ def main(arguments):
         return fail("Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=...")
     size, download = SIZES[arguments[0]]
     if not Path(ENVIRONMENT, "installed").exists() or arguments[0] != "-e":
-        print(f"{ENVIRONMENT}: the environment takes {size} GB more on disk, most of it MindSpore's")
+        print(f"{ENVIRONMENT}: installing {WHAT[arguments[0]]}, which takes {size} GB on disk", flush=True)
         lacking = lacking_space({Path.cwd(): size, Path(tempfile.gettempdir()): download})
         if lacking:
             return fail(lacking)
@@ -107,7 +108,8 @@ def stage_of(line):
     for pattern, words in STAGES.items():
         found = re.match(pattern, line)
         if found:
-            return words.format(found[1])
+            names = found[1].split(", ")
+            return words.format(f"{len(names)} packages" if len(names) > 2 else found[1])
     return None
 
 

@@ -37,7 +37,7 @@ def test_it_says_what_it_takes_and_its_stages_without_the_noise_of_pip(tmp_path)
     ended = make(tmp_path, "echo 'Installing collected packages: mindspore, tqdm'")
     assert (ended.returncode, ended.stderr) == (0, "")
     size, *stages, last = ended.stdout.splitlines()
-    assert "GB more on disk" in size and last.startswith(".venv: installed in ")
+    assert "GB on disk" in size and last.startswith(".venv: installed in ")
     assert [stage.split()[:2] for stage in stages] == [
         ["downloading", "mindspore-2.10.0-cp311-cp311-linux_x86_64.whl"],
         ["installing", "mindspore,"],
