@@ -21,7 +21,7 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 QUIETER = ("--disable-pip-version-check", "--progress-bar", "off", "--no-input")
 GB = 1e9
 WHAT = {"-e": "the toolkit with MindSpore and what else it needs", "-r": "what the tests need"}
-SIZES = {"-e": (3.8, 1.0), "-r": (2.0, 1.0)}
+SIZES = {"-e": (3.8, 1.0), "-r": (1.2, 0.5)}
 """GB that an installation takes in the end, and for its largest downloads meanwhile."""
 
 STAGES = {

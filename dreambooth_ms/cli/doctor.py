@@ -36,7 +36,6 @@ from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
 FAILED_STATUS = 1
 DEVICE = "device"
-NPU_SMI = ("/usr/local/bin/npu-smi", "/usr/local/sbin/npu-smi")
 GIB = 2**30
 MIN_MEMORY, MIN_DISK = 2 * GIB, 1 * GIB
 """The embedded base trains in 1.2 GiB (docs/performance.md); a LoRA of it with its checkpoints takes some MiB."""
@@ -79,20 +78,14 @@ def run(argv: Sequence[str]) -> int:
     return FAILED_STATUS if failed else 0
 
 
-def what_to_look_at(ascend: Ascend, npu_smi: str | None = None) -> str:
-    """A page on a card that MindSpore cannot use: what each part shows here, and what to do.
-
-    Args:
-        ascend: the signs of the card.
-        npu_smi: the path of the driver's tool; None: looked for.
-    """
-    npu_smi = npu_smi or shutil.which("npu-smi") or next(filter(os.path.isfile, NPU_SMI), None)
+def what_to_look_at(ascend: Ascend) -> str:
+    """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
     cann = Path(ascend.home) if ascend.home else None
     return f"""
 The other checks need the device. What to look at, in this order:
 
 1. The driver      device nodes: {", ".join(ascend.devices) or "none (/dev/davinci*)"}
-                   npu-smi: {npu_smi or "not found"}
+                   npu-smi: {shutil.which("npu-smi") or "not on PATH"}
    `npu-smi info` lists the cards if driver and firmware work. The nodes must be open to your user (group HwHiAiUser).
    A container sees the card only if it was started with its devices, such as
      docker run --device /dev/davinci0 --device /dev/{MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\

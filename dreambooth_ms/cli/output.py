@@ -35,14 +35,12 @@ def tell(line: str) -> None:
 
 def tell_warnings() -> None:
     """From now on a warning of this package is a line; one of a library says nothing to a user, and is left out."""
-    package = str(Path(__file__).parents[1])
 
     def show(message: Warning | str, category: object, filename: str, *_: object) -> None:
-        if filename.startswith(package):
+        if filename.startswith(str(Path(__file__).parents[1])):
             tell(f"warning: {message}")
 
-    if not sys.warnoptions:
-        warnings.showwarning = show
+    warnings.showwarning = show
 
 
 def progress(*arguments: Any, **options: Any) -> Any:

@@ -76,23 +76,12 @@ class CompileCache:
         self._is_off = False
 
     def compile(
-        self,
-        cell: nn.Cell,
-        inputs: tuple[Any, ...],
-        settings: object,
-        kind: str,
-        compile: Callable[[Outlook], None],
+        self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, kind: str, compile: Callable[[Outlook], None]
     ) -> None:
         """Let MindSpore compile a cell for such inputs, or read the graph that it has written before.
 
-        What goes wrong with the cache is told in a warning, and the run goes on without it.
-
-        Args:
-            cell: what is compiled.
-            inputs: what it is called with.
-            settings: what decides the graph beside the cell, the inputs and the environment.
-            kind: names the graphs that take about as long, as a part of a file's name.
-            compile: calls MindSpore's compiler.
+        What goes wrong with the cache is told in a warning, and the run goes on without it. `settings` decide the graph
+        beside the cell, the inputs and the environment; `kind`, letters and digits, names graphs that take as long.
         """
         if self._is_off:
             return compile(Outlook())
