@@ -84,14 +84,14 @@ def test_the_line_of_an_interruption_is_not_within_a_bar():
 
 
 def test_what_is_told_is_not_within_a_bar():
-    ended = run("bar = output.progress(total=3); bar.update(); output.tell('a note')")
+    ended = run("bar = output.progress(total=3); bar.update(); output.tell('a note'); return 0")
     assert "a note" in re.split("[\r\n]", ended.stderr)
 
 
 def test_warnings_are_lines_of_their_own_and_libraries_give_none():
     warn = "import warnings; warnings.warn_explicit('{text}', UserWarning, {file}, 1); "
     ours, theirs = warn.format(text="ours", file="command_line.__file__"), warn.format(text="theirs", file="'x.py'")
-    assert run(ours + theirs).stderr == "warning: ours\n"
+    assert run(f"{ours}{theirs}return 0").stderr == "warning: ours\n"
 
 
 @pytest.mark.parametrize(("asked", "level"), [(None, "3"), ("2", "2")])
