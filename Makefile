@@ -28,18 +28,14 @@ lint: .venv/installed-tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-		{ echo "Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=…"; exit 1; }
-	$(PYTHON) -m venv .venv
-
-.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $@
+# Each mark appears when all is installed; what was interrupted or failed is done again.
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) tools/install.py -e .
+	@touch $@
 
 .venv/installed-tests: tests/requirements.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-	touch $@
+	@$(PYTHON) tools/install.py -r tests/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

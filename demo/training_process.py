@@ -146,6 +146,12 @@ class Training:
             return load(TrainConfig, ["--config", str(self.folder / RUN_CONFIG)], lambda note: None).run.max_train_steps
         return None
 
+    @property
+    def compiling(self) -> str | None:
+        """What its command says of what it compiles just now."""
+        last = self.log().rstrip().rpartition("\n")[2]
+        return last if last.startswith("compiling ") else None
+
     def errors(self) -> list[str]:
         """What its command complained about, in its own sentences."""
         log = self.log()

@@ -98,17 +98,16 @@ def _resume(training: Training) -> None:
 def _figures(training: Training, history: list[dict[str, float]]) -> None:
     bar = training.bar()
     running = training.state == "running"
-    if running and (bar is None or bar.name != "training"):
-        text = f"{bar.name.capitalize()}: {bar.done} of {bar.total}, {bar.time_left} left" if bar else "Starting"
-        st.progress(bar.done / bar.total if bar and bar.total else 0.0, text=text)
+    if running and (not history or bar is None or bar.name != "training"):
+        before = bar if bar and bar.name != "training" else None
+        text = f"{before.name}: {before.done} of {before.total}, {before.time_left} left" if before else "starting"
+        text = training.compiling or text
+        st.progress(before.done / before.total if before and before.total else 0.0, text=text[0].upper() + text[1:])
         return
     total = bar.total if bar and bar.name == "training" else None
     if running and bar:
-        if not history:
-            st.progress(0.0, text="Compiling the training step")
-        else:
-            left = "" if "?" in bar.time_left else f"{bar.time_left} left"
-            st.progress(min(bar.done / bar.total, 1.0) if bar.total else 0.0, text=left)
+        left = "" if "?" in bar.time_left else f"{bar.time_left} left"
+        st.progress(min(bar.done / bar.total, 1.0) if bar.total else 0.0, text=left)
     if not history:
         return
     recent = history[-min(len(history), 20) :]

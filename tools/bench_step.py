@@ -376,7 +376,6 @@ def places(count: int) -> list[dict[str, str]]:
         "OMPI_COMM_WORLD_SIZE": str(count),
         "OMPI_COMM_WORLD_LOCAL_SIZE": str(count),
         "PMIX_NAMESPACE": f"bench {os.getpid()}",
-        "GLOG_v": "3",
     }
     return [{**common, "OMPI_COMM_WORLD_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
 

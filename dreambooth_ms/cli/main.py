@@ -6,19 +6,18 @@ Nothing heavy is imported until a command runs, so that help and mistakes answer
 import atexit
 import gc
 import importlib
-import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.output import PROGRAM, complain
+from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
 from dreambooth_ms.config.describe import describe
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
-from dreambooth_ms.processes.launch import is_launched
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
@@ -35,6 +34,18 @@ COMMANDS = {
 def program() -> NoReturn:
     """`main` as a process of its own, which ends with it: without what Python and MindSpore do for a longer life."""
     status = FAILED_STATUS
+
+    def end_at_once(*_: object) -> NoReturn:
+        nonlocal status
+        complain_of_interruption()
+        status = INTERRUPTED_STATUS
+        atexit._run_exitfuncs()
+        raise AssertionError("the last of them ends the process")
+
+    tell_warnings()
+    # MindSpore answers Ctrl-C with a SIGTERM to its own process. An exception that comes while it compiles is taken for
+    # one of the graph, with a page of its text, or lost (both measured).
+    signal.signal(signal.SIGTERM, end_at_once)
     # What is registered first is called last.
     atexit.register(lambda: exit_at_once(status))
     status = main()
@@ -44,14 +55,10 @@ def program() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # transformers, whose tokenizers are used, would advise to install PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if is_launched(os.environ):
-        os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
-    # MindSpore would warn of each graph that it takes from the compile cache.
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
+    except BrokenPipeError:
+        return FAILED_STATUS  # Nobody listens any more, as after `| head`.
     except (UserError, OSError) as error:
         explanation = explain(error)
         if explanation is None:
@@ -59,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(explanation)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        complain_of_interruption()
         return INTERRUPTED_STATUS
 
 

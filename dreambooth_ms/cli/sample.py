@@ -4,11 +4,10 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
@@ -24,22 +23,23 @@ from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, Sam
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
     config = load(SampleConfig, argv)
-    weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
+    weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
-    bundle = open_base(device, weights)
+    device = set_up(config.device)
+    bundle = open_base(weights)
     model = SamplingModel(bundle, weights.lora, mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:
         refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner)
-        refiner = SamplingModel(open_base(device, refiner_base), mixed_precision=device.mixed_precision)
+        refiner = SamplingModel(open_base(refiner_base), mixed_precision=device.mixed_precision)
     check_writable(output)
 
-    with tqdm(desc="sampling", unit="step") as bar:
+    with progress(total=0, desc="sampling", unit="step") as bar:
 
         def show(report: StepReport) -> None:
             if report.step == 1 and report.rows.start == 0:
-                bar.reset(total=-(-report.total // request.batch_size) * report.steps)
+                bar.total += -(-report.total // request.batch_size) * report.steps
                 bar.set_description("refining" if report.stage == "refiner" else "sampling")
             bar.update()
 

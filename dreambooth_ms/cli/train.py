@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
+from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob, total_steps
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
@@ -55,10 +57,12 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
     if not processes.is_first:
         be_quiet()
-    config = agree_on_config(processes, load(TrainConfig, argv, tell))
+    wanted = load(TrainConfig, argv, tell)
+    # A run keeps the precision that it began with.
+    config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(config.device, model, model.revision, model.variant)
+        base = open_base(model, model.revision, model.variant)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
     base.schedule.trained()

@@ -14,9 +14,9 @@ class DeviceConfig:
 
     device_target: Annotated[Literal["auto", "CPU", "Ascend"], Resume.MAY_CHANGE] = "auto"
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """What networks compute in: fp16, bf16 (on Ascend), or no for float32. Trained weights, norms, softmax, loss,
-    optimiser and autoencoder are float32 in any case. None: no."""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
+    """What networks compute in: fp16, bf16 (on Ascend), no for float32, or auto: fp16 on Ascend, no on CPU, where fp16
+    is slower. Trained weights, norms, softmax, loss, optimiser and autoencoder are float32 in any case. None: no."""
     ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
 

@@ -77,7 +77,7 @@ _CHOICES: dict[str, dict[str, str]] = {
         "edm_euler": "edmeulerscheduler",
         "edm_dpm++_2m": "edmdpmsolvermultistepscheduler",
     },
-    "mixed_precision": {"no": "fp32 false o0", "fp16": "o1 o2 o3 auto"},
+    "mixed_precision": {"no": "fp32 false o0", "fp16": "o1 o2 o3"},
 }
 
 VALUE_SPELLINGS: dict[str, dict[str, str]] = {

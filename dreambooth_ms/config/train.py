@@ -290,7 +290,7 @@ class LossConfig:
     """Strength of the random constant that is added to each channel of the noise; 0 adds none."""
 
 
-_SCALED = only_with("mixed_precision", "fp16")
+_SCALED = only_with("mixed_precision", "fp16", "auto")
 _ADJUSTED = not_with("loss_scaler_type", "static")
 
 

@@ -836,7 +836,7 @@ def test_an_impossible_combination_is_refused(flags, start):
         (["--method", "full", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --method full"),
         (["--ema_decay", "0.99"], "--ema_decay has no effect without --use_ema"),
         (["--text_encoder_lr", "1e-6"], "--text_encoder_lr has no effect without --train_text_encoder"),
-        (["--init_loss_scale", "9"], "--init_loss_scale has no effect without --mixed_precision fp16"),
+        (["--init_loss_scale", "9"], "--init_loss_scale has no effect without --mixed_precision fp16 or auto"),
         (
             ["--mixed_precision", "fp16", "--loss_scaler_type", "static", "--scale_window", "9"],
             "--scale_window has no effect with --loss_scaler_type static",
