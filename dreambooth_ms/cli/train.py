@@ -10,7 +10,7 @@ from typing import Any
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_job import TrainingJob, total_steps
+from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
 from dreambooth_ms.cli.training_memory import check_expected_memory
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
@@ -63,12 +63,13 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    total = total_steps(config, max(len(subject.records), class_pictures))
+    pictures = max(len(subject.records), class_pictures)
+    total = total_steps(config, pictures)
     found = processes.from_first("the run's folder", lambda: _open_folder(config, total))
     if found is None:
         return 0
     checkpoint = Checkpoint(Path(found["checkpoint"]), found["step"]) if found["checkpoint"] else None
-    job = TrainingJob(processes, config, base, total, checkpoint)
+    job = TrainingJob(processes, config, base, steps_of_epoch(config, pictures), total, checkpoint)
     with collective_operations(processes.launch):
         return train_and_save(job, *prepare_training(job, [subject]))
 

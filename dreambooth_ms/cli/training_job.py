@@ -18,6 +18,8 @@ class TrainingJob:
     processes: Processes
     config: TrainConfig
     base: ModelBundle
+    epoch: int
+    """Optimiser steps of a pass over the pictures."""
     total: int
     """Optimiser steps of the whole run."""
     checkpoint: Checkpoint | None
@@ -50,6 +52,11 @@ class TrainingJob:
         return highest * learning_rate_factor(o, update, self.total, highest)
 
 
+def steps_of_epoch(config: TrainConfig, pictures: int) -> int:
+    """Optimiser steps of a pass over so many pictures."""
+    return -(-pictures // config.rows_per_step)
+
+
 def total_steps(config: TrainConfig, pictures: int) -> int:
     """Optimiser steps of the run; an epoch goes through so many pictures."""
-    return config.run.max_train_steps or config.run.num_train_epochs * -(-pictures // config.rows_per_step)
+    return config.run.max_train_steps or config.run.num_train_epochs * steps_of_epoch(config, pictures)
