@@ -98,7 +98,7 @@ _TRAINING = {
 }
 
 _RUN = {
-    "cache_dir": Refusal("set HF_HOME: downloads are kept where huggingface_hub keeps them"),
+    "cache_dir tokenizer_cache_dir": Refusal("set HF_HOME: downloads are kept where huggingface_hub keeps them"),
     "checkpoint_path": Refusal(
         "give what to read, then what to write: dreambooth-ms convert SOURCE TARGET", gives=("source", "target")
     ),
@@ -157,7 +157,7 @@ HARMLESS: dict[str, str] = _by_name({
     "auto_test_model": "pictures are generated whenever --validation_prompt gives them a prompt",
     "bucket_reso_steps debug_arb max_bucket_reso min_bucket_reso": "there is one size, --resolution",
     "cache_latent cache_latents cache_latents_to_disk cache_path cache_text_embedding cache_text_encoder_outputs "
-    "cache_text_encoder_outputs_to_disk not_cache_latents pre_compute_text_embeddings": (
+    "cache_text_encoder_outputs_to_disk not_cache_latents pre_compute_text_embeddings vae_batch_size": (
         "every crop and prompt of the run is encoded once and kept in --output_dir"
     ),
     "callback_size log_interval log_level log_prefix": "every step is logged",
