@@ -75,10 +75,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise UserError(f"{name}: unknown command; {hint}")
-    words = [part for word in rest for part in (word.split("=") if word.startswith("--help=") else [word])]
-    help_flags = [place for place, word in enumerate(words) if word in ("-h", "--help")]
-    if help_flags:
-        print(_command_help(name, everything=any(words[place + 1 : place + 2] == ["all"] for place in help_flags)))
+    if not {"-h", "--help", "--help=all"}.isdisjoint(rest):
+        print(_command_help(name, everything=not {"all", "--help=all"}.isdisjoint(rest)))
         return 0
     return _import_run(f"dreambooth_ms.cli.{name}")(rest)
 

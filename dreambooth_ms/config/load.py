@@ -146,16 +146,9 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
     if setting.value is MISSING:
         return []
     name = canonical(setting.name, known) or setting.name
-    if name in spellings.CONVERTED:
-        try:
-            values = spellings.CONVERTED[name](setting.value)
-        except ConfigError as error:
-            setting.complain(str(error))
-            return []
-        if values.keys() <= known.keys():
-            return list(values.items())
-    if name in known:
-        return [(name, setting.value)]
+    values = spellings.CONVERTED[name](setting.value) if name in spellings.CONVERTED else {name: setting.value}
+    if values.keys() <= known.keys():
+        return list(values.items())
     if name == spellings.BASE_THEN_ADAPTERS and "pretrained_model_name_or_path" in known:
         base, *adapters = _split(setting.value) or [""]
         if adapters and "lora" not in known:

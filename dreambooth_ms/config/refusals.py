@@ -33,8 +33,7 @@ def _by_name(table: Mapping[str, _Answer]) -> dict[str, _Answer]:
     return {name: answer for names, answer in table.items() for name in names.split()}
 
 
-_DATA = {
-    "alpha_mask masked_loss": _not_yet("all of a picture counts"),
+_PICTURES = {
     "aspect_ratio_bucket enable_bucket use_aspect_ratio_bucket": _not_yet("pictures are squares of --resolution"),
     "caption_column caption_dropout_rate caption_extension combine_prompt_from_txt keep_tokens read_prompt_from_txt "
     "shuffle_caption use_filename_as_label use_txt_as_label weighted_captions": _not_yet(
@@ -42,57 +41,45 @@ _DATA = {
     ),
     "class_negative_prompt": _not_yet("class pictures are generated without a negative prompt"),
     "concept_list concepts_list": _not_yet("one run teaches one subject", gives=(*_SUBJECT, *_CLASS)),
-    "config_file dataset_config train_config": Refusal(
-        "give a YAML file of the flags of this command, by --config", gives=ALL
-    ),
     "data_path dataset_config_name dataset_name": _not_yet("give a folder, --instance_data_dir", gives=_SUBJECT),
-    "dataset_repeats repeats train_data_repeat train_data_repeats": Refusal(
-        "set the length of the run with --max_train_steps or --num_train_epochs", ("1",)
-    ),
+    "dataset_repeats repeats train_data_repeat train_data_repeats": Refusal("give --max_train_steps", ("1",)),
     "generate_class_image_config": Refusal("class pictures follow --infer_steps and --guidance_scale"),
     "image_column": _not_yet("pictures are read from the folder --instance_data_dir", "image"),
     "prior_generation_precision": _not_yet("class pictures are generated in float32", "fp32"),
     "real_prior": _not_yet("put your own pictures into --class_data_dir"),
-    "reg_data_dir": Refusal(
-        "give its folder of pictures as --class_data_dir, with --with_prior_preservation and --class_prompt",
-        gives=_CLASS,
-    ),
+    "reg_data_dir": Refusal("give its folder of pictures as --class_data_dir, with --class_prompt", gives=_CLASS),
     "sd_xl_base_ratios": Refusal("training pictures are squares of --resolution", ("1.0",)),
     "train_data_dir": Refusal(
-        "give its folder of pictures (10_sks dog) as --instance_data_dir, and the prompt as --instance_prompt",
-        gives=_SUBJECT,
+        "give its folder of pictures (10_sks dog) as --instance_data_dir, with --instance_prompt", gives=_SUBJECT
     ),
 }
 
 _TRAINING = {
+    "alpha_mask debiased_estimation_loss huber_c huber_schedule loss_type masked_loss max_timestep min_timestep "
+    "multires_noise_discount multires_noise_iterations timestep_bias_strategy": _not_yet(
+        "the loss is changed by --snr_gamma and --noise_offset alone", "l2", "1000"
+    ),
     "betas optimizer_args": Refusal("give the optimiser's numbers by flags of their own, as --adam_beta1"),
     "class_labels_conditioning": _not_yet("only models that are conditioned on text are trained"),
     "clip_skip": _not_yet("the text encoder's layer is the base model's own, which A1111 and kohya call 1"),
     "data_sink enable_mindspore_data_sink": _not_yet("every step is driven from Python"),
-    "debiased_estimation_loss": _not_yet("rows are weighed by --snr_gamma alone"),
     "decay_steps end_learning_rate": Refusal("the learning rate follows --lr_scheduler"),
     "do_edm_style_training": _not_yet("training follows the base model's own noise schedule"),
     "fp8_base full_bf16 full_fp16 param_fp16": Refusal("give --mixed_precision; trained weights are always float32"),
     "freeze_model initializer_token modifier_token": _not_yet("Custom Diffusion is not a --method yet"),
-    "huber_c huber_schedule loss_type": _not_yet("the loss is the squared error", "l2"),
     "last_epoch optimizer_weight resume_step": Refusal("give the checkpoint, --resume_from_checkpoint"),
-    "lora_unet_blocks network_args use_blora": _not_yet("the UNet's layers are chosen by --lora_target_modules"),
+    "lora_unet_blocks network_args network_dropout network_module network_weights use_blora use_dora": _not_yet(
+        "adapters are new and plain LoRA, with --lora_target_modules and --lora_dropout", "networks.lora"
+    ),
     "lpw max_embeddings_multiples max_token_length support_long_prompts tokenizer_max_length": Refusal(
         "a prompt is always 77 tokens in training", ("75", "77")
     ),
-    "max_timestep min_timestep": _not_yet("timesteps are drawn from the whole noise schedule", "1000"),
-    "multires_noise_discount multires_noise_iterations": _not_yet("noise is changed by --noise_offset alone"),
-    "network_dropout": Refusal("--lora_dropout drops inputs of the update, kohya's its middle; choose it anew"),
-    "network_module": _not_yet("adapters are LoRA", "networks.lora"),
     "network_train_text_encoder_only": _not_yet("the UNet is always trained"),
-    "network_weights": _not_yet("each run teaches an adapter from the beginning"),
     "num_new_tokens_per_abstraction token_abstraction train_text_encoder_ti train_text_encoder_ti_frac": _not_yet(
         "embeddings of new words are not trained", "2", "0.5", "tok"
     ),
     "text_encoder_use_attention_mask": _not_yet("only models with CLIP text encoders are trained"),
-    "timestep_bias_strategy": _not_yet("timesteps are drawn evenly"),
     "train_text_encoder_frac": _not_yet("the text encoder is trained to the end", "1.0"),
-    "use_dora": _not_yet("the update is plain LoRA"),
     "use_lion_optimizer": _not_yet("choose another --optimizer"),
     "zero_terminal_snr": Refusal("the noise schedule is that of the base model's scheduler configuration"),
 }
@@ -106,26 +93,24 @@ _RUN = {
         "copy the data to this machine first and give local folders", "/cache/pretrain_ckpt/"
     ),
     "ckpt_save_interval save_every_n_epochs": Refusal("give optimiser steps, --checkpointing_steps"),
+    "config_file dataset_config train_config": Refusal("give a YAML file of these flags, by --config", gives=ALL),
     "hub_model_id hub_token huggingface_repo_id huggingface_token push_to_hub": Refusal(
         "nothing is uploaded; publish the files of --output_dir with huggingface-cli"
     ),
-    "infer_during_train": Refusal("give --validation_prompt"),
+    "infer_during_train sample_prompts test_prompts_file": Refusal("give one prompt, --validation_prompt"),
     "infer_interval": Refusal("give optimiser steps, --validation_steps", ("1",)),
     "log_tracker_name log_with report_to wandb wandb_run_name": _not_yet(
         "the run is logged to TensorBoard only", "tensorboard"
     ),
     "model": Refusal("give --pretrained_model_name_or_path", gives=("pretrained_model_name_or_path",)),
-    "no_safe_serialization save_model_as": Refusal(
-        "weights are written as safetensors; dreambooth-ms convert writes other formats", ("safetensors",)
+    "no_safe_serialization output_kohya_format save_model_as": Refusal(
+        "adapters are safetensors with diffusers' names; dreambooth-ms convert writes others", ("safetensors",)
     ),
-    "output_kohya_format": _not_yet("adapters have diffusers' names; dreambooth-ms convert writes kohya's"),
     "sample_at_first": Refusal("dreambooth-ms sample shows what the base model makes of a prompt"),
-    "sample_prompts test_prompts_file": Refusal("give one prompt, --validation_prompt"),
     "save_last_n_epochs save_last_n_steps": Refusal("give the number to keep, --checkpoints_total_limit"),
     "save_sample_negative_prompt test_negative_prompt": _not_yet("validation pictures have no negative prompt"),
-    "source_version": Refusal("formats are recognised"),
+    "source_version text_encoder_2_name text_encoder_name unet_name vae_name": Refusal("files are recognised"),
     "task": Refusal("this command has one task", ("txt2img",)),
-    "text_encoder_2_name text_encoder_name unet_name vae_name": Refusal("networks are found by their own files"),
     "tokenizer_name": Refusal("the tokenizer of the base model is used"),
     "validation_images": _not_yet("validation pictures are generated from text only"),
 }
@@ -144,7 +129,7 @@ _SAMPLING = {
     "thresholding": _not_yet("predictions are rescaled with --guidance_rescale"),
 }
 
-REFUSED: dict[str, Refusal] = _by_name(_DATA | _TRAINING | _RUN | _SAMPLING)
+REFUSED: dict[str, Refusal] = _by_name(_PICTURES | _TRAINING | _RUN | _SAMPLING)
 """Flags that are not here -> why, and what to do."""
 
 METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
@@ -155,26 +140,25 @@ METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
 HARMLESS: dict[str, str] = _by_name({
     "allow_tf32": "TF32 is a mode of NVIDIA GPUs",
     "auto_test_model": "pictures are generated whenever --validation_prompt gives them a prompt",
-    "bucket_reso_steps debug_arb max_bucket_reso min_bucket_reso": "there is one size, --resolution",
+    "bucket_reso_steps debug_arb dynamic_thresholding_ratio high_threshold low_threshold max_bucket_reso "
+    "min_bucket_reso rho sample_max_value save_detected_map sigma_max sigma_min sink_queue_size sink_size "
+    "timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion":
+        "it goes with another flag that is not in this version",
     "cache_latent cache_latents cache_latents_to_disk cache_path cache_text_embedding cache_text_encoder_outputs "
-    "cache_text_encoder_outputs_to_disk not_cache_latents pre_compute_text_embeddings vae_batch_size": (
-        "every crop and prompt of the run is encoded once and kept in --output_dir"
-    ),
+    "cache_text_encoder_outputs_to_disk not_cache_latents pre_compute_text_embeddings vae_batch_size":
+        "every crop and prompt of the run is encoded once and kept in --output_dir",
     "callback_size log_interval log_level log_prefix": "every step is logged",
     "clip_grad": "gradients are always clipped to --max_grad_norm",
-    "dataloader_num_workers max_data_loader_n_workers num_parallel_workers persistent_data_loader_workers": (
-        "a few pictures gain nothing from being loaded in parallel"
-    ),
+    "dataloader_num_workers max_data_loader_n_workers num_parallel_workers persistent_data_loader_workers":
+        "a few pictures gain nothing from being loaded in parallel",
     "dataset_load_tokenizer": "prompts are always turned into tokens before the step",
     "deterministic test_seed": "the same --seed always generates the same pictures",
-    "dynamic_thresholding_ratio sample_max_value": "it goes with --thresholding",
-    "enable_npu_flash_attention enable_xformers_memory_efficient_attention mem_eff_attn sdpa xformers": (
-        "the attention that suits the device is chosen by itself"
-    ),
-    "high_threshold low_threshold save_detected_map": "it goes with --controlnet_mode",
+    "enable_npu_flash_attention enable_xformers_memory_efficient_attention mem_eff_attn sdpa xformers":
+        "the attention that suits the device is chosen by itself",
     "local_rank": "it is set by PyTorch's launcher, which is not used here",
     "lora_config_rank": "the rank follows from the LoRA's shapes",
     "lora_fp16 save_precision save_unet_half": "results are float32; dreambooth-ms convert --dtype fp16 halves a file",
+    "lora_ft_unet": "the UNet is always trained",
     "model_config original_config_file sdxl_base_ckpt v2 version": "the family is recognised from the model itself",
     "ms_enable_allreduce_fusion ms_enable_graph_kernel ms_jit": "MindSpore decides what it compiles and fuses",
     "network_train_unet_only": "the text encoder is trained with --train_text_encoder alone",
@@ -182,15 +166,10 @@ HARMLESS: dict[str, str] = _by_name({
     "noaug": "pictures are neither enlarged nor reduced at random",
     "output_name use_safetensors": "files have diffusers' names and format",
     "overflow_still_update": "a step that overflows is always skipped, and said",
-    "rho sigma_max sigma_min": "the noise levels are those of the model",
     "save_optimizer save_state": "every checkpoint holds the optimiser's state",
     "save_path_with_time": "the run's folder is --output_dir, where the same command goes on",
     "scheduler_type": "the scheduler is chosen when pictures are generated",
     "set_grads_to_none": "gradients are values of a function here, never kept between steps",
-    "sink_queue_size sink_size": "it goes with --data_sink",
     "skip_save_text_encoder": "only what was trained is saved",
-    "timestep_bias_begin timestep_bias_end timestep_bias_multiplier timestep_bias_portion": (
-        "it goes with --timestep_bias_strategy"
-    ),
 })  # fmt: skip
 """Flags that are accepted and ignored -> why nothing is lost."""

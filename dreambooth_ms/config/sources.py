@@ -14,8 +14,8 @@ from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.refusals import HARMLESS, REFUSED
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, SPELLINGS
 
-_MINDONE, _MINDONE_MODEL = ("env", "optim", "train_params"), {"params", "pretrained", "target"}
-"""Sections of mindone's own files, and what stands in their section `model`."""
+_MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
+"""Sections of mindone's own files, and what stands in them."""
 
 
 @dataclass
@@ -130,12 +130,8 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(content, dict):
             raise OSError("expected lines such as `rank: 4`")
-        if any(isinstance(content.get(key), dict) for key in _MINDONE) or not _MINDONE_MODEL.isdisjoint(
-            content.get("model") or ()
-        ):
-            raise OSError(
-                "describes networks to mindone's scripts; the files of configs/ here have its values and name"
-            )
+        if any(isinstance(content.get(section), dict) and keys & content[section].keys() for section, keys in _MINDONE):
+            raise OSError("is of mindone's scripts; the file of its name in configs/ here has its values")
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         named.problems.append(f"--config {path}: {_in_one_line(error)}")
         named.undecided.update(known)

@@ -91,16 +91,9 @@ def _whole(value: Any, change: Callable[[int], int]) -> Any:
     return change(int(value)) if re.fullmatch(r"-?\d+", str(value)) else value
 
 
-def _as_the_unet_is_trained(value: Any) -> dict[str, Any]:
-    if not _true(value):
-        raise ConfigError("the UNet is always trained")
-    return {}
-
-
 CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "clip_stop_at_last_layers": lambda value: {"clip_skip": _whole(value, lambda count: count - 1)},
     "half": lambda value: {"dtype": "fp16" if _true(value) else None},
-    "lora_ft_unet": _as_the_unet_is_trained,
     "optimizer": lambda value: (
         {"optimizer": "AdamW", "use_8bit_adam": True} if squeezed(value) == "adamw8bit" else {"optimizer": value}
     ),

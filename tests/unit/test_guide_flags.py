@@ -119,8 +119,7 @@ COMMANDS = {
     "--save_model_as=safetensors --save_precision=fp16 --mixed_precision=fp16 --cache_latents --xformers "
     "--max_token_length=75": (
         [
-            "--train_data_dir: give its folder of pictures (10_sks dog) as --instance_data_dir, and the prompt as "
-            "--instance_prompt"
+            "--train_data_dir: give its folder of pictures (10_sks dog) as --instance_data_dir, with --instance_prompt"
         ],
         [],
     ),
@@ -148,7 +147,7 @@ def test_a_command_of_a_guide_is_answered(command):
         ("--resolution 768,768", {"resolution": 768}),
         ("--unet_lr 1e-4 --learning_rate 1e-4", {"learning_rate": 1e-4}),
         ("--use_lora False", {"method": "full"}),
-        ("--use_lora True --lora_ft_unet True", {"method": "lora"}),
+        ("--use_lora True", {"method": "lora"}),
         ("--lora_ft_text_encoder True", {"train_text_encoder": True}),
         ("--random_crop False", {"center_crop": True}),
         ("--random_crop", {"center_crop": False}),
@@ -169,8 +168,7 @@ def test_what_is_written_in_another_way_is_converted(flags, fields):
     [
         ("--resolution 512,768", "--resolution: expected a whole number, got '512,768'"),
         ("--unet_lr 1e-4 --learning_rate 1e-5", "--learning_rate: means the same as --unet_lr; give one of them"),
-        ("--lora_ft_unet False", "--lora_ft_unet: the UNet is always trained"),
-        ("--network_module lycoris.kohya", "--network_module: not in this version: adapters are LoRA"),
+        ("--network_module lycoris.kohya", f"--network_module: {REFUSED['network_module'].reason}"),
     ],
 )
 def test_what_is_not_the_same_here_is_refused(flags, line):
@@ -275,7 +273,6 @@ MINDONE_FILES = {
     "optim:\n  base_learning_rate: 1.0e-4\ndata:\n  per_batch_size: 1\n  total_step: 1000\n",
     "inference": "model:\n  target: gm.models.diffusion.DiffusionEngine\n  params:\n    scale_factor: 0.13025\n",
     "newer": "model:\n  pretrained: x\nenv:\n  mode: 0\n",
-    "train_params": "train_params:\n  epochs: 1\n",
 }
 
 
@@ -285,7 +282,7 @@ def test_a_file_of_mindone_is_recognised_in_one_line(tmp_path, schema, kind):
     path = tmp_path / "mindone.yaml"
     path.write_text(MINDONE_FILES[kind], encoding="utf-8")
     assert answer(schema, f"--config {path} --weight base")[0] == [
-        f"--config {path}: describes networks to mindone's scripts; the files of configs/ here have its values and name"
+        f"--config {path}: is of mindone's scripts; the file of its name in configs/ here has its values"
     ]
 
 
