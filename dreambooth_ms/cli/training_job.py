@@ -45,6 +45,12 @@ class TrainingJob:
         """Of all processes."""
         return self.config.run.gradient_accumulation_steps * self.processes.count
 
+    @property
+    def validation_interval(self) -> int:
+        """Optimiser steps from one validation to the next."""
+        wanted = self.config.validation
+        return (wanted.validation_epochs or 0) * self.epoch or wanted.validation_steps
+
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update, counted from 0."""
         o = self.config.optimiser
