@@ -116,7 +116,8 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
         setting.complain(f"expected {expected}, got nothing", target or "")
         return setting
     if len(texts) > 1 and not is_list and (target or name == "config"):
-        setting.complain(f"unexpected {texts[1]!r} after its value; put text with spaces in quotes")
+        what = "put text with spaces in quotes" if texts[1].strip() else "a line that goes on ends in \\ and no space"
+        setting.complain(f"unexpected {texts[1]!r} after its value; {what}")
     setting.value = texts if is_list else texts[0] if texts else True
     return setting
 
@@ -132,6 +133,9 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
             raise OSError("expected lines such as `rank: 4`")
         if any(isinstance(content.get(section), dict) and keys & content[section].keys() for section, keys in _MINDONE):
             raise OSError("is of mindone's scripts; the file of its name in configs/ here has its values")
+        unknown = [str(key) for key, value in content.items() if isinstance(value, dict) and key not in owners]
+        if len(unknown) > 1 and not any(canonical(name, known) or suggestions(name, owners) for name in unknown):
+            raise OSError(f"is for another command; sections {', '.join(unknown)} are unknown to this one")
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         named.problems.append(f"--config {path}: {_in_one_line(error)}")
         named.undecided.update(known)

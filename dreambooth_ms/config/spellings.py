@@ -153,7 +153,7 @@ _STYLES = re.compile("(cfgpp|exponential|gpu|karras)+$")
 
 def squeezed(value: object) -> str:
     """A choice without what people write differently: `DPM++ 2M Karras`, `dpmpp_2m_karras`, `dpm++_2m_karras`."""
-    return re.sub("[^a-z0-9]", "", str(value).lower().replace("++", "pp"))
+    return re.sub(r"[\W_]", "", str(value).lower().replace("++", "pp"))
 
 
 def choice_of(field: str, choices: tuple[str, ...], value: object) -> str | None:

@@ -286,6 +286,18 @@ def test_a_file_of_mindone_is_recognised_in_one_line(tmp_path, schema, kind):
     ]
 
 
+def test_a_file_of_another_command_is_recognised_in_one_line():
+    path = ROOT / "configs" / "training" / "sd_v1_5_dreambooth_lora.yaml"
+    (line,) = answer(SampleConfig, f"--config {path}")[0]
+    assert line.startswith(f"--config {path}: is for another command; sections model, data, ")
+
+
+def test_a_space_after_a_backslash_is_said():
+    assert answer(TrainConfig, f"{TRAIN} --rank 4 ' '")[0] == [
+        "--rank: unexpected ' ' after its value; a line that goes on ends in \\ and no space"
+    ]
+
+
 def test_a_file_of_kohya_is_recognised_in_one_line(tmp_path):
     path = tmp_path / "dog.toml"
     path.write_text('[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "dog"\n', encoding="utf-8")
