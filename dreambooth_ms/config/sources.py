@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.refusals import HARMLESS, REFUSED
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, SPELLINGS
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
 
 _MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
 """Sections of mindone's own files, and what stands in them."""
@@ -94,10 +94,10 @@ def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequ
 
 def _without_a_dash(word: str, known: Mapping[str, Field]) -> str | None:
     """The flag that lacks one of its dashes here, as in `-learning_rate`; None for any other word."""
-    found = re.match(r"-(\w[\w-]+)", word)
+    found = re.fullmatch(r"-(\w[\w-]+)(=.*)?", word, re.DOTALL)
     name = found[1].replace("-", "_") if found else ""
-    is_flag = canonical(name, known) or name in REFUSED or name in HARMLESS or name in ("config", BASE_THEN_ADAPTERS)
-    return name if is_flag else None
+    others = (REFUSED, HARMLESS, CONVERTED, ("config", BASE_THEN_ADAPTERS))
+    return name if canonical(name, known) or any(name in table for table in others) else None
 
 
 def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:

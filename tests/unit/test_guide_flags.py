@@ -263,9 +263,10 @@ def test_a_required_flag_without_a_dash_is_not_also_missing():
     assert lines == ["-instance_prompt: a flag begins with two dashes; did you mean --instance_prompt?"]
 
 
-def test_a_text_may_begin_with_a_dash():
-    config, _ = answer(SampleConfig, f"{SAMPLE} --negative_prompt -blurry")
-    assert config.pictures.negative_prompt == "-blurry"
+@pytest.mark.parametrize("text", ["-blurry", "-seed of a flower", "-0.5", "-"])
+def test_a_text_may_begin_with_a_dash(text):
+    config, _ = answer(SampleConfig, f"{SAMPLE} --negative_prompt '{text}'")
+    assert config.pictures.negative_prompt == text
 
 
 MINDONE_FILES = {
