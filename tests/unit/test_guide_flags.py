@@ -57,7 +57,7 @@ def test_no_flag_of_a_guide_is_unknown(source):
         spelt = any(field in known for field in (name, *spellings.SPELLINGS.get(name, ())))
         answered = name in HARMLESS or name in REFUSED or name in spellings.CONVERTED
         assert spelt or answered or name in ("config", spellings.BASE_THEN_ADAPTERS), name
-        for value in ("", "True", "False", "None", "0", "x"):
+        for value in ("", "x"):
             lines, _ = answer(schema, f"--{name} {value}")
             assert not any("unknown flag" in line for line in lines), lines
 
