@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
-from dreambooth_ms.config.describe import describe
+from dreambooth_ms.config.describe import describe, describe_usual
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
@@ -82,8 +82,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise UserError(f"{name}: unknown command; {hint}")
-    if "-h" in rest or "--help" in rest:
-        print(_command_help(name))
+    if not {"-h", "--help", "--help=all"}.isdisjoint(rest):
+        print(_command_help(name, everything=not {"all", "--help=all"}.isdisjoint(rest)))
         return 0
     return _import_run(f"dreambooth_ms.cli.{name}")(rest)
 
@@ -121,12 +121,21 @@ commands:
 `{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version."""
 
 
-def _command_help(name: str) -> str:
+def _command_help(name: str, everything: bool) -> str:
     schema = schema_of(name)
     positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
-    return f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
+    usage = f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
 
-{COMMANDS[name].capitalize()}.
+{COMMANDS[name].capitalize()}."""
+    if schema.USUAL and not everything:
+        return f"""{usage} For example:
+
+  {PROGRAM} {name} {schema.EXAMPLE}
+
+The flags that are set most; `{PROGRAM} {name} --help all` has the rest:
+
+{describe_usual(schema, schema.USUAL)}"""
+    return f"""{usage}
 
 Values come from the YAML files given by --config, then from the flags. Switches are written --name,
 --name True, --name False or --no-name; lists --name a b or --name a,b.

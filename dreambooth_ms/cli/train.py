@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_job import TrainingJob, total_steps
+from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import class_numbers_to_come, prepare_training, read_concepts
 from dreambooth_ms.cli.training_setup import set_up_training
@@ -70,14 +70,16 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
 
     concepts = read_concepts(config)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    total = total_steps(config, max(len(concepts[0].records), class_pictures))
+    pictures = max(len(concepts[0].records), class_pictures)
+    total = total_steps(config, pictures)
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, config, base, concepts, total))
         if found is None:
             return 0
         path, step, content = found["checkpoint"] or (None, 0, {})
         checkpoint = Checkpoint(Path(path), step, content) if path else None
-        job = TrainingJob(processes, config, base, found["base"], total, checkpoint)
+        epoch = steps_of_epoch(config, pictures)
+        job = TrainingJob(processes, config, base, found["base"], epoch, total, checkpoint)
         stack.enter_context(collective_operations(processes.launch))
         return train_and_save(job, *prepare_training(job, concepts))
 

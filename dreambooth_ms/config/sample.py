@@ -36,7 +36,8 @@ class PicturesConfig(GenerationConfig):
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0
-    """Layers left out at the end of the text encoders."""
+    """Layers left out at the end of the text encoders, counted from 0 as in diffusers: 1 is what A1111, whose count is
+    --clip_stop_at_last_layers, and kohya call 2."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
     vae_whole_up_to: Annotated[int | None, SIDE] = None
@@ -124,6 +125,13 @@ class RefinerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Schema):
     """Generate pictures with a base model and its adapters."""
+
+    USUAL = (
+        *("pretrained_model_name_or_path", "prompt", "lora", "lora_scale", "negative_prompt", "num_images_per_prompt"),
+        *("height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed", "output_dir"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog \\
+    --prompt "a photo of sks dog in a bucket" --num_images_per_prompt 4 --output_dir outputs"""
 
     weights: WeightsConfig
     pictures: PicturesConfig

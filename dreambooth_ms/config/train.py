@@ -157,6 +157,10 @@ _SMALL_FOR_PRODIGY = Rule(
     "--learning_rate {learning_rate} multiplies what prodigy finds by itself; it is usually 1",
     is_note=True,
 )
+_NO_WARMUP = no_effect(
+    "with --lr_scheduler constant",
+    when=lambda values: values["lr_scheduler"] == "constant" and values["lr_warmup_steps"] > 0,
+)
 _ONE_RATE = refused_with(
     "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
 )
@@ -175,7 +179,7 @@ class OptimiserConfig:
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
     lr_scheduler: choices.LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
-    lr_warmup_steps: Annotated[int, at_least(0), not_with("lr_scheduler", "constant")] = 500
+    lr_warmup_steps: Annotated[int, at_least(0), _NO_WARMUP] = 500
     """Steps of linear warm-up; not used by the constant schedule."""
     lr_num_cycles: Annotated[int, at_least(1), only_with("lr_scheduler", "cosine_with_restarts")] = 1
     """Number of cycles of the cosine_with_restarts schedule."""
@@ -252,6 +256,7 @@ class PriorConfig:
 
 
 _VALIDATES = only_with("validation_prompt")
+_BY_EPOCHS = no_effect("beside --validation_epochs", when=lambda values: values["validation_epochs"] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,11 +264,13 @@ class ValidationConfig:
     """Pictures generated during training, to see how far it is."""
 
     validation_prompt: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Prompt of these pictures. None: there are none."""
+    """Prompt of pictures that are generated during the training. None: there are none."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated each time, always from the same noise."""
-    validation_steps: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 100
+    validation_steps: Annotated[int, at_least(1), _VALIDATES, _BY_EPOCHS, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
+    validation_epochs: Annotated[int | None, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = None
+    """Passes over the pictures from one validation to the next, in place of validation_steps."""
     validation_scheduler: Annotated[choices.ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = (
         "DPMSolverMultistepScheduler"
     )
@@ -329,6 +336,14 @@ class ProcessesConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Schema):
     """Teach the base model a subject from a few pictures."""
+
+    USUAL = (
+        *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "resolution", "output_dir"),
+        *("max_train_steps", "train_batch_size", "learning_rate", "method", "rank", "validation_prompt"),
+        *("with_prior_preservation", "class_data_dir", "class_prompt"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --instance_data_dir photographs/dog \\
+    --instance_prompt "a photo of sks dog" --max_train_steps 400 --train_batch_size 1 --output_dir runs/dog"""
 
     model: ModelConfig
     data: DataConfig

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli.toy_networks import SD_UNET
-from dreambooth_ms.cli.training_job import total_steps
-from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
+from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig, ValidationConfig
 from dreambooth_ms.data import text as text_module
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
@@ -31,6 +31,7 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers
 from dreambooth_ms.training.loop import concept_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
@@ -98,6 +99,17 @@ class TestWhichPicture:
 
     def test_the_class_pictures_change_nothing_about_the_subjects_rows(self):
         assert seen(plan(5, 2, class_count=3), 10) == seen(plan(5, 2), 10)
+
+    @pytest.mark.parametrize(("epochs", "interval"), [(None, 100), (1, 4), (50, 200)])
+    def test_validation_is_after_steps_or_epochs(self, epochs, interval):
+        config = TrainConfig(
+            model=ModelConfig(pretrained_model_name_or_path=""),
+            data=DataConfig(instance_data_dir="", instance_prompt=""),
+            run=RunConfig(train_batch_size=2),
+            validation=ValidationConfig(validation_prompt="x", validation_epochs=epochs),
+        )
+        job = TrainingJob(ALONE, config, None, steps_of_epoch(config, 7), 1000, None)
+        assert job.validation_interval == interval
 
     @pytest.mark.parametrize(
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
