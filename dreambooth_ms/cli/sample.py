@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from dreambooth_ms.atomic import check_writable
@@ -13,12 +14,13 @@ from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
-from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.data.pictures import read_picture
+from dreambooth_ms.errors import DataError, near
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.refinement import sample_refined
 from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.weights.hub import find_adapter
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,11 +29,12 @@ def run(argv: Sequence[str]) -> int:
     weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
     bundle = open_base(device, weights)
-    model = SamplingModel(bundle, weights.lora, mixed_precision=device.mixed_precision)
+    loras = [find_adapter(name) for name in weights.lora]
+    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:
-        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner)
+        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner, variant=weights.variant)
         refiner = SamplingModel(open_base(device, refiner_base), mixed_precision=device.mixed_precision)
     check_writable(output)
 
@@ -66,7 +69,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         num_images_per_prompt=config.num_images_per_prompt,
         height=height,
         width=width,
-        image=open_picture(start.image) if start.image else None,
+        image=_start_picture(start.image, start.transparent_background) if start.image else None,
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=PictureSizes(
@@ -79,6 +82,13 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         ),
         whole_up_to=wanted.vae_whole_up_to,
     )
+
+
+def _start_picture(path: str, background: str) -> Image.Image:
+    opened = read_picture(path, background)
+    for note in opened.notes:
+        tell(f"{path}: {note}")
+    return opened.picture
 
 
 def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
@@ -96,10 +106,12 @@ def read_prompts(text_or_path: str) -> list[str]:
     """The prompt itself, or the lines of the text file that it names.
 
     Raises:
-        DataError: the file is not UTF-8 text, or has no line with a prompt.
+        DataError: the file is missing, not UTF-8 text, or has no line with a prompt.
     """
     # Of os.path, because that of pathlib raises on what is too long for a name.
     if not os.path.isfile(text_or_path):
+        if text_or_path.endswith(".txt"):
+            raise DataError(f"--prompt {text_or_path}: no such file{near(text_or_path)}")
         return [text_or_path]
     try:
         lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()

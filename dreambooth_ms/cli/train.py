@@ -55,13 +55,14 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     config = agree_on_config(processes, load(TrainConfig, argv, tell))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(config.device, model, model.revision, model.variant)
+        base = open_base(config.device, model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
     base.schedule.trained()
     check_expected_memory(config, base, processes)
 
-    subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
+    folder, background = Path(data.instance_data_dir), data.transparent_background
+    subject = read_concept(INSTANCE, folder, data.instance_prompt, tell, background=background)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
     total = total_steps(config, max(len(subject.records), class_pictures))
     found = processes.from_first("the run's folder", lambda: _open_folder(config, total))

@@ -38,7 +38,8 @@ def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.
     if prior.folder:
         unet = sample_missing_class_pictures(job, prior.folder, class_prompt, embeddings)
         weight, count = prior.prior_loss_weight, prior.num_class_images
-        concepts.append(read_concept(CLASS, prior.folder, class_prompt, tell, weight, at_most=count))
+        background = job.config.data.transparent_background
+        concepts.append(read_concept(CLASS, prior.folder, class_prompt, tell, weight, count, background))
     check_same_pictures(job.processes, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:

@@ -26,7 +26,11 @@ class BaseModelConfig:
     """The base model."""
 
     pretrained_model_name_or_path: Annotated[str, NOT_EMPTY]
-    """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    """Base model: a local folder or file, or on the Hugging Face hub owner/model, or owner/model/file.safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None: its main branch."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16. None: the plain files, or the only variant."""
     pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY] = None
     """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
 
@@ -36,7 +40,7 @@ class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
     lora: list[str] = field(default_factory=list)
-    """Adapter files or folders; several are added up."""
+    """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up."""
     lora_scale: Annotated[
         list[float],
         Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
-from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
+from dreambooth_ms.config.ranges import (
+    COLOUR,
+    DECAY,
+    MEMORY,
+    NOT_EMPTY,
+    SEED,
+    SIDE,
+    STEPS,
+    ZERO_OR_ONE,
+    above,
+    at_least,
+)
 from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
@@ -25,11 +36,6 @@ OFFSET_NOISE_STRENGTH = 0.1
 class ModelConfig(BaseModelConfig):
     """The base model."""
 
-    revision: str | None = None
-    """Branch, tag or commit on the hub. None: its main branch."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16. None: the plain files."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -47,6 +53,8 @@ class DataConfig:
     """Mirror pictures left to right at random."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
+    transparent_background: Annotated[str, COLOUR] = "white"
+    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 
 _LORA = not_with("method", "full")
