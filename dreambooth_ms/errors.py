@@ -42,6 +42,8 @@ def near(path: str | os.PathLike[str]) -> str:
     folder, name = os.path.split(slashed.rstrip("/"))
     while folder.strip("/") and not os.path.isdir(folder):
         folder, name = os.path.split(folder)
+    if os.path.lexists(os.path.join(folder, name)):
+        return ""  # What is wrong is below a file.
     try:
         there = {one.casefold(): one for one in os.listdir(folder or ".")}
     except (OSError, ValueError):

@@ -369,10 +369,13 @@ def test_a_configuration_file_that_is_none(train_refused, path, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./nowhere", "./nowhere: no such folder, and not a hub name of the form owner/model"),
-        ("nowhere", "nowhere: no such folder, and not a hub name of the form owner/model"),
-        ("m" * 300, f"{'m' * 300}: no such folder, and not a hub name of the form owner/model"),
-        ("~nobody-of-that-name/model", "~nobody-of-that-name/model: no such folder, and not a hub name"),
+        ("./nowhere", "./nowhere: no such file or folder; check the path"),
+        ("nowhere", "nowhere: no such file or folder; a name on the hub has the form owner/model"),
+        ("m" * 300, f"{'m' * 300}: no such file or folder; a name on the hub has the form owner/model"),
+        ("~nobody-of-that-name/model", "~nobody-of-that-name/model: no such file or folder; check the path"),
+        ("mdoel", "mdoel: no such file or folder; did you mean model?"),
+        ("model/uent", "model/uent: no such file or folder; did you mean model/unet?"),
+        ("model.safetensors", "model.safetensors: no such file or folder; did you mean model?"),
         ("dog/0.png", "dog/0.png: expected a model folder, got a file"),
         (
             "dog",
@@ -636,7 +639,9 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lora", "nowhere"], "nowhere: no such file; check the path"),
+        (["--lora", "nowhere"], "nowhere: no such file or folder; a name on the hub has the form owner/model"),
+        (["--lora", "./dog/lora.safetensors"], "./dog/lora.safetensors: no such file or folder; check the path"),
+        (["--lora", "dgo"], "dgo: no such file or folder; did you mean dog?"),
         (["--lora", "dog"], f"dog/{FILE_NAME}: no such file; check the path"),
         (["--lora", "dog/0.png"], "dog/0.png: not a readable weight file (it is a PNG picture)"),
         (
@@ -681,7 +686,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         (["--target_height", "100"], "--target_height: give it together with --target_width"),
         (["--crop_coords_top", "-1"], "--crop_coords_top: expected at least 0, got -1"),
         (["--aesthetic_score", "11"], "--aesthetic_score: expected from 0 to 10, got 11.0"),
-        (["--refiner", "nowhere"], "nowhere: no such folder, and not a hub name of the form owner/model"),
+        (["--refiner", "nowhere"], "nowhere: no such file or folder; a name on the hub has the form owner/model"),
         (["--denoising_end", "0.8"], "--denoising_end: needs --refiner, which goes on from there"),
         (
             ["--refiner", "model", "--denoising_end", "1"],
@@ -697,6 +702,15 @@ def test_the_checkpoint_of_another_rank(run, train_refused, encoded_pictures):
         (["--output_dir", "dog/0.png"], "dog/0.png: cannot be written (Not a directory); choose another folder"),
         (["--prompt", "dog/0.png"], "--prompt dog/0.png: not readable as UTF-8 text ("),
         (["--prompt", "empty.txt"], "--prompt empty.txt: the file holds no prompt; write one per line"),
+        (["--prompt", "emtpy.txt"], "--prompt emtpy.txt: no such file; did you mean empty.txt?"),
+        (
+            ["--variant", "fp16"],
+            "model: unet/diffusion_pytorch_model.fp16.safetensors is missing (found: config.json, ",
+        ),
+        (
+            ["--image", "dog/0.png", "--transparent_background", "blue"],
+            "--transparent_background: expected white, black, grey or #rrggbb, got 'blue'",
+        ),
         (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder in diffusers' layout: "),
     ],
 )
@@ -714,6 +728,9 @@ def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
         (["--lora", ""], "--lora: missing; name the adapter to compare the base with"),
         (["--clip", "dog"], "dog holds no CLIP model: config.json is missing; is the download complete?"),
         (["--instance_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
+        (["--instance_data_dir", "dgo"], "dgo: no such folder; did you mean dog?; expected a folder with pictures"),
+        ([], "--clip: model has no CLIP model; name one, such as openai/clip-vit-base-patch32"),
+        (["--clip", "./clip"], "./clip: no such file or folder; check the path"),
     ],
 )
 def test_a_comparison_that_cannot_be_made(refused, flags, said):
@@ -723,3 +740,15 @@ def test_a_comparison_that_cannot_be_made(refused, flags, said):
         *(flags if "--lora" in flags else ["--lora", "nowhere", *flags]),
     )
     assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--base", "mdoel"], "mdoel: no such file or folder; did you mean model?"),
+        (["--lora", "./nowhere"], "./nowhere: no such file or folder; check the path"),
+    ],
+)
+def test_what_cannot_be_merged(refused, flags, said):
+    given = {"--base": "model", "--lora": "model/unet", **dict([flags])}
+    assert refused("merge", *(text for flag in given.items() for text in flag), "--target", "out") == [said]

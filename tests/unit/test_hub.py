@@ -410,6 +410,7 @@ def files(hub):
         ("models/dgo.safetensors", "; did you mean models/dog.safetensors?"),
         ("models/loras/dog.safetensors", "; check the path"),
         ("./models/cat", "; did you mean ./models/Cats?"),
+        ("models/dog.safetensors/x.bin", "; check the path"),
         ("models/cats", "; did you mean models/Cats?"),
         ("model/dog.safetensors", "; did you mean models?"),
         ("mymodel", "; did you mean my model?"),
