@@ -56,9 +56,14 @@ def find_adapter(name: str) -> Path:
 
 
 def _adapter_files(names: Collection[str]) -> list[str]:
-    folders = [folder for folder in ("", *(f"{part}/" for part in PARTS)) if folder + PEFT_CONFIG in names]
-    if FILE_NAME not in names and folders:
-        return [folder + name for folder in folders for name in (PEFT_CONFIG, *PEFT_WEIGHTS) if folder + name in names]
+    peft = [
+        file
+        for folder in ("", *(f"{part}/" for part in PARTS))
+        if folder + PEFT_CONFIG in names and (own := [folder + name for name in PEFT_WEIGHTS if folder + name in names])
+        for file in (folder + PEFT_CONFIG, own[0])
+    ]
+    if FILE_NAME not in names and peft:
+        return peft
     weights = [name for name in names if re.search(f"{_SUFFIX}$", name)]
     files = [name for name in weights if "/" not in name] or weights
     best = [name for name in files if name == FILE_NAME] or [name for name in files if name.endswith(".safetensors")]

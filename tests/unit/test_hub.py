@@ -80,7 +80,7 @@ VAE = {
 }
 IN_CHECKPOINT = "checkpoint-500/pytorch_lora_weights.safetensors"
 DIFFUSERS_LORA = {"README.md", "pytorch_lora_weights.safetensors", "checkpoint-500/optimizer.bin", IN_CHECKPOINT}
-PEFT_LORA = in_folders(unet="adapter_config.json adapter_model.safetensors README.md") | {"README.md"}
+PEFT_LORA = in_folders(unet="adapter_config.json adapter_model.bin adapter_model.safetensors README.md") | {"README.md"}
 KOHYA_LORA = {"README.md", "dog [v1].safetensors", "training_state.bin"}
 MANY_LORAS = {"README.md", "dog-000001.safetensors", "dog-000002.safetensors", "dog.safetensors"}
 
