@@ -1,8 +1,8 @@
 """What users name: a path here, or a name on the hub, of which only what is used is fetched."""
 
 import fnmatch
-import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -285,14 +285,10 @@ def test_a_variant_that_is_not_there_is_told(hub):
 
 def test_a_disk_without_room_is_told_before_the_download(hub, monkeypatch):
     hub.answers["owner/model"] = SD_15
-    monkeypatch.setattr("dreambooth_ms.atomic.shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and Usage())
-    with pytest.raises(WeightError, match=r"0\.011 MB are needed, 0\.010 MB are free\); free some space .*HF_HOME$"):
+    monkeypatch.setattr("dreambooth_ms.atomic.shutil.disk_usage", lambda path: SimpleNamespace(free=10 * SIZE))
+    with pytest.raises(WeightError, match=r"0\.012 MB are needed, 0\.010 MB are free\); free some space .*HF_HOME$"):
         find_model("owner/model", variant="fp16")
     assert not hub.fetched
-
-
-class Usage:
-    free = 10 * SIZE
 
 
 # --- What the hub answers ---
