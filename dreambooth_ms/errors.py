@@ -48,7 +48,8 @@ def near(path: str | os.PathLike[str]) -> str:
         there = {one.casefold(): one for one in os.listdir(folder or ".")}
     except (OSError, ValueError):
         return ""
-    close = get_close_matches(name.casefold(), there, n=1)
+    stem = os.path.splitext(name.casefold())[0]
+    close = get_close_matches(name.casefold(), there, n=1) or [one for one in there if os.path.splitext(one)[0] == stem]
     return f"; did you mean {os.path.join(folder, there[close[0]])}?" if close else ""
 
 

@@ -114,7 +114,9 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     if not pictures:
         held = f"{len(entries)} found: {_names(entries)}" if entries else "it is empty"
         raise DataError(f"{folder}: no picture in it, {held}; {wanted}")
-    stems, skipped, captions = {path.stem for path in pictures}, [], []
+    stems = {path.stem for path in pictures}
+    skipped: list[Path] = []
+    captions: list[Path] = []
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
         is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems
         (captions if is_caption or path.name in CAPTION_FILES else skipped).append(path)

@@ -169,7 +169,7 @@ NOT_A_PICTURE = ": not a picture of a known format; save it as PNG or JPEG, or r
     [
         ({}, f"{NO_PICTURE}it is empty; expected a folder with pictures (png, jpg, "),
         ({".DS_Store": b"", "notes.txt": b"rex"}, f"{NO_PICTURE}2 found: .DS_Store, notes.txt; expected a folder"),
-        ({"dog.heic": b"", "dog.svg": b"<svg/>"}, f"{NO_PICTURE}2 found: dog.heic, dog.svg; expected a folder"),
+        ({"dog.psd": b"", "dog.svg": b"<svg/>"}, f"{NO_PICTURE}2 found: dog.psd, dog.svg; expected a folder"),
         ({"dog.jpg": cut(encoded("JPEG"))}, "pictures/dog.jpg: cannot be read (image file is truncated"),
         ({"dog.png": cut(encoded("PNG"))}, "pictures/dog.png: cannot be read ("),
         ({"dog.webp": cut(encoded("WEBP"))}, "pictures/dog.webp: "),
@@ -729,7 +729,6 @@ def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
         (["--clip", "dog"], "dog holds no CLIP model: config.json is missing; is the download complete?"),
         (["--instance_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
         (["--instance_data_dir", "dgo"], "dgo: no such folder; did you mean dog?; expected a folder with pictures"),
-        ([], "--clip: model has no CLIP model; name one, such as openai/clip-vit-base-patch32"),
         (["--clip", "./clip"], "./clip: no such file or folder; check the path"),
     ],
 )
@@ -740,6 +739,21 @@ def test_a_comparison_that_cannot_be_made(refused, flags, said):
         *(flags if "--lora" in flags else ["--lora", "nowhere", *flags]),
     )
     assert line.startswith(said)
+
+
+def test_a_comparison_without_a_clip_model_says_which_to_name(place, refused):
+    shutil.rmtree(place / "model" / "clip")
+    command = [
+        "evaluate",
+        "--pretrained_model_name_or_path",
+        "model",
+        "--prompt",
+        "a star",
+        "--class_prompt",
+        "a photo",
+    ]
+    (line,) = refused(*command, "--instance_data_dir", "dog", "--output_dir", "out", "--lora", "nowhere")
+    assert line == "--clip: model has no CLIP model; name one, such as openai/clip-vit-base-patch32"
 
 
 @pytest.mark.parametrize(

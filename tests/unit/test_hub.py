@@ -409,6 +409,7 @@ def files(hub):
         ("models/dog.safetensors/x.bin", "; check the path"),
         ("models/cats", "; did you mean models/Cats?"),
         ("model/dog.safetensors", "; did you mean models?"),
+        ("models/dog", "; did you mean models/dog.safetensors?"),
         ("mymodel", "; did you mean my model?"),
         ("elsewhere", "; a name on the hub has the form owner/model"),
         ("m" * 300, "; a name on the hub has the form owner/model"),
