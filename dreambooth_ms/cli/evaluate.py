@@ -45,7 +45,10 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     subject = read_concept(INSTANCE, folder, wanted.prompt, tell, background=background)
     photographs = [np.asarray(open_picture(record.path, background)) for record in subject.records]
     if not wanted.clip and not (bundle.path / "clip").is_dir():
-        raise ConfigError(f"--clip: {bundle.path} has no CLIP model; name one, such as openai/clip-vit-base-patch32")
+        raise ConfigError(
+            f"--clip: {weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "
+            "openai/clip-vit-base-patch32"
+        )
     embed = load_image_embedder(find_clip(wanted.clip) if wanted.clip else bundle.path / "clip")
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)

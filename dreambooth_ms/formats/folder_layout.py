@@ -94,7 +94,7 @@ def model_files(names: Collection[str], variant: str | None) -> list[str]:
     """
     if INDEX not in names:
         raise WeightError(f"{INDEX} is missing, so it is no model folder in diffusers' layout")
-    parts = [part for part in (*NETWORKS, "clip") if any(name.startswith(f"{part}/") for name in names)]
+    parts = [part for part in NETWORKS if any(name.startswith(f"{part}/") for name in names)]
     return [
         *(name for name in names if name == INDEX or _TEXT_FILE.fullmatch(name)),
         *(name for part in parts for name in network_files(names, part, f"{part}/", variant)),
