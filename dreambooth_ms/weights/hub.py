@@ -3,9 +3,13 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
+
+from tqdm import tqdm
 
 from dreambooth_ms.adapters.adapter import PARTS
 from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
@@ -100,9 +104,10 @@ def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
 def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path, list[str]]:
     """A repository's folder in the hub's cache, which has the files that are used; those that it lacks are fetched."""
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.utils import logging
+    from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
+    disable_progress_bars()  # It has one for each file, and one for their number.
     try:
         limit = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=limit)
@@ -117,12 +122,14 @@ def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path,
     if lacking:
         # Another commit may have the same files.
         blobs = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
+        size = sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file())
         try:
-            check_room(folder, sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file()))
+            check_room(folder, size)
         except WeightError as error:
             raise WeightError(f"{error}, or name another disk with HF_HOME") from error
         try:
-            snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(one) for one in files])
+            with _progress(f"downloading {repository}", folder / "blobs", size):
+                snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(one) for one in files])
         except (OSError, ValueError) as error:
             if explain(error):
                 raise
@@ -174,3 +181,29 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
         f"the hub, {hub}, cannot be reached ({type(error.__cause__ or error).__name__}): check the network and "
         "HTTPS_PROXY, name a mirror with HF_ENDPOINT, or copy the model to this machine and name its folder"
     )
+
+
+@contextmanager
+def _progress(what: str, folder: Path, size: int) -> Iterator[None]:
+    """Inside, a progress bar of so many bytes follows the files in a folder as they grow, whatever writes them."""
+
+    def held() -> int:
+        total = 0
+        for path in folder.glob("*"):
+            with suppress(OSError):  # One that has just been given its name.
+                total += path.stat().st_size
+        return total
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            bar.update(min(held() - before, size) - bar.n)
+
+    before, ended, watcher = held(), Event(), Thread(target=watch, daemon=True)
+    with tqdm(desc=what, total=size, unit="B", unit_scale=True) as bar:
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+        bar.update(size - bar.n)

@@ -194,10 +194,12 @@ def test_of_a_model_only_what_is_used_is_fetched(hub, files, variant, weights):
     assert len(indexes) == (files is SHARDED)
 
 
-def test_what_is_there_is_not_fetched_again(hub):
+def test_what_is_there_is_not_fetched_again(hub, capfd):
     hub.answers["owner/model"] = SD_15
     root = find_model("owner/model", variant="fp16")
+    assert "downloading owner/model: 100%" in capfd.readouterr().err
     assert find_model("owner/model", variant="fp16") == root
+    assert not capfd.readouterr().err
     assert len(hub.fetched) == len(set(hub.fetched))
     (root / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     assert find_model("owner/model", variant="fp16") == root
