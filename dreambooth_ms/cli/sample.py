@@ -126,7 +126,7 @@ def read_prompts(text_or_path: str) -> list[str]:
 def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
     """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
     folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
-    inputs = {**vars(config.weights), "image": config.start.image}
+    inputs = {name: getattr(config.start, name) for name in ("image", "transparent_background")} | vars(config.weights)
     first, written, sheet = first_free_number(folder), [], []
     for sample in samples:
         number, settings = first + sample.number, {**sample.settings, **inputs}

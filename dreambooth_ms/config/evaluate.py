@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from dreambooth_ms.config.ranges import COLOUR, NOT_EMPTY, at_least
+from dreambooth_ms.config.ranges import NOT_EMPTY, at_least
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class ComparisonConfig(GenerationConfig):
 
     instance_data_dir: Annotated[str, NOT_EMPTY]
     """Folder with photographs of the subject."""
-    transparent_background: Annotated[str, COLOUR] = "white"
+    transparent_background: Background = "white"
     """What they are put on where they are transparent: white, black, grey or #rrggbb."""
     prompt: Annotated[str, NOT_EMPTY]
     """What the pictures of the subject show: a prompt, or the path of a text file with one prompt per line."""

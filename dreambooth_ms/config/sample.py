@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.ranges import COLOUR, INNER_SHARE, NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
 _RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)
@@ -69,7 +69,7 @@ class StartConfig:
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
     """How far to go from the picture: 1 keeps nothing of it."""
-    transparent_background: Annotated[str, COLOUR, _NO_IMAGE] = "white"
+    transparent_background: Annotated[Background, _NO_IMAGE] = "white"
     """What the picture is put on where it is transparent: white, black, grey or #rrggbb."""
 
 

@@ -1,11 +1,14 @@
 """Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
+
+Background: TypeAlias = Annotated[str, COLOUR]
+"""What a picture is put on where it is transparent."""
 
 
 @dataclass(frozen=True, kw_only=True)

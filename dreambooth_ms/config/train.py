@@ -6,21 +6,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
-from dreambooth_ms.config.ranges import (
-    COLOUR,
-    DECAY,
-    MEMORY,
-    NOT_EMPTY,
-    SEED,
-    SIDE,
-    STEPS,
-    ZERO_OR_ONE,
-    above,
-    at_least,
-)
+from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
 from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -53,7 +42,7 @@ class DataConfig:
     """Mirror pictures left to right at random."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
-    transparent_background: Annotated[str, COLOUR] = "white"
+    transparent_background: Background = "white"
     """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 

@@ -97,7 +97,7 @@ def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
     try:
         root, files = _fetch(repository, one_file if file else choose, revision)
     except WeightError as error:
-        raise WeightError(f"{name}: {error}") from error
+        raise WeightError(f"{name}: {error}{near(name)}") from error
     return root / files[0] if len(files) == 1 else root
 
 
@@ -133,7 +133,7 @@ def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path,
         except (OSError, ValueError) as error:
             if explain(error):
                 raise
-            raise WeightError(f"{_reason(error, repository, revision)}; what has come is kept") from error
+            raise WeightError(_reason(error, repository, revision)) from error
     return folder / "snapshots" / str(info.sha), files
 
 

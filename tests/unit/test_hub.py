@@ -333,7 +333,7 @@ def test_what_is_refused_only_when_files_are_asked_for_is_told_in_the_same_words
         raise answered(403, errors.GatedRepoError)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(WeightError, match=r"^owner/name: gated: accept its licence at .*; what has come is kept$"):
+    with pytest.raises(WeightError, match=r"^owner/name: gated: accept its licence at .*HF_TOKEN$"):
         find_model("owner/name")
 
 
@@ -422,6 +422,11 @@ def test_a_path_that_is_not_there_is_a_missing_file_and_the_nearest_is_named(hub
         find(name)
     assert str(error.value) == f"{name}: no such file or folder{said}"
     assert not hub.asked
+
+
+def test_what_the_hub_does_not_have_may_be_a_slip_too(hub, files):
+    with pytest.raises(WeightError, match=r"^modles/dog: not on the hub, or private: .*; did you mean models\?$"):
+        find_model("modles/dog")
 
 
 @pytest.mark.parametrize("name", ["models/sdxl", "owner/model", "owner/model/a b.safetensors"])
