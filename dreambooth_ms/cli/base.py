@@ -3,13 +3,14 @@
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
-from dreambooth_ms.weights.hub import find_model
+from dreambooth_ms.weights.hub import find_model, find_vae
 
 
-def open_base(base: BaseModelConfig, revision: str | None = None, variant: str | None = None) -> ModelBundle:
+def open_base(base: BaseModelConfig) -> ModelBundle:
     """Open the base model, on the device that was set up before."""
-    vae = find_model(base.pretrained_vae_model_name_or_path) if base.pretrained_vae_model_name_or_path else None
-    bundle = open_bundle(find_model(base.pretrained_model_name_or_path, revision, variant), variant, vae)
+    vae = find_vae(base.pretrained_vae_model_name_or_path) if base.pretrained_vae_model_name_or_path else None
+    path = find_model(base.pretrained_model_name_or_path, base.revision, base.variant)
+    bundle = open_bundle(path, base.variant, vae)
     for note in bundle.notes:
         tell(f"{bundle.path}: {note}")
     return bundle

@@ -62,7 +62,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(model, model.revision, model.variant)
+        base = open_base(model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
     base.schedule.trained()

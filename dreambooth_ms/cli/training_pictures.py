@@ -35,10 +35,11 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
         DataError: there is no subject, or a picture of either is damaged.
     """
     data, prior = config.data, config.prior
-    concepts = [read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)]
+    folder, background = Path(data.instance_data_dir), data.transparent_background
+    concepts = [read_concept(INSTANCE, folder, data.instance_prompt, tell, background=background)]
     if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
         weight, count = prior.prior_loss_weight, prior.num_class_images
-        concepts.append(read_concept(CLASS, prior.folder, prior.class_prompt or "", tell, weight, at_most=count))
+        concepts.append(read_concept(CLASS, prior.folder, prior.class_prompt or "", tell, weight, count, background))
     return concepts
 
 

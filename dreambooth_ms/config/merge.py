@@ -14,9 +14,12 @@ class MergingConfig(TargetConfig):
     """One or several LoRAs become part of a model's weights."""
 
     base: Annotated[str, NOT_EMPTY, PATH]
-    """The model: a file or a folder, in any format that is read."""
+    """The model: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None: its main branch."""
     lora: Annotated[list[str], PATH, Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
-    """LoRA files or folders of any format and rank; several are added up."""
+    """LoRA files or folders of any format and rank, or owner/name or owner/name/file on the Hugging Face hub; several
+    are added up."""
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
     format: Literal["diffusers", "stability", "mindone"] | None = None

@@ -7,7 +7,7 @@ from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
 _RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)
@@ -70,6 +70,8 @@ class StartConfig:
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
     """How far to go from the picture: 1 keeps nothing of it."""
+    transparent_background: Annotated[Background, _NO_IMAGE] = "white"
+    """What the picture is put on where it is transparent: white, black, grey or #rrggbb."""
 
 
 def _whole(size: str) -> Rule:
@@ -114,7 +116,8 @@ class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
     refiner: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """The model: a local folder or file, or a name on the Hugging Face hub. None: the base makes the pictures alone."""
+    """The model: a local folder or file, or a name on the Hugging Face hub, in the base's --variant. None: the base
+    makes the pictures alone."""
     denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
     """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with
     --refiner_strength."""

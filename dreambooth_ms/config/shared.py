@@ -1,11 +1,14 @@
 """Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
+
+Background: TypeAlias = Annotated[str, COLOUR]
+"""What a picture is put on where it is transparent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,11 @@ class BaseModelConfig:
     """The base model."""
 
     pretrained_model_name_or_path: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
-    """Base model: a local folder or file, or a name on the Hugging Face hub."""
+    """Base model: a local folder or file, or on the Hugging Face hub owner/model, or owner/model/file.safetensors."""
+    revision: Annotated[str | None, Resume.BY_CONTENT] = None
+    """Branch, tag or commit on the hub. None: its main branch."""
+    variant: Annotated[str | None, Resume.BY_CONTENT] = None
+    """Variant of the weight files, such as fp16. None: the plain files, or the only variant."""
     pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
 
@@ -36,7 +43,7 @@ class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
     lora: Annotated[list[str], PATH] = field(default_factory=list)
-    """Adapter files or folders; several are added up."""
+    """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up."""
     lora_scale: Annotated[
         list[float],
         Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),

@@ -10,7 +10,7 @@ from dreambooth_ms.config import choices
 from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, PATH, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
 from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -28,11 +28,6 @@ OFFSET_NOISE_STRENGTH = 0.1
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(BaseModelConfig):
     """The base model."""
-
-    revision: Annotated[str | None, Resume.BY_CONTENT] = None
-    """Branch, tag or commit on the hub. None: its main branch."""
-    variant: Annotated[str | None, Resume.BY_CONTENT] = None
-    """Variant of the weight files, such as fp16. None: the plain files."""
 
 
 _NAMELESS = Rule(
@@ -63,6 +58,8 @@ class DataConfig:
     """Mirror pictures left to right at random."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
+    transparent_background: Background = "white"
+    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 
 _HIGH_FOR_TEXT = Rule(

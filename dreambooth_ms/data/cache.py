@@ -148,7 +148,9 @@ def posterior_lookup(
     def make(views: Sequence[View]) -> Iterator[tuple[View, tuple[np.ndarray]]]:
         encode = load_encoder()
         for view in progress(views):
-            crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
+            crop = resize_and_crop(
+                open_picture(view.record.path, view.record.background), view.frame, interpolation, view.flip
+            )
             value = encode(to_array(crop).transpose(2, 0, 1)[None])
             flaw = "" if value[0].any() else "nothing but zeros, which is black"
             flaw = flaw if np.isfinite(value).all() else "NaN or infinity"

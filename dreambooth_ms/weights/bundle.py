@@ -14,10 +14,11 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
+from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.recognise import recognise
 from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import ABSENT, TOKENIZERS, read_json, write_json
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
@@ -190,8 +191,8 @@ def load_clip(folder: Path) -> CLIPModel:
     """
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(model_config.read_config(folder / "config.json", config, model_config.read_clip_config))
-    file = folder / "model.safetensors"
-    load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
+    file = folder_layout.weight_file(folder, "clip", None)
+    load_strict(network, open_tensor_file(file).tensors, str(file), ignore_unexpected=BUFFERS)
     return network
 
 

@@ -154,7 +154,7 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
-        for variant in folder_layout.variants(folder / name):
+        for variant in folder_layout.variants(path.name for path in (folder / name).iterdir()):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
     components = [name for name, of in index.items() if isinstance(of, list)]

@@ -171,7 +171,7 @@ NOT_A_PICTURE = ": not a picture of a known format; save it as PNG or JPEG, or r
     [
         ({}, f"{NO_PICTURE}it is empty; expected a folder with pictures (png, jpg, "),
         ({".DS_Store": b"", "notes.txt": b"rex"}, f"{NO_PICTURE}2 found: .DS_Store, notes.txt; expected a folder"),
-        ({"dog.heic": b"", "dog.svg": b"<svg/>"}, f"{NO_PICTURE}2 found: dog.heic, dog.svg; expected a folder"),
+        ({"dog.psd": b"", "dog.svg": b"<svg/>"}, f"{NO_PICTURE}2 found: dog.psd, dog.svg; expected a folder"),
         ({"dog.jpg": cut(encoded("JPEG"))}, "pictures/dog.jpg: cannot be read (image file is truncated"),
         ({"dog.png": cut(encoded("PNG"))}, "pictures/dog.png: cannot be read ("),
         ({"dog.webp": cut(encoded("WEBP"))}, "pictures/dog.webp: "),
@@ -375,13 +375,16 @@ def test_a_configuration_file_that_is_none(train_refused, path, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("./nowhere", "./nowhere: no such folder, and not a hub name of the form owner/model"),
-        ("nowhere", "nowhere: no such folder, and not a hub name of the form owner/model"),
-        ("m" * 300, f"{'m' * 300}: no such folder, and not a hub name of the form owner/model"),
+        ("./nowhere", "./nowhere: no such file or folder; check the path"),
+        ("nowhere", "nowhere: no such file or folder; a name on the hub has the form owner/model"),
+        ("m" * 300, f"{'m' * 300}: no such file or folder; a name on the hub has the form owner/model"),
         (
             "~nobody-of-that-name/model",
             "--pretrained_model_name_or_path: ~nobody-of-that-name/model: no home folder is known for ~nobody",
         ),
+        ("mdoel", "mdoel: no such file or folder; did you mean model?"),
+        ("model/uent", "model/uent: no such file or folder; did you mean model/unet?"),
+        ("model.safetensors", "model.safetensors: no such file or folder; did you mean model?"),
         ("dog/0.png", "dog/0.png: expected a model folder, got a file"),
         (
             "dog",
@@ -654,7 +657,9 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lora", "nowhere"], "nowhere: no such file; check the path"),
+        (["--lora", "nowhere"], "nowhere: no such file or folder; a name on the hub has the form owner/model"),
+        (["--lora", "./dog/lora.safetensors"], "./dog/lora.safetensors: no such file or folder; check the path"),
+        (["--lora", "dgo"], "dgo: no such file or folder; did you mean dog?"),
         (["--lora", "dog"], f"dog/{FILE_NAME}: no such file; check the path"),
         (["--lora", "dog/0.png"], "dog/0.png: not a readable weight file (it is a PNG picture)"),
         (
@@ -699,7 +704,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
         (["--target_height", "100"], "--target_height: give it together with --target_width"),
         (["--crop_coords_top", "-1"], "--crop_coords_top: expected at least 0, got -1"),
         (["--aesthetic_score", "11"], "--aesthetic_score: expected from 0 to 10, got 11.0"),
-        (["--refiner", "nowhere"], "nowhere: no such folder, and not a hub name of the form owner/model"),
+        (["--refiner", "nowhere"], "nowhere: no such file or folder; a name on the hub has the form owner/model"),
         (["--denoising_end", "0.8"], "--denoising_end: needs --refiner, which goes on from there"),
         (
             ["--refiner", "model", "--denoising_end", "1"],
@@ -715,6 +720,15 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
         (["--output_dir", "dog/0.png"], "dog/0.png: cannot be written (Not a directory); choose another folder"),
         (["--prompt", "dog/0.png"], "--prompt dog/0.png: not readable as UTF-8 text ("),
         (["--prompt", "empty.txt"], "--prompt empty.txt: the file holds no prompt; write one per line"),
+        (["--prompt", "emtpy.txt"], "--prompt emtpy.txt: no such file; did you mean empty.txt?"),
+        (
+            ["--variant", "fp16"],
+            "model: unet/diffusion_pytorch_model.fp16.safetensors is missing (found: config.json, ",
+        ),
+        (
+            ["--image", "dog/0.png", "--transparent_background", "blue"],
+            "--transparent_background: expected white, black, grey or #rrggbb, got 'blue'",
+        ),
         (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder in diffusers' layout: "),
     ],
 )
@@ -732,6 +746,8 @@ def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
         (["--lora", ""], "--lora: missing; name the adapter to compare the base with"),
         (["--clip", "dog"], "dog holds no CLIP model: config.json is missing; is the download complete?"),
         (["--instance_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
+        (["--instance_data_dir", "dgo"], "dgo: no such folder; did you mean dog?; expected a folder with pictures"),
+        (["--clip", "./clip"], "./clip: no such file or folder; check the path"),
     ],
 )
 def test_a_comparison_that_cannot_be_made(refused, flags, said):
@@ -741,3 +757,30 @@ def test_a_comparison_that_cannot_be_made(refused, flags, said):
         *(flags if "--lora" in flags else ["--lora", "nowhere", *flags]),
     )
     assert line.startswith(said)
+
+
+def test_a_comparison_without_a_clip_model_says_which_to_name(place, refused):
+    shutil.rmtree(place / "model" / "clip")
+    command = [
+        "evaluate",
+        "--pretrained_model_name_or_path",
+        "model",
+        "--prompt",
+        "a star",
+        "--class_prompt",
+        "a photo",
+    ]
+    (line,) = refused(*command, "--instance_data_dir", "dog", "--output_dir", "out", "--lora", "nowhere")
+    assert line == "--clip: model has no CLIP model; name one, such as openai/clip-vit-base-patch32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--base", "mdoel"], "mdoel: no such file or folder; did you mean model?"),
+        (["--lora", "./nowhere"], "./nowhere: no such file or folder; check the path"),
+    ],
+)
+def test_what_cannot_be_merged(refused, flags, said):
+    given = {"--base": "model", "--lora": "model/unet", **dict([flags])}
+    assert refused("merge", *(text for flag in given.items() for text in flag), "--target", "out") == [said]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, near
 
 
 class FormatError(Exception):
@@ -21,7 +21,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file; check the path") from error
+        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
     except OSError as error:
         raise unreadable(path, kind, error.strerror) from error
     except FormatError as error:
