@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
+from dreambooth_ms.adapters.folding import TRAINED_KEY, as_trained
 from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
@@ -142,19 +143,20 @@ def _updates(
                 raise WeightError(f"{file.path}: {slot.name} holds whole numbers, not factors; download it again")
             if factor == ALPHA and not math.isfinite(value := read_value(file.tensors[slot.name]).item()):
                 raise WeightError(f"{file.path}: {slot.name} is {value}, which is no scale; download it again")
-    updates: dict[str, Update] = {}
+    updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
     for name, tensors in plan.read(lambda name: read_value(file.tensors[name])).items():
         update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
         if isinstance(update, LoraUpdate) and update.alpha is None:
             update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+            update = as_trained(update, trained[part], layer, source)
         updates[name] = update
     return updates
 
 
-def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _diffusers_settings(metadata: Mapping[str, str], where: str = METADATA_KEY) -> dict[str, dict[str, Any]]:
     """Settings by part, as diffusers puts them into a file's metadata; empty where there are none."""
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = json.loads(metadata[where])
     except (KeyError, ValueError, RecursionError):
         content = None
     named = [(*key.partition("."), value) for key, value in content.items()] if isinstance(content, dict) else []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter, open_adapter
-from dreambooth_ms.adapters.writing import write_adapter
+from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.convert import ConversionConfig
 from dreambooth_ms.config.merge import MergingConfig
@@ -36,6 +36,9 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
 }
 """What names of files in a format may end in; a folder in nothing."""
 
+_OF_LORAS, _OF_MODELS = ("alpha", "base"), ("variant", "use_ema", "prediction_type")
+"""Flags that only one kind of sources has a use for."""
+
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]
 """From the number of bytes to write to what is told how many were written."""
 
@@ -57,14 +60,23 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     """
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
-    if not holds_adapter(source):
+    is_model = not holds_adapter(source)
+    _check_flags(wanted, "a model" if is_model else "a LoRA", _OF_LORAS if is_model else _OF_MODELS)
+    if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
         return
     opened = open_adapter(source, models_of(wanted.base), wanted.base).with_alpha(wanted.alpha)
     form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    yield from opened.notes
+    yield from (*opened.notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def _check_flags(wanted: ConversionConfig, kind: str, others: Sequence[str]) -> None:
+    """Raise WeightError if a flag was given that is only for other kinds of sources."""
+    given = [f"--{flag}" for flag in others if getattr(wanted, flag)]
+    if given:
+        raise WeightError(f"{wanted.source}: this is {kind}; leave out {', '.join(given)}")
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:

@@ -12,6 +12,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
@@ -21,8 +22,8 @@ LONGEST_VALUE = 200
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
 
-def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> list[str]:
-    """One line per fact about a model, a LoRA or an autoencoder.
+def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> Iterator[str]:
+    """One line per fact about a model, a LoRA or an autoencoder; what takes reading all values comes last.
 
     Args:
         path: a file or folder in any format that is read.
@@ -33,14 +34,20 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
     """
     if holds_adapter(path):
-        return list(_adapter(open_adapter(path, models_of(base), base)))
+        yield from _adapter(open_adapter(path, models_of(base), base))
+        return
+    describe = _model
     try:
-        return list(_model(open_model(path, variant)))
+        found = open_model(path, variant)
     except WeightError as error:
         try:
-            return list(_lone_vae(open_lone_vae(path)))
+            found, describe = open_lone_vae(path), _lone_vae
         except WeightError:
             raise error from None
+    yield from describe(found)
+    broken = [name for name, tensor in found.tensors.items() if not tensor.is_finite()]
+    if broken:
+        yield f"NaN or infinity: in {len(broken)} tensors ({show_names(broken)})"
 
 
 def _model(model: OpenedModel) -> Iterator[str]:
@@ -58,6 +65,10 @@ def _model(model: OpenedModel) -> Iterator[str]:
     missing = [f"the whole {part}" for part in model.missing_parts]
     if model.report.fits:
         yield f"missing: {'; '.join(missing) or 'nothing'}"
+        try:
+            model.check()
+        except WeightError as error:
+            yield f"does not fit: {error}"
     else:
         yield f"does not fit: {'; '.join([*missing, model.report.summary()])}"
     yield from (f"note: {note}" for note in model.notes)

@@ -15,14 +15,15 @@ from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.formats.files.recognise import recognise
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import ABSENT, TOKENIZERS, read_json, write_json
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.load import load_strict
-from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
+from dreambooth_ms.weights.opened_model import READERS, OpenedModel, open_model, with_other_vae
 from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
@@ -131,8 +132,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     is_xl = "text_encoder_2" in folders
     text = []
     for name, folder in folders.items():
-        read = model_config.read_projected_text_config if name == "text_encoder_2" else model_config.read_text_config
-        text.append(TextReader.of_clip(name, model.network(name, read), folder, last_layer=not is_xl))
+        text.append(TextReader.of_clip(name, model.network(name, READERS[name]), folder, last_layer=not is_xl))
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
@@ -190,8 +190,9 @@ def load_clip(folder: Path) -> CLIPModel:
     """
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(model_config.read_config(folder / "config.json", config, model_config.read_clip_config))
-    file = folder / "model.safetensors"
-    load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
+    file = read_safetensors(folder / "model.safetensors")
+    tensors = {name: replace(own, label=f"{file.path}: {name}") for name, own in file.tensors.items()}
+    load_strict(network, tensors, str(file.path), ignore_unexpected=BUFFERS)
     return network
 
 

@@ -139,7 +139,9 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
     in_order = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
     ranges = tuple(one for piece in pieces for one in piece.ranges) if in_order else ()
     shape = assembly.shape([piece.shape for piece in pieces])
-    return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges)
+    # Those that are read have been looked at.
+    label = pieces[0].label if ranges else ""
+    return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges, label)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:

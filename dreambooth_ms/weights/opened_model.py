@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,14 @@ PREDICTION_METADATA = "modelspec.prediction_type"
 """Where single files say what they predict, by the Stability ModelSpec: "epsilon" or "v"."""
 
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+
+READERS: Mapping[str, Callable[[Config], Any]] = {
+    "unet": model_config.read_unet_config,
+    "vae": model_config.read_vae_config,
+    "text_encoder": model_config.read_text_config,
+    "text_encoder_2": model_config.read_projected_text_config,
+}
+"""What reads the configuration of each network."""
 
 Spec = TypeVar("Spec")
 
@@ -125,12 +133,25 @@ class OpenedModel:
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
 
     def check(self) -> None:
-        """Stop if a network is not whole, or there are tensors that belong to none.
+        """Stop if a network is not whole, there are tensors that belong to none, or configurations say something else.
 
         Raises:
-            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts.
+            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts; or a configuration that
+                is not supported.
         """
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
+        specs = {part: self.network(part, READERS[part]).spec for part in self.parts}
+        wanted, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
+        wanted = {name: shape for name, shape in wanted.items() if name.partition(".")[0] in specs}
+        Report(
+            missing=tuple(name for name in wanted if name not in self.tensors),
+            unexpected=tuple(name for name in there if name in self.tensors and name not in wanted),
+            misshaped=tuple(
+                f"{name}: expected {shape}, got {self.tensors[name].shape}"
+                for name, shape in wanted.items()
+                if name in self.tensors and self.tensors[name].shape != shape
+            ),
+        ).check(str(self.path), "its own configurations")
 
 
 def open_model(
@@ -147,7 +168,11 @@ def open_model(
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
     """
-    return _open_folder(path, variant, parts) if path.is_dir() else _open_file(path, use_averages)
+    if not path.is_dir():
+        return _open_file(path, use_averages)
+    if use_averages:
+        raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
+    return _open_folder(path, variant, parts)
 
 
 def _open_file(path: Path, use_averages: bool) -> OpenedModel:
@@ -158,12 +183,15 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
     said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
-    passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
+    notes = [f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()]
+    notes += [f"{model.averages} moving averages (EMA) took the place of the weights."] if use_averages else []
+    doubts = [*(["do not tell"] if said else []), *(["besides the weights"] if use_averages else [])]
     return replace(
         model,
         spec=_with_latent_statistics(model.spec, file),
         prediction_type=said or model.prediction_type,
-        notes=(*(_without(model.notes, "do not tell") if said else model.notes), *passed_over),
+        averages=0 if use_averages else model.averages,
+        notes=(*_without(model.notes, *doubts), *notes),
         metadata=file.metadata,
     )
 
@@ -250,7 +278,7 @@ def _opened(
         container=file.container,
         form=found.form,
         spec=found.model,
-        tensors=_public_tensors(plan, file.tensors),
+        tensors=_public_tensors(plan, file),
         parts=tuple(parts),
         report=plan.report,
         prediction_type=found.prediction_type,
@@ -259,8 +287,9 @@ def _opened(
     )
 
 
-def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Public name -> tensor, for what a plan reads from the tensors of a file."""
+def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]:
+    """Public name -> tensor, for what a plan reads from a file; none of them may hold NaN or infinity."""
+    stored = file.tensors
     # Of what several tensors are blocks of, so that it is read once: weight and bias take turns.
     read_blocks = lru_cache(maxsize=2)(lambda name: stored[name].read())
 
@@ -273,7 +302,7 @@ def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[
         # A block of rows is a part of its tensor's bytes.
         in_order = slot.layout.keeps_order and len(own.ranges) == 1
         ranges = (own.ranges[0].part(slot.block * size, size),) if in_order else ()
-        return StoredTensor(slot.public_shape(own.shape), own.dtype, load, ranges)
+        return StoredTensor(slot.public_shape(own.shape), own.dtype, load, ranges, f"{file.path}: {slot.name}")
 
     return {name: public(slot) for name, slot in plan.slots.items()}
 

@@ -5,8 +5,9 @@ import pytest
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.folding import folded
 from dreambooth_ms.adapters.lora_update import LoraUpdate
-from dreambooth_ms.adapters.writing import file_tensors, folded
+from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora import lora_format, read_plan, recognise_lora, write_plan
@@ -159,8 +160,8 @@ class TestAlpha:
 
     def test_a_scale_of_one_changes_no_bit(self):
         layer = random_factors(SMALL["sdxl"], [Q], rank=3, alpha=3.0)[Q]
-        assert folded(layer.tensors())[UP] is layer.up
-        assert folded(LoraUpdate(layer.down, layer.up).tensors())[ALPHA] == 3.0
+        assert folded(layer).up is layer.up
+        assert folded(LoraUpdate(layer.down, layer.up)).alpha == 3.0
 
     def test_without_it_the_rank_is_assumed_aloud(self, tmp_path):
         model = SD_15
