@@ -1,6 +1,7 @@
 """Models of every family go from every format to every other and come back bit by bit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -115,6 +116,9 @@ class TestSingleFiles:
         assert values_of(open_model(tmp_path / "plain").tensors) == values_of(planned.model.tensors)
         assert main(["convert", str(path), str(tmp_path / "ema"), "--use_ema"]) == 0
         found = open_model(tmp_path / "ema").tensors
+        said = capsys.readouterr().err
+        assert f"{len(averages)} moving averages (EMA) took the place of the weights." in said
+        assert "are not written" not in said
         assert all((found[name].read() == 7).all() for name in averages.values())
         assert values_of({n: t for n, t in found.items() if n.startswith("vae.")}) == values_of(
             {n: t for n, t in planned.model.tensors.items() if n.startswith("vae.")}
@@ -124,6 +128,55 @@ class TestSingleFiles:
         path, _ = single_file(tmp_path)
         assert main(["convert", str(path), str(tmp_path / "out"), "--use_ema"]) == 2
         assert "holds no moving averages" in capsys.readouterr().err
+
+    def test_a_folder_keeps_no_averages(self, tmp_path, capsys):
+        path, _ = write_model(Format.DIFFUSERS, tmp_path / "model")
+        assert main(["convert", str(path), str(tmp_path / "out.ckpt"), "--use_ema"]) == 2
+        assert "a folder keeps no moving averages (EMA) beside its weights; leave out" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("form", Format, ids=lambda form: form.value)
+    @pytest.mark.parametrize(
+        ("value", "flags", "said"),
+        [
+            (np.nan, [], "holds NaN or infinity; download it again"),
+            (-np.inf, ["--dtype", "bf16"], "holds NaN or infinity; download it again"),
+            (1e5, ["--dtype", "fp16"], "holds a number too large for F16; choose a wider type"),
+        ],
+    )
+    def test_what_is_not_finite_is_named_and_nothing_is_written(self, tmp_path, capsys, form, value, flags, said):
+        path, _ = single_file(tmp_path)
+        tensors, name = dict(open_tensor_file(path).tensors), "model.diffusion_model.out.2.bias"
+        tensors[name] = StoredTensor.of(np.array([0, 0, value, 0], np.float32))
+        write_safetensors(tmp_path / "bent.safetensors", tensors)
+        before = sorted(tmp_path.iterdir())
+        target = tmp_path / f"out{SUFFIXES[form]}"
+        assert main(["convert", str(tmp_path / "bent.safetensors"), str(target), *flags]) == 2
+        assert f"error: {tmp_path}/bent.safetensors: {name}: {said}" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize(
+        ("file", "change", "said"),
+        [
+            ("unet", {"act_fn": "gelu"}, "act_fn 'gelu' is not supported"),
+            ("unet", {"cross_attention_dim": 5}, "does not fit its own configurations: .* of another shape"),
+            ("text_encoder", {"num_hidden_layers": 1}, "does not fit its own configurations: .* unexpected"),
+            ("vae", {"layers_per_block": 2}, "does not fit its own configurations: .* missing"),
+        ],
+    )
+    def test_a_folder_is_read_as_strictly_as_by_those_who_compute_with_it(self, tmp_path, capsys, file, change, said):
+        path, _ = write_model(Format.DIFFUSERS, tmp_path / "model")
+        config = path / file / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        assert main(["convert", str(path), str(tmp_path / "out.safetensors")]) == 2
+        assert re.search(said, capsys.readouterr().err)
+        assert main(["inspect", str(path)]) == 0
+        assert re.search(f"does not fit: .*{said}", capsys.readouterr().out)
+
+    @pytest.mark.parametrize("flags", [["--alpha", "2"], ["--base", "x"]])
+    def test_a_flag_of_loras_is_not_passed_over(self, tmp_path, capsys, flags):
+        path, _ = single_file(tmp_path)
+        assert main(["convert", str(path), str(tmp_path / "out"), *flags]) == 2
+        assert f"this is a model; leave out {flags[0]}" in capsys.readouterr().err
 
     def test_everything_that_does_not_fit_is_listed_with_counts_and_nothing_is_written(self, tmp_path, capsys):
         path, _ = single_file(tmp_path)
@@ -255,8 +308,9 @@ class TestTargets:
         (path / "tokenizer").mkdir()
         (path / "tokenizer/vocab.json").write_text('{"own": 0}')
         index = json.loads((path / "model_index.json").read_text())
-        (path / "unet/config.json").write_text(json.dumps({"attention_head_dim": 3}))
+        own = json.loads((path / "unet/config.json").read_text()) | {"_name_or_path": "mine"}
+        (path / "unet/config.json").write_text(json.dumps(own))
         assert main(["convert", str(path), str(tmp_path / "out"), "--dtype", "fp16"]) == 0
         assert json.loads((tmp_path / "out/tokenizer/vocab.json").read_text()) == {"own": 0}
-        assert json.loads((tmp_path / "out/unet/config.json").read_text()) == {"attention_head_dim": 3}
+        assert json.loads((tmp_path / "out/unet/config.json").read_text()) == own
         assert json.loads((tmp_path / "out/model_index.json").read_text()).keys() == index.keys()
