@@ -54,8 +54,9 @@ def assert_same_updates(found, expected):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_way_through_every_format_changes_no_factor_and_no_alpha(tmp_path, bases, family):
+    """With scales that are powers of two: others round B where a format has them in it."""
     forms = [form for form in LoraFormat if form is not LoraFormat.MINDONE]
-    path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "0", family, dtype=DTYPES[family])
+    path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "0", family, dtype=DTYPES[family], alphas=(4.0, 16.0))
     for form in [*forms, LoraFormat.KOHYA, *reversed(forms)]:
         source, path = path, tmp_path / f"{len(list(tmp_path.iterdir()))}{FILES.get(form, '.safetensors')}"
         assert convert(source, path, form, bases[family]) == 0
@@ -115,7 +116,7 @@ class TestFolding:
         path, _ = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", alphas=(1e6,))
         target = tmp_path / "out.safetensors"
         assert convert(path, target, LoraFormat.DIFFUSERS, bases["sd15"], "--dtype", "fp16") == 2
-        assert "holds a number too large for F16; choose a wider type" in capsys.readouterr().err
+        assert "holds a number that is too large for F16; choose a wider type" in capsys.readouterr().err
         assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
     def test_ranks_that_are_filled_up_are_told(self, tmp_path, bases, capsys):

@@ -140,7 +140,7 @@ class TestSingleFiles:
         [
             (np.nan, [], "holds NaN or infinity; download it again"),
             (-np.inf, ["--dtype", "bf16"], "holds NaN or infinity; download it again"),
-            (1e5, ["--dtype", "fp16"], "holds a number too large for F16; choose a wider type"),
+            (1e5, ["--dtype", "fp16"], "holds a number that is too large for F16; choose a wider type"),
         ],
     )
     def test_what_is_not_finite_is_named_and_nothing_is_written(self, tmp_path, capsys, form, value, flags, said):
@@ -160,7 +160,7 @@ class TestSingleFiles:
             ("unet", {"act_fn": "gelu"}, "act_fn 'gelu' is not supported"),
             ("unet", {"cross_attention_dim": 5}, "does not fit its own configurations: .* of another shape"),
             ("text_encoder", {"num_hidden_layers": 1}, "does not fit its own configurations: .* unexpected"),
-            ("vae", {"layers_per_block": 2}, "does not fit its own configurations: .* missing"),
+            ("vae", {"layers_per_block": 3}, "does not fit its own configurations: .* missing"),
         ],
     )
     def test_a_folder_is_read_as_strictly_as_by_those_who_compute_with_it(self, tmp_path, capsys, file, change, said):

@@ -107,7 +107,7 @@ def test_integers_are_not_cast():
 def test_nan_and_infinity_are_found_wherever_they_are(tmp_path, dtype, at, bad):
     values = np.full(300_000, -1.5)
     values[:2] = 0.0, float(np.finfo(np.float16).max)
-    good = StoredTensor.of(values).cast_to(dtype)
+    good = StoredTensor.of(values.copy()).cast_to(dtype)
     values[at] = bad
     broken = StoredTensor.of(values).cast_to(dtype)
     write_safetensors(tmp_path / "file", {"good": good, "broken": broken})
@@ -129,7 +129,7 @@ def test_what_is_no_float_is_finite():
 def test_a_number_too_large_for_the_type_that_is_asked_for_is_refused_where_it_matters():
     tensor = StoredTensor.of(np.array([1e5], np.float32))
     assert np.isinf(tensor.cast_to(DType.F16).read()).all()
-    with pytest.raises(WeightError, match="x: a: holds a number too large for F16; choose a wider type"):
+    with pytest.raises(WeightError, match="x: a: holds a number that is too large for F16; choose a wider type"):
         replace(tensor, label="x: a").cast_to(DType.F16).read()
     assert replace(tensor, label="x: a").cast_to(DType.BF16).is_finite()
 
