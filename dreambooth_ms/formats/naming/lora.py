@@ -108,15 +108,17 @@ def read_plan(
 
     `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
     """
-    places, unknown = lora_formats.lora_naming(form, model, parts).locate(stored)
+    places, unknown = _locate(stored, lora_formats.layers_by_path(model, parts))
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
-    layers, misshaped, missing = {}, [], []
+    layers, misshaped, missing, duplicate = {}, [], [], []
     for name, weight in lora_formats.lora_layers(model, parts).items():
-        found = {factor: places[f"{name}.{factor}"][0] for factor in (DOWN, UP, ALPHA) if f"{name}.{factor}" in places}
+        own = places.get(name, {})
+        found = {factor: own[factor][0] for factor in (DOWN, UP, ALPHA) if factor in own}
         lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if factor not in found] if found else []
         missing += lacking
+        duplicate += [f"{name}.{one}: {' and '.join(s.name for s in own[one])}" for one in found if len(own[one]) > 1]
         if found and not lacking:
             fitting = _as_found(found, weight, stored)
             if fitting:
@@ -124,8 +126,25 @@ def read_plan(
             else:
                 shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
                 misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
-    duplicate = [f"{name}: {' and '.join(s.name for s in slots)}" for name, slots in places.items() if len(slots) > 1]
-    return LoraPlan(form, (model,), layers, Report(tuple(missing), unknown, tuple(misshaped), tuple(duplicate)))
+    report = Report(tuple(missing), unknown, tuple(misshaped), tuple(duplicate))
+    return LoraPlan(form, (model,), layers, report)
+
+
+def _locate(
+    names: Iterable[str], layers: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, dict[str, list[Slot]]], tuple[str, ...]]:
+    """Where a file has the factors of each layer, by layer and factor; and the names that hold none."""
+    places: dict[str, dict[str, list[Slot]]] = {}
+    unknown = []
+    for name in names:
+        path, factor = lora_formats.split_name(name)
+        held = layers.get(path, ()) if factor else ()
+        for block, layer in enumerate(held):
+            slot = Slot(name, block=block, blocks=len(held)) if factor == UP else Slot(name)
+            places.setdefault(layer, {}).setdefault(factor, []).append(slot)
+        if not held:
+            unknown.append(name)
+    return places, tuple(unknown)
 
 
 def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source: str = "") -> WritePlan:

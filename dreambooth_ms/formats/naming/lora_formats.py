@@ -6,14 +6,14 @@ for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 
 from dreambooth_ms.formats.naming import mindone
 from dreambooth_ms.formats.naming.formats import Format, spell
-from dreambooth_ms.formats.naming.plan import Naming
+from dreambooth_ms.formats.naming.plan import unwrapped
 from dreambooth_ms.formats.naming.slots import Shape, Slot
 from dreambooth_ms.formats.naming.stability import UNET_PREFIX, unet_slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
@@ -87,34 +87,6 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
     return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
-@lru_cache(maxsize=32)
-def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
-    """The naming of every factor that a LoRA for a model, or for some of its parts, can have.
-
-    A format decides what is written; names of every format are read. Of one part also names that do not say the part,
-    as peft's.
-    """
-    layers, shapes = lora_layers(model, parts), dict[str, Shape]()
-    for layer, weight in layers.items():
-        down, up = factor_shapes(weight, rank=1)
-        shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
-    bare = ("",) if parts is not None and len(parts) == 1 else ()
-    return Naming(
-        shapes=shapes,
-        slots=lora_slots(form, layers, model),
-        spellings=(
-            lora_slots(LoraFormat.MINDONE, layers, model),
-            *(
-                {f"{layer}.{factor}": Slot(f"{path}.{factor}") for factor in (DOWN, UP, ALPHA)}
-                for layer in layers
-                for path in _paths(layer, model, bare)
-            ),
-        ),
-        optional=frozenset(shapes),
-        clean=_clean,
-    )
-
-
 def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
     """Where a format keeps the factors of some layers of a model; what it has no place for is left out."""
     slots: Slots = {}
@@ -124,14 +96,33 @@ def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dic
     return slots
 
 
-def _clean(name: str) -> str:
-    """The unwrapped name of a factor as peft ends it, or of an alpha."""
-    name = mindone.clean(name).replace(".processor.", ".").replace("_orig_mod_", "")
-    return _FACTOR.sub(lambda match: f".{DOWN if match['down'] else UP}", name)
+def split_name(name: str) -> tuple[str, str]:
+    """A name in a file -> what it calls the layer, and which factor it is; the name itself and "" if it is none."""
+    plain = mindone.clean(unwrapped(name)).replace(".processor.", ".").replace("_orig_mod_", "")
+    if match := _FACTOR.search(plain):
+        return plain[: match.start()], DOWN if match["down"] else UP
+    path, dot, last = plain.rpartition(".")
+    return (path, ALPHA) if dot and last == ALPHA else (plain, "")
+
+
+@lru_cache(maxsize=16)
+def layers_by_path(model: ModelSpec, parts: tuple[str, ...] | None = None) -> Mapping[str, tuple[str, ...]]:
+    """What layers are called in files, whoever wrote them -> the layers.
+
+    Where it is several, they are one layer there: A is common to them, and B has a block of rows for each. Of one part
+    alone, names may leave out which it is, as peft's do.
+    """
+    bare = ("",) if parts is not None and len(parts) == 1 else ()
+    found, joined = dict[str, tuple[str, ...]](), dict[str, dict[int, str]]()
+    for layer in lora_layers(model, parts):
+        found |= dict.fromkeys(_paths(layer, model, bare), (layer,))
+        for slot in spell(Format.MINDONE, f"{layer}.weight", model):
+            if slot.name.endswith(".weight"):
+                joined.setdefault(slot.name.removesuffix(".weight"), {})[slot.block] = layer
+    return found | {path: tuple(blocks[number] for number in sorted(blocks)) for path, blocks in joined.items()}
 
 
 def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
-    """What a layer is called in files, whoever wrote them, before the words for its factors."""
     part, _, inner = layer.partition(".")
     names = {slot.name.removeprefix(f"{part}.") for slot in spell(Format.DIFFUSERS, f"{layer}.weight", model)}
     if part == "unet":
