@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from contextlib import redirect_stderr
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.sampling.adapters import ModelAdapters
-from dreambooth_ms.weights.bundle import open_bundle
+from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import PUBLISHED, SMALL
 from tests.whole_loras import attention, random_lora, write_lora_as, write_lora_file
 from tests.whole_models import write_model
@@ -85,7 +86,7 @@ def answers(path, base, target):
             assert main([command, *flags]) == 2, command
         said[command] = lines.getvalue().strip().removeprefix("dreambooth-ms: error: ")
     with pytest.raises(WeightError) as error:
-        ModelAdapters(open_bundle(base), [path])
+        ModelAdapters(SimpleNamespace(opened=lambda: open_model(base), path=base), [path])
     return said | {"sample": str(error.value)}
 
 
@@ -186,7 +187,7 @@ class TestBases:
     def run(self, tmp_path, base):
         (tmp_path / "run").mkdir()
         path, _ = write_lora_file(LoraFormat.DIFFUSERS, tmp_path / "run/pytorch_lora_weights", choose=attention)
-        (path.parent / "config.yaml").write_text(f"base:\n  pretrained_model_name_or_path: {base}\n")
+        (path.parent / "config.yaml").write_text(f"model:\n  pretrained_model_name_or_path: {base}\n")
         return path.parent
 
     def test_that_of_its_run_is_found(self, run, tmp_path, capsys):
