@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
-from dreambooth_ms.conversion.convert import models_of
+from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter
+from dreambooth_ms.conversion.lora_source import open_lora
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
@@ -34,7 +34,7 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
     """
     if holds_adapter(path):
-        yield from _adapter(open_adapter(path, models_of(base), base))
+        yield from _adapter(open_lora(path, base))
         return
     describe = _model
     try:

@@ -255,7 +255,9 @@ class TestTargets:
 class TestSources:
     @pytest.mark.parametrize("form", [LoraFormat.KOHYA, LoraFormat.DIFFUSERS, LoraFormat.MINDONE], ids=NAMES.get)
     def test_a_lora_for_another_family_says_for_which(self, tmp_path, bases, capsys, form):
-        path, _ = write_lora_file(form, tmp_path / "lora", "sdxl", choose=attention)
+        path = tmp_path / f"lora{FILES.get(form, '.safetensors')}"
+        lora = random_lora(PUBLISHED["sdxl"], path, choose=lambda layer: ".mid_block." in layer and attention(layer))
+        write_lora_as(lora, path, form)
         assert main(["inspect", str(path), "--base", str(bases["sd15"])]) == 2
         assert f"{path}: this is a LoRA for SDXL base; expected one for SD 1.x" in capsys.readouterr().err
 
@@ -290,7 +292,7 @@ class TestSources:
         name = next(name for name in tensors if name.endswith(".alpha"))
         tensors[name] = type(tensors[name]).of(np.float32(number))
         write_safetensors(tmp_path / "bent.safetensors", tensors)
-        with pytest.raises(WeightError, match="which is no scale"):
+        with pytest.raises(WeightError, match="NaN or infinity in 1 of its tensors"):
             open_adapter(tmp_path / "bent.safetensors", [SMALL["sd15"]])
 
     def test_half_a_layer_is_missing_the_other_half(self, tmp_path, bases, capsys):

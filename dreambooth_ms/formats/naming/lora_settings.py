@@ -14,6 +14,9 @@ from dreambooth_ms.errors import WeightError
 
 Settings = Mapping[str, Any]
 
+_LARGEST = 3.4e38
+"""Of float32, in which updates are added."""
+
 
 def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> float | None:
     """The alpha of a layer by its part's settings, such that its scale is alpha / r; None if they do not say.
@@ -30,7 +33,7 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
     alpha = settings.get("lora_alpha") if alpha is None else alpha
     if alpha is None:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
         raise WeightError(f"{source}: lora_alpha {alpha!r} is not a number; download it again")
     # Rank-stabilised LoRA scales by alpha / sqrt(r) (Kalajdzievski, 2023, eq. 4).
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
