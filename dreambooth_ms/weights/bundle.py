@@ -87,8 +87,7 @@ class ModelBundle:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
                 schedule is unknown.
         """
-        if not model_config.is_edm(self.schedule.config):
-            self.schedule.trained()
+        self.schedule.check()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -131,8 +130,8 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     is_xl = "text_encoder_2" in folders
     text = []
     for name, folder in folders.items():
-        read = model_config.read_projected_text_config if name == "text_encoder_2" else model_config.read_text_config
-        text.append(TextReader.of_clip(name, model.network(name, read), folder, last_layer=not is_xl))
+        stored = model.network(name, model_config.NETWORK_READERS[name])
+        text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
@@ -156,8 +155,8 @@ def _open_folder(path: Path, variant: str | None, own: Collection[str]) -> tuple
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, 2.x or SDXL")
     model = open_model(path, variant, parts=(*own, *folders))
     model.check()
-    for folder in folders.values():
-        check_clip_tokenizer(folder)
+    for name, folder in folders.items():
+        check_clip_tokenizer(folder, getattr(model.spec, name).vocab_size)
     return model, folders
 
 
