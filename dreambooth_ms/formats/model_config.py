@@ -184,6 +184,16 @@ def read_clip_config(config: Config) -> ClipSpec:
     )
 
 
+def read_image_statistics(config: Config) -> list[list[float]]:
+    """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
+    statistics = {name: config[name] for name in ("image_mean", "image_std")}
+    check_keys(statistics, dict.fromkeys(statistics, tuple[float, ...]))
+    for name, values in statistics.items():
+        if len(values) != 3:
+            raise WeightError(f"{name}: expected 3 numbers, got {len(values)}; download it again")
+    return list(statistics.values())
+
+
 def is_edm(scheduler_config: Config) -> bool:
     """Whether a diffusers scheduler is for models trained in EDM's formulation (Karras et al., 2022)."""
     return str(scheduler_config.get("_class_name")).startswith("EDM")
