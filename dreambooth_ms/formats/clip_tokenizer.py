@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.clip_vocabulary import LENGTH
+from dreambooth_ms.formats.clip_vocabulary import LENGTH, SIZE
 from dreambooth_ms.formats.config_keys import TOKENIZER_KEYS, check_keys
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_config
@@ -25,12 +25,13 @@ class ClipTokenizer:
     Args:
         folder: `tokenizer.json`, or `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
         longest: tokens that the tower has positions for.
+        vocab_size: tokens that it knows.
 
     Raises:
-        WeightError: the files are no tokenizer of CLIP.
+        WeightError: the files are no tokenizer of CLIP, or have more tokens.
     """
 
-    def __init__(self, folder: Path, longest: int = LENGTH) -> None:
+    def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
         # transformers announces at import that there is no PyTorch; the tokenizers need none.
         from transformers import CLIPTokenizerFast
         from transformers.utils import logging
@@ -40,6 +41,10 @@ class ClipTokenizer:
             self._tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
         except Exception as error:  # The library for tokenizers knows no other.
             raise WeightError(f"{folder}: no tokenizer of CLIP ({' '.join(str(error).split())})") from error
+        if len(self._tokenizer) > vocab_size:
+            raise WeightError(
+                f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
+            )
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
@@ -69,11 +74,11 @@ class ClipTokenizer:
         return ids
 
 
-def check_clip_tokenizer(folder: Path, vocab_size: int) -> None:
+def check_clip_tokenizer(folder: Path) -> None:
     """Whether the files are whole: with one cut short, transformers fails, or gives other tokens without a word.
 
     Raises:
-        WeightError: a file is missing or cut short, a key is not known, or there are more tokens than `vocab_size`.
+        WeightError: a file is missing or cut short, or a key is not known.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():
@@ -81,10 +86,6 @@ def check_clip_tokenizer(folder: Path, vocab_size: int) -> None:
     file, vocabulary, made = _vocabulary(folder)
     if made < len(vocabulary) - UNMERGED_TOKENS:
         raise WeightError(f"{file}: cut short; download it again")
-    if len(vocabulary) > vocab_size:
-        raise WeightError(
-            f"{file}: {len(vocabulary)} tokens, its text encoder knows {vocab_size}; take both from one model"
-        )
 
 
 def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:

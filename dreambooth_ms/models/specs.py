@@ -116,6 +116,8 @@ class VaeSpec:
         channels = self.block_out_channels
         if not channels:
             yield "block_out_channels is empty"
+        if min(self.scaling_factor, *(self.latents_std or (1.0,))) <= 0:
+            yield "scaling_factor and latents_std are not above 0"
         yield from _indivisible(
             "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
         )

@@ -30,7 +30,7 @@ from dreambooth_ms.weights.opened_model import (
     ZERO_SNR,
     OpenedModel,
 )
-from dreambooth_ms.weights.unsaid import Unsaid, unsaid
+from dreambooth_ms.weights.unsaid import unsaid
 
 _ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -128,9 +128,8 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
     if form is Format.STABILITY:
         tensors |= _marks(model)
-    beyond = Unsaid() if form is Format.DIFFUSERS else unsaid(model, form, tensors)
-    notes = tuple(_notes(model, form, plan, beyond.settings))
-    return ModelTarget(model, form, tensors, notes, beyond.configurations)
+    configurations, keys = ({}, ()) if form is Format.DIFFUSERS else unsaid(model, form, tensors)
+    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), configurations)
 
 
 def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
@@ -191,17 +190,17 @@ def _metadata(model: OpenedModel, configurations: Mapping[str, Config]) -> dict[
     return kept | own | {"format": "pt"}
 
 
-def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_settings: Sequence[str]) -> Iterator[str]:
+def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Sequence[str]) -> Iterator[str]:
     if model.averages:
         yield f"{model.averages} moving averages (EMA) are not written; --use_ema takes them in place of the weights."
     if plan.left_out:
         shown = ", ".join(plan.left_out[:3])
         yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
-    if unsaid_settings and form is Format.MINDONE:
-        yield f"A MindSpore checkpoint has no place for {', '.join(unsaid_settings)}: keep the source."
-    elif unsaid_settings:
+    if unsaid_keys and form is Format.MINDONE:
+        yield f"A MindSpore checkpoint has no place for {', '.join(unsaid_keys)}: keep the source."
+    elif unsaid_keys:
         yield (
-            f"A single file has no place for {', '.join(unsaid_settings)}: they are in its metadata, which other "
+            f"A single file has no place for {', '.join(unsaid_keys)}: they are in its metadata, which other "
             "programs do not read."
         )
     if model.missing_parts:

@@ -109,7 +109,7 @@ class TextReader:
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             adapted_layers=CLIP_TARGETS,
-            tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings),
+            tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
             load=load,
             digest=stored.digest,
         )
