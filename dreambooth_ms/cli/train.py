@@ -58,7 +58,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         base = open_base(config.device, model, model.revision, model.variant)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
-    base.schedule.trained()
+    base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
     subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)

@@ -87,9 +87,9 @@ def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, pr
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
     planned = plan_model(model, form, dtype)
     planned.check_place(target)
+    yield from (*planned.model.notes, *planned.notes)
     with progress(planned.byte_count) as count:
         planned.write(target, count)
-    yield from (*planned.model.notes, *planned.notes)
     kind = f"{planned.model.spec.family.value} with {', '.join(planned.model.parts)}"
     yield f"wrote {target}: {kind}, {planned.byte_count / 1e6:,.1f} MB"
 

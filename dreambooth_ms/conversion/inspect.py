@@ -54,7 +54,8 @@ def _model(model: OpenedModel) -> Iterator[str]:
     yield f"format: {model.form.value}, {model.container.value}"
     sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
-    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}"
+    snr = ", zero terminal SNR" if model.zero_snr else ""
+    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}{snr}"
     yield f"dtype: {', '.join(f'{dtype.value} ({count} tensors)' for dtype, count in model.dtypes.items())}"
     for part in model.parts:
         own = model.of_part(part)

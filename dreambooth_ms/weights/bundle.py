@@ -23,7 +23,7 @@ from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.load import load_strict
-from dreambooth_ms.weights.opened_model import READERS, OpenedModel, open_model, with_other_vae
+from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
 from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
@@ -88,8 +88,7 @@ class ModelBundle:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
                 schedule is unknown.
         """
-        if not model_config.is_edm(self.schedule.config):
-            self.schedule.trained()
+        self.schedule.check()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -132,7 +131,8 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     is_xl = "text_encoder_2" in folders
     text = []
     for name, folder in folders.items():
-        text.append(TextReader.of_clip(name, model.network(name, READERS[name]), folder, last_layer=not is_xl))
+        stored = model.network(name, model_config.NETWORK_READERS[name])
+        text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,

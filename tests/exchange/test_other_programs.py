@@ -21,7 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -127,10 +127,13 @@ def settings(part, mixed):
 
 
 def with_adapters(base, mixed):
+    """A pipeline with an adapter in every network; by peft itself, since transformers asks for versions to come."""
     pipeline = base.pipeline()
     torch.manual_seed(0)
     for part, network in networks_of(pipeline).items():
-        network.add_adapter(settings(part, mixed))
+        config = settings(part, mixed)
+        inject_adapter_in_model(config, network)
+        network.peft_config = {"default": config}
     return pipeline
 
 
