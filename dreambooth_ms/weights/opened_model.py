@@ -158,7 +158,12 @@ class OpenedModel:
                 is not supported.
         """
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
-        specs = {part: self.network(part, model_config.NETWORK_READERS[part]).spec for part in self.parts}
+        specs = {}
+        for part in self.parts:
+            # In a tuple, so that heads and norm groups, which tensors do not know of, are left to those who compute.
+            (specs[part],) = self.network(
+                part, lambda said, part=part: (model_config.NETWORK_READERS[part](said),)
+            ).spec
         wanted, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in wanted.items() if name.partition(".")[0] in specs}
         Report(

@@ -137,6 +137,18 @@ class TestSingleFiles:
             {n: t for n, t in planned.model.tensors.items() if n.startswith("vae.")}
         )
 
+    def test_weights_without_an_average_stay(self, tmp_path, capsys):
+        averages = {slot.name: name for name, slot in naming_of(Format.STABILITY, SMALL["sd15"]).averages.items()}
+        stored, name = next(iter(averages.items()))
+        shape = naming_of(Format.STABILITY, SMALL["sd15"]).shapes[name]
+        path, planned = single_file(tmp_path, more={stored: StoredTensor.of(np.full(shape, 7, np.float32))})
+        assert main(["convert", str(path), str(tmp_path / "ema"), "--use_ema"]) == 0
+        assert "1 moving averages (EMA) took the place of the weights." in capsys.readouterr().err
+        found = open_model(tmp_path / "ema").tensors
+        assert (found[name].read() == 7).all()
+        others = {other: own for other, own in planned.model.tensors.items() if other != name}
+        assert values_of({other: found[other] for other in others}) == values_of(others)
+
     def test_averages_that_are_not_there_are_not_taken(self, tmp_path, capsys):
         path, _ = single_file(tmp_path)
         assert main(["convert", str(path), str(tmp_path / "out"), "--use_ema"]) == 2

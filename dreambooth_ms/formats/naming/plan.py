@@ -83,13 +83,14 @@ class Naming:
             ),
         )
 
-    def locate(self, names: Iterable[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
+    def locate(self, names: Collection[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
         """Find the public names that are held by the names of a file, whatever their shapes.
 
         Returns:
             The places of each public name, in the model's order, and the names that hold none.
         """
-        holders = self._backwards({**self.slots, **self.averages}) if averages else self._holders
+        there = {name: slot for name, slot in self.averages.items() if averages and slot.name in names}
+        holders = self._backwards({**self.slots, **there}) if there else self._holders
         places: dict[str, list[Slot]] = {}
         unknown = []
         for name in names:
@@ -108,7 +109,7 @@ class Naming:
             if name not in self.optional and (parts is None or name.partition(".")[0] in parts)
         ]
 
-    def present_parts(self, stored: Iterable[str]) -> list[str]:
+    def present_parts(self, stored: Collection[str]) -> list[str]:
         """The parts of which a file holds anything, in the model's order."""
         held = parts_of(name for name in self.locate(stored)[0] if name not in self.optional)
         return [part for part in parts_of(self.shapes) if part in held]
