@@ -36,6 +36,10 @@ METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in a file's metadata."""
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
+TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
+"""In the metadata of a file of PEFT whose tensors stand in it twice, for transformers from 5.6 on without `text_model.`;
+and what the others begin with."""
+
 KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
 """How an update is made of a layer's tensors, by the one that its kind is known by."""
 
@@ -129,7 +133,8 @@ def open_adapter(
     for part, folder in peft.items() or ((None, None),):
         settings = read_json(folder / PEFT_CONFIG) if folder else None
         file = open_tensor_file(_peft_weights(folder) if folder else _file(path))
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        is_twice = TWICE_KEY in file.metadata
+        shapes = {n: tensor.shape for n, tensor in file.tensors.items() if not is_twice or n.startswith(TEXT_LEVEL)}
         own = (part,) if part else None
         plan = recognise_lora(shapes, str(file.path), candidates, own, str(base or ""), otherwise)
         candidates = plan.models

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import Adapter, Update
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
 from dreambooth_ms.adapters.folding import TRAINED_KEY, folded, folded_adapter
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.formats.files.dtypes import DType
@@ -29,7 +29,15 @@ Tensors = dict[str, np.ndarray]
 FOLDED = (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS)
 """Formats some of whose readers take alpha for the rank."""
 
-_OWN_METADATA = ("format", METADATA_KEY, TRAINED_KEY, "ss_network_dim", "ss_network_alpha", "ss_network_module")
+_OWN_METADATA = (
+    "format",
+    METADATA_KEY,
+    TRAINED_KEY,
+    TWICE_KEY,
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_module",
+)
 """What is written anew, whatever the file said that an adapter comes from."""
 
 _SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -82,11 +90,14 @@ def write_adapter(
     settings = {part: _settings(part, layers, model) for part, layers in kept.parts.items()}
     if form is LoraFormat.PEFT:
         files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
+        text, beside = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
+        # peft looks for the names of the transformers that is there: those of CLIPTextModel changed with 5.6.
+        text |= {name.replace(".text_model.", ".", 1): tensor for name, tensor in text.items()}
         check_room(path, sum(map(total_bytes, files.values())))
         with new_folder(path) as folder:
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
-                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt"})
+                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **beside.get(part, {})})
                 write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
         return
     trained = {part: _settings(part, layers, model) for part, layers in adapter.parts.items()}

@@ -218,7 +218,7 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
     spec = _with_latent_statistics(model.spec, file)
     notes = [f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items()]
     if use_averages:
-        notes.append(f"{model.averages} moving averages (EMA) took the place of the weights.")
+        notes.append(f"Moving averages (EMA) are taken in place of the weights: {model.averages}.")
         doubts.append("besides the weights")
     return replace(
         model,

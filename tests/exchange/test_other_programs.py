@@ -83,7 +83,7 @@ def base(request, tmp_path_factory):
     if request.param == "sdxl":
         small_sdxl(folder)
     else:
-        StableDiffusionPipeline.from_pretrained(SMALL_BASE).save_pretrained(folder)
+        StableDiffusionPipeline.from_pretrained(SMALL_BASE, torch_dtype=torch.float32).save_pretrained(folder)
     return SimpleNamespace(
         path=folder, kind=KINDS[request.param], pipeline=lambda: KINDS[request.param].from_pretrained(folder)
     )

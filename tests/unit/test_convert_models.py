@@ -130,7 +130,7 @@ class TestSingleFiles:
         assert main(["convert", str(path), str(tmp_path / "ema"), "--use_ema"]) == 0
         found = open_model(tmp_path / "ema").tensors
         said = capsys.readouterr().err
-        assert f"{len(averages)} moving averages (EMA) took the place of the weights." in said
+        assert f"Moving averages (EMA) are taken in place of the weights: {len(averages)}." in said
         assert "are not written" not in said
         assert all((found[name].read() == 7).all() for name in averages.values())
         assert values_of({n: t for n, t in found.items() if n.startswith("vae.")}) == values_of(
@@ -143,7 +143,7 @@ class TestSingleFiles:
         shape = naming_of(Format.STABILITY, SMALL["sd15"]).shapes[name]
         path, planned = single_file(tmp_path, more={stored: StoredTensor.of(np.full(shape, 7, np.float32))})
         assert main(["convert", str(path), str(tmp_path / "ema"), "--use_ema"]) == 0
-        assert "1 moving averages (EMA) took the place of the weights." in capsys.readouterr().err
+        assert "Moving averages (EMA) are taken in place of the weights: 1." in capsys.readouterr().err
         found = open_model(tmp_path / "ema").tensors
         assert (found[name].read() == 7).all()
         others = {other: own for other, own in planned.model.tensors.items() if other != name}
