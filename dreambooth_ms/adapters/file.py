@@ -37,8 +37,8 @@ METADATA_KEY = "lora_adapter_metadata"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
-"""In the metadata of a file of PEFT whose tensors stand in it twice, for transformers from 5.6 on without `text_model.`;
-and what the others begin with."""
+"""In the metadata of a file of PEFT whose tensors stand in it twice, the second time without `text_model.` as
+transformers has them from 5.6 on; and what the first begin with."""
 
 KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
 """How an update is made of a layer's tensors, by the one that its kind is known by."""
