@@ -86,6 +86,7 @@ def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, pr
         model = replace(model, prediction_type=wanted.prediction_type)
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
     planned = plan_model(model, form, dtype)
+    model.check_configurations()
     planned.check_place(target)
     yield from (*planned.model.notes, *planned.notes)
     with progress(planned.byte_count) as count:

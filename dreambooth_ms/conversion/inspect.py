@@ -67,7 +67,7 @@ def _model(model: OpenedModel) -> Iterator[str]:
     if model.report.fits:
         yield f"missing: {'; '.join(missing) or 'nothing'}"
         try:
-            model.check()
+            model.check_configurations()
         except WeightError as error:
             yield f"does not fit: {error}"
     else:

@@ -151,32 +151,31 @@ class OpenedModel:
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
 
     def check(self) -> None:
-        """Stop if a network is not whole, there are tensors that belong to none, or configurations say something else.
+        """Stop if a network is not whole, or there are tensors that belong to none.
 
         Raises:
-            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts; or a configuration that
-                is not supported.
+            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts.
         """
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
-        specs = {}
-        for part in self.parts:
-            # In a tuple, so that heads and norm groups, which tensors do not know of, are left to those who compute.
-            (specs[part],) = self.network(
-                part, lambda said, part=part: (model_config.NETWORK_READERS[part](said),)
-            ).spec
-        wanted, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
-        wanted = {name: shape for name, shape in wanted.items() if name.partition(".")[0] in specs}
+
+    def check_configurations(self) -> None:
+        """Stop where networks could not be filled: for those who build none.
+
+        Raises:
+            WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
+        """
+        read = {part: model_config.NETWORK_READERS[part] for part in self.parts}
+        # In a tuple, so that heads and norm groups, which tensors do not know of, are left to those who compute.
+        specs = {part: self.network(part, lambda config, part=part: (read[part](config),)).spec[0] for part in read}
+        shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
+        wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
+        shared = wanted.keys() & self.tensors.keys()
+        others = {name: self.tensors[name].shape for name in shared if self.tensors[name].shape != wanted[name]}
         Report(
-            missing=tuple(name for name in wanted if name not in self.tensors),
+            missing=tuple(name for name in wanted if name not in shared),
             unexpected=tuple(name for name in there if name in self.tensors and name not in wanted),
-            misshaped=tuple(
-                f"{name}: expected {shape}, got {self.tensors[name].shape}"
-                for name, shape in wanted.items()
-                if name in self.tensors and self.tensors[name].shape != shape
-            ),
+            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in sorted(others.items())),
         ).check(str(self.path), "its own configurations")
-        if scheduler := self.scheduler():
-            read_config(self.path / SCHEDULER, scheduler, model_config.check_scheduler_config)
 
 
 def open_model(
