@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || echo python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-real lint clean
+.PHONY: quickstart test test-real test-newest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m tools.quickstart
@@ -21,6 +21,15 @@ test-real: .venv/installed-tests
 	failed=; for test in $$tests; do \
 	  $(BIN)/python -m pytest -q -s -m real "$$test" || failed="$$failed $$test"; \
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+# Files go to the newest versions of the other libraries and back, once per release: these have an environment of their own.
+test-newest: .venv/installed .venv-newest/installed
+	DREAMBOOTH_MS_PYTHON=$(CURDIR)/$(BIN)/python .venv-newest/bin/python -m pytest -q --confcutdir tests/exchange tests/exchange
+
+.venv-newest/installed: tests/requirements-newest.txt | .venv/bin/python
+	$(BIN)/python -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-newest.txt
+	touch $@
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
@@ -38,4 +47,4 @@ lint: .venv/installed-tests
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-newest build dist *.egg-info

@@ -65,7 +65,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         base = open_base(model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
-    base.schedule.trained()
+    base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
     concepts = read_concepts(config)

@@ -145,13 +145,13 @@ def encode_pictures(
     processes.wait_for_all("the encoded pictures")
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
-    spec, loss = base.schedule.trained(), job.config.loss
-    prediction_type = loss.prediction_type or spec.prediction_type
+    loss = job.config.loss
+    schedule = base.schedule.trained(loss.prediction_type)
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
-        objective=draw_columns(prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma),
+        objective=draw_columns(schedule.prediction_type, NoiseSchedule.from_spec(schedule), loss.snr_gamma),
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,

@@ -82,7 +82,8 @@ class SourceConfig:
     source: Annotated[str, NOT_EMPTY, PATH]
     """Model or LoRA: a file or a folder, in any format that is read."""
     base: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    """For a LoRA: the model it is for, where that has other sizes than the published ones and no run's config.yaml
+    beside it names it."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
 

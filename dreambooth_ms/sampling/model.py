@@ -26,7 +26,7 @@ from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import PromptReader
 from dreambooth_ms.sampling.request import OnStep, Sample, SampleRequest, StepReport, Stopped
-from dreambooth_ms.sampling.schedulers import check_formulation
+from dreambooth_ms.sampling.schedulers import check_scheduler
 from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -108,7 +108,7 @@ class SamplingModel:
     def rows(self, request: SampleRequest) -> Rows:
         """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
         self.adapters.scales(request)
-        check_formulation(request.scheduler, self.bundle.schedule.config)
+        check_scheduler(request.scheduler, self.bundle.schedule.config, request.num_inference_steps)
         steps, strength = request.num_inference_steps, request.strength
         if request.image is not None and int(steps * strength) < 1:
             raise ConfigError(

@@ -88,8 +88,7 @@ class ModelBundle:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
                 schedule is unknown.
         """
-        if not model_config.is_edm(self.schedule.config):
-            self.schedule.trained()
+        self.schedule.check()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -132,8 +131,8 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     is_xl = "text_encoder_2" in folders
     text = []
     for name, folder in folders.items():
-        read = model_config.read_projected_text_config if name == "text_encoder_2" else model_config.read_text_config
-        text.append(TextReader.of_clip(name, model.network(name, read), folder, last_layer=not is_xl))
+        stored = model.network(name, model_config.NETWORK_READERS[name])
+        text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
@@ -192,7 +191,8 @@ def load_clip(folder: Path) -> CLIPModel:
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(model_config.read_config(folder / "config.json", config, model_config.read_clip_config))
     file = folder_layout.weight_file(folder, "clip", None)
-    load_strict(network, open_tensor_file(file).tensors, str(file), ignore_unexpected=BUFFERS)
+    tensors = {name: replace(own, label=f"{file}: {name}") for name, own in open_tensor_file(file).tensors.items()}
+    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS)
     return network
 
 

@@ -69,6 +69,22 @@ def test_velocity_and_averages_and_metadata(tmp_path, inspect):
     assert said["metadata note"] == f"{'x' * 200}… (500 characters)"
 
 
+def test_what_is_not_finite_is_told(tmp_path, inspect):
+    path, _ = write_model(Format.STABILITY, tmp_path / "model")
+    tensors = dict(open_tensor_file(path).tensors)
+    for name, bad in (
+        ("model.diffusion_model.out.2.bias", np.nan),
+        ("first_stage_model.decoder.conv_out.bias", np.inf),
+    ):
+        tensors[name] = StoredTensor.of(np.full(tensors[name].shape, bad, np.float32))
+    write_safetensors(tmp_path / "bent.safetensors", tensors)
+    assert (
+        inspect(tmp_path / "bent.safetensors")["NaN or infinity"]
+        == "in 2 tensors (unet.conv_out.bias, vae.decoder.conv_out.bias)"
+    )
+    assert "NaN or infinity" not in inspect(path)
+
+
 def test_a_lora(tmp_path, inspect):
     base, _ = write_model(Format.DIFFUSERS, tmp_path / "base")
     path, lora = write_lora_file(LoraFormat.KOHYA, tmp_path / "lora", dtype=DType.F16)

@@ -14,7 +14,7 @@ from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
 from dreambooth_ms.formats.files.recognise import seems_to_be
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -68,10 +68,9 @@ def _checked_entry(name: str, entry: Any) -> Entry:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"the entry of {quoted(name)} is damaged") from error
-    try:
-        dtype = DType[dtype_name]
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{quoted(name)} has the type {quoted(dtype_name)}, which cannot be read") from error
+    if not isinstance(dtype_name, str) or dtype_name not in DType.__members__:
+        raise unread_type(quoted(name), dtype_name)
+    dtype = DType[dtype_name]
     if type(begin) is not int or type(end) is not int or end - begin != stored.checked_byte_count(shape, dtype):
         raise FormatError(f"{quoted(name)} has a size that does not fit its shape")
     return dtype, shape, (begin, end)
