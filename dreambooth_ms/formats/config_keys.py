@@ -78,7 +78,8 @@ CLIP_KEYS: Keys = {
 }
 
 _SOLVERS: Keys = {
-    **_each(Any, "flow_shift lambda_min_clipped noise_sampler_seed tensor_format time_shift_type"),
+    **_each(Any, "corrector_order flow_shift lambda_min_clipped noise_sampler_seed predictor_order tau_func"),
+    **_each(Any, "tensor_format time_shift_type"),
     **_each(bool | None, "clip_sample euler_at_final lower_order_final predict_x0 set_alpha_to_one skip_prk_steps"),
     **_each(bool | None, "thresholding use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas"),
     **_each(float, "clip_sample_range dynamic_thresholding_ratio sample_max_value timestep_scaling"),

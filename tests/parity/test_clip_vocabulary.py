@@ -158,7 +158,7 @@ def test_a_tokenizer_in_one_file_that_is_cut_short_is_told(in_one_file):
 
 
 def test_words_that_the_text_encoder_has_not_are_told(folder):
-    with pytest.raises(WeightError, match=r"49408 tokens, its text encoder knows 30000; take both from one model"):
+    with pytest.raises(WeightError, match=r"49408 tokens, its text encoder knows 30000; take both from a model"):
         ClipTokenizer(folder, vocab_size=30000)
 
 

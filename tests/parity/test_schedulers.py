@@ -167,7 +167,7 @@ NAMED |= {"dpm++_2s": ("solver_order",)}
 def knows(name, settings):
     """Whether diffusers' class has any of these settings, and the name leaves them open."""
     known = inspect.signature(getattr(diffusers, REFERENCES[name][0]).__init__).parameters
-    if {"use_karras_sigmas", "sigma_min"} <= settings.keys() and "sigma_min" not in known:
+    if ("rho" in settings or "sigma_schedule" in settings) and not SCHEDULERS[name].edm:
         return False
     return any(key in known for key in settings) and not any(key in NAMED.get(name, ()) for key in settings)
 
