@@ -8,7 +8,7 @@ from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.folder_layout import read_json
-from dreambooth_ms.models.specs import PUBLISHED_MODELS
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 from dreambooth_ms.weights.opened_model import open_model
 
 RUN_CONFIG = "config.yaml"
@@ -23,8 +23,8 @@ def open_lora(path: Path, base: str | None) -> OpenedAdapter:
     """
     if base:
         return open_adapter(path, [open_model(Path(base)).spec], base)
-    models, otherwise = PUBLISHED_MODELS, "if its base has sizes of its own, name it with --base"
-    said = trained_base(path)
+    models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
+    said, otherwise = trained_base(path), "if its base has sizes of its own, name it with --base"
     if said and os.path.exists(said):
         models = tuple(dict.fromkeys((*models, open_model(Path(said)).spec)))
     elif said:

@@ -359,11 +359,11 @@ class TestWhatIsRefused:
             ("diffusion_model.middle_block.1.proj_in.diff_b", "full differences of weights"),
             ("lora_unet_mid_block_resnets_0_norm1.w_norm", "norms"),
             ("lora_unet_mid_block_resnets_0_norm1.b_norm", "norms"),
-            ("lora_unet_mid_block_attentions_0_proj_in.scalar", "a trained scalar"),
-            ("diffusion_model.middle_block.1.proj_in.set_weight", "weights set anew or of another shape"),
-            ("lora_unet_mid_block_attentions_0_proj_in.reshape_weight", "weights set anew or of another shape"),
-            ("bundle_emb.dog.clip_l", "embeddings of new words"),
-            ("bundle_emb.dog.string_to_param.*", "embeddings of new words"),
+            ("lora_unet_mid_block_attentions_0_proj_in.scalar", "a factor besides alpha"),
+            ("diffusion_model.middle_block.1.proj_in.set_weight", "weights set anew or reshaped"),
+            ("lora_unet_mid_block_attentions_0_proj_in.reshape_weight", "weights set anew or reshaped"),
+            ("bundle_emb.dog.clip_l", "embeddings of new words beside it"),
+            ("bundle_emb.dog.string_to_param.*", "embeddings of new words beside it"),
         ],
     )
     def test_other_methods_by_their_name(self, name, said):

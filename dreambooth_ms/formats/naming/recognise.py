@@ -29,10 +29,10 @@ OTHER_METHODS = {
     "LoRA of embeddings": r"\.lora_embedding_[AB](?:\.|$)",
     "full differences of weights (.diff)": r"\.diff(?:_b)?$",
     "norms (.w_norm)": r"\.[wb]_norm$",
-    "weights set anew or of another shape": r"\.(?:set_weight|reshape_weight)$",
-    "a trained scalar": r"\.scalar$",
+    "weights set anew or reshaped (.set_weight, .reshape_weight)": r"\.(?:set_weight|reshape_weight)$",
+    "a factor besides alpha (.scalar)": r"\.scalar$",
     "a trained bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
-    "embeddings of new words": r"^bundle_emb\.",
+    "embeddings of new words beside it (bundle_emb)": r"^bundle_emb\.",
 }
 # What a file may be instead -> names that only such files have. The first that fits is said.
 _OTHER_KINDS = {
