@@ -78,11 +78,13 @@ def check_clip_tokenizer(folder: Path) -> None:
     """Whether the files are whole: with one cut short, transformers fails, or gives other tokens without a word.
 
     Raises:
-        WeightError: a file is missing or cut short, or a key is not known.
+        WeightError: a file is missing or cut short, or it is another kind of tokenizer.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():
-            read_config(folder / name, read_json(folder / name), lambda config: check_keys(config, TOKENIZER_KEYS))
+            config = read_json(folder / name)
+            known = {key: config[key] for key in TOKENIZER_KEYS if key in config}
+            read_config(folder / name, known, lambda config: check_keys(config, TOKENIZER_KEYS))
     file, vocabulary, made = _vocabulary(folder)
     if made < len(vocabulary) - UNMERGED_TOKENS:
         raise WeightError(f"{file}: cut short; download it again")

@@ -78,7 +78,8 @@ CLIP_KEYS: Keys = {
 }
 
 _SOLVERS: Keys = {
-    **_each(Any, "flow_shift lambda_min_clipped noise_sampler_seed tensor_format time_shift_type"),
+    **_each(Any, "corrector_order flow_shift lambda_min_clipped noise_sampler_seed predictor_order tau_func"),
+    **_each(Any, "tensor_format time_shift_type"),
     **_each(bool | None, "clip_sample euler_at_final lower_order_final predict_x0 set_alpha_to_one skip_prk_steps"),
     **_each(bool | None, "thresholding use_beta_sigmas use_exponential_sigmas use_karras_sigmas use_lu_lambdas"),
     **_each(float, "clip_sample_range dynamic_thresholding_ratio sample_max_value timestep_scaling"),
@@ -104,19 +105,13 @@ EDM_KEYS: Keys = {
     "sigma_schedule": Literal["karras", "exponential"],
 }
 
-_TRANSFORMERS_TOKENIZERS = """
-add_bos_token add_eos_token added_tokens_decoder additional_special_tokens backend chat_template
-clean_up_tokenization_spaces do_lower_case errors extra_special_tokens is_local max_length name_or_path
-pad_to_multiple_of pad_token_type_id padding_side processor_class special_tokens_map_file stride tokenizer_file
-truncation truncation_side truncation_strategy use_fast
-"""
 TOKENIZER_KEYS: Keys = {
-    **_each(Any, _TRANSFORMERS_TOKENIZERS),
     **_each(str | dict, "bos_token eos_token"),
     **_each(str | dict | None, "pad_token unk_token"),
     "model_max_length": float | None,
     "tokenizer_class": Literal["CLIPTokenizer", "CLIPTokenizerFast", None],
 }
+"""Others go to transformers' own class, and newer ones write whatever they were called with."""
 
 
 def check_keys(config: Mapping[str, Any], keys: Keys) -> None:

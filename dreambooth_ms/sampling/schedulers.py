@@ -45,15 +45,13 @@ class SchedulerKind:
         own = {name: value for name, value in config.items() if name in known}
         if not self.edm:
             spec = read_scheduler_config(config)
-            betas = NoiseSchedule.from_spec(spec).betas(self.least).tolist()
-            # These are rescaled already.
-            own.pop("rescale_betas_zero_snr", None)
-            own |= {
-                "num_train_timesteps": len(betas),
-                "trained_betas": betas,
-                "prediction_type": spec.prediction_type.value,
-            }
-        return kind(**own | self.options)
+            own |= vars(spec) | {"prediction_type": spec.prediction_type.value}
+            if own.pop("rescale_betas_zero_snr"):
+                own["trained_betas"] = NoiseSchedule.from_spec(spec).betas(self.least).tolist()
+        scheduler = kind(**own | self.options)
+        # Not every class has an argument for these, but all that make sigmas look for them.
+        scheduler.register_to_config(**{name: config[name] for name in ("sigma_min", "sigma_max") if name in config})
+        return scheduler
 
 
 _MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"

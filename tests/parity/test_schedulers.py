@@ -97,7 +97,11 @@ def reference_scheduler(name, config, monkeypatch, seed=SEED):
 
 
 def largest_error(name, config, reference, steps):
-    """Of the latents after each step, with a model that is a formula: a tenth of its input and a constant field."""
+    """Of the latents after each step, with a model that is a formula: a tenth of its input and a constant field.
+
+    Timesteps that are looked up for a noise level are cut to whole ones by some schedulers, in both libraries: where a
+    level is a timestep's own, the last bit of its logarithm decides between that and the one below.
+    """
     start, field = normal(2, 4, 6, 8), 0.1 * normal(2, 4, 6, 8, seed=1)
     reference.set_timesteps(steps)
     expected, expected_states = torch.tensor(start) * reference.init_noise_sigma, []
@@ -109,7 +113,9 @@ def largest_error(name, config, reference, steps):
 
     trajectory = Trajectory(request(name, steps), config, [0, 1])
     timesteps = [float(timestep) for timestep in trajectory.timesteps]
-    assert timesteps == pytest.approx([float(timestep) for timestep in reference.timesteps], rel=1e-5, abs=1e-5)
+    looked_up = any(config.get(key) for key in ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"))
+    expected_timesteps = [float(timestep) for timestep in reference.timesteps]
+    assert timesteps == pytest.approx(expected_timesteps, rel=1e-5, abs=1 if looked_up else 1e-5)
     latents, errors = trajectory.begin(start, None), []
     for index, state in enumerate(expected_states):
         prediction = trajectory.inputs(latents, trajectory.timesteps[index]) * 0.1 + Tensor(field)
@@ -146,9 +152,11 @@ SETTINGS = {
     "logarithm of the variance": {"variance_type": "fixed_small_log"},
     "third order": {"solver_order": 3},
     "Heun": {"solver_type": "heun"},
-    "B(h) = h": {"solver_type": "bh1"},
-    "B(h) = h, third order": {"solver_type": "bh1", "solver_order": 3},
-    "noise": {"predict_x0": False},
+    # With a last sigma of 0 diffusers' UniPC gives NaN for these.
+    "B(h) = h": {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+    "B(h) = h, third order": {"solver_type": "bh1", "solver_order": 3, "final_sigmas_type": "sigma_min"},
+    "noise": {"predict_x0": False, "final_sigmas_type": "sigma_min"},
+    "noise, third order": {"predict_x0": False, "solver_order": 3, "final_sigmas_type": "sigma_min"},
     "not corrected": {"disable_corrector": [0, 2]},
     "Euler at the end": {"euler_at_final": True},
     "Lu": {"use_lu_lambdas": True},
@@ -167,7 +175,7 @@ NAMED |= {"dpm++_2s": ("solver_order",)}
 def knows(name, settings):
     """Whether diffusers' class has any of these settings, and the name leaves them open."""
     known = inspect.signature(getattr(diffusers, REFERENCES[name][0]).__init__).parameters
-    if {"use_karras_sigmas", "sigma_min"} <= settings.keys() and "sigma_min" not in known:
+    if ("rho" in settings or "sigma_schedule" in settings) and not SCHEDULERS[name].edm:
         return False
     return any(key in known for key in settings) and not any(key in NAMED.get(name, ()) for key in settings)
 
@@ -204,7 +212,9 @@ def test_zero_terminal_snr_is_followed_by_every_scheduler(name, spacing, monkeyp
     assert products[-1] == pytest.approx(float(reference.alphas_cumprod[-1]), rel=1e-4, abs=1e-12)
     error = largest_error(name, config, reference, 5)
     print(f"{name}, {spacing}: {error:.1e}")
-    assert error < REFERENCES[name][2]
+    # From 2^-24 steps begin at 2^12 times the latents, of which a few float32 roundings stay. Measured 2.2e-3 (heun).
+    rounding = 10 * 2**12 * 2**-24 if spacing == "trailing" and SCHEDULERS[name].least else 0
+    assert error < max(REFERENCES[name][2], rounding)
 
 
 @pytest.mark.parametrize("name", [name for name in REFERENCES if not SCHEDULERS[name].edm])

@@ -343,10 +343,7 @@ def write_text():
 
 def defaults_of(name):
     """The settings that a class of diffusers has by default, as its configurations say them."""
-    try:
-        parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
-    except (TypeError, ImportError, ValueError):
-        return None
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
 
 
@@ -399,9 +396,9 @@ class TestConfigurations:
 
     def test_betas_that_are_left_out_are_those_of_the_class(self):
         """As diffusers reads it; every configuration that a class of its own writes is taken."""
-        for name in dir(diffusers):
+        for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):
             config = defaults_of(name)
-            if not name.endswith("Scheduler") or config is None or "beta_start" not in config:
+            if "beta_start" not in config:
                 continue
             if name.removesuffix("Scheduler") not in model_config._DIFFUSION.split():
                 with pytest.raises(WeightError, match=f"{name}: for models that are trained in another way"):
@@ -492,7 +489,7 @@ class TestConfigurations:
     @pytest.mark.parametrize(
         ("spec", "problems"),
         [
-            (replace(UNET, norm_num_groups=3), ["block_out_channels 8 is not a multiple of norm_num_groups 3"] * 1),
+            (replace(UNET, norm_num_groups=3), ["block_out_channels 8 is not a multiple of norm_num_groups 3"]),
             (replace(UNET, num_heads=(1, 3)), ["block_out_channels 16 is not a multiple of attention_head_dim 3"]),
             (replace(UNET, num_heads=(3, 2)), []),
             (replace(UNET, num_heads=(1,)), ["attention_head_dim has 1 entries, block_out_channels 2"]),
@@ -500,7 +497,10 @@ class TestConfigurations:
                 replace(UNET, transformer_layers_per_block=(1, 2, 3)),
                 ["transformer_layers_per_block has 3 entries, block_out_channels 2"],
             ),
-            (replace(UNET, block_out_channels=()), ["block_out_channels is empty"]),
+            (
+                replace(UNET, block_out_channels=(), has_attention=(), num_heads=()),
+                ["block_out_channels is empty"],
+            ),
             (replace(VAE, norm_num_groups=16), ["block_out_channels 8 is not a multiple of norm_num_groups 16"]),
             (
                 replace(TEXT, transformer=replace(TEXT.transformer, num_attention_heads=3)),
@@ -687,7 +687,7 @@ class TestModelFolder:
 
     def test_weights_of_another_network_are_refused(self, folder):
         config = model_config.write_text_config(CLIP_L_TEXT, 16)
-        config["num_hidden_layers"], config["hidden_size"] = 1, 16
+        config |= {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
             model_folder.open_bundle(folder).text[0].load()
