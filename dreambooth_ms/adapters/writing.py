@@ -90,14 +90,14 @@ def write_adapter(
     settings = {part: _settings(part, layers, model) for part, layers in kept.parts.items()}
     if form is LoraFormat.PEFT:
         files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
-        text, beside = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
+        text, marks = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
         # peft looks for the names of the transformers that is there: those of CLIPTextModel changed with 5.6.
         text |= {name.replace(".text_model.", ".", 1): tensor for name, tensor in text.items()}
         check_room(path, sum(map(total_bytes, files.values())))
         with new_folder(path) as folder:
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
-                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **beside.get(part, {})})
+                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
                 write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
         return
     trained = {part: _settings(part, layers, model) for part, layers in adapter.parts.items()}

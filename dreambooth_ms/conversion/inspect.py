@@ -1,7 +1,7 @@
 """What a file or folder is, in lines for people."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
     if holds_adapter(path):
         yield from _adapter(open_lora(path, base))
         return
-    describe = _model
+    describe: Callable[[OpenedModel], Iterator[str]] = _model
     try:
         found = open_model(path, variant)
     except WeightError as error:

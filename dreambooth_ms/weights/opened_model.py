@@ -164,9 +164,9 @@ class OpenedModel:
         Raises:
             WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
         """
-        read = {part: model_config.NETWORK_READERS[part] for part in self.parts}
-        # In a tuple, so that heads and norm groups, which tensors do not know of, are left to those who compute.
-        specs = {part: self.network(part, lambda config, part=part: (read[part](config),)).spec[0] for part in read}
+        specs = {
+            part: self.network(part, _in_a_list(model_config.NETWORK_READERS[part])).spec[0] for part in self.parts
+        }
         shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
         shared = wanted.keys() & self.tensors.keys()
@@ -372,6 +372,11 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
     channels = model.vae.latent_channels
     settings = read_config(source, config, lambda said: model_config.read_latent_settings(said, channels))
     return replace(model, vae=replace(model.vae, **settings))
+
+
+def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
+    """A reader whose sizes are not looked at: heads and norm groups, of which tensors know nothing, are left to others."""
+    return lambda config: [read(config)]
 
 
 def _without(notes: Collection[str], *doubts: str) -> list[str]:
