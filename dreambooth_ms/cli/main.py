@@ -46,7 +46,7 @@ def program() -> NoReturn:
 
     tell_warnings()
     # MindSpore answers Ctrl-C with a SIGTERM to its own process. An exception that comes while it compiles is taken for
-    # one of the graph, with a page of its text, or lost (both measured). Processes of one run end each other themselves.
+    # one of the graph, with a page of its text, or lost (both measured). Processes that train together end otherwise.
     if not is_launched(os.environ):
         signal.signal(signal.SIGTERM, end_at_once)
     # What is registered first is called last.
