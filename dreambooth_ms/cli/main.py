@@ -6,6 +6,7 @@ Nothing heavy is imported until a command runs, so that help and mistakes answer
 import atexit
 import gc
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dreambooth_ms.config.describe import describe, describe_usual
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
+from dreambooth_ms.processes.launch import is_launched
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
@@ -44,8 +46,9 @@ def program() -> NoReturn:
 
     tell_warnings()
     # MindSpore answers Ctrl-C with a SIGTERM to its own process. An exception that comes while it compiles is taken for
-    # one of the graph, with a page of its text, or lost (both measured).
-    signal.signal(signal.SIGTERM, end_at_once)
+    # one of the graph, with a page of its text, or lost (both measured). Processes that train together end otherwise.
+    if not is_launched(os.environ):
+        signal.signal(signal.SIGTERM, end_at_once)
     # What is registered first is called last.
     atexit.register(lambda: exit_at_once(status))
     status = main()

@@ -47,6 +47,11 @@ class Launch:
         }
 
 
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process."""
+    return _MSRUN in environment or _MPIRUN in environment
+
+
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
     """The place that the launcher gave this process; None if it was started by itself.
 
