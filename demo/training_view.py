@@ -47,10 +47,8 @@ def _content(training: Training) -> None:
         st.subheader(training.name, anchor=False, width="content")
         st.badge(state, color=BADGES[state])
         if state != "finished" and not training.is_of_a_page:
-            where = (
-                f"In a terminal: {training.runner}" if state == "running" else "Give its command in the terminal again"
-            )
-            st.caption(where, width="content")
+            again = "Started in a terminal: give its command there again"
+            st.caption(f"In a terminal: {training.runner}" if state == "running" else again, width="content")
         st.space("stretch")
         _buttons(training)
     if state == "failed":
