@@ -1,22 +1,31 @@
 """What the documents promise can be done as written."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dreambooth_ms.cli.main import COMMANDS, schema_of
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.sampling.picture_file import SETTINGS_KEY
+from tests.tiny_model import write_random_model
+from tests.whole_loras import write_run_lora
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(text):
-    """The dreambooth-ms command lines of the code blocks, with continued lines joined and comments cut."""
+    """The dreambooth-ms command lines of the code blocks, with continued lines joined and comments cut; and of tables,
+    those that are whole."""
+    for line in re.findall(r"^\|.*", text, re.MULTILINE):
+        yield from re.findall(r"`dreambooth-ms ((?:convert|merge) [^`…]+)`", line)
     for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             match = re.search(r"(?:^|\s|/)dreambooth-ms (.*)", line.split("  #")[0])
@@ -120,24 +129,91 @@ def test_every_test_that_proves_a_format_is_there():
     assert all((ROOT / path).is_file() for path in re.findall(r"`(tests/[\w/]+\.py)`", text))
 
 
-def test_the_chinese_readme_holds_what_the_english_one_holds():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_CN.md"))
-    patterns = {
-        "sections": r"^#+ ",
-        "commands": r"(?:^|\s)(?:dreambooth-ms|mpirun|msrun|make|streamlit) [\w-]+",
-        "flags": r"--\w+",
-        "documents": r"\]\((?!https?:)([^)#]+)\)",
-        "figures": r"\d+(?:\.\d+)?",
-    }
-    for what, pattern in patterns.items():
-        held = [re.findall(pattern, text.replace("README_CN", "README"), re.MULTILINE) for text in (english, chinese)]
-        if what == "sections":
-            held = [len(one) for one in held]
-        if what in ("flags", "documents", "commands"):
-            held = [set(map(str.strip, one)) for one in held]
-        if what == "figures":
-            held = [{one for one in found if "." in one or len(one) > 2} for found in held]
-        assert held[0] == held[1], what
+def sections(name):
+    """(level of its heading, text) of each section of a document, in order; a comment in a code block is no heading."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("README_CN.md", "README.md")
+    text = re.sub(r"```.*?```", lambda block: block[0].replace("\n#", "\n #"), text, flags=re.DOTALL)
+    parts = re.split(r"^(#+) .*$", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def code_blocks(text):
+    """Without what is said beside the commands, which is in the document's language."""
+    return [re.sub(r" +# .*", "", block) for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)]
+
+
+HELD = {
+    "code blocks": code_blocks,
+    "rows of tables": lambda text: [row.count("|") for row in re.findall(r"(?m)^\|.*", text)],
+    "items of lists": lambda text: len(re.findall(r"(?m)^- ", text)),
+    "code": lambda text: sorted(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))),
+    "flags": lambda text: sorted(set(re.findall(r"--[\w-]+", text))),
+    "links and pictures": lambda text: sorted(re.findall(r"\]\(([^)]+)\)", text)),
+    "figures": lambda text: {one for one in re.findall(r"\d+(?:\.\d+)?", text) if "." in one or len(one) > 2},
+}
+"""What sections in two languages have alike."""
+
+
+def test_the_chinese_readme_has_the_sections_of_the_english_one():
+    english, chinese = ([level for level, _ in sections(name)] for name in ("README.md", "README_CN.md"))
+    assert english == chinese and len(english) > 10
+
+
+@pytest.mark.parametrize("what", HELD)
+def test_each_section_of_the_chinese_readme_holds_what_the_english_one_holds(what):
+    texts = ([text for _, text in sections(name)] for name in ("README.md", "README_CN.md"))
+    for number, (english, chinese) in enumerate(zip(*texts, strict=True)):
+        assert HELD[what](chinese) == HELD[what](english), number
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 180
+
+
+def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    # Small ones in the places of what it names.
+    (name,) = re.findall(r'find_model\("(.+?)"\)', example)
+    (run,) = re.findall(r'find_adapter\("(.+?)"\)', example)
+    write_random_model(tmp_path / name)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"
+    draw = np.random.default_rng(0).standard_normal
+    factors = draw((2, 16), np.float32), draw((16, 2), np.float32)
+    (tmp_path / run).mkdir(parents=True)
+    write_run_lora(tmp_path / run, {"unet": {layer: factors}})
+    exec(compile(example, "docs/sampling.md", "exec"), {})
+    assert capsys.readouterr().out.split("\n")[:2] == ["1 of 25", "2 of 25"]
+    weak, strong = (Image.open(tmp_path / "outputs" / f"dog-{strength}.png") for strength in (0.6, 1.0))
+    assert '"lora_scale": [0.6]' in weak.info[SETTINGS_KEY]
+    assert (np.asarray(weak) != np.asarray(strong)).any()
+
+
+def texts_of_the_sources():
+    """Every text in the package and its tools, with … where a value is put into it."""
+    found = set()
+    for path in (path for folder in ("dreambooth_ms", "tools") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(one.value) if isinstance(one, ast.Constant) else "…" for one in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def test_every_message_that_is_explained_is_one_of_the_program():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"(?m)^\| `(.+?)` \|", text)
+    sources = texts_of_the_sources()
+    assert len(messages) > 50 and len(messages) == len(set(messages))
+    for message in messages:
+        fixed = [part for part in message.split("…") if re.search(r"\w", part)]
+        if message.startswith("unknown "):  # Of two texts that are put together.
+            assert all(any(part in source for source in sources) for part in fixed)
+            continue
+        in_order = re.compile(".*".join(map(re.escape, fixed)), re.DOTALL)
+        assert fixed and any(in_order.search(source) for source in sources), message
 
 
 def test_the_tour_names_files_that_are_there_each_once():
