@@ -23,7 +23,7 @@ _WORDS = {int: "a whole number above 0", float: "a number", bool: "true or false
 
 
 def _fields_of(*kinds: type) -> dict[str, Any]:
-    return {one.name: one.type for kind in kinds for one in fields(kind)}
+    return {one.name: one.type for kind in kinds for one in fields(kind)}  # type: ignore[arg-type]
 
 
 def _each(kind: Any, names: str) -> dict[str, Any]:

@@ -124,8 +124,9 @@ class OpenedModel:
 
     def made_configurations(self) -> dict[str, Config]:
         """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        made = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
-        return {name: self._as_told(name, content) for name, content in {**made, **self.configurations}.items()}
+        guessed = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
+        made: dict[str, Config] = {**guessed, **self.configurations}
+        return {name: self._as_told(name, content) for name, content in made.items()}
 
     def scheduler(self) -> Config:
         """The configuration of its scheduler; empty for a folder that has none."""
