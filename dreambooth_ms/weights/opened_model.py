@@ -376,7 +376,7 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
 
 
 def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
-    """A reader whose sizes are not looked at; heads and norm groups, of which tensors know nothing, are left to others."""
+    """A reader whose sizes are not looked at: tensors know nothing of heads and norm groups."""
     return lambda config: [read(config)]
 
 
