@@ -161,7 +161,7 @@ def _show_networks(request: PictureRequest) -> None:
 def _show_length(prompt: str, facts: ModelFacts) -> None:
     tokens = count_tokens(prompt, facts.tokenizer)
     if tokens > MOST:
-        st.caption(f":red[{tokens} of {MOST} tokens, without the last {tokens - MOST}.]")
+        st.caption(f":red[{tokens} of {MOST} tokens: the last {tokens - MOST} are not read.]")
     elif tokens:
         st.caption(f"{tokens} of {MOST} tokens")
 
