@@ -94,13 +94,13 @@ def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:
     """The file that says how tokens are merged, all tokens, and how many merges there are."""
     if (file := folder / "tokenizer.json").exists():
         model = read_json(file).get("model")
-        parts = [model.get(name) for name in ("vocab", "merges")] if isinstance(model, dict) else []
-        if [type(part) for part in parts] != [dict, list]:
+        vocabulary, merges = (model.get(name) if isinstance(model, dict) else None for name in ("vocab", "merges"))
+        if not (isinstance(vocabulary, dict) and isinstance(merges, list)):
             raise WeightError(f"{file}: no tokenizer of CLIP; download it again")
-        return file, parts[0], len(parts[1])
+        return file, vocabulary, len(merges)
     vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
     try:
-        merges = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
-    return file, vocabulary, sum(len(line.split()) == 2 and not line.startswith("#version") for line in merges)
+    return file, vocabulary, sum(len(line.split()) == 2 and not line.startswith("#version") for line in lines)

@@ -97,7 +97,7 @@ _SOLVERS: Keys = {
     "timestep_spacing": Literal["linspace", "leading", "trailing"],
     "variance_type": Literal[None, "fixed_small", "fixed_small_log", "fixed_large"],
 }
-SCHEDULER_KEYS: Keys = _fields_of(NoiseScheduleSpec) | _SOLVERS
+SCHEDULER_KEYS: Keys = {**_fields_of(NoiseScheduleSpec), **_SOLVERS}
 EDM_KEYS: Keys = {
     **_SOLVERS,
     **_each(float, "rho sigma_data sigma_max sigma_min"),
