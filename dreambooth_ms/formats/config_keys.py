@@ -85,7 +85,9 @@ _SOLVERS: Keys = {
     **_each(float, "clip_sample_range dynamic_thresholding_ratio sample_max_value timestep_scaling"),
     **_each(float | None, "sigma_max sigma_min"),
     **_only(predict_epsilon=True, timestep_type="discrete"),
-    "algorithm_type": Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"],
+    "algorithm_type": Literal[
+        "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis", "data_prediction", "noise_prediction"
+    ],
     "disable_corrector": tuple[Literal[0] | int, ...],
     "final_sigmas_type": Literal["zero", "sigma_min"],
     "interpolation_type": Literal["linear", "log_linear"],
