@@ -214,7 +214,7 @@ def test_other_pictures_or_weights_are_refused_by_name(place, resumed, monkeypat
         for flag, folder, said in (
             ("instance_data_dir", "fewer", "instance: 1.png removed"),
             ("instance_data_dir", "others", other),
-            ("pretrained_model_name_or_path", "other", "base: unet, vae, text_encoder changed"),
+            ("pretrained_model_name_or_path", "other", "base: text_encoder, unet, vae changed"),
         ):
             assert main(train("parts", steps, f"--{flag}", folder)) == 2
             assert f"parts/checkpoint-{STEPS}: was trained on other data ({said}); bring" in capsys.readouterr().err
