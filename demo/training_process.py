@@ -134,7 +134,7 @@ class Training:
         """The newest progress bar in its log; of a run that a terminal shows, where its steps are."""
         bars = _BAR.findall(self.log())
         if not bars:
-            history = [] if (self.folder / LOG).exists() else self.history()
+            history = [] if self.runner is None or (self.folder / LOG).exists() else self.history()
             done = int(history[-1]["step"]) if history else 0
             return Bar("training", done, self._total() or 0, "?", "–") if history else None
         name, done, total, _, left, number, unit = bars[-1]

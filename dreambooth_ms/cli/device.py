@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import mindspore as ms
 
@@ -20,7 +21,8 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
         DeviceError: there is no such device, or it cannot compute so.
     """
     device = set_up_device(wanted.device_target, wanted.ms_mode)
-    settled = replace(wanted, mixed_precision=settled_precision(wanted.mixed_precision))
+    precision: Any = settled_precision(wanted.mixed_precision)
+    settled = replace(wanted, mixed_precision=precision)
     compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.
     watch_compilations(show_compilation)
     obstacle = find_ascend().obstacle

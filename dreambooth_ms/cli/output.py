@@ -36,7 +36,7 @@ def tell(line: str) -> None:
 def tell_warnings() -> None:
     """From now on a warning of this package is a line; one of a library says nothing to a user, and is left out."""
 
-    def show(message: Warning | str, category: object, filename: str, *_: object) -> None:
+    def show(message: Warning | str, category: object, filename: str, *_: Any, **__: Any) -> None:
         if filename.startswith(str(Path(__file__).parents[1])):
             tell(f"warning: {message}")
 

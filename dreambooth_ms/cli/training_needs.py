@@ -1,5 +1,7 @@
 """What a run will need, from its configuration, and what is there."""
 
+import math
+
 from dreambooth_ms.atomic import check_room
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
@@ -34,8 +36,9 @@ def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: P
     check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 
 
-def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int) -> None:
-    """Stop a run, of which so many steps are done, whose checkpoints and result have no room on the disk.
+def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:
+    """Stop a run, of which so many steps are done, whose checkpoints and result have no room on the disk, with the
+    latents of so many views.
 
     Raises:
         WeightError: there is too little.
@@ -55,7 +58,9 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
         count = min(count, max(run.checkpoints_total_limit + 1 - len(checkpoint_folders(config.output_dir)), 1))
     fewer = ", or keep fewer by --checkpoints_total_limit" if count > 1 else ""
     advice = f"free some for {count_of(count, 'checkpoint') + ' and ' if count else ''}the result{fewer}"
-    check_room(config.output_dir, count * checkpoint + result, advice)
+    # Mean and log-variance.
+    latents = views * 2 * FLOAT32 * math.prod(base.latent_shape(config.data.resolution, config.data.resolution))
+    check_room(config.output_dir, count * checkpoint + result + latents, advice)
 
 
 FEW_STEPS = 20

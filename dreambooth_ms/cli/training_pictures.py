@@ -9,6 +9,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
@@ -140,6 +141,8 @@ def encode_pictures(
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
     missing = posteriors.missing(plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step))
+    if processes.is_first:
+        check_expected_disk(job.config, base, job.done, job.total, len(missing))
     processes.wait_for_all("the list of missing latents")
     posteriors.prepare(processes.share(missing))
     processes.wait_for_all("the encoded pictures")

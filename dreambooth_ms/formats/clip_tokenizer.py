@@ -94,10 +94,10 @@ def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:
     """The file that says how tokens are merged, all tokens, and how many merges there are."""
     if (file := folder / "tokenizer.json").exists():
         model = read_json(file).get("model")
-        parts = [model.get(name) for name in ("vocab", "merges")] if isinstance(model, dict) else []
-        if [type(part) for part in parts] != [dict, list]:
+        vocabulary, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        if not (isinstance(vocabulary, dict) and isinstance(merges, list)):
             raise WeightError(f"{file}: no tokenizer of CLIP; download it again")
-        return file, parts[0], len(parts[1])
+        return file, vocabulary, len(merges)
     vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
     try:
         merges = file.read_text(encoding="utf-8").split("\n")

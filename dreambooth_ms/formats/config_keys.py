@@ -23,7 +23,7 @@ _WORDS = {int: "a whole number above 0", float: "a number", bool: "true or false
 
 
 def _fields_of(*kinds: type) -> dict[str, Any]:
-    return {one.name: one.type for kind in kinds for one in fields(kind)}
+    return {one.name: one.type for kind in kinds for one in fields(kind)}  # type: ignore[arg-type]
 
 
 def _each(kind: Any, names: str) -> dict[str, Any]:
@@ -85,7 +85,9 @@ _SOLVERS: Keys = {
     **_each(float, "clip_sample_range dynamic_thresholding_ratio sample_max_value timestep_scaling"),
     **_each(float | None, "sigma_max sigma_min"),
     **_only(predict_epsilon=True, timestep_type="discrete"),
-    "algorithm_type": Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis"],
+    "algorithm_type": Literal[
+        "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis", "data_prediction", "noise_prediction"
+    ],
     "disable_corrector": tuple[Literal[0] | int, ...],
     "final_sigmas_type": Literal["zero", "sigma_min"],
     "interpolation_type": Literal["linear", "log_linear"],
@@ -97,7 +99,7 @@ _SOLVERS: Keys = {
     "timestep_spacing": Literal["linspace", "leading", "trailing"],
     "variance_type": Literal[None, "fixed_small", "fixed_small_log", "fixed_large"],
 }
-SCHEDULER_KEYS: Keys = _fields_of(NoiseScheduleSpec) | _SOLVERS
+SCHEDULER_KEYS: Keys = {**_fields_of(NoiseScheduleSpec), **_SOLVERS}
 EDM_KEYS: Keys = {
     **_SOLVERS,
     **_each(float, "rho sigma_data sigma_max sigma_min"),

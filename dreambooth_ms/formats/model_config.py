@@ -46,7 +46,7 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> 
         raise WeightError(f"{path}: {error}") from error
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
-    problems = "; ".join(spec.problems()) if hasattr(spec, "problems") else ""
+    problems = "; ".join(getattr(spec, "problems", list)())
     if problems:
         raise WeightError(f"{path}: {problems}: no network has these sizes; take the original model's configuration")
     return spec

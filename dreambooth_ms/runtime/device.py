@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
+from typing import Literal, TypeAlias
 
 import mindspore as ms
 
@@ -19,6 +20,8 @@ class Formulation(Enum):
     CPU = "cpu"
     ASCEND = "ascend"
 
+
+Precision: TypeAlias = Literal["no", "fp16", "bf16", "auto"]
 
 _formulation = Formulation.CPU
 
@@ -65,7 +68,7 @@ def _set_up_pool() -> None:
     ms.runtime.set_memory(init_size="1GB", increase_size="1GB")
 
 
-def settled_precision(mixed_precision: str | None) -> str | None:
+def settled_precision(mixed_precision: Precision | None) -> Precision | None:
     """`--mixed_precision` for this device: auto is fp16 on Ascend, and None on CPU, where fp16 is slower."""
     if mixed_precision != "auto":
         return mixed_precision

@@ -8,7 +8,7 @@ from mindone.diffusers import schedulers
 from mindspore import Tensor
 
 
-class DDPMScheduler(schedulers.DDPMScheduler):  # type: ignore[misc]
+class DDPMScheduler(schedulers.DDPMScheduler):
     """Ancestral sampling (Ho et al., 2020) without `NonZeroExt`."""
 
     def previous_timestep(self, timestep: Any) -> int:
@@ -17,7 +17,7 @@ class DDPMScheduler(schedulers.DDPMScheduler):  # type: ignore[misc]
         return int(order[order.index(int(timestep)) + 1])
 
 
-class UniPCMultistepScheduler(schedulers.UniPCMultistepScheduler):  # type: ignore[misc]
+class UniPCMultistepScheduler(schedulers.UniPCMultistepScheduler):
     """A multistep predictor and a corrector that costs no evaluation more (Zhao et al., 2023), without `StackExt`."""
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
@@ -63,7 +63,8 @@ def _weights(exponent: float, scale: float, ratios: list[float], corrects: bool)
     nodes = [*ratios, 1.0] if corrects else ratios
     if len(nodes) < 2:
         return [0.5] * len(nodes)
-    term, factorial, right = math.expm1(exponent) / exponent - 1, 1, []
+    right: list[float] = []
+    term, factorial = math.expm1(exponent) / exponent - 1, 1
     for k in range(1, len(nodes) + 1):
         right.append(term * factorial / scale)
         factorial *= k + 1
@@ -72,7 +73,7 @@ def _weights(exponent: float, scale: float, ratios: list[float], corrects: bool)
     return weights
 
 
-class EDMEulerScheduler(schedulers.EDMDPMSolverMultistepScheduler):  # type: ignore[misc]
+class EDMEulerScheduler(schedulers.EDMDPMSolverMultistepScheduler):
     """Euler steps in EDM's formulation (Karras et al., 2022, algorithm 1 without its second half), at the noise levels
     of the multistep solver, without `Arange`."""
 

@@ -129,7 +129,7 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
     if form is Format.STABILITY:
         tensors |= _marks(model)
-    configurations, keys = ({}, ()) if form is Format.DIFFUSERS else unsaid(model, form, tensors)
+    configurations, keys = unsaid(model, form, tensors) if form is not Format.DIFFUSERS else ({}, ())
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), configurations)
 
 

@@ -124,8 +124,9 @@ class OpenedModel:
 
     def made_configurations(self) -> dict[str, Config]:
         """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        made = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
-        return {name: self._as_told(name, content) for name, content in {**made, **self.configurations}.items()}
+        guessed = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
+        made: dict[str, Config] = {**guessed, **self.configurations}
+        return {name: self._as_told(name, content) for name, content in made.items()}
 
     def scheduler(self) -> Config:
         """The configuration of its scheduler; empty for a folder that has none."""
@@ -375,7 +376,7 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
 
 
 def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
-    """A reader whose sizes are not looked at; heads and norm groups, of which tensors know nothing, are left to others."""
+    """A reader whose sizes are not looked at: tensors know nothing of heads and norm groups."""
     return lambda config: [read(config)]
 
 

@@ -207,17 +207,16 @@ def test_other_pictures_or_weights_are_refused_by_name(place, resumed, monkeypat
     held = {path: path.stat().st_mtime_ns for path in (place.root / "parts").rglob("*")}
     shutil.copytree("dog", "fewer")
     (place.root / "fewer" / "1.png").unlink()
+    shutil.copytree("class", "others")
     write_random_model(place.root / "other", seed=1)
     for steps in (STEPS, STEPS + 3):
-        for change, said in {
-            ("--instance_data_dir", "fewer"): "instance: 1.png removed",
-            (
-                "--instance_data_dir",
-                "class",
-            ): "instance: 2.png, 9.png removed; instance: 0.png added; instance: 1.png changed",
-            ("--pretrained_model_name_or_path", "other"): "base: unet, vae, text_encoder changed",
-        }.items():
-            assert main(train("parts", steps, *change)) == 2
+        other = "instance: 2.png, 9.png removed; instance: 0.png added; instance: 1.png changed"
+        for flag, folder, said in (
+            ("instance_data_dir", "fewer", "instance: 1.png removed"),
+            ("instance_data_dir", "others", other),
+            ("pretrained_model_name_or_path", "other", "base: text_encoder, unet, vae changed"),
+        ):
+            assert main(train("parts", steps, f"--{flag}", folder)) == 2
             assert f"parts/checkpoint-{STEPS}: was trained on other data ({said}); bring" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (place.root / "parts").rglob("*")} == held
 

@@ -537,7 +537,7 @@ def test_another_spelling_sets_the_field(flag, section, field):
         (["--ms_amp_level", "O1"], "fp16"),
         (["--ms_amp_level", "o2"], "fp16"),
         (["--ms_amp_level=O3"], "fp16"),
-        (["--ms_amp_level", "auto"], "fp16"),
+        (["--ms_amp_level", "auto"], "auto"),
         (["--mixed_precision", "fp32"], "no"),
         (["--mixed_precision", "no"], "no"),
         (["--mixed_precision", "FP16"], "fp16"),
@@ -558,7 +558,7 @@ def test_a_bare_no_in_a_file_is_no_mixed_precision(tmp_path):
 
 def test_an_unknown_level_of_mixed_precision_is_refused():
     assert train_problems("--ms_amp_level", "O4") == [
-        "--ms_amp_level: expected one of no, fp16, bf16, or None, got 'O4'"
+        "--ms_amp_level: expected one of no, fp16, bf16, auto, or None, got 'O4'"
     ]
 
 

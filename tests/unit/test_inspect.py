@@ -40,7 +40,7 @@ def test_a_model(tmp_path, inspect, family, form):
     assert said["missing"] == "nothing"
     parameters = sum(np.prod(own.shape, dtype=int) for own in model.of_part("unet").values())
     assert said["unet"].startswith(
-        f"{parameters:,} parameters in {len(model.of_part('unet'))} tensors, channels 10-20-"
+        f"{parameters:,} parameters in {len(model.of_part('unet')):,} tensors, channels 10-20-"
     )
     assert {part for part in said if part in ("vae", "text_encoder", "text_encoder_2")} == set(model.parts) - {"unet"}
 

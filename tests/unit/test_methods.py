@@ -195,7 +195,7 @@ class TestWhatIsTrained:
         assert len(text) == 2 * 4
         assert all(".lora_linear_layer." in name and name.startswith("text_encoder.") for name in text)
         common = {"r": 2, "lora_alpha": 2.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
-        common |= {"use_rslora": False, "lora_bias": False}
+        common |= {"use_rslora": False}
         targets = {"unet": ["attn1.to_q", "to_v"], "text_encoder": ["k_proj", "out_proj", "q_proj", "v_proj"]}
         settings = {
             f"{part}.{key}": value

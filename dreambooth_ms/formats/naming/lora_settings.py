@@ -67,7 +67,6 @@ def lora_settings(layers: Mapping[str, tuple[int, float]], modules: Collection[s
         "alpha_pattern": {end: own for (_, own), named in ends.items() if own != alpha for end in named},
         "use_dora": False,
         "use_rslora": False,
-        "lora_bias": False,
     }
 
 
