@@ -98,7 +98,8 @@ def _build(folder: Path) -> None:
     functions = {COMPUTING: undefined | {one.decode() for one in looked_up}, OPERATORS: {"aclnnInit", "aclnnFinalize"}}
     for name in lacking | {OPERATORS}:
         source = (GRAPH_ENGINE if name == COMPUTING else "") + _functions(sorted(functions.get(name, ())))
-        command = ["g++", "-shared", "-fPIC", "-fvisibility-inlines-hidden", "-D_GLIBCXX_USE_CXX11_ABI=0", "-Wl,-soname," + name, "-x", "c++", "-"]
+        command = ["g++", "-shared", "-fPIC", "-fvisibility-inlines-hidden", "-D_GLIBCXX_USE_CXX11_ABI=0"]
+        command += [f"-Wl,-soname,{name}", "-x", "c++", "-"]
         subprocess.run([*command, "-o", str(folder / name)], input=source, text=True, check=True)
 
 

@@ -362,7 +362,7 @@ def compile_graphs(chosen: Sequence[str]) -> None:
     from tools.formulation import use_formulation
 
     set_up_device("CPU", 0)
-    with use_formulation(Formulation.ASCEND):
+    with use_formulation(Formulation.ASCEND, cpu_kernels=False):
         for name in chosen:
             for cell, inputs in GRAPHS[name]():
                 cell.compile(*inputs)

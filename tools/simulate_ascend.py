@@ -1,4 +1,4 @@
-"""Run every graph of the audit through MindSpore's own Ascend backend, in its simulation; no card and no CANN is needed.
+"""Run every graph of the audit through MindSpore's own Ascend backend, in its simulation; it needs no card, no CANN.
 
     python -m tools.simulate_ascend                       # a line for each graph; status 1 if one is refused
     python -m tools.simulate_ascend "training SD"
