@@ -18,7 +18,7 @@ def use_formulation(chosen: device.Formulation, cpu_kernels: bool = True) -> Ite
     the cells can be computed here; otherwise they can only be compiled by MindSpore's front end.
     """
     replaced = {"convolution": _convolution, "layer_norm": _layer_norm, "embedding": _embedding}
-    replaced |= {"exclusive_or": ops.bitwise_xor}
+    replaced |= {"exclusive_or": ops.bitwise_xor, "widen": _widen, "part": _part}
     before, device._formulation = device._formulation, chosen
     try:
         with mock.patch.multiple(ascend, **replaced if cpu_kernels else {}):
@@ -39,3 +39,11 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _embedding(ids: Tensor, table: Tensor) -> Tensor:
     return ops.gather(table, ids, 0)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return ops.concat((x, ops.zeros((*x.shape[:-1], width - x.shape[-1]), x.dtype)), -1)
+
+
+def _part(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    return x.narrow(axis, start, length)

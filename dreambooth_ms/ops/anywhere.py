@@ -17,6 +17,11 @@ def equal_parts(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     return ascend.equal_parts(x, count, axis) if _on_ascend() else ops.split(x, x.shape[axis] // count, axis)
 
 
+def leading(x: Tensor, count: int) -> Tensor:
+    """The first entries of the first axis."""
+    return x if count == x.shape[0] else ascend.part(x, 0, 0, count) if _on_ascend() else x[:count]
+
+
 def mean(x: Tensor, axes: tuple[int, ...], keep_dims: bool = False) -> Tensor:
     """The mean over some axes."""
     return ascend.mean(x, axes, keep_dims) if _on_ascend() else x.mean(axes, keep_dims)

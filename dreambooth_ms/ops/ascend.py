@@ -6,7 +6,7 @@ compiles for each shape when it is first used. Which form takes which was seen i
 parameters. CPU has no kernels for some, so `tools.formulation` puts others in their place there.
 """
 
-from mindspore import Tensor, mint
+from mindspore import Tensor, mint, ops
 from mindspore.mint.nn import functional
 from mindspore.ops.auto_generate import slice_ext_op, split_with_size_op
 
@@ -30,7 +30,8 @@ def layer_norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Te
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
     """Ids (...,) int32 and a table (size, dim) -> (..., dim)."""
-    return functional.embedding(ids, table)
+    rows = mint.index_select(table, 0, ops.reshape(ids, (-1,)))
+    return ops.reshape(rows, ids.shape + table.shape[1:])
 
 
 def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
