@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tools import ascend_stubs
 from tools.audit_ascend import GRAPHS
@@ -74,18 +75,23 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     }
 
 
-def simulate(command: Sequence[str]) -> tuple[Report, str]:
-    """Run Python with these arguments in the simulation; returns what its log says, and what it printed otherwise."""
+def simulate(command: Sequence[str], folder: Path | None = None) -> tuple[Report, str]:
+    """Run Python with these arguments in the simulation; returns what its log says, and what it printed otherwise.
+
+    In a folder of its own, since MindSpore writes the order of operations there; or in the one that is named.
+    """
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))}
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=own | environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    with TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=own | environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            cwd=folder or empty,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
     lines = done.stdout.splitlines()
     said = "\n".join(line for line in lines if not line.startswith("[INFO]"))
     return read_log(done.stdout, done.returncode), said
@@ -148,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking := ascend_stubs.missing_tools():
         raise SystemExit(f"{', '.join(lacking)}: not found; install g++ and binutils")
     if args.command:
-        report, said = simulate(["-m", "dreambooth_ms", *args.command, "--device_target", "Ascend"])
+        report, said = simulate(["-m", "dreambooth_ms", *args.command, "--device_target", "Ascend"], Path.cwd())
         print(said)
         print(report)
         return 1 if report.refused else 0
