@@ -1,7 +1,7 @@
 """Cells in another formulation than the device's own, for those who look at one or compare the two on one machine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 from mindspore import Tensor, ops
@@ -21,7 +21,7 @@ def use_formulation(chosen: device.Formulation, cpu_kernels: bool = True) -> Ite
     replaced |= {"exclusive_or": ops.bitwise_xor, "widen": _widen, "part": _part}
     before, device._formulation = device._formulation, chosen
     try:
-        with mock.patch.multiple(ascend, **replaced if cpu_kernels else {}):
+        with mock.patch.multiple(ascend, **replaced) if cpu_kernels else nullcontext():
             yield
     finally:
         device._formulation = before

@@ -32,7 +32,7 @@ def rows(batch, queries, keys, num_heads):
 def torch_attention(q, k, v, sensitivity, num_heads, causal=False):
     """Result, and gradients of q, k and v."""
     inputs = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
-    heads = (x.unflatten(2, (num_heads, HEAD_DIM)).transpose(1, 2) for x in inputs)
+    heads = (x.unflatten(2, (num_heads, -1)).transpose(1, 2) for x in inputs)
     out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=causal)
     out = out.transpose(1, 2).flatten(2)
     (out * torch.tensor(sensitivity)).sum().backward()
