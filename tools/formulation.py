@@ -17,8 +17,8 @@ def use_formulation(chosen: device.Formulation, cpu_kernels: bool = True) -> Ite
     With `cpu_kernels`, those operators of Ascend's that CPU has no kernels for are others with the same result, so that
     the cells can be computed here; otherwise they can only be compiled by MindSpore's front end.
     """
-    replaced = {"convolution": _convolution, "layer_norm": _layer_norm, "embedding": _embedding}
-    replaced |= {"exclusive_or": ops.bitwise_xor, "widen": _widen, "part": _part}
+    replaced = {"convolution": _convolution, "layer_norm": _layer_norm, "look_up": _look_up}
+    replaced |= {"exclusive_or": ops.bitwise_xor, "bitwise_and": ops.bitwise_and, "widen": _widen, "part": _part}
     before, device._formulation = device._formulation, chosen
     try:
         with mock.patch.multiple(ascend, **replaced) if cpu_kernels else nullcontext():
@@ -37,7 +37,7 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return ops.LayerNorm(-1, -1, eps)(x, weight, bias)[0]
 
 
-def _embedding(ids: Tensor, table: Tensor) -> Tensor:
+def _look_up(table: Tensor, ids: Tensor) -> Tensor:
     return ops.gather(table, ids, 0)
 
 

@@ -23,10 +23,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tools import ascend_stubs
-from tools.audit_ascend import GRAPHS
+from tools.ascend_graphs import GRAPHS
 
 INTERFACES = {"opapi": "aclnn", "acl": "acl", "aicpu": "AI CPU", "rt": "runtime", "hccl": "HCCL"}
 """MindSpore's names of kinds of kernels -> what they are called: by what interface of CANN a kernel is reached."""
+
+OLD_INTERFACE = {
+    "AdamApplyOneWithDecayAssign": "AdamW's update of a parameter; aclnn's takes no learning rate that is a tensor",
+    "AddN": "MindSpore's differentiation writes it where a value is read more than once",
+    "Assign": "sets a parameter; the aclnn form makes MindSpore copy parameters",
+    "RightShift": "of the hash behind --lora_dropout; there is no aclnn form",
+    "TensorMove": "a copy that passes of the backend write",
+}
+"""Operations that CANN compiles when they are first used, for each shape, with the reason why they are still there."""
 
 CONTROL = "control"
 """The name of the graph that must be refused."""
@@ -53,6 +62,11 @@ class Report:
     def fused(self) -> int:
         """Attentions that are one kernel, forward."""
         return self.kernels.get("aclnn", Counter())["FlashAttentionScore"]
+
+    @property
+    def unexplained(self) -> set[str]:
+        """Operations of the older interface without a reason."""
+        return self.kernels.get("acl", Counter()).keys() - OLD_INTERFACE.keys()
 
     def __str__(self) -> str:
         if self.refused:
@@ -168,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.graphs or GRAPHS:
         report, said = simulate(["-m", "tools.simulate_ascend", "--run", name])
         print(f"{name:16} {report}", flush=True)
-        failed |= bool(report.refused or report.backoffs)
+        for kernel, count in sorted(report.kernels.get("acl", Counter()).items()):
+            print(f"    acl: {count} {kernel}: {OLD_INTERFACE.get(kernel, 'NOT EXPLAINED')}", flush=True)
+        failed |= bool(report.refused or report.backoffs or report.unexplained)
     return 1 if failed else 0
 
 

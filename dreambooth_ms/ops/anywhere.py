@@ -17,9 +17,18 @@ def equal_parts(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     return ascend.equal_parts(x, count, axis) if _on_ascend() else ops.split(x, x.shape[axis] // count, axis)
 
 
-def leading(x: Tensor, count: int) -> Tensor:
-    """The first entries of the first axis."""
-    return x if count == x.shape[0] else ascend.part(x, 0, 0, count) if _on_ascend() else x[:count]
+def part(x: Tensor, start: int, length: int) -> Tensor:
+    """So many entries of the first axis."""
+    if length == x.shape[0]:
+        return x
+    if _on_ascend():
+        return ascend.part(x, 0, start, length)
+    return ops.slice(x, (start,) + (0,) * (x.ndim - 1), (length,) + x.shape[1:])
+
+
+def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """Entries of a table (size, ...), by their numbers (N...) int32 -> (N..., ...)."""
+    return ascend.look_up(table, ids) if _on_ascend() else ops.gather(table, ids, 0)
 
 
 def mean(x: Tensor, axes: tuple[int, ...], keep_dims: bool = False) -> Tensor:
@@ -30,3 +39,8 @@ def mean(x: Tensor, axes: tuple[int, ...], keep_dims: bool = False) -> Tensor:
 def exclusive_or(x: Tensor, y: Tensor) -> Tensor:
     """Bit by bit, of integers of one shape."""
     return ascend.exclusive_or(x, y) if _on_ascend() else ops.bitwise_xor(x, y)
+
+
+def bitwise_and(x: Tensor, y: int) -> Tensor:
+    """Of integers."""
+    return ascend.bitwise_and(x, y) if _on_ascend() else ops.bitwise_and(x, y)

@@ -28,8 +28,8 @@ def layer_norm(x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> Te
     return functional.layer_norm(x_NC, weight_C.shape, weight_C, bias_C, eps)
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Ids (...,) int32 and a table (size, dim) -> (..., dim)."""
+def look_up(table: Tensor, ids: Tensor) -> Tensor:
+    """Entries of a table (size, ...), by their numbers (N...) int32 -> (N..., ...)."""
     rows = mint.index_select(table, 0, ops.reshape(ids, (-1,)))
     return ops.reshape(rows, ids.shape + table.shape[1:])
 
@@ -52,6 +52,11 @@ def equal_parts(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
 def exclusive_or(x: Tensor, y: Tensor) -> Tensor:
     """Bit by bit, of integers of one shape."""
     return mint.bitwise_xor(x, y)
+
+
+def bitwise_and(x: Tensor, y: int) -> Tensor:
+    """Of integers."""
+    return mint.bitwise_and(x, y)
 
 
 def widen(x: Tensor, width: int) -> Tensor:

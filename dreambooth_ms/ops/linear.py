@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.ops import ascend
+from dreambooth_ms.ops.anywhere import look_up
 from dreambooth_ms.ops.graph import constant, shared
 from dreambooth_ms.runtime.device import Formulation, formulation
 
@@ -64,10 +65,9 @@ class Embedding(nn.Cell):
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.weight = empty_parameter((size, dim))
-        self.look_up = ascend.embedding if formulation() is Formulation.ASCEND else None
 
     def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, ids, 0) if self.look_up is None else self.look_up(ids, self.weight)
+        return look_up(self.weight, ids)
 
 
 def empty_parameter(shape: tuple[int, ...]) -> Parameter:
