@@ -86,8 +86,8 @@ def _row(block, earlier, tensor):
 
 
 def _write(vector, offset, parameter):
-    part = part(vector, offset, ops.size(parameter))
-    return ops.assign(parameter, ops.reshape(part, parameter.shape))
+    own = part(vector, offset, ops.size(parameter))
+    return ops.assign(parameter, ops.reshape(own, parameter.shape))
 
 
 @constexpr
