@@ -5,7 +5,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || echo python3)
 BIN := .venv/bin
 
-.PHONY: quickstart test test-real lint clean
+.PHONY: quickstart test test-real test-newest lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m tools.quickstart
@@ -22,24 +22,29 @@ test-real: .venv/installed-tests
 	  $(BIN)/python -m pytest -q -s -m real "$$test" || failed="$$failed $$test"; \
 	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
+# Files go to the newest versions of the other libraries and back, once per release: these have an environment of their own.
+test-newest: .venv/installed .venv-newest/installed
+	DREAMBOOTH_MS_PYTHON=$(CURDIR)/$(BIN)/python .venv-newest/bin/python -m pytest -q --confcutdir tests/exchange tests/exchange
+
+.venv-newest/installed: tests/requirements-newest.txt | .venv/bin/python
+	$(BIN)/python -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-newest.txt
+	touch $@
+
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
-		{ echo "Python 3.10, 3.11 or 3.12 is needed; name one with make PYTHON=…"; exit 1; }
-	$(PYTHON) -m venv .venv
-
-.venv/installed: requirements.txt pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
-	touch $@
+# Each mark appears when all is installed; what was interrupted or failed is done again.
+.venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) tools/install.py -e .
+	@touch $@
 
 .venv/installed-tests: tests/requirements.txt .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-	touch $@
+	@$(PYTHON) tools/install.py -r tests/requirements.txt
+	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-newest build dist *.egg-info

@@ -58,6 +58,11 @@ class Job:
         return self.state in ("done", "cancelled", "failed")
 
     @property
+    def unwatched(self) -> float:
+        """For how many seconds no page has looked."""
+        return time.monotonic() - self.watched
+
+    @property
     def seconds_left(self) -> float | None:
         """Estimated from the second step on, as the first one is compiled; None before."""
         if self._first is None or self.step is None or self.step.share <= self._first[1]:
@@ -218,7 +223,7 @@ class Engine:
     def _follow(self, job: Job, process: SamplingProcess) -> None:
         cancel_sent = False
         while not job.over:
-            unwatched = time.monotonic() - job.watched > UNWATCHED_SECONDS
+            unwatched = job.unwatched > UNWATCHED_SECONDS
             if (job.cancel_asked or unwatched or self._closed) and not cancel_sent:
                 if not process.has_sampled:  # It is still loading, and listens to nobody.
                     self._end_process()

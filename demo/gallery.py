@@ -1,5 +1,6 @@
 """What a session has sampled: pictures as PNG files with their settings in them."""
 
+import base64
 import io
 import json
 import tempfile
@@ -58,6 +59,13 @@ def entries_of(job: Job) -> list[Entry]:
 def added(gallery: list[Entry], new: list[Entry]) -> list[Entry]:
     """The gallery with new pictures before the others."""
     return [*reversed(new), *gallery][:MOST]
+
+
+def address_of(pixels: np.ndarray) -> str:
+    """A picture as an address that holds it: it is there however late the browser asks, and the next one has come."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def png_file(pixels: np.ndarray, settings: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,9 +55,10 @@ class Places:
         except (OSError, ValueError, RuntimeError):
             raise DataError(f"{name}: not a path; give one in {self.listed()}") from None
         if not inside:
+            folder = path.parent if path.suffix else path
             raise DataError(
-                f"{name}: outside the folders of this page ({self.listed()}); start it with "
-                "`-- --folder DIR` to add one"
+                f"{name}: outside the folders of this page ({self.listed()}); to add it, start the page with "
+                f"`streamlit run demo/sampling.py -- --folder {shlex.quote(str(folder))}`"
             )
         if not exists:
             raise DataError(f"{name}: no such file or folder")
@@ -67,12 +69,14 @@ class Places:
         return ", ".join(map(str, self.readable))
 
     def label(self, path: Path) -> str:
-        """A path as a page shows it: without the folder of the page that it is in; of a run, with that one's name."""
+        """A path as a page shows it: without the page's folder that it is in, but for runs; as the hub calls it."""
         if path.is_relative_to(self.runs) and path != self.runs:
             return str(Path(self.runs.name) / path.relative_to(self.runs))
         for folder in self.readable:
             if path.is_relative_to(folder) and path != folder:
-                return str(path.relative_to(folder))
+                top, *others = path.relative_to(folder).parts
+                is_of_hub = top.startswith("models--") and others[:1] == ["snapshots"]
+                return "/".join([*top.split("--")[1:], *others[2:]] if is_of_hub else [top, *others])
         return path.name
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture, skipped_line
+from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import INSTANCE, Concept, Record
 from dreambooth_ms.errors import DataError
@@ -73,7 +73,7 @@ def look_at(folder: Path, resolution: int, center_crop: bool, seed: int) -> Look
         if twin != path.name:
             problems.append(f"the same picture as {twin}: it will count twice")
         photographs.append(Photograph(path, image.size, _thumbnail(image, frames[path]), tuple(problems), usable=True))
-    return Look(tuple(photographs), tuple(_remarks(len(records), skipped_line(found.skipped))))
+    return Look(tuple(photographs), tuple(_remarks(len(records), found.remarks)))
 
 
 def first_frames(records: Sequence[Record], resolution: int, center_crop: bool, seed: int) -> dict[Path, Frame]:
@@ -106,15 +106,13 @@ def _problems(size: tuple[int, int], resolution: int) -> list[str]:
     return problems
 
 
-def _remarks(count: int, skipped: str) -> list[str]:
+def _remarks(count: int, unused: Sequence[str]) -> list[str]:
     remarks = []
     if count < FEW:
         remarks.append(f"Only {count} usable: three to ten photographs from several sides teach more.")
     if count > MANY:
         remarks.append(f"{count} photographs are many for one subject; ten good ones are enough.")
-    if skipped:
-        remarks.append(skipped.partition(": ")[2].capitalize() + ".")
-    return remarks
+    return remarks + [line.partition(": ")[2].capitalize() + "." for line in unused]
 
 
 def _thumbnail(image: Image.Image, frame: Frame) -> Image.Image:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import streamlit as st
 
 from demo import session, uploads
-from demo.library import ModelFacts, Places, Shelf, choose, describe, find_refiners
+from demo.library import ModelFacts, Shelf, choose, find_refiners
 from demo.messages import ModelChoice, PictureRequest
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import UserError
@@ -31,25 +31,6 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
 LARGEST_SEED = 2**31 - 1
 
 
-def model_control(places: Places, shelf: Shelf) -> ModelFacts | None:
-    """The base; None if it cannot be used, and the page says why."""
-    names, chosen = [str(path) for path in shelf.models], st.session_state.sample_model
-    st.selectbox(
-        "Model",
-        names if chosen in names else [*names, chosen],
-        format_func=session.label,
-        key="sample_model",
-        persist_state="session",
-        accept_new_options=True,
-        help=f"Found in {places.listed()}; or write the path of a file or folder there.",
-    )
-    try:
-        return describe(places.confined(st.session_state.sample_model))
-    except UserError as error:
-        session.show_error(error)
-        return None
-
-
 def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
     """The request that is set up at the side, without prompts and picture."""
     loras, scales = _loras(shelf)
@@ -62,7 +43,7 @@ def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
 def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The adapters and their strengths."""
     state = st.session_state
-    names = [str(path) for path in shelf.loras] + state.setdefault("uploaded_loras", [])
+    names = [str(path) for path in shelf.loras] + session.window().loras
     wanted = [*state.get("sample_loras", []), *filter(None, [state.pop("add_lora", None)])]
     state.sample_loras = [name for name in dict.fromkeys(wanted) if name in names]
     loras = st.multiselect(
@@ -81,6 +62,7 @@ def _strength(lora: str) -> float:
 
 
 def _lora_upload() -> None:
+    state = st.session_state
     with st.popover("Upload a LoRA", icon=":material/upload:", width="stretch"):
         file = st.file_uploader(
             "LoRA",
@@ -89,16 +71,24 @@ def _lora_upload() -> None:
             label_visibility="collapsed",
             max_upload_size=uploads.MAX_LORA_BYTES // uploads.MEGABYTE,
         )
-    if file is None or st.session_state.get("last_lora") == file.file_id:
-        return
-    st.session_state.last_lora = file.file_id
-    with session.sentences():
-        path = str(uploads.store_lora(session.upload_folder(), file.name, file.getvalue()))
-        known = st.session_state.setdefault("uploaded_loras", [])
-        if path not in known:
-            known.append(path)
-            st.session_state.add_lora = path
-            st.rerun()
+        if file and state.get("last_lora") != file.file_id:
+            state.last_lora, state.lora_error = file.file_id, _keep_lora(file.name, file.getvalue())
+        if file and state.lora_error:
+            session.show_error(state.lora_error)
+    if "add_lora" in state:
+        st.rerun()
+
+
+def _keep_lora(name: str, content: bytes) -> str:
+    """Store an uploaded LoRA and choose it; or what is wrong with it."""
+    window = session.window()
+    try:
+        path = str(uploads.store_lora(session.upload_folder(), name, content))
+    except UserError as error:
+        return str(error)
+    window.loras = sorted({*window.loras, path})
+    st.session_state.add_lora = path
+    return ""
 
 
 def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:

@@ -9,16 +9,14 @@ import streamlit as st
 from PIL import Image, ImageOps
 
 from demo import session, uploads
-from demo.engine import Job
 from demo.library import ModelFacts, Places, Shelf, find, newest_run, read_run
 from demo.messages import PictureRequest
-from demo.processes import REPOSITORY
-from demo.sample_controls import LARGEST_SEED, controls, model_control
-from demo.sample_view import show_gallery, show_result
+from demo.model_control import EMBEDDED, model_control
+from demo.sample_controls import LARGEST_SEED, controls
+from demo.sample_view import show_gallery, show_result, use_again
 from demo.tokens import MOST, count_tokens
 from dreambooth_ms.errors import UserError
 
-FIRST_MODEL = REPOSITORY / "checkpoints" / "tiny-shapes"
 FIRST_PROMPT = "a photo of a red circle on a blue background"
 FIRST_VALUES = {
     "sample_steps": PictureRequest.num_inference_steps,
@@ -44,29 +42,36 @@ def show() -> None:
         return
     _set_first_values(places, shelf)
     with st.sidebar:
-        facts = model_control(places, shelf)
-        if facts is None:
-            return
-        request = controls(facts, shelf)
-    _prompt(facts)
-    left, right = st.columns(2)
-    with left:
-        _negative_prompt(facts)
-    with right:
-        request = _picture_to_start_from(request)
-    _button(request)
-    _show_networks(request)
+        facts = model_control("Model", "sample_model", places, shelf.models)
+        if facts and facts.path == EMBEDDED:
+            st.caption("It knows flat shapes only. For other bases, write a name of the Hugging Face hub here.")
+        request = controls(facts, shelf) if facts else None
+    if facts and request:
+        _prompt(facts)
+        left, right = st.columns(2)
+        with left:
+            _negative_prompt(facts)
+        with right:
+            request = _picture_to_start_from(request)
+        _button(request)
+        _show_networks(request)
     show_result()
     show_gallery()
 
 
 def _set_first_values(places: Places, shelf: Shelf) -> None:
-    """What a newcomer finds: the newest run on its base, otherwise the embedded base."""
+    """What a newcomer finds: the newest run on its base, otherwise the embedded base; and who loads the page again,
+    the settings of the pictures that were asked for last.
+    """
     state = st.session_state
     for name, value in FIRST_VALUES.items():
         state.setdefault(name, value)
     handed_over = state.pop("sample_with_run", None)
     if "sample_model" in state and not handed_over:
+        return
+    job = session.window().job
+    if job and not handed_over:
+        use_again(job.request)
         return
     result = Path(handed_over) if handed_over else None
     run = read_run(result) if result else newest_run(places, shelf)
@@ -77,9 +82,9 @@ def _set_first_values(places: Places, shelf: Shelf) -> None:
         state.sample_model, state.sample_loras, state.sample_prompt = str(base), [str(run.folder)], run.instance_prompt
         state.sample_compare = True
     elif "sample_model" not in state:
-        first = FIRST_MODEL if FIRST_MODEL in shelf.models else shelf.models[0]
+        first = EMBEDDED if EMBEDDED in shelf.models else shelf.models[0]
         state.sample_model, state.sample_loras = str(first), []
-        state.sample_prompt = FIRST_PROMPT if first == FIRST_MODEL else ""
+        state.sample_prompt = FIRST_PROMPT if first == EMBEDDED else ""
 
 
 def _prompt(facts: ModelFacts) -> None:
@@ -127,7 +132,7 @@ def _picture_to_start_from(request: PictureRequest) -> PictureRequest:
 
 
 def _button(request: PictureRequest) -> None:
-    job: Job | None = st.session_state.get("job")
+    job = session.window().job
     busy = job is not None and not job.over
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button(
@@ -161,7 +166,7 @@ def _show_networks(request: PictureRequest) -> None:
 def _show_length(prompt: str, facts: ModelFacts) -> None:
     tokens = count_tokens(prompt, facts.tokenizer)
     if tokens > MOST:
-        st.caption(f":red[{tokens} of {MOST} tokens: the last {tokens - MOST} are not read.]")
+        st.caption(f":red[{tokens} of {MOST} tokens: only the first {MOST} are read.]")
     elif tokens:
         st.caption(f"{tokens} of {MOST} tokens")
 
@@ -183,6 +188,6 @@ def _submit(request: PictureRequest) -> None:
         state.sample_error = "Write a prompt first: what shall be on the picture?"
         return
     try:
-        state.job = session.engine().submit(request)
+        session.window().submit(request)
     except UserError as error:
         state.sample_error = str(error)

@@ -1,6 +1,7 @@
 """What comes of a request: the picture as it forms, and the gallery of the session."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import streamlit as st
@@ -11,6 +12,7 @@ from demo.gallery import Entry
 from demo.library import describe
 from demo.messages import PictureRequest
 from demo.sample_controls import SCHEDULERS
+from dreambooth_ms.errors import UserError, count_of
 
 POLL_SECONDS = 0.4
 CARD_WIDTH = 172
@@ -19,20 +21,22 @@ CARD_WIDTH = 172
 
 def show_result() -> None:
     """Where the request of this window is, or what came of it."""
-    job: Job | None = st.session_state.get("job")
+    window = session.window()
+    job = window.job
     if st.session_state.get("sample_error"):
         session.show_error(st.session_state.sample_error)
     if job is None:
-        if not st.session_state.get("gallery"):
-            _welcome()
-    elif job.over:
-        _collect(job)
+        _welcome()
+        return
+    st.query_params["window"] = window.name
+    if job.over:
+        _collect(window, job)
         if job.state == "failed":
             session.show_error(job.sentence)
         elif job.state == "cancelled":
             st.info("Cancelled.", icon=":material/block:")
     else:
-        _live()
+        _live(job)
 
 
 def _welcome() -> None:
@@ -41,17 +45,15 @@ def _welcome() -> None:
         st.caption("The first one takes longer, while the model is loaded and compiled.", width="content")
 
 
-def _collect(job: Job) -> None:
+def _collect(window: session.Window, job: Job) -> None:
     """Put what a job has sampled into the gallery, once."""
-    if st.session_state.get("collected") == job.number:
-        return
-    st.session_state.collected = job.number
-    st.session_state.gallery = gallery.added(st.session_state.get("gallery", []), gallery.entries_of(job))
+    if window.collected != job.number:
+        window.collected = job.number
+        window.gallery = gallery.added(window.gallery, gallery.entries_of(job))
 
 
 @st.fragment(run_every=POLL_SECONDS)
-def _live() -> None:
-    job: Job = st.session_state.job
+def _live(job: Job) -> None:
     job.watched = time.monotonic()
     if job.over:
         st.rerun()
@@ -63,10 +65,11 @@ def _live() -> None:
         columns = st.columns(max(len(shown_sides), 2), wrap=False)
         for column, side in zip(columns, shown_sides, strict=False):
             newest = next((p for p in reversed(job.pictures) if p.side == side), None)
-            preview = job.preview if job.preview and job.preview.side == side else None
-            pixels = preview.preview if preview else newest.pixels if newest else None
+            preview = job.preview  # Once: the engine's thread changes it.
+            forming = preview.preview if preview and preview.side == side else None
+            pixels = forming if forming is not None else newest.pixels if newest else None
             if pixels is not None:
-                column.image(pixels, width="stretch", caption=_side_label(side, job.request))
+                column.image(gallery.address_of(pixels), width="stretch", caption=_side_label(side, job.request))
 
 
 def _progress_text(job: Job) -> str:
@@ -103,7 +106,7 @@ def _side_label(side: str, request: PictureRequest) -> str | None:
 
 def show_gallery() -> None:
     """What was sampled in this window, the newest large."""
-    entries: list[Entry] = st.session_state.get("gallery", [])
+    entries = session.window().gallery
     if not entries:
         return
     latest = [entry for entry in entries if entry.request is entries[0].request]
@@ -131,45 +134,40 @@ def _entry(entry: Entry) -> None:
     for column, side in zip(st.columns(len(sides), gap="small", wrap=False), sides, strict=True):
         column.image(entry.files[side], width="stretch", caption=_side_label(side, request))
     scheduler, guidance = SCHEDULERS[request.scheduler], request.guidance_scale
-    how = f"{request.num_inference_steps} steps of {scheduler}, guidance {guidance:g}"
+    how = f"{count_of(request.num_inference_steps, 'step')} of {scheduler}, guidance {guidance:g}"
     st.caption(f"{request.prompt}  \nseed {request.seed}, {how}")
     _buttons(entry, with_words=True)
 
 
 def _buttons(entry: Entry, with_words: bool) -> None:
+    files = (
+        ("PNG", next(iter(entry.files.values())), "png", "download", "The picture; its settings are inside"),
+        ("Settings", entry.settings_file, "json", "tune", "The settings, as JSON"),
+    )
     with st.container(horizontal=True, gap="small" if with_words else None):
-        st.download_button(
-            "PNG" if with_words else "",
-            next(iter(entry.files.values())),
-            f"{entry.name}.png",
-            "image/png",
-            key=f"png {entry.name}",
-            icon=":material/download:",
-            help="The picture; its settings are inside",
-            on_click="ignore",
-        )
-        st.download_button(
-            "Settings" if with_words else "",
-            entry.settings_file,
-            f"{entry.name}.json",
-            "application/json",
-            key=f"json {entry.name}",
-            icon=":material/tune:",
-            help="The settings, as JSON",
-            on_click="ignore",
-        )
+        for word, content, suffix, icon, meaning in files:
+            st.download_button(
+                word if with_words else "",
+                content,
+                f"{entry.name}.{suffix}",
+                key=f"{suffix} {entry.name}",
+                icon=f":material/{icon}:",
+                help=meaning,
+                on_click="ignore",
+            )
         st.button(
             "Use again" if with_words else "",
             key=f"again {entry.name}",
-            on_click=_use_again,
-            args=(entry,),
+            on_click=use_again,
+            args=(entry.request,),
             icon=":material/replay:",
             help="Use these settings again",
         )
 
 
-def _use_again(entry: Entry) -> None:
-    request, state = entry.request, st.session_state
+def use_again(request: PictureRequest) -> None:
+    """Set the widgets to what a request asked for."""
+    state = st.session_state
     state.sample_model, state.sample_loras = request.model.base, list(request.model.loras)
     for name, scale in zip(request.model.loras, request.lora_scales, strict=True):
         state[f"scale {name}"] = scale
@@ -178,7 +176,7 @@ def _use_again(entry: Entry) -> None:
     state.sample_guidance, state.sample_guidance_of = request.guidance_scale, request.model.base
     state.sample_scheduler, state.sample_seed, state.sample_random_seed = request.scheduler, request.seed, False
     state.sample_compare = request.compare
-    sizes = describe(Path(request.model.base)).sizes()
-    state.sample_size = next(
-        (name for name, size in sizes.items() if size == (request.width, request.height)), "Square"
-    )
+    state.sample_refiner, state.sample_refiner_start = request.model.refiner, request.refiner_start
+    with suppress(UserError, OSError):  # The page says it if the model is gone.
+        sizes = describe(Path(request.model.base)).sizes().items()
+        state.sample_size = next((name for name, size in sizes if size == (request.width, request.height)), "Square")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Start, Step
 from dreambooth_ms.cli.base import open_base
+from dreambooth_ms.cli.device import described, set_up
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel
@@ -38,6 +39,7 @@ class Sampler:
 
     def __init__(self, model: ModelChoice, send: Send, job: int) -> None:
         send(Phase(job, "Loading the model"))
+        send(Phase(job, f"Loading the model, to compute {described(set_up(DeviceConfig()))}"))
         self._model = SamplingModel(_open(model.base), model.loras, keep_text_encoders=True)
         self._refiner = SamplingModel(_open(model.refiner), keep_text_encoders=True) if model.refiner else None
         self._compiled: set[tuple[object, ...]] = set()
@@ -166,4 +168,4 @@ class _StepSender:
 
 
 def _open(name_or_path: str) -> ModelBundle:
-    return open_base(DeviceConfig(), BaseModelConfig(pretrained_model_name_or_path=name_or_path))
+    return open_base(BaseModelConfig(pretrained_model_name_or_path=name_or_path))

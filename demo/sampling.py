@@ -19,4 +19,8 @@ session.PAGES = {
     "sample": st.Page(sample_page.show, title="Generate", icon=":material/brush:", default=True),
     "teach": st.Page(teach_page.show, title="Teach", icon=":material/school:", url_path="teach"),
 }
-st.navigation(list(session.PAGES.values()), position="top").run()
+page = st.navigation(list(session.PAGES.values()), position="top")
+with st.container(key="narrow", horizontal=True):  # Where the bar at the top has no room for them.
+    for link in session.PAGES.values():
+        st.page_link(link)
+page.run()

@@ -3,7 +3,7 @@
     python demo/sampling_without_streamlit.py --task txt2img --config configs/inference/sd_xl_base.yaml \
         --weight base.safetensors,lora.safetensors --prompt "a photo of sks dog" --num_rows 2 --num_cols 2
 
-`dreambooth-ms sample --help` lists what else it takes. Different here: without a prompt and a configuration it has
+`dreambooth-ms sample --help all` lists what else it takes. Different here: without a prompt and a configuration it has
 those of the guide, a training configuration stands for the inference one of its base, and the refiner is called the
 guide's way: --add_pipeline True with --pipeline_weight, --pipeline_config, --stage2strength and --finish_denoising.
 """

@@ -5,22 +5,30 @@ import atexit
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import streamlit as st
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from demo import engine as engines
-from demo.engine import Engine
+from demo.engine import Engine, Job
+from demo.gallery import Entry
 from demo.library import Places
+from demo.messages import PictureRequest
 from demo.processes import REPOSITORY
 from dreambooth_ms.errors import UserError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGES: dict[str, Any] = {}
 """The pages by name, for links between them."""
+WINDOWS, LEFT_SECONDS = 8, 3.0
+"""How many windows are remembered, and for how long nobody looks at a drawing that is shown to the next who comes."""
 
 
 def check_server() -> None:
@@ -41,7 +49,8 @@ def places() -> Places:
     parser.add_argument("--folder", action="append", type=Path, default=[], help="more models, LoRAs, photographs")
     parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs", help="where trainings are written")
     arguments, _ = parser.parse_known_args(sys.argv[1:])
-    return Places.of([REPOSITORY / "checkpoints", REPOSITORY / "demo" / "subject", *arguments.folder], arguments.runs)
+    own = [REPOSITORY / "checkpoints", REPOSITORY / "demo" / "subject"]
+    return Places.of([*own, *arguments.folder, Path(HF_HUB_CACHE)], arguments.runs)
 
 
 @st.cache_resource
@@ -57,8 +66,45 @@ def _server_folder() -> Path:
     return folder
 
 
+@dataclass(eq=False)
+class Window:
+    """What of a browser window is still there when its page is loaded again."""
+
+    name: str
+    """Stands in the page's address."""
+    job: Job | None = None
+    """The newest request."""
+    collected: int = 0
+    """The number of the request whose pictures came into the gallery last."""
+    gallery: list[Entry] = field(default_factory=list)
+    loras: list[str] = field(default_factory=list)
+    """Uploaded ones."""
+
+    def submit(self, request: PictureRequest) -> None:
+        """Ask the engine for pictures; raises QueueFullError. From then on the window is remembered."""
+        self.job = engine().submit(request)
+        if self not in windows():
+            windows().append(self)
+
+
+@st.cache_resource
+def windows() -> deque[Window]:
+    """The windows that have asked for pictures, as many as are remembered."""
+    return deque(maxlen=WINDOWS)
+
+
+def window() -> Window:
+    """This session's: that of its address, or one that nobody looks at while it is drawn for, or a new one."""
+    state = st.session_state
+    if "window" not in state:
+        mine = [one for one in windows() if one.name == st.query_params.get("window")]
+        left = [one for one in windows() if one.job and not one.job.over and one.job.unwatched > LEFT_SECONDS]
+        state.window = [Window(token_hex(8)), *left, *mine][-1]
+    return state.window
+
+
 def upload_folder() -> Path:
-    """Where this window's uploads are until the server ends."""
+    """Where this session's uploads are until the server ends."""
     if "upload_folder" not in st.session_state:
         st.session_state.upload_folder = Path(tempfile.mkdtemp(dir=_server_folder()))
     return st.session_state.upload_folder
@@ -67,6 +113,8 @@ def upload_folder() -> Path:
 def label(name: str) -> str:
     """A model, LoRA or folder as the page calls it."""
     path = Path(name)
+    if not path.is_absolute():  # As it was written, or a name of the hub.
+        return name
     return f"{path.name} (uploaded)" if path.is_relative_to(_server_folder()) else places().label(path)
 
 
@@ -89,6 +137,8 @@ STYLE = """
   .block-container { padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1500px; }
   [data-testid="stImage"] img { border-radius: .5rem; }
   [data-testid="stSidebarUserContent"] { padding-top: .5rem; }
+  .st-key-narrow { display: none; }
+  @media (max-width: 768px) { .st-key-narrow { display: flex; } }
   @media (max-width: 640px) {
     .block-container { padding-left: 1rem; padding-right: 1rem; }
     button kbd { display: none !important; }

@@ -1,17 +1,19 @@
 """The page to teach on: photographs, words, a training to start and to watch."""
 
+import itertools
 import shutil
 from pathlib import Path
 
 import streamlit as st
 
 from demo import session, training_process, uploads
-from demo.library import ModelFacts, Places, describe, find, find_photographs
+from demo.library import ModelFacts, Places, find, find_photographs
+from demo.model_control import EMBEDDED, advise, model_control
 from demo.photographs import Look, Photograph, look_at
-from demo.training_plan import Preset, TrainingWishes, flags, preset_files, read_preset
+from demo.training_plan import Preset, TrainingWishes, flags, name_of, preset_files, read_preset
 from demo.training_process import Training
 from demo.training_view import watch
-from dreambooth_ms.errors import DataError, UserError
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.models.specs import Family
 
 NEW = "New training"
@@ -58,41 +60,33 @@ def _new_training(places: Places) -> None:
     if not models:
         session.show_error(f"There is no model in {places.listed()}; start the page with `-- --folder DIR`.")
         return
+    advice = st.container()
     left, right = st.columns([3, 2], gap="large")
+    with left:  # Whatever the base is: an upload whose widget is not shown is forgotten.
+        st.subheader("Photographs of the subject", anchor=False)
+        folder = _photographs(places)
     with right:
         st.subheader("The training", anchor=False)
         facts = _base(places, models)
         preset = _preset(facts) if facts else None
+    if facts and facts.path == EMBEDDED:
+        with advice:
+            advise("teach_model")
     if facts is None or preset is None:
         return
     with right:
         wishes = _wishes(facts, preset)
     with left:
-        st.subheader("Photographs of the subject", anchor=False)
-        folder = _photographs(places)
         look = _look(folder, facts, wishes) if folder else None
     with right:
         _start(places, wishes, folder, look)
 
 
 def _base(places: Places, models: list[Path]) -> ModelFacts | None:
-    names = [str(path) for path in models]
-    st.session_state.setdefault("teach_model", names[0])
-    name = st.selectbox(
-        "Base model",
-        names if st.session_state.teach_model in names else [*names, st.session_state.teach_model],
-        format_func=session.label,
-        key="teach_model",
-        persist_state="session",
-        accept_new_options=True,
-        help=f"Found in {places.listed()}; or write the path of a file or folder there.",
-    )
-    try:
-        facts = describe(places.confined(name))
-        if facts.family is Family.SDXL_REFINER:
-            raise DataError(f"{session.label(name)}: SDXL's refiner; choose a base model")
-    except UserError as error:
-        session.show_error(error)
+    st.session_state.setdefault("teach_model", str(models[0]))
+    facts = model_control("Base model", "teach_model", places, models)
+    if facts and facts.family is Family.SDXL_REFINER:
+        session.show_error(f"{session.label(str(facts.path))}: SDXL's refiner; choose a base model")
         return None
     return facts
 
@@ -150,12 +144,11 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
         key=f"teach_rate {key}",
         persist_state="session",
     )
-    validation = st.text_input(
+    validation = _follows(
         "Generate during training",
+        f"teach_validation {small}",
         prompt,
-        key=f"teach_validation {small}",
-        persist_state="session",
-        help="A prompt to watch the subject being learnt by; empty to generate nothing.",
+        "A prompt to watch the subject being learnt by; empty to generate nothing.",
     )
     with st.expander("More"):
         left, right = st.columns(2)
@@ -261,7 +254,7 @@ def _look(folder: Path, facts: ModelFacts, wishes: TrainingWishes) -> Look | Non
         if wishes.center_crop
         else ("The bright part is what the first pass is trained on; the next passes see other parts.")
     )
-    st.caption(f"{len(look.photographs)} photographs. {how}")
+    st.caption(f"{count_of(len(look.photographs), 'photograph')}. {how}")
     with st.container(horizontal=True):
         for photograph in look.photographs:
             with st.container(width=CARD_WIDTH):
@@ -280,7 +273,9 @@ def _photograph(photograph: Photograph) -> None:
 
 
 def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Look | None) -> None:
-    name = st.text_input("Name", _free_name(places.runs, wishes), key="teach_name")
+    stem = name_of(wishes.instance_prompt, wishes.class_prompt)
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    name = _follows("Name", "teach_name", next(name for name in names if not (places.runs / name).exists()))
     running = training_process.running(places.runs)
     if running:
         st.caption(f"{running.name} is being trained; wait for its end, or stop it.")
@@ -293,10 +288,13 @@ def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Lo
         pictures = folder
         if folder.is_relative_to(session.upload_folder()):
             pictures = target / "photographs"
-        if pictures != folder:
             shutil.copytree(folder, pictures)
         arguments = training_process.arguments_of(flags(wishes, pictures, target), wishes.preset.file)
-        training = training_process.start(target, arguments)
+        try:
+            training = training_process.start(target, arguments)
+        except UserError:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
         session.engine().unload()
         _show_next(training)
 
@@ -307,8 +305,10 @@ def _show_next(training: Training) -> None:
     st.rerun()
 
 
-def _free_name(runs: Path, wishes: TrainingWishes) -> str:
-    word = wishes.instance_prompt.split()[-1:] or ["subject"]
-    stem = "".join(letter for letter in word[0] if letter.isalnum()) or "subject"
-    names = (stem if number == 1 else f"{stem} {number}" for number in range(1, 1000))
-    return next(name for name in names if not (runs / name).exists())
+def _follows(label: str, key: str, suggestion: str, meaning: str | None = None) -> str:
+    """A text that follows the prompt until another one is written."""
+    state, before = st.session_state, f"{key} suggested"
+    if key not in state or state[key] == state.get(before):
+        state[key] = suggestion
+    state[before] = suggestion
+    return st.text_input(label, key=key, persist_state="session", help=meaning)

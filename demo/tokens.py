@@ -10,9 +10,8 @@ from dreambooth_ms.formats.clip_vocabulary import END, LENGTH, tokenizer_on_boar
 MOST = LENGTH - 2
 """Tokens of a prompt that are read, beside its marks of start and end."""
 
-# How CLIP cuts a text into words (Radford et al., 2021): contractions, letters, single digits, the rest; and Chinese
-# characters by themselves, as transformers does where ftfy is not installed.
-_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{Han}|[^\P{L}\p{Han}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+# How CLIP cuts a text into words (Radford et al., 2021): contractions, letters, single digits, the rest.
+_WORDS = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
 
 
 def count_tokens(prompt: str, folder: Path | None) -> int:
@@ -22,11 +21,13 @@ def count_tokens(prompt: str, folder: Path | None) -> int:
         prompt: any text.
         folder: the model's tokenizer; None for CLIP's own.
     """
-    return len(_tokenizer(folder or tokenizer_on_board()).encode(prompt).ids)
+    return len(_tokenizer(folder or tokenizer_on_board()).encode(prompt, add_special_tokens=False).ids)
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(folder: Path) -> Tokenizer:
+    if (folder / "tokenizer.json").exists():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(

@@ -1,7 +1,9 @@
 """From what is filled in on the page to the flags of `dreambooth-ms train`."""
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ SMALL, PRESETS = (
         ),
     },
 )
+
+
+_WORD = re.compile(r"[A-Za-z0-9]+")
+_FILLERS = re.compile(r"an?|the|of|my|this|that|one|photo(graph)?|picture|image|painting|drawing|portrait")
+_PLACES = re.compile(r"in|on|at|by|with|under|near|and|wearing|holding|sitting|standing")
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,15 @@ class TrainingWishes:
     validation_steps: int
     num_validation_images: int
     seed: int
+
+
+def name_of(prompt: str, class_prompt: str | None) -> str:
+    """A name for a training, of its rare word and its class: "sks-dog" of "a photo of sks dog in the snow"."""
+    words, of_class = (_WORD.findall(text.lower()) for text in (prompt, class_prompt or ""))
+    of_subject = takewhile(lambda word: not _PLACES.fullmatch(word), words)
+    telling = [word for word in of_subject if not _FILLERS.fullmatch(word)]
+    ends = [number for number, word in enumerate(telling, 1) if word in of_class]
+    return "-".join(telling[: ends[-1] if ends else 3])[:40] or "subject"
 
 
 def flags(wishes: TrainingWishes, photographs: Path, target: Path) -> dict[str, Any]:

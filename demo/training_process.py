@@ -1,10 +1,10 @@
 """A training as a process of its own: started, followed, stopped and taken up again.
 
-The process is `dreambooth-ms train` and needs no page: it goes on when the browser or the server is closed. Whether it
-runs is known from a lock on a file in the run's folder, which it inherits and the operating system takes away with it.
+The process is `dreambooth-ms train` and needs no page: it goes on when the browser or the server is closed. Whether one
+runs, of this page or in a terminal, is known from the lock that each holds on its folder; the page takes it first and
+hands it over, so that there is no moment without.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,9 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
 from dreambooth_ms.formats.folder_layout import INDEX
+from dreambooth_ms.training.run_lock import INHERITED, Runner, runner_of, sign, take_lock
 
-COMMAND, LOG, LOCK = "page_command.json", "page_training.log", "page_training.lock"
+COMMAND, LOG = "page_command.json", "page_training.log"
 HISTORY, VALIDATION = "history.jsonl", "validation"
 PROGRAM = (sys.executable, "-m", "dreambooth_ms.cli.main", "train")
 
@@ -63,7 +65,7 @@ class Training:
     @property
     def state(self) -> State:
         """What it does."""
-        if self.process_id is not None:
+        if self.runner is not None:
             return "running"
         if self.has_result:
             return "finished"
@@ -76,22 +78,34 @@ class Training:
 
     @property
     def process_id(self) -> int | None:
-        """Of the running process; None if it does not run."""
-        try:
-            with (self.folder / LOCK).open("rb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return int(lock.read() or 0) or None
-        except (OSError, ValueError):
-            return None
-        return None
+        """Of the running process; None if it does not run. It may be one of another machine: see `runner`."""
+        return self.runner.process_id if self.runner else None
+
+    @property
+    def runner(self) -> Runner | None:
+        """Who trains in the folder, started by a page or in a terminal; None if nobody does."""
+        return runner_of(self.folder)
+
+    @property
+    def can_be_stopped(self) -> bool:
+        """Whether it runs on this machine."""
+        return self.runner is not None and self.runner.is_here
+
+    @property
+    def is_of_a_page(self) -> bool:
+        """Whether a page started it, so that its command is known."""
+        return (self.folder / COMMAND).is_file()
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """Whether the page can give its command again."""
+        return self.runner is None and self.is_of_a_page
 
     def stop(self) -> None:
         """Let it finish its step, save and end."""
-        process = self.process_id
-        if process:
-            os.kill(process, signal.SIGTERM)
+        runner = self.runner
+        if runner and runner.is_here:
+            os.kill(runner.process_id, signal.SIGTERM)
 
     def history(self, after: int = 0) -> list[dict[str, float]]:
         """The reports of the steps after one, as far as they are written."""
@@ -117,12 +131,26 @@ class Training:
         return found
 
     def bar(self) -> Bar | None:
-        """The newest progress bar in its log."""
+        """The newest progress bar in its log; of a run that a terminal shows, where its steps are."""
         bars = _BAR.findall(self.log())
         if not bars:
-            return None
+            history = [] if self.runner is None or (self.folder / LOG).exists() else self.history()
+            done = int(history[-1]["step"]) if history else 0
+            return Bar("training", done, self._total() or 0, "?", "–") if history else None
         name, done, total, _, left, number, unit = bars[-1]
         return Bar(name.strip(), int(done), int(total), left, f"{number} {unit}".strip())
+
+    def _total(self) -> int | None:
+        """The steps that its configuration asks for."""
+        with suppress(OSError, ConfigError):
+            return load(TrainConfig, ["--config", str(self.folder / RUN_CONFIG)], lambda note: None).run.max_train_steps
+        return None
+
+    @property
+    def compiling(self) -> str | None:
+        """What its command says of what it compiles just now."""
+        last = self.log().rstrip().rpartition("\n")[2]
+        return last if last.startswith("compiling ") else None
 
     def errors(self) -> list[str]:
         """What its command complained about, in its own sentences."""
@@ -161,7 +189,7 @@ def trainings(runs: Path) -> list[Training]:
 
 def running(runs: Path) -> Training | None:
     """The training that runs; there is one at a time."""
-    return next((training for training in trainings(runs) if training.process_id is not None), None)
+    return next((training for training in trainings(runs) if training.runner is not None), None)
 
 
 def new_folder(runs: Path, name: str) -> Path:
@@ -173,7 +201,7 @@ def new_folder(runs: Path, name: str) -> Path:
     if not _NAME.fullmatch(name) or name.endswith((" ", ".")):
         raise ConfigError(f"{name or 'no name'}: expected a name of letters, digits, spaces, dots and dashes")
     folder = runs / name
-    if (folder / COMMAND).exists() or (folder / RUN_CONFIG).exists():
+    if folder.exists():
         raise ConfigError(f"{name}: there is a training of this name; choose another, or go on with that one")
     return folder
 
@@ -215,19 +243,18 @@ def resume(training: Training) -> Training:
 def launch(folder: Path, arguments: Sequence[str]) -> Training:
     """Start the process of a training; its folder's lock goes over to it."""
     _check_alone(folder.parent)
-    with (folder / LOCK).open("w+b") as lock, (folder / LOG).open("wb") as log:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with take_lock(folder) as lock, (folder / LOG).open("wb") as log:
         process = subprocess.Popen(
             [*PROGRAM, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=[lock.fileno()],
-            env=environment(),
+            env=environment() | {INHERITED: str(lock.fileno())},
             # A Ctrl-C in the server's terminal is not meant for the training.
             start_new_session=True,
         )
-        lock.write(str(process.pid).encode())
+        sign(lock, process.pid)
     threading.Thread(target=process.wait, daemon=True, name="training").start()
     return Training(folder)
 

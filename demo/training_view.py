@@ -1,7 +1,8 @@
 """A training as it goes: figures, curves and pictures, and what can be done with it."""
 
 import math
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import altair as alt
 import pandas as pd
@@ -11,6 +12,7 @@ from demo import session, training_process
 from demo.training_process import State, Training
 
 POLL_SECONDS = 1.0
+PNG_END = b"IEND\xaeB`\x82"
 POINTS = 400
 """So many points of a curve are sent to the browser."""
 COLOURS = {"subject": "#b4471f", "class": "#3f7d78"}
@@ -44,6 +46,9 @@ def _content(training: Training) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader(training.name, anchor=False, width="content")
         st.badge(state, color=BADGES[state])
+        if state != "finished" and not training.is_of_a_page:
+            again = "Started in a terminal: give its command there again"
+            st.caption(f"In a terminal: {training.runner}" if state == "running" else again, width="content")
         st.space("stretch")
         _buttons(training)
     if state == "failed":
@@ -65,7 +70,7 @@ def _content(training: Training) -> None:
 
 def _buttons(training: Training) -> None:
     state = training.state
-    if state == "running":
+    if training.can_be_stopped:
         st.button(
             "Stop",
             icon=":material/stop:",
@@ -73,7 +78,7 @@ def _buttons(training: Training) -> None:
             on_click=training.stop,
             help="It finishes its step and saves, and can be resumed.",
         )
-    elif state in ("stopped", "failed"):
+    elif state in ("stopped", "failed") and training.can_be_resumed:
         st.button("Resume", icon=":material/play_arrow:", key="resume_training", on_click=_resume, args=(training,))
     # Not while it runs: that part of the page is shown again by itself, and a click on it may be lost.
     done = state != "running" and training.has_result
@@ -91,16 +96,16 @@ def _resume(training: Training) -> None:
 def _figures(training: Training, history: list[dict[str, float]]) -> None:
     bar = training.bar()
     running = training.state == "running"
-    if running and (bar is None or bar.name != "training"):
-        text = f"{bar.name.capitalize()}: {bar.done} of {bar.total}, {bar.time_left} left" if bar else "Starting"
-        st.progress(bar.done / bar.total if bar and bar.total else 0.0, text=text)
+    if running and (not history or bar is None or bar.name != "training"):
+        before = bar if bar and bar.name != "training" else None
+        text = f"{before.name}: {before.done} of {before.total}, {before.time_left} left" if before else "starting"
+        text = training.compiling or text
+        st.progress(before.done / before.total if before and before.total else 0.0, text=text[0].upper() + text[1:])
         return
     total = bar.total if bar and bar.name == "training" else None
     if running and bar:
-        if not history:
-            st.progress(0.0, text="Compiling the training step")
-        else:
-            st.progress(min(bar.done / bar.total, 1.0), text=f"{bar.time_left} left")
+        left = "" if "?" in bar.time_left else f"{bar.time_left} left"
+        st.progress(min(bar.done / bar.total, 1.0) if bar.total else 0.0, text=left)
     if not history:
         return
     recent = history[-min(len(history), 20) :]
@@ -118,7 +123,8 @@ def _figures(training: Training, history: list[dict[str, float]]) -> None:
 
 def _curves(history: list[dict[str, float]]) -> None:
     table = curve_table(history)
-    scale = alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))
+    shown = [of for of in COLOURS if of in set(table["of"])]
+    scale = alt.Scale(domain=shown, range=[COLOURS[of] for of in shown])
     base = alt.Chart(table).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
         color=alt.Color("of:N", scale=scale, title=None, legend=alt.Legend(orient="top")),
@@ -143,10 +149,17 @@ def curve_table(history: list[dict[str, float]]) -> pd.DataFrame:
 
 
 def _pictures(training: Training) -> None:
-    found: dict[int, list[Any]] = training.validation_pictures()
+    found = {step: whole_pictures(paths) for step, paths in training.validation_pictures().items()}
     for step, pictures in reversed(found.items()):
-        st.caption(f"After step {step}")
-        for column, picture in zip(st.columns(max(len(pictures), 2)), pictures, strict=False):
-            column.image(str(picture), width="stretch")
-    if not found and training.state == "running":
+        if pictures:
+            st.caption(f"After step {step}")
+        for start in range(0, len(pictures), 2):
+            for column, picture in zip(st.columns(2, wrap=False), pictures[start : start + 2], strict=False):
+                column.image(picture, width="stretch")
+    if not any(found.values()) and training.state == "running":
         st.caption("Pictures that are generated during the training appear here.")
+
+
+def whole_pictures(paths: list[Path]) -> list[bytes]:
+    """The PNG files that have their end: of the others, one is being written, and another was cut."""
+    return [file for path in paths if (file := path.read_bytes()).endswith(PNG_END)]

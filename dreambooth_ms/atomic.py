@@ -50,18 +50,19 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def check_room(target: Path, size: int) -> None:
-    """Whether the disk has room for a file, before it is begun. One that it is to replace stays until it is whole.
+def check_room(target: Path, size: int, advice: str = "free some space and try again") -> None:
+    """Whether the disk has room for a file, or in a folder, before it is begun. What it is to replace stays until it is
+    whole.
 
     Raises:
         WeightError: there is too little, or no such place.
     """
     with _asking_for(target):
-        free = shutil.disk_usage(_nearest_that_exists(target.parent)).free
+        free = shutil.disk_usage(_nearest_that_exists(target if target.is_dir() else target.parent)).free
     if size > free:
         raise WeightError(
             f"{target}: cannot be written (No space left on device: {_readable(size)} are needed, "
-            f"{_readable(free)} are free); free some space and try again"
+            f"{_readable(free)} are free); {advice}"
         )
 
 

@@ -5,6 +5,7 @@ The command line prints the message on one line per problem and exits with statu
 
 import errno
 import os
+from difflib import get_close_matches
 
 FAILED_STATUS, USER_ERROR_STATUS, INTERRUPTED_STATUS = 1, 2, 130
 """Exit statuses: a defect of the toolkit; a user's mistake; 128 + SIGINT, as shells report it."""
@@ -30,6 +31,31 @@ class WeightError(UserError):
 
 class DeviceError(UserError):
     """The device cannot do what was asked of it."""
+
+
+def count_of(number: int, thing: str) -> str:
+    """How many of a thing, in words: "1 picture", "1,200 pictures"."""
+    return f"{number:,} {thing if number == 1 else thing + 's'}"
+
+
+def near(path: str | os.PathLike[str]) -> str:
+    """What to add to a message of a path that is not there: the nearest that is, if there is one."""
+    text = os.path.expanduser(os.fspath(path))
+    slashed = text.replace("\\", "/")
+    if slashed != text and os.path.exists(slashed):
+        return f"; did you mean {slashed}?"
+    folder, name = os.path.split(slashed.rstrip("/"))
+    while folder.strip("/") and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+    if os.path.lexists(os.path.join(folder, name)):
+        return ""  # What is wrong is below a file.
+    try:
+        there = {one.casefold(): one for one in os.listdir(folder or ".")}
+    except (OSError, ValueError):
+        return ""
+    stem = os.path.splitext(name.casefold())[0]
+    close = get_close_matches(name.casefold(), there, n=1) or [one for one in there if os.path.splitext(one)[0] == stem]
+    return f"; did you mean {os.path.join(folder, there[close[0]])}?" if close else ""
 
 
 def explain(error: BaseException) -> str | None:

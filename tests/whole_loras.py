@@ -68,14 +68,14 @@ def write_lora_file(form, target, family="sd15", **more):
     return path, lora
 
 
-def write_run_lora(folder, networks, step=1, alpha=None, targets=None):
+def write_run_lora(folder, networks, step=1, alpha=None):
     """The file of a training: for each network, A and B by the layers' names. Its names need no model."""
     adapter = Adapter(
         {part: {layer: LoraUpdate(*factors, alpha) for layer, factors in own.items()} for part, own in networks.items()}
     )
     path = folder / FILE_NAME
     metadata = {STEP_KEY: str(step)}
-    write_adapter(adapter, path, LoraFormat.DIFFUSERS, SD_15, metadata=metadata, targets=targets)
+    write_adapter(adapter, path, LoraFormat.DIFFUSERS, SD_15, metadata=metadata)
     return path
 
 

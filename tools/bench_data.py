@@ -20,6 +20,7 @@ import numpy as np
 from dreambooth_ms.data.cache import BYTES_IN_MEMORY, ContentCache, posterior_lookup
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
+from dreambooth_ms.errors import count_of
 
 POSTERIOR = (2, 4, 64, 64)
 """Of a picture of 512 x 512 pixels."""
@@ -71,7 +72,10 @@ def main() -> None:
         for view in read:
             posteriors(view)
         each = (time.perf_counter() - start) / len(read)
-    print(f"{args.pictures} pictures, {args.steps} steps: {len(views)} views, {len(missing)} without latents")
+    print(
+        f"{count_of(args.pictures, 'picture')}, {count_of(args.steps, 'step')}: "
+        f"{count_of(len(views), 'view')}, {len(missing)} without latents"
+    )
     print(f"planned in {planned:.2f} s, files looked for in {looked:.2f} s; latents read in {each * 1e3:.2f} ms a row")
     print(f"memory beside the network: {megabytes() - before:.0f} MB")
 

@@ -26,6 +26,7 @@ from PIL import Image
 
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.data.pictures import find_pictures, frame_of, open_picture, resize_and_crop, to_array
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.tensor_file import read_tensors
 from tools.bench_step import MAX_GRAD_NORM, RANK, TARGETS, WEIGHT_DECAY, peak_memory, ratio_table
 
@@ -313,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_peer(job, args.peer_folder)
         return
     print(
-        f"{job.base}: {job.num_class_images} class pictures in {job.infer_steps} steps, {job.steps} training steps of "
-        f"{2 * job.batch_size} rows, {job.resolution} px, {os.cpu_count()} cores, compile cache {args.compile_cache}",
+        f"{job.base}: {count_of(job.num_class_images, 'class picture')} in {count_of(job.infer_steps, 'step')}, "
+        f"{count_of(job.steps, 'training step')} of "
+        f"{2 * job.batch_size} rows, {job.resolution} px, {count_of(os.cpu_count() or 1, 'core')}, "
+        f"compile cache {args.compile_cache}",
         flush=True,
     )
     pairs = [time_pair(job, args.compile_cache == "warm") for _ in range(args.pairs)]

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from dreambooth_ms.errors import count_of
 from tools.bench_step import BASE, peak_memory, ratio_table, run_child, start_value
 
 # MindSpore and PyTorch are imported by the processes that are timed, each its own. A process inherits the peak memory
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             base = Path(scratch) / "model"
             # In a process of its own, whose memory the timed ones do not inherit.
             subprocess.run([sys.executable, "-m", "tools.bench_sample", "--write", str(base)], check=True)
-        print(f"{base.name}, {args.steps} steps, {os.cpu_count()} cores", flush=True)
+        print(f"{base.name}, {count_of(args.steps, 'step')}, {count_of(os.cpu_count() or 1, 'core')}", flush=True)
         compare(base, args, Path(scratch))
 
 

@@ -31,6 +31,7 @@ import numpy as np
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import epsilon_at
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.model_config import read_unet_config, write_scheduler_config, write_unet_config
 from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
 from dreambooth_ms.processes.group import ALONE, Processes, run_in_group
@@ -375,7 +376,6 @@ def places(count: int) -> list[dict[str, str]]:
         "OMPI_COMM_WORLD_SIZE": str(count),
         "OMPI_COMM_WORLD_LOCAL_SIZE": str(count),
         "PMIX_NAMESPACE": f"bench {os.getpid()}",
-        "GLOG_v": "3",
     }
     return [{**common, "OMPI_COMM_WORLD_RANK": str(rank)} for rank in range(count)] if count > 1 else [{}]
 
@@ -497,7 +497,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = "float32" if job.mixed_precision == "no" else job.mixed_precision
     size = f"latents {job.latent_size} x {job.latent_size}"
     rows = f"{2 * job.processes} rows, of ours in {job.processes} processes" if job.processes > 1 else "2 rows"
-    print(f"{args.size}, {args.method}, {precision}, {rows}, {size}, {os.cpu_count()} cores", flush=True)
+    print(
+        f"{args.size}, {args.method}, {precision}, {rows}, {size}, {count_of(os.cpu_count() or 1, 'core')}", flush=True
+    )
     sides = [args.only] if args.only else list(SIDES)
     runs = []
     for _ in range(args.pairs):

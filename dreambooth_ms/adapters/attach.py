@@ -9,6 +9,7 @@ from dreambooth_ms.adapters.adapter import Adapter, Update
 from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
 from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
 
@@ -39,7 +40,7 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     layer's weight.
 
     Raises:
-        WeightError: an adapter was trained on another network.
+        WeightError: an adapter has layers that the network has not, or of another size.
     """
     layers: list[SetScales] = []
     for part, network in networks.items():
@@ -50,8 +51,9 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
         if not updates:
             continue
         plain, parameters = adaptable_layers(network), public_parameters(network)
-        if not all(f"{name}.weight" in parameters for name in updates):
-            raise WeightError("the adapter was trained on another base")
+        unknown = [name for name in updates if f"{name}.weight" not in parameters]
+        if unknown:
+            raise WeightError(f"the adapter has {len(unknown)} layers that the {part} has not ({show_names(unknown)})")
         beside: dict[str, nn.Cell] = {}
         for name, own in updates.items():
             loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}

@@ -1,13 +1,13 @@
 """An adapter in a file or folder of any format, opened: which layers of which model it adapts, with its updates.
 
-A file of safetensors, MindSpore or PyTorch; a folder with `pytorch_lora_weights.safetensors`; a folder of PEFT, or one
-with a folder of PEFT for each network.
+A file of safetensors, MindSpore or PyTorch; a folder with `pytorch_lora_weights.safetensors`, or with one LoRA of any
+name; a folder of PEFT, or one with a folder of PEFT for each network.
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,30 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
+from dreambooth_ms.adapters.folding import TRAINED_KEY, as_trained
 from dreambooth_ms.adapters.lora_update import LoraUpdate
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container, TensorFile
-from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.folder_layout import INDEX, read_json
 from dreambooth_ms.formats.naming.lora import LoraPlan, recognise_lora
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, LoraFormat
 from dreambooth_ms.formats.naming.lora_settings import settings_alpha
 from dreambooth_ms.formats.naming.recognise import other_kind
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in a file's metadata."""
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+
+TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
+"""In the metadata of a file of PEFT whose tensors stand in it twice, the second time without `text_model.` as
+transformers has them from 5.6 on; and what the first begin with."""
 
 KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
 """How an update is made of a layer's tensors, by the one that its kind is known by."""
@@ -74,7 +81,9 @@ class OpenedAdapter:
         if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
             return ["mindone's SD LoRAs have a scale of 1: alpha is the rank."]
         ranks = ", ".join(map(str, sorted({own.rank for own in loras.values()})))
-        return [f"{silent} of {len(loras)} layers have no alpha in the file: it is taken as the rank ({ranks})."]
+        return [
+            f"no alpha in the file for {silent} of {count_of(len(loras), 'layer')}: it is taken as the rank ({ranks})."
+        ]
 
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
@@ -88,15 +97,27 @@ def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether a file or folder can be opened and has the names of a LoRA, of whatever kind."""
-    try:
-        return bool(_peft_folders(path)) or other_kind(open_tensor_file(_file(path)).tensors) == "a LoRA"
-    except WeightError:
-        return False
+    """Whether a file or folder has the names of a LoRA, of whatever kind, or a folder several such files."""
+    if not os.path.isdir(path):
+        return bool(_adapters([path]))
+    return bool(_peft_folders(path) or (not os.path.isfile(path / INDEX) and _adapters(_weights(path))))
+
+
+def _adapters(files: Iterable[Path]) -> list[Path]:
+    """Those that have the names of a LoRA."""
+    found = []
+    for file in files:
+        with suppress(WeightError):
+            if other_kind(open_tensor_file(file).tensors) == "a LoRA":
+                found.append(file)
+    return found
 
 
 def open_adapter(
-    path: Path, models: Iterable[ModelSpec] = PUBLISHED_MODELS, base: str | Path | None = None
+    path: Path,
+    models: Iterable[ModelSpec] = PUBLISHED_MODELS,
+    base: str | Path | None = None,
+    otherwise: str = "",
 ) -> OpenedAdapter:
     """Recognise an adapter and read it.
 
@@ -104,6 +125,7 @@ def open_adapter(
         path: the file or folder.
         models: the models it may be for.
         base: the file or folder of the only model, for the message.
+        otherwise: what to do if it fits none, for the message.
 
     Raises:
         WeightError: no such file, damaged, no adapter, one by another method, or one that fits none of the models.
@@ -113,8 +135,10 @@ def open_adapter(
     for part, folder in peft.items() or ((None, None),):
         settings = read_json(folder / PEFT_CONFIG) if folder else None
         file = open_tensor_file(_peft_weights(folder) if folder else _file(path))
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        plan = recognise_lora(shapes, str(file.path), candidates, (part,) if part else None, str(base or ""))
+        is_twice = TWICE_KEY in file.metadata
+        shapes = {n: tensor.shape for n, tensor in file.tensors.items() if not is_twice or n.startswith(TEXT_LEVEL)}
+        own = (part,) if part else None
+        plan = recognise_lora(shapes, str(file.path), candidates, own, str(base or ""), otherwise)
         candidates = plan.models
         source = str(folder / PEFT_CONFIG if folder else file.path)
         beside = _diffusers_settings(file.metadata) if settings is None else dict.fromkeys(PARTS, settings)
@@ -136,25 +160,41 @@ def _updates(
     plan: LoraPlan, file: TensorFile, settings: Mapping[str, Mapping[str, Any]], source: str
 ) -> dict[str, Update]:
     """By part, a dot and the layer's name; one without an alpha of its own has that of the part's settings."""
-    for slots in plan.layers.values():
-        for factor, slot in slots.items():
-            if factor != ALPHA and not file.tensors[slot.name].dtype.is_float:
-                raise WeightError(f"{file.path}: {slot.name} holds whole numbers, not factors; download it again")
-            if factor == ALPHA and not math.isfinite(value := read_value(file.tensors[slot.name]).item()):
-                raise WeightError(f"{file.path}: {slot.name} is {value}, which is no scale; download it again")
-    updates: dict[str, Update] = {}
-    for name, tensors in plan.read(lambda name: read_value(file.tensors[name])).items():
+    for factor, slot in ((factor, slot) for slots in plan.layers.values() for factor, slot in slots.items()):
+        dtype = file.tensors[slot.name].dtype
+        if (factor != ALPHA and not dtype.is_float) or dtype is DType.BOOL:
+            raise WeightError(f"{file.path}: {slot.name} holds {dtype.value}, not numbers of a LoRA; download it again")
+    factors = plan.read(lambda name: read_value(file.tensors[name]))
+    _check_finite(factors, str(file.path))
+    updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
+    for name, tensors in factors.items():
         update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
         if isinstance(update, LoraUpdate) and update.alpha is None:
             update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
+            update = as_trained(update, trained[part], layer, source)
         updates[name] = update
     return updates
 
 
-def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _check_finite(factors: Mapping[str, Mapping[str, np.ndarray]], source: str) -> None:
+    """Stop at NaN, infinity, and what float32 cannot hold."""
+    bad = [
+        f"{layer}.{factor}"
+        for layer, tensors in factors.items()
+        for factor, value in tensors.items()
+        if not np.abs(value).max(initial=0) <= np.finfo(np.float32).max
+    ]
+    if bad:
+        raise WeightError(
+            f"{source}: NaN or infinity in {len(bad)} of its tensors ({show_names(bad)}): the training that wrote it "
+            "failed, or the file is damaged; use an earlier checkpoint, or download it again"
+        )
+
+
+def _diffusers_settings(metadata: Mapping[str, str], where: str = METADATA_KEY) -> dict[str, dict[str, Any]]:
     """Settings by part, as diffusers puts them into a file's metadata; empty where there are none."""
     try:
-        content = json.loads(metadata[METADATA_KEY])
+        content = json.loads(metadata[where])
     except (KeyError, ValueError, RecursionError):
         content = None
     named = [(*key.partition("."), value) for key, value in content.items()] if isinstance(content, dict) else []
@@ -162,8 +202,29 @@ def _diffusers_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]
 
 
 def _file(path: Path) -> Path:
-    """The file that is meant by a folder that a training wrote."""
-    return path / FILE_NAME if os.path.isdir(path) else path
+    """The file that is meant by a file or folder.
+
+    Raises:
+        WeightError: a folder without a LoRA, or with several.
+    """
+    if not os.path.isdir(path):
+        return path
+    weights = _weights(path)
+    found = _adapters(weights) or (weights if len(weights) == 1 else [])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = show_names([file.name for file in found])
+        raise WeightError(f"{path}: holds {len(found)} LoRAs ({listed}); name one of these files")
+    listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
+    raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of tensors in a folder: those that have diffusers' name for a LoRA, or else all."""
+    found = [file for file in sorted(folder.glob("[!.]*")) if file.suffix in _SUFFIXES]
+    own = [file for file in found if file.stem == Path(FILE_NAME).stem]
+    return own[-1:] or found
 
 
 def _peft_folders(path: Path) -> dict[str | None, Path]:

@@ -121,10 +121,27 @@ def inject_lora(
         The adapted layers by the public names of their base layers.
 
     Raises:
+        ConfigError: as `layers_to_adapt`.
+    """
+    layers, prefix = adaptable_layers(root), name_prefix(root)
+    channels = {name: (cell.out_channels, cell.in_channels) for name, cell in layers.items()}
+    wanted = layers_to_adapt(channels, rank, target_modules)
+    adapted = {
+        name: lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
+        for name, cell in layers.items()
+        if name in wanted
+    }
+    put_in_place(root, adapted)
+    return adapted
+
+
+def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_modules: Sequence[str]) -> set[str]:
+    """Those of a network's layers, given by their channels, whose names end in one of the targets.
+
+    Raises:
         ConfigError: a target matches no linear layer and no convolution; or the rank is larger than one of the layers,
             so that more numbers would be trained than the layer has.
     """
-    layers, prefix = adaptable_layers(root), name_prefix(root)
     chosen = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in target_modules}
     unmatched = [target for target, names in chosen.items() if not names]
     if unmatched:
@@ -134,16 +151,10 @@ def inject_lora(
             f"--lora_target_modules: no layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
         )
     wanted = set(chain.from_iterable(chosen.values()))
-    largest = min((min(layers[name].in_channels, layers[name].out_channels) for name in wanted), default=rank)
+    largest = min((min(layers[name]) for name in wanted), default=rank)
     if rank > largest:
         raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
-    adapted = {
-        name: lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
-        for name, cell in layers.items()
-        if name in wanted
-    }
-    put_in_place(root, adapted)
-    return adapted
+    return wanted
 
 
 def put_in_place(root: nn.Cell, layers: Mapping[str, nn.Cell]) -> None:

@@ -9,6 +9,9 @@ import mindspore as ms
 from mindspore import nn
 
 from dreambooth_ms.adapters.lora import LoraLayer
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.dtypes import DType, is_finite
+from dreambooth_ms.formats.files.stored import raw_bytes
 from dreambooth_ms.models.clip import TextEmbeddings
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Conv2d, Dense, Embedding
@@ -18,6 +21,9 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
     """From here on a denoiser's networks compute in `dtype`, and store in it what an adapter stands beside.
 
     Without adapters nothing is frozen: the full method writes whole networks, also layers that have no gradient.
+
+    Raises:
+        WeightError: a weight is too large for the type.
     """
     for _, cell in denoiser.cells_and_names():
         if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
@@ -26,5 +32,10 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
             cell.compile_cache.clear()
         if isinstance(cell, Dense | Conv2d | Embedding | LoraLayer):
             for parameter in (cell.weight, getattr(cell, "bias", None)):
-                if parameter is not None and not parameter.requires_grad:
+                if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
                     parameter.set_dtype(dtype)
+                    if dtype == ms.float16 and not is_finite(raw_bytes(parameter.asnumpy()), DType.F16):
+                        raise WeightError(
+                            f"{parameter.name} of the base holds a number that is too large for fp16; "
+                            "use --mixed_precision no"
+                        )

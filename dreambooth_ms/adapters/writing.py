@@ -1,14 +1,16 @@
 """An adapter -> a file or folder in any format."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import Adapter, Update
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.adapters.folding import TRAINED_KEY, folded, folded_adapter
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
@@ -18,12 +20,31 @@ from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming.lora import shared_layers, write_plan
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
 from dreambooth_ms.formats.naming.lora_settings import lora_settings
+from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
 Tensors = dict[str, np.ndarray]
 
-_OWN_METADATA = ("format", METADATA_KEY, "ss_network_dim", "ss_network_alpha", "ss_network_module")
+FOLDED = (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS)
+"""Formats some of whose readers take alpha for the rank."""
+
+_OWN_METADATA = (
+    "format",
+    METADATA_KEY,
+    TRAINED_KEY,
+    TWICE_KEY,
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_module",
+)
 """What is written anew, whatever the file said that an adapter comes from."""
+
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+"""Settings that say what the scale of a layer is."""
+
+_NOT_KOHYAS = re.compile(r"\.(?:conv_in|conv_out|(?:time|add)_embedding\.linear_[12]|text_projection)$")
+"""Layers outside the modules that kohya's scripts put adapters into."""
 
 _CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -39,7 +60,6 @@ def write_adapter(
     model: ModelSpec,
     dtype: DType = DType.F32,
     metadata: Mapping[str, str] | None = None,
-    targets: Mapping[str, Sequence[str]] | None = None,
     source: Path | None = None,
 ) -> None:
     """Write an adapter in a format; it appears whole or not at all. A file that has the name is replaced.
@@ -52,28 +72,36 @@ def write_adapter(
         model: the model that it is for.
         dtype: the type of the factors.
         metadata: what else stands beside the tensors, in formats that have a place for it.
-        targets: by network, the ends of the names of the adapted layers; None for their full names.
         source: where the adapter comes from, for the message.
 
     Raises:
-        WeightError: the format has no place for a layer, or the place cannot be written to.
+        WeightError: the format has no place for a layer, a factor is not finite in the type, or the place cannot be
+            written to.
     """
+    kept = folded_adapter(adapter) if form in FOLDED else adapter
 
     def stored(own: Adapter) -> dict[str, StoredTensor]:
         named = file_tensors(own, form, model, str(source or path))
-        return {name: StoredTensor.of(np.asarray(value)).cast_to(dtype) for name, value in named.items()}
+        labels = {name: f"{source or path}: {name}" for name in named}
+        return {
+            name: StoredTensor.of(np.asarray(own), label=labels[name]).cast_to(dtype) for name, own in named.items()
+        }
 
-    settings = {part: _settings(layers, (targets or {}).get(part)) for part, layers in adapter.parts.items()}
+    settings = {part: _settings(part, layers, model) for part, layers in kept.parts.items()}
     if form is LoraFormat.PEFT:
-        files = {part: stored(Adapter({part: layers})) for part, layers in adapter.parts.items()}
+        files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
+        text, marks = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
+        # peft looks for the names of the transformers that is there: those of CLIPTextModel changed with 5.6.
+        text |= {name.replace(".text_model.", ".", 1): tensor for name, tensor in text.items()}
         check_room(path, sum(map(total_bytes, files.values())))
         with new_folder(path) as folder:
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
-                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt"})
+                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
                 write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
         return
-    tensors, beside = stored(adapter), _metadata(settings, form, metadata or {})
+    trained = {part: _settings(part, layers, model) for part, layers in adapter.parts.items()}
+    tensors, beside = stored(kept), _metadata(settings, trained, form, metadata or {})
     if form is LoraFormat.MINDONE:
         write_mindspore_ckpt(path, tensors)
     elif path.suffix == ".safetensors":
@@ -88,24 +116,31 @@ def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: s
     """The tensors of a file in a format.
 
     A format that keeps no alpha in the tensors (all but kohya's) must keep it beside them (`lora_settings`), or cannot
-    (mindone's): there the scale is multiplied into B. PEFT keeps one part in a file.
+    (mindone's): there the scale goes into the factors. PEFT keeps one part in a file.
 
     Raises:
         WeightError: layers that the format has no place for.
     """
-    layers = {name: own.tensors() for name, own in adapter.updates.items()}
-    if form is LoraFormat.MINDONE:
-        layers = _with_common_down(shared_layers(form, model), {name: folded(own) for name, own in layers.items()})
+    is_mindone = form is LoraFormat.MINDONE
+    layers = {name: (folded(own) if is_mindone else own).tensors() for name, own in adapter.updates.items()}
+    if is_mindone:
+        layers = _with_common_down(shared_layers(form, model), layers)
     plan = write_plan(form, model, layers, source)
     values = {f"{layer}.{factor}": value for layer, tensors in layers.items() for factor, value in tensors.items()}
     return {name: made.build([values[piece] for piece in made.pieces]) for name, made in plan.tensors.items()}
 
 
-def folded(tensors: Tensors) -> Tensors:
-    """The same update with alpha = r: the scale alpha / r goes into B, in float32. At 1 no bit changes."""
-    down, up, scale = tensors[DOWN], tensors[UP], float(tensors[ALPHA]) / len(tensors[DOWN])
-    up = up if scale == 1 else up.astype(np.float32) * np.float32(scale)
-    return {DOWN: down, UP: up, ALPHA: np.array(len(down))}
+def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
+    """What a user should know of an adapter in a format, one sentence each."""
+    ranks = {part: {len(own.tensors()[DOWN]) for own in layers.values()} for part, layers in adapter.parts.items()}
+    for part, own in ranks.items():
+        if form in FOLDED and len(own) > 1:
+            yield f"{part}: ranks {min(own)} to {max(own)} are filled up to {max(own)}; older readers take one for all."
+    if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
+        strange = [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]
+        if strange:
+            count = f"{len(strange)} of {len(adapter.updates)} layers"
+            yield f"{count} are none that kohya's scripts adapt, and they leave them out ({show_names(strange)})."
 
 
 def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
@@ -133,24 +168,35 @@ def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tens
     return common | {name: own for name, own in layers.items() if name not in common}
 
 
-def _settings(layers: Mapping[str, Update], targets: Sequence[str] | None) -> dict[str, Any]:
+def _settings(part: str, layers: Mapping[str, Update], model: ModelSpec) -> dict[str, Any]:
     """Rank and alpha of a network's layers, as peft keeps them."""
+    words = [name.split(".")[1:-1] for name in model_shapes(model) if name.startswith(f"{part}.")]
+    modules = {".".join(one[:depth]) for one in words for depth in range(1, len(one) + 1)}
     tensors = {name: own.tensors() for name, own in layers.items()}
-    return lora_settings({name: (len(own[DOWN]), float(own[ALPHA])) for name, own in tensors.items()}, targets)
+    return lora_settings({name: (len(own[DOWN]), float(own[ALPHA])) for name, own in tensors.items()}, modules)
 
 
 def _metadata(
-    settings: Mapping[str, Mapping[str, Any]], form: LoraFormat, further: Mapping[str, str]
+    settings: Mapping[str, Mapping[str, Any]],
+    trained: Mapping[str, Mapping[str, Any]],
+    form: LoraFormat,
+    further: Mapping[str, str],
 ) -> dict[str, str]:
-    """What stands beside the tensors: rank and alpha, and of what else there is what is not about a format."""
+    """What stands beside the tensors: rank and alpha, as they are and were, and of `further` what is of no format."""
     if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
         first = next(iter(settings.values()))
         own = {"ss_network_module": "networks.lora", "ss_network_dim": str(first["r"])}
         own["ss_network_alpha"] = f"{first['lora_alpha']:g}"
     else:
-        named = {f"{part}.{key}": value for part, own in settings.items() for key, value in own.items()}
-        own = {METADATA_KEY: json.dumps(named, sort_keys=True)}
+        own = {METADATA_KEY: _as_text(settings)}
+        own |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
     return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
+
+
+def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:
+    """Settings of parts, or some of them, by part, a dot and their key, in JSON."""
+    named = {f"{part}.{key}": own[key] for part, own in settings.items() for key in keys or own}
+    return json.dumps(named, sort_keys=True)
 
 
 def _peft_config(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,16 @@
-"""The base model of a command, opened on the device that it asks for."""
+"""The base model of a command."""
 
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
-from dreambooth_ms.runtime.device import compute_dtype, set_up_device
+from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
-from dreambooth_ms.weights.hub import find_model
+from dreambooth_ms.weights.hub import find_model, find_vae
 
 
-def open_base(
-    device: DeviceConfig, base: BaseModelConfig, revision: str | None = None, variant: str | None = None
-) -> ModelBundle:
-    """Set up the device and open the base model."""
-    set_up_device(device.device_target, device.ms_mode)
-    compute_dtype(device.mixed_precision)  # What the device cannot compute in ends here.
-    vae = find_model(base.pretrained_vae_model_name_or_path) if base.pretrained_vae_model_name_or_path else None
-    bundle = open_bundle(find_model(base.pretrained_model_name_or_path, revision, variant), variant, vae)
+def open_base(base: BaseModelConfig) -> ModelBundle:
+    """Open the base model, on the device that was set up before."""
+    vae = find_vae(base.pretrained_vae_model_name_or_path) if base.pretrained_vae_model_name_or_path else None
+    path = find_model(base.pretrained_model_name_or_path, base.revision, base.variant)
+    bundle = open_bundle(path, base.variant, vae)
     for note in bundle.notes:
         tell(f"{bundle.path}: {note}")
     return bundle

@@ -17,22 +17,25 @@ from mindspore import Tensor
 from dreambooth_ms import __version__
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli import toy_networks
+from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
+from dreambooth_ms.runtime.ascend import CANN_FOLDERS, CANN_HOME, CANN_ROOTS, MANAGER, NO_CARD, Ascend, find_ascend
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
-from dreambooth_ms.runtime.device import Formulation, formulation, set_up_device
+from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
 FAILED_STATUS = 1
+DEVICE = "device"
 GIB = 2**30
 MIN_MEMORY, MIN_DISK = 2 * GIB, 1 * GIB
 """The embedded base trains in 1.2 GiB (docs/performance.md); a LoRA of it with its checkpoints takes some MiB."""
@@ -68,8 +71,36 @@ def run(argv: Sequence[str]) -> int:
         mark, found = examine(look)
         failed += mark != "ok"
         print(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]", flush=True)
-    print("everything works" if not failed else f"{failed} of the checks failed")
+        if name == DEVICE and mark != "ok":
+            print(what_to_look_at(find_ascend()))
+            return FAILED_STATUS
+    print("everything works" if not failed else f"{count_of(failed, 'check')} failed")
     return FAILED_STATUS if failed else 0
+
+
+def what_to_look_at(ascend: Ascend) -> str:
+    """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
+    cann = Path(ascend.home) if ascend.home else None
+    return f"""
+The other checks need the device. What to look at, in this order:
+
+1. The driver      device nodes: {", ".join(ascend.devices) or "none (/dev/davinci*)"}
+                   npu-smi: {shutil.which("npu-smi") or "not on PATH"}
+   `npu-smi info` lists the cards if driver and firmware work. The nodes must be open to your user (group HwHiAiUser).
+   A container sees the card only if it was started with its devices, such as
+     docker run --device /dev/davinci0 --device /dev/{MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
+       -v /usr/local/Ascend/driver:/usr/local/Ascend/driver -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi ...
+
+2. CANN            {CANN_HOME}: {ascend.home or "not set"}
+                   version: {(cann and cann_version(cann)) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
+                   set_env.sh: {ascend.script or "not found in " + " or ".join(CANN_ROOTS)}
+   In each new shell: source {ascend.script or f"{CANN_ROOTS[0]}/{CANN_FOLDERS[0]}/set_env.sh"}
+
+3. MindSpore       {ms.__version__}, its part for Ascend: {ascend.complaint or "loaded"}
+   A library that it cannot open is one of CANN or the driver that is missing, or of another version: docs/ascend.md has
+   the versions that go together.
+
+Then: dreambooth-ms doctor --device_target Ascend. Without the card: dreambooth-ms doctor --device_target CPU."""
 
 
 def examine(look: Callable[[], str]) -> tuple[str, str]:
@@ -87,7 +118,7 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     `Failed`."""
     return {
         "versions": versions,
-        "device": lambda: set_up(device),
+        DEVICE: lambda: check_device(device),
         "memory": memory,
         "disk": disk,
         "training step": lambda: compare(training_figures()),
@@ -96,15 +127,19 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     }
 
 
-def set_up(wanted: DeviceConfig) -> str:
+def check_device(wanted: DeviceConfig) -> str:
     """Choose the device as every command does, and say what is known of it."""
-    if set_up_device(wanted.device_target, wanted.ms_mode) == "CPU":
-        return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-    cann = cann_version(Path(os.environ.get("ASCEND_HOME_PATH", "/usr/local/Ascend/ascend-toolkit/latest")))
+    ascend = find_ascend()
+    if wanted.device_target == "Ascend" and not ascend.is_usable:
+        raise Failed(ascend.obstacle or NO_CARD)
+    set_up(wanted)
+    if formulation() is Formulation.CPU:
+        return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}"
+    cann = cann_version(Path(ascend.home)) if ascend.home else None
     if cann and not cann.startswith(CANN_ACCEPTED):
-        raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}; see docs/ascend.md")
+        raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
     name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
-    return f"{count} x Ascend {name}, CANN {cann or 'of unknown version (ASCEND_HOME_PATH is not set)'}"
+    return f"{count} x Ascend {name}, CANN {cann or f'of unknown version ({CANN_HOME} is not set)'}"
 
 
 def compile_twice() -> str:

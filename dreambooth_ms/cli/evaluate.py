@@ -6,19 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.data.pictures import find_pictures, open_picture
+from dreambooth_ms.data.pictures import open_picture
+from dreambooth_ms.data.records import INSTANCE, read_concept
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.weights.hub import find_adapter, find_clip
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
@@ -37,13 +40,22 @@ def run(argv: Sequence[str]) -> int:
 def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     """Write the sheet and the figures into the output folder; returns the figures before and after."""
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
-    bundle = open_base(config.device, weights)
-    photographs = [np.asarray(open_picture(p)) for p in find_pictures(wanted.instance_data_dir).pictures]
-    embed = load_image_embedder(Path(wanted.clip) if wanted.clip else bundle.path / "clip")
+    device = set_up(config.device)
+    bundle = open_base(weights)
+    folder, background = Path(wanted.instance_data_dir), wanted.transparent_background
+    subject = read_concept(INSTANCE, folder, wanted.prompt, tell, background=background)
+    photographs = [np.asarray(open_picture(record.path, background)) for record in subject.records]
+    if not wanted.clip and not (bundle.path / "clip").is_dir():
+        raise ConfigError(
+            f"--clip: {weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "
+            "openai/clip-vit-base-patch32"
+        )
+    embed = load_image_embedder(find_clip(wanted.clip) if wanted.clip else bundle.path / "clip")
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
-    model = SamplingModel(bundle, weights.lora, mixed_precision=config.device.mixed_precision)
+    loras = [find_adapter(name) for name in weights.lora]
+    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
     base = _pictures(model, replace(request, lora_scales=(0.0,)), "before")
@@ -75,5 +87,5 @@ def _pictures(model: SamplingModel, request: SampleRequest, name: str) -> list[n
     model.load()
     # The noise that steps draw is that of seed 0, whatever the seed of the noise that pictures start from.
     finished = model.latents(replace(request, seed=0), rows)
-    with_progress = tqdm(finished, desc=name, total=len(request.pictures), unit="picture")
+    with_progress = progress(finished, desc=name, total=len(request.pictures), unit="picture")
     return [model.picture(latents, number) for number, latents in with_progress]

@@ -7,14 +7,15 @@ import atexit
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from dreambooth_ms import __version__
-from dreambooth_ms.cli.output import PROGRAM, complain
-from dreambooth_ms.config.describe import describe
+from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
+from dreambooth_ms.config.describe import describe, describe_usual
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.exit import exit_at_once
@@ -35,6 +36,19 @@ COMMANDS = {
 def program() -> NoReturn:
     """`main` as a process of its own, which ends with it: without what Python and MindSpore do for a longer life."""
     status = FAILED_STATUS
+
+    def end_at_once(*_: object) -> NoReturn:
+        nonlocal status
+        complain_of_interruption()
+        status = INTERRUPTED_STATUS
+        atexit._run_exitfuncs()
+        raise AssertionError("the last of them ends the process")
+
+    tell_warnings()
+    # MindSpore answers Ctrl-C with a SIGTERM to its own process. An exception that comes while it compiles is taken for
+    # one of the graph, with a page of its text, or lost (both measured). Processes that train together end otherwise.
+    if not is_launched(os.environ):
+        signal.signal(signal.SIGTERM, end_at_once)
     # What is registered first is called last.
     atexit.register(lambda: exit_at_once(status))
     status = main()
@@ -44,14 +58,10 @@ def program() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # transformers, whose tokenizers are used, would advise to install PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if is_launched(os.environ):
-        os.environ.setdefault("GLOG_v", "3")  # Or MindSpore logs every message of its processes as a warning.
-    # MindSpore would warn of each graph that it takes from the compile cache.
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     try:
         return _dispatch(arguments)
+    except BrokenPipeError:
+        return FAILED_STATUS  # Nobody listens any more, as after `| head`.
     except (UserError, OSError) as error:
         explanation = explain(error)
         if explanation is None:
@@ -59,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(explanation)
         return USER_ERROR_STATUS
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        complain_of_interruption()
         return INTERRUPTED_STATUS
 
 
@@ -75,8 +85,8 @@ def _dispatch(arguments: list[str]) -> int:
         close = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise UserError(f"{name}: unknown command; {hint}")
-    if "-h" in rest or "--help" in rest:
-        print(_command_help(name))
+    if not {"-h", "--help", "--help=all"}.isdisjoint(rest):
+        print(_command_help(name, everything=not {"all", "--help=all"}.isdisjoint(rest)))
         return 0
     return _import_run(f"dreambooth_ms.cli.{name}")(rest)
 
@@ -114,12 +124,21 @@ commands:
 `{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version."""
 
 
-def _command_help(name: str) -> str:
+def _command_help(name: str, everything: bool) -> str:
     schema = schema_of(name)
     positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
-    return f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
+    usage = f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
 
-{COMMANDS[name].capitalize()}.
+{COMMANDS[name].capitalize()}."""
+    if schema.USUAL and not everything:
+        return f"""{usage} For example:
+
+  {PROGRAM} {name} {schema.EXAMPLE}
+
+The flags that are set most; `{PROGRAM} {name} --help all` has the rest:
+
+{describe_usual(schema, schema.USUAL)}"""
+    return f"""{usage}
 
 Values come from the YAML files given by --config, then from the flags. Switches are written --name,
 --name True, --name False or --no-name; lists --name a b or --name a,b.

@@ -1,13 +1,24 @@
 """What commands say while they work. Of several processes that train as one, one speaks."""
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from tqdm import tqdm
 
 PROGRAM = "dreambooth-ms"
 
 _quiet = False
+_bars: WeakSet[tqdm] = WeakSet()
+
+
+def is_quiet() -> bool:
+    """Whether another process speaks."""
+    return _quiet
 
 
 def be_quiet() -> None:
@@ -17,17 +28,54 @@ def be_quiet() -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line about what goes on to stderr, which leaves stdout to results."""
+    """Print a line about what goes on to stderr, above the bar; stdout is left to results."""
     if not _quiet:
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
+
+
+def tell_warnings() -> None:
+    """From now on a warning of this package is a line; one of a library says nothing to a user, and is left out."""
+
+    def show(message: Warning | str, category: object, filename: str, *_: Any, **__: Any) -> None:
+        if filename.startswith(str(Path(__file__).parents[1])):
+            tell(f"warning: {message}")
+
+    warnings.showwarning = show
 
 
 def progress(*arguments: Any, **options: Any) -> Any:
-    """tqdm's progress bar."""
-    return tqdm(*arguments, disable=_quiet, **options)
+    """tqdm's progress bar. It appears with the first step, or when what that needs is compiled."""
+    bar = tqdm(*arguments, disable=_quiet, delay=1e-9, **options)
+    _bars.add(bar)
+    return bar
 
 
-def complain(line: str) -> None:
+@contextmanager
+def bars_paused() -> Iterator[None]:
+    """Inside, no bar is shown; afterwards they go on as if it had taken no time."""
+    bars = [bar for bar in _bars if not bar.disable]
+    for bar in bars:
+        bar.clear()
+    yield
+    for bar in bars:
+        bar.unpause()
+        bar.refresh()
+
+
+def complain(lines: str) -> None:
     """Print what ends the command, one line per problem; file names that are not UTF-8 are escaped."""
-    for problem in line.splitlines():
+    _end_bars()
+    for problem in lines.splitlines():
         print(f"{PROGRAM}: error: {problem}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+def complain_of_interruption() -> None:
+    """Print that the command was interrupted."""
+    if not _quiet:
+        _end_bars()
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+
+
+def _end_bars() -> None:
+    for bar in list(_bars):
+        bar.close()

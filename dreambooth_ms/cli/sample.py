@@ -4,42 +4,46 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
+from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
-from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.data.pictures import read_picture
+from dreambooth_ms.errors import DataError, count_of, near
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.refinement import sample_refined
 from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.weights.hub import find_adapter
 
 
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
     config = load(SampleConfig, argv)
-    weights, device, output = config.weights, config.device, Path(config.pictures.output_dir)
+    weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
-    bundle = open_base(device, weights)
-    model = SamplingModel(bundle, weights.lora, mixed_precision=device.mixed_precision)
+    device = set_up(config.device)
+    bundle = open_base(weights)
+    loras = [find_adapter(name) for name in weights.lora]
+    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:
-        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner)
-        refiner = SamplingModel(open_base(device, refiner_base), mixed_precision=device.mixed_precision)
+        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner, variant=weights.variant)
+        refiner = SamplingModel(open_base(refiner_base), mixed_precision=device.mixed_precision)
     check_writable(output)
 
-    with tqdm(desc="sampling", unit="step") as bar:
+    with progress(total=0, desc="sampling", unit="step") as bar:
 
         def show(report: StepReport) -> None:
             if report.step == 1 and report.rows.start == 0:
-                bar.reset(total=-(-report.total // request.batch_size) * report.steps)
+                bar.total += -(-report.total // request.batch_size) * report.steps
                 bar.set_description("refining" if report.stage == "refiner" else "sampling")
             bar.update()
 
@@ -48,7 +52,8 @@ def run(argv: Sequence[str]) -> int:
         else:
             samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
         written = _write_pictures(config, samples)
-    tell(f"wrote {len(written)} pictures to {output}, {written[0].name} to {written[-1].name}")
+    names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
+    tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
     return 0
 
 
@@ -66,7 +71,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         num_images_per_prompt=config.num_images_per_prompt,
         height=height,
         width=width,
-        image=open_picture(start.image) if start.image else None,
+        image=_start_picture(start.image, start.transparent_background) if start.image else None,
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=PictureSizes(
@@ -79,6 +84,13 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         ),
         whole_up_to=wanted.vae_whole_up_to,
     )
+
+
+def _start_picture(path: str, background: str) -> Image.Image:
+    opened = read_picture(path, background)
+    for note in opened.notes:
+        tell(f"{path}: {note}")
+    return opened.picture
 
 
 def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
@@ -96,13 +108,16 @@ def read_prompts(text_or_path: str) -> list[str]:
     """The prompt itself, or the lines of the text file that it names.
 
     Raises:
-        DataError: the file is not UTF-8 text, or has no line with a prompt.
+        DataError: the file is missing, not UTF-8 text, or has no line with a prompt.
     """
     # Of os.path, because that of pathlib raises on what is too long for a name.
-    if not os.path.isfile(text_or_path):
+    path = os.path.expanduser(text_or_path)
+    if not os.path.isfile(path):
+        if text_or_path.endswith(".txt"):
+            raise DataError(f"--prompt {text_or_path}: no such file{near(text_or_path)}")
         return [text_or_path]
     try:
-        lines = Path(text_or_path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt {text_or_path}: not readable as UTF-8 text ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -114,7 +129,7 @@ def read_prompts(text_or_path: str) -> list[str]:
 def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
     """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
     folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
-    inputs = {**vars(config.weights), "image": config.start.image}
+    inputs = {name: getattr(config.start, name) for name in ("image", "transparent_background")} | vars(config.weights)
     first, written, sheet = first_free_number(folder), [], []
     for sample in samples:
         number, settings = first + sample.number, {**sample.settings, **inputs}

@@ -3,28 +3,30 @@
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
+from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_job import TrainingJob, total_steps
-from dreambooth_ms.cli.training_memory import check_expected_memory
-from dreambooth_ms.cli.training_pictures import prepare_training
+from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
+from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
+from dreambooth_ms.cli.training_pictures import class_numbers_to_come, prepare_training, read_concepts
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
-from dreambooth_ms.data.records import INSTANCE, read_concept
-from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError
+from dreambooth_ms.data.records import Concept
+from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError, count_of
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
-from dreambooth_ms.sampling.picture_file import missing_numbers
+from dreambooth_ms.sampling.picture_file import class_picture_name
 from dreambooth_ms.training.checkpoint import (
     Checkpoint,
     SaveCheckpoints,
@@ -32,11 +34,14 @@ from dreambooth_ms.training.checkpoint import (
     find_latest,
     open_checkpoint,
 )
+from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, train
 from dreambooth_ms.training.results import result_of
-from dreambooth_ms.training.run_folder import agree_on_config, write_config
+from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
+from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,51 +57,75 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
     if not processes.is_first:
         be_quiet()
-    config = agree_on_config(processes, load(TrainConfig, argv, tell))
+    wanted = load(TrainConfig, argv, tell)
+    # A run keeps the precision that it began with.
+    config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(config.device, model, model.revision, model.variant)
+        base = open_base(model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(data.resolution, data.resolution)
-    base.schedule.trained()
+    base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
-    subject = read_concept(INSTANCE, Path(data.instance_data_dir), data.instance_prompt, tell)
+    concepts = read_concepts(config)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    total = total_steps(config, max(len(subject.records), class_pictures))
-    found = processes.from_first("the run's folder", lambda: _open_folder(config, total))
-    if found is None:
-        return 0
-    checkpoint = Checkpoint(Path(found["checkpoint"]), found["step"]) if found["checkpoint"] else None
-    job = TrainingJob(processes, config, base, total, checkpoint)
-    with collective_operations(processes.launch):
-        return train_and_save(job, *prepare_training(job, [subject]))
+    pictures = max(len(concepts[0].records), class_pictures)
+    total = total_steps(config, pictures)
+    with ExitStack() as stack:
+        found = processes.from_first("the run's folder", lambda: _open_folder(stack, config, base, concepts, total))
+        if found is None:
+            return 0
+        path, step, content = found["checkpoint"] or (None, 0, {})
+        checkpoint = Checkpoint(Path(path), step, content) if path else None
+        epoch = steps_of_epoch(config, pictures)
+        job = TrainingJob(processes, config, base, found["base"], epoch, total, checkpoint)
+        stack.enter_context(collective_operations(processes.launch))
+        return train_and_save(job, *prepare_training(job, concepts))
 
 
-def _open_folder(config: TrainConfig, total: int) -> dict[str, Any] | None:
-    """Make the run's folder ready; gives the checkpoint to go on from, or None if nothing is left to do."""
-    checkpoint = _checkpoint_to_resume(config)
+def _open_folder(
+    stack: ExitStack, config: TrainConfig, base: ModelBundle, concepts: Sequence[Concept], total: int
+) -> dict[str, Any] | None:
+    """Find what would go wrong, then make the run's folder ready, which is this run's own until the stack ends.
+
+    Gives the checkpoint to go on from and the base's digests, as JSON; None if nothing is left to do.
+    """
+    output, checkpoint = config.output_dir, _checkpoint_to_resume(config)
     if checkpoint and checkpoint.step > total:
         raise ConfigError(
-            f"{checkpoint.path}: {checkpoint.step} steps are done, the run would end after {total}; "
+            f"{checkpoint.path}: {count_of(checkpoint.step, 'step')} done, the run would end after {total}; "
             "raise --max_train_steps, or choose another --output_dir"
         )
-    prior = config.prior
-    if prior.folder and missing_numbers(prior.folder, prior.num_class_images):
-        check_writable(prior.folder)
-    write_config(config)
-    result = result_of(config.output_dir)
+    if checkpoint:
+        check_method(config, checkpoint)
+    check_writable(output)
+    digests, to_come = base_digests(base), [class_picture_name(one) for one in class_numbers_to_come(config)]
+    check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
+    if config.prior.folder and to_come:
+        check_writable(config.prior.folder)
+    result = result_of(output)
     if result and result.steps >= total:
-        tell(f"{result.path} is already there, trained for {total} steps; nothing left to do")
+        stack.enter_context(only_run_in(output, tell))
+        write_config(config)
+        tell(f"{result.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
         return None
-    return {"checkpoint": str(checkpoint.path) if checkpoint else None, "step": checkpoint.step if checkpoint else 0}
+    check_expected_disk(config, base, checkpoint.step if checkpoint else 0, total)
+    stack.enter_context(only_run_in(output, tell))
+    write_config(config)
+    warn_of_little(config, total)
+    return {
+        "base": digests,
+        "checkpoint": (str(checkpoint.path), checkpoint.step, checkpoint.content) if checkpoint else None,
+    }
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
     """The checkpoint that was asked for; without asking, the newest of a run that was stopped."""
     asked = config.run.resume_from_checkpoint
     if asked not in (None, "latest"):
-        return open_checkpoint(Path(asked))
+        own, is_name = config.output_dir / asked, len(Path(asked).parts) == 1
+        return open_checkpoint(own if is_name and (os.path.exists(own) or not os.path.exists(asked)) else Path(asked))
     found = find_latest(config.output_dir)
     if asked == "latest" and found is None:
         tell(f"--resume_from_checkpoint latest: no checkpoint in {config.output_dir}, starting from the beginning")
@@ -111,7 +140,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
     parameters, dropout = training.learner.parameters, training.learner.dropout
-    tell(f"training {sum(p.size for p in parameters):,} parameters in {len(parameters)} tensors for {job.total} steps")
+    size, tensors = sum(parameter.size for parameter in parameters), count_of(len(parameters), "tensor")
+    tell(f"training {count_of(size, 'parameter')} in {tensors} for {count_of(job.total, 'step')}")
 
     with ExitStack() as stack:
         tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
@@ -120,7 +150,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks.append(stack.enter_context(closing(tracker)).log)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        hooks.append(SaveCheckpoints(config, lambda: training.state(of_all=True), training.write_part, processes))
+        content, state = content_of(job.base_digests, batches.plan.concepts), partial(training.state, of_all=True)
+        hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
         stop_asked = stack.enter_context(stop_requests())

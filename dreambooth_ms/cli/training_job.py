@@ -1,5 +1,6 @@
 """What a training command asks for, with all that follows from it, found once."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_ms.config.train import TrainConfig
@@ -18,6 +19,10 @@ class TrainingJob:
     processes: Processes
     config: TrainConfig
     base: ModelBundle
+    base_digests: Mapping[str, str]
+    """By the networks' names."""
+    epoch: int
+    """Optimiser steps of a pass over the pictures."""
     total: int
     """Optimiser steps of the whole run."""
     checkpoint: Checkpoint | None
@@ -43,6 +48,12 @@ class TrainingJob:
         """Of all processes."""
         return self.config.run.gradient_accumulation_steps * self.processes.count
 
+    @property
+    def validation_interval(self) -> int:
+        """Optimiser steps from one validation to the next."""
+        wanted = self.config.validation
+        return (wanted.validation_epochs or 0) * self.epoch or wanted.validation_steps
+
     def learning_rate(self, update: int) -> float:
         """The learning rate of an update, counted from 0."""
         o = self.config.optimiser
@@ -50,6 +61,11 @@ class TrainingJob:
         return highest * learning_rate_factor(o, update, self.total, highest)
 
 
+def steps_of_epoch(config: TrainConfig, pictures: int) -> int:
+    """Optimiser steps of a pass over so many pictures."""
+    return -(-pictures // config.rows_per_step)
+
+
 def total_steps(config: TrainConfig, pictures: int) -> int:
     """Optimiser steps of the run; an epoch goes through so many pictures."""
-    return config.run.max_train_steps or config.run.num_train_epochs * -(-pictures // config.rows_per_step)
+    return config.run.max_train_steps or config.run.num_train_epochs * steps_of_epoch(config, pictures)

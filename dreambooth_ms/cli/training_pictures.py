@@ -9,11 +9,13 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_needs import check_expected_disk
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.records import CLASS, Concept, read_concept
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, read_concept
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
@@ -23,23 +25,48 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
+from dreambooth_ms.training.content import content_of, in_order
+from dreambooth_ms.training.run_folder import check_data
 
 
-def prepare_training(job: TrainingJob, subjects: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
+def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> list[Concept]:
+    """The subject, and its class as far as it is there already.
+
+    Raises:
+        DataError: there is no subject, or a picture of either is damaged.
+    """
+    data, prior = config.data, config.prior
+    folder, background = Path(data.instance_data_dir), data.transparent_background
+    concepts = [read_concept(INSTANCE, folder, data.instance_prompt, tell, background=background)]
+    if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
+        weight, count = prior.prior_loss_weight, prior.num_class_images
+        concepts.append(read_concept(CLASS, prior.folder, prior.class_prompt or "", tell, weight, count, background))
+    return concepts
+
+
+def class_numbers_to_come(config: TrainConfig) -> list[int]:
+    """The numbers of the class pictures that are yet to be sampled."""
+    return missing_numbers(config.prior.folder, config.prior.num_class_images) if config.prior.folder else []
+
+
+def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
     base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / "cache")
     class_prompt = prior.class_prompt or ""
-    key = " ".join([*(reader.digest() for reader in base.text), *(["zeros"] if base.zeros_for_empty_prompt else [])])
+    digests = [job.base_digests[reader.name] for reader in base.text]
+    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*captions_of(subjects), class_prompt, ""])
-    unet, concepts = None, list(subjects)
-    if prior.folder:
-        unet = sample_missing_class_pictures(job, prior.folder, class_prompt, embeddings)
-        weight, count = prior.prior_loss_weight, prior.num_class_images
-        concepts.append(read_concept(CLASS, prior.folder, class_prompt, tell, weight, at_most=count))
+        embeddings.prepare([*captions_of(concepts), class_prompt, ""])
+    unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
+    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
+    if prior.folder and missing:
+        unet = sample_class_pictures(job, missing, prior.folder, class_prompt, embeddings)
+        concepts = read_concepts(job.config, lambda line: None)
+        check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
     check_same_pictures(job.processes, concepts)
+    concepts = [in_order(concept, earlier) for concept in concepts]
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
         tokens = PromptTokenizer(base.text).texts(captions_of(concepts))
@@ -64,12 +91,11 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
             )
 
 
-def sample_missing_class_pictures(
-    job: TrainingJob, folder: Path, prompt: str, embeddings: Callable[[str], PromptText]
+def sample_class_pictures(
+    job: TrainingJob, missing: Sequence[int], folder: Path, prompt: str, embeddings: Callable[[str], PromptText]
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures that are missing; returns the UNet if that loaded it."""
+    """Sample this process's share of the class pictures with these numbers; returns the UNet if that loaded it."""
     processes, prior = job.processes, job.config.prior
-    missing = processes.from_first("the class pictures", lambda: missing_numbers(folder, prior.num_class_images))
     numbers = tuple(processes.share(missing))
     if not numbers:
         processes.wait_for_all("the class pictures")
@@ -109,24 +135,26 @@ def encode_pictures(
 
     posteriors = posterior_lookup(
         cache,
-        encoder_digest=base.codec.digest(),
+        encoder_digest=job.base_digests["vae"],
         interpolation=data.image_interpolation_mode,
         load_encoder=load_encoder,
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
     missing = posteriors.missing(plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step))
+    if processes.is_first:
+        check_expected_disk(job.config, base, job.done, job.total, len(missing))
     processes.wait_for_all("the list of missing latents")
     posteriors.prepare(processes.share(missing))
     processes.wait_for_all("the encoded pictures")
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
-    spec, loss = base.schedule.trained(), job.config.loss
-    prediction_type = loss.prediction_type or spec.prediction_type
+    loss = job.config.loss
+    schedule = base.schedule.trained(loss.prediction_type)
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
-        objective=draw_columns(prediction_type, NoiseSchedule.from_spec(spec), loss.snr_gamma),
+        objective=draw_columns(schedule.prediction_type, NoiseSchedule.from_spec(schedule), loss.snr_gamma),
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,

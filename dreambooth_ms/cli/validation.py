@@ -33,7 +33,7 @@ class ShowValidation:
     def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
         wanted, (width, height) = job.config.validation, job.size
         assert wanted.validation_prompt is not None, "asked for by a prompt"
-        self._output, self._every = job.config.output_dir / FOLDER, wanted.validation_steps
+        self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
         self._training, self._tracker, self._processes = training, tracker, job.processes
         self._request = SampleRequest(
             prompts=(wanted.validation_prompt,),

@@ -3,11 +3,13 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.ranges import Range
+from dreambooth_ms.config.ranges import PATH, Range
 from dreambooth_ms.config.rules import Resume, Rule
 
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -34,6 +36,7 @@ class Field:
     range: Range | None
     rules: tuple[Rule, ...]
     resume: Resume | None
+    is_path: bool
 
     @property
     def expected(self) -> str:
@@ -77,9 +80,11 @@ def _read_hint(hint: Any) -> dict[str, Any]:
         "range": next((mark for mark in marks if isinstance(mark, Range)), None),
         "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
         "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),
+        "is_path": PATH in marks,
     }
 
 
+@cache
 def field_documentation(owner: type) -> dict[str, str]:
     """Field name -> the docstring under it, for one section; fields without one are left out."""
     texts = {}
@@ -97,14 +102,24 @@ def describe(schema: type) -> str:
     """The flags of a command as help text, by section, required ones first; with choices, ranges and defaults."""
     blocks = []
     for section, owner in sections(schema).items():
-        texts = field_documentation(owner)
-        lines = [f"{section}: {inspect.getdoc(owner)}"]
         own = [one for one in schema_fields(schema).values() if one.section == section]
-        for one in sorted(own, key=lambda one: one.default is not MISSING):
-            text = textwrap.wrap(f"{texts[one.name]} {_constraints(one)}", 92, break_on_hyphens=False)
-            lines += [f"  --{one.name} {one.placeholder}", *(f"{' ' * 8}{line}" for line in text)]
-        blocks.append("\n".join(lines))
+        required_first = sorted(own, key=lambda one: one.default is not MISSING)
+        blocks.append("\n".join([f"{section}: {inspect.getdoc(owner)}", *_lines(schema, required_first)]))
     return "\n\n".join(blocks)
+
+
+def describe_usual(schema: type, names: Sequence[str]) -> str:
+    """The same of a few flags, in this order."""
+    known = schema_fields(schema)
+    return "\n".join(_lines(schema, [known[name] for name in names]))
+
+
+def _lines(schema: type, fields_of_it: Iterable[Field]) -> Iterator[str]:
+    owners = sections(schema)
+    for one in fields_of_it:
+        text = f"{field_documentation(owners[one.section])[one.name]} {_constraints(one)}"
+        yield f"  --{one.name} {one.placeholder}"
+        yield textwrap.fill(text, 100, break_on_hyphens=False, initial_indent=" " * 8, subsequent_indent=" " * 8)
 
 
 def _constraints(one: Field) -> str:

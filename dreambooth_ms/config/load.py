@@ -15,10 +15,10 @@ from typing import Any, TypeVar, cast, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth_ms.config import spellings
+from dreambooth_ms.config import refusals, spellings
 from dreambooth_ms.config.describe import Field, schema_fields
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.sources import Setting, canonical, nearest, read_file, read_flags
+from dreambooth_ms.config.sources import Setting, at_home, canonical, read_file, read_flags, suggestions
 from dreambooth_ms.errors import ConfigError
 
 Config = TypeVar("Config", bound=Schema)
@@ -124,19 +124,21 @@ def _entries(layer: Iterable[Setting], known: Mapping[str, Field]) -> list[_Entr
             one = known[name]
             if setting.section not in (None, one.section):
                 setting.complain(f"belongs to section {one.section}", name)
-            elif first.setdefault(name, setting).name != setting.name:
-                setting.complain(f"means the same as {first[name].label}; give one of them")
+                continue
+            try:
+                plain = _plain(one, value, is_flag=not setting.source)
+                entry = _Entry(setting, one, value, at_home(plain) if one.is_path else plain)
+            except ConfigError as error:
+                setting.complain(str(error), name)
+                continue
+            earlier = next((other for other in entries if other.field is one), None)
+            if first.setdefault(name, setting).name != setting.name:
+                if not earlier or earlier.plain != entry.plain:
+                    setting.complain(f"means the same as {first[name].label}; give one of them")
+            elif earlier and isinstance(earlier.plain, list) and isinstance(entry.plain, list):
+                earlier.value = earlier.plain = earlier.plain + entry.plain
             else:
-                try:
-                    entry = _Entry(setting, one, value, _plain(one, value, is_flag=not setting.source))
-                except ConfigError as error:
-                    setting.complain(str(error), name)
-                    continue
-                earlier = next((other for other in entries if other.field is one), None)
-                if earlier and isinstance(earlier.plain, list) and isinstance(entry.plain, list):
-                    earlier.value = earlier.plain = earlier.plain + entry.plain
-                else:
-                    entries.append(entry)
+                entries.append(entry)
     return entries
 
 
@@ -144,30 +146,36 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> list[tuple[str, An
     """The fields that one setting sets; none if it is ignored, refused or unknown, which is noted there."""
     if setting.value is MISSING:
         return []
-    name = canonical(setting.name, known)
-    if name is not None:
-        return [(name, setting.value)]
-    if setting.name == spellings.BASE_THEN_ADAPTERS and "pretrained_model_name_or_path" in known:
+    name = canonical(setting.name, known) or setting.name
+    values = spellings.CONVERTED[name](setting.value) if name in spellings.CONVERTED else {name: setting.value}
+    if values.keys() <= known.keys():
+        return list(values.items())
+    if name == spellings.BASE_THEN_ADAPTERS and "pretrained_model_name_or_path" in known:
         base, *adapters = _split(setting.value) or [""]
         if adapters and "lora" not in known:
             setting.complain(f"expected one base model, got also {', '.join(adapters)}")
         more = [("lora", adapters)] if adapters and "lora" in known else []
         return [("pretrained_model_name_or_path", base), *more]
-    value = str(setting.value).lower()
-    asks_for_nothing = value in ("false", "none", "no", "")
-    if setting.name in spellings.HARMLESS:
-        if not asks_for_nothing:
-            setting.note = f"{setting.label} is accepted and ignored: {spellings.HARMLESS[setting.name]}"
-    elif setting.name in spellings.REFUSED:
-        if not asks_for_nothing and value not in spellings.REFUSED[setting.name].unless:
-            setting.complain(spellings.REFUSED[setting.name].reason)
-    else:
-        kind, dashes = ("key", "") if setting.source else ("flag", "--")
-        others = (one for one in spellings.SPELLINGS if canonical(one, known))
-        close = nearest(setting.name, known if setting.source else [*known, "config"]) or nearest(setting.name, others)
-        hint = f"; did you mean {dashes}{close}?" if close else ""
-        setting.complain(f"unknown {kind}{hint}", canonical(close or "", known))
+    _answer_what_is_not_here(setting, known)
     return []
+
+
+def _answer_what_is_not_here(setting: Setting, known: Mapping[str, Field]) -> None:
+    """Note at the setting why it is ignored or refused, or that nobody knows it."""
+    name, value = setting.name, str(setting.value).lower()
+    if name in refusals.HARMLESS:
+        if value not in refusals.NOTHING:
+            setting.note = f"{setting.label} is accepted and ignored: {refusals.HARMLESS[name]}"
+    elif name in refusals.REFUSED:
+        reason, unless, gives = refusals.REFUSED[name]
+        if value not in (*refusals.NOTHING, *unless):
+            setting.complain(reason, *(known if gives == refusals.ALL else gives))
+    else:
+        kind, dashes, others = ("key", "", []) if setting.source else ("flag", "--", ["config"])
+        spelt = [one for one in spellings.SPELLINGS if canonical(one, known)]
+        close = suggestions(name.removeprefix("no_"), [*known, *others]) or suggestions(name, spelt)
+        hint = f"; did you mean {' or '.join(dashes + one for one in close)}?" if close else ""
+        setting.complain(f"unknown {kind}{hint}", *(canonical(one, known) or "" for one in close))
 
 
 def _plain(one: Field, value: Any, is_flag: bool) -> Any:
@@ -177,8 +185,8 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         ConfigError: OmegaConf would accept it, and the field should not.
     """
     texts = value if isinstance(value, list) else [value]
-    if one.name == "method" and isinstance(value, str) and value in spellings.METHODS_NOT_YET:
-        raise ConfigError(f"{value}: {spellings.METHODS_NOT_YET[value]}")
+    if one.name == "method" and isinstance(value, str) and value in refusals.METHODS_NOT_YET:
+        raise ConfigError(f"{value}: {refusals.METHODS_NOT_YET[value]}")
     if "???" in texts:
         raise ConfigError("??? stands for a value that is still to be given")
     if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):
@@ -198,9 +206,7 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
             return [value]
         return _split(value) if isinstance(value, str) or is_flag else value
     if isinstance(one.kind, tuple) and isinstance(value, bool | str):
-        text = str(value).lower()
-        text = spellings.VALUE_SPELLINGS.get(one.name, {}).get(text, text)
-        return next((choice for choice in one.kind if choice.lower() == text), value)
+        return spellings.choice_of(one.name, one.kind, value) or value
     return value
 
 

@@ -32,6 +32,11 @@ FINITE = Range("a finite number", math.isfinite)
 STEPS = Range("from 1 to 1000", lambda value: 1 <= value <= 1000)
 SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and value % 8 == 0)
 SEED = Range("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
+PATH = "path"
+"""Marks a field that holds a path, or several, in which ~ is the home folder."""
+COLOUR = Range(
+    "white, black, grey or #rrggbb", lambda name: bool(re.fullmatch(r"white|black|gr[ae]y|#[0-9a-fA-F]{6}", name))
+)
 NOT_EMPTY = Range("not empty", lambda value: len(value) > 0)
 
 _MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([GM])i?B?", re.IGNORECASE)

@@ -15,6 +15,7 @@ class Resume(Enum):
 
     MAY_CHANGE = "always"
     CUTS_ROWS = "while a step has as many rows"
+    BY_CONTENT = "while what it names has the same content"
 
 
 class Rule(NamedTuple):
@@ -31,11 +32,11 @@ def no_effect(reason: str, when: Callable[[Values], Any]) -> Rule:
     return Rule(when, f"--{{field}} has no effect {reason}", is_note=True)
 
 
-def only_with(other: str, value: str | None = None) -> Rule:
-    """The field is only read while the other one has this value, or without a value: while it is set."""
-    if value is None:
+def only_with(other: str, *those: str) -> Rule:
+    """The field is only read while the other one has one of those values, or without any: while it is set."""
+    if not those:
         return no_effect(f"without --{other}", lambda values: not values[other])
-    return no_effect(f"without --{other} {value}", lambda values: values[other] != value)
+    return no_effect(f"without --{other} {' or '.join(those)}", lambda values: values[other] not in those)
 
 
 def not_with(other: str, *those: str) -> Rule:

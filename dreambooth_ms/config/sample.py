@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
 _RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)
@@ -36,7 +36,8 @@ class PicturesConfig(GenerationConfig):
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0
-    """Layers left out at the end of the text encoders."""
+    """Layers left out at the end of the text encoders, counted from 0 as in diffusers: 1 is what A1111, whose count is
+    --clip_stop_at_last_layers, and kohya call 2."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
     vae_whole_up_to: Annotated[int | None, SIDE] = None
@@ -47,7 +48,7 @@ class PicturesConfig(GenerationConfig):
     num_images_per_prompt. None: 1, or no sheet without num_cols."""
     num_cols: Annotated[int | None, at_least(1)] = None
     """Columns of that sheet, see num_rows. None: 1, or no sheet without num_rows."""
-    output_dir: Annotated[str, NOT_EMPTY] = "outputs"
+    output_dir: Annotated[str, NOT_EMPTY, PATH] = "outputs"
     """Folder for the pictures."""
 
 
@@ -65,10 +66,12 @@ class StartConfig:
 
     task: Annotated[Literal["txt2img", "img2img"] | None, _STARTS] = None
     """Start from text alone (txt2img), or from a picture (img2img). None: from a picture if --image names one."""
-    image: Annotated[str | None, NOT_EMPTY, _NO_START] = None
+    image: Annotated[str | None, NOT_EMPTY, PATH, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
     """How far to go from the picture: 1 keeps nothing of it."""
+    transparent_background: Annotated[Background, _NO_IMAGE] = "white"
+    """What the picture is put on where it is transparent: white, black, grey or #rrggbb."""
 
 
 def _whole(size: str) -> Rule:
@@ -112,8 +115,9 @@ _STOPS = excludes(
 class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
-    refiner: Annotated[str | None, NOT_EMPTY] = None
-    """The model: a local folder or file, or a name on the Hugging Face hub. None: the base makes the pictures alone."""
+    refiner: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """The model: a local folder or file, or a name on the Hugging Face hub, in the base's --variant. None: the base
+    makes the pictures alone."""
     denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
     """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with
     --refiner_strength."""
@@ -124,6 +128,13 @@ class RefinerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Schema):
     """Generate pictures with a base model and its adapters."""
+
+    USUAL = (
+        *("pretrained_model_name_or_path", "prompt", "lora", "lora_scale", "negative_prompt", "num_images_per_prompt"),
+        *("height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed", "output_dir"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog \\
+    --prompt "a photo of sks dog in a bucket" --num_images_per_prompt 4 --output_dir outputs"""
 
     weights: WeightsConfig
     pictures: PicturesConfig

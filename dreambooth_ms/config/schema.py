@@ -14,6 +14,10 @@ class Schema:
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()
     """Fields that may be given without their flags, in this order."""
+    USUAL: ClassVar[tuple[str, ...]] = ()
+    """The fields that everybody sets, with which `--help` is content. Empty: there are so few that it shows all."""
+    EXAMPLE: ClassVar[str] = ""
+    """The flags of a command that can be typed."""
 
     def values(self) -> dict[str, Any]:
         """Field name -> value, over all sections."""

@@ -1,11 +1,14 @@
 """Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
+
+Background: TypeAlias = Annotated[str, COLOUR]
+"""What a picture is put on where it is transparent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +17,9 @@ class DeviceConfig:
 
     device_target: Annotated[Literal["auto", "CPU", "Ascend"], Resume.MAY_CHANGE] = "auto"
     """Device. auto: an Ascend if there is one, otherwise the CPU."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """What networks compute in: fp16, bf16 (on Ascend), or no for float32. Trained weights, norms, softmax, loss,
-    optimiser and autoencoder are float32 in any case. None: no."""
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = None
+    """What networks compute in: fp16, bf16 (on Ascend), no for float32, or auto: fp16 on Ascend, no on CPU, where fp16
+    is slower. Trained weights, norms, softmax, loss, optimiser and autoencoder are float32 in any case. None: no."""
     ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
 
@@ -25,9 +28,13 @@ class DeviceConfig:
 class BaseModelConfig:
     """The base model."""
 
-    pretrained_model_name_or_path: Annotated[str, NOT_EMPTY]
-    """Base model: a local folder or file, or a name on the Hugging Face hub."""
-    pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY] = None
+    pretrained_model_name_or_path: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
+    """Base model: a local folder or file, or on the Hugging Face hub owner/model, or owner/model/file.safetensors."""
+    revision: Annotated[str | None, Resume.BY_CONTENT] = None
+    """Branch, tag or commit on the hub. None: its main branch."""
+    variant: Annotated[str | None, Resume.BY_CONTENT] = None
+    """Variant of the weight files, such as fp16. None: the plain files, or the only variant."""
+    pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
 
 
@@ -35,8 +42,8 @@ class BaseModelConfig:
 class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
-    lora: list[str] = field(default_factory=list)
-    """Adapter files or folders; several are added up."""
+    lora: Annotated[list[str], PATH] = field(default_factory=list)
+    """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up."""
     lora_scale: Annotated[
         list[float],
         Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),
@@ -72,10 +79,11 @@ class GenerationConfig:
 class SourceConfig:
     """A file or folder to read."""
 
-    source: Annotated[str, NOT_EMPTY]
+    source: Annotated[str, NOT_EMPTY, PATH]
     """Model or LoRA: a file or a folder, in any format that is read."""
-    base: Annotated[str | None, NOT_EMPTY] = None
-    """For a LoRA: the model it is for, where that has other sizes than the published ones."""
+    base: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """For a LoRA: the model it is for, where that has other sizes than the published ones and no run's config.yaml
+    beside it names it."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
 
@@ -84,7 +92,7 @@ class SourceConfig:
 class TargetConfig:
     """A file or folder to write."""
 
-    target: Annotated[str, NOT_EMPTY]
+    target: Annotated[str, NOT_EMPTY, PATH]
     """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
     extension a folder."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None

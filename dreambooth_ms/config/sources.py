@@ -1,5 +1,7 @@
 """The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
@@ -10,7 +12,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth_ms.config.describe import Field, schema_fields, sections
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, SPELLINGS
+from dreambooth_ms.config.refusals import HARMLESS, REFUSED
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
+from dreambooth_ms.errors import ConfigError
+
+_MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
+"""Sections of mindone's own files, and what stands in them."""
 
 
 @dataclass
@@ -35,11 +42,10 @@ class Setting:
             return f"--{self.name}"
         return f"{self.source}: {self.section}.{self.name}" if self.section else f"{self.source}: {self.name}"
 
-    def complain(self, message: str, undecided: str | None = None) -> None:
-        """Note a problem, and the field whose value is not known because of it."""
+    def complain(self, message: str, *undecided: str) -> None:
+        """Note a problem, and the fields whose values are not known because of it."""
         self.problems.append(f"{self.label}: {message}")
-        if undecided is not None:
-            self.undecided.add(undecided)
+        self.undecided.update(undecided)
 
 
 def canonical(name: str, known: Mapping[str, Field]) -> str | None:
@@ -47,9 +53,17 @@ def canonical(name: str, known: Mapping[str, Field]) -> str | None:
     return next((one for one in (name, *SPELLINGS.get(name, ())) if one in known), None)
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that is spelled most like the name; None if all are far from it."""
-    return next(iter(get_close_matches(name, list(candidates), n=1, cutoff=0.7)), None)
+def suggestions(name: str, candidates: Iterable[str]) -> list[str]:
+    """What a mistyped name may have meant: up to three that hold its words, or the one spelled most like it.
+
+    Words may be cut short: `num_image` is in `num_images_per_prompt`.
+    """
+    candidates = list(candidates)
+    words = name.split("_")
+    holding = [one for one in candidates if all(re.search(rf"(^|_){re.escape(word)}", one) for word in words)]
+    if min(map(len, words)) >= 3 and 0 < len(holding) <= 3:
+        return holding
+    return get_close_matches(name, candidates, n=1, cutoff=0.75)
 
 
 def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequence[str]) -> list[Setting]:
@@ -63,16 +77,29 @@ def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequ
         settings.append(Setting(positional[len(settings)], rest.pop(0)))
     while rest:
         first = rest.pop(0)
-        if not first.startswith("--"):
+        undashed = _without_a_dash(first, known)
+        if not first.startswith("--") and not undashed:
             unexpected = f"unexpected {first!r}: a value follows its flag, as in --seed 1"
             settings.append(Setting("", MISSING, problems=[unexpected]))
             continue
-        name, equals, value = first[2:].partition("=")
+        name, equals, value = first.removeprefix("--").partition("=")
         texts = [value] if equals else []
-        while rest and not rest[0].startswith("--"):
+        while rest and not rest[0].startswith("--") and not _without_a_dash(rest[0], known):
             texts.append(rest.pop(0))
-        settings.append(_flag(name.replace("-", "_"), texts, known))
+        if undashed:
+            problem = f"{name}: a flag begins with two dashes; did you mean --{undashed}?"
+            settings.append(Setting("", MISSING, problems=[problem], undecided={canonical(undashed, known) or ""}))
+        else:
+            settings.append(_flag(name.replace("-", "_"), texts, known))
     return settings
+
+
+def _without_a_dash(word: str, known: Mapping[str, Field]) -> str | None:
+    """The flag that lacks one of its dashes here, as in `-learning_rate`; None for any other word."""
+    found = re.fullmatch(r"-(\w[\w-]+)(=.*)?", word, re.DOTALL)
+    name = found[1].replace("-", "_") if found else ""
+    others = (REFUSED, HARMLESS, CONVERTED, ("config", BASE_THEN_ADAPTERS))
+    return name if canonical(name, known) or any(name in table for table in others) else None
 
 
 def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
@@ -88,22 +115,48 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
     is_list = get_origin(kind) is list
     if not texts and kind is not bool:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
-        setting.complain(f"expected {expected}, got nothing", target)
+        setting.complain(f"expected {expected}, got nothing", target or "")
         return setting
     if len(texts) > 1 and not is_list and (target or name == "config"):
-        setting.complain(f"unexpected {texts[1]!r} after its value; put text with spaces in quotes")
+        what = "put text with spaces in quotes" if texts[1].strip() else "a line that goes on ends in \\ and no space"
+        setting.complain(f"unexpected {texts[1]!r} after its value; {what}")
     setting.value = texts if is_list else texts[0] if texts else True
     return setting
+
+
+def at_home(paths: Any) -> Any:
+    """A path, or a list of them, with ~ as the home folder; what is no text stays as it is.
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    if isinstance(paths, list):
+        return [at_home(path) for path in paths]
+    whole = os.path.expanduser(paths) if isinstance(paths, str) else paths
+    if isinstance(whole, str) and whole.startswith("~"):
+        raise ConfigError(
+            f"{paths}: no home folder is known for {whole.partition('/')[0]}; write the whole path, "
+            f"or ./{paths} for a name that begins so"
+        )
+    return whole
 
 
 def read_file(named: Setting, schema: type) -> list[Setting]:
     """The values of the YAML file that a --config names, flat or by section. `${…}` is resolved within the file."""
     owners, known, path = sections(schema), schema_fields(schema), named.value
     try:
+        path = at_home(path)
+        if path.lower().endswith(".toml"):
+            raise OSError("expected YAML; of a TOML file, such as kohya's scripts have, give the values as flags")
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(content, dict):
             raise OSError("expected lines such as `rank: 4`")
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        if any(isinstance(content.get(section), dict) and keys & content[section].keys() for section, keys in _MINDONE):
+            raise OSError("is of mindone's scripts; the file of its name in configs/ here has its values")
+        unknown = [str(key) for key, value in content.items() if isinstance(value, dict) and key not in owners]
+        if len(unknown) > 1 and not any(canonical(name, known) or suggestions(name, owners) for name in unknown):
+            raise OSError(f"is for another command; sections {', '.join(unknown)} are unknown to this one")
+    except (OSError, ValueError, ConfigError, yaml.YAMLError, OmegaConfBaseException) as error:
         named.problems.append(f"--config {path}: {_in_one_line(error)}")
         named.undecided.update(known)
         return []
@@ -114,8 +167,8 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
         if name in owners and isinstance(value, dict):
             settings += [Setting(str(inner), item, path, name) for inner, item in value.items()]
             continue
-        if isinstance(value, dict) and ((close := nearest(name, owners)) or canonical(name, known) is None):
-            one.complain("unknown section" + (f"; did you mean {close}?" if close else ""))
+        if isinstance(value, dict) and ((close := suggestions(name, owners)) or canonical(name, known) is None):
+            one.complain("unknown section" + (f"; did you mean {' or '.join(close)}?" if close else ""))
             one.value = MISSING
         if name in known or name not in owners or value is not None:
             settings.append(one)

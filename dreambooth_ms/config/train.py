@@ -1,18 +1,22 @@
 """The settings of `train`: one dataclass per section, one docstring per field, which `--help` prints."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
-from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
+from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, PATH, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
 from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
+
+LORA_RATE, FULL_RATE = 5e-4, 5e-6
+"""The default learning rates of the methods, as in diffusers' scripts."""
 
 LEAST_PRODIGY_RATE = 0.1
 """Below it the learning rate is likely to be meant for another optimiser; diffusers warns there too."""
@@ -25,19 +29,26 @@ OFFSET_NOISE_STRENGTH = 0.1
 class ModelConfig(BaseModelConfig):
     """The base model."""
 
-    revision: str | None = None
-    """Branch, tag or commit on the hub. None: its main branch."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16. None: the plain files."""
+
+_NAMELESS = Rule(
+    lambda values: values["class_prompt"] and _words(values["instance_prompt"]) <= _words(values["class_prompt"]),
+    "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
+    'no name of its own; add a rare word, as in "a photo of sks dog"',
+    is_note=True,
+)
+
+
+def _words(prompt: str) -> set[str]:
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The subject's pictures."""
 
-    instance_data_dir: Annotated[str, NOT_EMPTY]
+    instance_data_dir: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
     """Folder with the pictures of the subject."""
-    instance_prompt: Annotated[str, NOT_EMPTY]
+    instance_prompt: Annotated[str, NOT_EMPTY, _NAMELESS]
     """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
@@ -47,8 +58,21 @@ class DataConfig:
     """Mirror pictures left to right at random."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
+    transparent_background: Background = "white"
+    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 
+_HIGH_FOR_TEXT = Rule(
+    lambda values: (
+        values["learning_rate"] is None
+        and values["text_encoder_lr"] is None
+        and values["method"] == "lora"
+        and values["optimizer"] != "prodigy"
+    ),
+    f"--train_text_encoder: the default learning rate of {LORA_RATE:g} is the UNet's, and spoils what a text encoder "
+    "knows; give a lower --text_encoder_lr, such as 5e-5",
+    is_note=True,
+)
 _LORA = not_with("method", "full")
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
@@ -59,7 +83,7 @@ class MethodConfig:
 
     method: choices.Method = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
-    train_text_encoder: bool = False
+    train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
     rank: Annotated[int, at_least(1), _LORA] = 4
     """Rank of the LoRA update; the size of the file grows with it."""
@@ -88,7 +112,7 @@ _BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["m
 class RunConfig:
     """The run: how long, from where, and what it writes."""
 
-    output_dir: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
+    output_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = None
     """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
     max_train_steps: Annotated[int | None, at_least(1), _NEVER_WARM, Resume.MAY_CHANGE] = None
     """Number of optimiser steps. None: as many as num_train_epochs takes."""
@@ -109,9 +133,11 @@ class RunConfig:
     """Steps between checkpoints."""
     checkpoints_total_limit: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
     """Number of checkpoints to keep; the oldest go first. None: all."""
-    resume_from_checkpoint: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Checkpoint folder to resume from, or latest."""
-    logging_dir: Annotated[str, NOT_EMPTY, Resume.MAY_CHANGE] = "logs"
+    resume_from_checkpoint: Annotated[str | None, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = None
+    """Checkpoint folder to resume from, by its path or its name in output_dir; or latest."""
+    accept_changed_data: Annotated[bool, Resume.MAY_CHANGE] = False
+    """Go on from a checkpoint although pictures, or the base's weights, are not what they were."""
+    logging_dir: Annotated[str, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
 
 
@@ -127,6 +153,10 @@ _SMALL_FOR_PRODIGY = Rule(
     lambda values: values["optimizer"] == "prodigy" and values["learning_rate"] < LEAST_PRODIGY_RATE,
     "--learning_rate {learning_rate} multiplies what prodigy finds by itself; it is usually 1",
     is_note=True,
+)
+_NO_WARMUP = no_effect(
+    "with --lr_scheduler constant",
+    when=lambda values: values["lr_scheduler"] == "constant" and values["lr_warmup_steps"] > 0,
 )
 _ONE_RATE = refused_with(
     "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
@@ -146,7 +176,7 @@ class OptimiserConfig:
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
     lr_scheduler: choices.LearningRateSchedule = "constant"
     """How the learning rate changes over the run."""
-    lr_warmup_steps: Annotated[int, at_least(0), not_with("lr_scheduler", "constant")] = 500
+    lr_warmup_steps: Annotated[int, at_least(0), _NO_WARMUP] = 500
     """Steps of linear warm-up; not used by the constant schedule."""
     lr_num_cycles: Annotated[int, at_least(1), only_with("lr_scheduler", "cosine_with_restarts")] = 1
     """Number of cycles of the cosine_with_restarts schedule."""
@@ -203,7 +233,7 @@ class PriorConfig:
     """Train on pictures of the class beside those of the subject."""
     prior_loss_weight: Annotated[float, at_least(0), _PRIOR] = 1.0
     """Weight of the class pictures' loss."""
-    class_data_dir: Annotated[str | None, NOT_EMPTY, _PRIOR, _APART] = None
+    class_data_dir: Annotated[str | None, NOT_EMPTY, PATH, _PRIOR, _APART, Resume.BY_CONTENT] = None
     """Folder with the class pictures; those that are missing are generated into it."""
     class_prompt: Annotated[str | None, NOT_EMPTY, _PRIOR] = None
     """Prompt that names the class, without the rare token: "a photo of dog"."""
@@ -223,6 +253,7 @@ class PriorConfig:
 
 
 _VALIDATES = only_with("validation_prompt")
+_BY_EPOCHS = no_effect("beside --validation_epochs", when=lambda values: values["validation_epochs"] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,11 +261,13 @@ class ValidationConfig:
     """Pictures generated during training, to see how far it is."""
 
     validation_prompt: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Prompt of these pictures. None: there are none."""
+    """Prompt of pictures that are generated during the training. None: there are none."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated each time, always from the same noise."""
-    validation_steps: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 100
+    validation_steps: Annotated[int, at_least(1), _VALIDATES, _BY_EPOCHS, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
+    validation_epochs: Annotated[int | None, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = None
+    """Passes over the pictures from one validation to the next, in place of validation_steps."""
     validation_scheduler: Annotated[choices.ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = (
         "DPMSolverMultistepScheduler"
     )
@@ -261,7 +294,7 @@ class LossConfig:
     """Strength of the random constant that is added to each channel of the noise; 0 adds none."""
 
 
-_SCALED = only_with("mixed_precision", "fp16")
+_SCALED = only_with("mixed_precision", "fp16", "auto")
 _ADJUSTED = not_with("loss_scaler_type", "static")
 
 
@@ -301,6 +334,14 @@ class ProcessesConfig:
 class TrainConfig(Schema):
     """Teach the base model a subject from a few pictures."""
 
+    USUAL = (
+        *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "resolution", "output_dir"),
+        *("max_train_steps", "train_batch_size", "learning_rate", "method", "rank", "validation_prompt"),
+        *("with_prior_preservation", "class_data_dir", "class_prompt"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --instance_data_dir photographs/dog \\
+    --instance_prompt "a photo of sks dog" --max_train_steps 400 --train_batch_size 1 --output_dir runs/dog"""
+
     model: ModelConfig
     data: DataConfig
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -316,7 +357,7 @@ class TrainConfig(Schema):
     @property
     def learning_rate(self) -> float:
         """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
-        of_method = 5e-4 if self.method.method == "lora" else 5e-6
+        of_method = LORA_RATE if self.method.method == "lora" else FULL_RATE
         return self.optimiser.learning_rate or (1.0 if self.optimiser.optimizer == "prodigy" else of_method)
 
     @property

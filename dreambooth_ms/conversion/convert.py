@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter, open_adapter
-from dreambooth_ms.adapters.writing import write_adapter
+from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter
+from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.convert import ConversionConfig
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Progress
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
@@ -35,6 +35,9 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
     LoraFormat.MINDONE: (".ckpt",),
 }
 """What names of files in a format may end in; a folder in nothing."""
+
+_OF_LORAS, _OF_MODELS = ("alpha", "base"), ("variant", "use_ema", "prediction_type")
+"""Flags that only one kind of sources has a use for."""
 
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]
 """From the number of bytes to write to what is told how many were written."""
@@ -57,14 +60,23 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     """
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
-    if not holds_adapter(source):
+    is_model = not holds_adapter(source)
+    _check_flags(wanted, "a model" if is_model else "a LoRA", _OF_LORAS if is_model else _OF_MODELS)
+    if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
         return
-    opened = open_adapter(source, models_of(wanted.base), wanted.base).with_alpha(wanted.alpha)
+    opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
     form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    yield from opened.notes
+    yield from (*opened.notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def _check_flags(wanted: ConversionConfig, kind: str, others: Sequence[str]) -> None:
+    """Raise WeightError if a flag was given that is only for other kinds of sources."""
+    given = [f"--{flag}" for flag in others if getattr(wanted, flag)]
+    if given:
+        raise WeightError(f"{wanted.source}: this is {kind}; leave out {', '.join(given)}")
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:
@@ -74,23 +86,19 @@ def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, pr
         model = replace(model, prediction_type=wanted.prediction_type)
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
     planned = plan_model(model, form, dtype)
+    model.check_configurations()
     planned.check_place(target)
+    yield from (*planned.model.notes, *planned.notes)
     with progress(planned.byte_count) as count:
         planned.write(target, count)
-    yield from (*planned.model.notes, *planned.notes)
     kind = f"{planned.model.spec.family.value} with {', '.join(planned.model.parts)}"
     yield f"wrote {target}: {kind}, {planned.byte_count / 1e6:,.1f} MB"
-
-
-def models_of(base: str | None) -> Sequence[ModelSpec]:
-    """The models that a LoRA may be for: the one that is named, because its sizes are its own, or those published."""
-    return [open_model(Path(base)).spec] if base else PUBLISHED_MODELS
 
 
 def describe_adapter(opened: OpenedAdapter) -> str:
     """The adapter in a few words."""
     adapter = opened.adapter
-    return f"a LoRA of {len(adapter.updates)} layers of {', '.join(adapter.parts)} of {opened.families}"
+    return f"a LoRA of {count_of(len(adapter.updates), 'layer')} of {', '.join(adapter.parts)} of {opened.families}"
 
 
 def model_format_of(target: Path, form: str | None) -> Format:

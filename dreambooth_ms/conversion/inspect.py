@@ -1,17 +1,18 @@
 """What a file or folder is, in lines for people."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter, open_adapter
-from dreambooth_ms.conversion.convert import models_of
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter
+from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
@@ -21,8 +22,8 @@ LONGEST_VALUE = 200
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
 
-def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> list[str]:
-    """One line per fact about a model, a LoRA or an autoencoder.
+def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> Iterator[str]:
+    """One line per fact about a model, a LoRA or an autoencoder; what takes reading all values comes last.
 
     Args:
         path: a file or folder in any format that is read.
@@ -33,31 +34,43 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
     """
     if holds_adapter(path):
-        return list(_adapter(open_adapter(path, models_of(base), base)))
+        yield from _adapter(open_lora(path, base))
+        return
+    describe: Callable[[OpenedModel], Iterator[str]] = _model
     try:
-        return list(_model(open_model(path, variant)))
+        found = open_model(path, variant)
     except WeightError as error:
         try:
-            return list(_lone_vae(open_lone_vae(path)))
+            found, describe = open_lone_vae(path), _lone_vae
         except WeightError:
             raise error from None
+    yield from describe(found)
+    broken = [name for name, tensor in found.tensors.items() if not tensor.is_finite()]
+    if broken:
+        yield f"NaN or infinity: in {len(broken)} tensors ({show_names(broken)})"
 
 
 def _model(model: OpenedModel) -> Iterator[str]:
     yield f"format: {model.form.value}, {model.container.value}"
     sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
-    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}"
-    yield f"dtype: {', '.join(f'{dtype.value} ({count} tensors)' for dtype, count in model.dtypes.items())}"
+    snr = ", zero terminal SNR" if model.zero_snr else ""
+    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}{snr}"
+    dtypes = [f"{dtype.value} ({count_of(count, 'tensor')})" for dtype, count in model.dtypes.items()]
+    yield f"dtype: {', '.join(dtypes)}"
     for part in model.parts:
         own = model.of_part(part)
-        yield f"{part}: {_parameters(own.values())} in {len(own)} tensors{_size_of(part, model.spec)}"
+        yield f"{part}: {_parameters(own.values())}{_size_of(part, model.spec)}"
     if model.averages:
-        yield f"moving averages (EMA): of {model.averages} weights"
+        yield f"moving averages (EMA): of {count_of(model.averages, 'weight')}"
     yield from _metadata(model.metadata.items())
     missing = [f"the whole {part}" for part in model.missing_parts]
     if model.report.fits:
         yield f"missing: {'; '.join(missing) or 'nothing'}"
+        try:
+            model.check_configurations()
+        except WeightError as error:
+            yield f"does not fit: {error}"
     else:
         yield f"does not fit: {'; '.join([*missing, model.report.summary()])}"
     yield from (f"note: {note}" for note in model.notes)
@@ -76,7 +89,7 @@ def _size_of(part: str, model: ModelSpec) -> str:
     if isinstance(spec, VaeSpec):
         own = ", mean and deviation of their own" if spec.latents_mean else ""
         return f", scale of the latents {spec.scaling_factor:g}{own}"
-    return f", {spec.transformer.num_hidden_layers} layers of width {spec.transformer.hidden_size}"
+    return f", {count_of(spec.transformer.num_hidden_layers, 'layer')} of width {spec.transformer.hidden_size}"
 
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
@@ -89,7 +102,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
     for part, own in parts.items():
         count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
-        yield f"{part}: {count:,} parameters in {len(own)} layers"
+        yield f"{part}: {count_of(count, 'parameter')} in {count_of(len(own), 'layer')}"
     yield from _metadata(opened.metadata.items())
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)
@@ -99,12 +112,13 @@ def _lone_vae(vae: OpenedModel) -> Iterator[str]:
     yield f"format: autoencoder alone, {vae.form.value}, {vae.container.value}"
     yield f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}"
     channels = "-".join(map(str, vae.spec.vae.block_out_channels))
-    yield f"vae: {_parameters(vae.tensors.values())} in {len(vae.tensors)} tensors, channels {channels}"
+    yield f"vae: {_parameters(vae.tensors.values())}, channels {channels}"
     yield "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}"
 
 
-def _parameters(tensors: Iterable[StoredTensor]) -> str:
-    return f"{sum(math.prod(tensor.shape) for tensor in tensors):,} parameters"
+def _parameters(tensors: Collection[StoredTensor]) -> str:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count_of(parameters, 'parameter')} in {count_of(len(tensors), 'tensor')}"
 
 
 def _metadata(items: Iterable[tuple[str, str]]) -> Iterator[str]:

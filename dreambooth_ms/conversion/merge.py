@@ -11,7 +11,7 @@ from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import OpenedAdapter, open_adapter
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.conversion.convert import ProgressBar, describe_adapter, write_model
+from dreambooth_ms.conversion.convert import DTYPES, ProgressBar, describe_adapter, write_model
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import StoredTensor
@@ -37,13 +37,17 @@ def merge(wanted: MergingConfig, progress: ProgressBar) -> Iterator[str]:
     opened = [open_adapter(Path(path), [model.spec], wanted.base).with_alpha(wanted.alpha) for path in wanted.lora]
     for one in opened:
         yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
-    yield from write_model(merged(model, opened, wanted.scale), wanted, progress)
+    dtype = DTYPES[wanted.dtype] if wanted.dtype else None
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted, progress)
 
 
-def merged(model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float) -> OpenedModel:
+def merged(
+    model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float, dtype: DType | None = None
+) -> OpenedModel:
     """The model with the sum of the adapters, each times `scale`, in its weights; nothing is read yet.
 
-    A weight is summed in float32 and rounded once to its own type. With a scale of 0 nothing changes, to the bit.
+    A weight is summed in float32 and rounded once, to `dtype` or to its own type. With a scale of 0 nothing changes, to
+    the bit.
 
     Raises:
         WeightError: an adapter is for a network that the model does not hold.
@@ -60,8 +64,9 @@ def merged(model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float) 
     tensors = dict(model.tensors)
     for name, own in updates.items():
         weight = tensors[name]
-        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale))
-        tensors[name] = changed.cast_to(weight.dtype)
+        label = f"{weight.label}, merged" if weight.label else ""
+        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale), label=label)
+        tensors[name] = changed.cast_to(dtype or weight.dtype)
     return replace(model, tensors=tensors)
 
 

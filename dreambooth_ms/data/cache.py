@@ -21,7 +21,7 @@ from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
-from dreambooth_ms.runtime.device import is_simulated
+from dreambooth_ms.runtime.ascend import is_simulated
 
 BYTES_IN_MEMORY = 64 * 2**20
 """512 posteriors at SD 1.5's size. A step computes for longer than it takes to read its rows again."""
@@ -149,7 +149,9 @@ def posterior_lookup(
     def make(views: Sequence[View]) -> Iterator[tuple[View, tuple[np.ndarray]]]:
         encode = load_encoder()
         for view in progress(views):
-            crop = resize_and_crop(open_picture(view.record.path), view.frame, interpolation, view.flip)
+            crop = resize_and_crop(
+                open_picture(view.record.path, view.record.background), view.frame, interpolation, view.flip
+            )
             value = encode(to_array(crop).transpose(2, 0, 1)[None])
             flaw = "" if value[0].any() or is_simulated() else "nothing but zeros, which is black"
             flaw = flaw if np.isfinite(value).all() else "NaN or infinity"

@@ -3,6 +3,7 @@
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
 
+import io
 import os
 import re
 import struct
@@ -10,16 +11,23 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module, util
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from dreambooth_ms.atomic import file_digest
 from dreambooth_ms.config.choices import Interpolation
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import DataError, near
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+    ".heic", ".heif", ".hif",
+)  # fmt: skip
+CAPTION_SUFFIXES, CAPTION_FILES = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
+"""Where other programs look for the captions of the pictures beside: under a picture's name, and for all of them."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -28,8 +36,13 @@ MIN_SIDE = 8
 MAX_ASPECT_RATIO = 20
 """A narrower strip would be enlarged to a picture of hundreds of megabytes before it is cropped."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+HAS_HEIF = util.find_spec("pillow_heif") is not None
+if HAS_HEIF:
+    import_module("pillow_heif").register_heif_opener()
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", *(["HEIF"] if HAS_HEIF else []))
 """What may be decoded, whatever the suffix says: Pillow would hand a PostScript file to an interpreter."""
+_BY_SPACE = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Pixels that a colour profile describes, by its colour space."""
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error,
     Image.DecompressionBombError,
@@ -39,10 +52,29 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """What a folder holds: pictures in natural order (2 before 10), and everything else."""
+    """What a folder holds: pictures in natural order (2 before 10), captions of them, and everything else."""
 
     pictures: tuple[Path, ...]
     skipped: tuple[Path, ...]
+    captions: tuple[Path, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """Lines to print about what is not used of it."""
+        return [
+            *listed(self.skipped, "skipped what is not a picture"),
+            *listed(self.captions, "captions are not read, all pictures have one prompt"),
+        ]
+
+
+class Opened(NamedTuple):
+    """A picture as a viewer shows it, and what else there is to say of it."""
+
+    picture: Image.Image
+    reading: tuple[str, ...]
+    """What decides its pixels beside the bytes of its file: a colour profile, a background other than white."""
+    notes: tuple[str, ...]
+    """What the user should know, the same words for the same thing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +104,23 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     wanted = f"expected a folder with pictures ({', '.join(suffix[1:] for suffix in SUFFIXES)})"
     # Of os.path, because those of pathlib raise on names that are too long or may not be looked at.
     if not os.path.isdir(folder):
-        raise DataError(f"{folder}: {'not a folder' if os.path.exists(folder) else 'no such folder'}; {wanted}")
+        wrong = "not a folder" if os.path.exists(folder) else f"no such folder{near(folder)}"
+        raise DataError(f"{folder}: {wrong}; {wanted}")
     try:
         entries = sorted(folder.iterdir(), key=_natural_order)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); {wanted}") from error
     pictures = tuple(path for path in entries if looks_like_a_picture(path))
-    skipped = tuple(path for path in entries if not looks_like_a_picture(path))
     if not pictures:
-        raise DataError(f"{folder}: no picture in it, {_listed(skipped) if skipped else 'it is empty'}; {wanted}")
-    return PictureFolder(pictures, skipped)
+        held = f"{len(entries)} found: {_names(entries)}" if entries else "it is empty"
+        raise DataError(f"{folder}: no picture in it, {held}; {wanted}")
+    stems = {path.stem for path in pictures}
+    skipped: list[Path] = []
+    captions: list[Path] = []
+    for path in sorted(set(entries).difference(pictures), key=_natural_order):
+        is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems
+        (captions if is_caption or path.name in CAPTION_FILES else skipped).append(path)
+    return PictureFolder(pictures, tuple(skipped), tuple(captions))
 
 
 def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
@@ -94,19 +133,24 @@ def looks_like_a_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def skipped_line(skipped: Sequence[Path]) -> str:
-    """One line to print about the entries of a folder that are not pictures; empty if there are none."""
-    return f"{skipped[0].parent}: skipped what is not a picture, {_listed(skipped)}" if skipped else ""
+def listed(paths: Sequence[Path], what: str) -> list[str]:
+    """A line to print about some entries of a folder; none if there are none."""
+    return [f"{paths[0].parent}: {what}, {len(paths)} found: {_names(paths)}"] if paths else []
 
 
-def _listed(paths: Sequence[Path], limit: int = 5) -> str:
-    names = [repr(path.name)[1:-1] for path in paths[:limit]]
+def _names(paths: Sequence[Path], limit: int = 5) -> str:
     more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
-    return f"{len(paths)} found: {', '.join(names)}{more}"
+    return ", ".join(repr(path.name)[1:-1] for path in paths[:limit]) + more
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture as a viewer shows it: upright by its EXIF tag, in RGB, on white where it is transparent.
+def open_picture(path: str | Path, background: str = "white") -> Image.Image:
+    """`read_picture`, of which the picture is all that is wanted."""
+    return read_picture(path, background).picture
+
+
+def read_picture(path: str | Path, background: str = "white") -> Opened:
+    """A picture as a viewer shows it: upright by its EXIF tag, in sRGB by its colour profile, on a background where it
+    is transparent.
 
     16-bit pictures are scaled to 8 bits. Of an animation, the first frame is read.
 
@@ -119,33 +163,64 @@ def open_picture(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_FORMATS) as image:
                 image.load()
-                picture = _to_rgb(ImageOps.exif_transpose(image))
+                opened = _as_shown(ImageOps.exif_transpose(image), background)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file{near(path)}") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: too large to be a photograph ({error}); scale it down") from error
     except Image.UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture of a known format; save it as PNG or JPEG, or remove it") from None
+        wrong = "not a picture of a known format; save it as PNG or JPEG, or remove it"
+        if not HAS_HEIF and _is_heif(path):
+            wrong = "a HEIC photograph, for which pip install pillow-heif is needed; or save it as JPEG"
+        raise DataError(f"{path}: {wrong}") from None
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or JPEG, or remove it") from error
-    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
-        width, height = picture.size
+    width, height = opened.picture.size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise DataError(f"{path}: {width}x{height} is too narrow for a square picture; crop it")
-    return picture
+    return opened
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _is_heif(path: str | Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(11)[4:] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf")
+
+
+def _as_shown(image: Image.Image, background: str) -> Opened:
+    profile, has_profile = image.info.get("icc_profile"), "icc_profile" in image.info
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("its pixels have more than 16 bits")
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers")
-    if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-    return image.convert("RGB")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    managed, picture = _to_srgb(image, profile) if profile else None, image.convert("RGB")
+    notes = ["colour profile damaged or of other pixels, taken as sRGB"] if has_profile and managed is None else []
+    reading: list[str] = []
+    if managed is not None and managed.tobytes() != picture.tobytes():
+        picture, reading = managed, ["profile"]
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        layered, colour = Image.merge("RGBA", (*picture.split(), alpha)), ImageColor.getrgb(background)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, colour), layered).convert("RGB")
+        # White is left out, so that what was cached before there was a choice holds.
+        reading += [str(colour)] if colour != (255, 255, 255) else []
+        notes.append(f"transparent, put on {background} (--transparent_background names another colour)")
+    return Opened(picture, tuple(reading), tuple(notes))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """RGB pixels in sRGB by a colour profile; None if it is damaged, or is one of other pixels."""
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _BY_SPACE.get(own.profile.xcolor_space, "")
+        if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and image.mode not in ("1", "L", "LA")):
+            return None
+        intent = ImageCms.Intent(ImageCms.getDefaultIntent(own))
+        return ImageCms.profileToProfile(image.convert(mode), own, ImageCms.createProfile("sRGB"), intent, "RGB")
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
+        return None
 
 
 def covering_size(picture: Size, size: Size) -> Size:

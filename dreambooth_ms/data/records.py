@@ -1,10 +1,11 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, open_picture, skipped_line
+from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, listed, read_picture
 from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
@@ -16,13 +17,15 @@ class Record:
 
     path: Path
     digest: str
-    """SHA-256 of the file: what caches are keyed by."""
+    """SHA-256 of the file, and of what else decides its pixels: what caches are keyed by."""
     size: Size
     """Upright, in pixels."""
     captions: tuple[str, ...]
     """One, or several of which each row draws one."""
     mask: Path | None = None
     """A picture that is white where the error counts; None: it counts everywhere."""
+    background: str = "white"
+    """What it is put on where it is transparent."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,37 @@ def read_concept(
     tell: Callable[[str], object],
     weight: float = 1.0,
     at_most: int | None = None,
+    background: str = "white",
 ) -> Concept:
     """The pictures of a folder under one prompt, in natural order. Every one is opened once, so that a damaged file
-    is found before the training starts; what is not a picture is listed in one line.
+    is found before the training starts; what is not used, or not as it is, is told in one line for each kind.
 
     Raises:
         DataError: no usable folder, or damaged pictures, one line each.
     """
     found = find_pictures(folder)
-    if found.skipped:
-        tell(skipped_line(found.skipped))
     records, problems = [], []
+    noted: dict[str, list[Path]] = {}
     for path in found.pictures[:at_most]:
         try:
-            sha256, (width, height) = digest(path), open_picture(path).size
+            opened = read_picture(path, background)
+            sha256, (width, height) = _content_digest(path, opened.reading), opened.picture.size
             if min(width, height) < MIN_SIDE:
                 raise DataError(
                     f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
                 )
-            records.append(Record(path, sha256, (width, height), (prompt,)))
+            records.append(Record(path, sha256, (width, height), (prompt,), background=background))
+            for note in opened.notes:
+                noted.setdefault(note, []).append(path)
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+    for line in (*found.remarks, *(line for note, paths in noted.items() for line in listed(paths, note))):
+        tell(line)
     return Concept(name, tuple(records), weight)
+
+
+def _content_digest(path: Path, reading: tuple[str, ...]) -> str:
+    own = digest(path)
+    return hashlib.sha256(" ".join((own, *reading)).encode()).hexdigest() if reading else own

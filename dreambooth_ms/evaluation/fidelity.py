@@ -13,6 +13,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.model_config import read_config, read_image_statistics
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.weights.bundle import load_clip
 
@@ -34,8 +35,9 @@ def load_image_embedder(clip_folder: Path, batch_size: int = 16) -> Callable[[Se
     clip = load_clip(clip_folder)
     encoder = CellMethod(clip.encode_image)
     size = clip.spec.vision.image_size
-    preprocessing = read_json(clip_folder / "preprocessor_config.json")
-    mean, std = (np.array(preprocessing[key], np.float32) for key in ("image_mean", "image_std"))
+    preprocessing = clip_folder / "preprocessor_config.json"
+    statistics = read_config(preprocessing, read_json(preprocessing), read_image_statistics)
+    mean, std = (np.array(values, np.float32) for values in statistics)
 
     def embed(pictures: Sequence[np.ndarray]) -> np.ndarray:
         pixels = np.stack([(_square(picture, size) / np.float32(255) - mean) / std for picture in pictures])

@@ -42,12 +42,21 @@ EDM_SCHEDULER: Mapping[str, Any] = {
 """Of Playground v2.5, the one model whose latents have a mean and deviation of their own, as diffusers has it."""
 
 
-def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str) -> Files:
-    """The files of a folder in which these parts of a model are; it predicts "epsilon" or "v_prediction"."""
+def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str, zero_snr: bool = False) -> Files:
+    """The files of a folder in which these parts of a model are.
+
+    Args:
+        model: its sizes.
+        parts: the networks that are there.
+        prediction_type: "epsilon" or "v_prediction".
+        zero_snr: whether the last timestep holds no signal.
+    """
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
         unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
-    files = pipeline_configs(model, parts, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    predicts = PredictionType(prediction_type)
+    schedule = NoiseScheduleSpec(prediction_type=predicts, rescale_betas_zero_snr=zero_snr)
+    files = pipeline_configs(model, parts, schedule)
     if "unet" in parts:
         files["unet/config.json"] = model_config.write_unet_config(unet)
     if "vae" in parts:
@@ -66,8 +75,8 @@ def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseSc
     """The files that make the folders of these parts a pipeline: its index and its scheduler."""
     scheduler = dict(EDM_SCHEDULER) if model.vae.latents_mean else model_config.write_scheduler_config(schedule)
     if _is_xl(model) and not model.vae.latents_mean:
-        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
-        del scheduler["clip_sample"], scheduler["set_alpha_to_one"]
+        # It keeps keys of other schedulers, as the published one does: DDIM would clip latents without them.
+        scheduler = {"timestep_spacing": "leading"} | scheduler | {"_class_name": "EulerDiscreteScheduler"}
     return {INDEX: _index(model, parts, scheduler["_class_name"]), SCHEDULER: scheduler}
 
 

@@ -8,53 +8,48 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
+from dreambooth_ms.errors import UserError, WeightError
+from dreambooth_ms.formats.config_keys import (
+    CLIP_KEYS,
+    EDM_KEYS,
+    SCHEDULER_KEYS,
+    TEXT_KEYS,
+    UNET_KEYS,
+    VAE_KEYS,
+    VISION_KEYS,
+    check_keys,
+)
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
 
-# What the configuration of a UNet may say besides the fields of the spec; the first value is diffusers' default.
-SUPPORTED_UNET_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu",),
-    "addition_embed_type": (None, "text_time"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-}
-SUPPORTED_BETA_SCHEDULES = ("scaled_linear", "linear")
-SUPPORTED_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+_DIFFUSION = """
+DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSDE
+DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM
+LMSDiscrete PNDM SASolver TCD UniPCMultistep
+"""
+"""Schedulers of diffusers for models that predict the noise or the velocity of DDPM's forward process."""
 
 
 def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> Spec:
     """The spec that a configuration file says, by one of the readers below.
 
     Raises:
-        WeightError: a key is missing, a value is of another kind, or the reader refuses it; the message names the file.
+        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes; the message
+            names the file.
     """
     try:
-        return read(content)
-    except WeightError as error:
+        spec = read(content)
+    except UserError as error:
         raise WeightError(f"{path}: {error}") from error
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
-    except TypeError as error:
-        raise WeightError(f"{path}: damaged ({error}); download it again") from error
+    problems = "; ".join(getattr(spec, "problems", list)())
+    if problems:
+        raise WeightError(f"{path}: {problems}: no network has these sizes; take the original model's configuration")
+    return spec
 
 
 def read_unet_config(config: Config) -> UNetSpec:
@@ -63,14 +58,10 @@ def read_unet_config(config: Config) -> UNetSpec:
     Raises:
         WeightError: the configuration asks for something these networks do not have.
     """
-    for key, supported in SUPPORTED_UNET_SETTINGS.items():
-        if config.get(key, supported[0]) not in supported:
-            values = " or ".join(map(repr, supported))
-            raise WeightError(f"{key} {config[key]!r} is not supported (only {values}); use SD 1.x, 2.x or SDXL")
-    kinds = set(config["down_block_types"]) | set(config["up_block_types"])
-    if kinds - SUPPORTED_BLOCKS:
-        unknown = ", ".join(sorted(kinds - SUPPORTED_BLOCKS))
-        raise WeightError(f"blocks {unknown} are not supported yet; use SD 1.x, 2.x or SDXL")
+    check_keys(config, UNET_KEYS)
+    has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
+    if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
+        raise WeightError("up_block_types is not down_block_types in reverse; use SD 1.x, 2.x or SDXL")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -79,7 +70,7 @@ def read_unet_config(config: Config) -> UNetSpec:
         config,
         *("layers_per_block", "in_channels", "out_channels", "sample_size"),
         block_out_channels=channels,
-        has_attention=tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"]),
+        has_attention=has_attention,
         num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
     )
 
@@ -105,39 +96,30 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
 
 def read_vae_config(config: Config) -> VaeSpec:
     """diffusers' AutoencoderKL configuration -> spec."""
-    return _read(
-        VaeSpec,
-        config,
-        *("layers_per_block", "latent_channels"),
-        block_out_channels=tuple(config["block_out_channels"]),
-        **read_latent_settings(config, config["latent_channels"]),
-    )
+    check_keys(config, VAE_KEYS)
+    required = ("layers_per_block", "latent_channels", "block_out_channels")
+    spec = _read(VaeSpec, config, *required, **read_latent_settings(config, config["latent_channels"]))
+    for key in ("down_block_types", "up_block_types"):
+        if len(config.get(key, spec.block_out_channels)) != len(spec.block_out_channels):
+            raise WeightError(f"{key} and block_out_channels have not as many entries; download it again")
+    if config.get("out_channels", spec.in_channels) != spec.in_channels:
+        raise WeightError(f"out_channels {config['out_channels']} is not in_channels {spec.in_channels}")
+    return spec
 
 
 def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
     """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
 
     Raises:
-        TypeError: a value is not a finite number, or there is not one for each of the channels.
+        WeightError: a value is not a finite number, or there is not one for each of the channels.
     """
-    factor = _numbers([config.get("scaling_factor", VaeSpec.scaling_factor)], "scaling_factor", 1)[0]
-    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
-    return {
-        "scaling_factor": factor,
-        "latents_mean": _numbers(mean, "latents_mean", channels) if mean else None,
-        "latents_std": _numbers(std, "latents_std", channels) if std else None,
-    }
-
-
-_LARGEST = 1e30
-"""Of numbers that can be calculated with in float32; neither infinity nor NaN is below."""
-
-
-def _numbers(values: Any, name: str, count: int) -> tuple[float, ...]:
-    numbers = [value for value in values if isinstance(value, (int, float)) and abs(value) < _LARGEST]
-    if len(numbers) != len(values) or len(values) != count:
-        raise TypeError(f"{name}: expected {count} numbers, got {values}")
-    return tuple(numbers)
+    names = ("scaling_factor", "latents_mean", "latents_std")
+    check_keys({name: config[name] for name in names if name in config}, VAE_KEYS)
+    statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
+    for name, values in statistics.items():
+        if values and len(values) != channels:
+            raise WeightError(f"{name}: expected {channels} numbers, got {len(values)}; download it again")
+    return {"scaling_factor": config.get("scaling_factor", VaeSpec.scaling_factor), **statistics}
 
 
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
@@ -156,6 +138,7 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
 
 def read_text_config(config: Config) -> ClipTextSpec:
     """transformers' CLIPTextModel configuration -> spec."""
+    check_keys(config, TEXT_KEYS)
     own = {"transformer": _read(TransformerSpec, config), "eos_token_id": config.get("eos_token_id", 2)}
     return _read(ClipTextSpec, config, "vocab_size", "max_position_embeddings", **own, projection_dim=None)
 
@@ -163,6 +146,15 @@ def read_text_config(config: Config) -> ClipTextSpec:
 def read_projected_text_config(config: Config) -> ClipTextSpec:
     """transformers' CLIPTextModelWithProjection configuration -> spec."""
     return replace(read_text_config(config), projection_dim=config["projection_dim"])
+
+
+NETWORK_READERS: Mapping[str, Callable[[Config], Any]] = {
+    "unet": read_unet_config,
+    "vae": read_vae_config,
+    "text_encoder": read_text_config,
+    "text_encoder_2": read_projected_text_config,
+}
+"""By the names of the networks' folders."""
 
 
 def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]:
@@ -182,7 +174,9 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
 
 def read_clip_config(config: Config) -> ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
+    check_keys(config, CLIP_KEYS)
     vision = config["vision_config"]
+    check_keys(vision, VISION_KEYS)
     return ClipSpec(
         text=read_text_config(config["text_config"]),
         vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
@@ -190,47 +184,90 @@ def read_clip_config(config: Config) -> ClipSpec:
     )
 
 
+def read_image_statistics(config: Config) -> list[list[float]]:
+    """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
+    statistics = {name: config[name] for name in ("image_mean", "image_std")}
+    check_keys(statistics, dict.fromkeys(statistics, tuple[float, ...]))
+    for name, values in statistics.items():
+        if len(values) != 3:
+            raise WeightError(f"{name}: expected 3 numbers, got {len(values)}; download it again")
+    return list(statistics.values())
+
+
 def is_edm(scheduler_config: Config) -> bool:
     """Whether a diffusers scheduler is for models trained in EDM's formulation (Karras et al., 2022)."""
     return str(scheduler_config.get("_class_name")).startswith("EDM")
+
+
+def check_scheduler_config(config: Config) -> None:
+    """Stop at any diffusers scheduler's configuration that nothing here follows; EDM's are sampled with alone.
+
+    Raises:
+        WeightError: what it is, or the key that is not known or not supported.
+        ConfigError: its noise is none.
+    """
+    if is_edm(config):
+        check_keys(config, EDM_KEYS)
+    else:
+        read_scheduler_config(config)
 
 
 def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """Any diffusers scheduler's configuration but EDM's -> the forward process.
 
     Raises:
-        WeightError: the model predicts something else than noise or velocity, or has another noise schedule.
+        WeightError: the model was trained otherwise, or a key is not known or not supported.
+        ConfigError: its noise is none.
     """
+    name = config.get("_class_name")
     if is_edm(config):
         raise WeightError(
-            f"{config['_class_name']}: models trained in EDM's formulation can be sampled, not trained; "
+            f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
+        )
+    if name is not None and str(name).removeprefix("Flax").removesuffix("Scheduler") not in _DIFFUSION.split():
+        raise WeightError(
+            f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
             "use SD 1.x, 2.x or SDXL"
         )
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in {member.value for member in PredictionType}:
-        raise WeightError(f"prediction_type {kind!r}: expected epsilon or v_prediction; use SD 1.x, 2.x or SDXL")
-    betas = config.get("beta_schedule", "scaled_linear")
-    if betas not in SUPPORTED_BETA_SCHEDULES:
-        raise WeightError(
-            f"beta_schedule {betas!r}: expected {' or '.join(SUPPORTED_BETA_SCHEDULES)}; use SD 1.x, 2.x or SDXL"
-        )
-    return _read(NoiseScheduleSpec, config, prediction_type=PredictionType(kind))
+    check_keys(config, SCHEDULER_KEYS)
+    switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]
+    if len(switches) > 1:
+        raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")
+    kind = PredictionType(config.get("prediction_type", "epsilon"))
+    spec = _read(NoiseScheduleSpec, {**_betas_left_out(str(name or "")), **config}, prediction_type=kind)
+    NoiseSchedule.from_spec(spec)
+    return spec
+
+
+def _betas_left_out(scheduler: str) -> Config:
+    """What diffusers' classes say of the betas where a configuration does not; without a class, Stable Diffusion's."""
+    if not scheduler or scheduler.startswith(("LCM", "TCD")):
+        return {}
+    start, end = (0.00085, 0.012) if scheduler.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else (0.0001, 0.02)
+    return {"beta_start": start, "beta_end": end, "beta_schedule": "linear"}
 
 
 def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
-    """The inverse of `read_scheduler_config`, for DDIM as Stable Diffusion 1 has it."""
-    return _config_of(
+    """The inverse of `read_scheduler_config`, for DDIM as Stable Diffusion 1 has it.
+
+    With zero terminal SNR steps begin where there is nothing but noise (Lin et al., 2024, section 3.3).
+    """
+    config = _config_of(
         spec,
         _class_name="DDIMScheduler",
         clip_sample=False,
         prediction_type=spec.prediction_type.value,
         set_alpha_to_one=False,
         steps_offset=1,
+        **({"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}),
     )
+    return {
+        key: value for key, value in config.items() if value or key not in ("trained_betas", "rescale_betas_zero_snr")
+    }
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
-    """A spec from the keys that its fields are named for; `own` are values of fields that are not read so.
+    """A spec from the keys that its fields are named for, which are checked; `own` are fields that are not read so.
 
     Raises:
         KeyError: a key is missing that is required, or that has no default.

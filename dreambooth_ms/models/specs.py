@@ -4,11 +4,18 @@ The field names follow the `config.json` files of diffusers and transformers, fr
 `formats/model_config.py` fills these rows.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
+
+
+def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, divisors: Sequence[int]) -> Iterator[str]:
+    for size, divisor in zip(sizes, divisors, strict=True):
+        if size % divisor:
+            yield f"{name} {size} is not a multiple of {divisor_name} {divisor}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +60,25 @@ class UNetSpec:
         ids, rest = divmod(self.projection_class_embeddings_input_dim - pooled_width, self.addition_time_embed_dim)
         return 0 if rest else ids
 
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each, by the names in configurations."""
+        channels, depths = self.block_out_channels, self.transformer_layers_per_block
+        by_level = {"down_block_types": self.has_attention, "attention_head_dim": self.num_heads}
+        by_level |= {"transformer_layers_per_block": channels if isinstance(depths, int) else depths}
+        uneven = {name: len(values) for name, values in by_level.items() if len(values) != len(channels)}
+        yield from (f"{name} has {n} entries, block_out_channels {len(channels)}" for name, n in uneven.items())
+        if not channels:
+            yield "block_out_channels is empty"
+        if channels and not uneven:
+            yield from _indivisible(
+                "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
+            )
+            # The blocks in the middle always attend, with the heads of the coarsest.
+            attends = [level for level, own in enumerate(self.has_attention) if own or level == len(channels) - 1]
+            sizes, heads = ([values[level] for level in attends] for values in (channels, self.num_heads))
+            yield from _indivisible("block_out_channels", sizes, "attention_head_dim", heads)
+            yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", [2])
+
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSpec:
@@ -85,6 +111,17 @@ class VaeSpec:
         factor = self._by_channel(self.latents_std, 1.0) / np.float32(self.scaling_factor)
         return latents * factor + self._by_channel(self.latents_mean, 0.0)
 
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each, by the names in configurations."""
+        channels = self.block_out_channels
+        if not channels:
+            yield "block_out_channels is empty"
+        if min(self.scaling_factor, *(self.latents_std or (1.0,))) <= 0:
+            yield "scaling_factor and latents_std are not above 0"
+        yield from _indivisible(
+            "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
+        )
+
     @staticmethod
     def _by_channel(values: tuple[float, ...] | None, otherwise: float) -> np.ndarray:
         return np.array(otherwise if values is None else values, np.float32).reshape(-1, 1, 1)
@@ -98,8 +135,12 @@ class TransformerSpec:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    hidden_act: str = "quick_gelu"
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", [self.num_attention_heads])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +153,12 @@ class ClipTextSpec:
     eos_token_id: int = 49407
     projection_dim: int | None = None
     """Width of the projected pooled text; None for a tower without a projection of its own."""
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        yield from self.transformer.problems()
+        if self.eos_token_id >= self.vocab_size:
+            yield f"eos_token_id {self.eos_token_id} is none of {self.vocab_size} tokens (vocab_size)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +177,11 @@ class ClipSpec:
     text: ClipTextSpec
     vision: ClipVisionSpec
     projection_dim: int = 512
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        yield from self.text.problems()
+        yield from self.vision.transformer.problems()
 
 
 SD_15_UNET = UNetSpec(
@@ -172,7 +224,7 @@ PLAYGROUND_25_VAE = VaeSpec(
 )
 
 
-def _tower(width: int, layers: int, heads: int, hidden_act: str) -> TransformerSpec:
+def _tower(width: int, layers: int, heads: int, hidden_act: Literal["quick_gelu", "gelu"]) -> TransformerSpec:
     return TransformerSpec(
         hidden_size=width,
         intermediate_size=4 * width,

@@ -29,6 +29,8 @@ class TextEncoders(CompiledCell):
             all.
     """
 
+    title = "the text encoders"
+
     def __init__(self, networks: Mapping[str, nn.Cell], clip_skip: int = 0) -> None:
         super().__init__(auto_prefix=False)
         self.names = tuple(networks)

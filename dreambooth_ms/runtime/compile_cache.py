@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +38,7 @@ UNCHECKED = "MS_DEV_FORCE_USE_COMPILE_CACHE"
 MAX_BYTES = 1 << 30
 """The entries that were used last are kept, up to this size in all."""
 
-CONTENTS, UNFINISHED = "entry.json", ".unfinished-"
+CONTENTS, SECONDS, UNFINISHED = "entry.json", ".seconds", ".unfinished-"
 ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
@@ -57,6 +57,16 @@ class Counts:
     kept: int = 0
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a compilation before it begins."""
+
+    is_kept: bool = False
+    """Whether the graph is read from the cache."""
+    seconds: float | None = None
+    """How long the newest graph of its kind took that was compiled; None if none is kept."""
+
+
 class CompileCache:
     """Graphs of any process, in a folder; the size of all entries is bounded."""
 
@@ -65,25 +75,28 @@ class CompileCache:
         self.counts = Counts()
         self._is_off = False
 
-    def compile(self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, compile: Callable[[], None]) -> None:
+    def compile(
+        self, cell: nn.Cell, inputs: tuple[Any, ...], settings: object, kind: str, compile: Callable[[Outlook], None]
+    ) -> None:
         """Let MindSpore compile a cell for such inputs, or read the graph that it has written before.
 
         What goes wrong with the cache is told in a warning, and the run goes on without it. `settings` decide the graph
-        beside the cell, the inputs and the environment.
+        beside the cell, the inputs and the environment; `kind`, letters and digits, names graphs that take as long.
         """
         if self._is_off:
-            return compile()
+            return compile(Outlook())
         try:
             entry = self.folder / graph_key(cell, inputs, settings)
             copied = self._copy_to_mindspore(entry)
         except NotDescribable:
-            return compile()
+            return compile(Outlook())
         except OSError as error:
             self._turn_off(error)
-            return compile()
+            return compile(Outlook())
+        begun = time.monotonic()
         try:
             with _mindspores.switched_on():
-                compile()
+                compile(Outlook(is_kept=True) if copied else Outlook(seconds=self._seconds_before(kind)))
         except Exception:
             # Whether MindSpore has counted this one is not known; the next one that it writes will show.
             _mindspores.place = None
@@ -91,10 +104,17 @@ class CompileCache:
                 raise
             self._remove(entry)  # MindSpore could not read it.
         else:
-            return self._keep_what_is_new(entry, copied)
+            return self._keep_what_is_new(entry, copied, {f"{kind}{SECONDS}": time.monotonic() - begun})
         finally:
             _mindspores.empty()
-        return compile()
+        return compile(Outlook())
+
+    def _seconds_before(self, kind: str) -> float | None:
+        """How long the newest entry of a kind took to compile."""
+        with suppress(OSError, ValueError):
+            files = sorted(self.folder.glob(f"*/{kind}{SECONDS}"), key=lambda file: file.stat().st_mtime)
+            return float(files[-1].read_text()) if files else None
+        return None
 
     def _copy_to_mindspore(self, entry: Path) -> State:
         """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
@@ -116,8 +136,8 @@ class CompileCache:
             self._remove(entry)
         return _mindspores.state()
 
-    def _keep_what_is_new(self, entry: Path, copied: State) -> None:
-        """Keep what MindSpore has written, or note that it used what was copied there."""
+    def _keep_what_is_new(self, entry: Path, copied: State, notes: Mapping[str, object]) -> None:
+        """Keep what MindSpore has written, with notes beside it, or note that it used what was copied there."""
         state = _mindspores.state()
         places = {int(match[1]) for name in state if (match := re.search(r"compile_cache_(\d+)\.", name))}
         if len(places) != 1:
@@ -130,13 +150,13 @@ class CompileCache:
                 self.counts.found += 1
                 os.utime(entry)
                 return
-            self._keep(entry, place, sorted(name for name in state if f"_{place}." in name))
+            self._keep(entry, place, sorted(name for name in state if f"_{place}." in name), notes)
             self.counts.kept += 1
             self._prune()
         except OSError as error:
             self._turn_off(error)
 
-    def _keep(self, entry: Path, place: int, names: list[str]) -> None:
+    def _keep(self, entry: Path, place: int, names: list[str], notes: Mapping[str, object]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._unfinished() as unfinished:
             digests = {}
@@ -144,7 +164,8 @@ class CompileCache:
                 content = (_mindspores.folder / name).read_bytes()
                 Path(unfinished, str(number)).write_bytes(content)
                 digests[name.replace(f"_{place}.", f"_{PLACE}.")] = hashlib.sha256(content).hexdigest()
-            Path(unfinished, CONTENTS).write_text(json.dumps(digests))
+            for name, text in {CONTENTS: json.dumps(digests), **notes}.items():
+                Path(unfinished, name).write_text(str(text))
             self._remove(entry)
             with suppress(OSError):  # Another process may have been first.
                 Path(unfinished).rename(entry)

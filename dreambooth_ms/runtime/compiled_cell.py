@@ -1,14 +1,28 @@
 """What is compiled by itself: the one place where MindSpore's compiler is called."""
 
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore.graph.api import _cell_graph_executor, _convert_python_data
 
-from dreambooth_ms.runtime.compile_cache import compile_cache
+from dreambooth_ms.runtime.compile_cache import Outlook, compile_cache
 from dreambooth_ms.runtime.device import formulation
 from dreambooth_ms.runtime.host_memory import give_back_freed_memory
+
+Watch = Callable[[str, Outlook], AbstractContextManager[None]]
+"""What is entered while a graph is made ready: its title, and what is known of that before it begins."""
+
+_watch: Watch = lambda title, outlook: nullcontext()  # noqa: E731
+
+
+def watch_compilations(watch: Watch) -> None:
+    """From now on, enter this around each compilation."""
+    global _watch
+    _watch = watch
 
 
 class CompiledCell(nn.Cell):
@@ -16,6 +30,9 @@ class CompiledCell(nn.Cell):
 
     Cells inside of it need not be of this kind: they are parts of its graph.
     """
+
+    title = "a network"
+    """What it is, in words for a user who waits for its compilation."""
 
     def __init__(self, auto_prefix: bool = True) -> None:
         super().__init__(auto_prefix)
@@ -34,15 +51,25 @@ class CompiledCell(nn.Cell):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """MindSpore calls this before a run; it compiles what is not compiled for such inputs."""
-        cache, signature = compile_cache(), self._signature(args)
-        is_new = signature not in self._compiled_for
-        if cache and is_new:
-            cache.compile(self, args, formulation(), lambda: super(CompiledCell, self).compile(*args, **kwargs))
+        cache, signature, compile_by_mindspore = compile_cache(), self._signature(args), super().compile
+        if signature in self._compiled_for:
+            return compile_by_mindspore(*args, **kwargs)
+
+        def compile_watched(outlook: Outlook) -> None:
+            with _watch(self.title, outlook):
+                compile_by_mindspore(*args, **kwargs)
+
+        if cache:
+            cache.compile(self, args, formulation(), self._kind(signature), compile_watched)
         else:
-            super().compile(*args, **kwargs)
-        if is_new:
-            self._compiled_for[signature] = self.current_phase
-            give_back_freed_memory()
+            compile_watched(Outlook())
+        self._compiled_for[signature] = self.current_phase
+        return give_back_freed_memory()
 
     def _signature(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return self.training, *((one.shape, one.dtype) if isinstance(one, Tensor) else repr(one) for one in inputs)
+
+    def _kind(self, signature: tuple[Any, ...]) -> str:
+        """Names the graphs that take about as long to compile: of as many such cells, for such inputs."""
+        cells = sorted(type(cell).__name__ for _, cell in self.cells_and_names())
+        return hashlib.sha256(repr((self.title, signature, formulation(), cells)).encode()).hexdigest()[:32]

@@ -1,15 +1,14 @@
 """The device: the only place that asks for it, and the formulation of the operations that follows from it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import cache
-from pathlib import Path
 
 import mindspore as ms
 
 from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.runtime.ascend import NO_CARD, find_ascend
 from dreambooth_ms.runtime.compile_cache import set_up_compile_cache
 from dreambooth_ms.runtime.host_memory import keep_arrays_apart
 
@@ -38,12 +37,13 @@ def set_up_device(target: str, ms_mode: int) -> str:
         DeviceError: Ascend was asked for and there is none.
     """
     global _formulation
-    # No device node of the driver, no card; to ask MindSpore would print its loader's errors (measured).
-    has_card = Path("/dev/davinci_manager").exists() and ms.hal.is_available("Ascend")
-    has_ascend = target != "CPU" and (is_simulated() or has_card)
-    if target == "Ascend" and not has_ascend:
-        raise DeviceError("--device_target Ascend: no Ascend device was found here; use --device_target CPU or auto")
-    device = "Ascend" if has_ascend else "CPU"
+    ascend = find_ascend()
+    if target == "Ascend" and not ascend.is_usable:
+        raise DeviceError(
+            f"--device_target Ascend: {ascend.obstacle or NO_CARD}; `dreambooth-ms doctor "
+            "--device_target Ascend` tells what to look at; use --device_target CPU or auto to do without"
+        )
+    device = "Ascend" if target != "CPU" and ascend.is_usable else "CPU"
     ms.set_device(device)
     if device == "CPU":
         _set_up_pool()
@@ -53,11 +53,6 @@ def set_up_device(target: str, ms_mode: int) -> str:
     # Nothing has been run on an Ascend card, so there the cache is on only if it is asked for.
     set_up_compile_cache(by_default=device == "CPU")
     return device
-
-
-def is_simulated() -> bool:
-    """Whether MindSpore was told to simulate its device: kernels are chosen and not run, and all results are zeros."""
-    return os.environ.get("MS_SIMULATION_LEVEL", "0") != "0"
 
 
 @cache
@@ -70,8 +65,15 @@ def _set_up_pool() -> None:
     ms.runtime.set_memory(init_size="1GB", increase_size="1GB")
 
 
+def settled_precision(mixed_precision: str | None) -> str | None:
+    """`--mixed_precision` for this device: auto is fp16 on Ascend, and None on CPU, where fp16 is slower."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    return "fp16" if _formulation is Formulation.ASCEND else None
+
+
 def compute_dtype(mixed_precision: str | None) -> ms.Type:
-    """What `--mixed_precision` lets networks compute in; None is no.
+    """What a settled `--mixed_precision` lets networks compute in; None is no.
 
     Raises:
         DeviceError: bf16 on CPU, where MindSpore has no kernels for it (measured).

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -35,6 +35,7 @@ class ModelAdapters:
         scales = (1.0,) * len(self.paths) if request.lora_scales is None else request.lora_scales
         if len(scales) not in (1, len(self.paths)) and self.paths:
             raise ConfigError(
-                f"--lora_scale: expected one number, or one for each of {len(self.paths)} adapters, got {len(scales)}"
+                f"--lora_scale: expected one number, or one for each of {count_of(len(self.paths), 'adapter')}, "
+                f"got {len(scales)}"
             )
         return scales

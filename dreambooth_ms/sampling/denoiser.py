@@ -15,6 +15,8 @@ class Denoiser(CompiledCell):
     2024, eq. 15 and 16).
     """
 
+    title = "the denoising step"
+
     def __init__(self, unet: nn.Cell, guided: bool, rescaled: bool = False) -> None:
         super().__init__(auto_prefix=False)
         self.unet = unet

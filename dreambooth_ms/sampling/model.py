@@ -17,7 +17,7 @@ from mindspore import Tensor, nn
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
@@ -26,7 +26,7 @@ from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import PromptReader
 from dreambooth_ms.sampling.request import OnStep, Sample, SampleRequest, StepReport, Stopped
-from dreambooth_ms.sampling.schedulers import check_formulation
+from dreambooth_ms.sampling.schedulers import check_scheduler
 from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -108,11 +108,12 @@ class SamplingModel:
     def rows(self, request: SampleRequest) -> Rows:
         """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
         self.adapters.scales(request)
-        check_formulation(request.scheduler, self.bundle.schedule.config)
+        check_scheduler(request.scheduler, self.bundle.schedule.config, request.num_inference_steps)
         steps, strength = request.num_inference_steps, request.strength
         if request.image is not None and int(steps * strength) < 1:
             raise ConfigError(
-                f"--strength {strength}: of {steps} steps none is left; raise --strength or --num_inference_steps"
+                f"--strength {strength}: of {count_of(steps, 'step')} none is left; raise --strength or "
+                "--num_inference_steps"
             )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)

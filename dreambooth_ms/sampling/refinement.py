@@ -9,7 +9,7 @@ import numpy as np
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import OnStep, Refinement, Sample, SampleRequest, Stopped
-from dreambooth_ms.sampling.schedulers import check_formulation
+from dreambooth_ms.sampling.schedulers import check_scheduler
 
 _MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
 """Of an autoencoder: what decides what latents mean."""
@@ -43,7 +43,7 @@ def sample_refined(
             f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
             "the same family"
         )
-    check_formulation(request.scheduler, refiner.bundle.schedule.config)
+    check_scheduler(request.scheduler, refiner.bundle.schedule.config, request.num_inference_steps)
     end = refinement.denoising_end
     begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
     start = [latents for _, latents in begun]

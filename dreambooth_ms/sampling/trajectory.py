@@ -11,9 +11,24 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.formats.model_config import Config
-from dreambooth_ms.sampling.own_schedulers import RowNoise
+from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import SCHEDULERS
+
+PURPOSE = "noise of a sampling step"
+
+
+class RowNoise:
+    """The random numbers of one step: each row's are a function of the seed, the step and the row's number, so they do
+    not depend on the batch that the row is in. Schedulers take it for numpy's generator."""
+
+    def __init__(self, seed: int, step: int, rows: Sequence[int]) -> None:
+        self._seed, self._step, self._rows = seed, step, rows
+
+    def standard_normal(self, size: Sequence[int]) -> np.ndarray:
+        """(B, ...) float32 draws from N(0, 1)."""
+        shape = tuple(size)[1:]
+        return np.stack([standard_normal(shape, self._seed, PURPOSE, self._step, row) for row in self._rows])
 
 
 class Trajectory:
@@ -49,11 +64,12 @@ class Trajectory:
             return Tensor(start_BChw, ms.float32)
         if getattr(self._scheduler, "sigmas", None) is not None:
             sigma = float(self._scheduler.sigmas[self._first])
+            signal = 1.0 if self._kind.keeps_signal else 1 / (1 + sigma**2) ** 0.5
+            noise = signal * sigma
         else:
             alpha = float(self._scheduler.alphas_cumprod[int(self.timesteps[0])])
-            sigma = ((1 - alpha) / alpha) ** 0.5
-        signal = 1.0 if self._kind.keeps_signal else 1 / (1 + sigma**2) ** 0.5
-        return Tensor(start_BChw * np.float32(signal) + noise_BChw * np.float32(signal * sigma), ms.float32)
+            signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+        return Tensor(start_BChw * np.float32(signal) + noise_BChw * np.float32(noise), ms.float32)
 
     def inputs(self, latents_BChw: Tensor, timestep: Any) -> Tensor:
         """What the network sees of noisy latents."""

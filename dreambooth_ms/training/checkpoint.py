@@ -1,7 +1,7 @@
 """A checkpoint is a folder that appears whole or not at all, with a manifest that says what it must hold.
 
 checkpoint-500/
-  manifest.json                      step, configuration, size and digest of every file
+  manifest.json                      step, configuration, digests of what it learnt from, size and digest of every file
   training_state.safetensors         trained parameters and optimiser moments, bit for bit
   pytorch_lora_weights.safetensors   the adapter, for other tools; or the trained networks, unet/ and text_encoder/
 """
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from mindspore import Parameter, Tensor
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, file_digest, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.training.content import Content
 from dreambooth_ms.training.loop import StepReport
 
 FORMAT = 1
@@ -40,6 +41,10 @@ class Checkpoint:
 
     path: Path
     step: int
+    content: Content = field(default_factory=dict)
+    """What it learnt from; empty where an earlier version wrote it."""
+    config: str = ""
+    """Of its run, as YAML."""
 
 
 def save_checkpoint(
@@ -49,6 +54,7 @@ def save_checkpoint(
     config: str,
     write_results: Callable[[Path, int], Any],
     keep: int | None = None,
+    content: Content | None = None,
 ) -> Path:
     """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
 
@@ -59,6 +65,7 @@ def save_checkpoint(
         config: the resolved configuration, as YAML.
         write_results: writes the weights for other tools, after so many steps, into a folder.
         keep: number of checkpoints to keep; None keeps all.
+        content: what the run learns from.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
@@ -73,7 +80,7 @@ def save_checkpoint(
             write_results(partial, step)
             written = sorted(path for path in partial.rglob("*") if path.is_file())
             files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
-            manifest = {"format": FORMAT, "step": step, "files": files, "config": config}
+            manifest = {"format": FORMAT, "step": step, "files": files, "config": config, "content": content or {}}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             sync(partial / MANIFEST)
             sync(partial)
@@ -93,6 +100,7 @@ class SaveCheckpoints:
     """A hook: saves the run after every so many steps, and when it is asked to stop."""
 
     config: TrainConfig
+    content: Content
     state: Callable[[], Sequence[Parameter]]
     """The whole state; all processes ask for it at the same time."""
     write_results: Callable[[Path, int], Any]
@@ -106,7 +114,7 @@ class SaveCheckpoints:
             return
         state, config, keep = self.state(), to_yaml(self.config), run.checkpoints_total_limit
         if self.processes.is_first:
-            save_checkpoint(folder, report.step, state, config, self.write_results, keep)
+            save_checkpoint(folder, report.step, state, config, self.write_results, keep, self.content)
         self.processes.wait_for_all("the checkpoint")
 
 
@@ -149,8 +157,8 @@ def restore(
     if wanted != held:
         differing = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
         raise WeightError(
-            f"{checkpoint.path}: belongs to another training; {len(differing)} parameters differ, "
-            f"such as {differing[0]}; repeat that training's flags, or start anew in another --output_dir"
+            f"{checkpoint.path}: belongs to another training ({count_of(len(differing), 'other parameter')}, "
+            f"such as {differing[0]}); repeat that training's flags, or start anew in another --output_dir"
         )
     for parameter in state:
         # Not ascontiguousarray: that would give a scalar an axis.
@@ -166,7 +174,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = {group: dict(digests) for group, digests in manifest.get("content", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightError(
             f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged); "
             "name a folder checkpoint-<step> of a run, or latest"
@@ -181,7 +190,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if _fingerprint(path / name) == fingerprint:
                 continue
         raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
-    return Checkpoint(path, step)
+    return Checkpoint(path, step, content, str(manifest.get("config", "")))
 
 
 def find_latest(folder: Path) -> Checkpoint | None:

@@ -45,6 +45,8 @@ def decay_at(step: int, decay: float) -> float:
 
 
 class _Blend(CompiledCell):
+    title = "the moving average"
+
     def __init__(self, parameters: Sequence[Parameter], averages: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.parameters, self.averages = ParameterTuple(parameters), ParameterTuple(averages)

@@ -122,16 +122,20 @@ def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | 
 
 def check_finite(report: StepReport, overflows: int) -> None:
     """Raise DataError where going on is of no use; `overflows`: steps skipped in a row, this one included."""
+    if overflows < OVERFLOWS and (report.is_skipped or np.isfinite(report.loss)):
+        return
+    found = f"step {report.step}: the loss is {report.loss}"
     if overflows == OVERFLOWS:
-        raise DataError(
+        found = (
             f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were NaN or infinite (loss "
-            f"{report.loss}, scale {report.loss_scale:g}); resume from a checkpoint with a lower --learning_rate, or "
-            "start anew with --mixed_precision no"
+            f"{report.loss}, scale {report.loss_scale:g})"
         )
-    if not (report.is_skipped or np.isfinite(report.loss)):
-        raise DataError(
-            f"step {report.step}: the loss is {report.loss}; resume from a checkpoint with a lower --learning_rate"
-        )
+    anew = "start anew with --mixed_precision no" if report.loss_scale else ""
+    if report.updates <= (not report.is_skipped):
+        remedy = " or ".join(filter(None, [anew, "take another base"]))
+        raise DataError(f"{found}, before anything was learned: it comes from the base, not from the rate; {remedy}")
+    remedies = filter(None, ["resume from a checkpoint with a lower --learning_rate", anew])
+    raise DataError(f"{found}; {', or '.join(remedies)}")
 
 
 def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dreambooth_ms.adapters.lora import layers_to_adapt
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import (
     FLOAT32,
@@ -63,6 +64,17 @@ class Workload:
     shares_optimiser: bool = False
     """Whether each of them keeps a part of the optimiser's state alone."""
 
+    @property
+    def shapes(self) -> list[dict[str, Shape]]:
+        """Of the UNet's parameters, then of each text encoder's."""
+        return [unet_shapes(self.unet), *map(clip_text_shapes, self.text_encoders)]
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """How many numbers are frozen and trained."""
+        frozen, trained = map(sum, zip(*map(_numbers, self.shapes, self.ranks), strict=True))
+        return frozen, trained
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -81,16 +93,21 @@ class MemoryEstimate:
 
 
 def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[str] | None = None) -> Ranks:
-    """One rank for the layers whose names end in one of the targets, or for all layers."""
-    layers = (name.rpartition(".")[0] for name in shapes)
-    ends = ("",) if targets is None else tuple(f".{target}" for target in targets)
-    return {layer: rank for layer in layers if layer.endswith(ends)}
+    """One rank for the layers whose names end in one of the targets, or for all layers.
+
+    Raises:
+        ConfigError: there is no such layer, or one is smaller than the rank.
+    """
+    if rank is None or targets is None:
+        return {name.rpartition(".")[0]: rank for name in shapes}
+    # Linear layers and convolutions; tables of embeddings have no targets.
+    layers = {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes.items() if shape[1:]}
+    return dict.fromkeys(layers_to_adapt(layers, rank, targets), rank)
 
 
 def estimate(work: Workload) -> MemoryEstimate:
     """The memory at the peak of a step on CPU."""
-    shapes = [unet_shapes(work.unet), *map(clip_text_shapes, work.text_encoders)]
-    frozen, trained = map(sum, zip(*map(_numbers, shapes, work.ranks), strict=True))
+    frozen, trained = work.numbers
     of_unet, *of_texts = map(_trained, work.ranks)
     segments = unet_segments(work.unet, work.activations, of_unet)
     texts = [text_segment(spec, work.activations, own) for spec, own in zip(work.text_encoders, of_texts, strict=True)]
@@ -98,7 +115,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
     # 3x3 convolutions take memory a second time, whatever the pictures' size (measured).
-    kernels = sum(math.prod(shape) for network in shapes for shape in network.values() if shape[2:] == (3, 3))
+    kernels = sum(math.prod(shape) for network in work.shapes for shape in network.values() if shape[2:] == (3, 3))
     # The gradients joined, and their sums.
     copies = 2 + work.copies_of_trained + (2 if work.processes > 1 else 0)
     optimiser = trained * work.bytes_of_optimiser

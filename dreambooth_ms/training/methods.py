@@ -90,9 +90,7 @@ def lora(
     def write(target: Path, step: int) -> None:
         updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
         metadata = {STEP_KEY: str(step)}
-        write_adapter(
-            Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata, targets=targets
-        )
+        write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata)
 
     parameters = [
         (part, name, parameter)

@@ -1,7 +1,12 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
 from dreambooth_ms.config.describe import schema_fields
@@ -11,7 +16,8 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
-from dreambooth_ms.training.checkpoint import checkpoint_folders
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders
+from dreambooth_ms.training.content import Content, changes
 from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
@@ -26,30 +32,89 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         ConfigError: the folder holds a run with another configuration, and every difference is named; or weights of
             another program.
     """
-    config = _with_learning_rate(config)
-    file = config.output_dir / CONFIG
-    if not os.path.isfile(file):
+    config, earlier = _with_learning_rate(config), _earlier_run(config)
+    if earlier is None:
         foreign = result_of(config.output_dir)
         if foreign:
             raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
         seed = draw_seed() if config.run.seed is None else config.run.seed
         return replace(config, run=replace(config.run, seed=seed))
-    try:
-        earlier = _with_learning_rate(load(TrainConfig, ["--config", str(file)], tell=lambda note: None))
-    except ConfigError as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
     if config.run.seed is None:
         config = replace(config, run=replace(config.run, seed=earlier.run.seed))
-    # A run that failed before its first step may be started again with a mended configuration.
-    was_trained = result_of(config.output_dir) or checkpoint_folders(config.output_dir)
     differences = _differences(earlier, config)
-    if differences and (was_trained or (config.output_dir / HISTORY).is_file()):
+    if differences and _was_trained(config.output_dir):
         listed = "; ".join(differences)
         raise ConfigError(
             f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
         )
     return config
+
+
+def check_data(
+    config: TrainConfig,
+    checkpoint: Checkpoint | None,
+    content: Content,
+    to_come: Iterable[str],
+    tell: Callable[[str], Any],
+) -> None:
+    """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
+
+    A checkpoint that an earlier version wrote does not know its content, so that paths count. `to_come`: files of class
+    pictures that are yet to be sampled.
+
+    Raises:
+        ConfigError: something is not what it was, and every change is named.
+    """
+    if checkpoint and checkpoint.content:
+        found = changes(checkpoint.content, content, to_come)
+    else:
+        earlier = _earlier_run(config) if _was_trained(config.output_dir) else None
+        found = _differences(earlier, config, Resume.BY_CONTENT) if earlier else []
+    if found and not config.run.accept_changed_data:
+        where = checkpoint.path if checkpoint else config.output_dir
+        raise ConfigError(
+            f"{where}: was trained on other data ({'; '.join(found)}); bring back what it had, choose another "
+            "--output_dir, or go on with this by --accept_changed_data"
+        )
+    if found:
+        tell(f"{config.output_dir}: going on with changed data ({'; '.join(found)})")
+
+
+def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Stop before any work if a checkpoint, perhaps of another folder, holds the state of other parameters.
+
+    Raises:
+        ConfigError: it was trained otherwise, and every difference is named.
+    """
+    there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
+    names = [
+        name for name in ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema") if name in there
+    ]
+    differences = [
+        f"--{name}: {there[name]!r} there, {here[name]!r} here" for name in names if there[name] != here[name]
+    ]
+    if differences:
+        raise ConfigError(
+            f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
+            "or start anew in another --output_dir"
+        )
+
+
+def _earlier_run(config: TrainConfig) -> TrainConfig | None:
+    """The configuration that the run's folder holds, if it holds one."""
+    file = config.output_dir / CONFIG
+    if not os.path.isfile(file):
+        return None
+    try:
+        return _with_learning_rate(load(TrainConfig, ["--config", str(file)], tell=lambda note: None))
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
+
+
+def _was_trained(folder: Path) -> bool:
+    """Whether a step was taken; a run that failed before may be started again with a mended configuration."""
+    return bool(result_of(folder) or checkpoint_folders(folder)) or os.path.isfile(folder / HISTORY)
 
 
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
@@ -99,11 +164,15 @@ def _with_learning_rate(config: TrainConfig) -> TrainConfig:
     return replace(config, optimiser=replace(config.optimiser, learning_rate=config.learning_rate))
 
 
-def _differences(earlier: TrainConfig, now: TrainConfig) -> list[str]:
-    may_change = {Resume.MAY_CHANGE} | ({Resume.CUTS_ROWS} if earlier.rows_per_step == now.rows_per_step else set())
-    before, after = earlier.values(), now.values()
+def _differences(earlier: TrainConfig, now: TrainConfig, of: Resume | None = None) -> list[str]:
+    """Of the fields with this mark, or of those that must not differ. Paths are equal that lead to the same place."""
+    marks = {of} | ({Resume.CUTS_ROWS} if of is None and earlier.rows_per_step != now.rows_per_step else set())
+    values = [
+        (name, one, earlier.values()[name], now.values()[name]) for name, one in schema_fields(TrainConfig).items()
+    ]
     return [
-        f"--{name}: {before[name]!r} there, {after[name]!r} here"
-        for name, one in schema_fields(TrainConfig).items()
-        if one.resume not in may_change and before[name] != after[name]
+        f"--{name}: {before!r} there, {after!r} here"
+        for name, one, before, after in values
+        if one.resume in marks and before != after
+        if not (one.is_path and before and after and os.path.realpath(before) == os.path.realpath(after))
     ]

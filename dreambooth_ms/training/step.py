@@ -68,6 +68,8 @@ class TrainStep(CompiledCell):
     `loss_and_gradients`.
     """
 
+    title = "the training step"
+
     def __init__(
         self,
         loss_cell: nn.Cell,
@@ -126,6 +128,8 @@ class AccumulatingTrainStep:
 class _AddGradients(CompiledCell):
     """sums <- gradients for the first batch of a step, sums + gradients for the others."""
 
+    title = "the gradients of a batch"
+
     def __init__(self, loss_and_gradients: nn.Cell, sums: ParameterTuple) -> None:
         super().__init__(auto_prefix=False)
         self.loss_and_gradients, self.sums = loss_and_gradients, sums
@@ -139,6 +143,8 @@ class _AddGradients(CompiledCell):
 
 class _UpdateFromSums(CompiledCell):
     """Clip and update; gives the norm of the summed gradients before the clip."""
+
+    title = "the update of a step"
 
     def __init__(self, sums: ParameterTuple, update: "Update") -> None:
         super().__init__(auto_prefix=False)

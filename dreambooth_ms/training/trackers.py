@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return lines
 
 
+def round_ticks(highest: float) -> list[tuple[float, str]]:
+    """Multiples of 1, 2 or 5 times a power of ten from 0 up to a number, at most eight, with their labels."""
+    power = Decimal(10) ** (Decimal(highest).adjusted() - 1)
+    step = next(step for factor in (1, 2, 5, 10, 20) if highest <= 7 * (step := factor * power)).normalize()
+    return [(float(number * step), f"{number * step:f}") for number in range(int(Decimal(highest) / step) + 1)]
+
+
 def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
     """Draw each concept's loss over the steps, pale as it was and strong as a running mean over a tenth of the run.
 
@@ -115,12 +123,13 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
         across = (step - 1) / max(last - 1, 1)
         return left + across * (right - left), bottom - value / highest * (bottom - top)
 
-    for tick in np.linspace(0, highest, 5):
+    for tick, label in round_ticks(highest):
         y = place(1, tick)[1]
         canvas.line((left, y, right, y), fill=_GRID)
-        canvas.text((left - 8, y), f"{tick:.3f}", fill=_INK, font=font, anchor="rm")
-    for tick in np.unique(np.linspace(1, last, 6).astype(int)):
-        canvas.text((place(tick, 0)[0], bottom + 8), str(tick), fill=_INK, font=font, anchor="mt")
+        canvas.text((left - 8, y), label, fill=_INK, font=font, anchor="rm")
+    for tick, _ in round_ticks(last):
+        if tick >= 1 and tick.is_integer():
+            canvas.text((place(tick, 0)[0], bottom + 8), f"{tick:.0f}", fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
     x = float(left)
     steps, half = [line["step"] for line in lines], max(len(lines) // 20, 1)

@@ -14,10 +14,11 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
+from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.recognise import recognise
 from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import ABSENT, TOKENIZERS, read_json, write_json
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
@@ -87,8 +88,7 @@ class ModelBundle:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
                 schedule is unknown.
         """
-        if not model_config.is_edm(self.schedule.config):
-            self.schedule.trained()
+        self.schedule.check()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
@@ -131,8 +131,8 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     is_xl = "text_encoder_2" in folders
     text = []
     for name, folder in folders.items():
-        read = model_config.read_projected_text_config if name == "text_encoder_2" else model_config.read_text_config
-        text.append(TextReader.of_clip(name, model.network(name, read), folder, last_layer=not is_xl))
+        stored = model.network(name, model_config.NETWORK_READERS[name])
+        text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
@@ -190,8 +190,9 @@ def load_clip(folder: Path) -> CLIPModel:
     """
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(model_config.read_config(folder / "config.json", config, model_config.read_clip_config))
-    file = folder / "model.safetensors"
-    load_strict(network, read_tensors(file)[0], str(file), ignore_unexpected=BUFFERS)
+    file = folder_layout.weight_file(folder, "clip", None)
+    tensors = {name: replace(own, label=f"{file}: {name}") for name, own in open_tensor_file(file).tensors.items()}
+    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS)
     return network
 
 

@@ -1,34 +1,209 @@
-"""From what a user names as the base model to a folder on this machine."""
+"""From what a user names to a file or folder on this machine: what is here, or a name on the Hugging Face hub."""
 
+import glob
 import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 
-from dreambooth_ms.errors import WeightError
+from tqdm import tqdm
 
-# An autoencoder may be a repository of its own, with its weights at the top.
-WANTED_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors", "diffusion_pytorch_model.safetensors"]
+from dreambooth_ms.adapters.adapter import PARTS
+from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
+from dreambooth_ms.atomic import check_room
+from dreambooth_ms.errors import WeightError, explain, near
+from dreambooth_ms.formats.folder_layout import model_files, network_files
+from dreambooth_ms.formats.naming.report import show_names
+
+Choose = Callable[[Collection[str]], list[str]]
+"""All paths in a repository -> those of the files that are used; a WeightError says what it lacks."""
+
+_SUFFIX = r"\.(?:safetensors|ckpt|pt|pth|bin)"
+_HUB_NAME = re.compile(rf"(?![^/]*/[^/]*{_SUFFIX}$)(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[^\\]+{_SUFFIX}))?")
+_SD2 = ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
+_MOVED = {f"stabilityai/{name}": f"sd2-community/{name}" for name in _SD2} | {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
+}
+"""Models that guides name and that are no longer there, and their copies."""
 
 
-def find_model(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """A local folder or file as it is; any other name is looked up on the Hugging Face hub and downloaded once.
+def find_model(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder or file of a model; of one on the hub, what is read of it, downloaded once.
+
+    Args:
+        name: a path, `owner/model`, or `owner/model/file.safetensors`.
+        revision: branch, tag or commit on the hub.
+        variant: of the weight files.
 
     Raises:
-        WeightError: neither a folder or file here nor a model on the hub, or the hub cannot be reached.
+        WeightError: it is neither here nor on the hub, the hub does not give it, or the disk lacks room.
     """
+    return _find(name, partial(model_files, variant=variant), revision)
+
+
+def find_vae(name: str) -> Path:
+    """The same for an autoencoder: its own folder, that of a model, or a file."""
+    return _find(name, lambda names: network_files(names, "vae", "vae/" if "vae/config.json" in names else ""))
+
+
+def find_clip(name: str) -> Path:
+    """The same for a CLIP model: a folder in transformers' layout."""
+    return _find(name, partial(network_files, network="clip"))
+
+
+def find_adapter(name: str) -> Path:
+    """The same for an adapter: a file, or a folder of PEFT."""
+    return _find(name, _adapter_files)
+
+
+def _adapter_files(names: Collection[str]) -> list[str]:
+    peft = [
+        file
+        for folder in ("", *(f"{part}/" for part in PARTS))
+        if folder + PEFT_CONFIG in names and (own := [folder + name for name in PEFT_WEIGHTS if folder + name in names])
+        for file in (folder + PEFT_CONFIG, own[0])
+    ]
+    if FILE_NAME not in names and peft:
+        return peft
+    weights = [name for name in names if re.search(f"{_SUFFIX}$", name)]
+    files = [name for name in weights if "/" not in name] or weights
+    best = [name for name in files if name == FILE_NAME] or [name for name in files if name.endswith(".safetensors")]
+    if len(best or files) != 1:
+        listed = f"several files ({show_names(sorted(best or files), at_most=9)}); name one, as owner/name/file"
+        raise WeightError(f"it holds {listed if files else 'no file of weights'}")
+    return best or files
+
+
+def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
     # Of os.path, because those of pathlib raise on names that are too long and on unknown users.
-    path = os.path.expanduser(name_or_path)
+    path = os.path.expanduser(name)
     if os.path.exists(path):
         return Path(path)
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise WeightError(f"{name_or_path}: no such folder, and not a hub name of the form owner/model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    named = _HUB_NAME.fullmatch(name)
+    # Where there is a folder `models`, `models/dgo` is a slip of the pen.
+    if named is None or (os.path.isdir(name.split("/")[0]) and (named["file"] or near(name))):
+        expected = "check the path" if re.search(r"[^\w -]", name) else "a name on the hub has the form owner/model"
+        raise WeightError(f"{name}: no such file or folder{near(name) or f'; {expected}'}")
+    repository, file = named["repository"], named["file"]
 
-    plain = [] if variant else ["*/*.fp16.safetensors", "*/*.non_ema.safetensors"]
+    def one_file(names: Collection[str]) -> list[str]:
+        if file not in names:
+            raise WeightError(f"there is no such file; it has {show_names(sorted(names))}")
+        return [file]
+
     try:
-        return Path(
-            snapshot_download(name_or_path, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=plain)
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise WeightError(f"{name_or_path}: no such folder here, and the hub did not give it ({reason})") from error
+        root, files = _fetch(repository, one_file if file else choose, revision)
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}{near(name)}") from error
+    return root / files[0] if len(files) == 1 else root
+
+
+def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path, list[str]]:
+    """A repository's folder in the hub's cache, which has the files that are used; those that it lacks are fetched."""
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    disable_progress_bars()  # It has one for each file, and one for their number.
+    try:
+        limit = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=limit)
+    except (OSError, ValueError) as error:
+        return _from_cache(repository, choose, revision, _reason(error, repository, revision))
+    there = {file.rfilename: file for file in info.siblings or []}
+    files = choose(there)
+    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+    lacking = [
+        there[one] for one in files if not isinstance(try_to_load_from_cache(repository, one, revision=info.sha), str)
+    ]
+    if lacking:
+        # Another commit may have the same files.
+        blobs = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
+        size = sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file())
+        try:
+            check_room(folder, size)
+        except WeightError as error:
+            raise WeightError(f"{error}, or name another disk with HF_HOME") from error
+        try:
+            with _progress(f"downloading {repository}", folder / "blobs", size):
+                snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(one) for one in files])
+        except (OSError, ValueError) as error:
+            if explain(error):
+                raise
+            raise WeightError(_reason(error, repository, revision)) from error
+    return folder / "snapshots" / str(info.sha), files
+
+
+def _from_cache(repository: str, choose: Choose, revision: str | None, reason: str) -> tuple[Path, list[str]]:
+    """What is in the hub's cache, where the hub does not answer for a reason."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        raise WeightError(reason) from None
+    try:
+        return root, choose([path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()])
+    except WeightError as error:
+        raise WeightError(f"{reason} (its copy in the cache is not whole: {error})") from error
+
+
+def _reason(error: Exception, repository: str, revision: str | None) -> str:
+    """Why the hub did not give something, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    hub, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", None)
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    unknown = f"not on the hub, or private: check the spelling, or {log_in}"
+    kinds: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"gated: accept its licence at {hub}/{repository}, and {log_in}",
+        errors.RepositoryNotFoundError: f"removed; {_MOVED[repository]} is a copy" if repository in _MOVED else unknown,
+        errors.RevisionNotFoundError: f"has no --revision {revision}; name a branch, tag or commit of it",
+        errors.DisabledRepoError: "closed by the hub; choose another model",
+        errors.HFValidationError: "not a name that the hub can have; these have the form owner/model",
+    }
+    for kind, reason in kinds.items():
+        if isinstance(error, kind):
+            return reason
+    if status in (401, 403):
+        refused = "does not know your token" if status == 401 else "does not let your token read it"
+        return f"the hub {refused} ({status}): {log_in}, with a token that may read it"
+    if status:
+        return f"the hub answered {status}; try again later"
+    if constants.HF_HUB_OFFLINE:
+        return "not in the hub's cache, and HF_HUB_OFFLINE forbids to download it; unset that once"
+    if isinstance(error, PermissionError):
+        return f"{error.filename} cannot be written ({error.strerror}); name another folder with HF_HOME"
+    return (
+        f"the hub, {hub}, cannot be reached ({type(error.__cause__ or error).__name__}): check the network and "
+        "HTTPS_PROXY, name a mirror with HF_ENDPOINT, or copy the model to this machine and name its folder"
+    )
+
+
+@contextmanager
+def _progress(what: str, folder: Path, size: int) -> Iterator[None]:
+    """Inside, a progress bar of so many bytes follows the files in a folder as they grow, whatever writes them."""
+
+    def held() -> int:
+        total = 0
+        for path in folder.glob("*"):
+            with suppress(OSError):  # One that has just been given its name.
+                total += path.stat().st_size
+        return total
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            bar.update(min(held() - before, size) - bar.n)
+
+    before, ended, watcher = held(), Event(), Thread(target=watch, daemon=True)
+    with tqdm(desc=what, total=size, unit="B", unit_scale=True) as bar:
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+        bar.update(size - bar.n)

@@ -1,13 +1,15 @@
 """An opened model -> a file or folder in another format, tensor by tensor."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats import folder_layout
 from dreambooth_ms.formats.clip_vocabulary import write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
@@ -16,12 +18,20 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.model_config import Config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
 from dreambooth_ms.models.specs import Family
-from dreambooth_ms.weights.opened_model import LATENT_STATISTICS, PREDICTION_METADATA, OpenedModel
+from dreambooth_ms.weights.opened_model import (
+    CONFIGURATIONS_METADATA,
+    LATENT_STATISTICS,
+    PREDICTION_METADATA,
+    ZERO_SNR,
+    OpenedModel,
+)
+from dreambooth_ms.weights.unsaid import unsaid
 
 _ARCHITECTURES = {
     Family.SD1: "stable-diffusion-v1",
@@ -40,6 +50,8 @@ class ModelTarget:
     tensors: Mapping[str, StoredTensor]
     """By the names of the format, in the order of writing; in a folder behind the part and a dot."""
     notes: tuple[str, ...]
+    configurations: Mapping[str, Config] = field(default_factory=dict)
+    """What of the model's the tensors of a file do not say, by the paths in a folder."""
 
     @property
     def byte_count(self) -> int:
@@ -70,7 +82,7 @@ class ModelTarget:
         elif self.form is Format.MINDONE:
             write_mindspore_ckpt(path, self.tensors, progress)
         else:
-            write_safetensors(path, self.tensors, _metadata(self.model), progress)
+            write_safetensors(path, self.tensors, _metadata(self.model, self.configurations), progress)
 
     def write_parts(self, folder: Path, progress: Progress | None = None) -> None:
         """Write the tensors of networks into a folder, and everything else that makes it a model.
@@ -117,14 +129,17 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
     if form is Format.STABILITY:
         tensors |= _marks(model)
-    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan)))
+    configurations, keys = unsaid(model, form, tensors) if form is not Format.DIFFUSERS else ({}, ())
+    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), configurations)
 
 
 def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
-    """What SDXL's single files say of themselves in tensors: where other tools look for it."""
+    """What single files say of themselves in tensors: where other tools look for it."""
     vae, marks = model.spec.vae, {}
     if model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
         marks["v_pred"] = np.zeros(0, np.float32)
+    if model.zero_snr:
+        marks[ZERO_SNR] = np.zeros(0, np.float32)
     if vae.latents_mean and vae.latents_std:
         statistics = zip(LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
         marks |= {name: np.array(values, np.float32).reshape(1, -1, 1, 1) for name, values in statistics}
@@ -139,7 +154,9 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
     in_order = assembly.layout.keeps_order and not assembly.shared and all(piece.ranges for piece in pieces)
     ranges = tuple(one for piece in pieces for one in piece.ranges) if in_order else ()
     shape = assembly.shape([piece.shape for piece in pieces])
-    return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges)
+    # Those that are read have been looked at.
+    label = pieces[0].label if ranges else ""
+    return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges, label)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
@@ -148,45 +165,55 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
     Weights of other components lose their variant's name, so that the copy loads without naming one.
     """
     index = read_json(model.path / INDEX)
-    for part in model.parts:
-        write_json(folder / part / "config.json", model.configuration(f"{part}/config.json"))
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
-        for variant in folder_layout.variants(folder / name):
+        for variant in folder_layout.variants(path.name for path in (folder / name).iterdir()):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
+    for name in (*(f"{part}/config.json" for part in model.parts), *([SCHEDULER] if model.scheduler() else [])):
+        write_json(folder / name, model.configuration(name))
     components = [name for name, of in index.items() if isinstance(of, list)]
     absent = [name for name in components if name not in there.union(model.parts)]
     write_json(folder / INDEX, index | dict.fromkeys(absent, folder_layout.ABSENT))
 
 
-def _metadata(model: OpenedModel) -> dict[str, str]:
-    """What other tools look for in a single file."""
-    kept = {name: value for name, value in model.metadata.items() if name != "format"}
+def _metadata(model: OpenedModel, configurations: Mapping[str, Config]) -> dict[str, str]:
+    """What other tools look for in a single file, and what ours does."""
+    own_names = ("format", CONFIGURATIONS_METADATA)
+    kept = {name: value for name, value in model.metadata.items() if name not in own_names}
     architecture = _ARCHITECTURES[model.spec.family]
     if model.spec.family is Family.SD2 and model.prediction_type:
         architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
     own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
     if model.prediction_type:
         own[PREDICTION_METADATA] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
+    if configurations:
+        own[CONFIGURATIONS_METADATA] = json.dumps(configurations)
     return kept | own | {"format": "pt"}
 
 
-def _notes(model: OpenedModel, form: Format, plan: WritePlan) -> Iterator[str]:
+def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Sequence[str]) -> Iterator[str]:
     if model.averages:
-        yield f"{model.averages} moving averages (EMA) are not written; --use_ema takes them in place of the weights."
+        yield f"{count_of(model.averages, 'moving average')} (EMA) not written; --use_ema takes them for the weights."
     if plan.left_out:
-        shown = ", ".join(plan.left_out[:3])
-        yield f"{len(plan.left_out)} tensors that no network here reads have no place in the target ({shown})."
-    if form is Format.MINDONE and model.spec.vae.latents_mean:
-        yield "A MindSpore checkpoint has no place for the mean and deviation of its latents: keep the source."
+        shown, count = ", ".join(plan.left_out[:3]), count_of(len(plan.left_out), "tensor")
+        yield f"The target has no place for {count} that no network here reads ({shown})."
+    if unsaid_keys and form is Format.MINDONE:
+        yield f"A MindSpore checkpoint has no place for {', '.join(unsaid_keys)}: keep the source."
+    elif unsaid_keys:
+        yield (
+            f"A single file has no place for {', '.join(unsaid_keys)}: they are in its metadata, which other "
+            "programs do not read."
+        )
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:
         yield f"The scheduler says {model.assumed_prediction}; --prediction_type says otherwise."
     if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
         yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."
+    if form is not Format.DIFFUSERS and None in pad_tokens(model.spec).values():
+        yield "Its words are not CLIP's, and a file has no place for its tokenizer: keep the source."
     if form is Format.DIFFUSERS and model.container is not Container.FOLDER:
         lacking = [name for name, token in pad_tokens(model.spec).items() if name in model.parts and token is None]
         if lacking:

@@ -9,12 +9,14 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.format_error import FormatError
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
+from dreambooth_ms.formats.files.strict_json import parse_json_object
 from dreambooth_ms.formats.folder_configs import folder_configs
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, read_config
@@ -31,6 +33,13 @@ LATENT_STATISTICS = ("edm_mean", "edm_std")
 
 PREDICTION_METADATA = "modelspec.prediction_type"
 """Where single files say what they predict, by the Stability ModelSpec: "epsilon" or "v"."""
+
+CONFIGURATIONS_METADATA = "dreambooth_ms.configurations"
+"""Where our own files keep the configurations of a folder that nothing else in a file tells: a JSON object of these by
+their paths."""
+
+ZERO_SNR = "ztsnr"
+"""The tensor, without values, by which files say that the last timestep holds no signal."""
 
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
@@ -70,6 +79,8 @@ class OpenedModel:
     """What does not fit the family's names."""
     prediction_type: str | None = None
     """"epsilon" or "v_prediction"; None if nothing says it."""
+    zero_snr: bool = False
+    """Whether the last timestep holds no signal (Lin et al., 2024)."""
     averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
@@ -92,7 +103,9 @@ class OpenedModel:
     @property
     def assumed_prediction(self) -> str:
         """What it predicts, where nothing says it: the published SD 2.1 predicts velocity, the others noise."""
-        return self.prediction_type or ("v_prediction" if self.spec.family is Family.SD2 else "epsilon")
+        if self.prediction_type in _PREDICTIONS.values():
+            return str(self.prediction_type)
+        return "v_prediction" if self.spec.family is Family.SD2 else "epsilon"
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""
@@ -107,11 +120,25 @@ class OpenedModel:
         """
         if self.container is not Container.FOLDER:
             return self.made_configurations()[name]
-        return self.configurations.get(name) or read_json(self.path / name)
+        return self._as_told(name, self.configurations.get(name) or read_json(self.path / name))
 
     def made_configurations(self) -> dict[str, Config]:
         """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        return {**folder_configs(self.spec, self.parts, self.assumed_prediction), **self.configurations}
+        guessed = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
+        made: dict[str, Config] = {**guessed, **self.configurations}
+        return {name: self._as_told(name, content) for name, content in made.items()}
+
+    def scheduler(self) -> Config:
+        """The configuration of its scheduler; empty for a folder that has none."""
+        lacks = self.container is Container.FOLDER and not (self.path / SCHEDULER).exists()
+        return {} if lacks else self.configuration(SCHEDULER)
+
+    def _as_told(self, name: str, content: Config) -> Config:
+        """A configuration with what the user says of it."""
+        told = self.prediction_type
+        if name != SCHEDULER or told in (None, content.get("prediction_type", "epsilon")):
+            return content
+        return {**content, "prediction_type": told}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
         """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
@@ -132,6 +159,25 @@ class OpenedModel:
         """
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
+    def check_configurations(self) -> None:
+        """Stop where networks could not be filled: for those who build none.
+
+        Raises:
+            WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
+        """
+        specs = {
+            part: self.network(part, _in_a_list(model_config.NETWORK_READERS[part])).spec[0] for part in self.parts
+        }
+        shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
+        wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
+        shared = wanted.keys() & self.tensors.keys()
+        others = {name: self.tensors[name].shape for name in shared if self.tensors[name].shape != wanted[name]}
+        Report(
+            missing=tuple(name for name in wanted if name not in shared),
+            unexpected=tuple(name for name in there if name in self.tensors and name not in wanted),
+            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in sorted(others.items())),
+        ).check(str(self.path), "its own configurations")
+
 
 def open_model(
     path: Path, variant: str | None = None, use_averages: bool = False, parts: Collection[str] | None = None
@@ -147,7 +193,11 @@ def open_model(
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
     """
-    return _open_folder(path, variant, parts) if path.is_dir() else _open_file(path, use_averages)
+    if not path.is_dir():
+        return _open_file(path, use_averages)
+    if use_averages:
+        raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
+    return _open_folder(path, variant, parts)
 
 
 def _open_file(path: Path, use_averages: bool) -> OpenedModel:
@@ -157,15 +207,40 @@ def _open_file(path: Path, use_averages: bool) -> OpenedModel:
         raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
     if use_averages and not model.averages:
         raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
-    said = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
-    passed_over = (f"{count} tensors under {where!r} were passed over." for where, count in file.left_out.items())
+    kept = _kept_configurations(file)
+    scheduler = kept.get(SCHEDULER, {})
+    told = (scheduler.get("prediction_type"), file.metadata.get(PREDICTION_METADATA))
+    said = next((_PREDICTIONS[one] for one in map(str, told) if one in _PREDICTIONS), None)
+    if model.prediction_type == "v_prediction":
+        # By a mark, which is what other programs look at.
+        said = model.prediction_type
+    doubts = [*(["do not tell"] if said else []), *(["are assumed"] if "unet/config.json" in kept else [])]
+    spec = _with_latent_statistics(model.spec, file)
+    notes = [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
+    if use_averages:
+        notes.append(f"Moving averages (EMA) are taken in place of the weights: {model.averages}.")
+        doubts.append("besides the weights")
     return replace(
         model,
-        spec=_with_latent_statistics(model.spec, file),
+        spec=_with_latents(spec, path, kept["vae/config.json"]) if "vae/config.json" in kept else spec,
         prediction_type=said or model.prediction_type,
-        notes=(*(_without(model.notes, "do not tell") if said else model.notes), *passed_over),
+        zero_snr=ZERO_SNR in file.tensors or scheduler.get("rescale_betas_zero_snr") is True,
+        notes=(*_without(model.notes, *doubts), *notes),
+        averages=0 if use_averages else model.averages,
         metadata=file.metadata,
+        configurations=kept,
     )
+
+
+def _kept_configurations(file: TensorFile) -> dict[str, Config]:
+    known = {SCHEDULER, *(f"{part}/config.json" for part in NETWORKS)}
+    try:
+        found = parse_json_object(file.metadata.get(CONFIGURATIONS_METADATA, "{}").encode())
+    except FormatError as error:
+        raise WeightError(f"{file.path}: metadata {CONFIGURATIONS_METADATA}: damaged ({error})") from error
+    if not (found.keys() <= known and all(isinstance(content, dict) for content in found.values())):
+        raise WeightError(f"{file.path}: metadata {CONFIGURATIONS_METADATA}: damaged (no configurations of a folder)")
+    return found
 
 
 def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
@@ -187,6 +262,7 @@ def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None
         model,
         spec=_with_latents(model.spec, vae, read_json(vae)) if vae.exists() else model.spec,
         prediction_type=said if isinstance(said, str) else None,
+        zero_snr=scheduler.get("rescale_betas_zero_snr") is True,
         # A folder's configurations say it.
         notes=tuple(_without(model.notes, "do not tell", "are assumed")),
         files=files,
@@ -230,7 +306,7 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
         tensors={name: one for name, one in model.tensors.items() if not name.startswith("vae.")} | {**vae.tensors},
         parts=tuple(part for part in NETWORKS if part == "vae" or part in model.parts),
         files={**model.files, "vae": vae.path},
-        configurations={"vae/config.json": config},
+        configurations={**model.configurations, "vae/config.json": config},
     )
 
 
@@ -250,7 +326,7 @@ def _opened(
         container=file.container,
         form=found.form,
         spec=found.model,
-        tensors=_public_tensors(plan, file.tensors),
+        tensors=_public_tensors(plan, file),
         parts=tuple(parts),
         report=plan.report,
         prediction_type=found.prediction_type,
@@ -259,8 +335,9 @@ def _opened(
     )
 
 
-def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Public name -> tensor, for what a plan reads from the tensors of a file."""
+def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]:
+    """Public name -> tensor, for what a plan reads from a file; none of them may hold NaN or infinity."""
+    stored = file.tensors
     # Of what several tensors are blocks of, so that it is read once: weight and bias take turns.
     read_blocks = lru_cache(maxsize=2)(lambda name: stored[name].read())
 
@@ -273,7 +350,7 @@ def _public_tensors(plan: ReadPlan, stored: Mapping[str, StoredTensor]) -> dict[
         # A block of rows is a part of its tensor's bytes.
         in_order = slot.layout.keeps_order and len(own.ranges) == 1
         ranges = (own.ranges[0].part(slot.block * size, size),) if in_order else ()
-        return StoredTensor(slot.public_shape(own.shape), own.dtype, load, ranges)
+        return StoredTensor(slot.public_shape(own.shape), own.dtype, load, ranges, f"{file.path}: {slot.name}")
 
     return {name: public(slot) for name, slot in plan.slots.items()}
 
@@ -296,6 +373,11 @@ def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
     channels = model.vae.latent_channels
     settings = read_config(source, config, lambda said: model_config.read_latent_settings(said, channels))
     return replace(model, vae=replace(model.vae, **settings))
+
+
+def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
+    """A reader whose sizes are not looked at: tensors know nothing of heads and norm groups."""
+    return lambda config: [read(config)]
 
 
 def _without(notes: Collection[str], *doubts: str) -> list[str]:

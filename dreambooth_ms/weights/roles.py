@@ -11,7 +11,13 @@ from mindspore import nn
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.formats.folder_layout import SCHEDULER
-from dreambooth_ms.formats.model_config import Config, is_edm, read_config, read_scheduler_config
+from dreambooth_ms.formats.model_config import (
+    Config,
+    check_scheduler_config,
+    is_edm,
+    read_config,
+    read_scheduler_config,
+)
 from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -30,11 +36,13 @@ class Denoiser:
     spec: UNetSpec
     load: Callable[[], Any]
     """Gives the cell, filled."""
+    digest: Callable[[], str]
+    """By which a run that goes on knows it."""
 
     @classmethod
     def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
         """A UNet in a file."""
-        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored))
+        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored), stored.digest)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class TextReader:
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             adapted_layers=CLIP_TARGETS,
-            tokenizer=partial(ClipTokenizer, tokenizer_folder),
+            tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
             load=load,
             digest=stored.digest,
         )
@@ -118,11 +126,24 @@ class Schedule:
     config: Config
     """The configuration of its scheduler."""
 
-    def trained(self) -> NoiseScheduleSpec:
-        """The forward process that training follows.
+    def trained(self, prediction_type: str | None = None) -> NoiseScheduleSpec:
+        """The forward process that training follows, predicting something else if that is named.
 
         Raises:
-            WeightError: it was trained in EDM's formulation, which ours does not follow, or by an unknown schedule.
+            WeightError: it was trained in EDM's formulation or another that ours does not follow; or what is named
+                cannot be predicted with its noise.
         """
-        file = self.path if is_edm(self.config) else self.path / SCHEDULER
-        return read_config(file, self.config, read_scheduler_config)
+        more = {"prediction_type": prediction_type} if prediction_type else {}
+        return read_config(self._source, {**self.config, **more}, read_scheduler_config)
+
+    def check(self) -> None:
+        """Stop if models are neither trained nor sampled so.
+
+        Raises:
+            WeightError: it was trained otherwise, or a key of its configuration is not known or not supported.
+        """
+        read_config(self._source, self.config, check_scheduler_config)
+
+    @property
+    def _source(self) -> Path:
+        return self.path if is_edm(self.config) or self.path.is_file() else self.path / SCHEDULER

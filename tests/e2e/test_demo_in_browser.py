@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +143,19 @@ class Page:
     def press(self, label):
         self.wait_for(lambda: self.button(label).click() or True, f"the button {label}")
 
-    def go_to(self, title):
+    def go_to(self, title, where="header"):
         def find():
-            links = self.browser.find_elements("css selector", "header a")
+            links = self.browser.find_elements("css selector", f"{where} a")
             return next((link for link in links if title in link.text.split("\n")), None)
 
         self.wait_for(lambda: find().click() or True, f"the page {title}")
+
+    @contextmanager
+    def on_a_phone(self):
+        size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        yield
+        self.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     def write(self, label, text):
         from selenium.webdriver.common.keys import Keys
@@ -183,9 +191,19 @@ def test_generate_compare_teach_and_generate_with_the_result(browser, address, r
     page.write("Steps", "8")
     page.press("Generate")
     page.button("Cancel")
+    browser.refresh()
+    page.button("Cancel")
+    page.button("PNG")
     page.has("Without it, same seed")
     with_it, without = page.wait_for(lambda: len(page.pictures()) == 2 and page.pictures(), "two pictures")
     assert with_it != without
+
+    browser.refresh()
+    page.wait_for(lambda: page.pictures() == [with_it, without], "the pictures from before")
+    with page.on_a_phone():
+        page.go_to("Teach", ".stMain")
+        page.has("Photographs of the subject")
+    page.go_to("Generate")
     page.button("PNG")
 
     page.go_to("Teach")

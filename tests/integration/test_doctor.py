@@ -1,6 +1,7 @@
 """`dreambooth-ms doctor` reports of each part of an installation whether it works."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from dreambooth_ms.cli import doctor
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.runtime.ascend import Ascend
 from dreambooth_ms.runtime.device import Formulation
 
 
@@ -104,9 +106,21 @@ def test_other_versions_than_the_tested_ones_fail(monkeypatch):
         doctor.versions()
 
 
-def test_a_card_that_was_asked_for_and_is_not_there_fails():
-    mark, said = doctor.examine(doctor.checks(DeviceConfig(device_target="Ascend"))["device"])
-    assert (mark, "no Ascend device" in said) == ("FAILED", True)
+def test_without_the_card_that_was_asked_for_it_ends_with_a_page_on_what_to_look_at(capsys):
+    assert main(["doctor", "--device_target", "Ascend"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok      versions")
+    assert lines[1].startswith("FAILED  device         no Ascend device was found here")
+    assert lines[2] == "" and len(lines) < 30
+    assert all(word in "\n".join(lines[2:]) for word in ("npu-smi info", "/dev/davinci*", "ASCEND_HOME_PATH", "CPU"))
+
+
+def test_the_page_shows_what_is_there(tmp_path):
+    (tmp_path / "version.cfg").write_text("[7.6.0.1.220:8.5.0]\nversion=[7.6:8.5.0]\n")
+    signs = Ascend(("davinci0", "davinci_manager"), str(tmp_path), Path("/cann/set_env.sh"), "libx.so: no such file")
+    page = doctor.what_to_look_at(signs)
+    found = ["davinci0, davinci_manager", f"ASCEND_HOME_PATH: {tmp_path}"]
+    assert all(text in page for text in (*found, "8.5.0;", "source /cann/set_env.sh", "libx.so"))
 
 
 @pytest.mark.parametrize(

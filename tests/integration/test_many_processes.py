@@ -308,6 +308,8 @@ class TestDeath:
         """From before the first import to steps and saves, a rank at random, both launchers in turns: about 10 min."""
         draws = random.Random(3)
         name, saved = "killed-often", 0
+        # Compiled graphs are kept from here, so that on a busy machine too the moments reach into the steps.
+        place.run("mpirun", train("sd", "compiled", "--checkpointing_steps", "1", steps=1))
         for attempt in range(20):
             launcher, victim = ("mpirun", "msrun")[attempt % 2], draws.randrange(2)
             process = place.start(launcher, train("sd", name, "--checkpointing_steps", "1", steps=100000))

@@ -290,6 +290,18 @@ def encoded(home, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_disk_without_room_for_the_result_is_found_before_anything_is_written(
+    home, small_disk, monkeypatch, capsys, method
+):
+    monkeypatch.chdir(home)
+    fill(small_disk, leave=8 * 4096)
+    arguments = command(small_disk / "run", 40, "--method", method, "--checkpointing_steps", "10")
+    assert main(arguments) == 2
+    assert " are free); free some for 4 checkpoints and the result, or keep fewer by" in capsys.readouterr().err
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
 def test_a_full_disk_costs_no_file_that_was_to_be_replaced(small_disk):
     (small_disk / "adapter").write_bytes(b"old")
     fill(small_disk, leave=4096)

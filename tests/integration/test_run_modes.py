@@ -5,6 +5,7 @@ The programs run as users run them, in processes of their own.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,12 @@ def interrupted(place, begun):
 
 @pytest.fixture(scope="module")
 def resumed(place, interrupted):
-    """The rest of its steps, by the same command."""
-    return place.run(*train("parts", STEPS), cache="graphs")
+    """The rest of its steps, by the same command with its paths spelt otherwise and its pictures under other names."""
+    (place.root / "link").symlink_to("model")
+    shutil.copytree(place.root / "dog", place.root / "moved")
+    (place.root / "moved" / "0.png").rename(place.root / "moved" / "9.png")
+    spelling = ("--pretrained_model_name_or_path", "link/", "--instance_data_dir", f"{place.root}/moved")
+    return place.run(*train("parts", STEPS, *spelling), cache="graphs")
 
 
 def test_a_run_that_is_compiled_into_a_cache_is_the_run_without_one(place, straight, begun):
@@ -194,6 +199,32 @@ def test_the_same_command_again_does_nothing(place, straight, monkeypatch, capsy
     assert main(train("straight", STEPS)) == 0
     assert f"already there, trained for {STEPS} steps; nothing left to do" in capsys.readouterr().err
     assert contents() == before
+
+
+def test_other_pictures_or_weights_are_refused_by_name(place, resumed, monkeypatch, capsys):
+    """Of the whole run as of one that would go on; nothing in the folder changes."""
+    monkeypatch.chdir(place.root)
+    held = {path: path.stat().st_mtime_ns for path in (place.root / "parts").rglob("*")}
+    shutil.copytree("dog", "fewer")
+    (place.root / "fewer" / "1.png").unlink()
+    shutil.copytree("class", "others")
+    write_random_model(place.root / "other", seed=1)
+    for steps in (STEPS, STEPS + 3):
+        other = "instance: 2.png, 9.png removed; instance: 0.png added; instance: 1.png changed"
+        for flag, folder, said in (
+            ("instance_data_dir", "fewer", "instance: 1.png removed"),
+            ("instance_data_dir", "others", other),
+            ("pretrained_model_name_or_path", "other", "base: unet, vae, text_encoder changed"),
+        ):
+            assert main(train("parts", steps, f"--{flag}", folder)) == 2
+            assert f"parts/checkpoint-{STEPS}: was trained on other data ({said}); bring" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (place.root / "parts").rglob("*")} == held
+
+
+def test_a_checkpoint_is_asked_for_by_its_name_in_the_folder(place, straight, monkeypatch, capsys):
+    monkeypatch.chdir(place.root)
+    assert main(train("straight", 2, "--resume_from_checkpoint", f"checkpoint-{STOP}")) == 2
+    assert f"straight/checkpoint-{STOP}: {STOP} steps done, the run would end after 2" in capsys.readouterr().err
 
 
 def test_another_rank_in_the_same_folder_is_refused_with_both_values(place, straight, monkeypatch, capsys):

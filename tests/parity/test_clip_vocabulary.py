@@ -1,11 +1,13 @@
 """The tokenizer on board gives the tokens of OpenAI's CLIP, as transformers reads its files."""
 
+import json
 from itertools import pairwise
 
 import pytest
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
-from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer, check_clip_tokenizer
 from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
 
 START, END = 49406, 49407
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizerFast.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("prompt", PUBLISHED)
@@ -74,3 +76,104 @@ def test_a_short_prompt_is_filled_as_the_tower_expects(tmp_path, pad_token, fill
     write_clip_tokenizer(tmp_path, pad_token)
     (ids,) = ClipTokenizer(tmp_path).pieces("a cat", 1)
     assert ids.tolist() == [START, 320, 2368, END] + [filler] * 73
+
+
+# What CLIPTokenizerFast of the published models gives. CLIP takes letters that follow each other for one word, in any
+# script, and characters without a width for signs; it does not look for words in Chinese and Japanese.
+OTHER_SCRIPTS = {
+    "一只猫": [19759, 222, 34517, 103, 163, 234, 360],
+    "猫と犬": [163, 234, 104, 34671, 163, 232, 361],
+    "zero\u200bwidth": [5848, 9844, 23571],
+    "a\u200dphoto": [320, 728, 491, 1125],
+    "CAFÉ": [15304],
+    "cafe\u0301": [15304],
+}
+
+
+@pytest.mark.parametrize("prompt", OTHER_SCRIPTS)
+def test_other_scripts_have_clips_own_ids(folder, prompt):
+    (ids,) = ClipTokenizer(folder).pieces(prompt, 1)
+    expected = [START, *OTHER_SCRIPTS[prompt], END]
+    assert ids[: len(expected)].tolist() == expected
+
+
+def changed(folder, target, **changes):
+    """A copy of a tokenizer with other settings; ... takes one out."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    settings = target / "tokenizer_config.json"
+    config = json.loads(settings.read_text()) | changes
+    settings.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("told", "longest", "length"),
+    [
+        (..., 77, 77),
+        (None, 77, 77),
+        (10**30, 77, 77),
+        (1e30, 77, 77),
+        (8192, 77, 77),
+        (77, 77, 77),
+        (77, 8, 8),
+        (64, 77, 64),
+    ],
+)
+def test_a_text_is_as_long_as_the_tower_takes(folder, tmp_path, told, longest, length):
+    path = changed(folder, tmp_path / "tokenizer", model_max_length=told)
+    check_clip_tokenizer(path)
+    tokenizer = ClipTokenizer(path, longest)
+    assert tokenizer.length == length
+    assert tokenizer.pieces("a photo of a cat " * 40, 1).shape == (1, length)
+
+
+@pytest.fixture
+def in_one_file(folder, tmp_path):
+    """As transformers 5 saves it: no vocab.json, no merges.txt."""
+    CLIPTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "saved", legacy_format=False)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
+        (tmp_path / "saved" / name).unlink(missing_ok=True)
+    file = tmp_path / "saved" / "tokenizer_config.json"
+    newer = {"backend": "tokenizers", "is_local": True, "local_files_only": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | newer))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("prompt", [*PUBLISHED, *SAMPLES, *OTHER_SCRIPTS])
+def test_a_tokenizer_in_one_file_gives_the_same(folder, in_one_file, prompt):
+    check_clip_tokenizer(in_one_file)
+    expected = ClipTokenizer(folder).pieces(prompt, 1).tolist()
+    assert ClipTokenizer(in_one_file).pieces(prompt, 1).tolist() == expected
+
+
+def test_a_tokenizer_in_one_file_that_is_cut_short_is_told(in_one_file):
+    file = in_one_file / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(WeightError, match=r"tokenizer\.json: cut short; download it again"):
+        check_clip_tokenizer(in_one_file)
+    file.write_text('{"model": {"type": "Unigram"}}')
+    with pytest.raises(WeightError, match=r"tokenizer\.json: no tokenizer of CLIP"):
+        check_clip_tokenizer(in_one_file)
+
+
+def test_words_that_the_text_encoder_has_not_are_told(folder):
+    with pytest.raises(WeightError, match=r"49408 tokens, its text encoder knows 30000; take both from a model"):
+        ClipTokenizer(folder, vocab_size=30000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokenizer_class": "T5Tokenizer"}, r"tokenizer_class: expected CLIPTokenizer or .*, got 'T5Tokenizer'"),
+        ({"model_max_length": "77"}, r"model_max_length: expected a number or null, got '77'"),
+        ({"bos_token": None}, r"bos_token: expected text or an object, got None"),
+    ],
+)
+def test_settings_that_are_not_followed_are_told(folder, tmp_path, changes, said):
+    path = changed(folder, tmp_path / "tokenizer", **changes)
+    with pytest.raises(WeightError, match=rf"tokenizer_config\.json: {said}"):
+        check_clip_tokenizer(path)

@@ -14,8 +14,11 @@ from peft.utils import get_peft_model_state_dict
 
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.conversion.convert import DTYPES
 from dreambooth_ms.conversion.merge import merged
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.weights.model_writing import plan_model
@@ -177,6 +180,22 @@ class TestMerging:
             expected = own.read()
             largest = max(np.abs(expected).max(), np.abs(merged_ones[name].read()).max())
             assert np.abs(found[name].read() - expected).max() <= self.SUMS[dtype] * largest, name
+
+    @pytest.mark.parametrize("source", ["fp16", "bf16"])
+    @pytest.mark.parametrize("target", ["fp32", "fp16", "bf16"])
+    @pytest.mark.parametrize("base", ["sd1"], indirect=True)
+    def test_the_sum_is_rounded_once_to_what_is_written(self, base, tmp_path, source, target):
+        """Small updates of a base in half precision: what its own type has no digits for is there in float32."""
+        lora = random_lora(base.spec, tmp_path, alphas=(1e-3,))
+        write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
+        half = tmp_path / "half.safetensors"
+        assert main(["convert", str(base.path), str(half), "--dtype", source]) == 0
+        assert merge(SimpleNamespace(path=half), tmp_path / "out", tmp_path / "lora.safetensors", dtype=target) == 0
+        weights, found = open_model(half).tensors, open_model(tmp_path / "out").tensors
+        for layer, own in lora.adapter.updates.items():
+            weight = weights[f"{layer}.weight"].cast_to(DType.F32).read()
+            wanted = StoredTensor.of(weight + np.float32(0.7) * own.delta(weight)).cast_to(DTYPES[target])
+            assert found[f"{layer}.weight"].read().tobytes() == wanted.read().tobytes(), layer
 
     @pytest.mark.parametrize("base", ["sd1"], indirect=True)
     def test_a_scale_of_zero_changes_no_bit(self, base, tmp_path):

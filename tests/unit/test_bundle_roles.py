@@ -94,7 +94,7 @@ def bundle(tmp_path):
     cell = SimpleNamespace(encode=lambda pictures: pictures, decode=lambda latents: latents)
     return ModelBundle(
         path=tmp_path,
-        denoiser=Denoiser(UNET_OF_PIXELS, lambda: filled(UNet2DConditionModel(UNET_OF_PIXELS))),
+        denoiser=Denoiser(UNET_OF_PIXELS, lambda: filled(UNet2DConditionModel(UNET_OF_PIXELS)), lambda: "unet"),
         codec=Codec(PixelSpec(), lambda encodes=True, decodes=True: cell, lambda: "pixels"),
         text=(READER,),
         schedule=Schedule(tmp_path, {}),

@@ -1,14 +1,18 @@
 """The command line answers help and mistakes at once, in lines for people."""
 
+import re
+import shlex
 import subprocess
 import sys
 import types
+from dataclasses import MISSING
 
 import pytest
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.main import COMMANDS, main, schema_of
 from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config.load import load
 from dreambooth_ms.errors import ConfigError, DataError, UserError
 
 HEAVY = {"mindspore", "mindone", "transformers", "torch", "numpy", "PIL"}
@@ -18,6 +22,7 @@ LIGHT_COMMAND_LINES = [
     ["--version"],
     ["trian"],
     ["train", "--help"],
+    ["train", "--help", "all"],
     ["sample", "--help"],
     ["convert", "--help"],
 ]
@@ -72,12 +77,30 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("flags", [["--help"], ["-h"], ["--seed", "1", "--help"]])
-def test_help_of_a_command_lists_its_flags(name, flags, capsys):
+@pytest.mark.parametrize("flags", [["--help", "all"], ["-h", "all"], ["--seed", "1", "--help=all"]])
+def test_help_all_of_a_command_lists_its_flags(name, flags, capsys):
     assert main([name, *flags]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: dreambooth-ms {name} ")
     assert all(f"\n  --{field} " in text for field in schema_fields(schema_of(name)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flags", [["--help"], ["-h"], ["--seed", "1", "--help"]])
+def test_help_of_a_command_begins_with_what_everybody_sets(name, flags, capsys):
+    """That is everything where there are few flags."""
+    assert main([name, *flags]) == 0
+    text = capsys.readouterr().out
+    schema = schema_of(name)
+    shown = re.findall(r"^  --(\w+) ", text, re.MULTILINE)
+    assert len(shown) < 30, "too long to be read"
+    assert shown == list(schema.USUAL) if schema.USUAL else {*shown} == schema_fields(schema).keys()
+    if schema.USUAL:
+        assert f"`dreambooth-ms {name} --help all` has the rest" in text
+        required = [field for field, one in schema_fields(schema).items() if one.default is MISSING]
+        assert {*required} <= {*shown}
+        example = re.search(rf"\n  dreambooth-ms {name} (.*?)\n\n", text, re.DOTALL)[1]
+        load(schema, shlex.split(example.replace("\\\n", " ")), tell=pytest.fail)
 
 
 @pytest.mark.parametrize(

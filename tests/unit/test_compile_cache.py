@@ -4,6 +4,7 @@ import json
 import os
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,8 +15,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.ops import Dense
-from dreambooth_ms.runtime import compile_cache, graph_key
-from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, use_compile_cache
+from dreambooth_ms.runtime import compile_cache, compiled_cell, graph_key
+from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, Outlook, use_compile_cache
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
@@ -90,6 +91,39 @@ def test_another_shape_is_another_graph_of_the_same_cell(kept):
         cell = Affine()
         assert [cell(Tensor(INPUT[:rows])).shape for rows in (3, 2, 3)] == [(3, 4), (2, 4), (3, 4)]
     assert (kept.counts.found, kept.counts.kept) == (1, 2)
+
+
+@pytest.fixture
+def outlooks(monkeypatch):
+    """What is known of each compilation when it begins."""
+    seen = []
+
+    def watch(title, outlook):
+        seen.append((title, outlook))
+        return nullcontext()
+
+    monkeypatch.setattr(compiled_cell, "_watch", watch)
+    return seen
+
+
+def test_what_the_same_kind_took_before_is_known_when_a_compilation_begins(cache, outlooks):
+    for factor in (0.3, 0.7, 0.3):
+        computed(cache, factor)
+    with use_compile_cache(cache):
+        Affine()(Tensor(INPUT[:2]))
+    assert {title for title, _ in outlooks} == {"a network"}
+    first, same_kind, found, other_shape = (outlook for _, outlook in outlooks)
+    assert first == other_shape == Outlook()
+    assert not same_kind.is_kept and 0 < same_kind.seconds < 60
+    assert found == Outlook(is_kept=True)
+
+
+def test_what_it_took_is_unknown_without_a_cache_or_where_nobody_can_read_it(kept, outlooks):
+    computed(None)
+    for file in kept.folder.glob("*/*.seconds"):
+        file.write_text("long")
+    computed(kept, 0.7)
+    assert [outlook for _, outlook in outlooks] == [Outlook(), Outlook()]
 
 
 def first_file(entry):

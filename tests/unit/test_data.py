@@ -16,8 +16,9 @@ from PIL import Image
 
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli.toy_networks import SD_UNET
-from dreambooth_ms.cli.training_job import total_steps
-from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
+from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig, ValidationConfig
+from dreambooth_ms.data import pictures as picture_files
 from dreambooth_ms.data import text as text_module
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
@@ -31,6 +32,7 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers
 from dreambooth_ms.training.loop import concept_means, train
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
@@ -98,6 +100,17 @@ class TestWhichPicture:
 
     def test_the_class_pictures_change_nothing_about_the_subjects_rows(self):
         assert seen(plan(5, 2, class_count=3), 10) == seen(plan(5, 2), 10)
+
+    @pytest.mark.parametrize(("epochs", "interval"), [(None, 100), (1, 4), (50, 200)])
+    def test_validation_is_after_steps_or_epochs(self, epochs, interval):
+        config = TrainConfig(
+            model=ModelConfig(pretrained_model_name_or_path=""),
+            data=DataConfig(instance_data_dir="", instance_prompt=""),
+            run=RunConfig(train_batch_size=2),
+            validation=ValidationConfig(validation_prompt="x", validation_epochs=epochs),
+        )
+        job = TrainingJob(ALONE, config, None, steps_of_epoch(config, 7), 1000, None)
+        assert job.validation_interval == interval
 
     @pytest.mark.parametrize(
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
@@ -381,6 +394,27 @@ class TestPosteriorCache:
         self.fill(tmp_path, pictures)
         (pictures / "2.png").rename(pictures / "3.png")
         assert self.fill(tmp_path, pictures)[1].encoded == []
+
+    def test_what_a_transparent_picture_is_put_on_decides_its_value_and_no_others(self, tmp_path, pictures):
+        """White has the key of versions that knew no other colour."""
+        Image.new("RGBA", (40, 32), (200, 30, 60, 100)).save(pictures / "0.png")
+        said = []
+        by_colour = {
+            colour: read_concept(INSTANCE, pictures, "a dog", said.append, background=colour).records
+            for colour in ("white", "black", "#000000")
+        }
+        assert said[0] == (
+            f"{pictures}: transparent, put on white (--transparent_background names another colour), 1 found: 0.png"
+        )
+        white, black, same = by_colour.values()
+        assert white[0].digest == picture_files.digest(pictures / "0.png") != black[0].digest == same[0].digest
+        assert [one.digest for one in white[1:]] == [one.digest for one in black[1:]]
+        encoder = Encoder()
+        posteriors = posterior_lookup(ContentCache(tmp_path / "c"), "w", "lanczos", encoder.load, lambda views: views)
+        on_white, on_black, again = (posteriors(view_of(records[0])) for records in (white, black, same))
+        assert (on_white > on_black).all()
+        assert np.array_equal(on_black, again)
+        assert len(encoder.encoded) == 2
 
     def test_every_crop_and_side_has_a_value_of_its_own(self, tmp_path, pictures):
         record, encoder = read(pictures)[0], Encoder()

@@ -2,10 +2,11 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from demo import session
 from demo.library import Places, choose, describe, find, find_photographs, newest_run, read_run
@@ -89,6 +90,14 @@ def test_paths_inside_are_taken_and_missing_ones_refused(places):
         places.confined(str(places.runs / "cat"))
 
 
+def test_the_home_folder_has_a_short_name(places, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert places.confined("~/models") == tmp_path / "models"
+    with pytest.raises(DataError, match=f"-- --folder '?{tmp_path}/my photos"):
+        places.confined("~/my photos")
+    assert Places.of([Path("~/models")], Path("~/runs")).readable == (tmp_path / "models", tmp_path / "runs")
+
+
 def test_labels_are_short_and_name_runs(places):
     assert places.label(EMBEDDED) == "tiny-shapes"
     assert places.label(places.runs / "dog") == "runs/dog"
@@ -118,13 +127,14 @@ def test_folders_of_photographs_are_found_but_not_what_runs_have_sampled(places)
         "a photo of a sks star",
         "It's 42 DOGS, and-or   more!",
         "naïve café über 東京 🙂",
+        "一只猫 zero\u200bwidth",
         "word " * 90,
         "don't we'll\n\tI'm",
     ],
 )
 def test_tokens_are_counted_as_the_text_encoder_reads_them(prompt):
     for folder in (EMBEDDED / "tokenizer", tokenizer_on_board()):
-        theirs = CLIPTokenizer.from_pretrained(str(folder))(prompt).input_ids
+        theirs = CLIPTokenizerFast.from_pretrained(str(folder))(prompt).input_ids
         assert count_tokens(prompt, folder) == len(theirs) - 2
 
 

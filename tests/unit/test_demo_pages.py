@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -12,8 +13,11 @@ from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from demo import engine as engines
-from demo import session, training_process
+from demo import model_control, session, training_process
 from demo.processes import REPOSITORY
+from demo.training_plan import name_of
+from demo.training_view import whole_pictures
+from dreambooth_ms.errors import ConfigError, WeightError
 from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
@@ -28,8 +32,10 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--runs", str(tmp_path / "runs")])
     before = config.get_option("server.address")
     config.set_option("server.address", "127.0.0.1")
+    monkeypatch.setattr(session, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "runs").mkdir()
-    session.engine.clear()
+    for of_server in (session.engine, session.windows, model_control.downloads):
+        of_server.clear()
     yield tmp_path / "runs"
     session.engine().close()
     session.engine.clear()
@@ -46,8 +52,10 @@ def write_run(folder, base=EMBEDDED):
     return folder
 
 
-def opened():
-    page = AppTest.from_file(SCRIPT, default_timeout=60).run()
+def opened(**address):
+    page = AppTest.from_file(SCRIPT, default_timeout=60)
+    page.query_params.update(address)
+    page.run()
     assert not page.exception
     return page
 
@@ -65,14 +73,15 @@ def wait_for(condition, seconds=30):
 
 
 def finished(page):
-    wait_for(lambda: "job" not in page.session_state or page.session_state["job"].over)
+    job = page.session_state["window"].job
+    wait_for(lambda: job is None or job.over)
     page.run()
     assert not page.exception
     return page
 
 
 def gallery(page):
-    return page.session_state.get("gallery", [])
+    return page.session_state["window"].gallery
 
 
 def errors(page):
@@ -168,13 +177,41 @@ def test_what_goes_wrong_is_a_sentence_and_the_page_goes_on(runs, prompt, senten
     assert not page.error
 
 
+def test_a_page_that_is_loaded_again_shows_its_drawing(runs):
+    page = opened()
+    page.number_input("sample_seed").set_value(77)
+    page.text_area("sample_prompt").set_value("slow").run()
+    page.button("sample_button").click().run()
+    address = page.query_params["window"]
+    again = opened(window=address)
+    assert (again.text_area("sample_prompt").value, again.number_input("sample_seed").value) == ("slow", 77)
+    assert again.button("sample_button").disabled
+    again.button("cancel_button").click().run()
+    assert "Cancelled" in finished(again).info[0].value
+    again.text_area("sample_prompt").set_value("a star").run()
+    sample(again)
+    assert gallery(opened(window=address)) == gallery(again) != []
+
+
+def test_a_drawing_that_nobody_looks_at_is_shown_to_who_comes(runs, monkeypatch):
+    page = opened()
+    page.text_area("sample_prompt").set_value("slow").run()
+    page.button("sample_button").click().run()
+    assert not opened(window="unknown").session_state["window"].job
+    monkeypatch.setattr(session, "LEFT_SECONDS", 0.0)
+    later = opened()
+    later.button("cancel_button").click().run()
+    assert "Cancelled" in finished(later).info[0].value
+    assert not opened().session_state["window"].job
+
+
 def test_a_prompt_is_needed_and_long_ones_are_told(runs):
     page = opened()
     page.text_area("sample_prompt").set_value("  ").run()
     page.button("sample_button").click().run()
     assert "Write a prompt first" in errors(page)
     page.text_area("sample_prompt").set_value("star " * 80).run()
-    assert any("are not read" in caption.value for caption in page.caption)
+    assert any("only the first 75 are read" in caption.value for caption in page.caption)
 
 
 def test_a_path_outside_is_refused(runs):
@@ -230,12 +267,13 @@ def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
 def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
     page = opened()
     page.file_uploader("lora_upload").set_value(("a.safetensors", b"no", "")).run()
-    assert "a.safetensors" in errors(page)
+    assert "a.safetensors" in errors(page.run()), "as long as the file is there"
     content = (write_run(tmp_path / "elsewhere") / "pytorch_lora_weights.safetensors").read_bytes()
     page.file_uploader("lora_upload").set_value(("mine.safetensors", content, "")).run()
     (chosen,) = page.multiselect("sample_loras").value
     assert "mine-" in chosen
     assert page.slider(f"scale {chosen}").value == 1.0
+    assert not page.error
     other = opened()
     assert other.multiselect("sample_loras").options == [], "of another window"
 
@@ -267,6 +305,81 @@ def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
     assert page.number_input("teach_steps quickstart").value == 1200
     assert sum("64 × 64" in caption.value for caption in page.caption) == 5
     assert not page.button("teach_button").disabled
+
+
+def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_another(runs, monkeypatch, tmp_path):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert "knows flat shapes only" in page.info[0].value
+    page.button("advised").click().run()
+    assert page.selectbox("teach_model").value == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert "is not on this machine" in page.info[0].value
+    goes_on = threading.Event()
+
+    def find_model(name):
+        part = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "blobs" / "1.incomplete"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(bytes(10_000_000))
+        goes_on.wait(30)
+        if name == "owner/none":
+            raise WeightError("no such model")
+        return EMBEDDED
+
+    monkeypatch.setattr(model_control, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(model_control, "find_model", find_model)
+    for name in ("owner/none", "owner/one"):
+        goes_on.clear()
+        page = AppTest.from_function(teach, default_timeout=60)
+        page.session_state["teach_model"] = name
+        page.run().button(f"fetch {name}").click().run()
+        assert f"{name}: 0.01 GB are here" in page.info[0].value
+        goes_on.set()
+        wait_for(lambda name=name: not model_control.downloads()[name].is_alive())
+        page.run()
+        assert ("no such model" in errors(page)) == (name == "owner/none")
+    assert page.button("teach_button")
+    assert not page.exception
+
+
+def test_a_model_that_the_hub_gave_is_named_as_there(runs, tmp_path):
+    snapshot = tmp_path / "hub" / "models--owner--shapes" / "snapshots" / "4f9a"
+    snapshot.mkdir(parents=True)
+    for part in EMBEDDED.iterdir():
+        (snapshot / part.name).symlink_to(part)
+    page = AppTest.from_function(teach, default_timeout=60)
+    page.session_state["teach_model"] = "owner/shapes"
+    page.run()
+    assert page.selectbox("teach_model").value == str(snapshot)
+    assert page.selectbox("teach_model").options == ["tiny-shapes", "owner/shapes"]
+
+
+def test_the_name_follows_the_prompt_until_it_is_written(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert page.text_input("teach_name").value == "sks-star"
+    write_run(runs / "zwx-heart")
+    page.text_input("teach_prompt True").set_value("a photo of a zwx heart")
+    page.text_input("teach_class True").set_value("a photo of a heart").run()
+    assert page.text_input("teach_name").value == "zwx-heart-2"
+    assert page.text_input("teach_validation True").value == "a photo of a zwx heart"
+    page.text_input("teach_name").set_value("mine").run()
+    page.text_input("teach_prompt True").set_value("a photo of a qxt heart").run()
+    assert page.text_input("teach_name").value == "mine"
+
+
+def test_a_training_that_cannot_start_leaves_nothing(runs, monkeypatch):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_source").set_value("Upload").run()
+    page.file_uploader("teach_upload").set_value([("a.png", png(), "image/png"), ("b.png", b"MZ", "image/png")]).run()
+    assert "b.png: not a picture of a known format" in errors(page)
+    assert "1 photograph" in " ".join(caption.value for caption in page.caption)
+
+    def start(folder, arguments):
+        assert list((folder / "photographs").iterdir())
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(training_process, "start", start)
+    page.button("teach_button").click().run()
+    assert "no room" in errors(page)
+    assert not list(runs.iterdir())
 
 
 def test_mistakes_on_the_page_to_teach_on_are_sentences(runs):
@@ -324,3 +437,25 @@ def test_a_training_is_started_watched_stopped_and_resumed(runs, monkeypatch):
     wait_for(lambda: training.state == "stopped")
     assert not page.exception
     assert not page.error
+
+
+def test_pictures_that_are_cut_or_being_written_are_not_shown(tmp_path):
+    for name, size in (("whole", None), ("cut", 40), ("begun", 0)):
+        (tmp_path / name).write_bytes(png()[:size])
+    assert whole_pictures([tmp_path / name for name in ("cut", "whole", "begun")]) == [png()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "class_prompt", "name"),
+    [
+        ("a photo of sks dog", "a photo of dog", "sks-dog"),
+        ("a photo of a sks star", None, "sks-star"),
+        ("a photo of zwx golden retriever dog, best quality", "a photo of a dog", "zwx-golden-retriever-dog"),
+        ("A photograph of my cat Tom in the snow", None, "cat-tom"),
+        ("zwx person wearing a hat", "photo of a person", "zwx-person"),
+        ("一张sks狗的照片", None, "sks"),
+        ("一只狗", "", "subject"),
+    ],
+)
+def test_a_training_is_named_after_its_word_and_class(prompt, class_prompt, name):
+    assert name_of(prompt, class_prompt) == name

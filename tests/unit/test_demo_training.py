@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -165,6 +166,30 @@ def test_a_run_of_the_command_line_is_shown_but_not_resumed(runs):
     assert training.state == "stopped"
     with pytest.raises(DataError, match="its own command"):
         resume(training)
+
+
+def test_a_run_that_lives_in_a_terminal_is_shown_as_running(runs):
+    folder = runs / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("max_train_steps: 8\n")
+    program = (
+        "import sys, time; from pathlib import Path; from dreambooth_ms.training.run_lock import only_run_in\n"
+        "with only_run_in(Path(sys.argv[1]), print): print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "in\n"
+    training = Training(folder)
+    assert (training.state, training.process_id, running(runs)) == ("running", process.pid, training)
+    assert (training.can_be_stopped, training.can_be_resumed, training.bar()) == (True, False, None)
+    (folder / "history.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
+    assert (training.bar().name, training.bar().done) == ("training", 3)
+    with pytest.raises(ConfigError, match="one at a time"):
+        start(new_folder(runs, "another"), arguments(runs / "another"))
+    training.stop()
+    process.wait()
+    assert (training.state, training.can_be_resumed) == ("stopped", False)
 
 
 def test_curves_have_few_points_and_a_running_mean():

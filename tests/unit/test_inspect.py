@@ -40,7 +40,7 @@ def test_a_model(tmp_path, inspect, family, form):
     assert said["missing"] == "nothing"
     parameters = sum(np.prod(own.shape, dtype=int) for own in model.of_part("unet").values())
     assert said["unet"].startswith(
-        f"{parameters:,} parameters in {len(model.of_part('unet'))} tensors, channels 10-20-"
+        f"{parameters:,} parameters in {len(model.of_part('unet')):,} tensors, channels 10-20-"
     )
     assert {part for part in said if part in ("vae", "text_encoder", "text_encoder_2")} == set(model.parts) - {"unet"}
 
@@ -65,8 +65,24 @@ def test_velocity_and_averages_and_metadata(tmp_path, inspect):
     write_safetensors(tmp_path / "ema.safetensors", tensors, metadata)
     said = inspect(tmp_path / "ema.safetensors")
     assert said["predicts"] == "velocity (v_prediction)"
-    assert said["moving averages (EMA)"] == "of 1 weights"
+    assert said["moving averages (EMA)"] == "of 1 weight"
     assert said["metadata note"] == f"{'x' * 200}… (500 characters)"
+
+
+def test_what_is_not_finite_is_told(tmp_path, inspect):
+    path, _ = write_model(Format.STABILITY, tmp_path / "model")
+    tensors = dict(open_tensor_file(path).tensors)
+    for name, bad in (
+        ("model.diffusion_model.out.2.bias", np.nan),
+        ("first_stage_model.decoder.conv_out.bias", np.inf),
+    ):
+        tensors[name] = StoredTensor.of(np.full(tensors[name].shape, bad, np.float32))
+    write_safetensors(tmp_path / "bent.safetensors", tensors)
+    assert (
+        inspect(tmp_path / "bent.safetensors")["NaN or infinity"]
+        == "in 2 tensors (unet.conv_out.bias, vae.decoder.conv_out.bias)"
+    )
+    assert "NaN or infinity" not in inspect(path)
 
 
 def test_a_lora(tmp_path, inspect):
@@ -87,7 +103,8 @@ def test_an_alpha_that_the_file_does_not_hold_is_assumed_aloud(tmp_path, inspect
         LoraFormat.MINDONE, tmp_path / "lora", "sdxl", choose=attention, ranks=(4,), alphas=(4.0,)
     )
     said = inspect(path, "--base", str(base))
-    assert said["note"].endswith("layers have no alpha in the file: it is taken as the rank (4).")
+    assert said["note"].startswith("no alpha in the file for ")
+    assert said["note"].endswith(" layers: it is taken as the rank (4).")
 
 
 @pytest.mark.parametrize("form", [Format.DIFFUSERS, Format.STABILITY], ids=lambda form: form.value)

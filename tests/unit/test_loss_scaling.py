@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
-from dreambooth_ms.training.loop import OVERFLOWS, train
+from dreambooth_ms.training.loop import OVERFLOWS, StepReport, check_finite, train
 from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
@@ -177,3 +177,31 @@ def test_a_run_that_overflows_at_any_scale_ends_with_a_message():
 def test_a_loss_that_is_no_number_ends_a_run_in_float32():
     with pytest.raises(DataError, match="step 4: the loss is nan; resume from a checkpoint with a lower"):
         list(Ours(None).run(0, STEPS, {3: np.nan}))
+
+
+@pytest.mark.parametrize(
+    ("step", "skipped", "loss", "scale", "said"),
+    [
+        (
+            1,
+            0,
+            np.nan,
+            None,
+            "the loss is nan, before anything was learned: it comes from the base.*; take another base",
+        ),
+        (
+            30,
+            30,
+            np.inf,
+            2.0,
+            "before anything was learned.*; start anew with --mixed_precision no or take another base",
+        ),
+        (2, 0, np.nan, None, "step 2: the loss is nan; resume from a checkpoint with a lower --learning_rate$"),
+        (40, 30, np.inf, 2.0, "; resume from a checkpoint with a lower --learning_rate, or start anew with"),
+    ],
+)
+def test_what_the_base_computes_is_not_laid_to_the_learning_rate(step, skipped, loss, scale, said):
+    is_skipped = skipped > 0
+    report = StepReport(step, loss, {}, 1.0, 1e-4, is_skipped=is_skipped, skipped_steps=skipped, loss_scale=scale)
+    with pytest.raises(DataError, match=said):
+        check_finite(report, OVERFLOWS if is_skipped else 0)

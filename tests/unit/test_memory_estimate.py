@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.cli import training_memory
+from dreambooth_ms.cli import training_needs
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
@@ -181,10 +181,10 @@ class TestTwoProcessesOnAMachine:
 
         def check(*flags, processes=1):
             config = load(TrainConfig, [*needed, *flags])
-            expected = estimate(training_memory._workload(config, folder, processes))
-            monkeypatch.setattr(training_memory, "machine_memory", lambda: expected.total * 3 // 2)
+            expected = estimate(training_needs._workload(config, folder, processes))
+            monkeypatch.setattr(training_needs, "machine_memory", lambda: expected.total * 3 // 2)
             group = Processes(0, processes, exchange=lambda what, value: [value] * processes)
-            training_memory.check_expected_memory(config, folder, group)
+            training_needs.check_expected_memory(config, folder, group)
             return expected.parts
 
         return check

@@ -168,7 +168,7 @@ class TestWhatIsTrained:
         assert found == sizes
 
     def test_lora_trains_two_factors_of_the_attention_layers_of_the_networks(self, base, tmp_path):
-        run = trained(base, "lora", text=True, rank=2, lora_alpha=3)
+        run = trained(base, "lora", text=True, rank=2, lora_alpha=4)
         assert sum(one.kind == "text_encoder" for one in run.learner.trainables) == 2 * 4
         assert len(run.learner.trainables) == 2 * (32 + 4)
         run.learner.write_result(tmp_path, STEP)
@@ -176,12 +176,15 @@ class TestWhatIsTrained:
         assert run.learner.result == result_of(tmp_path).path.relative_to(tmp_path)
         for name, updates in read_lora(tmp_path, base).items():
             for layer, update in updates.items():
-                assert (update.rank, update.alpha) == (2, 3.0)
+                assert (update.rank, update.alpha) == (2, 4.0)
                 assert np.array_equal(update.down, run.values[name][f"{layer}.lora_A.weight"])
                 assert np.array_equal(update.up, run.values[name][f"{layer}.lora_B.weight"])
 
     def test_a_trained_lora_is_written_as_diffusers_writes_it(self, base, tmp_path):
-        """The names of its scripts, and beside them peft's settings, with the layers as they were asked for."""
+        """The names of its scripts, and beside them peft's settings, with the layers as they were asked for.
+
+        Alpha is the rank there, since older versions read none; the trained one has a key of our own.
+        """
         run = trained(base, "lora", text=True, rank=2, lora_alpha=3, lora_target_modules=["to_v", "attn1.to_q"])
         run.learner.write_part(tmp_path, STEP)
         file = read_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
@@ -191,7 +194,7 @@ class TestWhatIsTrained:
         text = [name for name in file.tensors if name not in names]
         assert len(text) == 2 * 4
         assert all(".lora_linear_layer." in name and name.startswith("text_encoder.") for name in text)
-        common = {"r": 2, "lora_alpha": 3.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
+        common = {"r": 2, "lora_alpha": 2.0, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False}
         common |= {"use_rslora": False, "lora_bias": False}
         targets = {"unet": ["attn1.to_q", "to_v"], "text_encoder": ["k_proj", "out_proj", "q_proj", "v_proj"]}
         settings = {
@@ -199,7 +202,14 @@ class TestWhatIsTrained:
             for part in targets
             for key, value in (common | {"target_modules": targets[part]}).items()
         }
-        assert list(file.metadata) == ["format", "lora_adapter_metadata", "dreambooth_ms_step"]
+        assert list(file.metadata) == ["format", "lora_adapter_metadata", "dreambooth_ms_lora", "dreambooth_ms_step"]
+        trained_alphas = {key: value for key, value in json.loads(file.metadata["dreambooth_ms_lora"]).items() if value}
+        assert trained_alphas == {
+            f"{part}.{key}": own for part in targets for key, own in (("r", 2), ("lora_alpha", 3.0))
+        }
+        layer = layers[0]
+        up = file.tensors[f"unet.{layer}.lora.up.weight"].read()
+        assert np.array_equal(up, np.float32(1.5) * run.values["unet"][f"{layer}.lora_B.weight"])
         assert file.metadata["lora_adapter_metadata"] == json.dumps(settings, sort_keys=True)
         assert (file.metadata["format"], file.metadata["dreambooth_ms_step"]) == ("pt", str(STEP))
 

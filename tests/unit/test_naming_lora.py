@@ -1,12 +1,15 @@
 """LoRAs of every format and family go there and back, and what they adapt is known from names and shapes."""
 
+import re
+
 import numpy as np
 import pytest
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.folding import folded
 from dreambooth_ms.adapters.lora_update import LoraUpdate
-from dreambooth_ms.adapters.writing import file_tensors, folded
+from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora import lora_format, read_plan, recognise_lora, write_plan
@@ -17,8 +20,9 @@ from dreambooth_ms.formats.naming.lora_formats import (
     LoraFormat,
     factor_shapes,
     lora_layers,
-    lora_naming,
+    lora_slots,
 )
+from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
@@ -45,8 +49,17 @@ def parts_of(form, model):
 
 
 def adaptable(form, model, parts):
-    slots = lora_naming(form, model, parts).slots
+    slots = lora_slots(form, lora_layers(model, parts), model)
     return [layer for layer in lora_layers(model, parts) if f"{layer}.{UP}" in slots]
+
+
+def factor_shapes_of(model):
+    """The shapes of all factors of rank 1, by their public names."""
+    shapes = {}
+    for layer, weight in lora_layers(model).items():
+        down, up = factor_shapes(weight, 1)
+        shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
+    return shapes
 
 
 def random_factors(model, layers, rank=2, alpha=None, dtype=np.float32):
@@ -90,12 +103,11 @@ class TestNames:
         model = PUBLISHED[family]
         for parts in parts_of(form, model):
             layers = adaptable(form, model, parts)
-            naming = lora_naming(form, model, parts)
             written = write_plan(form, model, layers)
             common = [assembly.pieces[0] for assembly in written.tensors.values() if assembly.shared]
             assert not common or form is LoraFormat.MINDONE
             assert all(".self_attn.q_proj." in piece for piece in common)
-            stored = written_shapes(written, naming.shapes)
+            stored = written_shapes(written, factor_shapes_of(model))
             plan = read_plan(form, model, stored, parts)
             assert plan.report.fits
             assert list(plan.layers) == layers
@@ -104,8 +116,7 @@ class TestNames:
     def test_a_lora_of_attention_is_recognised(self, family, form):
         model = PUBLISHED[family]
         layers = [layer for layer in adaptable(form, model, ("unet",)) if ".attn" in layer]
-        naming = lora_naming(form, model, ("unet",))
-        stored = written_shapes(write_plan(form, model, layers), naming.shapes)
+        stored = written_shapes(write_plan(form, model, layers), factor_shapes_of(model))
         plan = recognise_lora(stored, "a file")
         assert plan.models == (model,)
         assert list(plan.layers) == layers
@@ -159,16 +170,16 @@ class TestAlpha:
 
     def test_a_scale_of_one_changes_no_bit(self):
         layer = random_factors(SMALL["sdxl"], [Q], rank=3, alpha=3.0)[Q]
-        assert folded(layer.tensors())[UP] is layer.up
-        assert folded(LoraUpdate(layer.down, layer.up).tensors())[ALPHA] == 3.0
+        assert folded(layer).up is layer.up
+        assert folded(LoraUpdate(layer.down, layer.up)).alpha == 3.0
 
     def test_without_it_the_rank_is_assumed_aloud(self, tmp_path):
         model = SD_15
         file = shapes_of(LoraFormat.DIFFUSERS, model, [Q, K], rank=4)
-        assert notes(file, tmp_path) == ["2 of 2 layers have no alpha in the file: it is taken as the rank (4)."]
+        assert notes(file, tmp_path) == ["no alpha in the file for 2 of 2 layers: it is taken as the rank (4)."]
         with_one = file | {f"{Q}.alpha": ()}
         assert recognise_lora(with_one, "a file").layers[Q][ALPHA].name == f"{Q}.alpha"
-        assert notes(with_one, tmp_path)[0].startswith("1 of 2 layers")
+        assert notes(with_one, tmp_path)[0].startswith("no alpha in the file for 1 of 2 layers")
         assert notes(shapes_of(LoraFormat.KOHYA, model, [Q, K]), tmp_path) == []
 
     def test_in_mindones_sd_files_the_scale_is_known(self, tmp_path):
@@ -180,8 +191,7 @@ class TestAlpha:
 
 def shapes_of(form, model, layers, rank=1):
     """Names and shapes of a file that adapts some layers."""
-    parts = tuple(dict.fromkeys(layer.partition(".")[0] for layer in layers))
-    weights, slots = lora_layers(model), lora_naming(form, model, parts).slots
+    weights, slots = lora_layers(model), lora_slots(form, layers, model)
     file = {}
     for layer in layers:
         shapes = (*factor_shapes(weights[layer], rank), ())
@@ -193,7 +203,33 @@ def shapes_of(form, model, layers, rank=1):
 
 
 TEXT_Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+CLIP_L = ("clip_l", "text_encoders.clip_l.transformer", "cond_stage_model.transformer")
+LDM_Q = "input_blocks.4.1.transformer_blocks.0.attn2.to_q"
+KOHYA_Q = Q.removeprefix("unet.").replace(".", "_")
+LATE_TEXT_Q = "encoder.layers.0.self_attn.q_proj"
 SPELLINGS = [
+    # What OneTrainer, ComfyUI and LyCORIS write.
+    *(("sd15", Q, f"{prefix}{Q.removeprefix('unet.')}.lora_down.weight") for prefix in ("unet.", "diffusion_model.")),
+    *(("sdxl", Q, f"{prefix}{LDM_Q}.lora_down.weight") for prefix in ("unet.", "diffusion_model.")),
+    *(("sd15", Q, f"{prefix}diffusion_model.{LDM_Q}.lora_down.weight") for prefix in ("", "model.")),
+    *(("sd15", TEXT_Q, f"{prefix}.{TEXT_Q.partition('.')[2]}.lora_down.weight") for prefix in CLIP_L),
+    ("sd15", Q, f"lycoris_{KOHYA_Q}.lora_down.weight"),
+    # What networks were wrapped in.
+    ("sd15", Q, f"unet.base_model.model.{Q.removeprefix('unet.')}.lora_A.weight"),
+    ("sd15", Q, f"base_model.model.{Q}.lora_A.weight"),
+    ("sd15", Q, f"unet._orig_mod.{Q.removeprefix('unet.')}.lora_A.weight"),
+    ("sd15", Q, f"module.{Q}.lora.down.weight"),
+    ("sd15", Q, f"unet.module._orig_mod.{Q.removeprefix('unet.')}.lora.down.weight"),
+    ("sd15", Q, f"lora_unet__orig_mod_{KOHYA_Q}.lora_down.weight"),
+    ("sd15", Q, f"{Q}.lora_A_1.default_0.weight"),
+    ("sd15", Q, f"{Q}.lora_A"),
+    # transformers 5 has no text_model in its text encoders.
+    ("sd15", TEXT_Q, f"text_encoder.{LATE_TEXT_Q}.lora_A.weight"),
+    ("sd15", TEXT_Q, f"text_encoder.{LATE_TEXT_Q}.lora_linear_layer.down.weight"),
+    ("sd15", TEXT_Q, f"base_model.model.{LATE_TEXT_Q}.lora_A.default.weight"),
+    ("sd15", TEXT_Q, f"lora_te_{LATE_TEXT_Q.replace('.', '_')}.lora_down.weight"),
+    ("sdxl", TEXT_Q, f"lora_te1_{LATE_TEXT_Q.replace('.', '_')}.lora_down.weight"),
+    ("sdxl", TEXT_Q.replace("encoder.", "encoder_2.", 1), f"text_encoder_2.{LATE_TEXT_Q}.lora_A.weight"),
     ("sd15", Q, f"{Q}.lora.down.weight"),
     ("sd15", Q, f"{Q}.lora_A.weight"),
     ("sd15", Q, f"{Q}.lora_A.default.weight"),
@@ -241,9 +277,10 @@ def test_a_layer_is_found_under_each_of_its_names(family, layer, name):
     model = PUBLISHED[family]
     down, up = factor_shapes(lora_layers(model)[layer], rank=4)
     other = name.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
-    plan = recognise_lora({name: down, other: up}, "a file", [model])
+    alpha = re.sub(r"[._]lora(?:_linear_layer)?[._].*", ".alpha", name)
+    plan = recognise_lora({name: down, other: up, alpha: (1, 1)}, "a file", [model])
     assert plan.layers.keys() == {layer}
-    assert {factor: slot.name for factor, slot in plan.layers[layer].items()} == {DOWN: name, UP: other}
+    assert {factor: slot.name for factor, slot in plan.layers[layer].items()} == {DOWN: name, UP: other, ALPHA: alpha}
     assert plan.layers[layer][DOWN].public_shape(down)[0] == 4
 
 
@@ -306,12 +343,34 @@ class TestWhatIsRefused:
             ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"),
             ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "LoCon with a third factor"),
             (f"{Q}.lora_B.bias", "a trained bias"),
+            (f"{Q}.lora_B.default.bias", "a trained bias"),
+            (f"{Q}.lora_embedding_A", "LoRA of embeddings"),
+            (f"base_model.model.{Q.removeprefix('unet.')}.oft_R.default.weight", "OFT"),
+            (f"base_model.model.{Q.removeprefix('unet.')}.boft_R", "BOFT"),
+            (f"base_model.model.{Q.removeprefix('unet.')}.ia3_l", "IA3"),
+            (f"base_model.model.{Q.removeprefix('unet.')}.vera_lambda_b", "VeRA"),
+            (f"base_model.model.{Q.removeprefix('unet.')}.lora_E", "AdaLoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "OFT or BOFT"),
+            ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "GLoRA"),
+            ("lycoris_mid_block_attentions_0_proj_in.b2.weight", "GLoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.up_list.0", "DyLoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.lora_A.0", "DyLoRA"),
+            ("lora_unet_mid_block_attentions_0_proj_in.diff", "full differences of weights"),
+            ("diffusion_model.middle_block.1.proj_in.diff_b", "full differences of weights"),
+            ("lora_unet_mid_block_resnets_0_norm1.w_norm", "norms"),
+            ("lora_unet_mid_block_resnets_0_norm1.b_norm", "norms"),
+            ("lora_unet_mid_block_attentions_0_proj_in.scalar", "a factor besides alpha"),
+            ("diffusion_model.middle_block.1.proj_in.set_weight", "weights set anew or reshaped"),
+            ("lora_unet_mid_block_attentions_0_proj_in.reshape_weight", "weights set anew or reshaped"),
+            ("bundle_emb.dog.clip_l", "embeddings of new words beside it"),
+            ("bundle_emb.dog.string_to_param.*", "embeddings of new words beside it"),
         ],
     )
     def test_other_methods_by_their_name(self, name, said):
-        stored = shapes_of(LoraFormat.KOHYA, SD_15, [K]) | {name: (1, 1)}
-        with pytest.raises(WeightError, match=f"x.safetensors: trained with {said}, which is not supported"):
-            recognise_lora(stored, "x.safetensors")
+        for stored in ({name: (1, 1)}, shapes_of(LoraFormat.KOHYA, SD_15, [K]) | {name: (1, 1)}):
+            assert other_kind(stored) == "a LoRA"
+            with pytest.raises(WeightError, match=f"x.safetensors: trained with {said}.*, which is not supported"):
+                recognise_lora(stored, "x.safetensors")
 
     def test_a_model(self):
         stored = naming_of(Format.STABILITY, SD_15)
@@ -347,9 +406,9 @@ class TestWhatIsRefused:
 
     def test_layers_that_the_format_has_no_place_for(self):
         layer = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
-        with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layers .{layer}."):
+        with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layer .{layer}."):
             named(LoraFormat.MINDONE, SMALL["sdxl"], random_factors(SMALL["sdxl"], [layer]))
-        with pytest.raises(WeightError, match=r"no place for 1 of 1 layers \(unet\.conv_in\)"):
+        with pytest.raises(WeightError, match=r"no place for 1 of 1 layer \(unet\.conv_in\)"):
             write_plan(LoraFormat.DIFFUSERS_PROCESSORS, SD_15, ["unet.conv_in"])
 
 
@@ -369,6 +428,28 @@ class TestFamilies:
         with pytest.raises(WeightError, match=r"does not fit a LoRA of .* in the naming of kohya: 1 of another shape"):
             recognise_lora(stored, "x.safetensors")
         assert recognise_lora(stored, "a file", [*PUBLISHED_MODELS, SMALL["sdxl"]]).models == (SMALL["sdxl"],)
+
+    def test_another_family_is_named_only_where_all_of_it_fits(self):
+        stored = shapes_of(LoraFormat.KOHYA, SDXL_BASE, [K, Q], rank=4)
+        with pytest.raises(WeightError, match=r"this is a LoRA for SDXL base; expected one for SD 1\.x"):
+            recognise_lora(stored, "x.safetensors", [SD_15])
+        name = next(iter(stored))
+        with pytest.raises(WeightError, match=r"does not fit a LoRA of SD 1\.x in .* of another shape"):
+            recognise_lora(stored | {name: (4, 7)}, "x.safetensors", [SD_15])
+        # SD 2.x has the same names.
+        published = shapes_of(LoraFormat.DIFFUSERS, SD_15, [K, Q], rank=4)
+        with pytest.raises(WeightError, match=r"a LoRA of SD 1\.x in the naming of diffusers: 2 of another shape"):
+            recognise_lora(published, "x.safetensors", [SMALL["sd15"]])
+
+    def test_one_damaged_layer_is_named(self):
+        stored = shapes_of(LoraFormat.KOHYA, SD_15, lora_layers(SD_15), rank=4)
+        name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight"
+        with pytest.raises(WeightError) as error:
+            recognise_lora(stored | {name: (640, 5)}, "x.safetensors", otherwise="do this")
+        assert str(error.value) == (
+            "x.safetensors does not fit a LoRA of SD 1.x in the naming of kohya: 1 of another shape (unet 1: "
+            f"{K.removeprefix('unet.')}: a weight of (640, 768) has no update by (4, 768) and (640, 5) and ()); do this"
+        )
 
     def test_peft_names_no_part_but_the_layers_tell(self):
         for part, layer in (("unet", Q), ("text_encoder", TEXT_Q)):

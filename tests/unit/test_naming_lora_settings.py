@@ -50,7 +50,8 @@ def test_peft_takes_what_we_write():
     layers = {"first.to_q": (4, 4.0), "first.to_k": (4, 8.0), "second.to_q": (2, 4.0)}
     settings = lora_settings(layers)
     assert (settings["r"], settings["lora_alpha"]) == (4, 4.0)
-    assert (settings["rank_pattern"], settings["alpha_pattern"]) == ({"second.to_q": 2}, {"first.to_k": 8.0})
+    assert settings["target_modules"] == ["to_k", "to_q"]
+    assert (settings["rank_pattern"], settings["alpha_pattern"]) == ({"second.to_q": 2}, {"to_k": 8.0})
     scales = scales_in_peft(LoraConfig(**settings))
     assert scales == {layer: (rank, alpha / rank) for layer, (rank, alpha) in layers.items()}
     for layer, (rank, alpha) in layers.items():

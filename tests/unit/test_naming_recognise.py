@@ -87,13 +87,55 @@ OTHERS = {
     "a textual inversion embedding": ["emb_params"],
     "an upscaler": ["model.diffusion_model.label_emb.weight", "model.diffusion_model.out.0.weight"],
     "a diffusion transformer": ["blocks.0.scale_shift_table"],
-    "a text encoder alone": ["text_model.embeddings.token_embedding.weight"],
+    "a model with another UNet": ["model.diffusion_model.x.weight", "first_stage_model.encoder.conv_in.weight"],
+    "a model without its UNet": ["cond_stage_model.x.weight", "first_stage_model.encoder.conv_in.weight"],
+    "a text encoder alone": ["embeddings.token_embedding.weight"],
     "an autoencoder alone": ["encoder.conv_in.weight", "decoder.conv_in.weight"],
     "a UNet alone, in diffusers' naming without its folder": ["down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"],
     "a UNet alone, in LDM naming without its prefix": ["input_blocks.0.0.weight"],
     "of an unknown kind (it holds a, b)": ["b", "a"],
     "of an unknown kind (it holds nothing)": [],
 }
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("form", list(Format), ids=lambda form: form.value)
+def test_what_networks_were_wrapped_in_is_taken_off(form, wrapper):
+    model = SMALL["sdxl"]
+    for place in (r"^", r"(?<=^unet\.)|(?<=^vae\.)|(?<=^text_encoder\.)|(?<=^text_encoder_2\.)"):
+        stored = {re.sub(place, wrapper, name): shape for name, shape in file_of(form, model).items()}
+        recognition = recognise_model(stored, "a file")
+        assert (recognition.form, model_shapes(recognition.model)) == (form, model_shapes(model))
+        plan = recognition.naming.read_plan(stored)
+        assert plan.report.fits, plan.report.summary()
+        assert {slot.name for slot in plan.slots.values()} <= stored.keys()
+        assert other_kind(stored) == "a whole model"
+
+
+def test_text_encoders_without_text_model_are_read():
+    """As transformers 5 saves them."""
+    whole = file_of(Format.DIFFUSERS, SMALL["sd15"])
+    stored = {name.replace("text_encoder.text_model.", "text_encoder."): shape for name, shape in whole.items()}
+    assert stored.keys() != whole.keys()
+    recognition = recognise_model(stored, "a file")
+    assert model_shapes(recognition.model) == model_shapes(SMALL["sd15"])
+    assert recognition.naming.read_plan(stored).report.fits
+
+
+@pytest.mark.parametrize(
+    ("form", "mark"),
+    [
+        (Format.DIFFUSERS, "unet.conv_in.weight"),
+        (Format.STABILITY, "model.diffusion_model.out.0.weight"),
+        (Format.MINDONE, "model.diffusion_model.out.0.gamma"),
+    ],
+)
+def test_a_model_that_lacks_a_tensor_is_a_model_that_lacks_a_tensor(form, mark):
+    stored = file_of(form, SD_15)
+    del stored[mark]
+    recognition = recognise_model(stored, "a file")
+    report = recognition.naming.read_plan(stored).report
+    assert len(report.missing) == report.count == 1
 
 
 @pytest.mark.parametrize("kind", OTHERS)

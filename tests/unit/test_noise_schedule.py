@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from mindspore import Tensor
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
 from dreambooth_ms.diffusion.objectives import OBJECTIVES, draw_columns, epsilon_at, min_snr, velocity_at
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.randomness import generator
@@ -20,7 +20,9 @@ SPECS = {
     "stable diffusion": NoiseScheduleSpec(),
     "linear": NoiseScheduleSpec(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
     "short": NoiseScheduleSpec(num_train_timesteps=50),
+    "trained betas": NoiseScheduleSpec(trained_betas=tuple(0.001 + 1e-5 * number for number in range(1000))),
 }
+ZERO_SNR = NoiseScheduleSpec(rescale_betas_zero_snr=True, prediction_type=PredictionType.V_PREDICTION)
 TIMESTEPS = np.array([0, 1, 500, 999])
 
 
@@ -30,6 +32,8 @@ def diffusers_scheduler(spec):
         beta_start=spec.beta_start,
         beta_end=spec.beta_end,
         beta_schedule=spec.beta_schedule,
+        trained_betas=spec.trained_betas,
+        rescale_betas_zero_snr=spec.rescale_betas_zero_snr,
     )
 
 
@@ -40,6 +44,52 @@ def test_the_schedule_is_diffusers(spec):
     assert ours.num_train_timesteps == spec.num_train_timesteps == len(expected)
     # diffusers multiplies in float32: up to a thousand roundings of 6e-8, of random sign; measured 8e-6.
     assert np.abs(ours.alphas_cumprod / expected - 1).max() < 3e-5
+
+
+def test_zero_terminal_snr_is_diffusers():
+    ours, expected = NoiseSchedule.from_spec(ZERO_SNR), diffusers_scheduler(ZERO_SNR).alphas_cumprod.numpy()
+    assert ours.alphas_cumprod[-1] == expected[-1] == 0
+    assert ours.alphas_cumprod[0] == pytest.approx(NoiseSchedule.from_spec(NoiseScheduleSpec()).alphas_cumprod[0])
+    # The rounding of diffusers' roots, as above, is that of the differences from the last.
+    assert np.abs(np.sqrt(ours.alphas_cumprod) - np.sqrt(expected)).max() < 1e-5
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), ZERO_SNR], ids=[*SPECS, "zero snr"])
+def test_the_betas_of_a_schedule_make_it_again(spec):
+    schedule = NoiseSchedule.from_spec(spec)
+    assert np.cumprod(1 - schedule.betas()) == pytest.approx(schedule.alphas_cumprod, rel=1e-9, abs=1e-15)
+    assert np.cumprod(1 - schedule.betas(2**-24))[-1] == pytest.approx(max(schedule.alphas_cumprod[-1], 2**-24))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trained_betas": (0.1, 0.2)},
+        {"trained_betas": (0.1,) * 999 + (1.5,)},
+        {"trained_betas": (0.1,) * 998 + (1.0, 1.0)},
+        {"trained_betas": (0.0,) + (0.1,) * 999},
+        {"trained_betas": (float("nan"),) * 1000},
+        {"beta_start": -0.1},
+        {"beta_end": 2.0},
+        {"num_train_timesteps": 1},
+    ],
+)
+def test_betas_that_are_none_are_refused(changes):
+    with pytest.raises(ConfigError, match=r"betas: expected one above 0 and below 1 for each of \d+ timesteps"):
+        NoiseSchedule.from_spec(NoiseScheduleSpec(**changes))
+
+
+@pytest.mark.parametrize("more", [{"rescale_betas_zero_snr": True}, {"trained_betas": (0.1,) * 999 + (1.0,)}])
+def test_noise_is_not_predicted_where_there_is_nothing_else(more):
+    with pytest.raises(ConfigError, match=r"prediction_type epsilon with zero terminal SNR .*predict v_prediction"):
+        NoiseSchedule.from_spec(NoiseScheduleSpec(**more))
+
+
+def test_min_snr_does_not_divide_by_a_signal_of_zero():
+    """min(SNR, gamma) / (SNR + 1), as diffusers' script has it: nothing is weighed where there is only noise."""
+    weight = min_snr(velocity_at(NoiseSchedule.from_spec(ZERO_SNR), np.arange(1000)), 5.0).weight
+    assert weight[-1] == 0
+    assert np.isfinite(weight).all()
 
 
 def test_signal_and_noise_keep_the_variance():

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import struct
 import zlib
 
@@ -9,18 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 from dreambooth_ms import randomness
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data import pictures
-from dreambooth_ms.data.pictures import Frame, find_pictures, frame_of, open_picture, resize_and_crop, skipped_line
+from dreambooth_ms.data.pictures import Frame, find_pictures, frame_of, open_picture, read_picture, resize_and_crop
 from dreambooth_ms.errors import DataError
 
 INTERPOLATIONS = schema_fields(TrainConfig)["image_interpolation_mode"].kind
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 SQUARE = (64, 64)
+HEIF = (".heic", ".heif", ".hif")
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
@@ -50,7 +52,9 @@ def test_pictures_come_in_the_order_people_number_them(tmp_path):
     assert names == ["2.png", "10.png", "cat.png", "dog.png", "Dog1.png", "dog2.png", "dog10.png"]
 
 
-@pytest.mark.parametrize("suffix", [*pictures.SUFFIXES, ".JPG", ".Png"])
+@pytest.mark.parametrize(
+    "suffix", [*(suffix for suffix in pictures.SUFFIXES if suffix not in HEIF + (".avif",)), ".JPG", ".Png", ".JFIF"]
+)
 def test_every_usual_suffix_is_a_picture_and_opens(tmp_path, suffix):
     save(tmp_path / f"dog{suffix}", size=(16, 16))
     (path,) = find_pictures(tmp_path).pictures
@@ -79,17 +83,28 @@ def test_what_was_skipped_is_one_line(tmp_path):
     save(tmp_path / "dog.png")
     for name in [*(f"{number}.txt" for number in range(7)), "two\nlines.txt"]:
         (tmp_path / name).touch()
-    line = skipped_line(find_pictures(tmp_path).skipped)
+    (line,) = find_pictures(tmp_path).remarks
     assert line == f"{tmp_path}: skipped what is not a picture, 8 found: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more"
-    assert "\n" not in skipped_line([tmp_path / "two\nlines.txt"])
-    assert skipped_line(()) == ""
+    assert "\n" not in pictures.listed([tmp_path / "two\nlines.txt"], "skipped")[0]
+    assert pictures.listed((), "skipped") == []
+
+
+def test_captions_that_nothing_reads_are_told_as_such(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        save(tmp_path / name)
+    for name in ("a.txt", "b.caption", "metadata.jsonl", "c.txt"):
+        (tmp_path / name).write_text("a dog on grass")
+    assert find_pictures(tmp_path).remarks == [
+        f"{tmp_path}: skipped what is not a picture, 1 found: c.txt",
+        f"{tmp_path}: captions are not read, all pictures have one prompt, 3 found: a.txt, b.caption, metadata.jsonl",
+    ]
 
 
 def test_a_folder_without_pictures_is_refused_with_what_it_holds(tmp_path):
     with pytest.raises(DataError, match=f"^{tmp_path}: no picture in it, it is empty; expected a folder with pictures"):
         find_pictures(tmp_path)
-    (tmp_path / "dog.heic").touch()
-    with pytest.raises(DataError, match=r"no picture in it, 1 found: dog.heic; expected a folder with pictures"):
+    (tmp_path / "dog.psd").touch()
+    with pytest.raises(DataError, match=r"no picture in it, 1 found: dog.psd; expected a folder with pictures"):
         find_pictures(tmp_path)
 
 
@@ -99,6 +114,9 @@ def test_what_is_not_a_folder_is_refused(tmp_path):
     path = save(tmp_path / "dog.png")
     with pytest.raises(DataError, match=f"^{path}: not a folder; expected a folder with pictures"):
         find_pictures(path)
+    (tmp_path / "Dog").mkdir()
+    with pytest.raises(DataError, match=f"^{tmp_path}/dgo: no such folder; did you mean {tmp_path}/Dog\\?; expected"):
+        find_pictures(tmp_path / "dgo")
 
 
 # --- Opening ---
@@ -160,6 +178,191 @@ def test_a_transparent_palette_entry_is_white(tmp_path):
 def test_a_cmyk_photo_has_its_colours(tmp_path):
     path = save(tmp_path / "dog.jpg", (0, 255, 255, 0), mode="CMYK", quality=100)
     assert np.abs(np.subtract(corner(path), RED)).max() <= 3
+
+
+def test_a_transparent_picture_is_put_on_the_colour_that_was_asked_for(tmp_path):
+    path = save(tmp_path / "dog.png", (*RED, 0), mode="RGBA")
+    for name, colour in (("white", WHITE), ("black", BLACK), ("grey", (128,) * 3), ("#102030", (16, 32, 48))):
+        opened = read_picture(path, name)
+        assert opened.picture.getpixel((0, 0)) == colour
+        assert opened.notes == (f"transparent, put on {name} (--transparent_background names another colour)",)
+        assert opened.reading == (() if name == "white" else (str(colour),))
+    opaque = read_picture(save(tmp_path / "cat.png", (*RED, 255), mode="RGBA"), "black")
+    assert opaque[1:] == ((), ())
+
+
+# --- Colour profiles ---
+
+
+def profile(space, *tags, pcs=b"XYZ "):
+    """A colour profile of version 2, as ICC.1:2001-04 lays it out."""
+    table, data = b"", b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, content in (*tags,):
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    kind = b"prtr" if space == b"CMYK" else b"mntr"
+    header = struct.pack(">I4sI4s4s4s", start + len(data), b"", 0x02400000, kind, space, pcs) + bytes(12) + b"acsp"
+    header += bytes(28) + struct.pack(">iii", *fixed(*D50)) + bytes(48)
+    return header + struct.pack(">I", len(tags)) + table + data
+
+
+def fixed(*values):
+    return [round(value * 65536) for value in values]
+
+
+def xyz(*values):
+    return b"XYZ \0\0\0\0" + struct.pack(">iii", *fixed(*values))
+
+
+def power(exponent):
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(exponent * 256))
+
+
+def ink_table():
+    """Cyan, magenta, yellow and black to CIELAB: black is dark, cyan is a dark red, and the others do nothing."""
+    steps = bytes(range(256))
+    corners = [
+        (0, 128, 128) if k else (255 - 100 * c, 128 + 60 * c, 128) for c, _, _, k in itertools.product((0, 1), repeat=4)
+    ]
+    matrix = struct.pack(">9i", *fixed(1, 0, 0, 0, 1, 0, 0, 0, 1))
+    return b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + 4 * steps + bytes(sum(corners, ())) + 3 * steps
+
+
+D50 = (0.9642, 1.0, 0.8249)
+TO_D50_BY_PRIMARY = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+"""Display P3's primaries adapted to D50, by which its matrix profiles are made."""
+WHITE_POINT = (b"wtpt", xyz(*D50))
+DISPLAY_P3 = profile(
+    b"RGB ",
+    WHITE_POINT,
+    *((name + b"XYZ", xyz(*primary)) for name, primary in zip((b"r", b"g", b"b"), TO_D50_BY_PRIMARY, strict=True)),
+    *((name + b"TRC", power(2.0)) for name in (b"r", b"g", b"b")),
+)
+LINEAR_GREY = profile(b"GRAY", WHITE_POINT, (b"kTRC", power(1.0)))
+INKS = profile(b"CMYK", WHITE_POINT, (b"A2B0", ink_table()), pcs=b"Lab ")
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SRGB_TO_D50 = ((0.43607, 0.38515, 0.14307), (0.22249, 0.71687, 0.06061), (0.01392, 0.09708, 0.71410))
+"""Of IEC 61966-2-1's primaries, adapted to D50 by Bradford's method."""
+
+
+def in_srgb(display_p3):
+    """The same colour's numbers in sRGB, by its matrix and curve."""
+    linear = np.linalg.solve(SRGB_TO_D50, np.transpose(TO_D50_BY_PRIMARY) @ (np.array(display_p3) / 255) ** 2)
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("colour", [(200, 30, 60), (90, 160, 40), (128, 128, 128), (255, 255, 255)])
+@pytest.mark.parametrize(
+    ("suffix", "options"), [("png", {}), ("jpg", {"quality": 100}), ("webp", {"lossless": True}), ("tif", {})]
+)
+def test_a_photo_of_a_phone_has_the_colours_that_its_profile_says(tmp_path, colour, suffix, options):
+    path = save(tmp_path / f"dog.{suffix}", colour, icc_profile=DISPLAY_P3, **options)
+    opened = read_picture(path)
+    assert np.abs(opened.picture.getpixel((0, 0)) - in_srgb(colour)).max() <= (4 if suffix == "jpg" else 1)
+    assert opened.notes == ()
+    assert opened.reading == ("profile",) if colour[0] != colour[1] else True
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (200, 30, 60, 128)), ("RGBA", (200, 30, 60, 0))])
+def test_a_profile_is_of_colours_and_not_of_transparency_or_what_is_behind(tmp_path, mode, colour):
+    shown = corner(save(tmp_path / "dog.png", colour, mode=mode, icc_profile=DISPLAY_P3))
+    share = colour[3] / 255
+    assert np.abs(shown - (share * in_srgb(colour[:3]) + (1 - share) * 255)).max() <= 1
+
+
+def test_a_profile_of_srgb_changes_no_pixel(tmp_path):
+    gradient(64, 48).save(tmp_path / "dog.png", icc_profile=SRGB)
+    opened = read_picture(tmp_path / "dog.png")
+    assert np.array_equal(np.asarray(opened.picture), np.asarray(gradient(64, 48)))
+    assert opened[1:] == ((), ())
+
+
+@pytest.mark.parametrize(("mode", "level"), [("L", 55), ("LA", (55, 255)), ("I;16", 55 * 257)])
+def test_a_grey_photo_has_the_greys_of_its_profile(tmp_path, mode, level):
+    """A fifth of the light is level 128 in sRGB."""
+    assert corner(save(tmp_path / "dog.png", level, mode=mode, icc_profile=LINEAR_GREY)) == (128, 128, 128)
+
+
+def test_a_grey_photo_may_have_a_profile_of_colours(tmp_path):
+    assert (
+        np.abs(corner(save(tmp_path / "dog.png", 55, mode="L", icc_profile=DISPLAY_P3)) - in_srgb((55,) * 3)).max() <= 1
+    )
+
+
+@pytest.mark.parametrize(("inks", "shown"), [((0, 0, 0, 0), WHITE), ((0, 0, 0, 255), BLACK), ((0, 255, 0, 0), WHITE)])
+def test_a_printed_photo_has_the_colours_of_its_inks(tmp_path, inks, shown):
+    assert (
+        np.abs(np.subtract(corner(save(tmp_path / "dog.tif", inks, mode="CMYK", icc_profile=INKS)), shown)).max() <= 1
+    )
+
+
+def test_cyan_is_what_the_profile_says_of_it(tmp_path):
+    red, green, blue = corner(save(tmp_path / "dog.tif", (255, 0, 0, 0), mode="CMYK", icc_profile=INKS))
+    assert red > 200
+    assert green < 120 < blue
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "content"),
+    [
+        ("RGB", RED, b"no profile"),
+        ("RGB", RED, DISPLAY_P3[:200]),
+        ("RGB", RED, LINEAR_GREY),
+        ("RGB", RED, INKS),
+        ("CMYK", (0, 255, 255, 0), DISPLAY_P3),
+    ],
+    ids=["nonsense", "cut", "of greys", "of inks", "of light, for inks"],
+)
+def test_a_profile_that_is_none_or_of_other_pixels_is_told_and_left_out(tmp_path, mode, colour, content):
+    opened = read_picture(save(tmp_path / "dog.tif", colour, mode=mode, icc_profile=content))
+    assert opened.picture.getpixel((0, 0)) == RED
+    assert opened[1:] == ((), ("colour profile damaged or of other pixels, taken as sRGB",))
+
+
+# --- Photographs of phones ---
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF here")
+@pytest.mark.parametrize("name", ["dog.avif", "dog.jpg"])
+def test_an_avif_photo_is_opened_whatever_its_name(tmp_path, name):
+    exif = Image.Exif()
+    exif[274] = 6
+    save(tmp_path / "x.avif", (200, 30, 60), (64, 32), exif=exif, icc_profile=DISPLAY_P3, quality=100).rename(
+        tmp_path / name
+    )
+    (path,) = find_pictures(tmp_path).pictures
+    assert open_picture(path).size == (32, 64)
+    assert np.abs(corner(path) - in_srgb((200, 30, 60))).max() <= 4
+
+
+@pytest.mark.skipif(not pictures.HAS_HEIF, reason="pillow-heif is not installed here")
+@pytest.mark.parametrize("name", [*(f"dog{suffix}" for suffix in HEIF), "IMG_1.HEIC", "dog.jpg"])
+def test_a_heic_photo_is_opened_whatever_its_name(tmp_path, name):
+    path = tmp_path / name
+    with path.open("wb") as file:
+        Image.new("RGB", (64, 32), (200, 30, 60)).save(file, "HEIF", icc_profile=DISPLAY_P3, quality=100)
+    assert find_pictures(tmp_path).pictures == (path,)
+    assert open_picture(path).size == (64, 32)
+    assert np.abs(corner(path) - in_srgb((200, 30, 60))).max() <= 4
+
+
+@pytest.mark.skipif(not pictures.HAS_HEIF, reason="pillow-heif is not installed here")
+def test_a_damaged_heic_photo_is_refused(tmp_path):
+    with (tmp_path / "whole.heic").open("wb") as file:
+        gradient(64, 64).save(file, "HEIF")
+    (tmp_path / "dog.heic").write_bytes((tmp_path / "whole.heic").read_bytes()[:-300])
+    with pytest.raises(DataError, match=r"dog.heic: .*; save it (again )?as PNG or JPEG"):
+        open_picture(tmp_path / "dog.heic")
+
+
+def test_a_heic_photo_says_what_it_needs_where_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "HAS_HEIF", False)
+    monkeypatch.setattr(pictures, "_FORMATS", tuple(name for name in pictures._FORMATS if name != "HEIF"))
+    (tmp_path / "dog.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    with pytest.raises(DataError, match=r"dog.jpg: a HEIC photograph, for which pip install pillow-heif is needed; or"):
+        open_picture(tmp_path / "dog.jpg")
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])

@@ -1,11 +1,16 @@
 """Casts between the floats of files: to the nearest value, and no bit is lost where none must be."""
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType, cast
+from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 
 FLOATS = [dtype for dtype in DType if dtype.is_float]
@@ -94,6 +99,39 @@ def test_integers_are_not_cast():
         cast(np.zeros(1, np.int64), DType.I64, DType.F16)
     positions = StoredTensor.of(np.arange(3))
     assert positions.cast_to(DType.F16) is positions
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.value)
+@pytest.mark.parametrize("at", [0, 12345, 299_999])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_found_wherever_they_are(tmp_path, dtype, at, bad):
+    values = np.full(300_000, -1.5)
+    values[:2] = 0.0, float(np.finfo(np.float16).max)
+    good = StoredTensor.of(values.copy()).cast_to(dtype)
+    values[at] = bad
+    broken = StoredTensor.of(values).cast_to(dtype)
+    write_safetensors(tmp_path / "file", {"good": good, "broken": broken})
+    stored = read_safetensors(tmp_path / "file").tensors
+    for found in (stored, {"good": good, "broken": broken}):
+        assert {name: tensor.is_finite() for name, tensor in found.items()} == {"good": True, "broken": False}
+    labelled = {name: replace(tensor, label=f"x: {name}") for name, tensor in stored.items()}
+    labelled["good"].read(), labelled["good"].write_to(io.BytesIO())
+    for use in (lambda tensor: tensor.read(), lambda tensor: tensor.write_to(io.BytesIO())):
+        with pytest.raises(WeightError, match="x: broken: holds NaN or infinity; download it again"):
+            use(labelled["broken"])
+
+
+def test_what_is_no_float_is_finite():
+    assert StoredTensor.of(np.full(3, -1)).is_finite()
+    assert StoredTensor.of(np.zeros(0, np.float32)).is_finite()
+
+
+def test_a_number_too_large_for_the_type_that_is_asked_for_is_refused_where_it_matters():
+    tensor = StoredTensor.of(np.array([1e5], np.float32))
+    assert np.isinf(tensor.cast_to(DType.F16).read()).all()
+    with pytest.raises(WeightError, match="x: a: holds a number that is too large for F16; choose a wider type"):
+        replace(tensor, label="x: a").cast_to(DType.F16).read()
+    assert replace(tensor, label="x: a").cast_to(DType.BF16).is_finite()
 
 
 def test_a_stored_tensor_is_cast_when_it_is_read():

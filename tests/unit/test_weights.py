@@ -1,20 +1,25 @@
 """Weights are read strictly and written whole or not at all, and a model folder says what is wrong with it."""
 
 import errno
+import inspect
+import itertools
 import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 from mindspore import nn
+from transformers import CLIPConfig, CLIPTextConfig
 
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
+from dreambooth_ms.formats.folder_configs import EDM_SCHEDULER
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.initialise import initialise
@@ -324,6 +329,27 @@ VISION = ClipVisionSpec(
 )
 
 
+def write_unet():
+    return written(model_config.write_unet_config(UNET))
+
+
+def write_vae():
+    return written(model_config.write_vae_config(VAE, 16))
+
+
+def write_text():
+    return written(model_config.write_text_config(TEXT, 16))
+
+
+def defaults_of(name):
+    """The settings that a class of diffusers has by default, as its configurations say them."""
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+
+
+ODD = [None, [16, 16], "16", 16.0, -1, 0, 10**12, float("nan"), {}, True, ...]
+
+
 class TestConfigurations:
     @pytest.mark.parametrize(
         "spec",
@@ -365,8 +391,134 @@ class TestConfigurations:
         expected = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION, beta_end=0.02, beta_schedule="linear")
         assert model_config.read_scheduler_config(config) == expected
         assert model_config.read_scheduler_config({}) == NoiseScheduleSpec()
-        with pytest.raises(WeightError, match=r"'sample'.*epsilon or v_prediction"):
+        with pytest.raises(WeightError, match=r"expected epsilon or v_prediction, got 'sample'"):
             model_config.read_scheduler_config({"prediction_type": "sample"})
+
+    def test_betas_that_are_left_out_are_those_of_the_class(self):
+        """As diffusers reads it; every configuration that a class of its own writes is taken."""
+        for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):
+            config = defaults_of(name)
+            if "beta_start" not in config:
+                continue
+            if name.removesuffix("Scheduler") not in model_config._DIFFUSION.split():
+                with pytest.raises(WeightError, match=f"{name}: for models that are trained in another way"):
+                    model_config.read_scheduler_config({"_class_name": name})
+                continue
+            betas = ("beta_start", "beta_end", "beta_schedule")
+            said = model_config.read_scheduler_config({"_class_name": name, "_diffusers_version": "0.39.0", **config})
+            left_out = model_config.read_scheduler_config({"_class_name": name})
+            assert [getattr(left_out, key) for key in betas] == [config[key] for key in betas]
+            assert left_out == said
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler: for"),
+            ({"_class_name": "MyScheduler"}, "MyScheduler: for models that are trained in another way"),
+            ({"_class_name": ["DDIMScheduler"]}, "for models that are trained in another way"),
+            ({"use_flow_sigmas": True}, "use_flow_sigmas True is not known, and may mean"),
+            ({"timestep_type": "continuous"}, "timestep_type: expected discrete, got 'continuous'"),
+            (
+                {"variance_type": "learned_range"},
+                "variance_type: expected null or fixed_small or .* got 'learned_range'",
+            ),
+            ({"timestep_spacing": "cosine"}, "expected linspace or leading or trailing, got 'cosine'"),
+            ({"steps_offset": "1"}, "steps_offset: expected 0 or a whole number above 0, got '1'"),
+            ({"trained_betas": [0.1, "0.2"]}, "trained_betas: expected a list, each a number or null, got"),
+            ({"num_train_timesteps": 1e3}, "num_train_timesteps: expected a whole number above 0, got 1000.0"),
+            ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas are both"),
+            ({"beta_start": float("nan")}, "beta_start: expected a number, got nan"),
+            ({"shift": 3.0}, "shift 3.0 is not known, and may mean"),
+        ],
+    )
+    def test_what_no_scheduler_here_follows_is_refused_by_name(self, config, said):
+        with pytest.raises(WeightError, match=said):
+            model_config.read_scheduler_config(config)
+
+    def test_edms_settings_are_looked_at_too(self):
+        model_config.check_scheduler_config(EDM_SCHEDULER)
+        for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+            model_config.check_scheduler_config({"_class_name": name, **defaults_of(name)})
+        with pytest.raises(WeightError, match=r"rho: expected a number, got None"):
+            model_config.check_scheduler_config({**EDM_SCHEDULER, "rho": None})
+
+    @pytest.mark.parametrize(
+        ("read", "config", "more", "said"),
+        [
+            ("unet", write_unet, {"sample_size": None}, "sample_size: expected a whole number above 0, got None"),
+            ("unet", write_unet, {"sample_size": [16, 16]}, "sample_size: expected a whole number above 0, got"),
+            ("unet", write_unet, {"num_class_embeds": 10}, "num_class_embeds 10 is not known, and may mean another"),
+            ("unet", write_unet, {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types is not down_block"),
+            ("unet", write_unet, {"cross_attention_dim": [8, 8]}, "cross_attention_dim: expected a whole number"),
+            ("vae", write_vae, {"use_quant_conv": False}, "use_quant_conv: expected True, got False"),
+            ("vae", write_vae, {"use_post_quant_conv": False}, "use_post_quant_conv: expected True, got False"),
+            ("vae", write_vae, {"shift_factor": 0.1159}, "shift_factor: expected null or 0, got 0.1159"),
+            ("vae", write_vae, {"mid_block_add_attention": False}, "mid_block_add_attention: expected True, got Fal"),
+            ("vae", write_vae, {"act_fn": "mish"}, "act_fn: expected silu, got 'mish'"),
+            ("vae", write_vae, {"down_block_types": ["DownEncoderBlock2D"] * 3}, "down_block_types and block_out_chan"),
+            ("vae", write_vae, {"latents_mean": 5}, "latents_mean: expected a list, each a number or null, got 5"),
+            ("vae", write_vae, {"latents_std": [1.0]}, "latents_std: expected 5 numbers, got 1"),
+            ("vae", write_vae, {"scaling_factor": float("inf")}, "scaling_factor: expected a number, got inf"),
+            ("vae", write_vae, {"out_channels": 4}, "out_channels 4 is not in_channels 1"),
+            ("text_encoder", write_text, {"hidden_act": "relu"}, "hidden_act: expected quick_gelu or gelu, got 're"),
+            ("text_encoder", write_text, {"hidden_size": None}, "hidden_size: expected a whole number above 0, got No"),
+            ("text_encoder", write_text, {"layer_norm_eps": "1e-5"}, "layer_norm_eps: expected a number, got '1e-5'"),
+            ("text_encoder", write_text, {"rope_theta": 1e4}, "rope_theta 10000.0 is not known, and may mean another"),
+        ],
+    )
+    def test_a_setting_that_no_network_here_has_is_refused_by_name(self, read, config, more, said):
+        with pytest.raises(WeightError, match=said):
+            model_config.NETWORK_READERS[read](config() | more)
+
+    @pytest.mark.parametrize(
+        ("read", "config"), [("unet", write_unet), ("vae", write_vae), ("text_encoder", write_text)]
+    )
+    def test_bookkeeping_and_what_is_off_mean_nothing(self, read, config):
+        more = {"_diffusers_version": "0.2.4", "_name_or_path": "a/b", "new": None, "newer": False, "newest": []}
+        reader = model_config.NETWORK_READERS[read]
+        assert reader(config() | more) == reader(config())
+
+    def test_what_transformers_writes_is_known(self):
+        for config, read in (
+            (CLIPTextConfig(), model_config.read_text_config),
+            (CLIPConfig(), model_config.read_clip_config),
+            (CLIPTextConfig(projection_dim=64), model_config.read_projected_text_config),
+        ):
+            read(written(config.to_dict()))
+
+    @pytest.mark.parametrize(
+        ("spec", "problems"),
+        [
+            (replace(UNET, norm_num_groups=3), ["block_out_channels 8 is not a multiple of norm_num_groups 3"]),
+            (replace(UNET, num_heads=(1, 3)), ["block_out_channels 16 is not a multiple of attention_head_dim 3"]),
+            (replace(UNET, num_heads=(3, 2)), []),
+            (replace(UNET, num_heads=(1,)), ["attention_head_dim has 1 entries, block_out_channels 2"]),
+            (
+                replace(UNET, transformer_layers_per_block=(1, 2, 3)),
+                ["transformer_layers_per_block has 3 entries, block_out_channels 2"],
+            ),
+            (
+                replace(UNET, block_out_channels=(), has_attention=(), num_heads=()),
+                ["block_out_channels is empty"],
+            ),
+            (replace(VAE, norm_num_groups=16), ["block_out_channels 8 is not a multiple of norm_num_groups 16"]),
+            (
+                replace(TEXT, transformer=replace(TEXT.transformer, num_attention_heads=3)),
+                ["hidden_size 16 is not a multiple of num_attention_heads 3"],
+            ),
+            (replace(TEXT, eos_token_id=30), ["eos_token_id 30 is none of 30 tokens (vocab_size)"]),
+            *((spec, []) for spec in (UNET, SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET)),
+            *((spec, []) for spec in (VAE, SD_VAE, SDXL_VAE, PLAYGROUND_25_VAE)),
+            *((spec, []) for spec in (TEXT, CLIP_L_TEXT, OPENCLIP_H_TEXT, OPENCLIP_BIGG_TEXT)),
+        ],
+    )
+    def test_sizes_that_no_network_has_are_named(self, spec, problems):
+        found = list(spec.problems())
+        assert found[: len(problems)] == problems
+        assert bool(found) == bool(problems)
+
+
+TOKENS = {"bos_token": "<a>", "eos_token": "<b>", "pad_token": "<b>", "unk_token": "<b>", "model_max_length": 77}
 
 
 def written(config):
@@ -451,6 +603,62 @@ class TestModelFolder:
         with pytest.raises(WeightError, match=r"unet/config\.json"):
             model_folder.open_bundle(folder)
 
+    @pytest.mark.parametrize("name", [name for name in PARTS if name.endswith(".json") and "vocab" not in name])
+    def test_odd_values_are_told_and_never_a_traceback(self, folder, name):
+        scheduler = model_config.write_scheduler_config(NoiseScheduleSpec())
+        for path, content in (
+            ("scheduler/scheduler_config.json", scheduler),
+            ("tokenizer/tokenizer_config.json", TOKENS),
+        ):
+            (folder / path).write_text(json.dumps(content))
+        good = json.loads((folder / name).read_text())
+        for key, value in itertools.product(good, ODD):
+            changed = {own: kept for own, kept in (good | {key: value}).items() if kept is not ...}
+            (folder / name).write_text(json.dumps(changed))
+            try:
+                found = model_folder.open_bundle(folder)
+                found.latent_shape(64, 64)
+                assert found.picture_size < 10**9
+            except WeightError as error:
+                assert "\n" not in str(error)
+
+    def test_sizes_that_cannot_be_are_told_when_it_is_opened(self, folder):
+        config = json.loads((folder / "unet/config.json").read_text()) | {"norm_num_groups": 3}
+        (folder / "unet/config.json").write_text(json.dumps(config))
+        said = (
+            r"unet/config\.json: block_out_channels 8 is not a multiple of norm_num_groups 3; .*: no network has these"
+        )
+        with pytest.raises(WeightError, match=said):
+            model_folder.open_bundle(folder)
+
+    def test_a_scheduler_of_another_formulation_is_refused_when_it_is_opened(self, folder):
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+        with pytest.raises(
+            WeightError, match=r"scheduler_config\.json: FlowMatchEulerDiscreteScheduler: for models that"
+        ):
+            model_folder.open_bundle(folder)
+
+    def test_noise_is_not_taught_to_a_model_with_zero_terminal_snr(self, folder):
+        config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+        schedule = model_folder.open_bundle(folder).schedule
+        assert schedule.trained().rescale_betas_zero_snr
+        with pytest.raises(
+            WeightError, match=r"scheduler_config\.json: prediction_type epsilon with zero terminal SNR"
+        ):
+            schedule.trained("epsilon")
+
+    def test_a_temperature_beside_a_text_encoder_means_nothing(self, folder):
+        file = folder / "text_encoder/model.safetensors"
+        more = {"logit_scale": np.float32(4.6), "text_model.embeddings.position_ids": np.arange(8)[None]}
+        saved, digest = read_tensors(file)[0], model_folder.open_bundle(folder).text[0].digest()
+        write_tensors(file, saved | {name: np.asarray(value) for name, value in more.items()})
+        (reader,) = model_folder.open_bundle(folder).text
+        loaded = read_parameters(reader.load())
+        assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
+        assert reader.digest() == digest
+
     def test_a_variant_that_is_not_there_is_named_beside_what_is(self, folder):
         with pytest.raises(WeightError, match=r"unet/diffusion_pytorch_model\.fp16\.safetensors.*found: config\.json"):
             model_folder.open_bundle(folder, variant="fp16")
@@ -479,7 +687,7 @@ class TestModelFolder:
 
     def test_weights_of_another_network_are_refused(self, folder):
         config = model_config.write_text_config(CLIP_L_TEXT, 16)
-        config["num_hidden_layers"], config["hidden_size"] = 1, 16
+        config |= {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
         (folder / "text_encoder/config.json").write_text(json.dumps(config))
         with pytest.raises(WeightError, match=r"text_encoder/model\.safetensors does not fit CLIPTextModel"):
             model_folder.open_bundle(folder).text[0].load()

@@ -6,11 +6,10 @@ handle is kept: every read opens the file, and sees if it is still the one that 
 
 import os
 import stat
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -107,21 +106,17 @@ class FileRange:
                     raise WeightError(f"{self.file.path}: changed while it was being read; try again")
                 buffer = buffer[count:]
 
-    def copy_to(self, target: BinaryIO) -> None:
-        """Append the bytes to a file: within the kernel where it can, else by way of a small buffer.
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes, some at a time: each piece takes the memory of the one before.
 
         Raises:
             WeightError: they cannot be read any more.
-            OSError: the file cannot be written to.
         """
-        target.flush()
-        copied = 0
-        if sys.platform == "linux":
-            with self.file.opened() as source, suppress(OSError):
-                while count := os.sendfile(target.fileno(), source.fileno(), self.start + copied, self.size - copied):
-                    copied += count
-        for start in range(copied, self.size, _COPIED):
-            target.write(read_bytes(self.part(start, min(_COPIED, self.size - start))))
+        buffer = memoryview(bytearray(min(self.size, _COPIED)))
+        for start in range(0, self.size, _COPIED):
+            piece = buffer[: min(_COPIED, self.size - start)]
+            self.part(start, len(piece)).read_into(piece)
+            yield piece
 
 
 @dataclass(frozen=True)

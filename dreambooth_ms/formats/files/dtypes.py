@@ -85,6 +85,22 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
         return values.astype(target.numpy, copy=False)
 
 
+_EXPONENTS = {DType.F64: 0x7FF << 52, DType.F32: 0x7F800000, DType.F16: 0x7C00, DType.BF16: 0x7F80}
+"""The bits that are all set in NaN and infinity alone."""
+
+_LOOKED_AT = 1 << 18
+"""Bytes at a time, which stay in a processor's own memory."""
+
+
+def is_finite(values: memoryview, dtype: DType) -> bool:
+    """Whether none of some floats, as files store them, is NaN or infinity; what is no float is finite."""
+    if not dtype.is_float:
+        return True
+    exponent, step = _EXPONENTS[dtype], _LOOKED_AT // dtype.itemsize
+    bits = np.frombuffer(values, f"<u{dtype.itemsize}", len(values) // dtype.itemsize)
+    return all((bits[at : at + step] & exponent).max() < exponent for at in range(0, len(bits), step))
+
+
 def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """The upper half of each float32, plus one if the lower half is more than half of its last place, or just half
     and the upper half odd.

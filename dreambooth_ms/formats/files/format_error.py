@@ -1,14 +1,26 @@
 """What is wrong with a file's content, from where it is found to the line that the user reads."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, near
 
 
 class FormatError(Exception):
     """What is wrong with a file's content; becomes a WeightError where the file's name is known (`reading`)."""
+
+    def __init__(self, reason: str, remedy: str = "copy or download it again") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+def unread_type(tensor: str, dtype: object) -> FormatError:
+    """The error for a tensor of a type that is not read; fp8 is called so, whatever the file calls it."""
+    if isinstance(dtype, str) and re.match(r"(?:hi)?f(?:loat)?8", dtype, re.IGNORECASE):
+        return FormatError(f"{tensor} is fp8, {quoted(dtype)}, which is not read", "use the same model in fp16 or bf16")
+    return FormatError(f"{tensor} has the type {quoted(dtype)}, which cannot be read")
 
 
 @contextmanager
@@ -21,11 +33,11 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file; check the path") from error
+        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
     except OSError as error:
         raise unreadable(path, kind, error.strerror) from error
     except FormatError as error:
-        raise unreadable(path, kind, str(error)) from error
+        raise WeightError(f"{path}: not a readable {kind} ({error}); {error.remedy}") from error
 
 
 def unreadable(path: Path, kind: str, reason: str | None) -> WeightError:

@@ -21,7 +21,7 @@ from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 
 SLICE_BYTES = 512 * 1024 * 1024
@@ -79,7 +79,7 @@ def _stored(name: str, parts: list[_Part]) -> StoredTensor:
     if any((part.dims, part.type) != (first.dims, first.type) for part in parts):
         raise FormatError(f"damaged: the parts of {quoted(name)} differ in shape or type")
     if first.type not in _TYPES:
-        raise FormatError(f"{quoted(name)} has the type {quoted(first.type)}, which cannot be read")
+        raise unread_type(quoted(name), first.type)
     dtype, size = _TYPES[first.type], sum(part.content.size for part in parts)
     # Older versions wrote a shape for numbers without an axis.
     shape = () if first.dims == (0,) and size == dtype.itemsize else first.dims

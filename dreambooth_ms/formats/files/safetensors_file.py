@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import atomic_path
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
 from dreambooth_ms.formats.files.recognise import seems_to_be
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -52,7 +53,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
     (length,) = struct.unpack_from("<Q", head)
     if length > source.size - 8:
-        raise FormatError(f"cut short, or damaged: a header of {length} bytes in a file of {source.size}")
+        raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
     return parse_json_object(source.read(8, length)), 8 + length
@@ -67,10 +68,9 @@ def _checked_entry(name: str, entry: Any) -> Entry:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(f"the entry of {quoted(name)} is damaged") from error
-    try:
-        dtype = DType[dtype_name]
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{quoted(name)} has the type {quoted(dtype_name)}, which cannot be read") from error
+    if not isinstance(dtype_name, str) or dtype_name not in DType.__members__:
+        raise unread_type(quoted(name), dtype_name)
+    dtype = DType[dtype_name]
     if type(begin) is not int or type(end) is not int or end - begin != stored.checked_byte_count(shape, dtype):
         raise FormatError(f"{quoted(name)} has a size that does not fit its shape")
     return dtype, shape, (begin, end)

@@ -11,8 +11,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.byte_ranges import FileRange, read_values
-from dreambooth_ms.formats.files.dtypes import DType, cast
+from dreambooth_ms.formats.files.dtypes import DType, cast, is_finite
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
 MAX_TENSORS = 200_000
@@ -38,6 +39,8 @@ class StoredTensor:
     """Fetches or makes the values; called once per reading."""
     ranges: tuple[FileRange, ...] = field(default=(), repr=False)
     """Where the bytes of the values stand as they are, one range after the other; empty if nowhere."""
+    label: str = ""
+    """Its file and name, of a tensor that ends the reading if NaN or infinity is in it; empty if it may hold any."""
 
     @property
     def byte_count(self) -> int:
@@ -48,35 +51,56 @@ class StoredTensor:
         """The values, in memory; bfloat16 as bit patterns.
 
         Raises:
-            WeightError: the file cannot be read any more.
+            WeightError: the file cannot be read any more; or it has a label, and holds NaN or infinity.
         """
         values = self.load()
         assert values.shape == self.shape, f"{values.shape} instead of {self.shape}"
         assert values.dtype == self.dtype.numpy, f"{values.dtype} instead of {self.dtype.value}"
+        self._check(raw_bytes(values))
         return values
 
     def write_to(self, file: BinaryIO) -> None:
         """Append the values to a file, in row-major order; without a copy in memory where a file holds them so.
 
         Raises:
-            WeightError: they cannot be read any more.
+            WeightError: as in `read`.
         """
         if not self.ranges:
             file.write(raw_bytes(self.read()))
         for one in self.ranges:
-            one.copy_to(file)
+            for piece in one.pieces():
+                self._check(piece)
+                file.write(piece)
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity; reads the values."""
+        pieces = (piece for one in self.ranges for piece in one.pieces()) if self.ranges else [raw_bytes(self.load())]
+        return all(is_finite(piece, self.dtype) for piece in pieces)
 
     def cast_to(self, dtype: DType) -> "StoredTensor":
         """The same tensor in another float type; integers and truth values stay as they are."""
         if dtype is self.dtype or not (dtype.is_float and self.dtype.is_float):
             return self
-        return StoredTensor(self.shape, dtype, lambda: cast(self.read(), self.dtype, dtype))
+
+        def load() -> np.ndarray:
+            values = cast(self.read(), self.dtype, dtype)
+            if self.label and not is_finite(raw_bytes(values), dtype):
+                raise WeightError(
+                    f"{self.label}: holds a number that is too large for {dtype.value}; choose a wider type"
+                )
+            return values
+
+        return StoredTensor(self.shape, dtype, load)
+
+    def _check(self, values: memoryview) -> None:
+        if self.label and not is_finite(values, self.dtype):
+            raise WeightError(f"{self.label}: holds NaN or infinity; download it again, or take another file")
 
     @classmethod
-    def of(cls, values: np.ndarray, dtype: DType | None = None) -> "StoredTensor":
+    def of(cls, values: np.ndarray, dtype: DType | None = None, label: str = "") -> "StoredTensor":
         """An array that is in memory; `dtype` marks bit patterns of bfloat16."""
         dtype = dtype or DType.of(values)
-        return cls(values.shape, dtype, lambda: values.astype(dtype.numpy, copy=False))
+        return cls(values.shape, dtype, lambda: values.astype(dtype.numpy, copy=False), label=label)
 
     @classmethod
     def in_files(cls, shape: tuple[int, ...], dtype: DType, *ranges: FileRange) -> "StoredTensor":

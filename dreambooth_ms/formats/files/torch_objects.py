@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
 from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine, Placeholder
 from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
 
@@ -122,6 +122,8 @@ def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
     dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(getattr(dtype_name, "name", ""))
+    if getattr(dtype_name, "name", "").startswith("float8"):
+        raise unread_type("a tensor", dtype_name.name)
     checked_byte_count(shape, dtype or DType.U8)
     if len(strides) != len(shape) or not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *strides)):
         raise FormatError("its pickle is damaged: a tensor with impossible strides")
@@ -149,9 +151,11 @@ def find_tensors(root: Any) -> Found:
             held.append((path, views))
     if not held:
         raise FormatError("it holds no tensors by name")
-    largest = max(held, key=lambda item: len(item[1]))
-    left_out = {path or "top": len(views) for path, views in held if views is not largest[1]}
-    return Found(largest[1], _notes(root), left_out)
+    place, largest = max(held, key=lambda item: len(item[1]))
+    left_out = {path or "top": len(views) for path, views in held if views is not largest}
+    # The words of a textual inversion may be anything: what it is stands in the name of their dictionary.
+    prefix = f"{place}." if place.startswith("string_to_") else ""
+    return Found({prefix + name: view for name, view in largest.items()}, _notes(root), left_out)
 
 
 def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,39 +1,33 @@
 """LoRAs of any format: which layers of which parts a file adapts, where their tensors are, and where they go."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import lora_formats
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
-from dreambooth_ms.formats.naming.plan import Naming, WritePlan
-from dreambooth_ms.formats.naming.recognise import other_kind
+from dreambooth_ms.formats.naming.plan import Naming, WritePlan, unwrapped
+from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, other_kind
 from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 
-# Methods whose tensors stand beside or instead of A and B, so that reading these alone would give another update.
-_OTHER_METHODS = {
-    "DoRA": r"\.dora_scale$|lora_magnitude_vector",
-    "LoHa": r"\.hada_w[12]",
-    "LoKr": r"\.lokr_w[12]",
-    "LoCon with a third factor": r"\.lora_mid\.",
-    "IA3": r"\.on_input$",
-    "a trained bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
-}
 _OTHER_MODELS = {
     "Flux": r"(?:double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]",
     "SD 3 or another diffusion transformer": r"joint_blocks[._]\d+[._]|^transformer\.",
 }
 _MARKS = {
-    LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"),
+    LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
     LoraFormat.PEFT: ("base_model.model.",),
     LoraFormat.MINDONE: ("model.diffusion_model.", "cond_stage_model.", "conditioner."),
 }
+
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -61,41 +55,42 @@ def recognise_lora(
     models: Iterable[ModelSpec] = PUBLISHED_MODELS,
     parts: tuple[str, ...] | None = None,
     base: str = "",
+    otherwise: str = "",
 ) -> LoraPlan:
     """The format of a LoRA, which models it is for, and how it is read.
 
-    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, and `base`
-    that of the only model it may be for, for the message.
+    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, `base`
+    that of the only model it may be for, and `otherwise` what to do if none fits, for the message.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
     """
-    for method, pattern in _OTHER_METHODS.items():
-        if any(re.search(pattern, name) for name in stored):
-            raise WeightError(f"{source}: trained with {method}, which is not supported; use a LoRA of factors A and B")
-    if not any(re.search(r"lora[._]", name) for name in stored):
+    names = [unwrapped(name) for name in stored]
+    methods = [method for method, pattern in OTHER_METHODS.items() if any(map(re.compile(pattern).search, names))]
+    if methods:
+        used = " and ".join(methods)
+        raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
+    if not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
     for other, pattern in _OTHER_MODELS.items():
-        if any(re.search(pattern, name) for name in stored):
+        if any(re.search(pattern, name) for name in names):
             raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
-    form = lora_format(stored)
-    plans = _plans(form, models, stored, parts)
+    form, candidates = lora_format(stored), list(models)
+    plans = _plans(form, candidates, stored, parts)
     fitting = [plan for plan in plans if plan.report.fits]
     if fitting:
-        return replace(fitting[0], models=tuple(model for plan in fitting for model in plan.models))
+        return replace(fitting[0], models=tuple(dict.fromkeys(model for plan in fitting for model in plan.models)))
     if not plans:
         raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
     families = {plan.models[0].family: None for plan in plans}
-    nearest = min(plans, key=lambda plan: plan.report.count)
     others = _plans(form, [model for model in PUBLISHED_MODELS if model.family not in families], stored, parts)
-    # With all its names, and maybe other sizes.
-    named = [plan for plan in others if not plan.report.missing and not plan.report.unexpected]
-    own = min(named, key=lambda plan: plan.report.count, default=nearest)
-    if own.report.count < nearest.report.count:
+    own = next((plan.models[0].family.value for plan in others if plan.report.fits), None)
+    if own:
         wanted = " or ".join(family.value for family in families)
-        raise WeightError(f"{source}: this is a LoRA for {own.models[0].family.value}; expected one for {wanted}")
+        raise WeightError(f"{source}: this is a LoRA for {own}; expected one for {wanted}")
+    nearest = min(plans, key=lambda plan: plan.report.count)
     target = f"a LoRA of {nearest.models[0].family.value} in the naming of {form.value}"
-    nearest.report.check(source, f"{target} for {base}" if base else target)
+    nearest.report.check(source, f"{target} for {base}" if base else target, otherwise)
     raise AssertionError("what fits was returned")
 
 
@@ -111,17 +106,19 @@ def read_plan(
 ) -> LoraPlan:
     """Where the factors of every adapted layer are, with a report of what does not fit the model.
 
-    `parts` are those that it may adapt; one for PEFT, whose files do not name it.
+    `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
     """
-    places, unknown = lora_formats.lora_naming(form, model, parts).locate(stored)
+    places, unknown = _locate(stored, lora_formats.layers_by_path(model, parts))
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
-    layers, misshaped, missing = {}, [], []
+    layers, misshaped, missing, duplicate = {}, [], [], []
     for name, weight in lora_formats.lora_layers(model, parts).items():
-        found = {factor: places[f"{name}.{factor}"][0] for factor in (DOWN, UP, ALPHA) if f"{name}.{factor}" in places}
+        own = places.get(name, {})
+        found = {factor: own[factor][0] for factor in (DOWN, UP, ALPHA) if factor in own}
         lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if factor not in found] if found else []
         missing += lacking
+        duplicate += [f"{name}.{one}: {' and '.join(s.name for s in own[one])}" for one in found if len(own[one]) > 1]
         if found and not lacking:
             fitting = _as_found(found, weight, stored)
             if fitting:
@@ -129,8 +126,25 @@ def read_plan(
             else:
                 shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
                 misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
-    duplicate = [f"{name}: {' and '.join(s.name for s in slots)}" for name, slots in places.items() if len(slots) > 1]
-    return LoraPlan(form, (model,), layers, Report(tuple(missing), unknown, tuple(misshaped), tuple(duplicate)))
+    report = Report(tuple(missing), unknown, tuple(misshaped), tuple(duplicate))
+    return LoraPlan(form, (model,), layers, report)
+
+
+def _locate(
+    names: Iterable[str], layers: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, dict[str, list[Slot]]], tuple[str, ...]]:
+    """Where a file has the factors of each layer, by layer and factor; and the names that hold none."""
+    places: dict[str, dict[str, list[Slot]]] = {}
+    unknown = []
+    for name in names:
+        path, factor = lora_formats.split_name(name)
+        held = layers.get(path, ()) if factor else ()
+        for block, layer in enumerate(held):
+            slot = Slot(name, block=block, blocks=len(held)) if factor == UP else Slot(name)
+            places.setdefault(layer, {}).setdefault(factor, []).append(slot)
+        if not held:
+            unknown.append(name)
+    return places, tuple(unknown)
 
 
 def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source: str = "") -> WritePlan:
@@ -150,8 +164,8 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
         raise WeightError(
-            f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of {len(held)} layers "
-            f"({show_names(homeless)}); choose another format, or adapt other layers"
+            f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of "
+            f"{count_of(len(held), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"
         )
     return plan
 
@@ -168,15 +182,12 @@ def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
 def _plans(
     form: LoraFormat, models: Iterable[ModelSpec], stored: Mapping[str, Shape], parts: tuple[str, ...] | None
 ) -> list[LoraPlan]:
-    """The plan for each model; for PEFT for each of its parts, since names do not tell the part."""
-    if form is not LoraFormat.PEFT:
-        return [read_plan(form, model, stored) for model in models]
-    return [
-        read_plan(form, model, stored, (part,))
-        for model in models
-        for part in ("unet", "text_encoder", "text_encoder_2")
-        if getattr(model, part) and (parts is None or part in parts)
-    ]
+    """The plan for each model, and if none fits, for each text encoder alone, whose names may not tell the part."""
+    held = [model for model in models if not parts or any(getattr(model, part) for part in parts)]
+    plans = [read_plan(form, model, stored, parts) for model in held]
+    if parts is None and not any(plan.report.fits for plan in plans):
+        plans += [read_plan(form, m, stored, (part,)) for m in held for part in _TEXT_ENCODERS if getattr(m, part)]
+    return plans
 
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
@@ -185,6 +196,6 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     down_shape, up_shape = lora_formats.factor_shapes(weight, rank)
     down = slot_as_found(found[DOWN], down_shape, stored[found[DOWN].name])
     up = slot_as_found(found[UP], up_shape, stored[found[UP].name])
-    if not rank or not down or not up or (ALPHA in found and stored[found[ALPHA].name] not in ((), (1,))):
+    if not rank or not down or not up or (ALPHA in found and math.prod(stored[found[ALPHA].name]) != 1):
         return None
     return {**found, DOWN: down, UP: up}

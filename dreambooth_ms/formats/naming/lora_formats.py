@@ -6,22 +6,22 @@ for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 
 from dreambooth_ms.formats.naming import mindone
 from dreambooth_ms.formats.naming.formats import Format, spell
-from dreambooth_ms.formats.naming.plan import Naming
+from dreambooth_ms.formats.naming.plan import unwrapped
 from dreambooth_ms.formats.naming.slots import Shape, Slot
-from dreambooth_ms.formats.naming.stability import UNET_PREFIX
+from dreambooth_ms.formats.naming.stability import UNET_PREFIX, unet_slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import Family, ModelSpec
 
 
 class LoraFormat(Enum):
-    """Formats of a LoRA. Those of one library are read alike, and differ in what is written."""
+    """Formats of a LoRA: what is written. All of them are read alike."""
 
     DIFFUSERS = "diffusers"
     """`unet.<layer>.lora.down.weight`, `text_encoder.<layer>.lora_linear_layer.down.weight`."""
@@ -41,9 +41,29 @@ class LoraFormat(Enum):
 
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 
-_KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# The name of the adapter that peft puts in while a model is loaded, and the level that diffusers' attention once had.
-_INSERTIONS = re.compile(r"(?<=\.lora_[AB])\.[^.]+(?=\.weight$)|\.processor(?=\.)")
+# How names of layers begin in files: with dots, or with underscores for dots as kohya and LyCORIS write them.
+# OneTrainer says clip_l, ComfyUI diffusion_model and text_encoders; kohya says te where there is one encoder and te1
+# where there are two, and diffusers te1 for both.
+_DOTTED = {
+    "unet": ("unet.", "diffusion_model.", "model.diffusion_model.", ""),
+    "text_encoder": (
+        *("text_encoder.", "clip_l.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+        "cond_stage_model.transformer.",
+    ),
+    "text_encoder_2": ("text_encoder_2.", "clip_g.", "text_encoders.clip_g.transformer."),
+}
+_UNDERSCORED = {
+    "unet": ("lora_unet_", "lycoris_unet_", "lycoris_"),
+    "text_encoder": ("lora_te1_", "lora_te_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+# How names of factors end: in the words of peft, kohya, diffusers or its attention processors; with a number, or the
+# name of the adapter that peft puts in while a model is loaded.
+_FACTOR = re.compile(
+    r"(?:\.lora(?:_linear_layer)?[._]|_lora\.)(?:(?P<down>A|down)|B|up)(?:_\d+)?(?:(?:\.[^.]+)?\.weight)?$"
+)
+_PROCESSORS = (re.compile(r"(?<=\.to_out)\.0$"), ""), (re.compile(r"(?<=\.self_attn\.)(\w+)_proj$"), r"to_\1")
+"""What diffusers' attention processors called the layers of attention."""
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
@@ -67,44 +87,56 @@ def factor_shapes(weight: Shape, rank: int) -> tuple[Shape, Shape]:
     return (rank, *weight[1:]), (weight[0], rank, *(1 for _ in weight[2:]))
 
 
-@lru_cache(maxsize=32)
-def lora_naming(form: LoraFormat, model: ModelSpec, parts: tuple[str, ...] | None = None) -> Naming:
-    """The naming of every factor that a LoRA for a model, or for some of its parts, can have, for reading.
-
-    PEFT's names fit several parts, so there it must be one.
-    """
-    layers, shapes = lora_layers(model, parts), dict[str, Shape]()
-    for layer, weight in layers.items():
-        down, up = factor_shapes(weight, rank=1)
-        shapes |= {f"{layer}.{DOWN}": down, f"{layer}.{UP}": up, f"{layer}.{ALPHA}": ()}
-    own, others = next((formats, others) for formats, others in _LIBRARIES if form in formats)
-    rules = (*(rule for sibling, rule in own.items() if sibling is not form), *others)
-    return Naming(
-        shapes=shapes,
-        slots=_slots(own[form], layers, model),
-        spellings=tuple(_slots(rule, layers, model) for rule in rules),
-        optional=frozenset(shapes),
-        clean=mindone.clean if form is LoraFormat.MINDONE else lambda name: _INSERTIONS.sub("", name),
-    )
-
-
 def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dict[str, Slot]:
     """Where a format keeps the factors of some layers of a model; what it has no place for is left out."""
-    return _slots(next(formats[form] for formats, _ in _LIBRARIES if form in formats), layers, model)
+    slots: Slots = {}
+    for layer in layers:
+        part, _, inner = layer.partition(".")
+        slots |= {f"{layer}.{factor}": slot for factor, slot in _RULES[form](part, inner, model).items()}
+    return slots
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A name in a file -> what it calls the layer, and which factor it is; the name itself and "" if it is none."""
+    plain = mindone.clean(unwrapped(name)).replace(".processor.", ".").replace("_orig_mod_", "")
+    if match := _FACTOR.search(plain):
+        return plain[: match.start()], DOWN if match["down"] else UP
+    path, dot, last = plain.rpartition(".")
+    return (path, ALPHA) if dot and last == ALPHA else (plain, "")
+
+
+@lru_cache(maxsize=16)
+def layers_by_path(model: ModelSpec, parts: tuple[str, ...] | None = None) -> Mapping[str, tuple[str, ...]]:
+    """What layers are called in files, whoever wrote them -> the layers.
+
+    Where it is several, they are one layer there: A is common to them, and B has a block of rows for each. Of one part
+    alone, names may leave out which it is, as peft's do.
+    """
+    bare = ("",) if parts is not None and len(parts) == 1 else ()
+    found, joined = dict[str, tuple[str, ...]](), dict[str, dict[int, str]]()
+    for layer in lora_layers(model, parts):
+        found |= dict.fromkeys(_paths(layer, model, bare), (layer,))
+        for slot in spell(Format.MINDONE, f"{layer}.weight", model):
+            if slot.name.endswith(".weight"):
+                joined.setdefault(slot.name.removesuffix(".weight"), {})[slot.block] = layer
+    return found | {path: tuple(blocks[number] for number in sorted(blocks)) for path, blocks in joined.items()}
+
+
+def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
+    part, _, inner = layer.partition(".")
+    names = {slot.name.removeprefix(f"{part}.") for slot in spell(Format.DIFFUSERS, f"{layer}.weight", model)}
+    if part == "unet":
+        names.add(unet_slot(f"{inner}.weight", model.unet).name.removeprefix(UNET_PREFIX))
+    names = {name.removesuffix(".weight") for name in names}
+    names |= {pattern.sub(other, name) for pattern, other in _PROCESSORS for name in names}
+    dotted = {prefix + name for prefix in (*_DOTTED[part], *bare) for name in names}
+    return dotted | {prefix + name.replace(".", "_") for prefix in _UNDERSCORED[part] for name in names}
 
 
 Slots = dict[str, Slot]
 """By factor; empty where there is no place for the layer."""
 Rule = Callable[[str, str, ModelSpec], Slots]
 """From part, layer and model to the places of the factors."""
-
-
-def _slots(rule: Rule, layers: Iterable[str], model: ModelSpec) -> Slots:
-    slots: Slots = {}
-    for layer in layers:
-        part, _, inner = layer.partition(".")
-        slots |= {f"{layer}.{factor}": slot for factor, slot in rule(part, inner, model).items()}
-    return slots
 
 
 def _pair(path: str, down: str = "down.weight", up: str = "up.weight") -> Slots:
@@ -122,39 +154,16 @@ def _diffusers_processors(part: str, layer: str, model: ModelSpec) -> Slots:
     return _pair(f"unet.{match[1]}.processor.to_{match[2]}_lora") if match else {}
 
 
-def _diffusers_text_attention(part: str, layer: str, model: ModelSpec) -> Slots:
-    match = re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", layer)
-    return _pair(f"{part}.{match[1]}.to_{match[2]}_lora") if match else {}
-
-
-def _without_part(rule: Rule) -> Rule:
-    """Files of the UNet's attention processors alone begin without the part."""
-
-    def shorter(part: str, layer: str, model: ModelSpec) -> Slots:
-        slots = rule(part, layer, model) if part == "unet" else {}
-        return {factor: Slot(slot.name.removeprefix("unet.")) for factor, slot in slots.items()}
-
-    return shorter
-
-
 def _kohya(part: str, layer: str, model: ModelSpec) -> Slots:
     if part == "unet" and model.unet.addition_embed_type:
-        stored = spell(Format.STABILITY, f"unet.{layer}.weight", model)[0].name
-        layer = stored.removeprefix(UNET_PREFIX).removesuffix(".weight")
+        layer = unet_slot(f"{layer}.weight", model.unet).name.removeprefix(UNET_PREFIX).removesuffix(".weight")
     return _kohya_diffusers(part, layer, model)
 
 
 def _kohya_diffusers(part: str, layer: str, model: ModelSpec) -> Slots:
-    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _KOHYA_PREFIXES[part]
+    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
     path = prefix + layer.replace(".", "_")
     return {**_pair(path, "lora_down.weight", "lora_up.weight"), ALPHA: Slot(f"{path}.{ALPHA}")}
-
-
-def _kohya_other_encoder(part: str, layer: str, model: ModelSpec) -> Slots:
-    """kohya says "te" where there is one encoder and "te1" where there are two; diffusers writes "te1" for both."""
-    said, other = ("lora_te1_", "lora_te_") if model.text_encoder_2 else ("lora_te_", "lora_te1_")
-    slots = _kohya(part, layer, model) if part == "text_encoder" else {}
-    return {factor: Slot(other + slot.name.removeprefix(said)) for factor, slot in slots.items()}
 
 
 def _mindone(part: str, layer: str, model: ModelSpec) -> Slots:
@@ -170,22 +179,12 @@ def _mindone(part: str, layer: str, model: ModelSpec) -> Slots:
     return {**slots, UP: replace(slots[UP], block=places[0].block, blocks=places[0].blocks)}
 
 
-_LIBRARIES: tuple[tuple[dict[LoraFormat, Rule], tuple[Rule, ...]], ...] = (
-    (
-        {
-            LoraFormat.DIFFUSERS: _diffusers,
-            LoraFormat.DIFFUSERS_PEFT: lambda part, layer, model: _pair(f"{part}.{layer}", DOWN, UP),
-            LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
-        },
-        (
-            lambda part, layer, model: {ALPHA: Slot(f"{part}.{layer}.{ALPHA}")},
-            _diffusers_text_attention,
-            lambda part, layer, model: _pair(f"{part}.{layer}.lora"),
-            *(_without_part(_diffusers_processors), _without_part(_diffusers)),
-        ),
-    ),
-    ({LoraFormat.PEFT: lambda part, layer, model: _pair(f"base_model.model.{layer}", DOWN, UP)}, ()),
-    ({LoraFormat.KOHYA: _kohya, LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers}, (_kohya_other_encoder,)),
-    ({LoraFormat.MINDONE: _mindone}, ()),
-)
-"""The formats of each library, which are read together, and what readers meet besides and nobody writes any more."""
+_RULES: dict[LoraFormat, Rule] = {
+    LoraFormat.DIFFUSERS: _diffusers,
+    LoraFormat.DIFFUSERS_PEFT: lambda part, layer, model: _pair(f"{part}.{layer}", DOWN, UP),
+    LoraFormat.DIFFUSERS_PROCESSORS: _diffusers_processors,
+    LoraFormat.PEFT: lambda part, layer, model: _pair(f"base_model.model.{layer}", DOWN, UP),
+    LoraFormat.KOHYA: _kohya,
+    LoraFormat.KOHYA_DIFFUSERS: _kohya_diffusers,
+    LoraFormat.MINDONE: _mindone,
+}

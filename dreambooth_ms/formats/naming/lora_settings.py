@@ -7,12 +7,15 @@ names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by la
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dreambooth_ms.errors import WeightError
 
 Settings = Mapping[str, Any]
+
+_LARGEST = 3.4e38
+"""Of float32, in which updates are added."""
 
 
 def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> float | None:
@@ -30,33 +33,54 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
     alpha = settings.get("lora_alpha") if alpha is None else alpha
     if alpha is None:
         return None
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
         raise WeightError(f"{source}: lora_alpha {alpha!r} is not a number; download it again")
     # Rank-stabilised LoRA scales by alpha / sqrt(r) (Kalajdzievski, 2023, eq. 4).
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
 
 
-def lora_settings(
-    layers: Mapping[str, tuple[int, float]], target_modules: Iterable[str] | None = None
-) -> dict[str, Any]:
+def settings_rank(settings: Settings, layer: str, source: str) -> int:
+    """The rank of a layer by its part's settings; 0 if they do not say."""
+    rank = _exception(settings.get("rank_pattern") or {}, layer, source)
+    rank = settings.get("r") if rank is None else rank
+    return rank if isinstance(rank, int) and rank > 0 else 0
+
+
+def lora_settings(layers: Mapping[str, tuple[int, float]], modules: Collection[str] = ()) -> dict[str, Any]:
     """The settings of a part.
+
+    Layers are named by the ends of their names: full names differ between versions of transformers.
 
     Args:
         layers: rank and alpha by the layer's public name, without the part.
-        target_modules: the ends of these names; None for the names themselves.
+        modules: the names of all modules of the part.
     """
-    rank = Counter(rank for rank, _ in layers.values()).most_common(1)[0][0]
-    alpha = Counter(alpha for _, alpha in layers.values()).most_common(1)[0][0]
+    (rank, _), (alpha, _) = (Counter(one).most_common(1)[0] for one in zip(*layers.values(), strict=True))
+    # By both at once, because older versions of peft look for a layer in both patterns by one key.
+    alike = {both: [layer for layer, own in layers.items() if own == both] for both in dict.fromkeys(layers.values())}
+    ends = {both: shortest_ends(own, layers) for both, own in alike.items()}
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(layers if target_modules is None else target_modules),
-        "rank_pattern": {layer: own for layer, (own, _) in layers.items() if own != rank},
-        "alpha_pattern": {layer: own for layer, (_, own) in layers.items() if own != alpha},
+        "target_modules": shortest_ends(layers, modules),
+        "rank_pattern": {end: own for (own, _), named in ends.items() if own != rank for end in named},
+        "alpha_pattern": {end: own for (_, own), named in ends.items() if own != alpha for end in named},
         "use_dora": False,
         "use_rslora": False,
         "lora_bias": False,
     }
+
+
+def shortest_ends(layers: Collection[str], modules: Collection[str]) -> list[str]:
+    """The shortest ends of names that fit some layers and no other module."""
+    others = {end for name in set(modules).difference(layers) for end in _ends(name)}
+    return sorted({next((end for end in _ends(layer) if end not in others), layer) for layer in layers})
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a name, from its last word to all of it. None begins with a number, which alone says nothing."""
+    words = name.split(".")
+    return [".".join(words[start:]) for start in reversed(range(len(words))) if not words[start].isdigit()]
 
 
 def _exception(pattern: Any, layer: str, source: str) -> Any:

@@ -1,11 +1,20 @@
 """From the names and shapes of a file to what is read from where, and from public names to what is written where."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Assembly, Shape, Slot, slot_as_found
+
+# Levels that stand around a network while it is trained: of PEFT, torch.compile, DataParallel, FSDP.
+_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model|_orig_mod|module|_fsdp_wrapped_module)\.")
+
+
+def unwrapped(name: str) -> str:
+    """A name without the levels of what a network was wrapped in when it was saved."""
+    return _WRAPPERS.sub("", name)
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,11 @@ class Naming:
     ignorable: Callable[[str], bool] = lambda name: False
     """Whether a name of the file is known to hold nothing that is needed."""
     clean: Callable[[str], str] = lambda name: name
-    """A name of the file as the rules have it: without what some versions of the writing program insert."""
+    """An unwrapped name of the file as the rules have it: without what some versions of the writing program insert."""
+
+    def plain(self, name: str) -> str:
+        """A name of the file as the rules have it."""
+        return self.clean(unwrapped(name))
 
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
@@ -54,12 +67,14 @@ class Naming:
                 misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
             if len(candidates) > 1:
                 duplicate.append(f"{name}: {' and '.join(candidate.name for candidate in candidates)}")
-        of_format = {slot.name for slots in (self.slots, self.averages) for slot in slots.values()}
-        is_known = {name: self.clean(name) in of_format or self.ignorable(self.clean(name)) for name in unknown}
+        averaged = {slot.name for slot in self.averages.values()}
+        of_format = averaged | {slot.name for slot in self.slots.values()}
+        plain = {name: self.plain(name) for name in unknown}
+        is_known = {name: own in of_format or self.ignorable(own) for name, own in plain.items()}
         return ReadPlan(
             slots=slots,
             ignored=tuple(name for name, known in is_known.items() if known),
-            averages=tuple(sorted({slot.name for slot in self.averages.values()} & stored.keys())),
+            averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
             report=Report(
                 missing=tuple(name for name in self.required(wanted) if name not in places),
                 unexpected=tuple(name for name, known in is_known.items() if not known),
@@ -68,17 +83,18 @@ class Naming:
             ),
         )
 
-    def locate(self, names: Iterable[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
+    def locate(self, names: Collection[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
         """Find the public names that are held by the names of a file, whatever their shapes.
 
         Returns:
             The places of each public name, in the model's order, and the names that hold none.
         """
-        holders = self._backwards({**self.slots, **self.averages}) if averages else self._holders
+        there = {name: slot for name, slot in self.averages.items() if averages and slot.name in names}
+        holders = self._backwards({**self.slots, **there}) if there else self._holders
         places: dict[str, list[Slot]] = {}
         unknown = []
         for name in names:
-            held = holders.get(self.clean(name), {})
+            held = holders.get(self.plain(name), {})
             for public, slot in held.items():
                 places.setdefault(public, []).append(replace(slot, name=name))
             if not held:
@@ -93,7 +109,7 @@ class Naming:
             if name not in self.optional and (parts is None or name.partition(".")[0] in parts)
         ]
 
-    def present_parts(self, stored: Iterable[str]) -> list[str]:
+    def present_parts(self, stored: Collection[str]) -> list[str]:
         """The parts of which a file holds anything, in the model's order."""
         held = parts_of(name for name in self.locate(stored)[0] if name not in self.optional)
         return [part for part in parts_of(self.shapes) if part in held]
@@ -139,7 +155,7 @@ class Naming:
         holders: dict[str, dict[str, Slot]] = {}
         for slots in (first, *self.spellings):
             for public, slot in slots.items():
-                holders.setdefault(self.clean(slot.name), {}).setdefault(public, slot)
+                holders.setdefault(self.plain(slot.name), {}).setdefault(public, slot)
         return holders
 
 

@@ -1,12 +1,18 @@
-"""How much memory a run will need, from its configuration."""
+"""What a run will need, from its configuration, and what is there."""
 
+import math
+
+from dreambooth_ms.atomic import check_room
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.errors import count_of
+from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation, formulation
+from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -28,6 +34,47 @@ def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: P
         limit, sharing = size, 1
     advice += ["fewer processes on a machine"] if sharing > 1 else []
     check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+
+
+def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:
+    """Stop a run, of which so many steps are done, whose checkpoints and result have no room on the disk, with the
+    latents of so many views.
+
+    Raises:
+        WeightError: there is too little.
+    """
+    method, run, work = config.method, config.run, _workload(config, base, 1)
+    trained = work.numbers[1]
+    # The weights, once more for other tools, and the state of the optimiser.
+    checkpoint = trained * ((2 + int(method.use_ema)) * FLOAT32 + work.bytes_of_optimiser)
+    result = trained * FLOAT32
+    if method.method == "full":
+        networks = ["unet", *(reader.name for reader in base.text if method.train_text_encoder)]
+        tensors = base.opened().tensors.items()
+        result += total_bytes({name: one for name, one in tensors if name.partition(".")[0] not in networks})
+    count = total // run.checkpointing_steps - done // run.checkpointing_steps
+    if run.checkpoints_total_limit:
+        # An old one goes when the new one is whole.
+        count = min(count, max(run.checkpoints_total_limit + 1 - len(checkpoint_folders(config.output_dir)), 1))
+    fewer = ", or keep fewer by --checkpoints_total_limit" if count > 1 else ""
+    advice = f"free some for {count_of(count, 'checkpoint') + ' and ' if count else ''}the result{fewer}"
+    # Mean and log-variance.
+    latents = views * 2 * FLOAT32 * math.prod(base.latent_shape(config.data.resolution, config.data.resolution))
+    check_room(config.output_dir, count * checkpoint + result + latents, advice)
+
+
+FEW_STEPS = 20
+"""Fewer have taught no subject; published settings take some hundred."""
+
+
+def warn_of_little(config: TrainConfig, total: int) -> None:
+    """Tell what keeps a run of so many steps from learning anything."""
+    run, warmup, steps = config.run, config.optimiser.lr_warmup_steps, count_of(total, "step")
+    if total < FEW_STEPS:
+        remedy = "raise --max_train_steps" if run.max_train_steps else "give --max_train_steps"
+        tell(f"{steps} in all will hardly teach anything, some hundred are usual; {remedy}")
+    if config.optimiser.lr_scheduler != "constant" and warmup >= total and not run.max_train_steps:
+        tell(f"--lr_warmup_steps {warmup}: the learning rate never arrives at its value in {steps}")
 
 
 def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workload:

@@ -1,0 +1,62 @@
+"""What a run learns from, by its content: a run goes on with the same pictures and weights, wherever they are."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+from dreambooth_ms.data.records import Concept
+from dreambooth_ms.weights.bundle import ModelBundle
+
+Content: TypeAlias = dict[str, dict[str, str]]
+"""Digests that caches know, by name: of the networks under "base", of a concept's pictures, in order, under its own."""
+_LISTED = 5
+
+
+def base_digests(base: ModelBundle) -> dict[str, str]:
+    """Of a base's networks, by their names. All weights are read."""
+    networks = {"unet": base.denoiser.digest, "vae": base.codec.digest} | {one.name: one.digest for one in base.text}
+    return {name: digest() for name, digest in networks.items()}
+
+
+def content_of(digests: Mapping[str, str], concepts: Iterable[Concept]) -> Content:
+    """Of a base's digests and concepts."""
+    pictures = {concept.name: {one.path.name: one.digest for one in concept.records} for concept in concepts}
+    return {"base": dict(digests), **pictures}
+
+
+def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[str]:
+    """What is not as it was, in words; pictures may have other names. `to_come`: files that are yet to be made."""
+    found = []
+    for group, old in before.items():
+        new = {name: old[name] for name in to_come if name in old} | now.get(group, {})
+        lost, come = _beyond(old, new), _beyond(new, old)
+        names = {
+            "removed": [name for name in lost if name not in come],
+            "added": [name for name in come if name not in lost],
+            "changed": [name for name in lost if name in come],
+        }
+        for what, some in names.items():
+            more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
+            found += [f"{group}: {', '.join(some[:_LISTED])}{more} {what}"] if some else []
+    return found
+
+
+def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
+    """The names of what the others lack, each as often as they hold it; of equal files those with other names."""
+    left, names = Counter(others.values()), []
+    for name, digest in sorted(some.items(), key=lambda item: others.get(item[0]) != item[1]):
+        left[digest] -= 1
+        names += [name] if left[digest] < 0 else []
+    return sorted(names)
+
+
+def in_order(concept: Concept, earlier: Content) -> Concept:
+    """The pictures in the order that they had, whatever they are called now, so that every row sees what it would have
+    seen; unchanged if they are others."""
+    digests, held = list(earlier.get(concept.name, {}).values()), defaultdict(list)
+    for record in concept.records:
+        held[record.digest].append(record)
+    if sorted(digests) != sorted(record.digest for record in concept.records):
+        return concept
+    return replace(concept, records=tuple(held[digest].pop(0) for digest in digests))
