@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops import bitwise_and, exclusive_or
 from dreambooth_ms.ops.graph import after, set_between_runs
 from dreambooth_ms.randomness import generator
 
@@ -55,8 +56,8 @@ class Dropout(nn.Cell):
         state = _positions(x_NI.shape[0] * x_NI.shape[1], self.layer)
         # After the input, so that a backward pass that computes it again does not keep the forward pass's.
         draw = after(self.draw, x_NI)
-        state = _mixed(ops.bitwise_xor(state, ops.broadcast_to(draw, state.shape)))
-        uniform = ops.bitwise_and(state, 0x7FFFFF).astype(ms.float32) * (1 / 2**23)
+        state = _mixed(exclusive_or(state, ops.broadcast_to(draw, state.shape)))
+        uniform = bitwise_and(state, 0x7FFFFF).astype(ms.float32) * (1 / 2**23)
         rate = ops.broadcast_to(self.rate, uniform.shape)
         factor = (uniform >= rate).astype(ms.float32) / (1.0 - rate)
         return x_NI * ops.stop_gradient(ops.reshape(factor, x_NI.shape))
@@ -65,8 +66,8 @@ class Dropout(nn.Cell):
 def _mixed(state: Tensor) -> Tensor:
     for shift, multiplier in ((16, 0x7FEB352D), (15, -0x7B935975), (16, 1)):
         low = ops.bitwise_right_shift(state, shift)
-        low = ops.bitwise_and(low, (1 << (32 - shift)) - 1)
-        state = ops.bitwise_xor(state, low) * multiplier
+        low = bitwise_and(low, (1 << (32 - shift)) - 1)
+        state = exclusive_or(state, low) * multiplier
     return state
 
 

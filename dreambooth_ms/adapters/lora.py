@@ -65,15 +65,13 @@ class LoraDense(LoraLayer):
 
     def __init__(self, base: Dense, rank: int, alpha: float, dropout: Dropout | None = None) -> None:
         super().__init__(base, rank, alpha, dropout)
-        self.matmul, self.bias_add = base.matmul, base.bias_add
+        self.product, self.matmul = base.product, ops.MatMul(transpose_b=True)
         self.lora_A = LoraMatrix(rank, base.in_channels)
         self.lora_B = LoraMatrix(base.out_channels, rank)
 
     def construct(self, x: Tensor) -> Tensor:
         rows = ops.reshape(x, (-1, self.in_channels))
-        y = self.matmul(rows, self.weight)
-        if self.has_bias:
-            y = self.bias_add(y, self.bias)
+        y = self.product(rows, self.weight, self.bias if self.has_bias else None)
         inputs = rows.astype(ms.float32)
         if self.dropout is not None:
             inputs = self.dropout(inputs)

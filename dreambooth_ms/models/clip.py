@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
-from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, shared
+from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, part, shared
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.layout import FromPublicLayout, ImageToTokens
 from dreambooth_ms.ops.linear import empty_parameter
@@ -127,7 +127,7 @@ class TextEmbeddings(nn.Cell):
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         x_BSD = self.token_embedding(ids_BS)
-        positions_SD = self.position_embedding.weight[: x_BSD.shape[1]]
+        positions_SD = part(self.position_embedding.weight, 0, x_BSD.shape[1])
         return (x_BSD + ops.broadcast_to(positions_SD, x_BSD.shape)).astype(self.compute_dtype)
 
 

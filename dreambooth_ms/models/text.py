@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.ops import equal_parts
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
@@ -38,7 +39,7 @@ class TextEncoders(CompiledCell):
 
     def construct(self, ids: Tensor, *end_BS: Tensor) -> tuple[Tensor, ...]:
         count = len(self.encoders)
-        ids_of_each = ops.split(ids, ids.shape[1] // count, 1) if count > 1 else (ids,)
+        ids_of_each = equal_parts(ids, count, 1) if count > 1 else (ids,)
         states, pooled = (), ()
         for number, encoder in enumerate(self.encoders):
             results = encoder.read(ids_of_each[number], end_BS, self.clip_skip)

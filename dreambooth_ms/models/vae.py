@@ -12,7 +12,16 @@ from dreambooth_ms.models.layout import Layer, LayerKind, vae_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import Conv2d, FromPublicLayout, GroupNorm, ImageToTokens, TokensToImage, ToPublicLayout, shared
+from dreambooth_ms.ops import (
+    Conv2d,
+    FromPublicLayout,
+    GroupNorm,
+    ImageToTokens,
+    TokensToImage,
+    ToPublicLayout,
+    equal_parts,
+    shared,
+)
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -38,7 +47,7 @@ class AutoencoderKL(nn.Cell):
     def encode(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, each (B, C, h, w); the log-variance is clipped to [-30, 20]."""
         moments = self.quant_conv(self.encoder(self.from_public_layout(pictures_B3HW)))
-        mean, log_variance = ops.split(self.to_public_layout(moments), self.spec.latent_channels, 1)
+        mean, log_variance = equal_parts(self.to_public_layout(moments), 2, 1)
         return mean, ops.clamp(log_variance, -30.0, 20.0)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Networks are built from these cells and never name an axis of an image themselve
 """
 
 from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
+from dreambooth_ms.ops.anywhere import bitwise_and, equal_parts, exclusive_or, look_up, mean, part
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared

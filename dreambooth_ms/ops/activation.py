@@ -4,6 +4,7 @@ import math
 
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.ops.anywhere import equal_parts
 from dreambooth_ms.ops.graph import after
 
 
@@ -27,16 +28,12 @@ class GatedGelu(nn.Cell):
     As GEGLU has it (Shazeer, 2020). Keeps only its input for the backward pass.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.halves = ops.Split(axis=1, output_num=2)
-
     def construct(self, x_NE: Tensor) -> Tensor:
-        value_ND, gate_ND = self.halves(x_NE)
+        value_ND, gate_ND = equal_parts(x_NE, 2, 1)
         return value_ND * gate_ND * _normal_cdf(gate_ND)
 
     def bprop(self, x_NE: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        value_ND, gate_ND = self.halves(after(x_NE, dout))
+        value_ND, gate_ND = equal_parts(after(x_NE, dout), 2, 1)
         cdf_ND = _normal_cdf(gate_ND)
         dvalue_ND = dout * gate_ND * cdf_ND
         dgate_ND = dout * value_ND * _gelu_slope(gate_ND, cdf_ND)

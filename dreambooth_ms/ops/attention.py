@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.graph import after, constant, shared
 from dreambooth_ms.runtime.device import Formulation, formulation
 
@@ -37,15 +38,36 @@ class MultiHeadAttention(nn.Cell):
         self.interchange = shared(GatherInterchange if on_cpu else TransposeInterchange)
         self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
-        self.fused_shape = not on_cpu and not causal and head_dim % 16 == 0 and head_dim <= 512
+        self.fused_dim = -(-head_dim // 16) * 16
+        self.fuses = not on_cpu and not causal and self.fused_dim <= 512
+        self.widen, self.part = ascend.widen, ascend.part
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.fused_shape and q.dtype != ms.float32:
-            return ops.flash_attention_score(
-                q, k, v, self.num_heads, scalar_value=1 / math.sqrt(self.head_dim), input_layout="BSH"
+        if self.fuses and q.dtype != ms.float32:
+            out = ops.flash_attention_score(
+                *(self._widened(q), self._widened(k), self._widened(v), self.num_heads),
+                scalar_value=1 / math.sqrt(self.head_dim),
+                input_layout="BSH",
             )
+            return self._narrowed(out)
         out = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
         return self._merge_heads(out, q.shape)
+
+    def _widened(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, N * D) -> the same with heads of the fused size: zeros behind a head change no score and no sum."""
+        if self.fused_dim == self.head_dim:
+            return x_BLC
+        batch, length, _ = x_BLC.shape
+        heads = self.widen(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)), self.fused_dim)
+        return ops.reshape(heads, (batch, length, self.num_heads * self.fused_dim))
+
+    def _narrowed(self, x_BLC: Tensor) -> Tensor:
+        """The inverse of `_widened`."""
+        if self.fused_dim == self.head_dim:
+            return x_BLC
+        batch, length, _ = x_BLC.shape
+        heads = self.part(ops.reshape(x_BLC, (batch, length, self.num_heads, self.fused_dim)), 3, 0, self.head_dim)
+        return ops.reshape(heads, (batch, length, self.num_heads * self.head_dim))
 
     def _split_heads(self, x_BLC: Tensor) -> Tensor:
         batch, length, _ = x_BLC.shape

@@ -11,13 +11,12 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops import ascend
+from dreambooth_ms.ops.ascend import Padding
 from dreambooth_ms.ops.graph import after, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
 from dreambooth_ms.runtime.device import Formulation, formulation
-
-Padding = tuple[int, int, int, int]
-"""Zero rows and columns added at the top, bottom, left and right."""
 
 # The gathered taps of one part of a convolution take at most this many numbers (128 MiB in float32).
 MAX_TAPS = 1 << 25
@@ -66,12 +65,10 @@ class _NativeConvolution(nn.Cell):
 
     def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
         super().__init__()
-        self.product = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
-        self.bias_add = ops.BiasAdd()
+        self.stride, self.padding, self.convolve = stride, padding, ascend.convolution
 
     def construct(self, x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
-        y = self.product(x_BIHW, weight)
-        return y if bias_O is None else self.bias_add(y, bias_O)
+        return self.convolve(x_BIHW, weight, bias_O, self.stride, self.padding)
 
 
 class _TapConvolution(nn.Cell):

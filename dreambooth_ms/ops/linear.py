@@ -1,9 +1,14 @@
 """Linear layer and embedding table, with the public parameter names `weight` and `bias`."""
 
+from typing import Any
+
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.ops import ascend
+from dreambooth_ms.ops.anywhere import look_up
 from dreambooth_ms.ops.graph import constant, shared
+from dreambooth_ms.runtime.device import Formulation, formulation
 
 
 class Dense(nn.Cell):
@@ -15,14 +20,28 @@ class Dense(nn.Cell):
         self.weight = empty_parameter((out_channels, in_channels))
         if has_bias:
             self.bias = empty_parameter((out_channels,))
+        self.product = linear()
+
+    def construct(self, x: Tensor) -> Tensor:
+        bias = self.bias.astype(x.dtype) if self.has_bias else None
+        y = self.product(ops.reshape(x, (-1, self.in_channels)), self.weight.astype(x.dtype), bias)
+        return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
+
+
+def linear() -> Any:
+    """What a `Dense` is without its weights: rows (N, I), weight (O, I), bias (O,) or None -> rows (N, O)."""
+    return shared(_Linear) if formulation() is Formulation.CPU else ascend.linear
+
+
+class _Linear(nn.Cell):
+    def __init__(self) -> None:
+        super().__init__()
         self.matmul = ops.MatMul(transpose_b=True)
         self.bias_add = shared(BiasAdd)
 
-    def construct(self, x: Tensor) -> Tensor:
-        y = self.matmul(ops.reshape(x, (-1, self.in_channels)), self.weight.astype(x.dtype))
-        if self.has_bias:
-            y = self.bias_add(y, self.bias.astype(x.dtype))
-        return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
+    def construct(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        y_NO = self.matmul(x_NI, weight_OI)
+        return y_NO if bias_O is None else self.bias_add(y_NO, bias_O)
 
 
 class BiasAdd(nn.Cell):
@@ -48,7 +67,7 @@ class Embedding(nn.Cell):
         self.weight = empty_parameter((size, dim))
 
     def construct(self, ids: Tensor) -> Tensor:
-        return ops.gather(self.weight, ids, 0)
+        return look_up(self.weight, ids)
 
 
 def empty_parameter(shape: tuple[int, ...]) -> Parameter:

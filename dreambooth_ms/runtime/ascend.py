@@ -11,6 +11,8 @@ NO_CARD = "no Ascend device was found here"
 MANAGER = "davinci_manager"
 CANN_HOME = "ASCEND_HOME_PATH"
 """What CANN's `set_env.sh` sets."""
+SIMULATION = "MS_SIMULATION_LEVEL"
+"""What MindSpore reads: above 0 it chooses Ascend's kernels and does not run them, so that all results are zeros."""
 CANN_ROOTS = ("/usr/local/Ascend", "~/Ascend")
 CANN_FOLDERS = ("cann", "ascend-toolkit")
 """Since CANN 8.5, and before; either holds `set_env.sh` (CANN's documentation)."""
@@ -28,11 +30,13 @@ class Ascend:
     """`set_env.sh` of a CANN that is installed."""
     complaint: str
     """Why MindSpore did not load its part for Ascend; empty if it did."""
+    is_simulated: bool = False
+    """Whether there shall be no card: see `SIMULATION`."""
 
     @property
     def is_usable(self) -> bool:
         """Whether MindSpore can use a card here."""
-        return MANAGER in self.devices and not self.complaint
+        return (self.is_simulated or MANAGER in self.devices) and not self.complaint
 
     @property
     def obstacle(self) -> str | None:
@@ -61,4 +65,10 @@ def find_ascend(
         home=environment.get(CANN_HOME),
         script=next((script for script in scripts if script.is_file()), None),
         complaint=complaint.splitlines()[0].rpartition("failed. ")[2] if complaint else "",
+        is_simulated=is_simulated(environment),
     )
+
+
+def is_simulated(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether MindSpore simulates its device."""
+    return environment.get(SIMULATION, "0") != "0"

@@ -2,6 +2,7 @@
 
 from mindspore import Tensor, nn, ops
 
+from dreambooth_ms.ops import equal_parts, mean
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
@@ -25,8 +26,8 @@ class Denoiser(CompiledCell):
         if not self.guided:
             return self.unet(latents, timesteps_B, *conditioning)
         prediction = self.unet(ops.concat((latents, latents)), ops.concat((timesteps_B, timesteps_B)), *conditioning)
-        negative, positive = ops.split(prediction, latents.shape[0])
-        scale, share = ops.split(guidance, 1)
+        negative, positive = equal_parts(prediction, 2, 0)
+        scale, share = equal_parts(guidance, 2, 0)
         guided = negative + (positive - negative) * ops.broadcast_to(scale, latents.shape)
         if not self.rescaled:
             return guided
@@ -37,5 +38,5 @@ class Denoiser(CompiledCell):
 
 def _deviation(x_BCHW: Tensor) -> Tensor:
     """Standard deviation of each row (B, 1, 1, 1), up to a factor that is the same for all of one shape."""
-    centred = x_BCHW - ops.broadcast_to(x_BCHW.mean((1, 2, 3), True), x_BCHW.shape)
-    return ops.sqrt((centred * centred).mean((1, 2, 3), True))
+    centred = x_BCHW - ops.broadcast_to(mean(x_BCHW, (1, 2, 3), True), x_BCHW.shape)
+    return ops.sqrt(mean(centred * centred, (1, 2, 3), True))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
-from dreambooth_ms.ops import total
+from dreambooth_ms.ops import mean, total
 from dreambooth_ms.training.optimisers import Optimiser, assign_if, zeros_like
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
@@ -60,9 +60,9 @@ def _update(scale_parameter, proceed, rate, share, rate_factor, decay, parameter
     gradient_RC = ops.reshape(gradient, (rows.shape[0], columns.shape[0]))
     value_RC = ops.reshape(parameter, gradient_RC.shape)
     square_RC = gradient_RC * gradient_RC + LEAST_SQUARE
-    new_rows = rows + (square_RC.mean(1) - rows) * share
-    new_columns = columns + (square_RC.mean(0) - columns) * share
-    row_factor = ops.rsqrt(new_rows / ops.broadcast_to(new_rows.mean(), new_rows.shape))
+    new_rows = rows + (mean(square_RC, (1,)) - rows) * share
+    new_columns = columns + (mean(square_RC, (0,)) - columns) * share
+    row_factor = ops.rsqrt(new_rows / ops.broadcast_to(mean(new_rows, (0,)), new_rows.shape))
     row_factor_RC = ops.broadcast_to(ops.reshape(row_factor, (-1, 1)), gradient_RC.shape)
     column_factor_RC = ops.broadcast_to(ops.reshape(ops.rsqrt(new_columns), (1, -1)), gradient_RC.shape)
     change_RC = gradient_RC * row_factor_RC * column_factor_RC

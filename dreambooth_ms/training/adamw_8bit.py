@@ -16,6 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.ops import look_up
 from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
 from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, assign_if, state
 
@@ -50,7 +51,7 @@ class Quantised(nn.Cell):
 
     def read(self, earlier: Tensor) -> Tensor:
         """The numbers, (N / BLOCK, BLOCK), not before `earlier` has been computed."""
-        numbers = ops.gather(self.levels, ops.depend(self.codes.astype(ms.int32), earlier), 0)
+        numbers = look_up(self.levels, ops.depend(self.codes.astype(ms.int32), earlier))
         return numbers * ops.broadcast_to(self.scales, numbers.shape)
 
     def write(self, proceed: Tensor | None, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops import part
 from dreambooth_ms.training.optimisers import Optimiser
 
 LENGTH = 1 << 22
@@ -85,8 +86,8 @@ def _row(block, earlier, tensor):
 
 
 def _write(vector, offset, parameter):
-    part = ops.slice(vector, (offset,), (ops.size(parameter),))
-    return ops.assign(parameter, ops.reshape(part, parameter.shape))
+    own = part(vector, offset, ops.size(parameter))
+    return ops.assign(parameter, ops.reshape(own, parameter.shape))
 
 
 @constexpr

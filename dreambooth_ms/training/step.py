@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.ops import SumOfSquares
+from dreambooth_ms.ops import SumOfSquares, mean
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.loss_scaling import LossScaler, ScaledLoss
@@ -36,7 +36,7 @@ class WeightedError(nn.Cell):
         squares = difference * difference
         if self.num_masks:
             squares = squares * masks[0]
-        errors_B = squares.mean((1, 2, 3))
+        errors_B = mean(squares, (1, 2, 3))
         return (errors_B * weight_B).sum(), errors_B
 
 

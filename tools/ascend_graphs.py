@@ -1,0 +1,293 @@
+"""The graphs that are compiled on Ascend, of the smallest networks with every kind of layer.
+
+They are built where the device is set up already, in whatever formulation it has then.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+WORDS = 50
+"""Of the vocabulary of the text encoders."""
+
+Graph = tuple[Any, Sequence[Any]]
+"""A cell and the inputs it is compiled for."""
+
+
+def training_sdxl() -> list[Graph]:
+    """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; all of it trained.
+
+    By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
+    the running average of what is trained.
+    """
+    from mindspore import Tensor
+
+    from dreambooth_ms.adapters.dropout import DropoutState
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.config.train import LossScalingConfig
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.ema import MovingAverage
+    from dreambooth_ms.training.loss_scaling import LossScaler
+    from dreambooth_ms.training.methods import TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
+
+    unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+    trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
+    step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
+    batch = toy_networks.batch(
+        input_ids=_token_ids(2),
+        end_mask=_ends(),
+        time_ids=toy_networks.add_time_ids(),
+    )
+    return [
+        (step._add_gradients, (Tensor(True), *batch.tensors())),
+        (step._update, ()),
+        (MovingAverage(trainables, 0.9)._update, (toy_networks.normal("share"),)),
+    ]
+
+
+def training_sd() -> list[Graph]:
+    """A whole step of SD 1, whose transformers begin and end with convolutions: UNet and text encoder, all trained.
+
+    With adapters on linear layers and on those convolutions.
+    """
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.methods import TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+
+    unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
+    trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
+    step = TrainStep(loss, trainables, optimiser, 1.0)
+    return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
+
+
+def recomputing() -> list[Graph]:
+    """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
+    from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.segments import Segments
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.methods import TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.weights.roles import CLIP_TARGETS
+
+    unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
+    layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
+    layers += [inject_lora(network, 2, 2.0, CLIP_TARGETS) for network in encoders.networks().values()]
+    trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
+    optimiser = AdamW(trainables, AdamWHyperparameters())
+    loss = DiffusionLoss(TextConditioned(unet, encoders))
+    step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
+    return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
+
+
+def optimisers() -> list[Graph]:
+    """The updates of the other optimisers, and of AdamW where two processes share its state (ZeRO 1).
+
+    Of a few tensors of every kind, by gradients of a scaled loss, so that each update has the choice to be skipped.
+    """
+    from unittest import mock
+
+    from mindspore import Parameter
+
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.processes.group import Processes
+    from dreambooth_ms.runtime.collective import SumOverProcesses
+    from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+    from dreambooth_ms.training.adamw_8bit import AdamW8bit
+    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
+    from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+    from dreambooth_ms.training.sharding import ShardedOptimiser
+
+    shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
+    trainables = [Parameter(toy_networks.normal(name, *shape), name=name) for name, shape in shapes.items()]
+    decays = [1.0, 0.5, 0.5]
+
+    def of_part(start: int, stop: int) -> Optimiser:
+        return AdamW(trainables[start:stop], AdamWHyperparameters())
+
+    whole: list[Optimiser] = [
+        AdamW8bit(trainables, AdamWHyperparameters(), decay_factors=decays),
+        Adafactor(trainables, AdafactorHyperparameters(scale_parameter=True), decay_factors=decays),
+        Prodigy(trainables, ProdigyHyperparameters(), decay_factors=decays),
+    ]
+    # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
+    with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):
+        pair = Processes(rank=0, count=2, exchange=lambda what, value: [value, value])
+        shared = _update(trainables, ShardedOptimiser(trainables, of_part, pair), SumOverProcesses())
+    return [*(_update(trainables, optimiser) for optimiser in whole), shared]
+
+
+def sampling_sdxl() -> list[Graph]:
+    """Text encoders, a guided denoising step in half precision, and the autoencoder both ways."""
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.layers import CellMethod
+    from dreambooth_ms.models.vae import AutoencoderKL
+
+    vae, side = AutoencoderKL(toy_networks.VAE), toy_networks.SIDE
+    pooled = (toy_networks.normal("pooled", toy_networks.ROWS, toy_networks.POOLED), toy_networks.add_time_ids())
+    return [
+        (_sdxl_text_encoders(), (_token_ids(2), _ends())),
+        _denoising(toy_networks.SDXL_UNET, *pooled),
+        (CellMethod(vae.decode), (toy_networks.normal("latents", 1, toy_networks.VAE.latent_channels, side, side),)),
+        (
+            CellMethod(vae.encode),
+            (toy_networks.normal("picture", 1, toy_networks.VAE.in_channels, 2 * side, 2 * side),),
+        ),
+    ]
+
+
+def sampling_sd() -> list[Graph]:
+    """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
+    from dreambooth_ms.cli import toy_networks
+
+    return [(_sd_text_encoders(), (_token_ids(),)), _denoising(toy_networks.SD_UNET)]
+
+
+def fused_attention() -> list[Graph]:
+    """Ascend's fused attention and its gradient, which half precision gets."""
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.ops import MultiHeadAttention
+
+    def half(name: str, tokens: int) -> Tensor:
+        return toy_networks.normal(name, toy_networks.ROWS, tokens, 32).astype(ms.float16)
+
+    inputs = half("q", 64), half("k", toy_networks.TOKENS), half("v", toy_networks.TOKENS)
+    return [(_attention_gradient(MultiHeadAttention(2, 16)), inputs)]
+
+
+GRAPHS: dict[str, Callable[[], list[Graph]]] = {
+    "training SDXL": training_sdxl,
+    "training SD": training_sd,
+    "recomputing": recomputing,
+    "optimisers": optimisers,
+    "sampling SDXL": sampling_sdxl,
+    "sampling SD": sampling_sd,
+    "fused attention": fused_attention,
+}
+
+
+def _token_ids(tokenizers: int = 1) -> Any:
+    """Token ids (B, T * S) int32."""
+    import numpy as np
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli.toy_networks import ROWS, TOKENS
+
+    count = tokenizers * TOKENS
+    return Tensor((np.arange(ROWS * count).reshape(ROWS, count) * 7 % WORDS).astype(np.int32))
+
+
+def _ends() -> Any:
+    """Where the texts end (B, S)."""
+    import numpy as np
+    from mindspore import Tensor
+
+    from dreambooth_ms.cli.toy_networks import TOKENS
+
+    return Tensor(np.eye(TOKENS, dtype=np.float32)[[5, 9]])
+
+
+def _text_spec() -> Any:
+    from dreambooth_ms.models.specs import ClipTextSpec, TransformerSpec
+
+    transformer = TransformerSpec(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    return ClipTextSpec(transformer=transformer, vocab_size=WORDS, eos_token_id=WORDS - 1)
+
+
+def _sdxl_text_encoders() -> Any:
+    from dreambooth_ms.cli.toy_networks import POOLED
+    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+
+    spec = _text_spec()
+    pooling = replace(spec, transformer=replace(spec.transformer, hidden_act="gelu"), projection_dim=POOLED)
+    return _named(CLIPTextModel(spec, last_layer=False), CLIPTextModelWithProjection(pooling))
+
+
+def _sd_text_encoders() -> Any:
+    from dreambooth_ms.models.clip import CLIPTextModel
+
+    return _named(CLIPTextModel(_text_spec()))
+
+
+def _named(*networks: Any) -> Any:
+    """All text encoders, each with its parameters' public names."""
+    from dreambooth_ms.models.parameters import public_parameters
+    from dreambooth_ms.models.text import TextEncoders
+
+    for network in networks:
+        public_parameters(network)
+    return TextEncoders(dict(zip(("text_encoder", "text_encoder_2"), networks, strict=False)))
+
+
+def _all_trained(unet: Any, encoders: Any, targets: Sequence[str], dropout: Any = None) -> list[Any]:
+    """All parameters of a UNet and its text encoders, after adapters were put into them."""
+    from dreambooth_ms.adapters.lora import inject_lora
+    from dreambooth_ms.weights.roles import CLIP_TARGETS
+
+    inject_lora(unet, 2, 2.0, targets, dropout)
+    for encoder in encoders.networks().values():
+        inject_lora(encoder, 2, 2.0, CLIP_TARGETS, dropout)
+    # Scalars are scales and the state of the dropout.
+    networks = [unet, *encoders.networks().values()]
+    return [parameter for network in networks for parameter in network.get_parameters() if parameter.shape]
+
+
+def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None) -> Graph:
+    """An update by this optimiser, from gradients that were added up."""
+    from mindspore import ParameterTuple
+
+    from dreambooth_ms.config.train import LossScalingConfig
+    from dreambooth_ms.training.loss_scaling import LossScaler
+    from dreambooth_ms.training.optimisers import zeros_like
+    from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
+
+    sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
+    clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)
+    update = Update(optimiser, clip, sum_gradients, LossScaler(LossScalingConfig()))
+    return _UpdateFromSums(sums, update), ()
+
+
+def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
+    """A guided denoising step of a UNet, in half precision."""
+    import mindspore as ms
+
+    from dreambooth_ms.adapters.precision import compute_in
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.sampling.denoiser import Denoiser
+
+    unet = UNet2DConditionModel(spec)
+    for parameter in unet.get_parameters():
+        parameter.requires_grad = False
+    compute_in(unet, ms.float16)
+    latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
+    number = toy_networks.normal("numbers", 2)
+    text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, spec.cross_attention_dim)
+    return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
+
+
+def _attention_gradient(attention: Any) -> Any:
+    from mindspore import nn, ops
+
+    class Gradient(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.differentiate = ops.grad(attention, (0, 1, 2))
+
+        def construct(self, q: Any, k: Any, v: Any) -> Any:
+            return self.differentiate(q, k, v)
+
+    return Gradient()

@@ -1,0 +1,192 @@
+"""Run every graph of the audit through MindSpore's own Ascend backend, in its simulation; it needs no card, no CANN.
+
+    python -m tools.simulate_ascend                       # a line for each graph; status 1 if one is refused
+    python -m tools.simulate_ascend "training SD"
+    python -m tools.simulate_ascend --command train …     # `dreambooth-ms train …` in the simulation
+
+The backend's own passes, its choice of a kernel for every operation, and its pool of device memory work as with a card
+(MS_SIMULATION_LEVEL=1); kernels are launched by name only, so that all results are zeros. CANN's libraries are replaced
+by `ascend_stubs`. An operation that has no Ascend kernel is refused: the control, one that has none, shows that it is.
+
+What this can't show: that CANN's kernels take these shapes and dtypes, what they compute, and how fast.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tools import ascend_stubs
+from tools.ascend_graphs import GRAPHS
+
+INTERFACES = {"opapi": "aclnn", "acl": "acl", "aicpu": "AI CPU", "rt": "runtime", "hccl": "HCCL"}
+"""MindSpore's names of kinds of kernels -> what they are called: by what interface of CANN a kernel is reached."""
+
+OLD_INTERFACE = {
+    "AdamApplyOneWithDecayAssign": "AdamW's update of a parameter; aclnn's takes no learning rate that is a tensor",
+    "AddN": "MindSpore's differentiation writes it where a value is read more than once",
+    "Assign": "sets a parameter; the aclnn form makes MindSpore copy parameters",
+    "RightShift": "of the hash behind --lora_dropout; there is no aclnn form",
+    "TensorMove": "a copy that passes of the backend write",
+}
+"""Operations that CANN compiles when they are first used, for each shape, with the reason why they are still there."""
+
+CONTROL = "control"
+"""The name of the graph that must be refused."""
+REFUSED_OF_CONTROL = "Cholesky"
+"""The operation in it, which has no Ascend kernel."""
+
+
+@dataclass
+class Report:
+    """What the backend did with a graph."""
+
+    refused: str = ""
+    """Why it was refused, if it was."""
+    kernels: dict[str, Counter[str]] = field(default_factory=dict)
+    """Interface -> operations with their number."""
+    backoffs: int = 0
+    """Operations that went to a CPU kernel."""
+    attentions: int = 0
+    """Of any kind, forward."""
+    peak: int = 0
+    """Device memory, in bytes, without workspaces and buffers of collective operations."""
+
+    @property
+    def fused(self) -> int:
+        """Attentions that are one kernel, forward."""
+        return self.kernels.get("aclnn", Counter())["FlashAttentionScore"]
+
+    @property
+    def unexplained(self) -> set[str]:
+        """Operations of the older interface without a reason."""
+        return self.kernels.get("acl", Counter()).keys() - OLD_INTERFACE.keys()
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"REFUSED: {self.refused}"
+        kinds = ", ".join(f"{sum(own.values())} {interface}" for interface, own in sorted(self.kernels.items()))
+        fused = f"{self.fused} of {self.attentions} attentions fused, " if self.attentions else ""
+        return f"compiled: {kinds}; {self.backoffs} to CPU; {fused}device peak {self.peak / 2**20:.1f} MiB"
+
+
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """What MindSpore's simulation needs of a process's environment; `folder`: of the stand-ins for CANN's libraries."""
+    libraries = [folder or ascend_stubs.library_folder(), *ascend_stubs.wheel_folders()]
+    return {
+        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+        "MS_SIMULATION_LEVEL": "1",
+        # An operation without an Ascend kernel would silently get CPU's.
+        "MS_DISABLE_KERNEL_BACKOFF": "1",
+        "MS_COMPILER_CACHE_ENABLE": "0",
+        "MS_SUBMODULE_LOG_v": "{DEVICE:1}",
+    }
+
+
+def simulate(command: Sequence[str], folder: Path | None = None) -> tuple[Report, str]:
+    """Run Python with these arguments in the simulation; returns what its log says, and what it printed otherwise.
+
+    In a folder of its own, since MindSpore writes the order of operations there; or in the one that is named.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))}
+    with TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, *command],
+            env=own | environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            cwd=folder or empty,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    lines = done.stdout.splitlines()
+    said = "\n".join(line for line in lines if not line.startswith("[INFO]"))
+    return read_log(done.stdout, done.returncode), said
+
+
+def read_log(log: str, status: int = 0) -> Report:
+    """What MindSpore's log of a simulated process says."""
+    report = Report(backoffs=len(re.findall(r"TryBackoffCpu", log)))
+    for name, kind in re.findall(r"kernel opname:(\w+), kernel type:(\w+?)(?:_kernel)?\b", log):
+        report.kernels.setdefault(INTERFACES.get(kind, kind), Counter())[name] += 1
+    report.peak = max(map(int, re.findall(r"Max peak used memory size is (\d+)", log)), default=0)
+    report.attentions = sum(map(int, re.findall(r"^attentions: (\d+)$", log, re.MULTILINE)))
+    if status:
+        errors = re.findall(r"^(?:\w*Error|Exception): .*$", log, re.MULTILINE)
+        report.refused = errors[-1] if errors else f"status {status}"
+    return report
+
+
+def run_graph(name: str) -> None:
+    """Compile a graph and take it once, in a process whose environment `environment` made."""
+    from dreambooth_ms.ops import MultiHeadAttention
+    from dreambooth_ms.runtime.device import set_up_device
+
+    set_up_device("Ascend", 0)
+    if name == CONTROL:
+        _refused_cell()
+        return
+    attentions = 0
+    for cell, inputs in GRAPHS[name]():
+        attentions += sum(isinstance(one, MultiHeadAttention) for _, one in cell.cells_and_names())
+        cell(*inputs)
+    print(f"attentions: {attentions}", flush=True)
+
+
+def _refused_cell() -> None:
+    import numpy as np
+    from mindspore import Tensor, nn, ops
+
+    class Refused(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cholesky = ops.Cholesky()
+
+        def construct(self, x: Tensor) -> Tensor:
+            return self.cholesky(x)
+
+    Refused()(Tensor(np.eye(4, dtype=np.float32)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line for each graph; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("graphs", nargs="*", metavar="GRAPH", help=f"of {', '.join(GRAPHS)} (default: all)")
+    parser.add_argument("--command", nargs=argparse.REMAINDER, help="a command of dreambooth-ms, with its flags")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.run:
+        run_graph(args.run)
+        return 0
+    if lacking := ascend_stubs.missing_tools():
+        raise SystemExit(f"{', '.join(lacking)}: not found; install g++ and binutils")
+    if args.command:
+        report, said = simulate(["-m", "dreambooth_ms", *args.command, "--device_target", "Ascend"], Path.cwd())
+        print(said)
+        print(report)
+        return 1 if report.refused else 0
+    unknown = set(args.graphs) - GRAPHS.keys()
+    if unknown:
+        parser.error(f"no graph {', '.join(sorted(unknown))}; choose of {', '.join(GRAPHS)}")
+    control, _ = simulate(["-m", "tools.simulate_ascend", "--run", CONTROL])
+    if REFUSED_OF_CONTROL not in control.refused:
+        raise SystemExit(f"the control, which has no Ascend kernel, was not refused ({control}): this shows nothing")
+    failed = False
+    for name in args.graphs or GRAPHS:
+        report, said = simulate(["-m", "tools.simulate_ascend", "--run", name])
+        print(f"{name:16} {report}", flush=True)
+        for kernel, count in sorted(report.kernels.get("acl", Counter()).items()):
+            print(f"    acl: {count} {kernel}: {OLD_INTERFACE.get(kernel, 'NOT EXPLAINED')}", flush=True)
+        failed |= bool(report.refused or report.backoffs or report.unexplained)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
