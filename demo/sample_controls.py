@@ -1,5 +1,7 @@
 """The side of the page to generate on: which networks, and how they sample."""
 
+import os
+import re
 from dataclasses import replace
 
 import streamlit as st
@@ -8,8 +10,9 @@ from demo import session, uploads
 from demo.library import ModelFacts, Shelf, choose, find_refiners
 from demo.messages import ModelChoice, PictureRequest
 from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.errors import UserError
+from dreambooth_ms.errors import ConfigError, UserError
 from dreambooth_ms.models.specs import Family
+from dreambooth_ms.weights.hub import find_adapter
 
 SCHEDULERS: dict[SamplingScheduler, str] = {
     "ddim": "DDIM",
@@ -29,6 +32,7 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
 }
 """As the page calls them; the page takes no models of EDM's formulation, so none of their schedulers."""
 LARGEST_SEED = 2**31 - 1
+_HUB_LORA = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*){1,3}")
 
 
 def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
@@ -63,7 +67,7 @@ def _strength(lora: str) -> float:
 
 def _lora_upload() -> None:
     state = st.session_state
-    with st.popover("Upload a LoRA", icon=":material/upload:", width="stretch"):
+    with st.popover("Add a LoRA", icon=":material/upload:", width="stretch"):
         file = st.file_uploader(
             "LoRA",
             type=uploads.LORA_TYPES,
@@ -75,20 +79,38 @@ def _lora_upload() -> None:
             state.last_lora, state.lora_error = file.file_id, _keep_lora(file.name, file.getvalue())
         if file and state.lora_error:
             session.show_error(state.lora_error)
+        name = st.text_input("Or from the Hugging Face hub", placeholder="owner/name", key="hub_lora").strip()
+        if st.button("Fetch", key="fetch_lora", disabled=not name):
+            with st.spinner(f"Fetching {name}"), session.sentences():
+                _choose_lora(_of_hub(name))
     if "add_lora" in state:
         st.rerun()
 
 
 def _keep_lora(name: str, content: bytes) -> str:
     """Store an uploaded LoRA and choose it; or what is wrong with it."""
-    window = session.window()
     try:
-        path = str(uploads.store_lora(session.upload_folder(), name, content))
+        _choose_lora(str(uploads.store_lora(session.upload_folder(), name, content)))
     except UserError as error:
         return str(error)
+    return ""
+
+
+def _of_hub(name: str) -> str:
+    """The path of an adapter of the hub, fetched if it is not here.
+
+    Raises:
+        UserError: no such name, or the hub does not give it. A path is no name: the page reads its own folders only.
+    """
+    if not _HUB_LORA.fullmatch(name) or os.path.exists(name):
+        raise ConfigError(f"{name}: expected owner/name or owner/name/file of the Hugging Face hub")
+    return str(find_adapter(name))
+
+
+def _choose_lora(path: str) -> None:
+    window = session.window()
     window.loras = sorted({*window.loras, path})
     st.session_state.add_lora = path
-    return ""
 
 
 def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:

@@ -13,7 +13,7 @@ from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from demo import engine as engines
-from demo import model_control, session, training_process
+from demo import model_control, sample_controls, session, training_process
 from demo.processes import REPOSITORY
 from demo.training_plan import name_of
 from demo.training_view import whole_pictures
@@ -262,6 +262,23 @@ def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
     request = gallery(page)[0].request
     assert (request.image.shape, request.strength) == ((64, 64, 3), 0.3)
     assert (request.image[..., 0] > 200).all()
+
+
+def test_a_lora_of_the_hub_is_fetched_and_chosen_and_a_path_is_refused(runs, tmp_path, monkeypatch):
+    fetched = write_run(tmp_path / "hub") / "pytorch_lora_weights.safetensors"
+    asked = []
+    monkeypatch.setattr(sample_controls, "find_adapter", lambda name: asked.append(name) or fetched)
+    page = opened()
+    for name in (str(fetched), "../hub/pytorch_lora_weights.safetensors", "name"):
+        page.text_input("hub_lora").set_value(name).run()
+        page.button("fetch_lora").click().run()
+        assert "expected owner/name" in errors(page)
+    assert not asked
+    page.text_input("hub_lora").set_value("owner/name").run()
+    page.button("fetch_lora").click().run()
+    assert asked == ["owner/name"]
+    assert page.multiselect("sample_loras").value == [str(fetched)]
+    assert not page.exception
 
 
 def test_an_uploaded_lora_is_chosen_and_a_bad_one_told(runs, tmp_path):
