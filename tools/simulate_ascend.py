@@ -33,6 +33,7 @@ OLD_INTERFACE = {
     "AddN": "MindSpore's differentiation writes it where a value is read more than once",
     "Assign": "sets a parameter; the aclnn form makes MindSpore copy parameters",
     "RightShift": "of the hash behind --lora_dropout; there is no aclnn form",
+    "Slice": "takes gradients out of the tensor that processes have summed",
     "TensorMove": "a copy that passes of the backend write",
 }
 """Operations that CANN compiles when they are first used, for each shape, with the reason why they are still there."""

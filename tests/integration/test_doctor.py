@@ -75,7 +75,7 @@ def test_a_check_that_fails_is_a_line_the_others_go_on_and_the_status_is_1(check
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("FAILED  first") and said in lines[0]
     assert lines[1].startswith("ok")
-    assert lines[2] == "1 of the checks failed"
+    assert lines[2] == "1 check failed"
 
 
 def test_it_refuses_to_compute_in_half_precision(capsys):

@@ -229,7 +229,7 @@ class TestMistakes:
         assert process.returncode == 2
         assert [line for line in printed.splitlines() if "error:" in line] == [
             "dreambooth-ms: error: nowhere: no such folder; expected a folder with pictures "
-            "(png, jpg, jpeg, webp, bmp, tif, tiff, gif)"
+            "(png, jpg, jpeg, jfif, jpe, webp, bmp, tif, tiff, gif, avif, heic, heif, hif)"
         ]
 
     def test_several_processes_need_the_flag(self, place):

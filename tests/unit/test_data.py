@@ -109,7 +109,7 @@ class TestWhichPicture:
             run=RunConfig(train_batch_size=2),
             validation=ValidationConfig(validation_prompt="x", validation_epochs=epochs),
         )
-        job = TrainingJob(ALONE, config, None, steps_of_epoch(config, 7), 1000, None)
+        job = TrainingJob(ALONE, config, None, {}, steps_of_epoch(config, 7), 1000, None)
         assert job.validation_interval == interval
 
     @pytest.mark.parametrize(

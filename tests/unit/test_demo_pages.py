@@ -330,12 +330,13 @@ def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_anoth
     page.button("advised").click().run()
     assert page.selectbox("teach_model").value == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert "is not on this machine" in page.info[0].value
-    goes_on = threading.Event()
+    begun, goes_on = threading.Event(), threading.Event()
 
     def find_model(name):
         part = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "blobs" / "1.incomplete"
         part.parent.mkdir(parents=True)
         part.write_bytes(bytes(10_000_000))
+        begun.set()
         goes_on.wait(30)
         if name == "owner/none":
             raise WeightError("no such model")
@@ -344,10 +345,13 @@ def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_anoth
     monkeypatch.setattr(model_control, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(model_control, "find_model", find_model)
     for name in ("owner/none", "owner/one"):
+        begun.clear()
         goes_on.clear()
         page = AppTest.from_function(teach, default_timeout=60)
         page.session_state["teach_model"] = name
         page.run().button(f"fetch {name}").click().run()
+        assert begun.wait(30)
+        page.run()
         assert f"{name}: 0.01 GB are here" in page.info[0].value
         goes_on.set()
         wait_for(lambda name=name: not model_control.downloads()[name].is_alive())

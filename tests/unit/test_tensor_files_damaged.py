@@ -32,10 +32,16 @@ DAMAGED_SAFETENSORS = {
     "header beyond the file": (header_file({}, length=3), "a header of 3 bytes in a file of 10"),
     "header longer than the file": (
         header_file({"a": entry()}, length=10**6),
-        "a header of 1000000 bytes",
+        "a header of 1,000,000 bytes",
     ),
-    "header of 2^63 bytes": (header_file({"a": entry()}, length=1 << 63), "a header of 9223372036854775808 bytes"),
-    "header of 2^64 bytes": (header_file({"a": entry()}, length=(1 << 64) - 1), "a header of 18446744073709551615 by"),
+    "header of 2^63 bytes": (
+        header_file({"a": entry()}, length=1 << 63),
+        "a header of 9,223,372,036,854,775,808 bytes",
+    ),
+    "header of 2^64 bytes": (
+        header_file({"a": entry()}, length=(1 << 64) - 1),
+        "a header of 18,446,744,073,709,551,615 by",
+    ),
     "no JSON": (header_file(b"{"), "no valid JSON"),
     "no UTF-8": (header_file(b'{"\xff": 1}'), "no valid JSON"),
     "nested deeply": (header_file(b'{"a":' * 100_000), "nested too deeply"),

@@ -107,7 +107,7 @@ def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
     In place as far as it goes: beside values of 4 bytes it needs 4 + 2 + 1 bytes per element.
     """
-    bits = values.reshape(-1).view(np.uint32)
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
     rounded += 0x7FFF

@@ -187,4 +187,4 @@ def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
 
 def raw_bytes(values: np.ndarray) -> memoryview:
     """An array's values in row-major order, as files store them."""
-    return values.reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
