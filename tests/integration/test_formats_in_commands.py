@@ -188,7 +188,7 @@ class TestAdapters:
         """Its sizes are its own, so that it is no LoRA for SDXL either."""
         lora = random_lora(SMALL["sdxl"], tmp_path)
         write_lora_as(lora, tmp_path / "lora.safetensors", LoraFormat.KOHYA)
-        with pytest.raises(WeightError, match="does not fit a LoRA of SD 1.x in the naming of kohya .*unexpected"):
+        with pytest.raises(WeightError, match=r"does not fit a LoRA of SD 1.x in the naming of kohya .*unexpected"):
             SamplingModel(opened["diffusers"], [tmp_path / "lora.safetensors"])
 
 
