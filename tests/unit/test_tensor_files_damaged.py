@@ -36,11 +36,11 @@ DAMAGED_SAFETENSORS = {
     ),
     "header of 2^63 bytes": (
         header_file({"a": entry()}, length=1 << 63),
-        "a header of 9,223,372,036,854,775,808 ",
+        "a header of 9,223,372,036,854,775,808 bytes",
     ),
     "header of 2^64 bytes": (
         header_file({"a": entry()}, length=(1 << 64) - 1),
-        "a header of 18,446,744,073,709,551,6",
+        "a header of 18,446,744,073,709,551,615 by",
     ),
     "no JSON": (header_file(b"{"), "no valid JSON"),
     "no UTF-8": (header_file(b'{"\xff": 1}'), "no valid JSON"),
