@@ -77,6 +77,8 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 class CLIPModel(nn.Cell):
     """Both towers, which encode images and texts as unit vectors (B, E) of one space."""
 
+    title = "the CLIP model"
+
     def __init__(self, spec: ClipSpec) -> None:
         super().__init__()
         self.spec = spec

@@ -76,7 +76,7 @@ class CellMethod(CompiledCell):
     def __init__(self, method: Any) -> None:
         super().__init__(auto_prefix=False)
         self.owner, self.method = getattr(method, "__self__", None), method
-        self.title = method.__qualname__
+        self.title = getattr(self.owner, "title", method.__qualname__)
 
     def construct(self, *inputs: Tensor) -> Tensor:
         return self.method(*inputs)

@@ -29,6 +29,8 @@ ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", 
 class AutoencoderKL(nn.Cell):
     """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, h, w), unscaled; or only one of the two directions."""
 
+    title = "the autoencoder"
+
     def __init__(self, spec: VaeSpec, encodes: bool = True, decodes: bool = True) -> None:
         super().__init__()
         self.spec = spec
