@@ -77,7 +77,7 @@ def _progress_text(job: Job) -> str:
         return "Ending after this step"
     if job.state == "waiting":
         ahead = session.engine().ahead(job)
-        return f"Waiting: {ahead} request{'s' if ahead != 1 else ''} before this one"
+        return f"Waiting: {count_of(ahead, 'request')} before this one"
     if job.phase or not job.step:
         return job.phase or "Starting"
     step, request = job.step, job.request

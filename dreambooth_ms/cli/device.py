@@ -9,6 +9,7 @@ import mindspore as ms
 from dreambooth_ms.cli.compilation import show_compilation
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.shared import DeviceConfig
+from dreambooth_ms.errors import count_of
 from dreambooth_ms.runtime.ascend import find_ascend
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
 from dreambooth_ms.runtime.device import Formulation, compute_dtype, formulation, set_up_device, settled_precision
@@ -37,7 +38,6 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
 
 def described(settled: DeviceConfig) -> str:
     """On what is computed and in which precision, in words."""
-    cores = os.cpu_count() or 1
-    cpu = f"the CPU ({cores} core{'s' if cores > 1 else ''})"
+    cpu = f"the CPU ({count_of(os.cpu_count() or 1, 'core')})"
     where = cpu if formulation() is Formulation.CPU else f"Ascend {ms.hal.get_device_name(0)}"
     return f"on {where}, in {str(compute_dtype(settled.mixed_precision)).lower()}"
