@@ -2,6 +2,7 @@
 
 import os
 
+import mindspore as ms
 import pytest
 import torch
 
@@ -23,9 +24,15 @@ def device(tmp_path_factory):
     set_up_device("CPU", 0)
 
 
+@pytest.fixture(autouse=True)
+def graph_mode(device):
+    """What a command in this process left, such as by `--ms_mode 1`, is not the next test's."""
+    yield
+    if ms.get_context("mode") != ms.GRAPH_MODE:
+        set_up_device("CPU", 0)
+
+
 @pytest.fixture
 def pynative(device):
     """PyNative (`--ms_mode 1`) for one test."""
     set_up_device("CPU", 1)
-    yield
-    set_up_device("CPU", 0)

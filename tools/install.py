@@ -74,9 +74,10 @@ def install(arguments):
     reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
     reader.start()
     try:
-        shown = 0
-        while reader.is_alive():
+        shown, reads = 0, True
+        while reads:
             reader.join(timeout=0.5)
+            reads = reader.is_alive()
             shown = show(said, shown, time.monotonic() - begun)
     except KeyboardInterrupt:
         process.kill()

@@ -1,10 +1,14 @@
 """A compiled cell that is called again runs the right graph, with what its parameters hold by then."""
 
+import gc
+import weakref
+
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.runtime.compile_cache import use_compile_cache
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
@@ -84,3 +88,23 @@ def test_without_graph_mode_it_is_computed_operation_by_operation(cell):
     finally:
         ms.set_context(mode=ms.GRAPH_MODE)
     assert cell.asked == 1
+
+
+class Owner(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(2, 3)
+
+    def twice(self, x, y):
+        return self.dense(x) + self.dense(y)
+
+
+def test_a_compiled_method_of_a_network_does_not_keep_the_network():
+    """An autoencoder that pictures were encoded with is no longer in memory while a UNet is trained."""
+    owner = Owner()
+    with use_compile_cache(None):
+        CellMethod(owner.twice)(tensor(4, 2), tensor(4, 2))
+    alive = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert alive() is None
