@@ -75,7 +75,7 @@ class CellMethod(CompiledCell):
 
     def __init__(self, method: Any) -> None:
         super().__init__(auto_prefix=False)
-        # By its name: a compiled graph that calls a bound method with *inputs is never freed, nor is its cell (measured).
+        # By its name: a compiled graph that calls a bound method with *inputs is never freed (measured).
         self.owner, self.method = method.__self__, method.__name__
         self.title = getattr(self.owner, "title", method.__qualname__)
 
