@@ -366,19 +366,22 @@ def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, st
 @pytest.fixture(scope="module")
 def training_of(tmp_path_factory):
     """What is trained -> the training; each is built once."""
-    paths = {
-        kind: write_random_model(tmp_path_factory.mktemp(kind), prediction_type=kind, sd2=sd2)
-        for kind, sd2 in (("epsilon", False), ("v_prediction", True))
-    }
-    paths["sdxl"] = write_random_sdxl(tmp_path_factory.mktemp("sdxl"))
-    return cache(lambda trained: Training(paths["sdxl" if trained.sdxl else trained.kind], trained))
+
+    @cache
+    def path(kind, levels):
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "sdxl":
+            return write_random_sdxl(folder, levels=levels)
+        return write_random_model(folder, prediction_type=kind, sd2=kind == "v_prediction", levels=levels)
+
+    return cache(lambda trained, levels=2: Training(path("sdxl" if trained.sdxl else trained.kind, levels), trained))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def compared(request, training_of):
     """Our run and torch's, which has all rows of a step in one batch."""
     case = request.param
-    training = training_of(case.trained)
+    training = training_of(case.trained, levels_of(case))
     compiled_before = compilations(training, case)
     ours = training.run(training.batches(case))
     compiled = compilations(training, case) - compiled_before
@@ -392,6 +395,11 @@ def compared(request, training_of):
         batches=batches,
         reference=run_reference(training, batches, case),
     )
+
+
+def levels_of(case):
+    """Of the UNet: both for the first case of what is trained; the others are there for their rows."""
+    return 2 if case is next(one for one in CASES if one.trained == case.trained) else 1
 
 
 def in_one_batch(case):
@@ -482,7 +490,7 @@ def test_five_steps_of_one_shape_are_compiled_once(compared):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.batches_per_step > 1], ids=str)
 def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
-    training = training_of(case.trained)
+    training = training_of(case.trained, levels_of(case))
     several, one = (training.run(training.batches(form)) for form in (case, in_one_batch(case)))
     for ours, expected in zip(several.reports, one.reports, strict=True):
         assert ours.loss == pytest.approx(expected.loss, rel=LOSS)
@@ -602,7 +610,7 @@ def clean_latents(generators):
 
 def test_an_objective_is_one_function(training_of):
     """The step that predicts noise takes it as it is: its loss is that of diffusers' network on such rows."""
-    case, training = Case(LORA, 2, False), training_of(LORA)
+    case, training = Case(LORA, 2, False), training_of(LORA, 1)
     batches = replace(training.batches(case), objective=clean_latents)
     report = training.run(batches).reports[0]
     batch, drawn = batches(0), replace(batches, objective=as_drawn(clean_latents))(0)
