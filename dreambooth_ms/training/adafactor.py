@@ -5,7 +5,6 @@ A convolution is the matrix of its output channels, a vector one row; for that t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
@@ -18,15 +17,6 @@ CLIP = 1.0
 """The largest root mean square of an update before the learning rate."""
 DECAY_POWER = -0.8
 """The second moments of step t keep 1 - t^power of themselves."""
-
-
-@dataclass(frozen=True)
-class AdafactorHyperparameters:
-    """Of the paper, but for the scale, which is off because learning rates are meant as those of AdamW."""
-
-    weight_decay: float = 1e-2
-    scale_parameter: bool = False
-    """Whether the learning rate of a parameter is times its root mean square."""
 
 
 class Adafactor(Optimiser):

@@ -30,7 +30,7 @@ from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.methods import METHODS
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.roles import CLIP_TARGETS
@@ -44,7 +44,7 @@ ALL_TARGETS = [*TARGETS, "proj", "net.2", "time_emb_proj", "proj_in", "proj_out"
 LATENTS, TEXT, SDXL_TEXT_SHAPE, SCALING_FACTOR = (4, 8, 12), (7, 24), (7, 24 + 16), 0.5
 STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.005, 0.7
 TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR, GAMMA = 0.3, 0.1, 1.5
-HYPERPARAMETERS = AdamWHyperparameters()
+HYPERPARAMETERS = Hyperparameters()
 
 # Float32 sums in another order, through the network's thirty layers: measured 1.3e-7.
 LOSS = 1e-5

@@ -35,7 +35,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers
 from dreambooth_ms.training.loop import concept_means, train
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.parity.reference import as_drawn, normal
 from tools import bench_data
@@ -290,7 +290,7 @@ def test_a_step_of_three_concepts_with_prompts_of_their_own_and_no_squares(pynat
     trainables = lora_trainables(layers)
     prediction = unet(*map(Tensor, batch.inputs.values())).asnumpy()
     errors = np.square(prediction - batch.target).mean((1, 2, 3))
-    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, AdamWHyperparameters()), 1.0)
+    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, Hyperparameters()), 1.0)
     train(step, make, 1, lambda update: 1e-3, range(1), [reports.append])
     (report,) = reports
     # Float32 sums in another order.
