@@ -519,7 +519,7 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         batch, drawn = make_batch(step), make_drawn(step)
         assert batch.concepts == (INSTANCE,) * batch_size + (CLASS,) * batch_size
         assert {len(field) for field in (batch.target, batch.weight, *batch.inputs.values())} == {2 * batch_size}
-        for row, (of, _, view) in enumerate(plan.rows(step).rows):
+        for row, (of, _, view) in enumerate(plan.rows(step)):
             number = known.index(view.record)
             read = {name: rows[row] for name, rows in batch.inputs.items()}
             latents = drawn.inputs["sample"][row]
@@ -578,7 +578,7 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
     loss_cell = DiffusionLoss(Readout())
     for step in range(3):
         drawn, expected = make_drawn(step), 0.0
-        for row, (of, _, view) in enumerate(plan.rows(step).rows):
+        for row, (of, _, view) in enumerate(plan.rows(step)):
             (text, pooled), (width, height) = texts[view.record], view.record.size
             latents, noise = drawn.inputs["sample"][row], drawn.target[row]
             timestep = int(drawn.inputs["timestep"][row])
