@@ -46,7 +46,7 @@ def training_sdxl() -> list[Graph]:
     return [
         (step._add_gradients, (Tensor(True), *batch.tensors())),
         (step._update, ()),
-        (MovingAverage(trainables, 0.9)._update, (toy_networks.normal("share"),)),
+        (MovingAverage(trainables, 0.9), (toy_networks.normal("share"),)),
     ]
 
 

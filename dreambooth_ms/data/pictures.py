@@ -3,6 +3,7 @@
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 from dreambooth_ms.atomic import file_digest
 from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.errors import DataError, near
+from dreambooth_ms.formats.naming.report import show_names
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
@@ -114,9 +116,7 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     if not pictures:
         held = f"{len(entries)} found: {_names(entries)}" if entries else "it is empty"
         raise DataError(f"{folder}: no picture in it, {held}; {wanted}")
-    stems = {path.stem for path in pictures}
-    skipped: list[Path] = []
-    captions: list[Path] = []
+    stems, captions, skipped = {path.stem for path in pictures}, list[Path](), list[Path]()
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
         is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems
         (captions if is_caption or path.name in CAPTION_FILES else skipped).append(path)
@@ -138,9 +138,8 @@ def listed(paths: Sequence[Path], what: str) -> list[str]:
     return [f"{paths[0].parent}: {what}, {len(paths)} found: {_names(paths)}"] if paths else []
 
 
-def _names(paths: Sequence[Path], limit: int = 5) -> str:
-    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
-    return ", ".join(repr(path.name)[1:-1] for path in paths[:limit]) + more
+def _names(paths: Sequence[Path]) -> str:
+    return show_names([repr(path.name)[1:-1] for path in paths], at_most=5)
 
 
 def open_picture(path: str | Path, background: str = "white") -> Image.Image:
@@ -263,9 +262,10 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
-def digest(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
+def digest(path: str | Path, reading: Sequence[str] = ()) -> str:
+    """SHA-256 of the file's bytes and of what else decides its pixels (`Opened.reading`), in hexadecimal."""
     try:
-        return file_digest(Path(path))
+        own = file_digest(Path(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return hashlib.sha256(" ".join((own, *reading)).encode()).hexdigest() if reading else own

@@ -1,6 +1,5 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ def read_concept(
     for path in found.pictures[:at_most]:
         try:
             opened = read_picture(path, background)
-            sha256, (width, height) = _content_digest(path, opened.reading), opened.picture.size
+            sha256, (width, height) = digest(path, opened.reading), opened.picture.size
             if min(width, height) < MIN_SIDE:
                 raise DataError(
                     f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
@@ -75,8 +74,3 @@ def read_concept(
     for line in (*found.remarks, *(line for note, paths in noted.items() for line in listed(paths, note))):
         tell(line)
     return Concept(name, tuple(records), weight)
-
-
-def _content_digest(path: Path, reading: tuple[str, ...]) -> str:
-    own = digest(path)
-    return hashlib.sha256(" ".join((own, *reading)).encode()).hexdigest() if reading else own
