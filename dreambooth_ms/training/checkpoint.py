@@ -73,7 +73,8 @@ def save_checkpoint(
     before = target.with_name(target.name + REPLACED)
     remove_leftovers(folder)
     with new_folder(target, "free some space and resume") as partial:
-        write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
+        # In one order, so that it is the same file however the state is shared out among processes.
+        write_tensors(partial / STATE, {one.name: one.asnumpy() for one in sorted(state, key=lambda one: one.name)})
         write_results(partial, step)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
