@@ -31,9 +31,6 @@ class Adafactor(Optimiser):
             for axis, role in enumerate(("rows", "columns"))
         )
 
-    def moments(self) -> list[Parameter]:
-        return [*self.rows, *self.columns]
-
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """Learning rate, and the share of the update number `step`, counted from 1, in the second moments."""
         return {"learning_rate": learning_rate, "share": float(step) ** DECAY_POWER}

@@ -12,7 +12,7 @@ reference is a CUDA library; this is plain operations of MindSpore, with two dif
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.ops import look_up
 from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
@@ -69,10 +69,6 @@ class _Vector(FlatVector):
         self.beta1, self.beta2 = float(np.float32(h.beta1)), float(np.float32(h.beta2))
         self.first_moment = Quantised(self.length, True, f"first_moment_{number}")
         self.second_root = Quantised(self.length, False, f"second_moment_root_{number}")
-
-    def state(self) -> list[Parameter]:
-        first, second = self.first_moment, self.second_root
-        return [first.codes, first.scales, second.codes, second.scales]
 
     def construct(
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, numbers: tuple[Tensor, ...]

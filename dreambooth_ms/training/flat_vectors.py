@@ -22,10 +22,7 @@ MOST_VECTORS = 128
 
 
 class FlatVector(nn.Cell):
-    """Parameters start … stop - 1 of an optimiser as one vector (N,). Each begins at a multiple of `block`.
-
-    `state()` of a kind of vector is what a resumed run needs beside the parameters.
-    """
+    """Parameters start … stop - 1 of an optimiser as one vector (N,). Each begins at a multiple of `block`."""
 
     def __init__(self, optimiser: Optimiser, start: int, stop: int, block: int = 1) -> None:
         super().__init__(auto_prefix=False)
@@ -73,9 +70,6 @@ class VectorOptimiser(Optimiser):
         slices = group_by_length(parameters, list(zip(self.rate_factors, self.decay_factors, strict=True)))
         vectors = [type(self).kind(self, *bounds, number) for number, bounds in enumerate(slices)]
         self.vectors = nn.CellList(vectors, auto_prefix=False)
-
-    def moments(self) -> list[Parameter]:
-        return [moment for vector in self.vectors for moment in vector.state()]
 
 
 _map = ops.HyperMap()

@@ -60,8 +60,9 @@ class Optimiser(nn.Cell):
         raise NotImplementedError
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
-        raise NotImplementedError
+        """The state that a resumed run needs: what the cell holds beside the parameters and the numbers of a step."""
+        others = {id(one) for one in (*self.parameters, *(getattr(self, name) for name in self.numbers(1, 0.0)))}
+        return [one for one in self.get_parameters() if id(one) not in others]
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """What changes from step to step, for the update counted from 1; each is a float32 parameter of its name."""
@@ -85,9 +86,6 @@ class AdamW(Optimiser):
         self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
         self.beta1, self.beta2 = self.hyperparameters.beta1, self.hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
-
-    def moments(self) -> list[Parameter]:
-        return [*self.first_moments, *self.second_moments]
 
     def numbers(self: Optimiser, step: int, learning_rate: float) -> dict[str, float]:
         """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""

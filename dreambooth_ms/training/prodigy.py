@@ -32,9 +32,6 @@ class _Vector(FlatVector):
         self.second_moment = state(f"second_moment_{number}", zeros)
         self.gradient_sum = state(f"prodigy_gradient_sum_{number}", zeros)
 
-    def state(self) -> list[Parameter]:
-        return [self.first_values, self.first_moment, self.second_moment, self.gradient_sum]
-
     def gather(
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -80,9 +77,6 @@ class Prodigy(VectorOptimiser):
         super().make_moments(parameters)
         self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
         self.numerator = state("prodigy_numerator", np.float32(0))
-
-    def moments(self) -> list[Parameter]:
-        return [*super().moments(), self.estimate, self.numerator]
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
