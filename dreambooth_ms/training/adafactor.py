@@ -27,7 +27,7 @@ class Adafactor(Optimiser):
         self.decays = tuple(factor * self.hyperparameters.weight_decay for factor in self.decay_factors)
         sides = [(p.shape[0], p.size // p.shape[0]) if p.ndim > 1 else (1, p.size) for p in parameters]
         self.rows, self.columns = (
-            ParameterTuple([zeros_like(p, role, (of[axis],)) for p, of in zip(parameters, sides, strict=True)])
+            ParameterTuple([zeros_like(p, role, of[axis]) for p, of in zip(parameters, sides, strict=True)])
             for axis, role in enumerate(("rows", "columns"))
         )
 

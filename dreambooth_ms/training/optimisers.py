@@ -135,9 +135,9 @@ def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Te
     return ops.assign(parameter, value_if(proceed, value, parameter))
 
 
-def zeros_like(parameter: Parameter, role: str, shape: tuple[int, ...] | None = None) -> Parameter:
-    """Zeros, of its shape unless there is another, that stand beside a parameter, such as a moment of its gradients."""
-    return state(f"{role}.{parameter.name}", np.zeros(parameter.shape if shape is None else shape, np.float32))
+def zeros_like(parameter: Parameter, role: str, length: int | None = None) -> Parameter:
+    """Zeros that stand beside a parameter, such as a moment of its gradients: of its shape, or a vector of a length."""
+    return state(f"{role}.{parameter.name}", np.zeros(length or parameter.shape, np.float32))
 
 
 def state(name: str, value: np.ndarray | np.generic) -> Parameter:
