@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, listed, read_picture
+from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
@@ -71,6 +71,6 @@ def read_concept(
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    for line in (*found.remarks, *(line for note, paths in noted.items() for line in listed(paths, note))):
+    for line in told(found.notes | noted):
         tell(line)
     return Concept(name, tuple(records), weight)
