@@ -64,7 +64,7 @@ def group_by_length(parameters: Sequence[Parameter], kinds: Sequence[object]) ->
 class VectorOptimiser(Optimiser):
     """An optimiser whose parameters and state are in vectors of a kind: (optimiser, start, stop, number) -> vector."""
 
-    kind: Callable[[Optimiser, int, int, int], FlatVector]
+    kind: Callable[..., FlatVector]
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
         slices = group_by_length(parameters, list(zip(self.rate_factors, self.decay_factors, strict=True)))
