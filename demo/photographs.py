@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture
+from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture, told
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import INSTANCE, Concept, Record
 from dreambooth_ms.errors import DataError
@@ -73,7 +73,7 @@ def look_at(folder: Path, resolution: int, center_crop: bool, seed: int) -> Look
         if twin != path.name:
             problems.append(f"the same picture as {twin}: it will count twice")
         photographs.append(Photograph(path, image.size, _thumbnail(image, frames[path]), tuple(problems), usable=True))
-    return Look(tuple(photographs), tuple(_remarks(len(records), found.remarks)))
+    return Look(tuple(photographs), tuple(_remarks(len(records), told(found.notes))))
 
 
 def first_frames(records: Sequence[Record], resolution: int, center_crop: bool, seed: int) -> dict[Path, Frame]:

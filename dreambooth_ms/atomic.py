@@ -81,7 +81,7 @@ def check_free(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, advice: str = "choose another place") -> Iterator[Path]:
     """A folder to write into, which takes its name when all of it is written; on any error nothing is left.
 
     Raises:
@@ -96,7 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             partial.replace(path)
             sync(path.parent)
     except OSError as error:
-        raise WeightError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise WeightError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
 
 
 def _nearest_that_exists(folder: Path) -> Path:

@@ -29,13 +29,13 @@ def training_sdxl() -> list[Graph]:
     from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
     trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
-    optimiser = AdamW(trainables, AdamWHyperparameters())
+    optimiser = AdamW(trainables, Hyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
     batch = toy_networks.batch(
@@ -46,7 +46,7 @@ def training_sdxl() -> list[Graph]:
     return [
         (step._add_gradients, (Tensor(True), *batch.tensors())),
         (step._update, ()),
-        (MovingAverage(trainables, 0.9)._update, (toy_networks.normal("share"),)),
+        (MovingAverage(trainables, 0.9), (toy_networks.normal("share"),)),
     ]
 
 
@@ -58,12 +58,12 @@ def training_sd() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
-    optimiser = AdamW(trainables, AdamWHyperparameters())
+    optimiser = AdamW(trainables, Hyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0)
     return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
@@ -76,7 +76,7 @@ def recomputing() -> list[Graph]:
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
     from dreambooth_ms.weights.roles import CLIP_TARGETS
 
@@ -84,7 +84,7 @@ def recomputing() -> list[Graph]:
     layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
     layers += [inject_lora(network, 2, 2.0, CLIP_TARGETS) for network in encoders.networks().values()]
     trainables = [parameter for adapted in layers for parameter in lora_trainables(adapted)]
-    optimiser = AdamW(trainables, AdamWHyperparameters())
+    optimiser = AdamW(trainables, Hyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0, recomputed=Segments(unet, encoders))
     return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
@@ -102,10 +102,10 @@ def optimisers() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.processes.group import Processes
     from dreambooth_ms.runtime.collective import SumOverProcesses
-    from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+    from dreambooth_ms.training.adafactor import Adafactor
     from dreambooth_ms.training.adamw_8bit import AdamW8bit
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
-    from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
+    from dreambooth_ms.training.prodigy import Prodigy
     from dreambooth_ms.training.sharding import ShardedOptimiser
 
     shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
@@ -113,12 +113,12 @@ def optimisers() -> list[Graph]:
     decays = [1.0, 0.5, 0.5]
 
     def of_part(start: int, stop: int) -> Optimiser:
-        return AdamW(trainables[start:stop], AdamWHyperparameters())
+        return AdamW(trainables[start:stop], Hyperparameters())
 
     whole: list[Optimiser] = [
-        AdamW8bit(trainables, AdamWHyperparameters(), decay_factors=decays),
-        Adafactor(trainables, AdafactorHyperparameters(scale_parameter=True), decay_factors=decays),
-        Prodigy(trainables, ProdigyHyperparameters(), decay_factors=decays),
+        AdamW8bit(trainables, Hyperparameters(), decay_factors=decays),
+        Adafactor(trainables, Hyperparameters(scale_parameter=True), decay_factors=decays),
+        Prodigy(trainables, Hyperparameters(), decay_factors=decays),
     ]
     # What MindSpore asks of its collective library, which does not run here; the graph is that of the first process.
     with mock.patch("mindspore.ops.operations.comm_ops.get_group_size", return_value=2):

@@ -186,7 +186,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.loss_scaling import LossScaler
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, Optimiser
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
     from dreambooth_ms.training.sharding import ShardedOptimiser
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
@@ -202,7 +202,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     scaler = LossScaler(LossScalingConfig()) if job.mixed_precision == "fp16" else None
 
     def make_optimiser(start: int = 0, stop: int | None = None) -> Optimiser:
-        return AdamW(trainables[start:stop], AdamWHyperparameters(weight_decay=WEIGHT_DECAY))
+        return AdamW(trainables[start:stop], Hyperparameters(weight_decay=WEIGHT_DECAY))
 
     optimiser = ShardedOptimiser(trainables, make_optimiser, processes) if job.zero_stage else make_optimiser()
     schedule = NoiseSchedule.from_spec(NoiseScheduleSpec())

@@ -57,7 +57,7 @@ from dreambooth_ms.processes.group import ALONE, Processes, run_in_group  # noqa
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch  # noqa: E402
 from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters  # noqa: E402
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
@@ -206,7 +206,7 @@ def fit(
     schedule, state_file = SCHEDULES[stage], WORK / f"{stage}.state.safetensors"
     named = public_parameters(network)
     trainables = [public.parameter for name, public in named.items() if name.startswith(prefixes)]
-    optimiser = AdamW(trainables, AdamWHyperparameters(beta2=0.99, weight_decay=1e-3))
+    optimiser = AdamW(trainables, Hyperparameters(beta2=0.99, weight_decay=1e-3))
     sum_gradients = SumOverProcesses() if PROCESSES.count > 1 else None
     step_cell = TrainStep(loss_cell, trainables, optimiser, 1.0, sum_gradients)
     state = [*trainables, *optimiser.first_moments, *optimiser.second_moments]

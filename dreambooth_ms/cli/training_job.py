@@ -8,7 +8,6 @@ from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.checkpoint import Checkpoint
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
-from dreambooth_ms.training.run_folder import seed_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -36,7 +35,8 @@ class TrainingJob:
     @property
     def seed(self) -> int:
         """Names all random draws of the run."""
-        return seed_of(self.config)
+        assert self.config.run.seed is not None, "agree_on_config comes first"
+        return self.config.run.seed
 
     @property
     def size(self) -> Size:

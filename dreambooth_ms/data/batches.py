@@ -74,7 +74,7 @@ class BatchMaker:
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
-        rows, seed = self.plan.rows(number).rows, self.plan.seed
+        rows, seed = self.plan.rows(number), self.plan.seed
         latents, noise, generators = [], [], []
         for concept, row, view in rows:
             mean, log_variance = self.posteriors(view)

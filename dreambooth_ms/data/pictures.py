@@ -3,13 +3,14 @@
 Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
 """
 
+import hashlib
 import io
 import os
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 from dreambooth_ms.atomic import file_digest
 from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.errors import DataError, near
+from dreambooth_ms.formats.naming.report import show_names
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
@@ -28,6 +30,8 @@ SUFFIXES = (
 )  # fmt: skip
 CAPTION_SUFFIXES, CAPTION_FILES = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
 """Where other programs look for the captions of the pictures beside: under a picture's name, and for all of them."""
+SKIPPED = "skipped what is not a picture"
+CAPTIONS = "captions are not read, all pictures have one prompt"
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -50,21 +54,13 @@ _UNREADABLE = (
 """What Pillow's decoders raise on damaged files."""
 
 
-@dataclass(frozen=True)
-class PictureFolder:
-    """What a folder holds: pictures in natural order (2 before 10), captions of them, and everything else."""
+class PictureFolder(NamedTuple):
+    """What a folder holds."""
 
-    pictures: tuple[Path, ...]
-    skipped: tuple[Path, ...]
-    captions: tuple[Path, ...] = ()
-
-    @property
-    def remarks(self) -> list[str]:
-        """Lines to print about what is not used of it."""
-        return [
-            *listed(self.skipped, "skipped what is not a picture"),
-            *listed(self.captions, "captions are not read, all pictures have one prompt"),
-        ]
+    pictures: list[Path]
+    """In natural order (2 before 10)."""
+    notes: dict[str, list[Path]]
+    """What the user should know of some of the rest, for `told`."""
 
 
 class Opened(NamedTuple):
@@ -110,17 +106,15 @@ def find_pictures(folder: str | Path) -> PictureFolder:
         entries = sorted(folder.iterdir(), key=_natural_order)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); {wanted}") from error
-    pictures = tuple(path for path in entries if looks_like_a_picture(path))
+    pictures = [path for path in entries if looks_like_a_picture(path)]
     if not pictures:
         held = f"{len(entries)} found: {_names(entries)}" if entries else "it is empty"
         raise DataError(f"{folder}: no picture in it, {held}; {wanted}")
-    stems = {path.stem for path in pictures}
-    skipped: list[Path] = []
-    captions: list[Path] = []
+    stems, notes = {path.stem for path in pictures}, {SKIPPED: list[Path](), CAPTIONS: list[Path]()}
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
         is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems
-        (captions if is_caption or path.name in CAPTION_FILES else skipped).append(path)
-    return PictureFolder(pictures, tuple(skipped), tuple(captions))
+        notes[CAPTIONS if is_caption or path.name in CAPTION_FILES else SKIPPED].append(path)
+    return PictureFolder(pictures, notes)
 
 
 def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
@@ -133,14 +127,13 @@ def looks_like_a_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def listed(paths: Sequence[Path], what: str) -> list[str]:
-    """A line to print about some entries of a folder; none if there are none."""
-    return [f"{paths[0].parent}: {what}, {len(paths)} found: {_names(paths)}"] if paths else []
+def told(notes: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line to print for each note on entries of a folder that holds of any."""
+    return [f"{of[0].parent}: {note}, {len(of)} found: {_names(of)}" for note, of in notes.items() if of]
 
 
-def _names(paths: Sequence[Path], limit: int = 5) -> str:
-    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
-    return ", ".join(repr(path.name)[1:-1] for path in paths[:limit]) + more
+def _names(paths: Sequence[Path]) -> str:
+    return show_names([repr(path.name)[1:-1] for path in paths], at_most=5)
 
 
 def open_picture(path: str | Path, background: str = "white") -> Image.Image:
@@ -263,9 +256,10 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
-def digest(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal."""
+def digest(path: str | Path, reading: Sequence[str] = ()) -> str:
+    """SHA-256 of the file's bytes and of what else decides its pixels (`Opened.reading`), in hexadecimal."""
     try:
-        return file_digest(Path(path))
+        own = file_digest(Path(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return hashlib.sha256(" ".join((own, *reading)).encode()).hexdigest() if reading else own

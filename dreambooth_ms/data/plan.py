@@ -36,19 +36,6 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepRows:
-    """Rows of one step, all of one size."""
-
-    size: Size
-    rows: tuple[Row, ...]
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        """What the rows see."""
-        return tuple(row.view for row in self.rows)
-
-
-@dataclass(frozen=True)
 class Framing:
     """How pictures become crops."""
 
@@ -82,19 +69,16 @@ class Plan:
         sizes = self.framing.sizes
         return sizes[generator(self.seed, "size", step).integers(len(sizes))] if len(sizes) > 1 else sizes[0]
 
-    def rows(self, batch: int) -> StepRows:
+    def rows(self, batch: int) -> list[Row]:
         """The rows of a batch, counted from 0 over the run."""
         size = self.size_of_step(batch // self.batches_per_step)
         numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-        rows = (
-            Row(concept, number, self._view(concept, number, size)) for concept in self.concepts for number in numbers
-        )
-        return StepRows(size, tuple(rows))
+        return [Row(one, number, self._view(one, number, size)) for one in self.concepts for number in numbers]
 
     def views(self, first_batch: int, stop_batch: int) -> tuple[View, ...]:
         """All distinct views of these batches, in the order of their first use."""
         batches = range(first_batch, stop_batch)
-        return tuple(dict.fromkeys(view for batch in batches for view in self.rows(batch).views))
+        return tuple(dict.fromkeys(row.view for batch in batches for row in self.rows(batch)))
 
     def _view(self, concept: Concept, number: int, size: Size) -> View:
         name, framing = concept.name, self.framing

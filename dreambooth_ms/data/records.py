@@ -1,11 +1,10 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, listed, read_picture
+from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
@@ -60,7 +59,7 @@ def read_concept(
     for path in found.pictures[:at_most]:
         try:
             opened = read_picture(path, background)
-            sha256, (width, height) = _content_digest(path, opened.reading), opened.picture.size
+            sha256, (width, height) = digest(path, opened.reading), opened.picture.size
             if min(width, height) < MIN_SIDE:
                 raise DataError(
                     f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
@@ -72,11 +71,6 @@ def read_concept(
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
-    for line in (*found.remarks, *(line for note, paths in noted.items() for line in listed(paths, note))):
+    for line in told(found.notes | noted):
         tell(line)
     return Concept(name, tuple(records), weight)
-
-
-def _content_digest(path: Path, reading: tuple[str, ...]) -> str:
-    own = digest(path)
-    return hashlib.sha256(" ".join((own, *reading)).encode()).hexdigest() if reading else own

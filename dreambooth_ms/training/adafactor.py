@@ -5,7 +5,6 @@ A convolution is the matrix of its output channels, a vector one row; for that t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from mindspore import Parameter, ParameterTuple, Tensor, ops
 
@@ -20,15 +19,6 @@ DECAY_POWER = -0.8
 """The second moments of step t keep 1 - t^power of themselves."""
 
 
-@dataclass(frozen=True)
-class AdafactorHyperparameters:
-    """Of the paper, but for the scale, which is off because learning rates are meant as those of AdamW."""
-
-    weight_decay: float = 1e-2
-    scale_parameter: bool = False
-    """Whether the learning rate of a parameter is times its root mean square."""
-
-
 class Adafactor(Optimiser):
     """Parameters and the factors of their second moments."""
 
@@ -37,12 +27,9 @@ class Adafactor(Optimiser):
         self.decays = tuple(factor * self.hyperparameters.weight_decay for factor in self.decay_factors)
         sides = [(p.shape[0], p.size // p.shape[0]) if p.ndim > 1 else (1, p.size) for p in parameters]
         self.rows, self.columns = (
-            ParameterTuple([zeros_like(p, role, (of[axis],)) for p, of in zip(parameters, sides, strict=True)])
+            ParameterTuple([zeros_like(p, role, of[axis]) for p, of in zip(parameters, sides, strict=True)])
             for axis, role in enumerate(("rows", "columns"))
         )
-
-    def moments(self) -> list[Parameter]:
-        return [*self.rows, *self.columns]
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """Learning rate, and the share of the update number `step`, counted from 1, in the second moments."""

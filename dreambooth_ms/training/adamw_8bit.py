@@ -10,15 +10,13 @@ reference is a CUDA library; this is plain operations of MindSpore, with two dif
 - Blocks are of 128 numbers, so that the small matrices of a LoRA fill them.
 """
 
-from collections.abc import Sequence
-
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.ops import look_up
 from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters, assign_if, state
+from dreambooth_ms.training.optimisers import AdamW, Optimiser, assign_if, state, value_if
 
 BLOCK = 128
 DECADES = 7
@@ -63,53 +61,40 @@ class Quantised(nn.Cell):
         return assign_if(proceed, self.codes, codes.astype(ms.uint8)), assign_if(proceed, self.scales, scales)
 
 
-class AdamW8bit(VectorOptimiser):
-    """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
-
-    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
-        return _Vector(number, parameters, self.hyperparameters, rate, decay)
-
-    numbers = AdamW.numbers
-
-    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
-        numbers = self.learning_rate, self.epsilon, self.weight_decay
-        done = numbers[0]
-        for number, vector in enumerate(self.vectors):
-            start, stop = self.slices[number]
-            done = vector(gradients[start:stop], proceed, done, numbers)
-        return done
-
-
-class _Vector(nn.Cell):
-    def __init__(
-        self, number: int, parameters: Sequence[Parameter], h: AdamWHyperparameters, rate_factor: float, decay: float
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.vector = FlatVector(parameters, BLOCK)
-        self.rate_factor, self.decay_factor = rate_factor, decay
+class _Vector(FlatVector):
+    def __init__(self, optimiser: Optimiser, start: int, stop: int, number: int) -> None:
+        super().__init__(optimiser, start, stop, BLOCK)
+        h = optimiser.hyperparameters
         # The betas of AdamW's kernel are float32.
         self.beta1, self.beta2 = float(np.float32(h.beta1)), float(np.float32(h.beta2))
-        self.first_moment = Quantised(self.vector.length, True, f"first_moment_{number}")
-        self.second_root = Quantised(self.vector.length, False, f"second_moment_root_{number}")
-
-    def state(self) -> list[Parameter]:
-        first, second = self.first_moment, self.second_root
-        return [first.codes, first.scales, second.codes, second.scales]
+        self.first_moment = Quantised(self.length, True, f"first_moment_{number}")
+        self.second_root = Quantised(self.length, False, f"second_moment_root_{number}")
 
     def construct(
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, numbers: tuple[Tensor, ...]
     ) -> Tensor:
         learning_rate, epsilon, weight_decay = numbers
-        gradient = ops.reshape(self.vector(gradients, earlier), (-1, BLOCK))
-        value = ops.reshape(self.vector.read(earlier), (-1, BLOCK))
+        gradient, value = self.read(gradients, earlier)
+        gradient, value = ops.reshape(gradient, (-1, BLOCK)), ops.reshape(value, (-1, BLOCK))
         first = self.first_moment.read(earlier) * self.beta1 + gradient * (1 - self.beta1)
         root = self.second_root.read(earlier)
         root = ops.sqrt(root * root * self.beta2 + gradient * gradient * (1 - self.beta2))
         change = first / (root + epsilon)
         change = change + value * (weight_decay * self.decay_factor)
-        updated = value - change * (learning_rate * self.rate_factor)
-        if proceed is not None:
-            updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
-        written = self.vector.write(ops.reshape(updated, (-1,)))
+        updated = value_if(proceed, value - change * (learning_rate * self.rate_factor), value)
+        written = self.write(ops.reshape(updated, (-1,)))
         states = (self.first_moment.write(proceed, first), self.second_root.write(proceed, root))
         return ops.depend(learning_rate, (written, states))
+
+
+class AdamW8bit(VectorOptimiser):
+    """`AdamW` whose state is a quarter of the size. Parameters stay float32."""
+
+    kind, numbers = _Vector, AdamW.numbers
+
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
+        numbers = self.learning_rate, self.epsilon, self.weight_decay
+        done = numbers[0]
+        for vector in self.vectors:
+            done = vector(gradients, proceed, done, numbers)
+        return done

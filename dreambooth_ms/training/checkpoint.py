@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.atomic import TEMPORARY_PREFIX, file_digest, remove_leftovers, sync
+from dreambooth_ms.atomic import file_digest, new_folder, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
@@ -71,23 +70,22 @@ def save_checkpoint(
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
     """
     target = checkpoint_folder(folder, step)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as name:
-            partial = Path(name)
-            write_tensors(partial / STATE, {parameter.name: parameter.asnumpy() for parameter in state})
-            write_results(partial, step)
-            written = sorted(path for path in partial.rglob("*") if path.is_file())
-            files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
-            manifest = {"format": FORMAT, "step": step, "files": files, "config": config, "content": content or {}}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            sync(partial / MANIFEST)
-            sync(partial)
-            _put_in_place(partial, target)
-            sync(folder)
-    except OSError as error:
-        raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and resume") from error
+    before = target.with_name(target.name + REPLACED)
+    remove_leftovers(folder)
+    with new_folder(target, "free some space and resume") as partial:
+        # In one order, so that it is the same file however the state is shared out among processes.
+        write_tensors(partial / STATE, {one.name: one.asnumpy() for one in sorted(state, key=lambda one: one.name)})
+        write_results(partial, step)
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
+        manifest = {"format": FORMAT, "step": step, "files": files, "config": config, "content": content or {}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        sync(partial / MANIFEST)
+        sync(partial)
+        if target.exists():  # It counts, under its other name too, until the new one is there.
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
+    shutil.rmtree(before, ignore_errors=True)
     if keep is not None:
         others = [path for path in checkpoint_folders(folder) if path != target]
         for old in others[: len(others) - (keep - 1)]:
@@ -121,21 +119,6 @@ class SaveCheckpoints:
 def checkpoint_folder(folder: Path, step: int) -> Path:
     """Where a run keeps the checkpoint of a step."""
     return folder / f"checkpoint-{step}"
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; one that has the name already counts until the new one is there."""
-    aside = target.with_name(target.name + REPLACED)
-    if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
-    try:
-        partial.rename(target)
-    except OSError:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def restore(

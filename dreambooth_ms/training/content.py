@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from dreambooth_ms.data.records import Concept
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.weights.bundle import ModelBundle
 
 Content: TypeAlias = dict[str, dict[str, str]]
 """Digests that caches know, by name: of the networks under "base", of a concept's pictures, in order, under its own."""
-_LISTED = 5
 
 
 def base_digests(base: ModelBundle) -> dict[str, str]:
@@ -37,8 +37,7 @@ def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[
             "changed": [name for name in lost if name in come],
         }
         for what, some in names.items():
-            more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
-            found += [f"{group}: {', '.join(some[:_LISTED])}{more} {what}"] if some else []
+            found += [f"{group}: {show_names(some, at_most=5)} {what}"] if some else []
     return found
 
 

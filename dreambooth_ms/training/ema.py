@@ -12,18 +12,22 @@ from dreambooth_ms.training.optimisers import state
 _map = ops.HyperMap()
 
 
-class MovingAverage:
+class MovingAverage(CompiledCell):
     """average <- average - (1 - decay) (average - weight) after every step, as in diffusers' EMAModel."""
 
+    title = "the moving average"
+
     def __init__(self, trainables: Sequence[Parameter], decay: float) -> None:
-        self.decay = decay
-        self.trainables = list(trainables)
-        self.averages = [state(f"average.{parameter.name}", parameter.asnumpy()) for parameter in trainables]
-        self._update = _Blend(self.trainables, self.averages)
+        super().__init__(auto_prefix=False)
+        self.decay, self.trainables = decay, ParameterTuple(trainables)
+        self.averages = ParameterTuple([state(f"average.{one.name}", one.asnumpy()) for one in trainables])
+
+    def construct(self, share: Tensor) -> tuple[Tensor, ...]:
+        return _map(ops.partial(_blend, share), self.averages, self.trainables)
 
     def update(self, step: int) -> None:
         """Take in the weights after the step with this number, counted from 1."""
-        self._update(Tensor(np.float32(1 - decay_at(step, self.decay))))
+        self(Tensor(np.float32(1 - decay_at(step, self.decay))))
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
@@ -42,17 +46,6 @@ def decay_at(step: int, decay: float) -> float:
     """Decay of the update after a step counted from 1: at first the average follows fast (diffusers' EMAModel)."""
     before = step - 1
     return 0.0 if before <= 0 else min(decay, (1 + before) / (10 + before))
-
-
-class _Blend(CompiledCell):
-    title = "the moving average"
-
-    def __init__(self, parameters: Sequence[Parameter], averages: Sequence[Parameter]) -> None:
-        super().__init__(auto_prefix=False)
-        self.parameters, self.averages = ParameterTuple(parameters), ParameterTuple(averages)
-
-    def construct(self, share: Tensor) -> tuple[Tensor, ...]:
-        return _map(ops.partial(_blend, share), self.averages, self.parameters)
 
 
 def _blend(share: Tensor, average: Parameter, parameter: Parameter) -> Tensor:

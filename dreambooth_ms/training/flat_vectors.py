@@ -5,7 +5,7 @@ such an optimiser has some thirty of them. So they are for vectors into which sm
 is a vector by itself, and vectors wait for each other, so that only one exists at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -22,23 +22,25 @@ MOST_VECTORS = 128
 
 
 class FlatVector(nn.Cell):
-    """Some parameters as one vector: tensors of their shapes -> (N,). Each begins at a multiple of `block`."""
+    """Parameters start … stop - 1 of an optimiser as one vector (N,). Each begins at a multiple of `block`."""
 
-    def __init__(self, parameters: Sequence[Parameter], block: int = 1) -> None:
+    def __init__(self, optimiser: Optimiser, start: int, stop: int, block: int = 1) -> None:
         super().__init__(auto_prefix=False)
-        self.parameters, self.block = ParameterTuple(parameters), block
+        parameters = optimiser.parameters[start:stop]
+        self.start, self.stop, self.parameters, self.block = start, stop, ParameterTuple(parameters), block
+        self.rate_factor, self.decay_factor = optimiser.rate_factors[start], optimiser.decay_factors[start]
         lengths = [-(-parameter.size // block) * block for parameter in parameters]
         self.offsets = tuple(int(end) - length for end, length in zip(np.cumsum(lengths), lengths, strict=True))
         self.length = sum(lengths)
 
-    def construct(self, tensors: tuple[Tensor, ...], earlier: Tensor) -> Tensor:
-        """Join tensors, but not before `earlier` has been computed."""
+    def join(self, tensors: tuple[Tensor, ...], earlier: Tensor) -> Tensor:
+        """Tensors of the parameters' shapes -> (N,), but not before `earlier` has been computed."""
         rows = _map(ops.partial(_row, self.block, earlier), tensors)
         return ops.concat(rows) if len(rows) > 1 else rows[0]
 
-    def read(self, earlier: Tensor) -> Tensor:
-        """The parameters' present values."""
-        return self.construct(self.parameters, earlier)
+    def read(self, gradients: tuple[Tensor, ...], earlier: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the optimiser's gradients those of these parameters, and the parameters' present values."""
+        return self.join(gradients[self.start : self.stop], earlier), self.join(self.parameters, earlier)
 
     def write(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Set the parameters."""
@@ -60,20 +62,14 @@ def group_by_length(parameters: Sequence[Parameter], kinds: Sequence[object]) ->
 
 
 class VectorOptimiser(Optimiser):
-    """An optimiser whose state is in cells for several parameters each, by `make_vector`."""
+    """An optimiser whose parameters and state are in vectors of a kind: (optimiser, start, stop, number) -> vector."""
+
+    kind: Callable[..., FlatVector]
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
-        factors = list(zip(self.rate_factors, self.decay_factors, strict=True))
-        self.slices = group_by_length(parameters, factors)
-        vectors = [self.make_vector(i, parameters[a:b], *factors[a]) for i, (a, b) in enumerate(self.slices)]
+        slices = group_by_length(parameters, list(zip(self.rate_factors, self.decay_factors, strict=True)))
+        vectors = [type(self).kind(self, *bounds, number) for number, bounds in enumerate(slices)]
         self.vectors = nn.CellList(vectors, auto_prefix=False)
-
-    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
-        """The cell for neighbours that have these factors; its `state()` is what a resumed run needs."""
-        raise NotImplementedError
-
-    def moments(self) -> list[Parameter]:
-        return [moment for vector in self.vectors for moment in vector.state()]
 
 
 _map = ops.HyperMap()

@@ -20,8 +20,9 @@ class LossScaler(nn.Cell):
 
     def __init__(self, config: LossScalingConfig) -> None:
         super().__init__(auto_prefix=False)
-        self.factor, self.window = config.loss_scale_factor, config.scale_window
-        self.dynamic = config.loss_scaler_type == "dynamic"
+        # A scale that stays is one that changes by a factor of 1.
+        self.factor = config.loss_scale_factor if config.loss_scaler_type == "dynamic" else 1.0
+        self.window = config.scale_window
         self.scale = state("loss_scale", np.float32(config.init_loss_scale))
         self.good_steps, self.skipped = state("good_steps", np.int32(0)), state("skipped_steps", np.int32(0))
 
@@ -42,8 +43,6 @@ class LossScaler(nn.Cell):
     def construct(self, finite: Tensor) -> tuple[Tensor, ...]:
         good = finite.astype(ms.int32)
         skipped = ops.assign(self.skipped, self.skipped + (1 - good))
-        if not self.dynamic:
-            return (skipped,)
         in_a_row = (self.good_steps + 1) * good
         grows = in_a_row >= self.window
         grown = ops.select(grows, self.scale * self.factor, self.scale * 1.0)

@@ -1,6 +1,6 @@
 """The methods: what each trains of a base model, and how its result is written."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -92,12 +92,7 @@ def lora(
         metadata = {STEP_KEY: str(step)}
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata)
 
-    parameters = [
-        (part, name, parameter)
-        for part, own in layers.items()
-        for name, cell in own.items()
-        for parameter in lora_trainables({name: cell})
-    ]
+    parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
     return _learner(
         unet, text_encoders, parameters, write_part=write, write_result=write, result=ADAPTER, dropout=dropout
     )
@@ -122,11 +117,8 @@ def full(
         replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)
 
-    parameters = [
-        (part, name, public.parameter)
-        for part, network in networks.items()
-        for name, public in public_parameters(network).items()
-    ]
+    publics = {part: public_parameters(network) for part, network in networks.items()}
+    parameters = {part: {n: [one.parameter] for n, one in own.items()} for part, own in publics.items()}
     return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
@@ -141,14 +133,16 @@ def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) ->
 def _learner(
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
-    parameters: Iterable[tuple[str, str, Parameter]],
+    parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
     **writing: Any,
 ) -> Learner:
-    """Of (network, layer, parameter); what the prediction does not depend on would only decay."""
+    """Of the parameters of each network's layers; what the prediction does not depend on would only decay."""
     trainables = [
         Trainable(parameter, "unet" if part == "unet" else "text_encoder")
-        for part, layer, parameter in parameters
+        for part, layers in parameters.items()
+        for layer, own in layers.items()
         if text_encoders is None or text_encoders.is_read(part, layer)
+        for parameter in own
     ]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)
     return Learner(denoiser=denoiser, trainables=trainables, text_encoders=text_encoders, **writing)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +11,25 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from dreambooth_ms.ops.graph import set_between_runs
 
 _map = ops.HyperMap()
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Of all optimisers, each of which reads its own. Defaults as in the published DreamBooth scripts."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-2
+    epsilon: float = 1e-8
+    beta3: float | None = None
+    """Decay of the sums behind Prodigy's estimate. None: the square root of beta2."""
+    decouple: bool = True
+    """Prodigy's weight decay as in AdamW; otherwise it is added to the gradients."""
+    use_bias_correction: bool = True
+    safeguard_warmup: bool = True
+    """Keep the learning rate out of the denominator of Prodigy's estimate, so that a warm-up does not raise it."""
+    scale_parameter: bool = False
+    """Whether Adafactor's learning rate of a parameter is times its root mean square, as in the paper."""
 
 
 class Optimiser(nn.Cell):
@@ -24,7 +42,7 @@ class Optimiser(nn.Cell):
     def __init__(
         self,
         parameters: Sequence[Parameter],
-        hyperparameters: Any,
+        hyperparameters: Hyperparameters,
         rate_factors: Sequence[float] | None = None,
         decay_factors: Sequence[float] | None = None,
     ) -> None:
@@ -42,8 +60,9 @@ class Optimiser(nn.Cell):
         raise NotImplementedError
 
     def moments(self) -> list[Parameter]:
-        """The state, beside the parameters themselves, that a resumed run needs."""
-        raise NotImplementedError
+        """The state that a resumed run needs: what the cell holds beside the parameters and the numbers of a step."""
+        others = {id(one) for one in (*self.parameters, *(getattr(self, name) for name in self.numbers(1, 0.0)))}
+        return [one for one in self.get_parameters() if id(one) not in others]
 
     def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
         """What changes from step to step, for the update counted from 1; each is a float32 parameter of its name."""
@@ -53,16 +72,6 @@ class Optimiser(nn.Cell):
         """Set the numbers of the step that is taken next. As parameters they are seen without compiling again."""
         for name, number in self.numbers(step, learning_rate).items():
             set_between_runs(getattr(self, name), np.float32(number))
-
-
-@dataclass(frozen=True)
-class AdamWHyperparameters:
-    """Defaults as in the published DreamBooth scripts."""
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 1e-2
-    epsilon: float = 1e-8
 
 
 class AdamW(Optimiser):
@@ -77,9 +86,6 @@ class AdamW(Optimiser):
         self.second_moments = ParameterTuple([zeros_like(p, "second_moment") for p in parameters])
         self.beta1, self.beta2 = self.hyperparameters.beta1, self.hyperparameters.beta2
         self.fused_update = ops.AdamWeightDecay()
-
-    def moments(self) -> list[Parameter]:
-        return [*self.first_moments, *self.second_moments]
 
     def numbers(self: Optimiser, step: int, learning_rate: float) -> dict[str, float]:
         """lr', eps' and decay' of the update number `step`, counted from 1; computed in float64."""
@@ -98,15 +104,11 @@ class AdamW(Optimiser):
         factors, decays, first, second = self.rate_factors, self.decay_factors, self.first_moments, self.second_moments
         if proceed is not None:
             # A rate of 0 and moments that keep all of themselves change no bit, if only the gradient is finite.
-            gradients = _map(ops.partial(_finite_or, proceed), gradients, first)
+            gradients = _map(ops.partial(value_if, proceed), gradients, first)
             learning_rate = ops.select(proceed, learning_rate, learning_rate * 0.0)
             beta1, beta2 = _or_one(proceed, beta1), _or_one(proceed, beta2)
         update = ops.partial(_update, self.fused_update, beta1, beta2, learning_rate, self.epsilon, self.weight_decay)
         return _map(update, factors, decays, self.parameters, first, second, gradients)
-
-
-def _finite_or(proceed, gradient, otherwise):
-    return ops.select(ops.broadcast_to(proceed, gradient.shape), gradient, otherwise)
 
 
 def _or_one(proceed: Tensor, beta: float) -> Tensor:
@@ -121,16 +123,21 @@ def _update(
     return fused_update(parameter, first, second, rate, beta1, beta2, epsilon, decay, gradient)
 
 
+def value_if(proceed: Tensor | None, value: Tensor, otherwise: Tensor) -> Tensor:
+    """`value` where `proceed`, a truth value (), holds; None holds always. Else `value` may be NaN."""
+    if proceed is None:
+        return value
+    return ops.select(ops.broadcast_to(proceed, value.shape), value, otherwise)
+
+
 def assign_if(proceed: Tensor | None, parameter: Parameter, value: Tensor) -> Tensor:
-    """Set a parameter where `proceed`, a truth value (), holds; None holds always. Else `value` may be NaN."""
-    if proceed is not None:
-        value = ops.select(ops.broadcast_to(proceed, parameter.shape), value, parameter)
-    return ops.assign(parameter, value)
+    """Set a parameter where `proceed` holds."""
+    return ops.assign(parameter, value_if(proceed, value, parameter))
 
 
-def zeros_like(parameter: Parameter, role: str, shape: tuple[int, ...] | None = None) -> Parameter:
-    """Zeros, of its shape unless there is another, that stand beside a parameter, such as a moment of its gradients."""
-    return state(f"{role}.{parameter.name}", np.zeros(parameter.shape if shape is None else shape, np.float32))
+def zeros_like(parameter: Parameter, role: str, length: int | None = None) -> Parameter:
+    """Zeros that stand beside a parameter, such as a moment of its gradients: of its shape, or a vector of a length."""
+    return state(f"{role}.{parameter.name}", np.zeros(length or parameter.shape, np.float32))
 
 
 def state(name: str, value: np.ndarray | np.generic) -> Parameter:

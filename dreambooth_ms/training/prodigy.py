@@ -6,105 +6,41 @@ start, seen along the gradients. Equations are those of the algorithm's lines.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from dreambooth_ms.ops import total
 from dreambooth_ms.training.flat_vectors import FlatVector, VectorOptimiser
-from dreambooth_ms.training.optimisers import AdamWHyperparameters, assign_if, state
+from dreambooth_ms.training.optimisers import assign_if, state, value_if
 
 FIRST_ESTIMATE = 1e-6
 """d_0, from which the estimate grows."""
 
 
-@dataclass(frozen=True)
-class ProdigyHyperparameters(AdamWHyperparameters):
-    """AdamW's, and further ones; defaults as in the published DreamBooth scripts."""
-
-    beta3: float | None = None
-    """Decay of the sums behind the estimate. None: the square root of beta2."""
-    decouple: bool = True
-    """Weight decay as in AdamW; otherwise it is added to the gradients."""
-    use_bias_correction: bool = True
-    safeguard_warmup: bool = True
-    """Keep the learning rate out of the denominator of the estimate, so that a warm-up does not raise it."""
-
-
-class Prodigy(VectorOptimiser):
-    """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1.
-
-    The parameters must have the values that training starts from, and one learning rate.
-    """
-
-    def make_moments(self, parameters: Sequence[Parameter]) -> None:
-        h = self.hyperparameters
-        self.beta3 = h.beta2**0.5 if h.beta3 is None else h.beta3
-        super().make_moments(parameters)
-        self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
-        self.numerator = state("prodigy_numerator", np.float32(0))
-
-    def make_vector(self, number: int, parameters: Sequence[Parameter], rate: float, decay: float) -> nn.Cell:
-        assert rate == 1.0, "the estimate is one for all parameters"
-        return _Vector(number, parameters, self.hyperparameters, self.beta3, decay)
-
-    def moments(self) -> list[Parameter]:
-        return [*super().moments(), self.estimate, self.numerator]
-
-    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
-        """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
-        h = self.hyperparameters
-        correction = (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step) if h.use_bias_correction else 1.0
-        return {"learning_rate": learning_rate * correction}
-
-    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
-        before = self.estimate * 1.0
-        rate = before * self.learning_rate
-        numerator, denominator = self.numerator * self.beta3, rate * 0.0
-        done = rate
-        for number, vector in enumerate(self.vectors):
-            start, stop = self.slices[number]
-            along, size = vector.gather(gradients[start:stop], proceed, done, before, rate)
-            numerator, denominator = numerator + along, denominator + size
-            done = size
-        # Without any gradient there is nothing to divide.
-        found = ops.select(denominator > 0, numerator / ops.maximum(denominator, 1e-37), before)
-        estimate = ops.maximum(before, found)
-        done = estimate
-        for vector in self.vectors:
-            done = vector.step(proceed, done, estimate, rate)
-        numbers = (assign_if(proceed, self.estimate, estimate), assign_if(proceed, self.numerator, numerator))
-        return ops.depend(done, numbers)
-
-
-class _Vector(nn.Cell):
-    def __init__(
-        self, number: int, parameters: Sequence[Parameter], h: ProdigyHyperparameters, beta3: float, decay_factor: float
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.vector = FlatVector(parameters)
-        self.beta1, self.beta2, self.beta3, self.epsilon = h.beta1, h.beta2, beta3, h.epsilon
-        self.decay, self.decouple, self.safeguard_warmup = h.weight_decay * decay_factor, h.decouple, h.safeguard_warmup
-        start = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in parameters])
-        zeros = np.zeros_like(start)
-        self.start = state(f"prodigy_start_{number}", start)
+class _Vector(FlatVector):
+    def __init__(self, optimiser: "Prodigy", start: int, stop: int, number: int) -> None:
+        super().__init__(optimiser, start, stop)
+        h = optimiser.hyperparameters
+        self.beta1, self.beta2, self.beta3, self.epsilon = h.beta1, h.beta2, optimiser.beta3, h.epsilon
+        self.decay, self.decouple = h.weight_decay * self.decay_factor, h.decouple
+        self.safeguard_warmup = h.safeguard_warmup
+        values = np.concatenate([parameter.asnumpy().reshape(-1) for parameter in self.parameters])
+        zeros = np.zeros_like(values)
+        self.first_values = state(f"prodigy_start_{number}", values)
         self.first_moment = state(f"first_moment_{number}", zeros)
         self.second_moment = state(f"second_moment_{number}", zeros)
         self.gradient_sum = state(f"prodigy_gradient_sum_{number}", zeros)
-
-    def state(self) -> list[Parameter]:
-        return [self.start, self.first_moment, self.second_moment, self.gradient_sum]
 
     def gather(
         self, gradients: tuple[Tensor, ...], proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Take in the gradients; returns what they add to the numerator (), and to the denominator ()."""
-        gradient, value = self.vector(gradients, earlier), self.vector.read(earlier)
+        gradient, value = self.read(gradients, earlier)
         if self.decay and not self.decouple:
             gradient = gradient + value * self.decay
         over_first = estimate * (1 / FIRST_ESTIMATE)
-        along = total(gradient * (self.start - value)) * over_first * rate
+        along = total(gradient * (self.first_values - value)) * over_first * rate
         scaled = gradient * estimate
         first = self.first_moment * self.beta1 + scaled * (1 - self.beta1)
         second = self.second_moment * self.beta2 + scaled * scaled * (1 - self.beta2)
@@ -119,11 +55,49 @@ class _Vector(nn.Cell):
 
     def step(self, proceed: Tensor | None, earlier: Tensor, estimate: Tensor, rate: Tensor) -> Tensor:
         """Move the parameters, not before `earlier` has been computed."""
-        value = self.vector.read(earlier)
+        value = self.join(self.parameters, earlier)
         change = self.first_moment / (ops.sqrt(self.second_moment) + estimate * self.epsilon)
         if self.decay and self.decouple:
             change = change + value * self.decay
-        updated = value - change * rate
-        if proceed is not None:
-            updated = ops.select(ops.broadcast_to(proceed, value.shape), updated, value)
-        return ops.depend(rate, self.vector.write(updated))
+        return ops.depend(rate, self.write(value_if(proceed, value - change * rate, value)))
+
+
+class Prodigy(VectorOptimiser):
+    """Parameters, and the estimate d of their distance to the solution. The learning rate is a factor, usually 1.
+
+    The parameters must have the values that training starts from, and one learning rate.
+    """
+
+    kind = _Vector
+
+    def make_moments(self, parameters: Sequence[Parameter]) -> None:
+        assert set(self.rate_factors) <= {1.0}, "the estimate is one for all parameters"
+        h = self.hyperparameters
+        self.beta3 = h.beta2**0.5 if h.beta3 is None else h.beta3
+        super().make_moments(parameters)
+        self.estimate = state("prodigy_estimate", np.float32(FIRST_ESTIMATE))
+        self.numerator = state("prodigy_numerator", np.float32(0))
+
+    def numbers(self, step: int, learning_rate: float) -> dict[str, float]:
+        """The learning rate of the update number `step`, counted from 1, with Adam's bias correction."""
+        h = self.hyperparameters
+        correction = (1 - h.beta2**step) ** 0.5 / (1 - h.beta1**step) if h.use_bias_correction else 1.0
+        return {"learning_rate": learning_rate * correction}
+
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> Tensor:
+        before = self.estimate * 1.0
+        rate = before * self.learning_rate
+        numerator, denominator = self.numerator * self.beta3, rate * 0.0
+        done = rate
+        for vector in self.vectors:
+            along, size = vector.gather(gradients, proceed, done, before, rate)
+            numerator, denominator = numerator + along, denominator + size
+            done = size
+        # Without any gradient there is nothing to divide.
+        found = ops.select(denominator > 0, numerator / ops.maximum(denominator, 1e-37), before)
+        estimate = ops.maximum(before, found)
+        done = estimate
+        for vector in self.vectors:
+            done = vector.step(proceed, done, estimate, rate)
+        numbers = (assign_if(proceed, self.estimate, estimate), assign_if(proceed, self.numerator, numerator))
+        return ops.depend(done, numbers)

@@ -1,7 +1,7 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,14 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         ConfigError: the folder holds a run with another configuration, and every difference is named; or weights of
             another program.
     """
-    config, earlier = _with_learning_rate(config), _earlier_run(config)
-    if earlier is None:
-        foreign = result_of(config.output_dir)
-        if foreign:
-            raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
-        seed = draw_seed() if config.run.seed is None else config.run.seed
-        return replace(config, run=replace(config.run, seed=seed))
-    if config.run.seed is None:
-        config = replace(config, run=replace(config.run, seed=earlier.run.seed))
-    differences = _differences(earlier, config)
-    if differences and _was_trained(config.output_dir):
+    earlier, output = _earlier_run(config), config.output_dir
+    if earlier is None and (foreign := result_of(output)):
+        raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
+    config = _settled(config, earlier.run.seed if earlier else draw_seed())
+    differences = _differences(earlier, config) if earlier else []
+    if differences and _was_trained(output):
         listed = "; ".join(differences)
-        raise ConfigError(
-            f"{config.output_dir} holds a run with another configuration ({listed}); choose another --output_dir"
-        )
+        raise ConfigError(f"{output} holds a run with another configuration ({listed}); choose another --output_dir")
     return config
 
 
@@ -87,12 +80,8 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
         ConfigError: it was trained otherwise, and every difference is named.
     """
     there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
-    names = [
-        name for name in ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema") if name in there
-    ]
-    differences = [
-        f"--{name}: {there[name]!r} there, {here[name]!r} here" for name in names if there[name] != here[name]
-    ]
+    names = ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema")
+    differences = _told([name for name in names if name in there], there, here)
     if differences:
         raise ConfigError(
             f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
@@ -106,7 +95,7 @@ def _earlier_run(config: TrainConfig) -> TrainConfig | None:
     if not os.path.isfile(file):
         return None
     try:
-        return _with_learning_rate(load(TrainConfig, ["--config", str(file)], tell=lambda note: None))
+        return _settled(load(TrainConfig, ["--config", str(file)], tell=lambda note: None), None)
     except ConfigError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
@@ -128,8 +117,7 @@ def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
     for rank, others in enumerate(processes.exchange("the configuration", to_yaml(config))):
         if others != to_yaml(config):
             raise ConfigError(f"rank {rank} was started with other flags than rank {processes.rank}")
-    seed = processes.from_first("the run's seed", lambda: seed_of(settle_config(config)))
-    return _with_learning_rate(replace(config, run=replace(config.run, seed=seed)))
+    return _settled(config, processes.from_first("the run's seed", lambda: settle_config(config).run.seed))
 
 
 def _check_processes(processes: Processes, config: TrainConfig) -> None:
@@ -147,32 +135,27 @@ def _check_processes(processes: Processes, config: TrainConfig) -> None:
         raise ConfigError(f"--num_processes {wanted.num_processes}: {processes.count} were started")
 
 
-def seed_of(config: TrainConfig) -> int:
-    """The seed of a settled configuration."""
-    assert config.run.seed is not None, "settle_config comes first"
-    return config.run.seed
-
-
 def write_config(config: TrainConfig) -> None:
     """Write the resolved configuration into the run's folder, and clear it of what a killed run left half-written."""
     remove_leftovers(config.output_dir)
     write_bytes(config.output_dir / CONFIG, to_yaml(config).encode())
 
 
-def _with_learning_rate(config: TrainConfig) -> TrainConfig:
-    """The same with the default of its method spelt out, so that it equals one that names it."""
-    return replace(config, optimiser=replace(config.optimiser, learning_rate=config.learning_rate))
+def _settled(config: TrainConfig, seed: int | None) -> TrainConfig:
+    """The same with a seed if it names none, and the learning rate of its method spelt out as if it were named."""
+    run = replace(config.run, seed=seed if config.run.seed is None else config.run.seed)
+    return replace(config, run=run, optimiser=replace(config.optimiser, learning_rate=config.learning_rate))
 
 
 def _differences(earlier: TrainConfig, now: TrainConfig, of: Resume | None = None) -> list[str]:
     """Of the fields with this mark, or of those that must not differ. Paths are equal that lead to the same place."""
     marks = {of} | ({Resume.CUTS_ROWS} if of is None and earlier.rows_per_step != now.rows_per_step else set())
-    values = [
-        (name, one, earlier.values()[name], now.values()[name]) for name, one in schema_fields(TrainConfig).items()
-    ]
-    return [
-        f"--{name}: {before!r} there, {after!r} here"
-        for name, one, before, after in values
-        if one.resume in marks and before != after
-        if not (one.is_path and before and after and os.path.realpath(before) == os.path.realpath(after))
-    ]
+    fields = {name: one for name, one in schema_fields(TrainConfig).items() if one.resume in marks}
+    there, here = earlier.values(), now.values()
+    paths = [name for name, one in fields.items() if one.is_path and there[name] and here[name]]
+    same = [name for name in paths if os.path.realpath(there[name]) == os.path.realpath(here[name])]
+    return _told([name for name in fields if name not in same], there, here)
+
+
+def _told(names: Iterable[str], there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [f"--{name}: {there[name]!r} there, {here[name]!r} here" for name in names if there[name] != here[name]]

@@ -40,14 +40,10 @@ class ShardedOptimiser(nn.Cell):
         self.own = make(self.start, self.stop)
         parts = [list(trainables[start:stop]) for start, stop in pairwise(bounds)]
         self.share_parts = ShareParts(parts, processes.rank)
-        # Not a parameter, which the cell would list; only what each process keeps, and in which order all of it stands.
+        # Not a parameter, which the cell would list; only what each process keeps.
         self._kept = processes.exchange(
             "the optimiser's state", [[m.name, list(m.shape), str(m.dtype)] for m in self.own.moments()]
         )
-        names = [name for kept in self._kept for name, *_ in kept]
-        # A role is the first word of a name: all first moments stand before all second moments.
-        roles = list(dict.fromkeys(name.split(".")[0] for name in names))
-        self._order = sorted(names, key=lambda name: roles.index(name.split(".")[0]))
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
@@ -65,11 +61,10 @@ class ShardedOptimiser(nn.Cell):
         return {name: tuple(shape) for kept in self._kept for name, shape, _ in kept}
 
     def all_moments(self) -> list[Parameter]:
-        """The whole state, as the optimiser without parts would list it; all processes must ask at the same time."""
+        """The whole state; all processes must ask at the same time."""
         held = {moment.name: moment for moment in self.own.moments()}
-        found = {
-            name: Parameter(from_process(rank, held.get(name), tuple(shape), dtype), name=name)
+        return [
+            Parameter(from_process(rank, held.get(name), tuple(shape), dtype), name=name)
             for rank, kept in enumerate(self._kept)
             for name, shape, dtype in kept
-        }
-        return [found[name] for name in self._order]
+        ]

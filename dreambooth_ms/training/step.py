@@ -191,14 +191,10 @@ class ClipByGlobalNorm(nn.Cell):
         self.sum_of_squares, self.max_norm = SumOfSquares(shapes), max_norm
 
     def construct(
-        self, gradients: tuple[Tensor, ...], unscale: Tensor | None = None
+        self, gradients: tuple[Tensor, ...], unscale: Tensor | float = 1.0
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        norm = ops.sqrt(self.sum_of_squares(gradients))
-        if unscale is not None:
-            norm = norm * unscale
-        factor = ops.minimum(self.max_norm / (norm + 1e-6), 1.0)
-        if unscale is not None:
-            factor = factor * unscale
+        norm = ops.sqrt(self.sum_of_squares(gradients)) * unscale
+        factor = ops.minimum(self.max_norm / (norm + 1e-6), 1.0) * unscale
         return _map(ops.partial(_scale, factor), gradients), norm
 
 

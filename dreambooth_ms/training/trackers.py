@@ -111,13 +111,12 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
     """
     lines = [line for line in history if np.isfinite(line["loss"])]
     names = [key.removesuffix("_loss") for key in lines[0] if key.endswith("_loss")] if lines else []
-    width, height = 960, 480
-    left, top, right, bottom = 70, 44, width - 24, height - 44
-    image = Image.new("RGB", (width, height), "white")
-    canvas = ImageDraw.Draw(image, "RGBA")
-    font = ImageFont.load_default(15)
-    highest = max((line[f"{name}_loss"] for line in lines for name in names), default=1.0) * 1.05 or 1.0
-    last = max((line["step"] for line in lines), default=1)
+    curves = {f"{name} loss": np.array([line[f"{name}_loss"] for line in lines]) for name in names}
+    steps = [line["step"] for line in lines]
+    highest, last = max(map(np.max, curves.values()), default=1.0) * 1.05 or 1.0, max(steps, default=1)
+    image = Image.new("RGB", (960, 480), "white")
+    left, top, right, bottom = 70, 44, image.width - 24, image.height - 44
+    canvas, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(15)
 
     def place(step: float, value: float) -> tuple[float, float]:
         across = (step - 1) / max(last - 1, 1)
@@ -130,15 +129,12 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
     for tick, _ in round_ticks(last):
         if tick >= 1 and tick.is_integer():
             canvas.text((place(tick, 0)[0], bottom + 8), f"{tick:.0f}", fill=_INK, font=font, anchor="mt")
-    canvas.text(((left + right) / 2, height - 6), "step", fill=_INK, font=font, anchor="mb")
-    x = float(left)
-    steps, half = [line["step"] for line in lines], max(len(lines) // 20, 1)
-    for name, colour in zip(names, cycle(_COLOURS), strict=False):
-        values = np.array([line[f"{name}_loss"] for line in lines])
-        canvas.line([place(s, v) for s, v in zip(steps, values, strict=True)], fill=(*colour, 60), width=1)
+    canvas.text(((left + right) / 2, image.height - 6), "step", fill=_INK, font=font, anchor="mb")
+    x, half = float(left), max(len(lines) // 20, 1)
+    for (label, values), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
         means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
-        canvas.line([place(s, v) for s, v in zip(steps, means, strict=True)], fill=colour, width=3)
-        label = f"{name} loss"
+        for heights, fill, width in ((values, (*colour, 60), 1), (means, colour, 3)):
+            canvas.line(list(map(place, steps, heights)), fill=fill, width=width)
         canvas.rectangle((x, 16, x + 16, 28), fill=colour)
         canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
         x += 48 + canvas.textlength(label, font=font)

@@ -30,7 +30,7 @@ from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.methods import METHODS
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.roles import CLIP_TARGETS
@@ -44,7 +44,7 @@ ALL_TARGETS = [*TARGETS, "proj", "net.2", "time_emb_proj", "proj_in", "proj_out"
 LATENTS, TEXT, SDXL_TEXT_SHAPE, SCALING_FACTOR = (4, 8, 12), (7, 24), (7, 24 + 16), 0.5
 STEPS, LEARNING_RATE, MAX_GRAD_NORM, PRIOR_LOSS_WEIGHT = 5, 1e-3, 0.005, 0.7
 TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR, GAMMA = 0.3, 0.1, 1.5
-HYPERPARAMETERS = AdamWHyperparameters()
+HYPERPARAMETERS = Hyperparameters()
 
 # Float32 sums in another order, through the network's thirty layers: measured 1.3e-7.
 LOSS = 1e-5
@@ -527,7 +527,7 @@ def test_a_row_keeps_its_own_picture_prompt_noise_level_and_weight(batch_size):
         batch, drawn = make_batch(step), make_drawn(step)
         assert batch.concepts == (INSTANCE,) * batch_size + (CLASS,) * batch_size
         assert {len(field) for field in (batch.target, batch.weight, *batch.inputs.values())} == {2 * batch_size}
-        for row, (of, _, view) in enumerate(plan.rows(step).rows):
+        for row, (of, _, view) in enumerate(plan.rows(step)):
             number = known.index(view.record)
             read = {name: rows[row] for name, rows in batch.inputs.items()}
             latents = drawn.inputs["sample"][row]
@@ -586,7 +586,7 @@ def test_the_loss_of_sdxl_is_the_one_computed_by_hand(batch_size, prior, pynativ
     loss_cell = DiffusionLoss(Readout())
     for step in range(3):
         drawn, expected = make_drawn(step), 0.0
-        for row, (of, _, view) in enumerate(plan.rows(step).rows):
+        for row, (of, _, view) in enumerate(plan.rows(step)):
             (text, pooled), (width, height) = texts[view.record], view.record.size
             latents, noise = drawn.inputs["sample"][row], drawn.target[row]
             timestep = int(drawn.inputs["timestep"][row])

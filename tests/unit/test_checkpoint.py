@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +269,7 @@ class TestUnwritableFolders:
         def refuse(*args, **kwargs):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-        monkeypatch.setattr(checkpoint_module.tempfile, "mkdtemp", refuse)
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
         with pytest.raises(WeightError, match=r"checkpoint-1: cannot be written \(Permission denied\)"):
             save(tmp_path, 1)
         assert names(tmp_path) == []

@@ -18,11 +18,11 @@ from dreambooth_ms.ops import Dense
 from dreambooth_ms.runtime import compile_cache, compiled_cell, graph_key
 from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, Outlook, use_compile_cache
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
-from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.loss_scaling import LossScaler
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
+from dreambooth_ms.training.prodigy import Prodigy
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 
 INPUT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
@@ -346,10 +346,10 @@ def test_a_cell_with_something_unknown_is_compiled_each_time(cache):
 
 
 OPTIMISERS = {
-    "AdamW": lambda trained: AdamW(trained, AdamWHyperparameters()),
-    "AdamW8bit": lambda trained: AdamW8bit(trained, AdamWHyperparameters()),
-    "Adafactor": lambda trained: Adafactor(trained, AdafactorHyperparameters()),
-    "Prodigy": lambda trained: Prodigy(trained, ProdigyHyperparameters()),
+    "AdamW": lambda trained: AdamW(trained, Hyperparameters()),
+    "AdamW8bit": lambda trained: AdamW8bit(trained, Hyperparameters()),
+    "Adafactor": lambda trained: Adafactor(trained, Hyperparameters()),
+    "Prodigy": lambda trained: Prodigy(trained, Hyperparameters()),
 }
 
 

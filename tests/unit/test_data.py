@@ -35,7 +35,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numbers
 from dreambooth_ms.training.loop import concept_means, train
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.parity.reference import as_drawn, normal
 from tools import bench_data
@@ -58,7 +58,7 @@ def plan(count=5, batch_size=1, framing=LOOSE, seed=0, class_count=0, batches_pe
 
 def seen(wanted, steps, name=INSTANCE):
     """The pictures of a concept's rows, in the order in which the run comes to them."""
-    return [row.view.record for step in range(steps) for row in wanted.rows(step).rows if row.concept.name == name]
+    return [row.view.record for step in range(steps) for row in wanted.rows(step) if row.concept.name == name]
 
 
 class TestWhichPicture:
@@ -94,7 +94,7 @@ class TestWhichPicture:
     def test_each_group_has_its_rows_in_every_step_and_epochs_of_its_own(self):
         both = plan(2, batch_size=3, class_count=7)
         for step in range(14):
-            assert [row.concept.name for row in both.rows(step).rows] == [INSTANCE] * 3 + [CLASS] * 3
+            assert [row.concept.name for row in both.rows(step)] == [INSTANCE] * 3 + [CLASS] * 3
         assert Counter(seen(both, 14)) == dict.fromkeys(records(2), 21)
         assert Counter(seen(both, 14, CLASS)) == dict.fromkeys(records(7, CLASS), 6)
 
@@ -139,18 +139,18 @@ def test_a_long_run_is_planned_and_measured(monkeypatch, capsys):
 
 class TestHowItIsSeen:
     def test_crops_and_sides_vary_from_step_to_step_and_are_the_same_when_asked_again(self):
-        views = [plan(1).rows(step).views[0] for step in range(60)]
+        views = [plan(1).rows(step)[0].view for step in range(60)]
         assert {view.flip for view in views} == {False, True}
         assert {view.frame.left for view in views} == set(range(9))
         assert {view.frame.top for view in views} == {0}
-        assert views == [plan(1).rows(step).views[0] for step in range(60)]
+        assert views == [plan(1).rows(step)[0].view for step in range(60)]
 
     def test_the_rows_of_one_step_have_crops_of_their_own(self):
         """One picture, eight rows: were the draws shared, there would be one view."""
-        assert len(set(plan(1, batch_size=8).rows(0).views)) > 1
+        assert len({row.view for row in plan(1, batch_size=8).rows(0)}) > 1
 
     def test_another_seed_has_other_crops(self):
-        other, ours = ([plan(1, seed=seed).rows(step).views for step in range(20)] for seed in (1, 0))
+        other, ours = ([plan(1, seed=seed).rows(step)[0].view for step in range(20)] for seed in (1, 0))
         assert other != ours
 
     def test_a_centre_crop_without_flip_is_one_view_per_picture(self):
@@ -161,24 +161,24 @@ class TestHowItIsSeen:
 
     def test_each_row_draws_one_of_its_pictures_captions(self):
         captions = ("a dog", "a dog in snow", "a dog at night")
-        rows = [plan(1, captions=captions).rows(step).rows[0] for step in range(60)]
+        rows = [plan(1, captions=captions).rows(step)[0] for step in range(60)]
         assert {row.view.prompt for row in rows} == set(captions)
         assert [row.view.prompt for row in rows] == [
-            row.view.prompt for step in range(30) for row in plan(1, 2, captions=captions).rows(step).rows
+            row.view.prompt for step in range(30) for row in plan(1, 2, captions=captions).rows(step)
         ]
         # What else is drawn is as with one caption.
-        assert [row.view.frame for row in rows] == [plan(1).rows(step).views[0].frame for step in range(60)]
+        assert [row.view.frame for row in rows] == [plan(1).rows(step)[0].view.frame for step in range(60)]
 
     def test_a_tall_picture_is_cropped_up_and_down(self):
         tall = plan(1, size=(64, 80))
-        frames = [tall.rows(step).views[0].frame for step in range(60)]
+        frames = [tall.rows(step)[0].view.frame for step in range(60)]
         assert {frame.left for frame in frames} == {0}
         assert {frame.top for frame in frames} == set(range(9))
 
     def test_the_views_of_some_steps_are_those_of_their_rows_each_once_in_order_of_use(self):
         wanted = plan(3, batch_size=2, class_count=2)
         views = wanted.views(4, 30)
-        used = [view for step in range(4, 30) for view in wanted.rows(step).views]
+        used = [row.view for step in range(4, 30) for row in wanted.rows(step)]
         assert len(views) == len(set(views)) < len(used)
         assert set(views) == set(used)
         assert sorted(views, key=used.index) == list(views)
@@ -277,7 +277,7 @@ def test_a_step_of_three_concepts_with_prompts_of_their_own_and_no_squares(pynat
         objective=weighted_by_time,
         scaled=VaeSpec(scaling_factor=0.5).scaled,
     )
-    batch, rows = make(0), wanted.rows(0).rows
+    batch, rows = make(0), wanted.rows(0)
     assert batch.inputs["sample"].shape == (6, 4, 8, 12)
     for text, row in zip(batch.inputs["encoder_hidden_states"], rows, strict=True):
         assert row.view.prompt == row.view.record.captions[0]
@@ -290,7 +290,7 @@ def test_a_step_of_three_concepts_with_prompts_of_their_own_and_no_squares(pynat
     trainables = lora_trainables(layers)
     prediction = unet(*map(Tensor, batch.inputs.values())).asnumpy()
     errors = np.square(prediction - batch.target).mean((1, 2, 3))
-    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, AdamWHyperparameters()), 1.0)
+    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, Hyperparameters()), 1.0)
     train(step, make, 1, lambda update: 1e-3, range(1), [reports.append])
     (report,) = reports
     # Float32 sums in another order.

@@ -42,7 +42,7 @@ def test_it_is_diffusers_average_after_every_step(decay):
         for one, shadow in zip(average.averages, expected.shadow_params, strict=True):
             assert relative_error(one, shadow) < 1e-6  # two roundings of float32 a step
     assert relative_error(average.averages[0], ours[0]) > 0.1
-    assert len(average._update.compile_cache) == 1
+    assert len(average.compile_cache) == 1
 
 
 def test_the_first_update_takes_the_weights_and_later_ones_hold_on_longer():

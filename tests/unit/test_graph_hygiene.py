@@ -13,7 +13,7 @@ from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.compile_cache import CompileCache, use_compile_cache
 from dreambooth_ms.training.loop import train
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from tests.unit.test_lora import set_scale
 
@@ -52,7 +52,7 @@ def begin(cache):
     layers = inject_lora(unet, 2, 2.0, ["to_q", "to_v"])
     initialise_lora(layers, 0)
     trainables = lora_trainables(layers)
-    optimiser = AdamW(trainables, AdamWHyperparameters())
+    optimiser = AdamW(trainables, Hyperparameters())
     cell = TrainStep(DiffusionLoss(unet), trainables, optimiser, 1.0)
 
     def run(steps, begin_batch=None, make_batch=batch):

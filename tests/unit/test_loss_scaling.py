@@ -13,7 +13,7 @@ from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.loop import OVERFLOWS, StepReport, check_finite, train
 from dreambooth_ms.training.loss_scaling import LossScaler
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
 from tests.parity.reference import normal, relative_error
 from tests.unit.test_optimisers import SquareLoss
@@ -60,7 +60,7 @@ class Ours:
 
     def __init__(self, scaling, batches_per_step=1, sum_gradients=None):
         self.weight = Parameter(Tensor(normal(4)), name="weight")
-        self.adamw = AdamW([self.weight], AdamWHyperparameters())
+        self.adamw = AdamW([self.weight], Hyperparameters())
         self.scaler = LossScaler(scaling) if scaling else None
         self.batches_per_step = batches_per_step
         step = TrainStep(SquareLoss(self.weight), [self.weight], self.adamw, 1.0, sum_gradients, self.scaler)

@@ -6,12 +6,12 @@ from mindspore import Parameter, Tensor
 
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.training.adafactor import Adafactor, AdafactorHyperparameters
+from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.methods import Trainable
 from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.prodigy import Prodigy, ProdigyHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
+from dreambooth_ms.training.prodigy import Prodigy
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 BETAS = ["--adam_beta1", "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-6", "--adam_weight_decay", "0.1"]
@@ -27,32 +27,32 @@ def chosen(*flags):
 @pytest.mark.parametrize(
     ("flags", "kind", "hyperparameters"),
     [
-        ([], AdamW, AdamWHyperparameters()),
-        (BETAS, AdamW, AdamWHyperparameters(0.8, 0.95, 0.1, 1e-6)),
-        (["--use_8bit_adam", *BETAS], AdamW8bit, AdamWHyperparameters(0.8, 0.95, 0.1, 1e-6)),
-        (["--optimizer", "adamw"], AdamW, AdamWHyperparameters()),
-        (["--optimizer", "adafactor"], Adafactor, AdafactorHyperparameters()),
+        ([], AdamW, Hyperparameters()),
+        (BETAS, AdamW, Hyperparameters(0.8, 0.95, 0.1, 1e-6)),
+        (["--use_8bit_adam", *BETAS], AdamW8bit, Hyperparameters(0.8, 0.95, 0.1, 1e-6)),
+        (["--optimizer", "adamw"], AdamW, Hyperparameters()),
+        (["--optimizer", "adafactor"], Adafactor, Hyperparameters()),
         (
             ["--optimizer", "adafactor", "--adafactor_scale_parameter", "--adam_weight_decay", "0"],
             Adafactor,
-            AdafactorHyperparameters(weight_decay=0.0, scale_parameter=True),
+            Hyperparameters(weight_decay=0.0, scale_parameter=True),
         ),
-        (["--optimizer", "prodigy"], Prodigy, ProdigyHyperparameters()),
+        (["--optimizer", "prodigy"], Prodigy, Hyperparameters()),
         (
             ["--optimizer", "prodigy", *BETAS, "--prodigy_beta3", "0.7"],
             Prodigy,
-            ProdigyHyperparameters(0.8, 0.95, 0.1, 1e-6, 0.7),
+            Hyperparameters(0.8, 0.95, 0.1, 1e-6, 0.7),
         ),
-        (["--optimizer", "prodigy", "--no-prodigy_decouple"], Prodigy, ProdigyHyperparameters(decouple=False)),
+        (["--optimizer", "prodigy", "--no-prodigy_decouple"], Prodigy, Hyperparameters(decouple=False)),
         (
             ["--optimizer", "prodigy", "--prodigy_use_bias_correction", "False"],
             Prodigy,
-            ProdigyHyperparameters(use_bias_correction=False),
+            Hyperparameters(use_bias_correction=False),
         ),
         (
             ["--optimizer", "prodigy", "--no-prodigy_safeguard_warmup"],
             Prodigy,
-            ProdigyHyperparameters(safeguard_warmup=False),
+            Hyperparameters(safeguard_warmup=False),
         ),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import ClipByGlobalNorm, TrainStep
 from tests.parity.reference import normal, relative_error
 
@@ -64,7 +64,7 @@ class Update(nn.Cell):
 
 @pytest.mark.parametrize(
     "hyperparameters",
-    [AdamWHyperparameters(), AdamWHyperparameters(beta1=0.8, beta2=0.95, weight_decay=0.3, epsilon=1e-6)],
+    [Hyperparameters(), Hyperparameters(beta1=0.8, beta2=0.95, weight_decay=0.3, epsilon=1e-6)],
     ids=["defaults", "others"],
 )
 def test_twenty_steps_of_a_changing_learning_rate_are_torchs(hyperparameters):
@@ -95,7 +95,7 @@ def test_twenty_steps_of_a_changing_learning_rate_are_torchs(hyperparameters):
 def test_weight_decay_alone_shrinks_a_parameter_by_the_learning_rate():
     """Decoupled: without gradients, by learning rate times decay exactly, whatever the moments' correction."""
     parameter = Parameter(Tensor(np.ones(3, np.float32)), name="weight")
-    adamw = AdamW([parameter], AdamWHyperparameters(weight_decay=0.1))
+    adamw = AdamW([parameter], Hyperparameters(weight_decay=0.1))
     update = Update(adamw)
     for step in (1, 2):
         adamw.prepare(step, 0.5)
@@ -141,7 +141,7 @@ class SquareLoss(nn.Cell):
 def test_a_training_step_is_torchs_and_is_compiled_once():
     """Five steps with the clip in force, each with its own learning rate."""
     weight = Parameter(Tensor(normal(4)), name="weight")
-    adamw = AdamW([weight], AdamWHyperparameters())
+    adamw = AdamW([weight], Hyperparameters())
     step_cell = TrainStep(SquareLoss(weight), [weight], adamw, max_grad_norm=1.0)
     reference = torch.nn.Parameter(torch.tensor(normal(4)))
     optimiser = torch.optim.AdamW([reference], foreach=False)

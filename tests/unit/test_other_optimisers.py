@@ -11,12 +11,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from dreambooth_ms.training import flat_vectors
-from dreambooth_ms.training.adafactor import DECAY_POWER, Adafactor, AdafactorHyperparameters
+from dreambooth_ms.training.adafactor import DECAY_POWER, Adafactor
 from dreambooth_ms.training.adamw_8bit import BLOCK, AdamW8bit, Quantised, dynamic_levels
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.flat_vectors import group_by_length
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-from dreambooth_ms.training.prodigy import FIRST_ESTIMATE, Prodigy, ProdigyHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
+from dreambooth_ms.training.prodigy import FIRST_ESTIMATE, Prodigy
 from tests.parity.reference import normal, relative_error
 
 # A matrix that is no whole number of blocks, one that is, a vector, a scalar's neighbour, a stored convolution's shape.
@@ -88,10 +88,10 @@ class Ours:
 
 
 MAKERS = {
-    "AdamW": lambda parameters: AdamW(parameters, AdamWHyperparameters(), RATES, DECAYS),
-    "8-bit AdamW": lambda parameters: AdamW8bit(parameters, AdamWHyperparameters(), RATES, DECAYS),
-    "Adafactor": lambda parameters: Adafactor(parameters, AdafactorHyperparameters(), RATES, DECAYS),
-    "Prodigy": lambda parameters: Prodigy(parameters, ProdigyHyperparameters(), decay_factors=DECAYS),
+    "AdamW": lambda parameters: AdamW(parameters, Hyperparameters(), RATES, DECAYS),
+    "8-bit AdamW": lambda parameters: AdamW8bit(parameters, Hyperparameters(), RATES, DECAYS),
+    "Adafactor": lambda parameters: Adafactor(parameters, Hyperparameters(), RATES, DECAYS),
+    "Prodigy": lambda parameters: Prodigy(parameters, Hyperparameters(), decay_factors=DECAYS),
 }
 
 
@@ -166,7 +166,7 @@ def adafactor_reference(values, hyperparameters):
 
 @pytest.mark.parametrize("scale_parameter", [False, True])
 def test_adafactor_is_that_of_transformers(scale_parameter):
-    hyperparameters = AdafactorHyperparameters(weight_decay=0.1, scale_parameter=scale_parameter)
+    hyperparameters = Hyperparameters(weight_decay=0.1, scale_parameter=scale_parameter)
     ours = Ours(lambda parameters: Adafactor(parameters, hyperparameters, RATES, DECAYS))
     parameters, reference = adafactor_reference(start_values(), hyperparameters)
     for number in range(STEPS):
@@ -234,8 +234,8 @@ def prodigy_rate(number):
 
 
 PRODIGY_CASES = {
-    "defaults": ProdigyHyperparameters(),
-    "all others": ProdigyHyperparameters(0.8, 0.95, 0.1, 1e-6, 0.9, False, False, False),
+    "defaults": Hyperparameters(),
+    "all others": Hyperparameters(0.8, 0.95, 0.1, 1e-6, 0.9, False, False, False),
 }
 
 
@@ -322,7 +322,7 @@ def stored(numbers, levels):
 
 
 def test_8bit_adamw_is_adamw_whose_moments_are_stored_in_levels():
-    hyperparameters = AdamWHyperparameters(weight_decay=0.3, epsilon=1e-6)
+    hyperparameters = Hyperparameters(weight_decay=0.3, epsilon=1e-6)
     ours = Ours(lambda parameters: AdamW8bit(parameters, hyperparameters, RATES, DECAYS))
     reference = Adamw8bitReference(start_values(), hyperparameters)
     for number in range(STEPS):
@@ -338,7 +338,7 @@ def test_the_state_of_8bit_adamw_is_a_quarter():
     shapes = [(4, 320), (320, 4), (4, 768), (1280, 4), (4, 1280)]
     parameters = [Parameter(Tensor(np.zeros(shape, np.float32)), name=f"p{i}") for i, shape in enumerate(shapes)]
     sizes = [
-        sum(state.asnumpy().nbytes for state in kind(parameters, AdamWHyperparameters()).moments())
+        sum(state.asnumpy().nbytes for state in kind(parameters, Hyperparameters()).moments())
         for kind in (AdamW8bit, AdamW)
     ]
     assert sizes[0] <= 0.27 * sizes[1]
@@ -353,10 +353,10 @@ def test_neighbours_of_one_kind_are_joined_up_to_a_length():
 def test_a_mistake_would_show():
     """In the references: of a decay, a rate or a bias correction."""
     expected, other = (
-        ProdigyReference(start_values(), h) for h in (ProdigyHyperparameters(), ProdigyHyperparameters(decouple=False))
+        ProdigyReference(start_values(), h) for h in (Hyperparameters(), Hyperparameters(decouple=False))
     )
-    wrong_decay = Adamw8bitReference(start_values(), AdamWHyperparameters(weight_decay=0.3))
-    right_decay = Adamw8bitReference(start_values(), replace(AdamWHyperparameters(), weight_decay=0.0))
+    wrong_decay = Adamw8bitReference(start_values(), Hyperparameters(weight_decay=0.3))
+    right_decay = Adamw8bitReference(start_values(), replace(Hyperparameters(), weight_decay=0.0))
     for number in range(STEPS):
         for one in (expected, other, wrong_decay, right_decay):
             one.step(gradients_at(number), rate_at(number))

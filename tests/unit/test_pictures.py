@@ -70,7 +70,7 @@ def test_everything_else_is_listed_as_skipped(tmp_path):
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
     found = find_pictures(str(tmp_path))
     assert [path.name for path in found.pictures] == ["dog.png"]
-    assert {path.name for path in found.skipped} == {
+    assert {path.name for path in found.notes[pictures.SKIPPED]} == {
         ".hidden.png",
         "._dog.jpg",
         "notes.txt",
@@ -83,10 +83,10 @@ def test_what_was_skipped_is_one_line(tmp_path):
     save(tmp_path / "dog.png")
     for name in [*(f"{number}.txt" for number in range(7)), "two\nlines.txt"]:
         (tmp_path / name).touch()
-    (line,) = find_pictures(tmp_path).remarks
+    (line,) = pictures.told(find_pictures(tmp_path).notes)
     assert line == f"{tmp_path}: skipped what is not a picture, 8 found: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more"
-    assert "\n" not in pictures.listed([tmp_path / "two\nlines.txt"], "skipped")[0]
-    assert pictures.listed((), "skipped") == []
+    assert "\n" not in pictures.told({"skipped": [tmp_path / "two\nlines.txt"]})[0]
+    assert pictures.told({"skipped": []}) == []
 
 
 def test_captions_that_nothing_reads_are_told_as_such(tmp_path):
@@ -94,7 +94,7 @@ def test_captions_that_nothing_reads_are_told_as_such(tmp_path):
         save(tmp_path / name)
     for name in ("a.txt", "b.caption", "metadata.jsonl", "c.txt"):
         (tmp_path / name).write_text("a dog on grass")
-    assert find_pictures(tmp_path).remarks == [
+    assert pictures.told(find_pictures(tmp_path).notes) == [
         f"{tmp_path}: skipped what is not a picture, 1 found: c.txt",
         f"{tmp_path}: captions are not read, all pictures have one prompt, 3 found: a.txt, b.caption, metadata.jsonl",
     ]
@@ -343,7 +343,7 @@ def test_a_heic_photo_is_opened_whatever_its_name(tmp_path, name):
     path = tmp_path / name
     with path.open("wb") as file:
         Image.new("RGB", (64, 32), (200, 30, 60)).save(file, "HEIF", icc_profile=DISPLAY_P3, quality=100)
-    assert find_pictures(tmp_path).pictures == (path,)
+    assert find_pictures(tmp_path).pictures == [path]
     assert open_picture(path).size == (64, 32)
     assert np.abs(corner(path) - in_srgb((200, 30, 60))).max() <= 4
 

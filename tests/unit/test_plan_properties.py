@@ -52,7 +52,7 @@ FRAMINGS = st.builds(
 
 
 def rows_of(plan, batches, name):
-    return [row for batch in range(batches) for row in plan.rows(batch).rows if row.concept.name == name]
+    return [row for batch in range(batches) for row in plan.rows(batch) if row.concept.name == name]
 
 
 @given(folders(), FRAMINGS, SEEDS, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
@@ -69,15 +69,15 @@ def test_batches_of_any_size_cut_the_same_rows(concepts, framing, seed, size, pa
 def test_all_rows_of_a_step_have_one_size_of_the_framings(concepts, framing, seed, size, parts, step):
     plan = Plan(concepts, size, framing, seed, batches_per_step=parts)
     batches = [plan.rows(step * parts + part) for part in range(parts)]
-    (of_step,) = {batch.size for batch in batches}
+    of_step = plan.size_of_step(step)
     assert of_step in framing.sizes
-    assert {view.frame.size for batch in batches for view in batch.views} == {of_step}
+    assert {row.view.frame.size for batch in batches for row in batch} == {of_step}
 
 
 def test_every_size_comes_up():
     framing = Framing(((32, 32), (24, 40)), center_crop=True, random_flip=False)
     plan = Plan((Concept(INSTANCE, (Record(Path("a"), "a", (80, 64), ("",)),)),), 1, framing, seed=0)
-    assert {plan.rows(step).size for step in range(20)} == set(framing.sizes)
+    assert {plan.rows(step)[0].view.frame.size for step in range(20)} == set(framing.sizes)
 
 
 @given(folders(), FRAMINGS, SEEDS, st.integers(1, 5), st.integers(1, 3))
@@ -97,19 +97,20 @@ def test_a_run_in_two_parts_sees_what_the_whole_run_sees(concepts, framing, seed
     whole, first, second = plan.views(0, stop + rest), plan.views(0, stop), plan.views(stop, stop + rest)
     assert list(dict.fromkeys([*first, *second])) == list(whole)
     assert len(set(whole)) == len(whole)
-    assert set(whole) == {view for batch in range(stop + rest) for view in plan.rows(batch).views}
+    assert set(whole) == {row.view for batch in range(stop + rest) for row in plan.rows(batch)}
 
 
 @given(folders(), FRAMINGS, SEEDS, st.integers(0, 50))
 def test_every_view_is_inside_its_picture_and_as_the_flags_ask(concepts, framing, seed, batch):
-    rows = Plan(concepts, 3, framing, seed).rows(batch)
-    for view in rows.views:
-        (width, height), frame = covering_size(view.record.size, rows.size), view.frame
-        assert (frame.size, frame.resized) == (rows.size, (width, height))
-        assert 0 <= frame.top <= height - rows.size[1]
-        assert 0 <= frame.left <= width - rows.size[0]
+    plan = Plan(concepts, 3, framing, seed)
+    size = plan.size_of_step(batch)
+    for _, _, view in plan.rows(batch):
+        (width, height), frame = covering_size(view.record.size, size), view.frame
+        assert (frame.size, frame.resized) == (size, (width, height))
+        assert 0 <= frame.top <= height - size[1]
+        assert 0 <= frame.left <= width - size[0]
         assert framing.random_flip or not view.flip
-        assert not framing.center_crop or frame == frame_of(view.record.size, rows.size)
+        assert not framing.center_crop or frame == frame_of(view.record.size, size)
         assert view.prompt in view.record.captions
 
 
