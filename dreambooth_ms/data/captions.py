@@ -1,0 +1,136 @@
+"""Which prompts a picture has, by what lies beside it; and what of its prompt each row reads."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreambooth_ms.data.pictures import CAPTION_FILES, CAPTION_SUFFIXES, told
+from dreambooth_ms.errors import DataError
+
+PROMPT, CAPTION = "{PROMPT}", "{CAPTION}"
+"""What stands in a template for the concept's prompt and the picture's own caption."""
+FILE_NAME = "file_name"
+"""The column of metadata that names the picture, as in data sets of the hub."""
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """Where the prompts of a concept's pictures come from: captions beside them, then their names, then its prompt."""
+
+    from_files: bool = False
+    """dog.txt, dog.png.txt or dog.caption beside dog.png, with a caption in each line."""
+    column: str | None = None
+    """Of metadata.jsonl or metadata.csv in the folder, which has a row for each picture; in place of files."""
+    from_names: bool = False
+    """A picture's name without its suffix."""
+    template: str = CAPTION
+    """How a caption becomes a prompt."""
+
+    def prompts(self, pictures: Sequence[Path], prompt: str) -> list[tuple[str, ...]]:
+        """Of each picture of a folder its prompts, of which each row draws one.
+
+        Raises:
+            DataError: captions are missing, empty or no text, or there is no such metadata.
+        """
+        captions = {path: [path.stem] for path in pictures} if self.from_names else {}
+        if self.column:
+            captions |= _captions_of_metadata(pictures, self.column)
+        elif self.from_files:
+            captions |= _captions_of_files(pictures)
+        if self.column or self.from_files:
+            where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
+            _refuse({f"no caption, expected {where}": [path for path in pictures if path not in captions]})
+        filled = (
+            [self.template.replace(PROMPT, prompt).replace(CAPTION, one) for one in captions.get(path, ())]
+            for path in pictures
+        )
+        return [tuple(dict.fromkeys(own)) or (prompt,) for own in filled]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How rows vary the prompts that they read, as kohya's trainers do."""
+
+    dropout: float = 0.0
+    """Share of rows that read the empty prompt."""
+    shuffles: bool = False
+    """Whether the parts between commas come in an order of the row's own."""
+    kept: int = 0
+    """Parts at the beginning that stay where they are."""
+
+    def of_row(self, prompt: str, rng: np.random.Generator) -> str:
+        """What a row with this generator reads."""
+        if rng.random() < self.dropout:
+            return ""
+        if not self.shuffles:
+            return prompt
+        parts = [part.strip() for part in prompt.split(",")]
+        moved = parts[self.kept :]
+        return ", ".join([*parts[: self.kept], *(moved[i] for i in rng.permutation(len(moved)))])
+
+
+def _captions_of_files(pictures: Sequence[Path]) -> dict[Path, list[str]]:
+    found: dict[Path, list[str]] = {}
+    empty: list[Path] = []
+    for path in pictures:
+        beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+        beside += [path.with_name(path.name + suffix) for suffix in CAPTION_SUFFIXES]
+        file = next((one for one in beside if one.is_file()), None)
+        if file:
+            found[path] = [line.strip() for line in _text(file).splitlines() if line.strip()]
+            empty += [] if found[path] else [file]
+    _refuse({"empty captions": empty})
+    return found
+
+
+def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, list[str]]:
+    folder = pictures[0].parent
+    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise DataError(f"--caption_column {column}: {folder} has none of {', '.join(CAPTION_FILES)}")
+    rows = _rows(file)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if lacking := {FILE_NAME, column}.difference(columns):
+        raise DataError(f"{file}: no column {', '.join(sorted(lacking))}; it has {', '.join(columns) or 'no rows'}")
+    by_name = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
+    values = {path: by_name[path.name] for path in pictures if path.name in by_name}
+    found = {path: value if isinstance(value, list) else [value] for path, value in values.items()}
+    odd = [path for path, own in found.items() if not all(isinstance(one, str) and one.strip() for one in own)]
+    _refuse({f"empty or not text in column {column} of {file.name}": odd})
+    return {path: [one.strip() for one in own] for path, own in found.items() if own}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    text = _text(file)
+    if file.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}: line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{file}: line {number} is not an object of columns")
+        rows += [row] if row else []
+    return rows
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it again as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _refuse(problems: Mapping[str, Sequence[Path]]) -> None:
+    if lines := told(problems):
+        raise DataError("\n".join(lines))
