@@ -2,18 +2,24 @@
 
 Rows are numbered over the whole run, each concept's by themselves. All that is random about a row depends on its
 number, so it makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
-The size is the step's, and depends on the number of the step.
+The size is the step's, and depends on the number of the step; so does which rows of a size a step has.
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
+from dreambooth_ms.data.buckets import nearest
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
 from dreambooth_ms.data.records import Concept, Record
 from dreambooth_ms.randomness import generator
+
+MOST_TURNS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +46,29 @@ class Framing:
     """How pictures become crops."""
 
     sizes: tuple[Size, ...]
-    """Each step draws one, for all its rows."""
+    """Each picture has the one that loses least of it; a step has rows of one size."""
     center_crop: bool
     random_flip: bool
 
 
+class Bucket(NamedTuple):
+    """The steps of one size, and what is seen in them."""
+
+    size: Size
+    groups: tuple[tuple[Concept, ...], ...]
+    """The concepts of each group, with their pictures of this size."""
+    shares: tuple[tuple[int, ...], ...]
+    """How often the concepts of each group come up beside each other."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The rows of every batch: `batch_size` of each concept, in the order of the concepts.
+    """The rows of every batch: `batch_size` of each group of concepts, in the order of the groups.
 
-    Each concept is gone through in an order drawn anew for every epoch of its own, so that no picture is dropped and
-    all come up equally often, whatever the batch size.
+    Sizes take turns by the pictures that the first group has of them; its concepts do by their pictures and repeats,
+    and each concept is gone through in an order drawn anew for every epoch of its own. So no picture is dropped, and
+    all come up equally often, whatever the batch size. Another group of as many concepts goes along with the first: a
+    class comes up when its subject does.
     """
 
     concepts: tuple[Concept, ...]
@@ -61,35 +79,107 @@ class Plan:
 
     @property
     def rows_per_step(self) -> int:
-        """The rows of each concept in a step."""
+        """The rows of each group in a step."""
         return self.batch_size * self.batches_per_step
 
-    def size_of_step(self, step: int) -> Size:
-        """The size of a step's rows, counted from 0. (Buckets by aspect ratio would be chosen here.)"""
-        sizes = self.framing.sizes
-        return sizes[generator(self.seed, "size", step).integers(len(sizes))] if len(sizes) > 1 else sizes[0]
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The sizes that steps have, with their concepts."""
+        named: dict[str, list[Concept]] = {}
+        for concept in self.concepts:
+            named.setdefault(concept.group or concept.name, []).append(concept)
+        leading, *others = named.values()
+        sizes = of_records(self.framing.sizes, [record for concept in leading for record in concept.records])
+        split = [_split(concept, sizes) for concept in leading]
+        following = [[_split(concept, sizes, fills=True) for concept in group] for group in others]
+        found = []
+        for at, size in enumerate(sizes):
+            # Of the leading concepts only those with pictures of this size, and what goes along with them.
+            held = [k for k, by_size in enumerate(split) if by_size[at].records]
+            groups = [tuple(split[k][at] for k in held)]
+            for group in following:
+                along = held if len(group) == len(leading) else range(len(group))
+                groups.append(tuple(group[k][at] for k in along))
+            shares = [_whole([one.repeats * len(one.records) for one in group]) for group in groups]
+            shares = [shares[0] if len(own) == len(shares[0]) else own for own in shares]
+            found.append(Bucket(size, tuple(groups), tuple(shares)))
+        return tuple(found)
+
+    @cached_property
+    def shares(self) -> tuple[int, ...]:
+        """How often steps of each bucket come up beside each other."""
+        return _whole([sum(one.repeats * len(one.records) for one in bucket.groups[0]) for bucket in self.buckets])
 
     def rows(self, batch: int) -> list[Row]:
         """The rows of a batch, counted from 0 over the run."""
-        size = self.size_of_step(batch // self.batches_per_step)
-        numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-        return [Row(one, number, self._view(one, number, size)) for one in self.concepts for number in numbers]
+        step, part = divmod(batch, self.batches_per_step)
+        at, earlier = taking_turns(self.shares, step)
+        bucket, first = self.buckets[at], earlier * self.rows_per_step + part * self.batch_size
+        return [
+            self._row(group[which], own, at, bucket.size)
+            for group, shares in zip(bucket.groups, bucket.shares, strict=True)
+            for which, own in (taking_turns(shares, first + n) for n in range(self.batch_size))
+        ]
 
     def views(self, first_batch: int, stop_batch: int) -> tuple[View, ...]:
         """All distinct views of these batches, in the order of their first use."""
         batches = range(first_batch, stop_batch)
         return tuple(dict.fromkeys(row.view for batch in batches for row in self.rows(batch)))
 
-    def _view(self, concept: Concept, number: int, size: Size) -> View:
-        name, framing = concept.name, self.framing
-        epoch, position = divmod(number, len(concept.records))
-        record = concept.records[_order(self.seed, name, len(concept.records), epoch)[position]]
+    def _row(self, concept: Concept, own: int, bucket: int, size: Size) -> Row:
+        """The row that sees a concept's pictures of a bucket for the `own`-th time, counted from 0."""
+        name, framing, records = concept.name, self.framing, concept.records
+        number = own * len(self.buckets) + bucket
+        epoch, position = divmod(own, len(records))
+        order = _order(self.seed, name, len(records), epoch * len(self.buckets) + bucket)
+        record = records[order[position]]
         prompt = record.captions[0]
         if len(record.captions) > 1:
             prompt = record.captions[generator(self.seed, f"{name} caption", number).integers(len(record.captions))]
+        if concept.wording:
+            prompt = concept.wording.of_row(prompt, generator(self.seed, f"{name} wording", number))
         drawn = None if framing.center_crop else generator(self.seed, f"{name} crop", number)
         flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
-        return View(record, prompt, frame_of(record.size, size, drawn), bool(flip))
+        return Row(concept, number, View(record, prompt, frame_of(record.size, size, drawn), bool(flip)))
+
+
+def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
+    """Which of some things comes up at a position, and how often it has come up before.
+
+    Of each `sum(shares)` positions in a row from 0 on, each has its share, spread evenly.
+    """
+    cycle, at = divmod(position, sum(shares))
+    order, before = _cycle(shares)
+    return int(order[at]), cycle * shares[order[at]] + int(before[at])
+
+
+def of_records(sizes: Sequence[Size], records: Sequence[Record]) -> list[Size]:
+    """Those of the sizes that some record loses least at."""
+    return [sizes[at] for at in sorted(set(nearest(sizes, [record.size for record in records]).tolist()))]
+
+
+def _split(concept: Concept, sizes: Sequence[Size], fills: bool = False) -> list[Concept]:
+    """A concept with its records of each size; `fills`: where it has none, with all."""
+    at = nearest(sizes, [record.size for record in concept.records])
+    of_sizes = [tuple(concept.records[i] for i in np.flatnonzero(at == n)) for n in range(len(sizes))]
+    return [replace(concept, records=own or (concept.records if fills else ())) for own in of_sizes]
+
+
+def _whole(shares: Sequence[Fraction]) -> tuple[int, ...]:
+    """Whole numbers in these proportions, to 1 in 100,000 where they would become larger."""
+    scale = math.lcm(*(share.denominator for share in map(Fraction, shares)))
+    whole = [int(share * scale) for share in shares]
+    if sum(whole) > MOST_TURNS:
+        whole = [max(1, round(MOST_TURNS * one / sum(whole))) for one in whole]
+    return tuple(one // math.gcd(*whole) for one in whole)
+
+
+@lru_cache(maxsize=256)
+def _cycle(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """What comes up at each position of a cycle, and how often it has come up before in it."""
+    which, before = np.repeat(np.arange(len(shares)), shares), np.concatenate([np.arange(own) for own in shares])
+    order = np.argsort((before + 0.5) / np.array(shares)[which], kind="stable")
+    return which[order], before[order]
 
 
 @lru_cache(maxsize=64)

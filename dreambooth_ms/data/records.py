@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from dreambooth_ms.data.captions import Wording
 from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError
 
@@ -29,13 +31,19 @@ class Record:
 
 @dataclass(frozen=True)
 class Concept:
-    """What has the same number of rows in every step: a subject, or its class."""
+    """What is learnt as one thing: a subject, or its class."""
 
     name: str
     """Names the loss in logs, and the draws of its rows: INSTANCE, CLASS or another."""
     records: tuple[Record, ...]
     weight: float = 1.0
     """Of its rows' mean error in the loss."""
+    group: str = ""
+    """Concepts of one group share the rows that it has in every batch. Empty: it has as many by itself."""
+    repeats: Fraction = Fraction(1)
+    """How often its pictures come up beside those of the other concepts in the group."""
+    wording: Wording | None = None
+    """How rows vary its prompts."""
 
 
 def read_concept(

@@ -2,6 +2,7 @@
 
 import zlib
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.captions import Wording
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import covering_size, frame_of
 from dreambooth_ms.data.plan import Framing, Plan
@@ -69,26 +71,74 @@ def test_batches_of_any_size_cut_the_same_rows(concepts, framing, seed, size, pa
 def test_all_rows_of_a_step_have_one_size_of_the_framings(concepts, framing, seed, size, parts, step):
     plan = Plan(concepts, size, framing, seed, batches_per_step=parts)
     batches = [plan.rows(step * parts + part) for part in range(parts)]
-    of_step = plan.size_of_step(step)
+    (of_step,) = {row.view.frame.size for batch in batches for row in batch}
     assert of_step in framing.sizes
-    assert {row.view.frame.size for batch in batches for row in batch} == {of_step}
 
 
-def test_every_size_comes_up():
-    framing = Framing(((32, 32), (24, 40)), center_crop=True, random_flip=False)
-    plan = Plan((Concept(INSTANCE, (Record(Path("a"), "a", (80, 64), ("",)),)),), 1, framing, seed=0)
-    assert {plan.rows(step)[0].view.frame.size for step in range(20)} == set(framing.sizes)
+def records(**sizes):
+    return tuple(Record(Path(name), name, size, (name,)) for name, size in sizes.items())
+
+
+BUCKETS = ((24, 40), (32, 32), (40, 24))
+
+
+def test_every_picture_is_seen_at_the_size_that_loses_least_of_it():
+    shown = records(tall=(50, 90), square=(64, 60), other=(70, 64), wide=(90, 50))
+    plan = Plan((Concept(INSTANCE, shown),), 1, Framing(BUCKETS, True, False), seed=0)
+    seen = [(row.view.record.path.name, row.view.frame.size) for step in range(4) for row in plan.rows(step)]
+    assert sorted(seen) == [("other", (32, 32)), ("square", (32, 32)), ("tall", (24, 40)), ("wide", (40, 24))]
+
+
+@given(st.lists(SIZES, min_size=1, max_size=12), SEEDS, st.integers(1, 3), st.integers(1, 3))
+def test_with_buckets_too_all_pictures_come_up_equally_often(sizes, seed, size, parts):
+    """Up to one among those of a size; a size has as many steps as befits its pictures, up to one."""
+    shown = tuple(Record(Path(str(i)), str(i), own, ("",)) for i, own in enumerate(sizes))
+    plan = Plan((Concept(INSTANCE, shown),), size, Framing(BUCKETS, False, False), seed, parts)
+    steps = 3 * len(sizes) + 1
+    seen = Counter(row.view.record.path for batch in range(steps * parts) for row in plan.rows(batch))
+    chosen = Counter(plan.rows(step * parts)[0].view.frame.size for step in range(steps))
+    for bucket in plan.buckets:
+        own = [seen[record.path] for record in bucket.groups[0][0].records]
+        assert sum(own) == chosen[bucket.size] * size * parts
+        assert max(own) - min(own) <= 1
+        assert abs(chosen[bucket.size] - steps * len(own) / len(sizes)) < 1 + 1e-9
+
+
+def test_concepts_of_a_group_take_turns_by_their_pictures_and_repeats_and_a_class_with_its_subject():
+    subjects = [
+        Concept("dog", records(a=(64, 64), b=(64, 64), c=(30, 50)), group=INSTANCE),
+        Concept("cat", records(d=(64, 64)), group=INSTANCE, repeats=Fraction(2)),
+    ]
+    classes = [Concept(f"any {one.name}", records(e=(64, 64), f=(64, 64)), group=CLASS) for one in subjects]
+    plan = Plan((*subjects, *classes), 1, Framing(BUCKETS, True, False), seed=3)
+    rows = [plan.rows(step) for step in range(50)]
+    assert all(prior.concept.name == f"any {row.concept.name}" for row, prior in rows)
+    assert Counter(row.concept.name for row, _ in rows) == {"dog": 30, "cat": 20}
+    seen = Counter(row.view.record.path.name for row, _ in rows)
+    assert seen == {"a": 10, "b": 10, "c": 10, "d": 20}
+    draws = [(row.concept.name, row.number) for both in rows for row in both]
+    assert len(set(draws)) == len(draws), "no two rows may share what is drawn for them"
+
+
+def test_rows_vary_their_prompts_by_their_numbers():
+    concept = Concept(INSTANCE, (Record(Path("a"), "a", (64, 64), ("sks dog, x, y",)),), wording=Wording(0.5, True, 1))
+    plan = Plan((concept,), 1, Framing(((32, 32),), True, False), seed=0)
+    prompts = [plan.rows(batch)[0].view.prompt for batch in range(50)]
+    assert set(prompts) == {"", "sks dog, x, y", "sks dog, y, x"}
+    assert prompts == [plan.rows(batch)[0].view.prompt for batch in range(50)]
 
 
 @given(folders(), FRAMINGS, SEEDS, st.integers(1, 5), st.integers(1, 3))
+@settings(deadline=None)
 def test_every_epoch_of_a_concept_has_each_of_its_pictures_once(concepts, framing, seed, size, epochs):
     plan = Plan(concepts, size, framing, seed)
-    for concept in concepts:
-        records = concept.records
-        rows = rows_of(plan, -(-epochs * len(records) // size), concept.name)
-        for epoch in range(epochs):
-            seen = Counter(row.view.record for row in rows[epoch * len(records) : (epoch + 1) * len(records)])
-            assert seen == Counter(records)
+    for bucket in plan.buckets:
+        for (concept,) in bucket.groups:
+            records, steps = concept.records, epochs * len(concept.records) * len(framing.sizes)
+            rows = [row for row in rows_of(plan, steps, concept.name) if row.view.frame.size == bucket.size]
+            for epoch in range(min(epochs, len(rows) // len(records))):
+                seen = Counter(row.view.record for row in rows[epoch * len(records) : (epoch + 1) * len(records)])
+                assert seen == Counter(records)
 
 
 @given(folders(), FRAMINGS, SEEDS, st.integers(1, 4), st.integers(0, 6), st.integers(0, 6))
@@ -103,7 +153,8 @@ def test_a_run_in_two_parts_sees_what_the_whole_run_sees(concepts, framing, seed
 @given(folders(), FRAMINGS, SEEDS, st.integers(0, 50))
 def test_every_view_is_inside_its_picture_and_as_the_flags_ask(concepts, framing, seed, batch):
     plan = Plan(concepts, 3, framing, seed)
-    size = plan.size_of_step(batch)
+    size = plan.rows(batch)[0].view.frame.size
+    assert size in framing.sizes
     for _, _, view in plan.rows(batch):
         (width, height), frame = covering_size(view.record.size, size), view.frame
         assert (frame.size, frame.resized) == (size, (width, height))
