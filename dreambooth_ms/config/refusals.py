@@ -34,13 +34,18 @@ def _by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, Refusal]:
     }
 
 
+def _reasons(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {name: answer.reason for name, answer in _by_name(rows).items()}
+
+
 _TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 REFUSED = _by_name(_TABLES["refused"])
 """Flags that are not here -> why, and what to do."""
 
-HARMLESS = {name: answer.reason for name, answer in _by_name(_TABLES["harmless"]).items()}
+HARMLESS = _reasons(_TABLES["harmless"])
 """Flags that are accepted and ignored -> why nothing is lost."""
 
-METHODS_NOT_YET = {name: answer.reason for name, answer in _by_name(_TABLES["methods"]).items()}
-"""Values of --method that are refused by name."""
+VALUES = {field: _reasons(rows) for field, rows in _TABLES["values"].items()}
+"""Field -> values that are refused by name, in lower case -> why."""
+METHODS_NOT_YET = VALUES["method"]

@@ -1,6 +1,5 @@
 """The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -14,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.refusals import HARMLESS, REFUSED
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
+from dreambooth_ms.config.values import at_home
 from dreambooth_ms.errors import ConfigError
 
 _MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
@@ -122,23 +122,6 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
         setting.complain(f"unexpected {texts[1]!r} after its value; {what}")
     setting.value = texts if is_list else texts[0] if texts else True
     return setting
-
-
-def at_home(paths: Any) -> Any:
-    """A path, or a list of them, with ~ as the home folder; what is no text stays as it is.
-
-    Raises:
-        ConfigError: there is no such home.
-    """
-    if isinstance(paths, list):
-        return [at_home(path) for path in paths]
-    whole = os.path.expanduser(paths) if isinstance(paths, str) else paths
-    if isinstance(whole, str) and whole.startswith("~"):
-        raise ConfigError(
-            f"{paths}: no home folder is known for {whole.partition('/')[0]}; write the whole path, "
-            f"or ./{paths} for a name that begins so"
-        )
-    return whole
 
 
 def read_file(named: Setting, schema: type) -> list[Setting]:

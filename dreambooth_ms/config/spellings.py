@@ -60,22 +60,23 @@ def squeezed(value: object) -> str:
     return re.sub(r"[\W_]", "", str(value).lower().replace("++", "pp"))
 
 
-def choice_of(field: str, choices: tuple[str, ...], value: object) -> str | None:
-    """The choice that the value spells; None if it spells none.
+def choice_of(field: str, choices: tuple[str, ...], value: object) -> str:
+    """The choice that the value spells.
 
     Raises:
         ConfigError: it spells something that is not here, but has a neighbour that is.
+        ValueError: it spells none.
     """
     spelled = {squeezed(choice): choice for choice in choices} | _named("choices", field, choices)
     near = _named("neighbours", field, choices)
-    text = squeezed(value)
+    text = squeezed(value) if isinstance(value, bool | str) else ""
     if text in spelled:
         return spelled[text]
     stem = _STYLES.sub("", text)
     neighbour = near.get(text) or near.get(stem) or (spelled.get(stem) if stem != text else None)
     if neighbour:
         raise ConfigError(f"{value} is not in this version; the nearest is {neighbour}")
-    return None
+    raise ValueError
 
 
 def _named(table: str, field: str, choices: tuple[str, ...]) -> dict[str, str]:
