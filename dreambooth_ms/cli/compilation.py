@@ -24,13 +24,11 @@ def show_compilation(title: str, outlook: Outlook) -> Iterator[None]:
     """Inside, say that something is compiled: on a terminal with the time that has gone, elsewhere before and after."""
     before = "" if outlook.seconds is None else f", {outlook.seconds:.0f} s last time"
     with bars_paused():
-        if is_quiet():
+        if is_quiet() or (outlook.is_kept and not sys.stderr.isatty()):
             yield
         elif sys.stderr.isatty():
             with _clock(f"reading {title} from the compile cache" if outlook.is_kept else f"compiling {title}", before):
                 yield
-        elif outlook.is_kept:
-            yield
         else:
             begun = time.monotonic()
             print(f"compiling {title}{before}", file=sys.stderr)

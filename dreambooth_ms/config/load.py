@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dreambooth_ms.config import refusals, spellings
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.sources import Setting, canonical, read_file, read_flags, suggestions
+from dreambooth_ms.config.sources import Setting, canonical, did_you_mean, read_file, read_flags, suggestions
 from dreambooth_ms.config.values import read_value, split
 from dreambooth_ms.errors import ConfigError
 
@@ -153,5 +153,6 @@ def _answer_what_is_not_here(setting: Setting, known: Mapping[str, Field]) -> No
         kind, dashes, others = ("key", "", []) if setting.source else ("flag", "--", ["config"])
         spelt = [one for one in spellings.SPELLINGS if canonical(one, known)]
         close = suggestions(name.removeprefix("no_"), [*known, *others]) or suggestions(name, spelt)
-        hint = f"; did you mean {' or '.join(dashes + one for one in close)}?" if close else ""
-        setting.complain(f"unknown {kind}{hint}", *(canonical(one, known) or "" for one in close))
+        setting.complain(
+            f"unknown {kind}{did_you_mean(close, dashes)}", *(canonical(one, known) or "" for one in close)
+        )
