@@ -27,11 +27,12 @@ ALL = ("*",)
 
 def _by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, Refusal]:
     """Each row is an answer to several names; texts are lists of words."""
-    return {
-        name: Refusal(row["reason"], *(tuple(str(row.get(key, "")).split()) for key in ("unless", "gives")))
-        for row in rows
-        for name in row["names"].split()
-    }
+    answers: dict[str, Refusal] = {}
+    for row in rows:
+        reason = row.get("reason") or f"not in this version: {row['not_yet']}"
+        unless, gives = (tuple(str(row.get(key, "")).split()) for key in ("unless", "gives"))
+        answers |= dict.fromkeys(row["names"].split(), Refusal(reason, unless, gives))
+    return answers
 
 
 def _reasons(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
