@@ -50,10 +50,10 @@ def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object
     # What is required has a stand-in, so that the rest can be checked even without it.
     config = _built(schema, values | absent)
 
-    settings = list(chain(*layers))
-    # An unread file may have given whatever the others did not.
-    undecided = _undecided(settings) | (_undecided(files) - values.keys())
-    problems = [line for one in [*files, *settings] for line in one.problems]
+    settings = [*files, *chain(*layers)]
+    problems = [line for one in settings for line in one.problems]
+    # A value that is wrong in one place may be right in another.
+    undecided = set(chain.from_iterable(one.undecided for one in settings)) - values.keys()
     problems += [f"--{name}: required" for name in absent if name not in undecided]
     undecided.update(absent)
     broken, notes = config.check()
@@ -80,10 +80,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list):
         return [_escaped(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _undecided(settings: Iterable[Setting]) -> set[str]:
-    return set().union(*(one.undecided for one in settings))
 
 
 def _built(schema: type[Config], values: Mapping[str, Any]) -> Config:
