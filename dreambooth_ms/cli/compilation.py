@@ -24,13 +24,11 @@ def show_compilation(title: str, outlook: Outlook) -> Iterator[None]:
     """Inside, say that something is compiled: on a terminal with the time that has gone, elsewhere before and after."""
     before = "" if outlook.seconds is None else f", {outlook.seconds:.0f} s last time"
     with bars_paused():
-        if is_quiet():
+        if is_quiet() or (outlook.is_kept and not sys.stderr.isatty()):
             yield
         elif sys.stderr.isatty():
             with _clock(f"reading {title} from the compile cache" if outlook.is_kept else f"compiling {title}", before):
                 yield
-        elif outlook.is_kept:
-            yield
         else:
             begun = time.monotonic()
             print(f"compiling {title}{before}", file=sys.stderr)
@@ -41,16 +39,10 @@ def show_compilation(title: str, outlook: Outlook) -> Iterator[None]:
 @contextmanager
 def _clock(what: str, before: str) -> Iterator[None]:
     """Inside, a line on the terminal that is renewed every second."""
-    with subprocess.Popen(
-        # In a session of its own, so that Ctrl-C does not reach it.
-        [sys.executable, "-IS", "-c", _CLOCK, what, before],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        assert process.stdin
-        try:
+    program = [sys.executable, "-IS", "-c", _CLOCK, what, before]
+    try:
+        # In a session of its own, so that Ctrl-C does not reach it; it ends with its input.
+        with subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True):
             yield
-        finally:
-            process.stdin.close()
-            process.wait()
-            print("\r" + " " * (len(what) + len(before) + 10) + "\r", end="", file=sys.stderr, flush=True)
+    finally:
+        print("\r" + " " * (len(what) + len(before) + 10) + "\r", end="", file=sys.stderr, flush=True)

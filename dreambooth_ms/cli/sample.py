@@ -10,7 +10,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import progress, tell
-from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
+from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig

@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import class_numbers_to_come, prepare_training, read_concepts
 from dreambooth_ms.cli.training_setup import set_up_training
@@ -41,7 +41,6 @@ from dreambooth_ms.training.run_folder import agree_on_config, check_data, check
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
-from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,38 +59,34 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     wanted = load(TrainConfig, argv, tell)
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
-    model, data = config.model, config.data
     with processes.first_goes_ahead("the base model"):
-        base = open_base(model)
+        base = open_base(config.model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
-    base.latent_shape(data.resolution, data.resolution)
+    base.latent_shape(config.data.resolution, config.data.resolution)
     base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
     concepts = read_concepts(config)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    pictures = max(len(concepts[0].records), class_pictures)
-    total = total_steps(config, pictures)
+    job = TrainingJob(processes, config, base, max(len(concepts[0].records), class_pictures))
     with ExitStack() as stack:
-        found = processes.from_first("the run's folder", lambda: _open_folder(stack, config, base, concepts, total))
+        found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:
             return 0
-        path, step, content = found["checkpoint"] or (None, 0, {})
-        checkpoint = Checkpoint(Path(path), step, content) if path else None
-        epoch = steps_of_epoch(config, pictures)
-        job = TrainingJob(processes, config, base, found["base"], epoch, total, checkpoint)
+        path, *known = found["checkpoint"] or [None]
+        checkpoint = Checkpoint(Path(path), *known) if path else None
         stack.enter_context(collective_operations(processes.launch))
+        job = replace(job, base_digests=found["base"], checkpoint=checkpoint)
         return train_and_save(job, *prepare_training(job, concepts))
 
 
-def _open_folder(
-    stack: ExitStack, config: TrainConfig, base: ModelBundle, concepts: Sequence[Concept], total: int
-) -> dict[str, Any] | None:
+def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]) -> dict[str, Any] | None:
     """Find what would go wrong, then make the run's folder ready, which is this run's own until the stack ends.
 
     Gives the checkpoint to go on from and the base's digests, as JSON; None if nothing is left to do.
     """
-    output, checkpoint = config.output_dir, _checkpoint_to_resume(config)
+    config, output, total = job.config, job.config.output_dir, job.total
+    checkpoint = _checkpoint_to_resume(config)
     if checkpoint and checkpoint.step > total:
         raise ConfigError(
             f"{checkpoint.path}: {count_of(checkpoint.step, 'step')} done, the run would end after {total}; "
@@ -100,19 +95,19 @@ def _open_folder(
     if checkpoint:
         check_method(config, checkpoint)
     check_writable(output)
-    digests, to_come = base_digests(base), [class_picture_name(one) for one in class_numbers_to_come(config)]
+    digests, to_come = base_digests(job.base), [class_picture_name(one) for one in class_numbers_to_come(config)]
     check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
     if config.prior.folder and to_come:
         check_writable(config.prior.folder)
     result = result_of(output)
-    if result and result.steps >= total:
-        stack.enter_context(only_run_in(output, tell))
-        write_config(config)
-        tell(f"{result.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
-        return None
-    check_expected_disk(config, base, checkpoint.step if checkpoint else 0, total)
+    finished = result if result and result.steps >= total else None
+    if not finished:
+        check_expected_disk(config, job.base, checkpoint.step if checkpoint else 0, total)
     stack.enter_context(only_run_in(output, tell))
     write_config(config)
+    if finished:
+        tell(f"{finished.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
+        return None
     warn_of_little(config, total)
     return {
         "base": digests,

@@ -1,7 +1,7 @@
 """What a training command asks for, with all that follows from it, found once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
@@ -13,19 +13,27 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run's configuration and base, and how far the run is."""
+    """A run's configuration and base, how long it is, and how far."""
 
     processes: Processes
     config: TrainConfig
     base: ModelBundle
-    base_digests: Mapping[str, str]
+    pictures: int
+    """Of a pass: those that the largest concept has, or will have."""
+    base_digests: Mapping[str, str] = field(default_factory=dict)
     """By the networks' names."""
-    epoch: int
-    """Optimiser steps of a pass over the pictures."""
-    total: int
-    """Optimiser steps of the whole run."""
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None = None
     """What the run goes on from."""
+
+    @property
+    def epoch(self) -> int:
+        """Optimiser steps of a pass over the pictures."""
+        return -(-self.pictures // self.config.rows_per_step)
+
+    @property
+    def total(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.run.max_train_steps or self.config.run.num_train_epochs * self.epoch
 
     @property
     def done(self) -> int:
@@ -59,13 +67,3 @@ class TrainingJob:
         o = self.config.optimiser
         highest = self.config.learning_rate * (self.config.rows_per_step if o.scale_lr else 1)
         return highest * learning_rate_factor(o, update, self.total, highest)
-
-
-def steps_of_epoch(config: TrainConfig, pictures: int) -> int:
-    """Optimiser steps of a pass over so many pictures."""
-    return -(-pictures // config.rows_per_step)
-
-
-def total_steps(config: TrainConfig, pictures: int) -> int:
-    """Optimiser steps of the run; an epoch goes through so many pictures."""
-    return config.run.max_train_steps or config.run.num_train_epochs * steps_of_epoch(config, pictures)

@@ -63,6 +63,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
         unet = sample_class_pictures(job, missing, prior.folder, class_prompt, embeddings)
+        job.processes.wait_for_all("the class pictures")
         concepts = read_concepts(job.config, lambda line: None)
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
     check_same_pictures(job.processes, concepts)
@@ -98,7 +99,6 @@ def sample_class_pictures(
     processes, prior = job.processes, job.config.prior
     numbers = tuple(processes.share(missing))
     if not numbers:
-        processes.wait_for_all("the class pictures")
         return None
     model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (prompt, "")})
     width, height = job.size
@@ -117,7 +117,6 @@ def sample_class_pictures(
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
         settings = settings_of_training(request, sample)
         write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
-    processes.wait_for_all("the class pictures")
     return model.denoiser
 
 

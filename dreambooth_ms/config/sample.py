@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
+from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema

@@ -1,10 +1,10 @@
 """The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, get_origin
 
 import yaml
@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.refusals import HARMLESS, REFUSED
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
+from dreambooth_ms.config.values import at_home
 from dreambooth_ms.errors import ConfigError
 
 _MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
@@ -66,30 +67,30 @@ def suggestions(name: str, candidates: Iterable[str]) -> list[str]:
     return get_close_matches(name, candidates, n=1, cutoff=0.75)
 
 
+def did_you_mean(names: Sequence[str], dashes: str = "") -> str:
+    """What to add to a message of an unknown name."""
+    return f"; did you mean {' or '.join(dashes + name for name in names)}?" if names else ""
+
+
 def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequence[str]) -> list[Setting]:
     """Split the command line at its flags. A value is a text, a list of texts, or True for a flag that stands alone.
 
     Fields in `positional` may stand at the beginning without their flags, in this order.
     """
-    settings: list[Setting] = []
-    rest = list(argv)
-    while len(settings) < len(positional) and rest and not rest[0].startswith("--"):
-        settings.append(Setting(positional[len(settings)], rest.pop(0)))
-    while rest:
-        first = rest.pop(0)
-        undashed = _without_a_dash(first, known)
-        if not first.startswith("--") and not undashed:
-            unexpected = f"unexpected {first!r}: a value follows its flag, as in --seed 1"
-            settings.append(Setting("", MISSING, problems=[unexpected]))
-            continue
-        name, equals, value = first.removeprefix("--").partition("=")
-        texts = [value] if equals else []
-        while rest and not rest[0].startswith("--") and not _without_a_dash(rest[0], known):
-            texts.append(rest.pop(0))
-        if undashed:
-            problem = f"{name}: a flag begins with two dashes; did you mean --{undashed}?"
+    starts = [place for place, word in enumerate(argv) if word.startswith("--") or _without_a_dash(word, known)]
+    bounds = [*starts, len(argv)]
+    before = argv[: bounds[0]]
+    settings = [Setting(name, word) for name, word in zip(positional, before, strict=False)]
+    for word in before[len(settings) :]:
+        unexpected = f"unexpected {word!r}: a value follows its flag, as in --seed 1"
+        settings.append(Setting("", MISSING, problems=[unexpected]))
+    for start, end in pairwise(bounds):
+        name, equals, value = argv[start].removeprefix("--").partition("=")
+        if undashed := _without_a_dash(argv[start], known):
+            problem = f"{name}: a flag begins with two dashes{did_you_mean([undashed], '--')}"
             settings.append(Setting("", MISSING, problems=[problem], undecided={canonical(undashed, known) or ""}))
         else:
+            texts = [*([value] if equals else []), *argv[start + 1 : end]]
             settings.append(_flag(name.replace("-", "_"), texts, known))
     return settings
 
@@ -124,23 +125,6 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
     return setting
 
 
-def at_home(paths: Any) -> Any:
-    """A path, or a list of them, with ~ as the home folder; what is no text stays as it is.
-
-    Raises:
-        ConfigError: there is no such home.
-    """
-    if isinstance(paths, list):
-        return [at_home(path) for path in paths]
-    whole = os.path.expanduser(paths) if isinstance(paths, str) else paths
-    if isinstance(whole, str) and whole.startswith("~"):
-        raise ConfigError(
-            f"{paths}: no home folder is known for {whole.partition('/')[0]}; write the whole path, "
-            f"or ./{paths} for a name that begins so"
-        )
-    return whole
-
-
 def read_file(named: Setting, schema: type) -> list[Setting]:
     """The values of the YAML file that a --config names, flat or by section. `${…}` is resolved within the file."""
     owners, known, path = sections(schema), schema_fields(schema), named.value
@@ -163,15 +147,13 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
     settings = []
     for key, value in content.items():
         name = str(key)
-        one = Setting(name, value, path)
         if name in owners and isinstance(value, dict):
             settings += [Setting(str(inner), item, path, name) for inner, item in value.items()]
-            continue
-        if isinstance(value, dict) and ((close := suggestions(name, owners)) or canonical(name, known) is None):
-            one.complain("unknown section" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-            one.value = MISSING
-        if name in known or name not in owners or value is not None:
-            settings.append(one)
+        elif isinstance(value, dict) and ((close := suggestions(name, owners)) or canonical(name, known) is None):
+            settings.append(Setting(name, MISSING, path))
+            settings[-1].complain("unknown section" + did_you_mean(close))
+        elif name in known or name not in owners or value is not None:
+            settings.append(Setting(name, value, path))
     return settings
 
 

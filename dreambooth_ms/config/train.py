@@ -25,11 +25,6 @@ OFFSET_NOISE_STRENGTH = 0.1
 """What --offset_noise stands for, as in diffusers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(BaseModelConfig):
-    """The base model."""
-
-
 _NAMELESS = Rule(
     lambda values: values["class_prompt"] and _words(values["instance_prompt"]) <= _words(values["class_prompt"]),
     "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
@@ -342,7 +337,7 @@ class TrainConfig(Schema):
     EXAMPLE = """--pretrained_model_name_or_path sd15 --instance_data_dir photographs/dog \\
     --instance_prompt "a photo of sks dog" --max_train_steps 400 --train_batch_size 1 --output_dir runs/dog"""
 
-    model: ModelConfig
+    model: BaseModelConfig
     data: DataConfig
     method: MethodConfig = field(default_factory=MethodConfig)
     run: RunConfig = field(default_factory=RunConfig)

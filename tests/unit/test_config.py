@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dreambooth_ms.config import convert, doctor, evaluate, merge, sample, shared
 from dreambooth_ms.config import inspect as inspection
 from dreambooth_ms.config import train as train_schema
-from dreambooth_ms.config.aspect_ratios import SD_XL_BASE_RATIOS
+from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.evaluate import EvaluateConfig

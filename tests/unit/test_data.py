@@ -16,8 +16,9 @@ from PIL import Image
 
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli.toy_networks import SD_UNET
-from dreambooth_ms.cli.training_job import TrainingJob, steps_of_epoch, total_steps
-from dreambooth_ms.config.train import DataConfig, ModelConfig, RunConfig, TrainConfig, ValidationConfig
+from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.config.shared import BaseModelConfig
+from dreambooth_ms.config.train import DataConfig, RunConfig, TrainConfig, ValidationConfig
 from dreambooth_ms.data import pictures as picture_files
 from dreambooth_ms.data import text as text_module
 from dreambooth_ms.data.batches import BatchMaker
@@ -104,12 +105,12 @@ class TestWhichPicture:
     @pytest.mark.parametrize(("epochs", "interval"), [(None, 100), (1, 4), (50, 200)])
     def test_validation_is_after_steps_or_epochs(self, epochs, interval):
         config = TrainConfig(
-            model=ModelConfig(pretrained_model_name_or_path=""),
+            model=BaseModelConfig(pretrained_model_name_or_path=""),
             data=DataConfig(instance_data_dir="", instance_prompt=""),
             run=RunConfig(train_batch_size=2),
             validation=ValidationConfig(validation_prompt="x", validation_epochs=epochs),
         )
-        job = TrainingJob(ALONE, config, None, {}, steps_of_epoch(config, 7), 1000, None)
+        job = TrainingJob(ALONE, config, None, 7)
         assert job.validation_interval == interval
 
     @pytest.mark.parametrize(
@@ -117,11 +118,11 @@ class TestWhichPicture:
     )
     def test_an_epoch_goes_once_through_the_largest_concept(self, count, class_count, batch_size, steps):
         config = TrainConfig(
-            model=ModelConfig(pretrained_model_name_or_path=""),
+            model=BaseModelConfig(pretrained_model_name_or_path=""),
             data=DataConfig(instance_data_dir="", instance_prompt=""),
             run=RunConfig(train_batch_size=batch_size, num_train_epochs=1),
         )
-        assert total_steps(config, max(count, class_count)) == steps
+        assert TrainingJob(ALONE, config, None, max(count, class_count)).total == steps
         wanted = plan(count, batch_size, class_count=class_count)
         largest = max(wanted.concepts, key=lambda concept: len(concept.records))
         assert set(seen(wanted, steps, largest.name)) == set(largest.records)
