@@ -15,7 +15,7 @@ from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.data.records import INSTANCE, read_concept
+from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
@@ -43,8 +43,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     device = set_up(config.device)
     bundle = open_base(weights)
     folder, background = Path(wanted.instance_data_dir), wanted.transparent_background
-    subject = read_concept(INSTANCE, folder, wanted.prompt, tell, background=background)
-    photographs = [np.asarray(open_picture(record.path, background)) for record in subject.records]
+    pictures = Source(folder, wanted.prompt, background=background).records(tell)
+    photographs = [np.asarray(open_picture(record.path, background)) for record in pictures]
     if not wanted.clip and not (bundle.path / "clip").is_dir():
         raise ConfigError(
             f"--clip: {weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "

@@ -1,7 +1,8 @@
 """What a run trains on: class pictures, embeddings and latents, until every batch can be made from its number."""
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ from mindspore import Tensor, nn
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
-from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
+from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.plan import Framing, Plan
-from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, read_concept
+from dreambooth_ms.data.plan import Framing, Plan, View
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
@@ -33,15 +35,36 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
     """The subject, and its class as far as it is there already.
 
     Raises:
-        DataError: there is no subject, or a picture of either is damaged.
+        DataError: there is no subject, or a picture or caption of either is damaged or missing.
     """
     data, prior = config.data, config.prior
-    folder, background = Path(data.instance_data_dir), data.transparent_background
-    concepts = [read_concept(INSTANCE, folder, data.instance_prompt, tell, background=background)]
+    background, captioning = data.transparent_background, partial(_captioning, config)
+    subject = Source(Path(data.instance_data_dir), data.instance_prompt, captioning(INSTANCE), None, background)
+    concepts = [Concept(INSTANCE, subject.records(tell), wording=_wording(config))]
     if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
-        weight, count = prior.prior_loss_weight, prior.num_class_images
-        concepts.append(read_concept(CLASS, prior.folder, prior.class_prompt or "", tell, weight, count, background))
+        of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)
+        concepts.append(Concept(CLASS, of_class.records(tell), prior.prior_loss_weight))
     return concepts
+
+
+def _captioning(config: TrainConfig, name: str) -> Captioning:
+    """Where the prompts of the subject's or the class's pictures come from."""
+    wanted, is_subject = config.captions, name == INSTANCE
+    combines = wanted.read_prompt_from_txt in (name, "both")
+    replaces = is_subject and (wanted.use_txt_as_label or (wanted.caption_column and not combines))
+    return Captioning(
+        from_files=bool(combines or replaces),
+        column=wanted.caption_column if combines or replaces else None,
+        from_names=is_subject and wanted.use_filename_as_label,
+        template=wanted.prompt_template if combines and not wanted.use_txt_as_label else CAPTIONS[0],
+    )
+
+
+def _wording(config: TrainConfig) -> Wording | None:
+    """How rows vary the subject's prompts, if they do."""
+    wanted = config.captions
+    wording = Wording(wanted.caption_dropout, wanted.shuffle_caption, wanted.keep_tokens)
+    return None if wording == Wording() else wording
 
 
 def class_numbers_to_come(config: TrainConfig) -> list[int]:
@@ -58,7 +81,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*captions_of(concepts), class_prompt, ""])
+        embeddings.prepare([*prompts_of(job, concepts), class_prompt, ""])
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
@@ -70,15 +93,27 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     concepts = [in_order(concept, earlier) for concept in concepts]
     texts: Callable[[str], PromptText] = embeddings
     if job.config.method.train_text_encoder:
-        tokens = PromptTokenizer(base.text).texts(captions_of(concepts))
+        tokens = PromptTokenizer(base.text).texts(prompts_of(job, concepts))
         texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or base.denoiser.load(), batches
 
 
-def captions_of(concepts: Iterable[Concept]) -> list[str]:
-    """All prompts that rows may have, each once."""
-    return list(dict.fromkeys(caption for c in concepts for record in c.records for caption in record.captions))
+def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
+    """The rows of the run."""
+    data, rows = job.config.data, job.config.run.train_batch_size
+    framing = Framing((job.size,), data.center_crop, data.random_flip)
+    return Plan(tuple(concepts), rows, framing, job.seed, job.batches_per_step)
+
+
+def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:
+    """What the rest of the run sees."""
+    return plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step)
+
+
+def prompts_of(job: TrainingJob, concepts: Sequence[Concept]) -> list[str]:
+    """All prompts that the rest of the run reads, each once."""
+    return list(dict.fromkeys(view.prompt for view in views_of(job, plan_of(job, concepts))))
 
 
 def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> None:
@@ -124,9 +159,7 @@ def encode_pictures(
     job: TrainingJob, concepts: Sequence[Concept], cache: ContentCache, texts: Callable[[str], PromptText]
 ) -> BatchMaker:
     """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards."""
-    data, base, processes = job.config.data, job.base, job.processes
-    framing = Framing((job.size,), data.center_crop, data.random_flip)
-    plan = Plan(tuple(concepts), job.config.run.train_batch_size, framing, job.seed, job.batches_per_step)
+    data, base, processes, plan = job.config.data, job.base, job.processes, plan_of(job, concepts)
 
     def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
         encoder = CellMethod(base.codec.load(decodes=False).encode)
@@ -139,7 +172,7 @@ def encode_pictures(
         load_encoder=load_encoder,
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
-    missing = posteriors.missing(plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step))
+    missing = posteriors.missing(views_of(job, plan))
     if processes.is_first:
         check_expected_disk(job.config, base, job.done, job.total, len(missing))
     processes.wait_for_all("the list of missing latents")

@@ -25,6 +25,9 @@ OFFSET_NOISE_STRENGTH = 0.1
 """What --offset_noise stands for, as in diffusers."""
 
 
+CAPTIONS = ("{CAPTION}", "{TXT_PROMPT}")
+"""What stands in --prompt_template for a picture's own caption."""
+
 _NAMELESS = Rule(
     lambda values: values["class_prompt"] and _words(values["instance_prompt"]) <= _words(values["class_prompt"]),
     "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
@@ -55,6 +58,37 @@ class DataConfig:
     """Filter used to resize pictures."""
     transparent_background: Background = "white"
     """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
+
+
+_COMBINED = only_with("read_prompt_from_txt", "instance", "class", "both")
+_NO_CAPTION = Rule(
+    lambda values: not any(place in values["prompt_template"] for place in CAPTIONS),
+    "--prompt_template {prompt_template!r}: expected {{CAPTION}} in it, where a picture's own caption comes",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionsConfig:
+    """What each picture's prompt is, if not the same for all."""
+
+    read_prompt_from_txt: Literal["no", "instance", "class", "both"] = "no"
+    """Whose pictures have captions beside them: dog.txt, dog.png.txt or dog.caption for dog.png, each line a caption of
+    which a row draws one. What a picture has is combined with its prompt, by prompt_template."""
+    use_txt_as_label: bool = False
+    """Read the captions beside the subject's pictures, in place of instance_prompt."""
+    use_filename_as_label: bool = False
+    """The name of each picture of the subject, without its suffix, is its prompt; a caption beside it goes first."""
+    caption_column: Annotated[str | None, NOT_EMPTY] = None
+    """Column of metadata.jsonl or metadata.csv in the folder, whose file_name names the picture: captions are there,
+    not in files. Without read_prompt_from_txt they are the subject's and stand in place of instance_prompt."""
+    prompt_template: Annotated[str, NOT_EMPTY, _COMBINED, _NO_CAPTION] = "{PROMPT} {CAPTION}"
+    """How read_prompt_from_txt combines them: {PROMPT} is the prompt, {CAPTION} or {TXT_PROMPT} the caption."""
+    caption_dropout: Annotated[float, DECAY] = 0.0
+    """Share of the subject's rows that read the empty prompt in place of theirs."""
+    shuffle_caption: bool = False
+    """Rows read the parts of the subject's prompts between commas in an order of their own."""
+    keep_tokens: Annotated[int, at_least(0), only_with("shuffle_caption")] = 0
+    """Parts at the beginning of a prompt that stay where they are."""
 
 
 _HIGH_FOR_TEXT = Rule(
@@ -339,6 +373,7 @@ class TrainConfig(Schema):
 
     model: BaseModelConfig
     data: DataConfig
+    captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from dreambooth_ms.config.train import CAPTIONS
 from dreambooth_ms.data.pictures import CAPTION_FILES, CAPTION_SUFFIXES, told
 from dreambooth_ms.errors import DataError
 
-PROMPT, CAPTION = "{PROMPT}", "{CAPTION}"
-"""What stands in a template for the concept's prompt and the picture's own caption."""
+PROMPT = "{PROMPT}"
+"""What stands in a template for the concept's prompt."""
 FILE_NAME = "file_name"
 """The column of metadata that names the picture, as in data sets of the hub."""
 
@@ -29,7 +31,7 @@ class Captioning:
     """Of metadata.jsonl or metadata.csv in the folder, which has a row for each picture; in place of files."""
     from_names: bool = False
     """A picture's name without its suffix."""
-    template: str = CAPTION
+    template: str = CAPTIONS[0]
     """How a caption becomes a prompt."""
 
     def prompts(self, pictures: Sequence[Path], prompt: str) -> list[tuple[str, ...]]:
@@ -46,11 +48,16 @@ class Captioning:
         if self.column or self.from_files:
             where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
             _refuse({f"no caption, expected {where}": [path for path in pictures if path not in captions]})
-        filled = (
-            [self.template.replace(PROMPT, prompt).replace(CAPTION, one) for one in captions.get(path, ())]
-            for path in pictures
-        )
+        filled = ([self._prompt(prompt, one) for one in captions.get(path, ())] for path in pictures)
         return [tuple(dict.fromkeys(own)) or (prompt,) for own in filled]
+
+    def _prompt(self, prompt: str, caption: str) -> str:
+        """The template filled in one go: what a caption holds is no place of it."""
+        values = {PROMPT: prompt} | dict.fromkeys(CAPTIONS, caption)
+        return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], self.template)
+
+
+PROMPT_ALONE = Captioning()
 
 
 @dataclass(frozen=True)

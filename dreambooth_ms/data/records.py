@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from dreambooth_ms.data.captions import Wording
-from dreambooth_ms.data.pictures import MIN_SIDE, Size, digest, find_pictures, read_picture, told
+from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
+from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError
 
 INSTANCE, CLASS = "instance", "class"
@@ -46,39 +46,46 @@ class Concept:
     """How rows vary its prompts."""
 
 
-def read_concept(
-    name: str,
-    folder: Path,
-    prompt: str,
-    tell: Callable[[str], object],
-    weight: float = 1.0,
-    at_most: int | None = None,
-    background: str = "white",
-) -> Concept:
-    """The pictures of a folder under one prompt, in natural order. Every one is opened once, so that a damaged file
-    is found before the training starts; what is not used, or not as it is, is told in one line for each kind.
+@dataclass(frozen=True)
+class Source:
+    """Where a concept's pictures and prompts come from."""
 
-    Raises:
-        DataError: no usable folder, or damaged pictures, one line each.
-    """
-    found = find_pictures(folder)
-    records, problems = [], []
-    noted: dict[str, list[Path]] = {}
-    for path in found.pictures[:at_most]:
-        try:
-            opened = read_picture(path, background)
-            sha256, (width, height) = digest(path, opened.reading), opened.picture.size
-            if min(width, height) < MIN_SIDE:
-                raise DataError(
-                    f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
-                )
-            records.append(Record(path, sha256, (width, height), (prompt,), background=background))
-            for note in opened.notes:
-                noted.setdefault(note, []).append(path)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError("\n".join(problems))
-    for line in told(found.notes | noted):
-        tell(line)
-    return Concept(name, tuple(records), weight)
+    folder: Path
+    prompt: str
+    captioning: Captioning = PROMPT_ALONE
+    at_most: int | None = None
+    """Pictures, the first in natural order; None: all."""
+    background: str = "white"
+    """What transparent pictures are put on."""
+
+    def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
+        """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
+        starts; what is not used, or not as it is, is told in one line for each kind.
+
+        Raises:
+            DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
+        """
+        found = find_pictures(self.folder)
+        pictures = found.pictures[: self.at_most]
+        prompts = self.captioning.prompts(pictures, self.prompt)
+        notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
+        records, problems = [], []
+        noted: dict[str, list[Path]] = {}
+        for path, captions in zip(pictures, prompts, strict=True):
+            try:
+                opened = read_picture(path, self.background)
+                sha256, (width, height) = digest(path, opened.reading), opened.picture.size
+                if min(width, height) < MIN_SIDE:
+                    raise DataError(
+                        f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
+                    )
+                records.append(Record(path, sha256, (width, height), captions, background=self.background))
+                for note in opened.notes:
+                    noted.setdefault(note, []).append(path)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError("\n".join(problems))
+        for line in told(notes | noted):
+            tell(line)
+        return tuple(records)

@@ -1,5 +1,6 @@
 """What a run learns from, by its content: a run goes on with the same pictures and weights, wherever they are."""
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -21,8 +22,19 @@ def base_digests(base: ModelBundle) -> dict[str, str]:
 
 def content_of(digests: Mapping[str, str], concepts: Iterable[Concept]) -> Content:
     """Of a base's digests and concepts."""
-    pictures = {concept.name: {one.path.name: one.digest for one in concept.records} for concept in concepts}
+    pictures = {
+        concept.name: {one.path.name: digest for one, digest in zip(concept.records, _digests(concept), strict=True)}
+        for concept in concepts
+    }
     return {"base": dict(digests), **pictures}
+
+
+def _digests(concept: Concept) -> list[str]:
+    """Of each picture, with its captions where they are its own."""
+    records = concept.records
+    if len({one.captions for one in records}) == 1:
+        return [one.digest for one in records]
+    return [hashlib.sha256("\n".join((one.digest, *one.captions)).encode()).hexdigest() for one in records]
 
 
 def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[str]:
@@ -53,9 +65,9 @@ def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
 def in_order(concept: Concept, earlier: Content) -> Concept:
     """The pictures in the order that they had, whatever they are called now, so that every row sees what it would have
     seen; unchanged if they are others."""
-    digests, held = list(earlier.get(concept.name, {}).values()), defaultdict(list)
-    for record in concept.records:
-        held[record.digest].append(record)
-    if sorted(digests) != sorted(record.digest for record in concept.records):
+    digests, own, held = list(earlier.get(concept.name, {}).values()), _digests(concept), defaultdict(list)
+    for digest, record in zip(own, concept.records, strict=True):
+        held[digest].append(record)
+    if sorted(digests) != sorted(own):
         return concept
     return replace(concept, records=tuple(held[digest].pop(0) for digest in digests))

@@ -26,7 +26,7 @@ from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_l
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import Frame
 from dreambooth_ms.data.plan import Framing, Plan, View
-from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, read_concept
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, Source
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import epsilon
 from dreambooth_ms.errors import DataError
@@ -337,7 +337,7 @@ def view_of(record, resolution=32, left=0, flip=False):
 
 
 def read(pictures, prompt="a dog"):
-    return read_concept(INSTANCE, pictures, prompt, tell=lambda line: None).records
+    return Source(pictures, prompt).records(lambda line: None)
 
 
 class TestPosteriorCache:
@@ -401,7 +401,7 @@ class TestPosteriorCache:
         Image.new("RGBA", (40, 32), (200, 30, 60, 100)).save(pictures / "0.png")
         said = []
         by_colour = {
-            colour: read_concept(INSTANCE, pictures, "a dog", said.append, background=colour).records
+            colour: Source(pictures, "a dog", background=colour).records(said.append)
             for colour in ("white", "black", "#000000")
         }
         assert said[0] == (

@@ -1,0 +1,124 @@
+"""What `train` makes its batches of, by its flags: captions of all kinds, and what a changed one does to a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dreambooth_ms.cli import train as command
+from dreambooth_ms.cli.main import main
+from tests.tiny_model import write_random_model
+from tools.tiny_base.world import write_subject
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("base"), levels=1)
+
+
+@pytest.fixture
+def planned(base, tmp_path, monkeypatch):
+    """Flags -> the batches of a run on five photographs, just before it would train; or its exit status."""
+    write_subject(tmp_path / "photographs")
+    made = []
+    monkeypatch.setattr(command, "train", lambda step, batches, *rest: made.append(batches))
+
+    def plan(*flags):
+        arguments = {
+            "pretrained_model_name_or_path": base,
+            "instance_data_dir": tmp_path / "photographs",
+            "instance_prompt": "a photo of sks star",
+            "resolution": 32,
+            "train_batch_size": 1,
+            "max_train_steps": 20,
+            "output_dir": tmp_path / "run",
+            "seed": 0,
+        }
+        own = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+        status = main(["train", *own, "--center_crop", *flags])
+        return made[-1] if status == 0 else status
+
+    return plan
+
+
+def captions(folder, **texts):
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def prompts(batches, count=20):
+    """The prompt of each row, by its picture's stem."""
+    return [(row.view.record.path.stem, row.view.prompt) for step in range(count) for row in batches.plan.rows(step)]
+
+
+@pytest.fixture
+def stems(tmp_path):
+    write_subject(tmp_path / "photographs")
+    return sorted(path.stem for path in (tmp_path / "photographs").iterdir())
+
+
+def test_each_row_reads_the_embedding_of_its_own_picture_s_caption(planned, tmp_path, stems):
+    captions(tmp_path / "photographs", **{stem: f"star {n}" for n, stem in enumerate(stems)})
+    batches = planned("--use_txt_as_label")
+    assert set(prompts(batches)) == {(stem, f"star {n}") for n, stem in enumerate(stems)}
+    read = {}
+    for step in range(20):
+        ((_, _, view),) = batches.plan.rows(step)
+        read.setdefault(view.prompt, []).append(batches(step).inputs["encoder_hidden_states"][0])
+    assert all((one == texts[0]).all() for texts in read.values() for one in texts)
+    firsts = [texts[0] for texts in read.values()]
+    assert len(firsts) == 5 and all(not np.array_equal(one, firsts[0]) for one in firsts[1:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--read_prompt_from_txt", "instance"], "a photo of sks star star {n}"),
+        (
+            ["--read_prompt_from_txt", "both", "--prompt_template", "{CAPTION}, {PROMPT}"],
+            "star {n}, a photo of sks star",
+        ),
+        ([], "a photo of sks star"),
+    ],
+)
+def test_prompt_and_caption_make_what_the_flags_say(planned, tmp_path, stems, flags, expected):
+    captions(tmp_path / "photographs", **{stem: f"star {n}" for n, stem in enumerate(stems)})
+    assert set(prompts(planned(*flags))) == {(stem, expected.format(n=n)) for n, stem in enumerate(stems)}
+
+
+def test_names_are_prompts(planned, stems):
+    assert set(prompts(planned("--use_filename_as_label"))) == {(stem, stem) for stem in stems}
+
+
+def test_captions_of_metadata_and_of_class_pictures(planned, tmp_path, stems):
+    rows = [{"file_name": f"{stem}.png", "prompt": [f"star {n}", f"a {n}"]} for n, stem in enumerate(stems)]
+    (tmp_path / "photographs" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = planned("--caption_column", "prompt")
+    assert {prompt for _, prompt in prompts(found)} <= {text for row in rows for text in row["prompt"]}
+    write_subject(tmp_path / "class")
+    captions(tmp_path / "class", **{stem: f"plain {n}" for n, stem in enumerate(stems)})
+    prior = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a star"]
+    found = planned(
+        "--read_prompt_from_txt", "class", *prior, "--num_class_images", "5", "--output_dir", str(tmp_path / "2")
+    )
+    assert {prompt for _, prompt in prompts(found)} == {"a photo of sks star", *(f"a star plain {n}" for n in range(5))}
+
+
+def test_rows_that_vary_their_prompts_are_embedded_in_advance(planned, tmp_path, stems, capfd):
+    captions(tmp_path / "photographs", **dict.fromkeys(stems, "sks star, a, b, c"))
+    batches = planned("--use_txt_as_label", "--shuffle_caption", "--keep_tokens", "1", "--caption_dropout", "0.3")
+    read = {prompt for _, prompt in prompts(batches)}
+    assert "" in read and len(read) > 4
+    assert all(prompt.startswith("sks star, ") for prompt in read if prompt)
+    capfd.readouterr()
+    assert all(np.isfinite(batches(step).inputs["encoder_hidden_states"]).all() for step in range(20))
+    assert "compiling" not in capfd.readouterr().err
+
+
+def test_a_missing_caption_ends_the_run_before_anything_is_written(planned, tmp_path, stems, capfd):
+    captions(tmp_path / "photographs", **dict.fromkeys(stems[1:], "a star"))
+    assert planned("--use_txt_as_label") == 2
+    assert (
+        f"no caption, expected a text such as dog.txt beside dog.png, 1 found: {stems[0]}.png" in capfd.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
