@@ -1,6 +1,7 @@
 """What a run trains on: class pictures, embeddings and latents, until every batch can be made from its number."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,17 @@ from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.buckets import least_losing, lost_area, sizes_of
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.plan import Framing, Plan, View
+from dreambooth_ms.data.pictures import Size
+from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
@@ -85,7 +88,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
-        unet = sample_class_pictures(job, missing, prior.folder, class_prompt, embeddings)
+        unet = sample_class_pictures(job, missing, prior.folder, embeddings, plan_of(job, concepts[:1]))
         job.processes.wait_for_all("the class pictures")
         concepts = read_concepts(job.config, lambda line: None)
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
@@ -102,8 +105,28 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
 def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
     """The rows of the run."""
     data, rows = job.config.data, job.config.run.train_batch_size
-    framing = Framing((job.size,), data.center_crop, data.random_flip)
+    framing = Framing(sizes_of_run(job, concepts[0]), data.center_crop, data.random_flip)
     return Plan(tuple(concepts), rows, framing, job.seed, job.batches_per_step)
+
+
+def sizes_of_run(job: TrainingJob, subject: Concept) -> tuple[Size, ...]:
+    """Those that pictures are trained at."""
+    data = job.config.data
+    if not data.use_aspect_ratio_bucket:
+        return (job.size,)
+    pictures = [record.size for record in subject.records]
+    sizes = sizes_of(data.resolution, job.base.side_multiple)
+    return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
+
+
+def tell_sizes(plan: Plan, total: int) -> None:
+    """A line for each size of the run: its pictures, what is cut off them, and its steps."""
+    turns = Counter(taking_turns(plan.shares, step)[0] for step in range(total))
+    for at, bucket in enumerate(plan.buckets):
+        pictures = [record.size for concept in bucket.groups[0] for record in concept.records]
+        lost, (width, height) = float(lost_area([bucket.size], pictures).mean()), bucket.size
+        held, steps = count_of(len(pictures), "picture"), count_of(turns[at], "step")
+        tell(f"{width}x{height}: {held}, {lost:.1%} cut off, {steps}")
 
 
 def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:
@@ -128,30 +151,36 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
 
 
 def sample_class_pictures(
-    job: TrainingJob, missing: Sequence[int], folder: Path, prompt: str, embeddings: Callable[[str], PromptText]
+    job: TrainingJob, missing: Sequence[int], folder: Path, embeddings: Callable[[str], PromptText], subject: Plan
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures with these numbers; returns the UNet if that loaded it."""
+    """Sample this process's share of the class pictures with these numbers, at the sizes of the subject's steps and in
+    their proportions; returns the UNet if that loaded it."""
     processes, prior = job.processes, job.config.prior
+    prompt = prior.class_prompt or ""
     numbers = tuple(processes.share(missing))
     if not numbers:
         return None
     model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (prompt, "")})
-    width, height = job.size
-    request = SampleRequest(
-        prompts=(prompt,),
-        num_images_per_prompt=len(numbers),
-        numbers=numbers,
-        height=height,
-        width=width,
-        seed=job.seed,
-        purpose="class picture",
-        batch_size=min(prior.sample_batch_size, len(numbers)),
-        num_inference_steps=prior.infer_steps,
-        guidance_scale=prior.guidance_scale,
-    )
-    for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
-        settings = settings_of_training(request, sample)
-        write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
+    bar = progress(total=len(numbers), desc="class pictures", unit="picture")
+    for at, bucket in enumerate(subject.buckets):
+        own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
+        request = SampleRequest(
+            prompts=(prompt,),
+            num_images_per_prompt=len(own),
+            numbers=own,
+            width=bucket.size[0],
+            height=bucket.size[1],
+            seed=job.seed,
+            purpose="class picture",
+            batch_size=min(prior.sample_batch_size, max(len(own), 1)),
+            num_inference_steps=prior.infer_steps,
+            guidance_scale=prior.guidance_scale,
+        )
+        for sample in model.sample(request) if own else ():
+            settings = settings_of_training(request, sample)
+            write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
+            bar.update()
+    bar.close()
     return model.denoiser
 
 
@@ -173,6 +202,8 @@ def encode_pictures(
         progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
     )
     missing = posteriors.missing(views_of(job, plan))
+    if data.use_aspect_ratio_bucket:
+        tell_sizes(plan, job.total)
     if processes.is_first:
         check_expected_disk(job.config, base, job.done, job.total, len(missing))
     processes.wait_for_all("the list of missing latents")

@@ -50,6 +50,11 @@ class DataConfig:
     """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
+    use_aspect_ratio_bucket: bool = False
+    """Train pictures at sizes of several aspect ratios with about the area of resolution x resolution, each at the one
+    that cuts off least of it; a step has pictures of one size. Each size is compiled once."""
+    max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
+    """At most so many sizes: those at which all pictures together lose least. None: all that some picture needs."""
     center_crop: bool = False
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False

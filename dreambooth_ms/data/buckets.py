@@ -9,9 +9,6 @@ import numpy as np
 
 from dreambooth_ms.data.pictures import Size
 
-STEP = 64
-"""Sides are multiples of this, or of less at low resolutions."""
-
 _OF_512 = (
     (256, 1024), (320, 1024), (384, 1024), (384, 960), (384, 896), (448, 832), (512, 768), (512, 704), (512, 512),
     (576, 640),
@@ -24,14 +21,16 @@ _OF_1024 = (
 _NO_MIRROR = (704, 1344)
 
 
-def sizes_of(resolution: int) -> list[Size]:
+def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
     """The sizes of a resolution, from the narrowest on: NovelAI's 19 at 512 (Anlatan, 2022), the 40 that SDXL was
-    trained at (Podell et al., 2023, appendix I) at 1024, else the largest multiples that have no more than its area."""
+    trained at (Podell et al., 2023, appendix I) at 1024, else the largest that have no more than its area, whose sides
+    are multiples of 64, or of less at low resolutions, and of `multiple`."""
     if resolution in (512, 1024):
         narrow = _OF_512 if resolution == 512 else _OF_1024
         sizes = {*narrow, *((height, width) for width, height in narrow if (width, height) != _NO_MIRROR)}
     else:
-        step = min(STEP, max(8, resolution // 64 * 8))
+        step = min(64, max(8, resolution // 64 * 8))
+        step = -(-step // multiple) * multiple
         lowest, highest = resolution // 2 // step * step, 2 * resolution
         widths = range(max(lowest, step), highest + 1, step)
         fitting = {(width, min(highest, resolution**2 // width // step * step)) for width in widths}

@@ -73,13 +73,16 @@ def train(
         DataError: the loss is NaN or infinite; with loss scaling, in many steps in a row.
     """
     scaler, overflows, of_all = step_cell.scaler, 0, batches_per_step * processes.count
+    compiled: set[tuple[int, ...]] = set()
     for step in steps:
         batches = {number: make_batch(number) for number in processes.share(range(step * of_all, (step + 1) * of_all))}
         skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
         rate = learning_rate(step - skipped_before)
         step_cell.optimiser.prepare(step - skipped_before + 1, rate)
-        if step == steps.start and processes.count > 1:
-            _compile_at_once(step_cell, next(iter(batches.values())), processes)
+        of_step = next(iter(batches.values()))
+        if processes.count > 1 and of_step.target.shape not in compiled:
+            _compile_at_once(step_cell, of_step, processes)
+            compiled.add(of_step.target.shape)
         loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
         names = chain.from_iterable(batch.concepts for batch in batches.values())
@@ -109,7 +112,7 @@ def train(
 def _compile_at_once(step_cell: TrainStep | AccumulatingTrainStep, batch: Batch, processes: Processes) -> None:
     """MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer."""
     step_cell.compile_for(batch.tensors())
-    processes.wait_for_all("the first step")
+    processes.wait_for_all("the compilation of a step")
 
 
 def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | None) -> Iterator[tuple[Tensor, ...]]:

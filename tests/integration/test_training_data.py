@@ -1,9 +1,12 @@
 """What `train` makes its batches of, by its flags: captions of all kinds, and what a changed one does to a run."""
 
 import json
+import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dreambooth_ms.cli import train as command
 from dreambooth_ms.cli.main import main
@@ -122,3 +125,43 @@ def test_a_missing_caption_ends_the_run_before_anything_is_written(planned, tmp_
         f"no caption, expected a text such as dog.txt beside dog.png, 1 found: {stems[0]}.png" in capfd.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def of_many_shapes(tmp_path):
+    """Photographs of three shapes: six tall, two square and one wide."""
+    folder = tmp_path / "photographs"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number, size in enumerate([(40, 72)] * 6 + [(50, 50)] * 2 + [(90, 60)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def test_with_buckets_every_picture_is_seen_at_its_shape_and_class_pictures_have_the_same_ones(
+    planned, tmp_path, of_many_shapes, capfd
+):
+    prior = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a star"]
+    prior += ["--num_class_images", "9", "--infer_steps", "1"]
+    batches = planned("--use_aspect_ratio_bucket", "--max_train_steps", "18", *prior)
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if "cut off" in line] == [
+        "24x40: 6 pictures, 7.4% cut off, 12 steps",
+        "32x32: 2 pictures, 0.0% cut off, 4 steps",
+        "40x24: 1 picture, 10.0% cut off, 2 steps",
+    ]
+    sizes = Counter(Image.open(path).size for path in (tmp_path / "class").iterdir())
+    assert sizes == {(24, 40): 6, (32, 32): 2, (40, 24): 1}
+    seen = Counter()
+    for step in range(18):
+        batch, rows = batches(step), batches.plan.rows(step)
+        ((width, height),) = {row.view.frame.size for row in rows}
+        assert batch.target.shape == (2, 4, height // 2, width // 2)
+        assert {row.view.record.size for row in rows[1:]} == {(width, height)}
+        seen[rows[0].view.record.path.name] += 1
+    assert set(seen.values()) == {2} and len(seen) == 9
+
+
+def test_few_buckets_are_those_that_cut_off_least(planned, of_many_shapes, capfd):
+    batches = planned("--use_aspect_ratio_bucket", "--max_buckets", "1")
+    assert {row.view.frame.size for step in range(20) for row in batches.plan.rows(step)} == {(24, 40)}
