@@ -18,7 +18,7 @@ from dreambooth_ms.data.buckets import least_losing, lost_area, sizes_of
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.pictures import Size
+from dreambooth_ms.data.pictures import Size, told
 from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
@@ -32,6 +32,7 @@ from dreambooth_ms.sampling.picture_file import class_picture_name, missing_numb
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.content import content_of, in_order
 from dreambooth_ms.training.run_folder import check_data
+from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> list[Concept]:
@@ -82,9 +83,11 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     digests = [job.base_digests[reader.name] for reader in base.text]
     key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
+    trains_text = job.config.method.train_text_encoder
+    tell_cut_prompts(base, concepts, class_prompt)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*prompts_of(job, concepts), class_prompt, ""])
+        embeddings.prepare([*([] if trains_text else prompts_of(job, concepts)), class_prompt, ""])
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
@@ -95,8 +98,8 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     check_same_pictures(job.processes, concepts)
     concepts = [in_order(concept, earlier) for concept in concepts]
     texts: Callable[[str], PromptText] = embeddings
-    if job.config.method.train_text_encoder:
-        tokens = PromptTokenizer(base.text).texts(prompts_of(job, concepts))
+    if trains_text:
+        tokens = PromptTokenizer(base.text, warns=False).texts(prompts_of(job, concepts))
         texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
     batches = encode_pictures(job, concepts, cache, texts)
     return unet or base.denoiser.load(), batches
@@ -137,6 +140,19 @@ def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:
 def prompts_of(job: TrainingJob, concepts: Sequence[Concept]) -> list[str]:
     """All prompts that the rest of the run reads, each once."""
     return list(dict.fromkeys(view.prompt for view in views_of(job, plan_of(job, concepts))))
+
+
+def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_prompt: str) -> None:
+    """Tell what is lost of prompts that are too long: of captions their files."""
+    tokenizer, shared = PromptTokenizer(base.text), [class_prompt]
+    for concept in concepts:
+        if len({record.captions for record in concept.records}) == 1:
+            shared += concept.records[0].captions
+            continue
+        long = [one.path for one in concept.records if any(map(tokenizer.lost, one.captions))]
+        for line in told({f"captions of more than {tokenizer.length} tokens, the rest is not read": long}):
+            tell(line)
+    tokenizer.texts(shared)  # Warns of each by itself.
 
 
 def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> None:

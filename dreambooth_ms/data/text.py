@@ -17,11 +17,14 @@ from dreambooth_ms.weights.roles import TextReader
 
 
 class PromptTokenizer:
-    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool."""
+    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool.
 
-    def __init__(self, readers: Sequence[TextReader]) -> None:
+    `warns`: whether what is lost of a prompt is told, rather than by who reads many.
+    """
+
+    def __init__(self, readers: Sequence[TextReader], warns: bool = True) -> None:
         self._tokenizers = [reader.tokenizer() for reader in readers]
-        self._pooled_at = readers[-1].pooled_at
+        self._pooled_at, self._warns = readers[-1].pooled_at, warns
         self.length: int = self._tokenizers[0].length
 
     def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
@@ -30,10 +33,14 @@ class PromptTokenizer:
         Each piece is a text of full length, one after the other; the last ones may be empty. In one piece, a prompt
         that is too long is cut, and a warning says what was lost.
         """
-        lost = self._tokenizers[0].lost(prompt) if pieces == 1 else None
+        lost = self.lost(prompt) if pieces == 1 and self._warns else None
         if lost is not None:
             warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
         return np.concatenate([tokenizer.pieces(prompt, pieces) for tokenizer in self._tokenizers], axis=1)
+
+    def lost(self, prompt: str) -> str | None:
+        """What of a prompt is cut off in one piece; None if it fits."""
+        return self._tokenizers[0].lost(prompt)
 
     def texts(self, prompts: Iterable[str], pieces: int = 1) -> dict[str, list[PromptText]]:
         """What text encoders take of each piece of each distinct prompt: ids, and where they end if they are pooled."""
@@ -88,7 +95,8 @@ def encode_prompts(
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
     """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
     that not all are in memory; the encoders are gone afterwards."""
-    tokenizer, encoders, ordered = PromptTokenizer(bundle.text), bundle.load_text_encoders(), sorted({*prompts, ""})
+    tokenizer, encoders = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders()
+    ordered = sorted({*prompts, ""})
     rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
     for start in range(0, len(ordered), 8 * rows):
         part = ordered[start : start + 8 * rows]

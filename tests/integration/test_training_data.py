@@ -39,7 +39,7 @@ def planned(base, tmp_path, monkeypatch):
         }
         own = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
         status = main(["train", *own, "--center_crop", *flags])
-        return made[-1] if status == 0 else status
+        return made[-1] if made and status == 0 else status
 
     return plan
 
@@ -125,6 +125,27 @@ def test_a_missing_caption_ends_the_run_before_anything_is_written(planned, tmp_
         f"no caption, expected a text such as dog.txt beside dog.png, 1 found: {stems[0]}.png" in capfd.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_captions_that_are_too_long_are_told_once_with_their_files(planned, tmp_path, stems, capfd):
+    captions(tmp_path / "photographs", **{stem: f"star {n} " + "star " * 90 * (n < 2) for n, stem in enumerate(stems)})
+    planned("--use_txt_as_label")
+    said = [line for line in capfd.readouterr().err.splitlines() if "tokens" in line]
+    (line,) = said
+    assert line.endswith(
+        f"captions of more than 77 tokens, the rest is not read, 2 found: {stems[0]}.png, {stems[1]}.png"
+    )
+
+
+def test_a_changed_caption_is_told_to_a_run_that_goes_on(planned, tmp_path, stems, capfd, monkeypatch):
+    captions(tmp_path / "photographs", **{stem: f"star {n}" for n, stem in enumerate(stems)})
+    monkeypatch.undo()
+    flags = ("--use_txt_as_label", "--max_train_steps", "1")
+    assert planned(*flags) == 0
+    captions(tmp_path / "photographs", **{stems[1]: "another star"})
+    capfd.readouterr()
+    assert planned("--use_txt_as_label", "--max_train_steps", "2") == 2
+    assert f"(instance: {stems[1]}.png changed)" in capfd.readouterr().err
 
 
 @pytest.fixture

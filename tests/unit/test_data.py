@@ -525,7 +525,7 @@ class TestEmbeddingCache:
             return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
 
         monkeypatch.setattr(text_module, "encode_prompts", encode)
-        monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers: None)
+        monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers, warns: None)
         bundle = SimpleNamespace(text=(), zeros_for_empty_prompt=False, load_text_encoders=lambda: loaded.append(1))
         captions = [str(i) for i in range(100)]
         found = dict(text_module.embed_prompts(bundle, captions))
