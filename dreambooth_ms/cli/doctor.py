@@ -31,7 +31,7 @@ from dreambooth_ms.runtime.ascend import CANN_FOLDERS, CANN_HOME, CANN_ROOTS, MA
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
 FAILED_STATUS = 1
@@ -217,7 +217,7 @@ def training_figures() -> dict[str, float]:
     layers = inject_lora(unet, 2, 2.0, ["to_q", "to_k", "to_v", "to_out.0"])
     initialise_lora(layers, toy_networks.SEED)
     trainables = lora_trainables(layers)
-    optimiser = AdamW(trainables, AdamWHyperparameters())
+    optimiser = AdamW(trainables, Hyperparameters())
     step = TrainStep(DiffusionLoss(unet), trainables, optimiser, 1.0)
     text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, toy_networks.SD_UNET.cross_attention_dim)
     optimiser.prepare(1, 1e-3)

@@ -162,14 +162,14 @@ def test_a_checkpoint_that_is_replaced_counts_until_the_new_one_is_there(tmp_pat
     """Killed between the two renames."""
 
     def killed(path, target):
-        if TEMPORARY_PREFIX in path.name:
+        if path.is_dir() and TEMPORARY_PREFIX in path.name:
             raise SystemExit
-        return rename(path, target)
+        return replace(path, target)
 
-    rename = Path.rename
+    replace = Path.replace
     save_checkpoint(tmp_path, 3, [], "first", lambda target, step: None)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(Path, "replace", killed)
         save_checkpoint(tmp_path, 3, [], "second", lambda target, step: None)
     assert find_latest(tmp_path).step == 3
     save_checkpoint(tmp_path, 3, [], "third", lambda target, step: None)
