@@ -15,8 +15,10 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 """What no file can hold as text: Python's stand-ins for bytes that are not UTF-8, and the null character."""
 
 _NODES: dict[Any, ValueNode] = {
-    kind: node(kind(), is_optional=False)
-    for kind, node in {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}.items()
+    bool: BooleanNode(False, is_optional=False),
+    int: IntegerNode(0, is_optional=False),
+    float: FloatNode(0.0, is_optional=False),
+    str: StringNode("", is_optional=False),
 }
 """What OmegaConf converts values with."""
 
