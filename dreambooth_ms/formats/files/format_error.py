@@ -1,15 +1,10 @@
 """What is wrong with a file's content, from where it is found to the line that the user reads."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-from dreambooth_ms.errors import WeightError, near
 
 
 class FormatError(Exception):
-    """What is wrong with a file's content; becomes a WeightError where the file's name is known (`reading`)."""
+    """What is wrong with a file's content; becomes a WeightError where its name is known (`byte_ranges.reading`)."""
 
     def __init__(self, reason: str, remedy: str = "copy or download it again") -> None:
         super().__init__(reason)
@@ -21,28 +16,6 @@ def unread_type(tensor: str, dtype: object) -> FormatError:
     if isinstance(dtype, str) and re.match(r"(?:hi)?f(?:loat)?8", dtype, re.IGNORECASE):
         return FormatError(f"{tensor} is fp8, {quoted(dtype)}, which is not read", "use the same model in fp16 or bf16")
     return FormatError(f"{tensor} has the type {quoted(dtype)}, which cannot be read")
-
-
-@contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Within it, everything wrong with a file becomes a WeightError that names it.
-
-    Raises:
-        WeightError: no such file, or it is not readable as the given kind.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
-    except OSError as error:
-        raise unreadable(path, kind, error.strerror) from error
-    except FormatError as error:
-        raise WeightError(f"{path}: not a readable {kind} ({error}); {error.remedy}") from error
-
-
-def unreadable(path: Path, kind: str, reason: str | None) -> WeightError:
-    """The error for a file that does not hold what it should."""
-    return WeightError(f"{path}: not a readable {kind} ({reason}); copy or download it again")
 
 
 def quoted(value: object, within: bool = False) -> str:

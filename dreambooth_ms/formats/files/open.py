@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import SourceFile
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.byte_ranges import reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt
 from dreambooth_ms.formats.files.recognise import WEIGHT_MAP, recognise
 from dreambooth_ms.formats.files.safetensors_file import read_safetensors
@@ -36,10 +36,9 @@ def read_sharded(path: Path) -> TensorFile:
     Raises:
         WeightError: a file is missing or damaged, or does not hold what the index says.
     """
-    with reading(path, Container.SHARDED.value):
-        places = _checked_places(read_json_object(SourceFile.at(path)).get(WEIGHT_MAP))
-    shards = {name: _read_shard(path, name) for name in sorted(set(places.values()))}
-    with reading(path, Container.SHARDED.value):
+    with reading(path, Container.SHARDED.value) as source:
+        places = _checked_places(read_json_object(source).get(WEIGHT_MAP))
+        shards = {name: _read_shard(path, name) for name in sorted(set(places.values()))}
         _check_that_the_index_is_right(places, shards)
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
     metadata = {name: value for shard in shards.values() for name, value in shard.metadata.items()}

@@ -4,8 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from dreambooth_ms.formats.files.byte_ranges import SourceFile
-from dreambooth_ms.formats.files.format_error import FormatError, reading
+from dreambooth_ms.formats.files.byte_ranges import reading
+from dreambooth_ms.formats.files.format_error import FormatError
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint
 from dreambooth_ms.formats.files.stored import Container
 from dreambooth_ms.formats.files.strict_json import read_json_object
@@ -23,21 +23,27 @@ _LONGEST_HEADER = 1 << 40
 """Of safetensors; text read as a number is larger."""
 
 _SIGNATURES = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for; run git lfs pull"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"GGUF", "a GGUF file; convert it to safetensors"),
-    (b"\x89HDF", "an HDF5 file; convert it to safetensors"),
-    (b"\x93NUMPY", "a numpy array; save it as safetensors"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz archive; unpack it first"),
-    (b"Rar!", "a RAR archive; unpack it first"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"PK\x05\x06", "an empty zip archive"),
+    (rb"\Z", "it is empty"),
+    (rb"version https://git-lfs", "it is a git-lfs pointer, not the file it stands for; run git lfs pull"),
+    (rb"\x89PNG", "it is a PNG picture"),
+    (rb"\xff\xd8\xff", "it is a JPEG picture"),
+    (rb"GGUF", "it is a GGUF file; convert it to safetensors"),
+    (rb"\x89HDF", "it is an HDF5 file; convert it to safetensors"),
+    (rb"\x93NUMPY", "it is a numpy array; save it as safetensors"),
+    (rb"\x1f\x8b", "it is a gzip archive; unpack it first"),
+    (rb"7z\xbc\xaf", "it is a 7z archive; unpack it first"),
+    (rb"\xfd7zXZ", "it is an xz archive; unpack it first"),
+    (rb"Rar!", "it is a RAR archive; unpack it first"),
+    (rb"PK\x03\x04", "it is a zip archive"),
+    (rb"PK\x05\x06", "it is an empty zip archive"),
+    (rb".{257}ustar", "it is a tar archive; unpack it first"),
+    (rb"[\xef\xbb\xbf\s]*(?i:<!doctype html|<html)", "it is an HTML page: the download failed"),
+    (rb"[\xef\xbb\xbf\s]*(?i:<\?xml)", "it is an XML document: the download failed"),
+    (rb"\0+\Z", "it begins with zeros: the download was not finished"),
+    (rb"\s*[\[{][ -~\t\r\n]*\Z", "it is JSON"),
+    (rb"[ -~\t\r\n]+\Z", "it is text"),
 )
-
-_TEXT = bytes(range(32, 127)) + b"\t\r\n"
+"""How a file's first bytes look, and what it seems to be then; the first that fits counts."""
 
 
 def recognise(path: Path) -> Container:
@@ -49,8 +55,7 @@ def recognise(path: Path) -> Container:
     # Of os.path, because that of pathlib raises on names that are too long.
     if os.path.isdir(path):
         return Container.FOLDER
-    with reading(path, "weight file"):
-        source = SourceFile.at(path)
+    with reading(path, "weight file") as source:
         head = source.read(0, min(source.size, _HEAD_BYTES))
         if head.startswith(b"PK\x03\x04"):
             return Container.TORCH_ZIP
@@ -69,20 +74,4 @@ def recognise(path: Path) -> Container:
 
 def seems_to_be(head: bytes) -> str | None:
     """In words, from a file's first bytes; None if nothing is known about them."""
-    if not head:
-        return "it is empty"
-    for signature, meaning in _SIGNATURES:
-        if head.startswith(signature):
-            return f"it is {meaning}"
-    if head[257:262] == b"ustar":
-        return "it is a tar archive; unpack it first"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower()
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "it is an HTML page: the download failed"
-    if start.startswith(b"<?xml"):
-        return "it is an XML document: the download failed"
-    if not head.strip(b"\0"):
-        return "it begins with zeros: the download was not finished"
-    if not head.strip(_TEXT):
-        return "it is JSON" if start.startswith((b"{", b"[")) else "it is text"
-    return None
+    return next((meaning for look, meaning in _SIGNATURES if re.match(look, head, re.DOTALL)), None)

@@ -12,9 +12,9 @@ from typing import Any
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, reading
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
 from dreambooth_ms.formats.files.recognise import seems_to_be
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -28,8 +28,7 @@ def read_safetensors(path: Path) -> TensorFile:
     Raises:
         WeightError: missing, cut short, damaged, or no safetensors file.
     """
-    with reading(path, Container.SAFETENSORS.value):
-        source = SourceFile.at(path)
+    with reading(path, Container.SAFETENSORS.value) as source:
         header, start = _read_header(source)
         metadata = header.pop(METADATA_NAME, {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -6,18 +6,18 @@ they are views into. Before that, they were some pickles one after the other, th
 
 import io
 import struct
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values, reading
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
+from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
 from dreambooth_ms.formats.files.zip_archive import ZipArchive
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -41,18 +41,16 @@ def read_torch_zip(path: Path) -> TensorFile:
     Raises:
         WeightError: missing, cut short, damaged, or none.
     """
-    with reading(path, Container.TORCH_ZIP.value):
-        source = SourceFile.at(path)
+    with reading(path, Container.TORCH_ZIP.value) as source:
         archive = ZipArchive.open(source)
         folder = _folder(archive)
-        storages: dict[str, Storage] = {}
-        root = torch_machine(storages).run(io.BytesIO(archive.read(f"{folder}data.pkl", MAX_PICKLE_BYTES)))
+        root = TorchMachine().run(io.BytesIO(archive.read(f"{folder}data.pkl", MAX_PICKLE_BYTES)))
         byteorder = f"{folder}byteorder"
         swapped = byteorder in archive.entries and archive.read(byteorder, 100) == b"big"
-        found = find_tensors(root)
-        keys = dict.fromkeys(view.storage.key for view in found.views.values())
-        ranges = {key: archive.range_of(f"{folder}data/{key}") for key in keys}
-        return _tensor_file(source, Container.TORCH_ZIP, found, ranges, swapped)
+        views, left_out = find_tensors(root)
+        range_of = cache(lambda key: archive.range_of(f"{folder}data/{key}"))
+        tensors = _tensors(source, views, range_of, swapped)
+        return TensorFile(path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
 
 
 def _folder(archive: ZipArchive) -> str:
@@ -71,17 +69,15 @@ def read_torch_legacy(path: Path) -> TensorFile:
     Raises:
         WeightError: missing, cut short, damaged, or none.
     """
-    with reading(path, Container.TORCH_LEGACY.value):
-        source = SourceFile.at(path)
-        pickles = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES)))
-        storages: dict[str, Storage] = {}
-        magic, _, system, root, keys = [torch_machine(storages).run(pickles) for _ in range(5)]
+    with reading(path, Container.TORCH_LEGACY.value) as source:
+        pickles, machine = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES))), TorchMachine()
+        magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
         if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
             raise FormatError("its first pickles are not those of PyTorch")
-        found = find_tensors(root)
-        ranges = _legacy_ranges(source, pickles.tell(), keys, storages)
-        swapped = system.get("little_endian") is False
-        return _tensor_file(source, Container.TORCH_LEGACY, found, ranges, swapped)
+        views, left_out = find_tensors(root)
+        ranges = _legacy_ranges(source, pickles.tell(), keys, machine.storages)
+        tensors = _tensors(source, views, ranges.get, swapped=system.get("little_endian") is False)
+        return TensorFile(path, Container.TORCH_LEGACY, tensors, find_notes(root), left_out)
 
 
 def _legacy_ranges(
@@ -100,18 +96,23 @@ def _legacy_ranges(
     return ranges
 
 
-def _tensor_file(
-    source: SourceFile, container: Container, found: Found, ranges: Mapping[str, ByteRange], swapped: bool
-) -> TensorFile:
-    check_names(list(found.views))
-    tensors = {}
-    for name, view in found.views.items():
-        if view.storage.key not in ranges or ranges[view.storage.key].size < view.storage.byte_count:
+def _tensors(
+    source: SourceFile, views: Mapping[str, View], range_of: Callable[[str], ByteRange | None], swapped: bool
+) -> dict[str, StoredTensor]:
+    """The tensors of a file; `range_of` says by its key where a storage is."""
+    check_names(list(views))
+    tensors, to_read = {}, 0
+    for name, view in views.items():
+        storage = range_of(view.storage.key)
+        if storage is None or storage.size < view.storage.byte_count:
             raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
-        tensors[name] = _stored(name, view, ranges[view.storage.key], swapped, source.size)
-    if sum(_bytes_read(view, ranges) for view in found.views.values()) > _MOST_READ * source.size + _ALWAYS_READ:
+        tensors[name] = _stored(name, view, storage, swapped, source.size)
+        # What is compressed is inflated from its beginning.
+        before = view.offset if isinstance(storage, FileRange) else 0
+        to_read += (view.reach - before) * view.storage.itemsize
+    if to_read > _MOST_READ * source.size + _ALWAYS_READ:
         raise FormatError("too many of its tensors share their values")
-    return TensorFile(source.path, container, tensors, found.metadata, found.left_out)
+    return tensors
 
 
 def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size: int) -> StoredTensor:
@@ -128,12 +129,6 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
     if tensor.byte_count > max(storage.size, file_size, _SMALL):
         raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
     return tensor
-
-
-def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
-    """How much of its storage must be read for a view."""
-    compressed = isinstance(ranges[view.storage.key], DeflatedRange)
-    return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
 
 
 def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:
