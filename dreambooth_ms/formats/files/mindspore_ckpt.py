@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes, reading
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
@@ -51,24 +51,19 @@ class _Part:
     content: FileRange
 
 
-def read_mindspore_ckpt(path: Path) -> TensorFile:
-    """Open a checkpoint; no tensor is read. Texts in it become metadata.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or no checkpoint of MindSpore.
-    """
-    with reading(path, Container.MINDSPORE.value) as source:
-        with source.opened() as file:
-            groups = [(tag, list(parts)) for tag, parts in groupby(_parts(source, file), attrgetter("tag"))]
-        names = [tag for tag, _ in groups]
-        stored.check_names(names)
-        if not names:
-            raise FormatError("it holds nothing")
-        if len(set(names)) < len(names):
-            raise FormatError("a name stands in it twice")
-        metadata = {tag: _text(group) for tag, group in groups if group[0].type == _TEXT}
-        tensors = {tag: _stored(tag, group) for tag, group in groups if tag not in metadata}
-    return TensorFile(path, Container.MINDSPORE, tensors, metadata)
+def read_mindspore_ckpt(source: SourceFile) -> TensorFile:
+    """A checkpoint, whose texts become metadata."""
+    with source.opened() as file:
+        groups = [(tag, list(parts)) for tag, parts in groupby(_parts(source, file), attrgetter("tag"))]
+    names = [tag for tag, _ in groups]
+    stored.check_names(names)
+    if not names:
+        raise FormatError("it holds nothing")
+    if len(set(names)) < len(names):
+        raise FormatError("a name stands in it twice")
+    metadata = {tag: _text(group) for tag, group in groups if group[0].type == _TEXT}
+    tensors = {tag: _stored(tag, group) for tag, group in groups if tag not in metadata}
+    return TensorFile(source.path, Container.MINDSPORE, tensors, metadata)
 
 
 def _stored(name: str, parts: list[_Part]) -> StoredTensor:

@@ -12,37 +12,31 @@ from typing import Any
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, reading
+from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
-from dreambooth_ms.formats.files.recognise import seems_to_be
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
 
 
-def read_safetensors(path: Path) -> TensorFile:
-    """Open a file; its header is checked as a whole, and no tensor is read.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or no safetensors file.
-    """
-    with reading(path, Container.SAFETENSORS.value) as source:
-        header, start = _read_header(source)
-        metadata = header.pop(METADATA_NAME, {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise FormatError("its metadata is not text by name")
-        if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
-            raise FormatError("its metadata is no valid text")
-        stored.check_names(list(header))
-        entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
-        _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
-        tensors = {
-            name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
-            for name, (dtype, shape, (begin, end)) in entries.items()
-        }
-    return TensorFile(path, Container.SAFETENSORS, tensors, metadata)
+def read_safetensors(source: SourceFile) -> TensorFile:
+    """A safetensors file, whose header is checked as a whole."""
+    header, start = _read_header(source)
+    metadata = header.pop(METADATA_NAME, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("its metadata is not text by name")
+    if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
+        raise FormatError("its metadata is no valid text")
+    stored.check_names(list(header))
+    entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
+    _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
+    tensors = {
+        name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
+        for name, (dtype, shape, (begin, end)) in entries.items()
+    }
+    return TensorFile(source.path, Container.SAFETENSORS, tensors, metadata)
 
 
 def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:

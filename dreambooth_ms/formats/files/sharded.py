@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, check_room, sync, write_bytes
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.recognise import WEIGHT_MAP
+from dreambooth_ms.formats.files.open import WEIGHT_MAP
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import Progress, StoredTensor, total_bytes
 

@@ -6,19 +6,18 @@ they are views into. Before that, they were some pickles one after the other, th
 
 import io
 import struct
-from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values, reading
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_bytes, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
-from dreambooth_ms.formats.files.zip_archive import ZipArchive
+from dreambooth_ms.formats.files.zip_archive import zip_entries
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -35,49 +34,43 @@ _SMALL = 1 << 20
 _MOST_READ, _ALWAYS_READ = 32, 1 << 28
 
 
-def read_torch_zip(path: Path) -> TensorFile:
-    """Open a checkpoint of PyTorch 1.6 or later; no tensor is read.
+def read_torch_zip(source: SourceFile) -> TensorFile:
+    """A checkpoint of PyTorch 1.6 or later."""
+    entries = zip_entries(source)
+    folder = _folder(entries)
+    pickled = f"{folder}data.pkl"
+    if entries[pickled].size > MAX_PICKLE_BYTES:
+        raise FormatError(f"{quoted(pickled)} has {entries[pickled].size} bytes; at most {MAX_PICKLE_BYTES} are read")
+    root = TorchMachine().run(io.BytesIO(read_bytes(entries[pickled])))
+    byteorder = entries.get(f"{folder}byteorder")
+    swapped = byteorder is not None and byteorder.size == 3 and read_bytes(byteorder) == b"big"
+    views, left_out = find_tensors(root)
+    place = f"{folder}data/"
+    storages = {name.removeprefix(place): one for name, one in entries.items() if name.startswith(place)}
+    tensors = _tensors(source, views, storages, swapped)
+    return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
 
-    Raises:
-        WeightError: missing, cut short, damaged, or none.
-    """
-    with reading(path, Container.TORCH_ZIP.value) as source:
-        archive = ZipArchive.open(source)
-        folder = _folder(archive)
-        root = TorchMachine().run(io.BytesIO(archive.read(f"{folder}data.pkl", MAX_PICKLE_BYTES)))
-        byteorder = f"{folder}byteorder"
-        swapped = byteorder in archive.entries and archive.read(byteorder, 100) == b"big"
-        views, left_out = find_tensors(root)
-        range_of = cache(lambda key: archive.range_of(f"{folder}data/{key}"))
-        tensors = _tensors(source, views, range_of, swapped)
-        return TensorFile(path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
 
-
-def _folder(archive: ZipArchive) -> str:
+def _folder(names: Collection[str]) -> str:
     """The folder that everything in an archive is in, with a slash."""
-    folders = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
+    folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise FormatError("it is a zip archive, but not one that PyTorch wrote")
-    if f"{folders[0]}constants.pkl" in archive.entries:
+    if f"{folders[0]}constants.pkl" in names:
         raise FormatError("it is a TorchScript program, not weights; save its state_dict in PyTorch")
     return folders[0]
 
 
-def read_torch_legacy(path: Path) -> TensorFile:
-    """Open a checkpoint of a PyTorch before 1.6; no tensor is read.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or none.
-    """
-    with reading(path, Container.TORCH_LEGACY.value) as source:
-        pickles, machine = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES))), TorchMachine()
-        magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
-        if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
-            raise FormatError("its first pickles are not those of PyTorch")
-        views, left_out = find_tensors(root)
-        ranges = _legacy_ranges(source, pickles.tell(), keys, machine.storages)
-        tensors = _tensors(source, views, ranges.get, swapped=system.get("little_endian") is False)
-        return TensorFile(path, Container.TORCH_LEGACY, tensors, find_notes(root), left_out)
+def read_torch_legacy(source: SourceFile) -> TensorFile:
+    """A checkpoint of a PyTorch before 1.6."""
+    pickles, machine = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES))), TorchMachine()
+    magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
+    if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
+        raise FormatError("its first pickles are not those of PyTorch")
+    views, left_out = find_tensors(root)
+    storages = _legacy_ranges(source, pickles.tell(), keys, machine.storages)
+    tensors = _tensors(source, views, storages, swapped=system.get("little_endian") is False)
+    return TensorFile(source.path, Container.TORCH_LEGACY, tensors, find_notes(root), left_out)
 
 
 def _legacy_ranges(
@@ -97,13 +90,13 @@ def _legacy_ranges(
 
 
 def _tensors(
-    source: SourceFile, views: Mapping[str, View], range_of: Callable[[str], ByteRange | None], swapped: bool
+    source: SourceFile, views: Mapping[str, View], storages: Mapping[str, ByteRange], swapped: bool
 ) -> dict[str, StoredTensor]:
-    """The tensors of a file; `range_of` says by its key where a storage is."""
+    """The tensors of a file, whose storages stand in it by their keys."""
     check_names(list(views))
     tensors, to_read = {}, 0
     for name, view in views.items():
-        storage = range_of(view.storage.key)
+        storage = storages.get(view.storage.key)
         if storage is None or storage.size < view.storage.byte_count:
             raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
         tensors[name] = _stored(name, view, storage, swapped, source.size)
