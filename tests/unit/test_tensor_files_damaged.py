@@ -11,8 +11,7 @@ import pytest
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import open_tensor_file, recognise
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container
 from tests.stored_tensors import RNG, numbers
 

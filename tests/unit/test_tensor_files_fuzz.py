@@ -20,8 +20,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import open_tensor_file
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from tests.stored_tensors import numbers
 from tests.torch_checkpoints import dict_of, legacy_checkpoint, number, tensor, text, zip_checkpoint

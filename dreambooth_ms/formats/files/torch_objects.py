@@ -3,7 +3,6 @@
 The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.x.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,7 +11,7 @@ from typing import Any
 
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
-from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine, Placeholder
+from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine
 from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
 
 # Class of a storage -> bytes per element, and the type if arrays can have it.
@@ -82,7 +81,7 @@ class TorchMachine(PickleMachine):
     def load_persistent(self, identifier: Any) -> Any:
         """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
-            return Placeholder()
+            return {}
         kind, key, _, count, *view_of_another = identifier[1:6]
         if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
             name = kind.name if isinstance(kind, Global) else None
@@ -101,7 +100,7 @@ class TorchMachine(PickleMachine):
         if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
             function, arguments = arguments[0], arguments[2]
             if not (isinstance(function, Global) and isinstance(arguments, tuple)):
-                return Placeholder()
+                return {}
         match function.module, function.name:
             case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
                 return _view(arguments[:4], None, arguments[6:7])
@@ -109,7 +108,7 @@ class TorchMachine(PickleMachine):
                 return _view(arguments[:4], arguments[6], arguments[7:8])
             case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
                 return arguments[0]
-        return Placeholder()
+        return {}
 
 
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
@@ -120,9 +119,10 @@ def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
-    dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(getattr(dtype_name, "name", ""))
-    if getattr(dtype_name, "name", "").startswith("float8"):
-        raise unread_type("a tensor", dtype_name.name)
+    name = getattr(dtype_name, "name", "")
+    if name.startswith("float8"):
+        raise unread_type("a tensor", name)
+    dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(name)
     checked_byte_count(shape, dtype or DType.U8)
     if len(strides) != len(shape) or not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *strides)):
         raise FormatError("its pickle is damaged: a tensor with impossible strides")
@@ -151,9 +151,8 @@ def find_tensors(root: Any) -> tuple[dict[str, View], dict[str, int]]:
 
 def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The object and the dictionaries within it, each once, nearest first."""
-    queue, seen = deque([("", root, 0)]), set()
-    while queue:
-        path, mapping, depth = queue.popleft()
+    queue, seen = [("", root, 0)], set()
+    for path, mapping, depth in queue:  # Which grows meanwhile.
         if not isinstance(mapping, dict) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
