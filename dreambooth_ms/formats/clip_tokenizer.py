@@ -85,8 +85,7 @@ class ClipTokenizer:
         return rows
 
     def _ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False).input_ids
-        return ids
+        return list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
 
 
 def check_clip_tokenizer(folder: Path) -> None:
@@ -133,9 +132,8 @@ def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]
     symbols = byte_symbols()
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    tokens += [START, END]
+    made = [merge.replace(" ", "") for merge in merges]
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *made, START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
     config = {**special, "do_lower_case": True, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
     write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})

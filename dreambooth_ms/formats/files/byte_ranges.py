@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class SourceFile:
     _identity: tuple[int, ...]
 
     @contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
+    def opened(self) -> Iterator[BufferedReader]:
         """The file, open for reading.
 
         Raises:
@@ -108,7 +108,7 @@ class FileRange:
         """Fill a buffer of their size with the bytes."""
         with self.file.opened() as file:
             file.seek(self.start)
-            if file.readinto(buffer) != self.size:  # type: ignore[attr-defined]
+            if file.readinto(buffer) != self.size:
                 raise WeightError(f"{self.file.path}: changed while it was being read; try again")
 
     def pieces(self) -> Iterator[memoryview]:

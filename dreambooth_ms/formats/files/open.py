@@ -11,7 +11,7 @@ from dreambooth_ms.formats.files.byte_ranges import SourceFile, reading
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_safetensors
-from dreambooth_ms.formats.files.stored import Container, TensorFile, check_names
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.strict_json import read_json_object
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 
@@ -67,10 +67,20 @@ def open_tensor_file(path: Path, container: Container | None = None) -> TensorFi
 def _read_sharded(source: SourceFile) -> TensorFile:
     """All the files that an index names. Every tensor must be in the file that the index says, and in no other."""
     places = _checked_places(read_json_object(source).get(WEIGHT_MAP))
-    shards = {name: _read_shard(source.path, name) for name in sorted(set(places.values()))}
-    _check_that_the_index_is_right(places, shards)
-    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
-    metadata = {name: value for shard in shards.values() for name, value in shard.metadata.items()}
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    held: dict[str, str] = {}
+    for shard in sorted(set(places.values())):
+        file = _read_shard(source.path, shard)
+        for name in file.tensors.keys() & held.keys():
+            raise FormatError(f"{quoted(name)} is both in {held[name]} and in {shard}")
+        held |= dict.fromkeys(file.tensors, shard)
+        tensors |= file.tensors
+        metadata |= file.metadata
+    for name in places.keys() | held.keys():
+        said, found = places.get(name, "no file"), held.get(name, "no file")
+        if said != found:
+            raise FormatError(f"it says that {quoted(name)} is in {said}, but it is in {found}")
     return TensorFile(source.path, Container.SHARDED, tensors, metadata)
 
 
@@ -79,10 +89,11 @@ def _checked_places(weight_map: Any) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"it has no {WEIGHT_MAP}")
     check_names(list(weight_map))
-    for shard in set(map(str, weight_map.values())):
+    places = {name: str(shard) for name, shard in weight_map.items()}
+    for shard in set(places.values()):
         if shard in ("", ".", "..") or any(forbidden in shard for forbidden in "/\\\0:"):
             raise FormatError(f"{quoted(shard)} is not the name of a file beside it")
-    return {name: str(shard) for name, shard in weight_map.items()}
+    return places
 
 
 def _read_shard(index: Path, name: str) -> TensorFile:
@@ -96,21 +107,6 @@ def _read_shard(index: Path, name: str) -> TensorFile:
             f"{path}: {index.name} names it as a part, but it is a {container.value}; download both again"
         )
     return open_tensor_file(path, container)
-
-
-def _check_that_the_index_is_right(places: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
-    held: dict[str, str] = {}
-    for shard, file in shards.items():
-        for name in file.tensors:
-            if name in held:
-                raise FormatError(f"{quoted(name)} is both in {held[name]} and in {shard}")
-            held[name] = shard
-    if held != places:
-        wrong = next(name for name in places.keys() | held.keys() if places.get(name) != held.get(name))
-        raise FormatError(
-            f"it says that {quoted(wrong)} is in {places.get(wrong, 'no file')}, but it is in "
-            f"{held.get(wrong, 'no file')}"
-        )
 
 
 _READERS: Mapping[Container, Callable[[SourceFile], TensorFile]] = {

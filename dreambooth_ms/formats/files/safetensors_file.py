@@ -5,7 +5,6 @@ index says which tensor is in which: `<stem>.safetensors.index.json`.
 """
 
 import json
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     head = source.read(0, min(source.size, 512))
     if len(head) < 9 or head[8:9] != b"{":
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
-    (length,) = struct.unpack_from("<Q", head)
+    length = int.from_bytes(head[:8], "little")
     if length > source.size - 8:
         raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
@@ -58,10 +57,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     return parse_json_object(source.read(8, length)), 8 + length
 
 
-Entry = tuple[DType, tuple[int, ...], tuple[int, int]]
-
-
-def _checked_entry(name: str, entry: Any) -> Entry:
+def _checked_entry(name: str, entry: Any) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
     """Type, shape and place of a tensor."""
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -124,7 +120,7 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
         position = end
     content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # As the safetensors library aligns the values.
-    return struct.pack("<Q", len(content)) + content
+    return len(content).to_bytes(8, "little") + content
 
 
 def write_sharded_safetensors(

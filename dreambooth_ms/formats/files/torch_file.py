@@ -5,7 +5,6 @@ they are views into. Before that, they were some pickles one after the other, th
 """
 
 import io
-import struct
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE_BYTES = 32_000_000
 """Of what describes the tensors; that of SD 1.5 has 0.3 MB."""
 
-_LENGTH = struct.Struct("<q")
+_LENGTH_BYTES = 8
 
 _SMALL = 1 << 20
 """A tensor that repeats its elements may have so many bytes, however small the file."""
@@ -81,11 +80,10 @@ def _legacy_ranges(
     for key in keys:
         if type(key) is not str or key not in storages or key in ranges:
             raise FormatError("its list of storages is damaged")
-        (length,) = _LENGTH.unpack(source.read(position, _LENGTH.size))
-        if length != storages[key].count:
+        if int.from_bytes(source.read(position, _LENGTH_BYTES), "little") != storages[key].count:
             raise FormatError(f"the storage {quoted(key)} is damaged: its length is not the one that was said")
-        ranges[key] = FileRange(source, position + _LENGTH.size, storages[key].byte_count)
-        position += _LENGTH.size + ranges[key].size
+        ranges[key] = FileRange(source, position + _LENGTH_BYTES, storages[key].byte_count)
+        position += _LENGTH_BYTES + ranges[key].size
     return ranges
 
 

@@ -2,7 +2,7 @@
 
 import struct
 import zipfile
-from typing import Any, BinaryIO
+from io import BufferedReader
 
 from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
@@ -29,7 +29,7 @@ def zip_entries(source: SourceFile) -> dict[str, ByteRange]:
     """
     with source.opened() as file:
         try:
-            listed = zipfile.ZipFile(_BoundedReads(file)).infolist()  # type: ignore[arg-type]
+            listed = zipfile.ZipFile(_BoundedReads(file.raw)).infolist()
         except _DAMAGES as error:
             raise FormatError(f"cut short, or damaged: {error}") from error
     inflated = sum(entry.file_size for entry in listed if entry.compress_type != zipfile.ZIP_STORED)
@@ -56,16 +56,11 @@ def _range_of(entry: zipfile.ZipInfo, source: SourceFile) -> ByteRange:
     return content
 
 
-class _BoundedReads:
+class _BoundedReads(BufferedReader):
     """A file that gives no more than a directory's size at a time, whatever an archive says about itself."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def read(self, count: int = -1) -> bytes:
-        if count > _MAX_DIRECTORY_BYTES:
+    def read(self, count: int | None = -1) -> bytes:
+        bounded = _MAX_DIRECTORY_BYTES if count is None or count < 0 else count
+        if bounded > _MAX_DIRECTORY_BYTES:
             raise FormatError("damaged: its directory would be larger than that of any weights")
-        return self._file.read(_MAX_DIRECTORY_BYTES if count < 0 else count)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+        return super().read(bounded)
