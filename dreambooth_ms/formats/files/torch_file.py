@@ -16,7 +16,7 @@ from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
-from dreambooth_ms.formats.files.zip_archive import zip_entries
+from dreambooth_ms.formats.files.zip_archive import range_of, read_directory
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -35,17 +35,20 @@ _MOST_READ, _ALWAYS_READ = 32, 1 << 28
 
 def read_torch_zip(source: SourceFile) -> TensorFile:
     """A checkpoint of PyTorch 1.6 or later."""
-    entries = zip_entries(source)
+    entries = read_directory(source)
     folder = _folder(entries)
-    pickled = f"{folder}data.pkl"
-    if entries[pickled].size > MAX_PICKLE_BYTES:
-        raise FormatError(f"{quoted(pickled)} has {entries[pickled].size} bytes; at most {MAX_PICKLE_BYTES} are read")
-    root = TorchMachine().run(io.BytesIO(read_bytes(entries[pickled])))
-    byteorder = entries.get(f"{folder}byteorder")
-    swapped = byteorder is not None and byteorder.size == 3 and read_bytes(byteorder) == b"big"
+    pickled = entries[f"{folder}data.pkl"]
+    if pickled.file_size > MAX_PICKLE_BYTES:
+        name = quoted(pickled.filename)
+        raise FormatError(f"{name} has {pickled.file_size} bytes; at most {MAX_PICKLE_BYTES} are read")
+    root = TorchMachine().run(io.BytesIO(read_bytes(range_of(pickled, source))))
+    order = entries.get(f"{folder}byteorder")
+    swapped = order is not None and order.file_size == 3 and read_bytes(range_of(order, source)) == b"big"
     views, left_out = find_tensors(root)
     place = f"{folder}data/"
-    storages = {name.removeprefix(place): one for name, one in entries.items() if name.startswith(place)}
+    storages = {
+        name.removeprefix(place): range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
+    }
     tensors = _tensors(source, views, storages, swapped)
     return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
 

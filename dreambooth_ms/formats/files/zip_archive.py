@@ -20,30 +20,33 @@ _DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, 
 """What the standard library raises on invalid archives."""
 
 
-def zip_entries(source: SourceFile) -> dict[str, ByteRange]:
-    """Where the entries of an archive are, by their names; nothing is unpacked.
+def read_directory(source: SourceFile) -> dict[str, zipfile.ZipInfo]:
+    """The entries of an archive by their names; nothing is unpacked.
 
     Raises:
-        FormatError: damaged, a name stands in it twice, or an entry is encrypted or compressed in another way than by
-            deflation.
+        FormatError: damaged, or a name stands in it twice.
     """
     with source.opened() as file:
         try:
             listed = zipfile.ZipFile(_BoundedReads(file.raw)).infolist()
         except _DAMAGES as error:
             raise FormatError(f"cut short, or damaged: {error}") from error
+    entries = {entry.filename: entry for entry in listed}
+    if len(entries) < len(listed):
+        raise FormatError("damaged: a name stands twice in the archive")
     inflated = sum(entry.file_size for entry in listed if entry.compress_type != zipfile.ZIP_STORED)
     if inflated > _MAX_INFLATION * source.size + _MAX_INFLATED:
         raise FormatError("more is compressed in it than weights can be; unpack it to look what it is")
-    entries = {entry.filename: _range_of(entry, source) for entry in listed}
-    if len(entries) < len(listed):
-        raise FormatError("damaged: a name stands twice in the archive")
     return entries
 
 
-def _range_of(entry: zipfile.ZipInfo, source: SourceFile) -> ByteRange:
-    """Where the content of an entry is."""
-    header, name = source.read(entry.header_offset, _LOCAL_HEADER.size), quoted(entry.filename)
+def range_of(entry: zipfile.ZipInfo, source: SourceFile) -> ByteRange:
+    """Where the content of an archive's entry is.
+
+    Raises:
+        FormatError: it is encrypted, or compressed in another way than by deflation.
+    """
+    name, header = quoted(entry.filename), source.read(entry.header_offset, _LOCAL_HEADER.size)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if signature != b"PK\x03\x04" or entry.flag_bits & _ENCRYPTED:
         raise FormatError(f"{name} is damaged or encrypted")
