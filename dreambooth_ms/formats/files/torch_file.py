@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_bytes, read_values
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
-from dreambooth_ms.formats.files.zip_archive import range_of, read_directory
+from dreambooth_ms.formats.files.zip_archive import range_of, read_directory, read_entry
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -37,13 +37,9 @@ def read_torch_zip(source: SourceFile) -> TensorFile:
     """A checkpoint of PyTorch 1.6 or later."""
     entries = read_directory(source)
     folder = _folder(entries)
-    pickled = entries[f"{folder}data.pkl"]
-    if pickled.file_size > MAX_PICKLE_BYTES:
-        name = quoted(pickled.filename)
-        raise FormatError(f"{name} has {pickled.file_size} bytes; at most {MAX_PICKLE_BYTES} are read")
-    root = TorchMachine().run(io.BytesIO(read_bytes(range_of(pickled, source))))
-    order = entries.get(f"{folder}byteorder")
-    swapped = order is not None and order.file_size == 3 and read_bytes(range_of(order, source)) == b"big"
+    root = TorchMachine().run(io.BytesIO(read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)))
+    byteorder = entries.get(f"{folder}byteorder")
+    swapped = byteorder is not None and read_entry(byteorder, source, 100) == b"big"
     views, left_out = find_tensors(root)
     place = f"{folder}data/"
     storages = {

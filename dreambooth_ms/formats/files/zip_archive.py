@@ -4,7 +4,7 @@ import struct
 import zipfile
 from io import BufferedReader
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
 _MAX_DIRECTORY_BYTES = 16_000_000
@@ -57,6 +57,17 @@ def range_of(entry: zipfile.ZipInfo, source: SourceFile) -> ByteRange:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise FormatError(f"{name} is damaged, or compressed in a way that cannot be read")
     return content
+
+
+def read_entry(entry: zipfile.ZipInfo, source: SourceFile, at_most: int) -> bytes:
+    """The content of a small entry.
+
+    Raises:
+        FormatError: it is too large, or as in `range_of`.
+    """
+    if entry.file_size > at_most:
+        raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
+    return read_bytes(range_of(entry, source))
 
 
 class _BoundedReads(BufferedReader):
