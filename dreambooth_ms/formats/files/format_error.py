@@ -17,10 +17,10 @@ _SIGNATURES = (
     (rb"PK\x03\x04", "it is a zip archive"),
     (rb"PK\x05\x06", "it is an empty zip archive"),
     (rb".{257}ustar", "it is a tar archive; unpack it first"),
-    (rb"[\xef\xbb\xbf\s]*(?i:<!doctype html|<html)", "it is an HTML page: the download failed"),
-    (rb"[\xef\xbb\xbf\s]*(?i:<\?xml)", "it is an XML document: the download failed"),
+    (rb"[\xef\xbb\xbf \t\r\n]*(?i:<!doctype html|<html)", "it is an HTML page: the download failed"),
+    (rb"[\xef\xbb\xbf \t\r\n]*(?i:<\?xml)", "it is an XML document: the download failed"),
     (rb"\0+\Z", "it begins with zeros: the download was not finished"),
-    (rb"\s*[\[{][ -~\t\r\n]*\Z", "it is JSON"),
+    (rb"[ \t\r\n]*[\[{][ -~\t\r\n]*\Z", "it is JSON"),
     (rb"[ -~\t\r\n]+\Z", "it is text"),
 )
 """How a file's first bytes look, and what it seems to be then; the first that fits counts."""
