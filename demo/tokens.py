@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from dreambooth_ms.formats.clip_vocabulary import END, LENGTH, tokenizer_on_board
+from dreambooth_ms.formats.clip_tokenizer import END, LENGTH, tokenizer_on_board
 
 MOST = LENGTH - 2
 """Tokens of a prompt that are read, beside its marks of start and end."""

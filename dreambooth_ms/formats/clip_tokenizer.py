@@ -1,21 +1,36 @@
-"""CLIP's tokenizer from a folder in transformers' layout.
+"""CLIP's tokenizer from a folder in transformers' layout; and the one on board, for models in single files, which bring
+none.
+
+Its merges are the file that OpenAI published with CLIP (Radford et al., 2021), `vocabulary/`, as OpenCLIP's package
+carries it under the licence beside it. Every CLIP text encoder of Stable Diffusion reads these tokens.
 
 Shapes: N pieces of a prompt, S tokens.
 """
 
+import atexit
+import gzip
+import shutil
+import tempfile
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreambooth_ms.atomic import write_bytes
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.clip_vocabulary import LENGTH, SIZE
 from dreambooth_ms.formats.config_keys import TOKENIZER_KEYS, check_keys
-from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.model_config import read_config
 
+SIZE = 49408
+"""Tokens: 256 bytes within a word, 256 at its end, the merges, and two marks."""
 UNMERGED_TOKENS = 2 * 256 + 2
-"""Tokens of CLIP's vocabulary that no line of merges.txt makes: each byte, within a word and at its end; two marks."""
+"""Those that no line of merges.txt makes."""
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+"""Tokens of a prompt, marks included."""
 
 
 class ClipTokenizer:
@@ -70,8 +85,7 @@ class ClipTokenizer:
         return rows
 
     def _ids(self, prompt: str) -> list[int]:
-        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False).input_ids
-        return ids
+        return list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
 
 
 def check_clip_tokenizer(folder: Path) -> None:
@@ -104,3 +118,40 @@ def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:
     except (OSError, UnicodeDecodeError) as error:
         raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
     return file, vocabulary, sum(len(line.split()) == 2 and not line.startswith("#version") for line in merges)
+
+
+def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
+
+    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
+
+    Raises:
+        WeightError: the folder cannot be written to.
+    """
+    packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+    # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
+    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]
+    symbols = byte_symbols()
+    made = [merge.replace(" ", "") for merge in merges]
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *made, START, END]
+    special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
+    config = {**special, "do_lower_case": True, "model_max_length": LENGTH, "tokenizer_class": "CLIPTokenizer"}
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    write_bytes(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]).encode())
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", config)
+
+
+@cache
+def tokenizer_on_board(pad_token: str = END) -> Path:
+    """A folder with the tokenizer, made when it is first asked for and gone when the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix="dreambooth-ms-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_clip_tokenizer(folder, pad_token)
+    return folder
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte, in the vocabulary's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]

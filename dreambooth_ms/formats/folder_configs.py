@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
 from dreambooth_ms.formats import model_config
-from dreambooth_ms.formats.clip_vocabulary import END, SIZE
+from dreambooth_ms.formats.clip_tokenizer import END, SIZE
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
 from dreambooth_ms.models.specs import Family, ModelSpec
 

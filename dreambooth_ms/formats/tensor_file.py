@@ -7,8 +7,9 @@ import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
 
 STEP_KEY = "dreambooth_ms_step"
 """In the metadata of what a run writes: the optimiser steps it was trained for."""
@@ -20,7 +21,7 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     Raises:
         WeightError: the file is missing, cut short, or not a safetensors file.
     """
-    file = read_safetensors(path)
+    file = open_tensor_file(path, Container.SAFETENSORS)
     return {name: read_value(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
 
 
@@ -32,7 +33,7 @@ def read_value(tensor: StoredTensor) -> np.ndarray:
 def read_metadata(path: Path) -> dict[str, str]:
     """A file's metadata, without reading its tensors; empty if it cannot be read."""
     try:
-        return dict(read_safetensors(path).metadata)
+        return dict(open_tensor_file(path, Container.SAFETENSORS).metadata)
     except WeightError:
         return {}
 

@@ -11,11 +11,10 @@ import numpy as np
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats import folder_layout
-from dreambooth_ms.formats.clip_vocabulary import write_clip_tokenizer
+from dreambooth_ms.formats.clip_tokenizer import write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, read_json, write_json

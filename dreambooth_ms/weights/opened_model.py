@@ -14,7 +14,6 @@ from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError
 from dreambooth_ms.formats.files.open import open_tensor_file
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
 from dreambooth_ms.formats.files.strict_json import parse_json_object
 from dreambooth_ms.formats.folder_configs import folder_configs
@@ -250,7 +249,7 @@ def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None
     stored: dict[str, StoredTensor] = {}
     for part, file in files.items():
         # It must be of the kind that its name says.
-        opened = read_safetensors(file) if file.suffix == ".safetensors" else open_tensor_file(file)
+        opened = open_tensor_file(file, Container.SAFETENSORS if file.suffix == ".safetensors" else None)
         stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
     if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")

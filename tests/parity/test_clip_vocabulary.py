@@ -7,8 +7,7 @@ import pytest
 from transformers import CLIPTokenizerFast
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer, check_clip_tokenizer
-from dreambooth_ms.formats.clip_vocabulary import SIZE, write_clip_tokenizer
+from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer, check_clip_tokenizer, write_clip_tokenizer
 
 START, END = 49406, 49407
 

@@ -17,8 +17,7 @@ from dreambooth_ms.formats.files import mindspore_ckpt
 from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import open_tensor_file
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from tests.stored_tensors import one_of_each, same
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors
+from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
@@ -187,7 +187,7 @@ class TestWhatIsTrained:
         """
         run = trained(base, "lora", text=True, rank=2, lora_alpha=3, lora_target_modules=["to_v", "attn1.to_q"])
         run.learner.write_part(tmp_path, STEP)
-        file = read_safetensors(tmp_path / "pytorch_lora_weights.safetensors")
+        file = open_tensor_file(tmp_path / "pytorch_lora_weights.safetensors")
         layers = [name.partition(".lora_A.")[0] for name in run.values["unet"] if ".lora_A." in name]
         names = [f"unet.{layer}.lora.{way}.weight" for layer in layers for way in ("down", "up")]
         assert [name for name in file.tensors if name.startswith("unet.")] == names

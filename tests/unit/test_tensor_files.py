@@ -15,10 +15,9 @@ from safetensors.numpy import load_file, save_file
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files import byte_ranges, mindspore_ckpt
 from dreambooth_ms.formats.files.dtypes import DType, cast
-from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import open_tensor_file
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from dreambooth_ms.formats.tensor_file import read_tensors
 from tests.stored_tensors import RNG, SHAPES, numbers, one_of_each, random_tensor, same
@@ -57,7 +56,7 @@ class TestRoundTrips:
         assert (file.container, file.metadata) == (Container.SHARDED, {"a": "b"})
         assert same(file.tensors, tensors)
         for shard in shards:
-            held = read_safetensors(shard).tensors
+            held = open_tensor_file(shard, Container.SAFETENSORS).tensors
             assert len(held) == 1 or sum(tensor.byte_count for tensor in held.values()) <= 100
 
     def test_what_fits_one_file_gets_one_file(self, tmp_path):
@@ -80,14 +79,14 @@ class TestRoundTrips:
         write_safetensors(tmp_path / "file", {"a": numbers(5).cast_to(DType.BF16), "b": numbers(2).cast_to(DType.F16)})
         tensors, _ = read_tensors(tmp_path / "file")
         assert (tensors["a"].dtype, tensors["b"].dtype) == (np.float32, np.float16)
-        stored = read_safetensors(tmp_path / "file").tensors["a"]
+        stored = open_tensor_file(tmp_path / "file", Container.SAFETENSORS).tensors["a"]
         assert np.array_equal(tensors["a"], cast(stored.read(), DType.BF16, DType.F32))
 
     def test_a_large_parameter_is_written_in_parts(self, tmp_path, monkeypatch):
         monkeypatch.setattr(mindspore_ckpt, "SLICE_BYTES", 16)
         tensors, written = {"a": numbers(4), "b": numbers(5, 3), "c": numbers(0, 2)}, []
         write_mindspore_ckpt(tmp_path / "file", tensors, written.append)
-        assert same(read_mindspore_ckpt(tmp_path / "file").tensors, tensors)
+        assert same(open_tensor_file(tmp_path / "file", Container.MINDSPORE).tensors, tensors)
         assert written == [16, 16, 16, 16, 12, 0]
 
 
@@ -111,13 +110,13 @@ class TestTheLibrary:
 
     def test_we_read_its(self, tmp_path):
         save_file(self.ARRAYS, tmp_path / "file", {"format": "np"})
-        file = read_safetensors(tmp_path / "file")
+        file = open_tensor_file(tmp_path / "file", Container.SAFETENSORS)
         assert file.metadata == {"format": "np"}
         assert same(file.tensors, {name: StoredTensor.of(values) for name, values in self.ARRAYS.items()})
 
     def test_the_same_tensors_in_its_order_give_the_same_bytes(self, tmp_path):
         save_file(self.ARRAYS, tmp_path / "its", {"format": "np"})
-        its = read_safetensors(tmp_path / "its")
+        its = open_tensor_file(tmp_path / "its", Container.SAFETENSORS)
         write_safetensors(tmp_path / "ours", its.tensors, its.metadata)
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "its").read_bytes()
 
@@ -230,7 +229,7 @@ class TestCopiedBytes:
     @pytest.fixture
     def written(self, tmp_path):
         write_safetensors(tmp_path / "first", one_of_each())
-        return read_safetensors(tmp_path / "first").tensors
+        return open_tensor_file(tmp_path / "first", Container.SAFETENSORS).tensors
 
     def test_they_are_the_same(self, tmp_path, written, monkeypatch):
         monkeypatch.setattr(byte_ranges, "_COPIED", 5)

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file
-from dreambooth_ms.formats.files.recognise import recognise
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file, recognise
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container
 from tests.stored_tensors import RNG, numbers
 
@@ -87,7 +85,7 @@ def test_a_damaged_safetensors_file_is_refused_with_the_reason(tmp_path, case):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(WeightError, match=f"model.safetensors: not a readable safetensors file .*{reason}") as error:
-        read_safetensors(path)
+        open_tensor_file(path, Container.SAFETENSORS)
     assert str(error.value).endswith("; copy or download it again")
     assert len(str(error.value).splitlines()) == 1
 
@@ -118,7 +116,7 @@ class TestMindSporeCheckpoints:
     def read(self, tmp_path):
         def read(*parts):
             (tmp_path / "model.ckpt").write_bytes(b"".join(parts))
-            return read_mindspore_ckpt(tmp_path / "model.ckpt")
+            return open_tensor_file(tmp_path / "model.ckpt", Container.MINDSPORE)
 
         return read
 

@@ -18,12 +18,10 @@ from hypothesis import strategies as st
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt, write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file, read_sharded
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
-from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.formats.files.torch_file import read_torch_legacy, read_torch_zip
+from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from tests.stored_tensors import numbers
 from tests.torch_checkpoints import dict_of, legacy_checkpoint, number, tensor, text, zip_checkpoint
 
@@ -90,10 +88,10 @@ fuzz = settings(
 )
 
 
-def read_or_refuse(path, read):
+def read_or_refuse(path, container=None):
     started = time.process_time()
     try:
-        file = read(path)
+        file = open_tensor_file(path, container)
         for stored in file.tensors.values():
             values = stored.read()
             assert (values.shape, values.dtype) == (stored.shape, stored.dtype.numpy)
@@ -141,8 +139,8 @@ MINDSPORE = original(write_mindspore_ckpt, TENSORS)
 @given(content=bent(SAFETENSORS))
 def test_safetensors(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", read_safetensors)
-    read_or_refuse(folder / "file", open_tensor_file)
+    read_or_refuse(folder / "file", Container.SAFETENSORS)
+    read_or_refuse(folder / "file")
 
 
 VALUES = st.one_of(
@@ -179,15 +177,15 @@ def bent_headers(draw):
 @given(content=bent_headers())
 def test_safetensors_with_another_header(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", read_safetensors)
+    read_or_refuse(folder / "file", Container.SAFETENSORS)
 
 
 @fuzz
 @given(content=bent(MINDSPORE))
 def test_mindspore_checkpoints(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", read_mindspore_ckpt)
-    read_or_refuse(folder / "file", open_tensor_file)
+    read_or_refuse(folder / "file", Container.MINDSPORE)
+    read_or_refuse(folder / "file")
 
 
 @fuzz
@@ -198,22 +196,22 @@ def test_mindspore_checkpoints(folder, content):
 )
 def test_zip_archives(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", read_torch_zip)
+    read_or_refuse(folder / "file", Container.TORCH_ZIP)
 
 
 @fuzz
 @given(value=bent(OBJECT))
 def test_pickles_in_sound_archives(folder, value):
     (folder / "file").write_bytes(zip_checkpoint(value, {"0": ROW}))
-    read_or_refuse(folder / "file", open_tensor_file)
+    read_or_refuse(folder / "file")
 
 
 @fuzz
 @given(content=bent(legacy_checkpoint(OBJECT, {"0": (24, ROW)})))
 def test_old_checkpoints(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", read_torch_legacy)
-    read_or_refuse(folder / "file", open_tensor_file)
+    read_or_refuse(folder / "file", Container.TORCH_LEGACY)
+    read_or_refuse(folder / "file")
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +225,12 @@ def index(folder):
 def test_indices_of_sharded_models(index, data):
     path, content = index
     path.write_bytes(data.draw(bent(content)))
-    read_or_refuse(path, read_sharded)
-    read_or_refuse(path, open_tensor_file)
+    read_or_refuse(path, Container.SHARDED)
+    read_or_refuse(path)
 
 
 @fuzz
 @given(content=st.binary(max_size=300))
 def test_anything(folder, content):
     (folder / "file").write_bytes(content)
-    read_or_refuse(folder / "file", open_tensor_file)
+    read_or_refuse(folder / "file")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType, cast
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors, write_safetensors
-from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor
 
 FLOATS = [dtype for dtype in DType if dtype.is_float]
 
@@ -111,7 +112,7 @@ def test_nan_and_infinity_are_found_wherever_they_are(tmp_path, dtype, at, bad):
     values[at] = bad
     broken = StoredTensor.of(values).cast_to(dtype)
     write_safetensors(tmp_path / "file", {"good": good, "broken": broken})
-    stored = read_safetensors(tmp_path / "file").tensors
+    stored = open_tensor_file(tmp_path / "file", Container.SAFETENSORS).tensors
     for found in (stored, {"good": good, "broken": broken}):
         assert {name: tensor.is_finite() for name, tensor in found.items()} == {"good": True, "broken": False}
     labelled = {name: replace(tensor, label=f"x: {name}") for name, tensor in stored.items()}

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from dreambooth_ms.formats.clip_vocabulary import byte_symbols
+from dreambooth_ms.formats.clip_tokenizer import byte_symbols
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"

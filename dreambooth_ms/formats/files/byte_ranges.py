@@ -11,19 +11,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, near
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, unreadable
+from dreambooth_ms.formats.files.format_error import FormatError
 
 _INFLATED, _COPIED = 1 << 20, 1 << 22
 """Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
-
 
 _identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
@@ -36,24 +35,8 @@ class SourceFile:
     size: int
     _identity: tuple[int, ...]
 
-    @classmethod
-    def at(cls, path: Path) -> "SourceFile":
-        """Look at a file.
-
-        Raises:
-            OSError: there is none.
-            FormatError: something else has this name, such as a folder or a pipe.
-        """
-        try:
-            status = path.stat()
-        except ValueError as error:
-            raise FormatError(str(error)) from error
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError("a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
-        return cls(path, status.st_size, _identity(status))
-
     @contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
+    def opened(self) -> Iterator[BufferedReader]:
         """The file, open for reading.
 
         Raises:
@@ -74,6 +57,31 @@ class SourceFile:
             FormatError: they reach beyond the file.
         """
         return read_bytes(FileRange(self, start, count))
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[SourceFile]:
+    """A file; inside, everything wrong with its content becomes a WeightError that names it.
+
+    Raises:
+        WeightError: no such file, or it is not readable as the given kind.
+    """
+    try:
+        yield _source(path)
+    except FormatError as error:
+        raise WeightError(f"{path}: not a readable {kind} ({error}); {error.remedy}") from error
+
+
+def _source(path: Path) -> SourceFile:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(getattr(error, "strerror", str(error))) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError("a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
+    return SourceFile(path, status.st_size, _identity(status))
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,8 @@ class FileRange:
         """Fill a buffer of their size with the bytes."""
         with self.file.opened() as file:
             file.seek(self.start)
-            while buffer:
-                count = file.readinto(buffer)  # type: ignore[attr-defined]
-                if not count:
-                    raise WeightError(f"{self.file.path}: changed while it was being read; try again")
-                buffer = buffer[count:]
+            if file.readinto(buffer) != self.size:
+                raise WeightError(f"{self.file.path}: changed while it was being read; try again")
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes, some at a time: each piece takes the memory of the one before.
@@ -146,7 +151,10 @@ class DeflatedRange:
                     buffer[: len(piece)] = piece
                     buffer = buffer[len(piece) :]
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise unreadable(self.compressed.file.path, "compressed archive", str(error)) from error
+                path = self.compressed.file.path
+                raise WeightError(
+                    f"{path}: not a readable compressed archive ({error}); copy or download it again"
+                ) from error
 
 
 ByteRange = FileRange | DeflatedRange

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,7 @@ from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 
 SLICE_BYTES = 512 * 1024 * 1024
@@ -33,13 +34,11 @@ _TEXT = "str"
 _TRAILER, _TRAILER_BYTES = b"crc_num", 17
 _LONGEST_NAME, _LONGEST_TEXT = 10_000, 10_000
 
-# How a field is stored: in bits 0 to 2 of its key; the field's number stands above.
+# The keys of the fields: bits 0 to 2 say how a field is stored, as a number or behind its length; its number is above.
 _VARINT, _DELIMITED = 0, 2
-
-# Numbers of the fields.
-_VALUE = 1
-_TAG, _TENSOR, _MAP_TENSOR = 1, 2, 3
-_DIMS, _TYPE, _CONTENT = 1, 2, 3
+_VALUE = 1 << 3 | _DELIMITED
+_TAG, _TENSOR, _MAP_TENSOR = 1 << 3 | _DELIMITED, 2 << 3 | _DELIMITED, 3 << 3 | _DELIMITED
+_DIMS, _TYPE, _CONTENT = 1 << 3 | _VARINT, 2 << 3 | _DELIMITED, 3 << 3 | _DELIMITED
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,19 @@ class _Part:
     content: FileRange
 
 
-def read_mindspore_ckpt(path: Path) -> TensorFile:
-    """Open a checkpoint; no tensor is read. Texts in it become metadata.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or no checkpoint of MindSpore.
-    """
-    with reading(path, Container.MINDSPORE.value):
-        source = SourceFile.at(path)
-        with source.opened() as file:
-            parts = list(_parts(source, file))
-        groups = [(tag, list(group)) for tag, group in groupby(parts, key=lambda part: part.tag)]
-        names = [tag for tag, _ in groups]
-        stored.check_names(names)
-        if not names:
-            raise FormatError("it holds nothing")
-        if len(set(names)) < len(names):
-            raise FormatError("a name stands in it twice")
-        metadata = {tag: _text(group) for tag, group in groups if group[0].type == _TEXT}
-        tensors = {tag: _stored(tag, group) for tag, group in groups if tag not in metadata}
-    return TensorFile(path, Container.MINDSPORE, tensors, metadata)
+def read_mindspore_ckpt(source: SourceFile) -> TensorFile:
+    """A checkpoint, whose texts become metadata."""
+    with source.opened() as file:
+        groups = [(tag, list(parts)) for tag, parts in groupby(_parts(source, file), attrgetter("tag"))]
+    names = [tag for tag, _ in groups]
+    stored.check_names(names)
+    if not names:
+        raise FormatError("it holds nothing")
+    if len(set(names)) < len(names):
+        raise FormatError("a name stands in it twice")
+    metadata = {tag: _text(group) for tag, group in groups if group[0].type == _TEXT}
+    tensors = {tag: _stored(tag, group) for tag, group in groups if tag not in metadata}
+    return TensorFile(source.path, Container.MINDSPORE, tensors, metadata)
 
 
 def _stored(name: str, parts: list[_Part]) -> StoredTensor:
@@ -103,13 +95,11 @@ def begins_like_a_checkpoint(head: bytes) -> bool:
     """Whether a file's first bytes are those of a checkpoint: a value with a readable tag, then a tensor."""
     file = io.BytesIO(head)
     try:
-        field, value = next(_read_fields(file, 0, sys.maxsize))
-        if field != _VALUE or not isinstance(value, range):
-            return False
-        fields = _read_fields(file, value.start, sys.maxsize)
-        tag_field, tag = next(fields)
-        readable = isinstance(tag, range) and 0 < len(tag) < len(head) and _name(file, tag).isprintable()
-        return tag_field == _TAG and readable and next(fields)[0] in (_TENSOR, _MAP_TENSOR)
+        key, _, value = next(_read_fields(file, range(sys.maxsize)))
+        fields = _read_fields(file, range(value.start, sys.maxsize))
+        tag_key, _, tag = next(fields)
+        readable = 0 < len(tag) < len(head) and _name(file, tag).isprintable()
+        return (key, tag_key) == (_VALUE, _TAG) and readable and next(fields)[0] in (_TENSOR, _MAP_TENSOR)
     except FormatError:
         return False
 
@@ -119,31 +109,31 @@ def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
     end = source.size
     if end >= _TRAILER_BYTES and source.read(end - _TRAILER_BYTES, len(_TRAILER)) == _TRAILER:
         end -= _TRAILER_BYTES
-    for number, (field, span) in enumerate(_read_fields(file, 0, end)):
-        if field != _VALUE or not isinstance(span, range) or number == stored.MAX_TENSORS:
+    for count, (key, _, span) in enumerate(_read_fields(file, range(end))):
+        if key != _VALUE or count == stored.MAX_TENSORS:
             raise FormatError("it has another structure than checkpoints have, or too many parts")
         yield _part(source, file, span)
 
 
 def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
     tag, tensor = "", None
-    for field, value in _read_fields(file, span.start, span.stop):
-        if field == _TAG and isinstance(value, range):
-            tag = _name(file, value)
-        elif field == _TENSOR and isinstance(value, range) and tensor is None:
-            tensor = value
+    for key, _, place in _read_fields(file, span):
+        if key == _TAG:
+            tag = _name(file, place)
+        elif key == _TENSOR and tensor is None:
+            tensor = place
         else:
             raise FormatError(f"{quoted(tag)} is no tensor of numbers")
     if tensor is None:
         raise FormatError(f"{quoted(tag)} has no values")
     dims, type_name, content = [], "", range(0)
-    for field, value in _read_fields(file, tensor.start, tensor.stop):
-        if field == _DIMS and isinstance(value, int):
-            dims.append(value if value < 1 << 63 else value - (1 << 64))
-        elif field == _TYPE and isinstance(value, range):
-            type_name = _name(file, value)
-        elif field == _CONTENT and isinstance(value, range):
-            content = value
+    for key, number, place in _read_fields(file, tensor):
+        if key == _DIMS:
+            dims.append(number if number < 1 << 63 else number - (1 << 64))
+        elif key == _TYPE:
+            type_name = _name(file, place)
+        elif key == _CONTENT:
+            content = place
         else:
             raise FormatError(f"{quoted(tag)} has another structure than tensors have")
         if len(dims) > stored.MAX_DIMENSIONS:
@@ -168,7 +158,7 @@ def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progre
         WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
     """
     size = sum(len(head) + len(part) for name in tensors for head, part in _slices(name, tensors[name]))
-    with atomic_path(path, size=size) as partial_path, partial_path.open("wb") as file:
+    with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
         for name, tensor in tensors.items():
             slices = list(_slices(name, tensor))
             content = stored.raw_bytes(tensor.read()) if len(slices) > 1 else None
@@ -186,30 +176,25 @@ def _slices(name: str, tensor: StoredTensor) -> Iterator[tuple[bytes, range]]:
     """What stands before each part of a tensor's bytes, and which part it is."""
     for start in range(0, max(tensor.byte_count, 1), SLICE_BYTES):
         part = range(start, min(start + SLICE_BYTES, tensor.byte_count))
-        described = b"".join(_number_field(_DIMS, length) for length in tensor.shape)
-        described += _content_field(_TYPE, tensor.dtype.mindspore.encode()) + _head_of_field(_CONTENT, len(part))
-        head = _content_field(_TAG, name.encode()) + _head_of_field(_TENSOR, len(described) + len(part)) + described
-        yield _head_of_field(_VALUE, len(head) + len(part)) + head, part
+        described = b"".join(_head(_DIMS, length) for length in tensor.shape)
+        described += _text_field(_TYPE, tensor.dtype.mindspore) + _head(_CONTENT, len(part))
+        head = _text_field(_TAG, name) + _head(_TENSOR, len(described) + len(part)) + described
+        yield _head(_VALUE, len(head) + len(part)) + head, part
 
 
-def _read_fields(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int | range]]:
-    """The fields of a message that stands from `start` to `end`: number, and value or where the content stands."""
-    position = start
-    while position < end:
+def _read_fields(file: BinaryIO, message: range) -> Iterator[tuple[int, int, range]]:
+    """The fields of a message that stands at some place: key, value or length, and where the content stands."""
+    position = message.start
+    while position < message.stop:
         file.seek(position)
-        key = _read_varint(file)
-        if key & 7 == _VARINT:
-            value: int | range = _read_varint(file)
-            position = file.tell()
-        elif key & 7 == _DELIMITED:
-            length = _read_varint(file)
-            value = range(file.tell(), file.tell() + length)
-            position = value.stop
-        else:
+        key, number = _read_varint(file), _read_varint(file)
+        if key & 7 not in (_VARINT, _DELIMITED):
             raise FormatError("it has another structure than checkpoints have")
-        if position > end:
+        place = range(file.tell(), file.tell() + (number if key & 7 == _DELIMITED else 0))
+        position = place.stop
+        if position > message.stop:
             raise FormatError("cut short, or damaged: something in it would lie beyond its end")
-        yield key >> 3, value
+        yield key, number, place
 
 
 def _read_varint(file: BinaryIO) -> int:
@@ -225,19 +210,13 @@ def _read_varint(file: BinaryIO) -> int:
     raise FormatError("damaged: a number without an end")
 
 
-def _content_field(field: int, content: bytes) -> bytes:
-    """A field with a text or with another message."""
-    return _head_of_field(field, len(content)) + content
+def _text_field(key: int, text: str) -> bytes:
+    return _head(key, len(text.encode())) + text.encode()
 
 
-def _head_of_field(field: int, length: int) -> bytes:
-    """What stands before a content of so many bytes."""
-    return _encoded(field << 3 | _DELIMITED) + _encoded(length)
-
-
-def _number_field(field: int, value: int) -> bytes:
-    """A field with a number that is not negative."""
-    return _encoded(field << 3 | _VARINT) + _encoded(value)
+def _head(key: int, number: int) -> bytes:
+    """A field with a number that is not negative, or what stands before a content of so many bytes."""
+    return _encoded(key) + _encoded(number)
 
 
 def _encoded(value: int) -> bytes:

@@ -1,49 +1,87 @@
-"""Opening a file of tensors, whatever it is; of a sharded model all its files, by way of its index."""
+"""Opening a file of tensors, whatever it is, by its content and never by its name; of a sharded model all its files."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import SourceFile
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
-from dreambooth_ms.formats.files.mindspore_ckpt import read_mindspore_ckpt
-from dreambooth_ms.formats.files.recognise import WEIGHT_MAP, recognise
-from dreambooth_ms.formats.files.safetensors_file import read_safetensors
-from dreambooth_ms.formats.files.stored import Container, TensorFile, check_names
+from dreambooth_ms.formats.files.byte_ranges import SourceFile, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
+from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
+from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_safetensors
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
 from dreambooth_ms.formats.files.strict_json import read_json_object
-from dreambooth_ms.formats.files.torch_file import read_torch_legacy, read_torch_zip
+from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
+
+_HEAD_BYTES = 4096
+
+# Protocol, the length of the pickle from protocol 4 on, the number's length, the number.
+_LEGACY_HEAD = re.compile(
+    rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\x0a" + re.escape(LEGACY_MAGIC.to_bytes(10, "little")), re.DOTALL
+)
+_LONGEST_HEADER = 1 << 40
+"""Of safetensors; text read as a number is larger."""
 
 
-def open_tensor_file(path: Path) -> TensorFile:
-    """Recognise a file by its content and open it; no tensor is read.
+def recognise(path: Path) -> Container:
+    """The kind of a file or folder.
 
     Raises:
-        WeightError: no such file, a folder, damaged, or of no kind that holds tensors.
+        WeightError: no such file, or its content is of no kind that holds tensors; says what it seems to be.
     """
-    container = recognise(path)
+    # Of os.path, because that of pathlib raises on names that are too long.
+    if os.path.isdir(path):
+        return Container.FOLDER
+    with reading(path, "weight file") as source:
+        head = source.read(0, min(source.size, _HEAD_BYTES))
+        if head.startswith(b"PK\x03\x04"):
+            return Container.TORCH_ZIP
+        if _LEGACY_HEAD.match(head):
+            return Container.TORCH_LEGACY
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER:
+            return Container.SAFETENSORS
+        if begins_like_a_checkpoint(head):
+            return Container.MINDSPORE
+        if head.lstrip()[:1] == b"{":
+            if WEIGHT_MAP in read_json_object(source):
+                return Container.SHARDED
+            raise FormatError(f"it is JSON, and not the index of a sharded model, which has a {WEIGHT_MAP}")
+        raise FormatError(seems_to_be(head) or "it is none of the kinds that are known")
+
+
+def open_tensor_file(path: Path, container: Container | None = None) -> TensorFile:
+    """Open a file as one of a kind, or as what its content says; no tensor is read.
+
+    Raises:
+        WeightError: no such file, a folder, damaged, or of another kind or none that holds tensors.
+    """
+    container = container or recognise(path)
     if container is Container.FOLDER:
         raise WeightError(f"{path}: a folder; name a file in it, or the index of a sharded model")
-    return _READERS[container](path)
+    with reading(path, container.value) as source:
+        return _READERS[container](source)
 
 
-def read_sharded(path: Path) -> TensorFile:
-    """Open all the files that an index names.
-
-    Every tensor must be in the file that the index says, and in no other.
-
-    Raises:
-        WeightError: a file is missing or damaged, or does not hold what the index says.
-    """
-    with reading(path, Container.SHARDED.value):
-        places = _checked_places(read_json_object(SourceFile.at(path)).get(WEIGHT_MAP))
-    shards = {name: _read_shard(path, name) for name in sorted(set(places.values()))}
-    with reading(path, Container.SHARDED.value):
-        _check_that_the_index_is_right(places, shards)
-    tensors = {name: tensor for shard in shards.values() for name, tensor in shard.tensors.items()}
-    metadata = {name: value for shard in shards.values() for name, value in shard.metadata.items()}
-    return TensorFile(path, Container.SHARDED, tensors, metadata)
+def _read_sharded(source: SourceFile) -> TensorFile:
+    """All the files that an index names. Every tensor must be in the file that the index says, and in no other."""
+    places = _checked_places(read_json_object(source).get(WEIGHT_MAP))
+    tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
+    held: dict[str, str] = {}
+    for shard in sorted(set(places.values())):
+        file = _read_shard(source.path, shard)
+        for name in file.tensors.keys() & held.keys():
+            raise FormatError(f"{quoted(name)} is both in {held[name]} and in {shard}")
+        held |= dict.fromkeys(file.tensors, shard)
+        tensors |= file.tensors
+        metadata |= file.metadata
+    for name in places.keys() | held.keys():
+        said, found = places.get(name, "no file"), held.get(name, "no file")
+        if said != found:
+            raise FormatError(f"it says that {quoted(name)} is in {said}, but it is in {found}")
+    return TensorFile(source.path, Container.SHARDED, tensors, metadata)
 
 
 def _checked_places(weight_map: Any) -> dict[str, str]:
@@ -51,10 +89,11 @@ def _checked_places(weight_map: Any) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"it has no {WEIGHT_MAP}")
     check_names(list(weight_map))
-    for shard in set(map(str, weight_map.values())):
+    places = {name: str(shard) for name, shard in weight_map.items()}
+    for shard in set(places.values()):
         if shard in ("", ".", "..") or any(forbidden in shard for forbidden in "/\\\0:"):
             raise FormatError(f"{quoted(shard)} is not the name of a file beside it")
-    return {name: str(shard) for name, shard in weight_map.items()}
+    return places
 
 
 def _read_shard(index: Path, name: str) -> TensorFile:
@@ -67,28 +106,14 @@ def _read_shard(index: Path, name: str) -> TensorFile:
         raise WeightError(
             f"{path}: {index.name} names it as a part, but it is a {container.value}; download both again"
         )
-    return _READERS[container](path)
+    return open_tensor_file(path, container)
 
 
-def _check_that_the_index_is_right(places: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
-    held: dict[str, str] = {}
-    for shard, file in shards.items():
-        for name in file.tensors:
-            if name in held:
-                raise FormatError(f"{quoted(name)} is both in {held[name]} and in {shard}")
-            held[name] = shard
-    if held != places:
-        wrong = next(name for name in places.keys() | held.keys() if places.get(name) != held.get(name))
-        raise FormatError(
-            f"it says that {quoted(wrong)} is in {places.get(wrong, 'no file')}, but it is in "
-            f"{held.get(wrong, 'no file')}"
-        )
-
-
-_READERS: Mapping[Container, Callable[[Path], TensorFile]] = {
+_READERS: Mapping[Container, Callable[[SourceFile], TensorFile]] = {
     Container.SAFETENSORS: read_safetensors,
     Container.TORCH_ZIP: read_torch_zip,
     Container.TORCH_LEGACY: read_torch_legacy,
     Container.MINDSPORE: read_mindspore_ckpt,
-    Container.SHARDED: read_sharded,
+    Container.SHARDED: _read_sharded,
 }
+"""A reader opens a file of a kind, and raises a FormatError where it is cut short, damaged or of another kind."""

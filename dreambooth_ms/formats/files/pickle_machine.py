@@ -2,9 +2,9 @@
 
 A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries, by
 the operations that protocols 2 to 5 write. A class or function is only a pair of names (`Global`), which is never
-looked up; what is called or constructed becomes a `Placeholder`, unless the reader of a format knows better. Time and
-memory are bounded by the number of operations: nothing is copied, compared or walked through, and nothing but texts and
-small numbers is hashed.
+looked up; what is called or constructed becomes an empty dictionary, which keeps items that are set and swallows all
+other state, unless the reader of a format knows better. Time and memory are bounded by the number of operations:
+nothing is copied, compared or walked through, and nothing but texts and small numbers is hashed.
 """
 
 import pickletools
@@ -27,26 +27,16 @@ class Global:
     name: str
 
 
-class Placeholder(dict[str, Any]):
-    """Stands for an object of a class that nobody looks up. Keeps items that are set, and swallows all other state."""
-
-    __slots__ = ()
-
-
 class PickleMachine:
-    """Runs pickles. Of dictionaries it keeps the entries whose keys are strings.
+    """Runs pickles. Of dictionaries it keeps the entries whose keys are strings."""
 
-    Args:
-        call: what a call of a named thing with arguments gives, or an object that is made of a class.
-        load_persistent: what stands outside the pickle under an identifier.
-    """
+    def call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+        """What a call of a named thing with arguments gives, or an object that is made of a class."""
+        return {}
 
-    def __init__(self, call: Callable[[Global, tuple[Any, ...]], Any], load_persistent: Callable[[Any], Any]) -> None:
-        self._call = call
-        self._load_persistent = load_persistent
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+    def load_persistent(self, identifier: Any) -> Any:
+        """What stands outside the pickle under an identifier."""
+        return {}
 
     def run(self, file: BinaryIO) -> Any:
         """Run one pickle and return what it builds; the file stands behind it then.
@@ -54,7 +44,9 @@ class PickleMachine:
         Raises:
             FormatError: no pickle, cut short, damaged, or too long.
         """
-        self._stack, self._marks, self._memo = [], [], {}
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
         try:
             with warnings.catch_warnings():
                 # Of texts with odd escapes, which only the oldest pickles can have.
@@ -102,7 +94,7 @@ class PickleMachine:
 
     def _construct(self, function: Any, arguments: Any) -> None:
         known = isinstance(function, Global) and isinstance(arguments, tuple)
-        self._push(self._call(function, arguments) if known else Placeholder())
+        self._push(self.call(function, arguments) if known else {})
 
     def _construct_of(self, items: list[Any]) -> None:
         self._construct(items[0], tuple(items[1:]))
@@ -146,9 +138,9 @@ _STEPS: Mapping[str, Callable[[PickleMachine, Any], Any]] = {
     "INST": lambda m, names: m._construct_of([Global(*names.split(" ", 1)), *m._pop_to_mark()]),
     "OBJ": lambda m, _: m._construct_of(m._pop_to_mark()),
     "BUILD": lambda m, _: m._pop(1),
-    "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop(1))),
+    "BINPERSID": lambda m, _: m._push(m.load_persistent(*m._pop(1))),
     # What is nobody's tensor. The state of an object and the items of a set are dropped.
-    **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push(Placeholder())),
+    **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push({})),
     "ADDITEMS": lambda m, _: m._pop_to_mark(),
     "FROZENSET": lambda m, _: m._construct(None, m._pop_to_mark()),
 }

@@ -1,49 +1,47 @@
 """safetensors: the length of a header in 8 bytes, the header as JSON, then the values of all tensors without a gap.
 
-The format is described at https://github.com/huggingface/safetensors#format.
+The format is described at https://github.com/huggingface/safetensors#format. A large model is in several files, and an
+index says which tensor is in which: `<stem>.safetensors.index.json`.
 """
 
 import json
-import struct
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dreambooth_ms.atomic import atomic_path
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_room, sync, write_bytes
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files import stored
 from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading, unread_type
-from dreambooth_ms.formats.files.recognise import seems_to_be
+from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
 from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
+WEIGHT_MAP = "weight_map"
+
+MAX_SHARD_BYTES = 10 * 10**9
+"""diffusers' own."""
 
 
-def read_safetensors(path: Path) -> TensorFile:
-    """Open a file; its header is checked as a whole, and no tensor is read.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or no safetensors file.
-    """
-    with reading(path, Container.SAFETENSORS.value):
-        source = SourceFile.at(path)
-        header, start = _read_header(source)
-        metadata = header.pop(METADATA_NAME, {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise FormatError("its metadata is not text by name")
-        if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
-            raise FormatError("its metadata is no valid text")
-        stored.check_names(list(header))
-        entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
-        _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
-        tensors = {
-            name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
-            for name, (dtype, shape, (begin, end)) in entries.items()
-        }
-    return TensorFile(path, Container.SAFETENSORS, tensors, metadata)
+def read_safetensors(source: SourceFile) -> TensorFile:
+    """A safetensors file, whose header is checked as a whole."""
+    header, start = _read_header(source)
+    metadata = header.pop(METADATA_NAME, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("its metadata is not text by name")
+    if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
+        raise FormatError("its metadata is no valid text")
+    stored.check_names(list(header))
+    entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
+    _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
+    tensors = {
+        name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
+        for name, (dtype, shape, (begin, end)) in entries.items()
+    }
+    return TensorFile(source.path, Container.SAFETENSORS, tensors, metadata)
 
 
 def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
@@ -51,7 +49,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     head = source.read(0, min(source.size, 512))
     if len(head) < 9 or head[8:9] != b"{":
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
-    (length,) = struct.unpack_from("<Q", head)
+    length = int.from_bytes(head[:8], "little")
     if length > source.size - 8:
         raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
@@ -59,10 +57,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
     return parse_json_object(source.read(8, length)), 8 + length
 
 
-Entry = tuple[DType, tuple[int, ...], tuple[int, int]]
-
-
-def _checked_entry(name: str, entry: Any) -> Entry:
+def _checked_entry(name: str, entry: Any) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
     """Type, shape and place of a tensor."""
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -125,4 +120,72 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
         position = end
     content = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # As the safetensors library aligns the values.
-    return struct.pack("<Q", len(content)) + content
+    return len(content).to_bytes(8, "little") + content
+
+
+def write_sharded_safetensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str] | None = None,
+    variant: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write tensors as diffusers does it: one file if they fit, otherwise several and an index.
+
+    All files are whole before the first takes its name, and the index comes last; so an index never names a file
+    that is not there.
+
+    Args:
+        folder: where they go.
+        stem: `diffusion_pytorch_model` or `model`.
+        tensors: what to write, in this order.
+        metadata: goes into each file.
+        variant: becomes part of the names, as in `diffusion_pytorch_model.fp16.safetensors`.
+        max_shard_bytes: values per file; a tensor that is larger has a file of its own.
+        progress: told the bytes that are written.
+
+    Returns:
+        The file, or the index and the files.
+
+    Raises:
+        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    """
+    dotted = f".{variant}" if variant else ""
+    parts = list(_shards(tensors, max_shard_bytes))
+    if len(parts) == 1:
+        path = folder / f"{stem}{dotted}.safetensors"
+        write_safetensors(path, tensors, metadata, progress)
+        return [path]
+    index = folder / f"{stem}.safetensors.index{dotted}.json"
+    names = [f"{stem}{dotted}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+    content = {"metadata": {"total_size": stored.total_bytes(tensors)}, WEIGHT_MAP: places}
+    check_room(index, stored.total_bytes(tensors))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
+            for file, part in zip(names, parts, strict=True):
+                write_safetensors(Path(partial, file), part, metadata, progress)
+            write_bytes(Path(partial, index.name), (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+            index.unlink(missing_ok=True)  # An older index never stands beside newer files.
+            for file in (*names, index.name):
+                Path(partial, file).replace(folder / file)
+            sync(folder)
+    except OSError as error:
+        raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    return [index, *(folder / name for name in names)]
+
+
+def _shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> Iterator[dict[str, StoredTensor]]:
+    """Cut into runs of at most so many bytes; at least one run, and none is empty if there is a tensor."""
+    part: dict[str, StoredTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.byte_count > max_bytes:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.byte_count
+    yield part

@@ -5,20 +5,18 @@ they are views into. Before that, they were some pickles one after the other, th
 """
 
 import io
-import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, DeflatedRange, FileRange, SourceFile, read_values
+from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.format_error import FormatError, quoted, reading
+from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.torch_objects import Found, Storage, View, find_tensors, torch_machine
-from dreambooth_ms.formats.files.zip_archive import ZipArchive
+from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
+from dreambooth_ms.formats.files.zip_archive import range_of, read_directory, read_entry
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -26,7 +24,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE_BYTES = 32_000_000
 """Of what describes the tensors; that of SD 1.5 has 0.3 MB."""
 
-_LENGTH = struct.Struct("<q")
+_LENGTH_BYTES = 8
 
 _SMALL = 1 << 20
 """A tensor that repeats its elements may have so many bytes, however small the file."""
@@ -35,53 +33,42 @@ _SMALL = 1 << 20
 _MOST_READ, _ALWAYS_READ = 32, 1 << 28
 
 
-def read_torch_zip(path: Path) -> TensorFile:
-    """Open a checkpoint of PyTorch 1.6 or later; no tensor is read.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or none.
-    """
-    with reading(path, Container.TORCH_ZIP.value):
-        source = SourceFile.at(path)
-        archive = ZipArchive.open(source)
-        folder = _folder(archive)
-        storages: dict[str, Storage] = {}
-        root = torch_machine(storages).run(io.BytesIO(archive.read(f"{folder}data.pkl", MAX_PICKLE_BYTES)))
-        byteorder = f"{folder}byteorder"
-        swapped = byteorder in archive.entries and archive.read(byteorder, 100) == b"big"
-        found = find_tensors(root)
-        keys = dict.fromkeys(view.storage.key for view in found.views.values())
-        ranges = {key: archive.range_of(f"{folder}data/{key}") for key in keys}
-        return _tensor_file(source, Container.TORCH_ZIP, found, ranges, swapped)
+def read_torch_zip(source: SourceFile) -> TensorFile:
+    """A checkpoint of PyTorch 1.6 or later."""
+    entries = read_directory(source)
+    folder = _folder(entries)
+    root = TorchMachine().run(io.BytesIO(read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)))
+    byteorder = entries.get(f"{folder}byteorder")
+    swapped = byteorder is not None and read_entry(byteorder, source, 100) == b"big"
+    views, left_out = find_tensors(root)
+    place = f"{folder}data/"
+    storages = {
+        name.removeprefix(place): range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
+    }
+    tensors = _tensors(source, views, storages, swapped)
+    return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
 
 
-def _folder(archive: ZipArchive) -> str:
+def _folder(names: Collection[str]) -> str:
     """The folder that everything in an archive is in, with a slash."""
-    folders = [name.removesuffix("data.pkl") for name in archive.entries if name.endswith("/data.pkl")]
+    folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
     if len(folders) != 1:
         raise FormatError("it is a zip archive, but not one that PyTorch wrote")
-    if f"{folders[0]}constants.pkl" in archive.entries:
+    if f"{folders[0]}constants.pkl" in names:
         raise FormatError("it is a TorchScript program, not weights; save its state_dict in PyTorch")
     return folders[0]
 
 
-def read_torch_legacy(path: Path) -> TensorFile:
-    """Open a checkpoint of a PyTorch before 1.6; no tensor is read.
-
-    Raises:
-        WeightError: missing, cut short, damaged, or none.
-    """
-    with reading(path, Container.TORCH_LEGACY.value):
-        source = SourceFile.at(path)
-        pickles = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES)))
-        storages: dict[str, Storage] = {}
-        magic, _, system, root, keys = [torch_machine(storages).run(pickles) for _ in range(5)]
-        if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
-            raise FormatError("its first pickles are not those of PyTorch")
-        found = find_tensors(root)
-        ranges = _legacy_ranges(source, pickles.tell(), keys, storages)
-        swapped = system.get("little_endian") is False
-        return _tensor_file(source, Container.TORCH_LEGACY, found, ranges, swapped)
+def read_torch_legacy(source: SourceFile) -> TensorFile:
+    """A checkpoint of a PyTorch before 1.6."""
+    pickles, machine = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES))), TorchMachine()
+    magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
+    if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
+        raise FormatError("its first pickles are not those of PyTorch")
+    views, left_out = find_tensors(root)
+    storages = _legacy_ranges(source, pickles.tell(), keys, machine.storages)
+    tensors = _tensors(source, views, storages, swapped=system.get("little_endian") is False)
+    return TensorFile(source.path, Container.TORCH_LEGACY, tensors, find_notes(root), left_out)
 
 
 def _legacy_ranges(
@@ -92,26 +79,30 @@ def _legacy_ranges(
     for key in keys:
         if type(key) is not str or key not in storages or key in ranges:
             raise FormatError("its list of storages is damaged")
-        (length,) = _LENGTH.unpack(source.read(position, _LENGTH.size))
-        if length != storages[key].count:
+        if int.from_bytes(source.read(position, _LENGTH_BYTES), "little") != storages[key].count:
             raise FormatError(f"the storage {quoted(key)} is damaged: its length is not the one that was said")
-        ranges[key] = FileRange(source, position + _LENGTH.size, storages[key].byte_count)
-        position += _LENGTH.size + ranges[key].size
+        ranges[key] = FileRange(source, position + _LENGTH_BYTES, storages[key].byte_count)
+        position += _LENGTH_BYTES + ranges[key].size
     return ranges
 
 
-def _tensor_file(
-    source: SourceFile, container: Container, found: Found, ranges: Mapping[str, ByteRange], swapped: bool
-) -> TensorFile:
-    check_names(list(found.views))
-    tensors = {}
-    for name, view in found.views.items():
-        if view.storage.key not in ranges or ranges[view.storage.key].size < view.storage.byte_count:
+def _tensors(
+    source: SourceFile, views: Mapping[str, View], storages: Mapping[str, ByteRange], swapped: bool
+) -> dict[str, StoredTensor]:
+    """The tensors of a file, whose storages stand in it by their keys."""
+    check_names(list(views))
+    tensors, to_read = {}, 0
+    for name, view in views.items():
+        storage = storages.get(view.storage.key)
+        if storage is None or storage.size < view.storage.byte_count:
             raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
-        tensors[name] = _stored(name, view, ranges[view.storage.key], swapped, source.size)
-    if sum(_bytes_read(view, ranges) for view in found.views.values()) > _MOST_READ * source.size + _ALWAYS_READ:
+        tensors[name] = _stored(name, view, storage, swapped, source.size)
+        # What is compressed is inflated from its beginning.
+        before = view.offset if isinstance(storage, FileRange) else 0
+        to_read += (view.reach - before) * view.storage.itemsize
+    if to_read > _MOST_READ * source.size + _ALWAYS_READ:
         raise FormatError("too many of its tensors share their values")
-    return TensorFile(source.path, container, tensors, found.metadata, found.left_out)
+    return tensors
 
 
 def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size: int) -> StoredTensor:
@@ -128,12 +119,6 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
     if tensor.byte_count > max(storage.size, file_size, _SMALL):
         raise FormatError(f"{quoted(name)} is larger than the file, as a repetition of few values")
     return tensor
-
-
-def _bytes_read(view: View, ranges: Mapping[str, ByteRange]) -> int:
-    """How much of its storage must be read for a view."""
-    compressed = isinstance(ranges[view.storage.key], DeflatedRange)
-    return (view.reach if compressed else view.reach - view.offset) * view.storage.itemsize
 
 
 def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:

@@ -3,14 +3,15 @@
 The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.x.
 """
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
-from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine, Placeholder
+from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine
 from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
 
 # Class of a storage -> bytes per element, and the type if arrays can have it.
@@ -66,21 +67,21 @@ class View:
     @property
     def is_contiguous(self) -> bool:
         """Whether its elements stand in row-major order without a gap."""
-        expected = 1
-        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if length > 1 and stride != expected:
-                return 0 in self.shape
-            expected *= length
-        return True
+        steps = accumulate(reversed(self.shape), mul, initial=1)
+        axes = zip(reversed(self.shape), reversed(self.strides), steps, strict=False)
+        return 0 in self.shape or all(length == 1 or stride == step for length, stride, step in axes)
 
 
-def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
-    """A machine that makes a `View` of every tensor, and notes every storage by its key."""
+class TorchMachine(PickleMachine):
+    """Makes a `View` of every tensor, and notes every storage by its key."""
 
-    def load_persistent(identifier: Any) -> Any:
+    def __init__(self) -> None:
+        self.storages: dict[str, Storage] = {}
+
+    def load_persistent(self, identifier: Any) -> Any:
         """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
-            return Placeholder()
+            return {}
         kind, key, _, count, *view_of_another = identifier[1:6]
         if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
             name = kind.name if isinstance(kind, Global) else None
@@ -90,27 +91,24 @@ def torch_machine(storages: dict[str, Storage]) -> PickleMachine:
         if any(one is not None for one in view_of_another):
             raise FormatError("it has storages that are parts of others, as only versions before 0.4 wrote them")
         storage = Storage(key, *_STORAGES[kind.name], count)
-        if storages.setdefault(storage.key, storage) != storage:
+        if self.storages.setdefault(storage.key, storage) != storage:
             raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
         return storage
 
-    return PickleMachine(_call, load_persistent)
-
-
-def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
-    """What PyTorch's own functions make of their arguments."""
-    if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
-        function, arguments = arguments[0], arguments[2]
-        if not (isinstance(function, Global) and isinstance(arguments, tuple)):
-            return Placeholder()
-    match function.module, function.name:
-        case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
-            return _view(arguments[:4], None, arguments[6:7])
-        case "torch._utils", "_rebuild_tensor_v3":
-            return _view(arguments[:4], arguments[6], arguments[7:8])
-        case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
-            return arguments[0]
-    return Placeholder()
+    def call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+        """What PyTorch's own functions make of their arguments."""
+        if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
+            function, arguments = arguments[0], arguments[2]
+            if not (isinstance(function, Global) and isinstance(arguments, tuple)):
+                return {}
+        match function.module, function.name:
+            case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
+                return _view(arguments[:4], None, arguments[6:7])
+            case "torch._utils", "_rebuild_tensor_v3":
+                return _view(arguments[:4], arguments[6], arguments[7:8])
+            case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
+                return arguments[0]
+        return {}
 
 
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
@@ -121,26 +119,19 @@ def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
-    dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(getattr(dtype_name, "name", ""))
-    if getattr(dtype_name, "name", "").startswith("float8"):
-        raise unread_type("a tensor", dtype_name.name)
+    name = getattr(dtype_name, "name", "")
+    if name.startswith("float8"):
+        raise unread_type("a tensor", name)
+    dtype = storage.dtype if dtype_name is None else _UNSIGNED.get(name)
     checked_byte_count(shape, dtype or DType.U8)
     if len(strides) != len(shape) or not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *strides)):
         raise FormatError("its pickle is damaged: a tensor with impossible strides")
     return View(storage, None if any(flags) else dtype, offset, shape, strides)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What was found in the object that a pickle builds."""
-
-    views: Mapping[str, View]
-    metadata: Mapping[str, str]
-    left_out: Mapping[str, int]
-
-
-def find_tensors(root: Any) -> Found:
-    """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files.
+def find_tensors(root: Any) -> tuple[dict[str, View], dict[str, int]]:
+    """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files;
+    and how many tensors others hold, by their places.
 
     Raises:
         FormatError: there is no such dictionary.
@@ -155,14 +146,13 @@ def find_tensors(root: Any) -> Found:
     left_out = {path or "top": len(views) for path, views in held if views is not largest}
     # The words of a textual inversion may be anything: what it is stands in the name of their dictionary.
     prefix = f"{place}." if place.startswith("string_to_") else ""
-    return Found({prefix + name: view for name, view in largest.items()}, _notes(root), left_out)
+    return {prefix + name: view for name, view in largest.items()}, left_out
 
 
 def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The object and the dictionaries within it, each once, nearest first."""
-    queue, seen = deque([("", root, 0)]), set()
-    while queue:
-        path, mapping, depth = queue.popleft()
+    queue, seen = [("", root, 0)], set()
+    for path, mapping, depth in queue:  # Which grows meanwhile.
         if not isinstance(mapping, dict) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
@@ -173,15 +163,11 @@ def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 queue.append((f"{path}.{short}" if path else short, value, depth + 1))
 
 
-def _notes(root: Mapping[str, Any]) -> dict[str, str]:
+def find_notes(root: Mapping[str, Any]) -> dict[str, str]:
     """What stands beside the tensors and is short, such as the number of steps."""
-    return {
+    notes = {
         name: str(value)
         for name, value in root.items()
-        if is_valid_text(name)
-        and (
-            isinstance(value, float)
-            or (isinstance(value, int) and abs(value) < 2**63)
-            or (isinstance(value, str) and len(value) <= _LONGEST_NOTE and is_valid_text(value))
-        )
+        if isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**63)
     }
+    return {name: text for name, text in notes.items() if len(text) <= _LONGEST_NOTE and is_valid_text(name + text)}
