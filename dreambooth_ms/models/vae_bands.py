@@ -94,7 +94,7 @@ class BandedDecoder:
             padding = first - start + margin, start + rows + margin - stop, margin, margin
             band = self._read(x, first, stop, upsampling)
             band = band if normalise is None else normalise(band)
-            convolve = convolution(conv.out_channels, conv.kernel_size, 1, padding)
+            convolve = convolution(conv.kernel_size, 1, padding)
             y = convolve(band, conv.weight.astype(band.dtype), conv.bias.astype(band.dtype))
             place = self._rows(start, start + rows)
             into[place] = into[place] + y if adds else y

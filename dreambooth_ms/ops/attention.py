@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import ascend
-from dreambooth_ms.ops.graph import after, constant, shared
+from dreambooth_ms.ops.graph import after, constant, interchanged, shared
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 MAX_SCORES = 1 << 24
@@ -35,7 +35,7 @@ class MultiHeadAttention(nn.Cell):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         on_cpu = formulation() is Formulation.CPU
-        self.interchange = shared(GatherInterchange if on_cpu else TransposeInterchange)
+        self.interchange = shared(GatherInterchange) if on_cpu else transpose_interchange
         self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
         self.fused_dim = -(-head_dim // 16) * 16
@@ -44,63 +44,54 @@ class MultiHeadAttention(nn.Cell):
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fuses and q.dtype != ms.float32:
-            out = ops.flash_attention_score(
-                *(self._widened(q), self._widened(k), self._widened(v), self.num_heads),
-                scalar_value=1 / math.sqrt(self.head_dim),
-                input_layout="BSH",
-            )
-            return self._narrowed(out)
+            # Zeros behind a head change no score and no sum.
+            dim = self.fused_dim
+            q, k, v = self._resized(q, dim), self._resized(k, dim), self._resized(v, dim)
+            scale = 1 / math.sqrt(self.head_dim)
+            out = ops.flash_attention_score(q, k, v, self.num_heads, scalar_value=scale, input_layout="BSH")
+            return self._resized(out, self.head_dim)
         out = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
         return self._merge_heads(out, q.shape)
 
-    def _widened(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, N * D) -> the same with heads of the fused size: zeros behind a head change no score and no sum."""
-        if self.fused_dim == self.head_dim:
+    def _resized(self, x_BLC: Tensor, dim: int) -> Tensor:
+        """Each head with so many channels: with zeros behind it, or without what is behind."""
+        batch, length, channels = x_BLC.shape
+        before = channels // self.num_heads
+        if before == dim:
             return x_BLC
-        batch, length, _ = x_BLC.shape
-        heads = self.widen(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)), self.fused_dim)
-        return ops.reshape(heads, (batch, length, self.num_heads * self.fused_dim))
-
-    def _narrowed(self, x_BLC: Tensor) -> Tensor:
-        """The inverse of `_widened`."""
-        if self.fused_dim == self.head_dim:
-            return x_BLC
-        batch, length, _ = x_BLC.shape
-        heads = self.part(ops.reshape(x_BLC, (batch, length, self.num_heads, self.fused_dim)), 3, 0, self.head_dim)
-        return ops.reshape(heads, (batch, length, self.num_heads * self.head_dim))
+        heads = ops.reshape(x_BLC, (batch, length, self.num_heads, before))
+        heads = self.widen(heads, dim) if before < dim else self.part(heads, 3, 0, dim)
+        return ops.reshape(heads, (batch, length, self.num_heads * dim))
 
     def _split_heads(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, N * D) -> (M, L, D)."""
         batch, length, _ = x_BLC.shape
-        if self.num_heads == 1:
-            return x_BLC
-        rows_BRD = self.interchange(ops.reshape(x_BLC, (batch, -1, self.head_dim)), length, self.num_heads)
-        return ops.reshape(rows_BRD, (batch * self.num_heads, length, self.head_dim))
+        return self._interchanged(x_BLC, batch, length, self.num_heads, (-1, length, self.head_dim))
 
     def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        batch, length, _ = shape
+        """The inverse; `shape` is that of its result."""
+        return self._interchanged(x_MLD, shape[0], self.num_heads, shape[1], shape)
+
+    def _interchanged(self, x: Tensor, batch: int, outer: int, inner: int, shape: tuple[int, int, int]) -> Tensor:
         if self.num_heads == 1:
-            return x_MLD
-        rows_BRD = self.interchange(ops.reshape(x_MLD, (batch, -1, self.head_dim)), self.num_heads, length)
-        return ops.reshape(rows_BRD, shape)
+            return x
+        return ops.reshape(self.interchange(ops.reshape(x, (batch, -1, self.head_dim)), outer, inner), shape)
 
 
-class TransposeInterchange(nn.Cell):
+def transpose_interchange(x_BRD: Tensor, outer: int, inner: int) -> Tensor:
     """Rows of (outer, inner) -> rows of (inner, outer): (B, R, D) with R = outer * inner -> (B, R, D)."""
-
-    def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
-        batch, _, dim = x_BRD.shape
-        interchanged = ops.transpose(ops.reshape(x_BRD, (batch, outer, inner, dim)), (0, 2, 1, 3))
-        return ops.reshape(interchanged, x_BRD.shape)
+    batch, _, dim = x_BRD.shape
+    return ops.reshape(ops.transpose(ops.reshape(x_BRD, (batch, outer, inner, dim)), (0, 2, 1, 3)), x_BRD.shape)
 
 
 class GatherInterchange(nn.Cell):
     """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps memory (measured)."""
 
     def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
-        return ops.gather(x_BRD, _interchange(outer, inner), 1)
+        return ops.gather(x_BRD, interchanged(outer, inner), 1)
 
     def bprop(self, x_BRD: Tensor, outer: int, inner: int, out: Tensor, dout: Tensor) -> tuple[Tensor, int, int]:
-        return ops.gather(dout, _interchange(inner, outer), 1), 0, 0
+        return ops.gather(dout, interchanged(inner, outer), 1), 0, 0
 
 
 class SlicedAttention(nn.Cell):
@@ -201,12 +192,6 @@ def _row_slices(heads: int, heads_of_slice: int, queries: int, keys: int) -> tup
 def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:
     step = max(1, min(length, at_most))
     return tuple((start, min(step, length - start)) for start in range(0, length, step))
-
-
-@constexpr
-def _interchange(outer: int, inner: int) -> Tensor:
-    """The order of rows that turns (outer, inner) rows into (inner, outer) ones."""
-    return Tensor(np.arange(outer * inner).reshape(outer, inner).T.reshape(-1), ms.int32)
 
 
 @constexpr
