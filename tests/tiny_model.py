@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_configs import pipeline_configs
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
@@ -124,5 +124,5 @@ def write_random_model(folder: Path, seed: int = 0, prediction_type: str = "epsi
         save_network(folder, part, network, config)
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
-    write_pipeline(folder, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type))
     return folder

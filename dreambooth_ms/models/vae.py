@@ -84,8 +84,7 @@ class PixelAttention(Attention):
 
     def construct(self, x: Tensor) -> Tensor:
         tokens_BLC = image_to_tokens(self.group_norm(x))
-        out_BLC = self.attend(self.to_q(tokens_BLC), self.to_k(tokens_BLC), self.to_v(tokens_BLC))
-        return x + tokens_to_image(self.to_out[0](out_BLC), x)
+        return x + tokens_to_image(super().construct(tokens_BLC, tokens_BLC), x)
 
 
 _CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {

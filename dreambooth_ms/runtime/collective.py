@@ -68,16 +68,16 @@ class ShareParts(nn.Cell):
     def __init__(self, parts: Sequence[Sequence[Parameter]], rank: int) -> None:
         super().__init__(auto_prefix=False)
         sizes = [sum(parameter.size for parameter in part) for part in parts]
-        offsets = [
-            index * max(sizes) + end - parameter.size
-            for index, part in enumerate(parts)
-            for parameter, end in zip(part, np.cumsum([one.size for one in part]).tolist(), strict=True)
-        ]
-        before, own = sum(map(len, parts[:rank])), len(parts[rank])
-        everything = [parameter for part in parts for parameter in part]
-        self.own = ParameterTuple(everything[before : before + own])
-        self.others = ParameterTuple(everything[:before] + everything[before + own :])
-        self.offsets = tuple(offsets[:before] + offsets[before + own :])
+        others = []
+        for number, part in enumerate(parts):
+            offset = number * max(sizes)
+            for parameter in part:
+                if number != rank:
+                    others.append((offset, parameter))
+                offset += parameter.size
+        self.own = ParameterTuple(list(parts[rank]))
+        self.others = ParameterTuple([parameter for _, parameter in others])
+        self.offsets = tuple(offset for offset, _ in others)
         self.filling = max(sizes) - sizes[rank]
         self.all_gather = ops.AllGather()
         self.map = ops.HyperMap()
