@@ -15,6 +15,7 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.graph import after, constant, interchanged, shared
+from dreambooth_ms.ops.products import batch_times, batch_times_transposed, batch_transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 MAX_SCORES = 1 << 24
@@ -104,11 +105,7 @@ class SlicedAttention(nn.Cell):
         super().__init__()
         self.causal = causal
         self.scale = 1 / math.sqrt(head_dim)
-        self.times_transposed = ops.BatchMatMul(transpose_b=True)
-        self.times = ops.BatchMatMul()
-        self.transposed_times = ops.BatchMatMul(transpose_a=True)
-        self.softmax = ops.Softmax(-1)
-        self.slice = ops.Slice()
+        self.softmax, self.slice = ops.Softmax(-1), ops.Slice()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, queries, dim = q.shape
@@ -120,7 +117,7 @@ class SlicedAttention(nn.Cell):
             rows = ()
             for row, num_rows in _row_slices(heads, num_heads, queries, keys):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim))
-                rows = rows + (self.times(self._weights(q_part * self.scale, k_part, row), v_part),)
+                rows = rows + (batch_times(self._weights(q_part * self.scale, k_part, row), v_part),)
                 q = after(q, rows[-1])
             out = out + (_concat(rows, 1),)
         return _concat(out, 0)
@@ -131,7 +128,7 @@ class SlicedAttention(nn.Cell):
         q = after(q, dout)
         # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
         # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
-        minus_total = self.times(dout * out, constant(-1.0, (heads, dim, 1)).astype(q.dtype))
+        minus_total = batch_times(dout * out, constant(-1.0, (heads, dim, 1)).astype(q.dtype))
         dout_and_total = ops.concat((dout, minus_total), 2)
         v_and_one = ops.concat((v, constant(1.0, (heads, keys, 1)).astype(v.dtype)), 2)
         dq, dk, dv = (), (), ()
@@ -143,11 +140,11 @@ class SlicedAttention(nn.Cell):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim)) * self.scale
                 dout_part = self._part(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
                 weights = self._weights(q_part, k_part, row)
-                dscores = weights * self.times_transposed(dout_part, v_part)
-                dq_rows = dq_rows + (self.times(dscores, k_part) * self.scale,)
-                dk_sum = dk_sum + (self.transposed_times(dscores, q_part),)
+                dscores = weights * batch_times_transposed(dout_part, v_part)
+                dq_rows = dq_rows + (batch_times(dscores, k_part) * self.scale,)
+                dk_sum = dk_sum + (batch_transposed_times(dscores, q_part),)
                 dout_part = self._part(dout, (head, row, 0), (num_heads, num_rows, dim))
-                dv_sum = dv_sum + (self.transposed_times(weights, dout_part),)
+                dv_sum = dv_sum + (batch_transposed_times(weights, dout_part),)
                 slice_done = (dq_rows[-1], dk_sum[-1], dv_sum[-1])
                 q, dout_and_total = after(q, slice_done), after(dout_and_total, slice_done)
             dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (_sum(dk_sum),), dv + (_sum(dv_sum),)
@@ -157,7 +154,7 @@ class SlicedAttention(nn.Cell):
         return x if size == x.shape else self.slice(x, first, size)
 
     def _weights(self, scaled_q: Tensor, k: Tensor, first_row: int) -> Tensor:
-        scores = self.times_transposed(scaled_q, k).astype(ms.float32)
+        scores = batch_times_transposed(scaled_q, k).astype(ms.float32)
         if self.causal:
             scores = scores + ops.broadcast_to(_causal_mask(first_row, scaled_q.shape[1], k.shape[1]), scores.shape)
         return self.softmax(scores).astype(scaled_q.dtype)

@@ -3,7 +3,7 @@
 Shapes: B batch, H, W height and width, P = H * W pixels, I input channels, O output channels, k kernel size.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import mindspore as ms
@@ -16,6 +16,7 @@ from dreambooth_ms.ops.ascend import Padding
 from dreambooth_ms.ops.graph import after, interchanged, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
+from dreambooth_ms.ops.products import times, times_transposed, transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 # The gathered taps of one part of a convolution take at most this many numbers (128 MiB in float32).
@@ -28,9 +29,8 @@ Geometry = tuple[int, int, Padding]
 
 def convolution(kernel_size: int, stride: int, padding: Padding) -> Any:
     """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it, bias (O,) or None -> image."""
-    if formulation() is Formulation.CPU:
-        return shared(_TapConvolution, (kernel_size, stride, padding))
-    return partial(ascend.convolution, stride=stride, padding=padding)
+    kind = _TapConvolution if formulation() is Formulation.CPU else _NativeConvolution
+    return shared(kind, (kernel_size, stride, padding))
 
 
 class Conv2d(nn.Cell):
@@ -65,6 +65,17 @@ class Conv2d(nn.Cell):
         return self.convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype) if self.has_bias else None)
 
 
+class _NativeConvolution(nn.Cell):
+    """(B, I, H, W) -> (B, O, H', W') by the device's operator."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        (_, self.stride, self.padding), self.convolve = geometry, ascend.convolution
+
+    def construct(self, x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
+        return self.convolve(x_BIHW, weight, bias_O, self.stride, self.padding)
+
+
 class _TapConvolution(nn.Cell):
     """(B, H, W, I) -> (B, H', W', O) by a product of rows of pixels."""
 
@@ -93,9 +104,6 @@ class _TapProduct(nn.Cell):
         kernel_size, stride, _ = geometry
         self.taps = kernel_size * kernel_size
         self.pointwise = kernel_size == 1 and stride == 1
-        self.times_transposed = ops.MatMul(transpose_b=True)
-        self.times = ops.MatMul()
-        self.transposed_times = ops.MatMul(transpose_a=True)
         self.lookup = ops.EmbeddingLookup()
         # Its gradient is not used; if it might be sparse, those of the whole graph have no known type (measured).
         self.lookup.add_prim_attr("bprop_return_sparse", False)
@@ -103,20 +111,20 @@ class _TapProduct(nn.Cell):
     def construct(self, x_BHWI: Tensor, weight: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWI.shape
         if self.pointwise:
-            return self.times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
+            return times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
         out_height, out_width = _output_size(height, width, self.geometry)
         rows_NI = ops.reshape(x_BHWI, (-1, channels))
         parts = ()
         for start, stop in _parts(batch, out_height * out_width, self.taps * channels):
             index = _taps(batch, height, width, self.geometry, start, stop)
-            parts = parts + (self.times_transposed(self._columns(rows_NI, index), weight),)
+            parts = parts + (times_transposed(self._columns(rows_NI, index), weight),)
             rows_NI = after(rows_NI, parts[-1])
         return _concat_pixels(parts, batch)
 
     def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout_NO: Tensor) -> tuple[Tensor, Tensor]:
         if self.pointwise:
-            dx = ops.reshape(self.times(dout_NO, weight), x_BHWI.shape)
-            return dx, self.transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, x_BHWI.shape[3])))
+            dx = ops.reshape(times(dout_NO, weight), x_BHWI.shape)
+            return dx, transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, x_BHWI.shape[3])))
         return self._input_gradient(x_BHWI.shape, weight, dout_NO), self._weight_gradient(x_BHWI, dout_NO)
 
     def _input_gradient(self, shape: tuple[int, ...], weight: Tensor, dout_NO: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ class _TapProduct(nn.Cell):
         parts = ()
         for start, stop in _parts(batch, height * width, self.taps * out_channels):
             index = _reverse_taps(batch, height, width, self.geometry, start, stop)
-            parts = parts + (self.times(self._columns(dout_NO, index), by_tap),)
+            parts = parts + (times(self._columns(dout_NO, index), by_tap),)
             dout_NO = after(dout_NO, parts[-1])
         return ops.reshape(_concat_pixels(parts, batch), shape)
 
@@ -139,7 +147,7 @@ class _TapProduct(nn.Cell):
         batch, height, width, channels = x_BHWI.shape
         rows_NI = ops.reshape(after(x_BHWI, dout_NO), (-1, channels))
         index = _taps(batch, height, width, self.geometry, 0, dout_NO.shape[0] // batch)
-        return self.transposed_times(dout_NO, self._columns(rows_NI, index))
+        return transposed_times(dout_NO, self._columns(rows_NI, index))
 
     def _columns(self, rows_NC: Tensor, index: Tensor) -> Tensor:
         """The rows of pixels that the taps read, side by side for each output pixel; those outside the image are 0."""

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.ops.graph import on_ascend
+from dreambooth_ms.ops.products import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 
@@ -86,11 +87,14 @@ def add_per_channel(x: Tensor, bias_BC: Tensor) -> Tensor:
     if on_ascend():
         return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, channels, 1, 1)), x.shape)
     # Broadcasting inside `+` keeps an index table; `broadcast_to` takes longer than a product (measured).
-    of_pixels_NC = _transposed_times(image_of_pixel(batch, x.size // channels), bias_BC.astype(ms.float32))
+    of_pixels_NC = over_pixels(bias_BC.astype(ms.float32), x.size // (batch * channels))
     return x + ops.reshape(of_pixels_NC, x.shape).astype(x.dtype)
 
 
-_transposed_times = ops.MatMul(transpose_a=True)
+def over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
+    """(B, C) -> (N, C) of the N = B * `pixels` pixels of all images."""
+    batch = x_BC.shape[0]
+    return transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
 
 
 @constexpr

@@ -147,7 +147,8 @@ class CompileCache:
                 return
             content = f"{seconds}\n{name}\n".encode() + path.read_bytes()
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not entry.exists():  # Another process may have been first.
+            # Another process may have been first; what was copied in vain is replaced.
+            if copied or not entry.exists():
                 write_bytes(entry, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             self.counts.kept += 1
             self._prune()
