@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width
 from dreambooth_ms.models.specs import UNetSpec, VaeSpec
-from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, UpsampleNearest, add_per_channel, concat_channels, shared
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, add_per_channel, concat_channels, upsample_nearest
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
@@ -60,7 +60,7 @@ class Upsample2D(nn.Cell):
 
     def __init__(self, layer: Layer, _: object) -> None:
         super().__init__()
-        self.upsample = shared(UpsampleNearest)
+        self.upsample = upsample_nearest()
         self.conv = Conv2d(layer.in_channels, layer.out_channels)
 
     def construct(self, x: Tensor) -> Tensor:

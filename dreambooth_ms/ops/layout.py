@@ -4,14 +4,14 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.ops.graph import on_ascend
+from dreambooth_ms.ops.graph import on_ascend, shared
 from dreambooth_ms.ops.products import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
@@ -103,20 +103,16 @@ def image_of_pixel(batch: int, pixels: int) -> Tensor:
     return Tensor(np.kron(np.eye(batch), np.ones((1, pixels // batch))), ms.float32)
 
 
-class UpsampleNearest(nn.Cell):
-    """An image -> one of twice its height and width; every pixel becomes a square of four."""
+def upsample_nearest() -> Any:
+    """What makes of an image one of twice its height and width: every pixel becomes a square of four."""
+    return shared(_UpsampleRows) if formulation() is Formulation.CPU else _upsample_squares
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.upsample_rows = _UpsampleRows()
 
-    def construct(self, x: Tensor) -> Tensor:
-        if not on_ascend():
-            return self.upsample_rows(x)
-        batch, channels, height, width = x.shape
-        pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
-        squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
-        return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
+def _upsample_squares(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
+    squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
+    return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
 
 
 class _UpsampleRows(nn.Cell):

@@ -13,10 +13,10 @@ from dreambooth_ms.ops import (
     GroupNorm,
     LayerNorm,
     QuickGelu,
-    UpsampleNearest,
     add_per_channel,
     from_public_layout,
     to_public_layout,
+    upsample_nearest,
 )
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
@@ -182,7 +182,7 @@ def test_gated_gelu_multiplies_the_first_half_by_the_gelu_of_the_second():
 def test_upsampling_repeats_every_pixel(written_for):
     with use_formulation(written_for):
         assert_same_without_weights(
-            OnPublicImage(UpsampleNearest),
+            OnPublicImage(upsample_nearest),
             lambda x: torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"),
             normal(2, 3, 4, 5),
         )
