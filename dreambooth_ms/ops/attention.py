@@ -41,7 +41,6 @@ class MultiHeadAttention(nn.Cell):
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
         self.fused_dim = -(-head_dim // 16) * 16
         self.fuses = not on_cpu and not causal and self.fused_dim <= 512
-        self.widen, self.part = ascend.widen, ascend.part
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fuses and q.dtype != ms.float32:
@@ -61,7 +60,7 @@ class MultiHeadAttention(nn.Cell):
         if before == dim:
             return x_BLC
         heads = ops.reshape(x_BLC, (batch, length, self.num_heads, before))
-        heads = self.widen(heads, dim) if before < dim else self.part(heads, 3, 0, dim)
+        heads = ascend.widen(heads, dim) if before < dim else ascend.part(heads, 3, 0, dim)
         return ops.reshape(heads, (batch, length, self.num_heads * dim))
 
     def _split_heads(self, x_BLC: Tensor) -> Tensor:
