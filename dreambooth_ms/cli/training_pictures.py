@@ -115,7 +115,7 @@ def sample_class_pictures(
         guidance_scale=prior.guidance_scale,
     )
     for sample in progress(model.sample(request), desc="class pictures", total=len(numbers), unit="picture"):
-        settings = settings_of_training(request, sample)
+        settings = settings_of_training(sample)
         write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
     processes.wait_for_all("the class pictures")
     return model.denoiser
