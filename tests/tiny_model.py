@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_configs import pipeline_configs
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
-from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -89,7 +89,7 @@ def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False, levels
     parts = [
         ("unet", UNet2DConditionModel(unet), write_unet_config(unet)),
         ("vae", AutoencoderKL(vae), write_vae_config(vae, 32)),
-        ("text_encoder_2", CLIPTextModelWithProjection(text_2), write_text_config(text_2, POOLED)),
+        ("text_encoder_2", CLIPTextModel(text_2), write_text_config(text_2, POOLED)),
     ]
     if not refiner:
         write_tokenizer(folder / "tokenizer", words)
@@ -140,5 +140,5 @@ def write_random_model(
         save_network(folder, part, network, config)
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
-    write_pipeline(folder, NoiseScheduleSpec(prediction_type=PredictionType(prediction_type)))
+    write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type))
     return folder

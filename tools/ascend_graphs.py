@@ -209,11 +209,11 @@ def _text_spec() -> Any:
 
 def _sdxl_text_encoders() -> Any:
     from dreambooth_ms.cli.toy_networks import POOLED
-    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from dreambooth_ms.models.clip import CLIPTextModel
 
     spec = _text_spec()
     pooling = replace(spec, transformer=replace(spec.transformer, hidden_act="gelu"), projection_dim=POOLED)
-    return _named(CLIPTextModel(spec, last_layer=False), CLIPTextModelWithProjection(pooling))
+    return _named(CLIPTextModel(spec, last_layer=False), CLIPTextModel(pooling))
 
 
 def _sd_text_encoders() -> Any:

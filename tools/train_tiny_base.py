@@ -27,7 +27,7 @@ set_up_device("CPU", 0)
 from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen before any cell is built)
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E402
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType  # noqa: E402
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
@@ -98,7 +98,7 @@ The decoder learns to see through it, as the UNet's latents are not clean either
 POSTERIOR_DEVIATION = 0.02
 """Of the finished autoencoder, where the latents' is 1: as good as none, as in Stable Diffusion's own."""
 EMPTY_PROMPT_SHARE = 0.1
-NOISE = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION)
+NOISE = NoiseScheduleSpec(prediction_type="v_prediction")
 """Predicting the velocity weighs the error of the clean latents by SNR + 1, so that what a very noisy picture shows is
 learnt early; predicting the noise, colours still went wrong after 1000 steps (tried)."""
 WEIGHT_LIMIT = 5.0

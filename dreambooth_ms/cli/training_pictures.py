@@ -193,7 +193,7 @@ def sample_class_pictures(
             guidance_scale=prior.guidance_scale,
         )
         for sample in model.sample(request) if own else ():
-            settings = settings_of_training(request, sample)
+            settings = settings_of_training(sample)
             write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
             bar.update()
     bar.close()

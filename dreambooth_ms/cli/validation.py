@@ -63,7 +63,7 @@ class ShowValidation:
                 samples = list(self._model.sample(self._request))
             for sample in samples:
                 path = self._output / f"step-{report.step:06d}-{sample.number}.png"
-                settings = settings_of_training(self._request, sample) | {"step": report.step}
+                settings = settings_of_training(sample) | {"step": report.step}
                 write_picture(path, sample.picture, settings)
             self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")

@@ -1,19 +1,11 @@
 """The forward process of DDPM (Ho et al., 2020): how much signal and noise a timestep holds. Float64 numpy."""
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Literal
 
 import numpy as np
 
 from dreambooth_ms.errors import ConfigError
-
-
-class PredictionType(str, Enum):
-    """What the UNet predicts: the noise, or the velocity (Salimans and Ho, 2022)."""
-
-    EPSILON = "epsilon"
-    V_PREDICTION = "v_prediction"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +20,8 @@ class NoiseScheduleSpec:
     """In place of those that `beta_schedule` makes, one for each timestep."""
     rescale_betas_zero_snr: bool = False
     """Whether the last timestep holds no signal (Lin et al., 2024)."""
-    prediction_type: PredictionType = PredictionType.EPSILON
+    prediction_type: str = "epsilon"
+    """What the UNet predicts: the noise, or the velocity, "v_prediction" (Salimans and Ho, 2022)."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +38,10 @@ class NoiseSchedule:
         Raises:
             ConfigError: the betas are none, or the noise is predicted where there is nothing else.
         """
-        betas = _betas(spec)
-        last = spec.num_train_timesteps - 1
-        if (
-            len(betas) != last + 1
-            or last < 1
-            or not ((betas > 0).all() and (betas[:last] < 1).all() and betas[-1] <= 1)
-        ):
+        betas, count = _betas(spec), spec.num_train_timesteps
+        if len(betas) != count or count < 2 or not (betas.min() > 0 and betas[:-1].max() < 1 >= betas[-1]):
             raise ConfigError(
-                f"betas: expected one above 0 and below 1 for each of {last + 1} timesteps, got {len(betas)} from "
+                f"betas: expected one above 0 and below 1 for each of {count} timesteps, got {len(betas)} from "
                 f"{betas.min(initial=1):g} to {betas.max(initial=0):g}; take the scheduler of the original model"
             )
         alphas_cumprod = np.cumprod(1 - betas)
@@ -61,7 +49,7 @@ class NoiseSchedule:
             # Algorithm 1 of Lin et al.: the first stays as it is, the last becomes 0.
             root = np.sqrt(alphas_cumprod)
             alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        if alphas_cumprod[-1] == 0 and spec.prediction_type is PredictionType.EPSILON:
+        if alphas_cumprod[-1] == 0 and spec.prediction_type == "epsilon":
             raise ConfigError(
                 "prediction_type epsilon with zero terminal SNR (rescale_betas_zero_snr): no picture follows from the "
                 "noise where there is nothing else; such models predict v_prediction"

@@ -6,8 +6,6 @@ the schema. Shapes: B rows, C, H, W of the latents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 
@@ -41,29 +39,6 @@ def _mixture(x_B: np.ndarray, clean_BCHW: np.ndarray, n_B: np.ndarray, noise_BCH
     return (x * clean_BCHW + n * noise_BCHW).astype(np.float32)
 
 
-Objective: TypeAlias = Callable[[NoiseSchedule, Sequence[np.random.Generator]], Columns]
-"""The model's noise, and for each row a generator of its own, from which it draws what it needs."""
-
-
-def epsilon(schedule: NoiseSchedule, generators: Sequence[np.random.Generator]) -> Columns:
-    """The noise, at timesteps that are drawn evenly (Ho et al., 2020, algorithm 1)."""
-    return epsilon_at(schedule, even_timesteps(schedule, generators))
-
-
-def v_prediction(schedule: NoiseSchedule, generators: Sequence[np.random.Generator]) -> Columns:
-    """The velocity (Salimans and Ho, 2022), at timesteps that are drawn evenly."""
-    return velocity_at(schedule, even_timesteps(schedule, generators))
-
-
-OBJECTIVES: dict[str, Objective] = {"epsilon": epsilon, "v_prediction": v_prediction}
-"""By the names of the schema (`config.choices.PredictionType`)."""
-
-
-def even_timesteps(schedule: NoiseSchedule, generators: Sequence[np.random.Generator]) -> np.ndarray:
-    """A timestep (B,) of the model's noise from each generator, all equally likely."""
-    return np.array([rng.integers(schedule.num_train_timesteps) for rng in generators])
-
-
 def epsilon_at(schedule: NoiseSchedule, timesteps_B: np.ndarray) -> Columns:
     """x_t = signal x0 + noise n (Ho et al., 2020, eq. 4), and the noise n; all rows weigh 1."""
     signal, noise = schedule.signal(timesteps_B), schedule.noise(timesteps_B)
@@ -89,9 +64,24 @@ def min_snr(columns: Columns, gamma: float) -> Columns:
     return replace(columns, weight=columns.weight * np.minimum(snr, gamma) / target_per_clean**2)
 
 
+OBJECTIVES: dict[str, Callable[[NoiseSchedule, np.ndarray], Columns]] = {
+    "epsilon": epsilon_at,
+    "v_prediction": velocity_at,
+}
+"""By the names of the schema (`config.choices.PredictionType`)."""
+
+
 def draw_columns(
     name: str, schedule: NoiseSchedule, snr_gamma: float | None = None
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
-    """The objective of this name for a model, with min-SNR weights where there is a gamma: generators -> columns."""
-    objective = partial(OBJECTIVES[name], schedule)
-    return (lambda generators: min_snr(objective(generators), snr_gamma)) if snr_gamma else objective
+    """The objective of this name for a model: a generator for each row -> columns, with min-SNR weights for a gamma.
+
+    Timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
+    """
+
+    def drawn(generators: Sequence[np.random.Generator]) -> Columns:
+        timesteps_B = np.array([rng.integers(schedule.num_train_timesteps) for rng in generators])
+        columns = OBJECTIVES[name](schedule, timesteps_B)
+        return min_snr(columns, snr_gamma) if snr_gamma else columns
+
+    return drawn

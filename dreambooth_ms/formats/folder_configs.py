@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.clip_tokenizer import END, SIZE
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
@@ -52,10 +52,9 @@ def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: st
         zero_snr: whether the last timestep holds no signal.
     """
     unet = model.unet
-    if model.family is Family.SD2 and prediction_type == PredictionType.EPSILON.value:
+    if model.family is Family.SD2 and prediction_type == "epsilon":
         unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
-    predicts = PredictionType(prediction_type)
-    schedule = NoiseScheduleSpec(prediction_type=predicts, rescale_betas_zero_snr=zero_snr)
+    schedule = NoiseScheduleSpec(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
     files = pipeline_configs(model, parts, schedule)
     if "unet" in parts:
         files["unet/config.json"] = model_config.write_unet_config(unet)

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
 from dreambooth_ms.formats.config_keys import (
     CLIP_KEYS,
@@ -233,8 +233,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]
     if len(switches) > 1:
         raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")
-    kind = PredictionType(config.get("prediction_type", "epsilon"))
-    spec = _read(NoiseScheduleSpec, {**_betas_left_out(str(name or "")), **config}, prediction_type=kind)
+    spec = _read(NoiseScheduleSpec, {**_betas_left_out(str(name or "")), **config})
     NoiseSchedule.from_spec(spec)
     return spec
 
@@ -256,7 +255,6 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
         spec,
         _class_name="DDIMScheduler",
         clip_sample=False,
-        prediction_type=spec.prediction_type.value,
         set_alpha_to_one=False,
         steps_offset=1,
         **({"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}),

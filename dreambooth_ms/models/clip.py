@@ -10,32 +10,43 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, part, shared
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
-from dreambooth_ms.ops.layout import FromPublicLayout, ImageToTokens
+from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens
 from dreambooth_ms.ops.linear import empty_parameter
 
 
 class CLIPTextModel(nn.Cell):
-    """Token ids (B, S) -> normalised hidden states (B, S, D).
+    """Token ids (B, S) -> normalised hidden states (B, S, D); of one that pools, what `read` yields.
 
     Args:
-        spec: its sizes.
-        last_layer: whether `read` yields these, as SD 1 and 2 take them, or those before the last layer without a norm,
-            as SDXL does.
+        spec: its sizes. With a projection it pools the text, as SDXL's second one does.
+        last_layer: whether `read` yields the normalised states, as SD 1 and 2 take them, or those before the last layer
+            without a norm, as SDXL does, and any that pools.
     """
 
     def __init__(self, spec: ClipTextSpec, last_layer: bool = True) -> None:
         super().__init__()
-        self.spec, self.last_layer = spec, last_layer
+        self.spec, self.pools = spec, spec.projection_dim is not None
+        self.last_layer = last_layer and not self.pools
         self.text_model = TextTransformer(spec)
+        if self.pools:
+            # Without it, its parameters would have the names of SDXL's first encoder's.
+            self.name_prefix = "text_encoder_2."
+            self.text_projection = Dense(spec.transformer.hidden_size, spec.projection_dim, has_bias=False)
 
-    def construct(self, ids_BS: Tensor) -> Tensor:
-        return self.text_model(ids_BS)
+    def construct(self, ids_BS: Tensor, *ends: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.read(ids_BS, ends, 0) if self.pools else self.text_model(ids_BS)
 
     def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, ...]:
-        """What a denoiser reads, with the work of `skip` layers less: states (B, S, D). `ends` are not looked at."""
+        """What a denoiser reads: states (B, S, D) with the work of `skip` layers less, and pooled text (B, E) of all.
+
+        The first of `ends` (B, S) is 1 at each text's end token and 0 elsewhere.
+        """
         if self.last_layer:
             return (self.text_model.final_layer_norm(self.text_model.states(ids_BS, skip)[0]),)
-        return (self.text_model.states(ids_BS, skip + 1)[0],)
+        states_BSD, last_BSD = self.text_model.states(ids_BS, skip + 1)
+        if not self.pools:
+            return (states_BSD,)
+        return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), ends[0]))
 
     @property
     def most_skipped(self) -> int:
@@ -43,35 +54,9 @@ class CLIPTextModel(nn.Cell):
         return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
 
     def is_read(self, parameter: str) -> bool:
-        """Whether what `read` yields depends on a parameter."""
+        """Whether what `read` yields depends on a parameter: pooled text does on all."""
         last = f"text_model.encoder.layers.{self.spec.transformer.num_hidden_layers - 1}."
-        return self.last_layer or not parameter.startswith((last, "text_model.final_layer_norm."))
-
-
-class CLIPTextModelWithProjection(CLIPTextModel):
-    """Token ids (B, S) -> hidden states before the last layer (B, S, D), and pooled text (B, E).
-
-    The text is pooled at its end token: `end_BS` is 1 there and 0 elsewhere.
-    """
-
-    name_prefix = "text_encoder_2."
-    """Without it, its parameters would have the names of the first encoder's."""
-
-    def __init__(self, spec: ClipTextSpec) -> None:
-        super().__init__(spec, last_layer=False)
-        self.text_projection = Dense(spec.transformer.hidden_size, spec.projection_dim, has_bias=False)
-
-    def construct(self, ids_BS: Tensor, end_BS: Tensor) -> tuple[Tensor, Tensor]:
-        return self.read(ids_BS, (end_BS,), 0)
-
-    def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, Tensor]:
-        """The same, with hidden states of `skip` layers less; the first of `ends` says where the texts end."""
-        states_BSD, last_BSD = self.text_model.states(ids_BS, skip + 1)
-        return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), ends[0]))
-
-    def is_read(self, parameter: str) -> bool:
-        """Whether what `read` yields depends on a parameter: the pooled text does on all."""
-        return True
+        return self.last_layer or self.pools or not parameter.startswith((last, "text_model.final_layer_norm."))
 
 
 class CLIPModel(nn.Cell):
@@ -157,13 +142,11 @@ class VisionEmbeddings(nn.Cell):
         super().__init__()
         width, size = spec.transformer.hidden_size, spec.patch_size
         self.class_embedding = empty_parameter((width,))
-        self.from_public_layout = FromPublicLayout()
         self.patch_embedding = Conv2d(3, width, size, stride=size, padding=(0, 0, 0, 0), has_bias=False)
-        self.to_tokens = shared(ImageToTokens)
         self.position_embedding = Embedding((spec.image_size // size) ** 2 + 1, width)
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
-        patches_BPD = self.to_tokens(self.patch_embedding(self.from_public_layout(pictures_B3HW)))
+        patches_BPD = image_to_tokens(self.patch_embedding(from_public_layout(pictures_B3HW)))
         batch, _, width = patches_BPD.shape
         class_B1D = ops.broadcast_to(ops.reshape(self.class_embedding, (1, 1, width)), (batch, 1, width))
         x_BPD = ops.concat((class_B1D, patches_BPD), 1)

@@ -7,7 +7,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width
 from dreambooth_ms.models.specs import UNetSpec, VaeSpec
-from dreambooth_ms.ops import AddPerChannel, ConcatChannels, Conv2d, Dense, GroupNorm, UpsampleNearest, shared
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, add_per_channel, concat_channels, upsample_nearest
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
@@ -21,13 +21,10 @@ class ResnetBlock2D(nn.Cell):
         super().__init__()
         in_channels, out_channels = layer.in_channels, layer.out_channels
         self.has_skip, self.has_time = layer.kind is LayerKind.SKIP_RESNET, len(layer.reads) > 1
-        if self.has_skip:
-            self.concat = shared(ConcatChannels)
         self.norm1 = GroupNorm(spec.norm_num_groups, in_channels, spec.norm_eps, silu=True)
         self.conv1 = Conv2d(in_channels, out_channels)
         if self.has_time:
             self.time_emb_proj = Dense(time_width(spec), out_channels)
-            self.add_per_channel = shared(AddPerChannel)
         self.norm2 = GroupNorm(spec.norm_num_groups, out_channels, spec.norm_eps, silu=True)
         self.conv2 = Conv2d(out_channels, out_channels)
         self.has_shortcut = in_channels != out_channels
@@ -36,10 +33,10 @@ class ResnetBlock2D(nn.Cell):
 
     def construct(self, x: Tensor, *skip_and_temb: Tensor) -> Tensor:
         if self.has_skip:
-            x = self.concat(x, skip_and_temb[0])
+            x = concat_channels(x, skip_and_temb[0])
         y = self.conv1(self.norm1(x))
         if self.has_time:
-            y = self.add_per_channel(y, self.time_emb_proj(skip_and_temb[-1]))
+            y = add_per_channel(y, self.time_emb_proj(skip_and_temb[-1]))
         y = self.conv2(self.norm2(y))
         if self.has_shortcut:
             x = self.conv_shortcut(x)
@@ -63,7 +60,7 @@ class Upsample2D(nn.Cell):
 
     def __init__(self, layer: Layer, _: object) -> None:
         super().__init__()
-        self.upsample = shared(UpsampleNearest)
+        self.upsample = upsample_nearest()
         self.conv = Conv2d(layer.in_channels, layer.out_channels)
 
     def construct(self, x: Tensor) -> Tensor:

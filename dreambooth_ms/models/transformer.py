@@ -5,7 +5,7 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.models.layout import Layer, LayerKind
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.ops import Conv2d, Dense, GatedGelu, GroupNorm, LayerNorm, MultiHeadAttention, shared
-from dreambooth_ms.ops.layout import ImageToTokens, TokensToImage
+from dreambooth_ms.ops.layout import image_to_tokens, tokens_to_image
 
 
 class Transformer2DModel(nn.Cell):
@@ -19,10 +19,8 @@ class Transformer2DModel(nn.Cell):
         channels, self.use_linear_projection = layer.out_channels, spec.use_linear_projection
         self.norm = GroupNorm(spec.norm_num_groups, channels, eps=1e-6)
         self.proj_in = Dense(channels, channels) if self.use_linear_projection else Conv2d(channels, channels, 1)
-        self.to_tokens = shared(ImageToTokens)
         blocks = [BasicTransformerBlock(layer, spec)] if layer.kind is LayerKind.TRANSFORMER else []
         self.transformer_blocks = nn.CellList(blocks)
-        self.to_image = shared(TokensToImage)
         self.proj_out = Dense(channels, channels) if self.use_linear_projection else Conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
@@ -31,13 +29,13 @@ class Transformer2DModel(nn.Cell):
     def project_in(self, x: Tensor) -> Tensor:
         """An image -> the tokens (B, L, C) of the first block."""
         y = self.norm(x)
-        return self.proj_in(self.to_tokens(y)) if self.use_linear_projection else self.to_tokens(self.proj_in(y))
+        return self.proj_in(image_to_tokens(y)) if self.use_linear_projection else image_to_tokens(self.proj_in(y))
 
     def project_out(self, tokens_BLC: Tensor, x: Tensor) -> Tensor:
         """The tokens of the last block, and the image that they came from -> an image."""
         if self.use_linear_projection:
-            return x + self.to_image(self.proj_out(tokens_BLC), x)
-        return x + self.proj_out(self.to_image(tokens_BLC, x))
+            return x + tokens_to_image(self.proj_out(tokens_BLC), x)
+        return x + self.proj_out(tokens_to_image(tokens_BLC, x))
 
 
 class BasicTransformerBlock(nn.Cell):

@@ -16,7 +16,7 @@ from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_input
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
-from dreambooth_ms.ops import Conv2d, Dense, FromPublicLayout, GroupNorm, ToPublicLayout
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, from_public_layout, to_public_layout
 from dreambooth_ms.ops.graph import select
 
 
@@ -65,7 +65,6 @@ class UNet2DConditionModel(nn.Cell):
         self.input_names = unet_inputs(spec)
         """What it takes, in order, by diffusers' names."""
         width = spec.block_out_channels[0]
-        self.from_public_layout = FromPublicLayout()
         self.time_proj = TimestepEncoding(width)
         self.time_embedding = TimestepEmbedding(width, time_width(spec))
         self.adds_text_and_sizes = "text_embeds" in self.input_names
@@ -77,7 +76,6 @@ class UNet2DConditionModel(nn.Cell):
         cells = [self._attach(layer) for layer in inner]
         self.conv_norm_out = GroupNorm(spec.norm_num_groups, width, spec.norm_eps, silu=True)
         self.conv_out = Conv2d(width, spec.out_channels)
-        self.to_public_layout = ToPublicLayout()
         self.reads = tuple(layer.reads for layer in inner)
         # Last, so that every cell is found by its public name first.
         self.inner = nn.CellList(cells, auto_prefix=False)
@@ -113,7 +111,7 @@ class UNet2DConditionModel(nn.Cell):
 
     def embed_latents(self, latents_BCHW: Tensor) -> Tensor:
         """Latents -> an image with the channels of the finest resolution."""
-        return self.conv_in(self.from_public_layout(latents_BCHW).astype(self.compute_dtype))
+        return self.conv_in(from_public_layout(latents_BCHW).astype(self.compute_dtype))
 
     def embed_time(self, timesteps_B: Tensor, *pooled_and_sizes: Tensor) -> Tensor:
         """Timesteps, SDXL's pooled text and add_time_ids -> what every residual block reads, after a SiLU (B, T)."""
@@ -131,7 +129,7 @@ class UNet2DConditionModel(nn.Cell):
 
     def predict(self, x: Tensor) -> Tensor:
         """The image of the finest resolution -> the prediction (B, C, H, W)."""
-        return self.to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
+        return to_public_layout(self.conv_out(self.conv_norm_out(x))).astype(ms.float32)
 
 
 class TimestepEncoding(nn.Cell):

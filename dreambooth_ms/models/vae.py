@@ -14,13 +14,12 @@ from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
 from dreambooth_ms.ops import (
     Conv2d,
-    FromPublicLayout,
     GroupNorm,
-    ImageToTokens,
-    TokensToImage,
-    ToPublicLayout,
     equal_parts,
-    shared,
+    from_public_layout,
+    image_to_tokens,
+    to_public_layout,
+    tokens_to_image,
 )
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
@@ -35,31 +34,29 @@ class AutoencoderKL(nn.Cell):
         super().__init__()
         self.spec = spec
         layout = vae_layout(spec)
-        self.from_public_layout = FromPublicLayout()
         if encodes:
             self.encoder = LayerChain(layout["encoder"], spec)
             self.quant_conv = Conv2d(2 * spec.latent_channels, 2 * spec.latent_channels, 1)
         if decodes:
             self.post_quant_conv = Conv2d(spec.latent_channels, spec.latent_channels, 1)
             self.decoder = LayerChain(layout["decoder"], spec)
-        self.to_public_layout = ToPublicLayout()
         # Names the parameters, which `attach` does not.
         public_parameters(self)
 
     def encode(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, each (B, C, h, w); the log-variance is clipped to [-30, 20]."""
-        moments = self.quant_conv(self.encoder(self.from_public_layout(pictures_B3HW)))
-        mean, log_variance = equal_parts(self.to_public_layout(moments), 2, 1)
+        moments = self.quant_conv(self.encoder(from_public_layout(pictures_B3HW)))
+        mean, log_variance = equal_parts(to_public_layout(moments), 2, 1)
         return mean, ops.clamp(log_variance, -30.0, 20.0)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1]."""
-        x = self.decoder(self.post_quant_conv(self.from_public_layout(latents_BChw)))
-        return self.to_public_layout(x)
+        x = self.decoder(self.post_quant_conv(from_public_layout(latents_BChw)))
+        return to_public_layout(x)
 
     def decode_middle(self, latents_BChw: Tensor) -> Tensor:
         """An image: `decode` as far as it is at the size of the latents, where attention is over all pixels."""
-        x = self.decoder.conv_in(self.post_quant_conv(self.from_public_layout(latents_BChw)))
+        x = self.decoder.conv_in(self.post_quant_conv(from_public_layout(latents_BChw)))
         middle = self.decoder.mid_block
         return middle.resnets[1](middle.attentions[0](middle.resnets[0](x)))
 
@@ -84,13 +81,10 @@ class PixelAttention(Attention):
     def __init__(self, layer: Layer, spec: VaeSpec) -> None:
         super().__init__(layer.in_channels, layer.in_channels, num_heads=1, qkv_bias=True)
         self.group_norm = GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
-        self.to_tokens = shared(ImageToTokens)
-        self.to_image = shared(TokensToImage)
 
     def construct(self, x: Tensor) -> Tensor:
-        tokens_BLC = self.to_tokens(self.group_norm(x))
-        out_BLC = self.attend(self.to_q(tokens_BLC), self.to_k(tokens_BLC), self.to_v(tokens_BLC))
-        return x + self.to_image(self.to_out[0](out_BLC), x)
+        tokens_BLC = image_to_tokens(self.group_norm(x))
+        return x + tokens_to_image(super().construct(tokens_BLC, tokens_BLC), x)
 
 
 _CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {

@@ -15,7 +15,7 @@ from mindspore import Tensor, mint, nn, ops
 
 from dreambooth_ms.models.layers import CellMethod, ResnetBlock2D
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Conv2d, UpsampleNearest, convolution, image_axes, shared
+from dreambooth_ms.ops import Conv2d, convolution, image_axes, upsample_nearest
 from dreambooth_ms.runtime.device import uncompiled
 from dreambooth_ms.runtime.host_memory import arrays_used_again
 
@@ -94,7 +94,7 @@ class BandedDecoder:
             padding = first - start + margin, start + rows + margin - stop, margin, margin
             band = self._read(x, first, stop, upsampling)
             band = band if normalise is None else normalise(band)
-            convolve = convolution(conv.out_channels, conv.kernel_size, 1, padding)
+            convolve = convolution(conv.kernel_size, 1, padding)
             y = convolve(band, conv.weight.astype(band.dtype), conv.bias.astype(band.dtype))
             place = self._rows(start, start + rows)
             into[place] = into[place] + y if adds else y
@@ -104,7 +104,7 @@ class BandedDecoder:
         """Some rows of an image, or of it enlarged to twice its size."""
         if upsampling == 1:
             return x[self._rows(start, stop)]
-        enlarged = shared(UpsampleNearest)(x[self._rows(start // 2, (stop + 1) // 2)])
+        enlarged = upsample_nearest()(x[self._rows(start // 2, (stop + 1) // 2)])
         return enlarged[self._rows(start % 2, start % 2 + stop - start)]
 
     def _rows(self, start: int, stop: int) -> tuple[slice, ...]:

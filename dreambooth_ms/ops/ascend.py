@@ -13,6 +13,9 @@ from mindspore.ops.auto_generate import slice_ext_op, split_with_size_op
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""
 
+mean, exclusive_or, bitwise_and = mint.mean, mint.bitwise_xor, mint.bitwise_and
+"""See `ops.anywhere`."""
+
 
 def convolution(x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None, stride: int, padding: Padding) -> Tensor:
     """(B, I, H, W), (O, I, k, k), (O,) -> (B, O, H', W')."""
@@ -39,24 +42,9 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return functional.linear(x_NI, weight_OI, bias_O)
 
 
-def mean(x: Tensor, axes: tuple[int, ...], keep_dims: bool) -> Tensor:
-    """Over some axes."""
-    return mint.mean(x, axes, keep_dims)
-
-
 def equal_parts(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     """So many parts of the same size, along an axis."""
     return split_with_size_op(x, (x.shape[axis] // count,) * count, axis)
-
-
-def exclusive_or(x: Tensor, y: Tensor) -> Tensor:
-    """Bit by bit, of integers of one shape."""
-    return mint.bitwise_xor(x, y)
-
-
-def bitwise_and(x: Tensor, y: int) -> Tensor:
-    """Of integers."""
-    return mint.bitwise_and(x, y)
 
 
 def widen(x: Tensor, width: int) -> Tensor:

@@ -14,7 +14,8 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import ascend
-from dreambooth_ms.ops.graph import after, constant, shared
+from dreambooth_ms.ops.graph import after, constant, interchanged, shared
+from dreambooth_ms.ops.products import batch_times, batch_times_transposed, batch_transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 MAX_SCORES = 1 << 24
@@ -35,72 +36,62 @@ class MultiHeadAttention(nn.Cell):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
         on_cpu = formulation() is Formulation.CPU
-        self.interchange = shared(GatherInterchange if on_cpu else TransposeInterchange)
+        self.interchange = shared(GatherInterchange) if on_cpu else transpose_interchange
         self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
         self.fused_dim = -(-head_dim // 16) * 16
         self.fuses = not on_cpu and not causal and self.fused_dim <= 512
-        self.widen, self.part = ascend.widen, ascend.part
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.fuses and q.dtype != ms.float32:
-            out = ops.flash_attention_score(
-                *(self._widened(q), self._widened(k), self._widened(v), self.num_heads),
-                scalar_value=1 / math.sqrt(self.head_dim),
-                input_layout="BSH",
-            )
-            return self._narrowed(out)
+            # Zeros behind a head change no score and no sum.
+            dim = self.fused_dim
+            q, k, v = self._resized(q, dim), self._resized(k, dim), self._resized(v, dim)
+            scale = 1 / math.sqrt(self.head_dim)
+            out = ops.flash_attention_score(q, k, v, self.num_heads, scalar_value=scale, input_layout="BSH")
+            return self._resized(out, self.head_dim)
         out = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
         return self._merge_heads(out, q.shape)
 
-    def _widened(self, x_BLC: Tensor) -> Tensor:
-        """(B, L, N * D) -> the same with heads of the fused size: zeros behind a head change no score and no sum."""
-        if self.fused_dim == self.head_dim:
+    def _resized(self, x_BLC: Tensor, dim: int) -> Tensor:
+        """Each head with so many channels: with zeros behind it, or without what is behind."""
+        batch, length, channels = x_BLC.shape
+        before = channels // self.num_heads
+        if before == dim:
             return x_BLC
-        batch, length, _ = x_BLC.shape
-        heads = self.widen(ops.reshape(x_BLC, (batch, length, self.num_heads, self.head_dim)), self.fused_dim)
-        return ops.reshape(heads, (batch, length, self.num_heads * self.fused_dim))
-
-    def _narrowed(self, x_BLC: Tensor) -> Tensor:
-        """The inverse of `_widened`."""
-        if self.fused_dim == self.head_dim:
-            return x_BLC
-        batch, length, _ = x_BLC.shape
-        heads = self.part(ops.reshape(x_BLC, (batch, length, self.num_heads, self.fused_dim)), 3, 0, self.head_dim)
-        return ops.reshape(heads, (batch, length, self.num_heads * self.head_dim))
+        heads = ops.reshape(x_BLC, (batch, length, self.num_heads, before))
+        heads = ascend.widen(heads, dim) if before < dim else ascend.part(heads, 3, 0, dim)
+        return ops.reshape(heads, (batch, length, self.num_heads * dim))
 
     def _split_heads(self, x_BLC: Tensor) -> Tensor:
+        """(B, L, N * D) -> (M, L, D)."""
         batch, length, _ = x_BLC.shape
-        if self.num_heads == 1:
-            return x_BLC
-        rows_BRD = self.interchange(ops.reshape(x_BLC, (batch, -1, self.head_dim)), length, self.num_heads)
-        return ops.reshape(rows_BRD, (batch * self.num_heads, length, self.head_dim))
+        return self._interchanged(x_BLC, batch, length, self.num_heads, (-1, length, self.head_dim))
 
     def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        batch, length, _ = shape
+        """The inverse; `shape` is that of its result."""
+        return self._interchanged(x_MLD, shape[0], self.num_heads, shape[1], shape)
+
+    def _interchanged(self, x: Tensor, batch: int, outer: int, inner: int, shape: tuple[int, int, int]) -> Tensor:
         if self.num_heads == 1:
-            return x_MLD
-        rows_BRD = self.interchange(ops.reshape(x_MLD, (batch, -1, self.head_dim)), self.num_heads, length)
-        return ops.reshape(rows_BRD, shape)
+            return x
+        return ops.reshape(self.interchange(ops.reshape(x, (batch, -1, self.head_dim)), outer, inner), shape)
 
 
-class TransposeInterchange(nn.Cell):
+def transpose_interchange(x_BRD: Tensor, outer: int, inner: int) -> Tensor:
     """Rows of (outer, inner) -> rows of (inner, outer): (B, R, D) with R = outer * inner -> (B, R, D)."""
-
-    def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
-        batch, _, dim = x_BRD.shape
-        interchanged = ops.transpose(ops.reshape(x_BRD, (batch, outer, inner, dim)), (0, 2, 1, 3))
-        return ops.reshape(interchanged, x_BRD.shape)
+    batch, _, dim = x_BRD.shape
+    return ops.reshape(ops.transpose(ops.reshape(x_BRD, (batch, outer, inner, dim)), (0, 2, 1, 3)), x_BRD.shape)
 
 
 class GatherInterchange(nn.Cell):
     """The same by a gather of rows of D numbers; on CPU a transpose is slower and keeps memory (measured)."""
 
     def construct(self, x_BRD: Tensor, outer: int, inner: int) -> Tensor:
-        return ops.gather(x_BRD, _interchange(outer, inner), 1)
+        return ops.gather(x_BRD, interchanged(outer, inner), 1)
 
     def bprop(self, x_BRD: Tensor, outer: int, inner: int, out: Tensor, dout: Tensor) -> tuple[Tensor, int, int]:
-        return ops.gather(dout, _interchange(inner, outer), 1), 0, 0
+        return ops.gather(dout, interchanged(inner, outer), 1), 0, 0
 
 
 class SlicedAttention(nn.Cell):
@@ -113,11 +104,7 @@ class SlicedAttention(nn.Cell):
         super().__init__()
         self.causal = causal
         self.scale = 1 / math.sqrt(head_dim)
-        self.times_transposed = ops.BatchMatMul(transpose_b=True)
-        self.times = ops.BatchMatMul()
-        self.transposed_times = ops.BatchMatMul(transpose_a=True)
-        self.softmax = ops.Softmax(-1)
-        self.slice = ops.Slice()
+        self.softmax, self.slice = ops.Softmax(-1), ops.Slice()
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, queries, dim = q.shape
@@ -129,7 +116,7 @@ class SlicedAttention(nn.Cell):
             rows = ()
             for row, num_rows in _row_slices(heads, num_heads, queries, keys):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim))
-                rows = rows + (self.times(self._weights(q_part * self.scale, k_part, row), v_part),)
+                rows = rows + (batch_times(self._weights(q_part * self.scale, k_part, row), v_part),)
                 q = after(q, rows[-1])
             out = out + (_concat(rows, 1),)
         return _concat(out, 0)
@@ -140,7 +127,7 @@ class SlicedAttention(nn.Cell):
         q = after(q, dout)
         # The softmax gradient p * (dp - sum(dout * out)) takes its second term from one more column of the product
         # that gives dp: [dout, -sum] [v, 1]^T. So nothing is broadcast over the scores.
-        minus_total = self.times(dout * out, constant(-1.0, (heads, dim, 1)).astype(q.dtype))
+        minus_total = batch_times(dout * out, constant(-1.0, (heads, dim, 1)).astype(q.dtype))
         dout_and_total = ops.concat((dout, minus_total), 2)
         v_and_one = ops.concat((v, constant(1.0, (heads, keys, 1)).astype(v.dtype)), 2)
         dq, dk, dv = (), (), ()
@@ -152,11 +139,11 @@ class SlicedAttention(nn.Cell):
                 q_part = self._part(q, (head, row, 0), (num_heads, num_rows, dim)) * self.scale
                 dout_part = self._part(dout_and_total, (head, row, 0), (num_heads, num_rows, dim + 1))
                 weights = self._weights(q_part, k_part, row)
-                dscores = weights * self.times_transposed(dout_part, v_part)
-                dq_rows = dq_rows + (self.times(dscores, k_part) * self.scale,)
-                dk_sum = dk_sum + (self.transposed_times(dscores, q_part),)
+                dscores = weights * batch_times_transposed(dout_part, v_part)
+                dq_rows = dq_rows + (batch_times(dscores, k_part) * self.scale,)
+                dk_sum = dk_sum + (batch_transposed_times(dscores, q_part),)
                 dout_part = self._part(dout, (head, row, 0), (num_heads, num_rows, dim))
-                dv_sum = dv_sum + (self.transposed_times(weights, dout_part),)
+                dv_sum = dv_sum + (batch_transposed_times(weights, dout_part),)
                 slice_done = (dq_rows[-1], dk_sum[-1], dv_sum[-1])
                 q, dout_and_total = after(q, slice_done), after(dout_and_total, slice_done)
             dq, dk, dv = dq + (_concat(dq_rows, 1),), dk + (_sum(dk_sum),), dv + (_sum(dv_sum),)
@@ -166,7 +153,7 @@ class SlicedAttention(nn.Cell):
         return x if size == x.shape else self.slice(x, first, size)
 
     def _weights(self, scaled_q: Tensor, k: Tensor, first_row: int) -> Tensor:
-        scores = self.times_transposed(scaled_q, k).astype(ms.float32)
+        scores = batch_times_transposed(scaled_q, k).astype(ms.float32)
         if self.causal:
             scores = scores + ops.broadcast_to(_causal_mask(first_row, scaled_q.shape[1], k.shape[1]), scores.shape)
         return self.softmax(scores).astype(scaled_q.dtype)
@@ -201,12 +188,6 @@ def _row_slices(heads: int, heads_of_slice: int, queries: int, keys: int) -> tup
 def _slices(length: int, at_most: int) -> tuple[tuple[int, int], ...]:
     step = max(1, min(length, at_most))
     return tuple((start, min(step, length - start)) for start in range(0, length, step))
-
-
-@constexpr
-def _interchange(outer: int, inner: int) -> Tensor:
-    """The order of rows that turns (outer, inner) rows into (inner, outer) ones."""
-    return Tensor(np.arange(outer * inner).reshape(outer, inner).T.reshape(-1), ms.int32)
 
 
 @constexpr

@@ -13,19 +13,24 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.ascend import Padding
-from dreambooth_ms.ops.graph import after, shared
+from dreambooth_ms.ops.graph import after, interchanged, shared
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
+from dreambooth_ms.ops.products import times, times_transposed, transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 # The gathered taps of one part of a convolution take at most this many numbers (128 MiB in float32).
 MAX_TAPS = 1 << 25
 
 
-def convolution(out_channels: int, kernel_size: int, stride: int, padding: Padding) -> Any:
+Geometry = tuple[int, int, Padding]
+"""Kernel size, stride and padding."""
+
+
+def convolution(kernel_size: int, stride: int, padding: Padding) -> Any:
     """What a `Conv2d` is without its weights: image, weight as `Conv2d` stores it, bias (O,) or None -> image."""
     kind = _TapConvolution if formulation() is Formulation.CPU else _NativeConvolution
-    return shared(kind, out_channels, kernel_size, stride, padding)
+    return shared(kind, (kernel_size, stride, padding))
 
 
 class Conv2d(nn.Cell):
@@ -52,7 +57,7 @@ class Conv2d(nn.Cell):
         else:
             self.weight = empty_parameter((out_channels, in_channels, kernel_size, kernel_size))
             self.stored_layouts = {}
-        self.convolve = convolution(out_channels, kernel_size, stride, self.padding)
+        self.convolve = convolution(kernel_size, stride, self.padding)
         if has_bias:
             self.bias = empty_parameter((out_channels,))
 
@@ -63,9 +68,9 @@ class Conv2d(nn.Cell):
 class _NativeConvolution(nn.Cell):
     """(B, I, H, W) -> (B, O, H', W') by the device's operator."""
 
-    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.stride, self.padding, self.convolve = stride, padding, ascend.convolution
+        (_, self.stride, self.padding), self.convolve = geometry, ascend.convolution
 
     def construct(self, x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
         return self.convolve(x_BIHW, weight, bias_O, self.stride, self.padding)
@@ -74,9 +79,9 @@ class _NativeConvolution(nn.Cell):
 class _TapConvolution(nn.Cell):
     """(B, H, W, I) -> (B, H', W', O) by a product of rows of pixels."""
 
-    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.product = _TapProduct(out_channels, kernel_size, stride, padding)
+        self.product = _TapProduct(geometry)
         self.bias_add = shared(BiasAdd)
 
     def construct(self, x_BHWI: Tensor, weight: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -84,7 +89,7 @@ class _TapConvolution(nn.Cell):
         y_NO = self.product(x_BHWI, weight)
         if bias_O is not None:
             y_NO = self.bias_add(y_NO, bias_O)
-        return ops.reshape(y_NO, (batch, *_output_size(height, width, *self.product.geometry), y_NO.shape[1]))
+        return ops.reshape(y_NO, (batch, *_output_size(height, width, self.product.geometry), y_NO.shape[1]))
 
 
 class _TapProduct(nn.Cell):
@@ -93,14 +98,12 @@ class _TapProduct(nn.Cell):
     With its own backward pass: only the input and the weight are kept.
     """
 
-    def __init__(self, out_channels: int, kernel_size: int, stride: int, padding: Padding) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        self.out_channels, self.geometry = out_channels, (kernel_size, stride, padding)
+        self.geometry = geometry
+        kernel_size, stride, _ = geometry
         self.taps = kernel_size * kernel_size
         self.pointwise = kernel_size == 1 and stride == 1
-        self.times_transposed = ops.MatMul(transpose_b=True)
-        self.times = ops.MatMul()
-        self.transposed_times = ops.MatMul(transpose_a=True)
         self.lookup = ops.EmbeddingLookup()
         # Its gradient is not used; if it might be sparse, those of the whole graph have no known type (measured).
         self.lookup.add_prim_attr("bprop_return_sparse", False)
@@ -108,42 +111,43 @@ class _TapProduct(nn.Cell):
     def construct(self, x_BHWI: Tensor, weight: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWI.shape
         if self.pointwise:
-            return self.times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
-        out_height, out_width = _output_size(height, width, *self.geometry)
+            return times_transposed(ops.reshape(x_BHWI, (-1, channels)), weight)
+        out_height, out_width = _output_size(height, width, self.geometry)
         rows_NI = ops.reshape(x_BHWI, (-1, channels))
         parts = ()
         for start, stop in _parts(batch, out_height * out_width, self.taps * channels):
-            index = _taps(batch, height, width, *self.geometry, start, stop)
-            parts = parts + (self.times_transposed(self._columns(rows_NI, index), weight),)
+            index = _taps(batch, height, width, self.geometry, start, stop)
+            parts = parts + (times_transposed(self._columns(rows_NI, index), weight),)
             rows_NI = after(rows_NI, parts[-1])
         return _concat_pixels(parts, batch)
 
     def bprop(self, x_BHWI: Tensor, weight: Tensor, out: Tensor, dout_NO: Tensor) -> tuple[Tensor, Tensor]:
         if self.pointwise:
-            dx = ops.reshape(self.times(dout_NO, weight), x_BHWI.shape)
-            return dx, self.transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, x_BHWI.shape[3])))
+            dx = ops.reshape(times(dout_NO, weight), x_BHWI.shape)
+            return dx, transposed_times(dout_NO, ops.reshape(x_BHWI, (-1, x_BHWI.shape[3])))
         return self._input_gradient(x_BHWI.shape, weight, dout_NO), self._weight_gradient(x_BHWI, dout_NO)
 
     def _input_gradient(self, shape: tuple[int, ...], weight: Tensor, dout_NO: Tensor) -> Tensor:
         """A convolution of `dout` with the taps in reverse, so that it is a gather and a product as well."""
         batch, height, width, channels = shape
+        out_channels = dout_NO.shape[1]
         # (O, k*k, I) -> (k*k, O, I): a gather of rows of I numbers, which unlike a transpose keeps no index table.
         # It must not happen before its time, or the reordered weights of all convolutions exist at once (measured).
         by_output = after(ops.reshape(weight, (-1, channels)), dout_NO)
-        by_tap = ops.gather(by_output, _tap_major(self.out_channels, self.taps), 0)
-        by_tap = ops.reshape(by_tap, (self.taps * self.out_channels, channels))
+        by_tap = ops.gather(by_output, interchanged(out_channels, self.taps), 0)
+        by_tap = ops.reshape(by_tap, (self.taps * out_channels, channels))
         parts = ()
-        for start, stop in _parts(batch, height * width, self.taps * self.out_channels):
-            index = _reverse_taps(batch, height, width, *self.geometry, start, stop)
-            parts = parts + (self.times(self._columns(dout_NO, index), by_tap),)
+        for start, stop in _parts(batch, height * width, self.taps * out_channels):
+            index = _reverse_taps(batch, height, width, self.geometry, start, stop)
+            parts = parts + (times(self._columns(dout_NO, index), by_tap),)
             dout_NO = after(dout_NO, parts[-1])
         return ops.reshape(_concat_pixels(parts, batch), shape)
 
     def _weight_gradient(self, x_BHWI: Tensor, dout_NO: Tensor) -> Tensor:
         batch, height, width, channels = x_BHWI.shape
         rows_NI = ops.reshape(after(x_BHWI, dout_NO), (-1, channels))
-        index = _taps(batch, height, width, *self.geometry, 0, dout_NO.shape[0] // batch)
-        return self.transposed_times(dout_NO, self._columns(rows_NI, index))
+        index = _taps(batch, height, width, self.geometry, 0, dout_NO.shape[0] // batch)
+        return transposed_times(dout_NO, self._columns(rows_NI, index))
 
     def _columns(self, rows_NC: Tensor, index: Tensor) -> Tensor:
         """The rows of pixels that the taps read, side by side for each output pixel; those outside the image are 0."""
@@ -162,8 +166,8 @@ def _concat_pixels(parts: tuple[Tensor, ...], batch: int) -> Tensor:
 
 
 @constexpr
-def _output_size(height: int, width: int, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
-    top, bottom, left, right = padding
+def _output_size(height: int, width: int, geometry: Geometry) -> tuple[int, int]:
+    kernel_size, stride, (top, bottom, left, right) = geometry
     return (height + top + bottom - kernel_size) // stride + 1, (width + left + right - kernel_size) // stride + 1
 
 
@@ -175,22 +179,18 @@ def _parts(batch: int, pixels: int, columns: int) -> tuple[tuple[int, int], ...]
 
 
 @constexpr
-def _taps(
-    batch: int, height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int
-) -> Tensor:
+def _taps(batch: int, height: int, width: int, geometry: Geometry, start: int, stop: int) -> Tensor:
     """For output pixels start..stop of every image and every tap, the input pixel of the batch that it reads.
 
     (B * (stop - start) * k * k,) int32; what is read outside the image is a pixel behind the batch, which is 0.
     """
-    return _of_batch(_tap_table(height, width, kernel_size, stride, padding)[start:stop], batch, height * width)
+    return _of_batch(_tap_table(height, width, geometry)[start:stop], batch, height * width)
 
 
 @constexpr
-def _reverse_taps(
-    batch: int, height: int, width: int, kernel_size: int, stride: int, padding: Padding, start: int, stop: int
-) -> Tensor:
+def _reverse_taps(batch: int, height: int, width: int, geometry: Geometry, start: int, stop: int) -> Tensor:
     """The same for input pixels, and the output pixel that read it through that tap."""
-    table = _tap_table(height, width, kernel_size, stride, padding)
+    table = _tap_table(height, width, geometry)
     outputs, taps = table.shape
     reverse = np.full((height * width + 1, taps), outputs)
     for tap in range(taps):
@@ -204,15 +204,10 @@ def _of_batch(table: np.ndarray, batch: int, pixels: int) -> Tensor:
     return Tensor(np.stack(of_images).reshape(-1), ms.int32)
 
 
-@constexpr
-def _tap_major(out_channels: int, taps: int) -> Tensor:
-    return Tensor(np.arange(out_channels * taps).reshape(out_channels, taps).T.reshape(-1), ms.int32)
-
-
 @lru_cache(maxsize=64)
-def _tap_table(height: int, width: int, kernel_size: int, stride: int, padding: Padding) -> np.ndarray:
+def _tap_table(height: int, width: int, geometry: Geometry) -> np.ndarray:
     """(P', k * k) input pixels; P stands for one outside the image."""
-    top, bottom, left, right = padding
+    kernel_size, stride, (top, bottom, left, right) = geometry
     grid = np.full((height + top + bottom, width + left + right), height * width)
     grid[top : top + height, left : left + width] = np.arange(height * width).reshape(height, width)
     windows = np.lib.stride_tricks.sliding_window_view(grid, (kernel_size, kernel_size))[::stride, ::stride]

@@ -59,3 +59,15 @@ def set_between_runs(parameter: Parameter, value: np.generic) -> None:
 def constant(value: float, shape: tuple[int, ...]) -> Tensor:
     """A constant of the graph, float32; `ops.ones` is an operation of every step."""
     return Tensor(np.full(shape, value), ms.float32)
+
+
+@constexpr
+def interchanged(outer: int, inner: int) -> Tensor:
+    """The order of rows, int32, that turns rows of (outer, inner) into rows of (inner, outer)."""
+    return Tensor(np.arange(outer * inner).reshape(outer, inner).T.reshape(-1), ms.int32)
+
+
+@constexpr
+def on_ascend() -> bool:
+    """Whether a graph is compiled in the Ascend formulation."""
+    return formulation() is Formulation.ASCEND

@@ -4,13 +4,15 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops.graph import on_ascend, shared
+from dreambooth_ms.ops.products import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 
@@ -48,70 +50,51 @@ def image_axes() -> ImageAxes:
     return ImageAxes(1, 2, 3) if formulation() is Formulation.CPU else ImageAxes(2, 3, 1)
 
 
-class _ImageCell(nn.Cell):
-    """A cell that knows the layout of images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.channels_last = formulation() is Formulation.CPU
-        self.channel_axis = image_axes().channels
-
-
-class FromPublicLayout(_ImageCell):
+def from_public_layout(x_BCHW: Tensor) -> Tensor:
     """(B, C, H, W), as files and schedulers hold images and latents -> an image of this formulation."""
-
-    def construct(self, x_BCHW: Tensor) -> Tensor:
-        return ops.transpose(x_BCHW, (0, 2, 3, 1)) if self.channels_last else x_BCHW
+    return x_BCHW if on_ascend() else ops.transpose(x_BCHW, (0, 2, 3, 1))
 
 
-class ToPublicLayout(_ImageCell):
-    """The inverse of `FromPublicLayout`."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return ops.transpose(x, (0, 3, 1, 2)) if self.channels_last else x
+def to_public_layout(x: Tensor) -> Tensor:
+    """The inverse of `from_public_layout`."""
+    return x if on_ascend() else ops.transpose(x, (0, 3, 1, 2))
 
 
-class ImageToTokens(_ImageCell):
+def image_to_tokens(x: Tensor) -> Tensor:
     """An image -> (B, H * W, C)."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        if self.channels_last:
-            return ops.reshape(x, (x.shape[0], -1, x.shape[3]))
+    if on_ascend():
         return ops.transpose(ops.reshape(x, (x.shape[0], x.shape[1], -1)), (0, 2, 1))
+    return ops.reshape(x, (x.shape[0], -1, x.shape[3]))
 
 
-class TokensToImage(_ImageCell):
+def tokens_to_image(tokens_BLC: Tensor, like: Tensor) -> Tensor:
     """(B, H * W, C) -> an image with the layout and the height and width of `like`."""
-
-    def construct(self, tokens_BLC: Tensor, like: Tensor) -> Tensor:
-        channels = tokens_BLC.shape[2]
-        if self.channels_last:
-            return ops.reshape(tokens_BLC, (like.shape[0], like.shape[1], like.shape[2], channels))
+    channels = tokens_BLC.shape[2]
+    if on_ascend():
         x_BCL = ops.transpose(tokens_BLC, (0, 2, 1))
         return ops.reshape(x_BCL, (like.shape[0], channels, like.shape[2], like.shape[3]))
+    return ops.reshape(tokens_BLC, (like.shape[0], like.shape[1], like.shape[2], channels))
 
 
-class ConcatChannels(_ImageCell):
+def concat_channels(x: Tensor, y: Tensor) -> Tensor:
     """Two images -> one with the channels of both."""
-
-    def construct(self, x: Tensor, y: Tensor) -> Tensor:
-        return ops.concat((x, y), self.channel_axis)
+    return ops.concat((x, y), 1 if on_ascend() else 3)
 
 
-class AddPerChannel(_ImageCell):
+def add_per_channel(x: Tensor, bias_BC: Tensor) -> Tensor:
     """An image plus one number per row and channel, (B, C)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transposed_times = ops.MatMul(transpose_a=True)
-
-    def construct(self, x: Tensor, bias_BC: Tensor) -> Tensor:
-        batch, channels = bias_BC.shape
-        if self.channels_last:
-            # Broadcasting inside `+` keeps an index table; `broadcast_to` takes longer than a product (measured).
-            of_pixels_NC = self.transposed_times(image_of_pixel(batch, x.size // channels), bias_BC.astype(ms.float32))
-            return x + ops.reshape(of_pixels_NC, x.shape).astype(x.dtype)
+    batch, channels = bias_BC.shape
+    if on_ascend():
         return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, channels, 1, 1)), x.shape)
+    # Broadcasting inside `+` keeps an index table; `broadcast_to` takes longer than a product (measured).
+    of_pixels_NC = over_pixels(bias_BC.astype(ms.float32), x.size // (batch * channels))
+    return x + ops.reshape(of_pixels_NC, x.shape).astype(x.dtype)
+
+
+def over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
+    """(B, C) -> (N, C) of the N = B * `pixels` pixels of all images."""
+    batch = x_BC.shape[0]
+    return transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
 
 
 @constexpr
@@ -120,20 +103,16 @@ def image_of_pixel(batch: int, pixels: int) -> Tensor:
     return Tensor(np.kron(np.eye(batch), np.ones((1, pixels // batch))), ms.float32)
 
 
-class UpsampleNearest(_ImageCell):
-    """An image -> one of twice its height and width; every pixel becomes a square of four."""
+def upsample_nearest() -> Any:
+    """What makes of an image one of twice its height and width: every pixel becomes a square of four."""
+    return shared(_UpsampleRows) if formulation() is Formulation.CPU else _upsample_squares
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.upsample_rows = _UpsampleRows()
 
-    def construct(self, x: Tensor) -> Tensor:
-        if self.channels_last:
-            return self.upsample_rows(x)
-        batch, channels, height, width = x.shape
-        pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
-        squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
-        return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
+def _upsample_squares(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    pixels = ops.reshape(x, (batch, channels, height, 1, width, 1))
+    squares = ops.broadcast_to(pixels, (batch, channels, height, 2, width, 2))
+    return ops.reshape(squares, (batch, channels, 2 * height, 2 * width))
 
 
 class _UpsampleRows(nn.Cell):

@@ -50,17 +50,10 @@ class SumOfSquares(nn.Cell):
         return total(ops.concat(sums))
 
 
-_flat = ops.MultitypeFuncGraph("flat")
-_column_sums = ops.MultitypeFuncGraph("column_sums")
-
-
-@_flat.register("Tuple", "Number")
-def _flat_tensor(tensors, place):
+def _flat(tensors: tuple[Tensor, ...], place: int) -> Tensor:
     return ops.reshape(tensors[place], (-1,))
 
 
-@_column_sums.register("Tuple", "Number")
-def _column_sums_of_tensor(tensors, place):
-    tensor = tensors[place]
-    rows = ops.reshape(tensor, (-1, tensor.shape[-1]))
+def _column_sums(tensors: tuple[Tensor, ...], place: int) -> Tensor:
+    rows = ops.reshape(tensors[place], (-1, tensors[place].shape[-1]))
     return (rows * rows).sum(0)

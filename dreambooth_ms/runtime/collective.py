@@ -54,7 +54,7 @@ class SumOverProcesses(nn.Cell):
 
     def construct(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         total = self.all_reduce(ops.concat(self.map(_flat, tensors)))
-        return self.map(ops.partial(_part, total), _offsets(self.map(_size, tensors)), tensors)
+        return self.map(ops.partial(_part, total), _offsets(self.map(ops.size, tensors)), tensors)
 
 
 class ShareParts(nn.Cell):
@@ -68,16 +68,16 @@ class ShareParts(nn.Cell):
     def __init__(self, parts: Sequence[Sequence[Parameter]], rank: int) -> None:
         super().__init__(auto_prefix=False)
         sizes = [sum(parameter.size for parameter in part) for part in parts]
-        offsets = [
-            index * max(sizes) + end - parameter.size
-            for index, part in enumerate(parts)
-            for parameter, end in zip(part, np.cumsum([one.size for one in part]).tolist(), strict=True)
-        ]
-        before, own = sum(map(len, parts[:rank])), len(parts[rank])
-        everything = [parameter for part in parts for parameter in part]
-        self.own = ParameterTuple(everything[before : before + own])
-        self.others = ParameterTuple(everything[:before] + everything[before + own :])
-        self.offsets = tuple(offsets[:before] + offsets[before + own :])
+        others = []
+        for number, part in enumerate(parts):
+            offset = number * max(sizes)
+            for parameter in part:
+                if number != rank:
+                    others.append((offset, parameter))
+                offset += parameter.size
+        self.own = ParameterTuple(list(parts[rank]))
+        self.others = ParameterTuple([parameter for _, parameter in others])
+        self.offsets = tuple(offset for offset, _ in others)
         self.filling = max(sizes) - sizes[rank]
         self.all_gather = ops.AllGather()
         self.map = ops.HyperMap()
@@ -97,36 +97,20 @@ def from_process(rank: int, value: Tensor | None, shape: tuple[int, ...], dtype:
     return ops.Broadcast(rank)((sent,))[0]
 
 
-_flat = ops.MultitypeFuncGraph("flat")
-_flat_after = ops.MultitypeFuncGraph("flat_after")
-_set_to_part = ops.MultitypeFuncGraph("set_to_part")
-_size = ops.MultitypeFuncGraph("size")
-_part = ops.MultitypeFuncGraph("part")
-
-
-@_flat.register("Tensor")
-def _flat_tensor(tensor):
+def _flat(tensor: Tensor) -> Tensor:
     return ops.reshape(tensor, (-1,))
 
 
-@_size.register("Tensor")
-def _size_of_tensor(tensor):
-    return ops.size(tensor)
+def _flat_after(updated: Any, tensor: Tensor) -> Tensor:
+    return _flat(ops.depend(tensor, updated))
 
 
-@_part.register("Tensor", "Number", "Tensor")
-def _part_of_total(total, offset, tensor):
+def _part(total: Tensor, offset: int, tensor: Tensor) -> Tensor:
     return ops.reshape(ops.slice(total, (offset,), (ops.size(tensor),)), tensor.shape)
 
 
-@_flat_after.register("Tuple", "Tensor")
-def _flat_tensor_after(updated, tensor):
-    return ops.reshape(ops.depend(tensor, updated), (-1,))
-
-
-@_set_to_part.register("Tensor", "Number", "Tensor")
-def _set_to_part_of_total(total, offset, tensor):
-    return ops.assign(tensor, _part_of_total(total, offset, tensor))
+def _set_to_part(total: Tensor, offset: int, tensor: Tensor) -> Tensor:
+    return ops.assign(tensor, _part(total, offset, tensor))
 
 
 @constexpr

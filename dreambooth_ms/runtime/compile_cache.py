@@ -6,20 +6,19 @@ each process has an empty folder of its own for MindSpore. A graph that is kept 
 the place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then
 the folder is empty again.
 
-An entry is a folder named by a key, with the digests of its files. It appears whole, by a rename, and is used only
-while the digests hold.
+An entry is a file named by a key. Its lines are the digest of what follows, how long the graph took to compile, and
+what MindSpore's file was called up to its place; then that file. It appears whole, by a rename, and is used only while
+the digest holds.
 """
 
 import atexit
 import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +28,8 @@ from typing import Any
 from mindspore import nn
 from mindspore.graph import api
 
+from dreambooth_ms.atomic import TEMPORARY_PREFIX, write_bytes
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.runtime.graph_key import NotDescribable, graph_key
 
 ENABLE, FOLDER = "MS_COMPILER_CACHE_ENABLE", "MS_COMPILER_CACHE_PATH"
@@ -38,15 +39,14 @@ UNCHECKED = "MS_DEV_FORCE_USE_COMPILE_CACHE"
 MAX_BYTES = 1 << 30
 """The entries that were used last are kept, up to this size in all."""
 
-CONTENTS, SECONDS, UNFINISHED = "entry.json", ".seconds", ".unfinished-"
+SUFFIX = ".mindir"
+"""Of the file that MindSpore writes for a graph; before it stands the graph's place in the order of compilation."""
+
 ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
-State = dict[str, tuple[int, int]]
-"""Files by name, with their sizes and times."""
-
-PLACE = "{place}"
-"""Stands in a file's name for the graph's place in the order of compilation."""
+Graphs = dict[Path, int]
+"""Files of graphs, with their times."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Outlook:
     is_kept: bool = False
     """Whether the graph is read from the cache."""
     seconds: float | None = None
-    """How long the newest graph of its kind took that was compiled; None if none is kept."""
+    """How long the graph of its kind that was used last took to compile; None if none is kept."""
 
 
 class CompileCache:
@@ -86,7 +86,7 @@ class CompileCache:
         if self._is_off:
             return compile(Outlook())
         try:
-            entry = self.folder / graph_key(cell, inputs, settings)
+            entry = self.folder / f"{graph_key(cell, inputs, settings)}.{kind}"
             copied = self._copy_to_mindspore(entry)
         except NotDescribable:
             return compile(Outlook())
@@ -102,99 +102,75 @@ class CompileCache:
             _mindspores.place = None
             if not copied:
                 raise
-            self._remove(entry)  # MindSpore could not read it.
+            with suppress(OSError):  # MindSpore could not read it.
+                entry.unlink()
         else:
-            return self._keep_what_is_new(entry, copied, {f"{kind}{SECONDS}": time.monotonic() - begun})
+            return self._keep_what_is_new(entry, copied, time.monotonic() - begun)
         finally:
             _mindspores.empty()
         return compile(Outlook())
 
     def _seconds_before(self, kind: str) -> float | None:
-        """How long the newest entry of a kind took to compile."""
+        """How long the entry of a kind that was used last took to compile."""
         with suppress(OSError, ValueError):
-            files = sorted(self.folder.glob(f"*/{kind}{SECONDS}"), key=lambda file: file.stat().st_mtime)
-            return float(files[-1].read_text()) if files else None
+            newest = max(self.folder.glob(f"*.{kind}"), key=lambda entry: entry.stat().st_mtime)
+            return float(newest.read_bytes().split(b"\n", 2)[1])
         return None
 
-    def _copy_to_mindspore(self, entry: Path) -> State:
-        """Copy a sound entry's files to MindSpore's folder; returns the state of what is there now."""
-        if _mindspores.place is None:
+    def _copy_to_mindspore(self, entry: Path) -> Graphs:
+        """Copy a sound entry's graph to MindSpore's folder; returns what is there now."""
+        if _mindspores.place is None or not entry.exists():
             return {}
-        try:
-            files = json.loads((entry / CONTENTS).read_text())
-            for number, (pattern, digest) in enumerate(files.items()):
-                content = (entry / str(number)).read_bytes()
-                if hashlib.sha256(content).hexdigest() != digest:
-                    raise ValueError(pattern)
-                path = _mindspores.folder / pattern.replace(PLACE, str(_mindspores.place))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-        except FileNotFoundError:
-            _mindspores.empty()
-        except (ValueError, AttributeError, TypeError):  # It is damaged.
-            _mindspores.empty()
-            self._remove(entry)
-        return _mindspores.state()
+        digest, _, content = entry.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            entry.unlink(missing_ok=True)
+            return {}
+        _, name, graph = content.split(b"\n", 2)
+        path = _mindspores.folder / f"{name.decode()}_{_mindspores.place}{SUFFIX}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(graph)
+        return _mindspores.graphs()
 
-    def _keep_what_is_new(self, entry: Path, copied: State, notes: Mapping[str, object]) -> None:
-        """Keep what MindSpore has written, with notes beside it, or note that it used what was copied there."""
-        state = _mindspores.state()
-        places = {int(match[1]) for name in state if (match := re.search(r"compile_cache_(\d+)\.", name))}
-        if len(places) != 1:
+    def _keep_what_is_new(self, entry: Path, copied: Graphs, seconds: float) -> None:
+        """Keep the graph that MindSpore has written, or note that it used what was copied there."""
+        graphs = _mindspores.graphs()
+        if len(graphs) != 1:
             _mindspores.place = None
             return
-        (place,) = places
-        _mindspores.place = place + 1
+        (path,) = graphs
+        name, _, place = str(path.relative_to(_mindspores.folder).with_suffix("")).rpartition("_")
+        _mindspores.place = int(place) + 1
         try:
-            if state == copied:
+            if graphs == copied:
                 self.counts.found += 1
                 os.utime(entry)
                 return
-            self._keep(entry, place, sorted(name for name in state if f"_{place}." in name), notes)
+            content = f"{seconds}\n{name}\n".encode() + path.read_bytes()
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Another process may have been first; what was copied in vain is replaced.
+            if copied or not entry.exists():
+                write_bytes(entry, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
             self.counts.kept += 1
             self._prune()
-        except OSError as error:
+        except (OSError, WeightError) as error:
             self._turn_off(error)
-
-    def _keep(self, entry: Path, place: int, names: list[str], notes: Mapping[str, object]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._unfinished() as unfinished:
-            digests = {}
-            for number, name in enumerate(names):
-                content = (_mindspores.folder / name).read_bytes()
-                Path(unfinished, str(number)).write_bytes(content)
-                digests[name.replace(f"_{place}.", f"_{PLACE}.")] = hashlib.sha256(content).hexdigest()
-            for name, text in {CONTENTS: json.dumps(digests), **notes}.items():
-                Path(unfinished, name).write_text(str(text))
-            self._remove(entry)
-            with suppress(OSError):  # Another process may have been first.
-                Path(unfinished).rename(entry)
-
-    def _remove(self, entry: Path) -> None:
-        """Remove an entry at once: nobody sees half of it."""
-        with suppress(OSError), self._unfinished() as unfinished:
-            entry.rename(Path(unfinished, entry.name))
-
-    def _unfinished(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder, ignore_cleanup_errors=True)
 
     def _prune(self) -> None:
         """Remove what was used longest ago while all is too large, and what nobody finished."""
-        used_at, sizes = {}, {}
+        files = {}
         for path in self.folder.iterdir():
             with suppress(OSError):  # Another process may have removed it.
-                used_at[path] = path.stat().st_mtime
-                sizes[path] = sum(file.stat().st_size for file in path.iterdir())
-        total = sum(sizes.values())
-        for path in sorted(sizes, key=used_at.__getitem__):
-            if path.name.startswith(UNFINISHED):
-                if time.time() - used_at[path] > ABANDONED_AFTER:
-                    shutil.rmtree(path, ignore_errors=True)
-            elif total > self.max_bytes:
-                self._remove(path)
-                total -= sizes[path]
+                files[path] = path.stat()
+        total = sum(file.st_size for file in files.values())
+        for path, file in sorted(files.items(), key=lambda item: item[1].st_mtime):
+            is_unfinished = path.name.startswith(TEMPORARY_PREFIX)
+            if path.is_dir():  # An entry of an earlier version.
+                shutil.rmtree(path, ignore_errors=True)
+            elif (time.time() - file.st_mtime > ABANDONED_AFTER) if is_unfinished else total > self.max_bytes:
+                path.unlink(missing_ok=True)
+                total -= file.st_size
 
-    def _turn_off(self, error: OSError) -> None:
+    def _turn_off(self, error: Exception) -> None:
         self._is_off = True
         warnings.warn(f"compiled graphs are not kept: {error}", stacklevel=2)
 
@@ -231,10 +207,9 @@ class _MindSporesCache:
                 del os.environ[name]
             os.environ |= before
 
-    def state(self) -> State:
-        """The files that are there, with their sizes and times."""
-        files = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
-        return {str(path.relative_to(self.folder)): (own.st_size, own.st_mtime_ns) for path, own in files.items()}
+    def graphs(self) -> Graphs:
+        """The graphs that are there."""
+        return {path: path.stat().st_mtime_ns for path in self.folder.rglob(f"*{SUFFIX}")}
 
     def empty(self) -> None:
         """Remove the files, so that MindSpore finds none but those that are copied there."""

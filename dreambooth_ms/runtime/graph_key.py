@@ -11,10 +11,9 @@ import inspect
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
     description = _Description()
     description.add(settings)
     description.add(surroundings())
-    description.add_inputs(inputs)
+    description.add(_shapes(inputs))
     description.add(cell)
     return description.hash.hexdigest()[:32]
 
@@ -105,59 +104,21 @@ class _Description:
                 return
             self._numbers[id(value)] = len(self._numbers)
             self._alive.append(value)  # Or its number could go to another object.
-        name = f"{type(value).__module__}.{type(value).__qualname__}"
-        describe = next((describe for kind, describe in _KINDS if isinstance(value, kind)), None)
-        if describe is None and not dataclasses.is_dataclass(value):
-            raise NotDescribable(name)
-        self._say("one of", name)
-        for part in (describe or _fields)(self, value):
+        self._say("one of", _name(type(value)))
+        for part in next(parts_of for kind, parts_of in _KINDS if isinstance(value, kind))(value):
             self.add(part)
         self._say("end")
 
-    def add_inputs(self, inputs: tuple[Any, ...]) -> None:
-        """Add the shapes and dtypes of tensors, and other inputs, which are constants of a graph, as they are."""
-        self._say("inputs", len(inputs))
-        for one in inputs:
-            if isinstance(one, Tensor):
-                self._say(str(one.dtype), one.shape)
-            elif isinstance(one, tuple | list):
-                self.add_inputs(tuple(one))
-            else:
-                self.add(one)
-
-    def cell(self, cell: nn.Cell) -> Iterator[Any]:
-        """Class and attributes of a cell, without what MindSpore keeps there for itself."""
-        yield from self.source(type(cell))
-        skipped = _attributes_of_any_cell() - READ_OF_CELL | OF_A_COMPILATION | {FLAGS}
-        yield from self.attributes(cell, skipped)
-        flags = vars(cell).get(FLAGS, {})
-        yield {name: value for name, value in flags.items() if name != FLAG_OF_A_COMPILATION}
-
-    def attributes(self, value: object, skipped: set[str] | frozenset[str] = frozenset()) -> Iterator[Any]:
-        """Names and values of an object's attributes."""
-        for name in sorted(vars(value).keys() - skipped):
-            yield name
-            yield vars(value)[name]
-
-    def function(self, function: Callable[..., Any]) -> Iterator[Any]:
-        """Name, defaults and closure of a function; the decorators of MindSpore are taken off."""
-        inner = inspect.unwrap(function)
-        yield f"{inner.__module__}.{inner.__qualname__}"
-        yield from self.source(inner)
-        yield inner.__defaults__
-        for cell in inner.__closure__ or ():
-            yield cell.cell_contents
-
-    def source(self, of: Any) -> Iterator[Any]:
-        """The file that something was written in, unless its package is described as a whole."""
-        if of.__module__.partition(".")[0] not in (__name__.partition(".")[0], "mindspore"):
-            file = inspect.getsourcefile(of)
-            if file is None:
-                raise NotDescribable(f"the source of {of.__module__}")
-            yield file_digest(Path(file))
-
     def _say(self, *words: object) -> None:
         self.hash.update(" ".join(map(str, words)).encode() + b"\0")
+
+
+def _shapes(inputs: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
+    """The shapes and dtypes of tensors, and other inputs, which are constants of a graph, as they are."""
+    return tuple(
+        (one.shape, one.dtype) if isinstance(one, Tensor) else _shapes(one) if isinstance(one, tuple | list) else one
+        for one in inputs
+    )
 
 
 @cache
@@ -165,30 +126,62 @@ def _attributes_of_any_cell() -> set[str]:
     return set(vars(nn.Cell()))
 
 
-def _array(_: _Description, value: Any) -> Iterator[Any]:
+def _name(of: Any) -> str:
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def _source(of: Any) -> Iterator[str]:
+    """The digest of the file that something was written in, unless its package is described as a whole."""
+    if of.__module__.partition(".")[0] not in (__name__.partition(".")[0], "mindspore"):
+        file = inspect.getsourcefile(of)
+        if file is None:
+            raise NotDescribable(f"the source of {of.__module__}")
+        yield file_digest(Path(file))
+
+
+def _cell(cell: nn.Cell) -> Iterator[Any]:
+    """Class and attributes of a cell, without what MindSpore keeps there for itself."""
+    yield from _source(type(cell))
+    skipped = _attributes_of_any_cell() - READ_OF_CELL | OF_A_COMPILATION | {FLAGS}
+    yield {name: value for name, value in vars(cell).items() if name not in skipped}
+    yield {name: value for name, value in vars(cell).get(FLAGS, {}).items() if name != FLAG_OF_A_COMPILATION}
+
+
+def _function(function: Callable[..., Any]) -> Iterator[Any]:
+    """Name, defaults and closure of a function; the decorators of MindSpore are taken off."""
+    inner = inspect.unwrap(function)
+    yield _name(inner)
+    yield from _source(inner)
+    yield inner.__defaults__
+    yield from (cell.cell_contents for cell in inner.__closure__ or ())
+
+
+def _array(value: Any) -> tuple[Any, ...]:
     array = value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
     # A dtype that numpy does not know comes as one it does; MindSpore's name tells them apart.
-    yield from (str(value.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
+    return str(value.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def _fields(_: _Description, value: Any) -> Iterator[Any]:
-    for field in dataclasses.fields(value):
-        yield from (field.name, getattr(value, field.name))
+def _fields(value: Any) -> Iterator[Any]:
+    if not dataclasses.is_dataclass(value):
+        raise NotDescribable(_name(type(value)))
+    yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
 # The first that fits; a parameter is a tensor too.
-_KINDS: tuple[tuple[type | tuple[type, ...], Callable[[_Description, Any], Iterator[Any]]], ...] = (
-    (Parameter, lambda _, p: iter((p.name, str(p.dtype), p.shape, p.requires_grad))),
+_KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Iterable[Any]]], ...] = (
+    (Parameter, lambda p: (p.name, str(p.dtype), p.shape, p.requires_grad)),
     ((Tensor, np.ndarray, np.generic), _array),
-    ((Type, MixedPrecisionType), lambda _, member: iter((str(member),))),
-    (Enum, lambda _, member: iter((member.name,))),
-    (nn.Cell, _Description.cell),
-    ((ops.Primitive, MetaFuncGraph_), _Description.attributes),
-    ((tuple, list), lambda _, values: iter((len(values), *values))),
-    (dict, lambda _, mapping: chain.from_iterable(sorted(mapping.items(), key=lambda item: str(item[0])))),
-    (set, lambda _, values: iter(sorted(values, key=repr))),
-    (type, lambda _, kind: iter((f"{kind.__module__}.{kind.__qualname__}",))),
-    (type(lambda: None), _Description.function),
-    (type(_Description().add), lambda _, method: iter((method.__func__, method.__self__))),
-    (partial, lambda _, call: iter((call.func, call.args, call.keywords))),
+    ((Type, MixedPrecisionType), lambda member: (str(member),)),
+    (Enum, lambda member: (member.name,)),
+    (nn.Cell, _cell),
+    ((ops.Primitive, MetaFuncGraph_), lambda primitive: (vars(primitive),)),
+    ((tuple, list), lambda values: (len(values), *values)),
+    (dict, lambda mapping: sorted(mapping.items(), key=lambda item: str(item[0]))),
+    (set, lambda values: sorted(values, key=repr)),
+    (type, lambda kind: (_name(kind),)),
+    (type(lambda: None), _function),
+    (type(_Description().add), lambda method: (method.__func__, method.__self__)),
+    (partial, lambda call: (call.func, call.args, call.keywords)),
+    (object, _fields),
 )

@@ -25,7 +25,7 @@ from dreambooth_ms.sampling.adapters import ModelAdapters
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import PromptReader
-from dreambooth_ms.sampling.request import OnStep, Sample, SampleRequest, StepReport, Stopped
+from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import check_scheduler
 from dreambooth_ms.sampling.trajectory import Trajectory
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -182,14 +182,13 @@ class SamplingModel:
     def picture_settings(self, request: SampleRequest, number: int) -> dict[str, Any]:
         """What makes a picture again, as plain values."""
         height, width = self.size(request)
-        names = ("negative_prompt", "num_images_per_prompt", "clip_skip", "support_long_prompts", "whole_up_to")
+        own = ("negative_prompt", "num_images_per_prompt", "clip_skip", "support_long_prompts", "whole_up_to")
         return {
             "pretrained_model_name_or_path": str(self.bundle.path),
             "lora": list(self.adapters.paths),
             "lora_scale": list(self.adapters.scales(request)),
-            **{name: getattr(request, name) for name in names},
+            **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
-            **request.steps(),
             **(vars(request.sizes) if self.bundle.num_add_time_ids else {}),
             **{"prompt": request.pictures[number], "number": number, "height": height, "width": width},
         }

@@ -77,11 +77,6 @@ class SampleRequest:
         prompts = [prompt for prompt in self.prompts for _ in range(self.num_images_per_prompt)]
         return dict(zip(self.numbers or range(len(prompts)), prompts, strict=True))
 
-    def steps(self) -> dict[str, Any]:
-        """How its latents are denoised, as plain values for a picture's metadata."""
-        names = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size", "seed")
-        return {name: getattr(self, name) for name in names}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
@@ -121,10 +116,14 @@ class Sample(NamedTuple):
     """What makes it again, for its file's metadata: plain values."""
 
 
-def settings_of_training(request: SampleRequest, sample: Sample) -> dict[str, Any]:
+STEP_SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size", "seed")
+"""Fields of a request that say how its latents are denoised."""
+
+
+def settings_of_training(sample: Sample) -> dict[str, Any]:
     """What says how a training sampled a picture: always from noise and all the way."""
-    whole_way = dict.fromkeys(("strength", "denoising_start", "denoising_end"))
-    return {**request.steps(), **whole_way, "prompt": sample.settings["prompt"], "number": sample.number}
+    names = (*STEP_SETTINGS, "strength", "denoising_start", "denoising_end", "prompt", "number")
+    return {name: sample.settings.get(name) for name in names}
 
 
 OnStep = Callable[[StepReport], object]

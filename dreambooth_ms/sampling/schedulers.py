@@ -45,7 +45,7 @@ class SchedulerKind:
         own = {name: value for name, value in config.items() if name in known}
         if not self.edm:
             spec = read_scheduler_config(config)
-            own |= vars(spec) | {"prediction_type": spec.prediction_type.value}
+            own |= vars(spec)
             if own.pop("rescale_betas_zero_snr"):
                 own["trained_betas"] = NoiseSchedule.from_spec(spec).betas(self.least).tolist()
         scheduler = kind(**own | self.options)

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mindspore import nn
-
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
 from dreambooth_ms.formats.folder_layout import SCHEDULER
@@ -18,7 +16,7 @@ from dreambooth_ms.formats.model_config import (
     read_config,
     read_scheduler_config,
 )
-from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -99,11 +97,6 @@ class TextReader:
         With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before (SDXL).
         """
         spec = stored.spec
-
-        def load() -> nn.Cell:
-            tower = CLIPTextModelWithProjection(spec) if spec.projection_dim else CLIPTextModel(spec, last_layer)
-            return fill(tower, stored)
-
         return cls(
             name=name,
             spec=spec,
@@ -112,7 +105,7 @@ class TextReader:
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             adapted_layers=CLIP_TARGETS,
             tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
-            load=load,
+            load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
             digest=stored.digest,
         )
 

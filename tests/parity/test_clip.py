@@ -11,7 +11,6 @@ from dreambooth_ms.formats.model_config import read_clip_config, read_projected_
 from dreambooth_ms.models.clip import (
     CLIPModel,
     CLIPTextModel,
-    CLIPTextModelWithProjection,
     end_positions,
 )
 from dreambooth_ms.models.text import TextEncoders
@@ -73,7 +72,7 @@ def test_sdxl_reads_the_states_before_the_last_layer_of_both_encoders_and_the_po
     (states * torch.tensor(sensitivity)).sum().backward()
 
     ours = CLIPTextModel(read_text_config(first.config.to_dict()), last_layer=False)
-    projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
+    projected = CLIPTextModel(read_projected_text_config(second.config.to_dict()))
     for network, reference in ((ours, first), (projected, second)):
         load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
     encoders = TextEncoders({"text_encoder": ours, "text_encoder_2": projected})
@@ -95,7 +94,7 @@ def test_clip_skip_leaves_out_layers_as_diffusers_pipelines_do(pynative):
     first = small_text_encoder(num_hidden_layers=3)
     second = small_text_encoder(1, ReferenceWithProjection, projection_dim=20, num_hidden_layers=3)
     alone, ours = (CLIPTextModel(read_text_config(first.config.to_dict()), last_layer=last) for last in (True, False))
-    projected = CLIPTextModelWithProjection(read_projected_text_config(second.config.to_dict()))
+    projected = CLIPTextModel(read_projected_text_config(second.config.to_dict()))
     for network, reference in ((alone, first), (ours, first), (projected, second)):
         load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
     ids = np.array([[BEGIN, 4, 9, LARGEST, 0, 0]], np.int32)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel as ReferenceText
 from transformers import CLIPTextModelWithProjection as ReferenceProjectedText
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection, end_positions
+from dreambooth_ms.models.clip import CLIPTextModel, end_positions
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import (
@@ -283,7 +283,7 @@ def test_the_second_text_encoder_of_sdxl_is_transformers():
     reference = ReferenceProjectedText(CLIPTextConfig(**PUBLISHED_OPENCLIP_BIGG)).eval()
     with torch.no_grad():
         expected = reference(torch.tensor(ids).long(), output_hidden_states=True)
-    network = CLIPTextModelWithProjection(OPENCLIP_BIGG_TEXT)
+    network = CLIPTextModel(OPENCLIP_BIGG_TEXT)
     load_strict(network, weights_of(reference), "transformers", ignore_unexpected=BUFFERS)
     del reference
     gc.collect()

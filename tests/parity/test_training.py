@@ -24,7 +24,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import Columns, draw_columns, epsilon
+from dreambooth_ms.diffusion.objectives import Columns, draw_columns
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec
@@ -556,7 +556,7 @@ SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
 
 def weighted_by_time(generators):
     """The noise is predicted, and rows weigh 1 to 2 by their timestep."""
-    columns = epsilon(SCHEDULE, generators)
+    columns = draw_columns("epsilon", SCHEDULE)(generators)
     return replace(columns, weight=1 + columns.time / 1000)
 
 

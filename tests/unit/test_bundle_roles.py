@@ -9,7 +9,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.models.clip import CLIPTextModelWithProjection
+from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.text import TextEncoders
@@ -129,7 +129,7 @@ def test_what_is_too_long_for_any_tokenizer_is_told_or_cut_into_pieces(bundle, p
 def test_readers_of_two_kinds_stand_side_by_side(pynative):
     """The states of all, in their order, and the pooled text of the one that pools."""
     spec = ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, vocab_size=LETTERS)
-    clip, letters = filled(CLIPTextModelWithProjection(spec)), filled(LetterReader())
+    clip, letters = filled(CLIPTextModel(spec)), filled(LetterReader())
     encoders = TextEncoders({"letters": letters, "text_encoder_2": clip})
     ids = Tensor(np.array([[1, 2, 3]], np.int32))
     end = Tensor(np.array([[0, 0, 1]], np.float32))

@@ -1,6 +1,6 @@
 """The compile cache gives the same numbers as no cache, and is never in the way."""
 
-import json
+import hashlib
 import os
 import time
 import warnings
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from dreambooth_ms import atomic
 from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.ops import Dense
 from dreambooth_ms.runtime import compile_cache, compiled_cell, graph_key
-from dreambooth_ms.runtime.compile_cache import CONTENTS, UNFINISHED, CompileCache, Outlook, use_compile_cache
+from dreambooth_ms.runtime.compile_cache import CompileCache, Outlook, use_compile_cache
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
@@ -56,7 +57,7 @@ def computed(cache, *arguments):
 
 
 def entries(cache):
-    return sorted(path for path in cache.folder.iterdir() if not path.name.startswith(UNFINISHED))
+    return sorted(path for path in cache.folder.iterdir() if not path.name.startswith(atomic.TEMPORARY_PREFIX))
 
 
 @pytest.fixture
@@ -120,24 +121,24 @@ def test_what_the_same_kind_took_before_is_known_when_a_compilation_begins(cache
 
 def test_what_it_took_is_unknown_without_a_cache_or_where_nobody_can_read_it(kept, outlooks):
     computed(None)
-    for file in kept.folder.glob("*/*.seconds"):
-        file.write_text("long")
+    for entry in entries(kept):
+        digest, _, *rest = entry.read_bytes().split(b"\n", 2)
+        entry.write_bytes(b"\n".join((digest, b"long", *rest)))
     computed(kept, 0.7)
     assert [outlook for _, outlook in outlooks] == [Outlook(), Outlook()]
 
 
-def first_file(entry):
-    return entry / "0"
+def with_other_byte(entry, place):
+    return bytes([byte ^ (number == place) for number, byte in enumerate(entry.read_bytes())])
 
 
 DAMAGES = {
-    "cut": lambda entry: os.truncate(first_file(entry), first_file(entry).stat().st_size // 2),
-    "one bit": lambda entry: first_file(entry).write_bytes(
-        bytes([byte ^ (number == 300) for number, byte in enumerate(first_file(entry).read_bytes())])
-    ),
-    "a file is gone": lambda entry: first_file(entry).unlink(),
-    "cut contents": lambda entry: os.truncate(entry / CONTENTS, 20),
-    "other contents": lambda entry: (entry / CONTENTS).write_text("[1]"),
+    "cut": lambda entry: os.truncate(entry, entry.stat().st_size // 2),
+    "one bit": lambda entry: entry.write_bytes(with_other_byte(entry, 500)),
+    "one bit of the digest": lambda entry: entry.write_bytes(with_other_byte(entry, 3)),
+    "empty": lambda entry: os.truncate(entry, 0),
+    "cut in the first line": lambda entry: os.truncate(entry, 20),
+    "other contents": lambda entry: entry.write_text("[1]"),
 }
 
 
@@ -153,11 +154,9 @@ def test_a_damaged_entry_is_made_again(kept, damage):
 
 def test_what_mindspore_cannot_read_is_made_again_although_its_digest_holds(kept):
     (entry,) = entries(kept)
-    garbage = first_file(entry).read_bytes()[:200]
-    first_file(entry).write_bytes(garbage)
-    (pattern,) = json.loads((entry / CONTENTS).read_text())
-    digest = compile_cache.hashlib.sha256(garbage).hexdigest()
-    (entry / CONTENTS).write_text(json.dumps({pattern: digest}))
+    _, seconds, name, graph = entry.read_bytes().split(b"\n", 3)
+    content = b"\n".join((seconds, name, graph[:200]))
+    entry.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     np.testing.assert_array_equal(computed(kept), computed(None))
     np.testing.assert_array_equal(computed(kept), computed(None))
     assert (kept.counts.found, kept.counts.kept) == (1, 2)
@@ -187,7 +186,7 @@ def test_a_full_disk_leaves_no_entry(cache, monkeypatch):
     def full(*_):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(compile_cache.json, "dumps", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.warns(UserWarning, match="No space left"):
         np.testing.assert_array_equal(computed(cache), computed(None))
     assert list(cache.folder.iterdir()) == []
@@ -195,21 +194,22 @@ def test_a_full_disk_leaves_no_entry(cache, monkeypatch):
 
 def test_an_entry_that_another_process_wrote_meanwhile_stays(kept, monkeypatch):
     (entry,) = entries(kept)
-    before = {path.name: path.read_bytes() for path in entry.iterdir()}
+    before = entry.read_bytes()
     monkeypatch.setattr(CompileCache, "_copy_to_mindspore", lambda self, entry: {})
-    monkeypatch.setattr(CompileCache, "_remove", lambda self, entry: None)
     computed(kept)
     assert [path.name for path in kept.folder.iterdir()] == [entry.name]
-    assert {path.name: path.read_bytes() for path in entry.iterdir()} == before
+    assert entry.read_bytes() == before
 
 
 def test_the_entries_used_last_are_kept_and_nobodys_leftovers_removed(kept):
-    size = sum(file.stat().st_size for file in entries(kept)[0].iterdir())
+    size = entries(kept)[0].stat().st_size
     kept.max_bytes = int(2.5 * size)
-    abandoned, at_work = (kept.folder / f"{UNFINISHED}{name}" for name in ("abandoned", "at_work"))
+    abandoned, at_work = (kept.folder / f"{atomic.TEMPORARY_PREFIX}{name}" for name in ("abandoned", "at_work"))
     for number, path in enumerate((abandoned, at_work)):
-        path.mkdir()
+        path.touch()
         os.utime(path, (time.time() - (1 - number) * 2 * compile_cache.ABANDONED_AFTER,) * 2)
+    earlier_version = kept.folder / "0123"
+    earlier_version.mkdir()
     computed(kept, 0.7)
     long_ago = time.time() - 1000
     for path in entries(kept):
@@ -217,7 +217,7 @@ def test_the_entries_used_last_are_kept_and_nobodys_leftovers_removed(kept):
     computed(kept, 0.7)
     computed(kept, 0.9)
     assert len(entries(kept)) == 2
-    assert (abandoned.exists(), at_work.exists()) == (False, True)
+    assert (abandoned.exists(), at_work.exists(), earlier_version.exists()) == (False, True, False)
     found = kept.counts.found
     computed(kept, 0.7)
     assert kept.counts.found == found + 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mindspore import Tensor, nn
 
-from dreambooth_ms.ops import Conv2d, FromPublicLayout, ToPublicLayout, conv
+from dreambooth_ms.ops import Conv2d, conv, from_public_layout, to_public_layout
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.load import load_strict
 from tests.parity.reference import ValueAndGradients, normal, public_gradients, relative_error
@@ -22,12 +22,10 @@ class PublicConv(nn.Cell):
 
     def __init__(self, **options):
         super().__init__()
-        self.from_public_layout = FromPublicLayout()
         self.conv = Conv2d(IN_CHANNELS, OUT_CHANNELS, **options)
-        self.to_public_layout = ToPublicLayout()
 
     def construct(self, x):
-        return self.to_public_layout(self.conv(self.from_public_layout(x)))
+        return to_public_layout(self.conv(from_public_layout(x)))
 
 
 def torch_convolution(image, weights, sensitivity, stride=1, padding=(0, 0, 0, 0)):

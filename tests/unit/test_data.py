@@ -28,7 +28,7 @@ from dreambooth_ms.data.pictures import Frame
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, Source
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import epsilon
+from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.specs import VaeSpec
@@ -192,7 +192,7 @@ SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
 
 def weighted_by_time(generators):
     """Noise as the target, and rows that weigh 1 to 2 by their timestep."""
-    columns = epsilon(SCHEDULE, generators)
+    columns = draw_columns("epsilon", SCHEDULE)(generators)
     return replace(columns, weight=1 + columns.time / 1000)
 
 

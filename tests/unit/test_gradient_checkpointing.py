@@ -18,7 +18,7 @@ from mindspore import ParameterTuple, Tensor, nn
 
 from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.segments import Segments
@@ -44,7 +44,7 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
         words = {"vocab_size": WORDS, "max_position_embeddings": TOKENS}
         is_sdxl = unet_spec.addition_embed_type is not None
         first = CLIPTextModel(ClipTextSpec(transformer=SDXL_TEXT if is_sdxl else TEXT, **words), last_layer=not is_sdxl)
-        second = CLIPTextModelWithProjection(ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words))
+        second = CLIPTextModel(ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words))
         text_encoders = TextEncoders({"text_encoder": first} | ({"text_encoder_2": second} if is_sdxl else {}))
         networks += text_encoders.networks().values()
     trainables = []

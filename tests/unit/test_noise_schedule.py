@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from mindspore import Tensor
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import OBJECTIVES, draw_columns, epsilon_at, min_snr, velocity_at
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.randomness import generator
@@ -22,7 +22,7 @@ SPECS = {
     "short": NoiseScheduleSpec(num_train_timesteps=50),
     "trained betas": NoiseScheduleSpec(trained_betas=tuple(0.001 + 1e-5 * number for number in range(1000))),
 }
-ZERO_SNR = NoiseScheduleSpec(rescale_betas_zero_snr=True, prediction_type=PredictionType.V_PREDICTION)
+ZERO_SNR = NoiseScheduleSpec(rescale_betas_zero_snr=True, prediction_type="v_prediction")
 TIMESTEPS = np.array([0, 1, 500, 999])
 
 

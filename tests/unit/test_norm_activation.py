@@ -6,17 +6,17 @@ import torch
 from mindspore import Tensor, nn
 
 from dreambooth_ms.ops import (
-    AddPerChannel,
     Dense,
     Embedding,
-    FromPublicLayout,
     GatedGelu,
     Gelu,
     GroupNorm,
     LayerNorm,
     QuickGelu,
-    ToPublicLayout,
-    UpsampleNearest,
+    add_per_channel,
+    from_public_layout,
+    to_public_layout,
+    upsample_nearest,
 )
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
@@ -36,12 +36,10 @@ class OnPublicImage(nn.Cell):
 
     def __init__(self, make):
         super().__init__()
-        self.from_public_layout = FromPublicLayout()
         self.inner = make()
-        self.to_public_layout = ToPublicLayout()
 
     def construct(self, x):
-        return self.to_public_layout(self.inner(self.from_public_layout(x)))
+        return to_public_layout(self.inner(from_public_layout(x)))
 
 
 def torch_gradients(function, *arrays):
@@ -184,7 +182,7 @@ def test_gated_gelu_multiplies_the_first_half_by_the_gelu_of_the_second():
 def test_upsampling_repeats_every_pixel(written_for):
     with use_formulation(written_for):
         assert_same_without_weights(
-            OnPublicImage(UpsampleNearest),
+            OnPublicImage(upsample_nearest),
             lambda x: torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"),
             normal(2, 3, 4, 5),
         )
@@ -194,6 +192,5 @@ def test_upsampling_repeats_every_pixel(written_for):
 def test_a_number_per_channel_is_added_to_every_pixel_of_its_row(written_for, pynative):
     x, bias = normal(2, 3, 4, 5), normal(2, 3)
     with use_formulation(written_for):
-        from_public_layout, add, to_public_layout = FromPublicLayout(), AddPerChannel(), ToPublicLayout()
-    result = to_public_layout(add(from_public_layout(Tensor(x)), Tensor(bias)))
+        result = to_public_layout(add_per_channel(from_public_layout(Tensor(x)), Tensor(bias)))
     assert np.array_equal(result.asnumpy(), x + bias[:, :, None, None])

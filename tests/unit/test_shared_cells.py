@@ -3,8 +3,7 @@
 from mindspore import nn
 
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import GatedGelu, shared
-from dreambooth_ms.ops.layout import ConcatChannels
+from dreambooth_ms.ops import GatedGelu, MultiHeadAttention, shared
 from dreambooth_ms.runtime.device import Formulation
 from tests.tiny_model import UNET
 from tools.formulation import use_formulation
@@ -16,10 +15,10 @@ def test_equal_arguments_give_the_same_cell_and_others_another():
 
 
 def test_formulations_share_nothing():
-    here = shared(ConcatChannels)
+    here = shared(MultiHeadAttention, 2, 8)
     with use_formulation(Formulation.ASCEND):
-        there = shared(ConcatChannels)
-    assert (here.channel_axis, there.channel_axis) == (3, 1)
+        there = shared(MultiHeadAttention, 2, 8)
+    assert (here.fuses, there.fuses) == (False, True)
 
 
 def test_a_network_holds_every_cell_without_parameters_once():

@@ -16,7 +16,7 @@ from mindspore import nn
 from transformers import CLIPConfig, CLIPTextConfig
 
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec, PredictionType
+from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_configs import EDM_SCHEDULER
@@ -388,7 +388,7 @@ class TestConfigurations:
 
     def test_a_scheduler_says_what_the_model_predicts(self):
         config = {"prediction_type": "v_prediction", "beta_end": 0.02, "beta_schedule": "linear"}
-        expected = NoiseScheduleSpec(prediction_type=PredictionType.V_PREDICTION, beta_end=0.02, beta_schedule="linear")
+        expected = NoiseScheduleSpec(prediction_type="v_prediction", beta_end=0.02, beta_schedule="linear")
         assert model_config.read_scheduler_config(config) == expected
         assert model_config.read_scheduler_config({}) == NoiseScheduleSpec()
         with pytest.raises(WeightError, match=r"expected epsilon or v_prediction, got 'sample'"):
