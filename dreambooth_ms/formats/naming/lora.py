@@ -12,15 +12,12 @@ from dreambooth_ms.formats.naming import lora_formats
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
 from dreambooth_ms.formats.naming.plan import Naming, WritePlan, unwrapped
-from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, other_kind
+from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, matching, other_kind
 from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
+from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 
-_OTHER_MODELS = {
-    "Flux": r"(?:double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]",
-    "SD 3 or another diffusion transformer": r"joint_blocks[._]\d+[._]|^transformer\.",
-}
 _MARKS = {
     LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
     LoraFormat.PEFT: ("base_model.model.",),
@@ -66,15 +63,13 @@ def recognise_lora(
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
     """
     names = [unwrapped(name) for name in stored]
-    methods = [method for method, pattern in OTHER_METHODS.items() if any(map(re.compile(pattern).search, names))]
-    if methods:
+    if methods := matching(OTHER_METHODS, names):
         used = " and ".join(methods)
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
     if not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
-    for other, pattern in _OTHER_MODELS.items():
-        if any(re.search(pattern, name) for name in names):
-            raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
+    if others := matching(TABLES["lora_for_others"], names):
+        raise WeightError(f"{source}: this is a LoRA for {others[0]}; expected one for SD 1.x, SD 2.x or SDXL")
     form, candidates = lora_format(stored), list(models)
     plans = _plans(form, candidates, stored, parts)
     fitting = [plan for plan in plans if plan.report.fits]

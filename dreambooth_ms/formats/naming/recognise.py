@@ -10,50 +10,11 @@ from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import StoredModel, infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming, unwrapped
 from dreambooth_ms.formats.naming.slots import Shape
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, Family, ModelSpec
+from dreambooth_ms.formats.naming.tables import TABLES
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SDXL_BASE, Family, ModelSpec
 
-# Methods whose tensors stand beside or instead of A and B, so that reading these alone would give another update.
-OTHER_METHODS = {
-    "DoRA": r"\.dora_scale$|lora_magnitude_vector",
-    "LoHa": r"\.hada_w[12]",
-    "LoKr": r"\.lokr_w[12]",
-    "GLoRA": r"\.[ab][12]\.weight$",
-    "DyLoRA": r"\.(?:up|down)_list\.\d+$|\.lora_[AB]\.\d+$",
-    "AdaLoRA": r"\.lora_E(?:\.[^.]+)?$",
-    "OFT": r"\.oft_(?:R|s|diag)(?:\.|$)",
-    "OFT or BOFT": r"\.oft_blocks$",
-    "BOFT": r"\.boft_[Rs](?:\.|$)",
-    "VeRA": r"\.vera_lambda_[bd](?:\.|$)|(?:^|\.)vera_[AB](?:\.|$)",
-    "IA3": r"\.on_input$|\.ia3_l(?:\.|$)",
-    "LoCon with a third factor": r"\.lora_mid\.",
-    "LoRA of embeddings": r"\.lora_embedding_[AB](?:\.|$)",
-    "full differences of weights (.diff)": r"\.diff(?:_b)?$",
-    "norms (.w_norm)": r"\.[wb]_norm$",
-    "weights set anew or reshaped (.set_weight, .reshape_weight)": r"\.(?:set_weight|reshape_weight)$",
-    "a factor besides alpha (.scalar)": r"\.scalar$",
-    "a trained bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
-    "embeddings of new words beside it (bundle_emb)": r"^bundle_emb\.",
-}
-# What a file may be instead -> names that only such files have. The first that fits is said.
-_OTHER_KINDS = {
-    "a CosXL model, trained with the noise of EDM": r"^edm_vpred\.",
-    "a LoRA": "|".join((r"(?:^|[._])lora[._]|^lycoris_", *OTHER_METHODS.values())),
-    "an SD 3 model": r"joint_blocks\.\d+\.",
-    "a Flux model": r"double_blocks\.\d+\.img_|single_transformer_blocks\.\d+\.",
-    "a ControlNet": r"^control_model\.|controlnet_|input_hint_block\.",
-    "a T2I-Adapter": r"^(?:adapter\.)?body\.\d+\.",
-    "an IP-Adapter": r"^(?:ip_adapter|image_proj)\.",
-    "an AnimateDiff motion module": r"motion_modules\.",
-    "a textual inversion embedding": r"^(?:emb_params|\*|string_to_(?:param|token)\b.*|clip_[lg]|<.+>)$",
-    "an upscaler": r"^model\.diffusion_model\.label_emb\.weight$",
-    "a diffusion transformer": r"adaLN_modulation|scale_shift_table|adaln_single",
-    "a model with another UNet": r"^(?:model\.diffusion_model|unet)\.",
-    "a model without its UNet": r"^(?:cond_stage_model|conditioner|text_encoder|text_encoder_2)\.",
-    "a text encoder alone": r"^(?:text_model|transformer\.resblocks|encoder\.block|encoder\.layers|embeddings)\.",
-    "an autoencoder alone": r"^(?:first_stage_model\.)?(?:encoder|decoder)\.(?:conv_in|mid_block|mid)\.",
-    "a UNet alone, in diffusers' naming without its folder": r"^(?:down_blocks|mid_block|up_blocks)\.",
-    "a UNet alone, in LDM naming without its prefix": r"^(?:input_blocks|middle_block|output_blocks)\.",
-}
+OTHER_METHODS: dict[str, str] = TABLES["other_methods"]
+_OTHER_KINDS = TABLES["other_kinds"] | {"a LoRA": "|".join((TABLES["other_kinds"]["a LoRA"], *OTHER_METHODS.values()))}
 # Whole models by their format: each has one of these, also if the other is missing.
 _MODEL_MARKS = {
     Format.DIFFUSERS: ("unet.conv_in.weight", "unet.conv_in.bias"),
@@ -61,8 +22,9 @@ _MODEL_MARKS = {
     Format.STABILITY: (f"{stability.UNET_PREFIX}out.0.weight", f"{stability.UNET_PREFIX}out.0.bias"),
 }
 _OTHER_MODELS_MARKS = ("model.diffusion_model.label_emb.weight", "edm_vpred.sigma_max")
-# What SDXL's base has in single files and its refiner, whose one text encoder is OpenCLIP's, has not.
-_SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.")
+# What SDXL's base has, in single files and folders, and its refiner, whose one text encoder is OpenCLIP's, has not.
+_SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.", "text_encoder.")
+_FAMILY_MARKS = ("add_embedding.linear_1", "mid_block.attentions.0.proj_in")
 _SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
 
 # How names begin that autoencoders alone in a file have -> the format, and what is before them in a whole model.
@@ -131,11 +93,15 @@ def other_kind(names: Iterable[str]) -> str:
     held = [unwrapped(name) for name in names]
     if _form(held):
         return "a whole model"
-    for kind, pattern in _OTHER_KINDS.items():
-        if any(map(re.compile(pattern).search, held)):
-            return kind
+    if kinds := matching(_OTHER_KINDS, held):
+        return kinds[0]
     shown = ", ".join(sorted(held)[:3]) or "nothing"
     return f"of an unknown kind (it holds {shown})"
+
+
+def matching(patterns: Mapping[str, str], names: Collection[str]) -> list[str]:
+    """The keys of those patterns that any of the names fits."""
+    return [kind for kind, pattern in patterns.items() if any(map(re.compile(pattern).search, names))]
 
 
 def _form(names: Collection[str]) -> Format | None:
@@ -146,18 +112,14 @@ def _form(names: Collection[str]) -> Format | None:
 
 def _family(stored: Mapping[str, Shape], form: Format) -> Family:
     """SDXL adds pooled text to the time; SD 1 and SD 2 differ in the projections of their transformers."""
-    if form is Format.DIFFUSERS:
-        added, projection = "unet.add_embedding.linear_1.weight", "unet.mid_block.attentions.0.proj_in.weight"
-        has_first_encoder = any(name.startswith("text_encoder.") for name in stored)
-    else:
-        added = stability.UNET_PREFIX + "label_emb.0.0.weight"
-        projection = stability.UNET_PREFIX + "middle_block.1.proj_in.weight"
-        has_first_encoder = any(name.startswith(_SDXL_BASE_MARKS) for name in stored)
-    if added in stored:
-        has_encoders = has_first_encoder or any(name.startswith(("conditioner.", "text_encoder_2.")) for name in stored)
-        is_refiner = not has_first_encoder if has_encoders else stored[added][1:] == (2560,)
-        return Family.SDXL_REFINER if is_refiner else Family.SDXL
-    return Family.SD2 if len(stored.get(projection, ())) == 2 else Family.SD1
+    file = StoredModel(stored, form, SDXL_BASE)
+    added, projection = (file.shape(f"unet.{name}.weight") for name in _FAMILY_MARKS)
+    if added is None:
+        return Family.SD2 if len(projection or ()) == 2 else Family.SD1
+    if any(name.startswith(_SDXL_BASE_MARKS) for name in stored):
+        return Family.SDXL
+    has_encoder = any(name.startswith(("conditioner.", "text_encoder_2.")) for name in stored)
+    return Family.SDXL_REFINER if has_encoder or added[1:] == (2560,) else Family.SDXL
 
 
 def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, prediction_type: str | None) -> Iterator[str]:
