@@ -1,6 +1,6 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +36,6 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
 }
 """What names of files in a format may end in; a folder in nothing."""
 
-_OF_LORAS, _OF_MODELS = ("alpha", "base"), ("variant", "use_ema", "prediction_type")
-"""Flags that only one kind of sources has a use for."""
-
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]
 """From the number of bytes to write to what is told how many were written."""
 
@@ -61,7 +58,9 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     is_model = not holds_adapter(source)
-    _check_flags(wanted, "a model" if is_model else "a LoRA", _OF_LORAS if is_model else _OF_MODELS)
+    kind, of_others = ("model", ("alpha", "base")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
+        raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
         return
@@ -70,13 +69,6 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
     yield from (*opened.notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
-
-
-def _check_flags(wanted: ConversionConfig, kind: str, others: Sequence[str]) -> None:
-    """Raise WeightError if a flag was given that is only for other kinds of sources."""
-    given = [f"--{flag}" for flag in others if getattr(wanted, flag)]
-    if given:
-        raise WeightError(f"{wanted.source}: this is {kind}; leave out {', '.join(given)}")
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:
@@ -107,16 +99,13 @@ def model_format_of(target: Path, form: str | None) -> Format:
     Raises:
         WeightError: they do not fit each other, or the format is not written.
     """
-    chosen = _chosen(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
-    by_name = next((one for one in Format if _extension(target) in EXTENSIONS[one]), None)
-    if by_name is None:
+    fitting = _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
+    if not fitting:
         raise WeightError(
             f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt "
             "(MindSpore), or give the name of a folder without an extension"
         )
-    if chosen and chosen is not by_name:
-        raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}; name one")
-    return by_name
+    return fitting[0]
 
 
 def lora_format_of(target: Path, form: str | None) -> LoraFormat:
@@ -125,32 +114,25 @@ def lora_format_of(target: Path, form: str | None) -> LoraFormat:
     Raises:
         WeightError: they do not fit each other, the name leaves it open, or the format is not written.
     """
-    chosen = _chosen(target, form, LORA_FORMATS, "for models only; for a LoRA")
-    if chosen:
-        if _extension(target) not in EXTENSIONS[chosen]:
-            raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}")
-        return chosen
-    if target.suffix == ".ckpt":
-        return LoraFormat.MINDONE
+    fitting = _fitting(target, form, LORA_FORMATS, "for models only; for a LoRA")
+    if len(fitting) == 1:
+        return fitting[0]
     if target.name == FILE_NAME:
         return LoraFormat.DIFFUSERS
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
     raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
 
 
-def _chosen(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> Form | None:
-    """The format that the user names, if any."""
+def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:
+    """The format that the user names, or those that files and folders with the target's name may have."""
     if form and form not in formats:
         raise WeightError(f"--format {form}: {otherwise} choose one of {', '.join(formats)}")
     if target.suffix in (".bin", ".pt", ".pth"):
         raise WeightError(f"{target}: PyTorch's pickles can run code and are not written; end it in .safetensors")
-    return formats[form] if form else None
-
-
-def _extension(target: Path) -> str:
-    """The extension; a folder has none, though its name may have a dot in it, as `sd-v1.5`."""
-    return target.suffix if not target.suffix[1:2].isdigit() else ""
-
-
-def _kinds(form: Format | LoraFormat) -> str:
-    return " or ".join(f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[form])
+    # A folder has no extension, though its name may have a dot in it, as `sd-v1.5`.
+    extension = target.suffix if not target.suffix[1:2].isdigit() else ""
+    fitting = {name: one for name, one in formats.items() if extension in EXTENSIONS[one]}
+    if form and form not in fitting:
+        kinds = (f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[formats[form]])
+        raise WeightError(f"{target}: --format {form} is written to {' or '.join(kinds)}; name one")
+    return [formats[form]] if form else list(fitting.values())

@@ -17,6 +17,39 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+Places = dict[str, list[Slot]]
+"""By public name: where a file has it."""
+
+
+def locate(
+    names: Iterable[str], held_by: Callable[[str], Mapping[str, Slot]], publics: Iterable[str]
+) -> tuple[Places, tuple[str, ...]]:
+    """Find the public names that are held by the names of a file.
+
+    Args:
+        names: those of the file.
+        held_by: what one of them holds, by public name.
+        publics: the public names, in the order that the places have.
+
+    Returns:
+        The places of each public name, and the names that hold none.
+    """
+    places: Places = {}
+    unknown = []
+    for name in names:
+        held = held_by(name)
+        for public, slot in held.items():
+            places.setdefault(public, []).append(replace(slot, name=name))
+        if not held:
+            unknown.append(name)
+    return {public: places[public] for public in publics if public in places}, tuple(unknown)
+
+
+def duplicates(places: Places) -> tuple[str, ...]:
+    """The public names that have several places, each with these."""
+    return tuple(f"{name}: {' and '.join(slot.name for slot in own)}" for name, own in places.items() if len(own) > 1)
+
+
 @dataclass(frozen=True)
 class Naming:
     """The rules of a format, applied to every public name of one model."""
@@ -54,19 +87,16 @@ class Naming:
         """
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
+        places = {name: found for name, found in places.items() if name.partition(".")[0] in wanted}
         slots: dict[str, Slot] = {}
-        misshaped, duplicate = [], []
-        for name, candidates in places.items():
-            if name.partition(".")[0] not in wanted:
-                continue
-            slot, shape = candidates[0], self.shapes[name]
+        misshaped = []
+        for name, (slot, *_) in places.items():
+            shape = self.shapes[name]
             fitting = slot_as_found(slot, shape, stored[slot.name])
             if fitting:
                 slots[name] = fitting
             else:
                 misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
-            if len(candidates) > 1:
-                duplicate.append(f"{name}: {' and '.join(candidate.name for candidate in candidates)}")
         averaged = {slot.name for slot in self.averages.values()}
         of_format = averaged | {slot.name for slot in self.slots.values()}
         plain = {name: self.plain(name) for name in unknown}
@@ -79,27 +109,15 @@ class Naming:
                 missing=tuple(name for name in self.required(wanted) if name not in places),
                 unexpected=tuple(name for name, known in is_known.items() if not known),
                 misshaped=tuple(misshaped),
-                duplicate=tuple(duplicate),
+                duplicate=duplicates(places),
             ),
         )
 
-    def locate(self, names: Collection[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
-        """Find the public names that are held by the names of a file, whatever their shapes.
-
-        Returns:
-            The places of each public name, in the model's order, and the names that hold none.
-        """
+    def locate(self, names: Collection[str], averages: bool = False) -> tuple[Places, tuple[str, ...]]:
+        """Find the public names that are held by the names of a file, whatever their shapes: as `locate`."""
         there = {name: slot for name, slot in self.averages.items() if averages and slot.name in names}
         holders = self._backwards({**self.slots, **there}) if there else self._holders
-        places: dict[str, list[Slot]] = {}
-        unknown = []
-        for name in names:
-            held = holders.get(self.plain(name), {})
-            for public, slot in held.items():
-                places.setdefault(public, []).append(replace(slot, name=name))
-            if not held:
-                unknown.append(name)
-        return {public: places[public] for public in self.shapes if public in places}, tuple(unknown)
+        return locate(names, lambda name: holders.get(self.plain(name), {}), self.shapes)
 
     def required(self, parts: Collection[str] | None = None) -> list[str]:
         """The public names without which a part is not whole, of some parts or of all."""
