@@ -39,7 +39,6 @@ _TOWERS = {
     },
     Family.SDXL_REFINER: {"text_encoder_2": "conditioner.embedders.0.model."},
 }
-_IGNORABLE = re.compile("|".join(TABLES["ignorable"]))
 
 
 @lru_cache(maxsize=16)
@@ -48,19 +47,15 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
     shapes = model_shapes(model)
     extra = {name: shape for name, shape in _unused_shapes(form, model).items() if name not in shapes}
     everything = shapes | extra
-    spelled = {name: spell(form, name, model) for name in everything}
-    slots = {name: places[0] for name, places in spelled.items()}
+    places = {name: spell(form, name, model) for name in everything}
     return Naming(
         shapes=everything,
-        slots=slots,
-        spellings=({name: places[1] for name, places in spelled.items() if len(places) > 1},),
-        averages=_averages(form, slots),
+        places=places,
+        averages=_averages(form, places),
         optional=frozenset(extra),
         constants={
             name: LOGIT_SCALE for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2
         },
-        ignorable=lambda name: _IGNORABLE.fullmatch(name) is not None,
-        clean=mindone.clean if form is Format.MINDONE else lambda name: name,
     )
 
 
@@ -106,11 +101,11 @@ def _stability_slots(name: str, model: ModelSpec) -> list[Slot]:
     return [Slot(prefix + inner), Slot(prefix + inner.removeprefix("text_model."))]
 
 
-def _averages(form: Format, slots: dict[str, Slot]) -> dict[str, Slot]:
+def _averages(form: Format, places: dict[str, list[Slot]]) -> dict[str, Slot]:
     """LDM keeps them under flattened names without dots; mindone under a prefix. Only the UNet has them."""
     if form is Format.DIFFUSERS:
         return {}
-    names = {name: slot.name for name, slot in slots.items() if name.startswith("unet.")}
+    names = {name: slots[0].name for name, slots in places.items() if name.startswith("unet.")}
     if form is Format.MINDONE:
         return {name: Slot(f"ema.{stored}") for name, stored in names.items()}
     return {name: Slot(f"model_ema.{stored.removeprefix('model.').replace('.', '')}") for name, stored in names.items()}

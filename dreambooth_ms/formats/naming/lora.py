@@ -145,7 +145,8 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     """
     held = list(layers)
     assert form is not LoraFormat.PEFT or len({layer.partition(".")[0] for layer in held}) == 1, "a folder is a part's"
-    naming = Naming(shapes={}, slots=lora_formats.lora_slots(form, held, model))
+    slots = lora_formats.lora_slots(form, held, model)
+    naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
     plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in FACTORS])
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:

@@ -11,11 +11,10 @@ from dataclasses import replace
 from enum import Enum
 from functools import lru_cache
 
-from dreambooth_ms.formats.naming import mindone
 from dreambooth_ms.formats.naming.formats import Format, spell
 from dreambooth_ms.formats.naming.plan import unwrapped
 from dreambooth_ms.formats.naming.slots import Shape, Slot
-from dreambooth_ms.formats.naming.stability import UNET_PREFIX, unet_slot
+from dreambooth_ms.formats.naming.stability import unet_layer
 from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import Family, ModelSpec
@@ -83,7 +82,7 @@ def lora_slots(form: LoraFormat, layers: Iterable[str], model: ModelSpec) -> dic
 
 def split_name(name: str) -> tuple[str, str]:
     """A name in a file -> what it calls the layer, and which factor it is; the name itself and "" if it is none."""
-    plain = mindone.clean(unwrapped(name)).replace(".processor.", ".").replace("_orig_mod_", "")
+    plain = unwrapped(name).replace(".processor.", ".").replace("_orig_mod_", "")
     if match := _FACTOR.search(plain):
         return plain[: match.start()], DOWN if match["down"] else UP
     path, dot, last = plain.rpartition(".")
@@ -112,15 +111,10 @@ def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
     weights = (slot.name for slot in spell(Format.DIFFUSERS, f"{layer}.weight", model))
     names = {weight.removeprefix(f"{part}.").removesuffix(".weight") for weight in weights}
     if part == "unet":
-        names.add(_stability_name(inner, model))
+        names.add(unet_layer(inner, model.unet))
     names |= {pattern.sub(other, name) for pattern, other in _PROCESSORS for name in names}
     dotted = {prefix + name for prefix in (*_DOTTED[part], *bare) for name in names}
     return dotted | {prefix + name.replace(".", "_") for prefix in _UNDERSCORED[part] for name in names}
-
-
-def _stability_name(layer: str, model: ModelSpec) -> str:
-    """A layer of the UNet as LDM and SGM call it."""
-    return unet_slot(f"{layer}.weight", model.unet).name.removeprefix(UNET_PREFIX).removesuffix(".weight")
 
 
 def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
@@ -147,7 +141,7 @@ def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
             return {**slots, UP: replace(place, name=slots[UP].name)}
     is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
     prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
-    path = prefix + (_stability_name(inner, model) if is_stability else inner).replace(".", "_")
+    path = prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_")
     return {**_pair(path), ALPHA: Slot(f"{path}.{ALPHA}")}
 
 

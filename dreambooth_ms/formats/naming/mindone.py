@@ -14,9 +14,6 @@ from dreambooth_ms.formats.naming.tables import TABLES
 
 SD_TEXT_PREFIX = "cond_stage_model.transformer."
 
-# Inserted by MindSpore's mixed precision wrapper, and by mindone's LoRA layers around the weights of the base.
-_WRAPPERS = re.compile(r"\._backbone|\.linear(?=\.(?:weight|bias)$)")
-
 
 def sdxl_slot(name: str, slot: Slot) -> Slot:
     """The place in mindone's SDXL checkpoint of a parameter that Stability's file has in `slot`."""
@@ -47,8 +44,3 @@ def sd_text_slot(name: str) -> Slot | None:
     slot = sdxl_slot(name, slot)
     path = slot.name.replace("transformer.", "transformer_layer.").replace("in_proj_", "in_proj.")
     return replace(slot, name=SD_TEXT_PREFIX + path.replace(".mlp.", ".").replace(".attn.", ".attn.attn."))
-
-
-def clean(name: str) -> str:
-    """A name without the wrappers that some versions of mindone insert."""
-    return _WRAPPERS.sub("", name)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dreambooth_ms.errors import WeightError, count_of
-from dreambooth_ms.formats.naming import mindone, stability
+from dreambooth_ms.formats.naming import stability
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.infer import StoredModel, infer_model, infer_vae, with_channels
 from dreambooth_ms.formats.naming.plan import Naming, unwrapped
@@ -59,7 +59,7 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     Raises:
         WeightError: it is something else, which the message names where it is known.
     """
-    cleaned = {mindone.clean(unwrapped(name)): shape for name, shape in stored.items()}
+    cleaned = {unwrapped(name): shape for name, shape in stored.items()}
     form = _form(cleaned)
     if form is None:
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a model of SD 1.x, SD 2.x or SDXL")
@@ -84,7 +84,7 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     form, prefix = found
     shapes = {prefix + unwrapped(name): shape for name, shape in stored.items()}
     model = replace(SD_15, vae=infer_vae(StoredModel(shapes, form, SD_15)))
-    naming = replace(naming_of(form, model), clean=lambda name: prefix + name.removeprefix(prefix))
+    naming = replace(naming_of(form, model), prefix=prefix)
     return Recognition(form, model, naming, None, ())
 
 

@@ -24,7 +24,28 @@ _IN_A_TOWER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(?:self_attn\.([q
 def unet_slot(name: str, spec: UNetSpec) -> Slot:
     """The place of a parameter of diffusers' UNet, such as "down_blocks.0.resnets.0.norm1.weight"."""
     layer, _, parameter = name.rpartition(".")
-    return Slot(f"{UNET_PREFIX}{_unet_layer(layer, spec)}.{parameter}")
+    return Slot(f"{UNET_PREFIX}{unet_layer(layer, spec)}.{parameter}")
+
+
+def unet_layer(layer: str, spec: UNetSpec) -> str:
+    """The name of a layer of diffusers' UNet, such as "down_blocks.0.resnets.0.norm1", within LDM's."""
+    match = _IN_A_BLOCK.fullmatch(layer)
+    if not match:
+        return _NAMES["unet"][layer]
+    way, level, kind, index, rest = match.groups()
+    if kind == "resnets":
+        rest = _NAMES["unet_resnets"][rest]
+    if way == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(index)}.{rest}"
+    # A way up has one residual block more in each resolution; on the way down the downsampler fills its place.
+    last = spec.layers_per_block
+    number = int(level) * (last + 1) + (last if kind.endswith("samplers") else int(index))
+    if kind == "downsamplers":
+        return f"input_blocks.{1 + number}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{number}.{2 if spec.has_attention[-1 - int(level)] else 1}.conv"
+    block = f"input_blocks.{1 + number}" if way == "down" else f"output_blocks.{number}"
+    return f"{block}.{1 if kind == 'attentions' else 0}.{rest}"
 
 
 def vae_slot(name: str, spec: VaeSpec) -> Slot:
@@ -46,26 +67,6 @@ def openclip_slot(name: str) -> Slot:
     if letter:
         return Slot(f"{path}.attn.in_proj_{parameter}", block="qkv".index(letter), blocks=3)
     return Slot(f"{path}.{_NAMES['openclip_layers'][layer]}.{parameter}")
-
-
-def _unet_layer(layer: str, spec: UNetSpec) -> str:
-    match = _IN_A_BLOCK.fullmatch(layer)
-    if not match:
-        return _NAMES["unet"][layer]
-    way, level, kind, index, rest = match.groups()
-    if kind == "resnets":
-        rest = _NAMES["unet_resnets"][rest]
-    if way == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(index)}.{rest}"
-    # A way up has one residual block more in each resolution; on the way down the downsampler fills its place.
-    last = spec.layers_per_block
-    number = int(level) * (last + 1) + (last if kind.endswith("samplers") else int(index))
-    if kind == "downsamplers":
-        return f"input_blocks.{1 + number}.0.op"
-    if kind == "upsamplers":
-        return f"output_blocks.{number}.{2 if spec.has_attention[-1 - int(level)] else 1}.conv"
-    block = f"input_blocks.{1 + number}" if way == "down" else f"output_blocks.{number}"
-    return f"{block}.{1 if kind == 'attentions' else 0}.{rest}"
 
 
 def _vae_layer(layer: str, spec: VaeSpec) -> str:
