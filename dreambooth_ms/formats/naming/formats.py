@@ -28,17 +28,8 @@ class Format(Enum):
 # What CLIP's training caps the temperature at (Radford et al., 2021, section 2.5). No network here reads it.
 LOGIT_SCALE = math.log(100)
 
-# Where text encoders stand in single files. OpenCLIP's towers are named otherwise than transformers'.
 _OPENCLIP = ".model."
-_TOWERS = {
-    Family.SD1: {"text_encoder": "cond_stage_model.transformer."},
-    Family.SD2: {"text_encoder": "cond_stage_model.model."},
-    Family.SDXL: {
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-    Family.SDXL_REFINER: {"text_encoder_2": "conditioner.embedders.0.model."},
-}
+"""What the places of OpenCLIP's text encoders end in."""
 
 
 @lru_cache(maxsize=16)
@@ -93,7 +84,7 @@ def _stability_slots(name: str, model: ModelSpec) -> list[Slot]:
         return [stability.unet_slot(inner, model.unet)]
     if part == "vae":
         return [stability.vae_slot(inner, model.vae)]
-    prefix = _TOWERS[model.family][part]
+    prefix = TABLES["towers"][model.family.name][part]
     if prefix.endswith(_OPENCLIP):
         slot = stability.openclip_slot(inner)
         return [replace(slot, name=prefix + slot.name)]
@@ -119,7 +110,7 @@ def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
         return shapes
-    for part, prefix in _TOWERS[model.family].items():
+    for part, prefix in TABLES["towers"][model.family.name].items():
         tower = getattr(model, part)
         if tower and prefix.endswith(_OPENCLIP):
             shapes[f"{part}.logit_scale"] = ()

@@ -18,12 +18,6 @@ from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
 from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 
-_MARKS = {
-    LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
-    LoraFormat.PEFT: ("base_model.model.",),
-    LoraFormat.MINDONE: ("model.diffusion_model.", "cond_stage_model.", "conditioner."),
-}
-
 
 @dataclass(frozen=True)
 class LoraPlan:
@@ -92,9 +86,7 @@ def recognise_lora(
 
 def lora_format(names: Iterable[str]) -> LoraFormat:
     """The format of a LoRA's names, whatever they name."""
-    listed = list(names)
-    found = (form for form, marks in _MARKS.items() if any(name.startswith(marks) for name in listed))
-    return next(found, LoraFormat.DIFFUSERS)
+    return LoraFormat[(*matching(TABLES["lora_marks"], list(names)), "DIFFUSERS")[0]]
 
 
 def read_plan(

@@ -15,23 +15,6 @@ from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SDXL_BASE, Famil
 
 OTHER_METHODS: dict[str, str] = TABLES["other_methods"]
 _OTHER_KINDS = TABLES["other_kinds"] | {"a LoRA": "|".join((TABLES["other_kinds"]["a LoRA"], *OTHER_METHODS.values()))}
-# Whole models by their format: each has one of these, also if the other is missing.
-_MODEL_MARKS = {
-    Format.DIFFUSERS: ("unet.conv_in.weight", "unet.conv_in.bias"),
-    Format.MINDONE: (f"{stability.UNET_PREFIX}out.0.gamma", f"{stability.UNET_PREFIX}out.0.beta"),
-    Format.STABILITY: (f"{stability.UNET_PREFIX}out.0.weight", f"{stability.UNET_PREFIX}out.0.bias"),
-}
-_OTHER_MODELS_MARKS = ("model.diffusion_model.label_emb.weight", "edm_vpred.sigma_max")
-# What SDXL's base has, in single files and folders, and its refiner, whose one text encoder is OpenCLIP's, has not.
-_SDXL_BASE_MARKS = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.", "text_encoder.")
-_FAMILY_MARKS = ("add_embedding.linear_1", "mid_block.attentions.0.proj_in")
-_SPECIAL_INPUTS = {5: "depth", 7: "upscaling", 8: "editing by instruction", 9: "inpainting"}
-
-# How names begin that autoencoders alone in a file have -> the format, and what is before them in a whole model.
-_LONE_VAES = {
-    "encoder.down_blocks.0.resnets.0.norm1.": (Format.DIFFUSERS, "vae."),
-    "encoder.down.0.block.0.norm1.": (Format.STABILITY, stability.VAE_PREFIX),
-}
 
 
 @dataclass(frozen=True)
@@ -78,10 +61,11 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
         WeightError: it is something else.
     """
     names = [unwrapped(name) for name in stored]
-    found = next((place for mark, place in _LONE_VAES.items() if any(name.startswith(mark) for name in names)), None)
-    if found is None:
+    forms = matching(TABLES["vae_marks"], names)
+    if not forms:
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected an autoencoder (VAE) of Stable Diffusion")
-    form, prefix = found
+    form = Format[forms[0]]
+    prefix = "vae." if form is Format.DIFFUSERS else stability.VAE_PREFIX
     shapes = {prefix + unwrapped(name): shape for name, shape in stored.items()}
     model = replace(SD_15, vae=infer_vae(StoredModel(shapes, form, SD_15)))
     naming = replace(naming_of(form, model), prefix=prefix)
@@ -105,21 +89,19 @@ def matching(patterns: Mapping[str, str], names: Collection[str]) -> list[str]:
 
 
 def _form(names: Collection[str]) -> Format | None:
-    if any(mark in names for mark in _OTHER_MODELS_MARKS):
-        return None
-    return next((form for form, marks in _MODEL_MARKS.items() if any(mark in names for mark in marks)), None)
+    first = (*matching(TABLES["model_marks"], names), "OTHER")[0]
+    return None if first == "OTHER" else Format[first]
 
 
 def _family(stored: Mapping[str, Shape], form: Format) -> Family:
     """SDXL adds pooled text to the time; SD 1 and SD 2 differ in the projections of their transformers."""
     file = StoredModel(stored, form, SDXL_BASE)
-    added, projection = (file.shape(f"unet.{name}.weight") for name in _FAMILY_MARKS)
+    added = file.shape("unet.add_embedding.linear_1.weight")
     if added is None:
-        return Family.SD2 if len(projection or ()) == 2 else Family.SD1
-    if any(name.startswith(_SDXL_BASE_MARKS) for name in stored):
-        return Family.SDXL
-    has_encoder = any(name.startswith(("conditioner.", "text_encoder_2.")) for name in stored)
-    return Family.SDXL_REFINER if has_encoder or added[1:] == (2560,) else Family.SDXL
+        projection = file.shape("unet.mid_block.attentions.0.proj_in.weight")
+        return Family.SD2 if projection and len(projection) == 2 else Family.SD1
+    found = matching(TABLES["sdxl_marks"], stored)
+    return Family[found[0]] if found else Family.SDXL_REFINER if added[1:] == (2560,) else Family.SDXL
 
 
 def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, prediction_type: str | None) -> Iterator[str]:
@@ -127,8 +109,7 @@ def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, predic
         yield "Names do not tell whether an SD 2.x model predicts noise (512 px) or velocity (768 px)."
     if "edm_mean" in stored:
         yield "Playground v2.5: its latents have a mean and deviation of their own, in the same file."
-    if model.unet.in_channels in _SPECIAL_INPUTS:
-        use = _SPECIAL_INPUTS[model.unet.in_channels]
+    if use := TABLES["special_inputs"].get(model.unet.in_channels):
         yield f"Its UNet takes {model.unet.in_channels} channels: a model for {use}."
     averages = {slot.name for slot in naming.averages.values()} & stored.keys()
     if averages:
