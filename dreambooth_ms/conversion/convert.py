@@ -1,22 +1,26 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter
+from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.convert import ConversionConfig
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.config.sources import Setting, read_file
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Progress
+from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
@@ -35,6 +39,9 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
     LoraFormat.MINDONE: (".ckpt",),
 }
 """What names of files in a format may end in; a folder in nothing."""
+
+RUN_CONFIG = "config.yaml"
+"""The configuration of a run, beside what it writes."""
 
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]
 """From the number of bytes to write to what is told how many were written."""
@@ -69,6 +76,37 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
     yield from (*opened.notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def open_lora(path: Path, base: str | None) -> OpenedAdapter:
+    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it.
+
+    Raises:
+        WeightError: as `open_adapter`; or the base cannot be opened.
+    """
+    if base:
+        return open_adapter(path, [open_model(Path(base)).spec], base)
+    models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
+    said, otherwise = trained_base(path), "if its base has sizes of its own, name it with --base"
+    if said and os.path.exists(said):
+        models = tuple(dict.fromkeys((*models, open_model(Path(said)).spec)))
+    elif said:
+        otherwise = f"its own base, {said}, is not on this machine; name one of the same sizes with --base"
+    return open_adapter(path, models, otherwise=otherwise)
+
+
+def trained_base(path: Path) -> str | None:
+    """The base of an adapter's file or folder, a path or the name on a hub: of the run that it is of, or PEFT's."""
+    folder = path if os.path.isdir(path) else path.parent
+    if os.path.isfile(folder / RUN_CONFIG):
+        settings = read_file(Setting("config", str(folder / RUN_CONFIG)), TrainConfig)
+        said = next((one.value for one in settings if one.name == "pretrained_model_name_or_path"), None)
+    else:
+        try:
+            said = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+        except WeightError:
+            return None
+    return said if said and isinstance(said, str) else None
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter
-from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.conversion.convert import open_lora
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings

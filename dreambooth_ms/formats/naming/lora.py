@@ -65,8 +65,8 @@ def recognise_lora(
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
     if not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
-    if others := matching(TABLES["lora_for_others"], names):
-        raise WeightError(f"{source}: this is a LoRA for {others[0]}; expected one for SD 1.x, SD 2.x or SDXL")
+    if kinds := matching(TABLES["lora_for_others"], names):
+        raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
     form = lora_format(stored)
     plans = _plans(form, models, stored, parts)
     fitting = [plan for plan in plans if plan.report.fits]
