@@ -5,5 +5,5 @@ from typing import Any
 
 import yaml
 
-TABLES: dict[str, Any] = yaml.safe_load(files(__package__).joinpath("names.yaml").read_text())
+TABLES: dict[str, Any] = yaml.safe_load(files(__package__).joinpath("names.yaml").read_text("utf-8"))
 """By the name of the table, in the order of the file."""
