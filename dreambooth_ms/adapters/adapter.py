@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from dreambooth_ms.formats.naming.lora_formats import PARTS
+
 if TYPE_CHECKING:
     from mindspore import nn
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""The networks that can be adapted, by the names of their folders, in the order of files."""
 
 
 class Update(Protocol):

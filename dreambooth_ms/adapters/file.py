@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import PARTS, Adapter, Update
+from dreambooth_ms.adapters.adapter import Adapter, Update
 from dreambooth_ms.adapters.folding import TRAINED_KEY, as_trained
 from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.errors import WeightError, count_of
@@ -23,7 +23,7 @@ from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
 from dreambooth_ms.formats.naming.lora import LoraPlan, recognise_lora
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, LoraFormat
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, LoraFormat
 from dreambooth_ms.formats.naming.lora_settings import settings_alpha
 from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.formats.naming.report import show_names
@@ -87,8 +87,7 @@ class OpenedAdapter:
 
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
-        silent = {name: own for name, own in _loras(self.adapter).items() if own.alpha is None}
-        known = {name: replace(own, alpha=alpha) for name, own in silent.items()}
+        known = {name: replace(own, alpha=alpha) for name, own in _loras(self.adapter).items() if own.alpha is None}
         return replace(self, adapter=Adapter.of(self.adapter.updates | known))
 
 
@@ -98,19 +97,14 @@ def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
 
 def holds_adapter(path: Path) -> bool:
     """Whether a file or folder has the names of a LoRA, of whatever kind, or a folder several such files."""
-    if not os.path.isdir(path):
-        return bool(_adapters([path]))
-    return bool(_peft_folders(path) or (not os.path.isfile(path / INDEX) and _adapters(_weights(path))))
+    return bool(_peft_folders(path) or (not os.path.isfile(path / INDEX) and any(map(_is_adapter, _weights(path)))))
 
 
-def _adapters(files: Iterable[Path]) -> list[Path]:
-    """Those that have the names of a LoRA."""
-    found = []
-    for file in files:
-        with suppress(WeightError):
-            if other_kind(open_tensor_file(file).tensors) == "a LoRA":
-                found.append(file)
-    return found
+def _is_adapter(file: Path) -> bool:
+    """Whether a file has the names of a LoRA."""
+    with suppress(WeightError):
+        return other_kind(open_tensor_file(file).tensors) == "a LoRA"
+    return False
 
 
 def open_adapter(
@@ -133,16 +127,15 @@ def open_adapter(
     candidates, files, peft = tuple(models), [], _peft_folders(path)
     updates: dict[str, Update] = {}
     for part, folder in peft.items() or ((None, None),):
-        settings = read_json(folder / PEFT_CONFIG) if folder else None
+        said = read_json(folder / PEFT_CONFIG) if folder else None
         file = open_tensor_file(_peft_weights(folder) if folder else _file(path))
         is_twice = TWICE_KEY in file.metadata
         shapes = {n: tensor.shape for n, tensor in file.tensors.items() if not is_twice or n.startswith(TEXT_LEVEL)}
-        own = (part,) if part else None
-        plan = recognise_lora(shapes, str(file.path), candidates, own, str(base or ""), otherwise)
+        parts = (part,) if part else None
+        plan = recognise_lora(shapes, str(file.path), candidates, parts, str(base or ""), otherwise)
         candidates = plan.models
-        source = str(folder / PEFT_CONFIG if folder else file.path)
-        beside = _diffusers_settings(file.metadata) if settings is None else dict.fromkeys(PARTS, settings)
-        updates |= _updates(plan, file, beside, source)
+        settings = _diffusers_settings(file.metadata) if said is None else dict.fromkeys(PARTS, said)
+        updates |= _updates(plan, file, settings, str(folder / PEFT_CONFIG if folder else file.path))
         files.append(file)
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
@@ -207,10 +200,8 @@ def _file(path: Path) -> Path:
     Raises:
         WeightError: a folder without a LoRA, or with several.
     """
-    if not os.path.isdir(path):
-        return path
     weights = _weights(path)
-    found = _adapters(weights) or (weights if len(weights) == 1 else [])
+    found = weights if len(weights) == 1 else list(filter(_is_adapter, weights))
     if len(found) == 1:
         return found[0]
     if found:
@@ -220,9 +211,11 @@ def _file(path: Path) -> Path:
     raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The files of tensors in a folder: those that have diffusers' name for a LoRA, or else all."""
-    found = [file for file in sorted(folder.glob("[!.]*")) if file.suffix in _SUFFIXES]
+def _weights(path: Path) -> list[Path]:
+    """The file, or the files of tensors in a folder: those that have diffusers' name for a LoRA, or else all."""
+    if not os.path.isdir(path):
+        return [path]
+    found = [file for file in sorted(path.glob("[!.]*")) if file.suffix in _SUFFIXES]
     own = [file for file in found if file.stem == Path(FILE_NAME).stem]
     return own[-1:] or found
 

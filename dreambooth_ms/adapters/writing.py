@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
 from dreambooth_ms.adapters.folding import TRAINED_KEY, folded, folded_adapter
 from dreambooth_ms.atomic import check_room, new_folder
@@ -21,6 +21,7 @@ from dreambooth_ms.formats.naming.lora import shared_layers, write_plan
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
 from dreambooth_ms.formats.naming.lora_settings import lora_settings
 from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
@@ -29,28 +30,12 @@ Tensors = dict[str, np.ndarray]
 FOLDED = (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS)
 """Formats some of whose readers take alpha for the rank."""
 
-_OWN_METADATA = (
-    "format",
-    METADATA_KEY,
-    TRAINED_KEY,
-    TWICE_KEY,
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_module",
-)
+_KOHYAS = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
+_OWN_METADATA = ("format", METADATA_KEY, TRAINED_KEY, TWICE_KEY, *_KOHYAS)
 """What is written anew, whatever the file said that an adapter comes from."""
-
-_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-"""Settings that say what the scale of a layer is."""
 
 _NOT_KOHYAS = re.compile(r"\.(?:conv_in|conv_out|(?:time|add)_embedding\.linear_[12]|text_projection)$")
 """Layers outside the modules that kohya's scripts put adapters into."""
-
-_CLASSES = {
-    "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
-    "text_encoder": ("CLIPTextModel", "transformers.models.clip.modeling_clip"),
-    "text_encoder_2": ("CLIPTextModelWithProjection", "transformers.models.clip.modeling_clip"),
-}
 
 
 def write_adapter(
@@ -79,15 +64,14 @@ def write_adapter(
             written to.
     """
     kept = folded_adapter(adapter) if form in FOLDED else adapter
+    name_of = source or path
 
     def stored(own: Adapter) -> dict[str, StoredTensor]:
-        named = file_tensors(own, form, model, str(source or path))
-        labels = {name: f"{source or path}: {name}" for name in named}
-        return {
-            name: StoredTensor.of(np.asarray(own), label=labels[name]).cast_to(dtype) for name, own in named.items()
-        }
+        named = file_tensors(own, form, model, str(name_of)).items()
+        tensors = {name: StoredTensor.of(np.asarray(values), label=f"{name_of}: {name}") for name, values in named}
+        return {name: tensor.cast_to(dtype) for name, tensor in tensors.items()}
 
-    settings = {part: _settings(part, layers, model) for part, layers in kept.parts.items()}
+    settings = _settings(kept, model)
     if form is LoraFormat.PEFT:
         files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
         text, marks = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
@@ -98,10 +82,10 @@ def write_adapter(
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
                 write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
-                write_json(place / PEFT_CONFIG, _peft_config(part, settings[part]))
+                more = {"auto_mapping": TABLES["peft_classes"][part]}
+                write_json(place / PEFT_CONFIG, settings[part] | TABLES["peft_settings"] | more)
         return
-    trained = {part: _settings(part, layers, model) for part, layers in adapter.parts.items()}
-    tensors, beside = stored(kept), _metadata(settings, trained, form, metadata or {})
+    tensors, beside = stored(kept), _metadata(settings, _settings(adapter, model), form, metadata or {})
     if form is LoraFormat.MINDONE:
         write_mindspore_ckpt(path, tensors)
     elif path.suffix == ".safetensors":
@@ -149,31 +133,32 @@ def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tens
     Their different A are stacked, and each B is widened by zeros for the rows of the others; what is not adapted gets
     a B of zeros.
     """
-    common: dict[str, Tensors] = {}
+    common = dict(layers)
     for group in groups:
-        adapted = {name: layers[name] for name in group if name in layers}
-        downs, ups = ([own[factor] for own in adapted.values()] for factor in (DOWN, UP))
-        if len(group) == 1 or not adapted:
-            common |= adapted
+        adapted = [name for name in group if name in layers]
+        if not adapted:
             continue
+        downs, ups = ([layers[name][factor] for name in adapted] for factor in (DOWN, UP))
         is_one = all(np.array_equal(downs[0], other) for other in downs)
         down, start = downs[0] if is_one else np.concatenate(downs), 0
         for name in group:
             up = np.zeros((len(ups[0]), len(down)), np.result_type(*ups))
             if name in adapted:
-                own = adapted[name][UP]
+                own = layers[name][UP]
                 up[:, start : start + own.shape[1]] = own
                 start += 0 if is_one else own.shape[1]
             common[name] = {DOWN: down, UP: up, ALPHA: np.array(len(down))}
-    return common | {name: own for name, own in layers.items() if name not in common}
+    return common
 
 
-def _settings(part: str, layers: Mapping[str, Update], model: ModelSpec) -> dict[str, Any]:
-    """Rank and alpha of a network's layers, as peft keeps them."""
-    words = [name.split(".")[1:-1] for name in model_shapes(model) if name.startswith(f"{part}.")]
-    modules = {".".join(one[:depth]) for one in words for depth in range(1, len(one) + 1)}
-    tensors = {name: own.tensors() for name, own in layers.items()}
-    return lora_settings({name: (len(own[DOWN]), float(own[ALPHA])) for name, own in tensors.items()}, modules)
+def _settings(adapter: Adapter, model: ModelSpec) -> dict[str, dict[str, Any]]:
+    """Rank and alpha of the layers of each network, as peft keeps them."""
+    settings, names = {}, [name.split(".") for name in model_shapes(model)]
+    for part, layers in adapter.parts.items():
+        modules = {".".join(words[1:end]) for words in names if words[0] == part for end in range(2, len(words))}
+        tensors = {name: own.tensors() for name, own in layers.items()}
+        settings[part] = lora_settings({n: (len(own[DOWN]), float(own[ALPHA])) for n, own in tensors.items()}, modules)
+    return settings
 
 
 def _metadata(
@@ -185,33 +170,13 @@ def _metadata(
     """What stands beside the tensors: rank and alpha, as they are and were, and of `further` what is of no format."""
     if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
         first = next(iter(settings.values()))
-        own = {"ss_network_module": "networks.lora", "ss_network_dim": str(first["r"])}
-        own["ss_network_alpha"] = f"{first['lora_alpha']:g}"
+        own = dict(zip(_KOHYAS, ("networks.lora", str(first["r"]), f"{first['lora_alpha']:g}"), strict=True))
     else:
-        own = {METADATA_KEY: _as_text(settings)}
-        own |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
+        own = {METADATA_KEY: _as_text(settings)} | ({TRAINED_KEY: _as_text(trained)} if trained != settings else {})
     return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
 
 
-def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:
-    """Settings of parts, or some of them, by part, a dot and their key, in JSON."""
-    named = {f"{part}.{key}": own[key] for part, own in settings.items() for key in keys or own}
+def _as_text(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Settings of parts, by part, a dot and their key, in JSON."""
+    named = {f"{part}.{key}": value for part, own in settings.items() for key, value in own.items()}
     return json.dumps(named, sort_keys=True)
-
-
-def _peft_config(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json of a network."""
-    name, module = _CLASSES[part]
-    return {
-        **settings,
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "auto_mapping": {"base_model_class": name, "parent_library": module},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-    }

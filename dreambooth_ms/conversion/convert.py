@@ -1,22 +1,26 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, holds_adapter
+from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.convert import ConversionConfig
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.config.sources import Setting, read_file
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Progress
+from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
@@ -36,8 +40,8 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
 }
 """What names of files in a format may end in; a folder in nothing."""
 
-_OF_LORAS, _OF_MODELS = ("alpha", "base"), ("variant", "use_ema", "prediction_type")
-"""Flags that only one kind of sources has a use for."""
+RUN_CONFIG = "config.yaml"
+"""The configuration of a run, beside what it writes."""
 
 ProgressBar = Callable[[int], AbstractContextManager[Progress]]
 """From the number of bytes to write to what is told how many were written."""
@@ -61,7 +65,9 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     is_model = not holds_adapter(source)
-    _check_flags(wanted, "a model" if is_model else "a LoRA", _OF_LORAS if is_model else _OF_MODELS)
+    kind, of_others = ("model", ("alpha", "base")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
+        raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
         return
@@ -72,11 +78,35 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     yield f"wrote {target}: {describe_adapter(opened)}"
 
 
-def _check_flags(wanted: ConversionConfig, kind: str, others: Sequence[str]) -> None:
-    """Raise WeightError if a flag was given that is only for other kinds of sources."""
-    given = [f"--{flag}" for flag in others if getattr(wanted, flag)]
-    if given:
-        raise WeightError(f"{wanted.source}: this is {kind}; leave out {', '.join(given)}")
+def open_lora(path: Path, base: str | None) -> OpenedAdapter:
+    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it.
+
+    Raises:
+        WeightError: as `open_adapter`; or the base cannot be opened.
+    """
+    if base:
+        return open_adapter(path, [open_model(Path(base)).spec], base)
+    models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
+    said, otherwise = trained_base(path), "if its base has sizes of its own, name it with --base"
+    if said and os.path.exists(said):
+        models = tuple(dict.fromkeys((*models, open_model(Path(said)).spec)))
+    elif said:
+        otherwise = f"its own base, {said}, is not on this machine; name one of the same sizes with --base"
+    return open_adapter(path, models, otherwise=otherwise)
+
+
+def trained_base(path: Path) -> str | None:
+    """The base of an adapter's file or folder, a path or the name on a hub: of the run that it is of, or PEFT's."""
+    folder = path if os.path.isdir(path) else path.parent
+    if os.path.isfile(folder / RUN_CONFIG):
+        settings = read_file(Setting("config", str(folder / RUN_CONFIG)), TrainConfig)
+        said = next((one.value for one in settings if one.name == "pretrained_model_name_or_path"), None)
+    else:
+        try:
+            said = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+        except WeightError:
+            return None
+    return said if said and isinstance(said, str) else None
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:
@@ -107,16 +137,13 @@ def model_format_of(target: Path, form: str | None) -> Format:
     Raises:
         WeightError: they do not fit each other, or the format is not written.
     """
-    chosen = _chosen(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
-    by_name = next((one for one in Format if _extension(target) in EXTENSIONS[one]), None)
-    if by_name is None:
+    fitting = _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
+    if not fitting:
         raise WeightError(
             f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt "
             "(MindSpore), or give the name of a folder without an extension"
         )
-    if chosen and chosen is not by_name:
-        raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}; name one")
-    return by_name
+    return fitting[0]
 
 
 def lora_format_of(target: Path, form: str | None) -> LoraFormat:
@@ -125,32 +152,25 @@ def lora_format_of(target: Path, form: str | None) -> LoraFormat:
     Raises:
         WeightError: they do not fit each other, the name leaves it open, or the format is not written.
     """
-    chosen = _chosen(target, form, LORA_FORMATS, "for models only; for a LoRA")
-    if chosen:
-        if _extension(target) not in EXTENSIONS[chosen]:
-            raise WeightError(f"{target}: --format {form} is written to {_kinds(chosen)}")
-        return chosen
-    if target.suffix == ".ckpt":
-        return LoraFormat.MINDONE
+    fitting = _fitting(target, form, LORA_FORMATS, "for models only; for a LoRA")
+    if len(fitting) == 1:
+        return fitting[0]
     if target.name == FILE_NAME:
         return LoraFormat.DIFFUSERS
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
     raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
 
 
-def _chosen(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> Form | None:
-    """The format that the user names, if any."""
+def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:
+    """The format that the user names, or those that files and folders with the target's name may have."""
     if form and form not in formats:
         raise WeightError(f"--format {form}: {otherwise} choose one of {', '.join(formats)}")
     if target.suffix in (".bin", ".pt", ".pth"):
         raise WeightError(f"{target}: PyTorch's pickles can run code and are not written; end it in .safetensors")
-    return formats[form] if form else None
-
-
-def _extension(target: Path) -> str:
-    """The extension; a folder has none, though its name may have a dot in it, as `sd-v1.5`."""
-    return target.suffix if not target.suffix[1:2].isdigit() else ""
-
-
-def _kinds(form: Format | LoraFormat) -> str:
-    return " or ".join(f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[form])
+    # A folder has no extension, though its name may have a dot in it, as `sd-v1.5`.
+    extension = target.suffix if not target.suffix[1:2].isdigit() else ""
+    fitting = {name: one for name, one in formats.items() if extension in EXTENSIONS[one]}
+    if form and form not in fitting:
+        kinds = (f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[formats[form]])
+        raise WeightError(f"{target}: --format {form} is written to {' or '.join(kinds)}; name one")
+    return [formats[form]] if form else list(fitting.values())

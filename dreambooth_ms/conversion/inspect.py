@@ -1,12 +1,13 @@
 """What a file or folder is, in lines for people."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter
-from dreambooth_ms.conversion.lora_source import open_lora
+from dreambooth_ms.conversion.convert import open_lora
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
@@ -36,9 +37,8 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
     if holds_adapter(path):
         yield from _adapter(open_lora(path, base))
         return
-    describe: Callable[[OpenedModel], Iterator[str]] = _model
     try:
-        found = open_model(path, variant)
+        found, describe = open_model(path, variant), _model
     except WeightError as error:
         try:
             found, describe = open_lone_vae(path), _lone_vae
@@ -63,7 +63,7 @@ def _model(model: OpenedModel) -> Iterator[str]:
         yield f"{part}: {_parameters(own.values())}{_size_of(part, model.spec)}"
     if model.averages:
         yield f"moving averages (EMA): of {count_of(model.averages, 'weight')}"
-    yield from _metadata(model.metadata.items())
+    yield from _metadata(model.metadata)
     missing = [f"the whole {part}" for part in model.missing_parts]
     if model.report.fits:
         yield f"missing: {'; '.join(missing) or 'nothing'}"
@@ -94,7 +94,7 @@ def _size_of(part: str, model: ModelSpec) -> str:
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     parts = {part: [own.tensors() for own in layers.values()] for part, layers in opened.adapter.parts.items()}
-    layers = [tensors for own in parts.values() for tensors in own]
+    layers = list(chain(*parts.values()))
     yield f"format: LoRA, {opened.form.value}, {opened.container.value}"
     yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
@@ -103,7 +103,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     for part, own in parts.items():
         count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
         yield f"{part}: {count_of(count, 'parameter')} in {count_of(len(own), 'layer')}"
-    yield from _metadata(opened.metadata.items())
+    yield from _metadata(opened.metadata)
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)
 
@@ -121,7 +121,7 @@ def _parameters(tensors: Collection[StoredTensor]) -> str:
     return f"{count_of(parameters, 'parameter')} in {count_of(len(tensors), 'tensor')}"
 
 
-def _metadata(items: Iterable[tuple[str, str]]) -> Iterator[str]:
-    for name, value in items:
+def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
+    for name, value in metadata.items():
         shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}… ({len(value)} characters)"
         yield f"metadata {name}: {shown}".replace("\n", " ")

@@ -9,9 +9,9 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_configs import folder_configs
 from dreambooth_ms.formats.folder_layout import SCHEDULER
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
-from dreambooth_ms.formats.naming import mindone
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.infer import infer_model
+from dreambooth_ms.formats.naming.plan import unwrapped
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
 from dreambooth_ms.weights.opened_model import LATENT_STATISTICS, ZERO_SNR, OpenedModel
 
@@ -25,7 +25,7 @@ def unsaid(
         Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
         each behind its part.
     """
-    read = infer_model({mindone.clean(name): one.shape for name, one in tensors.items()}, form, model.spec.family)
+    read = infer_model({unwrapped(name): one.shape for name, one in tensors.items()}, form, model.spec.family)
     if tensors.keys() >= set(LATENT_STATISTICS):
         vae = replace(model.spec.vae, scaling_factor=PLAYGROUND_25_VAE.scaling_factor)
         read = replace(read, vae=replace(vae, norm_num_groups=read.vae.norm_num_groups))

@@ -9,6 +9,7 @@ from functools import lru_cache
 from dreambooth_ms.formats.naming import mindone, stability
 from dreambooth_ms.formats.naming.plan import Naming
 from dreambooth_ms.formats.naming.slots import Shape, Slot
+from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes
 from dreambooth_ms.models.specs import Family, ModelSpec
 
@@ -27,54 +28,25 @@ class Format(Enum):
 # What CLIP's training caps the temperature at (Radford et al., 2021, section 2.5). No network here reads it.
 LOGIT_SCALE = math.log(100)
 
-# The names of the autoencoder's attention before diffusers 0.17, still in most published folders.
-OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-_OPENCLIP_PREFIXES = {
-    (Family.SD2, "text_encoder"): "cond_stage_model.model.",
-    (Family.SDXL, "text_encoder_2"): "conditioner.embedders.1.model.",
-    (Family.SDXL_REFINER, "text_encoder_2"): "conditioner.embedders.0.model.",
-}
-_TRANSFORMERS_PREFIXES = {
-    Family.SD1: "cond_stage_model.transformer.",
-    Family.SDXL: "conditioner.embedders.0.transformer.",
-}
-_SCHEDULES = (
-    r"betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
-    r"|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance"
-    r"|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|lvlb_weights|logvar|scale_factor"
-    r"|denoiser\.sigmas|model_ema\.decay|model_ema\.num_updates|v_pred|ztsnr|edm_mean|edm_std"
-)
-# Position ids are 0 to 76 in every file; an encoder for SDXL needs no projection of its first tower, whichever tool
-# saved one; and the autoencoder's training leaves its discriminator and its averages behind.
-_REST = (
-    r"(?:.+\.)?position_ids|.+\.logit_scale|.+\.text_projection(?:\.weight)?"
-    r"|(?:vae|first_stage_model)\.(?:loss|model_ema)\..+"
-)
-_IGNORABLE = re.compile(f"(?:{_SCHEDULES}|{_REST})")
+_OPENCLIP = ".model."
+"""What the places of OpenCLIP's text encoders end in."""
 
 
 @lru_cache(maxsize=16)
 def naming_of(form: Format, model: ModelSpec) -> Naming:
     """The naming of a model, as a whole, in a format."""
     shapes = model_shapes(model)
-    extra = _unused_shapes(form, model)
-    everything = {**shapes, **extra}
-    spelled = {name: spell(form, name, model) for name in everything}
-    slots = {name: places[0] for name, places in spelled.items()}
+    extra = {name: shape for name, shape in _unused_shapes(form, model).items() if name not in shapes}
+    everything = shapes | extra
+    places = {name: spell(form, name, model) for name in everything}
     return Naming(
         shapes=everything,
-        slots=slots,
-        spellings=({name: places[1] for name, places in spelled.items() if len(places) > 1},),
-        averages=_averages(form, slots),
+        places=places,
+        averages=_averages(form, places),
         optional=frozenset(extra),
         constants={
-            name: LOGIT_SCALE
-            for name in extra
-            if name.endswith("logit_scale") and model.family in (Family.SDXL, Family.SDXL_REFINER)
+            name: LOGIT_SCALE for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2
         },
-        ignorable=lambda name: _IGNORABLE.fullmatch(name) is not None,
-        clean=mindone.clean if form is Format.MINDONE else lambda name: name,
     )
 
 
@@ -99,7 +71,7 @@ def _diffusers_slots(name: str) -> list[Slot]:
     part, _, inner = name.partition(".")
     slots = [Slot(name)]
     if match := re.fullmatch(r"(vae\..+\.attentions\.0)\.(to_[qkv]|to_out\.0)\.(\w+)", name):
-        slots.append(Slot(f"{match[1]}.{OLD_VAE_NAMES[match[2]]}.{match[3]}"))
+        slots.append(Slot(f"{match[1]}.{TABLES['old_vae'][match[2]]}.{match[3]}"))
     if inner.startswith("text_model."):
         # transformers 5.6 gave up this level of CLIPTextModel.
         slots.append(Slot(f"{part}.{inner.removeprefix('text_model.')}"))
@@ -112,19 +84,19 @@ def _stability_slots(name: str, model: ModelSpec) -> list[Slot]:
         return [stability.unet_slot(inner, model.unet)]
     if part == "vae":
         return [stability.vae_slot(inner, model.vae)]
-    if openclip := _OPENCLIP_PREFIXES.get((model.family, part)):
+    prefix = TABLES["towers"][model.family.name][part]
+    if prefix.endswith(_OPENCLIP):
         slot = stability.openclip_slot(inner)
-        return [replace(slot, name=openclip + slot.name)]
-    prefix = _TRANSFORMERS_PREFIXES[model.family]
+        return [replace(slot, name=prefix + slot.name)]
     # Some old files lack this level of the text tower.
     return [Slot(prefix + inner), Slot(prefix + inner.removeprefix("text_model."))]
 
 
-def _averages(form: Format, slots: dict[str, Slot]) -> dict[str, Slot]:
+def _averages(form: Format, places: dict[str, list[Slot]]) -> dict[str, Slot]:
     """LDM keeps them under flattened names without dots; mindone under a prefix. Only the UNet has them."""
     if form is Format.DIFFUSERS:
         return {}
-    names = {name: slot.name for name, slot in slots.items() if name.startswith("unet.")}
+    names = {name: slots[0].name for name, slots in places.items() if name.startswith("unet.")}
     if form is Format.MINDONE:
         return {name: Slot(f"ema.{stored}") for name, stored in names.items()}
     return {name: Slot(f"model_ema.{stored.removeprefix('model.').replace('.', '')}") for name, stored in names.items()}
@@ -138,13 +110,13 @@ def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
         return shapes
-    for part, spec in (("text_encoder", model.text_encoder), ("text_encoder_2", model.text_encoder_2)):
-        if spec and (model.family, part) in _OPENCLIP_PREFIXES:
+    for part, prefix in TABLES["towers"][model.family.name].items():
+        tower = getattr(model, part)
+        if tower and prefix.endswith(_OPENCLIP):
             shapes[f"{part}.logit_scale"] = ()
             if model.family is Family.SD2:
-                layers, last = f"{part}.text_model.encoder.layers.", spec.transformer.num_hidden_layers
-                for name, shape in clip_text_shapes(spec).items():
-                    if name.startswith("text_model.encoder.layers.0."):
-                        shapes[f"{layers}{last}.{name.removeprefix('text_model.encoder.layers.0.')}"] = shape
-                shapes[f"{part}.text_projection.weight"] = (spec.transformer.hidden_size,) * 2
+                layers, width = tower.transformer.num_hidden_layers, tower.transformer.hidden_size
+                longer = replace(tower.transformer, num_hidden_layers=layers + 1)
+                whole = clip_text_shapes(replace(tower, transformer=longer, projection_dim=width))
+                shapes |= {f"{part}.{name}": shape for name, shape in whole.items()}
     return shapes

@@ -49,13 +49,12 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
     published = next(model for model in PUBLISHED_MODELS if model.family is family)
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)
-    if file.shape("vae.encoder.conv_in.weight"):
-        model = replace(model, vae=infer_vae(file))
+    inferred: dict[str, Any] = {"vae": infer_vae(file)} if file.shape("vae.encoder.conv_in.weight") else {}
     for part in ("text_encoder", "text_encoder_2"):
         tower = getattr(model, part)
         if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
-            inferred: dict[str, Any] = {part: _infer_text(file, part, tower)}
-            model = replace(model, **inferred)
+            inferred[part] = _infer_text(file, part, tower)
+    model = replace(model, **inferred)
     likely = with_channels(published, model.unet.in_channels, model.unet.out_channels)
     return likely if model_shapes(model) == model_shapes(likely) else model
 

@@ -10,24 +10,13 @@ import numpy as np
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import lora_formats
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
-from dreambooth_ms.formats.naming.plan import Naming, WritePlan, unwrapped
-from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, other_kind
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, FACTORS, PARTS, UP, LoraFormat
+from dreambooth_ms.formats.naming.plan import Naming, WritePlan, duplicates, locate, unwrapped
+from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, matching, other_kind
 from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.formats.naming.slots import Shape, Slot, slot_as_found
+from dreambooth_ms.formats.naming.tables import TABLES
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
-
-_OTHER_MODELS = {
-    "Flux": r"(?:double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]",
-    "SD 3 or another diffusion transformer": r"joint_blocks[._]\d+[._]|^transformer\.",
-}
-_MARKS = {
-    LoraFormat.KOHYA: ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lycoris_"),
-    LoraFormat.PEFT: ("base_model.model.",),
-    LoraFormat.MINDONE: ("model.diffusion_model.", "cond_stage_model.", "conditioner."),
-}
-
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -40,6 +29,11 @@ class LoraPlan:
     layers: Mapping[str, Mapping[str, Slot]]
     """By part, a dot and the layer's public name: where the file has each of its factors. Not every file has ALPHA."""
     report: Report
+
+    @property
+    def family(self) -> str:
+        """The family of the first of its models, in words."""
+        return self.models[0].family.value
 
     def read(self, tensor: Callable[[str], np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         """The factors of every adapted layer; `tensor` gives the file's tensor of a name, in any dtype."""
@@ -66,39 +60,33 @@ def recognise_lora(
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
     """
     names = [unwrapped(name) for name in stored]
-    methods = [method for method, pattern in OTHER_METHODS.items() if any(map(re.compile(pattern).search, names))]
-    if methods:
+    if methods := matching(OTHER_METHODS, names):
         used = " and ".join(methods)
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
     if not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
-    for other, pattern in _OTHER_MODELS.items():
-        if any(re.search(pattern, name) for name in names):
-            raise WeightError(f"{source}: this is a LoRA for {other}; expected one for SD 1.x, SD 2.x or SDXL")
-    form, candidates = lora_format(stored), list(models)
-    plans = _plans(form, candidates, stored, parts)
+    if kinds := matching(TABLES["lora_for_others"], names):
+        raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
+    form = lora_format(stored)
+    plans = _plans(form, models, stored, parts)
     fitting = [plan for plan in plans if plan.report.fits]
     if fitting:
         return replace(fitting[0], models=tuple(dict.fromkeys(model for plan in fitting for model in plan.models)))
     if not plans:
         raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
-    families = {plan.models[0].family: None for plan in plans}
-    others = _plans(form, [model for model in PUBLISHED_MODELS if model.family not in families], stored, parts)
-    own = next((plan.models[0].family.value for plan in others if plan.report.fits), None)
-    if own:
-        wanted = " or ".join(family.value for family in families)
-        raise WeightError(f"{source}: this is a LoRA for {own}; expected one for {wanted}")
+    families = dict.fromkeys(plan.family for plan in plans)
+    others = _plans(form, (model for model in PUBLISHED_MODELS if model.family.value not in families), stored, parts)
+    if own := next((plan.family for plan in others if plan.report.fits), None):
+        raise WeightError(f"{source}: this is a LoRA for {own}; expected one for {' or '.join(families)}")
     nearest = min(plans, key=lambda plan: plan.report.count)
-    target = f"a LoRA of {nearest.models[0].family.value} in the naming of {form.value}"
+    target = f"a LoRA of {nearest.family} in the naming of {form.value}"
     nearest.report.check(source, f"{target} for {base}" if base else target, otherwise)
     raise AssertionError("what fits was returned")
 
 
 def lora_format(names: Iterable[str]) -> LoraFormat:
     """The format of a LoRA's names, whatever they name."""
-    listed = list(names)
-    found = (form for form, marks in _MARKS.items() if any(name.startswith(marks) for name in listed))
-    return next(found, LoraFormat.DIFFUSERS)
+    return LoraFormat[(*matching(TABLES["lora_marks"], list(names)), "DIFFUSERS")[0]]
 
 
 def read_plan(
@@ -108,43 +96,33 @@ def read_plan(
 
     `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
     """
-    places, unknown = _locate(stored, lora_formats.layers_by_path(model, parts))
+    weights, layers_by_path = lora_formats.lora_layers(model, parts), lora_formats.layers_by_path(model, parts)
+
+    def held_by(name: str) -> dict[str, Slot]:
+        path, factor = lora_formats.split_name(name)
+        held = layers_by_path.get(path, ()) if factor else ()
+        # A is common to them, and B has a block of rows for each.
+        whole = Slot(name, blocks=len(held) if factor == UP else 1)
+        return {f"{layer}.{factor}": replace(whole, block=i % whole.blocks) for i, layer in enumerate(held)}
+
+    places, unknown = locate(stored, held_by, (f"{layer}.{factor}" for layer in weights for factor in FACTORS))
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
-    layers, misshaped, missing, duplicate = {}, [], [], []
-    for name, weight in lora_formats.lora_layers(model, parts).items():
-        own = places.get(name, {})
-        found = {factor: own[factor][0] for factor in (DOWN, UP, ALPHA) if factor in own}
-        lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if factor not in found] if found else []
+    layers, misshaped, missing = {}, [], []
+    for name, weight in weights.items():
+        found = {factor: places[f"{name}.{factor}"][0] for factor in FACTORS if f"{name}.{factor}" in places}
+        lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if found and factor not in found]
         missing += lacking
-        duplicate += [f"{name}.{one}: {' and '.join(s.name for s in own[one])}" for one in found if len(own[one]) > 1]
-        if found and not lacking:
-            fitting = _as_found(found, weight, stored)
-            if fitting:
-                layers[name] = fitting
-            else:
-                shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
-                misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
-    report = Report(tuple(missing), unknown, tuple(misshaped), tuple(duplicate))
+        if not found or lacking:
+            continue
+        if fitting := _as_found(found, weight, stored):
+            layers[name] = fitting
+        else:
+            shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
+            misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
+    report = Report(tuple(missing), unknown, tuple(misshaped), duplicates(places))
     return LoraPlan(form, (model,), layers, report)
-
-
-def _locate(
-    names: Iterable[str], layers: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, dict[str, list[Slot]]], tuple[str, ...]]:
-    """Where a file has the factors of each layer, by layer and factor; and the names that hold none."""
-    places: dict[str, dict[str, list[Slot]]] = {}
-    unknown = []
-    for name in names:
-        path, factor = lora_formats.split_name(name)
-        held = layers.get(path, ()) if factor else ()
-        for block, layer in enumerate(held):
-            slot = Slot(name, block=block, blocks=len(held)) if factor == UP else Slot(name)
-            places.setdefault(layer, {}).setdefault(factor, []).append(slot)
-        if not held:
-            unknown.append(name)
-    return places, tuple(unknown)
 
 
 def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source: str = "") -> WritePlan:
@@ -159,8 +137,9 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
     """
     held = list(layers)
     assert form is not LoraFormat.PEFT or len({layer.partition(".")[0] for layer in held}) == 1, "a folder is a part's"
-    naming = Naming(shapes={}, slots=lora_formats.lora_slots(form, held, model))
-    plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in (DOWN, UP, ALPHA)])
+    slots = lora_formats.lora_slots(form, held, model)
+    naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
+    plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in FACTORS])
     homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
         raise WeightError(
@@ -171,12 +150,12 @@ def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source
 
 
 def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
-    """All layers of a model, each with those that have the same A in a format."""
+    """The layers of a model that have the same A in a format, group by group."""
     groups: dict[str, list[str]] = {}
     for name, slot in lora_formats.lora_slots(form, lora_formats.lora_layers(model), model).items():
         if name.endswith(f".{DOWN}"):
             groups.setdefault(slot.name, []).append(name.removesuffix(f".{DOWN}"))
-    return list(groups.values())
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _plans(
@@ -186,7 +165,7 @@ def _plans(
     held = [model for model in models if not parts or any(getattr(model, part) for part in parts)]
     plans = [read_plan(form, model, stored, parts) for model in held]
     if parts is None and not any(plan.report.fits for plan in plans):
-        plans += [read_plan(form, m, stored, (part,)) for m in held for part in _TEXT_ENCODERS if getattr(m, part)]
+        plans += [read_plan(form, m, stored, (part,)) for m in held for part in PARTS[1:] if getattr(m, part)]
     return plans
 
 

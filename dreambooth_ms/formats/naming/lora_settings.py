@@ -29,8 +29,7 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
     for method in ("use_dora", "lora_bias"):
         if settings.get(method):
             raise WeightError(f"{source}: trained with {method}, which is not supported; use a LoRA of factors A and B")
-    alpha = _exception(settings.get("alpha_pattern") or {}, layer, source)
-    alpha = settings.get("lora_alpha") if alpha is None else alpha
+    alpha = _said(settings, "lora_alpha", "alpha_pattern", layer, source)
     if alpha is None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
@@ -41,8 +40,7 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
 
 def settings_rank(settings: Settings, layer: str, source: str) -> int:
     """The rank of a layer by its part's settings; 0 if they do not say."""
-    rank = _exception(settings.get("rank_pattern") or {}, layer, source)
-    rank = settings.get("r") if rank is None else rank
+    rank = _said(settings, "r", "rank_pattern", layer, source)
     return rank if isinstance(rank, int) and rank > 0 else 0
 
 
@@ -82,13 +80,17 @@ def _ends(name: str) -> list[str]:
     return [".".join(words[start:]) for start in reversed(range(len(words))) if not words[start].isdigit()]
 
 
-def _exception(pattern: Any, layer: str, source: str) -> Any:
-    """The value of the first key that a layer's name ends with. peft takes regular expressions, this only names."""
-    if not isinstance(pattern, dict):
-        raise WeightError(f"{source}: alpha_pattern is not an object; download it again")
-    for key, value in pattern.items():
-        if not re.fullmatch(r"\w+(?:\.\w+)*", key):
-            raise WeightError(f"{source}: alpha_pattern {key!r} is not the name of a layer, which is not supported")
-        if f".{layer}".endswith(f".{key}"):
+def _said(settings: Settings, key: str, pattern: str, layer: str, source: str) -> Any:
+    """What settings say of a layer, by the first key of a pattern that its name ends with, or of all layers.
+
+    peft takes regular expressions in patterns, this only names.
+    """
+    exceptions = settings.get(pattern) or {}
+    if not isinstance(exceptions, dict):
+        raise WeightError(f"{source}: {pattern} is not an object; download it again")
+    for end, value in exceptions.items():
+        if not re.fullmatch(r"\w+(?:\.\w+)*", end):
+            raise WeightError(f"{source}: {pattern} {end!r} is not the name of a layer, which is not supported")
+        if f".{layer}".endswith(f".{end}") and value is not None:
             return value
-    return None
+    return settings.get(key)

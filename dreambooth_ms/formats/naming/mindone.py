@@ -10,39 +10,27 @@ from dataclasses import replace
 
 from dreambooth_ms.formats.naming.slots import Slot
 from dreambooth_ms.formats.naming.stability import openclip_slot
+from dreambooth_ms.formats.naming.tables import TABLES
 
 SD_TEXT_PREFIX = "cond_stage_model.transformer."
-
-_SD_RESNET = {
-    "in_layers.0": "in_layers_norm",
-    "in_layers.2": "in_layers_conv",
-    "out_layers.0": "out_layers_norm",
-    "out_layers.3": "out_layers_conv",
-}
-# Inserted by MindSpore's mixed precision wrapper, and by mindone's LoRA layers around the weights of the base.
-_WRAPPERS = re.compile(r"\._backbone|\.linear(?=\.(?:weight|bias)$)")
 
 
 def sdxl_slot(name: str, slot: Slot) -> Slot:
     """The place in mindone's SDXL checkpoint of a parameter that Stability's file has in `slot`."""
-    layer, _, parameter = name.rpartition(".")
-    if "norm" in layer.rpartition(".")[2]:
-        return _renamed(slot, parameter, {"weight": "gamma", "bias": "beta"}[parameter])
-    if layer.endswith("_embedding") and slot.name.endswith(".weight"):
-        return _renamed(slot, parameter, "embedding_table")
-    return slot
+    layer, parameter = name.split(".")[-2:]
+    names = next((names for kind, names in TABLES["mindone"].items() if kind in layer), {})
+    return replace(slot, name=re.sub(rf"(?<=\.){parameter}$", names.get(parameter, parameter), slot.name))
 
 
 def sd_slot(name: str, slot: Slot) -> Slot:
     """The place in mindone's SD 1 or SD 2 checkpoint of a parameter of UNet or autoencoder."""
-    renamed = sdxl_slot(name, slot)
-    layer, _, parameter = renamed.name.rpartition(".")
-    for stability, mindone in _SD_RESNET.items():
-        if layer.endswith(stability):
-            layer = layer.removesuffix(stability) + mindone
-    public_layer = name.split(".")[-2]
-    is_wrapped = name.startswith("unet.") and public_layer.startswith("conv") and "norm" not in public_layer
-    return replace(renamed, name=f"{layer}{'.conv' if is_wrapped else ''}.{parameter}")
+    slot = sdxl_slot(name, slot)
+    path, _, parameter = slot.name.rpartition(".")
+    path = re.sub(r"((?:in|out)_layers)\.0$", r"\1_norm", path)
+    path = re.sub(r"((?:in|out)_layers)\.[23]$", r"\1_conv", path)
+    layer = name.split(".")[-2]
+    is_wrapped = name.startswith("unet.") and layer.startswith("conv") and "norm" not in layer
+    return replace(slot, name=f"{path}{'.conv' if is_wrapped else ''}.{parameter}")
 
 
 def sd_text_slot(name: str) -> Slot | None:
@@ -56,12 +44,3 @@ def sd_text_slot(name: str) -> Slot | None:
     slot = sdxl_slot(name, slot)
     path = slot.name.replace("transformer.", "transformer_layer.").replace("in_proj_", "in_proj.")
     return replace(slot, name=SD_TEXT_PREFIX + path.replace(".mlp.", ".").replace(".attn.", ".attn.attn."))
-
-
-def clean(name: str) -> str:
-    """A name without the wrappers that some versions of mindone insert."""
-    return _WRAPPERS.sub("", name)
-
-
-def _renamed(slot: Slot, parameter: str, new: str) -> Slot:
-    return replace(slot, name=slot.name.removesuffix(parameter) + new)

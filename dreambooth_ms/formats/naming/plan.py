@@ -1,20 +1,48 @@
 """From the names and shapes of a file to what is read from where, and from public names to what is written where."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.formats.naming.slots import Assembly, Shape, Slot, slot_as_found
+from dreambooth_ms.formats.naming.tables import TABLES
 
-# Levels that stand around a network while it is trained: of PEFT, torch.compile, DataParallel, FSDP.
-_WRAPPERS = re.compile(r"(?<![^.])(?:base_model\.model|_orig_mod|module|_fsdp_wrapped_module)\.")
+_WRAPPERS, _IGNORABLE = (re.compile("|".join(TABLES[table])) for table in ("wrappers", "ignorable"))
 
 
 def unwrapped(name: str) -> str:
     """A name without the levels of what a network was wrapped in when it was saved."""
     return _WRAPPERS.sub("", name)
+
+
+Places = dict[str, list[Slot]]
+"""By public name: where a file has it."""
+
+
+def locate(
+    names: Iterable[str], held_by: Callable[[str], Mapping[str, Slot]], publics: Iterable[str]
+) -> tuple[Places, tuple[str, ...]]:
+    """Find the public names that are held by the names of a file, by what each of these holds.
+
+    Returns:
+        The places of each public name, in the order of `publics`, and the names that hold none.
+    """
+    places: Places = {}
+    unknown = []
+    for name in names:
+        held = held_by(name)
+        for public, slot in held.items():
+            places.setdefault(public, []).append(replace(slot, name=name))
+        if not held:
+            unknown.append(name)
+    return {public: places[public] for public in publics if public in places}, tuple(unknown)
+
+
+def duplicates(places: Places) -> tuple[str, ...]:
+    """The public names that have several places, each with these."""
+    return tuple(f"{name}: {' and '.join(slot.name for slot in own)}" for name, own in places.items() if len(own) > 1)
 
 
 @dataclass(frozen=True)
@@ -23,24 +51,25 @@ class Naming:
 
     shapes: Mapping[str, Shape]
     """The public names that the model has, in the order of writing, and those that the format keeps besides."""
-    slots: Mapping[str, Slot]
-    """Where the format keeps each of them."""
-    spellings: tuple[Mapping[str, Slot], ...] = ()
-    """Other places that readers meet."""
+    places: Mapping[str, Sequence[Slot]]
+    """Where the format keeps each of them: first the place it is written to, then others that readers meet."""
     averages: Mapping[str, Slot] = field(default_factory=dict)
     """Where moving averages (EMA) of the weights are kept, if the file has them."""
     optional: frozenset[str] = frozenset()
     """Public names that no network here needs, such as CLIP's temperature: kept where both formats have a place."""
     constants: Mapping[str, float] = field(default_factory=dict)
     """Values of optional names that readers of the format look for, written when there are no better ones."""
-    ignorable: Callable[[str], bool] = lambda name: False
-    """Whether a name of the file is known to hold nothing that is needed."""
-    clean: Callable[[str], str] = lambda name: name
-    """An unwrapped name of the file as the rules have it: without what some versions of the writing program insert."""
+    prefix: str = ""
+    """What names in a file that holds one network alone lack before them."""
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Where each of them is written to."""
+        return {name: slots[0] for name, slots in self.places.items()}
 
     def plain(self, name: str) -> str:
         """A name of the file as the rules have it."""
-        return self.clean(unwrapped(name))
+        return self.prefix + unwrapped(name).removeprefix(self.prefix)
 
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
@@ -54,60 +83,42 @@ class Naming:
         """
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
+        places = {name: found for name, found in places.items() if name.partition(".")[0] in wanted}
         slots: dict[str, Slot] = {}
-        misshaped, duplicate = [], []
-        for name, candidates in places.items():
-            if name.partition(".")[0] not in wanted:
-                continue
-            slot, shape = candidates[0], self.shapes[name]
+        misshaped = []
+        for name, (slot, *_) in places.items():
+            shape = self.shapes[name]
             fitting = slot_as_found(slot, shape, stored[slot.name])
             if fitting:
                 slots[name] = fitting
             else:
                 misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
-            if len(candidates) > 1:
-                duplicate.append(f"{name}: {' and '.join(candidate.name for candidate in candidates)}")
         averaged = {slot.name for slot in self.averages.values()}
         of_format = averaged | {slot.name for slot in self.slots.values()}
         plain = {name: self.plain(name) for name in unknown}
-        is_known = {name: own in of_format or self.ignorable(own) for name, own in plain.items()}
+        known = dict.fromkeys(name for name, own in plain.items() if own in of_format or _IGNORABLE.fullmatch(own))
         return ReadPlan(
             slots=slots,
-            ignored=tuple(name for name, known in is_known.items() if known),
+            ignored=tuple(known),
             averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
             report=Report(
                 missing=tuple(name for name in self.required(wanted) if name not in places),
-                unexpected=tuple(name for name, known in is_known.items() if not known),
+                unexpected=tuple(name for name in unknown if name not in known),
                 misshaped=tuple(misshaped),
-                duplicate=tuple(duplicate),
+                duplicate=duplicates(places),
             ),
         )
 
-    def locate(self, names: Collection[str], averages: bool = False) -> tuple[dict[str, list[Slot]], tuple[str, ...]]:
-        """Find the public names that are held by the names of a file, whatever their shapes.
-
-        Returns:
-            The places of each public name, in the model's order, and the names that hold none.
-        """
-        there = {name: slot for name, slot in self.averages.items() if averages and slot.name in names}
-        holders = self._backwards({**self.slots, **there}) if there else self._holders
-        places: dict[str, list[Slot]] = {}
-        unknown = []
-        for name in names:
-            held = holders.get(self.plain(name), {})
-            for public, slot in held.items():
-                places.setdefault(public, []).append(replace(slot, name=name))
-            if not held:
-                unknown.append(name)
-        return {public: places[public] for public in self.shapes if public in places}, tuple(unknown)
+    def locate(self, names: Collection[str], averages: bool = False) -> tuple[Places, tuple[str, ...]]:
+        """Find the public names that are held by the names of a file, whatever their shapes: as `locate`."""
+        there = {name: [slot] for name, slot in self.averages.items() if averages and slot.name in names}
+        holders = self._backwards({**self.places, **there}) if there else self._holders
+        return locate(names, lambda name: holders.get(self.plain(name), {}), self.shapes)
 
     def required(self, parts: Collection[str] | None = None) -> list[str]:
         """The public names without which a part is not whole, of some parts or of all."""
-        return [
-            name
-            for name in self.shapes
-            if name not in self.optional and (parts is None or name.partition(".")[0] in parts)
-        ]
+        needed = (name for name in self.shapes if name not in self.optional)
+        return [name for name in needed if parts is None or name.partition(".")[0] in parts]
 
     def present_parts(self, stored: Collection[str]) -> list[str]:
         """The parts of which a file holds anything, in the model's order."""
@@ -148,13 +159,13 @@ class Naming:
 
     @cached_property
     def _holders(self) -> dict[str, dict[str, Slot]]:
-        return self._backwards(self.slots)
+        return self._backwards(self.places)
 
-    def _backwards(self, first: Mapping[str, Slot]) -> dict[str, dict[str, Slot]]:
+    def _backwards(self, places: Mapping[str, Sequence[Slot]]) -> dict[str, dict[str, Slot]]:
         """The rules read backwards: name in a file -> the public names it holds."""
         holders: dict[str, dict[str, Slot]] = {}
-        for slots in (first, *self.spellings):
-            for public, slot in slots.items():
+        for public, slots in places.items():
+            for slot in slots:
                 holders.setdefault(self.plain(slot.name), {}).setdefault(public, slot)
         return holders
 

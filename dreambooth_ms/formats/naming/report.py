@@ -27,7 +27,7 @@ class Report:
     @property
     def count(self) -> int:
         """The number of misfits."""
-        return len(self.missing) + len(self.unexpected) + len(self.misshaped) + len(self.duplicate)
+        return sum(map(len, vars(self).values()))
 
     def summary(self) -> str:
         """One line: kinds of misfits with their counts, by part, with the first names of each; "fits" if none."""

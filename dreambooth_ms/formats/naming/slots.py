@@ -3,7 +3,7 @@
 Every change moves elements and computes nothing, so it holds for any dtype, bfloat16's bit patterns in uint16 included.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -13,14 +13,14 @@ Shape = tuple[int, ...]
 
 
 class Layout(Enum):
-    """How a tensor lies in a file, seen from its public form."""
+    """How a tensor lies in a file: what becomes of a public one and of its shape."""
 
-    AS_IS = "as it is"
-    TRANSPOSED = "transposed"
+    AS_IS = (lambda value: value, lambda shape: shape)
+    TRANSPOSED = (lambda value: value.T, lambda shape: shape[::-1])
     """(I, O) for a linear layer's (O, I): OpenCLIP's text projection is a bare matrix, multiplied from the right."""
-    CONVOLUTION = "1x1 convolution"
+    CONVOLUTION = (lambda value: value[..., None, None], lambda shape: (*shape, 1, 1))
     """(O, I, 1, 1) for (O, I)."""
-    LINEAR = "linear"
+    LINEAR = (lambda value: value[..., 0, 0], lambda shape: shape[:-2])
     """(O, I) for (O, I, 1, 1)."""
 
     @property
@@ -35,20 +35,11 @@ class Layout(Enum):
 
     def store(self, value: np.ndarray) -> np.ndarray:
         """Public form -> stored form, as a view."""
-        return _STORED[self][0](value)
+        return self.value[0](value)
 
     def stored_shape(self, shape: Shape) -> Shape:
         """The stored form's shape for a public shape."""
-        return _STORED[self][1](shape)
-
-
-_STORED: dict[Layout, tuple[Callable[[np.ndarray], np.ndarray], Callable[[Shape], Shape]]] = {
-    Layout.AS_IS: (lambda value: value, lambda shape: shape),
-    Layout.TRANSPOSED: (lambda value: value.T, lambda shape: shape[::-1]),
-    Layout.CONVOLUTION: (lambda value: value[..., None, None], lambda shape: (*shape, 1, 1)),
-    Layout.LINEAR: (lambda value: value[..., 0, 0], lambda shape: shape[:-2]),
-}
-"""What becomes of a tensor and of its shape."""
+        return self.value[1](shape)
 
 
 @dataclass(frozen=True)
