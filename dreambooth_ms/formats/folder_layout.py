@@ -15,6 +15,8 @@ from dreambooth_ms.formats.naming.report import show_names
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+CONFIG = "{}/config.json"
+"""Of a network, by the name of its folder."""
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The folders whose weights are read and written."""

@@ -3,7 +3,7 @@
 The fields of the specs have the names of the configurations' keys, and their defaults, unless a reader says otherwise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from dreambooth_ms.formats.config_keys import (
     CLIP_KEYS,
     EDM_KEYS,
     SCHEDULER_KEYS,
+    TABLES,
     TEXT_KEYS,
     UNET_KEYS,
     VAE_KEYS,
@@ -25,20 +26,13 @@ from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, T
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
 
-_DIFFUSION = """
-DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSDE
-DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM
-LMSDiscrete PNDM SASolver TCD UniPCMultistep
-"""
-"""Schedulers of diffusers for models that predict the noise or the velocity of DDPM's forward process."""
 
-
-def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> Spec:
+def read_config(path: Path, content: Config, read: Callable[[Config], Spec], check_sizes: bool = True) -> Spec:
     """The spec that a configuration file says, by one of the readers below.
 
     Raises:
-        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes; the message
-            names the file.
+        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes (with
+            `check_sizes`); the message names the file.
     """
     try:
         spec = read(content)
@@ -47,7 +41,7 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> 
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
     problems = "; ".join(getattr(spec, "problems", list)())
-    if problems:
+    if problems and check_sizes:
         raise WeightError(f"{path}: {problems}: no network has these sizes; take the original model's configuration")
     return spec
 
@@ -116,10 +110,14 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
     names = ("scaling_factor", "latents_mean", "latents_std")
     check_keys({name: config[name] for name in names if name in config}, VAE_KEYS)
     statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
-    for name, values in statistics.items():
-        if values and len(values) != channels:
-            raise WeightError(f"{name}: expected {channels} numbers, got {len(values)}; download it again")
+    _check_counts(statistics, channels)
     return {"scaling_factor": config.get("scaling_factor", VaeSpec.scaling_factor), **statistics}
+
+
+def _check_counts(lists: Mapping[str, Sequence[float] | None], expected: int) -> None:
+    for name, values in lists.items():
+        if values is not None and len(values) != expected:
+            raise WeightError(f"{name}: expected {expected} numbers, got {len(values)}; download it again")
 
 
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
@@ -188,9 +186,7 @@ def read_image_statistics(config: Config) -> list[list[float]]:
     """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
     statistics = {name: config[name] for name in ("image_mean", "image_std")}
     check_keys(statistics, dict.fromkeys(statistics, tuple[float, ...]))
-    for name, values in statistics.items():
-        if len(values) != 3:
-            raise WeightError(f"{name}: expected 3 numbers, got {len(values)}; download it again")
+    _check_counts(statistics, 3)
     return list(statistics.values())
 
 
@@ -220,11 +216,14 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
         ConfigError: its noise is none.
     """
     name = config.get("_class_name")
+    kind = name and str(name).removeprefix("Flax").removesuffix("Scheduler")
+    # By the betas that the class takes where a configuration says none; without a class, Stable Diffusion's.
+    betas = {one: own["betas"] for own in TABLES["scheduler classes"] for one in own["classes"]} | {None: {}}
     if is_edm(config):
         raise WeightError(
             f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
         )
-    if name is not None and str(name).removeprefix("Flax").removesuffix("Scheduler") not in _DIFFUSION.split():
+    if kind not in betas:
         raise WeightError(
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
             "use SD 1.x, 2.x or SDXL"
@@ -233,18 +232,10 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]
     if len(switches) > 1:
         raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")
-    kind = PredictionType(config.get("prediction_type", "epsilon"))
-    spec = _read(NoiseScheduleSpec, {**_betas_left_out(str(name or "")), **config}, prediction_type=kind)
+    predicts = PredictionType(config.get("prediction_type", "epsilon"))
+    spec = _read(NoiseScheduleSpec, {**betas[kind], **config}, prediction_type=predicts)
     NoiseSchedule.from_spec(spec)
     return spec
-
-
-def _betas_left_out(scheduler: str) -> Config:
-    """What diffusers' classes say of the betas where a configuration does not; without a class, Stable Diffusion's."""
-    if not scheduler or scheduler.startswith(("LCM", "TCD")):
-        return {}
-    start, end = (0.00085, 0.012) if scheduler.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else (0.0001, 0.02)
-    return {"beta_start": start, "beta_end": end, "beta_schedule": "linear"}
 
 
 def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:

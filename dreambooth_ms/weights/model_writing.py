@@ -18,12 +18,12 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.model_config import Config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
-from dreambooth_ms.models.specs import Family
+from dreambooth_ms.models.specs import FAMILIES, Family
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,
     LATENT_STATISTICS,
@@ -32,13 +32,6 @@ from dreambooth_ms.weights.opened_model import (
     OpenedModel,
 )
 from dreambooth_ms.weights.unsaid import unsaid
-
-_ARCHITECTURES = {
-    Family.SD1: "stable-diffusion-v1",
-    Family.SD2: "stable-diffusion-v2",
-    Family.SDXL: "stable-diffusion-xl-v1-base",
-    Family.SDXL_REFINER: "stable-diffusion-xl-v1-refiner",
-}
 
 
 @dataclass(frozen=True)
@@ -93,11 +86,11 @@ class ModelTarget:
         if model.container is Container.FOLDER:
             _copy_the_rest(model, folder)
         else:
-            for name, content in model.made_configurations().items():
-                write_json(folder / name, content)
             for encoder, pad_token in pad_tokens(model.spec).items():
                 if pad_token and encoder in model.parts:
                     write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
+        for name in model.configuration_names:
+            write_json(folder / name, model.configuration(name))
         for part in model.parts:
             prefix = f"{part}."
             own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
@@ -129,7 +122,7 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
     if form is Format.STABILITY:
         tensors |= _marks(model)
-    configurations, keys = unsaid(model, form, tensors) if form is not Format.DIFFUSERS else ({}, ())
+    configurations, keys = unsaid(model, tensors) if form is not Format.DIFFUSERS else ({}, ())
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), configurations)
 
 
@@ -160,7 +153,7 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
-    """Configurations, tokenizers, the scheduler and whatever else a folder has, but the weights of networks.
+    """Tokenizers, the scheduler and whatever else a folder has, but networks.
 
     Weights of other components lose their variant's name, so that the copy loads without naming one.
     """
@@ -171,8 +164,6 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
         for variant in folder_layout.variants(path.name for path in (folder / name).iterdir()):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
-    for name in (*(f"{part}/config.json" for part in model.parts), *([SCHEDULER] if model.scheduler() else [])):
-        write_json(folder / name, model.configuration(name))
     components = [name for name, of in index.items() if isinstance(of, list)]
     absent = [name for name in components if name not in there.union(model.parts)]
     write_json(folder / INDEX, index | dict.fromkeys(absent, folder_layout.ABSENT))
@@ -182,7 +173,7 @@ def _metadata(model: OpenedModel, configurations: Mapping[str, Config]) -> dict[
     """What other tools look for in a single file, and what ours does."""
     own_names = ("format", CONFIGURATIONS_METADATA)
     kept = {name: value for name, value in model.metadata.items() if name not in own_names}
-    architecture = _ARCHITECTURES[model.spec.family]
+    architecture = FAMILIES[model.spec.family.value]["architecture"]
     if model.spec.family is Family.SD2 and model.prediction_type:
         architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
     own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from dreambooth_ms.formats.files.safetensors_file import read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
 from dreambooth_ms.formats.files.strict_json import parse_json_object
 from dreambooth_ms.formats.folder_configs import folder_configs
-from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
@@ -41,6 +41,7 @@ their paths."""
 ZERO_SNR = "ztsnr"
 """The tensor, without values, by which files say that the last timestep holds no signal."""
 
+VAE_CONFIG = CONFIG.format("vae")
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 Spec = TypeVar("Spec")
@@ -88,7 +89,7 @@ class OpenedModel:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Of networks that are not in the file `path`."""
     configurations: Mapping[str, Config] = field(default_factory=dict)
-    """JSON files in place of its own, by their paths in a folder."""
+    """JSON files that are read already, or in place of its own, by their paths in a folder."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
@@ -112,29 +113,26 @@ class OpenedModel:
         prefix = f"{part}."
         return {name.removeprefix(prefix): own for name, own in self.tensors.items() if name.startswith(prefix)}
 
+    @property
+    def configuration_names(self) -> list[str]:
+        """The paths of the JSON files of its networks and scheduler, or of all that a single file is converted to."""
+        if self.container is not Container.FOLDER:
+            return list(self._assumed)
+        return [*map(CONFIG.format, self.parts), *([SCHEDULER] if SCHEDULER in self.configurations else [])]
+
+    @cached_property
+    def _assumed(self) -> Mapping[str, Config]:
+        return folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
+
     def configuration(self, name: str) -> Config:
-        """A JSON file of its folder, or of the folder that a single file would be converted to.
+        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts.
 
         Raises:
             WeightError: the folder does not have it, or it is damaged.
         """
-        if self.container is not Container.FOLDER:
-            return self.made_configurations()[name]
-        return self._as_told(name, self.configurations.get(name) or read_json(self.path / name))
-
-    def made_configurations(self) -> dict[str, Config]:
-        """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        guessed = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
-        made: dict[str, Config] = {**guessed, **self.configurations}
-        return {name: self._as_told(name, content) for name, content in made.items()}
-
-    def scheduler(self) -> Config:
-        """The configuration of its scheduler; empty for a folder that has none."""
-        lacks = self.container is Container.FOLDER and not (self.path / SCHEDULER).exists()
-        return {} if lacks else self.configuration(SCHEDULER)
-
-    def _as_told(self, name: str, content: Config) -> Config:
-        """A configuration with what the user says of it."""
+        content = self.configurations.get(name)
+        if content is None:
+            content = read_json(self.path / name) if self.container is Container.FOLDER else self._assumed[name]
         told = self.prediction_type
         if name != SCHEDULER or told in (None, content.get("prediction_type", "epsilon")):
             return content
@@ -146,7 +144,7 @@ class OpenedModel:
         Raises:
             WeightError: `read` does not take the configuration.
         """
-        name, known = f"{part}/config.json", model_shapes(self.spec)
+        name, known = CONFIG.format(part), model_shapes(self.spec)
         spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
@@ -165,17 +163,22 @@ class OpenedModel:
         Raises:
             WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
         """
-        specs = {
-            part: self.network(part, _in_a_list(model_config.NETWORK_READERS[part])).spec[0] for part in self.parts
-        }
+        specs = {}
+        for part in self.parts:
+            name, read = CONFIG.format(part), model_config.NETWORK_READERS[part]
+            # Tensors know nothing of heads and norm groups.
+            specs[part] = read_config(self.path / name, self.configuration(name), read, check_sizes=False)
         shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
-        shared = wanted.keys() & self.tensors.keys()
-        others = {name: self.tensors[name].shape for name in shared if self.tensors[name].shape != wanted[name]}
+        found = {name: tensor.shape for name, tensor in self.tensors.items() if name in wanted or name in there}
         Report(
-            missing=tuple(name for name in wanted if name not in shared),
-            unexpected=tuple(name for name in there if name in self.tensors and name not in wanted),
-            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in sorted(others.items())),
+            missing=tuple(name for name in wanted if name not in found),
+            unexpected=tuple(name for name in found if name not in wanted),
+            misshaped=tuple(
+                f"{name}: expected {wanted[name]}, got {shape}"
+                for name, shape in found.items()
+                if shape != wanted.get(name, shape)
+            ),
         ).check(str(self.path), "its own configurations")
 
 
@@ -194,46 +197,84 @@ def open_model(
         WeightError: no such file, damaged, or no model of a family that is known.
     """
     if not path.is_dir():
-        return _open_file(path, use_averages)
+        file = open_tensor_file(path)
+        model = model_of(file, _kept_configurations(file), use_averages=use_averages)
+        if model.form is Format.DIFFUSERS:
+            raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
+        return model
     if use_averages:
         raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
-    return _open_folder(path, variant, parts)
+    index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
+    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
+    files = {part: weight_file(path / part, part, variant) for part in (there if parts is None else parts)}
+    stored: dict[str, StoredTensor] = {}
+    for part, network in files.items():
+        # It must be of the kind that its name says.
+        opened = read_safetensors(network) if network.suffix == ".safetensors" else open_tensor_file(network)
+        stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
+    if not stored:
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
+    configurations = {name: read_json(path / name) for name in (SCHEDULER, VAE_CONFIG) if (path / name).exists()}
+    return model_of(TensorFile(path, Container.FOLDER, stored), configurations, files)
 
 
-def _open_file(path: Path, use_averages: bool) -> OpenedModel:
-    file = open_tensor_file(path)
-    model = _opened(file, recognise_model, use_averages=use_averages)
-    if model.form is Format.DIFFUSERS:
-        raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
+def model_of(
+    file: TensorFile,
+    configurations: Mapping[str, Config],
+    files: Mapping[str, Path] | None = None,
+    use_averages: bool = False,
+) -> OpenedModel:
+    """The model in the tensors of a file or folder, with the configurations that are beside them.
+
+    Args:
+        file: the tensors.
+        configurations: JSON files, by their paths in a folder.
+        files: of a folder's networks, by their names.
+        use_averages: take the moving averages (EMA) of the weights that have them.
+
+    Raises:
+        WeightError: no model of a family that is known, or no averages that could be taken.
+    """
+    model = _opened(file, recognise_model, files, use_averages)
     if use_averages and not model.averages:
-        raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
-    kept = _kept_configurations(file)
-    scheduler = kept.get(SCHEDULER, {})
-    told = (scheduler.get("prediction_type"), file.metadata.get(PREDICTION_METADATA))
-    said = next((_PREDICTIONS[one] for one in map(str, told) if one in _PREDICTIONS), None)
-    if model.prediction_type == "v_prediction":
-        # By a mark, which is what other programs look at.
+        raise WeightError(f"{file.path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
+    said: Any = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
+    if scheduler := configurations.get(SCHEDULER, {}):
+        said = scheduler.get("prediction_type", "epsilon")
+    if model.prediction_type == "v_prediction" or not isinstance(said, str):
+        # By a mark, which is what other programs look at; or nothing says it.
         said = model.prediction_type
-    doubts = [*(["do not tell"] if said else []), *(["are assumed"] if "unet/config.json" in kept else [])]
-    spec = _with_latent_statistics(model.spec, file)
-    notes = [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
+    is_folder = file.container is Container.FOLDER
+    spec = model.spec
+    if latents := configurations.get(VAE_CONFIG) or _latents(file):
+        read = partial(model_config.read_latent_settings, channels=spec.vae.latent_channels)
+        settings = read_config(file.path / VAE_CONFIG if is_folder else file.path, latents, read)
+        spec = replace(spec, vae=replace(spec.vae, **settings))
+    # What the names alone leave open -> whether something else says it.
+    told = {
+        "do not tell": is_folder or said is not None,
+        "are assumed": is_folder or "unet/config.json" in configurations,
+        "besides the weights": use_averages,
+    }
+    notes = [note for note in model.notes if not any(is_told and doubt in note for doubt, is_told in told.items())]
+    notes += [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
     if use_averages:
         notes.append(f"Moving averages (EMA) are taken in place of the weights: {model.averages}.")
-        doubts.append("besides the weights")
     return replace(
         model,
-        spec=_with_latents(spec, path, kept["vae/config.json"]) if "vae/config.json" in kept else spec,
-        prediction_type=said or model.prediction_type,
+        spec=spec,
+        prediction_type=said,
         zero_snr=ZERO_SNR in file.tensors or scheduler.get("rescale_betas_zero_snr") is True,
-        notes=(*_without(model.notes, *doubts), *notes),
+        notes=tuple(notes),
         averages=0 if use_averages else model.averages,
         metadata=file.metadata,
-        configurations=kept,
+        files=files or {},
+        configurations=configurations,
     )
 
 
 def _kept_configurations(file: TensorFile) -> dict[str, Config]:
-    known = {SCHEDULER, *(f"{part}/config.json" for part in NETWORKS)}
+    known = {SCHEDULER, *map(CONFIG.format, NETWORKS)}
     try:
         found = parse_json_object(file.metadata.get(CONFIGURATIONS_METADATA, "{}").encode())
     except FormatError as error:
@@ -241,32 +282,6 @@ def _kept_configurations(file: TensorFile) -> dict[str, Config]:
     if not (found.keys() <= known and all(isinstance(content, dict) for content in found.values())):
         raise WeightError(f"{file.path}: metadata {CONFIGURATIONS_METADATA}: damaged (no configurations of a folder)")
     return found
-
-
-def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
-    index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
-    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
-    files = {part: weight_file(path / part, part, variant) for part in (there if wanted is None else wanted)}
-    stored: dict[str, StoredTensor] = {}
-    for part, file in files.items():
-        # It must be of the kind that its name says.
-        opened = read_safetensors(file) if file.suffix == ".safetensors" else open_tensor_file(file)
-        stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
-    if not stored:
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    model = _opened(TensorFile(path, Container.FOLDER, stored), recognise_model, files)
-    scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
-    said = scheduler.get("prediction_type", "epsilon") if scheduler else model.prediction_type
-    vae = path / "vae" / "config.json"
-    return replace(
-        model,
-        spec=_with_latents(model.spec, vae, read_json(vae)) if vae.exists() else model.spec,
-        prediction_type=said if isinstance(said, str) else None,
-        zero_snr=scheduler.get("rescale_betas_zero_snr") is True,
-        # A folder's configurations say it.
-        notes=tuple(_without(model.notes, "do not tell", "are assumed")),
-        files=files,
-    )
 
 
 def open_lone_vae(path: Path) -> OpenedModel:
@@ -306,7 +321,7 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
         tensors={name: one for name, one in model.tensors.items() if not name.startswith("vae.")} | {**vae.tensors},
         parts=tuple(part for part in NETWORKS if part == "vae" or part in model.parts),
         files={**model.files, "vae": vae.path},
-        configurations={**model.configurations, "vae/config.json": config},
+        configurations={**model.configurations, VAE_CONFIG: config},
     )
 
 
@@ -355,31 +370,15 @@ def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]
     return {name: public(slot) for name, slot in plan.slots.items()}
 
 
-def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
-    """The model with the mean and deviation of its latents as a single file holds them, if it does."""
+def _latents(file: TensorFile) -> Config:
+    """The scale, mean and deviation of latents as a single file holds them, in diffusers' words; empty if it does not.
+
+    By way of text: the shortest number that is this one in float32, as it stands in configurations.
+    """
     if not all(name in file.tensors for name in LATENT_STATISTICS):
-        return model
-    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+        return {}
     mean, std = (
         [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
         for name in LATENT_STATISTICS
     )
-    config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
-    return _with_latents(model, file.path, config)
-
-
-def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
-    """The model with the scale, mean and deviation of its latents as a configuration of its autoencoder says them."""
-    channels = model.vae.latent_channels
-    settings = read_config(source, config, lambda said: model_config.read_latent_settings(said, channels))
-    return replace(model, vae=replace(model.vae, **settings))
-
-
-def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
-    """A reader whose sizes are not looked at: tensors know nothing of heads and norm groups."""
-    return lambda config: [read(config)]
-
-
-def _without(notes: Collection[str], *doubts: str) -> list[str]:
-    """The notes but those of some doubts, which something else has removed."""
-    return [note for note in notes if not any(doubt in note for doubt in doubts)]
+    return {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
