@@ -46,6 +46,7 @@ def _keys(table: str, *specs: type) -> Keys:
     own = TABLES[table]
     keys = dict.fromkeys(own.get("anything", ()), Any)
     keys |= {field.name: field.type for spec in specs for field in fields(spec)}  # type: ignore[arg-type]
+    keys |= {key: Literal.__getitem__((value,)) for key, value in own.get("written", {}).items()}
     keys |= {key: _KINDS[kind] for kind in own.keys() & _KINDS for key in own[kind]}
     keys |= {key: Literal.__getitem__(tuple(values)) for key, values in own.get("one of", {}).items()}
     lists = own.get("lists of", {})

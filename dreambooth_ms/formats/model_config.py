@@ -72,16 +72,11 @@ def read_unet_config(config: Config) -> UNetSpec:
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
     config = _config_of(
+        "unet",
         spec,
         _class_name="UNet2DConditionModel",
-        act_fn="silu",
         attention_head_dim=list(spec.num_heads),
-        center_input_sample=False,
         down_block_types=[f"{'CrossAttn' * attends}DownBlock2D" for attends in spec.has_attention],
-        downsample_padding=1,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        mid_block_scale_factor=1,
         up_block_types=[f"{'CrossAttn' * attends}UpBlock2D" for attends in reversed(spec.has_attention)],
     )
     del config["has_attention"], config["num_heads"]
@@ -124,9 +119,9 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
     """The inverse of `read_vae_config`."""
     levels = len(spec.block_out_channels)
     return _config_of(
+        "vae",
         spec,
         _class_name="AutoencoderKL",
-        act_fn="silu",
         down_block_types=["DownEncoderBlock2D"] * levels,
         out_channels=spec.in_channels,
         sample_size=sample_size,
@@ -243,18 +238,10 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
 
     With zero terminal SNR steps begin where there is nothing but noise (Lin et al., 2024, section 3.3).
     """
-    config = _config_of(
-        spec,
-        _class_name="DDIMScheduler",
-        clip_sample=False,
-        prediction_type=spec.prediction_type.value,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **({"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}),
-    )
-    return {
-        key: value for key, value in config.items() if value or key not in ("trained_betas", "rescale_betas_zero_snr")
-    }
+    own = {"_class_name": "DDIMScheduler", "prediction_type": spec.prediction_type.value}
+    own |= {"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}
+    config, rare = _config_of("scheduler", spec, **own), ("trained_betas", "rescale_betas_zero_snr")
+    return {key: value for key, value in config.items() if value or key not in rare}
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
@@ -269,7 +256,7 @@ def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _config_of(spec: Any, **more: Any) -> dict[str, Any]:
-    """The fields of a spec as JSON has them, and more keys, in alphabetical order."""
+def _config_of(table: str, spec: Any, **more: Any) -> dict[str, Any]:
+    """The fields of a spec as JSON has them, what its table says, and more keys, in alphabetical order."""
     own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(spec).items()}
-    return dict(sorted((own | more).items()))
+    return dict(sorted((own | TABLES[table]["written"] | more).items()))
