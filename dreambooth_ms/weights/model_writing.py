@@ -86,6 +86,7 @@ class ModelTarget:
         if model.container is Container.FOLDER:
             _copy_the_rest(model, folder)
         else:
+            write_json(folder / INDEX, model.configuration(INDEX))
             for encoder, pad_token in pad_tokens(model.spec).items():
                 if pad_token and encoder in model.parts:
                     write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)

@@ -115,10 +115,9 @@ class OpenedModel:
 
     @property
     def configuration_names(self) -> list[str]:
-        """The paths of the JSON files of its networks and scheduler, or of all that a single file is converted to."""
-        if self.container is not Container.FOLDER:
-            return list(self._assumed)
-        return [*map(CONFIG.format, self.parts), *([SCHEDULER] if SCHEDULER in self.configurations else [])]
+        """The paths of the JSON files of its networks and its scheduler, which a folder may lack."""
+        has_scheduler = self.container is not Container.FOLDER or SCHEDULER in self.configurations
+        return [*map(CONFIG.format, self.parts), *([SCHEDULER] if has_scheduler else [])]
 
     @cached_property
     def _assumed(self) -> Mapping[str, Config]:
@@ -197,8 +196,7 @@ def open_model(
         WeightError: no such file, damaged, or no model of a family that is known.
     """
     if not path.is_dir():
-        file = open_tensor_file(path)
-        model = model_of(file, _kept_configurations(file), use_averages=use_averages)
+        model = model_of(open_tensor_file(path), use_averages=use_averages)
         if model.form is Format.DIFFUSERS:
             raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
         return model
@@ -215,58 +213,64 @@ def open_model(
     if not stored:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
     configurations = {name: read_json(path / name) for name in (SCHEDULER, VAE_CONFIG) if (path / name).exists()}
-    return model_of(TensorFile(path, Container.FOLDER, stored), configurations, files)
+    return model_of(TensorFile(path, Container.FOLDER, stored), files, configurations)
 
 
 def model_of(
     file: TensorFile,
-    configurations: Mapping[str, Config],
     files: Mapping[str, Path] | None = None,
+    configurations: Mapping[str, Config] | None = None,
     use_averages: bool = False,
+    recognise: Callable[[Mapping[str, Shape], str], Recognition] = recognise_model,
 ) -> OpenedModel:
-    """The model in the tensors of a file or folder, with the configurations that are beside them.
+    """The model in the tensors of a file or folder.
 
     Args:
         file: the tensors.
-        configurations: JSON files, by their paths in a folder.
-        files: of a folder's networks, by their names.
+        files: of a folder's networks, by their names; None for the networks of which there is anything.
+        configurations: the folder's JSON files, by their paths in it; None for those in the file's metadata.
         use_averages: take the moving averages (EMA) of the weights that have them.
+        recognise: says what it is by names and shapes.
 
     Raises:
         WeightError: no model of a family that is known, or no averages that could be taken.
     """
-    model = _opened(file, recognise_model, files, use_averages)
-    if use_averages and not model.averages:
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    found = recognise(shapes, str(file.path))
+    parts = tuple(found.naming.present_parts(shapes) if files is None else files)
+    plan = found.naming.read_plan(shapes, parts, use_averages)
+    if use_averages and not plan.averages:
         raise WeightError(f"{file.path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
+    configurations = _kept_configurations(file) if configurations is None else configurations
     said: Any = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
     if scheduler := configurations.get(SCHEDULER, {}):
         said = scheduler.get("prediction_type", "epsilon")
-    if model.prediction_type == "v_prediction" or not isinstance(said, str):
+    if found.prediction_type == "v_prediction" or not isinstance(said, str):
         # By a mark, which is what other programs look at; or nothing says it.
-        said = model.prediction_type
+        said = found.prediction_type
     is_folder = file.container is Container.FOLDER
-    spec = model.spec
-    if latents := configurations.get(VAE_CONFIG) or _latents(file):
-        read = partial(model_config.read_latent_settings, channels=spec.vae.latent_channels)
-        settings = read_config(file.path / VAE_CONFIG if is_folder else file.path, latents, read)
-        spec = replace(spec, vae=replace(spec.vae, **settings))
     # What the names alone leave open -> whether something else says it.
     told = {
         "do not tell": is_folder or said is not None,
         "are assumed": is_folder or "unet/config.json" in configurations,
         "besides the weights": use_averages,
     }
-    notes = [note for note in model.notes if not any(is_told and doubt in note for doubt, is_told in told.items())]
+    notes = [note for note in found.notes if not any(is_told and doubt in note for doubt, is_told in told.items())]
     notes += [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
     if use_averages:
-        notes.append(f"Moving averages (EMA) are taken in place of the weights: {model.averages}.")
-    return replace(
-        model,
-        spec=spec,
+        notes.append(f"Moving averages (EMA) are taken in place of the weights: {len(plan.averages)}.")
+    return OpenedModel(
+        path=file.path,
+        container=file.container,
+        form=found.form,
+        spec=_with_latents(found.model, file, configurations.get(VAE_CONFIG)),
+        tensors=_public_tensors(plan, file),
+        parts=parts,
+        report=plan.report,
         prediction_type=said,
         zero_snr=ZERO_SNR in file.tensors or scheduler.get("rescale_betas_zero_snr") is True,
+        averages=0 if use_averages else len(plan.averages),
         notes=tuple(notes),
-        averages=0 if use_averages else model.averages,
         metadata=file.metadata,
         files=files or {},
         configurations=configurations,
@@ -290,7 +294,7 @@ def open_lone_vae(path: Path) -> OpenedModel:
     Raises:
         WeightError: no such file, damaged, or no autoencoder that is known.
     """
-    return _opened(open_tensor_file(path), recognise_vae)
+    return model_of(open_tensor_file(path), recognise=recognise_vae)
 
 
 def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedModel:
@@ -325,31 +329,6 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
     )
 
 
-def _opened(
-    file: TensorFile,
-    recognise: Callable[[Mapping[str, Shape], str], Recognition],
-    parts: Collection[str] | None = None,
-    use_averages: bool = False,
-) -> OpenedModel:
-    """What the names and shapes of tensors say; without `parts`, the networks of which there is anything."""
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found = recognise(shapes, str(file.path))
-    parts = found.naming.present_parts(shapes) if parts is None else parts
-    plan = found.naming.read_plan(shapes, parts, use_averages)
-    return OpenedModel(
-        path=file.path,
-        container=file.container,
-        form=found.form,
-        spec=found.model,
-        tensors=_public_tensors(plan, file),
-        parts=tuple(parts),
-        report=plan.report,
-        prediction_type=found.prediction_type,
-        averages=len(plan.averages),
-        notes=found.notes,
-    )
-
-
 def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]:
     """Public name -> tensor, for what a plan reads from a file; none of them may hold NaN or infinity."""
     stored = file.tensors
@@ -370,15 +349,17 @@ def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]
     return {name: public(slot) for name, slot in plan.slots.items()}
 
 
-def _latents(file: TensorFile) -> Config:
-    """The scale, mean and deviation of latents as a single file holds them, in diffusers' words; empty if it does not.
-
-    By way of text: the shortest number that is this one in float32, as it stands in configurations.
-    """
-    if not all(name in file.tensors for name in LATENT_STATISTICS):
-        return {}
-    mean, std = (
-        [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
-        for name in LATENT_STATISTICS
-    )
-    return {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
+def _with_latents(model: ModelSpec, file: TensorFile, config: Config | None) -> ModelSpec:
+    """The model with the scale, mean and deviation of its latents as its configuration says them, or a single file."""
+    source = file.path / VAE_CONFIG if file.container is Container.FOLDER else file.path
+    if not config and all(name in file.tensors for name in LATENT_STATISTICS):
+        # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+        mean, std = (
+            [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
+            for name in LATENT_STATISTICS
+        )
+        config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
+    if not config:
+        return model
+    read = partial(model_config.read_latent_settings, channels=model.vae.latent_channels)
+    return replace(model, vae=replace(model.vae, **read_config(source, config, read)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
-from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER
+from dreambooth_ms.formats.folder_layout import SCHEDULER
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
 from dreambooth_ms.weights.opened_model import OpenedModel, model_of
 
@@ -18,13 +18,11 @@ def unsaid(model: OpenedModel, tensors: Mapping[str, StoredTensor]) -> tuple[dic
         Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
         each behind its part.
     """
-    read = model_of(TensorFile(model.path, Container.SAFETENSORS, tensors), {})
+    read = model_of(TensorFile(model.path, Container.SAFETENSORS, tensors))
     read = replace(read, prediction_type=model.assumed_prediction)
     kept: dict[str, Config] = {}
     keys: list[str] = []
     for name in model.configuration_names:
-        if name == INDEX:
-            continue
         part = name.partition("/")[0]
         own, other = model.configuration(name), read.configuration(name)
         differing = _differing(NETWORK_READERS.get(part, read_scheduler_config), own, other)
