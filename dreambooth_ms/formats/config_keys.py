@@ -8,22 +8,19 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec, read_table
 
-Keys: TypeAlias = Mapping[str, Any]
-"""Key of a configuration -> type of its values."""
-
 _LARGEST, _MOST = 1e38, 1_000_000
 """Numbers that can be calculated with in float32, NaN and infinity left out; and sizes that networks have."""
 _WORDS = {int: "a whole number above 0", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
-
-_KINDS: Keys = {
+_KINDS: Mapping[str, Any] = {
     "flags or null": bool | None,
+    "lists of numbers": tuple[float, ...],
     "lists of sizes or 0": tuple[Literal[0] | int, ...],
     "numbers": float,
     "numbers or null": float | None,
@@ -39,13 +36,20 @@ _KINDS: Keys = {
 """By their names in config_keys.yaml."""
 TABLES = read_table(Path(__file__).with_name("config_keys.yaml"))
 """As that file has them."""
+_SPECS: Mapping[str, tuple[type, ...]] = {
+    "unet": (UNetSpec,),
+    "vae": (VaeSpec,),
+    "text": (ClipTextSpec, TransformerSpec),
+    "vision": (ClipVisionSpec, TransformerSpec),
+    "scheduler": (NoiseScheduleSpec,),
+}
+"""Whose fields are keys of a table, too."""
 
 
-def _keys(table: str, *specs: type) -> Keys:
-    """The keys of a table, and those that fields of specs are named for."""
+def _keys(table: str) -> Mapping[str, Any]:
     own = TABLES[table]
     keys = dict.fromkeys(own.get("anything", ()), Any)
-    keys |= {field.name: field.type for spec in specs for field in fields(spec)}  # type: ignore[arg-type]
+    keys |= {field.name: field.type for spec in _SPECS.get(table, ()) for field in fields(spec)}  # type: ignore[arg-type]
     keys |= {key: Literal.__getitem__((value,)) for key, value in own.get("written", {}).items()}
     keys |= {key: _KINDS[kind] for kind in own.keys() & _KINDS for key in own[kind]}
     keys |= {key: Literal.__getitem__(tuple(values)) for key, values in own.get("one of", {}).items()}
@@ -53,24 +57,19 @@ def _keys(table: str, *specs: type) -> Keys:
     return keys | {key: tuple[Literal.__getitem__(tuple(values)), ...] for key, values in lists.items()}
 
 
-UNET_KEYS = _keys("unet", UNetSpec)
-VAE_KEYS = _keys("vae", VaeSpec)
-TEXT_KEYS = _keys("tower", ClipTextSpec, TransformerSpec)
-VISION_KEYS = _keys("vision", ClipVisionSpec, TransformerSpec)
-CLIP_KEYS = _keys("clip")
-SCHEDULER_KEYS = _keys("scheduler", NoiseScheduleSpec)
-EDM_KEYS = _keys("edm scheduler")
-TOKENIZER_KEYS = _keys("tokenizer")
+KEYS = {table: _keys(table) for table in TABLES}
+"""Table -> key of a configuration -> type of its values."""
 
 
-def check_keys(config: Mapping[str, Any], keys: Keys) -> None:
-    """Stop at a key that is not known, or at a value that is not of its type.
+def check_keys(config: Mapping[str, Any], table: str) -> None:
+    """Stop at a key that is not known in a table, or at a value that is not of its type.
 
     Nothing follows from a key that nobody knows if it is null, false or empty: so libraries write what is not used.
 
     Raises:
         WeightError: what was found and what is expected.
     """
+    keys = KEYS[table]
     for key, value in config.items():
         if key not in keys and not (key.startswith("_") or _is_off(value)):
             raise WeightError(

@@ -28,11 +28,8 @@ ABSENT = [None, None]
 """What model_index.json says of a part that is not there."""
 
 WEIGHT_NAMES = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "clip": "model",
+    **dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "clip"), "model"),
 }
 """What the weight files of a part are called, without the variant and the extension."""
 

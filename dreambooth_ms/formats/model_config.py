@@ -10,17 +10,7 @@ from typing import Any, TypeVar
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec, PredictionType
 from dreambooth_ms.errors import UserError, WeightError
-from dreambooth_ms.formats.config_keys import (
-    CLIP_KEYS,
-    EDM_KEYS,
-    SCHEDULER_KEYS,
-    TABLES,
-    TEXT_KEYS,
-    UNET_KEYS,
-    VAE_KEYS,
-    VISION_KEYS,
-    check_keys,
-)
+from dreambooth_ms.formats.config_keys import TABLES, check_keys
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
@@ -52,7 +42,7 @@ def read_unet_config(config: Config) -> UNetSpec:
     Raises:
         WeightError: the configuration asks for something these networks do not have.
     """
-    check_keys(config, UNET_KEYS)
+    check_keys(config, "unet")
     has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
     if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
         raise WeightError("up_block_types is not down_block_types in reverse; use SD 1.x, 2.x or SDXL")
@@ -85,7 +75,7 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
 
 def read_vae_config(config: Config) -> VaeSpec:
     """diffusers' AutoencoderKL configuration -> spec."""
-    check_keys(config, VAE_KEYS)
+    check_keys(config, "vae")
     required = ("layers_per_block", "latent_channels", "block_out_channels")
     spec = _read(VaeSpec, config, *required, **read_latent_settings(config, config["latent_channels"]))
     for key in ("down_block_types", "up_block_types"):
@@ -103,7 +93,7 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
         WeightError: a value is not a finite number, or there is not one for each of the channels.
     """
     names = ("scaling_factor", "latents_mean", "latents_std")
-    check_keys({name: config[name] for name in names if name in config}, VAE_KEYS)
+    check_keys({name: config[name] for name in names if name in config}, "vae")
     statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
     _check_counts(statistics, channels)
     return {"scaling_factor": config.get("scaling_factor", VaeSpec.scaling_factor), **statistics}
@@ -131,7 +121,7 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
 
 def read_text_config(config: Config) -> ClipTextSpec:
     """transformers' CLIPTextModel configuration -> spec."""
-    check_keys(config, TEXT_KEYS)
+    check_keys(config, "text")
     own = {"transformer": _read(TransformerSpec, config), "eos_token_id": config.get("eos_token_id", 2)}
     return _read(ClipTextSpec, config, "vocab_size", "max_position_embeddings", **own, projection_dim=None)
 
@@ -167,9 +157,9 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
 
 def read_clip_config(config: Config) -> ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
-    check_keys(config, CLIP_KEYS)
+    check_keys(config, "clip")
     vision = config["vision_config"]
-    check_keys(vision, VISION_KEYS)
+    check_keys(vision, "vision")
     return ClipSpec(
         text=read_text_config(config["text_config"]),
         vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
@@ -180,7 +170,7 @@ def read_clip_config(config: Config) -> ClipSpec:
 def read_image_statistics(config: Config) -> list[list[float]]:
     """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
     statistics = {name: config[name] for name in ("image_mean", "image_std")}
-    check_keys(statistics, dict.fromkeys(statistics, tuple[float, ...]))
+    check_keys(statistics, "image statistics")
     _check_counts(statistics, 3)
     return list(statistics.values())
 
@@ -198,7 +188,7 @@ def check_scheduler_config(config: Config) -> None:
         ConfigError: its noise is none.
     """
     if is_edm(config):
-        check_keys(config, EDM_KEYS)
+        check_keys(config, "edm scheduler")
     else:
         read_scheduler_config(config)
 
@@ -213,7 +203,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     name = config.get("_class_name")
     kind = name and str(name).removeprefix("Flax").removesuffix("Scheduler")
     # By the betas that the class takes where a configuration says none; without a class, Stable Diffusion's.
-    betas = {one: own["betas"] for own in TABLES["scheduler classes"] for one in own["classes"]} | {None: {}}
+    betas = {one: own["betas"] for own in TABLES["scheduler"]["classes"] for one in own["names"]} | {None: {}}
     if is_edm(config):
         raise WeightError(
             f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
@@ -223,7 +213,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
             "use SD 1.x, 2.x or SDXL"
         )
-    check_keys(config, SCHEDULER_KEYS)
+    check_keys(config, "scheduler")
     switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]
     if len(switches) > 1:
         raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")

@@ -7,6 +7,7 @@ The field names follow the `config.json` files of diffusers and transformers, fr
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import cycle
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,9 @@ import numpy as np
 import yaml
 
 
-def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, divisors: Sequence[int]) -> Iterator[str]:
-    for size, divisor in zip(sizes, divisors, strict=True):
+def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, *divisors: int) -> Iterator[str]:
+    """Sizes that are no multiples of a divisor, or each of its own."""
+    for size, divisor in zip(sizes, cycle(divisors)):
         if size % divisor:
             yield f"{name} {size} is not a multiple of {divisor_name} {divisor}"
 
@@ -72,14 +74,12 @@ class UNetSpec:
         if not channels:
             yield "block_out_channels is empty"
         if channels and not uneven:
-            yield from _indivisible(
-                "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
-            )
+            yield from _indivisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
             # The blocks in the middle always attend, with the heads of the coarsest.
             attends = [level for level, own in enumerate(self.has_attention) if own or level == len(channels) - 1]
             sizes, heads = ([values[level] for level in attends] for values in (channels, self.num_heads))
-            yield from _indivisible("block_out_channels", sizes, "attention_head_dim", heads)
-            yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", [2])
+            yield from _indivisible("block_out_channels", sizes, "attention_head_dim", *heads)
+            yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +120,7 @@ class VaeSpec:
             yield "block_out_channels is empty"
         if min(self.scaling_factor, *(self.latents_std or (1.0,))) <= 0:
             yield "scaling_factor and latents_std are not above 0"
-        yield from _indivisible(
-            "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
-        )
+        yield from _indivisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
 
     @staticmethod
     def _by_channel(values: tuple[float, ...] | None, otherwise: float) -> np.ndarray:
@@ -142,7 +140,7 @@ class TransformerSpec:
 
     def problems(self) -> Iterator[str]:
         """Why no network has these sizes, a reason each."""
-        yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", [self.num_attention_heads])
+        yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", self.num_attention_heads)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,13 +133,15 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     for name, folder in folders.items():
         stored = model.network(name, model_config.NETWORK_READERS[name])
         text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
+    scheduler = model.configuration(folder_layout.SCHEDULER)
+    source = path if path.is_file() or model_config.is_edm(scheduler) else path / folder_layout.SCHEDULER
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
         denoiser=denoiser,
         codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
-        schedule=Schedule(path, model.configuration(folder_layout.SCHEDULER)),
+        schedule=Schedule(source, scheduler),
         zeros_for_empty_prompt=is_xl and bool(force_zeros),
         source=model,
         notes=() if path.is_dir() else model.notes,

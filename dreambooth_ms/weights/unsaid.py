@@ -1,25 +1,26 @@
 """What a single file does not say of its model, so that its readers take the published model's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.errors import UserError
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile
+from dreambooth_ms.formats.files.stored import TensorFile
 from dreambooth_ms.formats.folder_layout import SCHEDULER
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
 from dreambooth_ms.weights.opened_model import OpenedModel, model_of
 
 
-def unsaid(model: OpenedModel, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, Config], tuple[str, ...]]:
-    """What readers of a file with these tensors and nothing else would take otherwise of the model.
+def unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tuple[str, ...]]:
+    """What readers of a file would take otherwise of the model in it.
 
     Returns:
         Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
         each behind its part.
     """
-    read = model_of(TensorFile(model.path, Container.SAFETENSORS, tensors))
-    read = replace(read, prediction_type=model.assumed_prediction)
+    read = model_of(file)
+    # Where a file does not tell what it predicts, readers are told so.
+    read = replace(read, prediction_type=read.prediction_type or model.assumed_prediction)
     kept: dict[str, Config] = {}
     keys: list[str] = []
     for name in model.configuration_names:
