@@ -18,7 +18,7 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.sharded import write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile, total_bytes
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, write_json
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
@@ -162,7 +162,7 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 
     Weights of other components lose their variant's name, so that the copy loads without naming one.
     """
-    index = read_json(model.path / INDEX)
+    index = model.configuration(INDEX)
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
@@ -171,7 +171,7 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
     components = [name for name, of in index.items() if isinstance(of, list)]
     absent = [name for name in components if name not in there.union(model.parts)]
-    write_json(folder / INDEX, index | dict.fromkeys(absent, folder_layout.ABSENT))
+    write_json(folder / INDEX, {**index, **dict.fromkeys(absent, folder_layout.ABSENT)})
 
 
 def _metadata(model: OpenedModel) -> dict[str, str]:

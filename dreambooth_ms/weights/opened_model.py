@@ -182,7 +182,7 @@ class OpenedModel:
 
 
 def open_model(
-    path: Path, variant: str | None = None, use_averages: bool = False, parts: Collection[str] | None = None
+    path: Path, variant: str | None = None, use_averages: bool = False, unused: Collection[str] = ()
 ) -> OpenedModel:
     """Recognise a model and open it; its tensors are not read, and misfits are in its report.
 
@@ -190,7 +190,7 @@ def open_model(
         path: a folder in diffusers' layout, or a file.
         variant: which of the files in a folder; None for the plain ones, or for the only variant.
         use_averages: take the moving averages (EMA) of the weights that have them.
-        parts: the networks of a folder that are wanted; None for those that are there.
+        unused: networks of a folder that are passed over.
 
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
@@ -203,17 +203,19 @@ def open_model(
     if use_averages:
         raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
-    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
-    files = {part: weight_file(path / part, part, variant) for part in (there if parts is None else parts)}
+    if "unet" not in index:
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
+    named = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and part not in unused]
+    files = {
+        part: weight_file(path / part, part, variant) for part in named if part == "unet" or (path / part).is_dir()
+    }
     stored: dict[str, StoredTensor] = {}
     for part, network in files.items():
         # It must be of the kind that its name says.
         opened = read_safetensors(network) if network.suffix == ".safetensors" else open_tensor_file(network)
         stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
-    if not stored:
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
     configurations = {name: read_json(path / name) for name in (SCHEDULER, VAE_CONFIG) if (path / name).exists()}
-    return model_of(TensorFile(path, Container.FOLDER, stored), files, configurations)
+    return model_of(TensorFile(path, Container.FOLDER, stored), files, {INDEX: index, **configurations})
 
 
 def model_of(
