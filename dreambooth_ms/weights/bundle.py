@@ -17,7 +17,7 @@ from dreambooth_ms.formats.clip_vocabulary import tokenizer_on_board
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.recognise import recognise
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import ABSENT, NETWORKS, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
@@ -159,9 +159,8 @@ def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[O
             raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
     model = open_model(path, variant, unused=unused)
     model.check()
-    tokens, index = pad_tokens(model.spec), model.configuration(folder_layout.INDEX)
-    wanted = [part for part in NETWORKS if part in model.missing_parts or index.get(part, ABSENT) != ABSENT]
-    if lacking := [part for part in wanted if part not in (*model.parts, *unused)]:
+    tokens = pad_tokens(model.spec)
+    if lacking := [part for part in model.missing_parts if part not in unused]:
         advice = "is the download complete?" if is_folder else "convert it into a folder and put them into that"
         raise WeightError(f"{path}: holds no {' and no '.join(lacking)}; {advice}")
     if is_folder:

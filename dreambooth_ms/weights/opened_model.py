@@ -98,8 +98,9 @@ class OpenedModel:
 
     @property
     def missing_parts(self) -> list[str]:
-        """The networks that the family has and the file has not."""
-        return [part for part in NETWORKS if part not in self.parts and getattr(self.spec, part) is not None]
+        """The networks that the family has, or the folder's index names, and that are not there."""
+        index, absent = self.configurations.get(INDEX, {}), [part for part in NETWORKS if part not in self.parts]
+        return [part for part in absent if getattr(self.spec, part) or index.get(part, ABSENT) != ABSENT]
 
     @property
     def assumed_prediction(self) -> str:
