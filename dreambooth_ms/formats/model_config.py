@@ -16,6 +16,9 @@ from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, T
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
 
+BETAS = {kind: own["betas"] for own in TABLES["scheduler"]["classes"] for kind in own["names"]} | {None: {}}
+"""What a class of diffusers takes for betas where a configuration says none; without a class, Stable Diffusion's."""
+
 
 def read_config(path: Path, content: Config, read: Callable[[Config], Spec], check_sizes: bool = True) -> Spec:
     """The spec that a configuration file says, by one of the readers below.
@@ -202,13 +205,11 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     """
     name = config.get("_class_name")
     kind = name and str(name).removeprefix("Flax").removesuffix("Scheduler")
-    # By the betas that the class takes where a configuration says none; without a class, Stable Diffusion's.
-    betas = {one: own["betas"] for own in TABLES["scheduler"]["classes"] for one in own["names"]} | {None: {}}
     if is_edm(config):
         raise WeightError(
             f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
         )
-    if kind not in betas:
+    if kind not in BETAS:
         raise WeightError(
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
             "use SD 1.x, 2.x or SDXL"
@@ -218,7 +219,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     if len(switches) > 1:
         raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")
     predicts = PredictionType(config.get("prediction_type", "epsilon"))
-    spec = _read(NoiseScheduleSpec, {**betas[kind], **config}, prediction_type=predicts)
+    spec = _read(NoiseScheduleSpec, {**BETAS[kind], **config}, prediction_type=predicts)
     NoiseSchedule.from_spec(spec)
     return spec
 
