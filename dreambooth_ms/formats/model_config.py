@@ -204,7 +204,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
         ConfigError: its noise is none.
     """
     name = config.get("_class_name")
-    kind = name and str(name).removeprefix("Flax").removesuffix("Scheduler")
+    kind = None if name is None else str(name).removeprefix("Flax").removesuffix("Scheduler")
     if is_edm(config):
         raise WeightError(
             f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
