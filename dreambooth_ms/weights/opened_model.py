@@ -98,9 +98,8 @@ class OpenedModel:
 
     @property
     def missing_parts(self) -> list[str]:
-        """The networks that the family has, or the folder's index names, and that are not there."""
-        index, absent = self.configurations.get(INDEX, {}), [part for part in NETWORKS if part not in self.parts]
-        return [part for part in absent if getattr(self.spec, part) or index.get(part, ABSENT) != ABSENT]
+        """The networks that the family has and the file has not."""
+        return [part for part in NETWORKS if part not in self.parts and getattr(self.spec, part) is not None]
 
     @property
     def assumed_prediction(self) -> str:
@@ -183,7 +182,7 @@ class OpenedModel:
 
 
 def open_model(
-    path: Path, variant: str | None = None, use_averages: bool = False, unused: Collection[str] = ()
+    path: Path, variant: str | None = None, use_averages: bool = False, unused: Collection[str] | None = None
 ) -> OpenedModel:
     """Recognise a model and open it; its tensors are not read, and misfits are in its report.
 
@@ -191,7 +190,7 @@ def open_model(
         path: a folder in diffusers' layout, or a file.
         variant: which of the files in a folder; None for the plain ones, or for the only variant.
         use_averages: take the moving averages (EMA) of the weights that have them.
-        unused: networks of a folder that are passed over.
+        unused: networks that are passed over, of all that a folder's index names; None: those that it lacks.
 
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
@@ -206,10 +205,9 @@ def open_model(
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     if "unet" not in index:
         raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    named = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and part not in unused]
-    files = {
-        part: weight_file(path / part, part, variant) for part in named if part == "unet" or (path / part).is_dir()
-    }
+    named = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and part not in (unused or ())]
+    there = named if unused is not None else [part for part in named if (path / part).is_dir()]
+    files = {part: weight_file(path / part, part, variant) for part in there}
     stored: dict[str, StoredTensor] = {}
     for part, network in files.items():
         # It must be of the kind that its name says.
