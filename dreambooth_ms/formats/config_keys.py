@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
@@ -48,13 +48,13 @@ _SPECS: Mapping[str, tuple[type, ...]] = {
 
 def _keys(table: str) -> Mapping[str, Any]:
     own = TABLES[table]
-    keys = dict.fromkeys(own.get("anything", ()), Any)
+    keys: dict[str, Any] = dict.fromkeys(own.get("anything", ()), Any)
     keys |= {field.name: field.type for spec in _SPECS.get(table, ()) for field in fields(spec)}  # type: ignore[arg-type]
     keys |= {key: Literal.__getitem__((value,)) for key, value in own.get("written", {}).items()}
     keys |= {key: _KINDS[kind] for kind in own.keys() & _KINDS for key in own[kind]}
     keys |= {key: Literal.__getitem__(tuple(values)) for key, values in own.get("one of", {}).items()}
-    lists = own.get("lists of", {})
-    return keys | {key: tuple[Literal.__getitem__(tuple(values)), ...] for key, values in lists.items()}
+    lists = {key: Literal.__getitem__(tuple(values)) for key, values in own.get("lists of", {}).items()}
+    return keys | {key: GenericAlias(tuple, (kind, ...)) for key, kind in lists.items()}
 
 
 KEYS = {table: _keys(table) for table in TABLES}
