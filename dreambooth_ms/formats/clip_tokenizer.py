@@ -20,7 +20,7 @@ import numpy as np
 
 from dreambooth_ms.atomic import write_bytes
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.config_keys import TOKENIZER_KEYS, check_keys
+from dreambooth_ms.formats.config_keys import KEYS, check_keys
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.model_config import read_config
 
@@ -97,8 +97,8 @@ def check_clip_tokenizer(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():
             config = read_json(folder / name)
-            known = {key: config[key] for key in TOKENIZER_KEYS if key in config}
-            read_config(folder / name, known, lambda config: check_keys(config, TOKENIZER_KEYS))
+            known = {key: config[key] for key in KEYS["tokenizer"] if key in config}
+            read_config(folder / name, known, lambda config: check_keys(config, "tokenizer"))
     file, vocabulary, made = _vocabulary(folder)
     if made < len(vocabulary) - UNMERGED_TOKENS:
         raise WeightError(f"{file}: cut short; download it again")

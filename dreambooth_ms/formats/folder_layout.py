@@ -15,6 +15,8 @@ from dreambooth_ms.formats.naming.report import show_names
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+CONFIG = "{}/config.json"
+"""Of a network, by the name of its folder."""
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """The folders whose weights are read and written."""
@@ -26,11 +28,8 @@ ABSENT = [None, None]
 """What model_index.json says of a part that is not there."""
 
 WEIGHT_NAMES = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-    "clip": "model",
+    **dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "clip"), "model"),
 }
 """What the weight files of a part are called, without the variant and the extension."""
 

@@ -3,42 +3,29 @@
 The fields of the specs have the names of the configurations' keys, and their defaults, unless a reader says otherwise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
-from dreambooth_ms.formats.config_keys import (
-    CLIP_KEYS,
-    EDM_KEYS,
-    SCHEDULER_KEYS,
-    TEXT_KEYS,
-    UNET_KEYS,
-    VAE_KEYS,
-    VISION_KEYS,
-    check_keys,
-)
+from dreambooth_ms.formats.config_keys import TABLES, check_keys
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
 
-_DIFFUSION = """
-DDIM DDIMInverse DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSDE
-DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM
-LMSDiscrete PNDM SASolver TCD UniPCMultistep
-"""
-"""Schedulers of diffusers for models that predict the noise or the velocity of DDPM's forward process."""
+BETAS = {kind: own["betas"] for own in TABLES["scheduler"]["classes"] for kind in own["names"]} | {None: {}}
+"""What a class of diffusers takes for betas where a configuration says none; without a class, Stable Diffusion's."""
 
 
-def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> Spec:
+def read_config(path: Path, content: Config, read: Callable[[Config], Spec], check_sizes: bool = True) -> Spec:
     """The spec that a configuration file says, by one of the readers below.
 
     Raises:
-        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes; the message
-            names the file.
+        WeightError: a key is missing or not known, a value is not supported, or no network has such sizes (with
+            `check_sizes`); the message names the file.
     """
     try:
         spec = read(content)
@@ -47,7 +34,7 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec]) -> 
     except KeyError as error:
         raise WeightError(f"{path}: {error} is missing; download it again") from error
     problems = "; ".join(getattr(spec, "problems", list)())
-    if problems:
+    if problems and check_sizes:
         raise WeightError(f"{path}: {problems}: no network has these sizes; take the original model's configuration")
     return spec
 
@@ -58,7 +45,7 @@ def read_unet_config(config: Config) -> UNetSpec:
     Raises:
         WeightError: the configuration asks for something these networks do not have.
     """
-    check_keys(config, UNET_KEYS)
+    check_keys(config, "unet")
     has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
     if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
         raise WeightError("up_block_types is not down_block_types in reverse; use SD 1.x, 2.x or SDXL")
@@ -78,16 +65,11 @@ def read_unet_config(config: Config) -> UNetSpec:
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
     config = _config_of(
+        "unet",
         spec,
         _class_name="UNet2DConditionModel",
-        act_fn="silu",
         attention_head_dim=list(spec.num_heads),
-        center_input_sample=False,
         down_block_types=[f"{'CrossAttn' * attends}DownBlock2D" for attends in spec.has_attention],
-        downsample_padding=1,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        mid_block_scale_factor=1,
         up_block_types=[f"{'CrossAttn' * attends}UpBlock2D" for attends in reversed(spec.has_attention)],
     )
     del config["has_attention"], config["num_heads"]
@@ -96,7 +78,7 @@ def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
 
 def read_vae_config(config: Config) -> VaeSpec:
     """diffusers' AutoencoderKL configuration -> spec."""
-    check_keys(config, VAE_KEYS)
+    check_keys(config, "vae")
     required = ("layers_per_block", "latent_channels", "block_out_channels")
     spec = _read(VaeSpec, config, *required, **read_latent_settings(config, config["latent_channels"]))
     for key in ("down_block_types", "up_block_types"):
@@ -114,21 +96,25 @@ def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
         WeightError: a value is not a finite number, or there is not one for each of the channels.
     """
     names = ("scaling_factor", "latents_mean", "latents_std")
-    check_keys({name: config[name] for name in names if name in config}, VAE_KEYS)
+    check_keys({name: config[name] for name in names if name in config}, "vae")
     statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
-    for name, values in statistics.items():
-        if values and len(values) != channels:
-            raise WeightError(f"{name}: expected {channels} numbers, got {len(values)}; download it again")
+    _check_counts(statistics, channels)
     return {"scaling_factor": config.get("scaling_factor", VaeSpec.scaling_factor), **statistics}
+
+
+def _check_counts(lists: Mapping[str, Sequence[float] | None], expected: int) -> None:
+    for name, values in lists.items():
+        if values is not None and len(values) != expected:
+            raise WeightError(f"{name}: expected {expected} numbers, got {len(values)}; download it again")
 
 
 def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
     """The inverse of `read_vae_config`."""
     levels = len(spec.block_out_channels)
     return _config_of(
+        "vae",
         spec,
         _class_name="AutoencoderKL",
-        act_fn="silu",
         down_block_types=["DownEncoderBlock2D"] * levels,
         out_channels=spec.in_channels,
         sample_size=sample_size,
@@ -138,7 +124,7 @@ def write_vae_config(spec: VaeSpec, sample_size: int) -> dict[str, Any]:
 
 def read_text_config(config: Config) -> ClipTextSpec:
     """transformers' CLIPTextModel configuration -> spec."""
-    check_keys(config, TEXT_KEYS)
+    check_keys(config, "text")
     own = {"transformer": _read(TransformerSpec, config), "eos_token_id": config.get("eos_token_id", 2)}
     return _read(ClipTextSpec, config, "vocab_size", "max_position_embeddings", **own, projection_dim=None)
 
@@ -174,9 +160,9 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
 
 def read_clip_config(config: Config) -> ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
-    check_keys(config, CLIP_KEYS)
+    check_keys(config, "clip")
     vision = config["vision_config"]
-    check_keys(vision, VISION_KEYS)
+    check_keys(vision, "vision")
     return ClipSpec(
         text=read_text_config(config["text_config"]),
         vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
@@ -187,10 +173,8 @@ def read_clip_config(config: Config) -> ClipSpec:
 def read_image_statistics(config: Config) -> list[list[float]]:
     """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
     statistics = {name: config[name] for name in ("image_mean", "image_std")}
-    check_keys(statistics, dict.fromkeys(statistics, tuple[float, ...]))
-    for name, values in statistics.items():
-        if len(values) != 3:
-            raise WeightError(f"{name}: expected 3 numbers, got {len(values)}; download it again")
+    check_keys(statistics, "image statistics")
+    _check_counts(statistics, 3)
     return list(statistics.values())
 
 
@@ -207,7 +191,7 @@ def check_scheduler_config(config: Config) -> None:
         ConfigError: its noise is none.
     """
     if is_edm(config):
-        check_keys(config, EDM_KEYS)
+        check_keys(config, "edm scheduler")
     else:
         read_scheduler_config(config)
 
@@ -220,30 +204,23 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
         ConfigError: its noise is none.
     """
     name = config.get("_class_name")
+    kind = None if name is None else str(name).removeprefix("Flax").removesuffix("Scheduler")
     if is_edm(config):
         raise WeightError(
             f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
         )
-    if name is not None and str(name).removeprefix("Flax").removesuffix("Scheduler") not in _DIFFUSION.split():
+    if kind not in BETAS:
         raise WeightError(
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
             "use SD 1.x, 2.x or SDXL"
         )
-    check_keys(config, SCHEDULER_KEYS)
+    check_keys(config, "scheduler")
     switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]
     if len(switches) > 1:
         raise WeightError(f"use_{switches[0]}_sigmas and use_{switches[1]}_sigmas are both true; set one to false")
-    spec = _read(NoiseScheduleSpec, {**_betas_left_out(str(name or "")), **config})
+    spec = _read(NoiseScheduleSpec, {**BETAS[kind], **config})
     NoiseSchedule.from_spec(spec)
     return spec
-
-
-def _betas_left_out(scheduler: str) -> Config:
-    """What diffusers' classes say of the betas where a configuration does not; without a class, Stable Diffusion's."""
-    if not scheduler or scheduler.startswith(("LCM", "TCD")):
-        return {}
-    start, end = (0.00085, 0.012) if scheduler.startswith(("Heun", "KDPM2", "DPMSolverSDE")) else (0.0001, 0.02)
-    return {"beta_start": start, "beta_end": end, "beta_schedule": "linear"}
 
 
 def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
@@ -251,17 +228,10 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
 
     With zero terminal SNR steps begin where there is nothing but noise (Lin et al., 2024, section 3.3).
     """
-    config = _config_of(
-        spec,
-        _class_name="DDIMScheduler",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        **({"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}),
-    )
-    return {
-        key: value for key, value in config.items() if value or key not in ("trained_betas", "rescale_betas_zero_snr")
-    }
+    own: dict[str, Any] = {"_class_name": "DDIMScheduler"}
+    own |= {"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}
+    config, rare = _config_of("scheduler", spec, **own), ("trained_betas", "rescale_betas_zero_snr")
+    return {key: value for key, value in config.items() if value or key not in rare}
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
@@ -276,7 +246,7 @@ def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def _config_of(spec: Any, **more: Any) -> dict[str, Any]:
-    """The fields of a spec as JSON has them, and more keys, in alphabetical order."""
+def _config_of(table: str, spec: Any, **more: Any) -> dict[str, Any]:
+    """The fields of a spec as JSON has them, what its table says, and more keys, in alphabetical order."""
     own = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(spec).items()}
-    return dict(sorted((own | more).items()))
+    return dict(sorted((own | TABLES[table]["written"] | more).items()))

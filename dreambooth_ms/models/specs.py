@@ -1,19 +1,23 @@
 """Families as data: what distinguishes one Stable Diffusion from another.
 
 The field names follow the `config.json` files of diffusers and transformers, from which
-`formats/model_config.py` fills these rows.
+`formats/model_config.py` fills these rows; `families.yaml` has the published ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar, Literal
+from itertools import cycle
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import yaml
 
 
-def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, divisors: Sequence[int]) -> Iterator[str]:
-    for size, divisor in zip(sizes, divisors, strict=True):
+def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, *divisors: int) -> Iterator[str]:
+    """Sizes that are no multiples of a divisor, or each of its own."""
+    for size, divisor in zip(sizes, cycle(divisors)):
         if size % divisor:
             yield f"{name} {size} is not a multiple of {divisor_name} {divisor}"
 
@@ -70,14 +74,12 @@ class UNetSpec:
         if not channels:
             yield "block_out_channels is empty"
         if channels and not uneven:
-            yield from _indivisible(
-                "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
-            )
+            yield from _indivisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
             # The blocks in the middle always attend, with the heads of the coarsest.
             attends = [level for level, own in enumerate(self.has_attention) if own or level == len(channels) - 1]
             sizes, heads = ([values[level] for level in attends] for values in (channels, self.num_heads))
-            yield from _indivisible("block_out_channels", sizes, "attention_head_dim", heads)
-            yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", [2])
+            yield from _indivisible("block_out_channels", sizes, "attention_head_dim", *heads)
+            yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +120,7 @@ class VaeSpec:
             yield "block_out_channels is empty"
         if min(self.scaling_factor, *(self.latents_std or (1.0,))) <= 0:
             yield "scaling_factor and latents_std are not above 0"
-        yield from _indivisible(
-            "block_out_channels", channels, "norm_num_groups", [self.norm_num_groups] * len(channels)
-        )
+        yield from _indivisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
 
     @staticmethod
     def _by_channel(values: tuple[float, ...] | None, otherwise: float) -> np.ndarray:
@@ -140,7 +140,7 @@ class TransformerSpec:
 
     def problems(self) -> Iterator[str]:
         """Why no network has these sizes, a reason each."""
-        yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", [self.num_attention_heads])
+        yield from _indivisible("hidden_size", [self.hidden_size], "num_attention_heads", self.num_attention_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,61 +184,6 @@ class ClipSpec:
         yield from self.vision.transformer.problems()
 
 
-SD_15_UNET = UNetSpec(
-    block_out_channels=(320, 640, 1280, 1280),
-    has_attention=(True, True, True, False),
-    num_heads=(8, 8, 8, 8),
-    cross_attention_dim=768,
-)
-SD_21_UNET = replace(
-    SD_15_UNET, num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96
-)
-SDXL_UNET = UNetSpec(
-    block_out_channels=(320, 640, 1280),
-    has_attention=(False, True, True),
-    num_heads=(5, 10, 20),
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    sample_size=128,
-    transformer_layers_per_block=(1, 2, 10),
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-SDXL_REFINER_UNET = replace(
-    SDXL_UNET,
-    block_out_channels=(384, 768, 1536, 1536),
-    has_attention=(False, True, True, False),
-    num_heads=(6, 12, 24, 24),
-    cross_attention_dim=1280,
-    transformer_layers_per_block=4,
-    projection_class_embeddings_input_dim=2560,
-)
-
-SD_VAE = VaeSpec()
-SDXL_VAE = VaeSpec(scaling_factor=0.13025)
-PLAYGROUND_25_VAE = VaeSpec(
-    scaling_factor=0.5,
-    latents_mean=(-1.6574, 1.886, -1.383, 2.5155),
-    latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
-)
-
-
-def _tower(width: int, layers: int, heads: int, hidden_act: Literal["quick_gelu", "gelu"]) -> TransformerSpec:
-    return TransformerSpec(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        hidden_act=hidden_act,
-    )
-
-
-CLIP_L_TEXT = ClipTextSpec(transformer=_tower(768, 12, 12, "quick_gelu"))
-OPENCLIP_H_TEXT = ClipTextSpec(transformer=_tower(1024, 23, 16, "gelu"))
-OPENCLIP_BIGG_TEXT = ClipTextSpec(transformer=_tower(1280, 32, 20, "gelu"), projection_dim=1280)
-
-
 class Family(Enum):
     """The families of models whose networks these are."""
 
@@ -259,14 +204,32 @@ class ModelSpec:
     text_encoder_2: ClipTextSpec | None = None
 
 
-SD_15 = ModelSpec(family=Family.SD1, unet=SD_15_UNET, vae=SD_VAE, text_encoder=CLIP_L_TEXT)
-SD_21 = ModelSpec(family=Family.SD2, unet=SD_21_UNET, vae=SD_VAE, text_encoder=OPENCLIP_H_TEXT)
-SDXL_BASE = ModelSpec(
-    family=Family.SDXL, unet=SDXL_UNET, vae=SDXL_VAE, text_encoder=CLIP_L_TEXT, text_encoder_2=OPENCLIP_BIGG_TEXT
-)
-SDXL_REFINER = replace(SDXL_BASE, family=Family.SDXL_REFINER, unet=SDXL_REFINER_UNET, text_encoder=None)
-PLAYGROUND_25 = replace(SDXL_BASE, vae=PLAYGROUND_25_VAE)
-"""SDXL's networks with latents of another distribution."""
+def read_table(path: Path) -> dict[str, Any]:
+    """A YAML file of this package. By libyaml where PyYAML has it, which takes a twentieth of the time."""
+    content: dict[str, Any] = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return content
 
-PUBLISHED_MODELS = (SD_15, SD_21, SDXL_BASE, SDXL_REFINER)
+
+FAMILIES = read_table(Path(__file__).with_name("families.yaml"))
+"""What is known of each family, by its value."""
+
+
+_KINDS = {"unet": UNetSpec, "vae": VaeSpec, "transformer": TransformerSpec}
+_KINDS |= {"text_encoder": ClipTextSpec, "text_encoder_2": ClipTextSpec}
+
+
+def _values(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of families.yaml says, as the fields of specs have it."""
+    own = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+    return own | {name: kind(**_values(own[name])) for name, kind in _KINDS.items() if name in own}
+
+
+PUBLISHED_MODELS = tuple(ModelSpec(family=one, **_values(FAMILIES[one.value]["networks"])) for one in Family)
 """One model of each family, with the sizes it was published with."""
+
+SD_15, SD_21, SDXL_BASE, SDXL_REFINER = PUBLISHED_MODELS
+SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET = (model.unet for model in PUBLISHED_MODELS)
+SD_VAE, SDXL_VAE = SD_15.vae, SDXL_BASE.vae
+CLIP_L_TEXT, OPENCLIP_H_TEXT, OPENCLIP_BIGG_TEXT = SD_15.text_encoder, SD_21.text_encoder, SDXL_BASE.text_encoder_2
+PLAYGROUND_25 = replace(SDXL_BASE, **_values(FAMILIES["Playground v2.5"]["networks"]))
+PLAYGROUND_25_VAE = PLAYGROUND_25.vae

@@ -15,7 +15,7 @@ from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, tokenizer_on_board
 from dreambooth_ms.formats.files.open import open_tensor_file, recognise
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import ABSENT, TOKENIZERS, read_json, write_json
+from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
@@ -121,23 +121,24 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     Raises:
         WeightError: it is no model, a part is missing, or it holds another kind of model.
     """
-    own = ("unet",) if vae else ("unet", "vae")
-    model, folders = _open_folder(path, variant, own) if path.is_dir() else _open_file(path, own)
+    model, tokenizers = _opened(path, variant, unused=("vae",) if vae else ())
     denoiser = Denoiser.of_unet(model.network("unet", model_config.read_unet_config))
     if vae:
         model = with_other_vae(model, vae, denoiser.spec.sample_size)
-    is_xl = "text_encoder_2" in folders
+    is_xl = "text_encoder_2" in tokenizers
     text = []
-    for name, folder in folders.items():
+    for name, folder in tokenizers.items():
         stored = model.network(name, model_config.NETWORK_READERS[name])
         text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
+    scheduler = model.configuration(folder_layout.SCHEDULER)
+    source = path if path.is_file() or model_config.is_edm(scheduler) else path / folder_layout.SCHEDULER
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
         denoiser=denoiser,
         codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
-        schedule=Schedule(path, model.configuration(folder_layout.SCHEDULER)),
+        schedule=Schedule(source, scheduler),
         zeros_for_empty_prompt=is_xl and bool(force_zeros),
         source=model,
         notes=() if path.is_dir() else model.notes,
@@ -146,32 +147,25 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     return bundle
 
 
-def _open_folder(path: Path, variant: str | None, own: Collection[str]) -> tuple[OpenedModel, dict[str, Path]]:
-    """A folder, which must have the weights of every network, and its text encoders' tokenizers, by their names."""
-    index = read_json(path / folder_layout.INDEX, f"{path} is not a model folder in diffusers' layout")
-    folders = {name: path / tokenizer for name, tokenizer in TOKENIZERS.items() if index.get(name, ABSENT) != ABSENT}
-    if not ({"unet", "vae"} <= index.keys() and folders):
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, 2.x or SDXL")
-    model = open_model(path, variant, parts=(*own, *folders))
-    model.check()
-    for folder in folders.values():
-        check_clip_tokenizer(folder)
-    return model, folders
-
-
-def _open_file(path: Path, own: Collection[str]) -> tuple[OpenedModel, dict[str, Path]]:
-    """A single file, which must hold every network; and tokenizers on board, for the words of its text encoders."""
-    try:
-        recognise(path)
-    except WeightError as error:
-        raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
-    model = open_model(path)
+def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[OpenedModel, dict[str, Path]]:
+    """A model, which must hold every network, and its text encoders' tokenizers: its own, or on board for a file."""
+    is_folder = path.is_dir()
+    if not is_folder:
+        try:
+            recognise(path)
+        except WeightError as error:
+            raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
+    model = open_model(path, variant, unused=unused)
     model.check()
     tokens = pad_tokens(model.spec)
-    lacking = [part for part in (*own, *tokens) if part not in model.parts]
-    if lacking:
-        absent = " and no ".join(lacking)
-        raise WeightError(f"{path}: holds no {absent}; convert it into a folder and put them into that")
+    if lacking := [part for part in model.missing_parts if part not in unused]:
+        advice = "is the download complete?" if is_folder else "convert it into a folder and put them into that"
+        raise WeightError(f"{path}: holds no {' and no '.join(lacking)}; {advice}")
+    if is_folder:
+        folders = {name: path / TOKENIZERS[name] for name in tokens}
+        for folder in folders.values():
+            check_clip_tokenizer(folder)
+        return model, folders
     if None in tokens.values():
         raise WeightError(f"{path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that")
     if model.prediction_type is None:

@@ -103,7 +103,7 @@ def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
 
 def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path, list[str]]:
     """A repository's folder in the hub's cache, which has the files that are used; those that it lacks are fetched."""
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -116,10 +116,8 @@ def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path,
     there = {file.rfilename: file for file in info.siblings or []}
     files = choose(there)
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
-    lacking = [
-        there[one] for one in files if not isinstance(try_to_load_from_cache(repository, one, revision=info.sha), str)
-    ]
-    if lacking:
+    root = folder / "snapshots" / str(info.sha)
+    if lacking := [there[name] for name in files if not (root / name).is_file()]:
         # Another commit may have the same files.
         blobs = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
         size = sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file())
@@ -134,7 +132,7 @@ def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path,
             if explain(error):
                 raise
             raise WeightError(_reason(error, repository, revision)) from error
-    return folder / "snapshots" / str(info.sha), files
+    return root, files
 
 
 def _from_cache(repository: str, choose: Choose, revision: str | None, reason: str) -> tuple[Path, list[str]]:

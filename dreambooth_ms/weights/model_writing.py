@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ from dreambooth_ms.formats.clip_tokenizer import write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
-from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, total_bytes
+from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile, total_bytes
 from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, read_json, write_json
-from dreambooth_ms.formats.model_config import Config
+from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, write_json
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import WritePlan
 from dreambooth_ms.formats.naming.slots import Assembly
-from dreambooth_ms.models.specs import Family
+from dreambooth_ms.models.specs import FAMILIES, Family
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,
     LATENT_STATISTICS,
@@ -31,13 +30,6 @@ from dreambooth_ms.weights.opened_model import (
     OpenedModel,
 )
 from dreambooth_ms.weights.unsaid import unsaid
-
-_ARCHITECTURES = {
-    Family.SD1: "stable-diffusion-v1",
-    Family.SD2: "stable-diffusion-v2",
-    Family.SDXL: "stable-diffusion-xl-v1-base",
-    Family.SDXL_REFINER: "stable-diffusion-xl-v1-refiner",
-}
 
 
 @dataclass(frozen=True)
@@ -49,8 +41,8 @@ class ModelTarget:
     tensors: Mapping[str, StoredTensor]
     """By the names of the format, in the order of writing; in a folder behind the part and a dot."""
     notes: tuple[str, ...]
-    configurations: Mapping[str, Config] = field(default_factory=dict)
-    """What of the model's the tensors of a file do not say, by the paths in a folder."""
+    metadata: Mapping[str, str]
+    """Of a safetensors file."""
 
     @property
     def byte_count(self) -> int:
@@ -81,7 +73,7 @@ class ModelTarget:
         elif self.form is Format.MINDONE:
             write_mindspore_ckpt(path, self.tensors, progress)
         else:
-            write_safetensors(path, self.tensors, _metadata(self.model, self.configurations), progress)
+            write_safetensors(path, self.tensors, self.metadata, progress)
 
     def write_parts(self, folder: Path, progress: Progress | None = None) -> None:
         """Write the tensors of networks into a folder, and everything else that makes it a model.
@@ -92,11 +84,12 @@ class ModelTarget:
         if model.container is Container.FOLDER:
             _copy_the_rest(model, folder)
         else:
-            for name, content in model.made_configurations().items():
-                write_json(folder / name, content)
+            write_json(folder / INDEX, model.configuration(INDEX))
             for encoder, pad_token in pad_tokens(model.spec).items():
                 if pad_token and encoder in model.parts:
                     write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
+        for name in model.configuration_names:
+            write_json(folder / name, model.configuration(name))
         for part in model.parts:
             prefix = f"{part}."
             own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
@@ -126,10 +119,15 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     default = dtype or next(iter(model.dtypes))
     for name, value in plan.constants.items():
         tensors[name] = StoredTensor.of(np.array(value, np.float32)).cast_to(default)
+    metadata: dict[str, str] = {}
     if form is Format.STABILITY:
         tensors |= _marks(model)
-    configurations, keys = unsaid(model, form, tensors) if form is not Format.DIFFUSERS else ({}, ())
-    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), configurations)
+        metadata = _metadata(model)
+    keys: tuple[str, ...] = ()
+    if form is not Format.DIFFUSERS:
+        configurations, keys = unsaid(model, TensorFile(model.path, Container.SAFETENSORS, tensors, metadata))
+        metadata |= {CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
+    return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), metadata)
 
 
 def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
@@ -159,36 +157,31 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
-    """Configurations, tokenizers, the scheduler and whatever else a folder has, but the weights of networks.
+    """Tokenizers, the scheduler and whatever else a folder has, but networks.
 
     Weights of other components lose their variant's name, so that the copy loads without naming one.
     """
-    index = read_json(model.path / INDEX)
+    index = model.configuration(INDEX)
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
         shutil.copytree(model.path / name, folder / name, dirs_exist_ok=True)
         for variant in folder_layout.variants(path.name for path in (folder / name).iterdir()):
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
-    for name in (*(f"{part}/config.json" for part in model.parts), *([SCHEDULER] if model.scheduler() else [])):
-        write_json(folder / name, model.configuration(name))
     components = [name for name, of in index.items() if isinstance(of, list)]
     absent = [name for name in components if name not in there.union(model.parts)]
-    write_json(folder / INDEX, index | dict.fromkeys(absent, folder_layout.ABSENT))
+    write_json(folder / INDEX, {**index, **dict.fromkeys(absent, folder_layout.ABSENT)})
 
 
-def _metadata(model: OpenedModel, configurations: Mapping[str, Config]) -> dict[str, str]:
-    """What other tools look for in a single file, and what ours does."""
-    own_names = ("format", CONFIGURATIONS_METADATA)
-    kept = {name: value for name, value in model.metadata.items() if name not in own_names}
-    architecture = _ARCHITECTURES[model.spec.family]
+def _metadata(model: OpenedModel) -> dict[str, str]:
+    """What other tools look for in a single file."""
+    kept = {name: value for name, value in model.metadata.items() if name != CONFIGURATIONS_METADATA}
+    architecture = FAMILIES[model.spec.family.value]["architecture"]
     if model.spec.family is Family.SD2 and model.prediction_type:
         architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
     own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
     if model.prediction_type:
         own[PREDICTION_METADATA] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
-    if configurations:
-        own[CONFIGURATIONS_METADATA] = json.dumps(configurations)
     return kept | own | {"format": "pt"}
 
 
@@ -209,8 +202,6 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Seque
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:
         yield f"The scheduler says {model.assumed_prediction}; --prediction_type says otherwise."
-    if form is Format.MINDONE and model.prediction_type == "v_prediction" and model.spec.family is not Family.SD2:
-        yield "A MindSpore checkpoint has no place for what the model predicts: remember that it is v_prediction."
     if form is not Format.DIFFUSERS and None in pad_tokens(model.spec).values():
         yield "Its words are not CLIP's, and a file has no place for its tokenizer: keep the source."
     if form is Format.DIFFUSERS and model.container is not Container.FOLDER:

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
 from dreambooth_ms.formats.files.strict_json import parse_json_object
 from dreambooth_ms.formats.folder_configs import folder_configs
-from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
+from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.plan import ReadPlan
@@ -40,6 +40,7 @@ their paths."""
 ZERO_SNR = "ztsnr"
 """The tensor, without values, by which files say that the last timestep holds no signal."""
 
+VAE_CONFIG = CONFIG.format("vae")
 _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 Spec = TypeVar("Spec")
@@ -87,7 +88,7 @@ class OpenedModel:
     files: Mapping[str, Path] = field(default_factory=dict)
     """Of networks that are not in the file `path`."""
     configurations: Mapping[str, Config] = field(default_factory=dict)
-    """JSON files in place of its own, by their paths in a folder."""
+    """JSON files that are read already, or in place of its own, by their paths in a folder."""
 
     @property
     def dtypes(self) -> dict[DType, int]:
@@ -111,29 +112,25 @@ class OpenedModel:
         prefix = f"{part}."
         return {name.removeprefix(prefix): own for name, own in self.tensors.items() if name.startswith(prefix)}
 
+    @property
+    def configuration_names(self) -> list[str]:
+        """The paths of the JSON files of its networks and its scheduler, which a folder may lack."""
+        has_scheduler = self.container is not Container.FOLDER or SCHEDULER in self.configurations
+        return [*map(CONFIG.format, self.parts), *([SCHEDULER] if has_scheduler else [])]
+
+    @cached_property
+    def _assumed(self) -> Mapping[str, Config]:
+        return folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
+
     def configuration(self, name: str) -> Config:
-        """A JSON file of its folder, or of the folder that a single file would be converted to.
+        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts.
 
         Raises:
             WeightError: the folder does not have it, or it is damaged.
         """
-        if self.container is not Container.FOLDER:
-            return self.made_configurations()[name]
-        return self._as_told(name, self.configurations.get(name) or read_json(self.path / name))
-
-    def made_configurations(self) -> dict[str, Config]:
-        """The JSON files of the folder that a single file would be converted to, by their paths in it."""
-        guessed = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
-        made: dict[str, Config] = {**guessed, **self.configurations}
-        return {name: self._as_told(name, content) for name, content in made.items()}
-
-    def scheduler(self) -> Config:
-        """The configuration of its scheduler; empty for a folder that has none."""
-        lacks = self.container is Container.FOLDER and not (self.path / SCHEDULER).exists()
-        return {} if lacks else self.configuration(SCHEDULER)
-
-    def _as_told(self, name: str, content: Config) -> Config:
-        """A configuration with what the user says of it."""
+        content = self.configurations.get(name)
+        if content is None:
+            content = read_json(self.path / name) if self.container is Container.FOLDER else self._assumed[name]
         told = self.prediction_type
         if name != SCHEDULER or told in (None, content.get("prediction_type", "epsilon")):
             return content
@@ -145,7 +142,7 @@ class OpenedModel:
         Raises:
             WeightError: `read` does not take the configuration.
         """
-        name, known = f"{part}/config.json", model_shapes(self.spec)
+        name, known = CONFIG.format(part), model_shapes(self.spec)
         spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
@@ -164,22 +161,27 @@ class OpenedModel:
         Raises:
             WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
         """
-        specs = {
-            part: self.network(part, _in_a_list(model_config.NETWORK_READERS[part])).spec[0] for part in self.parts
-        }
+        specs = {}
+        for part in self.parts:
+            name, read = CONFIG.format(part), model_config.NETWORK_READERS[part]
+            # Tensors know nothing of heads and norm groups.
+            specs[part] = read_config(self.path / name, self.configuration(name), read, check_sizes=False)
         shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
-        shared = wanted.keys() & self.tensors.keys()
-        others = {name: self.tensors[name].shape for name in shared if self.tensors[name].shape != wanted[name]}
+        found = {name: tensor.shape for name, tensor in self.tensors.items() if name in wanted or name in there}
         Report(
-            missing=tuple(name for name in wanted if name not in shared),
-            unexpected=tuple(name for name in there if name in self.tensors and name not in wanted),
-            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in sorted(others.items())),
+            missing=tuple(name for name in wanted if name not in found),
+            unexpected=tuple(name for name in found if name not in wanted),
+            misshaped=tuple(
+                f"{name}: expected {wanted[name]}, got {shape}"
+                for name, shape in found.items()
+                if shape != wanted.get(name, shape)
+            ),
         ).check(str(self.path), "its own configurations")
 
 
 def open_model(
-    path: Path, variant: str | None = None, use_averages: bool = False, parts: Collection[str] | None = None
+    path: Path, variant: str | None = None, use_averages: bool = False, unused: Collection[str] | None = None
 ) -> OpenedModel:
     """Recognise a model and open it; its tensors are not read, and misfits are in its report.
 
@@ -187,52 +189,96 @@ def open_model(
         path: a folder in diffusers' layout, or a file.
         variant: which of the files in a folder; None for the plain ones, or for the only variant.
         use_averages: take the moving averages (EMA) of the weights that have them.
-        parts: the networks of a folder that are wanted; None for those that are there.
+        unused: networks that are passed over, of all that a folder's index names; None: those that it lacks.
 
     Raises:
         WeightError: no such file, damaged, or no model of a family that is known.
     """
     if not path.is_dir():
-        return _open_file(path, use_averages)
+        model = model_of(open_tensor_file(path), use_averages=use_averages)
+        if model.form is Format.DIFFUSERS:
+            raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
+        return model
     if use_averages:
         raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
-    return _open_folder(path, variant, parts)
+    index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
+    if "unet" not in index:
+        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
+    named = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and part not in (unused or ())]
+    there = named if unused is not None else [part for part in named if (path / part).is_dir()]
+    files = {part: weight_file(path / part, part, variant) for part in there}
+    stored: dict[str, StoredTensor] = {}
+    for part, network in files.items():
+        # It must be of the kind that its name says.
+        opened = open_tensor_file(network, Container.SAFETENSORS if network.suffix == ".safetensors" else None)
+        stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
+    configurations = {name: read_json(path / name) for name in (SCHEDULER, VAE_CONFIG) if (path / name).exists()}
+    return model_of(TensorFile(path, Container.FOLDER, stored), files, {INDEX: index, **configurations})
 
 
-def _open_file(path: Path, use_averages: bool) -> OpenedModel:
-    file = open_tensor_file(path)
-    model = _opened(file, recognise_model, use_averages=use_averages)
-    if model.form is Format.DIFFUSERS:
-        raise WeightError(f"{path}: a file with the names of a folder in diffusers' layout; split it by its parts")
-    if use_averages and not model.averages:
-        raise WeightError(f"{path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
-    kept = _kept_configurations(file)
-    scheduler = kept.get(SCHEDULER, {})
-    told = (scheduler.get("prediction_type"), file.metadata.get(PREDICTION_METADATA))
-    said = next((_PREDICTIONS[one] for one in map(str, told) if one in _PREDICTIONS), None)
-    if model.prediction_type == "v_prediction":
-        # By a mark, which is what other programs look at.
-        said = model.prediction_type
-    doubts = [*(["do not tell"] if said else []), *(["are assumed"] if "unet/config.json" in kept else [])]
-    spec = _with_latent_statistics(model.spec, file)
-    notes = [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
+def model_of(
+    file: TensorFile,
+    files: Mapping[str, Path] | None = None,
+    configurations: Mapping[str, Config] | None = None,
+    use_averages: bool = False,
+    recognise: Callable[[Mapping[str, Shape], str], Recognition] = recognise_model,
+) -> OpenedModel:
+    """The model in the tensors of a file or folder.
+
+    Args:
+        file: the tensors.
+        files: of a folder's networks, by their names; None for the networks of which there is anything.
+        configurations: the folder's JSON files, by their paths in it; None for those in the file's metadata.
+        use_averages: take the moving averages (EMA) of the weights that have them.
+        recognise: says what it is by names and shapes.
+
+    Raises:
+        WeightError: no model of a family that is known, or no averages that could be taken.
+    """
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    found = recognise(shapes, str(file.path))
+    parts = tuple(found.naming.present_parts(shapes) if files is None else files)
+    plan = found.naming.read_plan(shapes, parts, use_averages)
+    if use_averages and not plan.averages:
+        raise WeightError(f"{file.path}: holds no moving averages (EMA) of its weights; leave out --use_ema")
+    configurations = _kept_configurations(file) if configurations is None else configurations
+    said: Any = _PREDICTIONS.get(file.metadata.get(PREDICTION_METADATA, ""))
+    if scheduler := configurations.get(SCHEDULER, {}):
+        said = scheduler.get("prediction_type", "epsilon")
+    if found.prediction_type == "v_prediction" or not isinstance(said, str):
+        # By a mark, which is what other programs look at; or nothing says it.
+        said = found.prediction_type
+    is_folder = file.container is Container.FOLDER
+    # What the names alone leave open -> whether something else says it.
+    told = {
+        "do not tell": is_folder or said is not None,
+        "are assumed": is_folder or "unet/config.json" in configurations,
+        "besides the weights": use_averages,
+    }
+    notes = [note for note in found.notes if not any(is_told and doubt in note for doubt, is_told in told.items())]
+    notes += [f"{count_of(count, 'tensor')} under {where!r} passed over." for where, count in file.left_out.items()]
     if use_averages:
-        notes.append(f"Moving averages (EMA) are taken in place of the weights: {model.averages}.")
-        doubts.append("besides the weights")
-    return replace(
-        model,
-        spec=_with_latents(spec, path, kept["vae/config.json"]) if "vae/config.json" in kept else spec,
-        prediction_type=said or model.prediction_type,
+        notes.append(f"Moving averages (EMA) are taken in place of the weights: {len(plan.averages)}.")
+    return OpenedModel(
+        path=file.path,
+        container=file.container,
+        form=found.form,
+        spec=_with_latents(found.model, file, configurations.get(VAE_CONFIG)),
+        tensors=_public_tensors(plan, file),
+        parts=parts,
+        report=plan.report,
+        prediction_type=said,
         zero_snr=ZERO_SNR in file.tensors or scheduler.get("rescale_betas_zero_snr") is True,
-        notes=(*_without(model.notes, *doubts), *notes),
-        averages=0 if use_averages else model.averages,
+        averages=0 if use_averages else len(plan.averages),
+        notes=tuple(notes),
         metadata=file.metadata,
-        configurations=kept,
+        files=files or {},
+        configurations=configurations,
     )
 
 
 def _kept_configurations(file: TensorFile) -> dict[str, Config]:
-    known = {SCHEDULER, *(f"{part}/config.json" for part in NETWORKS)}
+    known = {SCHEDULER, *map(CONFIG.format, NETWORKS)}
     try:
         found = parse_json_object(file.metadata.get(CONFIGURATIONS_METADATA, "{}").encode())
     except FormatError as error:
@@ -242,39 +288,13 @@ def _kept_configurations(file: TensorFile) -> dict[str, Config]:
     return found
 
 
-def _open_folder(path: Path, variant: str | None, wanted: Collection[str] | None) -> OpenedModel:
-    index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
-    there = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and (path / part).is_dir()]
-    files = {part: weight_file(path / part, part, variant) for part in (there if wanted is None else wanted)}
-    stored: dict[str, StoredTensor] = {}
-    for part, file in files.items():
-        # It must be of the kind that its name says.
-        opened = open_tensor_file(file, Container.SAFETENSORS if file.suffix == ".safetensors" else None)
-        stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
-    if not stored:
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
-    model = _opened(TensorFile(path, Container.FOLDER, stored), recognise_model, files)
-    scheduler = read_json(path / SCHEDULER) if (path / SCHEDULER).exists() else {}
-    said = scheduler.get("prediction_type", "epsilon") if scheduler else model.prediction_type
-    vae = path / "vae" / "config.json"
-    return replace(
-        model,
-        spec=_with_latents(model.spec, vae, read_json(vae)) if vae.exists() else model.spec,
-        prediction_type=said if isinstance(said, str) else None,
-        zero_snr=scheduler.get("rescale_betas_zero_snr") is True,
-        # A folder's configurations say it.
-        notes=tuple(_without(model.notes, "do not tell", "are assumed")),
-        files=files,
-    )
-
-
 def open_lone_vae(path: Path) -> OpenedModel:
     """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
 
     Raises:
         WeightError: no such file, damaged, or no autoencoder that is known.
     """
-    return _opened(open_tensor_file(path), recognise_vae)
+    return model_of(open_tensor_file(path), recognise=recognise_vae)
 
 
 def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedModel:
@@ -305,32 +325,7 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
         tensors={name: one for name, one in model.tensors.items() if not name.startswith("vae.")} | {**vae.tensors},
         parts=tuple(part for part in NETWORKS if part == "vae" or part in model.parts),
         files={**model.files, "vae": vae.path},
-        configurations={**model.configurations, "vae/config.json": config},
-    )
-
-
-def _opened(
-    file: TensorFile,
-    recognise: Callable[[Mapping[str, Shape], str], Recognition],
-    parts: Collection[str] | None = None,
-    use_averages: bool = False,
-) -> OpenedModel:
-    """What the names and shapes of tensors say; without `parts`, the networks of which there is anything."""
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found = recognise(shapes, str(file.path))
-    parts = found.naming.present_parts(shapes) if parts is None else parts
-    plan = found.naming.read_plan(shapes, parts, use_averages)
-    return OpenedModel(
-        path=file.path,
-        container=file.container,
-        form=found.form,
-        spec=found.model,
-        tensors=_public_tensors(plan, file),
-        parts=tuple(parts),
-        report=plan.report,
-        prediction_type=found.prediction_type,
-        averages=len(plan.averages),
-        notes=found.notes,
+        configurations={**model.configurations, VAE_CONFIG: config},
     )
 
 
@@ -354,31 +349,17 @@ def _public_tensors(plan: ReadPlan, file: TensorFile) -> dict[str, StoredTensor]
     return {name: public(slot) for name, slot in plan.slots.items()}
 
 
-def _with_latent_statistics(model: ModelSpec, file: TensorFile) -> ModelSpec:
-    """The model with the mean and deviation of its latents as a single file holds them, if it does."""
-    if not all(name in file.tensors for name in LATENT_STATISTICS):
+def _with_latents(model: ModelSpec, file: TensorFile, config: Config | None) -> ModelSpec:
+    """The model with the scale, mean and deviation of its latents as its configuration says them, or a single file."""
+    source = file.path / VAE_CONFIG if file.container is Container.FOLDER else file.path
+    if not config and all(name in file.tensors for name in LATENT_STATISTICS):
+        # By way of text: the shortest number that is this one in float32, as it stands in configurations.
+        mean, std = (
+            [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
+            for name in LATENT_STATISTICS
+        )
+        config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
+    if not config:
         return model
-    # By way of text: the shortest number that is this one in float32, as it stands in configurations.
-    mean, std = (
-        [float(str(value)) for value in file.tensors[name].cast_to(DType.F32).read().reshape(-1)]
-        for name in LATENT_STATISTICS
-    )
-    config = {"scaling_factor": PLAYGROUND_25_VAE.scaling_factor, "latents_mean": mean, "latents_std": std}
-    return _with_latents(model, file.path, config)
-
-
-def _with_latents(model: ModelSpec, source: Path, config: Config) -> ModelSpec:
-    """The model with the scale, mean and deviation of its latents as a configuration of its autoencoder says them."""
-    channels = model.vae.latent_channels
-    settings = read_config(source, config, lambda said: model_config.read_latent_settings(said, channels))
-    return replace(model, vae=replace(model.vae, **settings))
-
-
-def _in_a_list(read: Callable[[Config], Spec]) -> Callable[[Config], list[Spec]]:
-    """A reader whose sizes are not looked at: tensors know nothing of heads and norm groups."""
-    return lambda config: [read(config)]
-
-
-def _without(notes: Collection[str], *doubts: str) -> list[str]:
-    """The notes but those of some doubts, which something else has removed."""
-    return [note for note in notes if not any(doubt in note for doubt in doubts)]
+    read = partial(model_config.read_latent_settings, channels=model.vae.latent_channels)
+    return replace(model, vae=replace(model.vae, **read_config(source, config, read)))

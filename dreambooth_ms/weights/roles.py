@@ -8,11 +8,9 @@ from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
-from dreambooth_ms.formats.folder_layout import SCHEDULER
 from dreambooth_ms.formats.model_config import (
     Config,
     check_scheduler_config,
-    is_edm,
     read_config,
     read_scheduler_config,
 )
@@ -114,8 +112,8 @@ class TextReader:
 class Schedule:
     """How a model was trained to denoise."""
 
-    path: Path
-    """The model, for messages."""
+    source: Path
+    """What is named where it is wrong: the model, or a file in its folder."""
     config: Config
     """The configuration of its scheduler."""
 
@@ -127,7 +125,7 @@ class Schedule:
                 cannot be predicted with its noise.
         """
         more = {"prediction_type": prediction_type} if prediction_type else {}
-        return read_config(self._source, {**self.config, **more}, read_scheduler_config)
+        return read_config(self.source, {**self.config, **more}, read_scheduler_config)
 
     def check(self) -> None:
         """Stop if models are neither trained nor sampled so.
@@ -135,8 +133,4 @@ class Schedule:
         Raises:
             WeightError: it was trained otherwise, or a key of its configuration is not known or not supported.
         """
-        read_config(self._source, self.config, check_scheduler_config)
-
-    @property
-    def _source(self) -> Path:
-        return self.path if is_edm(self.config) or self.path.is_file() else self.path / SCHEDULER
+        read_config(self.source, self.config, check_scheduler_config)

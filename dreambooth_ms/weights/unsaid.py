@@ -1,50 +1,42 @@
 """What a single file does not say of its model, so that its readers take the published model's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.errors import UserError
-from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.formats.folder_configs import folder_configs
+from dreambooth_ms.formats.files.stored import TensorFile
 from dreambooth_ms.formats.folder_layout import SCHEDULER
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
-from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.infer import infer_model
-from dreambooth_ms.formats.naming.plan import unwrapped
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
-from dreambooth_ms.weights.opened_model import LATENT_STATISTICS, ZERO_SNR, OpenedModel
+from dreambooth_ms.weights.opened_model import OpenedModel, model_of
 
 
-def unsaid(
-    model: OpenedModel, form: Format, tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[str, Config], tuple[str, ...]]:
-    """What readers of a file in a format, with these tensors and nothing else, would take otherwise of the model.
+def unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tuple[str, ...]]:
+    """What readers of a file would take otherwise of the model in it.
 
     Returns:
         Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
         each behind its part.
     """
-    read = infer_model({unwrapped(name): one.shape for name, one in tensors.items()}, form, model.spec.family)
-    if tensors.keys() >= set(LATENT_STATISTICS):
-        vae = replace(model.spec.vae, scaling_factor=PLAYGROUND_25_VAE.scaling_factor)
-        read = replace(read, vae=replace(vae, norm_num_groups=read.vae.norm_num_groups))
-    guessed = folder_configs(read, model.parts, model.assumed_prediction, ZERO_SNR in tensors)
-    readers = {f"{part}/config.json": NETWORK_READERS[part] for part in model.parts}
-    readers |= {SCHEDULER: read_scheduler_config} if model.scheduler() else {}
+    read = model_of(file)
+    # Where a file does not tell what it predicts, readers are told so.
+    read = replace(read, prediction_type=read.prediction_type or model.assumed_prediction)
     kept: dict[str, Config] = {}
     keys: list[str] = []
-    for name, reader in readers.items():
-        own, other = model.configuration(name), guessed[name]
-        differing = _differing(reader, own, other) if _settings(own) != _settings(other) else []
+    for name in model.configuration_names:
+        part = name.partition("/")[0]
+        own, other = model.configuration(name), read.configuration(name)
+        differing = _differing(NETWORK_READERS.get(part, read_scheduler_config), own, other)
         # Schedulers have a class, and settings that no spec holds.
         if differing or (name == SCHEDULER and own != other):
             kept[name] = own
-        keys += [f"{name.partition('/')[0]} {key}" for key in differing]
+        keys += [f"{part} {key}" for key in differing]
     return kept, tuple(keys)
 
 
 def _differing(read: Callable[[Config], Any], own: Config, guessed: Config) -> list[str]:
+    if _settings(own) == _settings(guessed):
+        return []
     try:
         one, other = (_flat(read(config)) for config in (own, guessed))
     except (UserError, KeyError):

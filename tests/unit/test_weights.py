@@ -400,7 +400,7 @@ class TestConfigurations:
             config = defaults_of(name)
             if "beta_start" not in config:
                 continue
-            if name.removesuffix("Scheduler") not in model_config._DIFFUSION.split():
+            if name.removesuffix("Scheduler") not in model_config.BETAS:
                 with pytest.raises(WeightError, match=f"{name}: for models that are trained in another way"):
                     model_config.read_scheduler_config({"_class_name": name})
                 continue
