@@ -21,7 +21,7 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
     Raises:
         DeviceError: there is no such device, or it cannot compute so.
     """
-    device = set_up_device(wanted.device_target, wanted.ms_mode)
+    device = set_up_device(wanted.device_target, wanted.ms_mode, wanted.deterministic, wanted.jit_level)
     precision: Any = settled_precision(wanted.mixed_precision)
     settled = replace(wanted, mixed_precision=precision)
     compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.

@@ -185,8 +185,8 @@ def _plain(one: Field, value: Any, is_flag: bool) -> Any:
         ConfigError: OmegaConf would accept it, and the field should not.
     """
     texts = value if isinstance(value, list) else [value]
-    if one.name == "method" and isinstance(value, str) and value in refusals.METHODS_NOT_YET:
-        raise ConfigError(f"{value}: {refusals.METHODS_NOT_YET[value]}")
+    if reason := refusals.VALUES.get(one.name, {}).get(str(value).lower()):
+        raise ConfigError(f"{value}: {reason}")
     if "???" in texts:
         raise ConfigError("??? stands for a value that is still to be given")
     if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):

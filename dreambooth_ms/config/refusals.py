@@ -137,6 +137,12 @@ METHODS_NOT_YET: dict[str, str] = dict.fromkeys(
 )
 """Values of --method that are refused by name."""
 
+VALUES: dict[str, dict[str, str]] = {
+    "method": METHODS_NOT_YET,
+    "jit_level": {"o2": "hands graphs over to GE, which MindSpore has deprecated since 2.9; use O0 or O1"},
+}
+"""Field -> values that are refused by name, in lower case -> why."""
+
 HARMLESS: dict[str, str] = _by_name({
     "allow_tf32": "TF32 is a mode of NVIDIA GPUs",
     "auto_test_model": "pictures are generated whenever --validation_prompt gives them a prompt",
@@ -152,7 +158,7 @@ HARMLESS: dict[str, str] = _by_name({
     "dataloader_num_workers max_data_loader_n_workers num_parallel_workers persistent_data_loader_workers":
         "a few pictures gain nothing from being loaded in parallel",
     "dataset_load_tokenizer": "prompts are always turned into tokens before the step",
-    "deterministic test_seed": "the same --seed always generates the same pictures",
+    "test_seed": "the same --seed always generates the same pictures",
     "enable_npu_flash_attention enable_xformers_memory_efficient_attention mem_eff_attn sdpa xformers":
         "the attention that suits the device is chosen by itself",
     "local_rank": "it is set by PyTorch's launcher, which is not used here",
