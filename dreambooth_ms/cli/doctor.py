@@ -29,7 +29,16 @@ from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.runtime.ascend import CANN_FOLDERS, CANN_HOME, CANN_ROOTS, MANAGER, NO_CARD, Ascend, find_ascend
+from dreambooth_ms.runtime.ascend import (
+    CANN_FOLDERS,
+    CANN_HOME,
+    CANN_ROOTS,
+    MANAGER,
+    NO_CARD,
+    Ascend,
+    card_name,
+    find_ascend,
+)
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -162,9 +171,9 @@ def check_device(wanted: DeviceConfig) -> str:
     cann = cann_version(ascend.home)
     if cann and not cann.startswith(CANN_ACCEPTED):
         raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
-    name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
+    count = ms.hal.device_count("Ascend")
     where = f"in {ascend.home}" if ascend.home else f"{CANN_HOME} is not set"
-    return f"{count} x Ascend {name}, CANN {cann or 'of unknown version'} ({where}); {how}"
+    return f"{count} x Ascend {card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
 
 
 def compile_twice() -> str:
