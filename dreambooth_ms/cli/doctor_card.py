@@ -7,12 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
+from mindspore import Tensor
 
-from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.models.specs import PUBLISHED_MODELS
 from dreambooth_ms.ops import MultiHeadAttention
+from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.ascend import CANN_HOME
 
 CANN_ACCEPTED = ("8.2", "8.3", "8.5", "9.0", "9.1")
@@ -79,11 +79,12 @@ def attention() -> str:
 def _attention_error(size: int) -> tuple[bool, float]:
     """Whether attention with such heads is one kernel, and the relative error of its result."""
     cell = MultiHeadAttention(HEADS, size)
-    inputs = [toy_networks.normal(f"{name} of {size}", 1, TOKENS, HEADS * size).astype(ms.float16) for name in "qkv"]
-    q, k, v = (x.asnumpy().astype(np.float64).reshape(TOKENS, HEADS, size).transpose(1, 0, 2) for x in inputs)
+    rows = [standard_normal((1, TOKENS, HEADS * size), size, name).astype(np.float16) for name in "qkv"]
+    q, k, v = (x.astype(np.float64).reshape(TOKENS, HEADS, size).transpose(1, 0, 2) for x in rows)
     weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(size))
     expected = (weights / weights.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(1, TOKENS, HEADS * size)
-    return cell.fuses, float(np.linalg.norm(cell(*inputs).asnumpy() - expected) / np.linalg.norm(expected))
+    result = cell(*map(Tensor, rows)).asnumpy()
+    return cell.fuses, float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
 
 
 def kernels() -> str:

@@ -222,11 +222,19 @@ def test_the_older_interface_is_what_the_simulation_finds():
 @pytest.mark.skipif(bool(ascend_stubs.missing_tools()), reason="needs g++ and binutils")
 def test_the_simulated_card_has_its_lines():
     """Results are zeros there, so that what is compared fails."""
-    _, printed = simulate(["-m", "dreambooth_ms", "doctor", "--device_target", "Ascend", "--jit_level", "O1"])
-    lines = {line[8:].split("  ")[0]: line for line in printed.splitlines() if line.startswith(("ok  ", "FAILED"))}
-    assert "deterministic True, jit_level O1" in lines["device"]
+    code = """
+from dreambooth_ms.cli import doctor
+from dreambooth_ms.config.shared import DeviceConfig
+checks = doctor.checks(DeviceConfig(device_target="Ascend", jit_level="O0"))
+for name in ("device", "driver", "attention", "kernels", "environment"):
+    print("line", name, *doctor.examine(checks[name]), flush=True)
+"""
+    report, printed = simulate(["-c", code])
+    assert not report.refused, printed
+    assert report.kernels["aclnn"]["FlashAttentionScore"] == 4
+    lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("line")}
+    assert "deterministic True, jit_level O0" in lines["device"]
     assert "of unknown version" in lines["driver"]
     assert "heads of 40 fused, 64 fused, 80 fused, 160 fused; relative error 1e+00" in lines["attention"]
     assert "te cannot be imported" in lines["kernels"]
     assert "HCCL_DETERMINISTIC=true" in lines["environment"] and "HCCL_CONNECT_TIMEOUT=600" in lines["environment"]
-    assert "training step" in lines and "compile cache" in lines
