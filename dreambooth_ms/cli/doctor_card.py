@@ -33,7 +33,7 @@ READ_BY_CARD = ("ASCEND_", "HCCL_", "RANK_TABLE", "TE_PARALLEL")
 """Beginnings of the variables that decide how a card is used."""
 
 HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
-"""Of the attention that is tried, whose relative error in float16 is 4e-4 on a CPU."""
+"""Of the attention that is tried, whose relative error in float16 is 6e-4 on a CPU."""
 
 
 class Failed(Exception):
