@@ -1,4 +1,4 @@
-"""Time a training step: ours, and one of diffusers and peft on PyTorch, on this CPU.
+"""Time a training step: ours, and one of diffusers and peft on PyTorch, on this CPU; or ours on an Ascend card.
 
     python -m tools.bench_step                     # the embedded base's size; needs tests/requirements.txt
     python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
@@ -6,12 +6,14 @@
     python -m tools.bench_step --method full
     python -m tools.bench_step --processes 2       # two of ours beside one of the peer with the rows of both
     python -m tools.bench_step --size sdxl --resolution 1024 --gradient_checkpointing --only ours --steps 1
+    python -m tools.bench_step --size sdxl --resolution 1024 --mixed_precision fp16 --device Ascend    # on a card
     python -m tools.bench_step --size sd15-half --resolution 256 --method full --processes 2 --zero_stage 1 --only ours
 
 Each side runs in fresh processes, in turns. Both have the same weights and rows in float32: one picture of the subject
 and one of the class, latents and embeddings made beforehand, AdamW, gradients clipped to norm 1. So both have the same
 loss, and that is checked. With --processes each of ours takes two rows of its own, and its memory is that of all.
-PyTorch gets a thread for every core; MindSpore's threads are what it takes by itself.
+PyTorch gets a thread for every core; MindSpore's threads are what it takes by itself. On an Ascend card only ours is
+timed, and its memory on the card is told beside the process's.
 """
 
 import argparse
@@ -100,6 +102,10 @@ class Job:
     """1: each process of ours keeps a part of the optimiser's state."""
     whole_attention: bool = False
     """Whether ours computes the scores of each attention at once, in place of slices."""
+    device: str = "CPU"
+    """Of ours: CPU or Ascend."""
+    jit_level: str | None = None
+    """Of ours; None leaves it to MindSpore."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.runtime.device import compute_dtype, set_up_device
 
     if processes.count == 1:
-        set_up_device("CPU", 0)
+        set_up_device(job.device, 0, jit_level=job.jit_level)
     if job.whole_attention:
         from dreambooth_ms.ops import attention
 
@@ -291,7 +297,8 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
 
     Returns:
         `imported`, `built`, `first_step`: when each was done, in seconds after the start; `times`: seconds of every
-        step, the first included; `losses`; `peak_memory`: bytes; `expected_memory`: in words, of ours.
+        step, the first included; `losses`; `peak_memory`: bytes; `card_memory`: bytes at most on an Ascend card;
+        `expected_memory`: in words, of ours.
 
     Raises:
         SystemExit: a loss or gradient is NaN or infinity, or a weight stayed as it was; such a step is not timed.
@@ -321,7 +328,16 @@ def measure(side: str, job: Job, started: float, processes: Processes = ALONE) -
     if unchanged:
         raise SystemExit(f"{side}: {len(unchanged)} of {len(before)} weights did not change, such as {unchanged[0]}")
     expected = expected_memory(job) if side == "ours" else ""
-    return {**marks, "times": times, "losses": losses, "peak_memory": peak, "expected_memory": expected}
+    report = {**marks, "times": times, "losses": losses, "peak_memory": peak, "expected_memory": expected}
+    return report | ({"card_memory": card_memory()} if job.device == "Ascend" else {})
+
+
+def card_memory() -> int:
+    """The most bytes that MindSpore has had on the card at one time."""
+    import mindspore as ms
+
+    peak: int = ms.runtime.max_memory_allocated()
+    return peak
 
 
 def expected_memory(job: Job) -> str:
@@ -360,7 +376,7 @@ def measure_together(side: str, job: Job, started: float) -> int:
     from dreambooth_ms.runtime.device import set_up_device
 
     def work(processes: Processes) -> int:
-        set_up_device("CPU", 0)
+        set_up_device(job.device, 0, jit_level=job.jit_level)
         with collective_operations(processes.launch):
             reports = processes.exchange("the report", measure(side, job, started, processes))
         if processes.is_first:
@@ -412,6 +428,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, float]:
         "  building, s": report["built"] - report["imported"],
         "  compiling, warming up, s": first - step,
         "peak memory, GiB": report["peak_memory"] / 2**30,
+        **({"  of the card, GiB": report["card_memory"] / 2**30} if "card_memory" in report else {}),
     }
 
 
@@ -454,6 +471,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="compute activations again")
     parser.add_argument("--zero_stage", type=int, choices=[0, 1], default=0, help="of several processes of ours")
     parser.add_argument("--whole_attention", action="store_true", help="ours without slices of attention")
+    parser.add_argument("--device", choices=["CPU", "Ascend"], default="CPU", help="of ours (default: CPU)")
+    parser.add_argument("--jit_level", choices=["O0", "O1"], help="of ours (default: MindSpore's own)")
     parser.add_argument("--only", choices=list(SIDES), help="measure one side, where the other does not fit")
     parser.add_argument("--pairs", type=int, default=2, help="processes of each side (default: 2)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed after the first (default: 10)")
@@ -467,6 +486,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         parser.error(f"--resolution: expected a multiple of {step}, got {resolution}")
     if args.pairs < 1 or args.steps < 1 or args.processes < 1:
         parser.error("--pairs, --steps and --processes: expected at least 1")
+    if args.device == "Ascend" and args.only == "peer":
+        parser.error("--only peer: PyTorch's side runs on a CPU; leave out --device Ascend")
+    if args.device == "Ascend":
+        args.only = "ours"
     if args.zero_stage and args.processes == 1:
         parser.error("--zero_stage: expected more than one of --processes")
     if args.whole_attention:
@@ -482,6 +505,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Job]:
         args.gradient_checkpointing,
         args.zero_stage,
         args.whole_attention,
+        args.device,
+        args.jit_level,
     )
 
 
@@ -497,9 +522,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = "float32" if job.mixed_precision == "no" else job.mixed_precision
     size = f"latents {job.latent_size} x {job.latent_size}"
     rows = f"{2 * job.processes} rows, of ours in {job.processes} processes" if job.processes > 1 else "2 rows"
-    print(
-        f"{args.size}, {args.method}, {precision}, {rows}, {size}, {count_of(os.cpu_count() or 1, 'core')}", flush=True
-    )
+    where = count_of(os.cpu_count() or 1, "core") if job.device == "CPU" else job.device
+    print(f"{args.size}, {args.method}, {precision}, {rows}, {size}, {where}", flush=True)
     sides = [args.only] if args.only else list(SIDES)
     runs = []
     for _ in range(args.pairs):

@@ -16,18 +16,29 @@ from mindspore import Tensor
 
 from dreambooth_ms import __version__
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
+from dreambooth_ms.atomic import write_bytes
 from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.doctor_card import CANN_ACCEPTED, CHECKS, Failed, cann_version
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
-from dreambooth_ms.errors import UserError, count_of
+from dreambooth_ms.errors import ConfigError, UserError, count_of
 from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.runtime.ascend import CANN_FOLDERS, CANN_HOME, CANN_ROOTS, MANAGER, NO_CARD, Ascend, find_ascend
+from dreambooth_ms.runtime.ascend import (
+    CANN_FOLDERS,
+    CANN_HOME,
+    CANN_ROOTS,
+    MANAGER,
+    NO_CARD,
+    Ascend,
+    card_name,
+    find_ascend,
+)
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -40,10 +51,12 @@ GIB = 2**30
 MIN_MEMORY, MIN_DISK = 2 * GIB, 1 * GIB
 """The embedded base trains in 1.2 GiB (docs/performance.md); a LoRA of it with its checkpoints takes some MiB."""
 
-LIBRARIES = ("mindspore", "mindone", "numpy", "transformers")
-CANN_ACCEPTED = ("8.2", "8.3", "8.5", "9.0", "9.1")
-"""What MindSpore 2.10.0 accepts (looked up in its `run_check/_check_version.py`)."""
+REPORTED = re.compile(
+    r"(?!.*(KEY|PASS|SECRET|TOKEN))(ACL|ASCEND|DEVICE|GLOG|HCCL|LD|MINDSPORE|MS|OMP|OMPI|PYTHON|RANK|TE)(_|PATH$)"
+)
+"""Names of the variables that a report holds: no others, so that nothing private is in it."""
 
+LIBRARIES = ("mindspore", "mindone", "numpy", "transformers")
 STORED = {
     "loss": 1.069544,
     "gradient norm": 0.0407725,
@@ -58,29 +71,46 @@ TOLERANCES = {Formulation.CPU: 1e-4, Formulation.ASCEND: 1e-2}
 default there, which keeps 10 bits of a fraction (documented)."""
 
 
-class Failed(Exception):
-    """A check failed; the text says what was found and what to do."""
-
-
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
-    device = load(DoctorConfig, argv, tell).device
+    config = load(DoctorConfig, argv, tell)
+    report = config.report.report and Path(config.report.report)
+    if report and (report.exists() or not report.parent.is_dir()):
+        raise ConfigError(f"--report {report}: expected the name of a new file, in a folder that is there")
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        said.append(line)
+
     failed = 0
-    for name, look in checks(device).items():
+    for name, look in checks(config.device).items():
         started = time.monotonic()
         mark, found = examine(look)
         failed += mark != "ok"
-        print(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]", flush=True)
+        say(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]")
         if name == DEVICE and mark != "ok":
-            print(what_to_look_at(find_ascend()))
-            return FAILED_STATUS
-    print("everything works" if not failed else f"{count_of(failed, 'check')} failed")
+            say(what_to_look_at(find_ascend()))
+            break
+    else:
+        say("everything works" if not failed else f"{count_of(failed, 'check')} failed")
+    if report:
+        # Without the user's name, which a home folder has.
+        text = re.sub(rf"{re.escape(str(Path.home()))}(?=[/:\s])", "~", "\n".join([*said, *surroundings()]))
+        write_bytes(report, text.encode())
+        tell(f"wrote {report}")
     return FAILED_STATUS if failed else 0
+
+
+def surroundings() -> list[str]:
+    """System, packages, and what MindSpore, CANN and launchers read of the environment: a line each."""
+    packages = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if REPORTED.match(name)]
+    return ["", platform.platform(), "", *sorted(packages, key=str.lower), "", *variables, ""]
 
 
 def what_to_look_at(ascend: Ascend) -> str:
     """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
-    cann = Path(ascend.home) if ascend.home else None
     return f"""
 The other checks need the device. What to look at, in this order:
 
@@ -92,7 +122,7 @@ The other checks need the device. What to look at, in this order:
        -v /usr/local/Ascend/driver:/usr/local/Ascend/driver -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi ...
 
 2. CANN            {CANN_HOME}: {ascend.home or "not set"}
-                   version: {(cann and cann_version(cann)) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
+                   version: {cann_version(ascend.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
                    set_env.sh: {ascend.script or "not found in " + " or ".join(CANN_ROOTS)}
    In each new shell: source {ascend.script or f"{CANN_ROOTS[0]}/{CANN_FOLDERS[0]}/set_env.sh"}
 
@@ -116,9 +146,11 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
     `Failed`."""
+    of_card = device.device_target != "CPU" and find_ascend().is_usable
     return {
         "versions": versions,
         DEVICE: lambda: check_device(device),
+        **(CHECKS if of_card else {}),
         "memory": memory,
         "disk": disk,
         "training step": lambda: compare(training_figures()),
@@ -133,13 +165,15 @@ def check_device(wanted: DeviceConfig) -> str:
     if wanted.device_target == "Ascend" and not ascend.is_usable:
         raise Failed(ascend.obstacle or NO_CARD)
     set_up(wanted)
+    how = f"deterministic {wanted.deterministic}, jit_level {wanted.jit_level or 'left to MindSpore'}"
     if formulation() is Formulation.CPU:
-        return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}"
-    cann = cann_version(Path(ascend.home)) if ascend.home else None
+        return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}; {how}"
+    cann = cann_version(ascend.home)
     if cann and not cann.startswith(CANN_ACCEPTED):
         raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
-    name, count = ms.hal.get_device_name(0), ms.hal.device_count("Ascend")
-    return f"{count} x Ascend {name}, CANN {cann or f'of unknown version ({CANN_HOME} is not set)'}"
+    count = ms.hal.device_count("Ascend")
+    where = f"in {ascend.home}" if ascend.home else f"{CANN_HOME} is not set"
+    return f"{count} x Ascend {card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
 
 
 def compile_twice() -> str:
@@ -200,14 +234,6 @@ def disk() -> str:
     if free < MIN_DISK:
         raise Failed(f"{said}; a run with a real base takes more: free some space or go elsewhere")
     return said
-
-
-def cann_version(home: Path) -> str | None:
-    """The version that CANN gives in its folder."""
-    for path in (home / "compiler" / "version.info", home / "version.cfg"):
-        if path.is_file() and (match := re.search(r"(?i)version[^\n=]*=\W*(?:.*:)?([0-9][\w.]+)", path.read_text())):
-            return match[1]
-    return None
 
 
 def training_figures() -> dict[str, float]:

@@ -36,6 +36,7 @@ from dreambooth_ms.training.checkpoint import (
 )
 from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, train
+from dreambooth_ms.training.profile import profiled
 from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
 from dreambooth_ms.training.run_lock import only_run_in
@@ -102,7 +103,13 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
     result = result_of(output)
     finished = result if result and result.steps >= total else None
     if not finished:
-        check_expected_disk(config, job.base, checkpoint.step if checkpoint else 0, total)
+        done = checkpoint.step if checkpoint else 0
+        if config.run.profile and config.run.profile >= total - done:
+            left = count_of(total - done, "step")
+            raise ConfigError(
+                f"--profile {config.run.profile}: expected less than the {left} to take; the first is left out"
+            )
+        check_expected_disk(config, job.base, done, total)
     stack.enter_context(only_run_in(output, tell))
     write_config(config)
     if finished:
@@ -149,6 +156,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
+        if tracker and config.run.profile:
+            hooks.append(stack.enter_context(profiled(output / "profile", config.run.profile)))
         stop_asked = stack.enter_context(stop_requests())
         stopped = train(
             training.step,

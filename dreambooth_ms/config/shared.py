@@ -22,6 +22,11 @@ class DeviceConfig:
     is slower. Trained weights, norms, softmax, loss, optimiser and autoencoder are float32 in any case. None: no."""
     ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
+    deterministic: Annotated[bool, Resume.MAY_CHANGE] = True
+    """On Ascend: sum in the same order each time, in all processes, so that the same run gives the same bits; slower. A
+    CPU always does so."""
+    jit_level: Annotated[Literal["O0", "O1"] | None, Resume.MAY_CHANGE] = None
+    """How far MindSpore optimises a graph on Ascend. O1: operators are fused, too. None: MindSpore's own choice, O0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,9 @@ class RunConfig:
     """Go on from a checkpoint although pictures, or the base's weights, are not what they were."""
     logging_dir: Annotated[str, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
+    profile: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
+    """Let MindSpore's profiler record so many steps after the first, which compiles, into the folder profile inside
+    output_dir. None: it records nothing."""
 
 
 _TEXT_ENCODER = only_with("train_text_encoder")

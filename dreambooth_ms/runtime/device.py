@@ -26,12 +26,14 @@ Precision: TypeAlias = Literal["no", "fp16", "bf16", "auto"]
 _formulation = Formulation.CPU
 
 
-def set_up_device(target: str, ms_mode: int) -> str:
-    """Choose the device and the execution mode. Call it once, before any cell is built.
+def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
+    """Choose the device and how it computes. Call it once, before any cell is built and before processes communicate.
 
     Args:
         target: "CPU", "Ascend", or "auto" for Ascend where there is one.
         ms_mode: 0 for graph mode, 1 for PyNative.
+        deterministic: whether Ascend is to give the same bits each time; a CPU does.
+        jit_level: "O0" or "O1"; None leaves it to MindSpore.
 
     Returns:
         The device in use: "CPU" or "Ascend".
@@ -51,6 +53,10 @@ def set_up_device(target: str, ms_mode: int) -> str:
     if device == "CPU":
         _set_up_pool()
         keep_arrays_apart()
+    elif deterministic:
+        _make_deterministic()
+    if jit_level:
+        ms.set_context(jit_config={"jit_level": jit_level})
     ms.set_context(mode=ms.PYNATIVE_MODE if ms_mode == 1 else ms.GRAPH_MODE)
     _formulation = Formulation(device.lower())
     # Nothing has been run on an Ascend card, so there the cache is on only if it is asked for.
@@ -66,6 +72,12 @@ def _set_up_pool() -> None:
     512 px took 4.3 GiB, and 3.5 GiB with this (measured). What is never used of a piece is not resident.
     """
     ms.runtime.set_memory(init_size="1GB", increase_size="1GB")
+
+
+@cache
+def _make_deterministic() -> None:
+    """MindSpore takes this once in a process. It sets HCCL_DETERMINISTIC, too, which is read when processes connect."""
+    ms.set_deterministic(True)
 
 
 def settled_precision(mixed_precision: Precision | None) -> Precision | None:

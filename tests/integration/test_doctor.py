@@ -1,17 +1,20 @@
 """`dreambooth-ms doctor` reports of each part of an installation whether it works."""
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dreambooth_ms.cli import doctor
+from dreambooth_ms.cli import doctor, doctor_card
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.runtime.ascend import Ascend
 from dreambooth_ms.runtime.device import Formulation
+from tools import ascend_stubs
+from tools.simulate_ascend import OLD_INTERFACE, simulate
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,7 @@ def test_the_lines_tell_what_was_found(examined):
     found = {name: said for name, (_, said) in examined.items()}
     assert "mindspore 2." in found["versions"]
     assert found["device"].startswith("CPU, ")
+    assert found["device"].endswith("; deterministic True, jit_level left to MindSpore")
     assert "GiB free" in found["memory"] and "GiB free" in found["disk"]
     for name in ("training step", "sampling"):
         error = float(found[name].rpartition("to ")[2])
@@ -135,3 +139,102 @@ def test_the_version_of_cann_is_read_from_its_folder(tmp_path, file, text):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert doctor.cann_version(tmp_path) == "8.5.0"
+
+
+def test_a_report_holds_the_lines_the_packages_and_no_secret(checks, tmp_path, monkeypatch):
+    checks(versions=lambda: f"in {Path.home()}/work", memory=lambda: "enough")
+    for name in ("MS_API_TOKEN", "HF_TOKEN", "USER_PASSWORD", "ASCEND_SECRET"):
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "3600")
+    monkeypatch.setenv("PYTHONPATH", f"{Path.home()}/code:{os.environ.get('PYTHONPATH', '')}")
+    assert main(["doctor", "--report", str(tmp_path / "report.txt")]) == 0
+    text = (tmp_path / "report.txt").read_text()
+    assert text.startswith("ok      versions       in ~/work  [0.0 s]\nok      memory")
+    assert "everything works" in text and "mindspore==2." in text and "numpy==" in text
+    assert "HCCL_EXEC_TIMEOUT=3600" in text and "PYTHONPATH=~/code:" in text
+    assert "hidden" not in text and f"{Path.home()}/" not in text
+
+
+def test_a_report_of_a_failure_has_the_page_on_what_to_look_at(tmp_path):
+    assert main(["doctor", "--device_target", "Ascend", "--report", str(tmp_path / "report.txt")]) == 1
+    assert "The other checks need the device." in (tmp_path / "report.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["there.txt", "nowhere/report.txt", "."])
+def test_a_report_replaces_nothing_and_makes_no_folder(checks, tmp_path, capsys, name):
+    (tmp_path / "there.txt").write_text("mine")
+    checks(first=fails(AssertionError("nothing is looked at")))
+    assert main(["doctor", "--report", str(tmp_path / name)]) == 2
+    assert "expected the name of a new file, in a folder that is there" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.fixture
+def with_cann(tmp_path, monkeypatch):
+    """What the driver's check says with a CANN, and with what the driver's file or npu-smi says."""
+
+    def look(cann, file="", program=""):
+        (tmp_path / "version.cfg").write_text(f"version=[7.6:{cann}]\n")
+        (tmp_path / "version.info").write_text(file)
+        (tmp_path / "npu-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{program}\nEND\n")
+        (tmp_path / "npu-smi").chmod(0o755)
+        monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return doctor.examine(lambda: doctor_card.driver(tmp_path / "version.info"))
+
+    return look
+
+
+# As users show them: the head of npu-smi's table, and the driver's file.
+NPU_SMI = "| npu-smi {0}            Version: {0}                 |"
+DRIVER_FILE = "Version={}\nascendhal_version=7.35.23\naicpu_version=1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("cann", "driver", "said"),
+    [
+        ("9.1.0", "26.0.rc1", "goes with CANN 9.1.0"),
+        ("9.1.0", "25.5.1", "goes with CANN 9.1.0"),
+        ("9.1.0", "25.0.rc1.1", "FAILED 25.0.rc1.1: expected with CANN 9.1.0 one of 25.2, 25.3, 25.5, 26.0.rc1, 26.1"),
+        ("9.1.0", "24.1.0", "not known whether it goes with CANN 9.1.0"),
+        ("9.0.0", "26.0.RC1", "goes with CANN 9.0.0"),
+        ("8.5.0", "25.5.0", "goes with CANN 8.5.0"),
+        ("8.2.RC1", "25.2.0", "not known whether it goes with CANN 8.2.RC1"),
+    ],
+)
+def test_the_driver_is_paired_with_cann(with_cann, cann, driver, said):
+    for found in (with_cann(cann, file=DRIVER_FILE.format(driver)), with_cann(cann, program=NPU_SMI.format(driver))):
+        assert said in " ".join(found) and driver in found[1]
+    assert "of unknown version" in with_cann(cann)[1]
+
+
+def test_attention_in_half_precision_is_compared_with_float64(monkeypatch):
+    mark, said = doctor.examine(doctor_card.attention)
+    assert mark == "ok" and said.startswith("heads of 40 in parts, 64 in parts, 80 in parts, 160 in parts; to ")
+    monkeypatch.setattr(doctor_card, "ROUNDING", 1e-6)
+    assert "expected at most 1e-06" in doctor.examine(doctor_card.attention)[1]
+
+
+def test_the_older_interface_is_what_the_simulation_finds():
+    assert set(doctor_card.OLD_INTERFACE) == OLD_INTERFACE.keys()
+
+
+@pytest.mark.skipif(bool(ascend_stubs.missing_tools()), reason="needs g++ and binutils")
+def test_the_simulated_card_has_its_lines():
+    """Results are zeros there, so that what is compared fails."""
+    code = """
+from dreambooth_ms.cli import doctor
+from dreambooth_ms.config.shared import DeviceConfig
+checks = doctor.checks(DeviceConfig(device_target="Ascend", jit_level="O0"))
+for name in ("device", "driver", "attention", "kernels", "environment"):
+    print("line", name, *doctor.examine(checks[name]), flush=True)
+"""
+    report, printed = simulate(["-c", code])
+    assert not report.refused, printed
+    assert report.kernels["aclnn"]["FlashAttentionScore"] == 4
+    lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("line")}
+    assert "deterministic True, jit_level O0" in lines["device"]
+    assert "of unknown version" in lines["driver"]
+    assert "heads of 40 fused, 64 fused, 80 fused, 160 fused; relative error 1e+00" in lines["attention"]
+    assert "te cannot be imported" in lines["kernels"]
+    assert "HCCL_DETERMINISTIC=true" in lines["environment"] and "HCCL_CONNECT_TIMEOUT=600" in lines["environment"]

@@ -137,6 +137,15 @@ def test_the_step_is_the_median_without_the_first_step():
     assert list(bench_step.figures(report).values()) == [2.0, 15.0, 2.0, 3.0, 7.0, 2.0]
 
 
+def test_on_a_card_only_ours_is_timed_with_the_memory_of_the_card():
+    args, job = bench_step.parse(["--device", "Ascend", "--jit_level", "O1"])
+    assert (args.only, job.device, job.jit_level) == ("ours", "Ascend", "O1")
+    with pytest.raises(SystemExit):
+        bench_step.parse(["--device", "Ascend", "--only", "peer"])
+    report = {"times": [9.0, 1.0], "first_step": 15.0, "imported": 2.0, "built": 5.0, "peak_memory": 2**31}
+    assert bench_step.figures(report | {"card_memory": 3 * 2**30})["  of the card, GiB"] == 3.0
+
+
 def test_the_table_shows_medians_and_ratios():
     pairs = [({"step": ours, "rest": 1.0}, {"step": peer, "rest": 0.0}) for ours, peer in ((1, 2), (3, 2), (2, 4))]
     _, step, rest = bench_step.ratio_table(pairs).splitlines()

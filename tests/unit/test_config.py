@@ -612,6 +612,13 @@ def test_a_harmless_flag_is_ignored_with_one_note(name):
     assert notes(TrainConfig, [*REQUIRED, f"--{name}", "False"]) == ()
 
 
+@pytest.mark.parametrize("level", ["O2", "o2"])
+def test_a_deprecated_jit_level_is_refused_with_its_reason(level):
+    (problem,) = train_problems("--jit_level", level)
+    assert problem.startswith(f"--jit_level: {level}: ") and "deprecated since 2.9; use O0 or O1" in problem
+    assert train_problems("--jit_level", "O3") == ["--jit_level: expected one of O0, O1, or None, got 'O3'"]
+
+
 @pytest.mark.parametrize("name", METHODS_NOT_YET)
 def test_a_method_of_a_later_version_is_refused_by_name(name):
     assert train_problems("--method", name) == [f"--method: {name}: {METHODS_NOT_YET[name]}"]

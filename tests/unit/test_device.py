@@ -1,5 +1,9 @@
 """On what a command computes: it is told, and a card that MindSpore cannot use is told with what to do."""
 
+import subprocess
+import sys
+
+import mindspore as ms
 import pytest
 
 from dreambooth_ms.cli import device as cli_device
@@ -12,6 +16,8 @@ from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.runtime import ascend, device
 from dreambooth_ms.runtime.ascend import find_ascend
 from dreambooth_ms.runtime.device import Formulation, set_up_device, settled_precision
+from tools import ascend_stubs
+from tools.simulate_ascend import simulate
 
 NODES = ("davinci0", "davinci_manager")
 
@@ -88,6 +94,44 @@ def test_a_card_that_cannot_be_used_is_a_warning_unless_the_cpu_was_asked_for(ca
     _, (warning, _) = told(capsys)
     assert warning.startswith("warning: the CPU computes") and "source " in warning
     assert len(told(capsys, device_target="CPU")[1]) == 1
+
+
+LEVELS = """
+import mindspore as ms
+from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.config.shared import DeviceConfig
+from dreambooth_ms.ops import MultiHeadAttention
+from dreambooth_ms.runtime.graph_key import graph_key
+for level in (None, "O0", "O1"):
+    set_up(DeviceConfig(device_target="CPU", jit_level=level))
+    print(ms.get_context("jit_config").get("jit_level"), graph_key(MultiHeadAttention(1, 8), ()))
+"""
+
+
+def test_the_jit_level_is_mindspores_and_part_of_a_graphs_key():
+    """In a process of its own, all of which it is for."""
+    done = subprocess.run([sys.executable, "-c", LEVELS], stdout=subprocess.PIPE, text=True, check=True)
+    levels, keys = zip(*map(str.split, done.stdout.splitlines()), strict=True)
+    assert levels == ("None", "O0", "O1") and len(set(keys)) == 3
+
+
+def test_a_cpu_is_deterministic_without_being_asked(capsys, monkeypatch):
+    monkeypatch.setattr(ms, "set_deterministic", lambda on: pytest.fail("it would only slow it down"))
+    assert told(capsys, deterministic=True)[0] == DeviceConfig()
+
+
+@pytest.mark.skipif(bool(ascend_stubs.missing_tools()), reason="needs g++ and binutils")
+def test_a_card_is_made_deterministic_once_unless_it_is_not_to_be():
+    code = """
+import os, mindspore as ms
+from dreambooth_ms.runtime.device import set_up_device
+for wanted in (False, True, True):
+    set_up_device("Ascend", 0, deterministic=wanted)
+    print("seen", ms.get_context("deterministic"), os.environ.get("HCCL_DETERMINISTIC"))
+"""
+    report, said = simulate(["-c", code])
+    assert not report.refused, said
+    assert [line for line in said.splitlines() if line.startswith("seen")] == ["seen OFF None", *["seen ON true"] * 2]
 
 
 SDXL = ("finetune_dreambooth_lora_910a", "finetune_dreambooth_lora_910b", "finetune_dreambooth_textencoder_lora_910b")
