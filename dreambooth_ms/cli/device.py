@@ -4,13 +4,11 @@ import os
 from dataclasses import replace
 from typing import Any
 
-import mindspore as ms
-
 from dreambooth_ms.cli.compilation import show_compilation
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import count_of
-from dreambooth_ms.runtime.ascend import find_ascend
+from dreambooth_ms.runtime.ascend import card_name, find_ascend
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
 from dreambooth_ms.runtime.device import Formulation, compute_dtype, formulation, set_up_device, settled_precision
 
@@ -39,5 +37,5 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
 def described(settled: DeviceConfig) -> str:
     """On what is computed and in which precision, in words."""
     cpu = f"the CPU ({count_of(os.cpu_count() or 1, 'core')})"
-    where = cpu if formulation() is Formulation.CPU else f"Ascend {ms.hal.get_device_name(0)}"
+    where = cpu if formulation() is Formulation.CPU else f"Ascend {card_name()}"
     return f"on {where}, in {str(compute_dtype(settled.mixed_precision)).lower()}"

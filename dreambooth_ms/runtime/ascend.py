@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mindspore as ms
 from mindspore._c_expression import MSContext
 
 NO_CARD = "no Ascend device was found here"
@@ -72,3 +73,8 @@ def find_ascend(
 def is_simulated(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether MindSpore simulates its device."""
     return environment.get(SIMULATION, "0") != "0"
+
+
+def card_name() -> str:
+    """What this process's card is called; only to be asked where there is one, or one is simulated."""
+    return "(simulated: all results are zeros)" if is_simulated() else str(ms.hal.get_device_name(0))
