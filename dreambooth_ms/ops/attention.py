@@ -38,7 +38,7 @@ class MultiHeadAttention(nn.Cell):
         self.interchange = shared(GatherInterchange if on_cpu else TransposeInterchange)
         self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
-        self.fused_dim = -(-head_dim // 16) * 16
+        self.fused_dim = fused_head(head_dim)
         self.fuses = not on_cpu and not causal and self.fused_dim <= 512
         self.widen, self.part = ascend.widen, ascend.part
 
@@ -82,6 +82,11 @@ class MultiHeadAttention(nn.Cell):
             return x_MLD
         rows_BRD = self.interchange(ops.reshape(x_MLD, (batch, -1, self.head_dim)), self.num_heads, length)
         return ops.reshape(rows_BRD, shape)
+
+
+def fused_head(head_dim: int) -> int:
+    """The size of a head within the fused kernel."""
+    return -(-head_dim // 16) * 16
 
 
 class TransposeInterchange(nn.Cell):
