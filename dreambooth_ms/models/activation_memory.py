@@ -71,7 +71,7 @@ def peak_activations(segments: Iterable[SegmentMemory], recomputed: bool) -> int
 
 
 def peak_with_gradients(segments: Sequence[SegmentMemory], recomputed: bool) -> int:
-    """Bytes of activations, casts and gradients at the worst moment of a backward pass, which begins at the last part."""
+    """Bytes of activations, casts and gradients at the worst moment of a backward pass, from the last part on."""
     held = [segment.result if recomputed else segment.inside + segment.casts for segment in segments]
     before, gradients, peak = sum(held), 0, 0
     for segment, own in zip(reversed(segments), reversed(held), strict=True):

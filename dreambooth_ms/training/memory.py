@@ -110,7 +110,7 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
 
 
 def estimate(work: Workload) -> MemoryEstimate:
-    """The memory at the peak of a step: on CPU the process's, on Ascend the card's, which has no compiler and program."""
+    """The memory at the peak of a step: on CPU the process's; on Ascend the card's, where the program is not."""
     (frozen, trained), on_ascend = work.numbers, work.activations.on_ascend
     # All gradients, which on Ascend are among what the backward pass keeps, and where processes join them, their sums.
     copies = 1 + work.copies_of_trained + (0 if on_ascend else 1) + (2 if work.processes > 1 else 0)
