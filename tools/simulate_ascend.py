@@ -62,7 +62,9 @@ class Report:
     backoffs: int = 0
     """Operations that went to a CPU kernel."""
     unfused: int = 0
-    """Attentions, or slices of one, that are computed by a softmax, forward."""
+    """Softmaxes of attentions that are not fused: of each, or each slice of one, forward and again backward."""
+    causal: int = 0
+    """The same of causal attentions, those of text encoders, which the fused kernel is not used for."""
     peak: int = 0
     """Device memory, in bytes, without workspaces and buffers of collective operations."""
     front_end: float = 0.0
@@ -72,18 +74,13 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """Attentions that are one kernel, forward. With gradient checkpointing each is called twice."""
+        """Attentions that are one kernel, forward. With gradient checkpointing each is computed twice."""
         return self.kernels.get("aclnn", Counter())["FlashAttentionScore"]
 
     @property
     def fused_backward(self) -> int:
         """Gradients of attentions that are one kernel."""
         return self.kernels.get("aclnn", Counter())["FlashAttentionScoreGrad"]
-
-    @property
-    def attentions(self) -> int:
-        """All that are computed forward."""
-        return self.fused + self.unfused
 
     @property
     def unexplained(self) -> set[str]:
@@ -94,20 +91,22 @@ class Report:
         if self.refused:
             return f"REFUSED: {self.refused}"
         kinds = ", ".join(f"{sum(own.values())} {interface}" for interface, own in sorted(self.kernels.items()))
-        backward = f" and {self.fused_backward} backward" if self.fused_backward else ""
-        fused = f"{self.fused} of {self.attentions} attentions fused forward{backward}, " if self.attentions else ""
+        both = self.fused + self.fused_backward
+        fused = f"{both} of {both + self.unfused} computations of attention fused ({self.fused} forward), "
         times = f"front end {self.front_end:.0f} s, backend {self.backend:.0f} s"
         return (
-            f"compiled: {self.graphs} graphs, {kinds}; {self.backoffs} to CPU; {fused}"
+            f"compiled: {self.graphs} graphs, {kinds}; {self.backoffs} to CPU; "
+            f"{fused if both + self.unfused else ''}"
             f"device peak {self.peak / 2**20:.1f} MiB; {times}"
         )
 
 
 def environment(folder: Path | None = None) -> dict[str, str]:
     """What MindSpore's simulation needs of a process's environment; `folder`: of the stand-ins for CANN's libraries."""
-    libraries = [folder or ascend_stubs.library_folder(), *ascend_stubs.wheel_folders()]
+    folder = folder or ascend_stubs.library_folder()
     return {
-        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+        "LD_LIBRARY_PATH": ":".join(map(str, [folder, *ascend_stubs.wheel_folders()])),
+        "PYTHONPATH": f"{Path(__file__).parents[1]}:{folder}",
         "MS_SIMULATION_LEVEL": "1",
         # An operation without an Ascend kernel would silently get CPU's.
         "MS_DISABLE_KERNEL_BACKOFF": "1",
@@ -116,28 +115,42 @@ def environment(folder: Path | None = None) -> dict[str, str]:
     }
 
 
-def simulate(command: Sequence[str], folder: Path | None = None) -> tuple[dict[str, Report], str]:
+def place(rank: int, count: int) -> dict[str, str]:
+    """Environment of one of so many processes: what mpirun sets, and where MindSpore's simulation reads the same.
+
+    `msrun` is no help here: in a simulation it does not say who is a worker, and has no scheduler (seen).
+    """
+    numbers = {"OMPI_COMM_WORLD_SIZE": count, "OMPI_COMM_WORLD_LOCAL_SIZE": count, "OMPI_COMM_WORLD_RANK": rank}
+    numbers |= {"RANK_SIZE": count, "RANK_ID": rank}
+    return {"PMIX_NAMESPACE": f"simulation {os.getpid()}", **{name: str(number) for name, number in numbers.items()}}
+
+
+def simulate(command: Sequence[str], folder: Path | None = None, processes: int = 1) -> tuple[dict[str, Report], str]:
     """Run Python with these arguments in the simulation; returns what its log says, and what it printed otherwise.
 
-    The reports are of the graphs by name; what was compiled before the first, or without graphs, is under "".
+    The reports are of the graphs by name; what was compiled before the first, or without graphs, is under "". Of
+    several processes that train as one it is what the first says.
 
     In a folder of its own, since MindSpore writes the order of operations there; or in the one that is named.
     """
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))} | environment()
     with TemporaryDirectory() as empty:
-        done = subprocess.run(
-            [sys.executable, *command],
-            env=own | environment() | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            cwd=folder or empty,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    lines = done.stdout.splitlines()
-    said = "\n".join(line for line in lines if not line.startswith("[INFO]"))
-    return read_log(done.stdout, done.returncode), said
+        started = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=own | (place(rank, processes) if processes > 1 else {}),
+                cwd=folder or empty,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            for rank in range(processes)
+        ]
+        log, _ = started[0].communicate()
+        status = max((process.wait() for process in started), key=abs)
+    said = "\n".join(line for line in log.splitlines() if not line.startswith("[INFO]"))
+    return read_log(log, status), said
 
 
 def read_log(log: str, status: int = 0) -> dict[str, Report]:
@@ -156,8 +169,9 @@ def _read_section(log: str) -> Report:
     report = Report(backoffs=len(re.findall(r"TryBackoffCpu", log)))
     for name, kind in re.findall(r"kernel opname:(\w+), kernel type:(\w+?)(?:_kernel)?\b", log):
         report.kernels.setdefault(INTERFACES.get(kind, kind), Counter())[name] += 1
-    # Operations of the backward pass begin with "Gradients".
-    report.unfused = len(re.findall(r"GenerateKernelBuildInfo\] Default/\S*-SlicedAttention/Softmax-op\d+ ", log))
+    paths = re.findall(r"GenerateKernelBuildInfo\] (\S*-SlicedAttention)/Softmax-op\d+ ", log)
+    report.causal = sum("-TextTransformer/" in path for path in paths)
+    report.unfused = len(paths) - report.causal
     # In the pool's own words at the end of a process, or those of `run_graphs`.
     peaks = re.findall(r"(?:Max peak used memory size is|^peak:) (\d+)", log, re.MULTILINE)
     report.peak = max(map(int, peaks), default=0)
@@ -214,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each graph; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("graphs", nargs="*", metavar="GRAPH", help=f"of {', '.join(GRAPHS)} (default: all)")
+    parser.add_argument("--processes", type=int, default=1, help="of the command, which train as one (default: 1)")
     parser.add_argument("--command", nargs=argparse.REMAINDER, help="a command of dreambooth-ms, with its flags")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -223,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking := ascend_stubs.missing_tools():
         raise SystemExit(f"{', '.join(lacking)}: not found; install g++ and binutils")
     if args.command:
-        reports, said = simulate(["-m", "dreambooth_ms", *args.command, "--device_target", "Ascend"], Path.cwd())
+        command = ["-m", "dreambooth_ms", *args.command, "--device_target", "Ascend"]
+        reports, said = simulate(command, Path.cwd(), args.processes)
         print(said)
         print(reports[""])
         return 1 if reports[""].refused else 0
