@@ -29,13 +29,52 @@ TRAIN = (
 )
 
 
+@pytest.fixture(scope="module")
+def reports():
+    """Of all graphs, in one process, since a start takes seconds."""
+    return simulate_graphs(list(GRAPHS))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where commands have run, on models of a few thousand weights in the real formats."""
+    home = tmp_path_factory.mktemp("home")
+    write_random_model(home / "sd")
+    write_random_sdxl(home / "sdxl")
+    (home / "photographs").mkdir()
+    for number in range(2):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(home / "photographs" / f"{number}.png")
+    few_steps = "--max_train_steps 1 --gradient_checkpointing"
+    lora = (
+        f"{TRAIN} sd --output_dir lora --mixed_precision fp16 --with_prior_preservation --class_data_dir class "
+        "--class_prompt star --num_class_images 1 --infer_steps 2 --checkpointing_steps 2 --max_train_steps"
+    )
+    commands = [
+        f"{lora} 2",
+        f"{lora} 3 --resume_from_checkpoint latest",
+        f"{TRAIN} sd --output_dir full --method full --mixed_precision bf16 {few_steps}",
+        f"{TRAIN} sdxl --output_dir sdxl-lora --mixed_precision bf16 --train_text_encoder {few_steps}",
+        "sample --weight sd,lora --prompt star --num_inference_steps 2 --mixed_precision fp16 --output_dir drawn",
+    ]
+    run(home, commands)
+    return home
+
+
+def run(home, commands):
+    """One after the other, in one process of the simulation."""
+    split = [[*command.split(), "--device_target", "Ascend"] for command in commands]
+    program = "import json, sys; from dreambooth_ms.cli.main import main\n"
+    program += "for command in json.loads(sys.argv[1]): assert main(command) == 0, command"
+    reports, said = simulate(["-c", program, json.dumps(split)], home)
+    assert not reports[""].refused, said
+    assert reports[""].backoffs == 0
+    assert reports[""].unexplained == set()
+    (home / "said").write_text(said)
+
+
 @simulated
 class TestGraphs:
-    @pytest.fixture(scope="class")
-    def reports(self):
-        """All of them in one process, since a start takes seconds."""
-        return simulate_graphs(list(GRAPHS))
-
     def test_an_operation_without_a_kernel_is_refused(self, reports):
         assert REFUSED_OF_CONTROL in reports[CONTROL].refused
 
@@ -58,42 +97,6 @@ class TestGraphs:
 
 @simulated
 class TestCommands:
-    """On models of a few thousand weights in the real formats, in one process."""
-
-    @pytest.fixture(scope="class")
-    def home(self, tmp_path_factory):
-        home = tmp_path_factory.mktemp("home")
-        write_random_model(home / "sd")
-        write_random_sdxl(home / "sdxl")
-        (home / "photographs").mkdir()
-        for number in range(2):
-            pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
-            Image.fromarray(pixels).save(home / "photographs" / f"{number}.png")
-        few_steps = "--max_train_steps 1 --gradient_checkpointing"
-        lora = (
-            f"{TRAIN} sd --output_dir lora --mixed_precision fp16 --with_prior_preservation --class_data_dir class "
-            "--class_prompt star --num_class_images 1 --infer_steps 2 --checkpointing_steps 2 --max_train_steps"
-        )
-        commands = [
-            f"{lora} 2",
-            f"{lora} 3 --resume_from_checkpoint latest",
-            f"{TRAIN} sd --output_dir full --method full --mixed_precision bf16 {few_steps}",
-            f"{TRAIN} sdxl --output_dir sdxl-lora --mixed_precision bf16 --train_text_encoder {few_steps}",
-            "sample --weight sd,lora --prompt star --num_inference_steps 2 --mixed_precision fp16 --output_dir drawn",
-        ]
-        self.run(home, commands)
-        return home
-
-    def run(self, home, commands):
-        split = [[*command.split(), "--device_target", "Ascend"] for command in commands]
-        program = "import json, sys; from dreambooth_ms.cli.main import main\n"
-        program += "for command in json.loads(sys.argv[1]): assert main(command) == 0, command"
-        reports, said = simulate(["-c", program, json.dumps(split)], home)
-        assert not reports[""].refused, said
-        assert reports[""].backoffs == 0
-        assert reports[""].unexplained == set()
-        (home / "said").write_text(said)
-
     def test_train_and_resume(self, home):
         assert (home / "lora" / "checkpoint-2").is_dir()
         assert re.search(r"resuming from lora/checkpoint-2$", (home / "said").read_text(), re.MULTILINE)
