@@ -21,7 +21,7 @@ from dreambooth_ms.models.activation_memory import (
 )
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
+from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
@@ -99,6 +99,11 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
         pytest.param(on_ascend(SD_15_UNET, 4, 64), 3924.6, id="SD 1.5, rank 4, fp16"),
         pytest.param(on_ascend(SD_15_UNET, 4, 64, recomputed=True), 2070.8, id="with checkpointing"),
         pytest.param(on_ascend(SD_15_UNET, None, 64), 13784.5, id="all of SD 1.5, fp16"),
+        pytest.param(
+            on_ascend(SD_15_UNET, 4, 64, number=4, texts=(CLIP_L_TEXT,)), 6855.6, id="and its text encoder, float32"
+        ),
+        pytest.param(on_ascend(SD_15_UNET, None, 64, rows=4), 16101.6, id="with 4 rows, bf16"),
+        pytest.param(on_ascend(SD_21_UNET, 4, 96, texts=(OPENCLIP_H_TEXT,)), 7151.3, id="SD 2.1 and its text encoder"),
         pytest.param(on_ascend(SDXL_UNET, 4, 128), 19204.7, id="SDXL, rank 4, fp16"),
     ],
 )
