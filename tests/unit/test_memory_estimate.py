@@ -97,6 +97,7 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
     ("work", "measured"),
     [
         pytest.param(on_ascend(SD_15_UNET, 4, 64), 3924.6, id="SD 1.5, rank 4, fp16"),
+        pytest.param(on_ascend(SD_15_UNET, 4, 64, rows=4), 6199.0, id="4 rows"),
         pytest.param(on_ascend(SD_15_UNET, 4, 64, recomputed=True), 2070.8, id="with checkpointing"),
         pytest.param(on_ascend(SD_15_UNET, None, 64), 13784.5, id="all of SD 1.5, fp16"),
         pytest.param(
