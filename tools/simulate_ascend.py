@@ -169,7 +169,8 @@ def _read_section(log: str) -> Report:
     report = Report(backoffs=len(re.findall(r"TryBackoffCpu", log)))
     for name, kind in re.findall(r"kernel opname:(\w+), kernel type:(\w+?)(?:_kernel)?\b", log):
         report.kernels.setdefault(INTERFACES.get(kind, kind), Counter())[name] += 1
-    paths = re.findall(r"GenerateKernelBuildInfo\] (\S*-SlicedAttention)/Softmax-op\d+ ", log)
+    # Nothing but attention has a softmax.
+    paths = re.findall(r"GenerateKernelBuildInfo\] (\S*/)Softmax-op\d+ ", log)
     report.causal = sum("-TextTransformer/" in path for path in paths)
     report.unfused = len(paths) - report.causal
     # In the pool's own words at the end of a process, or those of `run_graphs`.
