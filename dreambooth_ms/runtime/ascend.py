@@ -82,4 +82,4 @@ def card_name() -> str:
 
 def card_memory() -> int | None:
     """Bytes of this process's card; None if MindSpore does not tell: in a simulation, or before the card is used."""
-    return None if is_simulated() else ms.hal.get_device_properties(0).total_memory or None
+    return None if is_simulated() else int(ms.hal.get_device_properties(0).total_memory) or None
