@@ -154,18 +154,13 @@ def sampling_sd() -> list[Graph]:
 
 
 def fused_attention() -> list[Graph]:
-    """Ascend's fused attention and its gradient, which half precision gets."""
-    import mindspore as ms
-    from mindspore import Tensor
+    """Ascend's fused attention and its gradient: of a head whose size is a multiple of 16, and of SD 1's of 40."""
+    return [_attention_gradient(16), _attention_gradient(40)]
 
-    from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.ops import MultiHeadAttention
 
-    def half(name: str, tokens: int) -> Tensor:
-        return toy_networks.normal(name, toy_networks.ROWS, tokens, 32).astype(ms.float16)
-
-    inputs = half("q", 64), half("k", toy_networks.TOKENS), half("v", toy_networks.TOKENS)
-    return [(_attention_gradient(MultiHeadAttention(2, 16)), inputs)]
+def wide_attention() -> list[Graph]:
+    """An attention and its gradient with a head that is too wide for the fused one."""
+    return [_attention_gradient(528)]
 
 
 GRAPHS: dict[str, Callable[[], list[Graph]]] = {
@@ -176,6 +171,7 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
     "sampling SDXL": sampling_sdxl,
     "sampling SD": sampling_sd,
     "fused attention": fused_attention,
+    "wide attention": wide_attention,
 }
 
 
@@ -279,15 +275,23 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
 
 
-def _attention_gradient(attention: Any) -> Any:
-    from mindspore import nn, ops
+def _attention_gradient(head_dim: int) -> Graph:
+    """The gradient of an attention of two such heads, in half precision."""
+    import mindspore as ms
+    from mindspore import Tensor, nn, ops
+
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.ops import MultiHeadAttention
 
     class Gradient(nn.Cell):
         def __init__(self) -> None:
             super().__init__()
-            self.differentiate = ops.grad(attention, (0, 1, 2))
+            self.differentiate = ops.grad(MultiHeadAttention(2, head_dim), (0, 1, 2))
 
         def construct(self, q: Any, k: Any, v: Any) -> Any:
             return self.differentiate(q, k, v)
 
-    return Gradient()
+    def half(name: str, tokens: int) -> Tensor:
+        return toy_networks.normal(name, toy_networks.ROWS, tokens, 2 * head_dim).astype(ms.float16)
+
+    return Gradient(), (half("q", 64), half("k", toy_networks.TOKENS), half("v", toy_networks.TOKENS))

@@ -39,6 +39,8 @@ Operator OperatorFactory::CreateOperator(const char *, const char *) { return {}
 """
 """What must do something: the table of errors, into which static initialisers write, and an empty operator, which is
 copied. In the old ABI of strings, which the plug-in is built for."""
+HCCL_PACKAGE = {"hccl/__init__.py": "", "hccl/sys_version.py": '__sys_version__ = "0"\n'}
+"""CANN's Python package, of which MindSpore wants to know the version before processes compute as one."""
 OF_GRAPH_ENGINE = {"_ZN2ge13StatusFactory8InstanceEv", "_ZN2ge15OperatorFactory14CreateOperatorEPKcS2_"}
 
 
@@ -61,7 +63,7 @@ def wheel_folders() -> list[Path]:
 
 
 def library_folder() -> Path:
-    """The folder with the stand-ins; they are made if they are not there yet for this wheel.
+    """The folder with the stand-ins, libraries and a Python package; made if they are not there yet for this wheel.
 
     Its path has `latest` in it, which MindSpore wants of CANN's.
 
@@ -77,6 +79,9 @@ def library_folder() -> Path:
             partial = Path(folder) / "lib64"
             partial.mkdir()
             _build(partial)
+            for name, content in HCCL_PACKAGE.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_text(content, encoding="utf-8")
             try:
                 partial.rename(target)
             except OSError:  # Another process was first.

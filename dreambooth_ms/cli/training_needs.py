@@ -11,6 +11,7 @@ from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.runtime.ascend import card_memory
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
@@ -29,11 +30,13 @@ def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: P
     advice += [f"a --resolution below {config.data.resolution}"]
     advice += ["--method lora"] if config.method.method == "full" else []
     # The processes on a machine share its memory, but not that of their cards.
-    limit, sharing = machine_memory(), processes.count_on_this_machine() if formulation() is Formulation.CPU else 1
+    on_cpu = formulation() is Formulation.CPU
+    limit, sharing = (machine_memory(), processes.count_on_this_machine()) if on_cpu else (card_memory(), 1)
     if run.max_device_memory and (size := memory_size(run.max_device_memory)):
         limit, sharing = size, 1
     advice += ["fewer processes on a machine"] if sharing > 1 else []
-    check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+    if limit:
+        check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
 
 
 def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:
@@ -100,6 +103,7 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
             latent_width=width_of_latents,
             bytes_of_number=width,
             dropout=method.lora_dropout > 0,
+            on_ascend=formulation() is Formulation.ASCEND,
         ),
         recomputed=run.gradient_checkpointing,
         bytes_of_weight=width,

@@ -1,19 +1,22 @@
 """What a training step keeps in memory of a network's activations, from its spec alone: no network is built for it.
 
-The counts are those of the tensors that the backward passes in `ops` and `models` need, on CPU.
+The counts are those of the tensors that the backward passes in `ops` and `models` need, in either formulation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
-from dreambooth_ms.ops.attention import scores_at_a_time
+from dreambooth_ms.ops.attention import fused_head, scores_at_a_time
 from dreambooth_ms.ops.conv import MAX_TAPS
 
 FLOAT32 = 4
 """Bytes of a number in norms and scores, whatever the network computes in."""
+
+SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
+"""Layers whose activations are not counted."""
 
 
 class Trained(Enum):
@@ -38,6 +41,8 @@ class ActivationSettings:
     """Of the type that the networks compute in."""
     dropout: bool = False
     """Whether adapters drop inputs; what was dropped is kept."""
+    on_ascend: bool = False
+    """In its formulation, whose attention is one kernel in half precision."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class SegmentMemory:
     """Kept as well, unless the part is computed again."""
     work: int = 0
     """Needed at once while the part is computed."""
+    casts: int = 0
+    """Of trained weights, in the type that is computed in; kept as what is inside."""
+    gradients: int = 0
+    """Of what is trained in the part; they stay until the update."""
 
 
 def peak_activations(segments: Iterable[SegmentMemory], recomputed: bool) -> int:
@@ -61,12 +70,22 @@ def peak_activations(segments: Iterable[SegmentMemory], recomputed: bool) -> int
     return results + sum(segment.inside for segment in segments) + max(segment.work for segment in segments)
 
 
+def peak_with_gradients(segments: Sequence[SegmentMemory], recomputed: bool) -> int:
+    """Bytes of activations, casts and gradients at the worst moment of a backward pass, from the last part on."""
+    held = [segment.result if recomputed else segment.inside + segment.casts for segment in segments]
+    before, gradients, peak = sum(held), 0, 0
+    for segment, own in zip(reversed(segments), reversed(held), strict=True):
+        before -= own
+        gradients += segment.gradients
+        peak = max(peak, before + segment.inside + segment.casts + segment.work + gradients)
+    return peak
+
+
 def unet_segments(
     spec: UNetSpec, settings: ActivationSettings, trained: Trained = Trained.ATTENTION
 ) -> list[SegmentMemory]:
     """The layers of a UNet but those that are small: time embedding, text and prediction."""
-    small = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
-    return [_unet_layer(layer, spec, settings, trained) for layer in unet_layout(spec) if layer.kind not in small]
+    return [unet_segment(layer, spec, settings, trained) for layer in unet_layout(spec) if layer.kind not in SMALL]
 
 
 def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
@@ -82,16 +101,23 @@ def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trai
     return SegmentMemory(settings.bytes_of_number * one, tower.num_hidden_layers * layer)
 
 
-def _unet_layer(layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
+def unet_segment(layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
     """The memory of a layer, from the numbers in its input and its result."""
     number, trains_all = settings.bytes_of_number, trained is Trained.ALL
     pixels = settings.rows * (settings.latent_height >> layer.level) * (settings.latent_width >> layer.level)
     in_, out = pixels * layer.in_channels, pixels * layer.out_channels
     # The gathered taps of one part, the padded input, the result and the norm's backward pass before it.
     convolution = number * (min(MAX_TAPS, 9 * max(in_, out)) + 4 * max(in_, out))
+    if settings.on_ascend:
+        # Gradients of a norm and of its SiLU, and the convolution's result.
+        convolution = (2 * FLOAT32 + number) * max(in_, out)
     # Inputs of the projections before and behind a transformer's blocks.
     projections = 2 * number * out if trains_all else 0
     match layer.kind:
+        case LayerKind.RESNET | LayerKind.SKIP_RESNET if settings.on_ascend:
+            # Both norms' inputs and those of SiLU after them.
+            inside = 2 * FLOAT32 * (in_ + out) + (number * (in_ + out) if trains_all else 0)
+            return SegmentMemory(number * out, inside, convolution)
         case LayerKind.RESNET | LayerKind.SKIP_RESNET:
             inside = FLOAT32 * out + (number * (in_ + out) if trains_all else 0)
             # With a skip, its input is a tensor of its own.
@@ -104,11 +130,13 @@ def _unet_layer(layer: Layer, spec: UNetSpec, settings: ActivationSettings, trai
         case LayerKind.TRANSFORMER_BLOCK:
             return _transformer_block(layer, spec, settings, trained, pixels)
         case LayerKind.TRANSFORMER_INPUT:
-            return SegmentMemory(number * out, projections)
+            return SegmentMemory(number * out, projections + (FLOAT32 * out if settings.on_ascend else 0))
         case LayerKind.TRANSFORMER_OUTPUT:
             return SegmentMemory(number * out)
         case LayerKind.UNET_INPUT | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
             return SegmentMemory(number * out, number * out if trains_all else 0, convolution)
+        case _ if layer.kind in SMALL:
+            return SegmentMemory(0)
     raise AssertionError(layer.kind)
 
 
@@ -119,7 +147,11 @@ def _transformer_block(
     number, one = settings.bytes_of_number, pixels * layer.out_channels
     text = settings.rows * settings.text_tokens * layer.out_channels
     # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
-    inside = 2 * FLOAT32 * one + number * (6 * one + 2 * text + 8 * one)
+    by_head = 6 * one + 2 * text
+    inside = 2 * FLOAT32 * one + number * (by_head + 8 * one)
+    if settings.on_ascend:
+        # The third norm's input, which is no float32 tensor that something else keeps.
+        inside += FLOAT32 * one
     if trained is not Trained.NOTHING:
         # Inputs of both attentions' projections and of their outputs. Adapters take them in float32.
         inside += (FLOAT32 if trained is Trained.ATTENTION else number) * 4 * one
@@ -128,6 +160,12 @@ def _transformer_block(
     if settings.dropout:
         # What each of six projections of the image drops, and the result.
         inside += FLOAT32 * 12 * one
-    tokens = pixels // settings.rows
-    scores = scores_at_a_time(spec.num_heads[layer.level] * settings.rows, tokens, tokens)
+    tokens, heads = pixels // settings.rows, spec.num_heads[layer.level]
+    if settings.on_ascend and number < FLOAT32:
+        # What is by head has zeros up to a supported size; of either attention the softmax's maximum and sum, which the
+        # kernel gives 8 times for each query and head.
+        padding = fused_head(layer.out_channels // heads) - layer.out_channels // heads
+        inside += number * by_head * padding * heads // layer.out_channels + 2 * 2 * 8 * FLOAT32 * heads * pixels
+        return SegmentMemory(number * one, inside, number * 24 * one)
+    scores = scores_at_a_time(heads * settings.rows, tokens, tokens)
     return SegmentMemory(number * one, inside, max(FLOAT32 * 3 * scores + number * 5 * one, number * 24 * one))

@@ -39,7 +39,7 @@ class MultiHeadAttention(nn.Cell):
         self.interchange = shared(GatherInterchange) if on_cpu else transpose_interchange
         self.attend = shared(SlicedAttention, head_dim, causal)
         # Documented limits of the fused kernel: half precision, head size a multiple of 16 up to 512.
-        self.fused_dim = -(-head_dim // 16) * 16
+        self.fused_dim = fused_head(head_dim)
         self.fuses = not on_cpu and not causal and self.fused_dim <= 512
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,6 +76,11 @@ class MultiHeadAttention(nn.Cell):
         if self.num_heads == 1:
             return x
         return ops.reshape(self.interchange(ops.reshape(x, (batch, -1, self.head_dim)), outer, inner), shape)
+
+
+def fused_head(head_dim: int) -> int:
+    """The size of a head within the fused kernel."""
+    return -(-head_dim // 16) * 16
 
 
 def transpose_interchange(x_BRD: Tensor, outer: int, inner: int) -> Tensor:

@@ -78,3 +78,8 @@ def is_simulated(environment: Mapping[str, str] = os.environ) -> bool:
 def card_name() -> str:
     """What this process's card is called; only to be asked where there is one, or one is simulated."""
     return "(simulated: all results are zeros)" if is_simulated() else str(ms.hal.get_device_name(0))
+
+
+def card_memory() -> int | None:
+    """Bytes of this process's card; None if MindSpore does not tell: in a simulation, or before the card is used."""
+    return None if is_simulated() else int(ms.hal.get_device_properties(0).total_memory) or None

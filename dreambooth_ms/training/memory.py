@@ -3,18 +3,22 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dreambooth_ms.adapters.lora import layers_to_adapt
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.activation_memory import (
     FLOAT32,
     ActivationSettings,
+    SegmentMemory,
     Trained,
     peak_activations,
+    peak_with_gradients,
     text_segment,
+    unet_segment,
     unet_segments,
 )
+from dreambooth_ms.models.layout import unet_layout
 from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
 
@@ -106,8 +110,45 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
 
 
 def estimate(work: Workload) -> MemoryEstimate:
-    """The memory at the peak of a step on CPU."""
-    frozen, trained = work.numbers
+    """The memory at the peak of a step: on CPU the process's; on Ascend the card's, where the program is not."""
+    (frozen, trained), on_ascend = work.numbers, work.activations.on_ascend
+    # All gradients, which on Ascend are among what the backward pass keeps, and where processes join them, their sums.
+    copies = 1 + work.copies_of_trained + (0 if on_ascend else 1) + (2 if work.processes > 1 else 0)
+    optimiser = trained * work.bytes_of_optimiser
+    parts = {
+        "weights": frozen * work.bytes_of_weight,
+        "trained": trained * FLOAT32 * copies,
+        "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
+    }
+    return MemoryEstimate(parts | (_step_on_ascend(work) if on_ascend else _step_on_cpu(work)))
+
+
+def _step_on_ascend(work: Workload) -> dict[str, int]:
+    networks, activations = list(zip(work.shapes, work.ranks, strict=True)), work.activations
+    # In the order of the forward pass.
+    segments = [
+        _with_weights(text_segment(spec, activations, _trained(ranks)), activations, shapes, ranks)
+        for spec, (shapes, ranks) in zip(work.text_encoders, networks[1:], strict=True)
+    ]
+    shapes, ranks = networks[0]
+    for layer in unet_layout(work.unet):
+        modules = tuple(f"{module}." for module in layer.modules)
+        own = {name: shape for name, shape in shapes.items() if name.startswith(modules)}
+        segment = unet_segment(layer, work.unet, activations, _trained(ranks))
+        segments.append(_with_weights(segment, activations, own, ranks))
+    return {"activations and gradients": peak_with_gradients(segments, work.recomputed)}
+
+
+def _with_weights(
+    segment: SegmentMemory, settings: ActivationSettings, shapes: Mapping[str, Shape], ranks: Ranks
+) -> SegmentMemory:
+    """With the gradients of what is trained in it, and whole weights that are trained in the type computed in."""
+    _, trained = _numbers(shapes, ranks)
+    is_cast = None in ranks.values() and settings.bytes_of_number < FLOAT32
+    return replace(segment, casts=settings.bytes_of_number * trained * is_cast, gradients=FLOAT32 * trained)
+
+
+def _step_on_cpu(work: Workload) -> dict[str, int]:
     of_unet, *of_texts = map(_trained, work.ranks)
     segments = unet_segments(work.unet, work.activations, of_unet)
     texts = [text_segment(spec, work.activations, own) for spec, own in zip(work.text_encoders, of_texts, strict=True)]
@@ -116,18 +157,10 @@ def estimate(work: Workload) -> MemoryEstimate:
     graphs = GRAPH_OF_SEGMENT * len(segments) + GRAPH_OF_TEXT_LAYER * text_layers
     # 3x3 convolutions take memory a second time, whatever the pictures' size (measured).
     kernels = sum(math.prod(shape) for network in work.shapes for shape in network.values() if shape[2:] == (3, 3))
-    # The gradients joined, and their sums.
-    copies = 2 + work.copies_of_trained + (2 if work.processes > 1 else 0)
-    optimiser = trained * work.bytes_of_optimiser
-    return MemoryEstimate(
-        {
-            "weights": frozen * work.bytes_of_weight,
-            "trained": trained * FLOAT32 * copies,
-            "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
-            "activations": int(POOL_SHARE * peak_activations([*segments, *texts], work.recomputed)),
-            "program and graphs": PROGRAM + kernels * FLOAT32 + int(passes * graphs),
-        }
-    )
+    return {
+        "activations": int(POOL_SHARE * peak_activations([*segments, *texts], work.recomputed)),
+        "program and graphs": PROGRAM + kernels * FLOAT32 + int(passes * graphs),
+    }
 
 
 def check_memory(expected: MemoryEstimate, limit: int, advice: str, processes: int = 1) -> None:

@@ -16,11 +16,12 @@ from dreambooth_ms.models.activation_memory import (
     SegmentMemory,
     Trained,
     peak_activations,
+    peak_with_gradients,
     unet_segments,
 )
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.models.specs import CLIP_L_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
+from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
@@ -77,6 +78,50 @@ HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
 def test_it_is_within_a_fifth_of_what_was_measured(work, measured):
     """By `tools.bench_step`, which see docs/performance.md."""
     assert estimate(work).total / GIB == pytest.approx(measured, rel=0.2)
+
+
+def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
+    """All weights of these networks where there is no rank."""
+    networks = [(unet_shapes(unet), TARGETS), *((clip_text_shapes(one), TEXT_TARGETS) for one in texts)]
+    return Workload(
+        unet=unet,
+        text_encoders=texts,
+        ranks=[ranks_of(shapes, ranks, ends) for shapes, ends in networks],
+        activations=ActivationSettings(rows, side, side, bytes_of_number=number, on_ascend=True),
+        bytes_of_weight=number,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("work", "measured"),
+    [
+        pytest.param(on_ascend(SD_15_UNET, 4, 64), 3924.6, id="SD 1.5, rank 4, fp16"),
+        pytest.param(on_ascend(SD_15_UNET, 4, 64, rows=4), 6199.0, id="4 rows"),
+        pytest.param(on_ascend(SD_15_UNET, 4, 64, recomputed=True), 2070.8, id="with checkpointing"),
+        pytest.param(on_ascend(SD_15_UNET, None, 64), 13784.5, id="all of SD 1.5, fp16"),
+        pytest.param(
+            on_ascend(SD_15_UNET, 4, 64, number=4, texts=(CLIP_L_TEXT,)), 6855.6, id="and its text encoder, float32"
+        ),
+        pytest.param(on_ascend(SD_15_UNET, None, 64, rows=4), 16101.6, id="with 4 rows, bf16"),
+        pytest.param(on_ascend(SD_21_UNET, 4, 96, texts=(OPENCLIP_H_TEXT,)), 7151.3, id="SD 2.1 and its text encoder"),
+        pytest.param(on_ascend(SDXL_UNET, 4, 128), 19204.7, id="SDXL, rank 4, fp16"),
+    ],
+)
+def test_on_ascend_it_is_within_15_percent_of_the_simulation(work, measured):
+    """By `tools.ascend_memory`, in MiB; docs/memory.md has the commands."""
+    assert estimate(work).total / 2**20 == pytest.approx(measured, rel=0.15)
+
+
+def test_on_ascend_it_is_the_cards_memory_alone():
+    parts = estimate(on_ascend(SD_15_UNET, 4, 64)).parts
+    assert list(parts) == ["weights", "trained", "optimiser", "activations and gradients"]
+
+
+def test_gradients_grow_while_activations_are_freed():
+    segments = [SegmentMemory(1, 100, gradients=10), SegmentMemory(2, 50, work=5, casts=7, gradients=200)]
+    assert peak_with_gradients(segments, recomputed=False) == 100 + 50 + 5 + 7 + 200
+    assert peak_with_gradients(segments, recomputed=True) == max(1 + 50 + 5 + 7 + 200, 100 + 210)
 
 
 @pytest.mark.parametrize("unet", [TINY, TINY_SDXL, SMALL["sd21"].unet, SMALL["sdxl"].unet])
@@ -182,7 +227,8 @@ class TestTwoProcessesOnAMachine:
         def check(*flags, processes=1):
             config = load(TrainConfig, [*needed, *flags])
             expected = estimate(training_needs._workload(config, folder, processes))
-            monkeypatch.setattr(training_needs, "machine_memory", lambda: expected.total * 3 // 2)
+            for place in ("machine_memory", "card_memory"):
+                monkeypatch.setattr(training_needs, place, lambda: expected.total * 3 // 2)
             group = Processes(0, processes, exchange=lambda what, value: [value] * processes)
             training_needs.check_expected_memory(config, folder, group)
             return expected.parts
