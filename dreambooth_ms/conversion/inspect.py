@@ -37,8 +37,9 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
     if holds_adapter(path):
         yield from _adapter(open_lora(path, base))
         return
+    describe: Callable[[OpenedModel], Iterator[str]] = _model
     try:
-        found, describe = open_model(path, variant), _model
+        found = open_model(path, variant)
     except WeightError as error:
         try:
             found, describe = open_lone_vae(path), _lone_vae

@@ -108,9 +108,10 @@ def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, l
     by_name = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
     values = {path: by_name[path.name] for path in pictures if path.name in by_name}
     found = {path: value if isinstance(value, list) else [value] for path, value in values.items()}
-    odd = [path for path, own in found.items() if not all(isinstance(one, str) and one.strip() for one in own)]
+    texts = {path: [one.strip() for one in own if isinstance(one, str) and one.strip()] for path, own in found.items()}
+    odd = [path for path, own in found.items() if len(texts[path]) < max(len(own), 1)]
     _refuse({f"empty or not text in column {column} of {file.name}": odd})
-    return {path: [one.strip() for one in own] for path, own in found.items() if own}
+    return texts
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

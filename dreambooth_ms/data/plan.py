@@ -108,7 +108,8 @@ class Plan:
     @cached_property
     def shares(self) -> tuple[int, ...]:
         """How often steps of each bucket come up beside each other."""
-        return _whole([sum(one.repeats * len(one.records) for one in bucket.groups[0]) for bucket in self.buckets])
+        parts = [[one.repeats * len(one.records) for one in bucket.groups[0]] for bucket in self.buckets]
+        return _whole([sum(part, Fraction(0)) for part in parts])
 
     def rows(self, batch: int) -> list[Row]:
         """The rows of a batch, counted from 0 over the run."""

@@ -18,7 +18,7 @@ SD_TEXT_PREFIX = "cond_stage_model.transformer."
 def sdxl_slot(name: str, slot: Slot) -> Slot:
     """The place in mindone's SDXL checkpoint of a parameter that Stability's file has in `slot`."""
     layer, parameter = name.split(".")[-2:]
-    names = next((names for kind, names in TABLES["mindone"].items() if kind in layer), {})
+    names: dict[str, str] = next((names for kind, names in TABLES["mindone"].items() if kind in layer), {})
     return replace(slot, name=re.sub(rf"(?<=\.){parameter}$", names.get(parameter, parameter), slot.name))
 
 
