@@ -12,9 +12,10 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
-from dreambooth_ms.cli.training_pictures import class_numbers_to_come, prepare_training, read_concepts
+from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load

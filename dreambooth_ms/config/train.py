@@ -55,6 +55,8 @@ class DataConfig:
     that cuts off least of it; a step has pictures of one size. Each size is compiled once."""
     max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
     """At most so many sizes: those at which all pictures together lose least. None: all that some picture needs."""
+    debug_arb: Annotated[bool, only_with("use_aspect_ratio_bucket")] = False
+    """Write output_dir/crops.png: what is left of the pictures at each size, cropped in the middle."""
     center_crop: bool = False
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False

@@ -22,7 +22,7 @@ class Row:
 
 
 def draw_sheet(title: str, rows: Sequence[Row], cell: int = 160) -> Image.Image:
-    """Rows of pictures (H, W, 3) uint8, each `cell` pixels wide, with a label at the left and captions below."""
+    """Rows of pictures (H, W, 3) uint8, `cell` pixels on their longer side, with labels at the left, captions below."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     columns = max(len(row.pictures) for row in rows)
     wrapped = [[textwrap.wrap(caption, cell // 7) for caption in row.captions] for row in rows]
@@ -37,7 +37,9 @@ def draw_sheet(title: str, rows: Sequence[Row], cell: int = 160) -> Image.Image:
         for column, picture in enumerate(row.pictures):
             x = MARGIN + LABEL_WIDTH + column * (cell + GAP)
             filter_ = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
-            sheet.paste(Image.fromarray(picture).resize((cell, cell), filter_), (x, y))
+            scale = cell / max(picture.shape[:2])
+            size = round(scale * picture.shape[1]), round(scale * picture.shape[0])
+            sheet.paste(Image.fromarray(picture).resize(size, filter_), (x, y))
             if captions:
                 canvas.multiline_text((x, y + cell + 4), "\n".join(captions[column]), fill=PALE, font=small)
         y += height

@@ -183,6 +183,7 @@ def test_with_buckets_every_picture_is_seen_at_its_shape_and_class_pictures_have
     assert set(seen.values()) == {2} and len(seen) == 9
 
 
-def test_few_buckets_are_those_that_cut_off_least(planned, of_many_shapes, capfd):
-    batches = planned("--use_aspect_ratio_bucket", "--max_buckets", "1")
+def test_few_buckets_are_those_that_cut_off_least(planned, tmp_path, of_many_shapes):
+    batches = planned("--use_aspect_ratio_bucket", "--max_buckets", "1", "--debug_arb")
+    assert Image.open(tmp_path / "run" / "crops.png").width > 8 * 160, "the first eight pictures"
     assert {row.view.frame.size for step in range(20) for row in batches.plan.rows(step)} == {(24, 40)}
