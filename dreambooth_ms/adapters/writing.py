@@ -34,6 +34,9 @@ _KOHYAS = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
 _OWN_METADATA = ("format", METADATA_KEY, TRAINED_KEY, TWICE_KEY, *_KOHYAS)
 """What is written anew, whatever the file said that an adapter comes from."""
 
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+"""Settings that say what the scale of a layer is."""
+
 _NOT_KOHYAS = re.compile(r"\.(?:conv_in|conv_out|(?:time|add)_embedding\.linear_[12]|text_projection)$")
 """Layers outside the modules that kohya's scripts put adapters into."""
 
@@ -172,11 +175,12 @@ def _metadata(
         first = next(iter(settings.values()))
         own = dict(zip(_KOHYAS, ("networks.lora", str(first["r"]), f"{first['lora_alpha']:g}"), strict=True))
     else:
-        own = {METADATA_KEY: _as_text(settings)} | ({TRAINED_KEY: _as_text(trained)} if trained != settings else {})
+        own = {METADATA_KEY: _as_text(settings)}
+        own |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
     return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
 
 
-def _as_text(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """Settings of parts, by part, a dot and their key, in JSON."""
-    named = {f"{part}.{key}": value for part, own in settings.items() for key, value in own.items()}
+def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:
+    """Settings of parts, or some of them, by part, a dot and their key, in JSON."""
+    named = {f"{part}.{key}": own[key] for part, own in settings.items() for key in keys or own}
     return json.dumps(named, sort_keys=True)

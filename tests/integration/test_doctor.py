@@ -229,7 +229,8 @@ checks = doctor.checks(DeviceConfig(device_target="Ascend", jit_level="O0"))
 for name in ("device", "driver", "attention", "kernels", "environment"):
     print("line", name, *doctor.examine(checks[name]), flush=True)
 """
-    report, printed = simulate(["-c", code])
+    reports, printed = simulate(["-c", code])
+    report = reports[""]
     assert not report.refused, printed
     assert report.kernels["aclnn"]["FlashAttentionScore"] == 4
     lines = {line.split()[1]: line for line in printed.splitlines() if line.startswith("line")}
