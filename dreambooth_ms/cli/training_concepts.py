@@ -24,7 +24,14 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
     """
     data, prior = config.data, config.prior
     background, captioning = data.transparent_background, partial(_captioning, config)
-    subject = Source(Path(data.instance_data_dir), data.instance_prompt, captioning(INSTANCE), None, background)
+    subject = Source(
+        Path(data.instance_data_dir),
+        data.instance_prompt,
+        captioning(INSTANCE),
+        background=background,
+        masked=config.masked,
+        mask_folder=Path(data.mask_dir) if data.mask_dir else None,
+    )
     concepts = [Concept(INSTANCE, subject.records(tell), wording=_wording(config))]
     if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
         of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)

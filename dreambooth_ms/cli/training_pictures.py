@@ -135,4 +135,6 @@ def encode_pictures(
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,
+        masked=job.config.masked,
+        unmasked_weight=data.unmasked_weight,
     )

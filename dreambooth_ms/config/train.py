@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
 from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, PATH, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
-from dreambooth_ms.config.rules import Resume, Rule, needs, no_effect, not_with, only_with, refused_with
+from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
 
@@ -33,6 +33,11 @@ _NAMELESS = Rule(
     "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
     'no name of its own; add a rare word, as in "a photo of sks dog"',
     is_note=True,
+)
+
+
+_UNMASKED = no_effect(
+    "without --mask_dir or --alpha_mask", when=lambda values: not (values["mask_dir"] or values["alpha_mask"])
 )
 
 
@@ -61,6 +66,13 @@ class DataConfig:
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False
     """Mirror pictures left to right at random."""
+    mask_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
+    """Folder with a mask for each picture of the subject, under its name and of its size: the error counts where it is
+    white, and only in part where it is grey."""
+    alpha_mask: Annotated[bool, excludes("mask_dir", message="and --mask_dir are two masks; give one of them")] = False
+    """The pictures' own opacity is their mask."""
+    unmasked_weight: Annotated[float, DECAY, _UNMASKED] = 0.0
+    """How much counts what is outside the masks."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
     transparent_background: Background = "white"
@@ -416,6 +428,11 @@ class TrainConfig(Schema):
     def output_dir(self) -> Path:
         """The run's folder."""
         return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
+
+    @property
+    def masked(self) -> bool:
+        """Whether the subject's pictures have masks."""
+        return self.data.mask_dir is not None or self.data.alpha_mask
 
     @property
     def noise_offset(self) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids_of_view, conditioning
-from dreambooth_ms.data.plan import Plan, View
+from dreambooth_ms.data.masks import mask_of_latents
+from dreambooth_ms.data.plan import Plan, Row, View
 from dreambooth_ms.diffusion.objectives import Columns
 from dreambooth_ms.randomness import generator, standard_normal
 
@@ -71,6 +72,10 @@ class BatchMaker:
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
     num_add_time_ids: int = 0
     """add_time_ids of each row: 6 for SDXL, 5 for its refiner."""
+    masked: bool = False
+    """Whether rows have masks; what has none counts everywhere."""
+    unmasked_weight: float = 0.0
+    """How much counts what is not in a mask."""
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
@@ -87,10 +92,20 @@ class BatchMaker:
         add_time_ids = [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows]
         columns = self.objective(generators)
         weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
-        return Batch.of(
+        batch = Batch.of(
             replace(columns, weight=weights),
             np.stack(latents).astype(np.float32),
             np.stack(noise).astype(np.float32),
             conditioning(texts, add_time_ids),
             [row.concept.name for row in rows],
         )
+        return replace(batch, mask=self._masks(rows, batch.target.shape)) if self.masked else batch
+
+    def _masks(self, rows: Sequence[Row], shape: tuple[int, ...]) -> np.ndarray:
+        """The rows' masks in the shape (B, C, h, w) of their latents."""
+        masks = np.ones(shape, np.float32)
+        for mask, (_, _, view) in zip(masks, rows, strict=True):
+            if view.record.mask:
+                size = shape[-1], shape[-2]
+                mask[:] = mask_of_latents(view.record.mask, view.frame, view.flip, size, self.unmasked_weight)
+        return masks

@@ -10,7 +10,8 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, util
 from pathlib import Path
@@ -150,13 +151,33 @@ def read_picture(path: str | Path, background: str = "white") -> Opened:
     Raises:
         DataError: the file is missing, damaged, not a picture, or too large or too narrow to be one.
     """
+    with _errors_of(path):
+        opened = _as_shown(read_upright(path), background)
+    width, height = opened.picture.size
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise DataError(f"{path}: {width}x{height} is too narrow for a square picture; crop it")
+    return opened
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """A picture with its own pixels, upright.
+
+    Raises:
+        DataError: the file is missing, damaged, not a picture, or too large to be one.
+    """
+    with _errors_of(path), warnings.catch_warnings():
+        # Pillow warns of sizes that phones have by now; what is really too large, it refuses.
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_FORMATS) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _errors_of(path: str | Path) -> Iterator[None]:
+    """Inside, what Pillow raises is raised as what is wrong with the file."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes that phones have by now; what is really too large, it refuses.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                image.load()
-                opened = _as_shown(ImageOps.exif_transpose(image), background)
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file{near(path)}") from None
     except Image.DecompressionBombError as error:
@@ -168,10 +189,6 @@ def read_picture(path: str | Path, background: str = "white") -> Opened:
         raise DataError(f"{path}: {wrong}") from None
     except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error}); save it again as PNG or JPEG, or remove it") from error
-    width, height = opened.picture.size
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise DataError(f"{path}: {width}x{height} is too narrow for a square picture; crop it")
-    return opened
 
 
 def _is_heif(path: str | Path) -> bool:

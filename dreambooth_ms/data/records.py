@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
+from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError
 
@@ -23,8 +24,8 @@ class Record:
     """Upright, in pixels."""
     captions: tuple[str, ...]
     """One, or several of which each row draws one."""
-    mask: Path | None = None
-    """A picture that is white where the error counts; None: it counts everywhere."""
+    mask: Mask | None = None
+    """Where the error counts; None: everywhere."""
     background: str = "white"
     """What it is put on where it is transparent."""
 
@@ -57,6 +58,10 @@ class Source:
     """Pictures, the first in natural order; None: all."""
     background: str = "white"
     """What transparent pictures are put on."""
+    masked: bool = False
+    """Whether each picture has a mask,"""
+    mask_folder: Path | None = None
+    """in this folder; None: its opacity."""
 
     def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
@@ -79,7 +84,8 @@ class Source:
                     raise DataError(
                         f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
                     )
-                records.append(Record(path, sha256, (width, height), captions, background=self.background))
+                mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
+                records.append(Record(path, sha256, (width, height), captions, mask, self.background))
                 for note in opened.notes:
                     noted.setdefault(note, []).append(path)
             except DataError as error:

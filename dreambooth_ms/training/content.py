@@ -30,11 +30,13 @@ def content_of(digests: Mapping[str, str], concepts: Iterable[Concept]) -> Conte
 
 
 def _digests(concept: Concept) -> list[str]:
-    """Of each picture, with its captions where they are its own."""
-    records = concept.records
-    if len({one.captions for one in records}) == 1:
-        return [one.digest for one in records]
-    return [hashlib.sha256("\n".join((one.digest, *one.captions)).encode()).hexdigest() for one in records]
+    """Of each picture, with its mask, and its captions where they are its own."""
+    has_own = len({one.captions for one in concept.records}) > 1
+    parts = [
+        (one.digest, *([one.mask.digest] if one.mask else []), *(one.captions if has_own else ()))
+        for one in concept.records
+    ]
+    return [hashlib.sha256("\n".join(own).encode()).hexdigest() if own[1:] else own[0] for own in parts]
 
 
 def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[str]:

@@ -187,3 +187,33 @@ def test_few_buckets_are_those_that_cut_off_least(planned, tmp_path, of_many_sha
     batches = planned("--use_aspect_ratio_bucket", "--max_buckets", "1", "--debug_arb")
     assert Image.open(tmp_path / "run" / "crops.png").width > 8 * 160, "the first eight pictures"
     assert {row.view.frame.size for step in range(20) for row in batches.plan.rows(step)} == {(24, 40)}
+
+
+def test_rows_count_where_their_masks_are_and_class_rows_everywhere(planned, tmp_path, stems):
+    for number, stem in enumerate(stems):
+        picture = Image.open(tmp_path / "photographs" / f"{stem}.png")
+        mask = np.zeros(picture.size[::-1], np.uint8)
+        mask[: 10 + 10 * number] = 255
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{stem}.png")
+    write_subject(tmp_path / "class")
+    prior = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a star"]
+    batches = planned("--mask_dir", str(tmp_path / "masks"), *prior, "--num_class_images", "5")
+    for step in range(5):
+        mask, target = batches(step).mask, batches(step).target
+        assert mask.shape == target.shape
+        assert mask.mean((1, 2, 3)) == pytest.approx(1)
+        assert mask[0, :, 0].min() > 1 > mask[0, :, -1].max()
+        assert (mask[1] == 1).all()
+    assert planned("--output_dir", str(tmp_path / "2"))(0).mask is None
+
+
+def test_a_run_with_masks_trains(planned, tmp_path, stems, monkeypatch, capfd):
+    monkeypatch.undo()
+    for stem in stems:
+        path = tmp_path / "photographs" / f"{stem}.png"
+        picture = Image.open(path).convert("RGB")
+        picture.putalpha(Image.fromarray(np.tile(np.arange(picture.width, dtype=np.uint8), (picture.height, 1))))
+        picture.save(path)
+    assert planned("--alpha_mask", "--unmasked_weight", "0.1", "--max_train_steps", "2") == 0
+    assert "--unmasked_weight" not in capfd.readouterr().err

@@ -1,0 +1,71 @@
+"""Where in a picture the error counts: a mask, as it lies on the latents of a row's crop."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dreambooth_ms.data.pictures import SUFFIXES, Frame, Size, digest, read_upright, resize_and_crop
+from dreambooth_ms.errors import DataError
+
+
+class Mask(NamedTuple):
+    """A picture whose brightness says how much the error counts there; white: wholly, black: not at all."""
+
+    path: Path
+    digest: str
+    """SHA-256 of the file."""
+    is_alpha: bool = False
+    """Whether the picture's own opacity is meant."""
+
+
+def find_mask(picture: Path, folder: Path | None, size: Size) -> Mask:
+    """The mask of a picture of this size in a folder, by its name without the suffix; without a folder its opacity.
+
+    Raises:
+        DataError: there is none, it has another size, or it is black.
+    """
+    beside = [folder / f"{picture.stem}{suffix}" for suffix in SUFFIXES] if folder else [picture]
+    path = next((one for one in beside if one.is_file()), None)
+    if path is None:
+        raise DataError(f"{picture}: no mask in {folder}, expected {picture.stem}.png; make one, or remove the picture")
+    mask = Mask(path, digest(path), is_alpha=folder is None)
+    image = _read(mask)
+    if image.size != size:
+        (width, height), (across, down) = image.size, size
+        raise DataError(f"{path}: {width}x{height} pixels, its picture {across}x{down}; make both the same size")
+    if image.getextrema() == (0, 0):
+        raise DataError(f"{path}: {'transparent' if mask.is_alpha else 'black'} everywhere, so nothing would count")
+    return mask
+
+
+def _read(mask: Mask) -> Image.Image:
+    """Its brightness, as "L"."""
+    image = read_upright(mask.path)
+    if not mask.is_alpha:
+        return image.convert("L")
+    if not image.has_transparency_data:
+        raise DataError(f"{mask.path}: --alpha_mask, but it has no alpha channel; save it as PNG with one")
+    return image.convert("RGBA").getchannel("A")
+
+
+@lru_cache(maxsize=64)
+def mask_of_latents(mask: Mask, frame: Frame, flip: bool, size: Size, rest: float) -> np.ndarray:
+    """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has.
+
+    Args:
+        mask: of the picture.
+        frame: of the crop.
+        flip: whether the crop is mirrored.
+        size: (w, h) of the latents, of which the crop is a multiple.
+        rest: how much counts what the mask has not, from 0 to 1.
+    """
+    crop = resize_and_crop(_read(mask), frame, "bilinear", flip)
+    shares = np.asarray(crop, np.float32) / np.float32(255)
+    width, height = size
+    of_latents = shares.reshape(height, shares.shape[0] // height, width, shares.shape[1] // width).mean((1, 3))
+    counts = rest + (1 - rest) * of_latents
+    # A crop beside the mask teaches nothing.
+    return (counts / counts.mean()).astype(np.float32) if counts.any() else np.zeros_like(counts)
