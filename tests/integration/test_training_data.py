@@ -140,7 +140,7 @@ def test_captions_that_are_too_long_are_told_once_with_their_files(planned, tmp_
 def test_a_changed_caption_is_told_to_a_run_that_goes_on(planned, tmp_path, stems, capfd, monkeypatch):
     captions(tmp_path / "photographs", **{stem: f"star {n}" for n, stem in enumerate(stems)})
     monkeypatch.undo()
-    flags = ("--use_txt_as_label", "--max_train_steps", "1")
+    flags = ("--use_txt_as_label", "--max_train_steps", "1", "--checkpointing_steps", "1")
     assert planned(*flags) == 0
     captions(tmp_path / "photographs", **{stems[1]: "another star"})
     capfd.readouterr()
