@@ -34,6 +34,7 @@ OLD_INTERFACE = {
     "AdamApplyOneWithDecayAssign": "AdamW's update of a parameter; aclnn's takes no learning rate that is a tensor",
     "AddN": "MindSpore's differentiation writes it where a value is read more than once",
     "Assign": "sets a parameter; the aclnn form makes MindSpore copy parameters",
+    "CumProd": "of mindone's schedulers, once when one is made",
     "RightShift": "of the hash behind --lora_dropout; there is no aclnn form",
     "Slice": "takes gradients out of the tensor that processes have summed",
     "TensorMove": "a copy that passes of the backend write",

@@ -26,7 +26,7 @@ DRIVERS = {
 }
 """CANN -> driver -> whether they go together, as far as it is published (docs/ascend.md has the sources)."""
 
-OLD_INTERFACE = ("AdamApplyOneWithDecayAssign", "AddN", "Assign", "RightShift", "Slice", "TensorMove")
+OLD_INTERFACE = ("AdamApplyOneWithDecayAssign", "AddN", "Assign", "CumProd", "RightShift", "Slice", "TensorMove")
 """What tools/simulate_ascend.py finds on CANN's older interface, where it has the reasons."""
 
 READ_BY_CARD = ("ASCEND_", "HCCL_", "RANK_TABLE", "TE_PARALLEL")

@@ -39,32 +39,19 @@ def reports():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Where commands have run, on models of a few thousand weights in the real formats."""
+    """Where commands run, on models of a few thousand weights in the real formats."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "sd")
-    write_random_sdxl(home / "sdxl")
+    write_random_model(home / "sd", levels=1)
+    write_random_sdxl(home / "sdxl", levels=1)
     (home / "photographs").mkdir()
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(home / "photographs" / f"{number}.png")
-    few_steps = "--max_train_steps 1 --gradient_checkpointing"
-    lora = (
-        f"{TRAIN} sd --output_dir lora --mixed_precision fp16 --with_prior_preservation --class_data_dir class "
-        "--class_prompt star --num_class_images 1 --infer_steps 2 --checkpointing_steps 2 --max_train_steps"
-    )
-    commands = [
-        f"{lora} 2",
-        f"{lora} 3 --resume_from_checkpoint latest",
-        f"{TRAIN} sd --output_dir full --method full --mixed_precision bf16 {few_steps}",
-        f"{TRAIN} sdxl --output_dir sdxl-lora --mixed_precision bf16 --train_text_encoder {few_steps}",
-        "sample --weight sd,lora --prompt star --num_inference_steps 2 --mixed_precision fp16 --output_dir drawn",
-    ]
-    run(home, commands)
     return home
 
 
 def run(home, commands):
-    """One after the other, in one process of the simulation."""
+    """One after the other, in one process of the simulation; returns what they say."""
     split = [[*command.split(), "--device_target", "Ascend"] for command in commands]
     program = "import json, sys; from dreambooth_ms.cli.main import main\n"
     program += "for command in json.loads(sys.argv[1]): assert main(command) == 0, command"
@@ -72,7 +59,7 @@ def run(home, commands):
     assert not reports[""].refused, said
     assert reports[""].backoffs == 0
     assert reports[""].unexplained == set()
-    (home / "said").write_text(said)
+    return said
 
 
 @simulated
@@ -99,21 +86,25 @@ class TestGraphs:
 
 @simulated
 class TestCommands:
-    def test_train_and_resume(self, home):
-        assert (home / "lora" / "checkpoint-2").is_dir()
-        assert re.search(r"resuming from lora/checkpoint-2$", (home / "said").read_text(), re.MULTILINE)
+    def test_train_resume_and_sample(self, home):
+        lora = (
+            f"{TRAIN} sd --output_dir lora --mixed_precision fp16 --with_prior_preservation --class_data_dir class "
+            "--class_prompt star --num_class_images 1 --infer_steps 2 --checkpointing_steps 2 --max_train_steps"
+        )
+        sample = "sample --weight sd,lora --prompt star --num_inference_steps 2 --mixed_precision fp16 --output_dir out"
+        said = run(home, [f"{lora} 2", f"{lora} 3 --resume_from_checkpoint latest", sample])
+        assert re.search(r"resuming from lora/checkpoint-2$", said, re.MULTILINE)
         assert load_file(home / "lora" / FILE_NAME)
-        assert len(list((home / "class").glob("*.png"))) == 1
+        assert len(list((home / "class").glob("*.png"))) == len(list((home / "out").rglob("*.png"))) == 1
 
-    def test_train_all_weights(self, home):
+    @pytest.mark.real
+    def test_train_all_weights_and_sdxl_with_its_text_encoders(self, home):
+        few_steps = "--max_train_steps 1 --gradient_checkpointing --mixed_precision bf16"
+        full = f"{TRAIN} sd --output_dir full --method full {few_steps}"
+        run(home, [full, f"{TRAIN} sdxl --output_dir sdxl-lora --train_text_encoder {few_steps}"])
         assert (home / "full" / "unet").is_dir()
-
-    def test_train_sdxl_with_its_text_encoders(self, home):
         networks = {name.partition(".")[0] for name in load_file(home / "sdxl-lora" / FILE_NAME)}
         assert networks == {"unet", "text_encoder", "text_encoder_2"}
-
-    def test_sample(self, home):
-        assert len(list((home / "drawn").rglob("*.png"))) == 1
 
 
 def test_a_log_is_read():
