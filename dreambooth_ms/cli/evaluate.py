@@ -10,7 +10,7 @@ import numpy as np
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
-from dreambooth_ms.cli.output import progress, tell
+from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.evaluate import EvaluateConfig
 from dreambooth_ms.config.load import load
@@ -87,5 +87,5 @@ def _pictures(model: SamplingModel, request: SampleRequest, name: str) -> list[n
     model.load()
     # The noise that steps draw is that of seed 0, whatever the seed of the noise that pictures start from.
     finished = model.latents(replace(request, seed=0), rows)
-    with_progress = progress(finished, desc=name, total=len(request.pictures), unit="picture")
-    return [model.picture(latents, number) for number, latents in with_progress]
+    shown = with_progress(finished, len(request.pictures), desc=name, unit="picture")
+    return [model.picture(latents, number) for number, latents in shown]

@@ -2,15 +2,16 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from tqdm import tqdm
 
 PROGRAM = "dreambooth-ms"
+Item = TypeVar("Item")
 
 _quiet = False
 _bars: WeakSet[tqdm] = WeakSet()
@@ -43,11 +44,19 @@ def tell_warnings() -> None:
     warnings.showwarning = show
 
 
-def progress(*arguments: Any, **options: Any) -> Any:
+def progress(**options: Any) -> Any:
     """tqdm's progress bar. It appears with the first step, or when what that needs is compiled."""
-    bar = tqdm(*arguments, disable=_quiet, delay=1e-9, **options)
+    bar = tqdm(disable=_quiet, delay=1e-9, **options)
     _bars.add(bar)
     return bar
+
+
+def with_progress(items: Iterable[Item], total: int, **options: Any) -> Iterator[Item]:
+    """The items, with a bar of how many there were. (tqdm's own loop counts some twice if it is paused.)"""
+    with progress(total=total, **options) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn
 
-from dreambooth_ms.cli.output import progress, tell
+from dreambooth_ms.cli.output import progress, tell, with_progress
 from dreambooth_ms.cli.training_concepts import (
     check_same_pictures,
     class_numbers_to_come,
@@ -111,7 +111,7 @@ def encode_pictures(
         encoder_digest=job.base_digests["vae"],
         interpolation=data.image_interpolation_mode,
         load_encoder=load_encoder,
-        progress=lambda views: progress(views, desc="encoding pictures", unit="picture"),
+        progress=lambda views: with_progress(views, len(views), desc="encoding pictures", unit="picture"),
     )
     missing = posteriors.missing(views_of(job, plan))
     if data.use_aspect_ratio_bucket:

@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dreambooth_ms.config import choices
-from dreambooth_ms.config.ranges import DECAY, MEMORY, NOT_EMPTY, PATH, SEED, SIDE, STEPS, ZERO_OR_ONE, above, at_least
+from dreambooth_ms.config.ranges import (
+    DECAY,
+    MEMORY,
+    NOT_EMPTY,
+    PATH,
+    SEED,
+    SIDE,
+    STEPS,
+    ZERO_OR_ONE,
+    Range,
+    above,
+    at_least,
+)
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
@@ -80,10 +92,7 @@ class DataConfig:
 
 
 _COMBINED = only_with("read_prompt_from_txt", "instance", "class", "both")
-_NO_CAPTION = Rule(
-    lambda values: not any(place in values["prompt_template"] for place in CAPTIONS),
-    "--prompt_template {prompt_template!r}: expected {{CAPTION}} in it, where a picture's own caption comes",
-)
+_TEMPLATE = Range(f"text with {CAPTIONS[0]} in it", lambda text: any(place in text for place in CAPTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +109,7 @@ class CaptionsConfig:
     caption_column: Annotated[str | None, NOT_EMPTY] = None
     """Column of metadata.jsonl or metadata.csv in the folder, whose file_name names the picture: captions are there,
     not in files. Without read_prompt_from_txt they are the subject's and stand in place of instance_prompt."""
-    prompt_template: Annotated[str, NOT_EMPTY, _COMBINED, _NO_CAPTION] = "{PROMPT} {CAPTION}"
+    prompt_template: Annotated[str, _TEMPLATE, _COMBINED] = "{PROMPT} {CAPTION}"
     """How read_prompt_from_txt combines them: {PROMPT} is the prompt, {CAPTION} or {TXT_PROMPT} the caption."""
     caption_dropout: Annotated[float, DECAY] = 0.0
     """Share of the subject's rows that read the empty prompt in place of theirs."""

@@ -282,6 +282,8 @@ def values_of(one):
     valid = kinds.filter(lambda value: one.range is None or one.range.holds(value))
     if one.is_path:
         valid = valid.filter(lambda value: not str(value).startswith("~"))
+    if one.name == "prompt_template":
+        valid = number[str].map("{}{{CAPTION}}".format)
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
     if one.name in ("resolution", "height", "width", "vae_whole_up_to"):
@@ -292,7 +294,8 @@ def values_of(one):
 RULES = ("--with_prior_preservation: needs", "expected another folder", "polynomial schedule", "--offset_noise: is",
          "--lora: missing", "--lora_scale: expected one number", "--sd_xl_base_ratios: is a height",
          "--num_images_per_prompt: is", "--task img2img: needs", "--image: a picture is started", "--orig_height: give",
-         "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out")  # fmt: skip
+         "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out",
+         "--alpha_mask: and --mask_dir")  # fmt: skip
 
 
 def written_as_flag(name, value):

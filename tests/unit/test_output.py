@@ -1,6 +1,7 @@
 """What commands say while they work: bars, and what is compiled meanwhile."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -8,9 +9,11 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from contextlib import suppress
 
 import pytest
+from tqdm import tqdm
 
 from dreambooth_ms.cli import output
 from dreambooth_ms.cli.compilation import show_compilation
@@ -86,3 +89,13 @@ def test_for_a_bar_a_compilation_takes_no_time():
             bar.update()
         assert bar.format_dict["elapsed"] == 4
         assert bar.format_dict["rate"] == pytest.approx(0.5)
+
+
+def test_a_bar_that_is_paused_within_a_loop_counts_each_item_once(monkeypatch):
+    bars = []
+    monkeypatch.setattr(output, "tqdm", lambda **options: bars.append(tqdm(**options, file=io.StringIO())) or bars[0])
+    for number in output.with_progress(iter(range(11)), 11, mininterval=0):
+        if number in (0, 3):
+            with output.bars_paused():
+                time.sleep(0.12)
+    assert bars[0].n == 11
