@@ -105,7 +105,8 @@ class CaptionsConfig:
     use_txt_as_label: bool = False
     """Read the captions beside the subject's pictures, in place of instance_prompt."""
     use_filename_as_label: bool = False
-    """The name of each picture of the subject, without its suffix, is its prompt; a caption beside it goes first."""
+    """The name of each picture of the subject, without its suffix, is its prompt; beside the flags above and below only
+    where a picture has no caption."""
     caption_column: Annotated[str | None, NOT_EMPTY] = None
     """Column of metadata.jsonl or metadata.csv in the folder, whose file_name names the picture: captions are there,
     not in files. Without read_prompt_from_txt they are the subject's and stand in place of instance_prompt."""
