@@ -13,6 +13,7 @@ from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.picture_file import missing_numbers
+from dreambooth_ms.training.content import digests_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -65,8 +66,8 @@ def class_numbers_to_come(config: TrainConfig) -> list[int]:
 
 
 def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> None:
-    """Raise DataError if another process, perhaps on another machine, found other pictures."""
-    digests = [record.digest for concept in concepts for record in concept.records]
+    """Raise DataError if another process, perhaps on another machine, found other pictures, captions or masks."""
+    digests = [digest for concept in concepts for digest in digests_of(concept)]
     for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
         if others != digests:
             raise DataError(
@@ -79,7 +80,7 @@ def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_promp
     """Tell what is lost of prompts that are too long: of captions their files."""
     tokenizer, shared = PromptTokenizer(base.text), [class_prompt]
     for concept in concepts:
-        if len({record.captions for record in concept.records}) == 1:
+        if not concept.has_captions:
             shared += concept.records[0].captions
             continue
         long = [one.path for one in concept.records if any(map(tokenizer.lost, one.captions))]

@@ -44,7 +44,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     tell_cut_prompts(base, concepts, class_prompt)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*([] if trains_text else prompts_of(job, concepts)), class_prompt, ""])
+        embeddings.prepare([*([] if trains_text else prompts_of(job, plan_of(job, concepts))), class_prompt, ""])
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
     if prior.folder and missing:
@@ -54,11 +54,12 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
     check_same_pictures(job.processes, concepts)
     concepts = [in_order(concept, earlier) for concept in concepts]
+    plan = plan_of(job, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if trains_text:
-        tokens = PromptTokenizer(base.text, warns=False).texts(prompts_of(job, concepts))
+        tokens = PromptTokenizer(base.text, warns=False).texts(prompts_of(job, plan))
         texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
-    batches = encode_pictures(job, concepts, cache, texts)
+    batches = encode_pictures(job, plan, cache, texts)
     return unet or base.denoiser.load(), batches
 
 
@@ -76,6 +77,8 @@ def sample_class_pictures(
     bar = progress(total=len(numbers), desc="class pictures", unit="picture")
     for at, bucket in enumerate(subject.buckets):
         own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
+        if not own:
+            continue
         request = SampleRequest(
             prompts=(prompt,),
             num_images_per_prompt=len(own),
@@ -84,11 +87,11 @@ def sample_class_pictures(
             height=bucket.size[1],
             seed=job.seed,
             purpose="class picture",
-            batch_size=min(prior.sample_batch_size, max(len(own), 1)),
+            batch_size=min(prior.sample_batch_size, len(own)),
             num_inference_steps=prior.infer_steps,
             guidance_scale=prior.guidance_scale,
         )
-        for sample in model.sample(request) if own else ():
+        for sample in model.sample(request):
             settings = settings_of_training(sample)
             write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
             bar.update()
@@ -97,10 +100,10 @@ def sample_class_pictures(
 
 
 def encode_pictures(
-    job: TrainingJob, concepts: Sequence[Concept], cache: ContentCache, texts: Callable[[str], PromptText]
+    job: TrainingJob, plan: Plan, cache: ContentCache, texts: Callable[[str], PromptText]
 ) -> BatchMaker:
     """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards."""
-    data, base, processes, plan = job.config.data, job.base, job.processes, plan_of(job, concepts)
+    data, base, processes = job.config.data, job.base, job.processes
 
     def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
         encoder = CellMethod(base.codec.load(decodes=False).encode)

@@ -40,9 +40,9 @@ def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:
     return plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step)
 
 
-def prompts_of(job: TrainingJob, concepts: Sequence[Concept]) -> list[str]:
+def prompts_of(job: TrainingJob, plan: Plan) -> list[str]:
     """All prompts that the rest of the run reads, each once."""
-    return list(dict.fromkeys(view.prompt for view in views_of(job, plan_of(job, concepts))))
+    return list(dict.fromkeys(view.prompt for view in views_of(job, plan)))
 
 
 def tell_sizes(plan: Plan, total: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import DataError, near
 
 INSTANCE, CLASS = "instance", "class"
 
@@ -46,6 +46,11 @@ class Concept:
     wording: Wording | None = None
     """How rows vary its prompts."""
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether its pictures have prompts of their own."""
+        return len({record.captions for record in self.records}) > 1
+
 
 @dataclass(frozen=True)
 class Source:
@@ -71,6 +76,8 @@ class Source:
             DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
         """
         found = find_pictures(self.folder)
+        if self.mask_folder and not self.mask_folder.is_dir():
+            raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
         pictures = found.pictures[: self.at_most]
         prompts = self.captioning.prompts(pictures, self.prompt)
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})

@@ -23,17 +23,16 @@ def base_digests(base: ModelBundle) -> dict[str, str]:
 def content_of(digests: Mapping[str, str], concepts: Iterable[Concept]) -> Content:
     """Of a base's digests and concepts."""
     pictures = {
-        concept.name: {one.path.name: digest for one, digest in zip(concept.records, _digests(concept), strict=True)}
+        concept.name: {one.path.name: digest for one, digest in zip(concept.records, digests_of(concept), strict=True)}
         for concept in concepts
     }
     return {"base": dict(digests), **pictures}
 
 
-def _digests(concept: Concept) -> list[str]:
+def digests_of(concept: Concept) -> list[str]:
     """Of each picture, with its mask, and its captions where they are its own."""
-    has_own = len({one.captions for one in concept.records}) > 1
     parts = [
-        (one.digest, *([one.mask.digest] if one.mask else []), *(one.captions if has_own else ()))
+        (one.digest, *([one.mask.digest] if one.mask else []), *(one.captions if concept.has_captions else ()))
         for one in concept.records
     ]
     return [hashlib.sha256("\n".join(own).encode()).hexdigest() if own[1:] else own[0] for own in parts]
@@ -67,7 +66,7 @@ def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
 def in_order(concept: Concept, earlier: Content) -> Concept:
     """The pictures in the order that they had, whatever they are called now, so that every row sees what it would have
     seen; unchanged if they are others."""
-    digests, own, held = list(earlier.get(concept.name, {}).values()), _digests(concept), defaultdict(list)
+    digests, own, held = list(earlier.get(concept.name, {}).values()), digests_of(concept), defaultdict(list)
     for digest, record in zip(own, concept.records, strict=True):
         held[digest].append(record)
     if sorted(digests) != sorted(own):

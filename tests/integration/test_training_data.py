@@ -217,3 +217,10 @@ def test_a_run_with_masks_trains(planned, tmp_path, stems, monkeypatch, capfd):
         picture.save(path)
     assert planned("--alpha_mask", "--unmasked_weight", "0.1", "--max_train_steps", "2") == 0
     assert "--unmasked_weight" not in capfd.readouterr().err
+
+
+def test_a_folder_of_masks_that_is_not_there_is_one_line(planned, tmp_path, capfd):
+    assert planned("--mask_dir", str(tmp_path / "mask")) == 2
+    assert [line for line in capfd.readouterr().err.splitlines() if "error:" in line] == [
+        f"dreambooth-ms: error: --mask_dir {tmp_path / 'mask'}: no such folder"
+    ]

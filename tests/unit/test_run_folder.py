@@ -11,13 +11,15 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_ms.cli import training_needs
+from dreambooth_ms.cli.training_concepts import check_same_pictures
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.records import INSTANCE, Concept, Record
-from dreambooth_ms.errors import ConfigError, WeightError, count_of
+from dreambooth_ms.errors import ConfigError, DataError, WeightError, count_of
+from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training import run_lock
 from dreambooth_ms.training.checkpoint import MANIFEST, Checkpoint, open_checkpoint, save_checkpoint
-from dreambooth_ms.training.content import changes, content_of, in_order
+from dreambooth_ms.training.content import changes, content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data, settle_config, write_config
 from dreambooth_ms.training.run_lock import INHERITED, LOCK, Runner, only_run_in, runner_of, sign, take_lock
 from dreambooth_ms.training.trackers import HISTORY, round_ticks
@@ -303,3 +305,14 @@ def test_one_is_singular():
     assert [count_of(number, "picture") for number in (0, 1, 2, 1200)] == [
         *("0 pictures", "1 picture", "2 pictures", "1,200 pictures"),
     ]
+
+
+def test_processes_that_found_other_captions_are_told():
+    """On two machines the pictures may be the same, and what stands beside them not."""
+    mine = Concept(INSTANCE, tuple(Record(path_of(name), name, (9, 9), (f"a {name}",)) for name in "ab"))
+    other = replace(mine, records=(mine.records[0], replace(mine.records[1], captions=("another",))))
+    both = [digests_of(mine), digests_of(other)]
+    pair = Processes(rank=0, count=2, exchange=lambda what, value: both)
+    with pytest.raises(DataError, match="rank 1 found other pictures than rank 0"):
+        check_same_pictures(pair, [mine])
+    check_same_pictures(replace(pair, exchange=lambda what, value: [value, value]), [mine])
