@@ -73,8 +73,7 @@ def recomputing() -> list[Graph]:
     """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.models.segments import Segments
-    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep

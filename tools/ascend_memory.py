@@ -51,10 +51,9 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
     from dreambooth_ms.models.parameters import public_parameters
-    from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
     from dreambooth_ms.models.text import TextEncoders
-    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.runtime.device import compute_dtype
     from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned

@@ -8,8 +8,7 @@ from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import Checkpoint, restore

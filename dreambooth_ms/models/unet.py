@@ -5,7 +5,7 @@ P width of pooled text, N add_time_ids.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
@@ -15,6 +15,7 @@ from dreambooth_ms.models.layers import CellMethod, Downsample2D, ResnetBlock2D,
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_inputs, unet_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
+from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
 from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, from_public_layout, to_public_layout
 from dreambooth_ms.ops.graph import select
@@ -157,3 +158,29 @@ class TimestepEmbedding(nn.Cell):
 
     def construct(self, encoding_BD: Tensor) -> Tensor:
         return self.linear_2(ops.silu(self.linear_1(encoding_BD)))
+
+
+TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
+"""Inputs of a UNet that text encoders give."""
+
+
+class Segments:
+    """A denoiser as a list of segments, for a backward pass that computes each one again (Chen et al., 2016).
+
+    Noisy latents, timesteps, conditioning -> the prediction, which the last one gives.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
+        """With text encoders the conditioning is what `training.methods.TextConditioned` takes."""
+        self.num_inputs = len(unet.input_names)
+        self.segments: list[Segment] = []
+        numbers, made = list(range(self.num_inputs)), self.num_inputs
+        if text_encoders is not None:
+            texts = tuple(i for i, name in enumerate(unet.input_names) if name in TEXT_INPUTS)
+            self.segments.append(Segment(text_encoders, texts, (text_encoders,), len(texts)))
+            for i in texts:
+                numbers[i], made = made, made + 1
+        for segment in unet.segments:
+            self.segments.append(replace(segment, reads=tuple(numbers[i] for i in segment.reads)))
+            numbers.append(made)
+            made += 1

@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.ops.graph import on_ascend, shared
-from dreambooth_ms.ops.products import transposed_times
+from dreambooth_ms.ops.linear import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 

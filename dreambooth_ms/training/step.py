@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.unet import Segments
 from dreambooth_ms.ops import SumOfSquares, mean
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
