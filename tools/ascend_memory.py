@@ -55,10 +55,9 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.models.text import TextEncoders
     from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.runtime.device import compute_dtype
-    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
-    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.training.step import DiffusionLoss, LossScaler, TrainStep
     from dreambooth_ms.weights.roles import CLIP_TARGETS
 
     spec = {"sd15": SD_15, "sd21": SD_21, "sdxl": SDXL_BASE}[args.model]

@@ -14,11 +14,9 @@ from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import Checkpoint, restore
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.loss_scaling import LossScaler
-from dreambooth_ms.training.methods import METHODS, Learner
-from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.sharding import ShardedOptimiser
-from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
+from dreambooth_ms.training.methods import METHODS, Learner, choose_optimiser
+from dreambooth_ms.training.optimisers import ShardedOptimiser
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, TrainStep
 
 
 @dataclass(frozen=True)

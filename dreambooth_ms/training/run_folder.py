@@ -16,9 +16,8 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
-from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, result_of
 from dreambooth_ms.training.content import Content, changes
-from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
 CONFIG = "config.yaml"
