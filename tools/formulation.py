@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 from unittest import mock
 
 from mindspore import Tensor, ops
@@ -17,7 +18,7 @@ def use_formulation(chosen: device.Formulation, cpu_kernels: bool = True) -> Ite
     With `cpu_kernels`, those operators of Ascend's that CPU has no kernels for are others with the same result, so that
     the cells can be computed here; otherwise they can only be compiled by MindSpore's front end.
     """
-    replaced = {"convolution": _convolution, "layer_norm": _layer_norm, "look_up": _look_up}
+    replaced: dict[str, Any] = {"convolution": _convolution, "layer_norm": _layer_norm, "look_up": _look_up}
     replaced |= {"exclusive_or": ops.bitwise_xor, "bitwise_and": ops.bitwise_and, "widen": _widen, "part": _part}
     before, device._formulation = device._formulation, chosen
     try:

@@ -1,4 +1,4 @@
-"""Optimisers as cells with explicit state, so that a checkpoint is their parameters and a step number, and their rates."""
+"""Optimisers as cells with explicit state, so that a checkpoint is their parameters and a step number; and rates."""
 
 import math
 from collections.abc import Callable, Sequence
