@@ -12,15 +12,8 @@ from dreambooth_ms.models.layout import Layer, LayerKind, vae_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import (
-    Conv2d,
-    GroupNorm,
-    equal_parts,
-    from_public_layout,
-    image_to_tokens,
-    to_public_layout,
-    tokens_to_image,
-)
+from dreambooth_ms.ops import Conv2d, GroupNorm, equal_parts
+from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens, to_public_layout, tokens_to_image
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 

@@ -34,7 +34,8 @@ class BandedDecoder:
     """
 
     def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
-        self._vae, self._max_taps, self._axes = vae, max_taps, image_axes()
+        self._vae, self._max_taps = vae, max_taps
+        self._height, self._width, self._channels = image_axes()
 
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
         """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
@@ -46,7 +47,7 @@ class BandedDecoder:
                 if hasattr(block, "upsamplers"):
                     x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
             x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
-            return np.moveaxis(x.asnumpy(), self._axes.channels, 1)
+            return np.moveaxis(x.asnumpy(), self._channels, 1)
 
     @cached_property
     def _decode_middle(self) -> CellMethod:
@@ -65,7 +66,7 @@ class BandedDecoder:
         What is computed of it band by band, pixel by pixel, ends there before the pixels that are still to be read.
         """
         batch, height, width, own_channels = x.shape
-        if self._axes.channels != 3 or own_channels != 2 * channels:
+        if self._channels != 3 or own_channels != 2 * channels:
             return None
         return ops.reshape(ops.reshape(x, (2, -1))[0], (batch, height, width, channels))
 
@@ -82,10 +83,10 @@ class BandedDecoder:
 
         `into` is where to write it, or what to add it to; that of single pixels may be written over the image itself.
         """
-        height, width = (x.shape[axis] * upsampling for axis in (self._axes.height, self._axes.width))
+        height, width = (x.shape[axis] * upsampling for axis in (self._height, self._width))
         normalise = None if norm is None else self._norm_and_silu(norm, x)
         if into is None:
-            sizes = {self._axes.height: height, self._axes.width: width, self._axes.channels: conv.out_channels}
+            sizes = {self._height: height, self._width: width, self._channels: conv.out_channels}
             into = mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=x.dtype)
         margin = conv.kernel_size // 2
         rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
@@ -108,13 +109,13 @@ class BandedDecoder:
         return enlarged[self._rows(start % 2, start % 2 + stop - start)]
 
     def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
-        return (slice(None),) * self._axes.height + (slice(start, stop),)
+        return (slice(None),) * self._height + (slice(start, stop),)
 
     def _norm_and_silu(self, norm: nn.Cell, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What makes of a band of an image its group norm, by the statistics of the whole image, and SiLU."""
-        channels = x.shape[self._axes.channels]
-        pixel = [channels if axis == self._axes.channels else 1 for axis in range(4)]
-        pixels = tuple(axis for axis in range(4) if axis != self._axes.channels)
+        channels = x.shape[self._channels]
+        pixel = [channels if axis == self._channels else 1 for axis in range(4)]
+        pixels = tuple(axis for axis in range(4) if axis != self._channels)
         count = x.size // norm.num_groups
 
         def over_group(sums_C: np.ndarray) -> np.ndarray:
@@ -137,7 +138,7 @@ class BandedDecoder:
 
     def _parts(self, x: Tensor) -> Iterator[np.ndarray]:
         """An image, few rows at a time."""
-        height = x.shape[self._axes.height]
+        height = x.shape[self._height]
         rows = band_height(height, MAX_SUMMED * height // x.size)
         for start in range(0, height, rows):
             yield x[self._rows(start, start + rows)].asnumpy()

@@ -35,9 +35,8 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     if earlier is None and (foreign := result_of(output)):
         raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
     config = _settled(config, earlier.run.seed if earlier else draw_seed())
-    differences = _differences(earlier, config) if earlier else []
-    if differences and _was_trained(output):
-        listed = "; ".join(differences)
+    if earlier and _was_trained(output) and (found := _differences(earlier, config)):
+        listed = "; ".join(found)
         raise ConfigError(f"{output} holds a run with another configuration ({listed}); choose another --output_dir")
     return config
 
