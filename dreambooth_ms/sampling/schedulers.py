@@ -7,6 +7,7 @@ Shapes: B rows, C, h, w of the latents.
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -17,6 +18,7 @@ from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.model_config import Config, is_edm, read_scheduler_config
+from dreambooth_ms.models.specs import read_table
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling.request import SampleRequest
 
@@ -64,32 +66,8 @@ class SchedulerKind:
         return scheduler
 
 
-_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-_SECOND_ORDER = {"algorithm_type": "dpmsolver++", "solver_order": 2}
-_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-# Without lower_order_final they say that they set it themselves.
-_TO_THE_END = {"lower_order_final": True}
-
-SCHEDULERS: dict[SamplingScheduler, SchedulerKind] = {
-    "ddim": SchedulerKind("DDIMScheduler", least=0),
-    "ddpm": SchedulerKind("DDPMScheduler", draws_noise=True, least=0),
-    "pndm": SchedulerKind("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": SchedulerKind("LMSDiscreteScheduler", keeps_signal=True),
-    "euler": SchedulerKind("EulerDiscreteScheduler", keeps_signal=True),
-    "euler_a": SchedulerKind("EulerAncestralDiscreteScheduler", draws_noise=True, keeps_signal=True),
-    "heun": SchedulerKind("HeunDiscreteScheduler", keeps_signal=True),
-    "dpm++_2m": SchedulerKind(_MULTISTEP, _SECOND_ORDER),
-    "dpm++_2m_karras": SchedulerKind(_MULTISTEP, _SECOND_ORDER | _KARRAS),
-    "dpm++_2s": SchedulerKind(_SINGLESTEP, _SECOND_ORDER | _TO_THE_END),
-    "dpm++_sde": SchedulerKind(_SINGLESTEP, {"algorithm_type": "sde-dpmsolver++"} | _TO_THE_END, draws_noise=True),
-    "unipc": SchedulerKind("UniPCMultistepScheduler"),
-    "deis": SchedulerKind("DEISMultistepScheduler", {"algorithm_type": "deis"}),
-    "lcm": SchedulerKind("LCMScheduler", draws_noise=True, least=0),
-    "edm_euler": SchedulerKind("EDMEulerScheduler", keeps_signal=True, edm=True),
-    "edm_dpm++_2m": SchedulerKind(
-        "EDMDPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}, keeps_signal=True, edm=True
-    ),
-}
+SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file__).with_suffix(".yaml")).items()}
+"""By their names."""
 
 
 def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None:

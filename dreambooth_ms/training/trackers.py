@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, the loss as a picture, MindSpore's profile."""
+"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, the loss as a picture, a profile."""
 
 import json
 import sys
