@@ -5,7 +5,8 @@ P width of pooled text, N add_time_ids.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import count
 
 import mindspore as ms
 import numpy as np
@@ -90,16 +91,6 @@ class UNet2DConditionModel(nn.Cell):
         cell = attach(self, layer.name, _INNER[layer.kind](layer, self.spec))
         return CellMethod(cell.project_in) if layer.kind is LayerKind.TRANSFORMER_INPUT else cell
 
-    @property
-    def segments(self) -> list[Segment]:
-        """The network layer by layer, with the cells that it has now; the last one's result is the prediction."""
-        outer = {kind: CellMethod(getattr(self, method)) for kind, method in _OUTER.items()}
-        inner = iter(self.inner)
-        return [
-            Segment(outer.get(layer.kind) or next(inner), layer.reads, tuple(map(self.get_sub_cell, layer.modules)))
-            for layer in unet_layout(self.spec)
-        ]
-
     def construct(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
     ) -> Tensor:
@@ -167,20 +158,24 @@ TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 class Segments:
     """A denoiser as a list of segments, for a backward pass that computes each one again (Chen et al., 2016).
 
-    Noisy latents, timesteps, conditioning -> the prediction, which the last one gives.
+    Noisy latents, timesteps, conditioning -> the prediction, which the last one gives. They are the network's layers,
+    with the cells that it has now.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
         """With text encoders the conditioning is what `training.methods.TextConditioned` takes."""
         self.num_inputs = len(unet.input_names)
         self.segments: list[Segment] = []
-        numbers, made = list(range(self.num_inputs)), self.num_inputs
+        # Of each value that a layer reads, its number among those of the segments.
+        numbers, made = list(range(self.num_inputs)), count(self.num_inputs)
         if text_encoders is not None:
             texts = tuple(i for i, name in enumerate(unet.input_names) if name in TEXT_INPUTS)
             self.segments.append(Segment(text_encoders, texts, (text_encoders,), len(texts)))
             for i in texts:
-                numbers[i], made = made, made + 1
-        for segment in unet.segments:
-            self.segments.append(replace(segment, reads=tuple(numbers[i] for i in segment.reads)))
-            numbers.append(made)
-            made += 1
+                numbers[i] = next(made)
+        outer = {kind: CellMethod(getattr(unet, method)) for kind, method in _OUTER.items()}
+        inner = iter(unet.inner)
+        for layer in unet_layout(unet.spec):
+            cell, reads = outer.get(layer.kind) or next(inner), tuple(numbers[i] for i in layer.reads)
+            self.segments.append(Segment(cell, reads, tuple(map(unet.get_sub_cell, layer.modules))))
+            numbers.append(next(made))

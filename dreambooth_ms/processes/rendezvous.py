@@ -21,6 +21,11 @@ from typing import Any, NoReturn
 from dreambooth_ms.errors import FAILED_STATUS, DeviceError
 from dreambooth_ms.processes.launch import SCHEDULER, Launch, exit_at_once
 
+START_SECONDS = 50
+"""How long the processes may take to start one after the other."""
+GRACE_SECONDS = 3
+"""How long a failure elsewhere waits for this process's own: all of them fail of a mistake in their common flags."""
+
 LONGEST_MESSAGE = 64 * 2**20
 SILENT_SECONDS = 30
 """How long a machine may not answer at all, before it counts as gone. The kernel answers, also for a busy process."""
@@ -115,19 +120,6 @@ def listen(launch: Launch) -> Listener:
         ) from error
 
 
-def accept(listener: Listener, expected: set[int]) -> tuple[int, Channel] | None:
-    """The rank of the next process that connects, and the channel to it; None, after closing it, for a stranger."""
-    try:
-        channel = Channel(listener.accept())
-    except _REFUSALS:
-        return None
-    hello = channel.receive()
-    if isinstance(hello, dict) and hello.get("rank") in expected:
-        return hello["rank"], channel
-    channel.close()
-    return None
-
-
 def _key(launch: Launch) -> bytes:
     return f"{launch.count} processes of {launch.job}".encode()
 
@@ -135,12 +127,6 @@ def _key(launch: Launch) -> bytes:
 def _no_answer(host: str, port: int, who: str, error: BaseException) -> DeviceError:
     reason = getattr(error, "strerror", None) or error
     return DeviceError(f"{who} does not answer at {host}:{port} ({reason}); see what became of it")
-
-
-START_SECONDS = 50
-"""How long the processes may take to start one after the other."""
-GRACE_SECONDS = 3
-"""How long a failure elsewhere waits for this process's own: all of them fail of a mistake in their common flags."""
 
 
 class Rendezvous:
@@ -251,8 +237,13 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
         """Let the expected processes in as they come; strangers are sent away."""
         with listener:
             while missing := expected - channels.keys():
-                if caller := accept(listener, missing):
-                    channels[caller[0]] = caller[1]
+                with suppress(*_REFUSALS):
+                    channel = Channel(listener.accept())
+                    hello = channel.receive()
+                    if isinstance(hello, dict) and hello.get("rank") in missing:
+                        channels[hello["rank"]] = channel
+                    else:
+                        channel.close()
 
     admission = Thread(target=admit, daemon=True)
     admission.start()

@@ -32,6 +32,10 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.content import Content
 from dreambooth_ms.training.loop import StepReport
 
+ADAPTER = Path(FILE_NAME)
+MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
+"""The file of a model folder that is written last."""
+
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"
 REPLACED = "-replaced"
@@ -198,11 +202,6 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
-
-
-ADAPTER = Path(FILE_NAME)
-MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
-"""The file of a model folder that is written last."""
 
 
 @dataclass(frozen=True)
