@@ -7,7 +7,8 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width
 from dreambooth_ms.models.specs import UNetSpec, VaeSpec
-from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, add_per_channel, concat_channels, upsample_nearest
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm
+from dreambooth_ms.ops.layout import add_per_channel, concat_channels, upsample_nearest
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 

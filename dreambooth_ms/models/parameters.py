@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.ops import StoredLayout
+from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.randomness import generator
 
 

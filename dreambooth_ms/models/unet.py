@@ -18,8 +18,9 @@ from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
-from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, from_public_layout, to_public_layout
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm
 from dreambooth_ms.ops.graph import select
+from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from mindspore import Tensor, mint, nn, ops
 
 from dreambooth_ms.models.layers import CellMethod, ResnetBlock2D
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Conv2d, convolution, image_axes, upsample_nearest
+from dreambooth_ms.ops import Conv2d, convolution
+from dreambooth_ms.ops.layout import image_axes, upsample_nearest
 from dreambooth_ms.runtime.device import uncompiled
 from dreambooth_ms.runtime.host_memory import arrays_used_again
 

@@ -14,16 +14,5 @@ from dreambooth_ms.ops.anywhere import SumOfSquares, bitwise_and, equal_parts, e
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
-from dreambooth_ms.ops.layout import (
-    StoredLayout,
-    add_per_channel,
-    concat_channels,
-    from_public_layout,
-    image_axes,
-    image_to_tokens,
-    to_public_layout,
-    tokens_to_image,
-    upsample_nearest,
-)
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import GroupNorm, LayerNorm

@@ -43,7 +43,8 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Conv2d, Dense, StoredLayout
+from dreambooth_ms.ops import Conv2d, Dense
+from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
 from dreambooth_ms.weights.load import load_strict
