@@ -12,12 +12,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.layers import CellMethod, Downsample2D, ResnetBlock2D, Upsample2D, attach
+from dreambooth_ms.models.layers import LAYERS, CellMethod, attach
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_inputs, unet_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
 from dreambooth_ms.ops import Conv2d, Dense, GroupNorm
 from dreambooth_ms.ops.graph import select
 from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
@@ -43,16 +42,6 @@ _OUTER = {
 }
 """The first layers, in this order, and the last one. They are methods of the network, because their modules are its own
 and an adapter may take the place of one."""
-
-_INNER: dict[LayerKind, type[nn.Cell]] = {
-    LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.SKIP_RESNET: ResnetBlock2D,
-    LayerKind.TRANSFORMER: Transformer2DModel,
-    LayerKind.TRANSFORMER_INPUT: Transformer2DModel,
-    LayerKind.TRANSFORMER_BLOCK: BasicTransformerBlock,
-    LayerKind.DOWNSAMPLER: Downsample2D,
-    LayerKind.UPSAMPLER: Upsample2D,
-}
 
 
 class UNet2DConditionModel(nn.Cell):
@@ -89,7 +78,7 @@ class UNet2DConditionModel(nn.Cell):
         """The cell of a layer, whose module is put at its public name."""
         if layer.kind is LayerKind.TRANSFORMER_OUTPUT:
             return CellMethod(self.get_sub_cell(layer.name).project_out)
-        cell = attach(self, layer.name, _INNER[layer.kind](layer, self.spec))
+        cell = attach(self, layer.name, LAYERS[layer.kind](layer, self.spec))
         return CellMethod(cell.project_in) if layer.kind is LayerKind.TRANSFORMER_INPUT else cell
 
     def construct(

@@ -3,17 +3,16 @@
 Shapes: B batch, C latent channels, H, W height and width of the picture, h, w those of the latents.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, attach
-from dreambooth_ms.models.layout import Layer, LayerKind, vae_layout
+from dreambooth_ms.models.layers import LAYERS, attach
+from dreambooth_ms.models.layout import Layer, vae_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import Conv2d, GroupNorm, equal_parts
-from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens, to_public_layout, tokens_to_image
+from dreambooth_ms.ops import Conv2d, equal_parts
+from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -59,32 +58,10 @@ class LayerChain(nn.Cell):
 
     def __init__(self, layers: Sequence[Layer], spec: VaeSpec) -> None:
         super().__init__()
-        cells = [attach(self, layer.name, _CELLS[layer.kind](layer, spec)) for layer in layers]
+        cells = [attach(self, layer.name, LAYERS[layer.kind](layer, spec)) for layer in layers]
         self.chain = nn.CellList(cells, auto_prefix=False)
 
     def construct(self, x: Tensor) -> Tensor:
         for layer in self.chain:
             x = layer(x)
         return x
-
-
-class PixelAttention(Attention):
-    """Self-attention of one head over the pixels of an image, behind a group norm and added to its input."""
-
-    def __init__(self, layer: Layer, spec: VaeSpec) -> None:
-        super().__init__(layer.in_channels, layer.in_channels, num_heads=1, qkv_bias=True)
-        self.group_norm = GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
-
-    def construct(self, x: Tensor) -> Tensor:
-        tokens_BLC = image_to_tokens(self.group_norm(x))
-        return x + tokens_to_image(super().construct(tokens_BLC, tokens_BLC), x)
-
-
-_CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {
-    LayerKind.CONV: lambda layer, _: Conv2d(layer.in_channels, layer.out_channels),
-    LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
-    LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.PIXEL_ATTENTION: PixelAttention,
-    LayerKind.DOWNSAMPLER: Downsample2D,
-    LayerKind.UPSAMPLER: Upsample2D,
-}

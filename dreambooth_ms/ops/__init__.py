@@ -14,5 +14,6 @@ from dreambooth_ms.ops.anywhere import SumOfSquares, bitwise_and, equal_parts, e
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
+from dreambooth_ms.ops.layout import upsample_nearest
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import GroupNorm, LayerNorm
