@@ -9,7 +9,7 @@ from dreambooth_ms.formats.folder_configs import pipeline_configs
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
-from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL

@@ -27,10 +27,9 @@ def training_sdxl() -> list[Graph]:
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.ema import MovingAverage
-    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
+    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
@@ -73,8 +72,7 @@ def recomputing() -> list[Graph]:
     """A whole step of SD 1 with gradient checkpointing: adapters of the UNet and the text encoder."""
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.cli import toy_networks
-    from dreambooth_ms.models.segments import Segments
-    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
@@ -104,9 +102,8 @@ def optimisers() -> list[Graph]:
     from dreambooth_ms.runtime.collective import SumOverProcesses
     from dreambooth_ms.training.adafactor import Adafactor
     from dreambooth_ms.training.adamw_8bit import AdamW8bit
-    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser, ShardedOptimiser
     from dreambooth_ms.training.prodigy import Prodigy
-    from dreambooth_ms.training.sharding import ShardedOptimiser
 
     shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
     trainables = [Parameter(toy_networks.normal(name, *shape), name=name) for name, shape in shapes.items()]
@@ -246,9 +243,8 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     from mindspore import ParameterTuple
 
     from dreambooth_ms.config.train import LossScalingConfig
-    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.optimisers import zeros_like
-    from dreambooth_ms.training.step import ClipByGlobalNorm, Update, _UpdateFromSums
+    from dreambooth_ms.training.step import ClipByGlobalNorm, LossScaler, Update, _UpdateFromSums
 
     sums = ParameterTuple([zeros_like(parameter, "gradient") for parameter in trainables])
     clip = ClipByGlobalNorm([total.shape for total in sums], 1.0)

@@ -51,15 +51,13 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.clip import CLIPTextModel
     from dreambooth_ms.models.parameters import public_parameters
-    from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
     from dreambooth_ms.models.text import TextEncoders
-    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.runtime.device import compute_dtype
-    from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.training.step import DiffusionLoss, LossScaler, TrainStep
     from dreambooth_ms.weights.roles import CLIP_TARGETS
 
     spec = {"sd15": SD_15, "sd21": SD_21, "sdxl": SDXL_BASE}[args.model]

@@ -189,12 +189,9 @@ def build_ours(job: Job, mark: Callable[[str], None], processes: Processes = ALO
     from dreambooth_ms.data.conditioning import PromptText, conditioning
     from dreambooth_ms.data.records import CLASS, INSTANCE
     from dreambooth_ms.models.parameters import public_parameters
-    from dreambooth_ms.models.segments import Segments
-    from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.training.loss_scaling import LossScaler
-    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
-    from dreambooth_ms.training.sharding import ShardedOptimiser
-    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser, ShardedOptimiser
+    from dreambooth_ms.training.step import DiffusionLoss, LossScaler, TrainStep
 
     mark("imported")
     unet = UNet2DConditionModel(job.unet)

@@ -25,8 +25,8 @@ from dreambooth_ms.config.doctor import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import ConfigError, UserError, count_of
-from dreambooth_ms.models.initialise import initialise
 from dreambooth_ms.models.layers import CellMethod
+from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.runtime.ascend import (

@@ -18,8 +18,7 @@ from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption
 from dreambooth_ms.config.describe import describe, describe_usual
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
-from dreambooth_ms.processes.exit import exit_at_once
-from dreambooth_ms.processes.launch import is_launched
+from dreambooth_ms.processes.launch import exit_at_once, is_launched
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",

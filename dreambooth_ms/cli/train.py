@@ -34,15 +34,13 @@ from dreambooth_ms.training.checkpoint import (
     checkpoint_folder,
     find_latest,
     open_checkpoint,
+    result_of,
 )
 from dreambooth_ms.training.content import base_digests, content_of
-from dreambooth_ms.training.loop import StepReport, train
-from dreambooth_ms.training.profile import profiled
-from dreambooth_ms.training.results import result_of
+from dreambooth_ms.training.loop import StepReport, stop_requests, train
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
 from dreambooth_ms.training.run_lock import only_run_in
-from dreambooth_ms.training.stop import stop_requests
-from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
+from dreambooth_ms.training.trackers import Tracker, draw_loss, profiled, read_history
 
 
 def run(argv: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.checkpoint import Checkpoint
-from dreambooth_ms.training.lr_schedules import learning_rate_factor
+from dreambooth_ms.training.optimisers import learning_rate_factor
 from dreambooth_ms.weights.bundle import ModelBundle
 
 

@@ -8,18 +8,15 @@ from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.models.segments import Segments
-from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import Checkpoint, restore
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.loss_scaling import LossScaler
-from dreambooth_ms.training.methods import METHODS, Learner
-from dreambooth_ms.training.optimiser_choice import choose_optimiser
-from dreambooth_ms.training.sharding import ShardedOptimiser
-from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
+from dreambooth_ms.training.methods import METHODS, Learner, choose_optimiser
+from dreambooth_ms.training.optimisers import ShardedOptimiser
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, TrainStep
 
 
 @dataclass(frozen=True)

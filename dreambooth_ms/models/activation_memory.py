@@ -114,30 +114,26 @@ def unet_segment(layer: Layer, spec: UNetSpec, settings: ActivationSettings, tra
     # Inputs of the projections before and behind a transformer's blocks.
     projections = 2 * number * out if trains_all else 0
     match layer.kind:
-        case LayerKind.RESNET | LayerKind.SKIP_RESNET if settings.on_ascend:
-            # Both norms' inputs and those of SiLU after them.
-            inside = 2 * FLOAT32 * (in_ + out) + (number * (in_ + out) if trains_all else 0)
-            return SegmentMemory(number * out, inside, convolution)
         case LayerKind.RESNET | LayerKind.SKIP_RESNET:
-            inside = FLOAT32 * out + (number * (in_ + out) if trains_all else 0)
-            # With a skip, its input is a tensor of its own.
-            inside += FLOAT32 * in_ if layer.kind is LayerKind.SKIP_RESNET else 0
-            return SegmentMemory(number * out, inside, convolution)
-        case LayerKind.TRANSFORMER:
+            # The second norm's input; with a skip, the first one's is a tensor of its own.
+            norms = out + (in_ if layer.kind is LayerKind.SKIP_RESNET else 0)
+            if settings.on_ascend:
+                norms = 2 * (in_ + out)  # Both, and the inputs of SiLU after them.
+            inputs = in_ + out if trains_all else 0
+            return SegmentMemory(number * out, FLOAT32 * norms + number * inputs, convolution)
+        case LayerKind.TRANSFORMER | LayerKind.TRANSFORMER_BLOCK:
             block = _transformer_block(layer, spec, settings, trained, pixels)
-            # The projection's result, which the block's first norm reads, is inside too.
-            return replace(block, inside=block.inside + projections + FLOAT32 * out)
-        case LayerKind.TRANSFORMER_BLOCK:
-            return _transformer_block(layer, spec, settings, trained, pixels)
+            # The projection's result, which the block's first norm reads, is inside of a whole transformer too.
+            whole = projections + FLOAT32 * out if layer.kind is LayerKind.TRANSFORMER else 0
+            return replace(block, inside=block.inside + whole)
         case LayerKind.TRANSFORMER_INPUT:
             return SegmentMemory(number * out, projections + (FLOAT32 * out if settings.on_ascend else 0))
         case LayerKind.TRANSFORMER_OUTPUT:
             return SegmentMemory(number * out)
         case LayerKind.UNET_INPUT | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
             return SegmentMemory(number * out, number * out if trains_all else 0, convolution)
-        case _ if layer.kind in SMALL:
-            return SegmentMemory(0)
-    raise AssertionError(layer.kind)
+    assert layer.kind in SMALL
+    return SegmentMemory(0)
 
 
 def _transformer_block(

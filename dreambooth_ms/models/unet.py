@@ -6,18 +6,20 @@ P width of pooled text, N add_time_ids.
 
 import math
 from dataclasses import dataclass
+from itertools import count
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.layers import CellMethod, Downsample2D, ResnetBlock2D, Upsample2D, attach
+from dreambooth_ms.models.layers import LAYERS, CellMethod, attach
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_inputs, unet_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import UNetSpec
-from dreambooth_ms.models.transformer import BasicTransformerBlock, Transformer2DModel
-from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, from_public_layout, to_public_layout
+from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm
 from dreambooth_ms.ops.graph import select
+from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,6 @@ _OUTER = {
 }
 """The first layers, in this order, and the last one. They are methods of the network, because their modules are its own
 and an adapter may take the place of one."""
-
-_INNER: dict[LayerKind, type[nn.Cell]] = {
-    LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.SKIP_RESNET: ResnetBlock2D,
-    LayerKind.TRANSFORMER: Transformer2DModel,
-    LayerKind.TRANSFORMER_INPUT: Transformer2DModel,
-    LayerKind.TRANSFORMER_BLOCK: BasicTransformerBlock,
-    LayerKind.DOWNSAMPLER: Downsample2D,
-    LayerKind.UPSAMPLER: Upsample2D,
-}
 
 
 class UNet2DConditionModel(nn.Cell):
@@ -86,18 +78,8 @@ class UNet2DConditionModel(nn.Cell):
         """The cell of a layer, whose module is put at its public name."""
         if layer.kind is LayerKind.TRANSFORMER_OUTPUT:
             return CellMethod(self.get_sub_cell(layer.name).project_out)
-        cell = attach(self, layer.name, _INNER[layer.kind](layer, self.spec))
+        cell = attach(self, layer.name, LAYERS[layer.kind](layer, self.spec))
         return CellMethod(cell.project_in) if layer.kind is LayerKind.TRANSFORMER_INPUT else cell
-
-    @property
-    def segments(self) -> list[Segment]:
-        """The network layer by layer, with the cells that it has now; the last one's result is the prediction."""
-        outer = {kind: CellMethod(getattr(self, method)) for kind, method in _OUTER.items()}
-        inner = iter(self.inner)
-        return [
-            Segment(outer.get(layer.kind) or next(inner), layer.reads, tuple(map(self.get_sub_cell, layer.modules)))
-            for layer in unet_layout(self.spec)
-        ]
 
     def construct(
         self, latents_BCHW: Tensor, timesteps_B: Tensor, text_BSE: Tensor, *pooled_and_sizes: Tensor
@@ -157,3 +139,33 @@ class TimestepEmbedding(nn.Cell):
 
     def construct(self, encoding_BD: Tensor) -> Tensor:
         return self.linear_2(ops.silu(self.linear_1(encoding_BD)))
+
+
+TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
+"""Inputs of a UNet that text encoders give."""
+
+
+class Segments:
+    """A denoiser as a list of segments, for a backward pass that computes each one again (Chen et al., 2016).
+
+    Noisy latents, timesteps, conditioning -> the prediction, which the last one gives. They are the network's layers,
+    with the cells that it has now.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoders: TextEncoders | None = None) -> None:
+        """With text encoders the conditioning is what `training.methods.TextConditioned` takes."""
+        self.num_inputs = len(unet.input_names)
+        self.segments: list[Segment] = []
+        # Of each value that a layer reads, its number among those of the segments.
+        numbers, made = list(range(self.num_inputs)), count(self.num_inputs)
+        if text_encoders is not None:
+            texts = tuple(i for i, name in enumerate(unet.input_names) if name in TEXT_INPUTS)
+            self.segments.append(Segment(text_encoders, texts, (text_encoders,), len(texts)))
+            for i in texts:
+                numbers[i] = next(made)
+        outer = {kind: CellMethod(getattr(unet, method)) for kind, method in _OUTER.items()}
+        inner = iter(unet.inner)
+        for layer in unet_layout(unet.spec):
+            cell, reads = outer.get(layer.kind) or next(inner), tuple(numbers[i] for i in layer.reads)
+            self.segments.append(Segment(cell, reads, tuple(map(unet.get_sub_cell, layer.modules))))
+            numbers.append(next(made))

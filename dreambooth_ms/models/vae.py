@@ -1,26 +1,23 @@
 """The autoencoder of Stable Diffusion, with the module tree of diffusers' AutoencoderKL.
 
-Shapes: B batch, C latent channels, H, W height and width of the picture, h, w those of the latents.
+Shapes: B batch, C latent channels, H, W height and width of the picture, h, w those of the latents. In bands of rows: x
+an image of one row in this formulation's layout, C channels; I, O channels of a convolution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Tensor, mint, nn, ops
 
-from dreambooth_ms.models.layers import Downsample2D, ResnetBlock2D, Upsample2D, attach
-from dreambooth_ms.models.layout import Layer, LayerKind, vae_layout
+from dreambooth_ms.models.layers import LAYERS, CellMethod, ResnetBlock2D, attach
+from dreambooth_ms.models.layout import Layer, vae_layout
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
-from dreambooth_ms.models.transformer import Attention
-from dreambooth_ms.ops import (
-    Conv2d,
-    GroupNorm,
-    equal_parts,
-    from_public_layout,
-    image_to_tokens,
-    to_public_layout,
-    tokens_to_image,
-)
+from dreambooth_ms.ops import Conv2d, convolution, equal_parts
+from dreambooth_ms.ops.layout import from_public_layout, image_axes, to_public_layout, upsample_nearest
+from dreambooth_ms.runtime.device import uncompiled
+from dreambooth_ms.runtime.host_memory import arrays_used_again
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -66,7 +63,7 @@ class LayerChain(nn.Cell):
 
     def __init__(self, layers: Sequence[Layer], spec: VaeSpec) -> None:
         super().__init__()
-        cells = [attach(self, layer.name, _CELLS[layer.kind](layer, spec)) for layer in layers]
+        cells = [attach(self, layer.name, LAYERS[layer.kind](layer, spec)) for layer in layers]
         self.chain = nn.CellList(cells, auto_prefix=False)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -75,23 +72,136 @@ class LayerChain(nn.Cell):
         return x
 
 
-class PixelAttention(Attention):
-    """Self-attention of one head over the pixels of an image, behind a group norm and added to its input."""
-
-    def __init__(self, layer: Layer, spec: VaeSpec) -> None:
-        super().__init__(layer.in_channels, layer.in_channels, num_heads=1, qkv_bias=True)
-        self.group_norm = GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps)
-
-    def construct(self, x: Tensor) -> Tensor:
-        tokens_BLC = image_to_tokens(self.group_norm(x))
-        return x + tokens_to_image(super().construct(tokens_BLC, tokens_BLC), x)
+MAX_TAPS = 1 << 24
+"""A band is as high as its convolution's gathered taps stay below so many numbers (64 MiB in float32)."""
+MAX_SUMMED = 1 << 20
+"""Numbers that are summed at a time, so that they stay near the processor."""
 
 
-_CELLS: dict[LayerKind, Callable[[Layer, VaeSpec], nn.Cell]] = {
-    LayerKind.CONV: lambda layer, _: Conv2d(layer.in_channels, layer.out_channels),
-    LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
-    LayerKind.RESNET: ResnetBlock2D,
-    LayerKind.PIXEL_ATTENTION: PixelAttention,
-    LayerKind.DOWNSAMPLER: Downsample2D,
-    LayerKind.UPSAMPLER: Upsample2D,
-}
+class BandedDecoder:
+    """Latents (1, C, h, w), unscaled -> picture (1, 3, H, W), about [-1, 1]: layer by layer in bands of rows.
+
+    It is for pictures that are large for the memory. Between two layers the whole image exists. So a norm has the
+    statistics of all pixels, a convolution reads a row more above and below its band, and the picture is that of
+    `AutoencoderKL.decode` up to the order in which float32 numbers are added. A layer's input and output exist at once,
+    and of what is in between only a band.
+
+    Args:
+        vae: the autoencoder; its weights are used as they are, also if they change.
+        max_taps: see `MAX_TAPS`.
+    """
+
+    def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
+        self._vae, self._max_taps = vae, max_taps
+        self._height, self._width, self._channels = image_axes()
+
+    def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
+        """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
+        x, decoder = self._decode_middle(latents_1Chw), self._vae.decoder
+        with uncompiled(), arrays_used_again():
+            for block in decoder.up_blocks:
+                for resnet in block.resnets:
+                    x = self._resnet(resnet, x)
+                if hasattr(block, "upsamplers"):
+                    x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
+            x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
+            return np.moveaxis(x.asnumpy(), self._channels, 1)
+
+    @cached_property
+    def _decode_middle(self) -> CellMethod:
+        return CellMethod(self._vae.decode_middle)
+
+    def _resnet(self, resnet: ResnetBlock2D, x: Tensor) -> Tensor:
+        """See `ResnetBlock2D`; the result takes the place of the input."""
+        y = self._convolved(resnet.conv1, x, resnet.norm1)
+        if resnet.has_shortcut:
+            x = self._convolved(resnet.conv_shortcut, x, into=self._first_half(x, resnet.conv_shortcut.out_channels))
+        return self._convolved(resnet.conv2, y, resnet.norm2, into=x, adds=True)
+
+    def _first_half(self, x: Tensor, channels: int) -> Tensor | None:
+        """The first half of an image's place as an image of half the channels, where its pixels are stored in order.
+
+        What is computed of it band by band, pixel by pixel, ends there before the pixels that are still to be read.
+        """
+        batch, height, width, own_channels = x.shape
+        if self._channels != 3 or own_channels != 2 * channels:
+            return None
+        return ops.reshape(ops.reshape(x, (2, -1))[0], (batch, height, width, channels))
+
+    def _convolved(
+        self,
+        conv: Conv2d,
+        x: Tensor,
+        norm: nn.Cell | None = None,
+        upsampling: int = 1,
+        into: Tensor | None = None,
+        adds: bool = False,
+    ) -> Tensor:
+        """A convolution of an image, of its norm and SiLU, or of it enlarged.
+
+        `into` is where to write it, or what to add it to; that of single pixels may be written over the image itself.
+        """
+        height, width = (x.shape[axis] * upsampling for axis in (self._height, self._width))
+        normalise = None if norm is None else self._norm_and_silu(norm, x)
+        if into is None:
+            sizes = {self._height: height, self._width: width, self._channels: conv.out_channels}
+            into = mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=x.dtype)
+        margin = conv.kernel_size // 2
+        rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
+        for start in range(0, height, rows):
+            first, stop = max(start - margin, 0), min(start + rows + margin, height)
+            padding = first - start + margin, start + rows + margin - stop, margin, margin
+            band = self._read(x, first, stop, upsampling)
+            band = band if normalise is None else normalise(band)
+            convolve = convolution(conv.kernel_size, 1, padding)
+            y = convolve(band, conv.weight.astype(band.dtype), conv.bias.astype(band.dtype))
+            place = self._rows(start, start + rows)
+            into[place] = into[place] + y if adds else y
+        return into
+
+    def _read(self, x: Tensor, start: int, stop: int, upsampling: int) -> Tensor:
+        """Some rows of an image, or of it enlarged to twice its size."""
+        if upsampling == 1:
+            return x[self._rows(start, stop)]
+        enlarged = upsample_nearest()(x[self._rows(start // 2, (stop + 1) // 2)])
+        return enlarged[self._rows(start % 2, start % 2 + stop - start)]
+
+    def _rows(self, start: int, stop: int) -> tuple[slice, ...]:
+        return (slice(None),) * self._height + (slice(start, stop),)
+
+    def _norm_and_silu(self, norm: nn.Cell, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """What makes of a band of an image its group norm, by the statistics of the whole image, and SiLU."""
+        channels = x.shape[self._channels]
+        pixel = [channels if axis == self._channels else 1 for axis in range(4)]
+        pixels = tuple(axis for axis in range(4) if axis != self._channels)
+        count = x.size // norm.num_groups
+
+        def over_group(sums_C: np.ndarray) -> np.ndarray:
+            means = sums_C.reshape(norm.num_groups, -1).sum(1) / count
+            return np.repeat(means, channels // norm.num_groups).reshape(pixel)
+
+        mean = over_group(sum(part.sum(pixels, dtype=np.float64) for part in self._parts(x)))
+        centre = mean.astype(np.float32)
+        variance = over_group(sum(np.square(part - centre).sum(pixels, dtype=np.float64) for part in self._parts(x)))
+        scale = (norm.weight.asnumpy().reshape(pixel) / np.sqrt(variance + norm.eps)).astype(np.float32)
+        shift = norm.bias.asnumpy().reshape(pixel)
+
+        def normalise(band: Tensor) -> Tensor:
+            y = band.asnumpy() - centre
+            y *= scale
+            y += shift
+            return ops.silu(Tensor(y)).astype(band.dtype)
+
+        return normalise
+
+    def _parts(self, x: Tensor) -> Iterator[np.ndarray]:
+        """An image, few rows at a time."""
+        height = x.shape[self._height]
+        rows = band_height(height, MAX_SUMMED * height // x.size)
+        for start in range(0, height, rows):
+            yield x[self._rows(start, start + rows)].asnumpy()
+
+
+def band_height(height: int, most: int) -> int:
+    """The largest divisor of a height that is at most this, and at least 1, so that bands are of one height."""
+    return next(rows for rows in range(max(1, min(height, most)), 0, -1) if height % rows == 0)

@@ -10,21 +10,10 @@ Networks are built from these cells and never name an axis of an image themselve
 """
 
 from dreambooth_ms.ops.activation import GatedGelu, Gelu, QuickGelu
-from dreambooth_ms.ops.anywhere import bitwise_and, equal_parts, exclusive_or, look_up, mean, part
+from dreambooth_ms.ops.anywhere import SumOfSquares, bitwise_and, equal_parts, exclusive_or, look_up, mean, part, total
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
-from dreambooth_ms.ops.layout import (
-    StoredLayout,
-    add_per_channel,
-    concat_channels,
-    from_public_layout,
-    image_axes,
-    image_to_tokens,
-    to_public_layout,
-    tokens_to_image,
-    upsample_nearest,
-)
+from dreambooth_ms.ops.layout import upsample_nearest
 from dreambooth_ms.ops.linear import Dense, Embedding
 from dreambooth_ms.ops.norm import GroupNorm, LayerNorm
-from dreambooth_ms.ops.sums import SumOfSquares, total

@@ -15,7 +15,7 @@ from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.graph import after, constant, interchanged, shared
-from dreambooth_ms.ops.products import batch_times, batch_times_transposed, batch_transposed_times
+from dreambooth_ms.ops.linear import batch_times, batch_times_transposed, batch_transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 MAX_SCORES = 1 << 24

@@ -15,8 +15,7 @@ from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.ascend import Padding
 from dreambooth_ms.ops.graph import after, interchanged, shared
 from dreambooth_ms.ops.layout import StoredLayout
-from dreambooth_ms.ops.linear import BiasAdd, empty_parameter
-from dreambooth_ms.ops.products import times, times_transposed, transposed_times
+from dreambooth_ms.ops.linear import BiasAdd, empty_parameter, times, times_transposed, transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 # The gathered taps of one part of a convolution take at most this many numbers (128 MiB in float32).

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H height, W width, L = H * W tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.ops.graph import on_ascend, shared
-from dreambooth_ms.ops.products import transposed_times
+from dreambooth_ms.ops.linear import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 
@@ -37,17 +37,9 @@ class StoredLayout:
         return (shape[0], shape[1] // (k * k), k, k)
 
 
-class ImageAxes(NamedTuple):
+def image_axes() -> tuple[int, int, int]:
     """Where an image has its height, width and channels, for what handles images outside of networks."""
-
-    height: int
-    width: int
-    channels: int
-
-
-def image_axes() -> ImageAxes:
-    """The axes in this device's formulation."""
-    return ImageAxes(1, 2, 3) if formulation() is Formulation.CPU else ImageAxes(2, 3, 1)
+    return (1, 2, 3) if formulation() is Formulation.CPU else (2, 3, 1)
 
 
 def from_public_layout(x_BCHW: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Linear layer and embedding table, with the public parameter names `weight` and `bias`."""
+"""Products of matrices, one instance of each operator for all cells; linear layer and embedding table, with the public
+parameter names `weight` and `bias`."""
 
 from typing import Any
 
@@ -8,8 +9,14 @@ from mindspore import Parameter, Tensor, nn, ops
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.anywhere import look_up
 from dreambooth_ms.ops.graph import constant, shared
-from dreambooth_ms.ops.products import times, times_transposed
 from dreambooth_ms.runtime.device import Formulation, formulation
+
+times, times_transposed, transposed_times = ops.MatMul(), ops.MatMul(transpose_b=True), ops.MatMul(transpose_a=True)
+"""A B, A B^T and A^T B."""
+
+batch_times, batch_times_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+batch_transposed_times = ops.BatchMatMul(transpose_a=True)
+"""The same of each of a batch."""
 
 
 class Dense(nn.Cell):
@@ -69,5 +76,5 @@ class Embedding(nn.Cell):
 
 
 def empty_parameter(shape: tuple[int, ...]) -> Parameter:
-    """A float32 parameter of zeros, to be filled from a file or by `models.initialise`."""
+    """A float32 parameter of zeros, to be filled from a file or by `models.parameters.initialise`."""
     return Parameter(Tensor(np.zeros(shape, np.float32)))

@@ -9,8 +9,7 @@ from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.graph import after, constant, shared
 from dreambooth_ms.ops.layout import image_of_pixel, over_pixels
-from dreambooth_ms.ops.linear import bias_add, empty_parameter
-from dreambooth_ms.ops.products import times, times_transposed
+from dreambooth_ms.ops.linear import bias_add, empty_parameter, times, times_transposed
 from dreambooth_ms.runtime.device import Formulation, formulation
 
 Triple = tuple[Tensor, Tensor, Tensor]

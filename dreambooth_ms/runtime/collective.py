@@ -11,9 +11,8 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.processes.channel import wait_until_listening
 from dreambooth_ms.processes.launch import SCHEDULER, Launch
-from dreambooth_ms.processes.rendezvous import START_SECONDS, Rendezvous
+from dreambooth_ms.processes.rendezvous import START_SECONDS, Rendezvous, wait_until_listening
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.runtime.scheduler_process import scheduler_process
 

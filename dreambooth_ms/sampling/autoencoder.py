@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from dreambooth_ms.data.pictures import to_array
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.layers import CellMethod
-from dreambooth_ms.models.vae_bands import BandedDecoder
+from dreambooth_ms.models.vae import BandedDecoder
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.weights.roles import Codec
@@ -24,7 +24,7 @@ PURPOSE = "latents of the picture to start from"
 
 WHOLE_UP_TO = {Formulation.CPU: 256, Formulation.ASCEND: 2048}
 """Side in pixels of the largest square that is decoded at once. What has more pixels is decoded in bands of rows, which
-takes less memory and gives the same picture (`models.vae_bands`)."""
+takes less memory and gives the same picture (`BandedDecoder`)."""
 
 
 class PictureCodec:

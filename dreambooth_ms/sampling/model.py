@@ -21,13 +21,11 @@ from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
-from dreambooth_ms.sampling.adapters import ModelAdapters
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.sampling.prompts import PromptReader
+from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
 from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
-from dreambooth_ms.sampling.schedulers import check_scheduler
-from dreambooth_ms.sampling.trajectory import Trajectory
+from dreambooth_ms.sampling.schedulers import Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
 
 

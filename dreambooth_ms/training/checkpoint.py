@@ -1,4 +1,6 @@
-"""A checkpoint is a folder that appears whole or not at all, with a manifest that says what it must hold.
+"""What a run leaves in its folder: checkpoints and its result.
+
+A checkpoint is a folder that appears whole or not at all, with a manifest that says what it must hold.
 
 checkpoint-500/
   manifest.json                      step, configuration, digests of what it learnt from, size and digest of every file
@@ -19,14 +21,20 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.atomic import file_digest, new_folder, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES
+from dreambooth_ms.formats.tensor_file import STEP_KEY, read_metadata, read_tensors, write_tensors
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.content import Content
 from dreambooth_ms.training.loop import StepReport
+
+ADAPTER = Path(FILE_NAME)
+MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
+"""The file of a model folder that is written last."""
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"
@@ -194,3 +202,17 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result, and the optimiser steps it was trained for; 0 if the file does not say."""
+
+    path: Path
+    steps: int
+
+
+def result_of(folder: Path) -> Result | None:
+    """The result that a folder holds, as its last file; None if there is none."""
+    path = next((folder / name for name in (ADAPTER, MODEL) if os.path.isfile(folder / name)), None)
+    return Result(path, int(read_metadata(path).get(STEP_KEY, 0))) if path else None

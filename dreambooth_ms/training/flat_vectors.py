@@ -10,9 +10,9 @@ from itertools import groupby
 
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.ops import constexpr
 
 from dreambooth_ms.ops import part
+from dreambooth_ms.ops.graph import constant
 from dreambooth_ms.training.optimisers import Optimiser
 
 LENGTH = 1 << 22
@@ -78,14 +78,9 @@ _map = ops.HyperMap()
 def _row(block, earlier, tensor):
     row = ops.reshape(ops.depend(tensor, earlier), (-1,))
     missing = -row.shape[0] % block
-    return ops.concat((row, _zeros(missing))) if missing else row
+    return ops.concat((row, constant(0.0, (missing,)))) if missing else row
 
 
 def _write(vector, offset, parameter):
     own = part(vector, offset, ops.size(parameter))
     return ops.assign(parameter, ops.reshape(own, parameter.shape))
-
-
-@constexpr
-def _zeros(length: int) -> Tensor:
-    return Tensor(np.zeros(length, np.float32))

@@ -1,8 +1,11 @@
 """The training loop: the rate and the batches of a step, the compiled step, its report, and the hooks."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from types import FrameType
 
 import numpy as np
 from mindspore import Tensor
@@ -147,3 +150,30 @@ def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     for name, error in rows:
         errors.setdefault(name, []).append(error)
     return {name: float(np.mean(own)) for name, own in errors.items()}
+
+
+# MindSpore answers Ctrl-C inside a graph with a SIGTERM to its own process, so both mean the same.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM are noted instead of ending the program; a second one raises KeyboardInterrupt.
+
+    So the step is finished first, and what is saved is the state after a whole step.
+
+    Yields whether the program was asked to stop.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

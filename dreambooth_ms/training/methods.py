@@ -1,4 +1,4 @@
-"""The methods: what each trains of a base model, and how its result is written."""
+"""The methods: what each trains of a base model, by which optimiser, and how its result is written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +14,18 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
-from dreambooth_ms.config.train import MethodConfig
+from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.training.results import ADAPTER, MODEL
+from dreambooth_ms.training.adafactor import Adafactor
+from dreambooth_ms.training.adamw_8bit import AdamW8bit
+from dreambooth_ms.training.checkpoint import ADAPTER, MODEL
+from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
+from dreambooth_ms.training.prodigy import Prodigy
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model
 
@@ -146,3 +150,20 @@ def _learner(
     ]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)
     return Learner(denoiser=denoiser, trainables=trainables, text_encoders=text_encoders, **writing)
+
+
+def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Optimiser:
+    """The optimiser, with the learning rate and weight decay of text encoders as factors of the others'."""
+    o, parameters = config.optimiser, [one.parameter for one in trainables]
+    rates = {"unet": 1.0, "text_encoder": o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0}
+    decays = {"unet": o.adam_weight_decay, "text_encoder": config.text_encoder_weight_decay}
+    decay = max(decays.values())
+    prodigy = (o.prodigy_beta3, o.prodigy_decouple, o.prodigy_use_bias_correction, o.prodigy_safeguard_warmup)
+    adam = (o.adam_beta1, o.adam_beta2, decay, o.adam_epsilon)
+    kinds = {"AdamW": AdamW8bit if o.use_8bit_adam else AdamW, "adafactor": Adafactor, "prodigy": Prodigy}
+    return kinds[o.optimizer](
+        parameters,
+        Hyperparameters(*adam, *prodigy, o.adafactor_scale_parameter),
+        [rates[one.kind] for one in trainables],
+        [decays[one.kind] / (decay or 1.0) for one in trainables],
+    )

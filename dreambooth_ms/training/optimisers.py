@@ -1,14 +1,18 @@
-"""Optimisers as cells with explicit state, so that a checkpoint is their parameters and a step number."""
+"""Optimisers as cells with explicit state, so that a checkpoint is their parameters and a step number; and rates."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from dreambooth_ms.config.train import POLYNOMIAL_END_RATE, OptimiserConfig
 from dreambooth_ms.ops.graph import set_between_runs
+from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.runtime.collective import ShareParts, from_process
 
 _map = ops.HyperMap()
 
@@ -143,3 +147,98 @@ def zeros_like(parameter: Parameter, role: str, length: int | None = None) -> Pa
 def state(name: str, value: np.ndarray | np.generic) -> Parameter:
     """A parameter that no gradient goes to."""
     return Parameter(Tensor(value), name=name, requires_grad=False)
+
+
+def part_bounds(sizes: Sequence[int], count: int) -> list[int]:
+    """Where the parts begin, and the end: `count` runs of neighbours, about equal in size, all of them in order."""
+    ends = np.cumsum(sizes)
+    inner = [int(np.argmin(np.abs(ends - ends[-1] * part / count))) + 1 for part in range(1, count)]
+    return [0, *np.maximum.accumulate(inner).tolist(), len(sizes)] if inner else [0, len(sizes)]
+
+
+class ShardedOptimiser(nn.Cell):
+    """An optimiser of all trainables, of whose state this process keeps a part: ZeRO 1 (Rajbhandari et al., 2020).
+
+    Every process has all parameters and, after the reduction, all gradients. It updates its part, and takes the others'
+    updated parts from them (section 5.1).
+
+    Args:
+        trainables: all of them, the same on every process.
+        make: the optimiser of trainables start … stop - 1; its state stands by itself for each of them.
+        processes: those that train together.
+    """
+
+    def __init__(
+        self, trainables: Sequence[Parameter], make: Callable[[int, int], Optimiser], processes: Processes
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        bounds = part_bounds([parameter.size for parameter in trainables], processes.count)
+        self.start, self.stop = bounds[processes.rank], bounds[processes.rank + 1]
+        self.own = make(self.start, self.stop)
+        parts = [list(trainables[start:stop]) for start, stop in pairwise(bounds)]
+        self.share_parts = ShareParts(parts, processes.rank)
+        # Not a parameter, which the cell would list; only what each process keeps.
+        self._kept = processes.exchange(
+            "the optimiser's state", [[m.name, list(m.shape), str(m.dtype)] for m in self.own.moments()]
+        )
+
+    def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
+        return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
+
+    def prepare(self, step: int, learning_rate: float) -> None:
+        """Set the numbers of the step that is taken next."""
+        self.own.prepare(step, learning_rate)
+
+    def moments(self) -> list[Parameter]:
+        """This process's part of the state."""
+        return self.own.moments()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the state of all processes."""
+        return {name: tuple(shape) for kept in self._kept for name, shape, _ in kept}
+
+    def all_moments(self) -> list[Parameter]:
+        """The whole state; all processes must ask at the same time."""
+        held = {moment.name: moment for moment in self.own.moments()}
+        return [
+            Parameter(from_process(rank, held.get(name), tuple(shape), dtype), name=name)
+            for rank, kept in enumerate(self._kept)
+            for name, shape, dtype in kept
+        ]
+
+
+def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
+    """The factor on the base learning rate for one optimiser step, as in diffusers.optimization.
+
+    All schedules but `constant` rise linearly from 0 over the warm-up.
+
+    Args:
+        config: which of the six schedules, and its settings.
+        step: optimiser steps taken so far, so that the first update uses step 0.
+        total_steps: length of the run, warm-up included; not used by the constant schedules.
+        base_learning_rate: the learning rate that the factor multiplies; `polynomial` ends at an absolute rate.
+
+    Raises:
+        ValueError: the schedule is none of the six.
+    """
+    kind, warmup_steps = config.lr_scheduler, config.lr_warmup_steps
+    if kind == "constant":
+        return 1.0
+    if step < warmup_steps:
+        return step / warmup_steps
+    decay_steps = max(1, total_steps - warmup_steps)
+    progress = (step - warmup_steps) / decay_steps
+    remaining = max(0, total_steps - step) / decay_steps
+    match kind:
+        case "constant_with_warmup":
+            return 1.0
+        case "linear":
+            return remaining
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "cosine_with_restarts":
+            return 0.5 * (1.0 + math.cos(math.pi * (config.lr_num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
+        case "polynomial":
+            end = POLYNOMIAL_END_RATE / base_learning_rate
+            return (1.0 - end) * remaining**config.lr_power + end
+    raise ValueError(f"unknown learning rate schedule {kind!r}")

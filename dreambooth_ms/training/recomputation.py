@@ -10,7 +10,7 @@ from typing import Any
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.unet import Segments
 from dreambooth_ms.ops.graph import after, select
 
 _NOTHING: tuple[Any, ...] = ()

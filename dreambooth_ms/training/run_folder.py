@@ -16,9 +16,8 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
-from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, result_of
 from dreambooth_ms.training.content import Content, changes
-from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.trackers import HISTORY
 
 CONFIG = "config.yaml"
@@ -36,9 +35,8 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     if earlier is None and (foreign := result_of(output)):
         raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
     config = _settled(config, earlier.run.seed if earlier else draw_seed())
-    differences = _differences(earlier, config) if earlier else []
-    if differences and _was_trained(output):
-        listed = "; ".join(differences)
+    if earlier and _was_trained(output) and (found := _differences(earlier, config)):
+        listed = "; ".join(found)
         raise ConfigError(f"{output} holds a run with another configuration ({listed}); choose another --output_dir")
     return config
 

@@ -1,15 +1,17 @@
-"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, and the loss as a picture."""
+"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, the loss as a picture, a profile."""
 
 import json
+import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mindspore.profiler import profile, schedule, tensorboard_trace_handler
 from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_ms.atomic import atomic_path, write_bytes
@@ -140,3 +142,21 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
         x += 48 + canvas.textlength(label, font=font)
     with atomic_path(path) as partial:
         image.save(partial, format="PNG")
+
+
+@contextmanager
+def profiled(folder: Path, steps: int) -> Iterator[Callable[[StepReport], None]]:
+    """A hook by which MindSpore records so many steps after the first, which compiles, in a new folder inside this one.
+
+    Of a run that ends earlier it writes what there is.
+    """
+    plan, handler = schedule(wait=1, active=steps, repeat=1), tensorboard_trace_handler(str(folder))
+    recorder = profile(schedule=plan, on_trace_ready=handler)
+
+    def record(_: StepReport) -> None:
+        with redirect_stdout(sys.stderr):  # MindSpore says what it writes; stdout is left to results.
+            recorder.step()
+
+    yield record
+    with redirect_stdout(sys.stderr):
+        recorder.stop()

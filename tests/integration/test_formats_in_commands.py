@@ -17,8 +17,8 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.models.parameters import read_parameters
-from dreambooth_ms.sampling.adapters import ModelAdapters
 from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.prompts import ModelAdapters
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.bundle import open_bundle

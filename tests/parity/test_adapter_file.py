@@ -24,7 +24,7 @@ from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.training.results import Result, result_of
+from dreambooth_ms.training.checkpoint import Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import normal, relative_error

@@ -11,8 +11,7 @@ from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.runtime.device import Formulation, compute_dtype
-from dreambooth_ms.training.loss_scaling import LossScaler
-from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, LossScaler, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.parity.test_training import (

@@ -16,8 +16,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.sampling.schedulers import SCHEDULERS, check_scheduler
-from dreambooth_ms.sampling.trajectory import RowNoise, Trajectory
+from dreambooth_ms.sampling.schedulers import SCHEDULERS, RowNoise, Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model

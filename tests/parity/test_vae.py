@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 from dreambooth_ms.formats.model_config import read_vae_config
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import read_parameters
-from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.models.vae_bands import BandedDecoder, band_height
+from dreambooth_ms.models.vae import AutoencoderKL, BandedDecoder, band_height
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.load import load_strict

@@ -19,7 +19,7 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.sampling.adapters import ModelAdapters
+from dreambooth_ms.sampling.prompts import ModelAdapters
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import PUBLISHED, SMALL
 from tests.whole_loras import attention, random_lora, write_lora_as, write_lora_file

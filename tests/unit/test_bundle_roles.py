@@ -10,7 +10,7 @@ from mindspore import Tensor, nn
 from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.clip import CLIPTextModel
-from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel

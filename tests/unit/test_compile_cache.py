@@ -21,10 +21,9 @@ from dreambooth_ms.runtime.compile_cache import CompileCache, Outlook, use_compi
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.prodigy import Prodigy
-from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, LossScaler, TrainStep
 
 INPUT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 

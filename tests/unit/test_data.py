@@ -30,7 +30,7 @@ from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, Source
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import ALONE

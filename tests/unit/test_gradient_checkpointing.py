@@ -19,12 +19,10 @@ from mindspore import ParameterTuple, Tensor, nn
 from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel
-from dreambooth_ms.models.initialise import initialise
-from dreambooth_ms.models.parameters import public_parameters
-from dreambooth_ms.models.segments import Segments
+from dreambooth_ms.models.parameters import initialise, public_parameters
 from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.training.methods import TextConditioned
 from dreambooth_ms.training.step import DiffusionLoss, loss_and_gradients

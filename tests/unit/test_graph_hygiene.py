@@ -9,7 +9,7 @@ from mindspore import Tensor
 from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_trainables
 from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.data.batches import Batch
-from dreambooth_ms.models.initialise import initialise
+from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.runtime.compile_cache import CompileCache, use_compile_cache
 from dreambooth_ms.training.loop import train

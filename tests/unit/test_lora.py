@@ -20,11 +20,11 @@ from dreambooth_ms.adapters.lora import (
 )
 from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.models.initialise import initialise
-from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.models.parameters import initialise, public_parameters
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.ops import Conv2d, Dense, conv, from_public_layout, linear, to_public_layout
+from dreambooth_ms.ops import Conv2d, Dense, conv, linear
+from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.sampling.denoiser import Denoiser

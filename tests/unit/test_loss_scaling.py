@@ -12,9 +12,8 @@ from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
 from dreambooth_ms.training.loop import OVERFLOWS, StepReport, check_finite, train
-from dreambooth_ms.training.loss_scaling import LossScaler
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-from dreambooth_ms.training.step import AccumulatingTrainStep, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, LossScaler, TrainStep
 from tests.parity.reference import normal, relative_error
 from tests.unit.test_optimisers import SquareLoss
 

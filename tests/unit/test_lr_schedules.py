@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.train import OptimiserConfig, TrainConfig
-from dreambooth_ms.training.lr_schedules import learning_rate_factor
+from dreambooth_ms.training.optimisers import learning_rate_factor
 
 
 def factor_at(kind, step, warmup_steps, total_steps, num_cycles, power, base_learning_rate):

@@ -20,9 +20,8 @@ from dreambooth_ms.models.activation_memory import (
     unet_segments,
 )
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-from dreambooth_ms.models.segments import Segments
 from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
-from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.training.memory import MemoryEstimate, Workload, check_memory, estimate, ranks_of

@@ -17,8 +17,8 @@ from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
+from dreambooth_ms.training.checkpoint import ADAPTER, MODEL, Result, result_of
 from dreambooth_ms.training.methods import METHODS
-from dreambooth_ms.training.results import ADAPTER, MODEL, Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal
 from tests.tiny_model import write_random_model, write_random_sdxl

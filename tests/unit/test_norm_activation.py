@@ -5,19 +5,8 @@ import pytest
 import torch
 from mindspore import Tensor, nn
 
-from dreambooth_ms.ops import (
-    Dense,
-    Embedding,
-    GatedGelu,
-    Gelu,
-    GroupNorm,
-    LayerNorm,
-    QuickGelu,
-    add_per_channel,
-    from_public_layout,
-    to_public_layout,
-    upsample_nearest,
-)
+from dreambooth_ms.ops import Dense, Embedding, GatedGelu, Gelu, GroupNorm, LayerNorm, QuickGelu
+from dreambooth_ms.ops.layout import add_per_channel, from_public_layout, to_public_layout, upsample_nearest
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
 from dreambooth_ms.runtime.device import Formulation

@@ -8,8 +8,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.methods import Trainable
-from dreambooth_ms.training.optimiser_choice import choose_optimiser
+from dreambooth_ms.training.methods import Trainable, choose_optimiser
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.prodigy import Prodigy
 

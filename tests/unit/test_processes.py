@@ -14,9 +14,9 @@ from textwrap import dedent, indent
 import pytest
 
 from dreambooth_ms.errors import DeviceError
-from dreambooth_ms.processes.channel import connect, listen, wait_until_listening
 from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
+from dreambooth_ms.processes.rendezvous import connect, listen, wait_until_listening
 
 REPOSITORY = Path(__file__).parents[2]
 END_SECONDS = 60

@@ -9,7 +9,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.sampling.picture_file import first_free_number, grid
 from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
-from dreambooth_ms.sampling.trajectory import taken_steps
+from dreambooth_ms.sampling.schedulers import taken_steps
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.training.sharding import part_bounds
+from dreambooth_ms.training.optimisers import part_bounds
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 9))

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor
 
 from dreambooth_ms.ops import SumOfSquares, total
-from dreambooth_ms.ops.sums import SMALL
+from dreambooth_ms.ops.anywhere import SMALL
 
 FEW, MANY = [(3,), (4, 5), (2, 3, 2)], [(SMALL + 1,), (1025, 16), (5, 4, 1024)]
 

@@ -22,8 +22,7 @@ from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_configs import EDM_SCHEDULER
 from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
-from dreambooth_ms.models.initialise import initialise
-from dreambooth_ms.models.parameters import public_parameters, read_parameters
+from dreambooth_ms.models.parameters import initialise, public_parameters, read_parameters
 from dreambooth_ms.models.specs import (
     CLIP_L_TEXT,
     OPENCLIP_BIGG_TEXT,
@@ -44,7 +43,8 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.ops import Conv2d, Dense, StoredLayout
+from dreambooth_ms.ops import Conv2d, Dense
+from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
 from dreambooth_ms.weights.load import load_strict

@@ -3,8 +3,7 @@
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.models.initialise import EMBEDDING_DEVIATION, initialise
-from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.models.parameters import EMBEDDING_DEVIATION, initialise, public_parameters
 
 RESIDUAL_ENDS = (
     *("conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight"),
