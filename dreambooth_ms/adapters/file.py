@@ -22,8 +22,7 @@ from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
-from dreambooth_ms.formats.naming.lora import LoraPlan, recognise_lora
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, LoraFormat
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, LoraFormat, LoraPlan, recognise_lora
 from dreambooth_ms.formats.naming.lora_settings import settings_alpha
 from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.formats.naming.report import show_names

@@ -19,8 +19,7 @@ from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor
 from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, write_json
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.plan import WritePlan
-from dreambooth_ms.formats.naming.slots import Assembly
+from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
 from dreambooth_ms.models.specs import FAMILIES, Family
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,

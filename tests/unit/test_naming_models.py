@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth_ms.formats.naming.formats import LOGIT_SCALE, Format, naming_of
-from dreambooth_ms.formats.naming.infer import infer_model
-from dreambooth_ms.formats.naming.slots import Assembly, Layout, Slot, slot_as_found
+from dreambooth_ms.formats.naming.plan import Assembly, Layout, Slot, slot_as_found
+from dreambooth_ms.formats.naming.recognise import infer_model
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SD_15, VaeSpec
 from tests.small_specs import PUBLISHED, SMALL
