@@ -15,7 +15,7 @@ from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, Source
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
+from dreambooth_ms.formats.files.torch_pickle import Storage, TorchMachine, View, find_notes, find_tensors
 from dreambooth_ms.formats.files.zip_archive import range_of, read_directory, read_entry
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
