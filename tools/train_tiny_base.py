@@ -30,9 +30,9 @@ from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E40
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
-from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
+    pipeline_configs,
     write_text_config,
     write_unet_config,
     write_vae_config,

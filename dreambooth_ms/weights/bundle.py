@@ -12,9 +12,8 @@ from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import folder_layout, model_config
-from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, tokenizer_on_board
+from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, pad_tokens, tokenizer_on_board
 from dreambooth_ms.formats.files.open import open_tensor_file, recognise
-from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel

@@ -21,7 +21,7 @@ from dreambooth_ms.errors import WeightError, near
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError
 
-_INFLATED, _COPIED = 1 << 20, 1 << 22
+_COPIED = 1 << 22
 """Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
 
 _identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
@@ -144,12 +144,8 @@ class DeflatedRange:
             try:
                 content = zipfile.ZipExtFile(file, "r", self.entry)
                 content.seek(self.start)
-                while buffer:
-                    piece = content.read1(min(len(buffer), _INFLATED))
-                    if not piece:
-                        raise EOFError("what was compressed in it is shorter than declared")
-                    buffer[: len(piece)] = piece
-                    buffer = buffer[len(piece) :]
+                if content.readinto(buffer) < self.size:
+                    raise EOFError("what was compressed in it is shorter than declared")
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 path = self.compressed.file.path
                 raise WeightError(

@@ -10,9 +10,8 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.byte_ranges import SourceFile, reading
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
-from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_safetensors
+from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_json_object, read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.strict_json import read_json_object
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 
 _HEAD_BYTES = 4096

@@ -17,13 +17,17 @@ from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
-from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
 WEIGHT_MAP = "weight_map"
 
 MAX_SHARD_BYTES = 10 * 10**9
 """diffusers' own."""
+
+MAX_JSON_BYTES = 25_000_000
+"""Parsed, `[],[],…` takes 24 times its size; the header of an SDXL model has 0.3 MB."""
+
+_MAX_DIGITS = 20
 
 
 def read_safetensors(source: SourceFile) -> TensorFile:
@@ -82,6 +86,50 @@ def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) ->
         raise FormatError("cut short")
     if position < size:
         raise FormatError("damaged: there are bytes after the last tensor")
+
+
+def read_json_object(source: SourceFile) -> dict[str, Any]:
+    """The JSON object that a file is.
+
+    Raises:
+        FormatError: it is none.
+    """
+    if source.size > MAX_JSON_BYTES:
+        raise FormatError(f"{source.size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
+    return parse_json_object(source.read(0, source.size))
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object of at most `MAX_JSON_BYTES`, in which no name stands twice at any depth.
+
+    Raises:
+        FormatError: it is none.
+    """
+    try:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition, parse_int=_parse_int)
+    except ValueError as error:
+        raise FormatError(f"no valid JSON: {error}") from error
+    except RecursionError as error:
+        raise FormatError("no valid JSON: nested too deeply") from error
+    if not isinstance(parsed, dict):
+        raise FormatError("expected a JSON object")
+    return parsed
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise FormatError(f"the name {quoted(name)} stands in it twice")
+        unique[name] = value
+    return unique
+
+
+def _parse_int(digits: str) -> int:
+    """Older versions of Python take quadratic time for long numbers."""
+    if len(digits) > _MAX_DIGITS:
+        raise FormatError(f"impossible number {quoted(digits)}")
+    return int(digits)
 
 
 def write_safetensors(
