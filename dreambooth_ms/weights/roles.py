@@ -8,12 +8,7 @@ from typing import Any
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
-from dreambooth_ms.formats.model_config import (
-    Config,
-    check_scheduler_config,
-    read_config,
-    read_scheduler_config,
-)
+from dreambooth_ms.formats.model_config import Config, check_scheduler_config, read_config, read_scheduler_config
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel

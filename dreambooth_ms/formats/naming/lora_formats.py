@@ -17,16 +17,7 @@ import numpy as np
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
-from dreambooth_ms.formats.naming.plan import (
-    Naming,
-    Shape,
-    Slot,
-    WritePlan,
-    duplicates,
-    locate,
-    slot_as_found,
-    unwrapped,
-)
+from dreambooth_ms.formats.naming.plan import Naming, Shape, Slot, WritePlan, duplicates, found_slot, locate, unwrapped
 from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, matching, other_kind
 from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.models.parameter_shapes import model_shapes
@@ -221,8 +212,8 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     """The layer's slots as the file has them; None if their shapes make no update of the weight."""
     rank = next(iter(stored[found[DOWN].name]), 0)
     down_shape, up_shape = factor_shapes(weight, rank)
-    down = slot_as_found(found[DOWN], down_shape, stored[found[DOWN].name])
-    up = slot_as_found(found[UP], up_shape, stored[found[UP].name])
+    down = found_slot(found[DOWN], down_shape, stored[found[DOWN].name])
+    up = found_slot(found[UP], up_shape, stored[found[UP].name])
     if not rank or not down or not up or (ALPHA in found and math.prod(stored[found[ALPHA].name]) != 1):
         return None
     return {**found, DOWN: down, UP: up}

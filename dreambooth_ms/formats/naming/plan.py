@@ -95,7 +95,7 @@ class Assembly:
         return own if self.shared or len(shapes) == 1 else (len(shapes) * own[0], *own[1:])
 
 
-def slot_as_found(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
+def found_slot(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
     """The slot with the layout that leads from the stored shape to the public one, or None if there is none.
 
     Tools disagree on whether a 1x1 convolution is kept as a linear layer.
@@ -185,7 +185,7 @@ class Naming:
         misshaped = []
         for name, (slot, *_) in places.items():
             shape = self.shapes[name]
-            fitting = slot_as_found(slot, shape, stored[slot.name])
+            fitting = found_slot(slot, shape, stored[slot.name])
             if fitting:
                 slots[name] = fitting
             else:

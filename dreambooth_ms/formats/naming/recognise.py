@@ -8,23 +8,13 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
 
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import VAE_PREFIX, Format, naming_of, spell
 from dreambooth_ms.formats.naming.plan import Naming, Shape, unwrapped
 from dreambooth_ms.models.parameter_shapes import model_shapes
-from dreambooth_ms.models.specs import (
-    PUBLISHED_MODELS,
-    SD_15,
-    SDXL_BASE,
-    ClipTextSpec,
-    Family,
-    ModelSpec,
-    UNetSpec,
-    VaeSpec,
-)
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SDXL_BASE, ClipTextSpec, Family, ModelSpec, UNetSpec
 
 HEAD_WIDTH = 64
 """Channels of an attention head in every family but SD 1, whose UNet has 8 heads at every resolution."""
@@ -83,7 +73,7 @@ def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     form = Format[forms[0]]
     prefix = "vae." if form is Format.DIFFUSERS else VAE_PREFIX
     shapes = {prefix + unwrapped(name): shape for name, shape in stored.items()}
-    model = replace(SD_15, vae=infer_vae(StoredModel(shapes, form, SD_15)))
+    model = _with_vae(StoredModel(shapes, form, SD_15))
     naming = replace(naming_of(form, model), prefix=prefix)
     return Recognition(form, model, naming, None, ())
 
@@ -165,12 +155,12 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
     published = next(model for model in PUBLISHED_MODELS if model.family is family)
     model = replace(published, unet=_infer_unet(StoredModel(stored, form, published)))
     file = StoredModel(stored, form, model)
-    inferred: dict[str, Any] = {"vae": infer_vae(file)} if file.shape("vae.encoder.conv_in.weight") else {}
+    if file.shape("vae.encoder.conv_in.weight"):
+        model = _with_vae(file)
     for part in ("text_encoder", "text_encoder_2"):
         tower = getattr(model, part)
         if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
-            inferred[part] = _infer_text(file, part, tower)
-    model = replace(model, **inferred)
+            model = replace(model, **{part: _infer_text(file, part, tower)})
     likely = with_channels(published, model.unet.in_channels, model.unet.out_channels)
     return likely if model_shapes(model) == model_shapes(likely) else model
 
@@ -209,18 +199,17 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
     )
 
 
-def infer_vae(file: StoredModel) -> VaeSpec:
-    """The autoencoder of a file, which may be alone in it. Names begin with the format's prefix for this part."""
-    levels = file.count("vae.encoder.down_blocks.{}.resnets.0.norm1.weight")
-    return replace(
+def _with_vae(file: StoredModel) -> ModelSpec:
+    """The model with the autoencoder of a file, which may be alone in it: its names begin with the format's prefix."""
+    levels = range(file.count("vae.encoder.down_blocks.{}.resnets.0.norm1.weight"))
+    vae = replace(
         file.model.vae,
-        block_out_channels=tuple(
-            file.size(f"vae.encoder.down_blocks.{level}.resnets.0.conv1.weight") for level in range(levels)
-        ),
+        block_out_channels=tuple(file.size(f"vae.encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in levels),
         layers_per_block=file.count("vae.encoder.down_blocks.0.resnets.{}.norm1.weight"),
         in_channels=file.size("vae.encoder.conv_in.weight", axis=1),
         latent_channels=file.size("vae.encoder.conv_out.weight") // 2,
     )
+    return replace(file.model, vae=vae)
 
 
 def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTextSpec:
