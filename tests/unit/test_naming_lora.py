@@ -7,8 +7,7 @@ import pytest
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.folding import folded
-from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.lora_update import LoraUpdate, folded
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
