@@ -13,7 +13,7 @@ from typing import Any
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_room, sync, write_bytes
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
@@ -30,7 +30,7 @@ MAX_JSON_BYTES = 25_000_000
 _MAX_DIGITS = 20
 
 
-def read_safetensors(source: SourceFile) -> TensorFile:
+def read_safetensors(source: FileRange) -> TensorFile:
     """A safetensors file, whose header is checked as a whole."""
     header, start = _read_header(source)
     metadata = header.pop(METADATA_NAME, {})
@@ -42,15 +42,15 @@ def read_safetensors(source: SourceFile) -> TensorFile:
     entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
     _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
     tensors = {
-        name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
+        name: StoredTensor.in_files(shape, dtype, source.part(start + begin, end - begin))
         for name, (dtype, shape, (begin, end)) in entries.items()
     }
     return TensorFile(source.path, Container.SAFETENSORS, tensors, metadata)
 
 
-def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
+def _read_header(source: FileRange) -> tuple[dict[str, Any], int]:
     """The header and where the values begin."""
-    head = source.read(0, min(source.size, 512))
+    head = source.part(0, min(source.size, 512)).read()
     if len(head) < 9 or head[8:9] != b"{":
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
     length = int.from_bytes(head[:8], "little")
@@ -58,7 +58,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
         raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
-    return parse_json_object(source.read(8, length)), 8 + length
+    return parse_json_object(source.part(8, length).read()), 8 + length
 
 
 def _checked_entry(name: str, entry: Any) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
@@ -88,7 +88,7 @@ def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) ->
         raise FormatError("damaged: there are bytes after the last tensor")
 
 
-def read_json_object(source: SourceFile) -> dict[str, Any]:
+def read_json_object(source: FileRange) -> dict[str, Any]:
     """The JSON object that a file is.
 
     Raises:
@@ -96,7 +96,7 @@ def read_json_object(source: SourceFile) -> dict[str, Any]:
     """
     if source.size > MAX_JSON_BYTES:
         raise FormatError(f"{source.size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
-    return parse_json_object(source.read(0, source.size))
+    return parse_json_object(source.read())
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
