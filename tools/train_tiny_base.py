@@ -60,7 +60,7 @@ from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operat
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.bundle import save_network  # noqa: E402
-from dreambooth_ms.weights.load import load_strict  # noqa: E402
+from dreambooth_ms.weights.roles import load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.initialise import initialise_for_training  # noqa: E402

@@ -19,9 +19,8 @@ from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.weights.load import load_strict
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
-from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
+from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader, load_strict
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
