@@ -19,9 +19,8 @@ from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFi
 from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, folder_configs, read_config
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.plan import ReadPlan, Shape, Slot
+from dreambooth_ms.formats.naming.plan import ReadPlan, Report, Shape, Slot
 from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
-from dreambooth_ms.formats.naming.report import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
 

@@ -6,7 +6,6 @@ a format keeps it in. It is inverted by applying it to every public name that th
 and none guesses. What is told by names alone (kinds, methods, families) is a table of patterns.
 
     plan          names and shapes of a file -> what is read from where, and how; public names -> what is written where
-    report        what does not fit
     formats       the naming of a model in a format
     recognise     names and shapes -> format, family, sizes, naming; or the name of what it is instead
     lora_formats  how each format names the factors of a LoRA; the same two directions for these

@@ -14,12 +14,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
-from dreambooth_ms.formats.naming.plan import Naming, Shape, Slot, WritePlan, duplicates, found_slot, locate, unwrapped
+from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, WritePlan, found_slot, locate, unwrapped
 from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, matching, other_kind
-from dreambooth_ms.formats.naming.report import Report, show_names
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
@@ -160,8 +159,7 @@ def read_plan(
         else:
             shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
             misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
-    report = Report(tuple(missing), unknown, tuple(misshaped), duplicates(places))
-    return LoraPlan(form, (model,), layers, report)
+    return LoraPlan(form, (model,), layers, Report.of(places, missing, unknown, misshaped))
 
 
 def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source: str = "") -> WritePlan:

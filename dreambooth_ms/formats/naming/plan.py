@@ -11,8 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
+from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats.naming import TABLES
-from dreambooth_ms.formats.naming.report import Report
 
 Shape = tuple[int, ...]
 _WRAPPERS, _IGNORABLE = (re.compile("|".join(TABLES[table])) for table in ("wrappers", "ignorable"))
@@ -137,9 +137,64 @@ def locate(
     return {public: places[public] for public in publics if public in places}, tuple(unknown)
 
 
-def duplicates(places: Places) -> tuple[str, ...]:
-    """The public names that have several places, each with these."""
-    return tuple(f"{name}: {' and '.join(slot.name for slot in own)}" for name, own in places.items() if len(own) > 1)
+@dataclass(frozen=True)
+class Report:
+    """All misfits together; empty where everything fits."""
+
+    missing: tuple[str, ...] = ()
+    """Public names that no tensor of the file holds."""
+    unexpected: tuple[str, ...] = ()
+    """Names in the file that hold nothing known."""
+    misshaped: tuple[str, ...] = ()
+    """Public names, each with the shape that was expected and the one that was found."""
+    duplicate: tuple[str, ...] = ()
+    """Public names that several tensors hold, each with the names of these in the file."""
+
+    @classmethod
+    def of(
+        cls, places: Places, missing: Iterable[str], unexpected: Iterable[str], misshaped: Iterable[str]
+    ) -> "Report":
+        """With the places of each public name, of which those that have several are duplicates."""
+        twice = {name: " and ".join(slot.name for slot in own) for name, own in places.items() if len(own) > 1}
+        shown = (f"{name}: {names}" for name, names in twice.items())
+        return cls(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(shown))
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is no misfit."""
+        return self.count == 0
+
+    @property
+    def count(self) -> int:
+        """The number of misfits."""
+        return sum(map(len, vars(self).values()))
+
+    def summary(self) -> str:
+        """One line: kinds of misfits with their counts, by part, with the first names of each; "fits" if none."""
+        kinds = (
+            ("missing", self.missing, _by_part),
+            ("unexpected", self.unexpected, show_names),
+            ("of another shape", self.misshaped, _by_part),
+            ("there more than once", self.duplicate, _by_part),
+        )
+        return "; ".join(f"{len(names)} {kind} ({show(names)})" for kind, names, show in kinds if names) or "fits"
+
+    def check(self, source: str, target: str, otherwise: str = "") -> None:
+        """Stop if anything does not fit.
+
+        Raises:
+            WeightError: the summary, with the file or folder, the networks that it is for, and what to do.
+        """
+        if not self.fits:
+            raise WeightError("; ".join(filter(None, (f"{source} does not fit {target}: {self.summary()}", otherwise))))
+
+
+def _by_part(names: Sequence[str]) -> str:
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, []).append(rest)
+    return "; ".join(f"{part} {len(rest)}: {show_names(rest)}" for part, rest in parts.items())
 
 
 @dataclass(frozen=True)
@@ -198,11 +253,11 @@ class Naming:
             slots=slots,
             ignored=tuple(known),
             averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
-            report=Report(
-                missing=tuple(name for name in self.required(wanted) if name not in places),
-                unexpected=tuple(name for name in unknown if name not in known),
-                misshaped=tuple(misshaped),
-                duplicate=duplicates(places),
+            report=Report.of(
+                places,
+                missing=(name for name in self.required(wanted) if name not in places),
+                unexpected=(name for name in unknown if name not in known),
+                misshaped=misshaped,
             ),
         )
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.naming import TABLES
@@ -160,7 +161,8 @@ def infer_model(stored: Mapping[str, Shape], form: Format, family: Family) -> Mo
     for part in ("text_encoder", "text_encoder_2"):
         tower = getattr(model, part)
         if tower and file.shape(f"{part}.text_model.embeddings.token_embedding.weight"):
-            model = replace(model, **{part: _infer_text(file, part, tower)})
+            inferred: dict[str, Any] = {part: _infer_text(file, part, tower)}
+            model = replace(model, **inferred)
     likely = with_channels(published, model.unet.in_channels, model.unet.out_channels)
     return likely if model_shapes(model) == model_shapes(likely) else model
 
