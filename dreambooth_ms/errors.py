@@ -5,6 +5,7 @@ The command line prints the message on one line per problem and exits with statu
 
 import errno
 import os
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 FAILED_STATUS, USER_ERROR_STATUS, INTERRUPTED_STATUS = 1, 2, 130
@@ -36,6 +37,12 @@ class DeviceError(UserError):
 def count_of(number: int, thing: str) -> str:
     """How many of a thing, in words: "1 picture", "1,200 pictures"."""
     return f"{number:,} {thing if number == 1 else thing + 's'}"
+
+
+def show_names(names: Sequence[str], at_most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{', '.join(names[:at_most])}{more}"
 
 
 def near(path: str | os.PathLike[str]) -> str:

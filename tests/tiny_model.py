@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
-from dreambooth_ms.formats.folder_configs import pipeline_configs
 from dreambooth_ms.formats.folder_layout import write_json
-from dreambooth_ms.formats.model_config import write_text_config, write_unet_config, write_vae_config
+from dreambooth_ms.formats.model_config import pipeline_configs, write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec

@@ -9,7 +9,7 @@ import pytest
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.plan import Report
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SDXL_BASE, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights import model_writing

@@ -22,7 +22,7 @@ def training_sdxl() -> list[Graph]:
     """
     from mindspore import Tensor
 
-    from dreambooth_ms.adapters.dropout import DropoutState
+    from dreambooth_ms.adapters.lora import DropoutState
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.unet import UNet2DConditionModel

@@ -194,7 +194,7 @@ def write_random_model(folder: Path) -> None:
     from dreambooth_ms.formats.files.dtypes import DType
     from dreambooth_ms.formats.files.stored import Container, StoredTensor
     from dreambooth_ms.formats.naming.formats import Format
-    from dreambooth_ms.formats.naming.report import Report
+    from dreambooth_ms.formats.naming.plan import Report
     from dreambooth_ms.models.parameter_shapes import model_shapes
     from dreambooth_ms.models.specs import SD_15
     from dreambooth_ms.weights.model_writing import plan_model

@@ -31,9 +31,9 @@ from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E40
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
-from dreambooth_ms.formats.folder_configs import pipeline_configs  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
+    pipeline_configs,
     write_text_config,
     write_unet_config,
     write_vae_config,
@@ -61,8 +61,7 @@ from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operat
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.bundle import save_network  # noqa: E402
-from dreambooth_ms.weights.load import load_strict  # noqa: E402
-from dreambooth_ms.weights.roles import TextReader  # noqa: E402
+from dreambooth_ms.weights.roles import TextReader, load_strict  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.initialise import initialise_for_training  # noqa: E402

@@ -10,18 +10,16 @@ import numpy as np
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
-from dreambooth_ms.adapters.folding import TRAINED_KEY, folded, folded_adapter
+from dreambooth_ms.adapters.lora_update import TRAINED_KEY, folded, folded_adapter, lora_settings
 from dreambooth_ms.atomic import check_room, new_folder
+from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
-from dreambooth_ms.formats.naming.lora import shared_layers, write_plan
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
-from dreambooth_ms.formats.naming.lora_settings import lora_settings
-from dreambooth_ms.formats.naming.report import show_names
-from dreambooth_ms.formats.naming.tables import TABLES
+from dreambooth_ms.formats.naming import TABLES
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat, shared_layers, write_plan
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dreambooth_ms.cli.convert import bytes_bar
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.merge import MergeConfig
@@ -15,6 +14,6 @@ def run(argv: Sequence[str]) -> int:
     """Merge by a command line; returns the exit status."""
     wanted = load(MergeConfig, argv, tell).merging
     base, loras = find_model(wanted.base, wanted.revision, wanted.variant), map(find_adapter, wanted.lora)
-    for line in merge(replace(wanted, base=str(base), lora=list(map(str, loras))), bytes_bar):
+    for line in merge(replace(wanted, base=str(base), lora=list(map(str, loras)))):
         tell(line)
     return 0

@@ -1,11 +1,12 @@
 """Any format -> any other: what a source is, which format a target asks for, and the way between."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+
+from tqdm import tqdm
 
 from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
@@ -16,7 +17,6 @@ from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.stored import Progress
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
@@ -43,18 +43,11 @@ EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
 RUN_CONFIG = "config.yaml"
 """The configuration of a run, beside what it writes."""
 
-ProgressBar = Callable[[int], AbstractContextManager[Progress]]
-"""From the number of bytes to write to what is told how many were written."""
-
 Form = TypeVar("Form", Format, LoraFormat)
 
 
-def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
+def convert(wanted: ConversionConfig) -> Iterator[str]:
     """Write the model or the LoRA of a source in another format.
-
-    Args:
-        wanted: what is converted into what.
-        progress: shows how far it is.
 
     Yields:
         what the user should know, line by line; at the end of them it is written.
@@ -69,7 +62,7 @@ def convert(wanted: ConversionConfig, progress: ProgressBar) -> Iterator[str]:
     if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
         raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
-        yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted, progress)
+        yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
         return
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
     form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
@@ -109,8 +102,8 @@ def trained_base(path: Path) -> str | None:
     return said if said and isinstance(said, str) else None
 
 
-def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, progress: ProgressBar) -> Iterator[str]:
-    """Write a model as it is asked for; yields what the user should know."""
+def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:
+    """Write a model as it is asked for, with a progress bar; yields what the user should know."""
     target = Path(wanted.target)
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
@@ -119,8 +112,8 @@ def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig, pr
     model.check_configurations()
     planned.check_place(target)
     yield from (*planned.model.notes, *planned.notes)
-    with progress(planned.byte_count) as count:
-        planned.write(target, count)
+    with tqdm(total=planned.byte_count, desc="writing", unit="B", unit_scale=True) as bar:
+        planned.write(target, bar.update)
     kind = f"{planned.model.spec.family.value} with {', '.join(planned.model.parts)}"
     yield f"wrote {target}: {kind}, {planned.byte_count / 1e6:,.1f} MB"
 

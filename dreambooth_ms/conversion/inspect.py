@@ -8,12 +8,11 @@ from pathlib import Path
 
 from dreambooth_ms.adapters.file import OpenedAdapter, holds_adapter
 from dreambooth_ms.conversion.convert import open_lora
-from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import read_latent_settings
-from dreambooth_ms.formats.naming.infer import with_channels
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP
-from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.formats.naming.recognise import with_channels
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 

@@ -11,19 +11,15 @@ from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import OpenedAdapter, open_adapter
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.merge import MergingConfig
-from dreambooth_ms.conversion.convert import DTYPES, ProgressBar, describe_adapter, write_model
+from dreambooth_ms.conversion.convert import DTYPES, describe_adapter, write_model
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
 
 
-def merge(wanted: MergingConfig, progress: ProgressBar) -> Iterator[str]:
+def merge(wanted: MergingConfig) -> Iterator[str]:
     """Write a model with LoRAs merged into it.
-
-    Args:
-        wanted: what is merged into what.
-        progress: shows how far it is.
 
     Yields:
         what the user should know, line by line; at the end of them it is written.
@@ -38,7 +34,7 @@ def merge(wanted: MergingConfig, progress: ProgressBar) -> Iterator[str]:
     for one in opened:
         yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
     dtype = DTYPES[wanted.dtype] if wanted.dtype else None
-    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted, progress)
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted)
 
 
 def merged(

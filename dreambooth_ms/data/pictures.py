@@ -22,8 +22,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 
 from dreambooth_ms.atomic import file_digest
 from dreambooth_ms.config.choices import Interpolation
-from dreambooth_ms.errors import DataError, near
-from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.errors import DataError, near, show_names
 
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",

@@ -23,6 +23,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.config_keys import KEYS, check_keys
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.model_config import read_config
+from dreambooth_ms.models.specs import FAMILIES, ModelSpec
 
 SIZE = 49408
 """Tokens: 256 bytes within a word, 256 at its end, the merges, and two marks."""
@@ -149,6 +150,12 @@ def tokenizer_on_board(pad_token: str = END) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_clip_tokenizer(folder, pad_token)
     return folder
+
+
+def pad_tokens(model: ModelSpec) -> dict[str, str | None]:
+    """A model's text encoders -> what their tokenizers fill a short prompt with; None if their words are not CLIP's."""
+    specs, tokens = vars(model), FAMILIES[model.family.value]["pad_tokens"]
+    return {part: token if specs[part].vocab_size == SIZE else None for part, token in tokens.items() if specs[part]}
 
 
 def byte_symbols() -> list[str]:

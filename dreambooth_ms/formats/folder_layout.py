@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import write_bytes
-from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.errors import WeightError, show_names
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"

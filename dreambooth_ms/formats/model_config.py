@@ -1,9 +1,9 @@
-"""The config.json files of diffusers and transformers -> specs, and back.
+"""The JSON files of a model folder -> specs; and back, for a model that came without them.
 
 The fields of the specs have the names of the configurations' keys, and their defaults, unless a reader says otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +11,25 @@ from typing import Any, TypeVar
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
 from dreambooth_ms.formats.config_keys import TABLES, check_keys
-from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
+from dreambooth_ms.models.specs import (
+    FAMILIES,
+    ClipSpec,
+    ClipTextSpec,
+    ClipVisionSpec,
+    Family,
+    ModelSpec,
+    TransformerSpec,
+    UNetSpec,
+    VaeSpec,
+)
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
+Files = dict[str, dict[str, Any]]
+"""Path within a model folder -> content."""
+
+EDM_SCHEDULER: Config = FAMILIES["Playground v2.5"]["scheduler"]
 
 BETAS = {kind: own["betas"] for own in TABLES["scheduler"]["classes"] for kind in own["names"]} | {None: {}}
 """What a class of diffusers takes for betas where a configuration says none; without a class, Stable Diffusion's."""
@@ -232,6 +247,49 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
     own |= {"timestep_spacing": "trailing"} if spec.rescale_betas_zero_snr else {}
     config, rare = _config_of("scheduler", spec, **own), ("trained_betas", "rescale_betas_zero_snr")
     return {key: value for key, value in config.items() if value or key not in rare}
+
+
+def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str, zero_snr: bool = False) -> Files:
+    """The files of a folder in which these parts of a model are.
+
+    Args:
+        model: its sizes.
+        parts: the networks that are there.
+        prediction_type: "epsilon" or "v_prediction".
+        zero_snr: whether the last timestep holds no signal.
+    """
+    unet = model.unet
+    if model.family is Family.SD2 and prediction_type == "epsilon":
+        unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.
+    schedule = NoiseScheduleSpec(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
+    files: Files = {}
+    if "unet" in parts:
+        files["unet/config.json"] = write_unet_config(unet)
+    if "vae" in parts:
+        vae = write_vae_config(model.vae, unet.sample_size * model.vae.downsampling)
+        files["vae/config.json"] = vae | FAMILIES[model.family.value]["vae"]
+    for part in TOKENIZERS:
+        spec = getattr(model, part)
+        if spec and part in parts:
+            width = spec.projection_dim or spec.transformer.hidden_size
+            files[f"{part}/config.json"] = write_text_config(spec, width)
+    return files | pipeline_configs(model, parts, schedule)
+
+
+def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseScheduleSpec) -> Files:
+    """The files that make the folders of these parts a pipeline: its index and its scheduler."""
+    own = FAMILIES[model.family.value]
+    written = write_scheduler_config(schedule)
+    scheduler = own["scheduler"] | written | {"_class_name": own["scheduler"]["_class_name"]}
+    if model.vae.latents_mean:
+        scheduler = dict(EDM_SCHEDULER)
+    absent = {component for part in NETWORKS if part not in parts for component in (part, TOKENIZERS.get(part))}
+    index = {
+        "_class_name": own["pipelines"].get(model.unet.in_channels, own["pipelines"][4]),
+        **{name: ABSENT if name in absent else content for name, content in own["index"].items()},
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    return {INDEX: index, SCHEDULER: scheduler}
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from dreambooth_ms.data.records import Concept
-from dreambooth_ms.formats.naming.report import show_names
+from dreambooth_ms.errors import show_names
 from dreambooth_ms.weights.bundle import ModelBundle
 
 Content: TypeAlias = dict[str, dict[str, str]]

@@ -12,17 +12,15 @@ from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import folder_layout, model_config
-from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, tokenizer_on_board
+from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, pad_tokens, tokenizer_on_board
 from dreambooth_ms.formats.files.open import open_tensor_file, recognise
-from dreambooth_ms.formats.folder_configs import pad_tokens
 from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.weights.load import load_strict
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
-from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
+from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader, load_strict
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")

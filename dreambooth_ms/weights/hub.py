@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from dreambooth_ms.atomic import check_room
-from dreambooth_ms.errors import WeightError, explain, near
+from dreambooth_ms.errors import WeightError, explain, near, show_names
 from dreambooth_ms.formats.folder_layout import model_files, network_files
 from dreambooth_ms.formats.naming.lora_formats import PARTS
-from dreambooth_ms.formats.naming.report import show_names
 
 Choose = Callable[[Collection[str]], list[str]]
 """All paths in a repository -> those of the files that are used; a WeightError says what it lacks."""

@@ -2,25 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.formats import folder_layout
-from dreambooth_ms.formats.clip_tokenizer import write_clip_tokenizer
+from dreambooth_ms.formats.clip_tokenizer import pad_tokens, write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile, total_bytes
-from dreambooth_ms.formats.folder_configs import pad_tokens
-from dreambooth_ms.formats.folder_layout import INDEX, TOKENIZERS, write_json
+from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, write_json
+from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.plan import WritePlan
-from dreambooth_ms.formats.naming.slots import Assembly
+from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
 from dreambooth_ms.models.specs import FAMILIES, Family
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,
@@ -28,8 +28,8 @@ from dreambooth_ms.weights.opened_model import (
     PREDICTION_METADATA,
     ZERO_SNR,
     OpenedModel,
+    model_of,
 )
-from dreambooth_ms.weights.unsaid import unsaid
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,54 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         metadata = _metadata(model)
     keys: tuple[str, ...] = ()
     if form is not Format.DIFFUSERS:
-        configurations, keys = unsaid(model, TensorFile(model.path, Container.SAFETENSORS, tensors, metadata))
+        configurations, keys = _unsaid(model, TensorFile(model.path, Container.SAFETENSORS, tensors, metadata))
         metadata |= {CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), metadata)
+
+
+def _unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tuple[str, ...]]:
+    """What readers of a file would take otherwise of the model in it.
+
+    Returns:
+        Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
+        each behind its part.
+    """
+    read = model_of(file)
+    # Where a file does not tell what it predicts, readers are told so.
+    read = replace(read, prediction_type=read.prediction_type or model.assumed_prediction)
+    kept: dict[str, Config] = {}
+    keys: list[str] = []
+    for name in model.configuration_names:
+        part = name.partition("/")[0]
+        own, other = model.configuration(name), read.configuration(name)
+        differing = _differing(NETWORK_READERS.get(part, read_scheduler_config), own, other)
+        # Schedulers have a class, and settings that no spec holds.
+        if differing or (name == SCHEDULER and own != other):
+            kept[name] = own
+        keys += [f"{part} {key}" for key in differing]
+    return kept, tuple(keys)
+
+
+def _differing(read: Callable[[Config], Any], own: Config, guessed: Config) -> list[str]:
+    if _settings(own) == _settings(guessed):
+        return []
+    try:
+        one, other = (_flat(read(config)) for config in (own, guessed))
+    except (UserError, KeyError):
+        return ["config.json"]
+    # The number of the end token is told by the vocabulary; old configurations say 2.
+    keys = [key for key in one if one[key] != other[key] and key != "eos_token_id"]
+    spacings = [config.get("timestep_spacing", "leading") for config in (own, guessed)]
+    return keys if spacings[0] == spacings[1] else [*keys, "timestep_spacing"]
+
+
+def _flat(spec: Any) -> dict[str, Any]:
+    values = dict(vars(spec))
+    return values | vars(values.pop("transformer")) if "transformer" in values else values
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _marks(model: OpenedModel) -> dict[str, StoredTensor]:

@@ -14,16 +14,13 @@ from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError
 from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.safetensors_file import parse_json_object
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
-from dreambooth_ms.formats.files.strict_json import parse_json_object
-from dreambooth_ms.formats.folder_configs import folder_configs
 from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
-from dreambooth_ms.formats.model_config import Config, read_config
+from dreambooth_ms.formats.model_config import Config, folder_configs, read_config
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.plan import ReadPlan
+from dreambooth_ms.formats.naming.plan import ReadPlan, Report, Shape, Slot
 from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
-from dreambooth_ms.formats.naming.report import Report
-from dreambooth_ms.formats.naming.slots import Shape, Slot
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
 

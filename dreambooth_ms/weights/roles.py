@@ -1,25 +1,30 @@
-"""The roles that the networks of a model play, as values. Whoever builds one may put anything into it."""
+"""The roles that the networks of a model play, as values, and how they are filled. Whoever builds one may put anything
+into it.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from mindspore import nn
 
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
-from dreambooth_ms.formats.model_config import (
-    Config,
-    check_scheduler_config,
-    read_config,
-    read_scheduler_config,
-)
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.model_config import Config, check_scheduler_config, read_config, read_scheduler_config
+from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
-from dreambooth_ms.weights.load import fill
 from dreambooth_ms.weights.opened_model import StoredNetwork
+
+Network = TypeVar("Network", bound=nn.Cell)
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of a text tower of CLIP that get an update, as in diffusers' scripts."""
@@ -134,3 +139,49 @@ class Schedule:
             WeightError: it was trained otherwise, or a key of its configuration is not known or not supported.
         """
         read_config(self.source, self.config, check_scheduler_config)
+
+
+def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:
+    """Fill a cell from its file; it has all layers but the `unused` ones at the top of the module tree.
+
+    Raises:
+        WeightError: lists all names that are missing, unexpected or mis-shaped.
+    """
+    tensors = {name: one for name, one in stored.tensors.items() if name.partition(".")[0] not in unused}
+    load_strict(network, tensors, str(stored.file))
+    return network
+
+
+def load_strict(
+    root: nn.Cell,
+    tensors: Mapping[str, np.ndarray | StoredTensor],
+    source: str,
+    ignore_unexpected: Iterable[str] = (),
+) -> None:
+    """Fill every parameter of a network. Nothing is written unless everything fits.
+
+    Args:
+        root: the network.
+        tensors: values by public name. Those that are in files are read one at a time, so that memory holds them once.
+        source: the file or folder they come from, for the message.
+        ignore_unexpected: names that may be there although the network has no use for them.
+
+    Raises:
+        WeightError: lists all missing, unexpected and mis-shaped names.
+    """
+    wanted = public_parameters(root)
+    misfits = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys() - set(ignore_unexpected)),
+        "of another shape": [
+            f"{name}: expected {parameter.shape}, got {tuple(tensors[name].shape)}"
+            for name, parameter in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != parameter.shape
+        ],
+    }
+    problems = [f"{len(names)} {kind} ({show_names(names, at_most=5)})" for kind, names in misfits.items() if names]
+    if problems:
+        raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
+    for name, parameter in wanted.items():
+        value = tensors[name]
+        parameter.write(read_value(value) if isinstance(value, StoredTensor) else value)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import FILE_NAME
-from dreambooth_ms.adapters.folding import folded
+from dreambooth_ms.adapters.lora_update import folded
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError

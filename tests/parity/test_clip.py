@@ -15,7 +15,7 @@ from dreambooth_ms.models.clip import (
 )
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import BUFFERS
-from dreambooth_ms.weights.load import load_strict
+from dreambooth_ms.weights.roles import load_strict
 from tests.parity.reference import (
     ValueAndGradients,
     gradients_of,

@@ -19,8 +19,7 @@ from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
-from dreambooth_ms.formats.naming.lora import recognise_lora
-from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers, recognise_lora
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
 

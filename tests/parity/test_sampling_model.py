@@ -16,7 +16,7 @@ from PIL import Image
 
 from dreambooth_ms.adapters.lora import adaptable_layers
 from dreambooth_ms.errors import ConfigError, WeightError
-from dreambooth_ms.formats import folder_configs
+from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
@@ -58,7 +58,7 @@ def models(folders):
 def edm_base(tmp_path_factory):
     folder = write_random_sdxl(tmp_path_factory.mktemp("edm") / "base")
     changes = {
-        "scheduler/scheduler_config.json": folder_configs.EDM_SCHEDULER,
+        "scheduler/scheduler_config.json": model_config.EDM_SCHEDULER,
         "vae/config.json": {"latents_mean": [-1.6, 2.0, 4.0, 0.3], "latents_std": [8.4, 6.0, 9.5, 5.2]},
     }
     for name, change in changes.items():

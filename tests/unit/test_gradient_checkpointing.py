@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from mindspore import ParameterTuple, Tensor, nn
 
-from dreambooth_ms.adapters.dropout import DropoutState
-from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.adapters.lora import DropoutState, inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import initialise, public_parameters
 from dreambooth_ms.models.specs import ClipTextSpec

@@ -8,8 +8,8 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.attach import attach
-from dreambooth_ms.adapters.dropout import DropoutState
 from dreambooth_ms.adapters.lora import (
+    DropoutState,
     LoraConv2d,
     LoraDense,
     LoraLayer,
@@ -28,7 +28,7 @@ from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.weights.load import load_strict
+from dreambooth_ms.weights.roles import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
 from tools.formulation import use_formulation

@@ -7,20 +7,22 @@ import pytest
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.folding import folded
-from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.lora_update import LoraUpdate, folded
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.lora import lora_format, read_plan, recognise_lora, write_plan
 from dreambooth_ms.formats.naming.lora_formats import (
     ALPHA,
     DOWN,
     UP,
     LoraFormat,
     factor_shapes,
+    lora_format,
     lora_layers,
     lora_slots,
+    read_plan,
+    recognise_lora,
+    write_plan,
 )
 from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.formats.tensor_file import write_tensors

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from dreambooth_ms.adapters.lora_update import lora_settings, settings_alpha
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.lora_settings import lora_settings, settings_alpha
 
 
 def network():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreambooth_ms.formats.naming.formats import LOGIT_SCALE, Format, naming_of
-from dreambooth_ms.formats.naming.infer import infer_model
-from dreambooth_ms.formats.naming.slots import Assembly, Layout, Slot, slot_as_found
+from dreambooth_ms.formats.naming.plan import Assembly, Layout, Slot, found_slot
+from dreambooth_ms.formats.naming.recognise import infer_model
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import SD_15, VaeSpec
 from tests.small_specs import PUBLISHED, SMALL
@@ -206,7 +206,7 @@ class TestSlots:
         ],
     )
     def test_a_layer_may_be_kept_as_linear_or_as_convolution(self, layout, shape, stored, found):
-        slot = slot_as_found(Slot("name", layout), shape, stored)
+        slot = found_slot(Slot("name", layout), shape, stored)
         assert slot == (Slot("name", found) if found else None)
 
 

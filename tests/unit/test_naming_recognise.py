@@ -7,9 +7,8 @@ import pytest
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.formats import Format, naming_of
-from dreambooth_ms.formats.naming.infer import with_channels
-from dreambooth_ms.formats.naming.recognise import other_kind, recognise_model, recognise_vae
-from dreambooth_ms.formats.naming.report import Report
+from dreambooth_ms.formats.naming.plan import Report
+from dreambooth_ms.formats.naming.recognise import other_kind, recognise_model, recognise_vae, with_channels
 from dreambooth_ms.models.parameter_shapes import model_shapes, vae_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE, SDXL_REFINER, Family
 from tests.small_specs import PUBLISHED, SMALL

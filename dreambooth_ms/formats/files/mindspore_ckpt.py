@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile, read_bytes
+from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
@@ -51,7 +51,7 @@ class _Part:
     content: FileRange
 
 
-def read_mindspore_ckpt(source: SourceFile) -> TensorFile:
+def read_mindspore_ckpt(source: FileRange) -> TensorFile:
     """A checkpoint, whose texts become metadata."""
     with source.opened() as file:
         groups = [(tag, list(parts)) for tag, parts in groupby(_parts(source, file), attrgetter("tag"))]
@@ -84,7 +84,7 @@ def _text(parts: list[_Part]) -> str:
     """A text, which MindSpore stores as numpy's array of characters of 4 bytes."""
     if sum(part.content.size for part in parts) > _LONGEST_TEXT:
         raise FormatError(f"{quoted(parts[0].tag)} is longer than a text can be")
-    content = b"".join(read_bytes(part.content) for part in parts)
+    content = b"".join(part.content.read() for part in parts)
     try:
         return content.decode("utf-32-le")
     except UnicodeDecodeError as error:
@@ -104,10 +104,10 @@ def begins_like_a_checkpoint(head: bytes) -> bool:
         return False
 
 
-def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
+def _parts(source: FileRange, file: BinaryIO) -> Iterator[_Part]:
     """The values of a checkpoint, in order; their contents are passed over."""
     end = source.size
-    if end >= _TRAILER_BYTES and source.read(end - _TRAILER_BYTES, len(_TRAILER)) == _TRAILER:
+    if end >= _TRAILER_BYTES and source.part(end - _TRAILER_BYTES, len(_TRAILER)).read() == _TRAILER:
         end -= _TRAILER_BYTES
     for count, (key, _, span) in enumerate(_read_fields(file, range(end))):
         if key != _VALUE or count == stored.MAX_TENSORS:
@@ -115,7 +115,7 @@ def _parts(source: SourceFile, file: BinaryIO) -> Iterator[_Part]:
         yield _part(source, file, span)
 
 
-def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
+def _part(source: FileRange, file: BinaryIO, span: range) -> _Part:
     tag, tensor = "", None
     for key, _, place in _read_fields(file, span):
         if key == _TAG:
@@ -138,7 +138,7 @@ def _part(source: SourceFile, file: BinaryIO, span: range) -> _Part:
             raise FormatError(f"{quoted(tag)} has another structure than tensors have")
         if len(dims) > stored.MAX_DIMENSIONS:
             raise FormatError(f"{quoted(tag)} has an impossible shape")
-    return _Part(tag, tuple(dims), type_name, FileRange(source, content.start, len(content)))
+    return _Part(tag, tuple(dims), type_name, source.part(content.start, len(content)))
 
 
 def _name(file: BinaryIO, span: range) -> str:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import SourceFile, reading
+from dreambooth_ms.formats.files.byte_ranges import FileRange, reading
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
-from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_safetensors
+from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_json_object, read_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.strict_json import read_json_object
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 
 _HEAD_BYTES = 4096
@@ -35,7 +34,7 @@ def recognise(path: Path) -> Container:
     if os.path.isdir(path):
         return Container.FOLDER
     with reading(path, "weight file") as source:
-        head = source.read(0, min(source.size, _HEAD_BYTES))
+        head = source.part(0, min(source.size, _HEAD_BYTES)).read()
         if head.startswith(b"PK\x03\x04"):
             return Container.TORCH_ZIP
         if _LEGACY_HEAD.match(head):
@@ -64,7 +63,7 @@ def open_tensor_file(path: Path, container: Container | None = None) -> TensorFi
         return _READERS[container](source)
 
 
-def _read_sharded(source: SourceFile) -> TensorFile:
+def _read_sharded(source: FileRange) -> TensorFile:
     """All the files that an index names. Every tensor must be in the file that the index says, and in no other."""
     places = _checked_places(read_json_object(source).get(WEIGHT_MAP))
     tensors: dict[str, StoredTensor] = {}
@@ -109,7 +108,7 @@ def _read_shard(index: Path, name: str) -> TensorFile:
     return open_tensor_file(path, container)
 
 
-_READERS: Mapping[Container, Callable[[SourceFile], TensorFile]] = {
+_READERS: Mapping[Container, Callable[[FileRange], TensorFile]] = {
     Container.SAFETENSORS: read_safetensors,
     Container.TORCH_ZIP: read_torch_zip,
     Container.TORCH_LEGACY: read_torch_legacy,

@@ -13,11 +13,10 @@ from typing import Any
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_room, sync, write_bytes
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange, SourceFile
+from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
-from dreambooth_ms.formats.files.strict_json import MAX_JSON_BYTES, parse_json_object
 
 METADATA_NAME = "__metadata__"
 WEIGHT_MAP = "weight_map"
@@ -25,8 +24,13 @@ WEIGHT_MAP = "weight_map"
 MAX_SHARD_BYTES = 10 * 10**9
 """diffusers' own."""
 
+MAX_JSON_BYTES = 25_000_000
+"""Parsed, `[],[],…` takes 24 times its size; the header of an SDXL model has 0.3 MB."""
 
-def read_safetensors(source: SourceFile) -> TensorFile:
+_MAX_DIGITS = 20
+
+
+def read_safetensors(source: FileRange) -> TensorFile:
     """A safetensors file, whose header is checked as a whole."""
     header, start = _read_header(source)
     metadata = header.pop(METADATA_NAME, {})
@@ -38,15 +42,15 @@ def read_safetensors(source: SourceFile) -> TensorFile:
     entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
     _check_that_values_fill_the_file([span for _, _, span in entries.values()], source.size - start)
     tensors = {
-        name: StoredTensor.in_files(shape, dtype, FileRange(source, start + begin, end - begin))
+        name: StoredTensor.in_files(shape, dtype, source.part(start + begin, end - begin))
         for name, (dtype, shape, (begin, end)) in entries.items()
     }
     return TensorFile(source.path, Container.SAFETENSORS, tensors, metadata)
 
 
-def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
+def _read_header(source: FileRange) -> tuple[dict[str, Any], int]:
     """The header and where the values begin."""
-    head = source.read(0, min(source.size, 512))
+    head = source.part(0, min(source.size, 512)).read()
     if len(head) < 9 or head[8:9] != b"{":
         raise FormatError(seems_to_be(head) or "its first bytes are no header")
     length = int.from_bytes(head[:8], "little")
@@ -54,7 +58,7 @@ def _read_header(source: SourceFile) -> tuple[dict[str, Any], int]:
         raise FormatError(f"cut short, or damaged: a header of {count_of(length, 'byte')} in a file of {source.size}")
     if length > MAX_JSON_BYTES:
         raise FormatError(f"a header of {length} bytes; at most {MAX_JSON_BYTES} are read")
-    return parse_json_object(source.read(8, length)), 8 + length
+    return parse_json_object(source.part(8, length).read()), 8 + length
 
 
 def _checked_entry(name: str, entry: Any) -> tuple[DType, tuple[int, ...], tuple[int, int]]:
@@ -82,6 +86,50 @@ def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) ->
         raise FormatError("cut short")
     if position < size:
         raise FormatError("damaged: there are bytes after the last tensor")
+
+
+def read_json_object(source: FileRange) -> dict[str, Any]:
+    """The JSON object that a file is.
+
+    Raises:
+        FormatError: it is none.
+    """
+    if source.size > MAX_JSON_BYTES:
+        raise FormatError(f"{source.size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
+    return parse_json_object(source.read())
+
+
+def parse_json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object of at most `MAX_JSON_BYTES`, in which no name stands twice at any depth.
+
+    Raises:
+        FormatError: it is none.
+    """
+    try:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition, parse_int=_parse_int)
+    except ValueError as error:
+        raise FormatError(f"no valid JSON: {error}") from error
+    except RecursionError as error:
+        raise FormatError("no valid JSON: nested too deeply") from error
+    if not isinstance(parsed, dict):
+        raise FormatError("expected a JSON object")
+    return parsed
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in unique:
+            raise FormatError(f"the name {quoted(name)} stands in it twice")
+        unique[name] = value
+    return unique
+
+
+def _parse_int(digits: str) -> int:
+    """Older versions of Python take quadratic time for long numbers."""
+    if len(digits) > _MAX_DIGITS:
+        raise FormatError(f"impossible number {quoted(digits)}")
+    return int(digits)
 
 
 def write_safetensors(

@@ -5,18 +5,22 @@ they are views into. Before that, they were some pickles one after the other, th
 """
 
 import io
+import struct
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.formats.files.byte_ranges import ByteRange, FileRange, SourceFile, read_values
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.byte_ranges import FileRange, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
-from dreambooth_ms.formats.files.torch_objects import Storage, TorchMachine, View, find_notes, find_tensors
-from dreambooth_ms.formats.files.zip_archive import range_of, read_directory, read_entry
+from dreambooth_ms.formats.files.torch_pickle import Storage, TorchMachine, View, find_notes, find_tensors
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -32,18 +36,54 @@ _SMALL = 1 << 20
 # What all tensors take to read, for each byte of the file, and so many bytes more: names may share their values.
 _MOST_READ, _ALWAYS_READ = 32, 1 << 28
 
+_MAX_DIRECTORY_BYTES = 16_000_000
+"""One entry in memory takes 13 times its size in the directory."""
 
-def read_torch_zip(source: SourceFile) -> TensorFile:
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+_ENCRYPTED = 1
+
+# What was compressed may take so much more room than the archive, and so many bytes more.
+_MAX_INFLATION, _MAX_INFLATED = 16, 1 << 26
+
+_DAMAGES = (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError, struct.error)
+"""What the standard library raises on invalid archives."""
+
+
+@dataclass(frozen=True)
+class DeflatedRange(FileRange):
+    """A part of what an archive's entry that was compressed inflates to."""
+
+    entry: zipfile.ZipInfo
+    begin: int
+    """Where the compressed bytes begin in the file."""
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of their size with the bytes; those before them are inflated and dropped."""
+        with self.opened() as file:
+            file.seek(self.begin)
+            try:
+                # It inflates no more at a time than is asked for.
+                content = zipfile.ZipExtFile(file, "r", self.entry)
+                content.seek(self.start)
+                if content.readinto(buffer) < self.size:
+                    raise EOFError("what was compressed in it is shorter than declared")
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise WeightError(
+                    f"{self.path}: not a readable compressed archive ({error}); copy or download it again"
+                ) from error
+
+
+def read_torch_zip(source: FileRange) -> TensorFile:
     """A checkpoint of PyTorch 1.6 or later."""
-    entries = read_directory(source)
+    entries = _read_directory(source)
     folder = _folder(entries)
-    root = TorchMachine().run(io.BytesIO(read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)))
+    root = TorchMachine().run(io.BytesIO(_read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)))
     byteorder = entries.get(f"{folder}byteorder")
-    swapped = byteorder is not None and read_entry(byteorder, source, 100) == b"big"
+    swapped = byteorder is not None and _read_entry(byteorder, source, 100) == b"big"
     views, left_out = find_tensors(root)
     place = f"{folder}data/"
     storages = {
-        name.removeprefix(place): range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
+        name.removeprefix(place): _range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
     }
     tensors = _tensors(source, views, storages, swapped)
     return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
@@ -59,9 +99,69 @@ def _folder(names: Collection[str]) -> str:
     return folders[0]
 
 
-def read_torch_legacy(source: SourceFile) -> TensorFile:
+def _read_directory(source: FileRange) -> dict[str, zipfile.ZipInfo]:
+    """The entries of an archive by their names; nothing is unpacked.
+
+    Raises:
+        FormatError: damaged, or a name stands in it twice.
+    """
+    with source.opened() as file:
+        try:
+            listed = zipfile.ZipFile(_BoundedReads(file.raw)).infolist()
+        except _DAMAGES as error:
+            raise FormatError(f"cut short, or damaged: {error}") from error
+    entries = {entry.filename: entry for entry in listed}
+    if len(entries) < len(listed):
+        raise FormatError("damaged: a name stands twice in the archive")
+    inflated = sum(entry.file_size for entry in listed if entry.compress_type != zipfile.ZIP_STORED)
+    if inflated > _MAX_INFLATION * source.size + _MAX_INFLATED:
+        raise FormatError("more is compressed in it than weights can be; unpack it to look what it is")
+    return entries
+
+
+def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
+    """Where the content of an archive's entry is.
+
+    Raises:
+        FormatError: it is encrypted, or compressed in another way than by deflation.
+    """
+    name, header = quoted(entry.filename), source.part(entry.header_offset, _LOCAL_HEADER.size).read()
+    signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    if signature != b"PK\x03\x04" or entry.flag_bits & _ENCRYPTED:
+        raise FormatError(f"{name} is damaged or encrypted")
+    start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+    content = source.part(start, entry.compress_size)
+    if entry.compress_type == zipfile.ZIP_DEFLATED:
+        return DeflatedRange(source.path, 0, entry.file_size, source.identity, entry, start)
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise FormatError(f"{name} is damaged, or compressed in a way that cannot be read")
+    return content
+
+
+def _read_entry(entry: zipfile.ZipInfo, source: FileRange, at_most: int) -> bytes:
+    """The content of a small entry.
+
+    Raises:
+        FormatError: it is too large, or as in `_range_of`.
+    """
+    if entry.file_size > at_most:
+        raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
+    return _range_of(entry, source).read()
+
+
+class _BoundedReads(io.BufferedReader):
+    """A file that gives no more than a directory's size at a time, whatever an archive says about itself."""
+
+    def read(self, count: int | None = -1) -> bytes:
+        bounded = _MAX_DIRECTORY_BYTES if count is None or count < 0 else count
+        if bounded > _MAX_DIRECTORY_BYTES:
+            raise FormatError("damaged: its directory would be larger than that of any weights")
+        return super().read(bounded)
+
+
+def read_torch_legacy(source: FileRange) -> TensorFile:
     """A checkpoint of a PyTorch before 1.6."""
-    pickles, machine = io.BytesIO(source.read(0, min(source.size, MAX_PICKLE_BYTES))), TorchMachine()
+    pickles, machine = io.BytesIO(source.part(0, min(source.size, MAX_PICKLE_BYTES)).read()), TorchMachine()
     magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
     if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
         raise FormatError("its first pickles are not those of PyTorch")
@@ -72,22 +172,22 @@ def read_torch_legacy(source: SourceFile) -> TensorFile:
 
 
 def _legacy_ranges(
-    source: SourceFile, position: int, keys: list[Any], storages: Mapping[str, Storage]
-) -> dict[str, ByteRange]:
+    source: FileRange, position: int, keys: list[Any], storages: Mapping[str, Storage]
+) -> dict[str, FileRange]:
     """Where each storage is, in the order in which they follow the pickles."""
-    ranges: dict[str, ByteRange] = {}
+    ranges: dict[str, FileRange] = {}
     for key in keys:
         if type(key) is not str or key not in storages or key in ranges:
             raise FormatError("its list of storages is damaged")
-        if int.from_bytes(source.read(position, _LENGTH_BYTES), "little") != storages[key].count:
+        if int.from_bytes(source.part(position, _LENGTH_BYTES).read(), "little") != storages[key].count:
             raise FormatError(f"the storage {quoted(key)} is damaged: its length is not the one that was said")
-        ranges[key] = FileRange(source, position + _LENGTH_BYTES, storages[key].byte_count)
+        ranges[key] = source.part(position + _LENGTH_BYTES, storages[key].byte_count)
         position += _LENGTH_BYTES + ranges[key].size
     return ranges
 
 
 def _tensors(
-    source: SourceFile, views: Mapping[str, View], storages: Mapping[str, ByteRange], swapped: bool
+    source: FileRange, views: Mapping[str, View], storages: Mapping[str, FileRange], swapped: bool
 ) -> dict[str, StoredTensor]:
     """The tensors of a file, whose storages stand in it by their keys."""
     check_names(list(views))
@@ -98,21 +198,21 @@ def _tensors(
             raise FormatError(f"cut short, or damaged: values of {quoted(name)} are missing")
         tensors[name] = _stored(name, view, storage, swapped, source.size)
         # What is compressed is inflated from its beginning.
-        before = view.offset if isinstance(storage, FileRange) else 0
+        before = 0 if isinstance(storage, DeflatedRange) else view.offset
         to_read += (view.reach - before) * view.storage.itemsize
     if to_read > _MOST_READ * source.size + _ALWAYS_READ:
         raise FormatError("too many of its tensors share their values")
     return tensors
 
 
-def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size: int) -> StoredTensor:
+def _stored(name: str, view: View, storage: FileRange, swapped: bool, file_size: int) -> StoredTensor:
     """A view as a tensor, if its storage is large enough."""
     if view.dtype is None:
         raise FormatError(f"{quoted(name)} has a type that cannot be read, such as complex or quantised numbers")
     if view.reach * view.dtype.itemsize > view.storage.byte_count:
         raise FormatError(f"cut short, or damaged: the values of {quoted(name)} reach beyond their storage")
     values = storage.part(view.offset * view.dtype.itemsize, (view.reach - view.offset) * view.dtype.itemsize)
-    if view.is_contiguous and not swapped and isinstance(values, FileRange):
+    if view.is_contiguous and not swapped and not isinstance(values, DeflatedRange):
         tensor = StoredTensor.in_files(view.shape, view.dtype, values)
     else:
         tensor = StoredTensor(view.shape, view.dtype, partial(_read_view, view, view.dtype, values, swapped))
@@ -121,7 +221,7 @@ def _stored(name: str, view: View, storage: ByteRange, swapped: bool, file_size:
     return tensor
 
 
-def _read_view(view: View, dtype: DType, values: ByteRange, swapped: bool) -> np.ndarray:
+def _read_view(view: View, dtype: DType, values: FileRange, swapped: bool) -> np.ndarray:
     """The values of a view, in row-major order, out of all from its first to its last."""
     read = read_values([values], dtype, view.shape if view.is_contiguous else (view.reach - view.offset,))
     if not view.is_contiguous:

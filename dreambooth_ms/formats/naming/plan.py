@@ -1,15 +1,112 @@
-"""From the names and shapes of a file to what is read from where, and from public names to what is written where."""
+"""Where a file keeps each public tensor, and what must be done to it on the way, to be read and to be written.
+
+Every change moves elements and computes nothing, so it holds for any dtype, bfloat16's bit patterns in uint16 included.
+"""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 
-from dreambooth_ms.formats.naming.report import Report
-from dreambooth_ms.formats.naming.slots import Assembly, Shape, Slot, slot_as_found
-from dreambooth_ms.formats.naming.tables import TABLES
+import numpy as np
 
+from dreambooth_ms.errors import WeightError, show_names
+from dreambooth_ms.formats.naming import TABLES
+
+Shape = tuple[int, ...]
 _WRAPPERS, _IGNORABLE = (re.compile("|".join(TABLES[table])) for table in ("wrappers", "ignorable"))
+
+
+class Layout(Enum):
+    """How a tensor lies in a file: what becomes of a public one and of its shape."""
+
+    AS_IS = (lambda value: value, lambda shape: shape)
+    TRANSPOSED = (lambda value: value.T, lambda shape: shape[::-1])
+    """(I, O) for a linear layer's (O, I): OpenCLIP's text projection is a bare matrix, multiplied from the right."""
+    CONVOLUTION = (lambda value: value[..., None, None], lambda shape: (*shape, 1, 1))
+    """(O, I, 1, 1) for (O, I)."""
+    LINEAR = (lambda value: value[..., 0, 0], lambda shape: shape[:-2])
+    """(O, I) for (O, I, 1, 1)."""
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the elements follow each other alike in both forms."""
+        return self is not Layout.TRANSPOSED
+
+    @property
+    def inverse(self) -> "Layout":
+        """The layout that undoes this one."""
+        return {Layout.CONVOLUTION: Layout.LINEAR, Layout.LINEAR: Layout.CONVOLUTION}.get(self, self)
+
+    def store(self, value: np.ndarray) -> np.ndarray:
+        """Public form -> stored form, as a view."""
+        return self.value[0](value)
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """The stored form's shape for a public shape."""
+        return self.value[1](shape)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The tensor of a file that holds a public one: all of it, or one of equal blocks of its rows."""
+
+    name: str
+    layout: Layout = Layout.AS_IS
+    block: int = 0
+    blocks: int = 1
+
+    def restore(self, stored: np.ndarray) -> np.ndarray:
+        """The file's tensor -> the public one, as a view."""
+        own = np.split(stored, self.blocks)[self.block] if self.blocks > 1 else stored
+        return self.layout.inverse.store(own)
+
+    def stored_shape(self, shape: Shape) -> Shape:
+        """The shape of the file's tensor for a public shape."""
+        own = self.layout.stored_shape(shape)
+        return (self.blocks * own[0], *own[1:]) if self.blocks > 1 else own
+
+    def public_shape(self, stored: Shape) -> Shape:
+        """The public shape for the shape of the file's tensor."""
+        own = (stored[0] // self.blocks, *stored[1:]) if self.blocks > 1 else stored
+        return self.layout.inverse.stored_shape(own)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A tensor of a file, and the public ones it is made of, in the order of their rows."""
+
+    pieces: tuple[str, ...]
+    layout: Layout = Layout.AS_IS
+    shared: bool = False
+    """Whether the pieces are all this one tensor, instead of its blocks of rows."""
+
+    def build(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The public tensors, in the order of the pieces -> the file's tensor."""
+        stored = [self.layout.store(value) for value in values]
+        if self.shared:
+            assert all(np.array_equal(stored[0], other) for other in stored[1:]), self.pieces
+        return stored[0] if self.shared or len(stored) == 1 else np.concatenate(stored)
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """The shape of the file's tensor for the public shapes, in the order of the pieces."""
+        own = self.layout.stored_shape(shapes[0])
+        return own if self.shared or len(shapes) == 1 else (len(shapes) * own[0], *own[1:])
+
+
+def found_slot(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
+    """The slot with the layout that leads from the stored shape to the public one, or None if there is none.
+
+    Tools disagree on whether a 1x1 convolution is kept as a linear layer.
+    """
+    layouts = [slot.layout]
+    if slot.layout is not Layout.TRANSPOSED and len(shape) == 2:
+        layouts += [Layout.AS_IS, Layout.CONVOLUTION]
+    elif shape[2:] == (1, 1):
+        layouts += [Layout.AS_IS, Layout.LINEAR]
+    candidates = (replace(slot, layout=layout) for layout in layouts)
+    return next((candidate for candidate in candidates if candidate.stored_shape(shape) == stored), None)
 
 
 def unwrapped(name: str) -> str:
@@ -40,9 +137,64 @@ def locate(
     return {public: places[public] for public in publics if public in places}, tuple(unknown)
 
 
-def duplicates(places: Places) -> tuple[str, ...]:
-    """The public names that have several places, each with these."""
-    return tuple(f"{name}: {' and '.join(slot.name for slot in own)}" for name, own in places.items() if len(own) > 1)
+@dataclass(frozen=True)
+class Report:
+    """All misfits together; empty where everything fits."""
+
+    missing: tuple[str, ...] = ()
+    """Public names that no tensor of the file holds."""
+    unexpected: tuple[str, ...] = ()
+    """Names in the file that hold nothing known."""
+    misshaped: tuple[str, ...] = ()
+    """Public names, each with the shape that was expected and the one that was found."""
+    duplicate: tuple[str, ...] = ()
+    """Public names that several tensors hold, each with the names of these in the file."""
+
+    @classmethod
+    def of(
+        cls, places: Places, missing: Iterable[str], unexpected: Iterable[str], misshaped: Iterable[str]
+    ) -> "Report":
+        """With the places of each public name, of which those that have several are duplicates."""
+        twice = {name: " and ".join(slot.name for slot in own) for name, own in places.items() if len(own) > 1}
+        shown = (f"{name}: {names}" for name, names in twice.items())
+        return cls(tuple(missing), tuple(unexpected), tuple(misshaped), tuple(shown))
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is no misfit."""
+        return self.count == 0
+
+    @property
+    def count(self) -> int:
+        """The number of misfits."""
+        return sum(map(len, vars(self).values()))
+
+    def summary(self) -> str:
+        """One line: kinds of misfits with their counts, by part, with the first names of each; "fits" if none."""
+        kinds = (
+            ("missing", self.missing, _by_part),
+            ("unexpected", self.unexpected, show_names),
+            ("of another shape", self.misshaped, _by_part),
+            ("there more than once", self.duplicate, _by_part),
+        )
+        return "; ".join(f"{len(names)} {kind} ({show(names)})" for kind, names, show in kinds if names) or "fits"
+
+    def check(self, source: str, target: str, otherwise: str = "") -> None:
+        """Stop if anything does not fit.
+
+        Raises:
+            WeightError: the summary, with the file or folder, the networks that it is for, and what to do.
+        """
+        if not self.fits:
+            raise WeightError("; ".join(filter(None, (f"{source} does not fit {target}: {self.summary()}", otherwise))))
+
+
+def _by_part(names: Sequence[str]) -> str:
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, []).append(rest)
+    return "; ".join(f"{part} {len(rest)}: {show_names(rest)}" for part, rest in parts.items())
 
 
 @dataclass(frozen=True)
@@ -88,7 +240,7 @@ class Naming:
         misshaped = []
         for name, (slot, *_) in places.items():
             shape = self.shapes[name]
-            fitting = slot_as_found(slot, shape, stored[slot.name])
+            fitting = found_slot(slot, shape, stored[slot.name])
             if fitting:
                 slots[name] = fitting
             else:
@@ -101,11 +253,11 @@ class Naming:
             slots=slots,
             ignored=tuple(known),
             averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
-            report=Report(
-                missing=tuple(name for name in self.required(wanted) if name not in places),
-                unexpected=tuple(name for name in unknown if name not in known),
-                misshaped=tuple(misshaped),
-                duplicate=duplicates(places),
+            report=Report.of(
+                places,
+                missing=(name for name in self.required(wanted) if name not in places),
+                unexpected=(name for name in unknown if name not in known),
+                misshaped=misshaped,
             ),
         )
 

@@ -1,18 +1,29 @@
-"""How PyTorch describes tensors in a pickle: views into storages, which stand elsewhere in the file.
+"""What a pickle of PyTorch describes, without running anything that it names.
+
+A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries, by
+the operations that protocols 2 to 5 write. A class or function is only a pair of names (`Global`), which is never
+looked up; what is called or constructed becomes an empty dictionary, which keeps items that are set and swallows all
+other state, unless it makes a tensor: a view into a storage, which stands elsewhere in the file. Time and memory are
+bounded by the number of operations: nothing is copied, compared or walked through, and nothing but texts and small
+numbers is hashed.
 
 The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.x.
 """
 
-from collections.abc import Iterator, Mapping
+import pickletools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, BinaryIO
 
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
-from dreambooth_ms.formats.files.pickle_machine import Global, PickleMachine
 from dreambooth_ms.formats.files.stored import checked_byte_count, is_valid_text
+
+MAX_OPERATIONS = 2_000_000
+"""Per pickle. A checkpoint of SDXL with the state of its optimiser has about 400,000."""
 
 # Class of a storage -> bytes per element, and the type if arrays can have it.
 _STORAGES: Mapping[str, tuple[int, DType | None]] = {
@@ -29,6 +40,14 @@ _DEEPEST = 4
 """Dictionaries within dictionaries that are looked into."""
 
 _LONGEST_NAME, _LONGEST_NOTE = 40, 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function that a pickle names."""
+
+    module: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +91,74 @@ class View:
         return 0 in self.shape or all(length == 1 or stride == step for length, stride, step in axes)
 
 
-class TorchMachine(PickleMachine):
-    """Makes a `View` of every tensor, and notes every storage by its key."""
+class TorchMachine:
+    """Runs pickles, and notes every storage by its key. Of dictionaries it keeps the entries whose keys are strings."""
 
     def __init__(self) -> None:
         self.storages: dict[str, Storage] = {}
 
-    def load_persistent(self, identifier: Any) -> Any:
+    def run(self, file: BinaryIO) -> Any:
+        """Run one pickle and return what it builds; the file stands behind it then.
+
+        Raises:
+            FormatError: no pickle, cut short, damaged, or too long.
+        """
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+        try:
+            with warnings.catch_warnings():
+                # Of texts with odd escapes, which only the oldest pickles can have.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
+                    if number == MAX_OPERATIONS:
+                        raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
+                    _STEPS[operation.name](self, argument)
+            return self._stack.pop()
+        except (ValueError, IndexError, KeyError) as error:
+            raise FormatError("its pickle is cut short or damaged") from error
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _pop(self, count: int) -> list[Any]:
+        """The topmost values, the lowest of them first."""
+        return [self._stack.pop() for _ in range(count)][::-1]
+
+    def _pop_to_mark(self) -> list[Any]:
+        position = self._marks.pop()
+        items = self._stack[position:]
+        del self._stack[position:]
+        return items
+
+    def _memoize(self, number: int | None) -> None:
+        self._memo[len(self._memo) if number is None else number] = self._stack[-1]
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2], strict=False):
+                if type(key) is str:
+                    target[key] = value
+
+    def _name(self, module: Any, name: Any) -> None:
+        if not (type(module) is str and type(name) is str):
+            raise FormatError("its pickle is damaged")
+        self._push(Global(module, name))
+
+    def _construct(self, function: Any, arguments: Any) -> None:
+        known = isinstance(function, Global) and isinstance(arguments, tuple)
+        self._push(self._call(function, arguments) if known else {})
+
+    def _construct_of(self, items: list[Any]) -> None:
+        self._construct(items[0], tuple(items[1:]))
+
+    def _load_persistent(self, identifier: Any) -> Any:
         """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
             return {}
@@ -95,7 +175,7 @@ class TorchMachine(PickleMachine):
             raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
         return storage
 
-    def call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+    def _call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
         """What PyTorch's own functions make of their arguments."""
         if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
             function, arguments = arguments[0], arguments[2]
@@ -109,6 +189,53 @@ class TorchMachine(PickleMachine):
             case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
                 return arguments[0]
         return {}
+
+
+_LITERALS = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+
+_STEPS: Mapping[str, Callable[[TorchMachine, Any], Any]] = {
+    # How the pickle is stored.
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    # Stack and memo.
+    "MARK": lambda m, _: m._marks.append(len(m._stack)),
+    "DUP": lambda m, _: m._push(m._stack[-1]),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, number: m._push(m._memo[number])),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), TorchMachine._memoize),
+    # Values.
+    **dict.fromkeys(_LITERALS, TorchMachine._push),
+    "NONE": lambda m, _: m._push(None),
+    "NEWTRUE": lambda m, _: m._push(True),
+    "NEWFALSE": lambda m, _: m._push(False),
+    "EMPTY_TUPLE": lambda m, _: m._push(()),
+    "TUPLE1": lambda m, _: m._push(tuple(m._pop(1))),
+    "TUPLE2": lambda m, _: m._push(tuple(m._pop(2))),
+    "TUPLE3": lambda m, _: m._push(tuple(m._pop(3))),
+    "TUPLE": lambda m, _: m._push(tuple(m._pop_to_mark())),
+    "EMPTY_LIST": lambda m, _: m._push([]),
+    "APPEND": lambda m, _: m._extend(m._pop(1)),
+    "APPENDS": lambda m, _: m._extend(m._pop_to_mark()),
+    "EMPTY_DICT": lambda m, _: m._push({}),
+    "SETITEM": lambda m, _: m._set_items(m._pop(2)),
+    "SETITEMS": lambda m, _: m._set_items(m._pop_to_mark()),
+    # Names, calls and objects.
+    "GLOBAL": lambda m, names: m._name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m._name(*m._pop(2)),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m._construct(*m._pop(2))),
+    "NEWOBJ_EX": lambda m, _: m._construct(*m._pop(3)[:2]),
+    "INST": lambda m, names: m._construct_of([Global(*names.split(" ", 1)), *m._pop_to_mark()]),
+    "OBJ": lambda m, _: m._construct_of(m._pop_to_mark()),
+    "BUILD": lambda m, _: m._pop(1),
+    "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop(1))),
+    # What is nobody's tensor. The state of an object and the items of a set are dropped.
+    **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push({})),
+    "ADDITEMS": lambda m, _: m._pop_to_mark(),
+    "FROZENSET": lambda m, _: m._construct(None, m._pop_to_mark()),
+}
+"""What each operation does to the machine, with the argument that stands behind it."""
 
 
 def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
