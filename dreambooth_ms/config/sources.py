@@ -141,7 +141,7 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
         if len(unknown) > 1 and not any(canonical(name, known) or suggestions(name, owners) for name in unknown):
             raise OSError(f"is for another command; sections {', '.join(unknown)} are unknown to this one")
     except (OSError, ValueError, ConfigError, yaml.YAMLError, OmegaConfBaseException) as error:
-        named.problems.append(f"--config {path}: {_in_one_line(error)}")
+        named.problems.append(f"--config {path}: {in_one_line(error)}")
         named.undecided.update(known)
         return []
     settings = []
@@ -157,7 +157,8 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
     return settings
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """What is wrong with a file, for a message."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:
