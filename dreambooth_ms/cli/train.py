@@ -98,7 +98,7 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
         check_method(config, checkpoint)
     check_writable(output)
     digests, missing = base_digests(job.base), class_numbers_to_come(job.sources)
-    to_come = {one.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
+    to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
     check_data(config, checkpoint, content_of(digests, concepts, job.sources), to_come, tell)
     for folder, numbers in missing.items():
         if numbers:

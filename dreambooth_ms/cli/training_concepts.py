@@ -2,10 +2,11 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from dreambooth_ms.cli.output import tell
@@ -23,53 +24,54 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def sources_of(config: TrainConfig, tell: Callable[[str], object] = tell) -> tuple[Source, ...]:
-    """Where each concept comes from: the subjects, then the classes, the first of the first subject and so on.
+    """Where concepts come from: the subjects, then the classes; such as are generated in the order of their subjects.
 
     Raises:
-        ConfigError: a list of several is wrong, or a folder is to hold what does not go together.
+        ConfigError: a list of several is wrong, or classes would mix with subjects or with each other.
     """
     configs = concept_configs(config, tell)
     subjects = [_source(one, INSTANCE) for one in configs if not one.concept.is_reg]
     classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.folder]
     found, held = [], dict[str, tuple[object, ...]]()
-    for of_group in (subjects, classes):
-        for number, source in enumerate(of_group, 1):
-            found.append(replace(source, name=source.group + (f"_{number}" if number > 1 else "")))
-            what = (source.group, *((source.prompt, source.generated) if source.generated else ()))
-            if held.setdefault(os.path.realpath(source.folder), what) != what:
-                raise ConfigError(
-                    f"{source.folder}: is the folder of several concepts, of which one is a class; give each class "
-                    "a folder of its own, or all the same prompt"
-                )
+    for number, source in chain(enumerate(subjects, 1), enumerate(classes, 1)):
+        concept = source.concept
+        name = concept.group + (f"_{number}" if number > 1 else "")
+        found.append(replace(source, concept=replace(concept, name=name)))
+        what = (concept.group, *((source.prompt, source.generated) if source.generated else ()))
+        if held.setdefault(os.path.realpath(source.folder), what) != what:
+            raise ConfigError(f"{source.folder}: holds pictures of a class and others; give each a folder of its own")
     return tuple(found)
 
 
 def _source(config: ConceptConfig, group: str) -> Source:
-    """Of a subject, or of the class that goes with it or is an entry of its own."""
+    """Of a subject, or of the class that goes with it or stands by itself."""
     data, prior, share, captions = config.data, config.prior, config.concept, config.captions
-    is_subject = group == INSTANCE or share.is_reg
-    combines = captions.combines if is_subject else captions.read_prompt_from_txt in (CLASS, "both")
-    replaces = is_subject and (captions.use_txt_as_label or (captions.caption_column and not combines))
-    captioning = Captioning(
-        from_files=bool(combines or replaces),
-        column=captions.caption_column if combines or replaces else None,
-        from_names=is_subject and captions.use_filename_as_label,
-        template=captions.prompt_template if combines else CAPTIONS[0],
-        may_lack=share.may_lack_captions,
-    )
-    shared = partial(Source, group=group, captioning=captioning, background=data.transparent_background)
-    if not is_subject:
-        folder, prompt = prior.folder or Path(), prior.class_prompt or ""
-        return shared(folder, prompt, weight=prior.prior_loss_weight, generated=prior)
+    of_class = group == CLASS and not share.is_reg
+    combines = captions.read_prompt_from_txt in (CLASS, "both") if of_class else captions.combines
+    replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
     wording = Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
-    return shared(
-        Path(data.instance_data_dir or ""),
-        data.instance_prompt or "",
-        weight=prior.prior_loss_weight if share.is_reg else share.weight,
-        repeats=Fraction(str(share.repeats)),
-        wording=None if wording == Wording() else wording,
-        masked=config.masked,
-        mask_folder=Path(data.mask_dir) if data.mask_dir else None,
+    return Source(
+        (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
+        (prior.class_prompt if of_class else data.instance_prompt) or "",
+        Concept(
+            group,
+            records=(),
+            weight=prior.prior_loss_weight if group == CLASS else share.weight,
+            group=group,
+            repeats=Fraction(str(share.repeats)),
+            wording=None if of_class or wording == Wording() else wording,
+        ),
+        Captioning(
+            from_files=bool(combines or replaces),
+            column=captions.caption_column if combines or replaces else None,
+            from_names=not of_class and captions.use_filename_as_label,
+            template=captions.prompt_template if combines else CAPTIONS[0],
+            may_lack=share.may_lack_captions,
+        ),
+        generated=prior if of_class and share.generates else None,
+        background=data.transparent_background,
+        masked=config.masked and group == INSTANCE,
+        mask_folder=Path(data.mask_dir) if data.mask_dir and group == INSTANCE else None,
     )
 
 
@@ -80,24 +82,21 @@ def read_concepts(sources: Sequence[Source], tell: Callable[[str], object] = tel
         DataError: there is no subject, or a picture or caption is damaged or missing.
     """
     to_come = class_numbers_to_come(sources)
-    there = [
-        one for one in sources if not one.generated or len(to_come[str(one.folder)]) < one.generated.num_class_images
-    ]
-    concepts = [source.concept(tell) for source in there]
-    if len([one for one in sources if one.group == INSTANCE]) > 1:
-        for source, concept in zip(there, concepts, strict=True):
-            tell(f"{concept.name}: {count_of(len(concept.records), 'picture')} of {source.folder}, {source.prompt!r}")
+    wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
+    there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
+    concepts = [replace(one.concept, records=one.records(tell)) for one in there]
+    for source, concept in zip(there, concepts, strict=True) if len(there) > 2 else ():
+        tell(f"{concept.name}: {count_of(len(concept.records), 'picture')} of {source.folder}, {source.prompt!r}")
     return concepts
 
 
 def pictures_of_a_pass(sources: Sequence[Source], concepts: Sequence[Concept]) -> int:
     """Those of all subjects with their repeats; or of their classes, which may be yet to be generated, if more."""
-    found: dict[str, Fraction] = {}
-    held = {concept.name: len(concept.records) for concept in concepts}
+    held, totals = {one.name: len(one.records) for one in concepts}, Counter[str]()
     for one in sources:
-        pictures = one.generated.num_class_images if one.generated else held[one.name]
-        found[one.group] = found.get(one.group, Fraction(0)) + pictures * one.repeats
-    return math.ceil(max(found.values()))
+        pictures = one.generated.num_class_images if one.generated else held[one.concept.name]
+        totals[one.concept.group] += math.ceil(pictures * one.concept.repeats)
+    return max(totals.values())
 
 
 def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Plan, taking_turns
-from dreambooth_ms.data.records import INSTANCE, Concept, Source
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
@@ -36,7 +36,8 @@ from dreambooth_ms.training.run_folder import check_data
 def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
     base, sources, cache = job.base, job.sources, ContentCache(job.config.output_dir / "cache")
-    class_prompts = [text for one in sources if one.generated for text in (one.prompt, one.negative_prompt)]
+    generated = [(one.prompt, one.generated.class_negative_prompt) for one in sources if one.generated]
+    class_prompts = [text for both in generated for text in both]
     digests = [job.base_digests[reader.name] for reader in base.text]
     key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
@@ -48,7 +49,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
     if any(missing.values()):
-        unet = sample_class_pictures(job, missing, embeddings, concepts)
+        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts}, concepts)
         job.processes.wait_for_all("the class pictures")
         concepts = read_concepts(sources, lambda line: None)
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts, sources), {}, tell)
@@ -66,20 +67,19 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
 def sample_class_pictures(
     job: TrainingJob,
     missing: Mapping[str, Sequence[int]],
-    embeddings: Callable[[str], PromptText],
+    embeddings: Mapping[str, PromptText],
     concepts: Sequence[Concept],
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures with these numbers, by folder, at the sizes of their subject's
-    steps and in their proportions; returns the UNet if that loaded it."""
-    subjects = [one for one in concepts if one.group == INSTANCE]
-    plan, classes = plan_of(job, subjects), [one for one in job.sources if one.generated]
+    """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
+    it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    texts = {text for one in classes for text in (one.prompt, one.negative_prompt)}
-    model = SamplingModel(job.base, embeddings={text: embeddings(text) for text in texts})
+    model = SamplingModel(job.base, embeddings=embeddings)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
-    for source, subject in zip(classes, subjects, strict=True):
+    subjects = [one for one in concepts if one.group == INSTANCE]
+    plan, classes = plan_of(job, subjects), [one for one in job.sources if one.concept.group == CLASS]
+    for source, subject in zip(classes, subjects, strict=False):
         own = replace(plan, concepts=(subject,))
         for request in class_requests(source, own, shares.pop(str(source.folder), ())):
             for sample in model.sample(request):
@@ -91,21 +91,19 @@ def sample_class_pictures(
 
 
 def class_requests(source: Source, subject: Plan, numbers: Sequence[int]) -> Iterator[SampleRequest]:
-    """The pictures of a class with these numbers: of each size of its subject a request."""
-    prior = source.generated
-    assert prior is not None, "the class is generated"
+    """The pictures of a class with these numbers, at the sizes of its subject's steps and in their proportions."""
     for at, bucket in enumerate(subject.buckets):
         own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
-        if own:
+        if own and (prior := source.generated):
             yield SampleRequest(
                 prompts=(source.prompt,),
-                negative_prompt=source.negative_prompt,
+                negative_prompt=prior.class_negative_prompt,
                 num_images_per_prompt=len(own),
                 numbers=own,
                 width=bucket.size[0],
                 height=bucket.size[1],
                 seed=subject.seed,
-                purpose=f"{source.name} picture",
+                purpose=f"{source.concept.name} picture",
                 batch_size=min(prior.sample_batch_size, len(own)),
                 num_inference_steps=prior.infer_steps,
                 guidance_scale=prior.guidance_scale,

@@ -42,10 +42,9 @@ def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object
     """
     known = schema_fields(schema)
     flags = read_flags(argv, known, schema.POSITIONAL)
-    files = [one for one in flags if one.name == "config"]
-    layers = [read_file(one, schema) for one in files if one.value is not MISSING]
+    layers = [read_file(one, schema) for one in flags if one.name == "config"]
     layers.append([one for one in flags if one.name != "config"])
-    config, problems, notes = build(schema, layers, files=files)
+    config, problems, notes = build(schema, layers)
     if problems:
         raise ConfigError("\n".join(problems))
     for note in notes:
@@ -54,12 +53,9 @@ def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object
 
 
 def build(
-    schema: type[Config],
-    layers: Sequence[Sequence[Setting]],
-    base: Mapping[str, Any] | None = None,
-    files: Sequence[Setting] = (),
+    schema: type[Config], layers: Sequence[Sequence[Setting]], base: Mapping[str, Any] | None = None
 ) -> tuple[Config, list[str], list[str]]:
-    """A configuration of these layers, some of these files, over the values of another one; its problems and notes."""
+    """A configuration of these layers, over the values of another one; its problems and its notes."""
     known = schema_fields(schema)
     given = {name: value for layer in layers for name, value in _read_layer(layer, known).items()}
     values = dict(base or {}) | given
@@ -67,7 +63,7 @@ def build(
     # What is required has a stand-in, so that the rest can be checked even without it.
     config = _built(schema, values | absent)
 
-    settings = [*files, *chain(*layers)]
+    settings = list(chain(*layers))
     problems = [line for one in settings for line in one.problems]
     # A value that is wrong in one place may be right in another.
     undecided = set(chain.from_iterable(one.undecided for one in settings)) - given.keys()

@@ -59,12 +59,8 @@ class Source:
 
     folder: Path
     prompt: str
-    name: str = INSTANCE
-    group: str = INSTANCE
-    """`weight`, `repeats` and `wording` are the concept's, too."""
-    weight: float = 1.0
-    repeats: Fraction = Fraction(1)
-    wording: Wording | None = None
+    concept: Concept = Concept(INSTANCE, ())
+    """As it is but for its pictures."""
     captioning: Captioning = PROMPT_ALONE
     generated: PriorConfig | None = None
     """Of a class how its pictures are generated, and how many of the folder's are used; None: all that are there."""
@@ -76,20 +72,11 @@ class Source:
     """in this folder; None: its opacity."""
 
     @property
-    def negative_prompt(self) -> str:
-        """Of what is generated."""
-        return self.generated.class_negative_prompt if self.generated else ""
-
-    @property
     def settings(self) -> dict[str, str]:
-        """What decides its rows beside its pictures, by its name for a person."""
-        values = {"prompt": self.prompt, "weight": self.weight, "repeats": self.repeats, "captions": self.wording}
-        return {f"{key} of {self.name}": f"{key} of {self.name}: {value}" for key, value in values.items()}
-
-    def concept(self, tell: Callable[[str], object]) -> Concept:
-        """The concept, with its `records`."""
-        records = self.records(tell)
-        return Concept(self.name, records, self.weight, self.group, self.repeats, self.wording)
+        """What decides its rows beside its pictures, under names for people."""
+        one = self.concept
+        values = {"prompt": self.prompt, "weight": one.weight, "repeats": one.repeats, "wording": one.wording}
+        return {f"{key} of {one.name}": f"{key} of {one.name}: {value}" for key, value in values.items()}
 
     def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
