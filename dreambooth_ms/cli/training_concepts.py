@@ -49,18 +49,12 @@ def _source(config: ConceptConfig, group: str) -> Source:
     of_class = group == CLASS and not share.is_reg
     combines = captions.read_prompt_from_txt in (CLASS, "both") if of_class else captions.combines
     replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
-    wording = Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
+    weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
+    wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
     return Source(
         (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
         (prior.class_prompt if of_class else data.instance_prompt) or "",
-        Concept(
-            group,
-            records=(),
-            weight=prior.prior_loss_weight if group == CLASS else share.weight,
-            group=group,
-            repeats=Fraction(str(share.repeats)),
-            wording=None if of_class or wording == Wording() else wording,
-        ),
+        Concept(group, (), weight, group, Fraction(str(share.repeats)), None if wording == plain else wording),
         Captioning(
             from_files=bool(combines or replaces),
             column=captions.caption_column if combines or replaces else None,

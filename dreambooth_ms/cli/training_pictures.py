@@ -49,7 +49,8 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
     if any(missing.values()):
-        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts}, concepts)
+        subjects = [one for one in concepts if one.group == INSTANCE]
+        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts}, subjects)
         job.processes.wait_for_all("the class pictures")
         concepts = read_concepts(sources, lambda line: None)
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts, sources), {}, tell)
@@ -68,20 +69,19 @@ def sample_class_pictures(
     job: TrainingJob,
     missing: Mapping[str, Sequence[int]],
     embeddings: Mapping[str, PromptText],
-    concepts: Sequence[Concept],
+    subjects: Sequence[Concept],
 ) -> nn.Cell | None:
     """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
     it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    model = SamplingModel(job.base, embeddings=embeddings)
+    model, plan = SamplingModel(job.base, embeddings=embeddings), plan_of(job, subjects)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
-    subjects = [one for one in concepts if one.group == INSTANCE]
-    plan, classes = plan_of(job, subjects), [one for one in job.sources if one.concept.group == CLASS]
+    classes = [one for one in job.sources if one.concept.group == CLASS]
     for source, subject in zip(classes, subjects, strict=False):
-        own = replace(plan, concepts=(subject,))
-        for request in class_requests(source, own, shares.pop(str(source.folder), ())):
+        numbers = shares.pop(str(source.folder), ())
+        for request in class_requests(source, replace(plan, concepts=(subject,)), numbers):
             for sample in model.sample(request):
                 settings = settings_of_training(sample)
                 write_picture(source.folder / class_picture_name(sample.number), sample.picture, settings)

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -84,8 +84,8 @@ def _concept(
     known, base = schema_fields(ConceptConfig), config.values() | {"concepts_list": None, "reg_data_dir": None}
     settings = [Setting(key, value, where) for key, value in values.items()]
     for one in settings:
-        name, path = canonical(one.name, known), str(one.value)
-        if name and known[name].is_path and path[:1] not in ("", "~"):
+        name, path = canonical(one.name, known), one.value
+        if name and known[name].is_path and isinstance(path, str) and path[:1] not in ("", "~"):
             beside = folder / path
             one.value = str(beside if beside.exists() or not Path(path).exists() else path)
     own, wrong, said = build(ConceptConfig, [settings], base)
@@ -137,22 +137,20 @@ def _entries(values: Mapping[str, Any], key: str, *inner: str) -> list[dict[str,
     return [leaf for entry in found for leaf in _entries(entry, *inner)] if inner else found
 
 
-def _flat(values: Mapping[str, Any], above_it: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], above_it: str = "") -> dict[str, Any]:
     """Values by their names, with a dot between those of a value in a value."""
+    flat = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above_it}{name}.")
-        else:
-            yield above_it + str(name), value
+        inside = isinstance(value, dict) and value
+        flat |= _flat(value, f"{above_it}{name}.") if inside else {f"{above_it}{name}": value}
+    return flat
 
 
 def _of_one(values: Mapping[str, Any]) -> dict[str, Any]:
     """An entry's values, of which crosstyan's scripts say apart for subject and class whether captions are read."""
-    flat = dict(_flat(values))
-    of_both = {role: flat.pop(f"{role}_set.combine_prompt_from_txt", False) for role in ("instance", "class")}
-    if readers := [role for role, reads in of_both.items() if reads]:
-        flat["read_prompt_from_txt"] = readers[0] if len(readers) == 1 else "both"
-    return flat
+    flat = _flat(values)
+    combined = [role for role in ("instance", "class") if flat.pop(f"{role}_set.combine_prompt_from_txt", False)]
+    return flat | ({"read_prompt_from_txt": combined[0] if len(combined) == 1 else "both"} if combined else {})
 
 
 def _of_folders(path: Path, reg_data_dir: str | None, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -434,7 +434,7 @@ class TrainConfig(Schema):
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def missing(self) -> list[str]:
-        """What names the subject."""
+        """What there is of a subject that no flag gives."""
         data, captions = self.data, self.captions
         has_prompts = captions.use_txt_as_label or captions.use_filename_as_label or captions.caption_column
         needed = ["instance_data_dir", *([] if has_prompts and not captions.combines else ["instance_prompt"])]

@@ -277,8 +277,12 @@ def test_a_list_of_subjects_has_class_pictures_of_each(several, tmp_path, capfd)
             "num_class_images": 2,
             "repeats": 2,
             "weight": 0.5,
+            "mask_dir": "masks",
         },
     ]
+    (tmp_path / "lists" / "masks").mkdir()
+    half = np.repeat(np.array([0, 255], np.uint8), 20)
+    Image.fromarray(np.tile(half, (72, 1))).save(tmp_path / "lists" / "masks" / "0.png")
     (tmp_path / "lists" / "list.json").write_text(json.dumps(entries))
     flags = ["--concepts_list", "lists/list.json", "--with_prior_preservation", "--num_class_images", "3"]
     batches = several(*flags, "--infer_steps", "1", "--use_aspect_ratio_bucket", "--prior_loss_weight", "0.3")
@@ -300,6 +304,10 @@ def test_a_list_of_subjects_has_class_pictures_of_each(several, tmp_path, capfd)
     assert {name: round(float(weight), 3) for name, weight in weights} == {
         "instance": 1.0, "instance_2": 0.5, "class": 0.3, "class_2": 0.3,
     }  # fmt: skip
+    for step in range(20):
+        made = batches(step)
+        flat = [bool((mask == 1).all()) for mask in made.mask]
+        assert flat == [name != "instance_2" for name in made.concepts], "where the error counts"
     sizes = {
         name: [Image.open(path).size for path in sorted((tmp_path / "lists" / name).iterdir())]
         for name in ("stars", "photos")
