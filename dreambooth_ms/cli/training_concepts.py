@@ -64,7 +64,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
         ),
         generated=prior if of_class and share.generates else None,
         background=data.transparent_background,
-        masked=config.masked and group == INSTANCE,
+        masked=group == INSTANCE and bool(data.mask_dir or data.alpha_mask),
         mask_folder=Path(data.mask_dir) if data.mask_dir and group == INSTANCE else None,
     )
 

@@ -464,11 +464,6 @@ class TrainConfig(Schema):
         return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
 
     @property
-    def masked(self) -> bool:
-        """Whether the subject's pictures have masks."""
-        return self.data.mask_dir is not None or self.data.alpha_mask
-
-    @property
     def noise_offset(self) -> float:
         """Strength of the constant added to the noise."""
         return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset

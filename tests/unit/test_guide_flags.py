@@ -118,7 +118,11 @@ COMMANDS = {
     "--save_model_as=safetensors --save_precision=fp16 --mixed_precision=fp16 --cache_latents --xformers "
     "--max_token_length=75": (
         [],
-        ["NOTES"],
+        [
+            f"--{name} is accepted and ignored: {HARMLESS[name]}"
+            for name in ("output_name", "save_precision", "cache_latents", "xformers")
+            if name in HARMLESS
+        ],
     ),
 }  # fmt: skip
 
