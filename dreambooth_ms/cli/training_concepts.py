@@ -51,10 +51,11 @@ def _source(config: ConceptConfig, group: str) -> Source:
     replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
     weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
     wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
+    repeats = Fraction("1" if of_class else str(share.repeats))
     return Source(
         (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
         (prior.class_prompt if of_class else data.instance_prompt) or "",
-        Concept(group, (), weight, group, Fraction(str(share.repeats)), None if wording == plain else wording),
+        Concept(group, (), weight, group, repeats, None if wording == plain else wording),
         Captioning(
             from_files=bool(combines or replaces),
             column=captions.caption_column if combines or replaces else None,
@@ -79,7 +80,8 @@ def read_concepts(sources: Sequence[Source], tell: Callable[[str], object] = tel
     wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
     there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
     concepts = [replace(one.concept, records=one.records(tell)) for one in there]
-    for source, concept in zip(there, concepts, strict=True) if len(there) > 2 else ():
+    is_several = len(sources) > 1 and sources[1].concept.group == INSTANCE
+    for source, concept in zip(there, concepts, strict=True) if is_several else ():
         tell(f"{concept.name}: {count_of(len(concept.records), 'picture')} of {source.folder}, {source.prompt!r}")
     return concepts
 

@@ -179,9 +179,8 @@ def test_a_class_is_shared_by_those_who_say_the_same_of_it(sources):
     fill("dog", 1)
     fill("cat", 2)
     fill("dogs", 1)
-    found, _ = sources(
-        [DOG, CAT | {"class_prompt": "a dog", "class_data_dir": "dogs"}], PRIOR, "--num_class_images", "3"
-    )
+    shared = CAT | {"class_prompt": "a dog", "class_data_dir": "dogs", "repeats": 1.5}
+    found, _ = sources([DOG, shared], PRIOR, "--num_class_images", "3")
     assert class_numbers_to_come(found) == {"dogs": [0, 1]}, "they are generated once"
     concepts = read_concepts(found, lambda line: None)
     assert [(one.name, len(one.records)) for one in concepts] == [
