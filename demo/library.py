@@ -251,7 +251,7 @@ def read_run(folder: Path) -> Run | None:
     except (UserError, OSError):
         return None
     return Run(
-        folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt, config.prior.class_prompt
+        folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt or "", config.prior.class_prompt
     )
 
 

@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
@@ -59,6 +59,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     wanted = load(TrainConfig, argv, tell)
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
+    sources = sources_of(config)
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
@@ -66,9 +67,8 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
-    concepts = read_concepts(config)
-    class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    job = TrainingJob(processes, config, base, max(len(concepts[0].records), class_pictures))
+    concepts = read_concepts(sources)
+    job = TrainingJob(processes, config, base, pictures_of_a_pass(sources, concepts), sources)
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:
@@ -95,10 +95,12 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
     if checkpoint:
         check_method(config, checkpoint)
     check_writable(output)
-    digests, to_come = base_digests(job.base), [class_picture_name(one) for one in class_numbers_to_come(config)]
-    check_data(config, checkpoint, content_of(digests, concepts), to_come, tell)
-    if config.prior.folder and to_come:
-        check_writable(config.prior.folder)
+    digests, missing = base_digests(job.base), class_numbers_to_come(job.sources)
+    to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
+    check_data(config, checkpoint, content_of(digests, concepts, job.sources), to_come, tell)
+    for folder, numbers in missing.items():
+        if numbers:
+            check_writable(Path(folder))
     result = result_of(output)
     finished = result if result and result.steps >= total else None
     if not finished:
@@ -151,7 +153,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks.append(stack.enter_context(closing(tracker)).log)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        content, state = content_of(job.base_digests, batches.plan.concepts), partial(training.state, of_all=True)
+        content = content_of(job.base_digests, batches.plan.concepts, job.sources)
+        state = partial(training.state, of_all=True)
         hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))

@@ -1,73 +1,110 @@
-"""What a run is to learn: its concepts, by the flags."""
+"""What a run is to learn: its concepts, by the flags or by a list of several."""
 
+import math
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 from dreambooth_ms.cli.output import tell
+from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer
-from dreambooth_ms.errors import DataError
+from dreambooth_ms.errors import ConfigError, DataError, count_of
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.picture_file import missing_numbers
 from dreambooth_ms.training.content import digests_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> list[Concept]:
-    """The subject, and its class as far as it is there already.
+def sources_of(config: TrainConfig, tell: Callable[[str], object] = tell) -> tuple[Source, ...]:
+    """Where concepts come from: the subjects, then the classes; such as are generated in the order of their subjects.
 
     Raises:
-        DataError: there is no subject, or a picture or caption of either is damaged or missing.
+        ConfigError: a list of several is wrong, or classes would mix with subjects or with each other.
     """
-    data, prior = config.data, config.prior
-    background, captioning = data.transparent_background, partial(_captioning, config)
-    subject = Source(
-        Path(data.instance_data_dir),
-        data.instance_prompt,
-        captioning(INSTANCE),
-        background=background,
-        masked=config.masked,
-        mask_folder=Path(data.mask_dir) if data.mask_dir else None,
+    configs = concept_configs(config, tell)
+    subjects = [_source(one, INSTANCE) for one in configs if not one.concept.is_reg]
+    classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.folder]
+    found, held = [], dict[str, tuple[object, ...]]()
+    for number, source in chain(enumerate(subjects, 1), enumerate(classes, 1)):
+        concept = source.concept
+        name = concept.group + (f"_{number}" if number > 1 else "")
+        found.append(replace(source, concept=replace(concept, name=name)))
+        what = (concept.group, *((source.prompt, source.generated) if source.generated else ()))
+        if held.setdefault(os.path.realpath(source.folder), what) != what:
+            raise ConfigError(f"{source.folder}: holds pictures of a class and others; give each a folder of its own")
+    return tuple(found)
+
+
+def _source(config: ConceptConfig, group: str) -> Source:
+    """Of a subject, or of the class that goes with it or stands by itself."""
+    data, prior, share, captions = config.data, config.prior, config.concept, config.captions
+    of_class = group == CLASS and not share.is_reg
+    combines = captions.read_prompt_from_txt in (CLASS, "both") if of_class else captions.combines
+    replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
+    weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
+    wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
+    repeats = Fraction("1" if of_class else str(share.repeats))
+    return Source(
+        (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
+        (prior.class_prompt if of_class else data.instance_prompt) or "",
+        Concept(group, (), weight, group, repeats, None if wording == plain else wording),
+        Captioning(
+            from_files=bool(combines or replaces),
+            column=captions.caption_column if combines or replaces else None,
+            from_names=not of_class and captions.use_filename_as_label,
+            template=captions.prompt_template if combines else CAPTIONS[0],
+            may_lack=share.may_lack_captions,
+        ),
+        generated=prior if of_class and share.generates else None,
+        background=data.transparent_background,
+        masked=group == INSTANCE and bool(data.mask_dir or data.alpha_mask),
+        mask_folder=Path(data.mask_dir) if data.mask_dir and group == INSTANCE else None,
     )
-    concepts = [Concept(INSTANCE, subject.records(tell), wording=_wording(config))]
-    if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
-        of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)
-        concepts.append(Concept(CLASS, of_class.records(tell), prior.prior_loss_weight))
+
+
+def read_concepts(sources: Sequence[Source], tell: Callable[[str], object] = tell) -> list[Concept]:
+    """The subjects, and the classes as far as they are there already.
+
+    Raises:
+        DataError: there is no subject, or a picture or caption is damaged or missing.
+    """
+    to_come = class_numbers_to_come(sources)
+    wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
+    there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
+    concepts = [replace(one.concept, records=one.records(tell)) for one in there]
+    is_several = len(sources) > 1 and sources[1].concept.group == INSTANCE
+    for source, concept in zip(there, concepts, strict=True) if is_several else ():
+        tell(f"{concept.name}: {count_of(len(concept.records), 'picture')} of {source.folder}, {source.prompt!r}")
     return concepts
 
 
-def _captioning(config: TrainConfig, name: str) -> Captioning:
-    """Where the prompts of the subject's or the class's pictures come from."""
-    wanted, is_subject = config.captions, name == INSTANCE
-    combines = wanted.read_prompt_from_txt in (name, "both")
-    replaces = is_subject and (wanted.use_txt_as_label or (wanted.caption_column and not combines))
-    return Captioning(
-        from_files=bool(combines or replaces),
-        column=wanted.caption_column if combines or replaces else None,
-        from_names=is_subject and wanted.use_filename_as_label,
-        template=wanted.prompt_template if combines and not wanted.use_txt_as_label else CAPTIONS[0],
-    )
+def pictures_of_a_pass(sources: Sequence[Source], concepts: Sequence[Concept]) -> int:
+    """Those of all subjects with their repeats; or of their classes, which may be yet to be generated, if more."""
+    held, totals = {one.name: len(one.records) for one in concepts}, Counter[str]()
+    for one in sources:
+        pictures = one.generated.num_class_images if one.generated else held[one.concept.name]
+        totals[one.concept.group] += math.ceil(pictures * one.concept.repeats)
+    return max(totals.values())
 
 
-def _wording(config: TrainConfig) -> Wording | None:
-    """How rows vary the subject's prompts, if they do."""
-    wanted = config.captions
-    wording = Wording(wanted.caption_dropout, wanted.shuffle_caption, wanted.keep_tokens)
-    return None if wording == Wording() else wording
+def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
+    """The numbers of the class pictures that are yet to be sampled, by their folder, which classes may share."""
+    generated = {str(one.folder): one.generated.num_class_images for one in sources if one.generated}
+    return {folder: missing_numbers(Path(folder), count) for folder, count in generated.items()}
 
 
-def class_numbers_to_come(config: TrainConfig) -> list[int]:
-    """The numbers of the class pictures that are yet to be sampled."""
-    return missing_numbers(config.prior.folder, config.prior.num_class_images) if config.prior.folder else []
-
-
-def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> None:
+def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sources: Sequence[Source] = ()) -> None:
     """Raise DataError if another process, perhaps on another machine, found other pictures, captions or masks."""
-    digests = [digest for concept in concepts for digest in digests_of(concept)]
+    digests = [value for source in sources for value in source.settings.values()]
+    digests += [digest for concept in concepts for digest in digests_of(concept)]
     for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
         if others != digests:
             raise DataError(
@@ -76,9 +113,9 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
             )
 
 
-def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_prompt: str) -> None:
+def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_prompts: Sequence[str]) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
-    tokenizer, shared = PromptTokenizer(base.text), [class_prompt]
+    tokenizer, shared = PromptTokenizer(base.text), [*class_prompts]
     for concept in concepts:
         if not concept.has_captions:
             shared += concept.records[0].captions

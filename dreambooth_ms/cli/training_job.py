@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
+from dreambooth_ms.data.records import Source
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.checkpoint import Checkpoint
 from dreambooth_ms.training.optimisers import learning_rate_factor
@@ -19,7 +20,9 @@ class TrainingJob:
     config: TrainConfig
     base: ModelBundle
     pictures: int
-    """Of a pass: those that the largest concept has, or will have."""
+    """Of a pass: those that the subjects have together, or their classes if these have more."""
+    sources: tuple[Source, ...] = ()
+    """Of its concepts, the subjects first."""
     base_digests: Mapping[str, str] = field(default_factory=dict)
     """By the networks' names."""
     checkpoint: Checkpoint | None = None
@@ -34,6 +37,11 @@ class TrainingJob:
     def total(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.run.max_train_steps or self.config.run.num_train_epochs * self.epoch
+
+    @property
+    def masked(self) -> bool:
+        """Whether some pictures have masks."""
+        return any(source.masked for source in self.sources)
 
     @property
     def done(self) -> int:

@@ -1,8 +1,8 @@
 """What a run trains on: class pictures, embeddings and latents, until every batch can be made from its number."""
 
 import gc
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -21,7 +21,7 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Plan, taking_turns
-from dreambooth_ms.data.records import Concept
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
@@ -35,24 +35,26 @@ from dreambooth_ms.training.run_folder import check_data
 
 def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
-    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / "cache")
-    class_prompt = prior.class_prompt or ""
+    base, sources, cache = job.base, job.sources, ContentCache(job.config.output_dir / "cache")
+    generated = [(one.prompt, one.generated.class_negative_prompt) for one in sources if one.generated]
+    class_prompts = [text for both in generated for text in both]
     digests = [job.base_digests[reader.name] for reader in base.text]
     key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     trains_text = job.config.method.train_text_encoder
-    tell_cut_prompts(base, concepts, class_prompt)
+    tell_cut_prompts(base, concepts, class_prompts)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*([] if trains_text else prompts_of(job, plan_of(job, concepts))), class_prompt, ""])
+        embeddings.prepare([*([] if trains_text else prompts_of(job, plan_of(job, concepts))), *class_prompts, ""])
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
-    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.config))
-    if prior.folder and missing:
-        unet = sample_class_pictures(job, missing, prior.folder, embeddings, plan_of(job, concepts[:1]))
+    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
+    if any(missing.values()):
+        subjects = [one for one in concepts if one.group == INSTANCE]
+        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts}, subjects)
         job.processes.wait_for_all("the class pictures")
-        concepts = read_concepts(job.config, lambda line: None)
-        check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts), (), tell)
-    check_same_pictures(job.processes, concepts)
+        concepts = read_concepts(sources, lambda line: None)
+        check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts, sources), {}, tell)
+    check_same_pictures(job.processes, concepts, sources)
     concepts = [in_order(concept, earlier) for concept in concepts]
     plan = plan_of(job, concepts)
     texts: Callable[[str], PromptText] = embeddings
@@ -64,39 +66,48 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
 
 
 def sample_class_pictures(
-    job: TrainingJob, missing: Sequence[int], folder: Path, embeddings: Callable[[str], PromptText], subject: Plan
+    job: TrainingJob,
+    missing: Mapping[str, Sequence[int]],
+    embeddings: Mapping[str, PromptText],
+    subjects: Sequence[Concept],
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures with these numbers, at the sizes of the subject's steps and in
-    their proportions; returns the UNet if that loaded it."""
-    processes, prior = job.processes, job.config.prior
-    prompt = prior.class_prompt or ""
-    numbers = tuple(processes.share(missing))
-    if not numbers:
+    """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
+    it."""
+    shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
+    if not any(shares.values()):
         return None
-    model = SamplingModel(job.base, embeddings={prompt: embeddings(prompt) for prompt in (prompt, "")})
-    bar = progress(total=len(numbers), desc="class pictures", unit="picture")
-    for at, bucket in enumerate(subject.buckets):
-        own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
-        if not own:
-            continue
-        request = SampleRequest(
-            prompts=(prompt,),
-            num_images_per_prompt=len(own),
-            numbers=own,
-            width=bucket.size[0],
-            height=bucket.size[1],
-            seed=job.seed,
-            purpose="class picture",
-            batch_size=min(prior.sample_batch_size, len(own)),
-            num_inference_steps=prior.infer_steps,
-            guidance_scale=prior.guidance_scale,
-        )
-        for sample in model.sample(request):
-            settings = settings_of_training(sample)
-            write_picture(folder / class_picture_name(sample.number), sample.picture, settings)
-            bar.update()
+    model, plan = SamplingModel(job.base, embeddings=embeddings), plan_of(job, subjects)
+    bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
+    classes = [one for one in job.sources if one.concept.group == CLASS]
+    for source, subject in zip(classes, subjects, strict=False):
+        numbers = shares.pop(str(source.folder), ())
+        for request in class_requests(source, replace(plan, concepts=(subject,)), numbers):
+            for sample in model.sample(request):
+                settings = settings_of_training(sample)
+                write_picture(source.folder / class_picture_name(sample.number), sample.picture, settings)
+                bar.update()
     bar.close()
     return model.denoiser
+
+
+def class_requests(source: Source, subject: Plan, numbers: Sequence[int]) -> Iterator[SampleRequest]:
+    """The pictures of a class with these numbers, at the sizes of its subject's steps and in their proportions."""
+    for at, bucket in enumerate(subject.buckets):
+        own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
+        if own and (prior := source.generated):
+            yield SampleRequest(
+                prompts=(source.prompt,),
+                negative_prompt=prior.class_negative_prompt,
+                num_images_per_prompt=len(own),
+                numbers=own,
+                width=bucket.size[0],
+                height=bucket.size[1],
+                seed=subject.seed,
+                purpose=f"{source.concept.name} picture",
+                batch_size=min(prior.sample_batch_size, len(own)),
+                num_inference_steps=prior.infer_steps,
+                guidance_scale=prior.guidance_scale,
+            )
 
 
 def encode_pictures(
@@ -138,6 +149,6 @@ def encode_pictures(
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
         num_add_time_ids=base.num_add_time_ids,
-        masked=job.config.masked,
+        masked=job.masked,
         unmasked_weight=data.unmasked_weight,
     )

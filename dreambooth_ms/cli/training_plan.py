@@ -13,7 +13,7 @@ from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.data.buckets import least_losing, lost_area, sizes_of
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
-from dreambooth_ms.data.records import Concept
+from dreambooth_ms.data.records import INSTANCE, Concept
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 
@@ -21,16 +21,16 @@ from dreambooth_ms.evaluation.sheet import Row, draw_sheet
 def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
     """The rows of the run."""
     data, rows = job.config.data, job.config.run.train_batch_size
-    framing = Framing(sizes_of_run(job, concepts[0]), data.center_crop, data.random_flip)
+    framing = Framing(sizes_of_run(job, concepts), data.center_crop, data.random_flip)
     return Plan(tuple(concepts), rows, framing, job.seed, job.batches_per_step)
 
 
-def sizes_of_run(job: TrainingJob, subject: Concept) -> tuple[Size, ...]:
-    """Those that pictures are trained at."""
+def sizes_of_run(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[Size, ...]:
+    """Those that pictures are trained at, by those of the subjects."""
     data = job.config.data
     if not data.use_aspect_ratio_bucket:
         return (job.size,)
-    pictures = [record.size for record in subject.records]
+    pictures = [record.size for one in concepts if one.group == INSTANCE for record in one.records]
     sizes = sizes_of(data.resolution, job.base.side_multiple)
     return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
 

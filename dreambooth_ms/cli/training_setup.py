@@ -78,7 +78,7 @@ def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
     # bfloat16 has the exponents of float32.
     scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
     step = TrainStep(
-        DiffusionLoss(learner.denoiser, config.masked),
+        DiffusionLoss(learner.denoiser, job.masked),
         learner.parameters,
         sharded or choose_optimiser(config, learner.trainables),
         config.optimiser.max_grad_norm,

@@ -42,27 +42,36 @@ def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object
     """
     known = schema_fields(schema)
     flags = read_flags(argv, known, schema.POSITIONAL)
-    files = [one for one in flags if one.name == "config"]
-    layers = [read_file(one, schema) for one in files if one.value is not MISSING]
+    layers = [read_file(one, schema) for one in flags if one.name == "config"]
     layers.append([one for one in flags if one.name != "config"])
-    values = {name: value for layer in layers for name, value in _read_layer(layer, known).items()}
+    config, problems, notes = build(schema, layers)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for note in notes:
+        tell(note)
+    return config
+
+
+def build(
+    schema: type[Config], layers: Sequence[Sequence[Setting]], base: Mapping[str, Any] | None = None
+) -> tuple[Config, list[str], list[str]]:
+    """A configuration of these layers, over the values of another one; its problems and its notes."""
+    known = schema_fields(schema)
+    given = {name: value for layer in layers for name, value in _read_layer(layer, known).items()}
+    values = dict(base or {}) | given
     absent = {name: one.kind() for name, one in known.items() if one.default is MISSING and name not in values}
     # What is required has a stand-in, so that the rest can be checked even without it.
     config = _built(schema, values | absent)
 
-    settings = [*files, *chain(*layers)]
+    settings = list(chain(*layers))
     problems = [line for one in settings for line in one.problems]
     # A value that is wrong in one place may be right in another.
-    undecided = set(chain.from_iterable(one.undecided for one in settings)) - values.keys()
-    problems += [f"--{name}: required" for name in absent if name not in undecided]
+    undecided = set(chain.from_iterable(one.undecided for one in settings)) - given.keys()
+    problems += [f"--{name}: required" for name in (*absent, *config.missing()) if name not in undecided]
     undecided.update(absent)
     broken, notes = config.check()
     problems += [line for line in broken if undecided.isdisjoint(re.findall(r"--(\w+)", line))]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    for note in (*(one.note for one in settings if one.note), *notes):
-        tell(note)
-    return config
+    return config, problems, [*(one.note for one in settings if one.note), *notes]
 
 
 def to_yaml(config: Any) -> str:

@@ -44,9 +44,11 @@ def not_with(other: str, *those: str) -> Rule:
     return no_effect(f"with --{other} {{{other}}}", lambda values: values[other] in those)
 
 
-def needs(other: str, what: str) -> Rule:
-    """The other field must be given, too; `what` says what it is."""
-    return Rule(lambda values: values[other] is None, f"--{{field}}: needs --{other}, {what}")
+def needs(other: str, what: str, *instead: str) -> Rule:
+    """The other field must be given, too, or one of those instead; `what` says what it is."""
+    return Rule(
+        lambda values: all(values[name] is None for name in (other, *instead)), f"--{{field}}: needs --{other}, {what}"
+    )
 
 
 def refused_with(other: str, value: str, message: str) -> Rule:

@@ -126,8 +126,12 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
 
 
 def read_file(named: Setting, schema: type) -> list[Setting]:
-    """The values of the YAML file that a --config names, flat or by section. `${…}` is resolved within the file."""
+    """The values of the YAML file that a --config names, flat or by section, after the name itself, whose value is used
+    then. `${…}` is resolved within the file."""
     owners, known, path = sections(schema), schema_fields(schema), named.value
+    named.value = MISSING
+    if path is MISSING:
+        return [named]
     try:
         path = at_home(path)
         if path.lower().endswith(".toml"):
@@ -141,10 +145,10 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
         if len(unknown) > 1 and not any(canonical(name, known) or suggestions(name, owners) for name in unknown):
             raise OSError(f"is for another command; sections {', '.join(unknown)} are unknown to this one")
     except (OSError, ValueError, ConfigError, yaml.YAMLError, OmegaConfBaseException) as error:
-        named.problems.append(f"--config {path}: {_in_one_line(error)}")
+        named.problems.append(f"--config {path}: {in_one_line(error)}")
         named.undecided.update(known)
-        return []
-    settings = []
+        return [named]
+    settings = [named]
     for key, value in content.items():
         name = str(key)
         if name in owners and isinstance(value, dict):
@@ -157,7 +161,8 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
     return settings
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
+    """What is wrong with a file, for a message."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:

@@ -41,8 +41,9 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
         {"optimizer": "AdamW", "use_8bit_adam": True} if squeezed(value) == "adamw8bit" else {"optimizer": value}
     ),
     "random_crop": lambda value: {"center_crop": not _true(value)},
+    "reg_data_dir": lambda value: {"reg_data_dir": value} | ({"with_prior_preservation": True} if _true(value) else {}),
     "resolution": lambda value: {
-        "resolution": re.sub(r"^(\d+),\1$", r"\1", value) if isinstance(value, str) else value
+        "resolution": re.sub(r"^\[?(\d+), ?\1\]?$", r"\1", str(value)) if isinstance(value, str | list) else value
     },
     "stop_at_clip_layer": lambda value: {"clip_skip": _whole(value, lambda layer: -layer - 1)},
     "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},

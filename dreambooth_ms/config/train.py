@@ -49,8 +49,11 @@ _NAMELESS = Rule(
 
 
 _UNMASKED = no_effect(
-    "without --mask_dir or --alpha_mask", when=lambda values: not (values["mask_dir"] or values["alpha_mask"])
+    "without --mask_dir or --alpha_mask",
+    when=lambda values: not (values["mask_dir"] or values["alpha_mask"] or values["concepts_list"]),
 )
+_OF_ONE = ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt")
+_IN_THE_FILE = excludes(*_OF_ONE, message=f"names them itself; leave out {', '.join('--' + name for name in _OF_ONE)}")
 
 
 def _words(prompt: str) -> set[str]:
@@ -61,10 +64,14 @@ def _words(prompt: str) -> set[str]:
 class DataConfig:
     """The subject's pictures."""
 
-    instance_data_dir: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
-    """Folder with the pictures of the subject."""
-    instance_prompt: Annotated[str, NOT_EMPTY, _NAMELESS]
-    """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
+    instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
+    """Folder with the pictures of the subject. Required without concepts_list."""
+    instance_prompt: Annotated[str | None, NOT_EMPTY, _NAMELESS] = None
+    """Prompt that names the subject, with its rare token: "a photo of sks dog". Required where no caption stands
+    in its place."""
+    concepts_list: Annotated[str | None, NOT_EMPTY, PATH, _IN_THE_FILE, Resume.BY_CONTENT] = None
+    """Several subjects: a file with a list of them (JSON or YAML), a dataset_config of kohya's scripts, or a folder of
+    folders named "10_sks dog": repeats and prompt. docs/data.md has what they hold."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
     use_aspect_ratio_bucket: bool = False
@@ -118,6 +125,11 @@ class CaptionsConfig:
     """Rows read the parts of the subject's prompts between commas in an order of their own."""
     keep_tokens: Annotated[int, at_least(0), only_with("shuffle_caption")] = 0
     """Parts at the beginning of a prompt that stay where they are."""
+
+    @property
+    def combines(self) -> bool:
+        """Whether captions of the subject's pictures are put together with its prompt."""
+        return self.read_prompt_from_txt in ("instance", "both") and not self.use_txt_as_label
 
 
 _HIGH_FOR_TEXT = Rule(
@@ -272,10 +284,11 @@ class OptimiserConfig:
 
 
 _PRIOR = only_with("with_prior_preservation")
-_FOLDERS = ("class_data_dir", "instance_data_dir")
 _APART = Rule(
     lambda values: (
-        values["with_prior_preservation"] and len({os.path.realpath(values[name]) for name in _FOLDERS}) == 1
+        values["with_prior_preservation"]
+        and values["instance_data_dir"]
+        and os.path.realpath(values["instance_data_dir"]) == os.path.realpath(values["class_data_dir"])
     ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",
@@ -288,8 +301,8 @@ class PriorConfig:
 
     with_prior_preservation: Annotated[
         bool,
-        needs("class_data_dir", "the folder of the class pictures"),
-        needs("class_prompt", "the prompt of the class pictures"),
+        needs("class_data_dir", "the folder of the class pictures", "concepts_list"),
+        needs("class_prompt", "the prompt of the class pictures", "concepts_list"),
     ] = False
     """Train on pictures of the class beside those of the subject."""
     prior_loss_weight: Annotated[float, at_least(0), _PRIOR] = 1.0
@@ -298,8 +311,12 @@ class PriorConfig:
     """Folder with the class pictures; those that are missing are generated into it."""
     class_prompt: Annotated[str | None, NOT_EMPTY, _PRIOR] = None
     """Prompt that names the class, without the rare token: "a photo of dog"."""
+    class_negative_prompt: Annotated[str, _PRIOR] = ""
+    """What generated class pictures should not show."""
+    reg_data_dir: Annotated[str | None, NOT_EMPTY, PATH, only_with("concepts_list"), Resume.BY_CONTENT] = None
+    """Folder of folders named "1_dog" with the class pictures, where concepts_list is such a folder."""
     num_class_images: Annotated[int, at_least(1), _PRIOR] = 100
-    """Number of class pictures to have."""
+    """Number of class pictures to have, of each class."""
     sample_batch_size: Annotated[int, at_least(1), _PRIOR] = 4
     """Class pictures generated at a time."""
     infer_steps: Annotated[int, STEPS, _PRIOR] = 50
@@ -416,6 +433,13 @@ class TrainConfig(Schema):
     loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
+    def missing(self) -> list[str]:
+        """What there is of a subject that no flag gives."""
+        data, captions = self.data, self.captions
+        has_prompts = captions.use_txt_as_label or captions.use_filename_as_label or captions.caption_column
+        needed = ["instance_data_dir", *([] if has_prompts and not captions.combines else ["instance_prompt"])]
+        return [] if data.concepts_list else [name for name in needed if getattr(data, name) is None]
+
     @property
     def learning_rate(self) -> float:
         """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
@@ -438,11 +462,6 @@ class TrainConfig(Schema):
     def output_dir(self) -> Path:
         """The run's folder."""
         return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
-
-    @property
-    def masked(self) -> bool:
-        """Whether the subject's pictures have masks."""
-        return self.data.mask_dir is not None or self.data.alpha_mask
 
     @property
     def noise_offset(self) -> float:

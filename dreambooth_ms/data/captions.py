@@ -33,6 +33,8 @@ class Captioning:
     """A picture's name without its suffix."""
     template: str = CAPTIONS[0]
     """How a caption becomes a prompt."""
+    may_lack: bool = False
+    """Whether a picture without a caption has the concept's prompt."""
 
     def prompts(self, pictures: Sequence[Path], prompt: str) -> list[tuple[str, ...]]:
         """Of each picture of a folder its prompts, of which each row draws one.
@@ -47,7 +49,8 @@ class Captioning:
             captions |= _captions_of_files(pictures)
         if self.column or self.from_files:
             where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
-            _refuse({f"no caption, expected {where}": [path for path in pictures if path not in captions]})
+            without = [path for path in pictures if path not in captions and not (self.may_lack and prompt)]
+            _refuse({f"no caption, expected {where}": without})
         filled = ([self._prompt(prompt, one) for one in captions.get(path, ())] for path in pictures)
         return [tuple(dict.fromkeys(own)) or (prompt,) for own in filled]
 

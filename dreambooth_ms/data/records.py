@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from dreambooth_ms.config.train import PriorConfig
 from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
@@ -58,15 +59,24 @@ class Source:
 
     folder: Path
     prompt: str
+    concept: Concept = Concept(INSTANCE, ())
+    """As it is but for its pictures."""
     captioning: Captioning = PROMPT_ALONE
-    at_most: int | None = None
-    """Pictures, the first in natural order; None: all."""
+    generated: PriorConfig | None = None
+    """Of a class how its pictures are generated, and how many of the folder's are used; None: all that are there."""
     background: str = "white"
     """What transparent pictures are put on."""
     masked: bool = False
     """Whether each picture has a mask,"""
     mask_folder: Path | None = None
     """in this folder; None: its opacity."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What decides its rows beside its pictures, under names for people."""
+        one = self.concept
+        values = {"prompt": self.prompt, "weight": one.weight, "repeats": one.repeats, "wording": one.wording}
+        return {f"{key} of {one.name}": f"{key} of {one.name}: {value}" for key, value in values.items()}
 
     def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
@@ -78,7 +88,7 @@ class Source:
         found = find_pictures(self.folder)
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
-        pictures = found.pictures[: self.at_most]
+        pictures = found.pictures[: self.generated.num_class_images if self.generated else None]
         prompts = self.captioning.prompts(pictures, self.prompt)
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
         records, problems = [], []

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
-from dreambooth_ms.data.records import Concept
+from dreambooth_ms.data.records import Concept, Source
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.weights.bundle import ModelBundle
 
 Content: TypeAlias = dict[str, dict[str, str]]
-"""Digests that caches know, by name: of the networks under "base", of a concept's pictures, in order, under its own."""
+"""Digests that caches know, by name: of the networks under "base", of a concept's pictures, in order, under its own;
+and under SETTINGS what else is said of the concepts."""
+
+SETTINGS = "concepts"
 
 
 def base_digests(base: ModelBundle) -> dict[str, str]:
@@ -20,13 +23,14 @@ def base_digests(base: ModelBundle) -> dict[str, str]:
     return {name: digest() for name, digest in networks.items()}
 
 
-def content_of(digests: Mapping[str, str], concepts: Iterable[Concept]) -> Content:
-    """Of a base's digests and concepts."""
+def content_of(digests: Mapping[str, str], concepts: Iterable[Concept], sources: Iterable[Source] = ()) -> Content:
+    """Of a base's digests, concepts and where these come from."""
     pictures = {
         concept.name: {one.path.name: digest for one, digest in zip(concept.records, digests_of(concept), strict=True)}
         for concept in concepts
     }
-    return {"base": dict(digests), **pictures}
+    settings = {key: value for source in sources for key, value in source.settings.items()}
+    return {"base": dict(digests), **({SETTINGS: settings} if settings else {}), **pictures}
 
 
 def digests_of(concept: Concept) -> list[str]:
@@ -38,11 +42,14 @@ def digests_of(concept: Concept) -> list[str]:
     return [hashlib.sha256("\n".join(own).encode()).hexdigest() if own[1:] else own[0] for own in parts]
 
 
-def changes(before: Content, now: Content, to_come: Iterable[str] = ()) -> list[str]:
-    """What is not as it was, in words; pictures may have other names. `to_come`: files that are yet to be made."""
+def changes(before: Content, now: Content, to_come: Mapping[str, Iterable[str]] | None = None) -> list[str]:
+    """What is not as it was, in words; pictures may have other names. `to_come`: files that are yet to be made, by
+    their concepts."""
     found = []
-    for group, old in before.items():
-        new = {name: old[name] for name in to_come if name in old} | now.get(group, {})
+    # An earlier version knew no settings, and no other concepts than those of its flags.
+    for group in (before | now) if before.get(SETTINGS) else before:
+        old = before.get(group, {})
+        new = {name: old[name] for name in (to_come or {}).get(group, ()) if name in old} | now.get(group, {})
         lost, come = _beyond(old, new), _beyond(new, old)
         names = {
             "removed": [name for name in lost if name not in come],

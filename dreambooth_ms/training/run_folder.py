@@ -45,13 +45,13 @@ def check_data(
     config: TrainConfig,
     checkpoint: Checkpoint | None,
     content: Content,
-    to_come: Iterable[str],
+    to_come: Mapping[str, Iterable[str]],
     tell: Callable[[str], Any],
 ) -> None:
     """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
 
     A checkpoint that an earlier version wrote does not know its content, so that paths count. `to_come`: files of class
-    pictures that are yet to be sampled.
+    pictures that are yet to be sampled, by their concepts.
 
     Raises:
         ConfigError: something is not what it was, and every change is named.

@@ -1,20 +1,23 @@
 """The embedded base samples what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
 
+from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted
 from dreambooth_ms.sampling.model import SamplingModel, starting_noise
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import open_bundle
-from tools.tiny_base.checker import shows
-from tools.tiny_base.world import COLOURS, SHAPES
+from tools.tiny_base.checker import check, shows
+from tools.tiny_base.world import COLOURS, SHAPES, SUBJECT_BACKGROUNDS, Scene, render
 
 BASE = Path("checkpoints/tiny-shapes")
 
@@ -79,3 +82,34 @@ def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
     # A number next to the half of a level may be rounded up or down.
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
+
+
+def test_two_subjects_are_learnt_at_once_and_each_prompt_draws_its_own(base, tmp_path):
+    """Two stars, told apart by their rare words alone: no prompt names a colour."""
+    subjects = {"a photo of a sks star": "yellow", "a photo of a zwx star": "black"}
+    entries = []
+    for prompt, colour in subjects.items():
+        folder = tmp_path / colour
+        folder.mkdir()
+        entries.append({"instance_prompt": prompt, "instance_data_dir": colour})
+        for number, background in enumerate(SUBJECT_BACKGROUNDS):
+            scene = Scene("star", colour, background, "large", "center", angle=5.0 * number - 10)
+            Image.fromarray(render(scene)).save(folder / f"{number}.png")
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    every_layer = "to_k,to_q,to_v,to_out.0,proj,net.2,time_emb_proj,proj_in,proj_out,conv1,conv2,conv_in,conv_out"
+    status = main(
+        ["train", "--pretrained_model_name_or_path", str(BASE), "--concepts_list", str(tmp_path / "list.json")]
+        + ["--resolution", "64", "--center_crop", "--output_dir", str(tmp_path / "run"), "--seed", "0", "--rank", "4"]
+        + ["--max_train_steps", "120", "--train_batch_size", "4", "--learning_rate", "3e-3"]
+        + ["--lora_target_modules", every_layer]
+    )
+    assert status == 0
+    model = SamplingModel(base, [tmp_path / "run"])
+    request = SampleRequest(prompts=tuple(subjects), num_images_per_prompt=8, guidance_scale=3.0, batch_size=16)
+    pictures = [sample.picture for sample in model.sample(request)]
+    for at, (prompt, own) in enumerate(subjects.items()):
+        shown = [check(picture) for picture in pictures[8 * at : 8 * at + 8]]
+        print(prompt, [(one.colour, one.shape) for one in shown])
+        # The checker may be unsure of the arms of a star.
+        assert sum(one.colour == own and one.shape in ("star", None) for one in shown) >= 7, prompt
+        assert not any(one.colour in {*subjects.values()} - {own} for one in shown), prompt

@@ -224,3 +224,94 @@ def test_a_folder_of_masks_that_is_not_there_is_one_line(planned, tmp_path, capf
     assert [line for line in capfd.readouterr().err.splitlines() if "error:" in line] == [
         f"dreambooth-ms: error: --mask_dir {tmp_path / 'mask'}: no such folder"
     ]
+
+
+# --- Several subjects ---
+
+
+@pytest.fixture
+def several(base, tmp_path, monkeypatch):
+    """Flags -> the batches of a run without --instance_data_dir, just before it would train; or its exit status."""
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "train", lambda step, batches, *rest: made.append(batches))
+
+    def plan(*flags):
+        own = ["--pretrained_model_name_or_path", str(base), "--resolution", "32", "--train_batch_size", "1"]
+        own += ["--max_train_steps", "20", "--output_dir", "run", "--seed", "0", "--center_crop"]
+        status = main(["train", *own, *flags])
+        return made[-1] if made and status == 0 else status
+
+    return plan
+
+
+def write_pictures(folder, count, size=(40, 40), seed=0):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(100 * seed + number).integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def seen(batches, steps=20):
+    """Of each row the concept, the stem of its picture and its prompt."""
+    rows = [row for step in range(steps) for row in batches.plan.rows(step)]
+    return [(row.concept.name, row.view.record.path.stem, row.view.prompt) for row in rows]
+
+
+def test_a_list_of_subjects_has_class_pictures_of_each(several, tmp_path, capfd):
+    write_pictures(tmp_path / "lists" / "dog", 3)
+    write_pictures(tmp_path / "cat", 1, (40, 72), seed=1)
+    entries = [
+        {
+            "instance_prompt": "a photo of sks star",
+            "class_prompt": "a photo of star",
+            "instance_data_dir": "dog",
+            "class_data_dir": "stars",
+        },
+        {
+            "instance_prompt": "a sks photo",
+            "class_prompt": "a photo",
+            "class_negative_prompt": "star",
+            "instance_data_dir": "cat",
+            "class_data_dir": "photos",
+            "num_class_images": 2,
+            "repeats": 2,
+            "weight": 0.5,
+            "mask_dir": "masks",
+        },
+    ]
+    (tmp_path / "lists" / "masks").mkdir()
+    half = np.repeat(np.array([0, 255], np.uint8), 20)
+    Image.fromarray(np.tile(half, (72, 1))).save(tmp_path / "lists" / "masks" / "0.png")
+    (tmp_path / "lists" / "list.json").write_text(json.dumps(entries))
+    flags = ["--concepts_list", "lists/list.json", "--with_prior_preservation", "--num_class_images", "3"]
+    batches = several(*flags, "--infer_steps", "1", "--use_aspect_ratio_bucket", "--prior_loss_weight", "0.3")
+    said = capfd.readouterr().err
+    assert "instance: 3 pictures of lists/dog, 'a photo of sks star'" in said
+    assert "instance_2: 1 picture of cat, 'a sks photo'" in said
+    found = seen(batches)
+    assert Counter(found[::2]) == {
+        **{("instance", str(n), "a photo of sks star"): 4 for n in range(3)},
+        ("instance_2", "0", "a sks photo"): 8,
+    }
+    of_class = {"instance": ("class", "a photo of star"), "instance_2": ("class_2", "a photo")}
+    assert all((prior[0], prior[2]) == of_class[own[0]] for own, prior in zip(found[::2], found[1::2], strict=True))
+    weights = {
+        (name, weight)
+        for step in range(20)
+        for name, weight in zip(batches(step).concepts, batches(step).weight, strict=True)
+    }
+    assert {name: round(float(weight), 3) for name, weight in weights} == {
+        "instance": 1.0, "instance_2": 0.5, "class": 0.3, "class_2": 0.3,
+    }  # fmt: skip
+    for step in range(20):
+        made = batches(step)
+        flat = [bool((mask == 1).all()) for mask in made.mask]
+        assert flat == [name != "instance_2" for name in made.concepts], "where the error counts"
+    sizes = {
+        name: [Image.open(path).size for path in sorted((tmp_path / "lists" / name).iterdir())]
+        for name in ("stars", "photos")
+    }
+    assert sizes == {"stars": [(32, 32)] * 3, "photos": [(24, 40)] * 2}
+    written = Image.open(tmp_path / "lists" / "photos" / "class-00000.png").info["dreambooth_ms"]
+    assert json.loads(written)["prompt"] == "a photo"

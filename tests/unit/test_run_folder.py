@@ -145,7 +145,7 @@ class TestContent:
 
     def test_what_is_yet_to_be_made_is_not_missed(self):
         now = content_of(BASE, [concept(a="1", b="2")])
-        assert changes(BEFORE, now, to_come=["c", "d"]) == []
+        assert changes(BEFORE, now, to_come={INSTANCE: ["c", "d"]}) == []
 
     def test_renamed_pictures_keep_their_places_in_the_run(self):
         """Equal pictures too, which count as often as they are there."""
