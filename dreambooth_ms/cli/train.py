@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, subject_folder
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
@@ -62,15 +62,17 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     with processes.first_goes_ahead("the base model"):
-        base = open_base(config.model)
+        base = open_base(config.model).with_clip_skip(config.method.clip_skip)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
     base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
+    with processes.first_goes_ahead("the data set"):
+        subject_folder(config)
     concepts = read_concepts(config)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
-    job = TrainingJob(processes, config, base, max(len(concepts[0].records), class_pictures))
+    job = TrainingJob(processes, config, base, max(config.data.repeats * len(concepts[0].records), class_pictures))
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:

@@ -1,12 +1,15 @@
 """What a run is to learn: its concepts, by the flags."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.training_job import CACHE
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.captions import Captioning, Wording
+from dreambooth_ms.data.data_set import folder_of_data_set
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer
@@ -26,18 +29,29 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
     data, prior = config.data, config.prior
     background, captioning = data.transparent_background, partial(_captioning, config)
     subject = Source(
-        Path(data.instance_data_dir),
+        subject_folder(config),
         data.instance_prompt,
         captioning(INSTANCE),
         background=background,
         masked=config.masked,
         mask_folder=Path(data.mask_dir) if data.mask_dir else None,
     )
-    concepts = [Concept(INSTANCE, subject.records(tell), wording=_wording(config))]
+    repeats = Fraction(data.repeats)
+    concepts = [Concept(INSTANCE, subject.records(tell), repeats=repeats, wording=_wording(config))]
     if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
         of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)
         concepts.append(Concept(CLASS, of_class.records(tell), prior.prior_loss_weight))
     return concepts
+
+
+def subject_folder(config: TrainConfig) -> Path:
+    """Where the subject's pictures are; a data set is brought there first."""
+    data = config.data
+    if data.instance_data_dir:
+        return Path(data.instance_data_dir)
+    columns = tuple(filter(None, (data.image_column, config.captions.caption_column)))
+    own = config.output_dir / CACHE
+    return folder_of_data_set(data.dataset_name or "", data.dataset_config_name, columns, data.cache_dir, own)
 
 
 def _captioning(config: TrainConfig, name: str) -> Captioning:

@@ -14,7 +14,7 @@ from dreambooth_ms.cli.training_concepts import (
     read_concepts,
     tell_cut_prompts,
 )
-from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_job import CACHE, TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.cli.training_plan import plan_of, prompts_of, tell_sizes, views_of, write_crops
 from dreambooth_ms.data.batches import BatchMaker
@@ -35,10 +35,12 @@ from dreambooth_ms.training.run_folder import check_data
 
 def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
-    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / "cache")
+    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / CACHE)
     class_prompt = prior.class_prompt or ""
     digests = [job.base_digests[reader.name] for reader in base.text]
-    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
+    # What is at its default is left out, so that what was cached before there was a choice holds.
+    skip = [f"clip_skip {base.clip_skip}"] if base.clip_skip else []
+    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else []), *skip])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     trains_text = job.config.method.train_text_encoder
     tell_cut_prompts(base, concepts, class_prompt)
@@ -90,6 +92,7 @@ def sample_class_pictures(
             batch_size=min(prior.sample_batch_size, len(own)),
             num_inference_steps=prior.infer_steps,
             guidance_scale=prior.guidance_scale,
+            clip_skip=job.base.clip_skip,
         )
         for sample in model.sample(request):
             settings = settings_of_training(sample)

@@ -53,6 +53,11 @@ _UNMASKED = no_effect(
 )
 
 
+_ONE_SOURCE = excludes("instance_data_dir", message="and --instance_data_dir are two sources of pictures; give one")
+_DATA_SET = only_with("dataset_name")
+_BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
+
+
 def _words(prompt: str) -> set[str]:
     return set(re.findall(r"\w+", prompt.lower()))
 
@@ -61,10 +66,22 @@ def _words(prompt: str) -> set[str]:
 class DataConfig:
     """The subject's pictures."""
 
-    instance_data_dir: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
-    """Folder with the pictures of the subject."""
+    instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
+    """Folder with the pictures of the subject. None: they are those of dataset_name."""
     instance_prompt: Annotated[str, NOT_EMPTY, _NAMELESS]
     """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
+    dataset_name: Annotated[str | None, NOT_EMPTY, PATH, _ONE_SOURCE, Resume.BY_CONTENT] = None
+    """In place of instance_data_dir, a data set's train split: a folder, or owner/name on the Hugging Face hub, with
+    pictures or with parquet files. Captions are read by caption_column, or as beside pictures in a folder."""
+    dataset_config_name: Annotated[str | None, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = None
+    """Folder in it that is used, where there are several."""
+    image_column: Annotated[str, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = "image"
+    """Column of its parquet files that has the pictures."""
+    cache_dir: Annotated[str | None, NOT_EMPTY, PATH, _DATA_SET, Resume.MAY_CHANGE] = None
+    """Folder for what of it is downloaded, and for pictures from parquet files. None: huggingface_hub's cache, and
+    cache in output_dir."""
+    repeats: Annotated[int, at_least(1), _BY_PASSES, Resume.MAY_CHANGE] = 1
+    """How often each picture of the subject comes in a pass of num_train_epochs."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
     use_aspect_ratio_bucket: bool = False
@@ -89,6 +106,10 @@ class DataConfig:
     """Filter used to resize pictures."""
     transparent_background: Background = "white"
     """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
+
+    def problems(self) -> list[str]:
+        """Refuses a subject without pictures."""
+        return [] if self.instance_data_dir or self.dataset_name else ["--instance_data_dir: required"]
 
 
 _COMBINED = only_with("read_prompt_from_txt", "instance", "class", "both")
@@ -143,6 +164,10 @@ class MethodConfig:
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
+    clip_skip: Annotated[int, at_least(0)] = 0
+    """Layers left out at the end of the text encoders, in training, class and validation pictures; `sample` needs the
+    same. Counted from 0 as in diffusers: 1 is what kohya's and the guides' trainers call --clip_skip 2. Their count
+    is --clip_stop_at_last_layers here, as A1111 calls it, since a bare number does not say whose it is."""
     rank: Annotated[int, at_least(1), _LORA] = 4
     """Rank of the LoRA update; the size of the file grows with it."""
     lora_alpha: Annotated[int | None, at_least(1), _LORA] = None
@@ -151,6 +176,9 @@ class MethodConfig:
     """Layers of the UNet that get an update, by the end of their names."""
     lora_dropout: Annotated[float, DECAY, _LORA] = 0.0
     """Share of the inputs of each LoRA update that is dropped at random in training."""
+    save_precision: Annotated[choices.FloatType | None, Resume.MAY_CHANGE] = None
+    """Type of the numbers of the result, and of what lies beside a checkpoint for other programs; what a run goes on
+    from is exact in any case. None: fp32 for what was trained, and the base's own for the rest of a model."""
     use_ema: bool = False
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
@@ -163,7 +191,6 @@ _NEVER_WARM = Rule(
     "the learning rate never arrives at --learning_rate",
     is_note=True,
 )
-_BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +302,7 @@ _PRIOR = only_with("with_prior_preservation")
 _FOLDERS = ("class_data_dir", "instance_data_dir")
 _APART = Rule(
     lambda values: (
-        values["with_prior_preservation"] and len({os.path.realpath(values[name]) for name in _FOLDERS}) == 1
+        values["with_prior_preservation"] and len({os.path.realpath(values[name] or "") for name in _FOLDERS}) == 1
     ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",

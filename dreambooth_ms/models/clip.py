@@ -3,6 +3,8 @@
 Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space.
 """
 
+import re
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -51,12 +53,18 @@ class CLIPTextModel(nn.Cell):
     @property
     def most_skipped(self) -> int:
         """How many layers `read` can leave out."""
-        return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
+        return most_skipped(self.spec, self.last_layer)
 
-    def is_read(self, parameter: str) -> bool:
+    def is_read(self, parameter: str, skip: int) -> bool:
         """Whether what `read` yields depends on a parameter: pooled text does on all."""
-        last = f"text_model.encoder.layers.{self.spec.transformer.num_hidden_layers - 1}."
-        return self.last_layer or self.pools or not parameter.startswith((last, "text_model.final_layer_norm."))
+        layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", parameter)
+        is_late = int(layer[1]) > self.most_skipped - skip if layer else "final_layer_norm." in parameter
+        return self.pools or not is_late or (self.last_layer and layer is None)
+
+
+def most_skipped(spec: ClipTextSpec, last_layer: bool) -> int:
+    """How many layers a text tower can leave out, as it yields the states after its last layer or those before."""
+    return spec.transformer.num_hidden_layers - (1 if last_layer and spec.projection_dim is None else 2)
 
 
 class CLIPModel(nn.Cell):

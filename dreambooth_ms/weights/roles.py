@@ -14,7 +14,7 @@ from dreambooth_ms.formats.model_config import (
     read_config,
     read_scheduler_config,
 )
-from dreambooth_ms.models.clip import CLIPTextModel
+from dreambooth_ms.models.clip import CLIPTextModel, most_skipped
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -77,6 +77,8 @@ class TextReader:
     """Of the text's pooled state; 0: it gives none."""
     pooled_at: int | None = None
     """The token where a text ends and is pooled; None: it is not."""
+    most_skipped: int = 0
+    """How many of its last layers can be left out."""
     adapted_layers: tuple[str, ...]
     """The ends of the names of the layers that an adapter changes."""
     tokenizer: Callable[[], Any]
@@ -101,6 +103,7 @@ class TextReader:
             width=spec.transformer.hidden_size,
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
+            most_skipped=most_skipped(spec, last_layer),
             adapted_layers=CLIP_TARGETS,
             tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
