@@ -23,7 +23,7 @@ from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.weights.hub import find_data_set
 
 PARQUET = ".parquet"
-_SPLIT = re.compile(r"(?:^|[/_.-])(train|test|eval|valid|val|dev)(?:ing|uation|idation)?(?![a-z])")
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|test|eval|val|dev)(?:ing|uation|id|idation)?(?![a-z])")
 """What the name of a file or folder says of its split, as on the hub."""
 ROWS = 16
 """Of a parquet file in memory at a time."""
