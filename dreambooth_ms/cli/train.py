@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, subject_folder
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
@@ -21,6 +21,7 @@ from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.records import Concept
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError, count_of
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -69,7 +70,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     check_expected_memory(config, base, processes)
 
     with processes.first_goes_ahead("the data set"):
-        subject_folder(config)
+        with_folder_of_data_set(config)
     concepts = read_concepts(config)
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
     job = TrainingJob(processes, config, base, max(config.data.repeats * len(concepts[0].records), class_pictures))

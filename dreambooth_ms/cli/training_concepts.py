@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.cli.training_job import CACHE
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.captions import Captioning, Wording
-from dreambooth_ms.data.data_set import folder_of_data_set
+from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer
@@ -26,10 +25,11 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
     Raises:
         DataError: there is no subject, or a picture or caption of either is damaged or missing.
     """
+    config = with_folder_of_data_set(config)
     data, prior = config.data, config.prior
     background, captioning = data.transparent_background, partial(_captioning, config)
     subject = Source(
-        subject_folder(config),
+        Path(data.instance_data_dir or ""),
         data.instance_prompt,
         captioning(INSTANCE),
         background=background,
@@ -42,16 +42,6 @@ def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> 
         of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)
         concepts.append(Concept(CLASS, of_class.records(tell), prior.prior_loss_weight))
     return concepts
-
-
-def subject_folder(config: TrainConfig) -> Path:
-    """Where the subject's pictures are; a data set is brought there first."""
-    data = config.data
-    if data.instance_data_dir:
-        return Path(data.instance_data_dir)
-    columns = tuple(filter(None, (data.image_column, config.captions.caption_column)))
-    own = config.output_dir / CACHE
-    return folder_of_data_set(data.dataset_name or "", data.dataset_config_name, columns, data.cache_dir, own)
 
 
 def _captioning(config: TrainConfig, name: str) -> Captioning:

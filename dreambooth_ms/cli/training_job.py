@@ -10,9 +10,6 @@ from dreambooth_ms.training.checkpoint import Checkpoint
 from dreambooth_ms.training.lr_schedules import learning_rate_factor
 from dreambooth_ms.weights.bundle import ModelBundle
 
-CACHE = "cache"
-"""Folder in the run's: latents, embeddings, and pictures of a data set."""
-
 
 @dataclass(frozen=True)
 class TrainingJob:

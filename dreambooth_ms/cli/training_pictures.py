@@ -14,7 +14,7 @@ from dreambooth_ms.cli.training_concepts import (
     read_concepts,
     tell_cut_prompts,
 )
-from dreambooth_ms.cli.training_job import CACHE, TrainingJob
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.cli.training_plan import plan_of, prompts_of, tell_sizes, views_of, write_crops
 from dreambooth_ms.data.batches import BatchMaker
@@ -35,7 +35,7 @@ from dreambooth_ms.training.run_folder import check_data
 
 def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
     """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
-    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / CACHE)
+    base, prior, cache = job.base, job.config.prior, ContentCache(job.config.output_dir / "cache")
     class_prompt = prior.class_prompt or ""
     digests = [job.base_digests[reader.name] for reader in base.text]
     # What is at its default is left out, so that what was cached before there was a choice holds.

@@ -24,6 +24,10 @@ class Schema:
         sections = [getattr(self, section.name) for section in fields(self)]  # type: ignore[arg-type]
         return {name: value for section in sections for name, value in vars(section).items()}
 
+    def missing(self) -> list[str]:
+        """Fields that are required beside the values of others, and not given."""
+        return []
+
     def problems(self) -> list[str]:
         """Combinations that are refused, beyond those that stand at a field."""
         return []

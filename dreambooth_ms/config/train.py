@@ -67,7 +67,7 @@ class DataConfig:
     """The subject's pictures."""
 
     instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
-    """Folder with the pictures of the subject. None: they are those of dataset_name."""
+    """Folder with the pictures of the subject. Required without dataset_name."""
     instance_prompt: Annotated[str, NOT_EMPTY, _NAMELESS]
     """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
     dataset_name: Annotated[str | None, NOT_EMPTY, PATH, _ONE_SOURCE, Resume.BY_CONTENT] = None
@@ -106,10 +106,6 @@ class DataConfig:
     """Filter used to resize pictures."""
     transparent_background: Background = "white"
     """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
-
-    def problems(self) -> list[str]:
-        """Refuses a subject without pictures."""
-        return [] if self.instance_data_dir or self.dataset_name else ["--instance_data_dir: required"]
 
 
 _COMBINED = only_with("read_prompt_from_txt", "instance", "class", "both")
@@ -442,6 +438,10 @@ class TrainConfig(Schema):
     loss: LossConfig = field(default_factory=LossConfig)
     loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+
+    def missing(self) -> list[str]:
+        """What names the subject."""
+        return [] if self.data.instance_data_dir or self.data.dataset_name else ["instance_data_dir"]
 
     @property
     def learning_rate(self) -> float:

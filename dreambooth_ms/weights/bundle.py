@@ -83,11 +83,7 @@ class ModelBundle:
         return TextEncoders({reader.name: reader.load() for reader in self.text}, self.clip_skip)
 
     def with_clip_skip(self, clip_skip: int) -> "ModelBundle":
-        """The same model with another `clip_skip`.
-
-        Raises:
-            ConfigError: a text reader has not so many layers.
-        """
+        """The same model with another `clip_skip`; ConfigError if a text reader has not so many layers."""
         check_clip_skip(clip_skip, [reader.most_skipped for reader in self.text])
         return replace(self, clip_skip=clip_skip)
 
@@ -208,11 +204,7 @@ def save_network(
     dtype: DType = DType.F32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network's config.json and weights into `folder/part`.
-
-    Raises:
-        WeightError: a weight is NaN, or too large for the type; or the place cannot be written to.
-    """
+    """Write a network's config.json and weights into `folder/part`; WeightError if one is too large for the type."""
     path = folder / part / f"{folder_layout.WEIGHT_NAMES[part]}.safetensors"
     values = read_parameters(network).items()
     tensors = {name: StoredTensor.of(one, label=f"{path}: {name}").cast_to(dtype) for name, one in values}

@@ -60,26 +60,15 @@ def find_adapter(name: str) -> Path:
 
 
 def find_data_set(name: str, choose: Choose, cache: str | None = None) -> tuple[Path, list[str]]:
-    """The folder of a data set, here or on the hub, and those of its files that are used, by their names in it.
-
-    Args:
-        name: a folder, or `owner/name`.
-        choose: which files are used.
-        cache: the folder that it is downloaded into; None: that of huggingface_hub.
-
-    Raises:
-        WeightError: it is neither here nor on the hub, the hub does not give it, or the disk lacks room.
-    """
-    if not os.path.isdir(name):
+    """The folder of a data set, and the files of it that are used; `cache`: for downloads, in place of the hub's."""
+    if not os.path.exists(name):
         return _find_on_hub(name, choose, kind="dataset", cache=cache)
+    if os.path.isfile(name):
+        raise WeightError(f"{name}: is a file; name its folder")
     try:
         return Path(name), choose(_names_in(Path(name)))
     except WeightError as error:
         raise WeightError(f"{name}: {error}") from error
-
-
-def _names_in(root: Path) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _adapter_files(names: Collection[str]) -> list[str]:
@@ -98,6 +87,10 @@ def _adapter_files(names: Collection[str]) -> list[str]:
         listed = f"several files ({show_names(sorted(best or files), at_most=9)}); name one, as owner/name/file"
         raise WeightError(f"it holds {listed if files else 'no file of weights'}")
     return best or files
+
+
+def _names_in(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
 
 
 def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
@@ -194,8 +187,8 @@ def _reason(error: Exception, repository: str, revision: str | None, kind: str) 
         errors.DisabledRepoError: f"closed by the hub; choose another {kind}",
         errors.HFValidationError: "not a name that the hub can have; these have the form owner/model",
     }
-    for kind, reason in kinds.items():
-        if isinstance(error, kind):
+    for one, reason in kinds.items():
+        if isinstance(error, one):
             return reason
     if status in (401, 403):
         refused = "does not know your token" if status == 401 else "does not let your token read it"

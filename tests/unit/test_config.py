@@ -123,6 +123,8 @@ def test_a_flag_of_the_published_script_has_its_default_or_says_what_becomes_of_
     if name in BY_METHOD:
         assert field.default is None
         assert str(getattr(train("--method", method), name)) == str(default)
+    elif name == "instance_data_dir":
+        assert field.default is None  # Required without --dataset_name.
     elif name == "validation_epochs":
         assert field.default is None  # For validation_steps, which only the script for full training has.
     elif field is not None:
@@ -295,7 +297,7 @@ RULES = ("--with_prior_preservation: needs", "expected another folder", "polynom
          "--lora: missing", "--lora_scale: expected one number", "--sd_xl_base_ratios: is a height",
          "--num_images_per_prompt: is", "--task img2img: needs", "--image: a picture is started", "--orig_height: give",
          "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out",
-         "--alpha_mask: and --mask_dir")  # fmt: skip
+         "--alpha_mask: and --mask_dir", ": required", "--dataset_name: and --instance_data_dir")  # fmt: skip
 
 
 def written_as_flag(name, value):
@@ -899,7 +901,8 @@ def test_help_states_the_range_and_the_choices():
 
 
 def test_help_says_what_is_required():
-    assert describe(TrainConfig).count("(required)") == 3
+    assert describe(TrainConfig).count("(required)") == 2
+    assert describe(TrainConfig).count("Required ") == 1
 
 
 @pytest.mark.parametrize("module", [convert, doctor, evaluate, inspection, merge, sample, shared, train_schema])

@@ -40,7 +40,7 @@ def images(photographs, named=True):
 
 
 def find(source, own, columns=("image", "text"), config_name=None, cache=None):
-    return folder_of_data_set(str(source), config_name, columns, cache and str(cache), own)
+    return folder_of_data_set(str(source), config_name, columns, cache and str(cache), str(own))
 
 
 def prompts(folder, column="text"):
@@ -132,7 +132,7 @@ def test_one_of_several_folders_is_named(photographs, tmp_path):
         ([], None, "expected pictures or parquet files, found neither; save it in one of these forms"),
         (["train-0.tar", "train.zip"], None, "expected pictures or parquet files, found .tar, .zip; save it in one of"),
         (["data-00000-of-00001.arrow", "state.json"], None, "expected pictures or parquet files, found .arrow, .json"),
-        (["a/0.parquet"], "b", "folder b: expected pictures or parquet files, found neither; save it"),
+        (["a/0.parquet"], "b", "expected pictures or parquet files in a folder b, found neither; save it"),
         (["data/test-0.parquet", "data/validation-0.parquet"], None, "expected a split train, found test, val"),
         (["test/0.png"], None, "expected a split train, found test"),
         (["cats/0.png", "dogs/0.png"], None, "expected data in one folder, found it in cats, dogs; name one by"),
@@ -158,7 +158,7 @@ def test_an_unknown_column_lists_those_that_are_there(photographs, tmp_path):
     for columns, lacking in ((("picture", "text"), "picture"), (("image", "caption"), "caption")):
         with pytest.raises(DataError) as error:
             find(tmp_path / "set", tmp_path / "run", columns)
-        assert str(error.value) == f"{tmp_path / 'set' / 'x.parquet'}: no column {lacking}; it has image, text"
+        assert str(error.value) == f"--dataset_name {tmp_path / 'set'}: no column {lacking}; it has image, text"
     assert not (tmp_path / "run").exists()
 
 
@@ -167,7 +167,7 @@ def test_a_row_without_a_picture_leaves_nothing_behind(photographs, tmp_path, pi
     stored = [images(photographs)[0] if isinstance(picture, dict | None) else picture, picture]
     write_parquet(tmp_path / "set" / "x.parquet", image=stored)
     row = 1 if isinstance(picture, dict | None) else 0
-    with pytest.raises(DataError, match=f"x.parquet: row {row}: expected the bytes of a picture in column image$"):
+    with pytest.raises(DataError, match=f"row {row} has no picture's bytes in column image$"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
     assert not list((tmp_path / "run").iterdir())
 
@@ -180,7 +180,7 @@ def test_a_damaged_file_and_one_that_is_none_are_one_line(photographs, tmp_path)
         path.write_bytes(damaged)
         with pytest.raises(DataError) as error:
             find(tmp_path / "set", tmp_path / "run", ("image",))
-        assert str(error.value).startswith(f"{path}: no parquet file that can be read (")
+        assert str(error.value).startswith(f"--dataset_name {path.parent}: its parquet files cannot be read (")
         assert "\n" not in str(error.value)
 
 
@@ -196,7 +196,7 @@ def test_captions_that_are_no_text_are_refused_as_anywhere(photographs, tmp_path
 
 def test_without_pyarrow_the_message_says_what_to_install(photographs, tmp_path, monkeypatch):
     write_parquet(tmp_path / "set" / "x.parquet", image=images(photographs))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
     with pytest.raises(DataError, match=r"its parquet files need pyarrow; pip install pyarrow$"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
 
@@ -229,7 +229,7 @@ def test_of_the_hub_only_the_train_split_is_fetched(hub, tmp_path):  # noqa: F81
 
 def test_parquet_files_of_the_hub(hub, photographs, tmp_path):  # noqa: F811
     hub.answers["owner/name"] = {"README.md", "01.png", "data/train-00000-of-00001.parquet"}
-    with pytest.raises(DataError, match="no parquet file"):
+    with pytest.raises(DataError, match="parquet files cannot be read"):
         find("owner/name", tmp_path / "run")  # The hub here holds nothing but zeros.
     assert hub.fetched == ["data/train-00000-of-00001.parquet"]
     root = hub.folder("owner/name", "dataset") / "snapshots" / COMMIT
