@@ -59,6 +59,11 @@ def now() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def views_of(plan: Plan, steps: int) -> Iterator[View]:
+    """As a run goes through them."""
+    return (row.view for batch in range(steps) for row in plan.rows(batch))
+
+
 def make_batches(plan: Plan, folder: Path, count: int) -> list[float]:
     """Make so many batches as a run does; returns the memory after each tenth of them."""
     cache = ContentCache(folder)
@@ -100,14 +105,14 @@ def main() -> None:
     start = time.perf_counter()
     framing = Framing(((512, 512),), args.center_crop, random_flip=True)
     plan = Plan(concepts, args.batch_size, framing, seed=0)
-    views = plan.views(0, args.steps)
+    prompts = {view.prompt for view in views_of(plan, args.steps)}
     planned = time.perf_counter() - start
     with TemporaryDirectory() as folder:
         posteriors = posterior_lookup(ContentCache(Path(folder)), "made up", "lanczos", lambda: abs, iter)
         posteriors = replace(posteriors, make=made_up)
-        missing = posteriors.missing(views)
+        missing = posteriors.missing(views_of(plan, args.steps))
         looked = time.perf_counter() - start - planned
-        read = views[: 2 * BYTES_IN_MEMORY // np.zeros(POSTERIOR, np.float32).nbytes]
+        read = missing[: 2 * BYTES_IN_MEMORY // np.zeros(POSTERIOR, np.float32).nbytes]
         posteriors.prepare(read)
         start = time.perf_counter()
         for view in read:
@@ -115,10 +120,10 @@ def main() -> None:
         each = (time.perf_counter() - start) / len(read)
     print(
         f"{count_of(args.pictures, 'picture')}, {count_of(args.steps, 'step')}: "
-        f"{count_of(len(views), 'view')}, {len(missing)} without latents"
+        f"{count_of(args.steps * args.batch_size * len(concepts), 'view')}, {len(missing)} without latents"
     )
     print(f"planned in {planned:.2f} s, files looked for in {looked:.2f} s; latents read in {each * 1e3:.2f} ms a row")
-    print(f"memory beside the network: {megabytes() - before:.0f} MB")
+    print(f"memory beside the network: {megabytes() - before:.0f} MB ({count_of(len(prompts), 'prompt')})")
     if args.batches:
         with TemporaryDirectory() as folder:
             found = make_batches(Plan(concepts[:1], args.batch_size, framing, seed=0), Path(folder), args.batches)

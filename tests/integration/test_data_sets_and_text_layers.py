@@ -1,12 +1,15 @@
 """Parquet files, --clip_skip and --save_precision through whole runs on a tiny base of three text layers."""
 
+import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from dreambooth_ms.cli import train as command
 from dreambooth_ms.cli.main import main
@@ -110,6 +113,35 @@ def test_rows_read_the_layer_that_sampling_reads_and_caches_know_it(base, planne
     read = [batches(0).inputs["encoder_hidden_states"] for batches in (skipped, whole)]
     assert np.abs(read[0] - read[1]).max() > 1e-2
     assert {row.view.prompt for step in range(5) for row in whole.plan.rows(step)} == set(CAPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "each"),
+    [
+        ([], 9, 1),
+        (["--num_train_epochs", "2", "--repeats", "3"], 54, 6),
+        (["--num_train_epochs", "3", "--train_batch_size", "3"], 9, 3),
+        (["--num_train_epochs", "2", "--repeats", "2", "--use_aspect_ratio_bucket"], 36, 4),
+        (["--num_train_epochs", "4", "--train_batch_size", "4", "--gradient_accumulation_steps", "2"], 8, 7.1),
+    ],
+)
+def test_an_epoch_has_every_picture_as_often_as_it_says(base, tmp_path, monkeypatch, flags, steps, each):
+    """Of six tall, two square and one wide picture in a folder; the last rows of an epoch fill a step."""
+    (tmp_path / "set").mkdir()
+    for number, size in enumerate([(40, 72)] * 6 + [(50, 50)] * 2 + [(90, 60)]):
+        Image.new("RGB", size, (9 * number, 99, 200)).save(tmp_path / "set" / f"{number}.png")
+    rows = [{"file_name": f"{n}.png", "text": CAPTIONS[n % 5]} for n in range(9)]
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = []
+    monkeypatch.setattr(
+        command, "train", lambda step, batches, parts, rate, steps, *rest: made.append((batches, parts, steps))
+    )
+    assert run(base, tmp_path / "set", tmp_path / "run", *flags) == 0
+    (batches, parts, planned_steps) = made[0]
+    assert planned_steps == range(steps)
+    seen = Counter(row.view.record.path for batch in range(steps * parts) for row in batches.plan.rows(batch))
+    assert len(seen) == 9
+    assert all(abs(count - each) < 1 for count in seen.values()), seen
 
 
 def test_layers_that_are_not_there_end_the_run_before_any_work(base, data_set, tmp_path, capfd):
