@@ -59,8 +59,8 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     plan = plan_of(job, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if trains_text:
-        tokens = PromptTokenizer(base.text, warns=False).texts(prompts_of(job, plan))
-        texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
+        tokenizer = PromptTokenizer(base.text, warns=False)
+        texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
     batches = encode_pictures(job, plan, cache, texts)
     return unet or base.denoiser.load(), batches
 

@@ -53,18 +53,14 @@ class CLIPTextModel(nn.Cell):
     @property
     def most_skipped(self) -> int:
         """How many layers `read` can leave out."""
-        return most_skipped(self.spec, self.last_layer)
+        return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
 
     def is_read(self, parameter: str, skip: int) -> bool:
         """Whether what `read` yields depends on a parameter: pooled text does on all."""
-        layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", parameter)
-        is_late = int(layer[1]) > self.most_skipped - skip if layer else "final_layer_norm." in parameter
-        return self.pools or not is_late or (self.last_layer and layer is None)
-
-
-def most_skipped(spec: ClipTextSpec, last_layer: bool) -> int:
-    """How many layers a text tower can leave out, as it yields the states after its last layer or those before."""
-    return spec.transformer.num_hidden_layers - (1 if last_layer and spec.projection_dim is None else 2)
+        if self.pools or not parameter.startswith(("text_model.encoder.", "text_model.final_layer_norm.")):
+            return True
+        layer = re.search(r"layers\.(\d+)", parameter)
+        return int(layer[1]) <= self.most_skipped - skip if layer else self.last_layer
 
 
 class CLIPModel(nn.Cell):

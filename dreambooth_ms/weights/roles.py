@@ -14,7 +14,7 @@ from dreambooth_ms.formats.model_config import (
     read_config,
     read_scheduler_config,
 )
-from dreambooth_ms.models.clip import CLIPTextModel, most_skipped
+from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -103,7 +103,7 @@ class TextReader:
             width=spec.transformer.hidden_size,
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
-            most_skipped=most_skipped(spec, last_layer),
+            most_skipped=spec.transformer.num_hidden_layers - (1 if last_layer else 2),
             adapted_layers=CLIP_TARGETS,
             tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
