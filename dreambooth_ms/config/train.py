@@ -295,10 +295,11 @@ class OptimiserConfig:
 
 
 _PRIOR = only_with("with_prior_preservation")
-_FOLDERS = ("class_data_dir", "instance_data_dir")
 _APART = Rule(
     lambda values: (
-        values["with_prior_preservation"] and len({os.path.realpath(values[name] or "") for name in _FOLDERS}) == 1
+        values["with_prior_preservation"]
+        and (subject := values["instance_data_dir"] or values["dataset_name"])
+        and os.path.realpath(subject) == os.path.realpath(values["class_data_dir"])
     ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",

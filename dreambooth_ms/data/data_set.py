@@ -27,8 +27,6 @@ from dreambooth_ms.weights.hub import find_data_set
 PARQUET = ".parquet"
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|eval|val|dev)(?:ing|uation|id|idation)?(?![a-z])")
 """What the name of a file or folder says of its split, as on the hub."""
-ROWS = 16
-"""Of parquet files at a time."""
 
 
 def with_folder_of_data_set(config: TrainConfig) -> TrainConfig:
@@ -55,16 +53,16 @@ def folder_of_data_set(
     paths = [root / file for file in files]
     if paths[0].suffix != PARQUET:
         return paths[0].parent
-    with _errors_of(name):
-        source = import_module("pyarrow.dataset").dataset(list(map(str, paths)))
-    if lacking := [column for column in columns if column not in source.schema.names]:
-        listed = ", ".join(source.schema.names)
-        raise DataError(f"--dataset_name {name}: no column {', '.join(lacking)}; it has {listed}")
+    for path in paths:
+        with _errors_of(path):
+            there = import_module("pyarrow.parquet").read_schema(path).names
+        if lacking := [column for column in columns if column not in there]:
+            raise DataError(f"{path}: no column {', '.join(lacking)}; it has {', '.join(there)}")
     folder = Path(cache or own, f"pictures-{content_key(files=[*map(file_digest, paths)], columns=columns)}")
     if not folder.is_dir():
         check_room(folder, sum(path.stat().st_size for path in paths))
         with new_folder(folder) as partial_folder:
-            _write_pictures(name, _rows(name, source, columns), columns, partial_folder)
+            _write_pictures(name, _rows(paths, columns), columns, partial_folder)
             os.sync()
     return folder
 
@@ -94,10 +92,11 @@ def _of_train_split(names: Collection[str], config_name: str | None) -> list[str
     return [str(name) for name in (own if own[0].suffix == PARQUET else own + beside)]
 
 
-def _rows(name: str, source: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    with _errors_of(name):
-        for batch in source.to_batches(columns=list(columns), batch_size=ROWS):
-            yield from batch.to_pylist()
+def _rows(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        with _errors_of(path), import_module("pyarrow.parquet").ParquetFile(path) as file:
+            for batch in file.iter_batches(16, columns=list(columns)):
+                yield from batch.to_pylist()
 
 
 def _write_pictures(name: str, rows: Iterable[dict[str, Any]], columns: Sequence[str], folder: Path) -> None:
@@ -118,12 +117,11 @@ def _write_pictures(name: str, rows: Iterable[dict[str, Any]], columns: Sequence
 
 
 @contextmanager
-def _errors_of(name: str) -> Iterator[None]:
-    """Inside, what pyarrow raises is raised as what is wrong with a data set."""
+def _errors_of(path: Path) -> Iterator[None]:
+    """Inside, what pyarrow raises is raised as what is wrong with a parquet file."""
     try:
         yield
     except ImportError:
-        raise DataError(f"--dataset_name {name}: its parquet files need pyarrow; pip install pyarrow") from None
-    except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise DataError(f"--dataset_name {name}: its parquet files cannot be read ({said})") from error
+        raise DataError(f"{path}: parquet files are read by pyarrow; pip install pyarrow") from None
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(f"{path}: no parquet file that can be read ({str(error).splitlines()[0]})") from error

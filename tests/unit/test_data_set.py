@@ -158,7 +158,10 @@ def test_an_unknown_column_lists_those_that_are_there(photographs, tmp_path):
     for columns, lacking in ((("picture", "text"), "picture"), (("image", "caption"), "caption")):
         with pytest.raises(DataError) as error:
             find(tmp_path / "set", tmp_path / "run", columns)
-        assert str(error.value) == f"--dataset_name {tmp_path / 'set'}: no column {lacking}; it has image, text"
+        assert str(error.value) == f"{tmp_path / 'set' / 'x.parquet'}: no column {lacking}; it has image, text"
+    write_parquet(tmp_path / "set" / "y.parquet", picture=images(photographs), text=list("abcde"))
+    with pytest.raises(DataError, match=r"y\.parquet: no column image; it has picture, text$"):
+        find(tmp_path / "set", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -176,12 +179,16 @@ def test_a_damaged_file_and_one_that_is_none_are_one_line(photographs, tmp_path)
     path = tmp_path / "set" / "x.parquet"
     write_parquet(path, image=images(photographs))
     whole = path.read_bytes()
+    write_parquet(path.parent / "a.parquet", image=images(photographs))
     for damaged in (whole[:-9], b"version https://git-lfs", whole[:100] + bytes(len(whole) - 200) + whole[-100:]):
         path.write_bytes(damaged)
         with pytest.raises(DataError) as error:
             find(tmp_path / "set", tmp_path / "run", ("image",))
-        assert str(error.value).startswith(f"--dataset_name {path.parent}: its parquet files cannot be read (")
+        assert str(error.value).startswith(f"{path}: no parquet file that can be read (")
         assert "\n" not in str(error.value)
+    write_parquet(path, image=["01.png"])
+    with pytest.raises(DataError, match="no parquet file that can be read"):
+        find(tmp_path / "set", tmp_path / "run", ("image",))
 
 
 def test_captions_that_are_no_text_are_refused_as_anywhere(photographs, tmp_path):
@@ -196,8 +203,8 @@ def test_captions_that_are_no_text_are_refused_as_anywhere(photographs, tmp_path
 
 def test_without_pyarrow_the_message_says_what_to_install(photographs, tmp_path, monkeypatch):
     write_parquet(tmp_path / "set" / "x.parquet", image=images(photographs))
-    monkeypatch.setitem(sys.modules, "pyarrow.dataset", None)
-    with pytest.raises(DataError, match=r"its parquet files need pyarrow; pip install pyarrow$"):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match=r"parquet files are read by pyarrow; pip install pyarrow$"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
 
 
@@ -207,6 +214,12 @@ def test_a_disk_without_room_is_told_first(photographs, tmp_path, monkeypatch):
     with pytest.raises(WeightError, match="No space left on device"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_is_not_a_data_set(photographs, tmp_path):
+    write_parquet(tmp_path / "x.parquet", image=images(photographs))
+    with pytest.raises(WeightError, match=r"x\.parquet: is a file; name its folder$"):
+        find(tmp_path / "x.parquet", tmp_path / "run", ("image",))
 
 
 # --- On the hub ---
@@ -229,7 +242,7 @@ def test_of_the_hub_only_the_train_split_is_fetched(hub, tmp_path):  # noqa: F81
 
 def test_parquet_files_of_the_hub(hub, photographs, tmp_path):  # noqa: F811
     hub.answers["owner/name"] = {"README.md", "01.png", "data/train-00000-of-00001.parquet"}
-    with pytest.raises(DataError, match="parquet files cannot be read"):
+    with pytest.raises(DataError, match="no parquet file that can be read"):
         find("owner/name", tmp_path / "run")  # The hub here holds nothing but zeros.
     assert hub.fetched == ["data/train-00000-of-00001.parquet"]
     root = hub.folder("owner/name", "dataset") / "snapshots" / COMMIT
@@ -266,6 +279,8 @@ def test_the_published_flags_are_taken():
         (["--dataset_name", "d", "--instance_data_dir", "p"],
          "--dataset_name: and --instance_data_dir are two sources of pictures; give one"),
         ([], "--instance_data_dir: required"),
+        (["--dataset_name", "d", "--class_data_dir", "d", "--with_prior_preservation", "--class_prompt", "a dog"],
+         "--class_data_dir: expected another folder than --instance_data_dir, or class pictures would mix"),
         (["--dataset_name", ""], "--dataset_name: expected not empty, got ''"),
         (["--dataset_name", "d", "--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--dataset_name", "d", "--image_column", ""], "--image_column: expected not empty, got ''"),
