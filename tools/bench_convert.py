@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.conversion.convert import DTYPES
-from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.dtypes import DTYPES, DType
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format, naming_of

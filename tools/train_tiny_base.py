@@ -31,6 +31,7 @@ from dreambooth_ms.data.text import PromptTokenizer, encode_prompts  # noqa: E40
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec  # noqa: E402
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
+from dreambooth_ms.formats.files.dtypes import DType  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     pipeline_configs,
@@ -410,11 +411,11 @@ def _by_channel(values_NChw: np.ndarray) -> np.ndarray:
 
 def write_folder(vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel) -> None:
     """The pipeline in diffusers' layout, and CLIP in transformers' layout beside it; float16."""
-    save_network(FOLDER, "vae", vae, write_vae_config(VAE, SIZE), np.float16)
-    save_network(FOLDER, "unet", unet, write_unet_config(UNET), np.float16)
+    save_network(FOLDER, "vae", vae, write_vae_config(VAE, SIZE), DType.F16)
+    save_network(FOLDER, "unet", unet, write_unet_config(UNET), DType.F16)
     text_config = write_text_config(clip.spec.text, PROJECTION)
-    save_network(FOLDER, "text_encoder", text_encoder_of(clip), text_config, np.float16)
-    save_network(FOLDER, "clip", clip, write_clip_config(clip.spec), np.float16)
+    save_network(FOLDER, "text_encoder", text_encoder_of(clip), text_config, DType.F16)
+    save_network(FOLDER, "clip", clip, write_clip_config(clip.spec), DType.F16)
     write_json(
         FOLDER / "clip" / "preprocessor_config.json",
         {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD, "size": SIZE, "image_processor_type": "CLIPImageProcessor"},

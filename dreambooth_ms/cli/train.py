@@ -21,6 +21,7 @@ from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
+from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.records import Concept
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError, count_of
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -59,14 +60,16 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     wanted = load(TrainConfig, argv, tell)
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
-    sources = sources_of(config)
+    sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
     with processes.first_goes_ahead("the base model"):
-        base = open_base(config.model)
+        base = open_base(config.model).with_clip_skip(config.method.clip_skip)
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
     base.schedule.trained(config.loss.prediction_type)
     check_expected_memory(config, base, processes)
 
+    with processes.first_goes_ahead("the data set"):
+        sources = sources_of(with_folder_of_data_set(config))
     concepts = read_concepts(sources)
     job = TrainingJob(processes, config, base, pictures_of_a_pass(sources, concepts), sources)
     with ExitStack() as stack:

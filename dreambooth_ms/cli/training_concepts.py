@@ -51,7 +51,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
     replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
     weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
     wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
-    repeats = Fraction("1" if of_class else str(share.repeats))
+    repeats = Fraction("1" if of_class else str(data.repeats))
     return Source(
         (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
         (prior.class_prompt if of_class else data.instance_prompt) or "",

@@ -49,8 +49,9 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
     method, run, work = config.method, config.run, _workload(config, base, 1)
     trained = work.numbers[1]
     # The weights, once more for other tools, and the state of the optimiser.
-    checkpoint = trained * ((2 + int(method.use_ema)) * FLOAT32 + work.bytes_of_optimiser)
-    result = trained * FLOAT32
+    written = FLOAT32 if method.save_precision in (None, "fp32") else 2
+    checkpoint = trained * ((1 + int(method.use_ema)) * FLOAT32 + written + work.bytes_of_optimiser)
+    result = trained * written
     if method.method == "full":
         networks = ["unet", *(reader.name for reader in base.text if method.train_text_encoder)]
         tensors = base.opened().tensors.items()

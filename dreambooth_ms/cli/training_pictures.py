@@ -39,7 +39,9 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     generated = [(one.prompt, one.generated.class_negative_prompt) for one in sources if one.generated]
     class_prompts = [text for both in generated for text in both]
     digests = [job.base_digests[reader.name] for reader in base.text]
-    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else [])])
+    # What is at its default is left out, so that what was cached before there was a choice holds.
+    skip = [f"clip_skip {base.clip_skip}"] if base.clip_skip else []
+    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else []), *skip])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     trains_text = job.config.method.train_text_encoder
     tell_cut_prompts(base, concepts, class_prompts)
@@ -59,8 +61,8 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     plan = plan_of(job, concepts)
     texts: Callable[[str], PromptText] = embeddings
     if trains_text:
-        tokens = PromptTokenizer(base.text, warns=False).texts(prompts_of(job, plan))
-        texts = {prompt: text for prompt, (text,) in tokens.items()}.__getitem__
+        tokenizer = PromptTokenizer(base.text, warns=False)
+        texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
     batches = encode_pictures(job, plan, cache, texts)
     return unet or base.denoiser.load(), batches
 
@@ -81,7 +83,7 @@ def sample_class_pictures(
     classes = [one for one in job.sources if one.concept.group == CLASS]
     for source, subject in zip(classes, subjects, strict=False):
         numbers = shares.pop(str(source.folder), ())
-        for request in class_requests(source, replace(plan, concepts=(subject,)), numbers):
+        for request in class_requests(source, replace(plan, concepts=(subject,)), numbers, job.base.clip_skip):
             for sample in model.sample(request):
                 settings = settings_of_training(sample)
                 write_picture(source.folder / class_picture_name(sample.number), sample.picture, settings)
@@ -90,7 +92,7 @@ def sample_class_pictures(
     return model.denoiser
 
 
-def class_requests(source: Source, subject: Plan, numbers: Sequence[int]) -> Iterator[SampleRequest]:
+def class_requests(source: Source, subject: Plan, numbers: Sequence[int], clip_skip: int) -> Iterator[SampleRequest]:
     """The pictures of a class with these numbers, at the sizes of its subject's steps and in their proportions."""
     for at, bucket in enumerate(subject.buckets):
         own = tuple(number for number in numbers if taking_turns(subject.shares, number)[0] == at)
@@ -107,6 +109,7 @@ def class_requests(source: Source, subject: Plan, numbers: Sequence[int]) -> Ite
                 batch_size=min(prior.sample_batch_size, len(own)),
                 num_inference_steps=prior.infer_steps,
                 guidance_scale=prior.guidance_scale,
+                clip_skip=clip_skip,
             )
 
 

@@ -1,7 +1,7 @@
 """Which rows a run has, and what there is to say and to show of them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,10 @@ def sizes_of_run(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[Size, .
     return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
 
 
-def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:
-    """What the rest of the run sees."""
-    return plan.views(job.done * job.batches_per_step, job.total * job.batches_per_step)
+def views_of(job: TrainingJob, plan: Plan) -> Iterator[View]:
+    """What each row of the rest of the run sees; one after the other, since a long run has millions."""
+    batches = range(job.done * job.batches_per_step, job.total * job.batches_per_step)
+    return (row.view for batch in batches for row in plan.rows(batch))
 
 
 def prompts_of(job: TrainingJob, plan: Plan) -> list[str]:

@@ -46,6 +46,7 @@ class ShowValidation:
             scheduler=SCHEDULERS[wanted.validation_scheduler],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
+            clip_skip=job.base.clip_skip,
         )
         self._model = SamplingModel(job.base, denoiser=unet, text_encoders=training.learner.text_encoders)
         if tracker:

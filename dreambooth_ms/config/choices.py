@@ -3,6 +3,7 @@
 from typing import Literal, TypeAlias
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+FloatType: TypeAlias = Literal["fp32", "fp16", "bf16"]
 Method: TypeAlias = Literal["lora", "full"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 LearningRateSchedule: TypeAlias = Literal[

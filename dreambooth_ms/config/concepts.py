@@ -13,12 +13,12 @@ import yaml
 
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import build
-from dreambooth_ms.config.ranges import above, at_least
+from dreambooth_ms.config.ranges import at_least
 from dreambooth_ms.config.sources import Setting, canonical, in_one_line
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, near
 
-_OWN = ("instance_data_dir", "instance_prompt", "mask_dir", "alpha_mask")
+_OWN = ("instance_data_dir", "instance_prompt", "repeats", "mask_dir", "alpha_mask")
 _OWN_SECTIONS = ("captions", "prior", "concept")
 """What may differ from subject to subject."""
 _FOLDER = re.compile(r"(\d+)_(.+)")
@@ -31,8 +31,6 @@ _OF_KOHYA = {"use_txt_as_label": True, "may_lack_captions": True, "with_prior_pr
 class ShareConfig:
     """What only a list says of a subject, and no flag."""
 
-    repeats: Annotated[float, above(0)] = 1.0
-    """How often its pictures come up beside those of the other subjects."""
     weight: Annotated[float, at_least(0)] = 1.0
     """Of its rows' error in the loss."""
     generates: bool = True

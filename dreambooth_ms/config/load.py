@@ -67,7 +67,8 @@ def build(
     problems = [line for one in settings for line in one.problems]
     # A value that is wrong in one place may be right in another.
     undecided = set(chain.from_iterable(one.undecided for one in settings)) - given.keys()
-    problems += [f"--{name}: required" for name in (*absent, *config.missing()) if name not in undecided]
+    required = {*absent, *config.missing()} - undecided
+    problems += [f"--{name}: required" for name in known if name in required]
     undecided.update(absent)
     broken, notes = config.check()
     problems += [line for line in broken if undecided.isdisjoint(re.findall(r"--(\w+)", line))]

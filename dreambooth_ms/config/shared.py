@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
-from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
+from dreambooth_ms.config.choices import FloatType, PredictionType, SamplingScheduler
 from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
 
@@ -100,7 +100,7 @@ class TargetConfig:
     target: Annotated[str, NOT_EMPTY, PATH]
     """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
     extension a folder."""
-    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    dtype: FloatType | None = None
     """Type of the numbers to write. None: as in the source."""
     alpha: Annotated[float | None, FINITE] = None
     """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""

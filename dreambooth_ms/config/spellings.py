@@ -45,6 +45,7 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "resolution": lambda value: {
         "resolution": re.sub(r"^\[?(\d+), ?\1\]?$", r"\1", str(value)) if isinstance(value, str | list) else value
     },
+    "save_unet_half": lambda value: {"save_precision": "fp16" if _true(value) else None},
     "stop_at_clip_layer": lambda value: {"clip_skip": _whole(value, lambda layer: -layer - 1)},
     "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},
     "v_parameterization": lambda value: {"prediction_type": "v_prediction" if _true(value) else None},

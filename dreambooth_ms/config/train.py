@@ -52,8 +52,18 @@ _UNMASKED = no_effect(
     "without --mask_dir or --alpha_mask",
     when=lambda values: not (values["mask_dir"] or values["alpha_mask"] or values["concepts_list"]),
 )
-_OF_ONE = ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt")
+_OF_ONE = ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "dataset_name")
 _IN_THE_FILE = excludes(*_OF_ONE, message=f"names them itself; leave out {', '.join('--' + name for name in _OF_ONE)}")
+
+
+_ONE_SOURCE = excludes("instance_data_dir", message="and --instance_data_dir are two sources of pictures; give one")
+_DATA_SET = only_with("dataset_name")
+_BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
+_BY_PASSES_ALONE = no_effect(
+    "beside --max_train_steps and for a single subject",
+    # A subject of several has a weight.
+    when=lambda values: values["max_train_steps"] is not None and "weight" not in values,
+)
 
 
 def _words(prompt: str) -> set[str]:
@@ -65,13 +75,26 @@ class DataConfig:
     """The subject's pictures."""
 
     instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
-    """Folder with the pictures of the subject. Required without concepts_list."""
+    """Folder with the pictures of the subject. Required without concepts_list or dataset_name."""
     instance_prompt: Annotated[str | None, NOT_EMPTY, _NAMELESS] = None
     """Prompt that names the subject, with its rare token: "a photo of sks dog". Required where no caption stands
     in its place."""
     concepts_list: Annotated[str | None, NOT_EMPTY, PATH, _IN_THE_FILE, Resume.BY_CONTENT] = None
     """Several subjects: a file with a list of them (JSON or YAML), a dataset_config of kohya's scripts, or a folder of
     folders named "10_sks dog": repeats and prompt. docs/data.md has what they hold."""
+    dataset_name: Annotated[str | None, NOT_EMPTY, PATH, _ONE_SOURCE, Resume.BY_CONTENT] = None
+    """In place of instance_data_dir, a data set's train split: a folder, or owner/name on the Hugging Face hub, with
+    pictures or with parquet files. Captions are read by caption_column, or as beside pictures in a folder."""
+    dataset_config_name: Annotated[str | None, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = None
+    """Folder in it that is used, where there are several."""
+    image_column: Annotated[str, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = "image"
+    """Column of its parquet files that has the pictures."""
+    cache_dir: Annotated[str | None, NOT_EMPTY, PATH, _DATA_SET, Resume.MAY_CHANGE] = None
+    """Folder for what of it is downloaded, and for pictures from parquet files. None: huggingface_hub's cache, and
+    cache in output_dir."""
+    repeats: Annotated[float, above(0), _BY_PASSES_ALONE, Resume.MAY_CHANGE] = 1.0
+    """How often each picture of the subject comes in a pass of num_train_epochs; in concepts_list, also beside those
+    of the other subjects."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
     use_aspect_ratio_bucket: bool = False
@@ -155,6 +178,10 @@ class MethodConfig:
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
+    clip_skip: Annotated[int, at_least(0)] = 0
+    """Layers left out at the end of the text encoders, in training, class and validation pictures; `sample` needs the
+    same. Counted from 0 as in diffusers: 1 is what kohya's and the guides' trainers call --clip_skip 2. Their count
+    is --clip_stop_at_last_layers here, as A1111 calls it, since a bare number does not say whose it is."""
     rank: Annotated[int, at_least(1), _LORA] = 4
     """Rank of the LoRA update; the size of the file grows with it."""
     lora_alpha: Annotated[int | None, at_least(1), _LORA] = None
@@ -163,6 +190,9 @@ class MethodConfig:
     """Layers of the UNet that get an update, by the end of their names."""
     lora_dropout: Annotated[float, DECAY, _LORA] = 0.0
     """Share of the inputs of each LoRA update that is dropped at random in training."""
+    save_precision: Annotated[choices.FloatType | None, Resume.MAY_CHANGE] = None
+    """Type of the numbers of the result, and of what lies beside a checkpoint for other programs; what a run goes on
+    from is exact in any case. None: fp32 for what was trained, and the base's own for the rest of a model."""
     use_ema: bool = False
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
@@ -175,7 +205,6 @@ _NEVER_WARM = Rule(
     "the learning rate never arrives at --learning_rate",
     is_note=True,
 )
-_BY_PASSES = no_effect("beside --max_train_steps", when=lambda values: values["max_train_steps"] is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,8 +316,8 @@ _PRIOR = only_with("with_prior_preservation")
 _APART = Rule(
     lambda values: (
         values["with_prior_preservation"]
-        and values["instance_data_dir"]
-        and os.path.realpath(values["instance_data_dir"]) == os.path.realpath(values["class_data_dir"])
+        and (subject := values["instance_data_dir"] or values["dataset_name"])
+        and os.path.realpath(subject) == os.path.realpath(values["class_data_dir"])
     ),
     "--class_data_dir: expected another folder than --instance_data_dir, "
     "or class pictures would mix with those of the subject",
@@ -437,7 +466,8 @@ class TrainConfig(Schema):
         """What there is of a subject that no flag gives."""
         data, captions = self.data, self.captions
         has_prompts = captions.use_txt_as_label or captions.use_filename_as_label or captions.caption_column
-        needed = ["instance_data_dir", *([] if has_prompts and not captions.combines else ["instance_prompt"])]
+        needed = [] if data.dataset_name else ["instance_data_dir"]
+        needed += [] if has_prompts and not captions.combines else ["instance_prompt"]
         return [] if data.concepts_list else [name for name in needed if getattr(data, name) is None]
 
     @property

@@ -16,15 +16,13 @@ from dreambooth_ms.config.merge import MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
-from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model
-
-DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
 
 MODEL_FORMATS = {form.value: form for form in Format}
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}

@@ -96,9 +96,9 @@ class Lookup(Generic[Item, Value]):
         return self.value(*arrays)
 
     def missing(self, items: Iterable[Item]) -> list[Item]:
-        """Those that have no file, each value once. Files are looked at, not read."""
-        distinct = {self.keys(item): item for item in items}
-        return [item for keys, item in distinct.items() if not all(map(self.cache.has_file, keys))]
+        """Those that have no file, each value once. Files are looked at, not read; only what is missing is held."""
+        keyed = ((self.keys(item), item) for item in items)
+        return list({keys: item for keys, item in keyed if not all(map(self.cache.has_file, keys))}.values())
 
     def prepare(self, items: Iterable[Item]) -> None:
         """Make what is missing of these."""

@@ -101,7 +101,9 @@ def _captions_of_files(pictures: Sequence[Path]) -> dict[Path, list[str]]:
 
 def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, list[str]]:
     folder = pictures[0].parent
-    file = next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+    # That of a data set may stand above its folders.
+    places = (place / name for place in (folder, folder.parent) for name in CAPTION_FILES)
+    file = next(filter(Path.is_file, places), None)
     if file is None:
         raise DataError(f"--caption_column {column}: {folder} has none of {', '.join(CAPTION_FILES)}")
     rows = _rows(file)
@@ -109,7 +111,8 @@ def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, l
     if lacking := {FILE_NAME, column}.difference(columns):
         raise DataError(f"{file}: no column {', '.join(sorted(lacking))}; it has {', '.join(columns) or 'no rows'}")
     by_name = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
-    values = {path: by_name[path.name] for path in pictures if path.name in by_name}
+    names = {path: path.relative_to(file.parent).as_posix() for path in pictures}
+    values = {path: by_name[name] for path, name in names.items() if name in by_name}
     found = {path: value if isinstance(value, list) else [value] for path, value in values.items()}
     texts = {path: [one.strip() for one in own if isinstance(one, str) and one.strip()] for path, own in found.items()}
     odd = [path for path, own in found.items() if len(texts[path]) < max(len(own), 1)]

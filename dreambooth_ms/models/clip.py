@@ -3,6 +3,8 @@
 Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space.
 """
 
+import re
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -53,10 +55,12 @@ class CLIPTextModel(nn.Cell):
         """How many layers `read` can leave out."""
         return self.spec.transformer.num_hidden_layers - (1 if self.last_layer else 2)
 
-    def is_read(self, parameter: str) -> bool:
+    def is_read(self, parameter: str, skip: int) -> bool:
         """Whether what `read` yields depends on a parameter: pooled text does on all."""
-        last = f"text_model.encoder.layers.{self.spec.transformer.num_hidden_layers - 1}."
-        return self.last_layer or self.pools or not parameter.startswith((last, "text_model.final_layer_norm."))
+        if self.pools or not parameter.startswith(("text_model.encoder.", "text_model.final_layer_norm.")):
+            return True
+        layer = re.search(r"layers\.(\d+)", parameter)
+        return int(layer[1]) <= self.most_skipped - skip if layer else self.last_layer
 
 
 class CLIPModel(nn.Cell):

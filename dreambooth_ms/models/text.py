@@ -3,7 +3,7 @@
 Shapes: B prompts, T encoders, S tokens, D width of an encoder's states, E all of them side by side, P of pooled text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -21,7 +21,7 @@ class TextEncoders(CompiledCell):
 
         read(ids (B, S), ends, skip) -> (states (B, S, D),) or (states, pooled (B, P)), `skip` layers early
         most_skipped                 how many layers it can leave out
-        is_read(parameter)           whether what it yields depends on a parameter
+        is_read(parameter, skip)     whether what it then yields depends on a parameter
 
     Args:
         networks: the encoders, by the names of their folders.
@@ -55,9 +55,7 @@ class TextEncoders(CompiledCell):
         Raises:
             ConfigError: an encoder has not so many layers.
         """
-        most = min(encoder.most_skipped for encoder in self.encoders)
-        if clip_skip > most:
-            raise ConfigError(f"--clip_skip: expected 0 to {most}, as its text encoders have layers, got {clip_skip}")
+        check_clip_skip(clip_skip, [encoder.most_skipped for encoder in self.encoders])
         return TextEncoders(self.networks(), clip_skip)
 
     def networks(self) -> dict[str, nn.Cell]:
@@ -66,4 +64,11 @@ class TextEncoders(CompiledCell):
 
     def is_read(self, network: str, parameter: str) -> bool:
         """Whether the prediction depends on a parameter: of an encoder, not all may be; of other networks, all are."""
-        return network not in self.names or bool(self.networks()[network].is_read(parameter))
+        return network not in self.names or bool(self.networks()[network].is_read(parameter, self.clip_skip))
+
+
+def check_clip_skip(clip_skip: int, most_skipped: Sequence[int]) -> None:
+    """Raise ConfigError if an encoder cannot leave out so many layers, by how many each can."""
+    most = min(most_skipped)
+    if clip_skip > most:
+        raise ConfigError(f"--clip_skip: expected 0 to {most}, as its text encoders have layers, got {clip_skip}")

@@ -74,7 +74,7 @@ class PromptReader:
         self._bundle, self._adapters, self._keep = bundle, adapters, keep
         self._lent = self._encoders = encoders
         self._attached = AttachedAdapters()
-        self._known: dict[tuple[Any, ...], dict[str, PromptText]] = {(1, 0, ()): dict(known)}
+        self._known: dict[tuple[Any, ...], dict[str, PromptText]] = {(1, bundle.clip_skip, ()): dict(known)}
 
     def read(self, request: SampleRequest) -> dict[str, PromptText]:
         """Its prompts, its negative prompt, and the empty one as it stands for "no negative prompt", encoded."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.adapters.adapter import Adapter
@@ -14,6 +13,7 @@ from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
+from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.tensor_file import STEP_KEY
@@ -92,8 +92,8 @@ def lora(
 
     def write(target: Path, step: int) -> None:
         updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
-        metadata = {STEP_KEY: str(step)}
-        write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, metadata=metadata)
+        metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
+        write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
 
     parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
     return _learner(
@@ -105,17 +105,17 @@ def full(
     config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """All weights of the UNet, and with `train_text_encoder` of the text encoders; the result is a model folder."""
-    networks = _networks(unet, text_encoders)
+    networks, dtype = _networks(unet, text_encoders), DTYPES[config.save_precision or "fp32"]
 
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
         for name, network in reversed(networks.items()):
             configuration = base.opened().configuration(f"{name}/config.json")
-            save_network(target, name, network, configuration, np.float32, {STEP_KEY: str(step)})
+            save_network(target, name, network, configuration, dtype, {STEP_KEY: str(step)})
 
     def write_folder(target: Path, step: int) -> None:
         # Weights have plain names whatever variant they were, so that the result loads without naming one.
-        planned = plan_model(base.opened(), Format.DIFFUSERS)
+        planned = plan_model(base.opened(), Format.DIFFUSERS, dtype if config.save_precision else None)
         kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in networks}
         replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)

@@ -78,7 +78,7 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
         ConfigError: it was trained otherwise, and every difference is named.
     """
     there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
-    names = ("method", "train_text_encoder", "rank", "lora_target_modules", "use_ema")
+    names = ("method", "train_text_encoder", "clip_skip", "rank", "lora_target_modules", "use_ema")
     differences = _told([name for name in names if name in there], there, here)
     if differences:
         raise ConfigError(

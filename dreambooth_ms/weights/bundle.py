@@ -7,18 +7,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import check_clip_tokenizer, pad_tokens, tokenizer_on_board
+from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, recognise
+from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
-from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.clip import CLIPModel
 from dreambooth_ms.models.parameters import read_parameters
-from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.weights.opened_model import OpenedModel, open_model, with_other_vae
 from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader, load_strict
 
@@ -37,6 +38,8 @@ class ModelBundle:
     schedule: Schedule
     zeros_for_empty_prompt: bool = False
     """Whether pictures without a negative prompt are guided by zeros in place of an encoded empty prompt."""
+    clip_skip: int = 0
+    """Layers of the text readers that are left out at the end, more than the model itself leaves out."""
     source: OpenedModel | None = None
     """What it was opened from; None if it was built otherwise."""
     notes: tuple[str, ...] = ()
@@ -75,7 +78,12 @@ class ModelBundle:
 
     def load_text_encoders(self) -> TextEncoders:
         """All text readers as one network, filled."""
-        return TextEncoders({reader.name: reader.load() for reader in self.text})
+        return TextEncoders({reader.name: reader.load() for reader in self.text}, self.clip_skip)
+
+    def with_clip_skip(self, clip_skip: int) -> "ModelBundle":
+        """The same model with another `clip_skip`; ConfigError if a text reader has not so many layers."""
+        check_clip_skip(clip_skip, [reader.most_skipped for reader in self.text])
+        return replace(self, clip_skip=clip_skip)
 
     def check(self) -> None:
         """Stop if the roles do not fit each other, or the model was trained by no schedule that is known.
@@ -191,10 +199,12 @@ def save_network(
     part: str,
     network: nn.Cell,
     config: model_config.Config,
-    dtype: type[np.floating] = np.float32,
+    dtype: DType = DType.F32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a network's config.json and weights into `folder/part`."""
-    tensors: dict[str, np.ndarray] = {name: value.astype(dtype) for name, value in read_parameters(network).items()}
+    """Write a network's config.json and weights into `folder/part`; WeightError if one is too large for the type."""
+    path = folder / part / f"{folder_layout.WEIGHT_NAMES[part]}.safetensors"
+    values = read_parameters(network).items()
+    tensors = {name: StoredTensor.of(one, label=f"{path}: {name}").cast_to(dtype) for name, one in values}
     write_json(folder / part / "config.json", config)
-    write_tensors(folder / part / f"{folder_layout.WEIGHT_NAMES[part]}.safetensors", tensors, metadata)
+    write_safetensors(path, tensors, {"format": "pt", **(metadata or {})})

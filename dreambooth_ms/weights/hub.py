@@ -58,6 +58,18 @@ def find_adapter(name: str) -> Path:
     return _find(name, _adapter_files)
 
 
+def find_data_set(name: str, choose: Choose, cache: str | None = None) -> tuple[Path, list[str]]:
+    """The folder of a data set, and the files of it that are used; `cache`: for downloads, in place of the hub's."""
+    if not os.path.exists(name):
+        return _find_on_hub(name, choose, kind="dataset", cache=cache)
+    if os.path.isfile(name):
+        raise WeightError(f"{name}: is a file; name its folder")
+    try:
+        return Path(name), choose(_names_in(Path(name)))
+    except WeightError as error:
+        raise WeightError(f"{name}: {error}") from error
+
+
 def _adapter_files(names: Collection[str]) -> list[str]:
     peft = [
         file
@@ -76,15 +88,26 @@ def _adapter_files(names: Collection[str]) -> list[str]:
     return best or files
 
 
+def _names_in(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+
+
 def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
     # Of os.path, because those of pathlib raise on names that are too long and on unknown users.
     path = os.path.expanduser(name)
     if os.path.exists(path):
         return Path(path)
+    root, files = _find_on_hub(name, choose, revision)
+    return root / files[0] if len(files) == 1 else root
+
+
+def _find_on_hub(
+    name: str, choose: Choose, revision: str | None = None, kind: str = "model", cache: str | None = None
+) -> tuple[Path, list[str]]:
     named = _HUB_NAME.fullmatch(name)
     # Where there is a folder `models`, `models/dgo` is a slip of the pen.
     if named is None or (os.path.isdir(name.split("/")[0]) and (named["file"] or near(name))):
-        expected = "check the path" if re.search(r"[^\w -]", name) else "a name on the hub has the form owner/model"
+        expected = "check the path" if re.search(r"[^\w -]", name) else f"a name on the hub has the form owner/{kind}"
         raise WeightError(f"{name}: no such file or folder{near(name) or f'; {expected}'}")
     repository, file = named["repository"], named["file"]
 
@@ -94,27 +117,30 @@ def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
         return [file]
 
     try:
-        root, files = _fetch(repository, one_file if file else choose, revision)
+        return _fetch(repository, one_file if file else choose, revision, kind, cache)
     except WeightError as error:
         raise WeightError(f"{name}: {error}{near(name)}") from error
-    return root / files[0] if len(files) == 1 else root
 
 
-def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path, list[str]]:
+def _fetch(
+    repository: str, choose: Choose, revision: str | None, kind: str, cache: str | None
+) -> tuple[Path, list[str]]:
     """A repository's folder in the hub's cache, which has the files that are used; those that it lacks are fetched."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
     disable_progress_bars()  # It has one for each file, and one for their number.
+    download = partial(snapshot_download, repository, repo_type=kind, revision=revision, cache_dir=cache)
     try:
         limit = constants.HF_HUB_ETAG_TIMEOUT
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=limit)
+        about = getattr(HfApi(), f"{kind}_info")
+        info = about(repository, revision=revision, files_metadata=True, timeout=limit)
     except (OSError, ValueError) as error:
-        return _from_cache(repository, choose, revision, _reason(error, repository, revision))
+        return _from_cache(download, choose, _reason(error, repository, revision, kind))
     there = {file.rfilename: file for file in info.siblings or []}
     files = choose(there)
-    folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+    folder = Path(cache or constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}")
     root = folder / "snapshots" / str(info.sha)
     if lacking := [there[name] for name in files if not (root / name).is_file()]:
         # Another commit may have the same files.
@@ -126,29 +152,27 @@ def _fetch(repository: str, choose: Choose, revision: str | None) -> tuple[Path,
             raise WeightError(f"{error}, or name another disk with HF_HOME") from error
         try:
             with _progress(f"downloading {repository}", folder / "blobs", size):
-                snapshot_download(repository, revision=revision, allow_patterns=[glob.escape(one) for one in files])
+                download(allow_patterns=[glob.escape(one) for one in files])
         except (OSError, ValueError) as error:
             if explain(error):
                 raise
-            raise WeightError(_reason(error, repository, revision)) from error
+            raise WeightError(_reason(error, repository, revision, kind)) from error
     return root, files
 
 
-def _from_cache(repository: str, choose: Choose, revision: str | None, reason: str) -> tuple[Path, list[str]]:
+def _from_cache(download: Callable[..., str], choose: Choose, reason: str) -> tuple[Path, list[str]]:
     """What is in the hub's cache, where the hub does not answer for a reason."""
-    from huggingface_hub import snapshot_download
-
     try:
-        root = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        root = Path(download(local_files_only=True))
     except (OSError, ValueError):
         raise WeightError(reason) from None
     try:
-        return root, choose([path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()])
+        return root, choose(_names_in(root))
     except WeightError as error:
         raise WeightError(f"{reason} (its copy in the cache is not whole: {error})") from error
 
 
-def _reason(error: Exception, repository: str, revision: str | None) -> str:
+def _reason(error: Exception, repository: str, revision: str | None, kind: str) -> str:
     """Why the hub did not give something, and what to do about it."""
     from huggingface_hub import constants, errors
 
@@ -159,11 +183,11 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
         errors.GatedRepoError: f"gated: accept its licence at {hub}/{repository}, and {log_in}",
         errors.RepositoryNotFoundError: f"removed; {_MOVED[repository]} is a copy" if repository in _MOVED else unknown,
         errors.RevisionNotFoundError: f"has no --revision {revision}; name a branch, tag or commit of it",
-        errors.DisabledRepoError: "closed by the hub; choose another model",
+        errors.DisabledRepoError: f"closed by the hub; choose another {kind}",
         errors.HFValidationError: "not a name that the hub can have; these have the form owner/model",
     }
-    for kind, reason in kinds.items():
-        if isinstance(error, kind):
+    for one, reason in kinds.items():
+        if isinstance(error, one):
             return reason
     if status in (401, 403):
         refused = "does not know your token" if status == 401 else "does not let your token read it"
@@ -176,7 +200,7 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
         return f"{error.filename} cannot be written ({error.strerror}); name another folder with HF_HOME"
     return (
         f"the hub, {hub}, cannot be reached ({type(error.__cause__ or error).__name__}): check the network and "
-        "HTTPS_PROXY, name a mirror with HF_ENDPOINT, or copy the model to this machine and name its folder"
+        f"HTTPS_PROXY, name a mirror with HF_ENDPOINT, or copy the {kind} to this machine and name its folder"
     )
 
 

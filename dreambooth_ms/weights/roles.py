@@ -82,6 +82,8 @@ class TextReader:
     """Of the text's pooled state; 0: it gives none."""
     pooled_at: int | None = None
     """The token where a text ends and is pooled; None: it is not."""
+    most_skipped: int = 0
+    """How many of its last layers can be left out."""
     adapted_layers: tuple[str, ...]
     """The ends of the names of the layers that an adapter changes."""
     tokenizer: Callable[[], Any]
@@ -106,6 +108,7 @@ class TextReader:
             width=spec.transformer.hidden_size,
             pooled_width=spec.projection_dim or 0,
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
+            most_skipped=spec.transformer.num_hidden_layers - (1 if last_layer else 2),
             adapted_layers=CLIP_TARGETS,
             tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),

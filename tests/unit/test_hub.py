@@ -91,8 +91,8 @@ class Hub:
     def __init__(self, cache):
         self.cache, self.answers, self.asked, self.fetched = cache, {}, [], []
 
-    def folder(self, repository):
-        return self.cache / f"models--{repository.replace('/', '--')}"
+    def folder(self, repository, kind="model", cache=None):
+        return Path(cache or self.cache) / f"{kind}s--{repository.replace('/', '--')}"
 
     def model_info(self, repository, revision=None, files_metadata=False, timeout=None):
         self.asked.append(repository)
@@ -106,8 +106,12 @@ class Hub:
             id=repository, sha=COMMIT, siblings=[vars(one) | {"blobId": "0"} for one in siblings]
         )
 
-    def snapshot_download(self, repository, revision=None, allow_patterns=None, local_files_only=False):
-        root = self.folder(repository) / "snapshots" / COMMIT
+    dataset_info = model_info
+
+    def snapshot_download(
+        self, repository, repo_type, revision=None, cache_dir=None, allow_patterns=None, local_files_only=False
+    ):
+        root = self.folder(repository, repo_type, cache_dir) / "snapshots" / COMMIT
         if local_files_only:
             if root.is_dir():
                 return str(root)

@@ -1,8 +1,10 @@
 """What each method trains, and that the folder of a full training is a model folder that diffusers loads as it is."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,10 @@ from mindspore import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from dreambooth_ms.config.train import MethodConfig
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.training import methods
@@ -44,6 +48,12 @@ def half_base(base, tmp_path_factory):
     )
     pipeline.save_pretrained(folder, variant="fp16")
     return folder
+
+
+def deeper(bundle):
+    """The text encoder of a base with a layer more."""
+    spec = bundle.text[0].spec
+    return CLIPTextModel(replace(spec, transformer=replace(spec.transformer, num_hidden_layers=2)))
 
 
 def trained(path, method, text=False, variant=None, **settings):
@@ -109,6 +119,23 @@ class TestTheFolderOfAFullTraining:
         assert result_of(tmp_path) == Result(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", STEP)
         assert run.learner.result == result_of(tmp_path).path.relative_to(tmp_path)
 
+    @pytest.mark.parametrize(("precision", "dtype"), [("fp16", DType.F16), ("bf16", DType.BF16), ("fp32", DType.F32)])
+    def test_it_has_the_precision_that_was_asked_for(self, half_base, tmp_path, precision, dtype):
+        run = trained(half_base, "full", variant="fp16", save_precision=precision)
+        run.learner.write_result(tmp_path, STEP)
+        bundle = open_bundle(tmp_path)
+        assert {tensor.dtype for tensor in bundle.opened().tensors.values()} == {dtype}
+        found = read_parameters(bundle.denoiser.load())
+        for name, value in run.values["unet"].items():
+            assert np.allclose(found[name], value, rtol={"fp16": 1e-3, "bf16": 1e-2, "fp32": 0}[precision], atol=1e-6)
+
+    def test_a_weight_that_is_too_large_for_it_is_named(self, base, tmp_path):
+        run = trained(base, "full", save_precision="fp16")
+        run.learner.parameters[0].set_data(run.learner.parameters[0] + Tensor(1e6, ms.float32))
+        with pytest.raises(WeightError, match=r"holds a number that is too large for F16; choose a wider type$"):
+            run.learner.write_result(tmp_path, STEP)
+        assert result_of(tmp_path) is None
+
     def test_we_read_it_as_a_base(self, base, tmp_path):
         run = trained(base, "full", text=True)
         run.learner.write_result(tmp_path, STEP)
@@ -166,6 +193,16 @@ class TestWhatIsTrained:
         for one in run.learner.trainables:
             found[one.kind] += one.parameter.size
         assert found == sizes
+
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    def test_layers_that_are_left_out_of_the_text_encoder_are_not(self, base, method):
+        bundle = replace(open_bundle(base), clip_skip=1)
+        encoders = TextEncoders({"text_encoder": deeper(bundle)}, 1)
+        config = MethodConfig(method=method, train_text_encoder=True)
+        learner = METHODS[method](config, bundle, bundle.denoiser.load(), encoders, 3)
+        names = {one.parameter.name for one in learner.trainables if one.kind == "text_encoder"}
+        assert any("layers.0." in name for name in names)
+        assert not any("layers.1." in name for name in names)
 
     def test_lora_trains_two_factors_of_the_attention_layers_of_the_networks(self, base, tmp_path):
         run = trained(base, "lora", text=True, rank=2, lora_alpha=4)

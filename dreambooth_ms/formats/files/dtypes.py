@@ -85,6 +85,9 @@ def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
         return values.astype(target.numpy, copy=False)
 
 
+DTYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}
+"""The floats by the names that flags have for them."""
+
 _EXPONENTS = {DType.F64: 0x7FF << 52, DType.F32: 0x7F800000, DType.F16: 0x7C00, DType.BF16: 0x7F80}
 """The bits that are all set in NaN and infinity alone."""
 
