@@ -1,6 +1,11 @@
 """What a run will need, from its configuration, and what is there."""
 
+import hashlib
 import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import replace
 
 from dreambooth_ms.atomic import check_room
 from dreambooth_ms.cli.output import tell
@@ -14,16 +19,39 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
-from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
+from dreambooth_ms.training.memory import (
+    OPTIMISER_BYTES,
+    MemoryEstimate,
+    Workload,
+    check_memory,
+    estimate,
+    machine_memory,
+    ranks_of,
+)
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: Processes) -> None:
+def expected_memory(config: TrainConfig, folder: ModelBundle, processes: int) -> MemoryEstimate:
+    """How much memory a step will need in each of so many processes."""
+    return estimate(_workload(config, folder, processes))
+
+
+def kind_of_step(config: TrainConfig, folder: ModelBundle, processes: int) -> str:
+    """Names the steps that take as long: of as much work, on the same device."""
+    work = _workload(config, folder, processes)
+    ordered = replace(work, ranks=[dict(sorted(own.items())) for own in work.ranks])
+    decisive = ordered, config.device, platform.node(), os.cpu_count()
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
+
+
+def check_expected_memory(
+    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Callable[[str], object] = tell
+) -> None:
     """Say how much memory a step will need; what cannot fit ends here, before any work.
 
     `--max_device_memory` is of each process. All processes must ask at the same time.
     """
-    run, expected = config.run, estimate(_workload(config, folder, processes.count))
+    run, expected = config.run, expected_memory(config, folder, processes.count)
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []

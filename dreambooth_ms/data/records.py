@@ -1,11 +1,13 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
+from dreambooth_ms.data.looks import NOT_MEASURED, Looks, looks_of
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError, near
@@ -28,6 +30,8 @@ class Record:
     """Where the error counts; None: everywhere."""
     background: str = "white"
     """What it is put on where it is transparent."""
+    looks: Looks = NOT_MEASURED
+    """What is measured of it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Concept:
         return len({record.captions for record in self.records}) > 1
 
 
+def refuse(problems: str) -> None:
+    """Raise what is wrong, one line each, as a DataError."""
+    raise DataError(problems)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a concept's pictures and prompts come from."""
@@ -68,9 +77,10 @@ class Source:
     mask_folder: Path | None = None
     """in this folder; None: its opacity."""
 
-    def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
+    def records(self, tell: Callable[[str], object], fail: Callable[[str], object] = refuse) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
-        starts; what is not used, or not as it is, is told in one line for each kind.
+        starts; what is not used, or not as it is, is told in one line for each kind. `fail` takes what is wrong with
+        pictures and captions, if it is to be raised or not.
 
         Raises:
             DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
@@ -79,26 +89,37 @@ class Source:
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
         pictures = found.pictures[: self.at_most]
-        prompts = self.captioning.prompts(pictures, self.prompt)
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
-        records, problems = [], []
-        noted: dict[str, list[Path]] = {}
+        records, problems, prompts = list[Record](), list[str](), [(self.prompt,)] * len(pictures)
+        with _noted(problems):
+            prompts = self.captioning.prompts(pictures, self.prompt)
         for path, captions in zip(pictures, prompts, strict=True):
-            try:
-                opened = read_picture(path, self.background)
-                sha256, (width, height) = digest(path, opened.reading), opened.picture.size
-                if min(width, height) < MIN_SIDE:
-                    raise DataError(
-                        f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
-                    )
-                mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
-                records.append(Record(path, sha256, (width, height), captions, mask, self.background))
-                for note in opened.notes:
-                    noted.setdefault(note, []).append(path)
-            except DataError as error:
-                problems.append(str(error))
+            with _noted(problems):
+                records.append(self._record(path, captions, notes))
         if problems:
-            raise DataError("\n".join(problems))
-        for line in told(notes | noted):
+            fail("\n".join(problems))
+        for line in told(notes):
             tell(line)
         return tuple(records)
+
+    def _record(self, path: Path, captions: tuple[str, ...], notes: dict[str, list[Path]]) -> Record:
+        opened = read_picture(path, self.background)
+        width, height = opened.picture.size
+        if min(width, height) < MIN_SIDE:
+            raise DataError(
+                f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
+            )
+        mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
+        for note in opened.notes:
+            notes.setdefault(note, []).append(path)
+        sha256, looks = digest(path, opened.reading), looks_of(opened.picture)
+        return Record(path, sha256, (width, height), captions, mask, self.background, looks)
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Inside, a DataError is added to the problems."""
+    try:
+        yield
+    except DataError as error:
+        problems.append(str(error))
