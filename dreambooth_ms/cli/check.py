@@ -1,47 +1,122 @@
-"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, no weight is read."""
+"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, and no weight is read."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, tell_cut_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory
-from dreambooth_ms.cli.training_report import report_on
+from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
+from dreambooth_ms.cli.training_plan import sizes_of_run
 from dreambooth_ms.config.check import CheckConfig
 from dreambooth_ms.config.load import load
+from dreambooth_ms.data.buckets import lost_area, nearest
+from dreambooth_ms.data.looks import BLURRED, near_duplicates
+from dreambooth_ms.data.plan import of_records
 from dreambooth_ms.data.records import Concept
 from dreambooth_ms.errors import UserError, count_of
+from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer
+from dreambooth_ms.formats.naming.report import show_names
 from dreambooth_ms.processes.group import ALONE
+
+MUCH = 0.4
+"""Above this share so much of a picture is cut off that the subject may be."""
+COMMON = 0.8
+"""CLIP's tokens are in the order of their frequency. A word that is one token within this share of them is common:
+"dog" is at 0.04, "picasso" at 0.43, "corgi" at 0.63; "sks" is at 0.97."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check by a command line; returns the exit status: 1 if `train` would not start."""
-    notes, problems, concepts = list[str](), list[str](), list[Concept]()
-    wanted = load(CheckConfig, argv, notes.append)
-    config = replace(wanted, device=set_up(wanted.device))
-    base = open_base(config.model)
-    base.schedule.trained(config.loss.prediction_type)
-    try:
-        concepts = read_concepts(config, notes.append, problems.append)
-        if to_come := len(class_numbers_to_come(config)):
-            notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
-    except UserError as error:
-        problems.append(str(error))
-    concepts = [concept for concept in concepts if concept.records]
-    counts = [len(concept.records) for concept in concepts[:1]]
-    job = TrainingJob(ALONE, config, base, max(*counts, config.prior.num_class_images if config.prior.folder else 0, 0))
-    report = report_on(job, concepts, problems, notes)
-    for needed in (
-        lambda: check_expected_memory(config, base, ALONE, lambda line: None),
-        lambda: check_expected_disk(config, base, 0, job.total),
-    ):
+    """Check by a command line; returns the exit status: 1 if something is to be mended before `train` starts."""
+    notes, problems = list[str](), list[str]()
+
+    def attempt(look: Callable[[], Any]) -> Any:
         try:
-            needed()
+            return look()
         except UserError as error:
             problems.append(str(error))
-    problems[:] = [line for problem in problems for line in problem.splitlines()]
-    print(json.dumps(asdict(report), indent=2) if config.report.json else "\n".join(report.lines()))
-    return int(bool(problems))
+
+    wanted = load(CheckConfig, argv, notes.append)
+    config = replace(wanted, device=set_up(wanted.device))
+    base, prior, processes = open_base(config.model), config.prior, config.processes.num_processes or 1
+    base.schedule.trained(config.loss.prediction_type)
+    found = attempt(lambda: read_concepts(config, notes.append, problems.append)) or []
+    concepts = [concept for concept in found if concept.records]
+    if to_come := attempt(lambda: class_numbers_to_come(config)):
+        notes.append(f"{count_of(len(to_come), 'class picture')} to be generated first")
+    tell_cut_prompts(base, concepts, prior.class_prompt or "", notes.append)
+    rare = rare_words(base.text[0].tokenizer(), config.data.instance_prompt, prior.class_prompt or "")
+    named = ", ".join(f"{word} ({count_of(tokens, 'token')})" for word, tokens in rare.items())
+    notes.append(f"rare words of the prompt: {named or 'none; name the subject by one, such as sks'}")
+    pictures = max([len(one.records) for one in concepts[:1]] + [prior.num_class_images if prior.folder else 0])
+    job = TrainingJob(ALONE, config, base, pictures)
+    memory = attempt(lambda: check_expected_memory(config, base, ALONE, notes.append))
+    attempt(lambda: check_expected_disk(config, base, 0, job.total))
+    says, seconds = StepTimes(config, base, processes).expected(job.total)
+
+    described = describe_concepts(job, concepts)
+    to_mend = [line for lines in problems for line in lines.splitlines()]
+    report = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
+    report |= {"steps": job.total, "memory": memory, "time": seconds}
+    odd = [
+        f"{one['name']}, {what}: {show_names([f'{name} ({how})' for name, how in files.items()], at_most=20)}"
+        for one in described
+        for what, files in one["odd"].items()
+    ]
+    lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in to_mend)]
+    print(json.dumps(report, indent=2) if config.report.json else "\n".join(lines))
+    return int(bool(to_mend))
+
+
+def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """Of each concept its pictures, as JSON: `cut_off` is the mean share, `seen` how often each comes up in the run;
+    `odd` names for each oddity the files, and what was found of them."""
+    sizes = of_records(sizes_of_run(job, concepts[0]), concepts[0].records) if concepts else []
+    described = []
+    for concept in concepts:
+        group = [one for one in concepts if (one.group or one.name) == (concept.group or concept.name)]
+        of_group = sum(one.repeats * len(one.records) for one in group)
+        pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])
+        own = {
+            "name": concept.name,
+            "pictures": len(pictures),
+            "sizes": list(dict.fromkeys("{}x{}".format(*size) for size in (pictures[0], pictures[-1]))),
+            "trained_at": Counter("{}x{}".format(*sizes[at]) for at in nearest(sizes, pictures)),
+            "cut_off": float(lost_area(sizes, pictures).mean()),
+            "seen": float(job.total * job.config.rows_per_step * concept.repeats / of_group),
+            "odd": dict[str, dict[str, str]](),
+        }
+        described.append(own)
+        like = near_duplicates([record.looks for record in concept.records])
+        for at, record in enumerate(concept.records):
+            (size,), (lost,) = of_records(sizes, [record]), lost_area(sizes, [record.size])
+            enlarged, sharpness = max(size[0] / record.size[0], size[1] / record.size[1]), record.looks.sharpness
+            for what, is_so, how in (
+                ("near-duplicate", at in like, f"like {concept.records[like.get(at, at)].path.name}"),
+                ("very blurred", sharpness < BLURRED, f"sharpness {sharpness:.1f}, expected {BLURRED:.0f}"),
+                ("small", enlarged > 1, f"enlarged {enlarged:.1f} times"),
+                ("much cropped", lost > MUCH, f"{lost:.0%} cut off"),
+            ):
+                if is_so:
+                    own["odd"].setdefault(what, {})[record.path.name] = how
+    return described
+
+
+def in_short(one: Mapping[str, Any]) -> str:
+    """A line on a concept's pictures."""
+    odd = ", ".join(f"{len(files)} {what}" for what, files in one["odd"].items())
+    return (
+        f"{one['name']}: {count_of(one['pictures'], 'picture')} of {' to '.join(one['sizes'])}, trained at "
+        f"{', '.join(one['trained_at'])}, {one['cut_off']:.0%} cut off, each seen {one['seen']:.1f} times"
+    ) + (f"; {odd} (`dreambooth-ms check` names them)" if odd else "")
+
+
+def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
+    """The words of a prompt that are neither common nor in that of the class -> into how many tokens they fall."""
+    tokens = {word: tokenizer.tokens(word) for word in re.findall(r"\w+", prompt) if word not in of_class}
+    return {word: len(own) for word, own in tokens.items() if len(own) > 1 or own[0] > COMMON * SIZE}

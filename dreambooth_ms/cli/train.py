@@ -10,25 +10,19 @@ from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
+from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_needs import (
-    check_expected_disk,
-    check_expected_memory,
-    kind_of_step,
-    warn_of_little,
-)
+from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
-from dreambooth_ms.cli.training_report import in_short, reports_of
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.records import Concept
-from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError, count_of
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
@@ -48,7 +42,6 @@ from dreambooth_ms.training.profile import profiled
 from dreambooth_ms.training.results import result_of
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
 from dreambooth_ms.training.run_lock import only_run_in
-from dreambooth_ms.training.speed import KeepSpeed
 from dreambooth_ms.training.stop import stop_requests
 from dreambooth_ms.training.trackers import Tracker, draw_loss, read_history
 
@@ -80,8 +73,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
     job = TrainingJob(processes, config, base, max(len(concepts[0].records), class_pictures))
     if processes.is_first:
-        for line in in_short(reports_of(job, concepts, PromptTokenizer(base.text, warns=False))):
-            tell(line)
+        tell("; ".join(map(in_short, describe_concepts(job, concepts))))
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:
@@ -162,8 +154,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         hooks: list[Callable[[StepReport], object]] = [training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
-            kind = kind_of_step(config, job.base, processes.count)
-            hooks.append(stack.enter_context(closing(KeepSpeed(kind))).measure)
+            hooks.append(stack.enter_context(closing(StepTimes(config, job.base, processes.count))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
         content, state = content_of(job.base_digests, batches.plan.concepts), partial(training.state, of_all=True)

@@ -78,7 +78,9 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept]) -> No
             )
 
 
-def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_prompt: str) -> None:
+def tell_cut_prompts(
+    base: ModelBundle, concepts: Sequence[Concept], class_prompt: str, tell: Callable[[str], object] = tell
+) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
     tokenizer, shared = PromptTokenizer(base.text), [class_prompt]
     for concept in concepts:

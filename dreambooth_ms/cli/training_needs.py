@@ -1,57 +1,44 @@
 """What a run will need, from its configuration, and what is there."""
 
 import hashlib
+import json
 import math
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
 
-from dreambooth_ms.atomic import check_room
+import numpy as np
+from tqdm import tqdm
+
+from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
+from dreambooth_ms.runtime.compile_cache import compile_cache, default_folder
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
-from dreambooth_ms.training.memory import (
-    OPTIMISER_BYTES,
-    MemoryEstimate,
-    Workload,
-    check_memory,
-    estimate,
-    machine_memory,
-    ranks_of,
-)
+from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
 from dreambooth_ms.weights.bundle import ModelBundle
-
-
-def expected_memory(config: TrainConfig, folder: ModelBundle, processes: int) -> MemoryEstimate:
-    """How much memory a step will need in each of so many processes."""
-    return estimate(_workload(config, folder, processes))
-
-
-def kind_of_step(config: TrainConfig, folder: ModelBundle, processes: int) -> str:
-    """Names the steps that take as long: of as much work, on the same device."""
-    work = _workload(config, folder, processes)
-    ordered = replace(work, ranks=[dict(sorted(own.items())) for own in work.ranks])
-    decisive = ordered, config.device, platform.node(), os.cpu_count()
-    return hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
 
 
 def check_expected_memory(
     config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Callable[[str], object] = tell
-) -> None:
-    """Say how much memory a step will need; what cannot fit ends here, before any work.
+) -> Mapping[str, int]:
+    """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
 
     `--max_device_memory` is of each process. All processes must ask at the same time.
     """
-    run, expected = config.run, expected_memory(config, folder, processes.count)
+    run, expected = config.run, estimate(_workload(config, folder, processes.count))
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
@@ -65,6 +52,48 @@ def check_expected_memory(
     advice += ["fewer processes on a machine"] if sharing > 1 else []
     if limit:
         check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+    return expected.parts
+
+
+class StepTimes:
+    """How long steps of such a run took on this machine, in seconds, kept beside the compile cache.
+
+    `measure` is a hook. What is done between steps counts with them.
+    """
+
+    def __init__(self, config: TrainConfig, base: ModelBundle, processes: int) -> None:
+        work = vars(_workload(config, base, processes))
+        ranks = [sorted(own.items()) for own in work["ranks"]]
+        decisive = repr((work | {"ranks": ranks}, config.device, platform.node(), os.cpu_count()))
+        cache = compile_cache()
+        folder, name = cache.folder if cache else default_folder(), hashlib.sha256(decisive.encode()).hexdigest()[:32]
+        self._file = folder / f"{name}.times" if folder else None
+        self._ends, self.steps, self.compilation = [time.monotonic()], list[float](), 0.0
+        with suppress(OSError, ValueError, TypeError):
+            self.steps, self.compilation = json.loads(self._file.read_bytes()) if self._file else ([], 0.0)
+
+    def measure(self, report: StepReport) -> None:
+        """Note the end of a step."""
+        self._ends.append(time.monotonic())
+
+    def close(self) -> None:
+        """Keep the newest 200. What the first took longer than the others is what it was compiled in."""
+        first, *others = np.diff(self._ends).tolist() or [0.0]
+        if self._file and len(others) > 1:
+            longest = max(self.compilation, first - float(np.median(others)))
+            with suppress(WeightError):
+                write_bytes(self._file, json.dumps([(self.steps + others)[-200:], longest]).encode())
+
+    def expected(self, steps: int) -> tuple[str, Mapping[str, Any] | None]:
+        """How long so many steps will take, in words and in seconds."""
+        if not self.steps:
+            return "expected time: not known before a first run with such steps on this machine", None
+        low, middle, high = (steps * np.percentile(self.steps, (10, 50, 90))).tolist()
+        shown = [tqdm.format_interval(seconds) for seconds in (middle, low, high, self.compilation)]
+        return (
+            "expected time: {} ({} to {}, as 80 % of the steps measured here took), and up to {} to compile each size; "
+            "class pictures, encoding and validation come on top".format(*shown)
+        ), {"seconds": middle, "from": low, "to": high, "compilation": self.compilation, "measured": len(self.steps)}
 
 
 def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:

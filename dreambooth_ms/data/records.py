@@ -1,7 +1,6 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,7 +30,6 @@ class Record:
     background: str = "white"
     """What it is put on where it is transparent."""
     looks: Looks = NOT_MEASURED
-    """What is measured of it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Concept:
 
 
 def refuse(problems: str) -> None:
-    """Raise what is wrong, one line each, as a DataError."""
+    """Raise what is wrong, a line each, as a DataError."""
     raise DataError(problems)
 
 
@@ -80,7 +78,7 @@ class Source:
     def records(self, tell: Callable[[str], object], fail: Callable[[str], object] = refuse) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
         starts; what is not used, or not as it is, is told in one line for each kind. `fail` takes what is wrong with
-        pictures and captions, if it is to be raised or not.
+        pictures and captions, where the others are wanted.
 
         Raises:
             DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
@@ -91,35 +89,28 @@ class Source:
         pictures = found.pictures[: self.at_most]
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
         records, problems, prompts = list[Record](), list[str](), [(self.prompt,)] * len(pictures)
-        with _noted(problems):
+        noted: dict[str, list[Path]] = {}
+        try:
             prompts = self.captioning.prompts(pictures, self.prompt)
+        except DataError as error:
+            problems.append(str(error))
         for path, captions in zip(pictures, prompts, strict=True):
-            with _noted(problems):
-                records.append(self._record(path, captions, notes))
+            try:
+                opened = read_picture(path, self.background)
+                sha256, (width, height) = digest(path, opened.reading), opened.picture.size
+                if min(width, height) < MIN_SIDE:
+                    raise DataError(
+                        f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
+                    )
+                mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
+                looks = looks_of(opened.picture)
+                records.append(Record(path, sha256, (width, height), captions, mask, self.background, looks))
+                for note in opened.notes:
+                    noted.setdefault(note, []).append(path)
+            except DataError as error:
+                problems.append(str(error))
         if problems:
             fail("\n".join(problems))
-        for line in told(notes):
+        for line in told(notes | noted):
             tell(line)
         return tuple(records)
-
-    def _record(self, path: Path, captions: tuple[str, ...], notes: dict[str, list[Path]]) -> Record:
-        opened = read_picture(path, self.background)
-        width, height = opened.picture.size
-        if min(width, height) < MIN_SIDE:
-            raise DataError(
-                f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
-            )
-        mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
-        for note in opened.notes:
-            notes.setdefault(note, []).append(path)
-        sha256, looks = digest(path, opened.reading), looks_of(opened.picture)
-        return Record(path, sha256, (width, height), captions, mask, self.background, looks)
-
-
-@contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Inside, a DataError is added to the problems."""
-    try:
-        yield
-    except DataError as error:
-        problems.append(str(error))

@@ -26,7 +26,6 @@ class PromptTokenizer:
         self._tokenizers = [reader.tokenizer() for reader in readers]
         self._pooled_at, self._warns = readers[-1].pooled_at, warns
         self.length: int = self._tokenizers[0].length
-        self.size: int = self._tokenizers[0].size
 
     def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
         """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side.
@@ -42,10 +41,6 @@ class PromptTokenizer:
     def lost(self, prompt: str) -> str | None:
         """What of a prompt is cut off in one piece; None if it fits."""
         return self._tokenizers[0].lost(prompt)
-
-    def tokens(self, text: str) -> list[int]:
-        """The ids of a text of any length, by the first tokenizer, of `size` ids in all."""
-        return self._tokenizers[0].tokens(text)
 
     def texts(self, prompts: Iterable[str], pieces: int = 1) -> dict[str, list[PromptText]]:
         """What text encoders take of each piece of each distinct prompt: ids, and where they end if they are pooled."""

@@ -62,8 +62,6 @@ class ClipTokenizer:
             )
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
-        self.size = len(self._tokenizer)
-        """Tokens that it knows."""
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
 
