@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     says, seconds = StepTimes(config, base, processes).expected(job.total)
 
     described = describe_concepts(job, concepts)
-    to_mend = [line for lines in problems for line in lines.splitlines()]
+    to_mend = list(dict.fromkeys(line for lines in problems for line in lines.splitlines()))
     report = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
@@ -69,7 +69,8 @@ def run(argv: Sequence[str]) -> int:
         for what, files in one["odd"].items()
     ]
     lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in to_mend)]
-    print(json.dumps(report, indent=2) if config.report.json else "\n".join(lines))
+    text = json.dumps(report, indent=2) if config.report.json else "\n".join(lines)
+    print(text.encode(errors="backslashreplace").decode())
     return int(bool(to_mend))
 
 

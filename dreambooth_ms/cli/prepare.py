@@ -10,7 +10,7 @@ from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_free, chec
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.prepare import PrepareConfig
-from dreambooth_ms.data.buckets import chosen_sizes
+from dreambooth_ms.data.buckets import least_losing, sizes_of
 from dreambooth_ms.data.captions import FILE_NAME, Captioning, caption_files, read_rows
 from dreambooth_ms.data.looks import near_duplicates
 from dreambooth_ms.data.pictures import CAPTION_FILES, frame_of, open_picture, resize_and_crop
@@ -45,11 +45,14 @@ def run(argv: Sequence[str]) -> int:
     partial = target.with_name(f"{TEMPORARY_PREFIX}{of_target}-{of_work}")
     for other in set(target.parent.glob(f"{TEMPORARY_PREFIX}{of_target}-*")) - {partial}:
         shutil.rmtree(other, ignore_errors=True)  # Of another command for this target.
-    sizes = chosen_sizes(wanted, [record.size for record in kept])
+    sizes = sizes_of(wanted.resolution) if wanted.use_aspect_ratio_bucket else [(wanted.resolution, wanted.resolution)]
+    if wanted.max_buckets:
+        sizes = least_losing(sizes, [record.size for record in kept], wanted.max_buckets)
     for record in with_progress(kept, len(kept), desc="writing", unit="picture"):
         path, (size,) = partial / names[record.path], of_records(sizes, [record])
         if not path.exists():
             crop = resize_and_crop(open_picture(record.path, background), frame_of(record.size, size), "lanczos")
+            crop.info.clear()  # A colour profile that was followed, or a transparent colour.
             with atomic_path(path) as file:
                 crop.save(file, format="PNG")
     _write_captions(source, names, partial)

@@ -91,8 +91,8 @@ class StepTimes:
         low, middle, high = (steps * np.percentile(self.steps, (10, 50, 90))).tolist()
         shown = [tqdm.format_interval(seconds) for seconds in (middle, low, high, self.compilation)]
         return (
-            "expected time: {} ({} to {}, as 80 % of the steps measured here took), and up to {} to compile each size; "
-            "class pictures, encoding and validation come on top".format(*shown)
+            "expected time: {} ({} to {}, as four of five steps took here), and up to {} to compile each size; class "
+            "pictures, encoding and validation come on top".format(*shown)
         ), {"seconds": middle, "from": low, "to": high, "compilation": self.compilation, "measured": len(self.steps)}
 
 

@@ -10,7 +10,7 @@ from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.choices import Interpolation
-from dreambooth_ms.data.buckets import chosen_sizes, lost_area
+from dreambooth_ms.data.buckets import least_losing, lost_area, sizes_of
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
 from dreambooth_ms.data.records import Concept
@@ -27,8 +27,12 @@ def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
 
 def sizes_of_run(job: TrainingJob, subject: Concept) -> tuple[Size, ...]:
     """Those that pictures are trained at."""
+    data = job.config.data
+    if not data.use_aspect_ratio_bucket:
+        return (job.size,)
     pictures = [record.size for record in subject.records]
-    return tuple(chosen_sizes(job.config.data, pictures, job.base.side_multiple))
+    sizes = sizes_of(data.resolution, job.base.side_multiple)
+    return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
 
 
 def views_of(job: TrainingJob, plan: Plan) -> tuple[View, ...]:

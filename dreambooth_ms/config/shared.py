@@ -4,26 +4,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, SIDE, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
 
 Background: TypeAlias = Annotated[str, COLOUR]
 """What a picture is put on where it is transparent."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SizesConfig:
-    """The sizes that pictures are cropped to."""
-
-    resolution: Annotated[int, SIDE] = 512
-    """Side of the square training pictures, in pixels."""
-    use_aspect_ratio_bucket: bool = False
-    """Train pictures at sizes of several aspect ratios with about the area of resolution x resolution, each at the one
-    that cuts off least of it; a step has pictures of one size. Each size is compiled once."""
-    max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
-    """At most so many sizes: those at which all pictures together lose least. None: all that some picture needs."""
-    transparent_background: Background = "white"
-    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 
 @dataclass(frozen=True, kw_only=True)

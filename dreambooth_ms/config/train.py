@@ -13,6 +13,7 @@ from dreambooth_ms.config.ranges import (
     NOT_EMPTY,
     PATH,
     SEED,
+    SIDE,
     STEPS,
     ZERO_OR_ONE,
     Range,
@@ -21,7 +22,7 @@ from dreambooth_ms.config.ranges import (
 )
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig, SizesConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -57,13 +58,20 @@ def _words(prompt: str) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(SizesConfig):
+class DataConfig:
     """The subject's pictures."""
 
     instance_data_dir: Annotated[str, NOT_EMPTY, PATH, Resume.BY_CONTENT]
     """Folder with the pictures of the subject."""
     instance_prompt: Annotated[str, NOT_EMPTY, _NAMELESS]
     """Prompt that names the subject, with its rare token: "a photo of sks dog"."""
+    resolution: Annotated[int, SIDE] = 512
+    """Side of the square training pictures, in pixels."""
+    use_aspect_ratio_bucket: bool = False
+    """Train pictures at sizes of several aspect ratios with about the area of resolution x resolution, each at the one
+    that cuts off least of it; a step has pictures of one size. Each size is compiled once."""
+    max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
+    """At most so many sizes: those at which all pictures together lose least. None: all that some picture needs."""
     debug_arb: Annotated[bool, only_with("use_aspect_ratio_bucket")] = False
     """Write output_dir/crops.png: what is left of the pictures at each size, cropped in the middle."""
     center_crop: bool = False
@@ -79,6 +87,8 @@ class DataConfig(SizesConfig):
     """How much counts what is outside the masks."""
     image_interpolation_mode: choices.Interpolation = "lanczos"
     """Filter used to resize pictures."""
+    transparent_background: Background = "white"
+    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
 
 
 _COMBINED = only_with("read_prompt_from_txt", "instance", "class", "both")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dreambooth_ms.config.shared import SizesConfig
 from dreambooth_ms.data.pictures import Size
 
 _OF_512 = (
@@ -38,14 +37,6 @@ def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
         kept = {size for size in fitting if size[1] >= max(lowest, step)}
         sizes = kept | {(height, width) for width, height in kept} | {(resolution, resolution)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size[0]))
-
-
-def chosen_sizes(wanted: SizesConfig, pictures: Sequence[Size], multiple: int = 8) -> Sequence[Size]:
-    """Those that pictures are cropped to by the flags; sides are multiples of `multiple`."""
-    if not wanted.use_aspect_ratio_bucket:
-        return [(wanted.resolution, wanted.resolution)]
-    sizes = sizes_of(wanted.resolution, multiple)
-    return least_losing(sizes, pictures, wanted.max_buckets) if wanted.max_buckets else sizes
 
 
 def nearest(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
