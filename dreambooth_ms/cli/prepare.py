@@ -40,7 +40,8 @@ def run(argv: Sequence[str]) -> int:
     if twice := [str(path) for path, name in names.items() if list(names.values()).count(name) > 1]:
         raise DataError(f"{', '.join(twice)}: would become the same file; rename them")
 
-    work = wanted, [(record.path.name, record.digest) for record in kept]
+    beside = _beside(source, names)
+    work = wanted, [(record.path.name, record.digest) for record in kept], beside
     of_target, of_work = (hashlib.sha256(repr(one).encode()).hexdigest()[:8] for one in (target, work))
     partial = target.with_name(f"{TEMPORARY_PREFIX}{of_target}-{of_work}")
     for other in set(target.parent.glob(f"{TEMPORARY_PREFIX}{of_target}-*")) - {partial}:
@@ -55,20 +56,22 @@ def run(argv: Sequence[str]) -> int:
             crop.info.clear()  # A colour profile that was followed, or a transparent colour.
             with atomic_path(path) as file:
                 crop.save(file, format="PNG")
-    _write_captions(source, names, partial)
+    for name, content in beside.items():
+        write_bytes(partial / name, content)
     partial.replace(target)
     sync(target.parent)
     tell(f"wrote {target}: {count_of(len(kept), 'picture')}, {len(like)} left out")
     return 0
 
 
-def _write_captions(source: Path, names: Mapping[Path, str], folder: Path) -> None:
+def _beside(source: Path, names: Mapping[Path, str]) -> dict[str, bytes]:
     """Caption files, and metadata as JSON lines, by the pictures' new names."""
+    found = {}
     for path, name in names.items():
         for file in caption_files(path):
-            shutil.copyfile(file, folder / (name + file.suffix if file.stem == path.name else file.name))
+            found[name + file.suffix if file.stem == path.name else file.name] = file.read_bytes()
     new = {path.name: name for path, name in names.items()}
     for file in [source / name for name in CAPTION_FILES if (source / name).is_file()][:1]:
         rows = [row | {FILE_NAME: new[row[FILE_NAME]]} for row in read_rows(file) if row.get(FILE_NAME) in new]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_bytes(folder / CAPTION_FILES[0], text.encode())
+        found[CAPTION_FILES[0]] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return found
