@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,30 +57,28 @@ def check_expected_memory(
 
 
 class StepTimes:
-    """How long steps of such a run took on this machine, in seconds, kept beside the compile cache.
-
-    `measure` is a hook. What is done between steps counts with them.
-    """
+    """How long the newest steps of such a run took on this machine, in seconds, kept beside the compile cache."""
 
     def __init__(self, config: TrainConfig, base: ModelBundle, processes: int) -> None:
         work = vars(_workload(config, base, processes))
         ranks = [sorted(own.items()) for own in work["ranks"]]
         decisive = repr((work | {"ranks": ranks}, config.device, platform.node(), os.cpu_count()))
         cache = compile_cache()
-        folder, name = cache.folder if cache else default_folder(), hashlib.sha256(decisive.encode()).hexdigest()[:32]
-        self._file = folder / f"{name}.times" if folder else None
+        # Without a home nothing is kept.
+        folder = cache.folder if cache else default_folder() or Path(os.devnull)
+        self._file = folder / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.times"
         self._ends, self.steps, self.compilation = [time.monotonic()], list[float](), 0.0
         with suppress(OSError, ValueError, TypeError):
-            self.steps, self.compilation = json.loads(self._file.read_bytes()) if self._file else ([], 0.0)
+            self.steps, self.compilation = json.loads(self._file.read_bytes())
 
     def measure(self, report: StepReport) -> None:
-        """Note the end of a step."""
+        """A hook: note the end of a step, and of what was done since the last."""
         self._ends.append(time.monotonic())
 
     def close(self) -> None:
         """Keep the newest 200. What the first took longer than the others is what it was compiled in."""
         first, *others = np.diff(self._ends).tolist() or [0.0]
-        if self._file and len(others) > 1:
+        if len(others) > 1:
             longest = max(self.compilation, first - float(np.median(others)))
             with suppress(WeightError):
                 write_bytes(self._file, json.dumps([(self.steps + others)[-200:], longest]).encode())
