@@ -18,7 +18,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.data.buckets import lost_area, nearest
 from dreambooth_ms.data.looks import BLURRED, near_duplicates
 from dreambooth_ms.data.plan import of_records
-from dreambooth_ms.data.records import Concept
+from dreambooth_ms.data.records import INSTANCE, Concept
 from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer
 from dreambooth_ms.formats.naming.report import show_names
@@ -50,9 +50,11 @@ def run(argv: Sequence[str]) -> int:
     if to_come := attempt(lambda: class_numbers_to_come(config)):
         notes.append(f"{count_of(len(to_come), 'class picture')} to be generated first")
     tell_cut_prompts(base, concepts, prior.class_prompt or "", notes.append)
-    rare = rare_words(base.text[0].tokenizer(), config.data.instance_prompt, prior.class_prompt or "")
-    named = ", ".join(f"{word} ({count_of(tokens, 'token')})" for word, tokens in rare.items())
-    notes.append(f"rare words of the prompt: {named or 'none; name the subject by one, such as sks'}")
+    prompts, tokenizer = [config.data.instance_prompt], base.text[0].tokenizer()
+    rare = {prompt: rare_words(tokenizer, prompt, prior.class_prompt or "") for prompt in prompts if prompt}
+    for prompt, words in rare.items():
+        named = ", ".join(f"{word} ({count_of(tokens, 'token')})" for word, tokens in words.items())
+        notes.append(f"rare words of {prompt!r}: {named or 'none; name the subject by one, such as sks'}")
     pictures = max([len(one.records) for one in concepts[:1]] + [prior.num_class_images if prior.folder else 0])
     job = TrainingJob(ALONE, config, base, pictures)
     memory = attempt(lambda: check_expected_memory(config, base, ALONE, notes.append))
@@ -77,8 +79,10 @@ def run(argv: Sequence[str]) -> int:
 def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:
     """Of each concept its pictures, as JSON: `cut_off` is the mean share, `seen` how often each comes up in the run;
     `odd` names for each oddity the files, and what was found of them."""
-    sizes = of_records(sizes_of_run(job, concepts[0]), concepts[0].records) if concepts else []
-    described = []
+    subjects = [record for one in concepts if (one.group or one.name) == INSTANCE for record in one.records]
+    if not subjects:
+        return []
+    sizes, described = of_records(sizes_of_run(job, concepts[0]), subjects), []
     for concept in concepts:
         group = [one for one in concepts if (one.group or one.name) == (concept.group or concept.name)]
         of_group = sum(one.repeats * len(one.records) for one in group)

@@ -77,7 +77,7 @@ def test_sound_pictures_are_described(checked):
     }
     assert report["steps"] == 6 and report["time"] is None
     assert sum(report["memory"].values()) > 0
-    assert "sks" in report["rare_words"]
+    assert "sks" in report["rare_words"]["a photo of sks star"]
 
 
 def test_odd_pictures_are_named_and_nothing_has_to_be_mended(checked, place):
@@ -117,7 +117,7 @@ def test_sizes_of_buckets_and_class_pictures_are_counted(checked, place):
     assert subject["trained_at"] == {"24x40": 1, "40x24": 4} and subject["seen"] == pytest.approx(12 / 5)
     assert of_class["pictures"] == 3 and of_class["trained_at"] == {"24x40": 3}
     assert "2 class pictures to be generated first" in report["notes"]
-    assert list(report["rare_words"]) == ["sks"]
+    assert list(report["rare_words"]["a photo of sks star"]) == ["sks"]
 
 
 def damaged(place):

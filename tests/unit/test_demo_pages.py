@@ -330,7 +330,7 @@ def test_a_training_is_checked_before_it_starts(runs):
     assert not page.exception
     report = page.code[0].value
     assert "instance: 5 pictures of 64x64, trained at 64x64, 0% cut off" in report
-    assert "rare words of the prompt: sks" in report and "expected memory: " in report
+    assert "rare words of 'a photo of a sks star': sks" in report and "expected memory: " in report
     page.text_input("teach_prompt True").set_value(" ").run()
     assert not list(runs.iterdir())
 
