@@ -118,7 +118,7 @@ def in_short(one: Mapping[str, Any]) -> str:
     return (
         f"{one['name']}: {count_of(one['pictures'], 'picture')} of {' to '.join(one['sizes'])}, trained at "
         f"{', '.join(one['trained_at'])}, {one['cut_off']:.0%} cut off, each seen {one['seen']:.1f} times"
-    ) + (f"; {odd} (`dreambooth-ms check` names them)" if odd else "")
+    ) + (f"; {odd}" if odd else "")
 
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:

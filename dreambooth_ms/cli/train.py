@@ -73,7 +73,8 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     class_pictures = config.prior.num_class_images if config.prior.folder else 0
     job = TrainingJob(processes, config, base, max(len(concepts[0].records), class_pictures))
     if processes.is_first:
-        tell("; ".join(map(in_short, describe_concepts(job, concepts))))
+        for one in describe_concepts(job, concepts):
+            tell(in_short(one) + (" (`dreambooth-ms check` names them)" if one["odd"] else ""))
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:
