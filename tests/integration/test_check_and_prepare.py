@@ -132,7 +132,7 @@ def captions(place, *names, text="a dog"):
 
 
 TO_MEND = {
-    "every damaged picture": (damaged, [], ["bad.png: cannot be read", "worse.jpg: not a picture", "dot.png: 4x4"]),
+    "every damaged picture": (damaged, [], ["bad.png: not a picture", "worse.jpg: not a picture", "dot.png: 4x4"]),
     "missing captions": (
         lambda place: captions(place, 0, 2),
         ["--use_txt_as_label"],
@@ -141,7 +141,7 @@ TO_MEND = {
     "captions and pictures": (
         lambda place: (damaged(place), captions(place, 0, 1, 2, 3, "bad", "worse", "dot", text=b"\xff\xfe")),
         ["--use_txt_as_label"],
-        ["0.txt: not UTF-8 at byte 0", "bad.png: cannot be read", "worse.jpg: not a picture", "dot.png: 4x4"],
+        ["0.txt: not UTF-8 at byte 0", "bad.png: not a picture", "worse.jpg: not a picture", "dot.png: 4x4"],
     ),
     "empty captions": (
         lambda place: captions(place, 0, 1, 2, 3, text=" \n"),
@@ -189,7 +189,7 @@ def test_a_long_caption_is_named(checked, place):
     [
         (["--rank", "0"], "--rank: expected at least 1, got 0"),
         (["--resolution", "34"], "--resolution: expected a multiple of 8, at least 32, got 34"),
-        (["--pretrained_model_name_or_path", "dog"], "dog: "),
+        (["--pretrained_model_name_or_path", "dog"], "dog is not a model folder"),
         (["--jsn"], "--jsn: unknown flag; did you mean --json?"),
     ],
 )
@@ -369,7 +369,7 @@ REFUSED = {
         ["ready: is there already"],
     ),
     "the source as target": (lambda place: None, ["dog", "dog"], ["dog: is there already"]),
-    "damaged pictures": (damaged, ["dog", "ready"], ["bad.png: cannot be read", "worse.jpg: not a", "dot.png: 4x4"]),
+    "damaged pictures": (damaged, ["dog", "ready"], ["bad.png: not a picture", "worse.jpg: not a", "dot.png: 4x4"]),
     "names that differ in the suffix": (
         lambda place: scene(13).save(place / "dog" / "0.jpg"),
         ["dog", "ready"],
