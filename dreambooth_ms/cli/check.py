@@ -39,14 +39,13 @@ def run(argv: Sequence[str]) -> int:
         try:
             return look()
         except UserError as error:
-            problems.append(str(error))
+            problems.extend(str(error).splitlines())
 
     wanted = load(CheckConfig, argv, notes.append)
     config = replace(wanted, device=set_up(wanted.device))
     base, prior, processes = open_base(config.model), config.prior, config.processes.num_processes or 1
     base.schedule.trained(config.loss.prediction_type)
-    found = attempt(lambda: read_concepts(config, notes.append, problems.append)) or []
-    concepts = [concept for concept in found if concept.records]
+    concepts: list[Concept] = attempt(lambda: read_concepts(config, notes.append)) or []
     if to_come := attempt(lambda: class_numbers_to_come(config)):
         notes.append(f"{count_of(len(to_come), 'class picture')} to be generated first")
     tell_cut_prompts(base, concepts, prior.class_prompt or "", notes.append)
@@ -62,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     says, seconds = StepTimes(config, base, processes).expected(job.total)
 
     described = describe_concepts(job, concepts)
-    to_mend = list(dict.fromkeys(line for lines in problems for line in lines.splitlines()))
+    to_mend = list(dict.fromkeys(problems))
     report = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
@@ -123,5 +122,7 @@ def in_short(one: Mapping[str, Any]) -> str:
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
     """The words of a prompt that are neither common nor in that of the class -> into how many tokens they fall."""
-    tokens = {word: tokenizer.tokens(word) for word in re.findall(r"\w+", prompt) if word not in of_class}
+    tokens = {
+        word: tokenizer.tokens(word) for word in re.findall(r"\w+", prompt) if not re.search(rf"\b{word}\b", of_class)
+    }
     return {word: len(own) for word, own in tokens.items() if len(own) > 1 or own[0] > COMMON * SIZE}

@@ -8,7 +8,7 @@ from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.pictures import told
-from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source, refuse
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.processes.group import Processes
@@ -17,10 +17,8 @@ from dreambooth_ms.training.content import digests_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def read_concepts(
-    config: TrainConfig, tell: Callable[[str], object] = tell, fail: Callable[[str], object] = refuse
-) -> list[Concept]:
-    """The subject, and its class as far as it is there already; `fail` takes what is wrong with pictures and captions.
+def read_concepts(config: TrainConfig, tell: Callable[[str], object] = tell) -> list[Concept]:
+    """The subject, and its class as far as it is there already.
 
     Raises:
         DataError: there is no subject, or a picture or caption of either is damaged or missing.
@@ -35,10 +33,10 @@ def read_concepts(
         masked=config.masked,
         mask_folder=Path(data.mask_dir) if data.mask_dir else None,
     )
-    concepts = [Concept(INSTANCE, subject.records(tell, fail), wording=_wording(config))]
+    concepts = [Concept(INSTANCE, subject.records(tell), wording=_wording(config))]
     if prior.folder and len(class_numbers_to_come(config)) < prior.num_class_images:
         of_class = Source(prior.folder, prior.class_prompt or "", captioning(CLASS), prior.num_class_images, background)
-        concepts.append(Concept(CLASS, of_class.records(tell, fail), prior.prior_loss_weight))
+        concepts.append(Concept(CLASS, of_class.records(tell), prior.prior_loss_weight))
     return concepts
 
 

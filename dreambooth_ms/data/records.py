@@ -54,11 +54,6 @@ class Concept:
         return len({record.captions for record in self.records}) > 1
 
 
-def refuse(problems: str) -> None:
-    """Raise what is wrong, a line each, as a DataError."""
-    raise DataError(problems)
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a concept's pictures and prompts come from."""
@@ -75,10 +70,9 @@ class Source:
     mask_folder: Path | None = None
     """in this folder; None: its opacity."""
 
-    def records(self, tell: Callable[[str], object], fail: Callable[[str], object] = refuse) -> tuple[Record, ...]:
+    def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
-        starts; what is not used, or not as it is, is told in one line for each kind. `fail` takes what is wrong with
-        pictures and captions, where the others are wanted.
+        starts; what is not used, or not as it is, is told in one line for each kind.
 
         Raises:
             DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
@@ -110,7 +104,7 @@ class Source:
             except DataError as error:
                 problems.append(str(error))
         if problems:
-            fail("\n".join(problems))
+            raise DataError("\n".join(problems))
         for line in told(notes | noted):
             tell(line)
         return tuple(records)
