@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from dreambooth_ms.cli.base import open_base
@@ -15,6 +14,7 @@ from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, che
 from dreambooth_ms.cli.training_plan import sizes_of_run
 from dreambooth_ms.config.check import CheckConfig
 from dreambooth_ms.config.load import load
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.buckets import lost_area, nearest
 from dreambooth_ms.data.looks import BLURRED, near_duplicates
 from dreambooth_ms.data.plan import of_records
@@ -41,8 +41,9 @@ def run(argv: Sequence[str]) -> int:
         except UserError as error:
             problems.extend(str(error).splitlines())
 
-    wanted = load(CheckConfig, argv, notes.append)
-    config = replace(wanted, device=set_up(wanted.device))
+    wanted = dict(vars(load(CheckConfig, argv, notes.append)))
+    as_json, device = wanted.pop("report").json, set_up(wanted["device"])
+    config = TrainConfig(**wanted | {"device": device})
     base, prior, processes = open_base(config.model), config.prior, config.processes.num_processes or 1
     base.schedule.trained(config.loss.prediction_type)
     concepts: list[Concept] = attempt(lambda: read_concepts(config, notes.append)) or []
@@ -70,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
         for what, files in one["odd"].items()
     ]
     lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in to_mend)]
-    text = json.dumps(report, indent=2) if config.report.json else "\n".join(lines)
+    text = json.dumps(report, indent=2) if as_json else "\n".join(lines)
     print(text.encode(errors="backslashreplace").decode())
     return int(bool(to_mend))
 
