@@ -63,7 +63,7 @@ def run(argv: Sequence[str]) -> int:
 
     described = describe_concepts(job, concepts)
     to_mend = list(dict.fromkeys(problems))
-    report = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
+    report: dict[str, Any] = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
         f"{one['name']}, {what}: {show_names([f'{name} ({how})' for name, how in files.items()], at_most=20)}"
@@ -87,6 +87,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
         group = [one for one in concepts if (one.group or one.name) == (concept.group or concept.name)]
         of_group = sum(one.repeats * len(one.records) for one in group)
         pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])
+        odd: dict[str, dict[str, str]] = {}
         own = {
             "name": concept.name,
             "pictures": len(pictures),
@@ -94,7 +95,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
             "trained_at": Counter("{}x{}".format(*sizes[at]) for at in nearest(sizes, pictures)),
             "cut_off": float(lost_area(sizes, pictures).mean()),
             "seen": float(job.total * job.config.rows_per_step * concept.repeats / of_group),
-            "odd": dict[str, dict[str, str]](),
+            "odd": odd,
         }
         described.append(own)
         like = near_duplicates([record.looks for record in concept.records])
@@ -108,7 +109,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
                 ("much cropped", lost > MUCH, f"{lost:.0%} cut off"),
             ):
                 if is_so:
-                    own["odd"].setdefault(what, {})[record.path.name] = how
+                    odd.setdefault(what, {})[record.path.name] = how
     return described
 
 

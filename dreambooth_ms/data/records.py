@@ -82,7 +82,8 @@ class Source:
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
         pictures = found.pictures[: self.at_most]
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
-        records, problems, prompts = list[Record](), list[str](), [(self.prompt,)] * len(pictures)
+        records, problems = list[Record](), list[str]()
+        prompts: list[tuple[str, ...]] = [(self.prompt,)] * len(pictures)
         noted: dict[str, list[Path]] = {}
         try:
             prompts = self.captioning.prompts(pictures, self.prompt)
