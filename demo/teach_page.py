@@ -21,6 +21,7 @@ FOLDER, UPLOAD = "From a folder", "Upload"
 SHOWN_TRAININGS = 8
 CARD_WIDTH = 165
 """Of a photograph, in pixels: two beside each other on a phone."""
+CHECK = "What the training will make of the photographs and the prompt, what it needs, and how long it will take."
 STATE_ICONS = {"running": "progress_activity", "finished": "check", "stopped": "pause", "failed": "warning"}
 
 
@@ -279,6 +280,10 @@ def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Lo
     running = training_process.running(places.runs)
     if running:
         st.caption(f"{running.name} is being trained; wait for its end, or stop it.")
+    if folder and st.button("Check", icon=":material/fact_check:", key="teach_check", help=CHECK):
+        arguments = training_process.arguments_of(flags(wishes, folder, places.runs / name), wishes.preset.file)
+        with st.spinner("Looking at it …"):
+            st.code("\n".join(training_process.check(arguments)), language=None, wrap_lines=True)
     ready = look is not None and look.usable and running is None
     if not st.button("Teach", type="primary", icon=":material/school:", disabled=not ready, key="teach_button"):
         return

@@ -217,6 +217,14 @@ def arguments_of(values: Mapping[str, Any], config: Path) -> list[str]:
     return ["--config", str(config), *(word for name, value in chosen.items() for word in (f"--{name}", str(value)))]
 
 
+def check(arguments: Sequence[str]) -> list[str]:
+    """What `dreambooth-ms check` says of a training, in lines; nothing is written."""
+    command = [*PROGRAM[:-1], "check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment())
+    errors = [line.removeprefix(_ERROR) for line in done.stderr.splitlines() if line.startswith(_ERROR)]
+    return done.stdout.splitlines() or errors or [_UNKNOWN]
+
+
 def start(folder: Path, arguments: Sequence[str]) -> Training:
     """Start a training into its folder, which its arguments name as --output_dir.
 

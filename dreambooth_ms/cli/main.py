@@ -22,6 +22,8 @@ from dreambooth_ms.processes.launch import exit_at_once, is_launched
 
 COMMANDS = {
     "train": "teach a base model a subject from a few pictures",
+    "check": "look at the pictures and the command of a training before it starts",
+    "prepare": "crop pictures to the sizes of a training, near-duplicates left out",
     "sample": "generate pictures with a base model and its adapters",
     "evaluate": "compare base and adapted model",
     "inspect": "say what a file or folder is",

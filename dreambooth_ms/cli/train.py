@@ -10,11 +10,12 @@ from typing import Any
 
 from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.base import open_base
+from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_needs import check_expected_disk, check_expected_memory, warn_of_little
+from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
 from dreambooth_ms.cli.validation import ShowValidation
@@ -72,6 +73,9 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         sources = sources_of(with_folder_of_data_set(config))
     concepts = read_concepts(sources)
     job = TrainingJob(processes, config, base, pictures_of_a_pass(sources, concepts), sources)
+    if processes.is_first:
+        for one in describe_concepts(job, concepts):
+            tell(in_short(one) + (" (`dreambooth-ms check` names them)" if one["odd"] else ""))
     with ExitStack() as stack:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
         if found is None:
@@ -154,6 +158,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         hooks: list[Callable[[StepReport], object]] = [training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
+            hooks.append(stack.enter_context(closing(StepTimes(config, job.base, processes.count))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
         content = content_of(job.base_digests, batches.plan.concepts, job.sources)

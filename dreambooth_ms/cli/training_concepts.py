@@ -90,9 +90,9 @@ def pictures_of_a_pass(sources: Sequence[Source], concepts: Sequence[Concept]) -
     """Those of all subjects with their repeats; or of their classes, which may be yet to be generated, if more."""
     held, totals = {one.name: len(one.records) for one in concepts}, Counter[str]()
     for one in sources:
-        pictures = one.generated.num_class_images if one.generated else held[one.concept.name]
+        pictures = one.generated.num_class_images if one.generated else held.get(one.concept.name, 0)
         totals[one.concept.group] += math.ceil(pictures * one.concept.repeats)
-    return max(totals.values())
+    return max(totals.values(), default=0)
 
 
 def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
@@ -113,7 +113,12 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
             )
 
 
-def tell_cut_prompts(base: ModelBundle, concepts: Sequence[Concept], class_prompts: Sequence[str]) -> None:
+def tell_cut_prompts(
+    base: ModelBundle,
+    concepts: Sequence[Concept],
+    class_prompts: Sequence[str],
+    tell: Callable[[str], object] = tell,
+) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
     tokenizer, shared = PromptTokenizer(base.text), [*class_prompts]
     for concept in concepts:

@@ -1,25 +1,41 @@
 """What a run will need, from its configuration, and what is there."""
 
+import hashlib
+import json
 import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from dreambooth_ms.atomic import check_room
+import numpy as np
+from tqdm import tqdm
+
+from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
+from dreambooth_ms.runtime.compile_cache import compile_cache, default_folder
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
+from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: Processes) -> None:
-    """Say how much memory a step will need; what cannot fit ends here, before any work.
+def check_expected_memory(
+    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Callable[[str], object] = tell
+) -> Mapping[str, int]:
+    """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
 
     `--max_device_memory` is of each process. All processes must ask at the same time.
     """
@@ -37,6 +53,46 @@ def check_expected_memory(config: TrainConfig, folder: ModelBundle, processes: P
     advice += ["fewer processes on a machine"] if sharing > 1 else []
     if limit:
         check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+    return expected.parts
+
+
+class StepTimes:
+    """How long the newest steps of such a run took on this machine, in seconds, kept beside the compile cache."""
+
+    def __init__(self, config: TrainConfig, base: ModelBundle, processes: int) -> None:
+        work = vars(_workload(config, base, processes))
+        ranks = [sorted(own.items()) for own in work["ranks"]]
+        decisive = repr((work | {"ranks": ranks}, config.device, platform.node(), os.cpu_count()))
+        cache = compile_cache()
+        # Without a home nothing is kept.
+        folder = cache.folder if cache else default_folder() or Path(os.devnull)
+        self._file = folder / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.times"
+        self._ends, self.steps, self.compilation = [time.monotonic()], list[float](), 0.0
+        with suppress(OSError, ValueError, TypeError):
+            self.steps, self.compilation = json.loads(self._file.read_bytes())
+
+    def measure(self, report: StepReport) -> None:
+        """A hook: note the end of a step, and of what was done since the last."""
+        self._ends.append(time.monotonic())
+
+    def close(self) -> None:
+        """Keep the newest 200. What the first took longer than the others is what it was compiled in."""
+        first, *others = np.diff(self._ends).tolist() or [0.0]
+        if len(others) > 1:
+            longest = max(self.compilation, first - float(np.median(others)))
+            with suppress(WeightError):
+                write_bytes(self._file, json.dumps([(self.steps + others)[-200:], longest]).encode())
+
+    def expected(self, steps: int) -> tuple[str, Mapping[str, Any] | None]:
+        """How long so many steps will take, in words and in seconds."""
+        if not self.steps:
+            return "expected time: not known before a first run with such steps on this machine", None
+        low, middle, high = (steps * np.percentile(self.steps, (10, 50, 90))).tolist()
+        shown = [tqdm.format_interval(seconds) for seconds in (middle, low, high, self.compilation)]
+        return (
+            "expected time: {} ({} to {}, as four of five steps took here), and up to {} to compile each size; class "
+            "pictures, encoding and validation come on top".format(*shown)
+        ), {"seconds": middle, "from": low, "to": high, "compilation": self.compilation, "measured": len(self.steps)}
 
 
 def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:

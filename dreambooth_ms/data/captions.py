@@ -85,14 +85,18 @@ class Wording:
         return ", ".join([*parts[: self.kept], *(moved[i] for i in rng.permutation(len(moved)))])
 
 
+def caption_files(picture: Path) -> list[Path]:
+    """The files beside a picture that hold captions of it; the first is read."""
+    stems = picture.stem, picture.name
+    beside = [picture.with_name(stem + suffix) for stem in stems for suffix in CAPTION_SUFFIXES]
+    return [file for file in beside if file.is_file()]
+
+
 def _captions_of_files(pictures: Sequence[Path]) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     empty: list[Path] = []
     for path in pictures:
-        beside = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-        beside += [path.with_name(path.name + suffix) for suffix in CAPTION_SUFFIXES]
-        file = next((one for one in beside if one.is_file()), None)
-        if file:
+        for file in caption_files(path)[:1]:
             found[path] = [line.strip() for line in _text(file).splitlines() if line.strip()]
             empty += [] if found[path] else [file]
     _refuse({"empty captions": empty})
@@ -106,7 +110,7 @@ def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, l
     file = next(filter(Path.is_file, places), None)
     if file is None:
         raise DataError(f"--caption_column {column}: {folder} has none of {', '.join(CAPTION_FILES)}")
-    rows = _rows(file)
+    rows = read_rows(file)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if lacking := {FILE_NAME, column}.difference(columns):
         raise DataError(f"{file}: no column {', '.join(sorted(lacking))}; it has {', '.join(columns) or 'no rows'}")
@@ -120,7 +124,8 @@ def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, l
     return texts
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metadata.jsonl or metadata.csv, by their columns."""
     text = _text(file)
     if file.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))

@@ -110,9 +110,10 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     if not pictures:
         held = f"{len(entries)} found: {_names(entries)}" if entries else "it is empty"
         raise DataError(f"{folder}: no picture in it, {held}; {wanted}")
-    stems, notes = {path.stem for path in pictures}, {SKIPPED: list[Path](), CAPTIONS: list[Path]()}
+    names = {name for path in pictures for name in (path.stem, path.name)}
+    notes = {SKIPPED: list[Path](), CAPTIONS: list[Path]()}
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
-        is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in stems
+        is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in names
         notes[CAPTIONS if is_caption or path.name in CAPTION_FILES else SKIPPED].append(path)
     return PictureFolder(pictures, notes)
 

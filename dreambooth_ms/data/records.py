@@ -1,12 +1,13 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 from dreambooth_ms.config.train import PriorConfig
 from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
+from dreambooth_ms.data.looks import NOT_MEASURED, Looks, looks_of
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError, near
@@ -29,6 +30,8 @@ class Record:
     """Where the error counts; None: everywhere."""
     background: str = "white"
     """What it is put on where it is transparent."""
+    looks: Looks = field(default=NOT_MEASURED, compare=False)
+    """What is measured of it."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,14 @@ class Source:
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
         pictures = found.pictures[: self.generated.num_class_images if self.generated else None]
-        prompts = self.captioning.prompts(pictures, self.prompt)
         notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
-        records, problems = [], []
+        records, problems = list[Record](), list[str]()
+        prompts: list[tuple[str, ...]] = [(self.prompt,)] * len(pictures)
         noted: dict[str, list[Path]] = {}
+        try:
+            prompts = self.captioning.prompts(pictures, self.prompt)
+        except DataError as error:
+            problems.append(str(error))
         for path, captions in zip(pictures, prompts, strict=True):
             try:
                 opened = read_picture(path, self.background)
@@ -102,7 +109,8 @@ class Source:
                         f"{path}: {width}x{height} pixels are too few to learn from; use a larger picture or remove it"
                     )
                 mask = find_mask(path, self.mask_folder, (width, height)) if self.masked else None
-                records.append(Record(path, sha256, (width, height), captions, mask, self.background))
+                looks = looks_of(opened.picture)
+                records.append(Record(path, sha256, (width, height), captions, mask, self.background, looks))
                 for note in opened.notes:
                     noted.setdefault(note, []).append(path)
             except DataError as error:

@@ -68,16 +68,16 @@ class ClipTokenizer:
 
     def lost(self, prompt: str) -> str | None:
         """What one text of full length leaves out of a prompt; None if it fits."""
-        ids = self._ids(prompt)[self.length - 2 :]
+        ids = self.tokens(prompt)[self.length - 2 :]
         return self._tokenizer.decode(ids) if ids else None
 
     def num_pieces(self, prompt: str) -> int:
         """In how many pieces a prompt fits, each between a start and an end token."""
-        return max(1, -(-len(self._ids(prompt)) // (self.length - 2)))
+        return max(1, -(-len(self.tokens(prompt)) // (self.length - 2)))
 
     def pieces(self, prompt: str, count: int) -> np.ndarray:
         """A prompt cut into texts of full length, one after the other: (N, S) int32; the last ones may be empty."""
-        room, ids, own = self.length - 2, self._ids(prompt), self._tokenizer
+        room, ids, own = self.length - 2, self.tokens(prompt), self._tokenizer
         filler = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
         rows = np.full((count, self.length), filler, np.int32)
         for row, first in zip(rows, range(0, count * room, room), strict=True):
@@ -85,7 +85,8 @@ class ClipTokenizer:
             row[: len(piece)] = piece
         return rows
 
-    def _ids(self, prompt: str) -> list[int]:
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids of a text of any length, without marks."""
         return list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
 
 

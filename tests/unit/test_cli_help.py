@@ -107,7 +107,11 @@ def test_help_of_a_command_begins_with_what_everybody_sets(name, flags, capsys):
     ("name", "line"),
     [
         ("trian", "trian: unknown command; did you mean train?"),
-        ("--rank", "--rank: unknown command; expected one of train, sample, evaluate, inspect, convert, merge, doctor"),
+        (
+            "--rank",
+            "--rank: unknown command; expected one of train, check, prepare, sample, evaluate, inspect, convert, "
+            "merge, doctor",
+        ),
     ],
 )
 def test_an_unknown_command_is_answered_with_the_nearest(name, line, capsys):

@@ -324,6 +324,17 @@ def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
     assert not page.button("teach_button").disabled
 
 
+def test_a_training_is_checked_before_it_starts(runs):
+    page = AppTest.from_function(teach, default_timeout=120).run()
+    page.button("teach_check").click().run()
+    assert not page.exception
+    report = page.code[0].value
+    assert "instance: 5 pictures of 64x64, trained at 64x64, 0% cut off" in report
+    assert "rare words of 'a photo of a sks star': sks" in report and "expected memory: " in report
+    page.text_input("teach_prompt True").set_value(" ").run()
+    assert not list(runs.iterdir())
+
+
 def test_a_newcomer_is_told_that_the_embedded_base_knows_shapes_and_led_to_another(runs, monkeypatch, tmp_path):
     page = AppTest.from_function(teach, default_timeout=60).run()
     assert "knows flat shapes only" in page.info[0].value
