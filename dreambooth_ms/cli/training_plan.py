@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.choices import Interpolation
@@ -15,7 +14,7 @@ from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and
 from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
 from dreambooth_ms.data.records import Concept
 from dreambooth_ms.errors import count_of
-from dreambooth_ms.evaluation.sheet import Row, draw_sheet
+from dreambooth_ms.evaluation.sheet import Row, write_sheet
 
 
 def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
@@ -68,6 +67,5 @@ def write_crops(plan: Plan, interpolation: Interpolation, path: Path, at_most: i
         width, height = bucket.size
         label = f"{width}x{height}\n{count_of(len(records), 'picture')}"
         rows.append(Row(label, [np.asarray(crop) for crop in crops], names))
-    with atomic_path(path) as partial_file:
-        draw_sheet("What is left of the pictures at each size", rows).save(partial_file, format="PNG")
+    write_sheet(path, "What is left of the pictures at each size", rows)
     tell(f"wrote {path}")

@@ -96,7 +96,7 @@ def test_every_preset_can_be_started_from(name):
 def test_what_is_filled_in_becomes_a_configuration(tmp_path):
     words = arguments(tmp_path, validation_prompt="a sks star, 'quoted' --rank 9", learning_rate=3e-4)
     config = load(TrainConfig, words)
-    assert config.validation.validation_prompt == "a sks star, 'quoted' --rank 9"
+    assert config.validation.validation_prompt == ("a sks star, 'quoted' --rank 9",)
     assert (config.learning_rate, config.method.rank, config.run.max_train_steps) == (3e-4, 4, 6)
     assert config.prior.class_data_dir == str(tmp_path / "class_images")
     assert not load(TrainConfig, arguments(tmp_path, class_prompt=None)).prior.with_prior_preservation
