@@ -23,7 +23,7 @@ RUN_CONFIG = "config.yaml"
 DEPTH, ENTRIES = 4, 20_000
 """How deep and how wide folders are searched, so that a page opens soon whatever they hold."""
 
-_WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "__pycache__")
+_WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "masks", "__pycache__")
 """How the folders of a run begin that hold no result, but what it was made of."""
 
 

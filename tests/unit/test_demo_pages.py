@@ -380,7 +380,7 @@ def test_the_name_follows_the_prompt_until_it_is_written(runs):
     page.text_input("teach_prompt True").set_value("a photo of a zwx heart")
     page.text_input("teach_class True").set_value("a photo of a heart").run()
     assert page.text_input("teach_name").value == "zwx-heart-2"
-    assert page.text_input("teach_validation True").value == "a photo of a zwx heart"
+    assert page.text_area("teach_validation True").value == "a photo of a zwx heart"
     page.text_input("teach_name").set_value("mine").run()
     page.text_input("teach_prompt True").set_value("a photo of a qxt heart").run()
     assert page.text_input("teach_name").value == "mine"
@@ -479,4 +479,4 @@ def test_pictures_that_are_cut_or_being_written_are_not_shown(tmp_path):
     ],
 )
 def test_a_training_is_named_after_its_word_and_class(prompt, class_prompt, name):
-    assert name_of(prompt, class_prompt) == name
+    assert name_of([(prompt, class_prompt)]) == name
