@@ -29,7 +29,7 @@ from dreambooth_ms.sampling.picture_file import validation_pictures
 from dreambooth_ms.training.run_lock import INHERITED, Runner, runner_of, sign, take_lock
 
 COMMAND, LOG = "page_command.json", "page_training.log"
-HISTORY, VALIDATION = "history.jsonl", "validation"
+HISTORY, VALIDATION, STRIP = "history.jsonl", "validation", "over_time.png"
 PROGRAM = (sys.executable, "-m", "dreambooth_ms.cli.main", "train")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
@@ -127,6 +127,10 @@ class Training:
     def validation_pictures(self) -> dict[int, list[Path]]:
         """The pictures sampled during training, by step."""
         return validation_pictures(self.folder / VALIDATION)
+
+    def strip(self) -> list[Path]:
+        """The sheet that shows every prompt through the run, if there is one."""
+        return [path for path in [self.folder / VALIDATION / STRIP] if path.is_file()]
 
     def bar(self) -> Bar | None:
         """The newest progress bar in its log; of a run that a terminal shows, where its steps are."""

@@ -64,6 +64,8 @@ def _content(training: Training) -> None:
             st.caption("The curve of the loss appears with the first steps.")
     with right:
         _pictures(training)
+    for strip in whole_pictures(training.strip()):
+        st.image(strip)
     with st.expander("What it says"):
         st.code(training.log(4000) or "Nothing yet.", language=None)
 

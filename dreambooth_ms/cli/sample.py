@@ -117,7 +117,7 @@ def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
             raise DataError(f"{flag} {text_or_path}: no such file{near(text_or_path)}")
         return [text_or_path]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{flag} {text_or_path}: not readable as UTF-8 text ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -17,12 +17,7 @@ from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import (
-    SETTINGS_KEY,
-    validation_picture_name,
-    validation_pictures,
-    write_picture,
-)
+from dreambooth_ms.sampling.picture_file import SETTINGS_KEY, validation_name, validation_pictures, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.trackers import Tracker
@@ -30,7 +25,6 @@ from dreambooth_ms.training.trackers import Tracker
 PURPOSE, FOLDER = "validation", "validation"
 STRIP, MOST_COLUMNS = "over_time.png", 12
 """The file that shows each prompt through the run, and how many validations it shows."""
-LABEL_WIDTH = 240
 
 SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
     "DPMSolverMultistepScheduler": "dpm++_2m",
@@ -88,20 +82,20 @@ class ShowValidation:
             return
         if self._tracker:
             dropout = self._training.learner.dropout
-            # A prompt at a time: the numbers of its pictures, and so their noise, do not depend on the other prompts.
-            requests = [replace(self._request, prompts=(prompt,)) for prompt in self._request.prompts]
+            prompts = self._request.prompts
+            # Each by itself: the numbers of its pictures, and so their noise, do not depend on the other prompts.
+            requests = [replace(self._request, prompts=(prompt,)) for prompt in prompts]
             with self._training.result_weights(), dropout.off() if dropout else nullcontext():
-                samples = [sample for request in requests for sample in self._model.sample(request)]
+                of_prompts = [list(self._model.sample(request)) for request in requests]
+            samples = [sample for own in of_prompts for sample in own]
             more = {"step": report.step, "negative_prompt": self._request.negative_prompt}
             for number, sample in enumerate(samples):
-                path = self._output / validation_picture_name(report.step, number)
+                path = self._output / validation_name(report.step, number)
                 write_picture(path, sample.picture, settings_of_training(sample) | more)
-            pictures, each = [sample.picture for sample in samples], self._request.num_images_per_prompt
-            rows = [Row(prompt, pictures[at * each :][:each]) for at, prompt in enumerate(self._request.prompts)]
-            path = self._output / f"step-{report.step:06d}.png"
-            write_sheet(path, f"After step {report.step}", rows, LABEL_WIDTH)
-            write_strip(self._output, self._request.prompts, report.step)
-            self._tracker.log_pictures(report.step, FOLDER, pictures)
+            rows = [Row(prompt, [one.picture for one in own]) for prompt, own in zip(prompts, of_prompts, strict=True)]
+            write_sheet(self._output / f"step-{report.step:06d}.png", f"After step {report.step}", rows)
+            write_strip(self._output, prompts, report.step)
+            self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")
 
 
@@ -113,7 +107,7 @@ def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:
     shown = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))]
     columns, captions = [_first_pictures(files[one]) for one in shown], [f"step {one}" for one in shown]
     rows = [Row(prompt, [column.get(prompt) for column in columns], captions) for prompt in prompts]
-    write_sheet(folder / STRIP, "From step to step, always from the same noise", rows, LABEL_WIDTH)
+    write_sheet(folder / STRIP, "From step to step, always from the same noise", rows)
 
 
 def _first_pictures(paths: Iterable[Path]) -> dict[str, np.ndarray]:

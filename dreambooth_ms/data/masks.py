@@ -42,11 +42,7 @@ def find_mask(picture: Path, folder: Path | None, size: Size) -> Mask:
 
 
 def read_mask(mask: Mask) -> Image.Image:
-    """Its brightness, as "L", upright.
-
-    Raises:
-        DataError: its opacity is meant, and it has none.
-    """
+    """Its brightness, as "L"; raises DataError if its opacity is meant and it has none."""
     image = read_upright(mask.path)
     if not mask.is_alpha:
         return image.convert("L")

@@ -155,23 +155,13 @@ def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
     return int(order[at]), cycle * shares[order[at]] + int(before[at])
 
 
-class SizeOfRun(NamedTuple):
-    """What a run has of a size."""
-
-    size: Size
-    pictures: int
-    """Of the subjects."""
-    lost: float
-    """The mean share of them that is cut off."""
-    steps: int
-
-
-def table_of_sizes(plan: Plan, steps: int) -> list[SizeOfRun]:
-    """The sizes of a run of so many steps."""
+def table_of_sizes(plan: Plan, steps: int) -> list[tuple[Size, int, float, int]]:
+    """Of a run of so many steps each size, its pictures of the subjects, the mean share that is cut off them, and its
+    steps."""
     turns = Counter(taking_turns(plan.shares, step)[0] for step in range(steps))
     pictures = [[record.size for one in bucket.groups[0] for record in one.records] for bucket in plan.buckets]
     return [
-        SizeOfRun(bucket.size, len(own), float(lost_area([bucket.size], own).mean()), turns[at])
+        (bucket.size, len(own), float(lost_area([bucket.size], own).mean()), turns[at])
         for at, (bucket, own) in enumerate(zip(plan.buckets, pictures, strict=True))
     ]
 

@@ -54,7 +54,7 @@ def class_picture_name(number: int) -> str:
     return f"class-{number:05d}.png"
 
 
-def validation_picture_name(step: int, number: int) -> str:
+def validation_name(step: int, number: int) -> str:
     """File name of a picture that a training samples after a step."""
     return f"step-{step:06d}-{number}.png"
 
