@@ -49,7 +49,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.config.train import LossScalingConfig
-    from dreambooth_ms.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from dreambooth_ms.models.clip import CLIPTextModel
     from dreambooth_ms.models.parameters import public_parameters
     from dreambooth_ms.models.segments import Segments
     from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
@@ -58,7 +58,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.runtime.device import compute_dtype
     from dreambooth_ms.training.loss_scaling import LossScaler
     from dreambooth_ms.training.methods import TextConditioned
-    from dreambooth_ms.training.optimisers import AdamW, AdamWHyperparameters
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
     from dreambooth_ms.weights.roles import CLIP_TARGETS
 
@@ -66,10 +66,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     unet, encoders = UNet2DConditionModel(spec.unet), None
     texts = [one for one in (spec.text_encoder, spec.text_encoder_2) if one and args.train_text_encoder]
     if texts:
-        towers = [
-            CLIPTextModelWithProjection(one) if one.projection_dim else CLIPTextModel(one, len(texts) == 1)
-            for one in texts
-        ]
+        towers = [CLIPTextModel(one, last_layer=len(texts) == 1 or bool(one.projection_dim)) for one in texts]
         encoders = TextEncoders(dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False)))
     networks = {"unet": unet} | (encoders.networks() if encoders else {})
     trainables = []
@@ -87,7 +84,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     step = TrainStep(
         DiffusionLoss(denoiser),
         trainables,
-        AdamW(trainables, AdamWHyperparameters()),
+        AdamW(trainables, Hyperparameters()),
         1.0,
         scaler=LossScaler(LossScalingConfig()) if args.mixed_precision == "fp16" else None,
         recomputed=Segments(unet, encoders) if args.gradient_checkpointing else None,
@@ -161,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports, said = simulate(["-m", "tools.ascend_memory", *arguments, "--run"])
     report = reports[""]
     print(report if not report.refused else f"{said}\n{report}")
-    figures = next((json.loads(line) for line in said.splitlines() if line.startswith("{")), {})
+    figures: dict[str, Any] = next((json.loads(line) for line in said.splitlines() if line.startswith("{")), {})
     if figures:
         expected, peak = figures["expected"], report.peak
         print(f"expected {expected / 2**30:.2f} GiB of {peak / 2**30:.2f} measured: {expected / peak - 1:+.0%}; parts")

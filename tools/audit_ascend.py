@@ -3,22 +3,22 @@
     python -m tools.audit_ascend          # all primitives; status 1 if one has an odd dtype
     python -m tools.audit_ascend --graph optimisers
 
-MindSpore's front end compiles the graphs on CPU, without a backend, so that Ascend's own operations stay in them by
-name; what is listed is its last graph before a backend takes over. Whether there is a kernel for each is shown by
-`tools.simulate_ascend`; there, dtypes of kernels that come compiled with CANN are not looked at.
+The graphs are compiled in MindSpore's simulation of Ascend (`tools.simulate_ascend`), which shows whether there is a
+kernel for each operation, but does not look at dtypes of kernels that come compiled with CANN. What is listed is the
+last graph of the front end, before the backend takes over.
 """
 
 import argparse
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tools import ascend_stubs
 from tools.ascend_graphs import GRAPHS
+from tools.simulate_ascend import Report, simulate_graphs
 
 DTYPES = frozenset({"Float32", "Float16", "BFloat16", "Int32", "Int64", "Bool"})
 """What these graphs may hold. Ascend's cube unit has no float64, and a stray one would go to the AI CPU."""
@@ -43,35 +43,6 @@ class Use:
     graphs: set[str] = field(default_factory=set)
 
 
-def compile_graphs(chosen: Sequence[str]) -> None:
-    """Compile these graphs, in a process whose environment makes MindSpore write them down."""
-    from dreambooth_ms.runtime.device import Formulation, set_up_device
-    from tools.formulation import use_formulation
-
-    set_up_device("CPU", 0)
-    with use_formulation(Formulation.ASCEND, cpu_kernels=False):
-        for name in chosen:
-            for cell, inputs in GRAPHS[name]():
-                cell.compile(*inputs)
-
-
-def dump(chosen: Sequence[str], folder: Path) -> None:
-    """Have MindSpore write the last graphs of its front end into the folder.
-
-    Raises:
-        subprocess.CalledProcessError: they do not compile.
-    """
-    switches = {
-        "MS_DEV_PRECOMPILE_ONLY": "1",
-        "MS_DEV_SAVE_GRAPHS": "1",
-        "MS_DEV_DUMP_IR_PASSES": "validate",
-        "MS_DEV_SAVE_GRAPHS_PATH": str(folder),
-        "MS_COMPILER_CACHE_ENABLE": "0",
-    }
-    command = [sys.executable, "-m", "tools.audit_ascend", "--compile", *chosen]
-    subprocess.run(command, env=os.environ | switches, check=True, cwd=Path(__file__).parents[1])
-
-
 _NODE = re.compile(r"^  %\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.*\n      : \((.*)\) -> \((.*)\)$", re.MULTILINE)
 _TENSOR = re.compile(r"Tensor\[(\w+)\]")
 
@@ -86,22 +57,19 @@ def primitives(ir: str) -> dict[str, Use]:
     return uses
 
 
-def audited(chosen: Sequence[str]) -> dict[str, Use]:
-    """The primitives of all these graphs."""
+def audited(chosen: Sequence[str]) -> tuple[dict[str, Use], dict[str, Report]]:
+    """The primitives of all these graphs, and what MindSpore's Ascend backend did with them."""
     total: dict[str, Use] = {}
-    for name in chosen:
-        with TemporaryDirectory() as folder:
-            dump([name], Path(folder))
-            files = list(Path(folder).rglob("*_validate_*.ir"))
-            if not files:
-                raise SystemExit(f"{name}: MindSpore wrote no graph down")
-            for file in files:
+    with TemporaryDirectory() as folder:
+        reports = simulate_graphs(chosen, Path(folder))
+        for name in chosen:
+            for file in (Path(folder) / name).iterdir():
                 for primitive, use in primitives(file.read_text(encoding="utf-8")).items():
                     known = total.setdefault(primitive, Use())
                     known.count += use.count
                     known.dtypes |= use.dtypes
                     known.graphs.add(name)
-    return total
+    return total, reports
 
 
 def findings(uses: dict[str, Use]) -> list[str]:
@@ -118,12 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graph", nargs="+", choices=list(GRAPHS), default=list(GRAPHS), help="which (default: all)")
-    parser.add_argument("--compile", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.compile:
-        compile_graphs(args.compile)
-        return 0
-    uses = audited(args.graph)
+    if lacking := ascend_stubs.missing_tools():
+        raise SystemExit(f"{', '.join(lacking)}: not found; install g++ and binutils")
+    uses, _ = audited(args.graph)
     print(f"{'primitive':24} {'count':>6}  dtypes")
     for name, use in sorted(uses.items()):
         reasons = "".join(f"; {dtype}: {why}" for (of, dtype), why in EXPLAINED_DTYPES.items() if of == name)

@@ -269,9 +269,9 @@ def time_pair(job: Job, warm: bool) -> tuple[dict[str, float], dict[str, float]]
             with TemporaryDirectory() as folder:
                 watch(our_command(job, Path(folder)), ours)
         results = {side: Path(scratch) / side for side in SIDES}
-        for side, folder in results.items():
-            folder.mkdir()
-            figures[side] = watch(SIDES[side](job, folder), ours if side == "ours" else {})
+        for side, result in results.items():
+            result.mkdir()
+            figures[side] = watch(SIDES[side](job, result), ours if side == "ours" else {})
             print(f"{side}: {figures[side]['whole run, s']:.1f} s", flush=True)
         check_same_work(results, job)
     return figures["ours"], figures["peer"]

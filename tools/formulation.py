@@ -1,7 +1,8 @@
 """Cells in another formulation than the device's own, for those who look at one or compare the two on one machine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 from mindspore import Tensor, ops
@@ -11,17 +12,17 @@ from dreambooth_ms.runtime import device
 
 
 @contextmanager
-def use_formulation(chosen: device.Formulation, cpu_kernels: bool = True) -> Iterator[None]:
+def use_formulation(chosen: device.Formulation) -> Iterator[None]:
     """Inside, cells are built in this formulation.
 
-    With `cpu_kernels`, those operators of Ascend's that CPU has no kernels for are others with the same result, so that
-    the cells can be computed here; otherwise they can only be compiled by MindSpore's front end.
+    Those operators of Ascend's that CPU has no kernels for are others with the same result, so that the cells can be
+    computed here.
     """
-    replaced = {"convolution": _convolution, "layer_norm": _layer_norm, "look_up": _look_up}
+    replaced: dict[str, Any] = {"convolution": _convolution, "layer_norm": _layer_norm, "look_up": _look_up}
     replaced |= {"exclusive_or": ops.bitwise_xor, "bitwise_and": ops.bitwise_and, "widen": _widen, "part": _part}
     before, device._formulation = device._formulation, chosen
     try:
-        with mock.patch.multiple(ascend, **replaced) if cpu_kernels else nullcontext():
+        with mock.patch.multiple(ascend, **replaced):
             yield
     finally:
         device._formulation = before

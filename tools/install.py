@@ -54,7 +54,7 @@ def main(arguments):
 
 def lacking_space(needed):
     """What to say where a disk has less room than the folders on it need; None if all have."""
-    disks = {}
+    disks: dict[int, tuple[list[Path], float]] = {}
     for folder, size in needed.items():
         folders, total = disks.get(os.stat(folder).st_dev, ([], 0.0))
         disks[os.stat(folder).st_dev] = [*folders, folder], total + size
@@ -69,9 +69,10 @@ def lacking_space(needed):
 def install(arguments):
     """Run pip, with a line for its stage; what it complains about is shown if it fails."""
     command = [str(PYTHON), "-m", "pip", "install", *QUIETER]
-    said, begun = [], time.monotonic()
+    said: list[str] = []
+    begun = time.monotonic()
     process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    reader = threading.Thread(target=lambda: said.extend(process.stdout or []), daemon=True)
     reader.start()
     try:
         shown, reads = 0, True

@@ -102,8 +102,18 @@ class Report:
         )
 
 
-def environment(folder: Path | None = None) -> dict[str, str]:
-    """What MindSpore's simulation needs of a process's environment; `folder`: of the stand-ins for CANN's libraries."""
+WRITTEN = "MS_DEV_SAVE_GRAPHS_PATH"
+"""Names the folder that MindSpore writes graphs into, if there is one."""
+
+
+def environment(folder: Path | None = None, written: Path | None = None) -> dict[str, str]:
+    """What MindSpore's simulation needs of a process's environment.
+
+    Args:
+        folder: of the stand-ins for CANN's libraries.
+        written: where the last graphs of the front end are to be written; None: nowhere.
+    """
+    writes = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_DUMP_IR_PASSES": "validate", WRITTEN: str(written)}
     folder = folder or ascend_stubs.library_folder()
     return {
         "LD_LIBRARY_PATH": ":".join(map(str, [folder, *ascend_stubs.wheel_folders()])),
@@ -113,6 +123,7 @@ def environment(folder: Path | None = None) -> dict[str, str]:
         "MS_DISABLE_KERNEL_BACKOFF": "1",
         "MS_COMPILER_CACHE_ENABLE": "0",
         "MS_SUBMODULE_LOG_v": "{DEVICE:1,PIPELINE:1}",
+        **(writes if written else {}),
     }
 
 
@@ -126,7 +137,9 @@ def place(rank: int, count: int) -> dict[str, str]:
     return {"PMIX_NAMESPACE": f"simulation {os.getpid()}", **{name: str(number) for name, number in numbers.items()}}
 
 
-def simulate(command: Sequence[str], folder: Path | None = None, processes: int = 1) -> tuple[dict[str, Report], str]:
+def simulate(
+    command: Sequence[str], folder: Path | None = None, processes: int = 1, written: Path | None = None
+) -> tuple[dict[str, Report], str]:
     """Run Python with these arguments in the simulation; returns what its log says, and what it printed otherwise.
 
     The reports are of the graphs by name; what was compiled before the first, or without graphs, is under "". Of
@@ -134,7 +147,8 @@ def simulate(command: Sequence[str], folder: Path | None = None, processes: int 
 
     In a folder of its own, since MindSpore writes the order of operations there; or in the one that is named.
     """
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))} | environment()
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "GLOG_"))}
+    own |= environment(written=written)
     with TemporaryDirectory() as empty:
         started = [
             subprocess.Popen(
@@ -194,7 +208,10 @@ def _read_section(log: str) -> Report:
 
 
 def run_graphs(names: Sequence[str]) -> None:
-    """Compile graphs and take each once, in a process whose environment `environment` made."""
+    """Compile graphs and take each once, in a process whose environment `environment` made.
+
+    Graphs that MindSpore writes down are sorted into folders by their names.
+    """
     from mindspore import runtime
 
     from dreambooth_ms.runtime.device import set_up_device
@@ -209,6 +226,10 @@ def run_graphs(names: Sequence[str]) -> None:
         except (RuntimeError, TypeError, ValueError) as error:
             print("refused:", " ".join(str(error).split()), flush=True)
         print("peak:", runtime.max_memory_allocated(), flush=True)
+        if folder := os.environ.get(WRITTEN):
+            (Path(folder) / name).mkdir()
+            for file in Path(folder).glob("*_validate_*.ir"):
+                file.rename(Path(folder) / name / file.name)
 
 
 def _refused() -> list[Graph]:
@@ -260,13 +281,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def simulate_graphs(names: Sequence[str]) -> dict[str, Report]:
+def simulate_graphs(names: Sequence[str], written: Path | None = None) -> dict[str, Report]:
     """Compile these graphs in one process, and the control, which must be refused.
+
+    `written`: a folder for the last graphs of the front end, in which each graph of these has a folder of its name.
 
     Raises:
         SystemExit: it is not.
     """
-    reports, said = simulate(["-m", "tools.simulate_ascend", "--run", *names, CONTROL])
+    reports, said = simulate(["-m", "tools.simulate_ascend", "--run", *names, CONTROL], written=written)
     control = reports.get(CONTROL, Report(refused=f"the process ended before it:\n{said}"))
     if REFUSED_OF_CONTROL not in control.refused:
         raise SystemExit(f"the control, which has no Ascend kernel, was not refused ({control}): this shows nothing")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dreambooth_ms.cli.main import main
 from tools.train_dreambooth import with_defaults
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, object]] = {
     "": {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4},
     "train_text_encoder": {"text_encoder_lr": 5e-6, "adam_weight_decay_text_encoder": 1e-3},
     "validation_prompt": {"validation_epochs": 50},

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 
@@ -61,6 +62,7 @@ from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E4
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
 from dreambooth_ms.weights.bundle import save_network  # noqa: E402
 from dreambooth_ms.weights.load import load_strict  # noqa: E402
+from dreambooth_ms.weights.roles import TextReader  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.initialise import initialise_for_training  # noqa: E402
@@ -450,7 +452,7 @@ def train_stages() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(FOLDER / "tokenizer", world.WORDS)
     reader = SimpleNamespace(tokenizer=lambda: ClipTokenizer(FOLDER / "tokenizer"), pooled_at=None)
-    tokenizer = PromptTokenizer([reader])
+    tokenizer = PromptTokenizer([cast(TextReader, reader)])
     vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
 
     if only in (None, "vae"):

@@ -82,6 +82,8 @@ class Saver:
 
     def __init__(self, folder):
         self.folder = folder
+        self.seconds = 0.0
+        """That a save took last: a disk may be ten times slower from one moment to the next."""
         self.process = subprocess.Popen(
             [sys.executable, "-c", SAVER],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
@@ -91,25 +93,25 @@ class Saver:
         )
         assert self.process.stdout.readline() == "ready\n"
 
-    def run_and_kill(self, first_step, delay):
-        """Save from a step on, kill after some seconds, and return the steps that were reported as saved."""
-        child, saved = self._start(first_step), []
-        time.sleep(delay)
+    def run_and_kill(self, first_step, whole, part):
+        """Save a number of checkpoints from a step on, and kill after a part of the time that a save took last.
+
+        Returns the steps that were reported as saved.
+        """
+        child, start = self._start(first_step), time.monotonic()
+        saved = [self._saved_step(self._hear()) for _ in range(whole)]
+        if whole:
+            self.seconds = (time.monotonic() - start) / whole
+        time.sleep(part * self.seconds)
         os.kill(child, signal.SIGKILL)
         while (said := self._hear())[0] != "dead":
-            saved.append(int(said[1]))
+            saved.append(self._saved_step(said))
         return saved
 
-    def time_of_a_save(self):
-        """Save some first checkpoints, kill while the next is saved, and return the seconds that each took."""
-        child, start = self._start(1), time.monotonic()
-        for step in range(1, SAVES + 1):
-            assert self._hear() == ["saved", str(step)]
-        os.kill(child, signal.SIGKILL)
-        seconds = (time.monotonic() - start) / SAVES
-        while self._hear()[0] != "dead":
-            pass
-        return seconds
+    def _saved_step(self, said):
+        word, step = said
+        assert word == "saved"
+        return int(step)
 
     def _start(self, first_step):
         self.process.stdin.write(f"{self.folder} {first_step} {KEEP}\n")
@@ -132,11 +134,11 @@ def test_a_kill_at_any_moment_of_saving_costs_no_checkpoint(tmp_path):
     folder, rng = tmp_path / "run", random.Random(0)
     folder.mkdir()
     saver = Saver(folder)
-    longest = SAVES * saver.time_of_a_save()
-    reported, half_written = SAVES, 0
+    reported, half_written = max(saver.run_and_kill(1, SAVES, 0.0)), 0
     for attempt in range(KILLS):
         # Every third time a step is saved that is there already, as by a run that was resumed from an older one.
-        saved = saver.run_and_kill(reported if attempt % 3 == 2 else reported + 1, rng.uniform(0, longest))
+        first = reported if attempt % 3 == 2 else reported + 1
+        saved = saver.run_and_kill(first, rng.randrange(SAVES), rng.uniform(0, 1.2))
         reported = max([reported, *saved])
         latest = find_latest(folder)
         assert latest.step >= reported

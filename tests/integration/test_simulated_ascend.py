@@ -12,7 +12,8 @@ from dreambooth_ms.adapters.file import FILE_NAME
 from tests.tiny_model import write_random_model, write_random_sdxl
 from tools import ascend_stubs
 from tools.ascend_graphs import GRAPHS
-from tools.simulate_ascend import CONTROL, REFUSED_OF_CONTROL, read_log, simulate, simulate_graphs
+from tools.audit_ascend import EXPLAINED_DTYPES, audited, findings
+from tools.simulate_ascend import CONTROL, REFUSED_OF_CONTROL, read_log, simulate
 
 simulated = pytest.mark.skipif(
     bool(ascend_stubs.missing_tools()), reason=f"needs {', '.join(ascend_stubs.TOOLS)} (Debian: g++, binutils)"
@@ -32,9 +33,19 @@ TRAIN = (
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """Of all graphs, in one process, since a start takes seconds."""
-    return simulate_graphs(list(GRAPHS))
+def audit():
+    """The primitives of all graphs, and reports on each, from one process, since a start takes seconds."""
+    return audited(list(GRAPHS))
+
+
+@pytest.fixture(scope="module")
+def uses(audit):
+    return audit[0]
+
+
+@pytest.fixture(scope="module")
+def reports(audit):
+    return audit[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +93,35 @@ class TestGraphs:
         fused, wide = reports["fused attention"], reports["wide attention"]
         assert (fused.fused_backward, wide.fused_backward) == (2, 0)
         assert wide.unfused > 0
+
+
+@simulated
+class TestOperations:
+    """As MindSpore's front end leaves them."""
+
+    def test_none_has_an_odd_dtype(self, uses):
+        assert findings(uses) == []
+
+    def test_every_kind_is_among_them(self, uses):
+        """Ascend's own kernels with their gradients, and nothing of the CPU formulation."""
+        kinds = ["FlashAttentionScore", "FlashAttentionScoreGrad", "Conv2DExt", "ConvolutionGrad", "GroupNormGrad"]
+        kinds += ["LayerNormExt", "LayerNormGradExt", "Softmax", "AdamWeightDecay", "RightShift", "MatMul"]
+        kinds += ["BatchMatMul", "Erf", "Assign", "SearchSorted", "AllReduce", "AllGather", "IndexSelect"]
+        kinds += ["SplitWithSize", "MeanExt"]
+        assert not set(kinds) - uses.keys()
+        assert "Float16" in uses["Conv2DExt"].dtypes
+
+    def test_sd_and_sdxl_are_trained_and_sampled(self, uses):
+        both = ("Conv2DExt", "BatchMatMul")
+        assert all(uses[name].graphs >= {"training SD", "training SDXL"} for name in both)
+        assert uses["Conv2DExt"].graphs >= {"sampling SD", "sampling SDXL"}
+
+    def test_a_step_with_gradient_checkpointing_is_among_them(self, uses):
+        """All of it, from the adapters' products to the update."""
+        assert all("recomputing" in uses[name].graphs for name in ("ConvolutionGrad", "Softmax", "AdamWeightDecay"))
+
+    def test_nothing_is_explained_that_is_not_there(self, uses):
+        assert all(dtype in uses[name].dtypes for name, dtype in EXPLAINED_DTYPES)
 
 
 @simulated
