@@ -250,9 +250,9 @@ def read_run(folder: Path) -> Run | None:
         config = load(TrainConfig, ["--config", str(folder / RUN_CONFIG)], tell=lambda note: None)
     except (UserError, OSError):
         return None
-    return Run(
-        folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt, config.prior.class_prompt
-    )
+    # A run of several subjects has no prompt of its own.
+    prompt = config.data.instance_prompt or (config.validation.validation_prompt or ("",))[0]
+    return Run(folder, config.model.pretrained_model_name_or_path, prompt, config.prior.class_prompt)
 
 
 def find_refiners(shelf: Shelf) -> list[Path]:

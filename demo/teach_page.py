@@ -70,7 +70,7 @@ def _new_training(places: Places) -> None:
     advice = st.container()
     left, right = st.columns([3, 2], gap="large")
     with left:  # Whatever the base is: an upload whose widget is not shown is forgotten.
-        st.subheader("Photographs", anchor=False)
+        st.subheader("Photographs of the subject", anchor=False)
         blocks = _blocks()
         below = st.container()
         chosen = [_in(block, choose_pictures, places, number) for number, block in enumerate(blocks)]
@@ -180,10 +180,26 @@ def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> Traini
         persist_state="session",
         help="Each photograph is trained at the size that cuts off least of it; each size is compiled once.",
     )
+    return TrainingWishes(
+        base=facts.path,
+        preset=preset,
+        resolution=facts.picture_size,
+        buckets=buckets,
+        side_step=facts.side_step,
+        max_train_steps=int(steps),
+        learning_rate=float(rate),
+        validation_prompts=[line.strip() for line in validation.splitlines() if line.strip()],
+        **_more(preset, int(steps)),
+    )
+
+
+def _more(preset: Preset, steps: int) -> dict[str, Any]:
+    """What few people set."""
+    key = preset.file.stem
     with st.expander("More"):
         left, right = st.columns(2)
         every = left.number_input(
-            "Generate every … steps", 1, 100_000, max(int(steps) // 4, 1), key=f"teach_every {key} {steps}"
+            "Generate every … steps", 1, 100_000, max(steps // 4, 1), key=f"teach_every {key} {steps}"
         )
         pictures = right.number_input("Pictures each time", 1, 8, 2, key="teach_pictures", persist_state="session")
         rank = left.number_input("Rank", 1, 512, preset.rank, key=f"teach_rank {key}", persist_state="session")
@@ -201,23 +217,15 @@ def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> Traini
             "Train the text encoder too", preset.train_text_encoder, key=f"teach_text {key}", persist_state="session"
         )
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="teach_seed", persist_state="session")
-    return TrainingWishes(
-        base=facts.path,
-        preset=preset,
-        resolution=facts.picture_size,
-        buckets=buckets,
-        side_step=facts.side_step,
-        num_class_images=int(classes),
-        max_train_steps=int(steps),
-        learning_rate=float(rate),
-        rank=int(rank),
-        center_crop=center,
-        train_text_encoder=text,
-        validation_prompts=[line.strip() for line in validation.splitlines() if line.strip()],
-        validation_steps=int(every),
-        num_validation_images=int(pictures),
-        seed=int(seed),
-    )
+    return {
+        "num_class_images": int(classes),
+        "rank": int(rank),
+        "center_crop": center,
+        "train_text_encoder": text,
+        "validation_steps": int(every),
+        "num_validation_images": int(pictures),
+        "seed": int(seed),
+    }
 
 
 def _subjects(

@@ -141,7 +141,7 @@ def test_the_table_of_sizes_is_what_the_steps_have(tmp_path):
     framing = Framing(tuple(sizes_of(64, 8)), True, False)
     _, plan = look_at([Pictures(tmp_path)], framing, 0)
     table = table_of_sizes(plan, 10)
-    assert sum(row.pictures for row in table) == 4
+    assert sum(pictures for _, pictures, _, _ in table) == 4
     steps = [plan.buckets[taking_turns(plan.shares, step)[0]].size for step in range(10)]
-    assert {row.size: row.steps for row in table} == {size: steps.count(size) for size in set(steps)}
-    assert all(0 <= row.lost < 0.5 for row in table)
+    assert {size: own for size, _, _, own in table} == {size: steps.count(size) for size in set(steps)}
+    assert all(0 <= lost < 0.5 for _, _, lost, _ in table)
