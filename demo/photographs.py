@@ -84,7 +84,7 @@ def look_at(subjects: Sequence[Pictures], framing: Framing, seed: int) -> tuple[
         photographs = [
             Photograph(path, (0, 0), None, "", (one,), usable=False)
             if isinstance(one, str)
-            else _photograph(one, frames[name_of(number), path], seen)
+            else _photograph(one, frames[concept_name(number), path], seen)
             for path, one in own.items()
         ]
         remarks = _remarks(sum(photograph.usable for photograph in photographs), told(folder.notes | {CAPTIONS: []}))
@@ -92,14 +92,14 @@ def look_at(subjects: Sequence[Pictures], framing: Framing, seed: int) -> tuple[
     return looks, plan
 
 
-def name_of(subject: int) -> str:
+def concept_name(subject: int) -> str:
     """How a run calls a subject, counted from 0."""
     return INSTANCE if subject == 0 else f"{INSTANCE}_{subject + 1}"
 
 
 def plan_of(subjects: Sequence[Sequence[Record]], framing: Framing, seed: int) -> Plan | None:
     """The plan of a run, a picture in each batch; None if there is no picture."""
-    concepts = [Concept(name_of(n), tuple(own), group=INSTANCE) for n, own in enumerate(subjects) if own]
+    concepts = [Concept(concept_name(n), tuple(own), group=INSTANCE) for n, own in enumerate(subjects) if own]
     return Plan(tuple(concepts), 1, framing, seed) if concepts else None
 
 
@@ -129,8 +129,8 @@ def _open(path: Path, pictures: Pictures) -> _Opened | str:
         mask = find_mask(path, pictures.masks, image.size) if pictures.masked else None
         return _Opened(image, Record(path, digest(path), image.size, captions=("",), mask=mask))
     except DataError as error:
-        told = str(error).replace(f"{path}: ", "", 1)
-        return told.replace(f"{pictures.masks}/", "the mask ")
+        text = str(error).replace(f"{path}: ", "", 1)
+        return text.replace(f"{pictures.masks}/", "the mask ")
 
 
 def _photograph(opened: _Opened, frame: Frame, seen: dict[str, str]) -> Photograph:
