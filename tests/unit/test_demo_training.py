@@ -206,6 +206,8 @@ def test_curves_have_few_points_and_a_running_mean():
     middle = table[(table["of"] == "subject") & (table["step"].between(200, 800))]["mean"]
     assert middle.between(0.45, 0.55).all()
     assert curve_table([{"step": 1, "loss": 1.0}]).empty
+    several = [{"step": 1, "loss": 4.0, "instance_loss": 1.0, "instance_2_loss": 1.0, "class_loss": 2.0}]
+    assert curve_table(several)["of"].tolist() == ["subject", "subject 2", "class"]
 
 
 def test_processes_find_the_repository_and_keep_what_the_user_set(monkeypatch):
