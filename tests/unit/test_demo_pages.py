@@ -430,11 +430,11 @@ def test_a_training_that_is_over_is_shown_with_what_it_left(runs):
     page.button_group("teach_chosen").set_value("dog").run()
     assert not page.exception
     assert [metric.value for metric in page.metric][:2] == ["8", "0.5000"]
-    assert not page.get("imgs")
+    assert not page.get("image")
     (run / "validation").mkdir()
     for name in ("step-000008-0.png", "step-000008.png", "over_time.png"):
         (run / "validation" / name).write_bytes(png())
-    assert len(page.run().get("imgs")) == 2, "a picture, and the strip"
+    assert len(page.run().get("image")) == 2, "a picture, and the strip"
     assert page.button("sample_with_it")
 
 
