@@ -23,7 +23,7 @@ RUN_CONFIG = "config.yaml"
 DEPTH, ENTRIES = 4, 20_000
 """How deep and how wide folders are searched, so that a page opens soon whatever they hold."""
 
-_WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "__pycache__")
+_WITHOUT_RESULTS = ("checkpoint-", "cache", "logs", "validation", "class_images", "photographs", "masks", "__pycache__")
 """How the folders of a run begin that hold no result, but what it was made of."""
 
 
@@ -250,9 +250,9 @@ def read_run(folder: Path) -> Run | None:
         config = load(TrainConfig, ["--config", str(folder / RUN_CONFIG)], tell=lambda note: None)
     except (UserError, OSError):
         return None
-    return Run(
-        folder, config.model.pretrained_model_name_or_path, config.data.instance_prompt or "", config.prior.class_prompt
-    )
+    # A run of several subjects has no prompt of its own.
+    prompt = config.data.instance_prompt or (config.validation.validation_prompt or ("",))[0]
+    return Run(folder, config.model.pretrained_model_name_or_path, prompt, config.prior.class_prompt)
 
 
 def find_refiners(shelf: Shelf) -> list[Path]:

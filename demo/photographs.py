@@ -1,17 +1,31 @@
 """What a training will see of a folder of photographs, and what is wrong with them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dreambooth_ms.data.pictures import MIN_SIDE, Frame, digest, find_pictures, open_picture, told
+from demo.subjects import Pictures
+from dreambooth_ms.data.masks import find_mask, read_mask
+from dreambooth_ms.data.pictures import (
+    CAPTION_SUFFIXES,
+    CAPTIONS,
+    MIN_SIDE,
+    Frame,
+    digest,
+    find_pictures,
+    open_picture,
+    told,
+)
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import INSTANCE, Concept, Record
 from dreambooth_ms.errors import DataError
 
 THUMBNAIL_SIDE = 360
+RED = (200, 40, 40)
 FEW, MANY = 3, 40
 LOST_SHARE = 0.4
 """Above it, so much of a photograph is cut off that the subject may be."""
@@ -19,19 +33,22 @@ LOST_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture of the subject, as the first pass of a training sees it."""
+    """A picture of a subject, as the first pass of a training sees it."""
 
     path: Path
     size: tuple[int, int]
     thumbnail: Image.Image | None
-    """The whole picture, dimmed where the crop leaves it out; None if it cannot be opened."""
+    """The whole picture, dimmed where the crop leaves it out and red where its mask does; None if it cannot be opened.
+    """
+    caption: str
+    """What lies beside it; empty if nothing does."""
     problems: tuple[str, ...]
     usable: bool
 
 
 @dataclass(frozen=True)
 class Look:
-    """A folder, looked at."""
+    """A subject's folder, looked at."""
 
     photographs: tuple[Photograph, ...]
     remarks: tuple[str, ...]
@@ -43,64 +60,100 @@ class Look:
         return all(photograph.usable for photograph in self.photographs)
 
 
-def look_at(folder: Path, resolution: int, center_crop: bool, seed: int) -> Look:
-    """Open every photograph of a folder.
+def look_at(subjects: Sequence[Pictures], framing: Framing, seed: int) -> tuple[list[Look], Plan | None]:
+    """Open every photograph of the subjects of a training.
 
     Args:
-        folder: what will be --instance_data_dir.
-        resolution: side of the training pictures.
-        center_crop: whether the middle is taken, or a random part.
+        subjects: where they are.
+        framing: which sizes the training has, and whether the middle is taken or a random part.
         seed: the run's, which decides where random crops are.
+
+    Returns:
+        A look at each subject, and the run's plan, None without a picture that can be used.
 
     Raises:
         DataError: no such folder, or no picture in it.
     """
-    found = find_pictures(folder)
-    opened: dict[Path, Image.Image | str] = {path: _open(path) for path in found.pictures}
-    records = tuple(
-        Record(path, digest(path), image.size, captions=("",))
-        for path, image in opened.items()
-        if not isinstance(image, str)
-    )
-    frames = first_frames(records, resolution, center_crop, seed)
-    photographs, seen = [], dict[str, str]()
-    for path, image in opened.items():
-        if isinstance(image, str):
-            photographs.append(Photograph(path, (0, 0), None, (image,), usable=False))
-            continue
-        twin = seen.setdefault(digest(path), path.name)
-        problems = _problems(image.size, resolution)
-        if twin != path.name:
-            problems.append(f"the same picture as {twin}: it will count twice")
-        photographs.append(Photograph(path, image.size, _thumbnail(image, frames[path]), tuple(problems), usable=True))
-    return Look(tuple(photographs), tuple(_remarks(len(records), told(found.notes))))
+    found = [find_pictures(subject.folder) for subject in subjects]
+    opened = [{path: _open(path, own) for path in folder.pictures} for own, folder in zip(subjects, found, strict=True)]
+    plan = plan_of([[one.record for one in own.values() if not isinstance(one, str)] for own in opened], framing, seed)
+    frames = first_frames(plan) if plan else {}
+    looks = []
+    for number, (folder, own) in enumerate(zip(found, opened, strict=True)):
+        seen = dict[str, str]()
+        photographs = [
+            Photograph(path, (0, 0), None, "", (one,), usable=False)
+            if isinstance(one, str)
+            else _photograph(one, frames[concept_name(number), path], seen)
+            for path, one in own.items()
+        ]
+        remarks = _remarks(sum(photograph.usable for photograph in photographs), told(folder.notes | {CAPTIONS: []}))
+        looks.append(Look(tuple(photographs), tuple(remarks)))
+    return looks, plan
 
 
-def first_frames(records: Sequence[Record], resolution: int, center_crop: bool, seed: int) -> dict[Path, Frame]:
-    """How each picture is cropped in the first pass of a run with this seed: the training's own plan."""
-    if not records:
-        return {}
-    framing = Framing(((resolution, resolution),), center_crop, random_flip=False)
-    plan = Plan((Concept(INSTANCE, tuple(records)),), 1, framing, seed)
-    return {view.record.path: view.frame for view in plan.views(0, len(records))}
+def concept_name(subject: int) -> str:
+    """How a run calls a subject, counted from 0."""
+    return INSTANCE if subject == 0 else f"{INSTANCE}_{subject + 1}"
 
 
-def _open(path: Path) -> Image.Image | str:
+def plan_of(subjects: Sequence[Sequence[Record]], framing: Framing, seed: int) -> Plan | None:
+    """The plan of a run, a picture in each batch; None if there is no picture."""
+    concepts = [Concept(concept_name(n), tuple(own), group=INSTANCE) for n, own in enumerate(subjects) if own]
+    return Plan(tuple(concepts), 1, framing, seed) if concepts else None
+
+
+def first_frames(plan: Plan) -> dict[tuple[str, Path], Frame]:
+    """How each picture of each subject is cropped when it comes up first, by the subject's name and its path."""
+    frames = dict[tuple[str, Path], Frame]()
+    numbers = itertools.count()
+    while len(frames) < sum(len(concept.records) for concept in plan.concepts):
+        for row in plan.rows(next(numbers)):
+            frames.setdefault((row.concept.name, row.view.record.path), row.view.frame)
+    return frames
+
+
+class _Opened(NamedTuple):
+    image: Image.Image
+    record: Record
+
+
+def _open(path: Path, pictures: Pictures) -> _Opened | str:
+    """A photograph, or what is wrong with it."""
     try:
         image = open_picture(path)
+        if min(image.size) < MIN_SIDE:
+            return f"{image.width}x{image.height} pixels are too few to learn from"
+        if pictures.masks and not any(one.stem == path.stem for one in pictures.masks.glob("*")):
+            return "no mask of its name"
+        mask = find_mask(path, pictures.masks, image.size) if pictures.masked else None
+        return _Opened(image, Record(path, digest(path), image.size, captions=("",), mask=mask))
     except DataError as error:
-        return str(error).replace(f"{path}: ", "", 1)
-    if min(image.size) < MIN_SIDE:
-        return f"{image.width}x{image.height} pixels are too few to learn from"
-    return image
+        text = str(error).replace(f"{path}: ", "", 1)
+        return text.replace(f"{pictures.masks}/", "the mask ")
 
 
-def _problems(size: tuple[int, int], resolution: int) -> list[str]:
-    problems = []
-    if min(size) < resolution:
-        factor = resolution / min(size)
-        problems.append(f"smaller than {resolution} pixels: enlarged {factor:.1f} times, it will be soft")
-    lost = 1 - min(size) / max(size)
+def _photograph(opened: _Opened, frame: Frame, seen: dict[str, str]) -> Photograph:
+    (image, record), name = opened, opened.record.path.name
+    problems = _problems(image.size, frame)
+    if (twin := seen.setdefault(record.digest, name)) != name:
+        problems.append(f"the same picture as {twin}: it will count twice")
+    thumbnail = _thumbnail(image, frame, read_mask(record.mask) if record.mask else None)
+    return Photograph(record.path, image.size, thumbnail, _caption(record.path), tuple(problems), usable=True)
+
+
+def _caption(path: Path) -> str:
+    beside = [make for suffix in CAPTION_SUFFIXES for make in (path.with_suffix(suffix), Path(f"{path}{suffix}"))]
+    file = next((one for one in beside if one.is_file()), None)
+    return file.read_text(encoding="utf-8-sig", errors="replace").strip() if file else ""
+
+
+def _problems(size: tuple[int, int], frame: Frame) -> list[str]:
+    problems, (width, height) = [], frame.resized
+    if width > size[0]:
+        smallest = min(frame.size)
+        problems.append(f"smaller than {smallest} pixels: enlarged {width / size[0]:.1f} times, it will be soft")
+    lost = 1 - frame.size[0] * frame.size[1] / (width * height)
     if lost > LOST_SHARE:
         problems.append(f"{lost:.0%} of it is cut off; crop it to the subject yourself")
     return problems
@@ -115,11 +168,14 @@ def _remarks(count: int, unused: Sequence[str]) -> list[str]:
     return remarks + [line.partition(": ")[2].capitalize() + "." for line in unused]
 
 
-def _thumbnail(image: Image.Image, frame: Frame) -> Image.Image:
-    """The picture in small, dimmed outside its crop, with a line around it."""
+def _thumbnail(image: Image.Image, frame: Frame, mask: Image.Image | None) -> Image.Image:
+    """The picture in small, dimmed outside its crop, with a line around it, and red where the mask has it not count."""
     (width, height), (across, down) = frame.resized, frame.size
     scale = THUMBNAIL_SIDE / max(width, height)
     small = image.resize((max(round(width * scale), 1), max(round(height * scale), 1)), Image.Resampling.LANCZOS)
+    if mask is not None:
+        tinted = Image.blend(small, Image.new("RGB", small.size, RED), 0.6)
+        small = Image.composite(small, tinted, mask.resize(small.size))
     left, top = round(frame.left * scale), round(frame.top * scale)
     right, bottom = round((frame.left + across) * scale), round((frame.top + down) * scale)
     shown = ImageEnhance.Brightness(small).enhance(0.35)

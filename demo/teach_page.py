@@ -2,27 +2,35 @@
 
 import itertools
 import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
-from demo import session, training_process, uploads
-from demo.library import ModelFacts, Places, find, find_photographs
+from demo import session, training_process
+from demo.library import ModelFacts, Places, find
 from demo.model_control import EMBEDDED, advise, model_control
-from demo.photographs import Look, Photograph, look_at
+from demo.photographs import look_at
+from demo.subject_controls import ask_words, choose_pictures, show_look
+from demo.subjects import Pictures, Subject, write
 from demo.training_plan import Preset, TrainingWishes, flags, name_of, preset_files, read_preset
 from demo.training_process import Training
 from demo.training_view import watch
-from dreambooth_ms.errors import UserError, count_of
+from dreambooth_ms.data.plan import Plan, table_of_sizes
+from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.specs import Family
 
 NEW = "New training"
-FOLDER, UPLOAD = "From a folder", "Upload"
 SHOWN_TRAININGS = 8
-CARD_WIDTH = 165
-"""Of a photograph, in pixels: two beside each other on a phone."""
 CHECK = "What the training will make of the photographs and the prompt, what it needs, and how long it will take."
+MOST_SUBJECTS = 6
 STATE_ICONS = {"running": "progress_activity", "finished": "check", "stopped": "pause", "failed": "warning"}
+
+Answer = TypeVar("Answer")
 
 
 def show() -> None:
@@ -65,7 +73,9 @@ def _new_training(places: Places) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:  # Whatever the base is: an upload whose widget is not shown is forgotten.
         st.subheader("Photographs of the subject", anchor=False)
-        folder = _photographs(places)
+        blocks = _blocks()
+        below = st.container()
+        chosen = [_in(block, choose_pictures, places, number) for number, block in enumerate(blocks)]
     with right:
         st.subheader("The training", anchor=False)
         facts = _base(places, models)
@@ -76,11 +86,38 @@ def _new_training(places: Places) -> None:
     if facts is None or preset is None:
         return
     with right:
-        wishes = _wishes(facts, preset)
-    with left:
-        look = _look(folder, facts, wishes) if folder else None
+        prior = _prior(preset)
+    small = facts.picture_size <= 64
+    words = [_in(block, ask_words, number, small, prior) for number, block in enumerate(blocks)]
     with right:
-        _start(places, wishes, folder, look)
+        wishes = _wishes(facts, preset, [prompt for prompt, _ in words])
+    subjects = _subjects(blocks, chosen, words, wishes, below)
+    with right:
+        _start(places, wishes, words, subjects)
+
+
+def _in(block: DeltaGenerator, ask: Callable[..., Answer], *arguments: Any) -> Answer:
+    with block:
+        return ask(*arguments)
+
+
+def _blocks() -> list[DeltaGenerator]:
+    """A place for each subject."""
+    state = st.session_state
+    count = state.setdefault("teach_subjects", 1)
+    blocks = st.tabs([f"Subject {number + 1}" for number in range(count)]) if count > 1 else [st.container()]
+    with st.container(horizontal=True):
+        if count < MOST_SUBJECTS:
+            st.button("Add a subject", icon=":material/add:", key="add_subject", on_click=_change_count, args=(1,))
+        if count > 1:
+            st.button(
+                "Remove the last", icon=":material/remove:", key="remove_subject", on_click=_change_count, args=(-1,)
+            )
+    return list(blocks)
+
+
+def _change_count(by: int) -> None:
+    st.session_state.teach_subjects += by
 
 
 def _base(places: Places, models: list[Path]) -> ModelFacts | None:
@@ -106,30 +143,17 @@ def _preset(facts: ModelFacts) -> Preset | None:
         return None
 
 
-def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
-    small = facts.picture_size <= 64
-    subject, kind = (
-        ("a photo of a sks star", "a photo of a star") if small else ("a photo of sks dog", "a photo of dog")
-    )
-    prompt = st.text_input(
-        "What the photographs show",
-        subject,
-        key=f"teach_prompt {small}",
-        persist_state="session",
-        help="A prompt with a rare word of your choice for the subject, before its class: sks is the custom.",
-    )
-    prior = st.toggle(
+def _prior(preset: Preset) -> bool:
+    return st.toggle(
         "Keep the class as it is",
         preset.with_prior_preservation,
         key=f"teach_prior {preset.file.stem}",
         persist_state="session",
         help="Prior preservation: pictures of the class are generated first and trained beside.",
     )
-    class_prompt = None
-    if prior:
-        class_prompt = st.text_input(
-            "What its class looks like", kind, key=f"teach_class {small}", persist_state="session"
-        )
+
+
+def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> TrainingWishes:
     key = preset.file.stem
     left, right = st.columns(2)
     steps = left.number_input(
@@ -147,14 +171,37 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
     )
     validation = _follows(
         "Generate during training",
-        f"teach_validation {small}",
-        prompt,
-        "A prompt to watch the subject being learnt by; empty to generate nothing.",
+        f"teach_validation {facts.picture_size <= 64}",
+        "\n".join(prompts),
+        "Prompts to watch the subjects being learnt by, one in each line; empty to generate nothing.",
+        is_long=True,
     )
+    buckets = st.toggle(
+        "Sizes of several shapes",
+        key="teach_buckets",
+        persist_state="session",
+        help="Each photograph is trained at the size that cuts off least of it; each size is compiled once.",
+    )
+    return TrainingWishes(
+        base=facts.path,
+        preset=preset,
+        resolution=facts.picture_size,
+        buckets=buckets,
+        side_step=facts.side_step,
+        max_train_steps=int(steps),
+        learning_rate=float(rate),
+        validation_prompts=[line.strip() for line in validation.splitlines() if line.strip()],
+        **_more(preset, int(steps)),
+    )
+
+
+def _more(preset: Preset, steps: int) -> dict[str, Any]:
+    """What few people set."""
+    key = preset.file.stem
     with st.expander("More"):
         left, right = st.columns(2)
         every = left.number_input(
-            "Generate every … steps", 1, 100_000, max(int(steps) // 4, 1), key=f"teach_every {key} {steps}"
+            "Generate every … steps", 1, 100_000, max(steps // 4, 1), key=f"teach_every {key} {steps}"
         )
         pictures = right.number_input("Pictures each time", 1, 8, 2, key="teach_pictures", persist_state="session")
         rank = left.number_input("Rank", 1, 512, preset.rank, key=f"teach_rank {key}", persist_state="session")
@@ -172,130 +219,80 @@ def _wishes(facts: ModelFacts, preset: Preset) -> TrainingWishes:
             "Train the text encoder too", preset.train_text_encoder, key=f"teach_text {key}", persist_state="session"
         )
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="teach_seed", persist_state="session")
-    return TrainingWishes(
-        base=facts.path,
-        preset=preset,
-        resolution=facts.picture_size,
-        instance_prompt=prompt,
-        class_prompt=class_prompt,
-        num_class_images=int(classes),
-        max_train_steps=int(steps),
-        learning_rate=float(rate),
-        rank=int(rank),
-        center_crop=center,
-        train_text_encoder=text,
-        validation_prompt=validation or None,
-        validation_steps=int(every),
-        num_validation_images=int(pictures),
-        seed=int(seed),
-    )
+    return {
+        "num_class_images": int(classes),
+        "rank": int(rank),
+        "center_crop": center,
+        "train_text_encoder": text,
+        "validation_steps": int(every),
+        "num_validation_images": int(pictures),
+        "seed": int(seed),
+    }
 
 
-def _photographs(places: Places) -> Path | None:
-    """The folder with the photographs; None while there is none."""
-    source = st.segmented_control(
-        "Photographs",
-        [FOLDER, UPLOAD],
-        key="teach_source",
-        default=FOLDER,
-        required=True,
-        persist_state="session",
-        label_visibility="collapsed",
-    )
-    if source == UPLOAD:
-        return _uploaded()
-    names = [str(path) for path in find_photographs(places)]
-    name = st.selectbox(
-        "Folder",
-        names,
-        format_func=session.label,
-        key="teach_folder",
-        index=0 if names else None,
-        accept_new_options=True,
-        placeholder="The path of a folder",
-        help=f"Found in {places.listed()}; or write the path of a folder there.",
-    )
-    if not name:
+def _subjects(
+    blocks: Sequence[DeltaGenerator],
+    chosen: Sequence[Pictures | None],
+    words: Sequence[tuple[str, str | None]],
+    wishes: TrainingWishes,
+    below: DeltaGenerator,
+) -> list[Subject] | None:
+    """Show what the training will see of the photographs; gives the subjects, None while it could not start."""
+    there = [(block, own, said) for block, own, said in zip(blocks, chosen, words, strict=True) if own]
+    if not there:
         return None
-    with session.sentences():
-        return places.confined(name)
-    return None
-
-
-def _uploaded() -> Path | None:
-    files = st.file_uploader(
-        "Photographs",
-        type=uploads.PICTURE_TYPES,
-        accept_multiple_files=True,
-        key="teach_upload",
-        max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
-        label_visibility="collapsed",
-    )
-    folder = session.upload_folder() / "photographs"
-    kept = set()
-    for file in files or []:
-        with session.sentences():
-            kept.add(uploads.store_picture(folder, file.name, file.getvalue()))
-    if folder.exists():
-        for path in set(folder.iterdir()) - kept:
-            path.unlink()
-    return folder if kept else None
-
-
-def _look(folder: Path, facts: ModelFacts, wishes: TrainingWishes) -> Look | None:
     try:
-        look = look_at(folder, facts.picture_size, wishes.center_crop, wishes.seed)
+        looks, plan = look_at([own for _, own, _ in there], wishes.framing, wishes.seed)
     except UserError as error:
         session.show_error(error)
         return None
-    for remark in look.remarks:
-        st.info(remark, icon=":material/info:")
-    how = (
-        "The bright part is what is trained on."
-        if wishes.center_crop
-        else ("The bright part is what the first pass is trained on; the next passes see other parts.")
-    )
-    st.caption(f"{count_of(len(look.photographs), 'photograph')}. {how}")
-    with st.container(horizontal=True):
-        for photograph in look.photographs:
-            with st.container(width=CARD_WIDTH):
-                _photograph(photograph)
-    return look
+    how = "The bright part is what is trained on."
+    if not wishes.center_crop:
+        how = "The bright part is what the first pass is trained on; the next passes see other parts."
+    subjects = []
+    for number, ((block, own, (prompt, class_prompt)), look) in enumerate(zip(there, looks, strict=True)):
+        captions = _in(block, show_look, number, look, own, prompt, how)
+        uploaded = own.folder.is_relative_to(session.upload_folder())
+        subjects.append(
+            Subject(pictures=own, prompt=prompt, class_prompt=class_prompt, captions=captions, is_uploaded=uploaded)
+        )
+    if plan and wishes.buckets:
+        _in(below, _show_sizes, plan, wishes.max_train_steps)
+    ready = len(there) == len(blocks) and all(look.usable for look in looks)
+    return subjects if ready else None
 
 
-def _photograph(photograph: Photograph) -> None:
-    if photograph.thumbnail:
-        st.image(photograph.thumbnail, width="stretch")
-        st.caption(f"{photograph.path.name}, {photograph.size[0]} × {photograph.size[1]}")
-    else:
-        st.caption(photograph.path.name)
-    for problem in photograph.problems:
-        st.caption(f":{'orange' if photograph.usable else 'red'}[:material/warning: {problem}]")
+def _show_sizes(plan: Plan, steps: int) -> None:
+    rows = [
+        {"Size": f"{width} × {height}", "Photographs": pictures, "Cut off": f"{lost:.0%}", "Steps": own}
+        for (width, height), pictures, lost, own in table_of_sizes(plan, steps)
+    ]
+    st.table(pd.DataFrame(rows).set_index("Size"))
 
 
-def _start(places: Places, wishes: TrainingWishes, folder: Path | None, look: Look | None) -> None:
-    stem = name_of(wishes.instance_prompt, wishes.class_prompt)
+def _start(
+    places: Places, wishes: TrainingWishes, words: Sequence[tuple[str, str | None]], subjects: list[Subject] | None
+) -> None:
+    stem = name_of(words)
     names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
     name = _follows("Name", "teach_name", next(name for name in names if not (places.runs / name).exists()))
     running = training_process.running(places.runs)
     if running:
         st.caption(f"{running.name} is being trained; wait for its end, or stop it.")
-    if folder and st.button("Check", icon=":material/fact_check:", key="teach_check", help=CHECK):
-        arguments = training_process.arguments_of(flags(wishes, folder, places.runs / name), wishes.preset.file)
-        with st.spinner("Looking at it …"):
+    if subjects and st.button("Check", icon=":material/fact_check:", key="teach_check", help=CHECK):
+        with st.spinner("Looking at it …"), tempfile.TemporaryDirectory() as folder:
+            write(subjects, Path(folder))
+            arguments = training_process.arguments_of(flags(wishes, subjects, Path(folder)), wishes.preset.file)
             st.code("\n".join(training_process.check(arguments)), language=None, wrap_lines=True)
-    ready = look is not None and look.usable and running is None
+    ready = subjects is not None and running is None
     if not st.button("Teach", type="primary", icon=":material/school:", disabled=not ready, key="teach_button"):
         return
     with session.sentences():
-        assert folder is not None
+        assert subjects is not None
         target = training_process.new_folder(places.runs, name.strip())
-        pictures = folder
-        if folder.is_relative_to(session.upload_folder()):
-            pictures = target / "photographs"
-            shutil.copytree(folder, pictures)
-        arguments = training_process.arguments_of(flags(wishes, pictures, target), wishes.preset.file)
         try:
+            write(subjects, target)
+            arguments = training_process.arguments_of(flags(wishes, subjects, target), wishes.preset.file)
             training = training_process.start(target, arguments)
         except UserError:
             shutil.rmtree(target, ignore_errors=True)
@@ -310,10 +307,12 @@ def _show_next(training: Training) -> None:
     st.rerun()
 
 
-def _follows(label: str, key: str, suggestion: str, meaning: str | None = None) -> str:
+def _follows(label: str, key: str, suggestion: str, meaning: str | None = None, is_long: bool = False) -> str:
     """A text that follows the prompt until another one is written."""
     state, before = st.session_state, f"{key} suggested"
     if key not in state or state[key] == state.get(before):
         state[key] = suggestion
     state[before] = suggestion
+    if is_long:
+        return st.text_area(label, key=key, height="content", persist_state="session", help=meaning)
     return st.text_input(label, key=key, persist_state="session", help=meaning)

@@ -1,16 +1,20 @@
 """From what is filled in on the page to the flags of `dreambooth-ms train`."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from demo.library import ModelFacts
 from demo.processes import REPOSITORY
+from demo.subjects import CONCEPTS, Subject, settings
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.buckets import sizes_of
+from dreambooth_ms.data.plan import Framing
 from dreambooth_ms.models.specs import Family
 
 CONFIGS = REPOSITORY / "configs" / "training"
@@ -89,42 +93,52 @@ class TrainingWishes:
     base: Path
     preset: Preset
     resolution: int
-    instance_prompt: str
-    class_prompt: str | None
-    """None: without prior preservation."""
+    buckets: bool
+    """Whether pictures are trained at sizes of several shapes."""
+    side_step: int
+    """Sides are multiples of it."""
     num_class_images: int
     max_train_steps: int
     learning_rate: float
     rank: int
     center_crop: bool
     train_text_encoder: bool
-    validation_prompt: str | None
+    validation_prompts: Sequence[str]
     validation_steps: int
     num_validation_images: int
     seed: int
 
+    @property
+    def framing(self) -> Framing:
+        """How pictures are cropped."""
+        sizes = sizes_of(self.resolution, self.side_step) if self.buckets else [(self.resolution, self.resolution)]
+        return Framing(tuple(sizes), self.center_crop, random_flip=False)
 
-def name_of(prompt: str, class_prompt: str | None) -> str:
-    """A name for a training, of its rare word and its class: "sks-dog" of "a photo of sks dog in the snow"."""
+
+def name_of(words: Sequence[tuple[str, str | None]]) -> str:
+    """A name for a training, of the rare word and the class of each of its subjects."""
+    return "-".join(filter(None, itertools.starmap(_name, words)))[:40].strip("-") or "subject"
+
+
+def _name(prompt: str, class_prompt: str | None) -> str:
+    """ "sks-dog" of "a photo of sks dog in the snow"."""
     words, of_class = (_WORD.findall(text.lower()) for text in (prompt, class_prompt or ""))
-    of_subject = takewhile(lambda word: not _PLACES.fullmatch(word), words)
+    of_subject = itertools.takewhile(lambda word: not _PLACES.fullmatch(word), words)
     telling = [word for word in of_subject if not _FILLERS.fullmatch(word)]
     ends = [number for number, word in enumerate(telling, 1) if word in of_class]
-    return "-".join(telling[: ends[-1] if ends else 3])[:40] or "subject"
+    return "-".join(telling[: ends[-1] if ends else 3])
 
 
-def flags(wishes: TrainingWishes, photographs: Path, target: Path) -> dict[str, Any]:
-    """Flags by name; None for one that is left out."""
-    prior = wishes.class_prompt is not None
+def flags(wishes: TrainingWishes, subjects: Sequence[Subject], target: Path) -> dict[str, Any]:
+    """Flags by name, a list of those that are given more than once; None for one that is left out."""
+    prior, shows = subjects[0].class_prompt is not None, bool(wishes.validation_prompts)
     return {
         "pretrained_model_name_or_path": wishes.base,
-        "instance_data_dir": photographs,
-        "instance_prompt": wishes.instance_prompt,
+        **(settings(subjects, target)[0] if len(subjects) == 1 else {"concepts_list": target / CONCEPTS}),
         "resolution": wishes.resolution,
+        "use_aspect_ratio_bucket": wishes.buckets,
         "center_crop": wishes.center_crop,
         "with_prior_preservation": prior,
-        "class_data_dir": target / "class_images" if prior else None,
-        "class_prompt": wishes.class_prompt,
         "num_class_images": wishes.num_class_images if prior else None,
         "train_text_encoder": wishes.train_text_encoder,
         "rank": wishes.rank,
@@ -132,8 +146,8 @@ def flags(wishes: TrainingWishes, photographs: Path, target: Path) -> dict[str, 
         "max_train_steps": wishes.max_train_steps,
         "seed": wishes.seed,
         "checkpointing_steps": min(wishes.preset.checkpointing_steps, wishes.max_train_steps),
-        "validation_prompt": wishes.validation_prompt,
-        "validation_steps": wishes.validation_steps if wishes.validation_prompt else None,
-        "num_validation_images": wishes.num_validation_images if wishes.validation_prompt else None,
+        "validation_prompt": list(wishes.validation_prompts),
+        "validation_steps": wishes.validation_steps if shows else None,
+        "num_validation_images": wishes.num_validation_images if shows else None,
         "output_dir": target,
     }

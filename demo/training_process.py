@@ -25,10 +25,11 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
 from dreambooth_ms.formats.folder_layout import INDEX
+from dreambooth_ms.sampling.picture_file import validation_pictures
 from dreambooth_ms.training.run_lock import INHERITED, Runner, runner_of, sign, take_lock
 
 COMMAND, LOG = "page_command.json", "page_training.log"
-HISTORY, VALIDATION = "history.jsonl", "validation"
+HISTORY, VALIDATION, STRIP = "history.jsonl", "validation", "over_time.png"
 PROGRAM = (sys.executable, "-m", "dreambooth_ms.cli.main", "train")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
@@ -125,10 +126,11 @@ class Training:
 
     def validation_pictures(self) -> dict[int, list[Path]]:
         """The pictures sampled during training, by step."""
-        found: dict[int, list[Path]] = {}
-        for path in sorted((self.folder / VALIDATION).glob("step-*-*.png")):
-            found.setdefault(int(path.stem.split("-")[1]), []).append(path)
-        return found
+        return validation_pictures(self.folder / VALIDATION)
+
+    def strip(self) -> list[Path]:
+        """The sheet that shows every prompt through the run, if there is one."""
+        return [path for path in [self.folder / VALIDATION / STRIP] if path.is_file()]
 
     def bar(self) -> Bar | None:
         """The newest progress bar in its log; of a run that a terminal shows, where its steps are."""
@@ -210,11 +212,15 @@ def arguments_of(values: Mapping[str, Any], config: Path) -> list[str]:
     """The command line of a training.
 
     Args:
-        values: flags of `dreambooth-ms train` by name; None leaves one out.
+        values: flags of `dreambooth-ms train` by name; a list is a flag for each of it; None leaves one out.
         config: a YAML file that they are put on top of.
     """
-    chosen = {name: value for name, value in values.items() if value is not None}
-    return ["--config", str(config), *(word for name, value in chosen.items() for word in (f"--{name}", str(value)))]
+    given = {name: value if isinstance(value, list) else [value] for name, value in values.items() if value is not None}
+    return [
+        "--config",
+        str(config),
+        *(word for name, of in given.items() for one in of for word in (f"--{name}", str(one))),
+    ]
 
 
 def check(arguments: Sequence[str]) -> list[str]:

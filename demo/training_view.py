@@ -1,5 +1,6 @@
 """A training as it goes: figures, curves and pictures, and what can be done with it."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,8 @@ POLL_SECONDS = 1.0
 PNG_END = b"IEND\xaeB`\x82"
 POINTS = 400
 """So many points of a curve are sent to the browser."""
-COLOURS = {"subject": "#b4471f", "class": "#3f7d78"}
+SUBJECTS, CLASSES = ("#b4471f", "#8a5fa8", "#c2912a"), ("#3f7d78", "#5f86a8", "#7d9a4f")
+"""The colours of their curves; after the last the first comes again."""
 BADGES: dict[State, Literal["green", "blue", "gray", "red"]] = {
     "running": "green",
     "finished": "blue",
@@ -64,6 +66,8 @@ def _content(training: Training) -> None:
             st.caption("The curve of the loss appears with the first steps.")
     with right:
         _pictures(training)
+    for strip in whole_pictures(training.strip()):
+        st.image(strip)
     with st.expander("What it says"):
         st.code(training.log(4000) or "Nothing yet.", language=None)
 
@@ -123,8 +127,9 @@ def _figures(training: Training, history: list[dict[str, float]]) -> None:
 
 def _curves(history: list[dict[str, float]]) -> None:
     table = curve_table(history)
-    shown = [of for of in COLOURS if of in set(table["of"])]
-    scale = alt.Scale(domain=shown, range=[COLOURS[of] for of in shown])
+    shown = list(dict.fromkeys(table["of"]))
+    subjects, classes = itertools.cycle(SUBJECTS), itertools.cycle(CLASSES)
+    scale = alt.Scale(domain=shown, range=[next(classes if of.startswith("class") else subjects) for of in shown])
     base = alt.Chart(table).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1)),
         color=alt.Color("of:N", scale=scale, title=None, legend=alt.Legend(orient="top")),
@@ -135,13 +140,12 @@ def _curves(history: list[dict[str, float]]) -> None:
 
 
 def curve_table(history: list[dict[str, float]]) -> pd.DataFrame:
-    """Columns step, of (subject or class), loss, and mean: a running one over a tenth of the steps."""
+    """Columns step, of (subject, class, subject 2 …), loss, and mean: a running one over a tenth of the steps."""
     window = max(len(history) // _SMOOTHED_SHARE, 1)
     every = max(math.ceil(len(history) / POINTS), 1)
     parts = []
-    for of, column in (("subject", "instance_loss"), ("class", "class_loss")):
-        if column not in history[0]:
-            continue
+    for column in (name for name in history[0] if name.endswith("_loss")):
+        of = column.removesuffix("_loss").replace("instance", "subject").replace("_", " ")
         part = pd.DataFrame({"step": [r["step"] for r in history], "of": of, "loss": [r[column] for r in history]})
         part["mean"] = part["loss"].rolling(window, min_periods=1, center=True).mean()
         parts.append(part.iloc[::every])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
+from dreambooth_ms.atomic import check_writable, write_bytes
 from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.output import tell, with_progress
@@ -18,7 +18,7 @@ from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
-from dreambooth_ms.evaluation.sheet import Row, draw_sheet
+from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.hub import find_adapter, find_clip
@@ -74,8 +74,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
         f"Same prompts, same noise.   subject similarity {before.subject_similarity:.3f} -> "
         f"{after.subject_similarity:.3f}   class drift {after.class_drift:.3f}"
     )
-    with atomic_path(output / SHEET) as partial:
-        draw_sheet(title, rows).save(partial, format="PNG")
+    write_sheet(output / SHEET, title, rows)
     metrics = json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
     write_bytes(output / METRICS, metrics.encode())
     tell(f"wrote {output / SHEET} and {output / METRICS}")

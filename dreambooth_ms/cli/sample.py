@@ -104,7 +104,7 @@ def refinement_of(config: RefinerConfig) -> Refinement:
     return Refinement(denoising_end=config.denoising_end or Refinement.denoising_end)
 
 
-def read_prompts(text_or_path: str) -> list[str]:
+def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
     """The prompt itself, or the lines of the text file that it names.
 
     Raises:
@@ -114,15 +114,15 @@ def read_prompts(text_or_path: str) -> list[str]:
     path = os.path.expanduser(text_or_path)
     if not os.path.isfile(path):
         if text_or_path.endswith(".txt"):
-            raise DataError(f"--prompt {text_or_path}: no such file{near(text_or_path)}")
+            raise DataError(f"{flag} {text_or_path}: no such file{near(text_or_path)}")
         return [text_or_path]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompt {text_or_path}: not readable as UTF-8 text ({error})") from error
+        raise DataError(f"{flag} {text_or_path}: not readable as UTF-8 text ({error})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise DataError(f"--prompt {text_or_path}: the file holds no prompt; write one per line")
+        raise DataError(f"{flag} {text_or_path}: the file holds no prompt; write one per line")
     return prompts
 
 

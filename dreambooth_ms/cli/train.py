@@ -18,7 +18,7 @@ from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.training_setup import set_up_training
-from dreambooth_ms.cli.validation import ShowValidation
+from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -58,7 +58,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     """What each process of the run does. All have the same pictures and weights; each has its own rows of a step."""
     if not processes.is_first:
         be_quiet()
-    wanted = load(TrainConfig, argv, tell)
+    wanted = with_prompts_read(load(TrainConfig, argv, tell))
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.

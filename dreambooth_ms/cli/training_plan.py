@@ -1,21 +1,19 @@
 """Which rows a run has, and what there is to say and to show of them."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.choices import Interpolation
-from dreambooth_ms.data.buckets import least_losing, lost_area, sizes_of
+from dreambooth_ms.data.buckets import least_losing, sizes_of
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
-from dreambooth_ms.data.plan import Framing, Plan, View, taking_turns
+from dreambooth_ms.data.plan import Framing, Plan, View, table_of_sizes
 from dreambooth_ms.data.records import INSTANCE, Concept
 from dreambooth_ms.errors import count_of
-from dreambooth_ms.evaluation.sheet import Row, draw_sheet
+from dreambooth_ms.evaluation.sheet import Row, write_sheet
 
 
 def plan_of(job: TrainingJob, concepts: Sequence[Concept]) -> Plan:
@@ -48,12 +46,8 @@ def prompts_of(job: TrainingJob, plan: Plan) -> list[str]:
 
 def tell_sizes(plan: Plan, total: int) -> None:
     """A line for each size of the run: its pictures, what is cut off them, and its steps."""
-    turns = Counter(taking_turns(plan.shares, step)[0] for step in range(total))
-    for at, bucket in enumerate(plan.buckets):
-        pictures = [record.size for concept in bucket.groups[0] for record in concept.records]
-        lost, (width, height) = float(lost_area([bucket.size], pictures).mean()), bucket.size
-        held, steps = count_of(len(pictures), "picture"), count_of(turns[at], "step")
-        tell(f"{width}x{height}: {held}, {lost:.1%} cut off, {steps}")
+    for (width, height), pictures, lost, steps in table_of_sizes(plan, total):
+        tell(f"{width}x{height}: {count_of(pictures, 'picture')}, {lost:.1%} cut off, {count_of(steps, 'step')}")
 
 
 def write_crops(plan: Plan, interpolation: Interpolation, path: Path, at_most: int = 8) -> None:
@@ -69,6 +63,5 @@ def write_crops(plan: Plan, interpolation: Interpolation, path: Path, at_most: i
         width, height = bucket.size
         label = f"{width}x{height}\n{count_of(len(records), 'picture')}"
         rows.append(Row(label, [np.asarray(crop) for crop in crops], names))
-    with atomic_path(path) as partial_file:
-        draw_sheet("What is left of the pictures at each size", rows).save(partial_file, format="PNG")
+    write_sheet(path, "What is left of the pictures at each size", rows)
     tell(f"wrote {path}")

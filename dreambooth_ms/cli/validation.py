@@ -1,21 +1,30 @@
-"""Pictures during training: always the same prompt and noise, so that a person sees the subject being learnt."""
+"""Pictures during training: always the same prompts and noise, so that a person sees the subject being learnt."""
 
-from contextlib import nullcontext
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 from mindspore import nn
+from PIL import Image
 
+from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import write_picture
+from dreambooth_ms.sampling.picture_file import SETTINGS_KEY, validation_name, validation_pictures, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.trackers import Tracker
 
 PURPOSE, FOLDER = "validation", "validation"
-STEPS, GUIDANCE = 25, 7.5
-"""As in diffusers' scripts."""
+STRIP, MOST_COLUMNS = "over_time.png", 12
+"""The file that shows each prompt through the run, and how many validations it shows."""
 
 SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
     "DPMSolverMultistepScheduler": "dpm++_2m",
@@ -23,8 +32,21 @@ SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
 }
 
 
+def with_prompts_read(config: TrainConfig) -> TrainConfig:
+    """The same with the lines of the files that --validation_prompt names in their place, each prompt once.
+
+    Raises:
+        DataError: a file is missing, not UTF-8 text, or has no line with a prompt.
+    """
+    wanted = config.validation
+    read = [read_prompts(text, "--validation_prompt") for text in wanted.validation_prompt or ()]
+    prompts = tuple(dict.fromkeys(prompt for lines in read for prompt in lines)) or None
+    return replace(config, validation=replace(wanted, validation_prompt=prompts))
+
+
 class ShowValidation:
-    """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are.
+    """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are; a sheet of
+    them, and one of each prompt through the run.
 
     The process that has the tracker samples them one at a time, by one compiled denoiser, which takes less memory than
     a training step of as many rows.
@@ -36,16 +58,17 @@ class ShowValidation:
         self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
         self._training, self._tracker, self._processes = training, tracker, job.processes
         self._request = SampleRequest(
-            prompts=(wanted.validation_prompt,),
+            prompts=wanted.validation_prompt,
+            negative_prompt=wanted.validation_negative_prompt,
             num_images_per_prompt=wanted.num_validation_images,
             height=height,
             width=width,
-            seed=job.seed,
+            seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
             purpose=PURPOSE,
             batch_size=1,
             scheduler=SCHEDULERS[wanted.validation_scheduler],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            num_inference_steps=wanted.validation_inference_steps,
+            guidance_scale=wanted.validation_guidance_scale,
             clip_skip=job.base.clip_skip,
         )
         self._model = SamplingModel(job.base, denoiser=unet, text_encoders=training.learner.text_encoders)
@@ -60,11 +83,40 @@ class ShowValidation:
             return
         if self._tracker:
             dropout = self._training.learner.dropout
+            prompts = self._request.prompts
+            # Each by itself: the numbers of its pictures, and so their noise, do not depend on the other prompts.
+            requests = [replace(self._request, prompts=(prompt,)) for prompt in prompts]
             with self._training.result_weights(), dropout.off() if dropout else nullcontext():
-                samples = list(self._model.sample(self._request))
-            for sample in samples:
-                path = self._output / f"step-{report.step:06d}-{sample.number}.png"
-                settings = settings_of_training(sample) | {"step": report.step}
-                write_picture(path, sample.picture, settings)
+                of_prompts = [list(self._model.sample(request)) for request in requests]
+            samples = [sample for own in of_prompts for sample in own]
+            more = {"step": report.step, "negative_prompt": self._request.negative_prompt}
+            for number, sample in enumerate(samples):
+                path = self._output / validation_name(report.step, number)
+                write_picture(path, sample.picture, settings_of_training(sample) | more)
+            rows = [Row(prompt, [one.picture for one in own]) for prompt, own in zip(prompts, of_prompts, strict=True)]
+            write_sheet(self._output / f"step-{report.step:06d}.png", f"After step {report.step}", rows)
+            write_strip(self._output, prompts, report.step)
             self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")
+
+
+def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:
+    """Draw the first picture of each prompt in a row, a column for each validation up to a step, of many so many evenly
+    taken. It is made of the files in the folder, so that a run that was stopped shows all of them."""
+    files = validation_pictures(folder)
+    steps = [one for one in files if one <= step]
+    shown = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))]
+    columns, captions = [_first_pictures(files[one]) for one in shown], [f"step {one}" for one in shown]
+    rows = [Row(prompt, [column.get(prompt) for column in columns], captions) for prompt in prompts]
+    write_sheet(folder / STRIP, "From step to step, always from the same noise", rows)
+
+
+def _first_pictures(paths: Iterable[Path]) -> dict[str, np.ndarray]:
+    """By their prompts, the pictures with the number 0; what somebody else put there is left out."""
+    found = {}
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
+            settings = json.loads(image.info[SETTINGS_KEY])
+            if settings["number"] == 0:
+                found[settings["prompt"]] = np.asarray(image.convert("RGB"))
+    return found

@@ -15,7 +15,7 @@ from dreambooth_ms.config.rules import Resume, Rule
 _WORDS: dict[Any, tuple[str, str]] = {
     bool: ("True or False", "[True|False]"), int: ("a whole number", "N"), float: ("a number", "X"),
     str: ("text", "TEXT"), list[str]: ("a list of texts", "TEXT [TEXT ...]"),
-    list[float]: ("a list of numbers", "X [X ...]"),
+    list[float]: ("a list of numbers", "X [X ...]"), tuple[str, ...]: ("text or a list of texts", "TEXT"),
 }  # fmt: skip
 """Kind of a field -> what a value has to be, and what stands for it in a usage line."""
 
@@ -24,8 +24,8 @@ _WORDS: dict[Any, tuple[str, str]] = {
 class Field:
     """One field of a schema, as flags, files and the help text see it.
 
-    kind is bool, int, float, str, list[str], list[float] or the tuple of texts to choose from; default is
-    dataclasses.MISSING where the user has to give a value.
+    kind is bool, int, float, str, list[str], list[float], tuple[str, ...] for texts that may hold commas, or the tuple
+    of texts to choose from; default is dataclasses.MISSING where the user has to give a value.
     """
 
     name: str

@@ -34,7 +34,8 @@ def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object
     Args:
         schema: TrainConfig, SampleConfig or another Schema.
         argv: flags, without the names of the program and the command. Booleans: `--flag`, `--flag True`, `--no-flag`.
-            Lists: `--name a b`, `--name a,b`, or the flag once more. A hyphen in a name stands for an underscore.
+            Lists: `--name a b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas. A
+            hyphen in a name stands for an underscore.
         tell: takes what the user should know about it, one line per note.
 
     Raises:
@@ -87,7 +88,7 @@ def to_yaml(config: Any) -> str:
 
 def _escaped(value: Any) -> Any:
     """The same value, with text escaped so that OmegaConf reads no reference into it."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_escaped(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
@@ -120,7 +121,7 @@ def _read_layer(layer: Iterable[Setting], known: Mapping[str, Field]) -> dict[st
                 continue
             if giver.name != setting.name and earlier != value:
                 setting.complain(f"means the same as {giver.label}; give one of them")
-            elif giver.name == setting.name and isinstance(earlier, list):
+            elif giver.name == setting.name and isinstance(earlier, list | tuple) and value:
                 values[name] = earlier + value
             else:
                 values[name] = value

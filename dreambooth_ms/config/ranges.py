@@ -37,7 +37,8 @@ PATH = "path"
 COLOUR = Range(
     "white, black, grey or #rrggbb", lambda name: bool(re.fullmatch(r"white|black|gr[ae]y|#[0-9a-fA-F]{6}", name))
 )
-NOT_EMPTY = Range("not empty", lambda value: len(value) > 0)
+NOT_EMPTY = Range("not empty", lambda value: len(value) > 0 and all(value))
+"""A text, or a list that has texts and none of them empty."""
 
 _MEMORY_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([GM])i?B?", re.IGNORECASE)
 

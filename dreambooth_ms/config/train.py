@@ -360,6 +360,7 @@ class PriorConfig:
 
 
 _VALIDATES = only_with("validation_prompt")
+_GUIDES = no_effect("without guidance", when=lambda values: values["validation_guidance_scale"] <= 1)
 _BY_EPOCHS = no_effect("beside --validation_epochs", when=lambda values: values["validation_epochs"] is not None)
 
 
@@ -367,10 +368,19 @@ _BY_EPOCHS = no_effect("beside --validation_epochs", when=lambda values: values[
 class ValidationConfig:
     """Pictures generated during training, to see how far it is."""
 
-    validation_prompt: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Prompt of pictures that are generated during the training. None: there are none."""
+    validation_prompt: Annotated[tuple[str, ...] | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
+    """Prompt of pictures that are generated during the training, or the path of a text file with one prompt per line;
+    several by the flag once more. None: there are none."""
+    validation_negative_prompt: Annotated[str, _VALIDATES, _GUIDES, Resume.MAY_CHANGE] = ""
+    """What these pictures should not show."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
-    """Pictures generated each time, always from the same noise."""
+    """Pictures generated of each prompt each time, always from the same noise."""
+    validation_seed: Annotated[int | None, SEED, _VALIDATES, Resume.MAY_CHANGE] = None
+    """Names that noise, which is the same for every prompt. None: the run's seed."""
+    validation_inference_steps: Annotated[int, STEPS, _VALIDATES, Resume.MAY_CHANGE] = 25
+    """Denoising steps of each picture."""
+    validation_guidance_scale: Annotated[float, at_least(0), _VALIDATES, Resume.MAY_CHANGE] = 7.5
+    """Classifier-free guidance of these pictures; 1 turns it off."""
     validation_steps: Annotated[int, at_least(1), _VALIDATES, _BY_EPOCHS, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
     validation_epochs: Annotated[int | None, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = None

@@ -59,6 +59,9 @@ def _converted(one: Field, written: Any, is_flag: bool) -> Any:
         if not isinstance(written, list):
             raise ValueError
         return [_NODES[kind].validate_and_convert(entry) for entry in written]
+    if get_origin(one.kind) is tuple:
+        texts = written if isinstance(written, list) else [written]
+        return tuple(_NODES[str].validate_and_convert(text) for text in texts)
     if one.kind is bool and not isinstance(written, bool | str):
         raise ValueError
     return _NODES[one.kind].validate_and_convert(written)

@@ -32,7 +32,7 @@ def find_mask(picture: Path, folder: Path | None, size: Size) -> Mask:
     if path is None:
         raise DataError(f"{picture}: no mask in {folder}, expected {picture.stem}.png; make one, or remove the picture")
     mask = Mask(path, digest(path), is_alpha=folder is None)
-    image = _read(mask)
+    image = read_mask(mask)
     if image.size != size:
         (width, height), (across, down) = image.size, size
         raise DataError(f"{path}: {width}x{height} pixels, its picture {across}x{down}; make both the same size")
@@ -41,8 +41,8 @@ def find_mask(picture: Path, folder: Path | None, size: Size) -> Mask:
     return mask
 
 
-def _read(mask: Mask) -> Image.Image:
-    """Its brightness, as "L"."""
+def read_mask(mask: Mask) -> Image.Image:
+    """Its brightness, as "L"; raises DataError if its opacity is meant and it has none."""
     image = read_upright(mask.path)
     if not mask.is_alpha:
         return image.convert("L")
@@ -62,7 +62,7 @@ def mask_of_latents(mask: Mask, frame: Frame, flip: bool, size: Size, rest: floa
         size: (w, h) of the latents, of which the crop is a multiple.
         rest: how much counts what the mask has not, from 0 to 1.
     """
-    crop = resize_and_crop(_read(mask), frame, "bilinear", flip)
+    crop = resize_and_crop(read_mask(mask), frame, "bilinear", flip)
     shares = np.asarray(crop, np.float32) / np.float32(255)
     width, height = size
     of_latents = shares.reshape(height, shares.shape[0] // height, width, shares.shape[1] // width).mean((1, 3))

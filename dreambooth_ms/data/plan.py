@@ -6,6 +6,7 @@ The size is the step's, and depends on the number of the step; so does which row
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dreambooth_ms.data.buckets import nearest
+from dreambooth_ms.data.buckets import lost_area, nearest
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
 from dreambooth_ms.data.records import Concept, Record
 from dreambooth_ms.randomness import generator
@@ -152,6 +153,17 @@ def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
     cycle, at = divmod(position, sum(shares))
     order, before = _cycle(shares)
     return int(order[at]), cycle * shares[order[at]] + int(before[at])
+
+
+def table_of_sizes(plan: Plan, steps: int) -> list[tuple[Size, int, float, int]]:
+    """Of a run of so many steps each size, its pictures of the subjects, the mean share that is cut off them, and its
+    steps."""
+    turns = Counter(taking_turns(plan.shares, step)[0] for step in range(steps))
+    pictures = [[record.size for one in bucket.groups[0] for record in one.records] for bucket in plan.buckets]
+    return [
+        (bucket.size, len(own), float(lost_area([bucket.size], own).mean()), turns[at])
+        for at, (bucket, own) in enumerate(zip(plan.buckets, pictures, strict=True))
+    ]
 
 
 def of_records(sizes: Sequence[Size], records: Sequence[Record]) -> list[Size]:

@@ -3,11 +3,14 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, GAP, LABEL_WIDTH, LINE = 24, 10, 120, 18
+from dreambooth_ms.atomic import atomic_path
+
+MARGIN, GAP, LABEL_WIDTH, LINE = 24, 10, 200, 18
 INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
@@ -16,13 +19,15 @@ class Row:
     """A row of the sheet."""
 
     label: str
-    pictures: Sequence[np.ndarray]
+    pictures: Sequence[np.ndarray | None]
+    """None leaves its place empty."""
     captions: Sequence[str] = ()
     """One under each picture; none if empty."""
 
 
-def draw_sheet(title: str, rows: Sequence[Row], cell: int = 160) -> Image.Image:
-    """Rows of pictures (H, W, 3) uint8, `cell` pixels on their longer side, with labels at the left, captions below."""
+def write_sheet(path: Path, title: str, rows: Sequence[Row], cell: int = 160) -> None:
+    """Write rows of pictures (H, W, 3) uint8, `cell` pixels on their longer side, with labels at the left, captions
+    below, as PNG."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     columns = max(len(row.pictures) for row in rows)
     wrapped = [[textwrap.wrap(caption, cell // 7) for caption in row.captions] for row in rows]
@@ -33,8 +38,12 @@ def draw_sheet(title: str, rows: Sequence[Row], cell: int = 160) -> Image.Image:
     canvas.text((MARGIN, MARGIN), title, fill=INK, font=font)
     y = MARGIN + 36
     for row, captions, height in zip(rows, wrapped, heights, strict=True):
-        canvas.multiline_text((MARGIN, y + cell // 2), row.label, fill=INK, font=font, anchor="lm")
+        room = textwrap.TextWrapper(LABEL_WIDTH // 9, max_lines=cell // 20, placeholder=" …")
+        label = "\n".join(line for part in row.label.split("\n") for line in room.wrap(part))
+        canvas.multiline_text((MARGIN, y + cell // 2), label, fill=INK, font=font, anchor="lm")
         for column, picture in enumerate(row.pictures):
+            if picture is None:
+                continue
             x = MARGIN + LABEL_WIDTH + column * (cell + GAP)
             filter_ = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
             scale = cell / max(picture.shape[:2])
@@ -43,4 +52,5 @@ def draw_sheet(title: str, rows: Sequence[Row], cell: int = 160) -> Image.Image:
             if captions:
                 canvas.multiline_text((x, y + cell + 4), "\n".join(captions[column]), fill=PALE, font=small)
         y += height
-    return sheet
+    with atomic_path(path) as partial:
+        sheet.save(partial, format="PNG")

@@ -4,6 +4,7 @@ The names of files hold the pictures' numbers, so that a command goes on where a
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,20 @@ def missing_numbers(folder: Path, wanted: int) -> list[int]:
 def class_picture_name(number: int) -> str:
     """File name of a sampled class picture."""
     return f"class-{number:05d}.png"
+
+
+def validation_name(step: int, number: int) -> str:
+    """File name of a picture that a training samples after a step."""
+    return f"step-{step:06d}-{number}.png"
+
+
+def validation_pictures(folder: Path) -> dict[int, list[Path]]:
+    """The files of these names in a folder by their steps, both in the order of their numbers."""
+    numbered = [(re.fullmatch(r"step-(\d+)-(\d+)\.png", path.name), path) for path in folder.glob("step-*.png")]
+    found: dict[int, list[Path]] = {}
+    for step, _, path in sorted((int(name[1]), int(name[2]), path) for name, path in numbered if name):
+        found.setdefault(step, []).append(path)
+    return found
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

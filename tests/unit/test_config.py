@@ -279,6 +279,7 @@ def values_of(one):
         bool: st.booleans(),
         list[str]: st.lists(st.text("ab_.0", min_size=1, max_size=4), min_size=1, max_size=3),
         list[float]: st.lists(st.floats(-2, 2), min_size=1, max_size=3),
+        tuple[str, ...]: st.lists(st.text("aé,${}: '-~", min_size=1, max_size=8), min_size=1, max_size=3).map(tuple),
     }
     kinds = st.sampled_from(one.kind) if isinstance(one.kind, tuple) else number[one.kind]
     valid = kinds.filter(lambda value: one.range is None or one.range.holds(value))
@@ -302,6 +303,8 @@ RULES = ("--with_prior_preservation: needs", "expected another folder", "polynom
 
 
 def written_as_flag(name, value):
+    if isinstance(value, tuple):
+        return [f"--{name}={text}" for text in value]
     return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
 
 

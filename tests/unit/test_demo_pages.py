@@ -1,6 +1,7 @@
 """The pages as Streamlit runs them, without a browser: what they open on, what they ask for, what they say."""
 
 import io
+import json
 import subprocess
 import sys
 import threading
@@ -391,7 +392,7 @@ def test_the_name_follows_the_prompt_until_it_is_written(runs):
     page.text_input("teach_prompt True").set_value("a photo of a zwx heart")
     page.text_input("teach_class True").set_value("a photo of a heart").run()
     assert page.text_input("teach_name").value == "zwx-heart-2"
-    assert page.text_input("teach_validation True").value == "a photo of a zwx heart"
+    assert page.text_area("teach_validation True").value == "a photo of a zwx heart"
     page.text_input("teach_name").set_value("mine").run()
     page.text_input("teach_prompt True").set_value("a photo of a qxt heart").run()
     assert page.text_input("teach_name").value == "mine"
@@ -440,6 +441,11 @@ def test_a_training_that_is_over_is_shown_with_what_it_left(runs):
     page.button_group("teach_chosen").set_value("dog").run()
     assert not page.exception
     assert [metric.value for metric in page.metric][:2] == ["8", "0.5000"]
+    assert not page.get("image")
+    (run / "validation").mkdir()
+    for name in ("step-000008-0.png", "step-000008.png", "over_time.png"):
+        (run / "validation" / name).write_bytes(png())
+    assert len(page.run().get("image")) == 2, "a picture, and the strip"
     assert page.button("sample_with_it")
 
 
@@ -490,4 +496,101 @@ def test_pictures_that_are_cut_or_being_written_are_not_shown(tmp_path):
     ],
 )
 def test_a_training_is_named_after_its_word_and_class(prompt, class_prompt, name):
-    assert name_of(prompt, class_prompt) == name
+    assert name_of([(prompt, class_prompt)]) == name
+
+
+# --- subjects ---
+
+
+def taught(page, monkeypatch):
+    """What a training is started with: its folder's files are looked at while it is there."""
+    calls = []
+
+    def start(folder, arguments):
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        calls.append((folder, arguments, files))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(training_process, "start", start)
+    page.button("teach_button").click().run()
+    assert "enough" in errors(page)
+    assert not page.exception
+    return calls[0]
+
+
+def upload(page, key, **files):
+    content = [(f"{name}.png", file, "image/png") for name, file in files.items()]
+    page.file_uploader(key).set_value(content).run()
+
+
+def test_captions_are_written_beside_uploaded_photographs(runs, monkeypatch):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_source").set_value("Upload").run()
+    upload(page, "teach_upload", a=png())
+    page.toggle("teach_captioned Upload").set_value(True).run()
+    (caption,) = [area for area in page.text_area if area.label.startswith("Caption of a-")]
+    assert caption.value == "a photo of a sks star"
+    caption.set_value("a photo of a sks star, in the snow").run()
+    folder, arguments, files = taught(page, monkeypatch)
+    (text,) = [file for name, file in files.items() if name.startswith("photographs/a-") and name.endswith(".txt")]
+    assert text.decode() == "a photo of a sks star, in the snow"
+    assert arguments[arguments.index("--use_txt_as_label") + 1] == "True"
+    assert arguments[arguments.index("--instance_data_dir") + 1] == str(folder / "photographs")
+
+
+def test_subjects_are_added_taught_by_a_list_and_removed(runs, monkeypatch):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button("add_subject").click().run()
+    page.text_input("teach_prompt True 2").set_value("a photo of a zwx heart")
+    page.text_input("teach_class True 2").set_value("a photo of a heart").run()
+    assert page.text_input("teach_name").value == "sks-star-zwx-heart"
+    assert page.text_area("teach_validation True").value == "a photo of a sks star\na photo of a zwx heart"
+    folder, arguments, files = taught(page, monkeypatch)
+    listed = json.loads(files["concepts.json"])
+    assert [one["instance_prompt"] for one in listed] == ["a photo of a sks star", "a photo of a zwx heart"]
+    assert arguments[arguments.index("--concepts_list") + 1] == str(folder / "concepts.json")
+    assert "--instance_data_dir" not in arguments
+    assert arguments.count("--validation_prompt") == 2
+    page.button("remove_subject").click().run()
+    assert page.text_input("teach_name").value == "sks-star"
+    assert "--instance_data_dir" in taught(page, monkeypatch)[1]
+
+
+def test_a_subject_without_photographs_cannot_be_taught(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button("add_subject").click().run()
+    page.button_group("teach_source 2").set_value("Upload").run()
+    assert page.button("teach_button").disabled
+    assert not page.exception
+
+
+def test_masks_belong_to_photographs_by_name(runs, monkeypatch):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_source").set_value("Upload").run()
+    upload(page, "teach_upload", a=png())
+    page.button_group("teach_counts").set_value("Masks").run()
+    assert "no mask of its name" in " ".join(caption.value for caption in page.caption)
+    assert page.button("teach_button").disabled
+    upload(page, "teach_masks", b=png())
+    assert "b.png: no photograph has this name" in errors(page)
+    upload(page, "teach_masks", a=png())
+    assert not page.error
+    folder, arguments, files = taught(page, monkeypatch)
+    assert arguments[arguments.index("--mask_dir") + 1] == str(folder / "masks")
+    pictures, masks = ([name.partition("/")[2] for name in files if name.startswith(of)] for of in ("photo", "masks"))
+    assert pictures == masks
+
+
+def test_photographs_without_opacity_are_told_where_it_is_to_be_the_mask(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    page.button_group("teach_counts").set_value("What is not transparent").run()
+    assert "no alpha channel" in " ".join(caption.value for caption in page.caption)
+    assert page.button("teach_button").disabled
+
+
+def test_sizes_of_several_shapes_are_a_table(runs):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert not page.table
+    page.toggle("teach_buckets").set_value(True).run()
+    (table,) = page.table
+    assert table.value.loc["64 × 64"].tolist() == [5, "0%", 1200]

@@ -12,6 +12,7 @@ import pytest
 from demo import training_process
 from demo.library import describe
 from demo.processes import REPOSITORY, environment
+from demo.subjects import Pictures, Subject
 from demo.training_plan import CONFIGS, PRESETS, SMALL, TrainingWishes, flags, preset_files, read_preset
 from demo.training_process import Training, arguments_of, new_folder, resume, running, start, trainings
 from demo.training_view import POINTS, curve_table
@@ -57,15 +58,15 @@ def wishes(**changes):
             "base": EMBEDDED,
             "preset": preset,
             "resolution": 64,
-            "instance_prompt": "a photo of a sks star",
-            "class_prompt": "a photo of a star",
+            "buckets": False,
+            "side_step": 8,
             "num_class_images": 4,
             "max_train_steps": 6,
             "learning_rate": preset.learning_rate,
             "rank": 4,
             "center_crop": True,
             "train_text_encoder": False,
-            "validation_prompt": None,
+            "validation_prompts": [],
             "validation_steps": 3,
             "num_validation_images": 1,
             "seed": 0,
@@ -74,9 +75,14 @@ def wishes(**changes):
     )
 
 
-def arguments(folder, **changes):
+def subject(**changes):
+    own = {"prompt": "a photo of a sks star", "class_prompt": "a photo of a star"}
+    return Subject(**{"pictures": Pictures(REPOSITORY / "demo" / "subject")} | own | changes)
+
+
+def arguments(folder, subjects=None, **changes):
     own = wishes(**changes)
-    return arguments_of(flags(own, REPOSITORY / "demo" / "subject", folder), own.preset.file)
+    return arguments_of(flags(own, subjects or [subject()], folder), own.preset.file)
 
 
 def wait_for(condition, seconds=30):
@@ -94,12 +100,12 @@ def test_every_preset_can_be_started_from(name):
 
 
 def test_what_is_filled_in_becomes_a_configuration(tmp_path):
-    words = arguments(tmp_path, validation_prompt="a sks star, 'quoted' --rank 9", learning_rate=3e-4)
+    words = arguments(tmp_path, validation_prompts=["a sks star, 'quoted' --rank 9"], learning_rate=3e-4)
     config = load(TrainConfig, words)
-    assert config.validation.validation_prompt == "a sks star, 'quoted' --rank 9"
+    assert config.validation.validation_prompt == ("a sks star, 'quoted' --rank 9",)
     assert (config.learning_rate, config.method.rank, config.run.max_train_steps) == (3e-4, 4, 6)
     assert config.prior.class_data_dir == str(tmp_path / "class_images")
-    assert not load(TrainConfig, arguments(tmp_path, class_prompt=None)).prior.with_prior_preservation
+    assert not load(TrainConfig, arguments(tmp_path, [subject(class_prompt=None)])).prior.with_prior_preservation
 
 
 def test_a_training_is_followed_stopped_and_taken_up_again(runs):
@@ -200,6 +206,8 @@ def test_curves_have_few_points_and_a_running_mean():
     middle = table[(table["of"] == "subject") & (table["step"].between(200, 800))]["mean"]
     assert middle.between(0.45, 0.55).all()
     assert curve_table([{"step": 1, "loss": 1.0}]).empty
+    several = [{"step": 1, "loss": 4.0, "instance_loss": 1.0, "instance_2_loss": 1.0, "class_loss": 2.0}]
+    assert curve_table(several)["of"].tolist() == ["subject", "subject 2", "class"]
 
 
 def test_processes_find_the_repository_and_keep_what_the_user_set(monkeypatch):

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from demo import uploads
-from demo.photographs import first_frames, look_at
+from demo.photographs import first_frames, look_at, plan_of
+from demo.subjects import Pictures
 from dreambooth_ms.data.pictures import frame_of
+from dreambooth_ms.data.plan import Framing
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.tensor_file import write_tensors
 from tests.whole_loras import write_run_lora
@@ -115,11 +117,17 @@ def folder(tmp_path):
     return tmp_path
 
 
+def looked_at(folder):
+    """One subject's folder, trained at 64 pixels in the middle."""
+    (look,), _ = look_at([Pictures(folder)], Framing(((64, 64),), True, False), seed=0)
+    return look
+
+
 def test_photographs_come_with_what_is_wrong_with_them(folder):
     (folder / "3.png").write_bytes((folder / "1.png").read_bytes())
     (folder / "4.jpg").write_bytes(b"no")
     (folder / "notes.txt").write_text("")
-    look = look_at(folder, 64, center_crop=True, seed=0)
+    look = looked_at(folder)
     problems = {photograph.path.name: " ".join(photograph.problems) for photograph in look.photographs}
     assert problems["1.png"] == ""
     assert "68% of it is cut off" in problems["2.png"]
@@ -132,13 +140,13 @@ def test_photographs_come_with_what_is_wrong_with_them(folder):
 
 def test_few_photographs_are_remarked(folder):
     (folder / "10.png").unlink()
-    assert any("Only 2" in remark for remark in look_at(folder, 64, True, 0).remarks)
+    assert any("Only 2" in remark for remark in looked_at(folder).remarks)
     with pytest.raises(DataError, match="no such folder"):
-        look_at(folder / "none", 64, True, 0)
+        looked_at(folder / "none")
 
 
 def test_the_crop_shown_is_the_crop_trained_on(folder):
-    look = look_at(folder, 64, center_crop=True, seed=0)
+    look = looked_at(folder)
     assert look.usable
     wide = next(photograph for photograph in look.photographs if photograph.path.name == "2.png")
     bright = np.asarray(wide.thumbnail).sum(axis=(0, 2))
@@ -152,6 +160,10 @@ def test_random_crops_are_those_of_the_seed(folder):
     from demo.photographs import Record
 
     records = tuple(Record(folder / f"{n}.png", str(n), (300, 64), ("",)) for n in range(5))
-    assert first_frames(records, 64, False, 1) == first_frames(records, 64, False, 1)
-    assert first_frames(records, 64, False, 1) != first_frames(records, 64, False, 2)
-    assert len(first_frames(records, 64, False, 1)) == 5
+
+    def frames(seed):
+        return first_frames(plan_of([records], Framing(((64, 64),), False, False), seed))
+
+    assert frames(1) == frames(1)
+    assert frames(1) != frames(2)
+    assert len(frames(1)) == 5

@@ -54,7 +54,7 @@ def test_in_files_and_their_own_paths(home):
     (home / "run.yaml").write_text("output_dir: ~/out\nvalidation_prompt: ~/dog\n")
     config = load(TrainConfig, ["--config", "~/run.yaml", *REQUIRED])
     assert config.run.output_dir == f"{home}/out"
-    assert config.validation.validation_prompt == "~/dog"
+    assert config.validation.validation_prompt == ("~/dog",)
 
 
 def test_in_lists(home):
