@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from dreambooth_ms.cli.base import open_base
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     base, processes = open_base(config.model), config.processes.num_processes or 1
     base.schedule.trained(config.loss.prediction_type)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
-    concepts = [found for one in sources for found in attempt(lambda one=one: read_concepts([one], notes.append)) or ()]
+    concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
     if to_come := sum(map(len, (attempt(lambda: class_numbers_to_come(sources)) or {}).values())):
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))

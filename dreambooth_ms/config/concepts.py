@@ -137,7 +137,7 @@ def _entries(values: Mapping[str, Any], key: str, *inner: str) -> list[dict[str,
 
 def _flat(values: Mapping[str, Any], above_it: str = "") -> dict[str, Any]:
     """Values by their names, with a dot between those of a value in a value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         inside = isinstance(value, dict) and value
         flat |= _flat(value, f"{above_it}{name}.") if inside else {f"{above_it}{name}": value}
