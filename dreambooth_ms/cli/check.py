@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     base, prior, processes = open_base(config.model), config.prior, config.processes.num_processes or 1
     base.schedule.trained(config.loss.prediction_type)
     concepts: list[Concept] = attempt(lambda: read_concepts(config, notes.append)) or []
-    if to_come := attempt(lambda: class_numbers_to_come(config)):
+    if to_come := class_numbers_to_come(config) if concepts else ():
         notes.append(f"{count_of(len(to_come), 'class picture')} to be generated first")
     tell_cut_prompts(base, concepts, prior.class_prompt or "", notes.append)
     prompts, tokenizer = [config.data.instance_prompt], base.text[0].tokenizer()
@@ -62,18 +62,17 @@ def run(argv: Sequence[str]) -> int:
     says, seconds = StepTimes(config, base, processes).expected(job.total)
 
     described = describe_concepts(job, concepts)
-    to_mend = list(dict.fromkeys(problems))
-    report: dict[str, Any] = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
+    report: dict[str, Any] = {"to_mend": problems, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
         f"{one['name']}, {what}: {show_names([f'{name} ({how})' for name, how in files.items()], at_most=20)}"
         for one in described
         for what, files in one["odd"].items()
     ]
-    lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in to_mend)]
+    lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in problems)]
     text = json.dumps(report, indent=2) if as_json else "\n".join(lines)
     print(text.encode(errors="backslashreplace").decode())
-    return int(bool(to_mend))
+    return int(bool(problems))
 
 
 def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:
