@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     base.schedule.trained(config.loss.prediction_type)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
-    if to_come := sum(map(len, (attempt(lambda: class_numbers_to_come(sources)) or {}).values())):
+    if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))
     tell_cut_prompts(base, concepts, class_prompts, notes.append)
@@ -70,18 +70,17 @@ def run(argv: Sequence[str]) -> int:
     says, seconds = StepTimes(config, base, processes).expected(job.total)
 
     described = describe_concepts(job, concepts)
-    to_mend = list(dict.fromkeys(problems))
-    report: dict[str, Any] = {"to_mend": to_mend, "notes": [*notes, says], "concepts": described, "rare_words": rare}
+    report: dict[str, Any] = {"to_mend": problems, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
         f"{one['name']}, {what}: {show_names([f'{name} ({how})' for name, how in files.items()], at_most=20)}"
         for one in described
         for what, files in one["odd"].items()
     ]
-    lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in to_mend)]
+    lines = [*map(in_short, described), *odd, *report["notes"], *(f"to mend: {line}" for line in problems)]
     text = json.dumps(report, indent=2) if as_json else "\n".join(lines)
     print(text.encode(errors="backslashreplace").decode())
-    return int(bool(to_mend))
+    return int(bool(problems))
 
 
 def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from dreambooth_ms.data.captions import FILE_NAME, Captioning, caption_files, re
 from dreambooth_ms.data.looks import near_duplicates
 from dreambooth_ms.data.pictures import CAPTION_FILES, frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import of_records
-from dreambooth_ms.data.records import Concept, Source
+from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import DataError, count_of
 
 
@@ -29,9 +29,8 @@ def run(argv: Sequence[str]) -> int:
     check_free(target)
     check_writable(target)
     # Captions are copied, so that nothing need be said of them.
-    records = Source(source, "", Concept("pictures", ()), Captioning(from_names=True), background=background).records(
-        tell
-    )
+    found = Source(source, "", captioning=Captioning(from_names=True), background=background)
+    records = found.records(tell)
     # Of near-duplicates the largest stays.
     ordered = sorted(records, key=lambda record: -record.size[0] * record.size[1])
     like = {ordered[at].path: ordered[of].path for at, of in near_duplicates([one.looks for one in ordered]).items()}
