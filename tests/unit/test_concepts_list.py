@@ -264,7 +264,7 @@ REFUSED = {
         [DOG], ["--instance_data_dir", "dog", "--class_prompt", "a dog"],
         [
             "--concepts_list: names them itself; leave out --instance_data_dir, --instance_prompt, --class_data_dir, "
-            "--class_prompt"
+            "--class_prompt, --dataset_name"
         ],
     ),
     "a class folder that is a subject's": (
