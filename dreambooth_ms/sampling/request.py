@@ -122,7 +122,7 @@ STEP_SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance
 
 def settings_of_training(sample: Sample) -> dict[str, Any]:
     """What says how a training sampled a picture: always from noise and all the way."""
-    names = (*STEP_SETTINGS, "strength", "denoising_start", "denoising_end", "prompt", "number")
+    names = (*STEP_SETTINGS, "clip_skip", "strength", "denoising_start", "denoising_end", "prompt", "number")
     return {name: sample.settings.get(name) for name in names}
 
 

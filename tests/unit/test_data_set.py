@@ -187,7 +187,7 @@ def test_a_damaged_file_and_one_that_is_none_are_one_line(photographs, tmp_path)
         assert str(error.value).startswith(f"{path}: no parquet file that can be read (")
         assert "\n" not in str(error.value)
     write_parquet(path, image=["01.png"])
-    with pytest.raises(DataError, match="no parquet file that can be read"):
+    with pytest.raises(DataError, match="row 5 has no picture's bytes in column image"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
 
 
