@@ -145,8 +145,11 @@ def _flat(values: Mapping[str, Any], above_it: str = "") -> dict[str, Any]:
 
 
 def _of_one(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry's values, of which crosstyan's scripts say apart for subject and class whether captions are read."""
+    """An entry's values by names that are fields or spellings; crosstyan's scripts say apart for subject and class
+    whether captions are read."""
     flat = _flat(values)
+    if "batch_size" in flat:  # No spelling, since `sample` has a flag of that name.
+        flat["train_batch_size"] = flat.pop("batch_size")
     combined = [role for role in ("instance", "class") if flat.pop(f"{role}_set.combine_prompt_from_txt", False)]
     return flat | ({"read_prompt_from_txt": combined[0] if len(combined) == 1 else "both"} if combined else {})
 

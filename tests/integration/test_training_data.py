@@ -315,3 +315,25 @@ def test_a_list_of_subjects_has_class_pictures_of_each(several, tmp_path, capfd)
     assert sizes == {"stars": [(32, 32)] * 3, "photos": [(24, 40)] * 2}
     written = Image.open(tmp_path / "lists" / "photos" / "class-00000.png").info["dreambooth_ms"]
     assert json.loads(written)["prompt"] == "a photo"
+
+
+def test_a_run_that_goes_on_is_told_what_changed_of_which_subject(several, tmp_path, monkeypatch, capfd):
+    write_pictures(tmp_path / "dog", 1)
+    write_pictures(tmp_path / "cat", 1, seed=1)
+    dog, cat = ({"instance_prompt": f"a photo of {name}", "instance_data_dir": name} for name in ("dog", "cat"))
+    (tmp_path / "list.json").write_text(json.dumps([dog, cat]))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    flags = ("--concepts_list", "list.json", "--checkpointing_steps", "1", "--max_train_steps")
+    assert several(*flags, "1") == 0
+    (tmp_path / "list.json").rename(tmp_path / "other.yaml")
+    assert several("--concepts_list", "other.yaml", "--checkpointing_steps", "1", "--max_train_steps", "2") == 0
+    (tmp_path / "other.yaml").write_text(json.dumps([dog, cat | {"instance_prompt": "a star", "weight": 2}]))
+    capfd.readouterr()
+    assert several("--concepts_list", "other.yaml", "--max_train_steps", "3") == 2
+    assert "(concepts: prompt of instance_2, weight of instance_2 changed)" in capfd.readouterr().err
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert {name for line in history for name in line if name.startswith("instance")} == {
+        "instance_loss",
+        "instance_2_loss",
+    }

@@ -15,6 +15,7 @@ from dreambooth_ms.config import convert, doctor, evaluate, merge, sample, share
 from dreambooth_ms.config import inspect as inspection
 from dreambooth_ms.config import train as train_schema
 from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
+from dreambooth_ms.config.concepts import ConceptConfig
 from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.evaluate import EvaluateConfig
@@ -506,7 +507,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, content):
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_stands_for_a_field_and_is_not_one(name):
     targets = SPELLINGS[name]
-    known = [schema_fields(TrainConfig), schema_fields(SampleConfig)]
+    known = [schema_fields(ConceptConfig), schema_fields(SampleConfig)]
     weights = [schema_fields(ConvertConfig), schema_fields(MergeConfig)]
     assert all(any(target in fields for fields in known + weights) for target in targets)
     assert all(name not in fields for fields in known)
@@ -515,8 +516,8 @@ def test_every_spelling_stands_for_a_field_and_is_not_one(name):
 
 def test_no_name_is_in_two_tables():
     train_fields, sample_fields = schema_fields(TrainConfig).keys(), schema_fields(SampleConfig).keys()
-    # Two are names of fields that are also given in another way.
-    converted = CONVERTED.keys() - {"optimizer", "resolution"}
+    # Some are names of fields that are also given in another way, or give another field too.
+    converted = CONVERTED.keys() - {"optimizer", "reg_data_dir", "resolution"}
     others = [*SPELLINGS, *REFUSED, *HARMLESS, *converted, BASE_THEN_ADAPTERS, "config"]
     assert len(others) == len(set(others))
     # What one command has, another may refuse.
