@@ -104,7 +104,9 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
         ),
         pytest.param(on_ascend(SD_15_UNET, None, 64, rows=4), 16101.6, id="with 4 rows, bf16"),
         pytest.param(on_ascend(SD_21_UNET, 4, 96, texts=(OPENCLIP_H_TEXT,)), 7151.3, id="SD 2.1 and its text encoder"),
+        pytest.param(on_ascend(SD_21_UNET, None, 96), 16421.0, id="all of SD 2.1, fp16"),
         pytest.param(on_ascend(SDXL_UNET, 4, 128), 19204.7, id="SDXL, rank 4, fp16"),
+        pytest.param(on_ascend(SDXL_UNET, 4, 128, rows=4), 33440.7, id="SDXL with 4 rows"),
     ],
 )
 def test_on_ascend_it_is_within_15_percent_of_the_simulation(work, measured):
