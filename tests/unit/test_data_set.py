@@ -282,7 +282,7 @@ def test_the_published_flags_are_taken():
         (["--dataset_name", "d", "--class_data_dir", "d", "--with_prior_preservation", "--class_prompt", "a dog"],
          "--class_data_dir: expected another folder than --instance_data_dir, or class pictures would mix"),
         (["--dataset_name", ""], "--dataset_name: expected not empty, got ''"),
-        (["--dataset_name", "d", "--repeats", "0"], "--repeats: expected at least 1, got 0"),
+        (["--dataset_name", "d", "--repeats", "0"], "--repeats: expected greater than 0, got 0"),
         (["--dataset_name", "d", "--image_column", ""], "--image_column: expected not empty, got ''"),
         (["--instance_data_dir", "p", "--save_precision", "int8"], "--save_precision: expected one of fp32, fp16"),
         (["--instance_data_dir", "p", "--clip_skip", "-1"], "--clip_skip: expected at least 0, got -1"),
@@ -302,7 +302,7 @@ def test_flags_that_do_not_go_together(flags, said):
         (["--instance_data_dir", "p", "--image_column", "jpg"], "--image_column has no effect without --dataset_name"),
         (["--instance_data_dir", "p", "--cache_dir", "c"], "--cache_dir has no effect without --dataset_name"),
         (["--instance_data_dir", "p", "--repeats", "2", "--max_train_steps", "9"],
-         "--repeats has no effect beside --max_train_steps"),
+         "--repeats has no effect beside --max_train_steps and for a single subject"),
     ],
 )  # fmt: skip
 def test_flags_that_nothing_reads_are_told(flags, said):
