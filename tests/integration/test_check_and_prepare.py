@@ -206,8 +206,7 @@ def test_a_command_that_train_does_not_take_is_refused_as_there(base, place, cap
 @pytest.fixture
 def times(base, place, monkeypatch, tmp_path):
     """Flags -> the times of such steps, kept in a folder of this test's own, by a clock that a list turns."""
-    monkeypatch.setattr(training_needs, "compile_cache", lambda: None)
-    monkeypatch.setattr(training_needs, "default_folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(training_needs, "default_folder", lambda: tmp_path / "graphs")
     return lambda *more, **values: StepTimes(load(TrainConfig, flags(base, *more, **values)), open_bundle(base), 1)
 
 
@@ -246,9 +245,15 @@ def test_a_run_too_short_to_tell_compilation_from_steps_leaves_nothing(times, mo
     assert times().steps == []
 
 
+def test_without_a_home_folder_nothing_is_kept(times, monkeypatch):
+    monkeypatch.setattr(training_needs, "default_folder", lambda: None)
+    run(times(), monkeypatch, [9.0, 10.0, 11.0])
+    assert times().steps == []
+
+
 def test_damaged_times_are_none_and_a_full_disk_does_not_matter(times, monkeypatch, tmp_path):
     run(times(), monkeypatch, [9.0, 10.0, 11.0])
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "times").iterdir()
     file.write_text("[[1.0")
     assert times().steps == []
 
