@@ -9,6 +9,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
 PATHS = {"source", "target", "base", "lora", "image", "refiner", "clip", "report", "resume_from_checkpoint"}
+PATHS |= {"dataset_name"}
 REQUIRED = [
     "--pretrained_model_name_or_path",
     "~/base",
