@@ -111,9 +111,8 @@ def _batch(args: argparse.Namespace, spec: Any, trained_texts: int) -> list[Any]
 
 
 def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
-    from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
     from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-    from dreambooth_ms.training.memory import Workload, ranks_of
+    from dreambooth_ms.training.memory import FLOAT32, ActivationSettings, Workload, ranks_of
     from dreambooth_ms.weights.roles import CLIP_TARGETS
 
     side, width = args.resolution // spec.vae.downsampling, FLOAT32 if args.mixed_precision == "no" else 2

@@ -339,9 +339,8 @@ def card_memory() -> int:
 
 def expected_memory(job: Job) -> str:
     """What `dreambooth-ms train` says of such a step before it begins."""
-    from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
     from dreambooth_ms.models.parameter_shapes import unet_shapes
-    from dreambooth_ms.training.memory import Workload, estimate, ranks_of
+    from dreambooth_ms.training.memory import FLOAT32, ActivationSettings, Workload, estimate, ranks_of
 
     shapes = unet_shapes(job.unet)
     width = FLOAT32 if job.mixed_precision == "no" else 2

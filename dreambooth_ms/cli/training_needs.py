@@ -20,7 +20,6 @@ from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
-from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
@@ -28,7 +27,16 @@ from dreambooth_ms.runtime.compile_cache import default_folder
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.memory import OPTIMISER_BYTES, Workload, check_memory, estimate, machine_memory, ranks_of
+from dreambooth_ms.training.memory import (
+    FLOAT32,
+    OPTIMISER_BYTES,
+    ActivationSettings,
+    Workload,
+    check_memory,
+    estimate,
+    machine_memory,
+    ranks_of,
+)
 from dreambooth_ms.weights.bundle import ModelBundle
 
 

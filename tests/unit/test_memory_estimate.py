@@ -11,20 +11,24 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
-from dreambooth_ms.models.activation_memory import (
-    ActivationSettings,
-    SegmentMemory,
-    Trained,
-    peak_activations,
-    peak_with_gradients,
-    unet_segments,
-)
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
-from dreambooth_ms.training.memory import MemoryEstimate, Workload, check_memory, estimate, ranks_of
+from dreambooth_ms.training.memory import (
+    ActivationSettings,
+    MemoryEstimate,
+    SegmentMemory,
+    Trained,
+    Workload,
+    check_memory,
+    estimate,
+    peak_activations,
+    peak_with_gradients,
+    ranks_of,
+    unet_segments,
+)
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
