@@ -13,9 +13,9 @@ from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.data.captions import Captioning, Wording
+from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
-from dreambooth_ms.data.text import PromptTokenizer
 from dreambooth_ms.errors import ConfigError, DataError, count_of
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.picture_file import missing_numbers

@@ -19,12 +19,16 @@ from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.cli.training_plan import plan_of, prompts_of, tell_sizes, views_of, write_crops
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
-from dreambooth_ms.data.conditioning import PromptText
+from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_prompts
 from dreambooth_ms.data.plan import Plan, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
+<<<<<<< HEAD
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
+=======
+from dreambooth_ms.diffusion import NoiseSchedule, draw_columns
+>>>>>>> ec7690e (Conditioning and the texts that it is made of are one module)
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, write_picture

@@ -1,15 +1,22 @@
-"""What a UNet reads beside noisy latents and timestep: all that the families of models differ in.
+"""What a UNet reads beside noisy latents and timestep, of a prompt and of a picture: all that families differ in.
 
 SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
-called add_time_ids. Shapes: B rows, S text tokens, E text width, P width of pooled text, N add_time_ids.
+called add_time_ids. Shapes: B rows or prompts, T tokenizers, S tokens, E text width, P width of pooled text,
+N add_time_ids.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from mindspore import Tensor
 
 from dreambooth_ms.data.plan import View
+from dreambooth_ms.models.clip import end_positions
+from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.weights.bundle import ModelBundle
+from dreambooth_ms.weights.roles import TextReader
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -75,3 +82,90 @@ def add_time_ids_of_view(count: int, view: View) -> np.ndarray:
     frame = view.frame
     left = frame.highest[1] - frame.left if view.flip else frame.left
     return add_time_ids(count, view.record.size, (frame.top, left), frame.size)
+
+
+class PromptTokenizer:
+    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool.
+
+    `warns`: whether what is lost of a prompt is told, rather than by who reads many.
+    """
+
+    def __init__(self, readers: Sequence[TextReader], warns: bool = True) -> None:
+        self._tokenizers = [reader.tokenizer() for reader in readers]
+        self._pooled_at, self._warns = readers[-1].pooled_at, warns
+        self.length: int = self._tokenizers[0].length
+
+    def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
+        """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side.
+
+        Each piece is a text of full length, one after the other; the last ones may be empty. In one piece, a prompt
+        that is too long is cut, and a warning says what was lost.
+        """
+        lost = self.lost(prompt) if pieces == 1 and self._warns else None
+        if lost is not None:
+            warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
+        return np.concatenate([tokenizer.pieces(prompt, pieces) for tokenizer in self._tokenizers], axis=1)
+
+    def lost(self, prompt: str) -> str | None:
+        """What of a prompt is cut off in one piece; None if it fits."""
+        return self._tokenizers[0].lost(prompt)
+
+    def texts(self, prompts: Iterable[str], pieces: int = 1) -> dict[str, list[PromptText]]:
+        """What text encoders take of each piece of each distinct prompt: ids, and where they end if they are pooled."""
+        found = {}
+        for prompt in sorted(set(prompts)):
+            ids = self.ids(prompt, pieces)
+            ends = [] if self._pooled_at is None else [end_positions(ids[:, -self.length :], self._pooled_at)]
+            found[prompt] = [PromptText(*row) for row in zip(ids, *ends, strict=True)]
+        return found
+
+    def num_pieces(self, prompts: Iterable[str]) -> int:
+        """In how many pieces of full length the longest of these prompts fits."""
+        return max(map(self._tokenizers[0].num_pieces, prompts))
+
+
+def encode_prompts(
+    tokenizer: PromptTokenizer,
+    text_encoders: TextEncoders,
+    prompts: Iterable[str],
+    batch_size: int | None = None,
+    pieces: int = 1,
+    zeros_for_empty: bool = False,
+) -> dict[str, PromptText]:
+    """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape.
+
+    Args:
+        tokenizer: of the text encoders.
+        text_encoders: the network.
+        prompts: what to encode.
+        batch_size: rows of a batch; None: 8, or as many as there are.
+        pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
+            (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
+        zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
+    """
+    texts = tokenizer.texts(prompts, pieces)
+    rows = [row for own in texts.values() for row in own]
+    batch_size = batch_size or min(8, len(rows))
+    found: list[PromptText] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        filler = [batch[-1]] * (batch_size - len(batch))
+        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, conditioning([*batch, *filler]).values()))]
+        found += [PromptText(*row) for row in zip(*outputs, strict=True)][: len(batch)]
+    of_prompts = (found[first : first + pieces] for first in range(0, len(found), pieces))
+    read = [PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled) for own in of_prompts]
+    encoded = dict(zip(texts, read, strict=True))
+    if zeros_for_empty and "" in encoded:
+        encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
+    return encoded
+
+
+def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
+    """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
+    that not all are in memory; the encoders are gone afterwards."""
+    tokenizer, encoders = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders()
+    ordered = sorted({*prompts, ""})
+    rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
+    for start in range(0, len(ordered), 8 * rows):
+        part = ordered[start : start + 8 * rows]
+        yield from encode_prompts(tokenizer, encoders, part, rows, zeros_for_empty=zeros).items()

@@ -8,8 +8,7 @@ from typing import Any
 
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
+from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.request import SampleRequest

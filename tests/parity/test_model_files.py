@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from mindspore import Tensor
 
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.data.text import PromptTokenizer
+from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.models.layers import CellMethod

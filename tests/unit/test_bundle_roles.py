@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from dreambooth_ms.data.text import PromptTokenizer, encode_prompts
+from dreambooth_ms.data.conditioning import PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import initialise

@@ -19,8 +19,8 @@ from dreambooth_ms.cli.toy_networks import SD_UNET
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.config.train import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from dreambooth_ms.data import conditioning as text_module
 from dreambooth_ms.data import pictures as picture_files
-from dreambooth_ms.data import text as text_module
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText
