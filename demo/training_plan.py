@@ -13,8 +13,7 @@ from demo.processes import REPOSITORY
 from demo.subjects import CONCEPTS, Subject, settings
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.data.buckets import sizes_of
-from dreambooth_ms.data.plan import Framing
+from dreambooth_ms.data.plan import Framing, sizes_of
 from dreambooth_ms.models.specs import Family
 
 CONFIGS = REPOSITORY / "configs" / "training"

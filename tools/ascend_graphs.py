@@ -26,10 +26,9 @@ def training_sdxl() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.training.ema import MovingAverage
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, TrainStep
+    from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]

@@ -22,10 +22,9 @@ from dreambooth_ms.cli.training_plan import sizes_of_run
 from dreambooth_ms.config.check import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.data.buckets import lost_area, nearest
 from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.looks import BLURRED, near_duplicates
-from dreambooth_ms.data.plan import of_records
+from dreambooth_ms.data.plan import lost_area, nearest, of_records
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept
 from dreambooth_ms.errors import UserError, count_of, show_names
 from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer

@@ -10,11 +10,10 @@ from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_free, chec
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.prepare import PrepareConfig
-from dreambooth_ms.data.buckets import least_losing, sizes_of
 from dreambooth_ms.data.captions import FILE_NAME, Captioning, caption_files, read_rows
 from dreambooth_ms.data.looks import near_duplicates
 from dreambooth_ms.data.pictures import CAPTION_FILES, frame_of, open_picture, resize_and_crop
-from dreambooth_ms.data.plan import of_records
+from dreambooth_ms.data.plan import least_losing, of_records, sizes_of
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import DataError, count_of
 

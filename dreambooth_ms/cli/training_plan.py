@@ -8,9 +8,8 @@ import numpy as np
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.choices import Interpolation
-from dreambooth_ms.data.buckets import least_losing, sizes_of
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
-from dreambooth_ms.data.plan import Framing, Plan, View, table_of_sizes
+from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of, table_of_sizes
 from dreambooth_ms.data.records import INSTANCE, Concept
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.evaluation.sheet import Row, write_sheet

@@ -12,11 +12,10 @@ from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import Checkpoint, restore
-from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, Learner, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser
-from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, TrainStep
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 
 
 @dataclass(frozen=True)

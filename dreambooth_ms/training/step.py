@@ -1,10 +1,11 @@
 """One training step: loss, gradients of the explicit trainables, clip, update.
 
 `TrainStep` is one compiled cell. `AccumulatingTrainStep` takes its rows in several batches and is two: one that adds up
-gradients, and one that updates.
+gradients, and one that updates. `MovingAverage` follows the weights that steps leave.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import mindspore as ms
 import numpy as np
@@ -257,6 +258,45 @@ class ClipByGlobalNorm(nn.Cell):
         return _map(ops.partial(_scale, factor), gradients), norm
 
 
+class MovingAverage(CompiledCell):
+    """A running average of the trained weights, which is calmer than the weights of any one step.
+
+    average <- average - (1 - decay) (average - weight) after every step, as in diffusers' EMAModel.
+    """
+
+    title = "the moving average"
+
+    def __init__(self, trainables: Sequence[Parameter], decay: float) -> None:
+        super().__init__(auto_prefix=False)
+        self.decay, self.trainables = decay, ParameterTuple(trainables)
+        self.averages = ParameterTuple([state(f"average.{one.name}", one.asnumpy()) for one in trainables])
+
+    def construct(self, share: Tensor) -> tuple[Tensor, ...]:
+        return _map(ops.partial(_blend, share), self.averages, self.trainables)
+
+    def update(self, step: int) -> None:
+        """Take in the weights after the step with this number, counted from 1."""
+        self(Tensor(np.float32(1 - decay_at(step, self.decay))))
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Inside, the trained parameters hold their averages."""
+        kept = [parameter.asnumpy().copy() for parameter in self.trainables]
+        for parameter, average in zip(self.trainables, self.averages, strict=True):
+            parameter.set_data(Tensor(average.asnumpy()))
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trainables, kept, strict=True):
+                parameter.set_data(Tensor(value))
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Decay of the update after a step counted from 1: at first the average follows fast (diffusers' EMAModel)."""
+    before = step - 1
+    return 0.0 if before <= 0 else min(decay, (1 + before) / (10 + before))
+
+
 def loss_and_gradients(
     loss_cell: nn.Cell, trainables: ParameterTuple, scaler: LossScaler | None, recomputed: Segments | None
 ) -> nn.Cell:
@@ -287,3 +327,7 @@ def _scale(factor, gradient):
 def _add_to(is_first, total, gradient):
     # Not by a factor of 0, which would leave what overflowed in the step before.
     return ops.assign(total, ops.select(ops.broadcast_to(is_first, total.shape), gradient, total + gradient))
+
+
+def _blend(share: Tensor, average: Parameter, parameter: Parameter) -> Tensor:
+    return ops.assign(average, average - share * (average - parameter))

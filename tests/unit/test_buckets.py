@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_ms.data.buckets import least_losing, lost_area, nearest, sizes_of
+from dreambooth_ms.data.plan import least_losing, lost_area, nearest, sizes_of
 
 
 def test_at_512_they_are_the_19_of_the_guide():

@@ -8,8 +8,7 @@ from PIL import Image
 
 from demo.photographs import look_at
 from demo.subjects import CONCEPTS, Pictures, Subject, settings, write
-from dreambooth_ms.data.buckets import sizes_of
-from dreambooth_ms.data.plan import Framing, table_of_sizes, taking_turns
+from dreambooth_ms.data.plan import Framing, sizes_of, table_of_sizes, taking_turns
 
 SQUARES = Framing(((64, 64),), True, False)
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.training.ema import MovingAverage, decay_at
+from dreambooth_ms.training.step import MovingAverage, decay_at
 from tests.parity.reference import normal, relative_error
 
 SHAPES = {"down": (4, 6), "bias": (5,), "kernel": (3, 2, 2)}
