@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.conditioning import PromptText, add_time_ids_of_view, conditioning
+from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
 from dreambooth_ms.diffusion.objectives import Columns
@@ -80,7 +80,7 @@ class BatchMaker:
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
         rows, seed = self.plan.rows(number), self.plan.seed
-        latents, noise, generators = [], [], []
+        latents, noise, generators, texts, of_sizes = [], [], [], [], []
         for concept, row, view in rows:
             mean, log_variance = self.posteriors(view)
             posterior_noise = standard_normal(mean.shape, seed, f"{concept.name} posterior", row)
@@ -88,15 +88,15 @@ class BatchMaker:
             offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
             noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
             generators.append(generator(seed, f"{concept.name} timestep", row))
-        texts = [self.texts(row.view.prompt) for row in rows]
-        add_time_ids = [add_time_ids_of_view(self.num_add_time_ids, row.view) for row in rows]
+            texts.append(self.texts(view.prompt))
+            of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
         columns = self.objective(generators)
         weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
         batch = Batch.of(
             replace(columns, weight=weights),
             np.stack(latents).astype(np.float32),
             np.stack(noise).astype(np.float32),
-            conditioning(texts, add_time_ids),
+            conditioning(texts, of_sizes),
             [row.concept.name for row in rows],
         )
         return replace(batch, mask=self._masks(rows, batch.target.shape)) if self.masked else batch

@@ -26,7 +26,6 @@ from dreambooth_ms.runtime.ascend import is_simulated
 BYTES_IN_MEMORY = 64 * 2**20
 """512 posteriors at SD 1.5's size. A step computes for longer than it takes to read its rows again."""
 
-Encode = Callable[[np.ndarray], np.ndarray]
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -117,7 +116,7 @@ def posterior_lookup(
     cache: ContentCache,
     encoder_digest: str,
     interpolation: Interpolation,
-    load_encoder: Callable[[], Encode],
+    load_encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
     progress: Callable[[Sequence[View]], Iterable[View]],
 ) -> Lookup[View, np.ndarray]:
     """View -> mean and log-variance (2, C, h, w) of its posterior.

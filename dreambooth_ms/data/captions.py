@@ -43,12 +43,9 @@ class Captioning:
             DataError: captions are missing, empty or no text, or there is no such metadata.
         """
         captions = {path: [path.stem] for path in pictures} if self.from_names else {}
-        if self.column:
-            captions |= _captions_of_metadata(pictures, self.column)
-        elif self.from_files:
-            captions |= _captions_of_files(pictures)
         if self.column or self.from_files:
             where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
+            captions |= _captions_of_metadata(pictures, self.column) if self.column else _captions_of_files(pictures)
             without = [path for path in pictures if path not in captions and not (self.may_lack and prompt)]
             _refuse({f"no caption, expected {where}": without})
         filled = ([self._prompt(prompt, one) for one in captions.get(path, ())] for path in pictures)

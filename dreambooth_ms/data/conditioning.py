@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor
 
-from dreambooth_ms.data.plan import View
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -75,13 +74,6 @@ def add_time_ids(
     """
     ends: dict[int, tuple[float, ...]] = {6: target_size[::-1], 5: (aesthetic_score,)}
     return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
-
-
-def add_time_ids_of_view(count: int, view: View) -> np.ndarray:
-    """The add_time_ids (N,) of a picture: its own size and crop. A mirrored crop counts from the right."""
-    frame = view.frame
-    left = frame.highest[1] - frame.left if view.flip else frame.left
-    return add_time_ids(count, view.record.size, (frame.top, left), frame.size)
 
 
 class PromptTokenizer:

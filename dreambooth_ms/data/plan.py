@@ -43,6 +43,11 @@ class View:
     frame: Frame
     flip: bool
 
+    @property
+    def corner(self) -> tuple[int, int]:
+        """(top, left) of its crop in the resized picture; a mirrored one counts from the right."""
+        return self.frame.top, self.frame.highest[1] - self.frame.left if self.flip else self.frame.left
+
 
 class Row(NamedTuple):
     """A row of the run."""

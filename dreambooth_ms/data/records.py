@@ -92,10 +92,9 @@ class Source:
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
         pictures = found.pictures[: self.generated.num_class_images if self.generated else None]
-        notes = found.notes | ({CAPTIONS: []} if self.captioning != PROMPT_ALONE else {})
+        notes = found.notes | ({} if self.captioning == PROMPT_ALONE else {CAPTIONS: []})
         records, problems = list[Record](), list[str]()
         prompts: list[tuple[str, ...]] = [(self.prompt,)] * len(pictures)
-        noted: dict[str, list[Path]] = {}
         try:
             prompts = self.captioning.prompts(pictures, self.prompt)
         except DataError as error:
@@ -112,11 +111,11 @@ class Source:
                 looks = looks_of(opened.picture)
                 records.append(Record(path, sha256, (width, height), captions, mask, self.background, looks))
                 for note in opened.notes:
-                    noted.setdefault(note, []).append(path)
+                    notes.setdefault(note, []).append(path)
             except DataError as error:
                 problems.append(str(error))
         if problems:
             raise DataError("\n".join(problems))
-        for line in told(notes | noted):
+        for line in told(notes):
             tell(line)
         return tuple(records)

@@ -82,10 +82,12 @@ def train(
         skipped_before, scale = (scaler.skipped_steps, scaler.value) if scaler else (0, None)
         rate = learning_rate(step - skipped_before)
         step_cell.optimiser.prepare(step - skipped_before + 1, rate)
-        of_step = next(iter(batches.values()))
-        if processes.count > 1 and of_step.target.shape not in compiled:
-            _compile_at_once(step_cell, of_step, processes)
-            compiled.add(of_step.target.shape)
+        first = next(iter(batches.values()))
+        if processes.count > 1 and first.target.shape not in compiled:
+            # MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer.
+            step_cell.compile_for(first.tensors())
+            processes.wait_for_all("the compilation of a step")
+            compiled.add(first.target.shape)
         loss, errors, norm = step_cell.take(_begun(batches, begin_batch))
         skipped_steps = scaler.skipped_steps if scaler else 0
         names = chain.from_iterable(batch.concepts for batch in batches.values())
@@ -110,12 +112,6 @@ def train(
         if report.stop_asked:
             return report
     return None
-
-
-def _compile_at_once(step_cell: TrainStep | AccumulatingTrainStep, batch: Batch, processes: Processes) -> None:
-    """MindSpore's reduction on CPU waits half a minute for the others (measured); compiling takes longer."""
-    step_cell.compile_for(batch.tensors())
-    processes.wait_for_all("the compilation of a step")
 
 
 def _begun(batches: Mapping[int, Batch], begin_batch: Callable[[int], object] | None) -> Iterator[tuple[Tensor, ...]]:

@@ -5,7 +5,7 @@ Activations are counted by the tensors that the backward passes in `ops` and `mo
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -244,9 +244,8 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f}"
 
 
-def peak_activations(segments: Iterable[SegmentMemory], recomputed: bool) -> int:
+def peak_activations(segments: Sequence[SegmentMemory], recomputed: bool) -> int:
     """Bytes of activations where the backward pass is about to begin; recomputed: with gradient checkpointing."""
-    segments = list(segments)
     results = sum(segment.result for segment in segments)
     if recomputed:
         return results + max(segment.inside + segment.work for segment in segments)
