@@ -90,13 +90,9 @@ def caption_files(picture: Path) -> list[Path]:
 
 
 def _captions_of_files(pictures: Sequence[Path]) -> dict[Path, list[str]]:
-    found: dict[Path, list[str]] = {}
-    empty: list[Path] = []
-    for path in pictures:
-        for file in caption_files(path)[:1]:
-            found[path] = [line.strip() for line in _text(file).splitlines() if line.strip()]
-            empty += [] if found[path] else [file]
-    _refuse({"empty captions": empty})
+    files = {path: beside[0] for path in pictures if (beside := caption_files(path))}
+    found = {path: [line.strip() for line in _text(file).splitlines() if line.strip()] for path, file in files.items()}
+    _refuse({"empty captions": [file for path, file in files.items() if not found[path]]})
     return found
 
 

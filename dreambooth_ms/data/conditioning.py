@@ -138,13 +138,12 @@ def encode_prompts(
     texts = tokenizer.texts(prompts, pieces)
     rows = [row for own in texts.values() for row in own]
     batch_size = batch_size or min(8, len(rows))
-    found: list[PromptText] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        filler = [batch[-1]] * (batch_size - len(batch))
-        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, conditioning([*batch, *filler]).values()))]
-        found += [PromptText(*row) for row in zip(*outputs, strict=True)][: len(batch)]
-    of_prompts = (found[first : first + pieces] for first in range(0, len(found), pieces))
+    filled, found = rows + rows[-1:] * (-len(rows) % batch_size), list[PromptText]()
+    for start in range(0, len(filled), batch_size):
+        batch = conditioning(filled[start : start + batch_size])
+        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, batch.values()))]
+        found += [PromptText(*row) for row in zip(*outputs, strict=True)]
+    of_prompts = (found[first : first + pieces] for first in range(0, len(rows), pieces))
     read = [PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled) for own in of_prompts]
     encoded = dict(zip(texts, read, strict=True))
     if zeros_for_empty and "" in encoded:

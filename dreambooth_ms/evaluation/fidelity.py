@@ -42,12 +42,10 @@ def load_image_embedder(clip_folder: Path, batch_size: int = 16) -> Callable[[Se
     def embed(pictures: Sequence[np.ndarray]) -> np.ndarray:
         pixels = np.stack([(_square(picture, size) / np.float32(255) - mean) / std for picture in pictures])
         pixels_N3HW = pixels.transpose(0, 3, 1, 2).astype(np.float32)
-        vectors = []
-        for start in range(0, len(pixels_N3HW), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(pixels_N3HW)))
-            padded = pixels_N3HW[np.resize(rows, batch_size)]
-            vectors.append(encoder(Tensor(padded, ms.float32)).asnumpy()[: len(rows)])
-        return np.concatenate(vectors)
+        # The last batch is filled up with the first pictures.
+        rows = np.resize(np.arange(len(pictures)), (-(-len(pictures) // batch_size), batch_size))
+        vectors = [encoder(Tensor(pixels_N3HW[batch], ms.float32)).asnumpy() for batch in rows]
+        return np.concatenate(vectors)[: len(pictures)]
 
     return embed
 
