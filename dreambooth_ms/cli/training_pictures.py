@@ -22,13 +22,8 @@ from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_l
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_prompts
 from dreambooth_ms.data.plan import Plan, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
-<<<<<<< HEAD
-from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
-=======
-from dreambooth_ms.diffusion import NoiseSchedule, draw_columns
->>>>>>> ec7690e (Conditioning and the texts that it is made of are one module)
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, write_picture
