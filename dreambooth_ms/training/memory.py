@@ -172,8 +172,8 @@ def _segments(work: Workload) -> list[SegmentMemory]:
     """Of the text encoders that are trained, then of all layers of the UNet, as in the forward pass."""
     (shapes, ranks), *of_texts = zip(work.shapes, work.ranks, strict=True)
     activations, segments = work.activations, list[SegmentMemory]()
-    for spec, own in zip(work.text_encoders, of_texts, strict=True):
-        segments.append(_with_weights(text_segment(spec, activations, _trained(own[1])), activations, *own))
+    for spec, of_text in zip(work.text_encoders, of_texts, strict=True):
+        segments.append(_with_weights(text_segment(spec, activations, _trained(of_text[1])), activations, *of_text))
     for layer in unet_layout(work.unet):
         modules = tuple(f"{module}." for module in layer.modules)
         own = {name: shape for name, shape in shapes.items() if name.startswith(modules)}
@@ -192,7 +192,7 @@ def _with_weights(
 
 
 def _step_on_cpu(work: Workload) -> dict[str, int]:
-    layers = sum(layer.kind not in SMALL for layer in unet_layout(work.unet))
+    layers = len(unet_segments(work.unet, work.activations))
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * layers + GRAPH_OF_TEXT_LAYER * text_layers
