@@ -19,7 +19,7 @@ from dreambooth_ms.cli.training_concepts import (
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
 from dreambooth_ms.cli.training_plan import sizes_of_run
-from dreambooth_ms.config.check import CheckConfig
+from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.buckets import lost_area, nearest

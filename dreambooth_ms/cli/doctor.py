@@ -21,7 +21,7 @@ from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.cli.device import set_up
 from dreambooth_ms.cli.doctor_card import CANN_ACCEPTED, CHECKS, Failed, cann_version
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.doctor import DoctorConfig
+from dreambooth_ms.config.commands import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import ConfigError, UserError, count_of

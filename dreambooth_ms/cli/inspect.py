@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.inspect import InspectConfig
+from dreambooth_ms.config.commands import InspectConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.conversion.inspect import describe_source
 

@@ -31,7 +31,7 @@ COMMANDS = {
     "merge": "merge LoRAs into a model",
     "doctor": "check that the installation works on this machine",
 }
-"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and one of `config`."""
+"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and a schema in `config`."""
 
 
 def program() -> NoReturn:
@@ -110,7 +110,7 @@ def _import_run(module: str) -> Callable[[Sequence[str]], int]:
 
 def schema_of(name: str) -> type[Schema]:
     """The class that describes the flags of a command."""
-    return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), f"{name.capitalize()}Config")
+    return getattr(importlib.import_module("dreambooth_ms.config.commands"), f"{name.capitalize()}Config")
 
 
 def _overview() -> str:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dreambooth_ms.cli.output import tell
+from dreambooth_ms.config.commands import MergeConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.merge import MergeConfig
 from dreambooth_ms.conversion.merge import merge
 from dreambooth_ms.weights.hub import find_adapter, find_model
 

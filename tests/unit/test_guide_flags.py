@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_ms.config import refusals, spellings
-from dreambooth_ms.config.convert import ConvertConfig
+from dreambooth_ms.config.commands import ConvertConfig
 from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.refusals import HARMLESS, NOTHING, REFUSED
