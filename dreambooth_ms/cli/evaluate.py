@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.atomic import check_writable, write_bytes
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.commands import EvaluateConfig

@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load

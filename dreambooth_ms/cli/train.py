@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.check import describe_concepts, in_short
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
 from dreambooth_ms.cli.training_job import TrainingJob
