@@ -17,7 +17,6 @@ from dreambooth_ms.cli.training_concepts import (
 )
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
-from dreambooth_ms.cli.training_plan import sizes_of_run
 from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -88,7 +87,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
     subjects = [record for one in concepts if (one.group or one.name) == INSTANCE for record in one.records]
     if not subjects:
         return []
-    sizes, described = of_records(sizes_of_run(job, concepts), subjects), []
+    sizes, described = of_records(job.sizes(concepts), subjects), []
     for concept in concepts:
         group = [one for one in concepts if (one.group or one.name) == (concept.group or concept.name)]
         of_group = sum(one.repeats * len(one.records) for one in group)
