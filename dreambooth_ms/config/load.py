@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from dreambooth_ms.config import refusals, spellings
+from dreambooth_ms.config import spellings
 from dreambooth_ms.config.describe import Field, schema_fields, sections
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.sources import Setting, canonical, did_you_mean, read_file, read_flags, suggestions
@@ -149,13 +149,13 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> dict[str, Any]:
 def _answer_what_is_not_here(setting: Setting, known: Mapping[str, Field]) -> None:
     """Note at the setting why it is ignored or refused, or that nobody knows it."""
     name, value = setting.name, str(setting.value).lower()
-    if name in refusals.HARMLESS:
-        if value not in refusals.NOTHING:
-            setting.note = f"{setting.label} is accepted and ignored: {refusals.HARMLESS[name]}"
-    elif name in refusals.REFUSED:
-        reason, unless, gives = refusals.REFUSED[name]
-        if value not in (*refusals.NOTHING, *unless):
-            setting.complain(reason, *(known if gives == refusals.ALL else gives))
+    if name in spellings.HARMLESS:
+        if value not in spellings.NOTHING:
+            setting.note = f"{setting.label} is accepted and ignored: {spellings.HARMLESS[name]}"
+    elif name in spellings.REFUSED:
+        reason, unless, gives = spellings.REFUSED[name]
+        if value not in (*spellings.NOTHING, *unless):
+            setting.complain(reason, *(known if gives == spellings.ALL else gives))
     else:
         kind, dashes, others = ("key", "", []) if setting.source else ("flag", "--", ["config"])
         spelt = [one for one in spellings.SPELLINGS if canonical(one, known)]

@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dreambooth_ms.config.describe import Field, schema_fields, sections
-from dreambooth_ms.config.refusals import HARMLESS, REFUSED
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, REFUSED, SPELLINGS
 from dreambooth_ms.config.values import at_home
 from dreambooth_ms.errors import ConfigError
 

@@ -7,8 +7,7 @@ from typing import Any, get_args, get_origin
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 
 from dreambooth_ms.config.describe import Field
-from dreambooth_ms.config.refusals import VALUES
-from dreambooth_ms.config.spellings import choice_of
+from dreambooth_ms.config.spellings import VALUES, choice_of
 from dreambooth_ms.errors import ConfigError
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")

@@ -18,9 +18,8 @@ from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, Inspect
 from dreambooth_ms.config.concepts import ConceptConfig
 from dreambooth_ms.config.describe import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.load import load, to_yaml
-from dreambooth_ms.config.refusals import HARMLESS, METHODS_NOT_YET, REFUSED
 from dreambooth_ms.config.sample import SampleConfig
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from tests.published_flags import BY_METHOD, FULL_SCRIPT, LORA_SCRIPT, SDXL_SCRIPT
