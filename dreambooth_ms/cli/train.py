@@ -16,7 +16,7 @@ from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
-from dreambooth_ms.cli.training_setup import set_up_training
+from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -144,7 +144,7 @@ def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
 def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchMaker) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     config, processes, output = job.config, job.processes, job.config.output_dir
-    training = set_up_training(job, unet)
+    training = Training(job, unet)
     if job.checkpoint:
         training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
