@@ -15,8 +15,7 @@ from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
-from dreambooth_ms.config.describe import describe, describe_usual
-from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.schema import Schema, describe, describe_usual
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.launch import exit_at_once, is_launched
 

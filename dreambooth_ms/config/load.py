@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from dreambooth_ms.config import spellings
-from dreambooth_ms.config.describe import Field, schema_fields, sections
-from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
 from dreambooth_ms.config.sources import Setting, canonical, did_you_mean, read_file, read_flags, suggestions
 from dreambooth_ms.config.values import read_value, split
 from dreambooth_ms.errors import ConfigError

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth_ms.config.describe import Field, schema_fields, sections
+from dreambooth_ms.config.schema import Field, schema_fields, sections
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, REFUSED, SPELLINGS
 from dreambooth_ms.config.values import at_home
 from dreambooth_ms.errors import ConfigError

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin
 
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValueNode
 
-from dreambooth_ms.config.describe import Field
+from dreambooth_ms.config.schema import Field
 from dreambooth_ms.config.spellings import VALUES, choice_of
 from dreambooth_ms.errors import ConfigError
 

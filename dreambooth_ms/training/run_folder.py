@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
-from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.rules import Resume
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes

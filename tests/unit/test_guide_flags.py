@@ -10,9 +10,9 @@ import pytest
 
 from dreambooth_ms.config import spellings
 from dreambooth_ms.config.commands import ConvertConfig
-from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SampleConfig
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.spellings import HARMLESS, NOTHING, REFUSED
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
