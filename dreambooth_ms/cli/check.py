@@ -84,12 +84,12 @@ def run(argv: Sequence[str]) -> int:
 def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:
     """Of each concept its pictures, as JSON: `cut_off` is the mean share, `seen` how often each comes up in the run;
     `odd` names for each oddity the files, and what was found of them."""
-    subjects = [record for one in concepts if (one.group or one.name) == INSTANCE for record in one.records]
+    subjects = [record for one in concepts if one.group == INSTANCE for record in one.records]
     if not subjects:
         return []
     sizes, described = of_records(job.sizes(concepts), subjects), []
     for concept in concepts:
-        group = [one for one in concepts if (one.group or one.name) == (concept.group or concept.name)]
+        group = [one for one in concepts if one.group == concept.group]
         of_group = sum(one.repeats * len(one.records) for one in group)
         pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])
         odd: dict[str, dict[str, str]] = {}

@@ -24,7 +24,7 @@ from dreambooth_ms.models.activation_memory import FLOAT32, ActivationSettings
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
-from dreambooth_ms.runtime.compile_cache import compile_cache, default_folder
+from dreambooth_ms.runtime.compile_cache import default_folder
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.loop import StepReport
@@ -57,16 +57,15 @@ def check_expected_memory(
 
 
 class StepTimes:
-    """How long the newest steps of such a run took on this machine, in seconds, kept beside the compile cache."""
+    """How long the newest steps of such a run took on this machine, in seconds, kept beside compiled graphs."""
 
     def __init__(self, config: TrainConfig, base: ModelBundle, processes: int) -> None:
         work = vars(_workload(config, base, processes))
         ranks = [sorted(own.items()) for own in work["ranks"]]
         decisive = repr((work | {"ranks": ranks}, config.device, platform.node(), os.cpu_count()))
-        cache = compile_cache()
-        # Without a home nothing is kept.
-        folder = cache.folder if cache else default_folder() or Path(os.devnull)
-        self._file = folder / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.times"
+        graphs = default_folder()
+        folder = graphs.parent / "times" if graphs else Path(os.devnull)  # Without a home nothing is kept.
+        self._file = folder / f"{hashlib.sha256(decisive.encode()).hexdigest()[:32]}.json"
         self._ends, self.steps, self.compilation = [time.monotonic()], list[float](), 0.0
         with suppress(OSError, ValueError, TypeError):
             self.steps, self.compilation = json.loads(self._file.read_bytes())

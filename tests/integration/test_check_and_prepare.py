@@ -206,8 +206,7 @@ def test_a_command_that_train_does_not_take_is_refused_as_there(base, place, cap
 @pytest.fixture
 def times(base, place, monkeypatch, tmp_path):
     """Flags -> the times of such steps, kept in a folder of this test's own, by a clock that a list turns."""
-    monkeypatch.setattr(training_needs, "compile_cache", lambda: None)
-    monkeypatch.setattr(training_needs, "default_folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(training_needs, "default_folder", lambda: tmp_path / "graphs")
     return lambda *more, **values: StepTimes(load(TrainConfig, flags(base, *more, **values)), open_bundle(base), 1)
 
 
@@ -246,9 +245,15 @@ def test_a_run_too_short_to_tell_compilation_from_steps_leaves_nothing(times, mo
     assert times().steps == []
 
 
+def test_without_a_home_folder_nothing_is_kept(times, monkeypatch):
+    monkeypatch.setattr(training_needs, "default_folder", lambda: None)
+    run(times(), monkeypatch, [9.0, 10.0, 11.0])
+    assert times().steps == []
+
+
 def test_damaged_times_are_none_and_a_full_disk_does_not_matter(times, monkeypatch, tmp_path):
     run(times(), monkeypatch, [9.0, 10.0, 11.0])
-    (file,) = (tmp_path / "kept").iterdir()
+    (file,) = (tmp_path / "times").iterdir()
     file.write_text("[[1.0")
     assert times().steps == []
 
@@ -415,3 +420,25 @@ def test_train_tells_its_pictures_before_any_work(base, place, capsys, monkeypat
         "instance: 5 pictures of 160x120 to 320x240, trained at 32x32, 25% cut off, each seen 2.4 times; "
         "1 near-duplicate (`dreambooth-ms check` names them)"
     )
+
+
+def test_every_subject_of_a_list_is_described_and_what_is_wrong_with_another_is_listed(base, place, capsys):
+    (place / "cat").mkdir()
+    for number in range(2):
+        scene(30 + number).save(place / "cat" / f"{number}.png")
+    (place / "fox").mkdir()
+    (place / "fox" / "bad.png").write_text("no picture")
+    subjects = [{"instance_data_dir": name, "instance_prompt": f"a photo of sks {name}"} for name in ("dog", "cat")]
+    words = [word for word in flags(base, "--json") if word not in ("dog", "a photo of sks star")]
+    words = [word for word in words if word not in ("--instance_data_dir", "--instance_prompt")]
+    (place / "list.json").write_text(json.dumps(subjects))
+    assert main(["check", *words, "--concepts_list", "list.json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(one["pictures"], one["seen"]) for one in report["concepts"]] == [(4, 2.0), (2, 2.0)]
+    assert list(report["rare_words"]) == ["a photo of sks dog", "a photo of sks cat"]
+    subjects.append({"instance_data_dir": "fox", "instance_prompt": "a photo of sks fox"})
+    (place / "list.json").write_text(json.dumps(subjects))
+    assert main(["check", *words, "--concepts_list", "list.json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["concepts"]) == 2
+    assert report["to_mend"] == ["fox/bad.png: not a picture of a known format; save it as PNG or JPEG, or remove it"]

@@ -8,18 +8,8 @@ from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
-PATHS = {
-    "concepts_list",
-    "source",
-    "target",
-    "base",
-    "lora",
-    "image",
-    "refiner",
-    "clip",
-    "report",
-    "resume_from_checkpoint",
-}
+PATHS = {"source", "target", "base", "lora", "image", "refiner", "clip", "report", "resume_from_checkpoint"}
+PATHS |= {"concepts_list", "dataset_name"}
 REQUIRED = [
     "--pretrained_model_name_or_path",
     "~/base",
