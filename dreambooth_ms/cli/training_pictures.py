@@ -9,12 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell, with_progress
-from dreambooth_ms.cli.training_concepts import (
-    check_same_pictures,
-    class_numbers_to_come,
-    read_concepts,
-    tell_cut_prompts,
-)
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, tell_cut_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.config.choices import Interpolation
@@ -27,13 +22,14 @@ from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.data.text import PromptTokenizer, embed_prompts
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.models.layers import CellMethod
+from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
-from dreambooth_ms.training.content import content_of, in_order
+from dreambooth_ms.training.content import content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
 
@@ -70,6 +66,18 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
         texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
     batches = encode_pictures(job, plan, cache, texts)
     return unet or base.denoiser.load(), batches
+
+
+def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sources: Sequence[Source] = ()) -> None:
+    """Raise DataError if another process, perhaps on another machine, found other pictures, captions or masks."""
+    digests = [value for source in sources for value in source.settings.values()]
+    digests += [digest for concept in concepts for digest in digests_of(concept)]
+    for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
+        if others != digests:
+            raise DataError(
+                f"rank {rank} found other pictures than rank {processes.rank}; "
+                "--instance_data_dir and --class_data_dir must be the same folders on every machine"
+            )
 
 
 def sample_class_pictures(
