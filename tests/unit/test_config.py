@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from dreambooth_ms.config import commands, sample, shared
 from dreambooth_ms.config import train as train_schema
-from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, InspectConfig, MergeConfig
 from dreambooth_ms.config.concepts import ConceptConfig
 from dreambooth_ms.config.load import load, to_yaml
-from dreambooth_ms.config.sample import SampleConfig
+from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.schema import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.config.train import TrainConfig
