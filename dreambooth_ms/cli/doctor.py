@@ -33,16 +33,7 @@ from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import MultiHeadAttention
 from dreambooth_ms.randomness import standard_normal
-from dreambooth_ms.runtime.ascend import (
-    CANN_FOLDERS,
-    CANN_HOME,
-    CANN_ROOTS,
-    MANAGER,
-    NO_CARD,
-    Ascend,
-    card_name,
-    find_ascend,
-)
+from dreambooth_ms.runtime import ascend
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
@@ -117,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
         failed += mark != "ok"
         say(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]")
         if name == DEVICE and mark != "ok":
-            say(what_to_look_at(find_ascend()))
+            say(what_to_look_at(ascend.find_ascend()))
             break
     else:
         say("everything works" if not failed else f"{count_of(failed, 'check')} failed")
@@ -140,24 +131,24 @@ def _variables(names: re.Pattern[str]) -> list[str]:
     return [f"{name}={value}" for name, value in sorted(os.environ.items()) if names.match(name)]
 
 
-def what_to_look_at(ascend: Ascend) -> str:
+def what_to_look_at(card: ascend.Ascend) -> str:
     """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
     return f"""
 The other checks need the device. What to look at, in this order:
 
-1. The driver      device nodes: {", ".join(ascend.devices) or "none (/dev/davinci*)"}
+1. The driver      device nodes: {", ".join(card.devices) or "none (/dev/davinci*)"}
                    npu-smi: {shutil.which("npu-smi") or "not on PATH"}
    `npu-smi info` lists the cards if driver and firmware work. The nodes must be open to your user (group HwHiAiUser).
    A container sees the card only if it was started with its devices, such as
-     docker run --device /dev/davinci0 --device /dev/{MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
+     docker run --device /dev/davinci0 --device /dev/{ascend.MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
        -v /usr/local/Ascend/driver:/usr/local/Ascend/driver -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi ...
 
-2. CANN            {CANN_HOME}: {ascend.home or "not set"}
-                   version: {cann_version(ascend.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
-                   set_env.sh: {ascend.script or "not found in " + " or ".join(CANN_ROOTS)}
-   In each new shell: source {ascend.script or f"{CANN_ROOTS[0]}/{CANN_FOLDERS[0]}/set_env.sh"}
+2. CANN            {ascend.CANN_HOME}: {card.home or "not set"}
+                   version: {cann_version(card.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
+                   set_env.sh: {card.script or "not found in " + " or ".join(ascend.CANN_ROOTS)}
+   In each new shell: source {card.script or f"{ascend.CANN_ROOTS[0]}/{ascend.CANN_FOLDERS[0]}/set_env.sh"}
 
-3. MindSpore       {ms.__version__}, its part for Ascend: {ascend.complaint or "loaded"}
+3. MindSpore       {ms.__version__}, its part for Ascend: {card.complaint or "loaded"}
    A library that it cannot open is one of CANN or the driver that is missing, or of another version: docs/ascend.md has
    the versions that go together.
 
@@ -181,7 +172,7 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     return {
         "versions": versions,
         DEVICE: lambda: check_device(device),
-        **(of_card if device.device_target != "CPU" and find_ascend().is_usable else {}),
+        **(of_card if device.device_target != "CPU" and ascend.find_ascend().is_usable else {}),
         "memory": memory,
         "disk": disk,
         "training step": lambda: compare(training_figures()),
@@ -192,19 +183,19 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
 
 def check_device(wanted: DeviceConfig) -> str:
     """Choose the device as every command does, and say what is known of it."""
-    ascend = find_ascend()
-    if wanted.device_target == "Ascend" and not ascend.is_usable:
-        raise Failed(ascend.obstacle or NO_CARD)
+    card = ascend.find_ascend()
+    if wanted.device_target == "Ascend" and not card.is_usable:
+        raise Failed(card.obstacle or ascend.NO_CARD)
     set_up(wanted)
     how = f"deterministic {wanted.deterministic}, jit_level {wanted.jit_level or 'left to MindSpore'}"
     if formulation() is Formulation.CPU:
         return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}; {how}"
-    cann = cann_version(ascend.home)
+    cann = cann_version(card.home)
     if cann and not cann.startswith(CANN_ACCEPTED):
         raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
     count = ms.hal.device_count("Ascend")
-    where = f"in {ascend.home}" if ascend.home else f"{CANN_HOME} is not set"
-    return f"{count} x Ascend {card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
+    where = f"in {card.home}" if card.home else f"{ascend.CANN_HOME} is not set"
+    return f"{count} x Ascend {ascend.card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
 
 
 def cann_version(home: Path | str | None) -> str | None:
@@ -223,7 +214,7 @@ def driver(file: Path = DRIVER) -> str:
     match = re.search(r"(?m)(?:^|\s)Version[=:]\s*(\S+)", said)
     if not match:
         return f"of unknown version: neither {file} nor npu-smi tells it (a container sees what it was started with)"
-    cann = cann_version(os.environ.get(CANN_HOME)) or "of unknown version"
+    cann = cann_version(os.environ.get(ascend.CANN_HOME)) or "of unknown version"
     known = next((drivers for name, drivers in DRIVERS.items() if cann.startswith(name)), {})
     fits = next((fits for name, fits in known.items() if match[1].lower().startswith(name)), None)
     if fits is False:
