@@ -16,15 +16,7 @@ from omegaconf import OmegaConf
 
 from dreambooth_ms.config import spellings
 from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
-from dreambooth_ms.config.sources import (
-    Setting,
-    answer_what_is_not_here,
-    canonical,
-    read_file,
-    read_flags,
-    read_value,
-    split,
-)
+from dreambooth_ms.config.sources import Setting, answer_unknown, canonical, read_file, read_flags, read_value, split
 from dreambooth_ms.errors import ConfigError
 
 Config = TypeVar("Config", bound=Schema)
@@ -148,5 +140,5 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> dict[str, Any]:
             setting.complain(f"expected one base model, got also {', '.join(adapters)}")
         more = {"lora": adapters} if adapters and "lora" in known else {}
         return {"pretrained_model_name_or_path": base, **more}
-    answer_what_is_not_here(setting, known)
+    answer_unknown(setting, known)
     return {}

@@ -172,7 +172,7 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
     return settings
 
 
-def answer_what_is_not_here(setting: Setting, known: Mapping[str, Field]) -> None:
+def answer_unknown(setting: Setting, known: Mapping[str, Field]) -> None:
     """Note at the setting why it is ignored or refused, or that nobody knows it."""
     name, value = setting.name, str(setting.value).lower()
     if name in spellings.HARMLESS:
