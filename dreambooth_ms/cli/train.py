@@ -127,7 +127,6 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     config, processes, output = job.config, job.processes, job.config.output_dir
     training = Training(job, unet)
     if job.checkpoint:
-        training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
     parameters, dropout = training.learner.parameters, training.learner.dropout
     size, tensors = sum(parameter.size for parameter in parameters), count_of(len(parameters), "tensor")

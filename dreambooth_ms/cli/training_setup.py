@@ -10,7 +10,7 @@ from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
-from dreambooth_ms.training.checkpoint import Checkpoint, restore
+from dreambooth_ms.training.checkpoint import restore
 from dreambooth_ms.training.ema import MovingAverage
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, choose_optimiser
@@ -19,7 +19,8 @@ from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, Lo
 
 
 class Training:
-    """What a run trains: the method's trainables, with their optimiser and step as they are before the first one."""
+    """What a run trains: the method's trainables, with their optimiser and step, as new or as the run's checkpoint has
+    them."""
 
     def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
         config, processes, method = job.config, job.processes, job.config.method
@@ -47,6 +48,8 @@ class Training:
         accumulates = config.run.gradient_accumulation_steps > 1
         self.step: TrainStep | AccumulatingTrainStep = AccumulatingTrainStep(step) if accumulates else step
         self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
+        if job.checkpoint:
+            restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
 
     def state(self, of_all: bool = False) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
@@ -66,10 +69,6 @@ class Training:
         """A hook: take the weights after a step into the average, if one is kept."""
         if self.average and not report.is_skipped:
             self.average.update(report.updates)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from there."""
-        restore(checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
 
     def write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
