@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Start, Step
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import described, set_up
+from dreambooth_ms.cli.device import described, open_base, set_up
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel

@@ -21,8 +21,8 @@ import yaml  # noqa: E402
 
 from dreambooth_ms.cli.main import main  # noqa: E402
 from dreambooth_ms.cli.output import tell  # noqa: E402
-from dreambooth_ms.config.describe import sections  # noqa: E402
 from dreambooth_ms.config.sample import SampleConfig  # noqa: E402
+from dreambooth_ms.config.schema import sections  # noqa: E402
 from dreambooth_ms.config.train import TrainConfig  # noqa: E402
 
 INFERENCE = ROOT / "configs" / "inference"

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
     class_numbers_to_come,
     pictures_of_a_pass,
@@ -18,8 +17,7 @@ from dreambooth_ms.cli.training_concepts import (
 )
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
-from dreambooth_ms.cli.training_plan import sizes_of_run
-from dreambooth_ms.config.check import CheckConfig
+from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.data_set import with_folder_of_data_set
@@ -88,7 +86,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
     subjects = [record for one in concepts if one.group == INSTANCE for record in one.records]
     if not subjects:
         return []
-    sizes, described = of_records(sizes_of_run(job, concepts), subjects), []
+    sizes, described = of_records(job.sizes(concepts), subjects), []
     for concept in concepts:
         group = [one for one in concepts if one.group == concept.group]
         of_group = sum(one.repeats * len(one.records) for one in group)

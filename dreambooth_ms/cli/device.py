@@ -1,16 +1,32 @@
-"""The device of a command: chosen, and told."""
+"""What a command computes with: its device, its base model, and the compiler, whose work is told while it goes on."""
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from dreambooth_ms.cli.compilation import show_compilation
-from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.shared import DeviceConfig
+from dreambooth_ms.cli.output import bars_paused, is_quiet, tell
+from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.runtime.ascend import card_name, find_ascend
+from dreambooth_ms.runtime.compile_cache import Outlook
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
 from dreambooth_ms.runtime.device import Formulation, compute_dtype, formulation, set_up_device, settled_precision
+from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
+from dreambooth_ms.weights.hub import find_model, find_vae
+
+_CLOCK = """
+import select, sys, time
+begun = time.monotonic()
+while not select.select([sys.stdin], [], [], 1)[0]:
+    sys.stderr.write(f"\\r{sys.argv[1]}: {time.monotonic() - begun:.0f} s{sys.argv[2]}")
+    sys.stderr.flush()
+"""
+"""A program, because other threads may have to wait for seconds while MindSpore compiles (measured: 3.8 of 24 s)."""
 
 
 def set_up(wanted: DeviceConfig) -> DeviceConfig:
@@ -39,3 +55,42 @@ def described(settled: DeviceConfig) -> str:
     cpu = f"the CPU ({count_of(os.cpu_count() or 1, 'core')})"
     where = cpu if formulation() is Formulation.CPU else f"Ascend {card_name()}"
     return f"on {where}, in {str(compute_dtype(settled.mixed_precision)).lower()}"
+
+
+def open_base(base: BaseModelConfig) -> ModelBundle:
+    """Open the base model, on the device that was set up before."""
+    vae = find_vae(base.pretrained_vae_model_name_or_path) if base.pretrained_vae_model_name_or_path else None
+    path = find_model(base.pretrained_model_name_or_path, base.revision, base.variant)
+    bundle = open_bundle(path, base.variant, vae)
+    for note in bundle.notes:
+        tell(f"{bundle.path}: {note}")
+    return bundle
+
+
+@contextmanager
+def show_compilation(title: str, outlook: Outlook) -> Iterator[None]:
+    """Inside, say that something is compiled: on a terminal with the time that has gone, elsewhere before and after."""
+    before = "" if outlook.seconds is None else f", {outlook.seconds:.0f} s last time"
+    with bars_paused():
+        if is_quiet() or (outlook.is_kept and not sys.stderr.isatty()):
+            yield
+        elif sys.stderr.isatty():
+            with _clock(f"reading {title} from the compile cache" if outlook.is_kept else f"compiling {title}", before):
+                yield
+        else:
+            begun = time.monotonic()
+            print(f"compiling {title}{before}", file=sys.stderr)
+            yield
+            print(f"compiled {title} in {time.monotonic() - begun:.0f} s", file=sys.stderr)
+
+
+@contextmanager
+def _clock(what: str, before: str) -> Iterator[None]:
+    """Inside, a line on the terminal that is renewed every second."""
+    program = [sys.executable, "-IS", "-c", _CLOCK, what, before]
+    try:
+        # In a session of its own, so that Ctrl-C does not reach it; it ends with its input.
+        with subprocess.Popen(program, stdin=subprocess.PIPE, start_new_session=True):
+            yield
+    finally:
+        print("\r" + " " * (len(what) + len(before) + 10) + "\r", end="", file=sys.stderr, flush=True)

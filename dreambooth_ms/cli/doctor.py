@@ -1,10 +1,12 @@
 """`dreambooth-ms doctor`: does this installation work here? A line for each check; a minute on CPU."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,33 +21,25 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.atomic import write_bytes
 from dreambooth_ms.cli import toy_networks
 from dreambooth_ms.cli.device import set_up
-from dreambooth_ms.cli.doctor_card import CANN_ACCEPTED, CHECKS, Failed, cann_version
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.doctor import DoctorConfig
+from dreambooth_ms.config.commands import DoctorConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import DeviceConfig
-from dreambooth_ms.errors import ConfigError, UserError, count_of
+from dreambooth_ms.errors import FAILED_STATUS, ConfigError, UserError, count_of
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import initialise
+from dreambooth_ms.models.specs import PUBLISHED_MODELS
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.runtime.ascend import (
-    CANN_FOLDERS,
-    CANN_HOME,
-    CANN_ROOTS,
-    MANAGER,
-    NO_CARD,
-    Ascend,
-    card_name,
-    find_ascend,
-)
+from dreambooth_ms.ops import MultiHeadAttention
+from dreambooth_ms.randomness import standard_normal
+from dreambooth_ms.runtime import ascend
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
-FAILED_STATUS = 1
 DEVICE = "device"
 GIB = 2**30
 MIN_MEMORY, MIN_DISK = 2 * GIB, 1 * GIB
@@ -70,6 +64,30 @@ TOLERANCES = {Formulation.CPU: 1e-4, Formulation.ASCEND: 1e-2}
 """Relative. On CPU float32 sums may come in another order. On Ascend nothing was measured: convolutions use HF32 by
 default there, which keeps 10 bits of a fraction (documented)."""
 
+CANN_ACCEPTED = ("8.2", "8.3", "8.5", "9.0", "9.1")
+"""What MindSpore 2.10.0 accepts (looked up in its `run_check/_check_version.py`)."""
+
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+DRIVERS = {
+    "8.5": {"25.5": True},
+    "9.0": {"26.0.rc1": True},
+    "9.1": {"25.0": False} | dict.fromkeys(("25.2", "25.3", "25.5", "26.0.rc1", "26.1"), True),
+}
+"""CANN -> driver -> whether they go together, as far as it is published (docs/ascend.md has the sources)."""
+
+OLD_INTERFACE = ("AdamApplyOneWithDecayAssign", "AddN", "Assign", "CumProd", "RightShift", "Slice", "TensorMove")
+"""What tools/simulate_ascend.py finds on CANN's older interface, where it has the reasons."""
+
+READ_BY_CARD = re.compile("ASCEND_|HCCL_|RANK_TABLE|TE_PARALLEL")
+"""Beginnings of the variables that decide how a card is used."""
+
+HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
+"""Of the attention that is tried, whose relative error in float16 is 6e-4 on a CPU."""
+
+
+class Failed(Exception):
+    """A check failed; the text says what was found and what to do."""
+
 
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
@@ -90,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
         failed += mark != "ok"
         say(f"{mark:6}  {name:13}  {found}  [{time.monotonic() - started:.1f} s]")
         if name == DEVICE and mark != "ok":
-            say(what_to_look_at(find_ascend()))
+            say(what_to_look_at(ascend.find_ascend()))
             break
     else:
         say("everything works" if not failed else f"{count_of(failed, 'check')} failed")
@@ -105,28 +123,32 @@ def run(argv: Sequence[str]) -> int:
 def surroundings() -> list[str]:
     """System, packages, and what MindSpore, CANN and launchers read of the environment: a line each."""
     packages = {f"{one.name}=={one.version}" for one in importlib.metadata.distributions()}
-    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if REPORTED.match(name)]
-    return ["", platform.platform(), "", *sorted(packages, key=str.lower), "", *variables, ""]
+    return ["", platform.platform(), "", *sorted(packages, key=str.lower), "", *_variables(REPORTED), ""]
 
 
-def what_to_look_at(ascend: Ascend) -> str:
+def _variables(names: re.Pattern[str]) -> list[str]:
+    """What the environment has under names that begin so."""
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if names.match(name)]
+
+
+def what_to_look_at(card: ascend.Ascend) -> str:
     """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
     return f"""
 The other checks need the device. What to look at, in this order:
 
-1. The driver      device nodes: {", ".join(ascend.devices) or "none (/dev/davinci*)"}
+1. The driver      device nodes: {", ".join(card.devices) or "none (/dev/davinci*)"}
                    npu-smi: {shutil.which("npu-smi") or "not on PATH"}
    `npu-smi info` lists the cards if driver and firmware work. The nodes must be open to your user (group HwHiAiUser).
    A container sees the card only if it was started with its devices, such as
-     docker run --device /dev/davinci0 --device /dev/{MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
+     docker run --device /dev/davinci0 --device /dev/{ascend.MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
        -v /usr/local/Ascend/driver:/usr/local/Ascend/driver -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi ...
 
-2. CANN            {CANN_HOME}: {ascend.home or "not set"}
-                   version: {cann_version(ascend.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
-                   set_env.sh: {ascend.script or "not found in " + " or ".join(CANN_ROOTS)}
-   In each new shell: source {ascend.script or f"{CANN_ROOTS[0]}/{CANN_FOLDERS[0]}/set_env.sh"}
+2. CANN            {ascend.CANN_HOME}: {card.home or "not set"}
+                   version: {cann_version(card.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
+                   set_env.sh: {card.script or "not found in " + " or ".join(ascend.CANN_ROOTS)}
+   In each new shell: source {card.script or f"{ascend.CANN_ROOTS[0]}/{ascend.CANN_FOLDERS[0]}/set_env.sh"}
 
-3. MindSpore       {ms.__version__}, its part for Ascend: {ascend.complaint or "loaded"}
+3. MindSpore       {ms.__version__}, its part for Ascend: {card.complaint or "loaded"}
    A library that it cannot open is one of CANN or the driver that is missing, or of another version: docs/ascend.md has
    the versions that go together.
 
@@ -146,11 +168,11 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
     `Failed`."""
-    of_card = device.device_target != "CPU" and find_ascend().is_usable
+    of_card = {"driver": driver, "attention": attention, "kernels": kernels, "environment": environment}
     return {
         "versions": versions,
         DEVICE: lambda: check_device(device),
-        **(CHECKS if of_card else {}),
+        **(of_card if device.device_target != "CPU" and ascend.find_ascend().is_usable else {}),
         "memory": memory,
         "disk": disk,
         "training step": lambda: compare(training_figures()),
@@ -161,19 +183,77 @@ def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
 
 def check_device(wanted: DeviceConfig) -> str:
     """Choose the device as every command does, and say what is known of it."""
-    ascend = find_ascend()
-    if wanted.device_target == "Ascend" and not ascend.is_usable:
-        raise Failed(ascend.obstacle or NO_CARD)
+    card = ascend.find_ascend()
+    if wanted.device_target == "Ascend" and not card.is_usable:
+        raise Failed(card.obstacle or ascend.NO_CARD)
     set_up(wanted)
     how = f"deterministic {wanted.deterministic}, jit_level {wanted.jit_level or 'left to MindSpore'}"
     if formulation() is Formulation.CPU:
         return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}; {how}"
-    cann = cann_version(ascend.home)
+    cann = cann_version(card.home)
     if cann and not cann.startswith(CANN_ACCEPTED):
         raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
     count = ms.hal.device_count("Ascend")
-    where = f"in {ascend.home}" if ascend.home else f"{CANN_HOME} is not set"
-    return f"{count} x Ascend {card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
+    where = f"in {card.home}" if card.home else f"{ascend.CANN_HOME} is not set"
+    return f"{count} x Ascend {ascend.card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
+
+
+def cann_version(home: Path | str | None) -> str | None:
+    """The version that CANN gives in its folder."""
+    for path in (Path(home, "compiler", "version.info"), Path(home, "version.cfg")) if home else ():
+        if path.is_file() and (match := re.search(r"(?i)version[^\n=]*=\W*(?:.*:)?([0-9][\w.]+)", path.read_text())):
+            return match[1]
+    return None
+
+
+def driver(file: Path = DRIVER) -> str:
+    """The driver's version, and whether it is known to go with this CANN."""
+    said = file.read_text() if file.is_file() else ""
+    if not said and (program := shutil.which("npu-smi")):
+        said = subprocess.run([program, "info"], capture_output=True, text=True, timeout=60, check=False).stdout
+    match = re.search(r"(?m)(?:^|\s)Version[=:]\s*(\S+)", said)
+    if not match:
+        return f"of unknown version: neither {file} nor npu-smi tells it (a container sees what it was started with)"
+    cann = cann_version(os.environ.get(ascend.CANN_HOME)) or "of unknown version"
+    known = next((drivers for name, drivers in DRIVERS.items() if cann.startswith(name)), {})
+    fits = next((fits for name, fits in known.items() if match[1].lower().startswith(name)), None)
+    if fits is False:
+        raise Failed(f"{match[1]}: expected with CANN {cann} one of {', '.join(name for name in known if known[name])}")
+    return f"{match[1]}, {'goes' if fits else 'not known whether it goes'} with CANN {cann}"
+
+
+def attention() -> str:
+    """Attention in float16 with heads of every size in the published bases, beside float64."""
+    unets = [model.unet for model in PUBLISHED_MODELS]
+    sizes = {spec.block_out_channels[level] // heads for spec in unets for level, heads in enumerate(spec.num_heads)}
+    found = {size: _attention_error(size) for size in sorted(sizes)}
+    said = ", ".join(f"{size} {'fused' if is_fused else 'in parts'}" for size, (is_fused, _) in found.items())
+    worst = max(error for _, error in found.values())
+    if not worst <= ROUNDING:
+        raise Failed(f"heads of {said}; relative error {worst:.0e}, expected at most {ROUNDING:g}")
+    return f"heads of {said}; to {worst:.0e}"
+
+
+def _attention_error(size: int) -> tuple[bool, float]:
+    """Whether attention with such heads is one kernel, and the relative error of its result."""
+    cell = MultiHeadAttention(HEADS, size)
+    rows = [standard_normal((1, TOKENS, HEADS * size), size, name).astype(np.float16) for name in "qkv"]
+    q, k, v = (x.astype(np.float64).reshape(TOKENS, HEADS, size).transpose(1, 0, 2) for x in rows)
+    weights = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(size))
+    expected = (weights / weights.sum(-1, keepdims=True) @ v).transpose(1, 0, 2).reshape(1, TOKENS, HEADS * size)
+    result = cell(*map(Tensor, rows)).asnumpy()
+    return cell.fuses, float(np.linalg.norm(result - expected) / np.linalg.norm(expected))
+
+
+def kernels() -> str:
+    """By which interface of CANN kernels are reached, in MindSpore's simulation."""
+    te = "can be imported" if importlib.util.find_spec("te") else "cannot be imported: source CANN's set_env.sh"
+    return f"aclnn, but acl, compiled by CANN (te {te}) when first used, of {', '.join(OLD_INTERFACE)}"
+
+
+def environment() -> str:
+    """The variables that decide how a card is used; MindSpore sets some by itself."""
+    return ", ".join(_variables(READ_BY_CARD))
 
 
 def compile_twice() -> str:

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.atomic import check_writable, write_bytes
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.config.evaluate import EvaluateConfig
+from dreambooth_ms.config.commands import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source

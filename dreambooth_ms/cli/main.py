@@ -15,8 +15,7 @@ from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
-from dreambooth_ms.config.describe import describe, describe_usual
-from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.schema import Schema, describe, describe_usual
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.launch import exit_at_once, is_launched
 
@@ -31,7 +30,8 @@ COMMANDS = {
     "merge": "merge LoRAs into a model",
     "doctor": "check that the installation works on this machine",
 }
-"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and one of `config`."""
+"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and a schema in `config`; those of
+`cli/conversion.py` are functions."""
 
 
 def program() -> NoReturn:
@@ -89,28 +89,30 @@ def _dispatch(arguments: list[str]) -> int:
     if not {"-h", "--help", "--help=all"}.isdisjoint(rest):
         print(_command_help(name, everything=not {"all", "--help=all"}.isdisjoint(rest)))
         return 0
-    return _import_run(f"dreambooth_ms.cli.{name}")(rest)
+    return _import_run(name)(rest)
 
 
-def _import_run(module: str) -> Callable[[Sequence[str]], int]:
-    """The `run` of a command's module.
+def _import_run(name: str) -> Callable[[Sequence[str]], int]:
+    """What does a command.
 
     MindSpore collects garbage whenever it compiles. In a fresh process nothing that is imported is ever garbage, so it
     need not be looked at; that takes a tenth of a second each time, and a fifth of the import (measured).
     """
-    if "mindspore" in sys.modules:
-        return importlib.import_module(module).run
-    gc.disable()
+    module, function = ("conversion", name) if name in ("inspect", "convert", "merge") else (name, "run")
+    is_fresh = "mindspore" not in sys.modules
+    if is_fresh:
+        gc.disable()
     try:
-        return importlib.import_module(module).run
+        return getattr(importlib.import_module(f"dreambooth_ms.cli.{module}"), function)
     finally:
-        gc.enable()
-        gc.freeze()
+        if is_fresh:
+            gc.enable()
+            gc.freeze()
 
 
 def schema_of(name: str) -> type[Schema]:
     """The class that describes the flags of a command."""
-    return getattr(importlib.import_module(f"dreambooth_ms.config.{name}"), f"{name.capitalize()}Config")
+    return getattr(importlib.import_module("dreambooth_ms.config.commands"), f"{name.capitalize()}Config")
 
 
 def _overview() -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_free, check_writable, sync, write_bytes
 from dreambooth_ms.cli.output import tell, with_progress
+from dreambooth_ms.config.commands import PrepareConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.prepare import PrepareConfig
 from dreambooth_ms.data.captions import FILE_NAME, Captioning, caption_files, read_rows
 from dreambooth_ms.data.looks import near_duplicates
 from dreambooth_ms.data.pictures import CAPTION_FILES, frame_of, open_picture, resize_and_crop

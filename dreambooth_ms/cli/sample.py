@@ -7,12 +7,10 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.base import open_base
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import progress, tell
-from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.sample import RefinerConfig, SampleConfig
+from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, RefinerConfig, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import read_picture
 from dreambooth_ms.errors import DataError, count_of, near

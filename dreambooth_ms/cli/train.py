@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.check import describe_concepts, in_short
-from dreambooth_ms.cli.device import set_up
+from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
-from dreambooth_ms.cli.training_setup import set_up_training
+from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -30,17 +29,10 @@ from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
 from dreambooth_ms.sampling.picture_file import class_picture_name
-from dreambooth_ms.training.checkpoint import (
-    Checkpoint,
-    SaveCheckpoints,
-    checkpoint_folder,
-    find_latest,
-    open_checkpoint,
-    result_of,
-)
+from dreambooth_ms.training.checkpoint import Checkpoint, SaveCheckpoints, checkpoint_folder, result_of
 from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, stop_requests, train
-from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, write_config
+from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, checkpoint_of, write_config
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.trackers import Tracker, draw_loss, profiled, read_history
 
@@ -93,7 +85,7 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
     Gives the checkpoint to go on from and the base's digests, as JSON; None if nothing is left to do.
     """
     config, output, total = job.config, job.config.output_dir, job.total
-    checkpoint = _checkpoint_to_resume(config)
+    checkpoint = checkpoint_of(config, tell)
     if checkpoint and checkpoint.step > total:
         raise ConfigError(
             f"{checkpoint.path}: {count_of(checkpoint.step, 'step')} done, the run would end after {total}; "
@@ -130,24 +122,11 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
     }
 
 
-def _checkpoint_to_resume(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint that was asked for; without asking, the newest of a run that was stopped."""
-    asked = config.run.resume_from_checkpoint
-    if asked not in (None, "latest"):
-        own, is_name = config.output_dir / asked, len(Path(asked).parts) == 1
-        return open_checkpoint(own if is_name and (os.path.exists(own) or not os.path.exists(asked)) else Path(asked))
-    found = find_latest(config.output_dir)
-    if asked == "latest" and found is None:
-        tell(f"--resume_from_checkpoint latest: no checkpoint in {config.output_dir}, starting from the beginning")
-    return found
-
-
 def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchMaker) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     config, processes, output = job.config, job.processes, job.config.output_dir
-    training = set_up_training(job, unet)
+    training = Training(job, unet)
     if job.checkpoint:
-        training.restore(job.checkpoint)
         tell(f"resuming from {job.checkpoint.path}")
     parameters, dropout = training.learner.parameters, training.learner.dropout
     size, tensors = sum(parameter.size for parameter in parameters), count_of(len(parameters), "tensor")

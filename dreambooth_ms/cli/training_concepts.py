@@ -16,10 +16,8 @@ from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
-from dreambooth_ms.errors import ConfigError, DataError, count_of
-from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.sampling.picture_file import missing_numbers
-from dreambooth_ms.training.content import digests_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -99,18 +97,6 @@ def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
     """The numbers of the class pictures that are yet to be sampled, by their folder, which classes may share."""
     generated = {str(one.folder): one.generated.num_class_images for one in sources if one.generated}
     return {folder: missing_numbers(Path(folder), count) for folder, count in generated.items()}
-
-
-def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sources: Sequence[Source] = ()) -> None:
-    """Raise DataError if another process, perhaps on another machine, found other pictures, captions or masks."""
-    digests = [value for source in sources for value in source.settings.values()]
-    digests += [digest for concept in concepts for digest in digests_of(concept)]
-    for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
-        if others != digests:
-            raise DataError(
-                f"rank {rank} found other pictures than rank {processes.rank}; "
-                "--instance_data_dir and --class_data_dir must be the same folders on every machine"
-            )
 
 
 def tell_cut_prompts(

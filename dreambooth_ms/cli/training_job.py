@@ -1,11 +1,12 @@
 """What a training command asks for, with all that follows from it, found once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
-from dreambooth_ms.data.records import Source
+from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of
+from dreambooth_ms.data.records import INSTANCE, Concept, Source
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.checkpoint import Checkpoint
 from dreambooth_ms.training.optimisers import learning_rate_factor
@@ -75,3 +76,23 @@ class TrainingJob:
         o = self.config.optimiser
         highest = self.config.learning_rate * (self.config.rows_per_step if o.scale_lr else 1)
         return highest * learning_rate_factor(o, update, self.total, highest)
+
+    def sizes(self, concepts: Sequence[Concept]) -> tuple[Size, ...]:
+        """Those that pictures are trained at, by those of the subjects."""
+        data = self.config.data
+        if not data.use_aspect_ratio_bucket:
+            return (self.size,)
+        pictures = [record.size for one in concepts if one.group == INSTANCE for record in one.records]
+        sizes = sizes_of(data.resolution, self.base.side_multiple)
+        return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
+
+    def plan(self, concepts: Sequence[Concept]) -> Plan:
+        """The rows of the run."""
+        data, rows = self.config.data, self.config.run.train_batch_size
+        framing = Framing(self.sizes(concepts), data.center_crop, data.random_flip)
+        return Plan(tuple(concepts), rows, framing, self.seed, self.batches_per_step)
+
+    def views(self, plan: Plan) -> Iterator[View]:
+        """What each row of the rest of the run sees; one after the other, since a long run has millions."""
+        batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
+        return (row.view for batch in batches for row in plan.rows(batch))

@@ -151,16 +151,13 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     readers = folder.text if method.train_text_encoder else ()
     shapes = [unet_shapes(folder.denoiser.spec), *(clip_text_shapes(reader.spec) for reader in readers)]
     targets = [method.lora_target_modules, *(reader.adapted_layers for reader in readers)]
-    is_lora = method.method == "lora"
+    rank = method.rank if method.method == "lora" else None
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
     width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
     return Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
-        ranks=[
-            ranks_of(own, method.rank, ends) if is_lora else ranks_of(own, None)
-            for own, ends in zip(shapes, targets, strict=True)
-        ],
+        ranks=[ranks_of(own, rank, ends) for own, ends in zip(shapes, targets, strict=True)],
         activations=ActivationSettings(
             rows=groups * run.train_batch_size,
             latent_height=height,

@@ -3,32 +3,32 @@
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell, with_progress
-from dreambooth_ms.cli.training_concepts import (
-    check_same_pictures,
-    class_numbers_to_come,
-    read_concepts,
-    tell_cut_prompts,
-)
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, tell_cut_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
-from dreambooth_ms.cli.training_plan import plan_of, prompts_of, tell_sizes, views_of, write_crops
+from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_lookup
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_prompts
-from dreambooth_ms.data.plan import Plan, taking_turns
+from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
+from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.errors import DataError, count_of
+from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.models.layers import CellMethod
+from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import class_picture_name, write_picture
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
-from dreambooth_ms.training.content import content_of, in_order
+from dreambooth_ms.training.content import content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
 
@@ -46,7 +46,8 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     tell_cut_prompts(base, concepts, class_prompts)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        embeddings.prepare([*([] if trains_text else prompts_of(job, plan_of(job, concepts))), *class_prompts, ""])
+        prompts = () if trains_text else (view.prompt for view in job.views(job.plan(concepts)))
+        embeddings.prepare({*prompts, *class_prompts, ""})
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
     if any(missing.values()):
@@ -57,13 +58,25 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
         check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts, sources), {}, tell)
     check_same_pictures(job.processes, concepts, sources)
     concepts = [in_order(concept, earlier) for concept in concepts]
-    plan = plan_of(job, concepts)
+    plan = job.plan(concepts)
     texts: Callable[[str], PromptText] = embeddings
     if trains_text:
         tokenizer = PromptTokenizer(base.text, warns=False)
         texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
     batches = encode_pictures(job, plan, cache, texts)
     return unet or base.denoiser.load(), batches
+
+
+def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sources: Sequence[Source] = ()) -> None:
+    """Raise DataError if another process, perhaps on another machine, found other pictures, captions or masks."""
+    digests = [value for source in sources for value in source.settings.values()]
+    digests += [digest for concept in concepts for digest in digests_of(concept)]
+    for rank, others in enumerate(processes.exchange("the list of pictures", digests)):
+        if others != digests:
+            raise DataError(
+                f"rank {rank} found other pictures than rank {processes.rank}; "
+                "--instance_data_dir and --class_data_dir must be the same folders on every machine"
+            )
 
 
 def sample_class_pictures(
@@ -77,7 +90,7 @@ def sample_class_pictures(
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    model, plan = SamplingModel(job.base, embeddings=embeddings), plan_of(job, subjects)
+    model, plan = SamplingModel(job.base, embeddings=embeddings), job.plan(subjects)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
     classes = [one for one in job.sources if one.concept.group == CLASS]
     for source, subject in zip(classes, subjects, strict=False):
@@ -129,9 +142,10 @@ def encode_pictures(
         load_encoder=load_encoder,
         progress=lambda views: with_progress(views, len(views), desc="encoding pictures", unit="picture"),
     )
-    missing = posteriors.missing(views_of(job, plan))
+    missing = posteriors.missing(job.views(plan))
     if data.use_aspect_ratio_bucket:
-        tell_sizes(plan, job.total)
+        for (width, height), pictures, lost, steps in table_of_sizes(plan, job.total):
+            tell(f"{width}x{height}: {count_of(pictures, 'picture')}, {lost:.1%} cut off, {count_of(steps, 'step')}")
     if processes.is_first:
         if data.debug_arb:
             write_crops(plan, data.image_interpolation_mode, job.config.output_dir / "crops.png")
@@ -154,3 +168,18 @@ def encode_pictures(
         masked=job.masked,
         unmasked_weight=data.unmasked_weight,
     )
+
+
+def write_crops(plan: Plan, interpolation: Interpolation, path: Path) -> None:
+    """A sheet of the first pictures of each size, cropped in the middle."""
+    rows = []
+    for bucket in plan.buckets:
+        records = [record for concept in bucket.groups[0] for record in concept.records]
+        shown, label = records[:8], "{}x{}\n{}".format(*bucket.size, count_of(len(records), "picture"))
+        crops = [
+            resize_and_crop(open_picture(one.path, one.background), frame_of(one.size, bucket.size), interpolation)
+            for one in shown
+        ]
+        rows.append(Row(label, list(map(np.asarray, crops)), [one.path.name for one in shown]))
+    write_sheet(path, "What is left of the pictures at each size", rows)
+    tell(f"wrote {path}")

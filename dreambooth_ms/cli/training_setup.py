@@ -1,7 +1,6 @@
 """What a run trains: the method's trainables with their optimiser and step, and what a checkpoint keeps of them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from mindspore import Parameter
@@ -11,22 +10,45 @@ from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
-from dreambooth_ms.training.checkpoint import Checkpoint, restore
+from dreambooth_ms.training.checkpoint import restore
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.methods import METHODS, Learner, choose_optimiser
+from dreambooth_ms.training.methods import METHODS, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 
 
-@dataclass(frozen=True)
 class Training:
-    """What a run trains, with the state that a checkpoint keeps."""
+    """What a run trains: the method's trainables, with their optimiser and step, as new or as the run's checkpoint has
+    them."""
 
-    learner: Learner
-    step: TrainStep | AccumulatingTrainStep
-    average: MovingAverage | None
-    sharded: ShardedOptimiser | None
-    """The optimiser, if this process keeps a part of its state."""
+    def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
+        config, processes, method = job.config, job.processes, job.config.method
+        text_encoders = job.base.load_text_encoders() if method.train_text_encoder else None
+        self.learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
+        parameters, trainables = self.learner.parameters, self.learner.trainables
+        compute_in(self.learner.denoiser, compute_dtype(config.device.mixed_precision))
+        # The optimiser, if this process keeps a part of its state.
+        self.sharded: ShardedOptimiser | None = None
+        if config.processes.zero_stage > 0 and processes.count > 1:
+            self.sharded = ShardedOptimiser(
+                parameters, lambda i, j: choose_optimiser(config, trainables[i:j]), processes
+            )
+        # bfloat16 has the exponents of float32.
+        scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
+        step = TrainStep(
+            DiffusionLoss(self.learner.denoiser, job.masked),
+            parameters,
+            self.sharded or choose_optimiser(config, trainables),
+            config.optimiser.max_grad_norm,
+            SumOverProcesses() if processes.count > 1 else None,
+            scaler,
+            Segments(unet, text_encoders) if config.run.gradient_checkpointing else None,
+        )
+        accumulates = config.run.gradient_accumulation_steps > 1
+        self.step: TrainStep | AccumulatingTrainStep = AccumulatingTrainStep(step) if accumulates else step
+        self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
+        if job.checkpoint:
+            restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
 
     def state(self, of_all: bool = False) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
@@ -47,10 +69,6 @@ class Training:
         if self.average and not report.is_skipped:
             self.average.update(report.updates)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from there."""
-        restore(checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
-
     def write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
         with self.result_weights():
@@ -60,34 +78,3 @@ class Training:
         """Write the result of the run."""
         with self.result_weights():
             self.learner.write_result(target, step)
-
-
-def set_up_training(job: TrainingJob, unet: UNet2DConditionModel) -> Training:
-    """The method's trainables, with their optimiser and step, as they are before the first step."""
-    config, processes = job.config, job.processes
-    method, run = config.method, config.run
-    text_encoders = job.base.load_text_encoders() if method.train_text_encoder else None
-    learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
-    compute_in(learner.denoiser, compute_dtype(config.device.mixed_precision))
-    sharded = None
-    if config.processes.zero_stage > 0 and processes.count > 1:
-        sharded = ShardedOptimiser(
-            learner.parameters, lambda i, j: choose_optimiser(config, learner.trainables[i:j]), processes
-        )
-    # bfloat16 has the exponents of float32.
-    scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
-    step = TrainStep(
-        DiffusionLoss(learner.denoiser, job.masked),
-        learner.parameters,
-        sharded or choose_optimiser(config, learner.trainables),
-        config.optimiser.max_grad_norm,
-        SumOverProcesses() if processes.count > 1 else None,
-        scaler,
-        Segments(unet, text_encoders) if run.gradient_checkpointing else None,
-    )
-    return Training(
-        learner=learner,
-        step=AccumulatingTrainStep(step) if run.gradient_accumulation_steps > 1 else step,
-        average=MovingAverage(learner.parameters, method.ema_decay) if method.use_ema else None,
-        sharded=sharded,
-    )

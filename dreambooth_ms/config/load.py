@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from dreambooth_ms.config import refusals, spellings
-from dreambooth_ms.config.describe import Field, schema_fields, sections
-from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.sources import Setting, canonical, did_you_mean, read_file, read_flags, suggestions
-from dreambooth_ms.config.values import read_value, split
+from dreambooth_ms.config import spellings
+from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
+from dreambooth_ms.config.sources import Setting, answer_unknown, canonical, read_file, read_flags, read_value, split
 from dreambooth_ms.errors import ConfigError
 
 Config = TypeVar("Config", bound=Schema)
@@ -142,24 +140,5 @@ def _targets(setting: Setting, known: Mapping[str, Field]) -> dict[str, Any]:
             setting.complain(f"expected one base model, got also {', '.join(adapters)}")
         more = {"lora": adapters} if adapters and "lora" in known else {}
         return {"pretrained_model_name_or_path": base, **more}
-    _answer_what_is_not_here(setting, known)
+    answer_unknown(setting, known)
     return {}
-
-
-def _answer_what_is_not_here(setting: Setting, known: Mapping[str, Field]) -> None:
-    """Note at the setting why it is ignored or refused, or that nobody knows it."""
-    name, value = setting.name, str(setting.value).lower()
-    if name in refusals.HARMLESS:
-        if value not in refusals.NOTHING:
-            setting.note = f"{setting.label} is accepted and ignored: {refusals.HARMLESS[name]}"
-    elif name in refusals.REFUSED:
-        reason, unless, gives = refusals.REFUSED[name]
-        if value not in (*refusals.NOTHING, *unless):
-            setting.complain(reason, *(known if gives == refusals.ALL else gives))
-    else:
-        kind, dashes, others = ("key", "", []) if setting.source else ("flag", "--", ["config"])
-        spelt = [one for one in spellings.SPELLINGS if canonical(one, known)]
-        close = suggestions(name.removeprefix("no_"), [*known, *others]) or suggestions(name, spelt)
-        setting.complain(
-            f"unknown {kind}{did_you_mean(close, dashes)}", *(canonical(one, known) or "" for one in close)
-        )

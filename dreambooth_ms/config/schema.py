@@ -1,9 +1,54 @@
-"""What all schemas of commands share: their values by name, and the check of these by what stands at the fields."""
+"""What all schemas of commands share: their values by name, the check of these by what stands at the fields, and the
+schema as data and as help text, read from the schema itself so that they cannot diverge."""
 
-from dataclasses import fields
-from typing import Any, ClassVar
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config.ranges import PATH, Range
+from dreambooth_ms.config.rules import Resume, Rule
+
+_WORDS: dict[Any, tuple[str, str]] = {
+    bool: ("True or False", "[True|False]"), int: ("a whole number", "N"), float: ("a number", "X"),
+    str: ("text", "TEXT"), list[str]: ("a list of texts", "TEXT [TEXT ...]"),
+    list[float]: ("a list of numbers", "X [X ...]"), tuple[str, ...]: ("text or a list of texts", "TEXT"),
+}  # fmt: skip
+"""Kind of a field -> what a value has to be, and what stands for it in a usage line."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a schema, as flags, files and the help text see it.
+
+    kind is bool, int, float, str, list[str], list[float], tuple[str, ...] for texts that may hold commas, or the tuple
+    of texts to choose from; default is dataclasses.MISSING where the user has to give a value.
+    """
+
+    name: str
+    section: str
+    kind: Any
+    optional: bool
+    default: Any
+    range: Range | None
+    rules: tuple[Rule, ...]
+    resume: Resume | None
+    is_path: bool
+
+    @property
+    def expected(self) -> str:
+        """What a value has to be, in words."""
+        what = f"one of {', '.join(self.kind)}" if isinstance(self.kind, tuple) else _WORDS[self.kind][0]
+        return f"{what}, or None" if self.optional else what
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for the value in a usage line."""
+        return "{" + ",".join(self.kind) + "}" if isinstance(self.kind, tuple) else _WORDS[self.kind][1]
 
 
 class Schema:
@@ -49,3 +94,82 @@ class Schema:
         for section in fields(self):  # type: ignore[arg-type]
             broken += getattr(getattr(self, section.name), "problems", list)()
         return outside + broken + self.problems(), notes
+
+
+def schema_fields(schema: type) -> dict[str, Field]:
+    """Every field of every section, by name, in the order of the schema. Names are unique over the sections."""
+    known: dict[str, Field] = {}
+    for section, owner in sections(schema).items():
+        hints = get_type_hints(owner, include_extras=True)
+        for one in fields(owner):
+            assert one.name not in known, f"{one.name} is a field of two sections"
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            known[one.name] = Field(one.name, section, default=default, **_read_hint(hints[one.name]))
+    return known
+
+
+def sections(schema: type) -> dict[str, type]:
+    """Section name -> its dataclass."""
+    hints = get_type_hints(schema)
+    return {one.name: hints[one.name] for one in fields(schema)}
+
+
+def _read_hint(hint: Any) -> dict[str, Any]:
+    """What the annotation of a field says of it: the fields of `Field` from `kind` on, but for the default."""
+    hint, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    optional = get_origin(hint) in (Union, UnionType)
+    if optional:
+        (hint,) = [argument for argument in get_args(hint) if argument is not NoneType]
+    return {
+        "kind": get_args(hint) if get_origin(hint) is Literal else hint,
+        "optional": optional,
+        "range": next((mark for mark in marks if isinstance(mark, Range)), None),
+        "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
+        "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),
+        "is_path": PATH in marks,
+    }
+
+
+@cache
+def field_documentation(owner: type) -> dict[str, str]:
+    """Field name -> the docstring under it, for one section; fields without one are left out."""
+    texts = {}
+    for part in reversed(owner.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = inspect.cleandoc(text)
+    return texts
+
+
+def describe(schema: type) -> str:
+    """The flags of a command as help text, by section, required ones first; with choices, ranges and defaults."""
+    blocks = []
+    for section, owner in sections(schema).items():
+        own = [one for one in schema_fields(schema).values() if one.section == section]
+        required_first = sorted(own, key=lambda one: one.default is not MISSING)
+        blocks.append("\n".join([f"{section}: {inspect.getdoc(owner)}", *_lines(schema, required_first)]))
+    return "\n\n".join(blocks)
+
+
+def describe_usual(schema: type, names: Sequence[str]) -> str:
+    """The same of a few flags, in this order."""
+    known = schema_fields(schema)
+    return "\n".join(_lines(schema, [known[name] for name in names]))
+
+
+def _lines(schema: type, fields_of_it: Iterable[Field]) -> Iterator[str]:
+    owners = sections(schema)
+    for one in fields_of_it:
+        text = f"{field_documentation(owners[one.section])[one.name]} {_constraints(one)}"
+        yield f"  --{one.name} {one.placeholder}"
+        yield textwrap.fill(text, 100, break_on_hyphens=False, initial_indent=" " * 8, subsequent_indent=" " * 8)
+
+
+def _constraints(one: Field) -> str:
+    allowed = [one.range.expected] if one.range and one.kind in (int, float) else []
+    default = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
+    value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
+    return f"({'; '.join([*allowed, value])})"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
-from dreambooth_ms.config.choices import FloatType, PredictionType, SamplingScheduler
+from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
 
@@ -78,31 +78,3 @@ class GenerationConfig:
     """The same seed generates the same pictures, whatever the batch size."""
     batch_size: Annotated[int, at_least(1)] = 4
     """Pictures generated at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """A file or folder to read."""
-
-    source: Annotated[str, NOT_EMPTY, PATH]
-    """Model or LoRA: a file or a folder, in any format that is read."""
-    base: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """For a LoRA: the model it is for, where that has other sizes than the published ones and no run's config.yaml
-    beside it names it."""
-    variant: str | None = None
-    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetConfig:
-    """A file or folder to write."""
-
-    target: Annotated[str, NOT_EMPTY, PATH]
-    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
-    extension a folder."""
-    dtype: FloatType | None = None
-    """Type of the numbers to write. None: as in the source."""
-    alpha: Annotated[float | None, FINITE] = None
-    """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""
-    prediction_type: PredictionType | None = None
-    """What the model predicts, where its files do not say. None: velocity for SD 2.x, noise for all others."""

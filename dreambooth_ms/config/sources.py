@@ -1,24 +1,35 @@
-"""The sources of values, flags and YAML files, as settings that know where they stand and what is wrong with them."""
+"""What users write, in flags and YAML files: settings that know where they stand and what is wrong with them, and the
+value that a field takes of one."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode, ValueNode
 from omegaconf.errors import OmegaConfBaseException
 
-from dreambooth_ms.config.describe import Field, schema_fields, sections
-from dreambooth_ms.config.refusals import HARMLESS, REFUSED
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, SPELLINGS
-from dreambooth_ms.config.values import at_home
+from dreambooth_ms.config import spellings
+from dreambooth_ms.config.schema import Field, schema_fields, sections
 from dreambooth_ms.errors import ConfigError
 
 _MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
 """Sections of mindone's own files, and what stands in them."""
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""What no file can hold as text: Python's stand-ins for bytes that are not UTF-8, and the null character."""
+
+_NODES: dict[Any, ValueNode] = {
+    bool: BooleanNode(False, is_optional=False),
+    int: IntegerNode(0, is_optional=False),
+    float: FloatNode(0.0, is_optional=False),
+    str: StringNode("", is_optional=False),
+}
+"""What OmegaConf converts values with."""
 
 
 @dataclass
@@ -51,7 +62,7 @@ class Setting:
 
 def canonical(name: str, known: Mapping[str, Field]) -> str | None:
     """The field that a name or another spelling of it stands for; None for any other name."""
-    return next((one for one in (name, *SPELLINGS.get(name, ())) if one in known), None)
+    return next((one for one in (name, *spellings.SPELLINGS.get(name, ())) if one in known), None)
 
 
 def suggestions(name: str, candidates: Iterable[str]) -> list[str]:
@@ -99,7 +110,7 @@ def _without_a_dash(word: str, known: Mapping[str, Field]) -> str | None:
     """The flag that lacks one of its dashes here, as in `-learning_rate`; None for any other word."""
     found = re.fullmatch(r"-(\w[\w-]+)(=.*)?", word, re.DOTALL)
     name = found[1].replace("-", "_") if found else ""
-    others = (REFUSED, HARMLESS, CONVERTED, ("config", BASE_THEN_ADAPTERS))
+    others = (spellings.REFUSED, spellings.HARMLESS, spellings.CONVERTED, ("config", spellings.BASE_THEN_ADAPTERS))
     return name if canonical(name, known) or any(name in table for table in others) else None
 
 
@@ -112,7 +123,7 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
             setting.complain(f"expected no value, got {texts[0]!r}")
         setting.name, setting.value = name.removeprefix("no_"), "False"
         return setting
-    kind = known[target].kind if target else {"config": str, BASE_THEN_ADAPTERS: list[str]}.get(name, bool)
+    kind = known[target].kind if target else {"config": str, spellings.BASE_THEN_ADAPTERS: list[str]}.get(name, bool)
     is_list = get_origin(kind) is list
     if not texts and kind is not bool:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
@@ -161,6 +172,25 @@ def read_file(named: Setting, schema: type) -> list[Setting]:
     return settings
 
 
+def answer_unknown(setting: Setting, known: Mapping[str, Field]) -> None:
+    """Note at the setting why it is ignored or refused, or that nobody knows it."""
+    name, value = setting.name, str(setting.value).lower()
+    if name in spellings.HARMLESS:
+        if value not in spellings.NOTHING:
+            setting.note = f"{setting.label} is accepted and ignored: {spellings.HARMLESS[name]}"
+    elif name in spellings.REFUSED:
+        reason, unless, gives = spellings.REFUSED[name]
+        if value not in (*spellings.NOTHING, *unless):
+            setting.complain(reason, *(known if gives == spellings.ALL else gives))
+    else:
+        kind, dashes, others = ("key", "", []) if setting.source else ("flag", "--", ["config"])
+        spelt = [one for one in spellings.SPELLINGS if canonical(one, known)]
+        close = suggestions(name.removeprefix("no_"), [*known, *others]) or suggestions(name, spelt)
+        setting.complain(
+            f"unknown {kind}{did_you_mean(close, dashes)}", *(canonical(one, known) or "" for one in close)
+        )
+
+
 def in_one_line(error: Exception) -> str:
     """What is wrong with a file, for a message."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
@@ -168,3 +198,70 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).splitlines()[0]
+
+
+def read_value(one: Field, written: Any, is_flag: bool) -> Any:
+    """The value of a field; None, lists and choices as users write them, ~ in a path as the home folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    texts = [text for text in (written if isinstance(written, list) else [written]) if isinstance(text, str)]
+    if reason := spellings.VALUES.get(one.name, {}).get(str(written).lower()):
+        raise ConfigError(f"{written}: {reason}")
+    if "???" in texts:
+        raise ConfigError("??? stands for a value that is still to be given")
+    if any(map(_NO_TEXT.search, texts)):
+        raise ConfigError(f"expected text in UTF-8, got {written!r}; rename a file or folder that is called so")
+    if one.optional and (written is None or written in ("None", "null")):
+        return None
+    if one.kind is str and not isinstance(written, str | None):
+        raise ConfigError(f"expected text, got {written!r}; put it in quotes")
+    try:
+        value = _converted(one, written, is_flag)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"expected {one.expected}, got {written!r}") from error
+    return at_home(value) if one.is_path else value
+
+
+def _converted(one: Field, written: Any, is_flag: bool) -> Any:
+    if isinstance(one.kind, tuple):
+        return spellings.choice_of(one.name, one.kind, written)
+    if get_origin(one.kind) is list:
+        (kind,) = get_args(one.kind)
+        if is_flag or isinstance(written, str):
+            written = split(written)
+        elif kind is float and isinstance(written, int | float):
+            written = [written]
+        if not isinstance(written, list):
+            raise ValueError
+        return [_NODES[kind].validate_and_convert(entry) for entry in written]
+    if get_origin(one.kind) is tuple:
+        texts = written if isinstance(written, list) else [written]
+        return tuple(_NODES[str].validate_and_convert(text) for text in texts)
+    if one.kind is bool and not isinstance(written, bool | str):
+        raise ValueError
+    return _NODES[one.kind].validate_and_convert(written)
+
+
+def split(value: Any) -> list[str]:
+    """The entries of comma-separated text, or of several of them."""
+    texts = value if isinstance(value, list) else [value]
+    return [entry.strip() for text in texts for entry in str(text).split(",") if entry.strip()]
+
+
+def at_home(path: Any) -> Any:
+    """A path, or a list of them, with ~ as the home folder; None stays as it is.
+
+    Raises:
+        ConfigError: there is no such home.
+    """
+    if isinstance(path, list):
+        return [at_home(one) for one in path]
+    whole = os.path.expanduser(path) if path else path
+    if whole and whole.startswith("~"):
+        raise ConfigError(
+            f"{path}: no home folder is known for {whole.partition('/')[0]}; write the whole path, "
+            f"or ./{path} for a name that begins so"
+        )
+    return whole

@@ -1,19 +1,25 @@
-"""What users bring from other programs: the same thing under another name, or with its value written in another way.
+"""What users bring from other programs: the same thing under another name, or with its value written in another way;
+and what is not here at all: refused with a reason, or harmless and ignored with one.
 
-The names stand in spellings.yaml. One only applies where its field exists, so one table serves every command. What is
-not here at all is in refusals.py.
+The names stand in spellings.yaml and refusals.yaml. One only applies where its field exists, so one table serves every
+command.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from dreambooth_ms.errors import ConfigError
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+def _read(file: str) -> Any:
+    return yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+
+
+_TABLES, _NOT_HERE = _read("spellings.yaml"), _read("refusals.yaml")
 
 SPELLINGS: dict[str, tuple[str, ...]] = {}
 """Another name -> the fields that it may stand for: the one that the command has."""
@@ -85,3 +91,43 @@ def _named(table: str, field: str, choices: tuple[str, ...]) -> dict[str, str]:
     """What a table has for the choices of a field, squeezed -> the choice."""
     others = _TABLES[table].get(field, {})
     return {squeezed(name): choice for choice in choices for name in others.get(choice, "").split()}
+
+
+class Refusal(NamedTuple):
+    """Why a flag is refused."""
+
+    reason: str
+    unless: tuple[str, ...]
+    """Values for which there is nothing to refuse, beside those of NOTHING."""
+    gives: tuple[str, ...]
+    """Fields that it would have given, or ALL: they are not also reported as missing."""
+
+
+NOTHING = ("false", "none", "no", "", "0", "0.0", "-1")
+"""Values that turn any of these flags off."""
+ALL = ("*",)
+
+
+def _by_name(rows: Iterable[Mapping[str, Any]]) -> dict[str, Refusal]:
+    """Each row is an answer to several names; texts are lists of words."""
+    answers: dict[str, Refusal] = {}
+    for row in rows:
+        reason = row.get("reason") or f"not in this version: {row['not_yet']}"
+        unless, gives = (tuple(str(row.get(key, "")).split()) for key in ("unless", "gives"))
+        answers |= dict.fromkeys(row["names"].split(), Refusal(reason, unless, gives))
+    return answers
+
+
+def _reasons(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    return {name: answer.reason for name, answer in _by_name(rows).items()}
+
+
+REFUSED = _by_name(_NOT_HERE["refused"])
+"""Flags that are not here -> why, and what to do."""
+
+HARMLESS = _reasons(_NOT_HERE["harmless"])
+"""Flags that are accepted and ignored -> why nothing is lost."""
+
+VALUES = {field: _reasons(rows) for field, rows in _NOT_HERE["values"].items()}
+"""Field -> values that are refused by name, in lower case -> why."""
+METHODS_NOT_YET = VALUES["method"]

@@ -36,7 +36,6 @@ LEAST_PRODIGY_RATE = 0.1
 OFFSET_NOISE_STRENGTH = 0.1
 """What --offset_noise stands for, as in diffusers."""
 
-
 CAPTIONS = ("{CAPTION}", "{TXT_PROMPT}")
 """What stands in --prompt_template for a picture's own caption."""
 
@@ -47,14 +46,12 @@ _NAMELESS = Rule(
     is_note=True,
 )
 
-
 _UNMASKED = no_effect(
     "without --mask_dir or --alpha_mask",
     when=lambda values: not (values["mask_dir"] or values["alpha_mask"] or values["concepts_list"]),
 )
 _OF_ONE = ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt", "dataset_name")
 _IN_THE_FILE = excludes(*_OF_ONE, message=f"names them itself; leave out {', '.join('--' + name for name in _OF_ONE)}")
-
 
 _ONE_SOURCE = excludes("instance_data_dir", message="and --instance_data_dir are two sources of pictures; give one")
 _DATA_SET = only_with("dataset_name")

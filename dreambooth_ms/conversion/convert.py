@@ -11,8 +11,7 @@ from tqdm import tqdm
 from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
-from dreambooth_ms.config.convert import ConversionConfig
-from dreambooth_ms.config.merge import MergingConfig
+from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of

@@ -10,7 +10,7 @@ import numpy as np
 from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import OpenedAdapter, open_adapter
 from dreambooth_ms.atomic import check_free
-from dreambooth_ms.config.merge import MergingConfig
+from dreambooth_ms.config.commands import MergingConfig
 from dreambooth_ms.conversion.convert import describe_adapter, write_model
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DTYPES, DType

@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 
 from dreambooth_ms.atomic import remove_leftovers, write_bytes
-from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.rules import Resume
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
-from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, result_of
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, find_latest, open_checkpoint, result_of
 from dreambooth_ms.training.content import Content, changes
 from dreambooth_ms.training.trackers import HISTORY
 
@@ -39,6 +39,18 @@ def settle_config(config: TrainConfig) -> TrainConfig:
         listed = "; ".join(found)
         raise ConfigError(f"{output} holds a run with another configuration ({listed}); choose another --output_dir")
     return config
+
+
+def checkpoint_of(config: TrainConfig, tell: Callable[[str], Any]) -> Checkpoint | None:
+    """The checkpoint that was asked for; without asking, the newest of a run that was stopped."""
+    asked = config.run.resume_from_checkpoint
+    if asked not in (None, "latest"):
+        own, is_name = config.output_dir / asked, len(Path(asked).parts) == 1
+        return open_checkpoint(own if is_name and (os.path.exists(own) or not os.path.exists(asked)) else Path(asked))
+    found = find_latest(config.output_dir)
+    if asked == "latest" and found is None:
+        tell(f"--resume_from_checkpoint latest: no checkpoint in {config.output_dir}, starting from the beginning")
+    return found
 
 
 def check_data(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.refusals import METHODS_NOT_YET, REFUSED
+from dreambooth_ms.config.spellings import METHODS_NOT_YET, REFUSED
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
 from dreambooth_ms.training.run_folder import CONFIG
 from dreambooth_ms.training.run_lock import sign, take_lock

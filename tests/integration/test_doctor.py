@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth_ms.cli import doctor, doctor_card
+from dreambooth_ms.cli import doctor
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import DeviceError
@@ -180,7 +180,7 @@ def with_cann(tmp_path, monkeypatch):
         (tmp_path / "npu-smi").chmod(0o755)
         monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        return doctor.examine(lambda: doctor_card.driver(tmp_path / "version.info"))
+        return doctor.examine(lambda: doctor.driver(tmp_path / "version.info"))
 
     return look
 
@@ -209,14 +209,14 @@ def test_the_driver_is_paired_with_cann(with_cann, cann, driver, said):
 
 
 def test_attention_in_half_precision_is_compared_with_float64(monkeypatch):
-    mark, said = doctor.examine(doctor_card.attention)
+    mark, said = doctor.examine(doctor.attention)
     assert mark == "ok" and said.startswith("heads of 40 in parts, 64 in parts, 80 in parts, 160 in parts; to ")
-    monkeypatch.setattr(doctor_card, "ROUNDING", 1e-6)
-    assert "expected at most 1e-06" in doctor.examine(doctor_card.attention)[1]
+    monkeypatch.setattr(doctor, "ROUNDING", 1e-6)
+    assert "expected at most 1e-06" in doctor.examine(doctor.attention)[1]
 
 
 def test_the_older_interface_is_what_the_simulation_finds():
-    assert set(doctor_card.OLD_INTERFACE) == OLD_INTERFACE.keys()
+    assert set(doctor.OLD_INTERFACE) == OLD_INTERFACE.keys()
 
 
 @pytest.mark.skipif(bool(ascend_stubs.missing_tools()), reason="needs g++ and binutils")

@@ -11,8 +11,8 @@ import pytest
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.main import COMMANDS, main, schema_of
-from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.errors import ConfigError, DataError, UserError
 
 HEAVY = {"mindspore", "mindone", "transformers", "torch", "numpy", "PIL"}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_ms.config import refusals, spellings
-from dreambooth_ms.config.convert import ConvertConfig
-from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config import spellings
+from dreambooth_ms.config.commands import ConvertConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.refusals import HARMLESS, NOTHING, REFUSED
 from dreambooth_ms.config.sample import SampleConfig
+from dreambooth_ms.config.schema import schema_fields
+from dreambooth_ms.config.spellings import HARMLESS, NOTHING, REFUSED
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from tests import published_flags as published
@@ -62,13 +62,13 @@ def test_no_flag_of_a_guide_is_unknown(source):
             assert not any("unknown flag" in line for line in lines), lines
 
 
-@pytest.mark.parametrize("name", refusals.REFUSED)
+@pytest.mark.parametrize("name", spellings.REFUSED)
 def test_a_refusal_names_only_flags_that_are_there(name):
     reason, _, gives = REFUSED[name]
     every = {*schema_fields(TrainConfig), *schema_fields(SampleConfig), *schema_fields(ConvertConfig), "config"}
     named = {word.strip("-,;:.()") for word in reason.split() if word.startswith("--")}
     assert named <= every
-    assert gives == refusals.ALL or every.issuperset(gives)
+    assert gives == spellings.ALL or every.issuperset(gives)
     assert not {*REFUSED[name].unless} & {*NOTHING}
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from dreambooth_ms.cli.main import COMMANDS, schema_of
-from dreambooth_ms.config.describe import schema_fields
 from dreambooth_ms.config.load import load
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 

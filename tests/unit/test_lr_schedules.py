@@ -8,7 +8,7 @@ from diffusers.optimization import get_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import OptimiserConfig, TrainConfig
 from dreambooth_ms.training.optimisers import learning_rate_factor
 

@@ -16,7 +16,7 @@ import pytest
 from tqdm import tqdm
 
 from dreambooth_ms.cli import output
-from dreambooth_ms.cli.compilation import show_compilation
+from dreambooth_ms.cli.device import show_compilation
 from dreambooth_ms.runtime.compile_cache import Outlook
 
 
@@ -52,7 +52,7 @@ def test_a_compilation_that_fails_is_not_called_compiled(capsys):
 ON_A_TERMINAL = """
 import time
 from dreambooth_ms.cli import output
-from dreambooth_ms.cli.compilation import show_compilation
+from dreambooth_ms.cli.device import show_compilation
 from dreambooth_ms.runtime.compile_cache import Outlook
 with output.progress(total=2, desc="training") as bar:
     with show_compilation("it", Outlook(seconds=45)):

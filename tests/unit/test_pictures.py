@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
 
 from dreambooth_ms import randomness
-from dreambooth_ms.config.describe import schema_fields
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data import pictures
 from dreambooth_ms.data.pictures import Frame, find_pictures, frame_of, open_picture, read_picture, resize_and_crop

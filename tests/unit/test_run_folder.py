@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_ms.cli import training_needs
-from dreambooth_ms.cli.training_concepts import check_same_pictures
+from dreambooth_ms.cli.training_pictures import check_same_pictures
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.records import INSTANCE, Concept, Record

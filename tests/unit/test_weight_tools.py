@@ -9,9 +9,8 @@ import torch
 
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.convert import ConvertConfig
+from dreambooth_ms.config.commands import ConvertConfig, MergeConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.merge import MergeConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.stored import Container

@@ -1,0 +1,198 @@
+"""The settings of the commands; those of `train` and `sample`, which are many, have files of their own."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+from dreambooth_ms.config.choices import FloatType, PredictionType
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SIDE, at_least
+from dreambooth_ms.config.rules import Rule, only_with
+from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
+from dreambooth_ms.config.schema import Schema
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The report."""
+
+    json: bool = False
+    """Print it as one JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(TrainConfig):
+    """Look at the pictures and the command of a training before it starts."""
+
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationConfig:
+    """From pictures to those that a training reads, cropped in the middle."""
+
+    source: Annotated[str, NOT_EMPTY, PATH]
+    """Folder with pictures; captions and metadata beside them are kept."""
+    target: Annotated[str, NOT_EMPTY, PATH]
+    """Folder to make. Nothing is overwritten."""
+    resolution: Annotated[int, SIDE] = 512
+    """Side of the squares, in pixels."""
+    use_aspect_ratio_bucket: bool = False
+    """Sizes of several aspect ratios with about the area of resolution x resolution, each picture at the one that cuts
+    off least of it."""
+    max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
+    """At most so many sizes. None: all that some picture needs."""
+    transparent_background: Background = "white"
+    """What pictures are put on where they are transparent: white, black, grey or #rrggbb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig(Schema):
+    """Crop pictures to the sizes of a training."""
+
+    POSITIONAL = ("source", "target")
+
+    preparation: PreparationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(GenerationConfig):
+    """What base and adapted model are compared on."""
+
+    instance_data_dir: Annotated[str, NOT_EMPTY, PATH]
+    """Folder with photographs of the subject."""
+    transparent_background: Background = "white"
+    """What they are put on where they are transparent: white, black, grey or #rrggbb."""
+    prompt: Annotated[str, NOT_EMPTY]
+    """What the pictures of the subject show: a prompt, or the path of a text file with one prompt per line."""
+    class_prompt: Annotated[str, NOT_EMPTY]
+    """Prompt of the class, to see what the training did to it."""
+    clip: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """CLIP model that measures: a folder in transformers' layout, or a name on the Hugging Face hub, such as
+    openai/clip-vit-base-patch32. None: the base model's own clip folder."""
+    num_images_per_prompt: Annotated[int, at_least(1)] = 1
+    """Pictures per prompt; the class prompt gets as many as all others."""
+    output_dir: Annotated[str, NOT_EMPTY, PATH] = "evaluation"
+    """Folder for before_after.png and metrics.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Schema):
+    """Compare a base model with its adapted self: same prompts, same noise."""
+
+    weights: WeightsConfig
+    comparison: ComparisonConfig
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def problems(self) -> list[str]:
+        """Refuses a comparison of the base with itself."""
+        return [] if self.weights.lora else ["--lora: missing; name the adapter to compare the base with"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A file or folder to read."""
+
+    source: Annotated[str, NOT_EMPTY, PATH]
+    """Model or LoRA: a file or a folder, in any format that is read."""
+    base: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """For a LoRA: the model it is for, where that has other sizes than the published ones and no run's config.yaml
+    beside it names it."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """A file or folder to write."""
+
+    target: Annotated[str, NOT_EMPTY, PATH]
+    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
+    extension a folder."""
+    dtype: FloatType | None = None
+    """Type of the numbers to write. None: as in the source."""
+    alpha: Annotated[float | None, FINITE] = None
+    """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, where its files do not say. None: velocity for SD 2.x, noise for all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Schema):
+    """Say what a file or folder is."""
+
+    POSITIONAL = ("source",)
+
+    inspection: SourceConfig
+
+
+_Format: TypeAlias = Literal[
+    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionConfig(TargetConfig, SourceConfig):
+    """From any format to any other; the files and the target's name say which."""
+
+    format: _Format | None = None
+    """Format to write, where the target's name leaves it open. None: the name decides."""
+    use_ema: bool = False
+    """Take the moving averages that a single file may hold, in place of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Schema):
+    """Write a model or a LoRA in another format."""
+
+    POSITIONAL = ("source", "target")
+
+    conversion: ConversionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig(TargetConfig):
+    """One or several LoRAs become part of a model's weights."""
+
+    base: Annotated[str, NOT_EMPTY, PATH]
+    """The model: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None: its main branch."""
+    lora: Annotated[list[str], PATH, Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
+    """LoRA files or folders of any format and rank, or owner/name or owner/name/file on the Hugging Face hub; several
+    are added up."""
+    scale: Annotated[float, FINITE] = 1.0
+    """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
+    format: Literal["diffusers", "stability", "mindone"] | None = None
+    """Format to write. None: the target's name decides."""
+    variant: str | None = None
+    """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Schema):
+    """Merge LoRAs into a model."""
+
+    merging: MergingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallationReportConfig:
+    """What is written."""
+
+    report: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """File to write everything into that helps others to help: the lines, versions of all packages, and what MindSpore,
+    CANN and launchers read of the environment. A new file. None: nothing is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Schema):
+    """Check that the installation works on this machine."""
+
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    report: InstallationReportConfig = field(default_factory=InstallationReportConfig)
+
+    def problems(self) -> list[str]:
+        """Refuses half precision."""
+        allowed = self.device.mixed_precision in (None, "no")
+        return [] if allowed else ["--mixed_precision: the doctor compares figures in float32; leave it out"]
