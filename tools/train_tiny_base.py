@@ -32,6 +32,7 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleS
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.files.dtypes import DType  # noqa: E402
+from dreambooth_ms.formats.files.open import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     pipeline_configs,
@@ -39,7 +40,6 @@ from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_unet_config,
     write_vae_config,
 )
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
 from dreambooth_ms.models.layers import CellMethod  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402

@@ -14,9 +14,9 @@ from mindspore import nn
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer
+from dreambooth_ms.formats.files.open import read_value
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import Config, check_scheduler_config, read_config, read_scheduler_config
-from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec

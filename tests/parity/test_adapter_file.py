@@ -20,11 +20,10 @@ from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.training.checkpoint import Result, result_of
+from dreambooth_ms.training.checkpoint import STEP_KEY, Result, result_of
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.roles import CLIP_TARGETS
 from tests.parity.reference import normal, relative_error

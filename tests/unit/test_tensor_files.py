@@ -16,10 +16,9 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files import byte_ranges, mindspore_ckpt
 from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file, read_tensors
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
-from dreambooth_ms.formats.tensor_file import read_tensors
 from tests.stored_tensors import RNG, SHAPES, numbers, one_of_each, random_tensor, same
 
 

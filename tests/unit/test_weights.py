@@ -19,8 +19,8 @@ from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
+from dreambooth_ms.formats.files.open import read_tensors, write_tensors
 from dreambooth_ms.formats.model_config import EDM_SCHEDULER
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import initialise, public_parameters, read_parameters
 from dreambooth_ms.models.specs import (
