@@ -1,7 +1,4 @@
-"""Opening a file of tensors, whatever it is, by its content and never by its name; of a sharded model all its files.
-
-At the end: safetensors files as arrays in memory.
-"""
+"""Files of tensors, opened by their content and never by their names, a sharded model as one; and as arrays in memory."""
 
 import os
 import re
@@ -12,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import FileRange, reading
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
@@ -22,7 +18,7 @@ from dreambooth_ms.formats.files.safetensors_file import (
     read_safetensors,
     write_safetensors,
 )
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
+from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 
 _HEAD_BYTES = 4096
