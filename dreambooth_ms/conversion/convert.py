@@ -1,13 +1,19 @@
-"""Any format -> any other: what a source is, which format a target asks for, and the way between."""
+"""Any format -> any other: what a source is, which format a target asks for, and the way between.
+
+On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 2021, section 4.1), weight by weight.
+"""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
+from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
@@ -16,7 +22,8 @@ from dreambooth_ms.config.merge import MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
-from dreambooth_ms.formats.files.dtypes import DTYPES
+from dreambooth_ms.formats.files.dtypes import DTYPES, DType
+from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
@@ -67,6 +74,59 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
     yield from (*opened.notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def merge(wanted: MergingConfig) -> Iterator[str]:
+    """Write a model with LoRAs merged into it.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
+
+    Raises:
+        WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
+    """
+    check_free(Path(wanted.target))
+    model = open_model(Path(wanted.base), wanted.variant)
+    model.check()
+    opened = [open_adapter(Path(path), [model.spec], wanted.base).with_alpha(wanted.alpha) for path in wanted.lora]
+    for one in opened:
+        yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
+    dtype = DTYPES[wanted.dtype] if wanted.dtype else None
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted)
+
+
+def merged(
+    model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float, dtype: DType | None = None
+) -> OpenedModel:
+    """The model with the sum of the adapters, each times `scale`, in its weights; nothing is read yet.
+
+    A weight is summed in float32 and rounded once, to `dtype` or to its own type. With a scale of 0 nothing changes, to
+    the bit.
+
+    Raises:
+        WeightError: an adapter is for a network that the model does not hold.
+    """
+    updates: dict[str, list[Update]] = {}
+    for opened in adapters:
+        lacking = [part for part in opened.adapter.parts if part not in model.parts]
+        if lacking:
+            raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
+        for layer, update in opened.adapter.updates.items():
+            updates.setdefault(f"{layer}.weight", []).append(update)
+    if scale == 0:
+        return model
+    tensors = dict(model.tensors)
+    for name, own in updates.items():
+        weight = tensors[name]
+        label = f"{weight.label}, merged" if weight.label else ""
+        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale), label=label)
+        tensors[name] = changed.cast_to(dtype or weight.dtype)
+    return replace(model, tensors=tensors)
+
+
+def _sum(weight: StoredTensor, updates: Sequence[Update], scale: float) -> np.ndarray:
+    base = weight.cast_to(DType.F32).read()
+    return sum((np.float32(scale) * own.delta(base) for own in updates), start=base)
 
 
 def open_lora(path: Path, base: str | None) -> OpenedAdapter:
