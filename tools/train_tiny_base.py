@@ -61,8 +61,7 @@ from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.bundle import save_network  # noqa: E402
-from dreambooth_ms.weights.roles import TextReader, load_strict  # noqa: E402
+from dreambooth_ms.weights.bundle import TextReader, load_strict, save_network  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.initialise import initialise_for_training  # noqa: E402

@@ -47,7 +47,7 @@ from dreambooth_ms.ops import Conv2d, Dense
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal
 from tests.tiny_model import POOLED, write_random_sdxl
 from tests.whole_models import tokenizer_folders

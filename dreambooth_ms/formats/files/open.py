@@ -1,4 +1,4 @@
-"""Files of tensors, opened by their content and never by their names, sharded models as one; and as arrays in memory."""
+"""Files of tensors, opened by content and never by name, a sharded model as one file; and as arrays in memory."""
 
 import os
 import re
