@@ -12,8 +12,7 @@ from dreambooth_ms.cli.base import open_base
 from dreambooth_ms.cli.device import described, set_up
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.refinement import sample_refined
+from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.bundle import ModelBundle
 
