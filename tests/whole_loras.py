@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
 from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, open_adapter
-from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container

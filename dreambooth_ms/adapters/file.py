@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update
-from dreambooth_ms.adapters.lora_update import TRAINED_KEY, LoraUpdate, as_trained, settings_alpha
+from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, LoraUpdate, Update, as_trained, settings_alpha
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value

@@ -13,9 +13,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, folded
 from dreambooth_ms.adapters.file import FILE_NAME
-from dreambooth_ms.adapters.lora_update import folded
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError

@@ -5,9 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, folded
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.lora_update import LoraUpdate, folded
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.open import write_tensors
