@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.convert import ConvertConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.conversion.convert import convert
+from dreambooth_ms.conversion import convert
 
 
 def run(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.inspect import InspectConfig
 from dreambooth_ms.config.load import load
-from dreambooth_ms.conversion.inspect import describe_source
+from dreambooth_ms.conversion import describe_source
 
 
 def run(argv: Sequence[str]) -> int:

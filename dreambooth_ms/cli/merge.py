@@ -6,7 +6,7 @@ from dataclasses import replace
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.merge import MergeConfig
-from dreambooth_ms.conversion.convert import merge
+from dreambooth_ms.conversion import merge
 from dreambooth_ms.weights.hub import find_adapter, find_model
 
 
