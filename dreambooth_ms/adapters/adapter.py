@@ -173,8 +173,10 @@ def as_trained(update: LoraUpdate, settings: Settings, layer: str, source: str) 
     Raises:
         WeightError: the settings are damaged; `source` is their file, for the message.
     """
-    rank, alpha = settings_rank(settings, layer, source), settings_alpha(settings, layer, update.rank, source)
-    if not (rank and alpha and update.scale == 1 and rank <= update.rank) or update.up[:, rank:].any():
+    rank = _said(settings, "r", "rank_pattern", layer, source)
+    alpha = settings_alpha(settings, layer, update.rank, source)
+    fits = isinstance(rank, int) and 0 < rank <= update.rank and update.scale == 1
+    if not (fits and alpha) or update.up[:, rank:].any():
         return update
     up = update.up[:, :rank]
     return LoraUpdate(
@@ -200,12 +202,6 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
         raise WeightError(f"{source}: lora_alpha {alpha!r} is not a number; download it again")
     # Rank-stabilised LoRA scales by alpha / sqrt(r) (Kalajdzievski, 2023, eq. 4).
     return float(alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha)
-
-
-def settings_rank(settings: Settings, layer: str, source: str) -> int:
-    """The rank of a layer by its part's settings; 0 if they do not say."""
-    rank = _said(settings, "r", "rank_pattern", layer, source)
-    return rank if isinstance(rank, int) and rank > 0 else 0
 
 
 def lora_settings(layers: Mapping[str, tuple[int, float]], modules: Collection[str] = ()) -> dict[str, Any]:

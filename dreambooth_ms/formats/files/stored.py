@@ -4,7 +4,6 @@ Files are read with plain reads into fresh memory, not by a memory map, whose pa
 handle is kept: every read opens the file, and sees if it is still the one that was looked at first.
 """
 
-import hashlib
 import math
 import os
 import stat
@@ -276,19 +275,6 @@ def is_valid_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes, in hexadecimal; whatever file they are in.
-
-    Raises:
-        WeightError: a tensor cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
-        digest.update(raw_bytes(tensor.read()))
-    return digest.hexdigest()
 
 
 def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:
