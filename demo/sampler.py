@@ -11,8 +11,7 @@ from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Sta
 from dreambooth_ms.cli.device import described, open_base, set_up
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.refinement import sample_refined
+from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.bundle import ModelBundle
 

@@ -2,15 +2,14 @@
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
 from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, open_adapter
-from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
-from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
+from dreambooth_ms.training.checkpoint import STEP_KEY
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 

@@ -75,7 +75,7 @@ def recomputing() -> list[Graph]:
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
-    from dreambooth_ms.weights.roles import CLIP_TARGETS
+    from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
     layers = [inject_lora(unet, 2, 2.0, ["to_q"])]
@@ -227,7 +227,7 @@ def _named(*networks: Any) -> Any:
 def _all_trained(unet: Any, encoders: Any, targets: Sequence[str], dropout: Any = None) -> list[Any]:
     """All parameters of a UNet and its text encoders, after adapters were put into them."""
     from dreambooth_ms.adapters.lora import inject_lora
-    from dreambooth_ms.weights.roles import CLIP_TARGETS
+    from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     inject_lora(unet, 2, 2.0, targets, dropout)
     for encoder in encoders.networks().values():

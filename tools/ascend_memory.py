@@ -58,7 +58,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.training.methods import TextConditioned
     from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
     from dreambooth_ms.training.step import DiffusionLoss, LossScaler, TrainStep
-    from dreambooth_ms.weights.roles import CLIP_TARGETS
+    from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     spec = {"sd15": SD_15, "sd21": SD_21, "sdxl": SDXL_BASE}[args.model]
     unet, encoders = UNet2DConditionModel(spec.unet), None
@@ -113,7 +113,7 @@ def _batch(args: argparse.Namespace, spec: Any, trained_texts: int) -> list[Any]
 def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
     from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
     from dreambooth_ms.training.memory import FLOAT32, ActivationSettings, Workload, ranks_of
-    from dreambooth_ms.weights.roles import CLIP_TARGETS
+    from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     side, width = args.resolution // spec.vae.downsampling, FLOAT32 if args.mixed_precision == "no" else 2
     shapes = [(unet_shapes(spec.unet), UNET_TARGETS), *((clip_text_shapes(one), CLIP_TARGETS) for one in texts)]

@@ -27,7 +27,7 @@ from PIL import Image
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.data.pictures import find_pictures, frame_of, open_picture, resize_and_crop, to_array
 from dreambooth_ms.errors import count_of
-from dreambooth_ms.formats.tensor_file import read_tensors
+from dreambooth_ms.formats.files.open import read_tensors
 from tools.bench_step import MAX_GRAD_NORM, RANK, TARGETS, WEIGHT_DECAY, peak_memory, ratio_table
 
 # MindSpore and PyTorch are imported by the processes that are timed, each its own. A process inherits the peak memory

@@ -32,6 +32,7 @@ from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleS
 from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.files.dtypes import DType  # noqa: E402
+from dreambooth_ms.formats.files.open import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.formats.folder_layout import write_json  # noqa: E402
 from dreambooth_ms.formats.model_config import (  # noqa: E402
     pipeline_configs,
@@ -39,7 +40,6 @@ from dreambooth_ms.formats.model_config import (  # noqa: E402
     write_unet_config,
     write_vae_config,
 )
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors  # noqa: E402
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel, end_positions  # noqa: E402
 from dreambooth_ms.models.layers import CellMethod  # noqa: E402
 from dreambooth_ms.models.parameters import public_parameters, read_parameters  # noqa: E402
@@ -61,8 +61,7 @@ from dreambooth_ms.randomness import generator, standard_normal  # noqa: E402
 from dreambooth_ms.runtime.collective import SumOverProcesses, collective_operations, serve_as_scheduler  # noqa: E402
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters  # noqa: E402
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep  # noqa: E402
-from dreambooth_ms.weights.bundle import save_network  # noqa: E402
-from dreambooth_ms.weights.roles import TextReader, load_strict  # noqa: E402
+from dreambooth_ms.weights.bundle import TextReader, load_strict, save_network  # noqa: E402
 from tools.tiny_base import world  # noqa: E402
 from tools.tiny_base.clip_config import write_clip_config  # noqa: E402
 from tools.tiny_base.initialise import initialise_for_training  # noqa: E402

@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, Update
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update, side_by_side
 from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
-from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense

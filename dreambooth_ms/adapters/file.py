@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update
-from dreambooth_ms.adapters.lora_update import TRAINED_KEY, LoraUpdate, as_trained, settings_alpha
+from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, LoraUpdate, Update, as_trained, settings_alpha
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file, read_value
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, LoraFormat, LoraPlan, recognise_lora
 from dreambooth_ms.formats.naming.recognise import other_kind
-from dreambooth_ms.formats.tensor_file import read_value
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"

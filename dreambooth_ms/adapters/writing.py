@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, folded, folded_adapter, lora_settings
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
-from dreambooth_ms.adapters.lora_update import TRAINED_KEY, folded, folded_adapter, lora_settings
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType

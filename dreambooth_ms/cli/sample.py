@@ -14,9 +14,8 @@ from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, RefinerConfig, Sample
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import read_picture
 from dreambooth_ms.errors import DataError, count_of, near
-from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
-from dreambooth_ms.sampling.refinement import sample_refined
 from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.hub import find_adapter
 

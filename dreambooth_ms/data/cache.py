@@ -20,7 +20,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
+from dreambooth_ms.formats.files.open import read_tensors, write_tensors
 from dreambooth_ms.runtime.ascend import is_simulated
 
 BYTES_IN_MEMORY = 64 * 2**20

@@ -14,8 +14,7 @@ from mindspore import Tensor
 
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.weights.bundle import ModelBundle
-from dreambooth_ms.weights.roles import TextReader
+from dreambooth_ms.weights.bundle import ModelBundle, TextReader
 
 NOTHING = np.zeros(0, np.float32)
 

@@ -1,6 +1,10 @@
 """Several processes that compute as one: MindSpore's collective operations, HCCL on Ascend and its own on CPU."""
 
+import ctypes
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -8,13 +12,14 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops, set_device
 from mindspore.ops import constexpr
 
 from dreambooth_ms.processes.launch import SCHEDULER, Launch
 from dreambooth_ms.processes.rendezvous import START_SECONDS, Rendezvous, wait_until_listening
 from dreambooth_ms.runtime.device import Formulation, formulation
-from dreambooth_ms.runtime.scheduler_process import scheduler_process
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -41,6 +46,24 @@ def serve_as_scheduler(launch: Launch) -> None:
     """Be the scheduler that msrun brings, until the run ends, in good order or not."""
     with scheduler_process(launch):
         Rendezvous(launch, exchange_seconds=0, complain=lambda line: None).wait_for_end()
+
+
+@contextmanager
+def scheduler_process(launch: Launch) -> Iterator[None]:
+    """Inside, MindSpore's scheduler runs for this launch, which connects the processes of a run on CPU.
+
+    It blocks all its threads until every worker has ended, and for half a minute more after one that died (measured).
+    So it is a process of its own, which whoever started it can end, and dies with whoever started it. It does without
+    OpenMPI's variables, or it would take itself for a rank.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
+    command = [sys.executable, "-m", __name__, str(os.getpid())]
+    process = subprocess.Popen(command, env=kept | launch.scheduler_environment)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class SumOverProcesses(nn.Cell):
@@ -115,3 +138,15 @@ def _set_to_part(total: Tensor, offset: int, tensor: Tensor) -> Tensor:
 @constexpr
 def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(end - size) for size, end in zip(sizes, np.cumsum(sizes), strict=True))
+
+
+def _schedule(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent:
+        set_device("CPU")
+        communication.init()
+
+
+if __name__ == "__main__":
+    _schedule(int(sys.argv[1]))

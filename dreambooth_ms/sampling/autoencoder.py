@@ -18,7 +18,7 @@ from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.vae import BandedDecoder
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import Formulation, formulation
-from dreambooth_ms.weights.roles import Codec
+from dreambooth_ms.weights.bundle import Codec
 
 PURPOSE = "latents of the picture to start from"
 

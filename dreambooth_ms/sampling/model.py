@@ -1,12 +1,14 @@
-"""A base model, ready to sample what it is asked for again and again: request -> rows -> latents -> picture.
+"""A base model, ready to sample what it is asked for again and again: request -> rows -> latents -> picture; and two
+models one after the other.
 
 Shapes: N pictures, B of them at a time, C, h, w of the latents.
 """
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,12 @@ from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
-from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
+from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Refinement, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
+
+_MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
+"""Of an autoencoder: what decides what latents mean."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,63 @@ class SamplingModel:
         scored += [(rows.prompts[row], sizes.aesthetic_score) for row in batch]
         ids_with = partial(add_time_ids, self.bundle.num_add_time_ids, original, crop, target)
         return conditioning([prompt for prompt, _ in scored], [ids_with(score) for _, score in scored])
+
+
+def sample_refined(
+    base: SamplingModel,
+    refiner: SamplingModel,
+    request: SampleRequest,
+    refinement: Refinement,
+    on_step: OnStep | None = None,
+    stopped: Stopped | None = None,
+    release: bool = True,
+) -> Iterator[Sample]:
+    """The pictures of a request, sampled by SDXL's base and refined (Podell et al., 2023, section 2.5).
+
+    Args:
+        base: samples from noise, or from the picture of the request.
+        refiner: goes on from its latents, with the same prompts.
+        request: what to sample.
+        refinement: where the one stops and the other starts.
+        on_step: called after every step, of either model.
+        stopped: asked before every step; see `Stopped`.
+        release: give back the memory of the base's networks before the refiner's are loaded.
+
+    Raises:
+        ConfigError: the two have different latents, or one has another noise than the scheduler's.
+    """
+    if _MEANING(base.bundle.codec.spec) != _MEANING(refiner.bundle.codec.spec):
+        raise ConfigError(
+            f"--refiner {refiner.bundle.path}: its latents are not those of {base.bundle.path}; give the refiner of "
+            "the same family"
+        )
+    check_scheduler(request.scheduler, refiner.bundle.schedule.config, request.num_inference_steps)
+    end = refinement.denoising_end
+    begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
+    start = [latents for _, latents in begun]
+    if release:
+        base.release()
+    if len(start) < len(request.pictures):
+        return
+    height, width = base.size(request)
+    own = replace(
+        request,
+        image=None,
+        strength=refinement.strength,
+        denoising_start=end,
+        height=height,
+        width=width,
+        lora_scales=None,
+        # Other noise than the one that the base has just taken away.
+        purpose=f"{request.purpose}, refined",
+    )
+    rows = replace(refiner.rows(own), start=np.stack(start))
+    refiner.load()
+    more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
+    more |= {"refiner_strength": refinement.strength} if end is None else {}
+    for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
+        picture = refiner.picture(latents, number, request.whole_up_to)
+        yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

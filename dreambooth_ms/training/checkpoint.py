@@ -26,8 +26,8 @@ from dreambooth_ms.atomic import file_digest, new_folder, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.formats.files.open import read_metadata, read_tensors, write_tensors
 from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES
-from dreambooth_ms.formats.tensor_file import STEP_KEY, read_metadata, read_tensors, write_tensors
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.content import Content
 from dreambooth_ms.training.loop import StepReport
@@ -35,6 +35,8 @@ from dreambooth_ms.training.loop import StepReport
 ADAPTER = Path(FILE_NAME)
 MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
 """The file of a model folder that is written last."""
+STEP_KEY = "dreambooth_ms_step"
+"""In the metadata of what a run writes: the optimiser steps it was trained for."""
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "training_state.safetensors"

@@ -7,22 +7,20 @@ from typing import Any, Literal
 
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
 from dreambooth_ms.adapters.lora import DropoutState, initialise_lora, inject_lora, lora_trainables
-from dreambooth_ms.adapters.lora_update import LoraUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.checkpoint import ADAPTER, MODEL
+from dreambooth_ms.training.checkpoint import ADAPTER, MODEL, STEP_KEY
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
 from dreambooth_ms.training.prodigy import Prodigy
 from dreambooth_ms.weights.bundle import ModelBundle, save_network

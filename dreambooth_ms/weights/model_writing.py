@@ -90,10 +90,9 @@ class ModelTarget:
                     write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
         for name in model.configuration_names:
             write_json(folder / name, model.configuration(name))
+        written = replace(model, tensors=self.tensors)
         for part in model.parts:
-            prefix = f"{part}."
-            own = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
-            if own:
+            if own := written.of_part(part):
                 stem = folder_layout.WEIGHT_NAMES[part]
                 write_sharded_safetensors(folder / part, stem, own, {"format": "pt"}, progress=progress)
 

@@ -1,5 +1,6 @@
 """A model in any format, opened: what it is, and its tensors by public name, none of which has been read."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.files.safetensors_file import parse_json_object
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, tensors_digest
+from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, raw_bytes
 from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, folder_configs, read_config
 from dreambooth_ms.formats.naming.formats import Format
@@ -54,8 +55,16 @@ class StoredNetwork(Generic[Spec]):
     """By their names in the network."""
 
     def digest(self) -> str:
-        """What caches of its results are keyed by: the same for the same weights in any format."""
-        return tensors_digest(self.tensors)
+        """What caches of its results are keyed by: SHA-256 of names, types, shapes and values, in whatever format.
+
+        Raises:
+            WeightError: a tensor cannot be read.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
+            digest.update(raw_bytes(tensor.read()))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

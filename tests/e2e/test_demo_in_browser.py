@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
     )
     layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
     normal = np.random.default_rng(0).standard_normal
-    from dreambooth_ms.formats.tensor_file import read_tensors
+    from dreambooth_ms.formats.files.open import read_tensors
 
     weight = read_tensors(base / "unet" / "diffusion_pytorch_model.safetensors")[0][f"{layer}.weight"]
     factors = {layer: (normal((2, weight.shape[1]), np.float32), normal((weight.shape[0], 2), np.float32))}

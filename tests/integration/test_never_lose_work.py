@@ -19,7 +19,7 @@ from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, remove_leftovers
 from dreambooth_ms.cli import train as train_command
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.batches import Batch
-from dreambooth_ms.formats.tensor_file import read_tensors
+from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.training.checkpoint import STATE, checkpoint_folders, find_latest, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.loop import StepReport, stop_requests
 from dreambooth_ms.training.trackers import HISTORY, read_history

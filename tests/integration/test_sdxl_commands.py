@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.formats.tensor_file import read_tensors
+from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.training.checkpoint import STATE
 from dreambooth_ms.training.trackers import read_history
 from tests.picture_settings import read_settings

@@ -10,10 +10,10 @@ from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.tensor_file import read_tensors
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family
 from dreambooth_ms.training.methods import METHODS

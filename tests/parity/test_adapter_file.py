@@ -13,20 +13,17 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, folded
 from dreambooth_ms.adapters.file import FILE_NAME
-from dreambooth_ms.adapters.lora_update import folded
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
-from dreambooth_ms.formats.tensor_file import STEP_KEY
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.training.checkpoint import Result, result_of
-from dreambooth_ms.weights.bundle import open_bundle
-from dreambooth_ms.weights.roles import CLIP_TARGETS
+from dreambooth_ms.training.checkpoint import STEP_KEY, Result, result_of
+from dreambooth_ms.weights.bundle import CLIP_TARGETS, open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model
 from tests.whole_loras import read_lora, write_run_lora

@@ -14,8 +14,7 @@ from dreambooth_ms.models.clip import (
     end_positions,
 )
 from dreambooth_ms.models.text import TextEncoders
-from dreambooth_ms.weights.bundle import BUFFERS
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import BUFFERS, load_strict
 from tests.parity.reference import (
     ValueAndGradients,
     gradients_of,

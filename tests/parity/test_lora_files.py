@@ -14,7 +14,7 @@ from peft.utils import get_peft_model_state_dict
 
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.conversion.merge import merged
+from dreambooth_ms.conversion import merged
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DTYPES, DType
 from dreambooth_ms.formats.files.stored import StoredTensor

@@ -15,8 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dreambooth_ms.adapters.adapter import Adapter
-from dreambooth_ms.adapters.lora_update import LoraUpdate
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers, recognise_lora

@@ -36,8 +36,7 @@ from dreambooth_ms.models.specs import (
 )
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
-from dreambooth_ms.weights.bundle import BUFFERS
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import BUFFERS, load_strict
 from tests.parity.reference import normal, relative_error, weights_of
 
 pytestmark = pytest.mark.real

@@ -12,8 +12,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import PLAYGROUND_25
 from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.weights.bundle import open_bundle
-from dreambooth_ms.weights.roles import CLIP_TARGETS
+from dreambooth_ms.weights.bundle import CLIP_TARGETS, open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_sdxl
 from tests.whole_loras import read_lora, write_run_lora

@@ -32,8 +32,7 @@ from dreambooth_ms.training.loop import train
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, TrainStep
-from dreambooth_ms.weights.bundle import open_bundle
-from dreambooth_ms.weights.roles import CLIP_TARGETS
+from dreambooth_ms.weights.bundle import CLIP_TARGETS, open_bundle
 from tests.parity.reference import as_drawn, normal, relative_error, worst_gradient_error
 from tests.tiny_model import POOLED, write_random_model, write_random_sdxl
 

@@ -10,7 +10,7 @@ from mindspore import Tensor
 from dreambooth_ms.formats.model_config import read_unet_config
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import (
     REFINER_FORM,
     SD_1_FORM,

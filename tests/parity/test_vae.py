@@ -15,8 +15,7 @@ from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.vae import AutoencoderKL, BandedDecoder, band_height
 from dreambooth_ms.runtime.device import Formulation
-from dreambooth_ms.weights.bundle import open_bundle
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict, open_bundle
 from tests.parity.reference import normal, relative_error, small_vae, weights_of
 from tests.tiny_model import write_random_model
 from tools.formulation import use_formulation

@@ -15,8 +15,7 @@ from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.ops import Embedding
-from dreambooth_ms.weights.bundle import ModelBundle
-from dreambooth_ms.weights.roles import Codec, Denoiser, Schedule, TextReader
+from dreambooth_ms.weights.bundle import Codec, Denoiser, ModelBundle, Schedule, TextReader
 from tests.tiny_model import POOLED, SDXL_TEXT_2, UNET
 
 WIDTH, LENGTH, LETTERS = 12, 6, 128

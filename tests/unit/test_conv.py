@@ -8,7 +8,7 @@ from mindspore import Tensor, nn
 from dreambooth_ms.ops import Conv2d, conv
 from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 from dreambooth_ms.runtime.device import Formulation
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import ValueAndGradients, normal, public_gradients, relative_error
 from tools.formulation import use_formulation
 

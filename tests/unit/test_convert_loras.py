@@ -7,7 +7,7 @@ import pytest
 
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.conversion.convert import LORA_FORMATS
+from dreambooth_ms.conversion import LORA_FORMATS
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file

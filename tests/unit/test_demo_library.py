@@ -14,7 +14,7 @@ from demo.processes import REPOSITORY
 from demo.tokens import count_tokens
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.formats.clip_tokenizer import tokenizer_on_board
-from dreambooth_ms.formats.tensor_file import write_tensors
+from dreambooth_ms.formats.files.open import write_tensors
 from dreambooth_ms.models.specs import Family
 from tests.whole_loras import write_run_lora
 

@@ -15,7 +15,7 @@ from demo.subjects import Pictures
 from dreambooth_ms.data.pictures import frame_of
 from dreambooth_ms.data.plan import Framing
 from dreambooth_ms.errors import DataError
-from dreambooth_ms.formats.tensor_file import write_tensors
+from dreambooth_ms.formats.files.open import write_tensors
 from tests.whole_loras import write_run_lora
 
 

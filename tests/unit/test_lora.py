@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, side_by_side
 from dreambooth_ms.adapters.attach import attach
 from dreambooth_ms.adapters.lora import (
     DropoutState,
@@ -18,7 +18,6 @@ from dreambooth_ms.adapters.lora import (
     inject_lora,
     lora_trainables,
 )
-from dreambooth_ms.adapters.lora_update import LoraUpdate, side_by_side
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.models.parameters import initialise, public_parameters
 from dreambooth_ms.models.specs import SD_15_UNET, SD_21_UNET
@@ -28,7 +27,7 @@ from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.sampling.denoiser import Denoiser
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
 from tools.formulation import use_formulation

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, folded
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.lora_update import LoraUpdate, folded
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.files.open import write_tensors
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.lora_formats import (
     ALPHA,
@@ -25,7 +25,6 @@ from dreambooth_ms.formats.naming.lora_formats import (
     write_plan,
 )
 from dreambooth_ms.formats.naming.recognise import other_kind
-from dreambooth_ms.formats.tensor_file import write_tensors
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dreambooth_ms.adapters.lora_update import lora_settings, settings_alpha
+from dreambooth_ms.adapters.adapter import lora_settings, settings_alpha
 from dreambooth_ms.errors import WeightError
 
 

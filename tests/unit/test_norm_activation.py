@@ -10,7 +10,7 @@ from dreambooth_ms.ops.layout import add_per_channel, from_public_layout, to_pub
 from dreambooth_ms.ops.linear import BiasAdd
 from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
 from dreambooth_ms.runtime.device import Formulation
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
 from tools.formulation import use_formulation
 

@@ -13,13 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files import byte_ranges, mindspore_ckpt
+from dreambooth_ms.formats.files import mindspore_ckpt, stored
 from dreambooth_ms.formats.files.dtypes import DType, cast
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file, read_tensors
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, StoredTensor
-from dreambooth_ms.formats.tensor_file import read_tensors
 from tests.stored_tensors import RNG, SHAPES, numbers, one_of_each, random_tensor, same
 
 
@@ -232,7 +231,7 @@ class TestCopiedBytes:
         return open_tensor_file(tmp_path / "first", Container.SAFETENSORS).tensors
 
     def test_they_are_the_same(self, tmp_path, written, monkeypatch):
-        monkeypatch.setattr(byte_ranges, "_COPIED", 5)
+        monkeypatch.setattr(stored, "_COPIED", 5)
         assert all(tensor.ranges for tensor in written.values())
         write_safetensors(tmp_path / "second", written)
         assert (tmp_path / "second").read_bytes() == (tmp_path / "first").read_bytes()

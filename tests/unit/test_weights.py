@@ -19,8 +19,8 @@ from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
+from dreambooth_ms.formats.files.open import read_tensors, write_tensors
 from dreambooth_ms.formats.model_config import EDM_SCHEDULER
-from dreambooth_ms.formats.tensor_file import read_tensors, write_tensors
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import initialise, public_parameters, read_parameters
 from dreambooth_ms.models.specs import (
@@ -47,7 +47,7 @@ from dreambooth_ms.ops import Conv2d, Dense
 from dreambooth_ms.ops.layout import StoredLayout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
-from dreambooth_ms.weights.roles import load_strict
+from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal
 from tests.tiny_model import POOLED, write_random_sdxl
 from tests.whole_models import tokenizer_folders

@@ -27,7 +27,7 @@ _SIGNATURES = (
 
 
 class FormatError(Exception):
-    """What is wrong with a file's content; becomes a WeightError where its name is known (`byte_ranges.reading`)."""
+    """What is wrong with a file's content; becomes a WeightError where its name is known (`stored.reading`)."""
 
     def __init__(self, reason: str, remedy: str = "copy or download it again") -> None:
         super().__init__(reason)

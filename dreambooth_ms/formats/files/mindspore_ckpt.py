@@ -20,10 +20,9 @@ from typing import BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, unread_type
-from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
+from dreambooth_ms.formats.files.stored import Container, FileRange, Progress, StoredTensor, TensorFile
 
 SLICE_BYTES = 512 * 1024 * 1024
 """MindSpore cuts larger parameters into such parts; protocol buffers cannot hold 2 GiB in one."""

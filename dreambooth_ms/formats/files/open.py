@@ -1,4 +1,4 @@
-"""Opening a file of tensors, whatever it is, by its content and never by its name; of a sharded model all its files."""
+"""Files of tensors, opened by content and never by name, a sharded model as one file; and as arrays in memory."""
 
 import os
 import re
@@ -6,12 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import FileRange, reading
+from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
-from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, read_json_object, read_safetensors
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
+from dreambooth_ms.formats.files.safetensors_file import (
+    WEIGHT_MAP,
+    read_json_object,
+    read_safetensors,
+    write_safetensors,
+)
+from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 
 _HEAD_BYTES = 4096
@@ -116,3 +123,36 @@ _READERS: Mapping[Container, Callable[[FileRange], TensorFile]] = {
     Container.SHARDED: _read_sharded,
 }
 """A reader opens a file of a kind, and raises a FormatError where it is cut short, damaged or of another kind."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a file and its metadata. Each has its own dtype, but bfloat16, which becomes float32.
+
+    Raises:
+        WeightError: the file is missing, cut short, or not a safetensors file.
+    """
+    file = open_tensor_file(path, Container.SAFETENSORS)
+    return {name: read_value(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
+
+
+def read_value(tensor: StoredTensor) -> np.ndarray:
+    """A tensor as an array, in its own dtype, but bfloat16 as float32."""
+    return (tensor.cast_to(DType.F32) if tensor.dtype is DType.BF16 else tensor).read()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """A file's metadata, without reading its tensors; empty if it cannot be read."""
+    try:
+        return dict(open_tensor_file(path, Container.SAFETENSORS).metadata)
+    except WeightError:
+        return {}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file atomically. The tensors keep their dtype; `format: pt` lets other tools read the file.
+
+    Raises:
+        WeightError: the folder cannot be written to, or the disk is full.
+    """
+    stored = {name: StoredTensor.of(values) for name, values in tensors.items()}
+    write_safetensors(path, stored, {"format": "pt", **(metadata or {})})

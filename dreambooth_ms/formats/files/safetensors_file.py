@@ -13,10 +13,9 @@ from typing import Any
 from dreambooth_ms.atomic import TEMPORARY_PREFIX, atomic_path, check_room, sync, write_bytes
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files import stored
-from dreambooth_ms.formats.files.byte_ranges import FileRange
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be, unread_type
-from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile
+from dreambooth_ms.formats.files.stored import Container, FileRange, Progress, StoredTensor, TensorFile
 
 METADATA_NAME = "__metadata__"
 WEIGHT_MAP = "weight_map"

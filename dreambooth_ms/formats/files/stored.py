@@ -1,18 +1,25 @@
-"""A tensor that is not in memory yet, and a file of such tensors."""
+"""A tensor that is not in memory yet, a file of such tensors, and where their bytes are: in parts of files.
 
-import hashlib
+Files are read with plain reads into fresh memory, not by a memory map, whose pages would count as this program's. No
+handle is kept: every read opens the file, and sees if it is still the one that was looked at first.
+"""
+
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
+from io import BufferedReader
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import FileRange, read_values
+from dreambooth_ms.errors import WeightError, near
 from dreambooth_ms.formats.files.dtypes import DType, cast, is_finite
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 
@@ -24,6 +31,109 @@ MAX_DIMENSIONS = 32
 
 Progress = Callable[[int], object]
 """Told while a file is written: the number of bytes since the last call."""
+
+_COPIED = 1 << 22
+"""Bytes at a time. Few, because memory that was never touched costs a page fault for every page."""
+
+_identity = attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """A file that is only read, as it was when it was first looked at; or a part of one."""
+
+    path: Path
+    start: int
+    size: int
+    identity: tuple[int, ...]
+    """What else than its name tells a file from others."""
+
+    @contextmanager
+    def opened(self) -> Iterator[BufferedReader]:
+        """The file, open for reading.
+
+        Raises:
+            WeightError: it has changed since it was first looked at, or cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if _identity(os.fstat(file.fileno())) != self.identity:
+                    raise WeightError(f"{self.path}: changed while it was being read; try again")
+                yield file
+        except OSError as error:
+            raise WeightError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from error
+
+    def part(self, start: int, size: int) -> "FileRange":
+        """Some of these bytes.
+
+        Raises:
+            FormatError: they would reach beyond the others.
+        """
+        if start < 0 or size < 0 or start + size > self.size:
+            raise FormatError("cut short, or damaged: something in it would lie beyond its end")
+        return replace(self, start=self.start + start, size=size)
+
+    def read(self) -> bytes:
+        """All of the bytes, which are few."""
+        return read_values([self], DType.U8, (self.size,)).tobytes()
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer of their size with the bytes."""
+        with self.opened() as file:
+            file.seek(self.start)
+            if file.readinto(buffer) != self.size:
+                raise WeightError(f"{self.path}: changed while it was being read; try again")
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes, some at a time: each piece takes the memory of the one before.
+
+        Raises:
+            WeightError: they cannot be read any more.
+        """
+        buffer = memoryview(bytearray(min(self.size, _COPIED)))
+        for start in range(0, self.size, _COPIED):
+            piece = buffer[: min(_COPIED, self.size - start)]
+            self.part(start, len(piece)).read_into(piece)
+            yield piece
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[FileRange]:
+    """A file; inside, everything wrong with its content becomes a WeightError that names it.
+
+    Raises:
+        WeightError: no such file, or it is not readable as the given kind.
+    """
+    try:
+        yield _source(path)
+    except FormatError as error:
+        raise WeightError(f"{path}: not a readable {kind} ({error}); {error.remedy}") from error
+
+
+def _source(path: Path) -> FileRange:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
+    except (OSError, ValueError) as error:
+        raise FormatError(getattr(error, "strerror", str(error))) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise FormatError("a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
+    return FileRange(path, 0, status.st_size, _identity(status))
+
+
+def read_values(parts: Sequence[FileRange], dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
+    """An array from bytes in row-major order that stand in parts one after the other; alone in its memory.
+
+    Raises:
+        WeightError: a file has changed, or cannot be read any more.
+    """
+    values = np.empty(shape, dtype.numpy)
+    buffer = values.reshape(-1).view(np.uint8).data
+    for part in parts:
+        part.read_into(buffer[: part.size])
+        buffer = buffer[part.size :]
+    return values
 
 
 @dataclass(frozen=True)
@@ -165,19 +275,6 @@ def is_valid_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def tensors_digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """SHA-256 of tensors with their names, types and shapes, in hexadecimal; whatever file they are in.
-
-    Raises:
-        WeightError: a tensor cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
-        digest.update(raw_bytes(tensor.read()))
-    return digest.hexdigest()
 
 
 def total_bytes(tensors: Mapping[str, StoredTensor]) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.files.byte_ranges import FileRange, read_values
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
-from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, check_names
+from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, read_values
 from dreambooth_ms.formats.files.torch_pickle import Storage, TorchMachine, View, find_notes, find_tensors
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

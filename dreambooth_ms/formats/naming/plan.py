@@ -305,9 +305,8 @@ class Naming:
         )
 
     def _assembly(self, group: list[str]) -> Assembly:
-        slots = [self.slots[name] for name in group]
-        ordered = sorted(group, key=lambda name: self.slots[name].block)
-        return Assembly(tuple(ordered), slots[0].layout, shared=len(group) > slots[0].blocks)
+        slot, ordered = self.slots[group[0]], sorted(group, key=lambda name: self.slots[name].block)
+        return Assembly(tuple(ordered), slot.layout, shared=len(group) > slot.blocks)
 
     @cached_property
     def _holders(self) -> dict[str, dict[str, Slot]]:

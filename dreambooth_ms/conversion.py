@@ -1,0 +1,341 @@
+"""Any format -> any other, of models and adapters alike: what a source is, which format a target asks for, and the way
+between.
+
+On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 2021, section 4.1), weight by weight.
+"""
+
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from dreambooth_ms.adapters.adapter import Update
+from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.adapters.writing import write_adapter, writing_notes
+from dreambooth_ms.atomic import check_free
+from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
+from dreambooth_ms.config.sources import Setting, read_file
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.errors import WeightError, count_of, show_names
+from dreambooth_ms.formats.files.dtypes import DTYPES, DType
+from dreambooth_ms.formats.files.stored import StoredTensor
+from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.model_config import read_latent_settings
+from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
+from dreambooth_ms.formats.naming.recognise import with_channels
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.weights.model_writing import plan_model
+from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
+
+MODEL_FORMATS = {form.value: form for form in Format}
+LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
+"""As users name them."""
+
+EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
+    Format.DIFFUSERS: ("",),
+    Format.STABILITY: (".safetensors",),
+    Format.MINDONE: (".ckpt",),
+    **dict.fromkeys(LoraFormat, ("", ".safetensors")),
+    LoraFormat.PEFT: ("",),
+    LoraFormat.MINDONE: (".ckpt",),
+}
+"""What names of files in a format may end in; a folder in nothing."""
+
+RUN_CONFIG = "config.yaml"
+"""The configuration of a run, beside what it writes."""
+
+LONGEST_VALUE = 200
+"""Characters of a metadata value that are shown."""
+
+PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
+
+Form = TypeVar("Form", Format, LoraFormat)
+
+
+def convert(wanted: ConversionConfig) -> Iterator[str]:
+    """Write the model or the LoRA of a source in another format.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
+
+    Raises:
+        WeightError: anything is wrong with the source or the target; nothing is left of the target.
+    """
+    source, target = Path(wanted.source), Path(wanted.target)
+    check_free(target)
+    is_model = not holds_adapter(source)
+    kind, of_others = ("model", ("alpha", "base")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
+        raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
+    if is_model:
+        yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
+        return
+    opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
+    form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
+    write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
+    yield from (*opened.notes, *writing_notes(opened.adapter, form))
+    yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def merge(wanted: MergingConfig) -> Iterator[str]:
+    """Write a model with LoRAs merged into it.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
+
+    Raises:
+        WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
+    """
+    check_free(Path(wanted.target))
+    model = open_model(Path(wanted.base), wanted.variant)
+    model.check()
+    opened = [open_adapter(Path(path), [model.spec], wanted.base).with_alpha(wanted.alpha) for path in wanted.lora]
+    for one in opened:
+        yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
+    dtype = DTYPES[wanted.dtype] if wanted.dtype else None
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted)
+
+
+def merged(
+    model: OpenedModel, adapters: Sequence[OpenedAdapter], scale: float, dtype: DType | None = None
+) -> OpenedModel:
+    """The model with the sum of the adapters, each times `scale`, in its weights; nothing is read yet.
+
+    A weight is summed in float32 and rounded once, to `dtype` or to its own type. With a scale of 0 nothing changes, to
+    the bit.
+
+    Raises:
+        WeightError: an adapter is for a network that the model does not hold.
+    """
+    updates: dict[str, list[Update]] = {}
+    for opened in adapters:
+        lacking = [part for part in opened.adapter.parts if part not in model.parts]
+        if lacking:
+            raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
+        for layer, update in opened.adapter.updates.items():
+            updates.setdefault(f"{layer}.weight", []).append(update)
+    if scale == 0:
+        return model
+    tensors = dict(model.tensors)
+    for name, own in updates.items():
+        weight = tensors[name]
+        label = f"{weight.label}, merged" if weight.label else ""
+        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale), label=label)
+        tensors[name] = changed.cast_to(dtype or weight.dtype)
+    return replace(model, tensors=tensors)
+
+
+def _sum(weight: StoredTensor, updates: Sequence[Update], scale: float) -> np.ndarray:
+    base = weight.cast_to(DType.F32).read()
+    return sum((np.float32(scale) * own.delta(base) for own in updates), start=base)
+
+
+def open_lora(path: Path, base: str | None) -> OpenedAdapter:
+    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it.
+
+    Raises:
+        WeightError: as `open_adapter`; or the base cannot be opened.
+    """
+    if base:
+        return open_adapter(path, [open_model(Path(base)).spec], base)
+    models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
+    said, otherwise = trained_base(path), "if its base has sizes of its own, name it with --base"
+    if said and os.path.exists(said):
+        models = tuple(dict.fromkeys((*models, open_model(Path(said)).spec)))
+    elif said:
+        otherwise = f"its own base, {said}, is not on this machine; name one of the same sizes with --base"
+    return open_adapter(path, models, otherwise=otherwise)
+
+
+def trained_base(path: Path) -> str | None:
+    """The base of an adapter's file or folder, a path or the name on a hub: of the run that it is of, or PEFT's."""
+    folder = path if os.path.isdir(path) else path.parent
+    if os.path.isfile(folder / RUN_CONFIG):
+        settings = read_file(Setting("config", str(folder / RUN_CONFIG)), TrainConfig)
+        said = next((one.value for one in settings if one.name == "pretrained_model_name_or_path"), None)
+    else:
+        try:
+            said = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+        except WeightError:
+            return None
+    return said if said and isinstance(said, str) else None
+
+
+def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:
+    """Write a model as it is asked for, with a progress bar; yields what the user should know."""
+    target = Path(wanted.target)
+    if wanted.prediction_type:
+        model = replace(model, prediction_type=wanted.prediction_type)
+    form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
+    planned = plan_model(model, form, dtype)
+    model.check_configurations()
+    planned.check_place(target)
+    yield from (*planned.model.notes, *planned.notes)
+    with tqdm(total=planned.byte_count, desc="writing", unit="B", unit_scale=True) as bar:
+        planned.write(target, bar.update)
+    kind = f"{planned.model.spec.family.value} with {', '.join(planned.model.parts)}"
+    yield f"wrote {target}: {kind}, {planned.byte_count / 1e6:,.1f} MB"
+
+
+def describe_adapter(opened: OpenedAdapter) -> str:
+    """The adapter in a few words."""
+    adapter = opened.adapter
+    return f"a LoRA of {count_of(len(adapter.updates), 'layer')} of {', '.join(adapter.parts)} of {opened.families}"
+
+
+def model_format_of(target: Path, form: str | None) -> Format:
+    """The format of a model that a target's name and the user ask for.
+
+    Raises:
+        WeightError: they do not fit each other, or the format is not written.
+    """
+    fitting = _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
+    if not fitting:
+        raise WeightError(
+            f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt "
+            "(MindSpore), or give the name of a folder without an extension"
+        )
+    return fitting[0]
+
+
+def lora_format_of(target: Path, form: str | None) -> LoraFormat:
+    """The format of a LoRA that a target's name and the user ask for.
+
+    Raises:
+        WeightError: they do not fit each other, the name leaves it open, or the format is not written.
+    """
+    fitting = _fitting(target, form, LORA_FORMATS, "for models only; for a LoRA")
+    if len(fitting) == 1:
+        return fitting[0]
+    if target.name == FILE_NAME:
+        return LoraFormat.DIFFUSERS
+    open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
+    raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
+
+
+def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:
+    """The format that the user names, or those that files and folders with the target's name may have."""
+    if form and form not in formats:
+        raise WeightError(f"--format {form}: {otherwise} choose one of {', '.join(formats)}")
+    if target.suffix in (".bin", ".pt", ".pth"):
+        raise WeightError(f"{target}: PyTorch's pickles can run code and are not written; end it in .safetensors")
+    # A folder has no extension, though its name may have a dot in it, as `sd-v1.5`.
+    extension = target.suffix if not target.suffix[1:2].isdigit() else ""
+    fitting = {name: one for name, one in formats.items() if extension in EXTENSIONS[one]}
+    if form and form not in fitting:
+        kinds = (f"a file that ends in {one}" if one else "a folder" for one in EXTENSIONS[formats[form]])
+        raise WeightError(f"{target}: --format {form} is written to {' or '.join(kinds)}; name one")
+    return [formats[form]] if form else list(fitting.values())
+
+
+def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> Iterator[str]:
+    """One line per fact about a model, a LoRA or an autoencoder; what takes reading all values comes last.
+
+    Args:
+        path: a file or folder in any format that is read.
+        base: the model that a LoRA is for, where its sizes are not those of a published one.
+        variant: which of the files of a folder are looked at.
+
+    Raises:
+        WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
+    """
+    if holds_adapter(path):
+        yield from _adapter(open_lora(path, base))
+        return
+    describe: Callable[[OpenedModel], Iterator[str]] = _model
+    try:
+        found = open_model(path, variant)
+    except WeightError as error:
+        try:
+            found, describe = open_lone_vae(path), _lone_vae
+        except WeightError:
+            raise error from None
+    yield from describe(found)
+    broken = [name for name, tensor in found.tensors.items() if not tensor.is_finite()]
+    if broken:
+        yield f"NaN or infinity: in {len(broken)} tensors ({show_names(broken)})"
+
+
+def _model(model: OpenedModel) -> Iterator[str]:
+    yield f"format: {model.form.value}, {model.container.value}"
+    sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
+    yield f"family: {model.spec.family.value}{sizes}"
+    snr = ", zero terminal SNR" if model.zero_snr else ""
+    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}{snr}"
+    dtypes = [f"{dtype.value} ({count_of(count, 'tensor')})" for dtype, count in model.dtypes.items()]
+    yield f"dtype: {', '.join(dtypes)}"
+    for part in model.parts:
+        own = model.of_part(part)
+        yield f"{part}: {_parameters(own.values())}{_size_of(part, model.spec)}"
+    if model.averages:
+        yield f"moving averages (EMA): of {count_of(model.averages, 'weight')}"
+    yield from _metadata(model.metadata)
+    missing = [f"the whole {part}" for part in model.missing_parts]
+    if model.report.fits:
+        yield f"missing: {'; '.join(missing) or 'nothing'}"
+        try:
+            model.check_configurations()
+        except WeightError as error:
+            yield f"does not fit: {error}"
+    else:
+        yield f"does not fit: {'; '.join([*missing, model.report.summary()])}"
+    yield from (f"note: {note}" for note in model.notes)
+
+
+def _sizes(model: ModelSpec) -> ModelSpec:
+    """The model without what other models of the same sizes have otherwise: its use and the scale of its latents."""
+    return with_channels(replace(model, vae=replace(model.vae, **read_latent_settings({}, 0))), 4, 4)
+
+
+def _size_of(part: str, model: ModelSpec) -> str:
+    """What is peculiar to a network of its kind."""
+    spec = getattr(model, part)
+    if isinstance(spec, UNetSpec):
+        return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.cross_attention_dim}"
+    if isinstance(spec, VaeSpec):
+        own = ", mean and deviation of their own" if spec.latents_mean else ""
+        return f", scale of the latents {spec.scaling_factor:g}{own}"
+    return f", {count_of(spec.transformer.num_hidden_layers, 'layer')} of width {spec.transformer.hidden_size}"
+
+
+def _adapter(opened: OpenedAdapter) -> Iterator[str]:
+    parts = {part: [own.tensors() for own in layers.values()] for part, layers in opened.adapter.parts.items()}
+    layers = list(chain(*parts.values()))
+    yield f"format: LoRA, {opened.form.value}, {opened.container.value}"
+    yield f"family: {opened.families}"
+    yield f"dtype: {opened.dtype.value}"
+    yield f"rank: {', '.join(map(str, sorted({len(tensors[DOWN]) for tensors in layers})))}"
+    yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
+    for part, own in parts.items():
+        count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
+        yield f"{part}: {count_of(count, 'parameter')} in {count_of(len(own), 'layer')}"
+    yield from _metadata(opened.metadata)
+    yield "missing: nothing"
+    yield from (f"note: {note}" for note in opened.notes)
+
+
+def _lone_vae(vae: OpenedModel) -> Iterator[str]:
+    yield f"format: autoencoder alone, {vae.form.value}, {vae.container.value}"
+    yield f"dtype: {', '.join(dtype.value for dtype in vae.dtypes)}"
+    channels = "-".join(map(str, vae.spec.vae.block_out_channels))
+    yield f"vae: {_parameters(vae.tensors.values())}, channels {channels}"
+    yield "missing: nothing" if vae.report.fits else f"does not fit: {vae.report.summary()}"
+
+
+def _parameters(tensors: Collection[StoredTensor]) -> str:
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count_of(parameters, 'parameter')} in {count_of(len(tensors), 'tensor')}"
+
+
+def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
+    for name, value in metadata.items():
+        shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}… ({len(value)} characters)"
+        yield f"metadata {name}: {shown}".replace("\n", " ")
