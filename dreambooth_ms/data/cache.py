@@ -52,6 +52,8 @@ class ContentCache:
         if key in self._recent:
             self._recent.move_to_end(key)
             return self._recent[key]
+        if not self.has_file(key):  # Of a file that is not there, the message would look for its like in thousands.
+            return None
         try:
             value = read_tensors(self._path(key))[0]["value"]
         except (WeightError, KeyError):
