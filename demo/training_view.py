@@ -141,12 +141,14 @@ def _curves(history: list[dict[str, float]]) -> None:
 
 def curve_table(history: list[dict[str, float]]) -> pd.DataFrame:
     """Columns step, of (subject, class, subject 2 …), loss, and mean: a running one over a tenth of the steps."""
-    window = max(len(history) // _SMOOTHED_SHARE, 1)
     every = max(math.ceil(len(history) / POINTS), 1)
     parts = []
-    for column in (name for name in history[0] if name.endswith("_loss")):
+    # A step may have rows of some concepts only.
+    for column in dict.fromkeys(name for report in history for name in report if name.endswith("_loss")):
         of = column.removesuffix("_loss").replace("instance", "subject").replace("_", " ")
-        part = pd.DataFrame({"step": [r["step"] for r in history], "of": of, "loss": [r[column] for r in history]})
+        own = [report for report in history if column in report]
+        window = max(len(own) // _SMOOTHED_SHARE, 1)
+        part = pd.DataFrame({"step": [r["step"] for r in own], "of": of, "loss": [r[column] for r in own]})
         part["mean"] = part["loss"].rolling(window, min_periods=1, center=True).mean()
         parts.append(part.iloc[::every])
     return pd.concat(parts) if parts else pd.DataFrame({"step": [], "of": [], "loss": [], "mean": []})

@@ -107,15 +107,16 @@ def round_ticks(highest: float) -> list[tuple[float, str]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
-    """Draw each concept's loss over the steps, pale as it was and strong as a running mean over a tenth of the run.
+    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them.
 
     Steps whose loss overflowed, which are skipped in mixed precision, are left out.
     """
     lines = [line for line in history if np.isfinite(line["loss"])]
-    names = [key.removesuffix("_loss") for key in lines[0] if key.endswith("_loss")] if lines else []
-    curves = {f"{name} loss": np.array([line[f"{name}_loss"] for line in lines]) for name in names}
-    steps = [line["step"] for line in lines]
-    highest, last = max(map(np.max, curves.values()), default=1.0) * 1.05 or 1.0, max(steps, default=1)
+    # A step may have rows of some concepts only.
+    names = dict.fromkeys(key for line in lines for key in line if key.endswith("_loss"))
+    curves = {name: np.array([(line["step"], line[name]) for line in lines if name in line]).T for name in names}
+    highest = max((values.max() for _, values in curves.values()), default=1.0) * 1.05 or 1.0
+    last = max((line["step"] for line in lines), default=1)
     image = Image.new("RGB", (960, 480), "white")
     left, top, right, bottom = 70, 44, image.width - 24, image.height - 44
     canvas, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(15)
@@ -132,8 +133,9 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
         if tick >= 1 and tick.is_integer():
             canvas.text((place(tick, 0)[0], bottom + 8), f"{tick:.0f}", fill=_INK, font=font, anchor="mt")
     canvas.text(((left + right) / 2, image.height - 6), "step", fill=_INK, font=font, anchor="mb")
-    x, half = float(left), max(len(lines) // 20, 1)
-    for (label, values), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+    x = float(left)
+    for (name, (steps, values)), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
+        label, half = name.replace("_loss", " loss"), max(len(values) // 20, 1)
         means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
         for heights, fill, width in ((values, (*colour, 60), 1), (means, colour, 3)):
             canvas.line(list(map(place, steps, heights)), fill=fill, width=width)

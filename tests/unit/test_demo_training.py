@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from demo import training_process
 from demo.library import describe
@@ -19,6 +20,7 @@ from demo.training_view import POINTS, curve_table
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
+from dreambooth_ms.training.trackers import draw_loss
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
 
@@ -208,6 +210,17 @@ def test_curves_have_few_points_and_a_running_mean():
     assert curve_table([{"step": 1, "loss": 1.0}]).empty
     several = [{"step": 1, "loss": 4.0, "instance_loss": 1.0, "instance_2_loss": 1.0, "class_loss": 2.0}]
     assert curve_table(several)["of"].tolist() == ["subject", "subject 2", "class"]
+
+
+def test_subjects_that_take_turns_have_a_curve_each(tmp_path):
+    """Of a step with one row only its subject is reported."""
+    history = [{"step": step, "loss": 1.0, f"instance{'_2' * (step % 2)}_loss": float(step)} for step in range(1, 7)]
+    table = curve_table(history)
+    assert {of: list(own["step"]) for of, own in table.groupby("of")} == {"subject": [2, 4, 6], "subject 2": [1, 3, 5]}
+    draw_loss(history, tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as picture:
+        colours = {colour for count, colour in picture.getcolors(2**20) if count > 100}
+    assert {(34, 94, 168), (217, 95, 2)} <= colours
 
 
 def test_processes_find_the_repository_and_keep_what_the_user_set(monkeypatch):
