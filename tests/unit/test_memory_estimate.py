@@ -112,6 +112,7 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
         pytest.param(on_ascend(SDXL_UNET, 4, 128), 19204.7, id="SDXL, rank 4, fp16"),
         pytest.param(on_ascend(SDXL_UNET, 4, 128, rows=4), 33440.7, id="SDXL with 4 rows"),
         pytest.param(on_ascend(SDXL_UNET, None, 128), 48141.0, id="all of SDXL, bf16"),
+        pytest.param(on_ascend(SDXL_UNET, None, 128, rows=4), 62657.7, id="all of SDXL with 4 rows, bf16"),
     ],
 )
 def test_on_ascend_it_is_within_15_percent_of_the_simulation(work, measured):
