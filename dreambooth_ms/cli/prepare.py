@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def run(argv: Sequence[str]) -> int:
     for path, other in like.items():
         tell(f"{path}: left out, a near-duplicate of {other.name}")
     names = {record.path: f"{record.path.stem}.png" for record in kept}
-    if twice := [str(path) for path, name in names.items() if list(names.values()).count(name) > 1]:
+    times = Counter(names.values())
+    if twice := [str(path) for path, name in names.items() if times[name] > 1]:
         raise DataError(f"{', '.join(twice)}: would become the same file; rename them")
 
     beside = _beside(source, names)
