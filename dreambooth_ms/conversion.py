@@ -115,27 +115,28 @@ def merged(
     Raises:
         WeightError: an adapter is for a network that the model does not hold.
     """
-    updates: dict[str, list[Update]] = {}
+    updates: dict[tuple[str, str], list[Update]] = {}
     for opened in adapters:
         lacking = [part for part in opened.adapter.parts if part not in model.parts]
         if lacking:
             raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
         for layer, update in opened.adapter.updates.items():
-            updates.setdefault(f"{layer}.weight", []).append(update)
+            for parameter in update.parameters:
+                updates.setdefault((layer, parameter), []).append(update)
     if scale == 0:
         return model
     tensors = dict(model.tensors)
-    for name, own in updates.items():
-        weight = tensors[name]
-        label = f"{weight.label}, merged" if weight.label else ""
-        changed = StoredTensor(weight.shape, DType.F32, partial(_sum, weight, own, scale), label=label)
-        tensors[name] = changed.cast_to(dtype or weight.dtype)
+    for (layer, parameter), own in updates.items():
+        base = tensors[f"{layer}.{parameter}"]
+        label = f"{base.label}, merged" if base.label else ""
+        changed = StoredTensor(base.shape, DType.F32, partial(_sum, base, parameter, own, scale), label=label)
+        tensors[f"{layer}.{parameter}"] = changed.cast_to(dtype or base.dtype)
     return replace(model, tensors=tensors)
 
 
-def _sum(weight: StoredTensor, updates: Sequence[Update], scale: float) -> np.ndarray:
-    base = weight.cast_to(DType.F32).read()
-    return sum((np.float32(scale) * own.delta(base) for own in updates), start=base)
+def _sum(stored: StoredTensor, parameter: str, updates: Sequence[Update], scale: float) -> np.ndarray:
+    base = stored.cast_to(DType.F32).read()
+    return sum((np.float32(scale) * own.delta(base, parameter) for own in updates), start=base)
 
 
 def open_lora(path: Path, base: str | None) -> OpenedAdapter:

@@ -10,13 +10,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, UP
+from dreambooth_ms.models.specs import Words
 
 if TYPE_CHECKING:
     from mindspore import nn
@@ -35,15 +36,12 @@ _LARGEST = 3.4e38
 class Update(Protocol):
     """What an adapter makes of one layer."""
 
-    def layer(self, base: "nn.Cell") -> "nn.Cell":
-        """The cell that stands in for a layer, with the base's own parameters and names in it.
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The layer's parameters that it changes, by their names in the layer."""
 
-        Raises:
-            WeightError: the update is for a layer of another size.
-        """
-
-    def delta(self, weight: np.ndarray) -> np.ndarray:
-        """What it adds to the layer's weight, in public form: float32 -> float32 of the same shape.
+    def delta(self, value: np.ndarray, parameter: str = "weight") -> np.ndarray:
+        """What it adds to one of them, in public form: float32 -> float32 of the same shape.
 
         Raises:
             WeightError: the update is for a layer of another size.
@@ -55,18 +53,19 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An update of each adapted layer, by network and the layer's public name in it."""
+    """An update of each adapted layer, by network and the layer's public name in it; and new words."""
 
     parts: Mapping[str, Mapping[str, Update]]
+    words: Words = field(default_factory=dict)
 
     @classmethod
-    def of(cls, updates: Mapping[str, Update]) -> "Adapter":
+    def of(cls, updates: Mapping[str, Update], words: Words | None = None) -> "Adapter":
         """From the updates by part, a dot and the layer's name."""
         parts: dict[str, dict[str, Update]] = {}
         for name in sorted(updates, key=lambda name: PARTS.index(name.partition(".")[0])):
             part, _, layer = name.partition(".")
             parts.setdefault(part, {})[layer] = updates[name]
-        return cls(parts)
+        return cls(parts, words or {})
 
     @property
     def updates(self) -> dict[str, Update]:
@@ -120,13 +119,18 @@ class LoraUpdate:
         layer.set_factors(self.down, self.up)
         return layer
 
-    def delta(self, weight: np.ndarray) -> np.ndarray:
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The weight alone."""
+        return ("weight",)
+
+    def delta(self, value: np.ndarray, parameter: str = "weight") -> np.ndarray:
         """alpha / r * B A in float32: (O, I) or (O, I, K, K)."""
         down, up = self.down.astype(np.float32), self.up.astype(np.float32)
         product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
         delta = np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])
-        if delta.shape != weight.shape:
-            raise WeightError(f"the adapter does not fit the base: {delta.shape} for {weight.shape}")
+        if delta.shape != value.shape:
+            raise WeightError(f"the adapter does not fit the base: {delta.shape} for {value.shape}")
         return delta
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -59,7 +59,8 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
                 beside[name] = side_by_side(list(loras.values())).layer(plain[name])
                 layers.append(_beside(beside[name], np.repeat(list(loras), [one.rank for one in loras.values()])))
             else:
-                layers.append(_folded(parameters[f"{name}.weight"], own))
+                changed = dict.fromkeys(one for update in own.values() for one in update.parameters)
+                layers += [_folded(parameters[f"{name}.{one}"], one, own) for one in changed]
         if beside:
             put_in_place(network, beside)
     return AttachedAdapters(layers, len(adapters))
@@ -71,10 +72,10 @@ def _beside(layer: nn.Cell, owners: np.ndarray) -> SetScales:
     return lambda scales: layer.lora_scale.set_data(Tensor(scales[owners]))
 
 
-def _folded(weight: PublicParameter, updates: Mapping[int, Update]) -> SetScales:
-    """Of updates in a layer's weight, which is the base's own bits where all scales are 0."""
-    base = weight.read()
-    deltas = {number: update.delta(base) for number, update in updates.items()}
-    return lambda scales: weight.write(
+def _folded(parameter: PublicParameter, name: str, updates: Mapping[int, Update]) -> SetScales:
+    """Of updates in a layer's parameter, which is the base's own bits where all scales are 0."""
+    base = parameter.read()
+    deltas = {n: update.delta(base, name) for n, update in updates.items() if name in update.parameters}
+    return lambda scales: parameter.write(
         sum((scales[number] * delta for number, delta in deltas.items() if scales[number]), start=base)
     )

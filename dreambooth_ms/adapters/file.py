@@ -25,6 +25,7 @@ from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in a file's metadata."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, folded, folded_adapter, lora_settings
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
@@ -94,6 +95,20 @@ def write_adapter(
         check_room(path, total_bytes(tensors))
         with new_folder(path) as folder:
             write_safetensors(folder / FILE_NAME, tensors, beside)
+
+
+def write_replacements(
+    updates: Mapping[str, Replacement], path: Path, dtype: DType, metadata: Mapping[str, str]
+) -> None:
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion."""
+    tensors = {}
+    for layer, update in updates.items():
+        attention, _, which = layer.partition(".to_")
+        for parameter, values in update.tensors().items():
+            kind, dot, number = which.partition(".")
+            name = f"{attention}.processor.to_{kind}_custom_diffusion{dot}{number}.{parameter}"
+            tensors[name] = StoredTensor.of(values, label=f"{path}: {name}").cast_to(dtype)
+    write_safetensors(path, tensors, {"format": "pt", **metadata})
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:

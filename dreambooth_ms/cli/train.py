@@ -12,7 +12,13 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
+from dreambooth_ms.cli.training_concepts import (
+    class_numbers_to_come,
+    pictures_of_a_pass,
+    read_concepts,
+    sources_of,
+    starting_words,
+)
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
@@ -56,6 +62,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model).with_clip_skip(config.method.clip_skip)
+    base = base.with_words(starting_words(config, base))
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
     base.schedule.trained(config.loss.prediction_type)

@@ -6,17 +6,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
+
+import numpy as np
 
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
+from dreambooth_ms.config.words import OF_CUSTOM_DIFFUSION, split_words
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.errors import ConfigError, count_of
+from dreambooth_ms.formats.files.open import read_value
+from dreambooth_ms.models.clip import TABLE
+from dreambooth_ms.models.specs import Words
+from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling.picture_file import missing_numbers
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -115,3 +122,26 @@ def tell_cut_prompts(
         for line in told({f"captions of more than {tokenizer.length} tokens, the rest is not read": long}):
             tell(line)
     tokenizer.texts(shared)  # Warns of each by itself.
+
+
+def starting_words(config: TrainConfig, base: ModelBundle) -> Words:
+    """The new words of a run with the vectors that they start from: those of tokens that the base knows, or random ones
+    of the deviation of its table, a function of the seed and the word.
+
+    Raises:
+        ConfigError: what a word is to start from is not one token.
+    """
+    wanted, found = config.words, dict[str, dict[str, np.ndarray]]()
+    usual = OF_CUSTOM_DIFFUSION if config.method.method == "custom_diffusion" else ""
+    initial = split_words(wanted.initializer_token or usual)
+    for reader in base.text if wanted.words else ():
+        table = read_value(base.opened().tensors[f"{reader.name}.{TABLE}.weight"]).astype(np.float32)
+        for word, known in zip_longest(wanted.words, initial[: len(wanted.words)], fillvalue=""):
+            ids = reader.tokenizer().tokens(known)
+            if len(ids) != 1 and wanted.initializer_token:
+                it_is = count_of(len(ids), "token")
+                raise ConfigError(f"--initializer_token {known!r}: expected a word that is one token, it is {it_is}")
+            shape = (wanted.num_vectors, table.shape[1])
+            drawn = standard_normal(shape, config.run.seed or 0, f"{reader.name} start of {word}") * table.std()
+            found.setdefault(word, {})[reader.name] = np.repeat(table[ids], shape[0], 0) if len(ids) == 1 else drawn
+    return found

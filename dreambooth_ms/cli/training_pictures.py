@@ -42,11 +42,11 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     skip = [f"clip_skip {base.clip_skip}"] if base.clip_skip else []
     key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else []), *skip])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
-    trains_text = job.config.method.train_text_encoder
+    encodes_text = job.config.encodes_text
     tell_cut_prompts(base, concepts, class_prompts)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        prompts = () if trains_text else (view.prompt for view in job.views(job.plan(concepts)))
+        prompts = () if encodes_text else (view.prompt for view in job.views(job.plan(concepts)))
         embeddings.prepare({*prompts, *class_prompts, ""})
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
     missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
@@ -60,7 +60,7 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     concepts = [in_order(concept, earlier) for concept in concepts]
     plan = job.plan(concepts)
     texts: Callable[[str], PromptText] = embeddings
-    if trains_text:
+    if encodes_text:
         tokenizer = PromptTokenizer(base.text, warns=False)
         texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
     batches = encode_pictures(job, plan, cache, texts)

@@ -23,7 +23,7 @@ class Training:
 
     def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
         config, processes, method = job.config, job.processes, job.config.method
-        text_encoders = job.base.load_text_encoders() if method.train_text_encoder else None
+        text_encoders = job.base.load_text_encoders() if config.encodes_text else None
         self.learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
         parameters, trainables = self.learner.parameters, self.learner.trainables
         compute_in(self.learner.denoiser, compute_dtype(config.device.mixed_precision))

@@ -23,12 +23,22 @@ from dreambooth_ms.config.ranges import (
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
+from dreambooth_ms.config.words import WordsConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
 
-LORA_RATE, FULL_RATE = 5e-4, 5e-6
-"""The default learning rates of the methods, as in diffusers' scripts."""
+LORA_RATE = 5e-4
+RATES: dict[choices.Method, float] = {
+    "lora": LORA_RATE, "full": 5e-6, "custom_diffusion": 1e-5, "textual_inversion": 5e-4,
+}  # fmt: skip
+FOLDERS: dict[choices.Method, str] = {
+    "lora": "lora-dreambooth-model",
+    "full": "dreambooth-model",
+    "custom_diffusion": "custom-diffusion-model",
+    "textual_inversion": "text-inversion-model",
+}
+"""The default learning rates and folders of the methods, as in diffusers' scripts and guides."""
 
 LEAST_PRODIGY_RATE = 0.1
 """Below it the learning rate is likely to be meant for another optimiser; diffusers warns there too."""
@@ -163,7 +173,15 @@ _HIGH_FOR_TEXT = Rule(
     "knows; give a lower --text_encoder_lr, such as 5e-5",
     is_note=True,
 )
-_LORA = not_with("method", "full")
+_LORA = only_with("method", "lora")
+_FROZEN_TEXT = Rule(
+    lambda values: values["method"] in ("custom_diffusion", "textual_inversion"),
+    "--train_text_encoder: --method {method} trains new words (--modifier_token) in place of the text encoder",
+)
+_HAS_WORDS = Rule(
+    lambda values: values["method"] == "textual_inversion" and not values["modifier_token"],
+    "--method textual_inversion: trains new words alone; name them with --modifier_token",
+)
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -171,9 +189,15 @@ _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 class MethodConfig:
     """What is trained."""
 
-    method: choices.Method = "lora"
-    """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet."""
-    train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT] = False
+    method: Annotated[choices.Method, _HAS_WORDS] = "lora"
+    """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet.
+    custom_diffusion: keys and values of its cross-attention, and new words. textual_inversion: new words alone."""
+    freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], only_with("method", "custom_diffusion")] = (
+        "crossattn_kv"
+    )
+    """What custom_diffusion trains of the UNet: crossattn_kv, or crossattn: queries and outputs of its cross-attention
+    as well, for faces."""
+    train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT, _FROZEN_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
     clip_skip: Annotated[int, at_least(0)] = 0
     """Layers left out at the end of the text encoders, in training, class and validation pictures; `sample` needs the
@@ -209,7 +233,8 @@ class RunConfig:
     """The run: how long, from where, and what it writes."""
 
     output_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = None
-    """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, or for full dreambooth-model."""
+    """Folder for the trained weights and the checkpoints. None: lora-dreambooth-model, dreambooth-model,
+    custom-diffusion-model or text-inversion-model, by the method."""
     max_train_steps: Annotated[int | None, at_least(1), _NEVER_WARM, Resume.MAY_CHANGE] = None
     """Number of optimiser steps. None: as many as num_train_epochs takes."""
     num_train_epochs: Annotated[int, at_least(1), _BY_PASSES, Resume.MAY_CHANGE] = 1
@@ -240,7 +265,10 @@ class RunConfig:
     output_dir. None: it records nothing."""
 
 
-_TEXT_ENCODER = only_with("train_text_encoder")
+_TEXT_ENCODER = no_effect(
+    "without --train_text_encoder or --modifier_token",
+    lambda values: not values["train_text_encoder"] and not values["modifier_token"],
+)
 _OF_ADAM = not_with("optimizer", "adafactor")
 _PRODIGY = only_with("optimizer", "prodigy")
 _RISES = Rule(
@@ -267,10 +295,10 @@ class OptimiserConfig:
     """The optimiser and its learning rate."""
 
     learning_rate: Annotated[float | None, above(0), _RISES, _SMALL_FOR_PRODIGY] = None
-    """Learning rate after the warm-up. None: 5e-4 for lora, 5e-6 for full; 1 with prodigy, which multiplies its own
-    by it."""
+    """Learning rate after the warm-up. None: 5e-4 for lora and textual_inversion, 5e-6 for full, 1e-5 for
+    custom_diffusion; 1 with prodigy, which multiplies its own by it."""
     text_encoder_lr: Annotated[float | None, above(0), _TEXT_ENCODER, _ONE_RATE] = None
-    """Learning rate of the text encoder (both, for SDXL). None: the same as --learning_rate."""
+    """Learning rate of the text encoder (both, for SDXL), or of new words. None: the same as --learning_rate."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
     lr_scheduler: choices.LearningRateSchedule = "constant"
@@ -460,6 +488,7 @@ class TrainConfig(Schema):
     data: DataConfig
     captions: CaptionsConfig = field(default_factory=CaptionsConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    words: WordsConfig = field(default_factory=WordsConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -480,8 +509,8 @@ class TrainConfig(Schema):
     @property
     def learning_rate(self) -> float:
         """The rate of the UNet before --scale_lr; the default is that of diffusers' script for the method."""
-        of_method = LORA_RATE if self.method.method == "lora" else FULL_RATE
-        return self.optimiser.learning_rate or (1.0 if self.optimiser.optimizer == "prodigy" else of_method)
+        of_method = 1.0 if self.optimiser.optimizer == "prodigy" else RATES[self.method.method]
+        return self.optimiser.learning_rate or of_method
 
     @property
     def rows_per_step(self) -> int:
@@ -498,7 +527,12 @@ class TrainConfig(Schema):
     @property
     def output_dir(self) -> Path:
         """The run's folder."""
-        return Path(self.run.output_dir or ("lora-" if self.method.method == "lora" else "") + "dreambooth-model")
+        return Path(self.run.output_dir or FOLDERS[self.method.method])
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether text is encoded in each step, since what reads it changes."""
+        return self.method.train_text_encoder or bool(self.words.modifier_token)
 
     @property
     def noise_offset(self) -> float:

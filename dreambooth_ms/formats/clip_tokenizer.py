@@ -9,17 +9,21 @@ Shapes: N pieces of a prompt, S tokens.
 
 import atexit
 import gzip
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
+from copy import copy
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreambooth_ms.atomic import write_bytes
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats.config_keys import KEYS, check_keys
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.model_config import read_config
@@ -37,6 +41,9 @@ LENGTH = 77
 class ClipTokenizer:
     """Prompts -> the token ids that a text tower of CLIP reads, by transformers' CLIPTokenizerFast: its slow one splits
     Chinese and Japanese, and drops characters of no width, otherwise than CLIP was trained.
+
+    New words are found as the slow one does, by which they are trained elsewhere: as they are written, anywhere in a
+    text, the longest first; what is between them is read by itself.
 
     Args:
         folder: `tokenizer.json`, or `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
@@ -61,15 +68,35 @@ class ClipTokenizer:
             raise WeightError(
                 f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
             )
+        special = self._tokenizer.all_special_tokens
+        self._vocab_size, added = vocab_size, self._tokenizer.get_added_vocab().items()
+        self.words: dict[str, list[int]] = {word: [number] for word, number in added if word not in special}
+        """New words -> the ids of the tokens that each stands for."""
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
 
+    def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
+        """The same with new words, each of so many tokens, whose ids go on from the table's.
+
+        Raises:
+            WeightError: a word is there already.
+        """
+        if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
+            raise WeightError(f"{show_names(known)}: the tokenizer has this word already; choose another, as <new1>")
+        extended, first = copy(self), self._vocab_size
+        ends = [*accumulate(counts.values(), initial=first)]
+        own = {word: list(range(*ends_of)) for word, ends_of in zip(counts, pairwise(ends), strict=True)}
+        extended.words, extended._vocab_size = self.words | own, ends[-1]
+        return extended
+
     def lost(self, prompt: str) -> str | None:
         """What one text of full length leaves out of a prompt; None if it fits."""
         ids = self.tokens(prompt)[self.length - 2 :]
-        return self._tokenizer.decode(ids) if ids else None
+        names = {number: word for word, numbers in self.words.items() for number in numbers}
+        runs = groupby(ids, lambda number: names.get(number))
+        return " ".join(word or self._tokenizer.decode([*own]) for word, own in runs) or None
 
     def num_pieces(self, prompt: str) -> int:
         """In how many pieces a prompt fits, each between a start and an end token."""
@@ -87,7 +114,10 @@ class ClipTokenizer:
 
     def tokens(self, prompt: str) -> list[int]:
         """The ids of a text of any length, without marks."""
-        return list(self._tokenizer(prompt, add_special_tokens=False).input_ids)
+        longest_first = sorted(self.words, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt) if self.words else [prompt]
+        read = (self.words.get(part) or self._tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+        return list(chain.from_iterable(read))
 
 
 def check_clip_tokenizer(folder: Path) -> None:

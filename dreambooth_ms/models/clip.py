@@ -10,10 +10,14 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, part, shared
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens
 from dreambooth_ms.ops.linear import empty_parameter
+
+TABLE = "text_model.embeddings.token_embedding"
+"""The name of a text tower's table of tokens."""
 
 
 class CLIPTextModel(nn.Cell):
@@ -49,6 +53,12 @@ class CLIPTextModel(nn.Cell):
         if not self.pools:
             return (states_BSD,)
         return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), ends[0]))
+
+    def add_words(self, rows_WD: np.ndarray) -> None:
+        """Let ids from the size of the vocabulary on stand for these vectors."""
+        self.text_model.embeddings.token_embedding = ExtendedEmbedding(
+            self.text_model.embeddings.token_embedding, rows_WD
+        )
 
     @property
     def most_skipped(self) -> int:

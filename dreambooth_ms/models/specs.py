@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import yaml
+
+Words: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
+"""New word -> the name of a text encoder -> its vectors (n, D) there, one for each of the tokens that it stands for."""
 
 
 def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, *divisors: int) -> Iterator[str]:

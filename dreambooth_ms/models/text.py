@@ -6,9 +6,10 @@ Shapes: B prompts, T encoders, S tokens, D width of an encoder's states, E all o
 from collections.abc import Mapping, Sequence
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import equal_parts
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
@@ -57,6 +58,11 @@ class TextEncoders(CompiledCell):
         """
         check_clip_skip(clip_skip, [encoder.most_skipped for encoder in self.encoders])
         return TextEncoders(self.networks(), clip_skip)
+
+    def new_rows(self) -> dict[str, Parameter]:
+        """The vectors (W, D) of new words, by the names of the encoders' folders."""
+        tables = {name: network.text_model.embeddings.token_embedding for name, network in self.networks().items()}
+        return {name: table.new_rows for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
     def networks(self) -> dict[str, nn.Cell]:
         """The encoders by the names of their folders."""

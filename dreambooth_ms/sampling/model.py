@@ -80,8 +80,8 @@ class SamplingModel:
         text_encoders: TextEncoders | None = None,
         embeddings: Mapping[str, PromptText] | None = None,
     ) -> None:
-        self.bundle = bundle
         self.adapters = ModelAdapters(bundle, adapters)
+        self.bundle = bundle = bundle.with_words(self.adapters.words)
         self._mixed_precision = mixed_precision
         self._text = PromptReader(bundle, self.adapters, keep_text_encoders, text_encoders, embeddings or {})
         self._lent = self._unet = denoiser

@@ -10,6 +10,7 @@ from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, count_of
+from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -26,6 +27,7 @@ class ModelAdapters:
         self.paths = tuple(str(path) for path in paths)
         models = [bundle.opened().spec] if paths else []
         self.opened = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
+        self.words: Words = {word: rows for adapter in self.opened for word, rows in adapter.words.items()}
 
     @property
     def adapt_text(self) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from dreambooth_ms.adapters.file import FILE_NAME
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME
 from dreambooth_ms.atomic import file_digest, new_folder, remove_leftovers, sync
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
@@ -35,6 +35,7 @@ from dreambooth_ms.training.loop import StepReport
 ADAPTER = Path(FILE_NAME)
 MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
 """The file of a model folder that is written last."""
+REPLACEMENTS = Path(CUSTOM_DIFFUSION)
 STEP_KEY = "dreambooth_ms_step"
 """In the metadata of what a run writes: the optimiser steps it was trained for."""
 
@@ -216,5 +217,8 @@ class Result:
 
 def result_of(folder: Path) -> Result | None:
     """The result that a folder holds, as its last file; None if there is none."""
-    path = next((folder / name for name in (ADAPTER, MODEL) if os.path.isfile(folder / name)), None)
+    named = [folder / name for name in (ADAPTER, REPLACEMENTS, MODEL) if os.path.isfile(folder / name)]
+    # A file of a new word has its name.
+    words = [path for path in sorted(folder.glob("*.safetensors")) if STEP_KEY in read_metadata(path)]
+    path = next(iter([*named, *words[-1:]]), None)
     return Result(path, int(read_metadata(path).get(STEP_KEY, 0))) if path else None

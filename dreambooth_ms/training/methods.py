@@ -8,19 +8,23 @@ from typing import Any, Literal
 from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
-from dreambooth_ms.adapters.lora import DropoutState, initialise_lora, inject_lora, lora_trainables
-from dreambooth_ms.adapters.writing import write_adapter
+from dreambooth_ms.adapters.cross_attention import free_cross_attention
+from dreambooth_ms.adapters.lora import DropoutState, initialise_lora, inject_lora, lora_trainables, put_in_place
+from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.word_files import word_file, write_words
+from dreambooth_ms.adapters.writing import write_adapter, write_replacements
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
+from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.training.adafactor import Adafactor
 from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.checkpoint import ADAPTER, MODEL, STEP_KEY
+from dreambooth_ms.training.checkpoint import ADAPTER, MODEL, REPLACEMENTS, STEP_KEY
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
 from dreambooth_ms.training.prodigy import Prodigy
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
@@ -46,7 +50,7 @@ class Learner:
     """Its inputs, by `input_names` -> prediction."""
     trainables: list[Trainable]
     text_encoders: TextEncoders | None
-    """If they are trained: the denoiser reads token ids, and text is encoded in each step."""
+    """If what reads text changes: the denoiser reads token ids, and text is encoded in each step."""
     dropout: DropoutState | None = None
     write_part: Write
     """Of what was trained, into the folder of a checkpoint."""
@@ -82,8 +86,8 @@ def lora(
     alpha = float(config.lora_alpha or config.rank)
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
     targets = {"unet": config.lora_target_modules, **{one.name: list(one.adapted_layers) for one in base.text}}
-    layers = {}
-    for name, network in _networks(unet, text_encoders).items():
+    layers, words = {}, _words_of(base, text_encoders)
+    for name, network in _networks(config, unet, text_encoders).items():
         layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
         initialise_lora(layers[name], seed, name_prefix(network))
     model = base.opened().spec
@@ -92,6 +96,7 @@ def lora(
         updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
+        write_words(words(), target, dtype, metadata)
 
     parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
     return _learner(
@@ -103,7 +108,7 @@ def full(
     config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """All weights of the UNet, and with `train_text_encoder` of the text encoders; the result is a model folder."""
-    networks, dtype = _networks(unet, text_encoders), DTYPES[config.save_precision or "fp32"]
+    networks, dtype = _networks(config, unet, text_encoders), DTYPES[config.save_precision or "fp32"]
 
     def write_networks(target: Path, step: int) -> None:
         # The UNet last: `result_of` takes its file for a whole result.
@@ -123,12 +128,63 @@ def full(
     return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
-METHODS: dict[Method, Callable[..., Learner]] = {"lora": lora, "full": full}
+def custom_diffusion(
+    config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
+) -> Learner:
+    """Layers of the UNet's cross-attention, and new words (Kumari et al., 2023); the result is a file of each."""
+    freed = free_cross_attention(unet, config.freeze_model)
+    publics, words = public_parameters(unet), _words_of(base, text_encoders)
+
+    def write(target: Path, step: int) -> None:
+        updates = {layer: Replacement(*(publics[name].read() for name in names)) for layer, names in freed.items()}
+        metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
+        write_words(words(), target, dtype, metadata)
+        write_replacements(updates, target / REPLACEMENTS, dtype, metadata)
+
+    parameters = {"unet": {n: [publics[own].parameter for own in names] for n, names in freed.items()}}
+    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, result=REPLACEMENTS)
 
 
-def _networks(unet: UNet2DConditionModel, text_encoders: TextEncoders | None) -> dict[str, nn.Cell]:
-    """What is trained, by the names of the networks' folders."""
-    return {"unet": unet} | (text_encoders.networks() if text_encoders else {})
+def textual_inversion(
+    config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
+) -> Learner:
+    """New words alone (Gal et al., 2023); the result is a file of each."""
+    put_in_place(unet, {})
+    words = _words_of(base, text_encoders)
+
+    def write(target: Path, step: int) -> None:
+        write_words(words(), target, DTYPES[config.save_precision or "fp32"], {STEP_KEY: str(step)})
+
+    result = word_file(Path(), list(words())[-1])
+    return _learner(unet, text_encoders, {}, write_part=write, write_result=write, result=result)
+
+
+METHODS: dict[Method, Callable[..., Learner]] = {
+    "lora": lora,
+    "full": full,
+    "custom_diffusion": custom_diffusion,
+    "textual_inversion": textual_inversion,
+}
+
+
+def _networks(
+    config: MethodConfig, unet: UNet2DConditionModel, text_encoders: TextEncoders | None
+) -> dict[str, nn.Cell]:
+    """What is trained beside new words, by the names of the networks' folders."""
+    return {"unet": unet} | (text_encoders.networks() if text_encoders and config.train_text_encoder else {})
+
+
+def _words_of(base: ModelBundle, text_encoders: TextEncoders | None) -> Callable[[], Words]:
+    """Gives new words with the vectors that they have at the time; freezes what else is in the text encoders."""
+    for network in text_encoders.networks().values() if text_encoders else ():
+        put_in_place(network, {})
+    rows = text_encoders.new_rows() if text_encoders else {}
+
+    def words() -> Words:
+        values = {name: own.asnumpy() for name, own in rows.items()}
+        return {word: {name: own[part] for name, own in values.items()} for word, part in base.words.items()}
+
+    return words
 
 
 def _learner(
@@ -137,7 +193,11 @@ def _learner(
     parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
     **writing: Any,
 ) -> Learner:
-    """Of the parameters of each network's layers; what the prediction does not depend on would only decay."""
+    """Of the parameters of each network's layers, without what the prediction does not depend on, which would only
+    decay; and of new words."""
+    rows = list(text_encoders.new_rows().values()) if text_encoders else []
+    for own in rows:
+        own.requires_grad = True
     trainables = [
         Trainable(parameter, "unet" if part == "unet" else "text_encoder")
         for part, layers in parameters.items()
@@ -145,6 +205,7 @@ def _learner(
         if text_encoders is None or text_encoders.is_read(part, layer)
         for parameter in own
     ]
+    trainables += [Trainable(own, "text_encoder") for own in rows]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)
     return Learner(denoiser=denoiser, trainables=trainables, text_encoders=text_encoders, **writing)
 

@@ -4,9 +4,11 @@ The roles are values: whoever builds one may put anything into it. A model in a 
 it would be converted to.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,7 @@ from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_jso
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
-from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -102,6 +104,29 @@ class TextReader:
     """Gives a cell that `models.text.TextEncoders` takes, filled."""
     digest: Callable[[], str]
     """What caches of embeddings are keyed by."""
+    words: Mapping[str, slice] = field(default_factory=dict)
+    """New words that it reads beside those of its vocabulary, each with its rows among those of all."""
+
+    def with_words(self, words: Words) -> "TextReader":
+        """The same, which reads new words too, by their vectors of its name."""
+        own = {word: vectors[self.name] for word, vectors in words.items()}
+        for word, rows in own.items():
+            if rows.shape[1:] != (self.width,):
+                raise WeightError(f"{word}: vectors of width {rows.shape[-1]}, its {self.name} has {self.width}")
+
+        def load() -> Any:
+            network = self.load()
+            network.add_words(np.concatenate(list(own.values())))
+            return network
+
+        def digest() -> str:
+            values = b"".join(word.encode() + rows.astype(np.float32).tobytes() for word, rows in own.items())
+            return hashlib.sha256(self.digest().encode() + values).hexdigest()
+
+        counts = {word: len(rows) for word, rows in own.items()}
+        tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
+        places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
+        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer)
 
     @classmethod
     def of_clip(
@@ -198,6 +223,11 @@ class ModelBundle:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
         return self.codec.spec.latent_channels, height // factor, width // factor
 
+    @property
+    def words(self) -> Mapping[str, slice]:
+        """New words that its text readers read, each with its rows among those of all."""
+        return self.text[0].words
+
     def opened(self) -> OpenedModel:
         """The tensors of the whole model by public name, none of which is read; for a model from a file or folder."""
         assert self.source is not None, f"{self.path} was not opened"
@@ -206,6 +236,20 @@ class ModelBundle:
     def load_text_encoders(self) -> TextEncoders:
         """All text readers as one network, filled."""
         return TextEncoders({reader.name: reader.load() for reader in self.text}, self.clip_skip)
+
+    def with_words(self, words: Words) -> "ModelBundle":
+        """The same model, whose text readers read new words too.
+
+        Raises:
+            WeightError: a word has no vectors for a reader, or such of another width.
+        """
+        for word, vectors in words.items():
+            if vectors.keys() != {reader.name for reader in self.text}:
+                raise WeightError(
+                    f"{word}: has vectors for {' and '.join(vectors)}, {self.path} has "
+                    f"{' and '.join(reader.name for reader in self.text)}; use a word of the same family"
+                )
+        return replace(self, text=tuple(reader.with_words(words) for reader in self.text)) if words else self
 
     def with_clip_skip(self, clip_skip: int) -> "ModelBundle":
         """The same model with another `clip_skip`; ConfigError if a text reader has not so many layers."""

@@ -410,8 +410,10 @@ class ThreeLayers(nn.Cell):
 class Twice:
     """An update of another kind: the layer's weight once more."""
 
-    def delta(self, weight):
-        return weight
+    parameters = ("weight",)
+
+    def delta(self, value, parameter):
+        return value
 
 
 def test_updates_of_any_kind_go_into_the_weight_beside_loras_on_the_same_layer():
