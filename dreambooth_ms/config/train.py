@@ -173,7 +173,7 @@ _HIGH_FOR_TEXT = Rule(
     "knows; give a lower --text_encoder_lr, such as 5e-5",
     is_note=True,
 )
-_LORA = only_with("method", "lora")
+_LORA = not_with("method", "full", "custom_diffusion", "textual_inversion")
 _FROZEN_TEXT = Rule(
     lambda values: values["method"] in ("custom_diffusion", "textual_inversion"),
     "--train_text_encoder: --method {method} trains new words (--modifier_token) in place of the text encoder",
