@@ -1,4 +1,5 @@
-"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, and no weight is read."""
+"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, and no weight is read but
+what new words start from."""
 
 import json
 import re
@@ -9,10 +10,12 @@ from typing import Any
 
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
+    check_words,
     class_numbers_to_come,
     pictures_of_a_pass,
     read_concepts,
     sources_of,
+    starting_words,
     tell_cut_prompts,
 )
 from dreambooth_ms.cli.training_job import TrainingJob
@@ -49,11 +52,13 @@ def run(argv: Sequence[str]) -> int:
     as_json, device = wanted.pop("report").json, set_up(wanted["device"])
     config = TrainConfig(**wanted | {"device": device})
     base, processes = open_base(config.model), config.processes.num_processes or 1
+    base = base.with_words(starting_words(config, base))
     base.schedule.trained(config.loss.prediction_type)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
     if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
+    attempt(lambda: check_words(config, base, concepts))
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))
     tell_cut_prompts(base, concepts, class_prompts, notes.append)
     tokenizer, of_classes = base.text[0].tokenizer(), " ".join(class_prompts)
@@ -128,7 +133,7 @@ def in_short(one: Mapping[str, Any]) -> str:
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
     """The words of a prompt that are neither common nor in that of the class -> into how many tokens they fall."""
-    tokens = {
-        word: tokenizer.tokens(word) for word in re.findall(r"\w+", prompt) if not re.search(rf"\b{word}\b", of_class)
-    }
+    new = "".join(f"{re.escape(word)}|" for word in sorted(tokenizer.words, key=len, reverse=True))
+    words = [word for word in re.findall(rf"{new}\w+", prompt) if not re.search(rf"\b{re.escape(word)}\b", of_class)]
+    tokens = {word: tokenizer.tokens(word) for word in words}
     return {word: len(own) for word, own in tokens.items() if len(own) > 1 or own[0] > COMMON * SIZE}

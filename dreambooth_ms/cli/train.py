@@ -13,6 +13,7 @@ from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import (
+    check_words,
     class_numbers_to_come,
     pictures_of_a_pass,
     read_concepts,
@@ -71,6 +72,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     with processes.first_goes_ahead("the data set"):
         sources = sources_of(with_folder_of_data_set(config))
     concepts = read_concepts(sources)
+    check_words(config, base, concepts)
     job = TrainingJob(processes, config, base, pictures_of_a_pass(sources, concepts), sources)
     if processes.is_first:
         for one in describe_concepts(job, concepts):

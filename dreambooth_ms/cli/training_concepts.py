@@ -54,21 +54,26 @@ def _source(config: ConceptConfig, group: str) -> Source:
     of_class = group == CLASS and not share.is_reg
     combines = captions.read_prompt_from_txt in (CLASS, "both") if of_class else captions.combines
     replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
+    folder = (prior.folder if of_class else None) or Path(data.instance_data_dir or "")
+    is_real = of_class and prior.real_prior
+    listed = is_real and (folder / "images").is_dir()
     weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
     wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
     repeats = Fraction("1" if of_class else str(data.repeats))
     return Source(
-        (prior.folder if of_class else None) or Path(data.instance_data_dir or ""),
+        folder / "images" if listed else folder,
         (prior.class_prompt if of_class else data.instance_prompt) or "",
         Concept(group, (), weight, group, repeats, None if wording == plain else wording),
         Captioning(
-            from_files=bool(combines or replaces),
+            from_files=bool(combines or replaces or is_real),
+            from_lists=listed,
             column=captions.caption_column if combines or replaces else None,
             from_names=not of_class and captions.use_filename_as_label,
             template=captions.prompt_template if combines else CAPTIONS[0],
             may_lack=share.may_lack_captions,
         ),
-        generated=prior if of_class and share.generates else None,
+        generated=prior if of_class and share.generates and not is_real else None,
+        count=prior.num_class_images if is_real else None,
         background=data.transparent_background,
         masked=group == INSTANCE and bool(data.mask_dir or data.alpha_mask),
         mask_folder=Path(data.mask_dir) if data.mask_dir and group == INSTANCE else None,
@@ -122,6 +127,19 @@ def tell_cut_prompts(
         for line in told({f"captions of more than {tokenizer.length} tokens, the rest is not read": long}):
             tell(line)
     tokenizer.texts(shared)  # Warns of each by itself.
+
+
+def check_words(config: TrainConfig, base: ModelBundle, concepts: Sequence[Concept]) -> None:
+    """Raise ConfigError of a new word that no prompt and no caption of the subjects holds: nothing would be learnt."""
+    subjects, tokenizer = [one for one in concepts if one.group == INSTANCE], base.text[0].tokenizer()
+    texts = {text for one in subjects for record in one.records for text in record.captions}
+    read = set(chain.from_iterable(map(tokenizer.tokens, texts)))
+    if unread := [word for word in config.words.words if subjects and read.isdisjoint(tokenizer.words[word])]:
+        folders = ", ".join(dict.fromkeys(str(one.records[0].path.parent) for one in subjects))
+        raise ConfigError(
+            f"--modifier_token: {', '.join(unread)}: in no prompt and no caption of {folders}; name the subject by it, "
+            f"as in --instance_prompt 'a photo of {unread[0]} dog'"
+        )
 
 
 def starting_words(config: TrainConfig, base: ModelBundle) -> Words:

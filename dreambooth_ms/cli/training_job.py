@@ -41,8 +41,8 @@ class TrainingJob:
 
     @property
     def masked(self) -> bool:
-        """Whether some pictures have masks."""
-        return any(source.masked for source in self.sources)
+        """Whether some rows have masks."""
+        return self.config.augments or any(source.masked for source in self.sources)
 
     @property
     def done(self) -> int:
@@ -89,7 +89,7 @@ class TrainingJob:
     def plan(self, concepts: Sequence[Concept]) -> Plan:
         """The rows of the run."""
         data, rows = self.config.data, self.config.run.train_batch_size
-        framing = Framing(self.sizes(concepts), data.center_crop, data.random_flip)
+        framing = Framing(self.sizes(concepts), data.center_crop, data.random_flip, self.config.augments)
         return Plan(tuple(concepts), rows, framing, self.seed, self.batches_per_step)
 
     def views(self, plan: Plan) -> Iterator[View]:

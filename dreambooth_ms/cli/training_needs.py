@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
@@ -148,16 +149,21 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     method, data, run = config.method, config.data, config.run
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
-    readers = folder.text if method.train_text_encoder else ()
-    shapes = [unet_shapes(folder.denoiser.spec), *(clip_text_shapes(reader.spec) for reader in readers)]
-    targets = [method.lora_target_modules, *(reader.adapted_layers for reader in readers)]
+    readers, shapes = folder.text if config.encodes_text else (), unet_shapes(folder.denoiser.spec)
     rank = method.rank if method.method == "lora" else None
+    of_unet = ranks_of(shapes, rank, method.lora_target_modules)
+    if method.method in ("custom_diffusion", "textual_inversion"):
+        ends = CROSS_ATTENTION[method.freeze_model] if method.method == "custom_diffusion" else ()
+        of_unet = dict.fromkeys(ranks_of(shapes, 1, ends), None)
+    # New words are next to nothing.
+    texts = [(clip_text_shapes(one.spec), one.adapted_layers) for one in readers]
+    of_texts = [ranks_of(own, rank, ends) if method.train_text_encoder else {} for own, ends in texts]
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
     width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
     return Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
-        ranks=[ranks_of(own, rank, ends) for own, ends in zip(shapes, targets, strict=True)],
+        ranks=[of_unet, *of_texts],
         activations=ActivationSettings(
             rows=groups * run.train_batch_size,
             latent_height=height,

@@ -47,7 +47,7 @@ def not_with(other: str, *those: str) -> Rule:
 def needs(other: str, what: str, *instead: str) -> Rule:
     """The other field must be given, too, or one of those instead; `what` says what it is."""
     return Rule(
-        lambda values: all(values[name] is None for name in (other, *instead)), f"--{{field}}: needs --{other}, {what}"
+        lambda values: not any(values[name] for name in (other, *instead)), f"--{{field}}: needs --{other}, {what}"
     )
 
 

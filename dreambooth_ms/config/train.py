@@ -72,6 +72,11 @@ _BY_PASSES_ALONE = no_effect(
     when=lambda values: values["max_train_steps"] is not None and "weight" not in values,
 )
 
+_AUGMENTED = Rule(
+    lambda values: values["method"] == "custom_diffusion" and not values["noaug"],
+    "--use_aspect_ratio_bucket: custom_diffusion varies the size of pictures in a square; give --noaug with it",
+)
+
 
 def _words(prompt: str) -> set[str]:
     return set(re.findall(r"\w+", prompt.lower()))
@@ -104,7 +109,7 @@ class DataConfig:
     of the other subjects."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
-    use_aspect_ratio_bucket: bool = False
+    use_aspect_ratio_bucket: Annotated[bool, _AUGMENTED] = False
     """Train pictures at sizes of several aspect ratios with about the area of resolution x resolution, each at the one
     that cuts off least of it; a step has pictures of one size. Each size is compiled once."""
     max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
@@ -115,6 +120,9 @@ class DataConfig:
     """Crop the centre of each picture, in place of a random part."""
     random_flip: bool = False
     """Mirror pictures left to right at random."""
+    noaug: Annotated[bool, only_with("method", "custom_diffusion")] = False
+    """Let custom_diffusion see the subject's pictures as they are. Without it they are made smaller, on grey, or
+    enlarged, and "a far away ", "very small ", "zoomed in " or "close up " says so before the prompt."""
     mask_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Folder with a mask for each picture of the subject, under its name and of its size: the error counts where it is
     white, and only in part where it is grey."""
@@ -356,7 +364,7 @@ class PriorConfig:
     with_prior_preservation: Annotated[
         bool,
         needs("class_data_dir", "the folder of the class pictures", "concepts_list"),
-        needs("class_prompt", "the prompt of the class pictures", "concepts_list"),
+        needs("class_prompt", "the prompt of the class pictures", "concepts_list", "real_prior"),
     ] = False
     """Train on pictures of the class beside those of the subject."""
     prior_loss_weight: Annotated[float, at_least(0), _PRIOR] = 1.0
@@ -367,6 +375,9 @@ class PriorConfig:
     """Prompt that names the class, without the rare token: "a photo of dog"."""
     class_negative_prompt: Annotated[str, _PRIOR] = ""
     """What generated class pictures should not show."""
+    real_prior: Annotated[bool, _PRIOR] = False
+    """Class pictures are photographs, num_class_images of them, each with a caption of its own, and none is generated:
+    class_data_dir has pictures with captions beside them, or images/, caption.txt and images.txt, line by line."""
     reg_data_dir: Annotated[str | None, NOT_EMPTY, PATH, only_with("concepts_list"), Resume.BY_CONTENT] = None
     """Folder of folders named "1_dog" with the class pictures, where concepts_list is such a folder."""
     num_class_images: Annotated[int, at_least(1), _PRIOR] = 100
@@ -533,6 +544,11 @@ class TrainConfig(Schema):
     def encodes_text(self) -> bool:
         """Whether text is encoded in each step, since what reads it changes."""
         return self.method.train_text_encoder or bool(self.words.modifier_token)
+
+    @property
+    def augments(self) -> bool:
+        """Whether rows vary how large the subject's pictures are."""
+        return self.method.method == "custom_diffusion" and not self.data.noaug
 
     @property
     def noise_offset(self) -> float:

@@ -105,7 +105,7 @@ class BatchMaker:
         """The rows' masks in the shape (B, C, h, w) of their latents."""
         masks = np.ones(shape, np.float32)
         for mask, (_, _, view) in zip(masks, rows, strict=True):
-            if view.record.mask:
+            if view.record.mask or view.frame.place:
                 size = shape[-1], shape[-2]
                 mask[:] = mask_of_latents(view.record.mask, view.frame, view.flip, size, self.unmasked_weight)
         return masks

@@ -27,6 +27,8 @@ class Captioning:
 
     from_files: bool = False
     """dog.txt, dog.png.txt or dog.caption beside dog.png, with a caption in each line."""
+    from_lists: bool = False
+    """Those files are caption.txt above the folder, and images.txt beside it, which names the picture of each line."""
     column: str | None = None
     """Of metadata.jsonl or metadata.csv in the folder, which has a row for each picture; in place of files."""
     from_names: bool = False
@@ -45,7 +47,10 @@ class Captioning:
         captions = {path: [path.stem] for path in pictures} if self.from_names else {}
         if self.column or self.from_files:
             where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
-            captions |= _captions_of_metadata(pictures, self.column) if self.column else _captions_of_files(pictures)
+            where, read = (
+                ("a line in images.txt", _captions_of_lists) if self.from_lists else (where, _captions_of_files)
+            )
+            captions |= _captions_of_metadata(pictures, self.column) if self.column else read(pictures)
             without = [path for path in pictures if path not in captions and not (self.may_lack and prompt)]
             _refuse({f"no caption, expected {where}": without})
         filled = ([self._prompt(prompt, one) for one in captions.get(path, ())] for path in pictures)
@@ -94,6 +99,15 @@ def _captions_of_files(pictures: Sequence[Path]) -> dict[Path, list[str]]:
     found = {path: [line.strip() for line in _text(file).splitlines() if line.strip()] for path, file in files.items()}
     _refuse({"empty captions": [file for path, file in files.items() if not found[path]]})
     return found
+
+
+def _captions_of_lists(pictures: Sequence[Path]) -> dict[Path, list[str]]:
+    files = [pictures[0].parents[1] / name for name in ("images.txt", "caption.txt")]
+    names, captions = ([line.strip() for line in _text(file).strip().split("\n")] for file in files)
+    if len(names) != len(captions):
+        raise DataError(f"{files[1]}: {len(captions)} lines, {len(names)} in images.txt; each goes with one there")
+    by_name = {Path(name).name: caption for name, caption in zip(names, captions, strict=True)}
+    return {path: [by_name[path.name]] for path in pictures if by_name.get(path.name)}
 
 
 def _captions_of_metadata(pictures: Sequence[Path], column: str) -> dict[Path, list[str]]:

@@ -52,20 +52,37 @@ def read_mask(mask: Mask) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def mask_of_latents(mask: Mask, frame: Frame, flip: bool, size: Size, rest: float) -> np.ndarray:
-    """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has.
+def mask_of_latents(mask: Mask | None, frame: Frame, flip: bool, size: Size, rest: float) -> np.ndarray:
+    """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has, and 0
+    around what is pasted.
 
     Args:
-        mask: of the picture.
+        mask: of the picture; None: it counts everywhere.
         frame: of the crop.
         flip: whether the crop is mirrored.
         size: (w, h) of the latents, of which the crop is a multiple.
         rest: how much counts what the mask has not, from 0 to 1.
     """
-    crop = resize_and_crop(read_mask(mask), frame, "bilinear", flip)
-    shares = np.asarray(crop, np.float32) / np.float32(255)
     width, height = size
-    of_latents = shares.reshape(height, shares.shape[0] // height, width, shares.shape[1] // width).mean((1, 3))
-    counts = rest + (1 - rest) * of_latents
+    counts = np.ones((height, width), np.float32)
+    if mask:
+        crop = resize_and_crop(read_mask(mask), frame, "bilinear", flip)
+        shares = np.asarray(crop, np.float32) / np.float32(255)
+        of_latents = shares.reshape(height, shares.shape[0] // height, width, shares.shape[1] // width).mean((1, 3))
+        counts = rest + (1 - rest) * of_latents
+    if frame.place:
+        counts *= _pasted(frame, flip, size)
     # A crop beside the mask teaches nothing.
     return (counts / counts.mean()).astype(np.float32) if counts.any() else np.zeros_like(counts)
+
+
+def _pasted(frame: Frame, flip: bool, size: Size) -> np.ndarray:
+    """1 for the latents (h, w) of a square that is pasted, 0 around it. Those at its rim, which grey has part in, are
+    left out as in diffusers' script, but for squares of less than 4 latents."""
+    side, cells = min(frame.resized), np.zeros(size[::-1], np.float32)
+    (top, left), pixels = frame.place or (0, 0), frame.size[0] // size[0]
+    left = frame.size[0] - side - left if flip else left
+    rim = int(side >= 4 * pixels)
+    rows, columns = (slice(one // pixels + rim, (one + side) // pixels - rim) for one in (top, left))
+    cells[rows, columns] = 1
+    return cells

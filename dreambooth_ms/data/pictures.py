@@ -32,6 +32,8 @@ CAPTION_SUFFIXES, CAPTION_FILES = (".txt", ".caption"), ("metadata.jsonl", "meta
 """Where other programs look for the captions of the pictures beside: under a picture's name, and for all of them."""
 SKIPPED = "skipped what is not a picture"
 CAPTIONS = "captions are not read, all pictures have one prompt"
+GREY = 128
+"""What is around a picture that is smaller than its crop: the middle of the 256 levels."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -75,19 +77,27 @@ class Opened(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """How a picture becomes a crop: resized until it covers the crop's size, then cut. All in pixels."""
+    """How a picture becomes a crop: resized until it covers the crop's size or more, then cut; or cut to a smaller
+    square, which is pasted on grey. All in pixels."""
 
     size: Size
     """Of the crop."""
     resized: Size
-    """Of the whole picture when it is cut; one side is the crop's."""
+    """Of the whole picture when it is cut; where it is neither enlarged nor pasted, one side is the crop's."""
     top: int
     left: int
+    place: tuple[int, int] | None = None
+    """(top, left) of the square within the crop; None: what is cut fills the crop."""
+
+    @property
+    def cut(self) -> Size:
+        """Of what is cut."""
+        return (min(self.resized),) * 2 if self.place else self.size
 
     @property
     def highest(self) -> tuple[int, int]:
-        """The largest (top, left) that a crop of this size can have; one of the two is 0."""
-        return self.resized[1] - self.size[1], self.resized[0] - self.size[0]
+        """The largest (top, left) that what is cut can have."""
+        return self.resized[1] - self.cut[1], self.resized[0] - self.cut[0]
 
 
 def find_pictures(folder: str | Path) -> PictureFolder:
@@ -259,12 +269,16 @@ def resize_and_crop(image: Image.Image, frame: Frame, interpolation: Interpolati
     Raises:
         ValueError: the frame is not one of this picture.
     """
-    (top, left), (width, height) = frame.highest, frame.size
+    (top, left), (width, height) = frame.highest, frame.cut
     is_inside = 0 <= frame.top <= top and 0 <= frame.left <= left
-    if frame.resized != covering_size(image.size, frame.size) or not is_inside:
+    covered = [covering_size(image.size, size) for size in (frame.cut, (min(frame.resized),) * 2)]
+    if frame.resized not in covered or not is_inside:
         raise ValueError(f"{frame} is outside a picture of {image.size}")
     resized = image.resize(frame.resized, Image.Resampling[interpolation.upper()])
     crop = resized.crop((frame.left, frame.top, frame.left + width, frame.top + height))
+    if frame.place:
+        square, crop = crop, Image.new("L", frame.size, GREY).convert(image.mode)
+        crop.paste(square, frame.place[::-1])
     return ImageOps.mirror(crop) if flip else crop
 
 

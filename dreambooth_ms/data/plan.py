@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dreambooth_ms.data.augmentation import augmented
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
-from dreambooth_ms.data.records import Concept, Record
+from dreambooth_ms.data.records import CLASS, Concept, Record
 from dreambooth_ms.randomness import generator
 
 MOST_TURNS = 100_000
@@ -45,7 +46,10 @@ class View:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """(top, left) of its crop in the resized picture; a mirrored one counts from the right."""
+        """(top, left) of its crop in the resized picture; a mirrored one counts from the right. What is pasted whole on
+        grey has (0, 0)."""
+        if self.frame.place:
+            return 0, 0
         return self.frame.top, self.frame.highest[1] - self.frame.left if self.flip else self.frame.left
 
 
@@ -66,6 +70,8 @@ class Framing:
     """Each picture has the one that loses least of it; a step has rows of one size."""
     center_crop: bool
     random_flip: bool
+    augments: bool = False
+    """Whether the subject's pictures are shown smaller and larger (`data.augmentation`)."""
 
 
 class Bucket(NamedTuple):
@@ -157,8 +163,13 @@ class Plan:
         if concept.wording:
             prompt = concept.wording.of_row(prompt, generator(self.seed, f"{name} wording", number))
         drawn = None if framing.center_crop else generator(self.seed, f"{name} crop", number)
+        frame = frame_of(record.size, size, drawn)
+        if framing.augments and concept.group != CLASS:
+            rng = generator(self.seed, f"{name} augmentation", number)
+            frame, said = augmented(record.size, size, rng, framing.center_crop)
+            prompt = prompt and said + prompt
         flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
-        return Row(concept, number, View(record, prompt, frame_of(record.size, size, drawn), bool(flip)))
+        return Row(concept, number, View(record, prompt, frame, bool(flip)))
 
 
 def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:

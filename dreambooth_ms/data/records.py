@@ -10,7 +10,7 @@ from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
 from dreambooth_ms.data.looks import NOT_MEASURED, Looks, looks_of
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
-from dreambooth_ms.errors import DataError, near
+from dreambooth_ms.errors import DataError, count_of, near
 
 INSTANCE, CLASS = "instance", "class"
 
@@ -67,6 +67,8 @@ class Source:
     captioning: Captioning = PROMPT_ALONE
     generated: PriorConfig | None = None
     """Of a class how its pictures are generated, and how many of the folder's are used; None: all that are there."""
+    count: int | None = None
+    """How many pictures there must be, of which no more are used; None: as many as there are."""
     background: str = "white"
     """What transparent pictures are put on."""
     masked: bool = False
@@ -91,7 +93,12 @@ class Source:
         found = find_pictures(self.folder)
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
-        pictures = found.pictures[: self.generated.num_class_images if self.generated else None]
+        pictures = found.pictures[: self.generated.num_class_images if self.generated else self.count]
+        if len(pictures) < (self.count or 0):
+            raise DataError(
+                f"{self.folder}: {count_of(len(pictures), 'picture')}, expected --num_class_images {self.count} for "
+                "--real_prior; put more there with their captions, or lower it"
+            )
         notes = found.notes | ({} if self.captioning == PROMPT_ALONE else {CAPTIONS: []})
         records, problems = list[Record](), list[str]()
         prompts: list[tuple[str, ...]] = [(self.prompt,)] * len(pictures)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from dreambooth_ms.adapters.lora import layers_to_adapt
+from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
 from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
@@ -29,7 +30,9 @@ Ranks = Mapping[str, int | None]
 ATTENTION_ENDS = tuple(
     f".{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 )
-"""Layers whose updates keep no more than the inputs of attention."""
+"""Layers whose updates keep no more than the inputs of attention,"""
+OF_TEXT = CROSS_ATTENTION["crossattn_kv"]
+"""and nothing of a picture's size."""
 
 OPTIMISER_BYTES = {"adamw": 2 * FLOAT32, "adamw_8bit": 2, "prodigy": 4 * FLOAT32, "adafactor": 0}
 """State of each optimiser by trained number: AdamW's are two moments; Adafactor's rows and columns are next to none."""
@@ -94,7 +97,7 @@ class Workload:
 
     unet: UNetSpec
     text_encoders: Sequence[ClipTextSpec] = ()
-    """Those that are trained."""
+    """Those in the step: trained, or with new words."""
     ranks: Sequence[Ranks]
     """Of the UNet, then of each text encoder."""
     activations: ActivationSettings
@@ -221,9 +224,9 @@ def machine_memory() -> int:
 
 
 def _trained(ranks: Ranks) -> Trained:
-    if all(rank and layer.endswith(ATTENTION_ENDS) for layer, rank in ranks.items()):
-        return Trained.ATTENTION if ranks else Trained.NOTHING
-    return Trained.ALL
+    if not all(layer.endswith(ATTENTION_ENDS) for layer in ranks):
+        return Trained.ALL
+    return Trained.NOTHING if all(layer.endswith(OF_TEXT) for layer in ranks) else Trained.ATTENTION
 
 
 def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:

@@ -89,8 +89,10 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: it was trained otherwise, and every difference is named.
     """
-    there, here = (yaml.safe_load(checkpoint.config) or {}).get("method", {}), vars(config.method)
-    names = ("method", "train_text_encoder", "clip_skip", "rank", "lora_target_modules", "use_ema")
+    sections, here = yaml.safe_load(checkpoint.config) or {}, vars(config.method) | vars(config.words)
+    there = sections.get("method", {}) | sections.get("words", {})
+    names = ["method", "train_text_encoder", "clip_skip", "rank", "lora_target_modules", "use_ema", "freeze_model"]
+    names += ["modifier_token", "num_vectors", "train_new_words"]
     differences = _told([name for name in names if name in there], there, here)
     if differences:
         raise ConfigError(
