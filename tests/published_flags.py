@@ -57,10 +57,35 @@ train_text_encoder_frac train_text_encoder_ti train_text_encoder_ti_frac use_blo
 """)  # fmt: skip
 """What diffusers' advanced script for SDXL adds."""
 
-CUSTOM_DIFFUSION_SCRIPT = _names("""
-concepts_list freeze_model hflip initializer_token modifier_token no_safe_serialization noaug real_prior
-""")  # fmt: skip
-"""What diffusers' train_custom_diffusion.py adds."""
+_NOT_IN_CUSTOM_DIFFUSION_SCRIPT = (
+    *("lr_num_cycles", "lr_power", "offset_noise", "pre_compute_text_embeddings", "skip_save_text_encoder"),
+    *("snr_gamma", "text_encoder_use_attention_mask", "tokenizer_max_length", "train_text_encoder"),
+    *("validation_images", "validation_scheduler", "class_labels_conditioning"),
+)
+CUSTOM_DIFFUSION_SCRIPT = {
+    name: default for name, default in FULL_SCRIPT.items() if name not in _NOT_IN_CUSTOM_DIFFUSION_SCRIPT
+} | {
+    "concepts_list": None, "freeze_model": "crossattn_kv", "hflip": False, "initializer_token": "ktn+pll+ucd",
+    "modifier_token": None, "no_safe_serialization": False, "noaug": False, "real_prior": False, "seed": 42,
+    "num_class_images": 200, "num_validation_images": 2, "validation_steps": 50, "checkpointing_steps": 250,
+    "output_dir": "custom-diffusion-model", "learning_rate": 1e-5, "dataloader_num_workers": 2,
+}  # fmt: skip
+TEXTUAL_INVERSION_SCRIPT: dict[str, Any] = {
+    "pretrained_model_name_or_path": MISSING, "revision": None, "variant": None, "tokenizer_name": None,
+    "train_data_dir": MISSING, "placeholder_token": MISSING, "initializer_token": MISSING, "num_vectors": 1,
+    "learnable_property": "object", "repeats": 100, "save_steps": 500, "save_as_full_pipeline": False,
+    "output_dir": "text-inversion-model", "seed": None, "resolution": 512, "center_crop": False,
+    "train_batch_size": 16, "num_train_epochs": 100, "max_train_steps": 5000, "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False, "learning_rate": 1e-4, "scale_lr": False, "lr_scheduler": "constant",
+    "lr_warmup_steps": 500, "lr_num_cycles": 1, "dataloader_num_workers": 0, "use_8bit_adam": False, "adam_beta1": 0.9,
+    "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "push_to_hub": False, "hub_token": None,
+    "hub_model_id": None, "logging_dir": "logs", "mixed_precision": None, "allow_tf32": False,
+    "report_to": "tensorboard", "validation_prompt": None, "num_validation_images": 4, "validation_steps": 100,
+    "validation_epochs": None, "local_rank": -1, "checkpointing_steps": 500, "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None, "enable_xformers_memory_efficient_attention": False,
+    "no_safe_serialization": False,
+}  # fmt: skip
+"""Of textual_inversion.py and of that for SDXL together; the mixed precision "no" is None here."""
 
 NOTEBOOKS = _names("""
 aspect_ratio_bucket auto_test_model class_negative_prompt clip_skip combine_prompt_from_txt concept_list concepts_list

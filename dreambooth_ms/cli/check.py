@@ -132,8 +132,10 @@ def in_short(one: Mapping[str, Any]) -> str:
 
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
-    """The words of a prompt that are neither common nor in that of the class -> into how many tokens they fall."""
+    """The words of a prompt that are new, or neither common nor in that of the class -> into how many tokens they
+    fall."""
     new = "".join(f"{re.escape(word)}|" for word in sorted(tokenizer.words, key=len, reverse=True))
     words = [word for word in re.findall(rf"{new}\w+", prompt) if not re.search(rf"\b{re.escape(word)}\b", of_class)]
     tokens = {word: tokenizer.tokens(word) for word in words}
-    return {word: len(own) for word, own in tokens.items() if len(own) > 1 or own[0] > COMMON * SIZE}
+    rare = [word for word, own in tokens.items() if word in tokenizer.words or len(own) > 1 or own[0] > COMMON * SIZE]
+    return {word: len(tokens[word]) for word in rare}

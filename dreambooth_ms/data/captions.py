@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,12 @@ class Captioning:
         """
         captions = {path: [path.stem] for path in pictures} if self.from_names else {}
         if self.column or self.from_files:
-            where = f"a {self.column!r} in the metadata" if self.column else "a text such as dog.txt beside dog.png"
-            where, read = (
-                ("a line in images.txt", _captions_of_lists) if self.from_lists else (where, _captions_of_files)
-            )
-            captions |= _captions_of_metadata(pictures, self.column) if self.column else read(pictures)
+            where, read = "a text such as dog.txt beside dog.png", _captions_of_files
+            if self.from_lists:
+                where, read = "a line in images.txt", _captions_of_lists
+            if self.column:
+                where, read = f"a {self.column!r} in the metadata", partial(_captions_of_metadata, column=self.column)
+            captions |= read(pictures)
             without = [path for path in pictures if path not in captions and not (self.may_lack and prompt)]
             _refuse({f"no caption, expected {where}": without})
         filled = ([self._prompt(prompt, one) for one in captions.get(path, ())] for path in pictures)

@@ -18,6 +18,7 @@ from dreambooth_ms.config.concepts import ConceptConfig
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.schema import describe, field_documentation, schema_fields, sections
+from dreambooth_ms.config.sources import canonical
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
@@ -512,7 +513,9 @@ def test_no_name_is_in_two_tables():
     train_fields, sample_fields = schema_fields(TrainConfig).keys(), schema_fields(SampleConfig).keys()
     # Some are names of fields that are also given in another way, or give another field too.
     converted = CONVERTED.keys() - {"optimizer", "reg_data_dir", "resolution"}
-    others = [*SPELLINGS, *REFUSED, *HARMLESS, *converted, BASE_THEN_ADAPTERS, "config"]
+    # What is another name of what one command has, another command may refuse.
+    refused = [name for name in REFUSED if not set(SPELLINGS.get(name, ())) & (train_fields ^ sample_fields)]
+    others = [*SPELLINGS, *refused, *HARMLESS, *converted, BASE_THEN_ADAPTERS, "config"]
     assert len(others) == len(set(others))
     # What one command has, another may refuse.
     assert not (train_fields & sample_fields & set(others))
@@ -603,6 +606,9 @@ def test_weight_in_training_is_the_base_alone():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_flag_says_why_unless_it_asks_for_nothing(name):
+    if canonical(name, schema_fields(TrainConfig)):  # Which `sample` refuses.
+        assert f"--{name}: {REFUSED[name].reason}" in problems(*SAMPLE_REQUIRED, f"--{name}", schema=SampleConfig)
+        return
     assert train_problems(f"--{name}") == [f"--{name}: {REFUSED[name].reason}"]
     for nothing in ("False", "None", "no", *REFUSED[name].unless):
         assert train(f"--{name}", nothing) == train()
@@ -692,7 +698,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
         "--rank",
         "0",
         "--method",
-        "textual_inversion",
+        "pivotal_tuning",
         "--push_to_hub",
         "--with_prior_preservation",
         "--class_data_dir",
@@ -700,7 +706,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ) == [
         f"{file[1]}: resolution: expected a whole number, got 'wide'",
         f"{file[1]}: zzz: unknown key",
-        f"--method: textual_inversion: {METHODS_NOT_YET['textual_inversion']}",
+        f"--method: pivotal_tuning: {METHODS_NOT_YET['pivotal_tuning']}",
         f"--push_to_hub: {REFUSED['push_to_hub'].reason}",
         "--pretrained_model_name_or_path: required",
         "--instance_data_dir: required",
@@ -812,7 +818,10 @@ def test_an_impossible_combination_is_refused(flags, start):
         (["--method", "full", "--rank", "8"], "--rank has no effect with --method full"),
         (["--method", "full", "--lora_dropout", "0.1"], "--lora_dropout has no effect with --method full"),
         (["--ema_decay", "0.99"], "--ema_decay has no effect without --use_ema"),
-        (["--text_encoder_lr", "1e-6"], "--text_encoder_lr has no effect without --train_text_encoder"),
+        (
+            ["--text_encoder_lr", "1e-6"],
+            "--text_encoder_lr has no effect without --train_text_encoder or --modifier_token",
+        ),
         (["--init_loss_scale", "9"], "--init_loss_scale has no effect without --mixed_precision fp16 or auto"),
         (
             ["--mixed_precision", "fp16", "--loss_scaler_type", "static", "--scale_window", "9"],

@@ -17,7 +17,13 @@ from dreambooth_ms.config.spellings import HARMLESS, NOTHING, REFUSED
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from tests import published_flags as published
-from tools import train_dreambooth, train_dreambooth_lora, train_dreambooth_lora_sdxl
+from tools import (
+    train_custom_diffusion,
+    train_dreambooth,
+    train_dreambooth_lora,
+    train_dreambooth_lora_sdxl,
+    train_textual_inversion,
+)
 
 ROOT = Path(__file__).parents[2]
 BASE, SUBJECT = "--pretrained_model_name_or_path base", "--instance_data_dir dog --instance_prompt 'a sks dog'"
@@ -39,6 +45,7 @@ EVERY_FLAG = {
     "diffusers sdxl": (TrainConfig, published.SDXL_SCRIPT),
     "diffusers advanced": (TrainConfig, published.ADVANCED_SCRIPT),
     "diffusers custom diffusion": (TrainConfig, published.CUSTOM_DIFFUSION_SCRIPT),
+    "diffusers textual inversion": (TrainConfig, published.TEXTUAL_INVERSION_SCRIPT),
     "notebooks": (TrainConfig, published.NOTEBOOKS),
     "mindone sdxl": (TrainConfig, published.MINDONE_SDXL_TRAINING),
     "mindone diffusers": (TrainConfig, published.MINDONE_DIFFUSERS_TRAINING),
@@ -91,15 +98,23 @@ COMMANDS = {
         [],
     ),
     # Custom Diffusion, several concepts
-    f"{BASE} --concepts_list=list.json --with_prior_preservation --real_prior --prior_loss_weight=1.0 --resolution=512 "
-    "--train_batch_size=2 --learning_rate=1e-5 --lr_warmup_steps=0 --max_train_steps=500 --num_class_images=200 "
-    "--scale_lr --hflip --modifier_token '<new1>+<new2>'": (
-        [
-            "--real_prior: not in this version: put your own pictures into --class_data_dir",
-            "--modifier_token: not in this version: Custom Diffusion is not a --method yet",
-        ],
+    f"--method custom_diffusion {BASE} --concepts_list=list.json --with_prior_preservation --real_prior "
+    "--prior_loss_weight=1.0 --resolution=512 --train_batch_size=2 --learning_rate=1e-5 --lr_warmup_steps=0 "
+    "--max_train_steps=500 --num_class_images=200 --scale_lr --hflip --modifier_token '<new1>+<new2>'": ([], []),
+    # Its command for faces
+    f"--method custom_diffusion {TRAIN} --class_data_dir=samples_person --with_prior_preservation --real_prior "
+    "--prior_loss_weight=1.0 --class_prompt=person --train_batch_size=2 --learning_rate=5e-6 --lr_warmup_steps=0 "
+    "--max_train_steps=1000 --num_class_images=200 --scale_lr --hflip --noaug --freeze_model crossattn "
+    "--modifier_token '<new1>' --enable_xformers_memory_efficient_attention": (
         [],
+        [
+            "--enable_xformers_memory_efficient_attention is accepted and ignored: "
+            f"{HARMLESS['enable_xformers_memory_efficient_attention']}"
+        ],
     ),
+    # The advanced script's words
+    f"{TRAIN} --train_text_encoder_ti --train_text_encoder_ti_frac=0.5 --token_abstraction=TOK "
+    "--num_new_tokens_per_abstraction=2": ([], []),
     # The practitioner's guide on Windows
     f"--pretrained_model_name_or_path=m --pretrained_vae_name_or_path=m/vae --output_dir=models {SUBJECT} --seed=1337 "
     "--mixed_precision=fp16 --lr_scheduler=constant --use_8bit_adam --train_batch_size=1 --max_train_steps=800 "
@@ -315,6 +330,13 @@ SCRIPTS = {
     train_dreambooth: published.FULL_SCRIPT,
     train_dreambooth_lora: published.LORA_SCRIPT,
     train_dreambooth_lora_sdxl: published.SDXL_SCRIPT,
+    train_custom_diffusion: published.CUSTOM_DIFFUSION_SCRIPT,
+    train_textual_inversion: published.TEXTUAL_INVERSION_SCRIPT,
+}
+METHODS = {
+    train_dreambooth: "full",
+    train_custom_diffusion: "custom_diffusion",
+    train_textual_inversion: "textual_inversion",
 }
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__.rpartition(".")[2])
 
@@ -322,17 +344,47 @@ EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: scr
 @EVERY_SCRIPT
 @pytest.mark.parametrize("flags", ["", "--validation_prompt x --train_text_encoder"])
 def test_a_script_has_its_published_defaults(script, flags):
-    argv = train_dreambooth.with_defaults(shlex.split(f"{TRAIN} {flags}"), script.DEFAULTS)
+    new_words = script in (train_custom_diffusion, train_textual_inversion)
+    flags = flags.replace("--train_text_encoder", "") if new_words else flags
+    named = "--modifier_token '<new1>'" if new_words else ""
+    argv = train_dreambooth.with_defaults(shlex.split(f"{TRAIN} {flags} {named}"), script.DEFAULTS)
     config, notes = answer(TrainConfig, shlex.join(argv))
     # The published rate of the LoRA script's text encoder is the UNet's.
     assert all("the default learning rate" in note for note in notes)
     values = config.values() | {"learning_rate": config.learning_rate, "output_dir": str(config.output_dir)}
-    given = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt")
+    given = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "modifier_token")
+    # Of passes, which --max_train_steps takes the place of; what words start from without a flag; and of the prior.
+    given += ("repeats", "num_train_epochs") if values["max_train_steps"] else ()
+    given += ("initializer_token", "num_class_images") if new_words else ()
     for name, default in SCRIPTS[script].items():
-        only_if_used = "text_encoder" in name or name.startswith("validation")
+        only_if_used = "text_encoder" in name or "validation" in name
         if name in values and name not in given and (flags or not only_if_used) and name not in flags:
             assert values[name] == default, name
-    assert values["method"] == ("full" if script is train_dreambooth else "lora")
+    assert values["method"] == METHODS.get(script, "lora")
+
+
+def test_class_pictures_are_as_many_as_in_the_script():
+    line = f"{TRAIN} --with_prior_preservation --class_data_dir cats --class_prompt cat --modifier_token '<new1>'"
+    argv = train_dreambooth.with_defaults(shlex.split(line), train_custom_diffusion.DEFAULTS)
+    assert answer(TrainConfig, shlex.join(argv))[0].prior.num_class_images == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompt"),
+    [
+        ("--learnable_property object", "a photo of a <toy>"),
+        ("--learnable_property=style", "a painting in the style of <toy>"),
+        ("", "a photo of a <toy>"),
+        ("--instance_prompt 'my <toy>'", "my <toy>"),
+    ],
+)
+def test_a_command_of_textual_inversion_is_one_of_train(flags, prompt):
+    line = f"{BASE} --train_data_dir toys --placeholder_token '<toy>' --initializer_token toy --save_steps 100 {flags}"
+    argv = train_textual_inversion.translated(shlex.split(line))
+    config, _ = answer(TrainConfig, shlex.join(train_dreambooth.with_defaults(argv, train_textual_inversion.DEFAULTS)))
+    assert (config.data.instance_data_dir, config.data.instance_prompt) == ("toys", prompt)
+    assert (config.words.modifier_token, config.words.initializer_token) == ("<toy>", "toy")
+    assert config.run.checkpointing_steps == 100
 
 
 def test_a_script_leaves_what_is_given_by_any_name_and_by_a_file():
