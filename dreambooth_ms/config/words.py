@@ -17,7 +17,7 @@ def split_words(joined: str | None) -> list[str]:
 
 _WORDS = Range(
     "different words put together by +, such as <new1>+<new2>, without a slash",
-    lambda joined: all(words := split_words(joined)) and len(set(words)) == len(words) and "/" not in joined,
+    lambda joined: len({"", *(words := split_words(joined))}) == len(words) + 1 > 1 and "/" not in joined,
 )
 _TRAINED = Rule(
     lambda values: values["method"] == "full" or (values["method"] == "lora" and not values["train_new_words"]),
@@ -34,7 +34,7 @@ _ENOUGH = Rule(
 class WordsConfig:
     """New words, whose vectors are trained."""
 
-    modifier_token: Annotated[str | None, NOT_EMPTY, _WORDS, _TRAINED] = None
+    modifier_token: Annotated[str | None, _WORDS, _TRAINED] = None
     """New words for the subjects, put together by +: "<new1>+<new2>". Prompts name the subjects by them."""
     initializer_token: Annotated[str | None, NOT_EMPTY, only_with("modifier_token"), _ENOUGH] = None
     """Words that are one token each, put together by +, whose vectors the new words start from. None: ktn+pll+ucd

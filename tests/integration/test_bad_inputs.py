@@ -268,6 +268,105 @@ def test_a_damaged_class_picture(place, train_refused):
     assert train_refused(class_data_dir="pictures", **PRIOR) == [f"pictures/dog.png{NOT_A_PICTURE}"]
 
 
+# --- New words, and photographs of the class ---
+
+
+WORD = {"method": "custom_diffusion", "modifier_token": "<new1>", "instance_prompt": "a photo of <new1> star"}
+REAL = {"method": "custom_diffusion", "class_data_dir": "real", "num_class_images": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"instance_prompt": "a photo of star"},
+            "--modifier_token: <new1>: in no prompt and no caption of dog; name the subject by it, as in "
+            "--instance_prompt 'a photo of <new1> dog'",
+        ),
+        ({"modifier_token": "<new1>+<new2>"}, "--modifier_token: <new2>: in no prompt and no caption of dog; "),
+        ({"modifier_token": "<NEW1>"}, "--modifier_token: <NEW1>: in no prompt and no caption of dog; "),
+        ({"modifier_token": "a/b"}, "--modifier_token: expected different words put together by +, such as "),
+        ({"modifier_token": "<new1>+<new1>"}, "--modifier_token: expected different words put together by +"),
+        ({"modifier_token": "<new1>+"}, "--modifier_token: expected different words put together by +"),
+        ({"method": "lora"}, "--modifier_token: new words are trained by --method custom_diffusion or textual_inv"),
+        (
+            {"method": "textual_inversion", "modifier_token": None},
+            "--method textual_inversion: trains new words alone; name them with --modifier_token",
+        ),
+        (
+            {"modifier_token": "<new1>+<new2>", "initializer_token": "star"},
+            "--initializer_token 'star': expected a word for each of --modifier_token '<new1>+<new2>'",
+        ),
+        (
+            {"initializer_token": "a star"},
+            "--initializer_token 'a star': expected a word that is one token, it is 2 tokens",
+        ),
+        ({"train_text_encoder": True}, "--train_text_encoder: --method custom_diffusion trains new words"),
+        (
+            {"use_aspect_ratio_bucket": True},
+            "--use_aspect_ratio_bucket: custom_diffusion varies the size of pictures in a square; give --noaug with it",
+        ),
+        ({"train_new_words": True, "method": "lora", "modifier_token": None}, "--train_new_words: needs --modifier_to"),
+    ],
+)
+def test_new_words_that_cannot_be_trained(place, train_refused, flags, said):
+    (line,) = train_refused(**WORD | flags)
+    assert line.replace(f"{place}/", "").startswith(said)
+
+
+def test_a_caption_that_holds_the_word_is_enough(place, train_refused):
+    for number in range(3):
+        (place / "dog" / f"{number}.txt").write_text("a <new1> star" if number == 2 else "a star")
+    flags = {"instance_prompt": None, "use_txt_as_label": True, "checkpointing_steps": 1}
+    # What is wrong then comes later.
+    (line,) = train_refused(**WORD | flags, resume_from_checkpoint="gone")
+    assert line.startswith("out/gone: not a checkpoint")
+
+
+def real_prior(place, images=2, names=2, captions=2):
+    """A folder as the published script's retrieval leaves one."""
+    (place / "real" / "images").mkdir(parents=True)
+    for number in range(images):
+        (place / "real" / "images" / f"{number}.jpg").write_bytes(encoded("JPEG", seed=number))
+    for file, count, line in (("images.txt", names, "real/images/{}.jpg"), ("caption.txt", captions, "star {}")):
+        if count:
+            (place / "real" / file).write_text("".join(f"{line.format(n)}\n" for n in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ({"images": 0}, "real/images: no picture in it, it is empty"),
+        (
+            {"images": 1},
+            "real/images: 1 picture, expected --num_class_images 2 for --real_prior; put more there with their "
+            "captions, or lower it",
+        ),
+        ({"captions": 3}, "real/caption.txt: 3 lines, 2 in images.txt; each goes with one there"),
+        ({"names": 1}, "real/caption.txt: 2 lines, 1 in images.txt; each goes with one there"),
+        ({"names": 1, "captions": 1}, "real/images: no caption, expected a line in images.txt, 1 found: 1.jpg"),
+        ({"names": 0}, "real/images.txt: cannot be read (No such file or directory)"),
+        ({"captions": 0}, "real/caption.txt: cannot be read (No such file or directory)"),
+    ],
+)
+def test_photographs_of_the_class_that_are_not_whole(place, train_refused, layout, said):
+    real_prior(place, **layout)
+    (line,) = train_refused("--with_prior_preservation", "--real_prior", **REAL)
+    assert line.startswith(said)
+
+
+def test_photographs_of_the_class_that_are_not_there(place, train_refused):
+    (line,) = train_refused("--with_prior_preservation", "--real_prior", **REAL)
+    assert line.startswith("real: no such folder")
+    (place / "real").mkdir()
+    for number in range(2):
+        (place / "real" / f"{number}.png").write_bytes(encoded("PNG", seed=number))
+    (line,) = train_refused("--with_prior_preservation", "--real_prior", **REAL)
+    assert line == "real: no caption, expected a text such as dog.txt beside dog.png, 2 found: 0.png, 1.png"
+    (line,) = train_refused("--with_prior_preservation", "--real_prior", **REAL | {"class_data_dir": None})
+    assert line == "--with_prior_preservation: needs --class_data_dir, the folder of the class pictures"
+
+
 # --- Flags ---
 
 

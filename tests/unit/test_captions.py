@@ -109,3 +109,22 @@ def test_rows_drop_and_shuffle_what_they_read():
 
 def test_a_wording_that_changes_nothing_leaves_the_prompt_as_it_is():
     assert Wording().of_row("a ,b", np.random.default_rng(0)) == "a ,b"
+
+
+LISTED = Captioning(from_files=True, from_lists=True)
+
+
+def test_lists_give_each_picture_the_caption_of_its_line(tmp_path):
+    """As the published script's retrieval leaves them: paths relative to where it ran, Windows' line ends, any order."""
+    (tmp_path / "images").mkdir()
+    pictures = [tmp_path / "images" / f"{n}.jpg" for n in (0, 1, 10)]
+    write(tmp_path, **{"images.txt": "real/images/10.jpg\r\nreal/images/0.jpg\r\n/elsewhere/1.jpg\r\n"})
+    write(tmp_path, **{"caption.txt": "ten\r\nzero, a cat\r\none\r\n"})
+    assert LISTED.prompts(pictures, "") == [("zero, a cat",), ("one",), ("ten",)]
+
+
+def test_a_picture_with_an_empty_line_has_no_caption(tmp_path):
+    (tmp_path / "images").mkdir()
+    write(tmp_path, **{"images.txt": "0.jpg\n1.jpg\n2.jpg", "caption.txt": "zero\n\ntwo"})
+    with pytest.raises(DataError, match=r"images: no caption, expected a line in images.txt, 1 found: 1.jpg"):
+        LISTED.prompts([tmp_path / "images" / f"{n}.jpg" for n in range(3)], "")

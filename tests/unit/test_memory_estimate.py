@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.cli import training_needs
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
@@ -266,3 +267,36 @@ class TestTwoProcessesOnAMachine:
 )
 def test_sizes_are_spelt_as_mindspore_does(text, size):
     assert memory_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "trained", "reads_text"),
+    [
+        ("--method custom_diffusion", 19_169_280, False),
+        ("--method custom_diffusion --modifier_token <new1>", 19_169_280, True),
+        ("--method custom_diffusion --freeze_model crossattn", 43_962_560, False),
+        ("--method textual_inversion --modifier_token <new1>", 0, True),
+        ("--train_new_words --modifier_token <new1>", 797_184, True),
+    ],
+)
+def test_of_new_words_and_cross_attention_what_is_trained_is_counted(tmp_path, flags, trained, reads_text):
+    """At the size of SD 1.5; the vectors of new words are next to nothing."""
+    needed = "--pretrained_model_name_or_path m --instance_data_dir d --instance_prompt p"
+    bundle = open_bundle(write_random_model(tmp_path))
+    text = tuple(replace(reader, spec=CLIP_L_TEXT) for reader in bundle.text)
+    bundle = replace(bundle, denoiser=replace(bundle.denoiser, spec=SD_15_UNET), text=text)
+    work = training_needs._workload(load(TrainConfig, [*needed.split(), *flags.split()]), bundle, 1)
+    assert work.numbers[1] == trained
+    assert len(work.text_encoders) == int(reads_text)
+    assert estimate(work).parts["trained"] == trained * 8
+
+
+def test_keys_and_values_of_text_keep_less_than_adapters_of_all_and_those_less_than_a_full_training():
+    ends = {
+        which: dict.fromkeys(ranks_of(unet_shapes(SD_15_UNET), 1, own), None) for which, own in CROSS_ATTENTION.items()
+    }
+    kept = [
+        estimate(replace(SD_15_LORA, ranks=[ranks])).parts["activations"]
+        for ranks in ({}, ends["crossattn_kv"], ends["crossattn"], full(SD_15_UNET).ranks[0])
+    ]
+    assert kept[0] == kept[1] < kept[2] < kept[3]
