@@ -17,7 +17,7 @@ def split_words(joined: str | None) -> list[str]:
 
 _WORDS = Range(
     "different words put together by +, such as <new1>+<new2>, without a slash",
-    lambda joined: len({"", *(words := split_words(joined))}) == len(words) + 1 > 1 and "/" not in joined,
+    lambda joined: all(words := split_words(joined) or [""]) and len(set(words)) == len(words) and "/" not in joined,
 )
 _TRAINED = Rule(
     lambda values: values["method"] == "full" or (values["method"] == "lora" and not values["train_new_words"]),

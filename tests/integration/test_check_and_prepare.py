@@ -94,6 +94,19 @@ def test_odd_pictures_are_named_and_nothing_has_to_be_mended(checked, place):
     assert odd["much cropped"] == {"wide.png": "75% cut off"}
 
 
+def test_a_new_word_is_one_token_and_one_that_no_prompt_holds_is_to_be_mended(checked):
+    words = {"method": "custom_diffusion", "modifier_token": "<new1>+<new2>"}
+    status, report = checked(**words, instance_prompt="a photo of <new1> star")
+    assert report["rare_words"]["a photo of <new1> star"] == {"<new1>": 1}
+    assert status == 1
+    assert report["to_mend"] == [
+        "--modifier_token: <new2>: in no prompt and no caption of dog; name the subject by it, as in "
+        "--instance_prompt 'a photo of <new2> dog'"
+    ]
+    status, report = checked(**words | {"num_vectors": 3}, instance_prompt="a <new1> star of <new2>")
+    assert (status, report["rare_words"]) == (0, {"a <new1> star of <new2>": {"<new1>": 3, "<new2>": 3}})
+
+
 def test_in_words_it_says_the_same(base, place, capsys):
     scene(0).resize((160, 120)).save(place / "dog" / "again.jpg")
     (place / "dog" / "notes.md").touch()

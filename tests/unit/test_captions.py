@@ -115,7 +115,7 @@ LISTED = Captioning(from_files=True, from_lists=True)
 
 
 def test_lists_give_each_picture_the_caption_of_its_line(tmp_path):
-    """As the published script's retrieval leaves them: paths relative to where it ran, Windows' line ends, any order."""
+    """As the published script's retrieval leaves them: paths from where it ran; Windows' line ends, any order."""
     (tmp_path / "images").mkdir()
     pictures = [tmp_path / "images" / f"{n}.jpg" for n in (0, 1, 10)]
     write(tmp_path, **{"images.txt": "real/images/10.jpg\r\nreal/images/0.jpg\r\n/elsewhere/1.jpg\r\n"})

@@ -344,3 +344,29 @@ def test_kohya_s_pictures_need_a_caption_or_tokens(sources):
     found, _ = sources('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "dog"', name="list.toml")
     with pytest.raises(DataError, match=r"no caption, expected a text such as dog.txt beside dog.png, 1 found: 0.png"):
         read_concepts(found)
+
+
+def test_photographs_of_a_class_have_their_own_captions_and_none_is_generated(sources):
+    """Of one subject by lists, of the other beside the pictures; more than are asked for are left out."""
+    for folder, count in (("dog", 1), ("cat", 1), ("dogs/images", 4), ("cats", 3)):
+        fill(folder, count)
+    Path("dogs/images.txt").write_text("".join(f"dogs/images/{n}.png\n" for n in range(4)))
+    Path("dogs/caption.txt").write_text("".join(f"dog {n}\n" for n in range(4)))
+    for number in range(3):
+        Path(f"cats/{number}.txt").write_text(f"cat {number}")
+    dog = {key: value for key, value in DOG.items() if key != "class_prompt"}
+    found, _ = sources([dog, CAT], PRIOR, "--real_prior", "--num_class_images", "3")
+    assert not class_numbers_to_come(found)
+    *_, dogs, cats = read_concepts(found, lambda line: None)
+    assert [record.captions for record in dogs.records] == [("dog 0",), ("dog 1",), ("dog 2",)]
+    assert [record.captions for record in cats.records] == [("cat 0",), ("cat 1",), ("cat 2",)]
+
+
+def test_one_subject_of_several_has_photographs_of_its_class(sources):
+    for folder, count in (("dog", 1), ("cat", 1), ("dogs", 2)):
+        fill(folder, count)
+    for number in range(2):
+        Path(f"dogs/{number}.txt").write_text("a dog of mine")
+    found, _ = sources([DOG | {"real_prior": True, "num_class_images": 2}, CAT], PRIOR)
+    assert {folder: len(own) for folder, own in class_numbers_to_come(found).items()} == {"cats": 100}
+    assert read_concepts(found, lambda line: None)[-1].records[0].captions == ("a dog of mine",)
