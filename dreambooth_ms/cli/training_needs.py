@@ -151,11 +151,10 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     groups = 2 if config.prior.with_prior_preservation else 1
     readers, shapes = folder.text if config.encodes_text else (), unet_shapes(folder.denoiser.spec)
     rank = method.rank if method.method == "lora" else None
-    of_unet = ranks_of(shapes, rank, method.lora_target_modules)
-    if method.method in ("custom_diffusion", "textual_inversion"):
-        ends = CROSS_ATTENTION[method.freeze_model] if method.method == "custom_diffusion" else ()
-        of_unet = dict.fromkeys(ranks_of(shapes, 1, ends), None)
     # New words are next to nothing.
+    ends = {"custom_diffusion": CROSS_ATTENTION[method.freeze_model], "textual_inversion": ()}.get(method.method)
+    of_unet = ranks_of(shapes, rank, method.lora_target_modules)
+    of_unet = of_unet if ends is None else dict.fromkeys(ranks_of(shapes, 1, ends))
     texts = [(clip_text_shapes(one.spec), one.adapted_layers) for one in readers]
     of_texts = [ranks_of(own, rank, ends) if method.train_text_encoder else {} for own, ends in texts]
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
