@@ -163,7 +163,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         tell(f"stopped; saved {checkpoint_folder(output, stopped.step)}. Run the same command again to go on")
         return INTERRUPTED_STATUS
     if processes.is_first:
-        training.write_result(output, job.total)
+        with training.result_weights():
+            training.learner.write_result(output, job.total)
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
     return 0

@@ -73,8 +73,3 @@ class Training:
         """Write what was trained into the folder of a checkpoint."""
         with self.result_weights():
             self.learner.write_part(target, step)
-
-    def write_result(self, target: Path, step: int) -> None:
-        """Write the result of the run."""
-        with self.result_weights():
-            self.learner.write_result(target, step)

@@ -60,7 +60,13 @@ def build(
     values = dict(base or {}) | given
     absent = {name: one.kind() for name, one in known.items() if one.default is MISSING and name not in values}
     # What is required has a stand-in, so that the rest can be checked even without it.
-    config = _built(schema, values | absent)
+    values |= absent
+    owned = {
+        section: owner(**{one.name: values[one.name] for one in fields(owner) if one.name in values})
+        for section, owner in sections(schema).items()
+    }
+    make: Any = schema
+    config: Config = make(**owned)
 
     settings = list(chain(*layers))
     problems = [line for one in settings for line in one.problems]
@@ -89,17 +95,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_escaped(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _built(schema: type[Config], values: Mapping[str, Any]) -> Config:
-    """A schema of these values, and of its defaults."""
-    make: Any = schema
-    return make(
-        **{
-            section: owner(**{one.name: values[one.name] for one in fields(owner) if one.name in values})
-            for section, owner in sections(schema).items()
-        }
-    )
 
 
 def _read_layer(layer: Iterable[Setting], known: Mapping[str, Field]) -> dict[str, Any]:

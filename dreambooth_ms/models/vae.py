@@ -5,7 +5,6 @@ an image of one row in this formulation's layout, C channels; I, O channels of a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
@@ -94,6 +93,7 @@ class BandedDecoder:
     def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
         self._vae, self._max_taps = vae, max_taps
         self._height, self._width, self._channels = image_axes()
+        self._decode_middle = CellMethod(vae.decode_middle)
 
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
         """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
@@ -106,10 +106,6 @@ class BandedDecoder:
                     x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
             x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
             return np.moveaxis(x.asnumpy(), self._channels, 1)
-
-    @cached_property
-    def _decode_middle(self) -> CellMethod:
-        return CellMethod(self._vae.decode_middle)
 
     def _resnet(self, resnet: ResnetBlock2D, x: Tensor) -> Tensor:
         """See `ResnetBlock2D`; the result takes the place of the input."""
