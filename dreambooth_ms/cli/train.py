@@ -13,10 +13,9 @@ from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
-from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
-from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig

@@ -11,8 +11,7 @@ from mindspore import nn
 from PIL import Image
 
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_setup import Training
+from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.evaluation.sheet import Row, write_sheet
