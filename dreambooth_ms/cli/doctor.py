@@ -36,7 +36,7 @@ from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime import ascend
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
-from dreambooth_ms.sampling.denoiser import Denoiser
+from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 

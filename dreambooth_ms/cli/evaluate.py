@@ -15,10 +15,10 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
-from dreambooth_ms.evaluation.sheet import Row, write_sheet
+from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.hub import find_adapter, find_clip
 

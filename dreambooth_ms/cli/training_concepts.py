@@ -100,10 +100,7 @@ def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
 
 
 def tell_cut_prompts(
-    base: ModelBundle,
-    concepts: Sequence[Concept],
-    class_prompts: Sequence[str],
-    tell: Callable[[str], object] = tell,
+    base: ModelBundle, concepts: Sequence[Concept], class_prompts: Sequence[str], tell: Callable[[str], object] = tell
 ) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
     tokenizer, shared = PromptTokenizer(base.text), [*class_prompts]

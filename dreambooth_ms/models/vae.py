@@ -15,8 +15,7 @@ from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.ops import Conv2d, convolution, equal_parts
 from dreambooth_ms.ops.layout import from_public_layout, image_axes, to_public_layout, upsample_nearest
-from dreambooth_ms.runtime.device import uncompiled
-from dreambooth_ms.runtime.host_memory import arrays_used_again
+from dreambooth_ms.runtime.device import arrays_used_again, uncompiled
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
