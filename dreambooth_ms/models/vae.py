@@ -46,8 +46,7 @@ class AutoencoderKL(nn.Cell):
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1]."""
-        x = self.decoder(self.post_quant_conv(from_public_layout(latents_BChw)))
-        return to_public_layout(x)
+        return to_public_layout(self.decoder(self.post_quant_conv(from_public_layout(latents_BChw))))
 
     def decode_middle(self, latents_BChw: Tensor) -> Tensor:
         """An image: `decode` as far as it is at the size of the latents, where attention is over all pixels."""
