@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.errors import Tell, WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
@@ -32,7 +32,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def check_expected_memory(
-    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Callable[[str], object] = tell
+    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Tell = tell
 ) -> Mapping[str, int]:
     """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
 

@@ -7,7 +7,7 @@ loads again. `${…}` is plain text in a flag; in a file it refers to that file,
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dreambooth_ms.config import spellings
 from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
 from dreambooth_ms.config.sources import Setting, answer_unknown, canonical, read_file, read_flags, read_value, split
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, Tell
 
 Config = TypeVar("Config", bound=Schema)
 
@@ -26,7 +26,7 @@ def _print(note: str) -> None:
     sys.stderr.write(f"dreambooth-ms: note: {note}\n")
 
 
-def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object] = _print) -> Config:
+def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
     """A configuration from the flags and the files that they name.
 
     Args:

@@ -21,7 +21,7 @@ from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
 
 SETTINGS_KEY = "dreambooth_ms"
-MARGIN, GAP, LABEL_WIDTH, LINE = 24, 10, 200, 18
+MARGIN, GAP, LABEL_WIDTH, LINE, CELL = 24, 10, 200, 18, 160
 INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
@@ -94,32 +94,32 @@ class Row:
     """One under each picture; none if empty."""
 
 
-def write_sheet(path: Path, title: str, rows: Sequence[Row], cell: int = 160) -> None:
-    """A sheet that shows people what a training did: rows of pictures (H, W, 3) uint8, `cell` pixels on their longer
+def write_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A sheet that shows people what a training did: rows of pictures (H, W, 3) uint8, `CELL` pixels on their longer
     side, with labels at the left and captions below."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     columns = max(len(row.pictures) for row in rows)
-    wrapped = [[textwrap.wrap(caption, cell // 7) for caption in row.captions] for row in rows]
-    heights = [cell + GAP + LINE * max((len(lines) for lines in captions), default=0) for captions in wrapped]
-    width = 2 * MARGIN + LABEL_WIDTH + columns * (cell + GAP)
+    wrapped = [[textwrap.wrap(caption, CELL // 7) for caption in row.captions] for row in rows]
+    heights = [CELL + GAP + LINE * max((len(lines) for lines in captions), default=0) for captions in wrapped]
+    width = 2 * MARGIN + LABEL_WIDTH + columns * (CELL + GAP)
     sheet = Image.new("RGB", (width, 2 * MARGIN + 36 + sum(heights)), "white")
     canvas = ImageDraw.Draw(sheet)
     canvas.text((MARGIN, MARGIN), title, fill=INK, font=font)
     y = MARGIN + 36
     for row, captions, height in zip(rows, wrapped, heights, strict=True):
-        room = textwrap.TextWrapper(LABEL_WIDTH // 9, max_lines=cell // 20, placeholder=" …")
+        room = textwrap.TextWrapper(LABEL_WIDTH // 9, max_lines=CELL // 20, placeholder=" …")
         label = "\n".join(line for part in row.label.split("\n") for line in room.wrap(part))
-        canvas.multiline_text((MARGIN, y + cell // 2), label, fill=INK, font=font, anchor="lm")
+        canvas.multiline_text((MARGIN, y + CELL // 2), label, fill=INK, font=font, anchor="lm")
         for column, picture in enumerate(row.pictures):
             if picture is None:
                 continue
-            x = MARGIN + LABEL_WIDTH + column * (cell + GAP)
-            filter_ = Image.Resampling.NEAREST if picture.shape[0] < cell else Image.Resampling.LANCZOS
-            scale = cell / max(picture.shape[:2])
+            x = MARGIN + LABEL_WIDTH + column * (CELL + GAP)
+            filter_ = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
+            scale = CELL / max(picture.shape[:2])
             size = round(scale * picture.shape[1]), round(scale * picture.shape[0])
             sheet.paste(Image.fromarray(picture).resize(size, filter_), (x, y))
             if captions:
-                canvas.multiline_text((x, y + cell + 4), "\n".join(captions[column]), fill=PALE, font=small)
+                canvas.multiline_text((x, y + CELL + 4), "\n".join(captions[column]), fill=PALE, font=small)
         y += height
     with atomic_path(path) as partial:
         sheet.save(partial, format="PNG")
