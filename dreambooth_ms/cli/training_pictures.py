@@ -79,17 +79,14 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
 
 
 def sample_class_pictures(
-    job: TrainingJob,
-    missing: Mapping[str, Sequence[int]],
-    embeddings: Mapping[str, PromptText],
-    subjects: Sequence[Concept],
+    job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText], subjects: Sequence[Concept]
 ) -> nn.Cell | None:
     """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
     it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    model, plan = SamplingModel(job.base, embeddings=embeddings), job.plan(subjects)
+    model, plan = SamplingModel(job.base, embeddings=texts), job.plan(subjects)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
     classes = [one for one in job.sources if one.concept.group == CLASS]
     for source, subject in zip(classes, subjects, strict=False):
