@@ -55,10 +55,8 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
     """
     description = _Description()
-    description.add(settings)
-    description.add(surroundings())
-    description.add(_shapes(inputs))
-    description.add(cell)
+    for part in (settings, surroundings(), _shapes(inputs), cell):
+        description.add(part)
     return description.hash.hexdigest()[:32]
 
 
