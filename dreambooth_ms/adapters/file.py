@@ -78,6 +78,11 @@ class OpenedAdapter:
         return self.models[0]
 
     @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return self.form.value if isinstance(self.form, OtherFormat) else "a LoRA"
+
+    @property
     def families(self) -> str:
         """The families that it fits, in words."""
         return " or ".join(dict.fromkeys(model.family.value for model in self.models))

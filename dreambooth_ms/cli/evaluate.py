@@ -53,8 +53,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
-    loras = [find_adapter(name) for name in weights.lora]
-    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
+    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
+    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
     base = _pictures(model, replace(request, lora_scales=(0.0,)), "before")
