@@ -1,5 +1,7 @@
 """Custom Diffusion and embeddings of new words in the files of every program that writes them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from dreambooth_ms.formats.files.stored import Container
 from dreambooth_ms.formats.naming.formats import Format, spell
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, OtherFormat, lora_layers
 from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
+from dreambooth_ms.sampling.prompts import ModelAdapters
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 from tests.whole_loras import write_lora_file
@@ -317,3 +321,31 @@ def test_where_a_model_is_expected_it_is_called_what_it_is(tmp_path, kind):
     save_file(content, tmp_path / "x.safetensors")
     with pytest.raises(WeightError, match=f"this is {kind}; expected a model"):
         open_model(tmp_path / "x.safetensors")
+
+
+class TestOfSeveral:
+    """What a sampling is given together."""
+
+    BASE = SimpleNamespace(opened=lambda: SimpleNamespace(spec=SPEC), path="base")
+
+    def test_words_of_all_files_are_read_and_only_adapters_have_a_strength(self, tmp_path):
+        lora, _ = write_lora_file_in(tmp_path / "run")
+        save_file({"<dog>": tensor(WIDTH)}, lora.parent / "<dog>.safetensors")
+        save_file({"emb_params": tensor(2, WIDTH)}, tmp_path / "cat.safetensors")
+        adapters = ModelAdapters(self.BASE, [lora.parent], [tmp_path / "cat.safetensors"])
+        assert {word: len(rows["text_encoder"]) for word, rows in adapters.words.items()} == {"<dog>": 1, "cat": 2}
+        assert len(adapters.opened) == 1
+        assert adapters.scales(SampleRequest(prompts=("",), lora_scales=(0.5,))) == (0.5,)
+
+    def test_a_word_with_two_meanings_is_refused_and_the_same_twice_is_not(self, tmp_path):
+        for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+            save_file({"<dog>": tensor(WIDTH, seed=seed)}, tmp_path / f"{name}.safetensors")
+        a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+        assert list(ModelAdapters(self.BASE, [], [a, c]).words) == ["<dog>"]
+        with pytest.raises(WeightError, match=rf"^{b}: <dog> has other vectors here than in a file before it; leave"):
+            ModelAdapters(self.BASE, [], [a, b])
+
+    def test_layers_are_no_embedding(self, tmp_path):
+        lora, _ = write_lora_file_in(tmp_path / "run")
+        with pytest.raises(WeightError, match=rf"^--embedding {lora}: changes layers, too; name it with --lora$"):
+            ModelAdapters(self.BASE, [], [lora])
