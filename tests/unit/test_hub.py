@@ -83,7 +83,7 @@ DIFFUSERS_LORA = {"README.md", "pytorch_lora_weights.safetensors", "checkpoint-5
 PEFT_LORA = in_folders(unet="adapter_config.json adapter_model.bin adapter_model.safetensors README.md") | {"README.md"}
 KOHYA_LORA = {"README.md", "dog [v1].safetensors", "training_state.bin"}
 OF_CUSTOM_DIFFUSION = {
-    "README.md", "image_0.png", "pytorch_custom_diffusion_weights.bin", "<new1>.bin", "<new2>.bin", "<new2>.safetensors",
+    "README.md", "0.png", "pytorch_custom_diffusion_weights.bin", "<new1>.bin", "<new2>.bin", "<new2>.safetensors",
 }  # fmt: skip
 MANY_LORAS = {"README.md", "dog-000001.safetensors", "dog-000002.safetensors", "dog.safetensors"}
 
@@ -221,11 +221,7 @@ def test_what_is_there_is_not_fetched_again(hub, capfd):
         (find_clip, CLIP, {"config.json", "preprocessor_config.json", "pytorch_model.bin"}),
         (find_clip, LARGE_CLIP, {"config.json", "preprocessor_config.json", "model.safetensors"}),
         (find_adapter, PEFT_LORA, {"unet/adapter_config.json", "unet/adapter_model.safetensors"}),
-        (
-            find_adapter,
-            OF_CUSTOM_DIFFUSION,
-            {"pytorch_custom_diffusion_weights.bin", "<new1>.bin", "<new2>.safetensors"},
-        ),
+        (find_adapter, OF_CUSTOM_DIFFUSION, OF_CUSTOM_DIFFUSION - {"README.md", "0.png", "<new2>.bin"}),
         (find_adapter, DIFFUSERS_LORA | {"<s0>.safetensors"}, {"pytorch_lora_weights.safetensors", "<s0>.safetensors"}),
     ],
 )
