@@ -236,7 +236,7 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
     if not found:
         named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
         adapters = named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
-        found = {file: (None, None) for file in adapters}
+        found = {**dict.fromkeys(adapters, (None, None))}
     if len(found) > max(len(peft), 1):
         listed = show_names([file.name for file in found])
         raise WeightError(f"{path}: holds {len(found)} adapters ({listed}); name one of these files")

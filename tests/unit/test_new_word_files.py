@@ -319,9 +319,7 @@ def test_different_numbers_of_vectors_for_the_encoders_of_sdxl(tmp_path):
 def test_a_file_that_changes_nothing_is_refused(tmp_path):
     empty = {name: {"u": own["u"][:, :0], "v": own["v"][:0]} for name, own in compressed(whole_weights()).items()}
     torch.save({"unet": empty, "modifier_token": {}}, tmp_path / "b.bin")
-    with pytest.raises(
-        WeightError, match=r"b\.bin: this is a Custom Diffusion file that changes nothing of a model; down"
-    ):
+    with pytest.raises(WeightError, match=r"b\.bin: this is a Custom Diffusion file that changes nothing of a model"):
         open_adapter(tmp_path / "b.bin", [SPEC])
 
 
