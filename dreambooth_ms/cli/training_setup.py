@@ -1,9 +1,11 @@
 """What a run trains: the method's trainables with their optimiser and step, and what a checkpoint keeps of them."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
 from pathlib import Path
 
-from mindspore import Parameter
+from mindspore import Parameter, Tensor
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.training_job import TrainingJob
@@ -49,6 +51,11 @@ class Training:
         self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
         if job.checkpoint:
             restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
+        share = config.words.train_text_encoder_ti_frac
+        # As a decimal fraction: 0.29 * 100 is less than 29.
+        self.steps_of_words = math.floor(Fraction(str(1.0 if share is None else share)) * job.total)
+        rows = text_encoders.new_rows().values() if text_encoders and share is not None else ()
+        self.kept_words = [(one, one.asnumpy().copy()) for one in rows]
 
     def state(self, of_all: bool = False) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
@@ -63,6 +70,17 @@ class Training:
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
         return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def keep_words(self, report: StepReport) -> None:
+        """A hook: once new words were trained for their share of the run, put them back as they were then.
+
+        Until the end their gradients count in the clip, as in diffusers, which sets their learning rate to 0.
+        """
+        if report.step <= self.steps_of_words:
+            self.kept_words = [(one, one.asnumpy().copy()) for one, _ in self.kept_words]
+            return
+        for one, value in self.kept_words:
+            one.set_data(Tensor(value))
 
     def update_average(self, report: StepReport) -> None:
         """A hook: take the weights after a step into the average, if one is kept."""

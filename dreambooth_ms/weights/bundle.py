@@ -126,7 +126,9 @@ class TextReader:
         counts = {word: len(rows) for word, rows in own.items()}
         tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
         places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
-        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer)
+        # The largest id of a text (`end_positions`) would be a new word's.
+        pooled_at = self.spec.vocab_size - 1 if self.pooled_at == 2 else self.pooled_at
+        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=pooled_at)
 
     @classmethod
     def of_clip(
