@@ -39,11 +39,14 @@ Operator OperatorFactory::CreateOperator(const char *, const char *) { return {}
 """
 """What must do something: the table of errors, into which static initialisers write, and an empty operator, which is
 copied. In the old ABI of strings, which the plug-in is built for."""
-PATIENCE, WAITING = "libpatience.so", """
+PATIENCE, WAITING = (
+    "libpatience.so",
+    """
 #include <unistd.h>
 extern "C" int wait_for_report(int) __asm__("_ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i");
 int wait_for_report(int) { usleep(100000); return 0; }
-"""
+""",
+)
 """A library to be loaded first, for a function of MindSpore's own. Two of its threads wait by it for what a device
 reports; in a simulation it comes back at once, so that they keep two cores busy for nothing (measured)."""
 HCCL_PACKAGE = {"hccl/__init__.py": "", "hccl/sys_version.py": '__sys_version__ = "0"\n'}

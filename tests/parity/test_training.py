@@ -587,6 +587,19 @@ def test_five_steps_of_one_shape_are_compiled_once(compared):
     assert compared.compiled <= 1
 
 
+def test_new_words_are_trained_in_every_text_encoder(compared):
+    trained, (sizes, gradients) = (
+        compared.case.trained,
+        (
+            {name: values for name, values in of.items() if name.endswith("token_embedding.new_rows")}
+            for of in (compared.training.start, compared.ours.gradients)
+        ),
+    )
+    of_each = (24, 16) if trained.sdxl else (24,)
+    assert [values.shape for values in sizes.values()] == [(trained.words, width) for width in of_each if trained.words]
+    assert all(np.abs(values).max() > 0 for values in gradients.values())
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.batches_per_step > 1], ids=str)
 def test_a_step_of_several_batches_is_one_of_a_larger_batch(training_of, case):
     training = training_of(case.trained, levels_of(case))
