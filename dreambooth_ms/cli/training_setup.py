@@ -5,11 +5,12 @@ from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 
-from mindspore import Parameter, Tensor
+from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
+from dreambooth_ms.ops.graph import set_between_runs
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.training.checkpoint import restore
@@ -80,7 +81,7 @@ class Training:
             self.kept_words = [(one, one.asnumpy().copy()) for one, _ in self.kept_words]
             return
         for one, value in self.kept_words:
-            one.set_data(Tensor(value))
+            set_between_runs(one, value)
 
     def update_average(self, report: StepReport) -> None:
         """A hook: take the weights after a step into the average, if one is kept."""

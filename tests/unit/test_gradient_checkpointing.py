@@ -54,6 +54,7 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
                 trainables += [parameter for parameter in unet.get_parameters() if parameter.requires_grad]
             else:
                 network.add_words(np.ones((2, network.spec.transformer.hidden_size), np.float32))
+                public_parameters(network)  # Gives each its name.
                 trainables.append(network.text_model.embeddings.token_embedding.new_rows)
             continue
         if method == "full":
