@@ -581,6 +581,9 @@ def with_next_rows(field, batch):
 def test_training_leaves_every_bit_of_the_base_as_it_was(compared):
     assert (len(compared.ours.base_before) > 100) == (compared.case.trained.method != "full")
     assert compared.ours.base_after == compared.ours.base_before
+    tables = [name for name in compared.ours.base_before if name.endswith("token_embedding.weight")]
+    encoders = len(compared.training.networks) - 1
+    assert len(tables) == (encoders if compared.case.trained.method != "full" else 0)
 
 
 def test_five_steps_of_one_shape_are_compiled_once(compared):
