@@ -267,7 +267,7 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.sampling.denoiser import Denoiser
+    from dreambooth_ms.sampling.schedulers import Denoiser
 
     unet = UNet2DConditionModel(spec)
     for parameter in unet.get_parameters():

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from mindspore import ParameterTuple, Tensor, ops
 from transformers import CLIPTokenizer
 
+from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.clip_tokenizer import END, SIZE, ClipTokenizer, tokenizer_on_board
 from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Embedding
+from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal
 from tests.tiny_model import write_random_model, write_random_sdxl
@@ -102,6 +106,16 @@ def test_of_an_old_configuration_a_text_ends_at_its_end_not_at_a_word(tmp_path):
     read = PromptTokenizer([one.with_words(words) for one in (bundle.text[0], old)]).texts(["a photo", "a <new1>"])
     assert np.array_equal(read["a photo"][0].pooled, plain["a photo"][0].pooled)
     assert read["a <new1>"][0].pooled.argmax() == 1 + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "steps"), [("0.29", 100, 29), ("0.5", 5, 2), ("0.1", 9, 0), ("0.999", 9, 8), (None, 9, 9)]
+)
+def test_words_are_trained_for_whole_steps_of_their_share(share, total, steps):
+    flags = ["--modifier_token", "<new1>", "--method", "textual_inversion", "--max_train_steps", str(total)]
+    flags += ["--train_text_encoder_ti_frac", share] if share else []
+    required = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--instance_prompt", "<new1>"]
+    assert TrainingJob(ALONE, load(TrainConfig, [*required, *flags]), None, 1).steps_of_words == steps
 
 
 # --- Rows behind a table ---
