@@ -1,12 +1,18 @@
-"""The vectors of new words in files: one file for each word."""
+"""The vectors of new words in files: written one file for each word, and read from those of any program."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
+from dreambooth_ms.formats.files.open import read_value
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.models.specs import Words
+from dreambooth_ms.formats.files.stored import StoredTensor, TensorFile
+from dreambooth_ms.formats.naming.lora_formats import PARTS
+from dreambooth_ms.formats.naming.recognise import word_in
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, Words
 
 OF_SEVERAL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """What the vectors of SDXL's text encoders are called in a file of both, as kohya's scripts and other programs do."""
@@ -29,3 +35,49 @@ def write_words(words: Words, folder: Path, dtype: DType, metadata: Mapping[str,
         named = {names[encoder]: rows[0] if flat else rows for encoder, rows in vectors.items()}
         tensors = {name: StoredTensor.of(rows, label=f"{path}: {name}").cast_to(dtype) for name, rows in named.items()}
         write_safetensors(path, tensors, {"format": "pt", **metadata})
+
+
+def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
+    """The words of a file, each with its vectors (n, D) for one text encoder after the other; bfloat16 as float32.
+
+    Raises:
+        WeightError: what stands for a word is no vectors.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for name in sorted(file.tensors, key=lambda name: (name == OF_SEVERAL["text_encoder_2"], name)):
+        word, tensor, shape = word_in(name, file.path.stem), file.tensors[name], file.tensors[name].shape
+        if word is None or name.startswith("string_to_token."):
+            continue
+        if len(shape) not in (1, 2) or 0 in shape or not tensor.dtype.is_float:
+            it_is = f"{tensor.dtype.value} of shape {shape}"
+            raise WeightError(f"{file.path}: {name} is {it_is}, no vectors of a word: (width,) or (tokens, width)")
+        rows = read_value(tensor).reshape(-1, shape[-1])
+        counted = {f"<new{number}>": [row[None]] for number, row in enumerate(rows, 1)}
+        found |= counted if word == "embed" else {word: [*found.get(word, []), rows]}
+    return found
+
+
+def fitted_words(
+    found: Mapping[str, Sequence[np.ndarray]], models: Sequence[ModelSpec], source: Path
+) -> tuple[tuple[ModelSpec, ...], Words]:
+    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders.
+
+    Raises:
+        WeightError: there are none, or a word is of different numbers of tokens.
+    """
+    fitting = tuple(models)
+    for word, own in found.items():
+        widths = [rows.shape[1] for rows in own]
+        fitting = tuple(model for model in fitting if [*_widths(model).values()] == widths)
+        if not fitting or len(set(map(len, own))) > 1:
+            has = " and ".join(f"{len(rows)} of width {rows.shape[1]}" for rows in own)
+            of = next((f", for {m.family.value}" for m in PUBLISHED_MODELS if [*_widths(m).values()] == widths), "")
+            sizes = dict.fromkeys(f"{' and '.join(map(str, _widths(m).values()))} ({m.family.value})" for m in models)
+            expected = f"expected as many of width {' or '.join(sizes)}"
+            raise WeightError(f"{source}: the vectors of {word} are {has}{of}; {expected}")
+    return fitting, {word: dict(zip(_widths(fitting[0]), own, strict=True)) for word, own in found.items()}
+
+
+def _widths(model: ModelSpec) -> dict[str, int]:
+    """The width of each text encoder."""
+    return {n: tower.transformer.hidden_size for n in PARTS[1:] if (tower := getattr(model, n))}
