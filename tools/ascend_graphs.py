@@ -54,8 +54,11 @@ def training_sdxl() -> list[Graph]:
 def training_sd() -> list[Graph]:
     """A whole step of SD 1, whose transformers begin and end with convolutions: UNet and text encoder, all trained.
 
-    With adapters on linear layers and on those convolutions.
+    With adapters on linear layers and on those convolutions, the keys and values of Custom Diffusion, and new words.
     """
+    import numpy as np
+
+    from dreambooth_ms.adapters.cross_attention import free_cross_attention
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
     from dreambooth_ms.training.methods import TextConditioned
@@ -63,11 +66,14 @@ def training_sd() -> list[Graph]:
     from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
     unet, encoders = UNet2DConditionModel(toy_networks.SD_UNET), _sd_text_encoders()
+    free_cross_attention(unet, "crossattn_kv")
+    for encoder in encoders.networks().values():
+        encoder.add_words(np.zeros((2, encoder.spec.transformer.hidden_size), np.float32))
     trainables = _all_trained(unet, encoders, ["to_q", "proj_in", "proj_out"])
     optimiser = AdamW(trainables, Hyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = TrainStep(loss, trainables, optimiser, 1.0)
-    return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
+    return [(step, toy_networks.batch(input_ids=_token_ids(words=WORDS + 2)).tensors())]
 
 
 def recomputing() -> list[Graph]:
@@ -174,7 +180,7 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
 }
 
 
-def _token_ids(tokenizers: int = 1) -> Any:
+def _token_ids(tokenizers: int = 1, words: int = WORDS) -> Any:
     """Token ids (B, T * S) int32."""
     import numpy as np
     from mindspore import Tensor
@@ -182,7 +188,7 @@ def _token_ids(tokenizers: int = 1) -> Any:
     from dreambooth_ms.cli.toy_networks import ROWS, TOKENS
 
     count = tokenizers * TOKENS
-    return Tensor((np.arange(ROWS * count).reshape(ROWS, count) * 7 % WORDS).astype(np.int32))
+    return Tensor((np.arange(ROWS * count).reshape(ROWS, count) * 7 % words).astype(np.int32))
 
 
 def _ends() -> Any:

@@ -14,6 +14,7 @@ from dreambooth_ms.formats.files.dtypes import DType, is_finite
 from dreambooth_ms.formats.files.stored import raw_bytes
 from dreambooth_ms.models.clip import TextEmbeddings
 from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Conv2d, Dense, Embedding
 
 
@@ -30,7 +31,7 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
             cell.compute_dtype = dtype
             # If it was compiled before, such as to sample class pictures, it would go on as it was.
             cell.compile_cache.clear()
-        if isinstance(cell, Dense | Conv2d | Embedding | LoraLayer):
+        if isinstance(cell, Dense | Conv2d | Embedding | ExtendedEmbedding | LoraLayer):
             for parameter in (cell.weight, getattr(cell, "bias", None)):
                 if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
                     parameter.set_dtype(dtype)

@@ -142,7 +142,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
 
     with ExitStack() as stack:
         tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
-        hooks: list[Callable[[StepReport], object]] = [training.update_average]
+        hooks: list[Callable[[StepReport], object]] = [training.keep_words, training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
             hooks.append(stack.enter_context(closing(StepTimes(config, job.base, processes.count))).measure)

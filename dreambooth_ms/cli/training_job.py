@@ -1,8 +1,10 @@
 """A training: what a command asks for, with all that follows from it, found once; and what the run trains."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 from mindspore import Parameter
@@ -13,6 +15,7 @@ from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of
 from dreambooth_ms.data.records import INSTANCE, Concept, Source
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
+from dreambooth_ms.ops.graph import set_between_runs
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
@@ -49,6 +52,12 @@ class TrainingJob:
     def total(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.run.max_train_steps or self.config.run.num_train_epochs * self.epoch
+
+    @property
+    def steps_of_words(self) -> int:
+        """After so many optimiser steps new words stay as they are."""
+        # As the decimal fraction that was written: 0.29 * 100 is less than 29.
+        return math.floor(Fraction(str(self.config.words.train_text_encoder_ti_frac or 1)) * self.total)
 
     @property
     def masked(self) -> bool:
@@ -114,6 +123,7 @@ class Training:
     them."""
 
     def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
+        self.job = job
         config, processes, method = job.config, job.processes, job.config.method
         text_encoders = job.base.load_text_encoders() if config.encodes_text else None
         self.learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
@@ -141,6 +151,8 @@ class Training:
         self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
         if job.checkpoint:
             restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
+        rows = text_encoders.new_rows().values() if text_encoders and job.steps_of_words < job.total else ()
+        self.kept_words = [(one, one.asnumpy().copy()) for one in rows]
 
     def state(self, of_all: bool = False) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
@@ -155,6 +167,17 @@ class Training:
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""
         return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def keep_words(self, report: StepReport) -> None:
+        """A hook: once new words were trained for their share of the run, put them back as they were then.
+
+        Their gradients still count in the clip, as in diffusers, which sets their learning rate to 0.
+        """
+        if report.step <= self.job.steps_of_words:
+            self.kept_words = [(one, one.asnumpy().copy()) for one, _ in self.kept_words]
+            return
+        for one, value in self.kept_words:
+            set_between_runs(one, value)
 
     def update_average(self, report: StepReport) -> None:
         """A hook: take the weights after a step into the average, if one is kept."""

@@ -47,8 +47,8 @@ def select(values: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...]
     return selected
 
 
-def set_between_runs(parameter: Parameter, value: np.generic) -> None:
-    """Set a number that changes from run to run of a graph, by an operation.
+def set_between_runs(parameter: Parameter, value: np.generic | np.ndarray) -> None:
+    """Set numbers that change from run to run of a graph, by an operation.
 
     After `set_data` MindSpore looks at all weights again, 5 ms in a small UNet's step (measured).
     """

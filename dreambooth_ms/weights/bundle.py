@@ -18,7 +18,13 @@ from mindspore import nn
 from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats import folder_layout, model_config
-from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer, check_clip_tokenizer, pad_tokens, tokenizer_on_board
+from dreambooth_ms.formats.clip_tokenizer import (
+    SIZE,
+    ClipTokenizer,
+    check_clip_tokenizer,
+    pad_tokens,
+    tokenizer_on_board,
+)
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value, recognise
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
@@ -126,7 +132,9 @@ class TextReader:
         counts = {word: len(rows) for word, rows in own.items()}
         tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
         places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
-        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer)
+        # The largest id of a text (`end_positions`) would be a new word's.
+        pooled_at = min(SIZE, self.spec.vocab_size) - 1 if self.pooled_at == 2 else self.pooled_at
+        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=pooled_at)
 
     @classmethod
     def of_clip(

@@ -32,6 +32,8 @@ STEPS = 10
 # Sums over rows in another order, as a share of what the weights moved in the last 5 of 10 steps.
 TOLERANCE = 1e-3
 
+WORD = ["--modifier_token", "<new1>", "--instance_prompt", "a photo of <new1> star"]
+
 
 def launched(launcher, count=2):
     """The command that starts Python's processes, under one of the launchers."""
@@ -159,6 +161,7 @@ class TestTheSameTraining:
             ("msrun", "sd", "full", ["--zero_stage", "1"], []),
             ("msrun", "sdxl", "lora", ["--train_text_encoder"], ["--train_text_encoder"]),
             ("mpirun", "sdxl", "full", ["--gradient_accumulation_steps", "2"], ["--train_batch_size", "4"]),
+            ("mpirun", "sd", "custom_diffusion", [*WORD, "--zero_stage", "1"], WORD),
         ],
     )
     def test_so_with_every_method_and_family(self, place, monkeypatch, launcher, family, method, flags, flags_alone):

@@ -1,7 +1,7 @@
 """Training is what a plain loop in torch does on the same draws: loss, gradients, and weights after five steps.
 
-The loop is diffusers' UNet and transformers' text encoder, with peft's LoRA or without, torch's AdamW and clip, and the
-loss written out group by group.
+The loop is diffusers' UNet and transformers' text encoder, with peft's LoRA, diffusers' processors of Custom Diffusion
+or neither, torch's AdamW and clip, and the loss written out group by group.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from mindspore import nn, ops
 from peft import LoraConfig
 from PIL import Image, ImageOps
@@ -64,13 +65,24 @@ class Trained:
     kind: str = "epsilon"
     sdxl: bool = False
     convolutions: bool = False
+    words: int = 0
+    """New words that are trained too."""
+    freeze_model: str = "crossattn_kv"
+    """Of Custom Diffusion: or crossattn."""
+    weight_decay: float = HYPERPARAMETERS.weight_decay
 
     @property
     def targets(self):
         return ALL_TARGETS if self.convolutions else TARGETS
 
+    @property
+    def encodes_text(self):
+        return self.text or self.words > 0
+
     def __str__(self):
         what = f"{self.method}{' and text encoder' if self.text else ''}{' of all layers' if self.convolutions else ''}"
+        what += f" and {self.words} words" if self.words else ""
+        what += " by crossattn" if self.freeze_model == "crossattn" else ""
         return f"{what}, SDXL" if self.sdxl else f"{what}, {self.kind}"
 
 
@@ -96,6 +108,12 @@ LORA_TEXT, LORA_TEXT_V = Trained(text=True), Trained(text=True, kind="v_predicti
 FULL, FULL_V = Trained("full"), Trained("full", kind="v_prediction")
 SDXL, SDXL_TEXT, SDXL_FULL = Trained(sdxl=True), Trained(text=True, sdxl=True), Trained("full", sdxl=True)
 FULL_TEXT, FULL_TEXT_V = Trained("full", text=True), Trained("full", text=True, kind="v_prediction")
+# With a decay that would move what it should not.
+CUSTOM = Trained("custom_diffusion", words=2, weight_decay=1.0)
+CUSTOM_ALL = replace(CUSTOM, freeze_model="crossattn")
+SDXL_CUSTOM = replace(CUSTOM, sdxl=True)
+INVERSION = Trained("textual_inversion", words=2, weight_decay=1.0)
+LORA_WORDS = Trained(words=2, weight_decay=1.0)
 
 # Every number of rows is compiled once for what is trained. Any two of the choices meet in some case.
 CASES = [
@@ -122,6 +140,12 @@ CASES = [
     Case(SDXL, 3, True),
     Case(SDXL_TEXT, 1, True, min_snr=True),
     Case(SDXL_FULL, 2, False),
+    Case(CUSTOM, 1, True),
+    Case(CUSTOM, 1, False, batches_per_step=2),
+    Case(CUSTOM_ALL, 2, False, min_snr=True),
+    Case(SDXL_CUSTOM, 1, True),
+    Case(INVERSION, 1, True),
+    Case(LORA_WORDS, 2, False),
 ]
 
 
@@ -165,17 +189,23 @@ class Training:
 
     def __init__(self, path, trained):
         folder = open_bundle(path)
+        words = {
+            f"<new{i}>": {one.name: normal(1, one.width, seed=i) for one in folder.text} for i in range(trained.words)
+        }
+        folder = folder.with_words(words)
         self.path, self.trained = path, trained
         self.schedule = NoiseSchedule.from_spec(folder.schedule.trained())
         self.vocabulary, self.num_add_time_ids = folder.text[0].spec.vocab_size, folder.num_add_time_ids
-        text_encoders = folder.load_text_encoders() if trained.text else None
-        self.networks = networks = {"unet": folder.denoiser.load()} | (text_encoders.networks() if trained.text else {})
+        text_encoders = folder.load_text_encoders() if trained.encodes_text else None
+        networks = {"unet": folder.denoiser.load()} | (text_encoders.networks() if text_encoders else {})
+        self.networks = networks
         config = MethodConfig(
             method=trained.method,
             train_text_encoder=trained.text,
             rank=RANK,
             lora_alpha=ALPHA,
             lora_target_modules=trained.targets,
+            freeze_model=trained.freeze_model,
         )
         self.learner = METHODS[trained.method](config, folder, networks["unet"], text_encoders, 0)
         public = {
@@ -195,7 +225,8 @@ class Training:
             [1.0 if one.kind == "unet" else factor for one in self.learner.trainables]
             for factor in (TEXT_RATE_FACTOR, TEXT_DECAY_FACTOR)
         )
-        self.optimiser = AdamW(self.learner.parameters, HYPERPARAMETERS, rates, decays)
+        hyperparameters = replace(HYPERPARAMETERS, weight_decay=trained.weight_decay)
+        self.optimiser = AdamW(self.learner.parameters, hyperparameters, rates, decays)
         self.loss = DiffusionLoss(self.learner.denoiser)
         self.step_cells = {}
 
@@ -204,7 +235,7 @@ class Training:
             plan_of(case.batch_size, case.prior, case.batches_per_step),
             draw_columns(self.trained.kind, self.schedule, GAMMA if case.min_snr else None),
             posterior=lambda i: normal(2, *LATENTS, seed=i),
-            text=self.token_ids if self.trained.text else self.embedding,
+            text=self.token_ids if self.trained.encodes_text else self.embedding,
             num_add_time_ids=self.num_add_time_ids,
         )
 
@@ -214,12 +245,20 @@ class Training:
         return (normal(*TEXT, seed=20 + number),)
 
     def token_ids(self, number):
-        """Of SDXL, for two encoders, with an end token that is not at the same place in all prompts."""
+        """Of SDXL, for two encoders, with an end token that is not at the same place in all prompts.
+
+        Each has one of the new words, if there are any; every third begins with it.
+        """
         rng, end = np.random.default_rng(number), self.vocabulary - 1
+        place = np.arange(1 + self.trained.sdxl) * TEXT[0] + number % 3 if self.trained.words else []
+        word = self.vocabulary + number % max(self.trained.words, 1)
         if not self.trained.sdxl:
-            return (rng.integers(self.vocabulary, size=TEXT[0], dtype=np.int32),)
+            ids = rng.integers(self.vocabulary, size=TEXT[0], dtype=np.int32)
+            ids[place] = word
+            return (ids,)
         ids = rng.integers(end, size=2 * TEXT[0], dtype=np.int32)
         ids[-1 - number % 3] = end
+        ids[place] = word
         return ids, end_positions(ids[None, TEXT[0] :], end)[0]
 
     def step_cell(self, batches_per_step):
@@ -261,30 +300,71 @@ class Training:
         return {p.name: p.asnumpy().tobytes() for p in parameters if id(p) not in trained}
 
 
-class Reference:
-    """The networks of a model folder in torch, to be trained from chosen weights."""
+class WithWords(torch.nn.Module):
+    """A frozen table of tokens and the rows behind it, looked up as one table."""
 
-    def __init__(self, path, trained, start):
+    def __init__(self, table, count):
+        super().__init__()
+        self.table = table.requires_grad_(False)
+        self.new_rows = torch.nn.Parameter(torch.empty(count, table.embedding_dim))
+
+    def forward(self, ids):
+        return torch.nn.functional.embedding(ids, torch.cat([self.table.weight, self.new_rows]))
+
+
+def custom_diffusion_processors(unet, trains_all):
+    """diffusers' processors, as its script makes them -> their trained parameters, by the names of the layers' own."""
+    leaves = {"to_k": "to_k_custom_diffusion", "to_v": "to_v_custom_diffusion"}
+    leaves |= {"to_q": "to_q_custom_diffusion", "to_out.0": "to_out_custom_diffusion.0"} if trains_all else {}
+    processors, named = {}, {}
+    for name in unet.attn_processors:
+        layer, attention = name.removesuffix(".processor"), unet.get_submodule(name.removesuffix(".processor"))
+        crosses = layer.endswith("attn2")
+        sizes = {"hidden_size": attention.to_q.in_features, "cross_attention_dim": attention.to_k.in_features}
+        processors[name] = CustomDiffusionAttnProcessor(crosses, crosses and trains_all, **sizes)
+        for own, leaf in leaves.items() if crosses else ():
+            parameters = processors[name].get_submodule(leaf).named_parameters()
+            named |= {f"{layer}.{own}.{parameter}": value for parameter, value in parameters}
+    unet.set_attn_processor(processors)
+    return named
+
+
+class Reference:
+    """The networks of a model folder in torch, to be trained from chosen weights.
+
+    Custom Diffusion's weights are trained in place instead of in diffusers' processors if `in_place`: then the first
+    token has a gradient too.
+    """
+
+    def __init__(self, path, trained, start, in_place=False):
         self.unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
         kinds = {"text_encoder": CLIPTextModel} | (
             {"text_encoder_2": CLIPTextModelWithProjection} if trained.sdxl else {}
         )
         self.text_encoders = {
-            name: kind.from_pretrained(path, subfolder=name) for name, kind in kinds.items() if trained.text
+            name: kind.from_pretrained(path, subfolder=name) for name, kind in kinds.items() if trained.encodes_text
         }
         self.scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler")
         self.kind = trained.kind
         self.parameters = {}
         for name, network in {"unet": self.unet, **self.text_encoders}.items():
             targets = trained.targets if name == "unet" else list(CLIP_TARGETS)
-            if trained.method == "lora":
+            if trained.method != "full":
                 network.requires_grad_(False)
+            if trained.method == "lora" and (name == "unet" or trained.text):
                 network.add_adapter(
                     LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights=False)
                 )
-            self.parameters |= {
-                f"{name}.{key}".replace(".default.", "."): p for key, p in network.named_parameters() if p.requires_grad
-            }
+            if trained.words and name != "unet":
+                embeddings = network.text_model.embeddings
+                embeddings.token_embedding = WithWords(embeddings.token_embedding, trained.words)
+            own = {key.replace(".default.", "."): p for key, p in network.named_parameters() if p.requires_grad}
+            if trained.method == "custom_diffusion" and name == "unet":
+                known = {
+                    key: p.requires_grad_(in_place) for key, p in network.named_parameters() if f"unet.{key}" in start
+                }
+                own = known if in_place else custom_diffusion_processors(network, trained.freeze_model == "crossattn")
+            self.parameters |= {f"{name}.{key}": p for key, p in own.items()}
         # What the prediction does not depend on has no gradient, and torch's optimiser leaves it alone.
         self.unread = {name: self.parameters.pop(name) for name in self.parameters.keys() - start.keys()}
         assert self.parameters.keys() == start.keys()
@@ -307,6 +387,11 @@ class Reference:
         """What the UNet reads: text, and for SDXL pooled text and the numbers of the pictures."""
         read = {name: torch.tensor(rows) for name, rows in batch.inputs.items()}
         text, pooled = read["input_ids" if self.text_encoders else "encoder_hidden_states"], read.get("text_embeds")
+        text, pooled = self.encoded(text, pooled)
+        return text, {"text_embeds": pooled, "time_ids": read["time_ids"]} if "time_ids" in read else None
+
+    def encoded(self, text, pooled=None):
+        """Token ids as the UNet reads them, with pooled text of SDXL; what is encoded already as it is."""
         if len(self.text_encoders) == 1:
             text = self.text_encoders["text_encoder"](text.long()).last_hidden_state
         elif self.text_encoders:
@@ -314,7 +399,7 @@ class Reference:
             first = self.text_encoders["text_encoder"](ids, output_hidden_states=True)
             second = self.text_encoders["text_encoder_2"](ids_2, output_hidden_states=True)
             text, pooled = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], 2), second.text_embeds
-        return text, {"text_embeds": pooled, "time_ids": read["time_ids"]} if "time_ids" in read else None
+        return text, pooled
 
     def min_snr(self, timesteps):
         """Hang et al., 2023, equation 11 and its form for the velocity."""
@@ -323,23 +408,35 @@ class Reference:
         return snr.clamp(max=GAMMA) / (snr if self.kind == "epsilon" else snr + 1)
 
 
-def run_reference(training, batches, case, text_rate_factor=TEXT_RATE_FACTOR, steps=STEPS, change=lambda batch: batch):
-    """The same steps in torch on the same draws, each of one batch, which is changed first."""
-    reference = Reference(training.path, case.trained, training.start)
-    drawn = replace(batches, objective=as_drawn(batches.objective))
-    trained = reference.parameters
+def optimiser_of(reference, trained, text_rate_factor=TEXT_RATE_FACTOR):
+    """torch's AdamW, with a rate and a decay of their own for the text encoders."""
     groups = [
         {
-            "params": [p for name, p in trained.items() if name.startswith("unet.") == of_unet],
+            "params": [p for name, p in reference.parameters.items() if name.startswith("unet.") == of_unet],
             "lr": rate,
-            "weight_decay": decay * HYPERPARAMETERS.weight_decay,
+            "weight_decay": decay * trained.weight_decay,
         }
         for of_unet, rate, decay in (
             (True, LEARNING_RATE, 1.0),
             (False, text_rate_factor * LEARNING_RATE, TEXT_DECAY_FACTOR),
         )
     ]
-    optimiser = torch.optim.AdamW(groups if case.trained.text else groups[:1])
+    return torch.optim.AdamW([group for group in groups if group["params"]])
+
+
+def run_reference(
+    training,
+    batches,
+    case,
+    text_rate_factor=TEXT_RATE_FACTOR,
+    steps=STEPS,
+    change=lambda batch: batch,
+    in_place=False,
+):
+    """The same steps in torch on the same draws, each of one batch, which is changed first."""
+    reference = Reference(training.path, case.trained, training.start, in_place)
+    drawn = replace(batches, objective=as_drawn(batches.objective))
+    trained, optimiser = reference.parameters, optimiser_of(reference, case.trained, text_rate_factor)
     reports, gradients = [], None
     for step in range(steps):
         batch = change(drawn(step))
@@ -397,8 +494,8 @@ def compared(request, training_of):
 
 
 def levels_of(case):
-    """Of the UNet: both for the first case of what is trained; the others are there for their rows."""
-    return 2 if case is next(one for one in CASES if one.trained == case.trained) else 1
+    """Of the UNet: both for the first case of what is trained; the others are there for their rows, or their text."""
+    return 2 if not case.trained.words and case is next(one for one in CASES if one.trained == case.trained) else 1
 
 
 def in_one_batch(case):
@@ -460,18 +557,21 @@ def test_a_mistake_in_rows_weights_or_rates_would_show(compared):
         for field in read_fields(case.trained):
             other = run_reference(training, batches, case, steps=1, change=partial(with_next_rows, field))
             assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
-    if case.trained.text:
+    if case.trained.encodes_text:
         other = run_reference(training, batches, case, text_rate_factor=1.0)
         all_weights, _ = differences(other.weights, compared.reference.weights, training.start)
         assert all_weights > 10 * ALL_WEIGHTS
+    if case.trained.method == "custom_diffusion":
+        other = run_reference(training, batches, case, steps=1, in_place=True)
+        assert worst_gradient_error(other.gradients, compared.reference.gradients)[0] > 10 * GRADIENT
 
 
 def read_fields(trained):
     """What the reference reads of the rows' conditioning: it finds the ends of token ids by itself."""
-    text = "input_ids" if trained.text else "encoder_hidden_states"
+    text = "input_ids" if trained.encodes_text else "encoder_hidden_states"
     if not trained.sdxl:
         return (text,)
-    return (text, "time_ids") if trained.text else (text, "text_embeds", "time_ids")
+    return (text, "time_ids") if trained.encodes_text else (text, "text_embeds", "time_ids")
 
 
 def with_next_rows(field, batch):
@@ -479,12 +579,28 @@ def with_next_rows(field, batch):
 
 
 def test_training_leaves_every_bit_of_the_base_as_it_was(compared):
-    assert (len(compared.ours.base_before) > 100) == (compared.case.trained.method == "lora")
+    assert (len(compared.ours.base_before) > 100) == (compared.case.trained.method != "full")
     assert compared.ours.base_after == compared.ours.base_before
+    tables = [name for name in compared.ours.base_before if name.endswith("token_embedding.weight")]
+    encoders = len(compared.training.networks) - 1
+    assert len(tables) == (encoders if compared.case.trained.method != "full" else 0)
 
 
 def test_five_steps_of_one_shape_are_compiled_once(compared):
     assert compared.compiled <= 1
+
+
+def test_new_words_are_trained_in_every_text_encoder(compared):
+    trained, (sizes, gradients) = (
+        compared.case.trained,
+        (
+            {name: values for name, values in of.items() if name.endswith("token_embedding.new_rows")}
+            for of in (compared.training.start, compared.ours.gradients)
+        ),
+    )
+    of_each = (24, 16) if trained.sdxl else (24,)
+    assert [values.shape for values in sizes.values()] == [(trained.words, width) for width in of_each if trained.words]
+    assert all(np.abs(values).max() > 0 for values in gradients.values())
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.batches_per_step > 1], ids=str)

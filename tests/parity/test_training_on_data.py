@@ -26,9 +26,9 @@ from dreambooth_ms.training.step import DiffusionLoss
 from tests.parity.reference import as_drawn, normal, relative_error
 from tests.parity.test_training import (
     ALL_WEIGHTS,
+    CUSTOM,
     GRADIENT,
-    HYPERPARAMETERS,
-    LEARNING_RATE,
+    LORA,
     LOSS,
     MAX_GRAD_NORM,
     ONE_WEIGHT,
@@ -37,9 +37,9 @@ from tests.parity.test_training import (
     STEPS,
     TEXT,
     Reference,
-    Trained,
     Training,
     differences,
+    optimiser_of,
 )
 from tests.tiny_model import write_random_model
 
@@ -49,7 +49,6 @@ SUBJECTS = {
     "dog": ((40, 40), (60, 40), (61, 41)),
     "cat": ((50, 50), (66, 44)),
 }
-TRAINED = Trained()
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +76,11 @@ def plan(tmp_path_factory):
     return Plan((dog, cat, of_class), batch_size=2, framing=framing, seed=3)
 
 
-@pytest.fixture(scope="module")
-def compared(plan, tmp_path_factory):
+@pytest.fixture(scope="module", params=[LORA, CUSTOM], ids=str)
+def compared(request, plan, tmp_path_factory):
     """Our run and torch's."""
-    training = Training(write_random_model(tmp_path_factory.mktemp("model"), levels=1), TRAINED)
+    trained = request.param
+    training = Training(write_random_model(tmp_path_factory.mktemp("model"), levels=1), trained)
     training.loss = DiffusionLoss(training.learner.denoiser, masked=True)
     known = [record for concept in plan.concepts for record in concept.records]
 
@@ -91,8 +91,10 @@ def compared(plan, tmp_path_factory):
     batches = BatchMaker(
         plan=plan,
         posteriors=posterior,
-        texts=lambda prompt: PromptText(normal(*TEXT, seed=crc32(prompt.encode()) % 10**6)),
-        objective=draw_columns(TRAINED.kind, training.schedule),
+        texts=lambda prompt: PromptText(
+            *(training.token_ids if trained.encodes_text else embedding)(number_of(prompt))
+        ),
+        objective=draw_columns(trained.kind, training.schedule),
         scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
         masked=True,
         unmasked_weight=UNMASKED_WEIGHT,
@@ -101,13 +103,19 @@ def compared(plan, tmp_path_factory):
     return SimpleNamespace(training=training, batches=batches, ours=ours, reference=run_reference(training, batches))
 
 
+def number_of(prompt):
+    return crc32(prompt.encode()) % 10**6
+
+
+def embedding(number):
+    return (normal(*TEXT, seed=number),)
+
+
 def run_reference(training, batches, mask_of=None):
     """The same steps in torch."""
     mask_of, plan = mask_of or counted, batches.plan
-    reference = Reference(training.path, TRAINED, training.start)
-    optimiser = torch.optim.AdamW(
-        reference.parameters.values(), LEARNING_RATE, weight_decay=HYPERPARAMETERS.weight_decay
-    )
+    reference = Reference(training.path, training.trained, training.start)
+    optimiser = optimiser_of(reference, training.trained)
     drawn = replace(batches, objective=as_drawn(batches.objective))
     reports, gradients = [], None
     for step in range(STEPS):
@@ -115,6 +123,7 @@ def run_reference(training, batches, mask_of=None):
         latents, noise = map(torch.tensor, (batch.inputs["sample"], batch.target))
         timesteps = torch.tensor(batch.inputs["timestep"]).long()
         text = torch.stack([torch.tensor(batches.texts(row.view.prompt).text) for row in plan.rows(step)])
+        text, _ = reference.encoded(text)
         noisy = reference.scheduler.add_noise(latents, noise, timesteps)
         squares = (reference.unet(noisy, timesteps, text).sample - noise) ** 2
         for row, of_row in zip(plan.rows(step), squares, strict=True):

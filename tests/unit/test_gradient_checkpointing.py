@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mindspore import ParameterTuple, Tensor, nn
 
+from dreambooth_ms.adapters.cross_attention import free_cross_attention
 from dreambooth_ms.adapters.lora import DropoutState, inject_lora, lora_trainables
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import initialise, public_parameters
@@ -47,6 +48,15 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
     trainables = []
     for number, network in enumerate(networks):
         initialise(network, number)
+        if method == "custom_diffusion":
+            if network is unet:
+                free_cross_attention(unet, "crossattn")
+                trainables += [parameter for parameter in unet.get_parameters() if parameter.requires_grad]
+            else:
+                network.add_words(np.ones((2, network.spec.transformer.hidden_size), np.float32))
+                public_parameters(network)  # Gives each its name.
+                trainables.append(network.text_model.embeddings.token_embedding.new_rows)
+            continue
         if method == "full":
             trainables += [public.parameter for public in public_parameters(network).values()]
             continue
@@ -69,11 +79,11 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
     return denoiser, trainables, Segments(unet, text_encoders)
 
 
-def inputs(unet_spec, with_text, masked=False):
+def inputs(unet_spec, with_text, masked=False, words=WORDS):
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, ROWS, 4, SIDE, SIDE)).astype(np.float32)
     is_sdxl = unet_spec.addition_embed_type is not None
-    ids = rng.integers(WORDS, size=(ROWS, TOKENS * (2 if is_sdxl else 1))).astype(np.int32)
+    ids = rng.integers(words, size=(ROWS, TOKENS * (2 if is_sdxl else 1))).astype(np.int32)
     ends = np.eye(TOKENS, dtype=np.float32)[[1, 3]]
     text = rng.standard_normal((ROWS, TOKENS, unet_spec.cross_attention_dim)).astype(np.float32)
     pooled = rng.standard_normal((ROWS, POOLED)).astype(np.float32)
@@ -101,7 +111,8 @@ class Gradients(nn.Cell):
 def both(unet_spec, method, with_text, dropout=0.0, masked=False):
     """(loss, errors, *gradients) without and with recomputation."""
     denoiser, trainables, segments = trained_network(unet_spec, method, with_text, dropout)
-    rows, results = inputs(unet_spec, with_text, masked), []
+    words = WORDS + 2 * (method == "custom_diffusion")
+    rows, results = inputs(unet_spec, with_text, masked, words), []
     for recomputed in (None, segments):
         (_, loss, errors), gradients = Gradients(DiffusionLoss(denoiser, masked), trainables, recomputed)(*rows)
         results.append([value.asnumpy() for value in (loss, errors, *gradients)])
@@ -109,7 +120,11 @@ def both(unet_spec, method, with_text, dropout=0.0, masked=False):
     return results
 
 
-@pytest.mark.parametrize(("unet_spec", "method"), [(UNET, "lora"), (DEEP_SDXL, "full")], ids=["SD lora", "SDXL full"])
+@pytest.mark.parametrize(
+    ("unet_spec", "method"),
+    [(UNET, "lora"), (DEEP_SDXL, "full"), (DEEP_SDXL, "custom_diffusion")],
+    ids=["SD lora", "SDXL full", "SDXL custom_diffusion"],
+)
 def test_gradients_of_unet_and_text_encoders_are_the_same(pynative, unet_spec, method):
     """But for the last bits: where a value has many readers, their gradients are added in another order.
 
