@@ -53,12 +53,13 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
-    loras = [find_adapter(name) for name in weights.lora]
-    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
+    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
+    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
-    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before")
-    adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after")
+    # New words are ordinary text to the base.
+    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before", SamplingModel(bundle))
+    adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after", model)
     count = len(subject_prompts) * wanted.num_images_per_prompt
     before, after = (measure(embed, photographs, own[:count], own[count:], base[count:]) for own in (base, adapted))
     captions = list(request.pictures.values())
@@ -80,8 +81,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     return before, after
 
 
-def _pictures(model: SamplingModel, request: SampleRequest, name: str) -> list[np.ndarray]:
-    rows = model.rows(request)
+def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: SamplingModel) -> list[np.ndarray]:
+    rows = reader.rows(request)
     model.load()
     # The noise that steps draw is that of seed 0, whatever the seed of the noise that pictures start from.
     finished = model.latents(replace(request, seed=0), rows)

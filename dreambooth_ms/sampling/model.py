@@ -56,7 +56,8 @@ class SamplingModel:
 
     Args:
         bundle: the base.
-        adapters: files or folders of LoRAs, of any format. Their scales belong to a request.
+        adapters: files or folders of adapters, of any format. Their scales belong to a request.
+        words: files or folders of embeddings of new words.
         keep_text_encoders: keep the text encoders in memory, for prompts to come; otherwise they are loaded, and
             compiled, again for them.
         mixed_precision: what the UNet computes in, as `compute_dtype` takes it; text encoders and autoencoder are
@@ -74,13 +75,14 @@ class SamplingModel:
         bundle: ModelBundle,
         adapters: Sequence[str | Path] = (),
         *,
+        words: Sequence[str | Path] = (),
         keep_text_encoders: bool = False,
         mixed_precision: str | None = None,
         denoiser: nn.Cell | None = None,
         text_encoders: TextEncoders | None = None,
         embeddings: Mapping[str, PromptText] | None = None,
     ) -> None:
-        self.adapters = ModelAdapters(bundle, adapters)
+        self.adapters = ModelAdapters(bundle, adapters, words)
         self.bundle = bundle = bundle.with_words(self.adapters.words)
         self._mixed_precision = mixed_precision
         self._text = PromptReader(bundle, self.adapters, keep_text_encoders, text_encoders, embeddings or {})
@@ -190,6 +192,7 @@ class SamplingModel:
             "pretrained_model_name_or_path": str(self.bundle.path),
             "lora": list(self.adapters.paths),
             "lora_scale": list(self.adapters.scales(request)),
+            "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
             **(vars(request.sizes) if self.bundle.num_add_time_ids else {}),
