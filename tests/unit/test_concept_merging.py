@@ -1,13 +1,10 @@
 """Several results of Custom Diffusion become one, by the closed form, as its equations say."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+from PIL import Image
 
-from dreambooth_ms import concept_merging
-from dreambooth_ms.adapters.adapter import Adapter
-from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, open_adapter
 from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
@@ -109,27 +106,9 @@ def test_captions_are_many_and_different():
 KV = ("attn2.to_k", "attn2.to_v")
 
 
-@pytest.fixture(autouse=True)
-def reader(monkeypatch):
-    """Until adapters are opened by `open_adapter`: what `write_concept` has written."""
-
-    def open_adapter(path, models, base=None):
-        updates, words = {}, {}
-        for name, tensor in open_tensor_file(path / CUSTOM_DIFFUSION).tensors.items():
-            layer, parameter = name.replace(".processor", "").replace("_custom_diffusion", "").rsplit(".", 1)
-            updates.setdefault(f"unet.{layer}", {})[parameter] = read_value(tensor)
-        names = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-        for file in sorted(path.glob("<*.safetensors")):
-            tensors = open_tensor_file(file).tensors.items()
-            words[file.stem] = {names.get(n, "text_encoder"): np.atleast_2d(read_value(one)) for n, one in tensors}
-        return SimpleNamespace(adapter=Adapter.of({n: Replacement.of(own) for n, own in updates.items()}, words))
-
-    monkeypatch.setattr(concept_merging, "open_adapter", open_adapter)
-
-
 def states_of(bundle, folder, phrases):
     """What layers read of each word's phrase from the word on, with the words of a result."""
-    words = concept_merging.open_adapter(folder, []).adapter.words
+    words = open_adapter(folder, [bundle.opened().spec]).adapter.words
     bundle = bundle.with_words(words)
     tokenizer = bundle.text[0].tokenizer()
     read = encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), phrases)
@@ -189,3 +168,95 @@ def test_two_runs_become_one_that_keeps_both(base, tmp_path, capsys):
         first, second, both = (read_value(file[name]).astype(np.float64) for file in files)
         assert np.abs(both @ states[0].T - first @ states[0].T).max() < 1e-4
         assert np.abs(both @ states[1].T - second @ states[1].T).max() < 1e-4
+
+
+SAMPLE = ["--num_inference_steps", "2", "--guidance_scale", "1", "--batch_size", "1", "--scheduler", "ddim"]
+
+
+def test_a_merged_folder_draws_and_its_words_count(tmp_path):
+    base = write_random_model(tmp_path / "base", levels=1)
+    bundle = open_bundle(base)
+    one = write_concept(tmp_path / "one", bundle, "<new1>", 10)
+    two = write_concept(tmp_path / "two", bundle, "<new1>", 50)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a photo of star\nof star photo a\nphoto star\n")
+    more = ("--regularization_prompts", captions, "--concept_prompts", "a <new1> star", "--concept_prompts", "<new1>")
+    assert merge(base, tmp_path / "both", one, two, more=(*more, "--dtype", "fp16")) == 0
+    pictures = {}
+    for number, (lora, word) in enumerate([("both", "<new1>"), ("both", "<new2>"), ("both", "star"), (None, "star")]):
+        chosen = ["--lora", tmp_path / lora] if lora else []
+        flags = ["--pretrained_model_name_or_path", base, *chosen, "--prompt", f"a photo of {word}", *SAMPLE]
+        assert main(["sample", *map(str, flags), "--output_dir", str(tmp_path / str(number))]) == 0
+        pictures[lora, word] = np.asarray(Image.open(tmp_path / str(number) / "00000.png")).astype(int)
+    assert np.abs(pictures["both", "<new1>"] - pictures["both", "<new2>"]).max() > 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base, two concepts, and such that are none."""
+    place = tmp_path_factory.mktemp("place")
+    bundle = open_bundle(write_random_model(place / "base", levels=1))
+    write_concept(place / "one", bundle, "<new1>", 10)
+    write_concept(place / "two", bundle, "<new2>", 50)
+    write_concept(place / "queries", bundle, "<new1>", 10, layers=(*KV, "attn2.to_q", "attn2.to_out.0"))
+    write_concept(place / "no_word", bundle, None, 10)
+    (place / "words").mkdir()
+    write_words({"<new3>": {"text_encoder": draws(1, 24).astype(np.float32)}}, place / "words", DType.F32, {})
+    other = open_bundle(write_random_sdxl(place / "other", levels=1))
+    write_concept(place / "xl", other, "<new1>", 10)
+    (place / "empty.txt").write_text("\n")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--concepts", "one"], "--concepts: expected two or more, got ['one']"),
+        (["--concepts", "one", "nowhere"], "nowhere: no such file or folder"),
+        (["--concepts", "one", "queries"], "queries: expected new words and attn2.to_k and attn2.to_v of a UNet, got"),
+        (["--concepts", "one", "no_word"], "no_word: expected new words and attn2.to_k and attn2.to_v of a UNet, got"),
+        (
+            ["--concepts", "one", "words"],
+            "words: expected new words and attn2.to_k and attn2.to_v of a UNet, got <new3>",
+        ),
+        (
+            ["--concepts", "one", "xl"],
+            "xl/pytorch_custom_diffusion_weights.safetensors does not fit a Custom Diffusion",
+        ),
+        (["--concepts", "one", "one"], "--concepts: their words read alike; name each concept once"),
+        (
+            ["--concepts", "one", "two", "--lora", "one"],
+            "--concepts: an adapter is made of them, not a model; leave out",
+        ),
+        (
+            ["--concepts", "one", "two", "--alpha", "4"],
+            "--concepts: an adapter is made of them, not a model; leave out",
+        ),
+        (
+            ["--concepts", "one", "two", "--concept_prompts", "<new1>"],
+            "--concept_prompts: expected one for each of --concepts ['one', 'two'], got ('<new1>',)",
+        ),
+        (
+            ["--concepts", "one", "two", "--concept_prompts", "<new1>", "--concept_prompts", "a star"],
+            "--concept_prompts: 'a star' has no word of two (<new2>)",
+        ),
+        (
+            ["--concepts", "one", "two", "--regularization_prompts", "nowhere.txt"],
+            "--regularization_prompts nowhere.txt: no such file",
+        ),
+        (
+            ["--concepts", "one", "two", "--regularization_prompts", "empty.txt"],
+            "--regularization_prompts empty.txt: the file holds no prompt; write one per line",
+        ),
+        (["--concepts", "one", "two", "--target", "one"], "one: is there already; remove it, or choose another name"),
+        ([], "--lora: missing; name the LoRA to merge, or --concepts"),
+    ],
+)
+def test_what_cannot_be_merged_says_why(place, monkeypatch, capfd, flags, said):
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+    assert main(["merge", "--base", "base", *([] if "--target" in flags else ["--target", "out"]), *flags]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dreambooth-ms: error: ")]
+    assert len(errors) == 1
+    assert errors[0].removeprefix("dreambooth-ms: error: ").startswith(said)
+    assert sorted(place.rglob("*")) == before
