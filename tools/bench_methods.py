@@ -3,8 +3,8 @@
     python -m tools.bench_methods                     # four methods, three seeds each, as many steps as the quickstart
     python -m tools.bench_methods --methods custom_diffusion --seeds 1 --steps 20 --folder /tmp/methods
 
-It prints the table of docs/methods.md: `evaluate`'s figures on the quickstart's prompts, with their mean and their range
-over the seeds, and the size of what is written. A run that is there already is not trained again.
+It prints the table of docs/methods.md: `evaluate`'s figures on the quickstart's prompts, their mean and range over the
+seeds, and the size of what is written. A run that is there already is not trained again.
 """
 
 import argparse
