@@ -1,13 +1,12 @@
 """`dreambooth-ms evaluate`: the same prompts and noise through the base and the adapted model -> sheet and figures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.atomic import check_writable, write_bytes
+from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
@@ -16,9 +15,10 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
-from dreambooth_ms.evaluation.sheet import Row, write_sheet
+from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
+from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.hub import find_adapter, find_clip
 
@@ -75,8 +75,7 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
         f"{after.subject_similarity:.3f}   class drift {after.class_drift:.3f}"
     )
     write_sheet(output / SHEET, title, rows)
-    metrics = json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
-    write_bytes(output / METRICS, metrics.encode())
+    write_json(output / METRICS, {"before": vars(before), "after": vars(after)})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
     return before, after
 

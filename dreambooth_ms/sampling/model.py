@@ -24,10 +24,9 @@ from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
-from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
 from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Refinement, Sample, SampleRequest, StepReport, Stopped
-from dreambooth_ms.sampling.schedulers import Trajectory, check_scheduler
+from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
 
 _MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
