@@ -58,7 +58,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
     # New words are ordinary text to the base.
-    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before", SamplingModel(bundle))
+    reader = SamplingModel(bundle) if model.adapters.words else model
+    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before", reader)
     adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after", model)
     count = len(subject_prompts) * wanted.num_images_per_prompt
     before, after = (measure(embed, photographs, own[:count], own[count:], base[count:]) for own in (base, adapted))
