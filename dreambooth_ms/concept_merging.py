@@ -5,14 +5,12 @@ Shapes: N states of the concepts' words, R of captions, D the width of a state.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Update
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, open_adapter
 from dreambooth_ms.adapters.replacement import CROSS_ATTENTION, Replacement
 from dreambooth_ms.adapters.word_files import write_words
@@ -32,13 +30,6 @@ RIDGE, EXACT = 1e-6, 1e-4
 """Added to the captions' second moments, as a share of them, for what no caption has; and how exact concepts are."""
 
 
-class Concept(NamedTuple):
-    """What a layer of the UNet adds by name, and what the subject is called, from its first new word on."""
-
-    layers: Mapping[str, Update]
-    phrase: str
-
-
 def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequence[str]) -> Iterator[str]:
     """Write results of Custom Diffusion as one, into a new folder, and yield what the user should know.
 
@@ -48,7 +39,7 @@ def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequenc
     """
     target, dtype = Path(wanted.target), DTYPES[wanted.dtype or "fp32"]
     check_free(target)
-    concepts, words, updates = list[Concept](), {}, {}
+    concepts, phrases, words, updates = [], list[str](), {}, {}
     for path, said in zip(wanted.concepts, wanted.concept_prompts or [""] * len(wanted.concepts), strict=True):
         adapter = open_adapter(Path(path), [bundle.opened().spec], bundle.path).adapter
         merged, told = CROSS_ATTENTION["crossattn_kv"], said or str(run_setting(Path(path), "instance_prompt"))
@@ -65,12 +56,13 @@ def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequenc
         if not (first := re.search(pattern, told)) and said:
             raise WeightError(f"--concept_prompts: {said!r} has no word of {path} ({show_names([*names])})")
         called = told[first.start() :] if first else " ".join(names)
-        concepts.append(Concept(adapter.parts["unet"], re.sub(pattern, lambda one: names[one[0]], called)))  # noqa: B023
-        yield f'{path}: its subject is "{concepts[-1].phrase}"'
-    parts = projections(*_states(bundle.with_words(words), concepts, captions))
-    for layer in dict.fromkeys(layer for one in concepts for layer in one.layers):
+        concepts.append(adapter.parts["unet"])
+        phrases.append(re.sub(pattern, lambda one: names[one[0]], called))  # noqa: B023
+        yield f'{path}: its subject is "{phrases[-1]}"'
+    parts = projections(*_states(bundle.with_words(words), phrases, captions))
+    for layer in dict.fromkeys(chain(*concepts)):
         base = bundle.opened().tensors[f"unet.{layer}.weight"].cast_to(DType.F32).read()
-        own = [one.layers[layer].delta(base) @ p for one, p in zip(concepts, parts, strict=True) if layer in one.layers]
+        own = [one[layer].delta(base) @ part for one, part in zip(concepts, parts, strict=True) if layer in one]
         updates[layer] = Replacement((base + sum(own)).astype(np.float32))
     with new_folder(target) as folder:
         write_words(words, folder, dtype, {})
@@ -99,12 +91,11 @@ def projections(captions_RD: np.ndarray, concepts: Sequence[np.ndarray]) -> list
 
 
 def _states(
-    bundle: ModelBundle, concepts: Sequence[Concept], captions: Sequence[str]
+    bundle: ModelBundle, phrases: Sequence[str], captions: Sequence[str]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """What layers read of captions, without the mark at the start, and of each concept from its first new word on: the
-    tokens before it stay as they are."""
-    tokenizer, phrases = bundle.text[0].tokenizer(), [one.phrase for one in concepts]
-    prompts = [*captions, *phrases, *(PREFIX + phrase for phrase in phrases)]
+    """What layers read of captions, without the mark at the start, and of each phrase, which begins with a new word:
+    what stands before it stays as it is."""
+    tokenizer, prompts = bundle.text[0].tokenizer(), [*captions, *phrases, *(PREFIX + own for own in phrases)]
     read = encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), prompts)
 
     def states(prompt: str, before: str = "") -> np.ndarray:

@@ -162,19 +162,19 @@ def trained_base(path: Path) -> str | None:
     """The base of an adapter's file or folder, a path or the name on a hub: of the run that it is of, or PEFT's."""
     said = run_setting(path, "pretrained_model_name_or_path")
     with suppress(WeightError):
-        said = said or read_json(_folder(path) / PEFT_CONFIG).get("base_model_name_or_path")
+        said = said or read_json(_beside(path, PEFT_CONFIG)).get("base_model_name_or_path")
     return said if said and isinstance(said, str) else None
 
 
 def run_setting(path: Path, name: str) -> Any:
     """What the run of an adapter's file or folder has under a name; None if it is of none, or that says nothing."""
-    file = _folder(path) / RUN_CONFIG
+    file = _beside(path, RUN_CONFIG)
     settings = read_file(Setting("config", str(file)), TrainConfig) if os.path.isfile(file) else []
     return next((one.value for one in settings if one.name == name), None)
 
 
-def _folder(path: Path) -> Path:
-    return path if os.path.isdir(path) else path.parent
+def _beside(path: Path, name: str) -> Path:
+    return (path if os.path.isdir(path) else path.parent) / name
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ from dreambooth_ms.cli.evaluate import PURPOSE
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
-from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
+from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle

@@ -8,14 +8,6 @@ from mindone.diffusers import schedulers
 from mindspore import Tensor
 
 
-class DDIMScheduler(schedulers.DDIMScheduler):
-    """Implicit sampling (Song et al., 2021), whose noise leaves room for rounding: all noise, from where nothing of the
-    picture is left, would give NaN."""
-
-    def _get_variance(self, timestep: Any, prev_timestep: int) -> Any:
-        return super()._get_variance(timestep, prev_timestep) * (1 - 2.0**-22)
-
-
 class DDPMScheduler(schedulers.DDPMScheduler):
     """Ancestral sampling (Ho et al., 2020) without `NonZeroExt`."""
 

@@ -163,7 +163,8 @@ class Trajectory:
     def step(self, index: int, prediction_BChw: Tensor, latents_BChw: Tensor) -> Tensor:
         """The latents after `timesteps[index]`."""
         timestep = self.timesteps[index]
-        more: dict[str, Any] = {"eta": self._eta} if self._kind.takes_eta else {}
+        # Where nothing of the picture is left, a whole 1 may be rounded to more than all noise, and give NaN.
+        more: dict[str, Any] = {"eta": min(self._eta, 1 - 2.0**-22)} if self._kind.takes_eta else {}
         if self._kind.draws_noise or more:
             more["generator"] = RowNoise(self._seed, self._first + index, self._numbers)
         return self._scheduler.step(prediction_BChw, timestep, latents_BChw, **more)[0]
