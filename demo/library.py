@@ -4,22 +4,28 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from demo.messages import ModelChoice
-from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, holds_adapter
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME, PEFT_CONFIG, holds_adapter
+from dreambooth_ms.adapters.word_files import read_words
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError, UserError, WeightError
+from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.formats.folder_layout import INDEX
+from dreambooth_ms.formats.naming.recognise import word_in
 from dreambooth_ms.models.specs import Family
 from dreambooth_ms.weights.opened_model import open_model
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 RUN_CONFIG = "config.yaml"
+ADAPTERS = (FILE_NAME, CUSTOM_DIFFUSION, PEFT_CONFIG)
+"""What a folder is an adapter by."""
 DEPTH, ENTRIES = 4, 20_000
 """How deep and how wide folders are searched, so that a page opens soon whatever they hold."""
 
@@ -87,14 +93,24 @@ class Shelf:
     models: tuple[Path, ...]
     loras: tuple[Path, ...]
     """The newest first."""
+    embeddings: tuple[Path, ...] = ()
+    """Of new words alone, the newest first."""
+
+    @property
+    def adapters(self) -> tuple[Path, ...]:
+        """All that is put on a model, the newest first."""
+        return tuple(sorted(self.loras + self.embeddings, key=_time, reverse=True))
 
 
 def find(places: Places) -> Shelf:
-    """The models and LoRAs in the folders of a page. Whether they are whole is found out when they are opened."""
+    """The models, LoRAs and embeddings in a page's folders. Whether they are whole shows when they are opened."""
     kinds = dict.fromkeys(item for folder in places.readable for item in _search(folder, DEPTH, [ENTRIES]))
     models = [path for kind, path in kinds if kind == "model"]
-    loras = [path for kind, path in kinds if kind == "lora"]
-    return Shelf(tuple(models), tuple(sorted(loras, key=_time, reverse=True)))
+    loras, words = (
+        tuple(sorted((path for kind, path in kinds if kind == wanted), key=_time, reverse=True))
+        for wanted in ("lora", "words")
+    )
+    return Shelf(tuple(models), loras, words)
 
 
 def find_photographs(places: Places) -> list[Path]:
@@ -125,8 +141,11 @@ def _search(folder: Path, depth: int, left: list[int]) -> Iterator[tuple[str, Pa
     if INDEX in names:
         yield "model", folder
         return
-    if FILE_NAME in names or PEFT_CONFIG in names:
-        yield "lora", folder
+    is_adapter = not names.isdisjoint(ADAPTERS)
+    # Of a run the folder, in which all its words are.
+    is_run_of_words = not is_adapter and RUN_CONFIG in names and bool(words_of(folder))
+    if is_adapter or is_run_of_words:
+        yield ("lora" if is_adapter else "words"), folder
     for entry in entries[: left[0]]:
         left[0] -= 1
         if entry.name.startswith("."):
@@ -134,13 +153,15 @@ def _search(folder: Path, depth: int, left: list[int]) -> Iterator[tuple[str, Pa
         if entry.is_dir(follow_symlinks=False):
             if depth and not entry.name.startswith(_WITHOUT_RESULTS):
                 yield from _search(folder / entry.name, depth - 1, left)
-        elif entry.name.endswith(WEIGHT_SUFFIXES) and entry.name != FILE_NAME and PEFT_CONFIG not in names:
-            kind = _kind_of_file(folder / entry.name)
-            if kind:
+        elif entry.name.endswith(WEIGHT_SUFFIXES) and entry.name not in ADAPTERS and PEFT_CONFIG not in names:
+            kind = kind_of(folder / entry.name)
+            # Words beside an adapter come with it.
+            if kind and not (kind == "words" and (is_adapter or is_run_of_words)):
                 yield kind, folder / entry.name
 
 
-def _kind_of_file(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """What a file or folder holds: "model", "lora", "words" alone, or nothing that is known, ""."""
     try:
         status = path.stat()
     except OSError:
@@ -152,7 +173,7 @@ def _kind_of_file(path: Path) -> str:
 def _kind(path: Path, changed: int, size: int) -> str:
     """What a file holds; asked again when it has changed."""
     if holds_adapter(path):
-        return "lora"
+        return "words" if _is_of_words(path) else "lora"
     try:
         open_model(path)
     except WeightError:
@@ -160,17 +181,43 @@ def _kind(path: Path, changed: int, size: int) -> str:
     return "model"
 
 
+def _is_of_words(path: Path) -> bool:
+    """Whether it holds vectors of words and nothing else."""
+    return path.is_file() and all(word_in(name, path.stem) for name in open_tensor_file(path).tensors)
+
+
+def words_of(path: Path) -> list[str]:
+    """The new words of an adapter or embedding: in the file, or in the files of the folder."""
+    try:
+        return _words(path, _time(path))
+    except OSError:
+        return []
+
+
+@lru_cache(maxsize=256)
+def _words(path: Path, changed: int) -> list[str]:
+    """Looked for again when it has changed."""
+    files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES] if path.is_dir() else [path]
+    found: dict[str, None] = {}
+    for file in files:
+        with suppress(WeightError):
+            found |= dict.fromkeys(read_words(open_tensor_file(file)))
+    return list(found)
+
+
 def _time(path: Path) -> int:
-    """When a model or LoRA was changed, in nanoseconds; of a folder, the file that is written last."""
+    """When a model or adapter was changed, in nanoseconds; of a folder, the file that is written last."""
     if path.is_dir():
-        path = next((path / name for name in (FILE_NAME, INDEX, PEFT_CONFIG) if (path / name).is_file()), path)
+        names = (FILE_NAME, CUSTOM_DIFFUSION, INDEX, PEFT_CONFIG)
+        path = next((path / name for name in names if (path / name).is_file()), path)
     return path.stat().st_mtime_ns
 
 
-def choose(base: str, loras: Sequence[str], refiner: str | None) -> ModelChoice:
-    """These networks as they are now."""
-    paths = [base, *loras, *filter(None, [refiner])]
-    return ModelChoice(base, tuple(loras), refiner, frozenset((path, _time(Path(path))) for path in paths))
+def choose(base: str, loras: Sequence[str], refiner: str | None, embeddings: Sequence[str] = ()) -> ModelChoice:
+    """These networks and words as they are now."""
+    paths = [base, *loras, *embeddings, *filter(None, [refiner])]
+    changed = frozenset((path, _time(Path(path))) for path in paths)
+    return ModelChoice(base, tuple(loras), refiner, changed, tuple(embeddings))
 
 
 @dataclass(frozen=True)
@@ -269,7 +316,7 @@ def _family(path: Path) -> Family | None:
 
 def newest_run(places: Places, shelf: Shelf) -> Run | None:
     """The newest run that has a result and whose base is here."""
-    for lora in shelf.loras:
+    for lora in shelf.adapters:
         if lora.is_relative_to(places.runs) and (run := read_run(lora)) and Path(run.base).resolve() in shelf.models:
             return run
     return None

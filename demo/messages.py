@@ -20,10 +20,13 @@ class ModelChoice:
     refiner: str | None = None
     changed: frozenset[tuple[str, int]] = frozenset()
     """Each of them with the time of its last change: a LoRA that was trained on is another one."""
+    embeddings: tuple[str, ...] = ()
+    """Of new words."""
 
     def serves(self, wanted: "ModelChoice") -> bool:
         """Whether a process that loaded this can sample that: adapters that are not wanted get a scale of 0."""
         same = self.base == wanted.base and self.refiner == wanted.refiner
+        same &= set(self.embeddings) == set(wanted.embeddings)
         return same and set(self.loras) >= set(wanted.loras) and self.changed >= wanted.changed
 
 

@@ -3,11 +3,12 @@
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import streamlit as st
 
 from demo import session, uploads
-from demo.library import ModelFacts, Shelf, choose, find_refiners
+from demo.library import ModelFacts, Shelf, choose, find_refiners, kind_of
 from demo.messages import ModelChoice, PictureRequest
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import ConfigError, UserError
@@ -38,25 +39,47 @@ _HUB_LORA = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*){1,3}")
 def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
     """The request that is set up at the side, without prompts and picture."""
     loras, scales = _loras(shelf)
+    embeddings = _embeddings(shelf)
+    _lora_upload()
     refiner, refiner_start = _refiner(facts, shelf)
     request = _settings(facts)
-    model = choose(str(facts.path), loras, refiner)
+    model = choose(str(facts.path), loras, refiner, embeddings)
     return replace(request, model=model, lora_scales=scales, refiner_start=refiner_start)
 
 
 def _loras(shelf: Shelf) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The adapters and their strengths."""
     state = st.session_state
-    names = [str(path) for path in shelf.loras] + session.window().loras
-    wanted = [*state.get("sample_loras", []), *filter(None, [state.pop("add_lora", None)])]
-    state.sample_loras = [name for name in dict.fromkeys(wanted) if name in names]
-    loras = st.multiselect(
-        "LoRAs", names, format_func=session.label, key="sample_loras", persist_state="session", placeholder="None"
+    names = [str(path) for path in shelf.loras] + [name for name in session.window().loras if not _is_embedding(name)]
+    loras = _chosen("LoRAs", "sample_loras", names, state.pop("add_lora", None))
+    return loras, tuple(_strength(name) for name in loras)
+
+
+def _embeddings(shelf: Shelf) -> tuple[str, ...]:
+    """The embeddings of new words; the field is there if any are."""
+    state = st.session_state
+    names = [str(path) for path in shelf.embeddings] + [name for name in session.window().loras if _is_embedding(name)]
+    if not names:
+        state.sample_embeddings = []
+        return ()
+    meaning = "New words that were learnt without a LoRA. Buttons under the prompt write them."
+    return _chosen("Embeddings", "sample_embeddings", names, state.pop("add_embedding", None), meaning)
+
+
+def _chosen(label: str, key: str, names: list[str], more: str | None, meaning: str | None = None) -> tuple[str, ...]:
+    """What is chosen of these files and folders, with one more that has just come."""
+    state = st.session_state
+    wanted = [*state.get(key, []), *filter(None, [more])]
+    state[key] = [name for name in dict.fromkeys(wanted) if name in names]
+    chosen = st.multiselect(
+        label, names, format_func=session.label, key=key, persist_state="session", placeholder="None", help=meaning
     )
-    loras = [name for name in loras if name in names]
-    scales = tuple(_strength(name) for name in loras)
-    _lora_upload()
-    return tuple(loras), scales
+    return tuple(name for name in chosen if name in names)
+
+
+def _is_embedding(path: str) -> bool:
+    """Whether an upload or a file of the hub holds new words alone."""
+    return kind_of(Path(path)) == "words"
 
 
 def _strength(lora: str) -> float:
@@ -67,9 +90,9 @@ def _strength(lora: str) -> float:
 
 def _lora_upload() -> None:
     state = st.session_state
-    with st.popover("Add a LoRA", icon=":material/upload:", width="stretch"):
+    with st.popover("Add a LoRA or an embedding", icon=":material/upload:", width="stretch"):
         file = st.file_uploader(
-            "LoRA",
+            "LoRA or embedding",
             type=uploads.LORA_TYPES,
             key="lora_upload",
             label_visibility="collapsed",
@@ -83,7 +106,7 @@ def _lora_upload() -> None:
         if st.button("Fetch", key="fetch_lora", disabled=not name):
             with st.spinner(f"Fetching {name}"), session.sentences():
                 _choose_lora(_of_hub(name))
-    if "add_lora" in state:
+    if "add_lora" in state or "add_embedding" in state:
         st.rerun()
 
 
@@ -110,7 +133,7 @@ def _of_hub(name: str) -> str:
 def _choose_lora(path: str) -> None:
     window = session.window()
     window.loras = sorted({*window.loras, path})
-    st.session_state.add_lora = path
+    st.session_state["add_embedding" if _is_embedding(path) else "add_lora"] = path
 
 
 def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:

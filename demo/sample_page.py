@@ -9,7 +9,7 @@ import streamlit as st
 from PIL import Image, ImageOps
 
 from demo import session, uploads
-from demo.library import ModelFacts, Places, Shelf, find, newest_run, read_run
+from demo.library import ModelFacts, Places, Shelf, find, newest_run, read_run, words_of
 from demo.messages import PictureRequest
 from demo.model_control import EMBEDDED, model_control
 from demo.sample_controls import LARGEST_SEED, controls
@@ -47,7 +47,7 @@ def show() -> None:
             st.caption("It knows flat shapes only. For other bases, write a name of the Hugging Face hub here.")
         request = controls(facts, shelf) if facts else None
     if facts and request:
-        _prompt(facts)
+        _prompt(facts, request)
         left, right = st.columns(2)
         with left:
             _negative_prompt(facts)
@@ -79,17 +79,33 @@ def _set_first_values(places: Places, shelf: Shelf) -> None:
     if run and result in shelf.models:
         state.sample_model, state.sample_loras, state.sample_prompt = str(result), [], run.instance_prompt
     elif run and base in shelf.models:
-        state.sample_model, state.sample_loras, state.sample_prompt = str(base), [str(run.folder)], run.instance_prompt
-        state.sample_compare = True
+        state.sample_model, state.sample_prompt, own = str(base), run.instance_prompt, [str(run.folder)]
+        is_of_words = run.folder in shelf.embeddings
+        state.sample_loras, state.sample_embeddings = ([], own) if is_of_words else (own, [])
+        state.sample_compare = not is_of_words
     elif "sample_model" not in state:
         first = EMBEDDED if EMBEDDED in shelf.models else shelf.models[0]
         state.sample_model, state.sample_loras = str(first), []
         state.sample_prompt = FIRST_PROMPT if first == EMBEDDED else ""
 
 
-def _prompt(facts: ModelFacts) -> None:
+def _prompt(facts: ModelFacts, request: PictureRequest) -> None:
     prompt = st.text_area("Prompt", key="sample_prompt", persist_state="session", height=84)
+    sources = [*request.model.loras, *request.model.embeddings]
+    words = list(dict.fromkeys(word for source in sources for word in words_of(Path(source))))
+    if words:
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            st.caption("New words", width="content")
+            for word in words:
+                # As code: in Markdown, <new1> would be a tag.
+                st.button(f"`{word}`", key=f"word {word}", on_click=_write_word, args=(word,), help="Write it")
     _show_length(prompt, facts)
+
+
+def _write_word(word: str) -> None:
+    """Put a word behind the prompt."""
+    state = st.session_state
+    state.sample_prompt = f"{state.sample_prompt.rstrip()} {word}".lstrip()
 
 
 def _negative_prompt(facts: ModelFacts) -> None:
@@ -157,7 +173,7 @@ def _button(request: PictureRequest) -> None:
 def _show_networks(request: PictureRequest) -> None:
     """One line on what will be sampled with: on a phone the settings are out of sight."""
     model = request.model
-    networks = [session.label(model.base), *map(session.label, model.loras)]
+    networks = [session.label(model.base), *map(session.label, (*model.loras, *model.embeddings))]
     networks += [session.label(model.refiner)] if model.refiner else []
     start = " from your picture" if request.image is not None else ""
     st.caption(f"{' + '.join(networks)}, {request.width} × {request.height}{start}")

@@ -169,6 +169,7 @@ def use_again(request: PictureRequest) -> None:
     """Set the widgets to what a request asked for."""
     state = st.session_state
     state.sample_model, state.sample_loras = request.model.base, list(request.model.loras)
+    state.sample_embeddings = list(request.model.embeddings)
     for name, scale in zip(request.model.loras, request.lora_scales, strict=True):
         state[f"scale {name}"] = scale
     state.sample_prompt, state.sample_negative_prompt = request.prompt, request.negative_prompt

@@ -38,7 +38,7 @@ class Sampler:
     def __init__(self, model: ModelChoice, send: Send, job: int) -> None:
         send(Phase(job, "Loading the model"))
         send(Phase(job, f"Loading the model, to compute {described(set_up(DeviceConfig()))}"))
-        self._model = SamplingModel(_open(model.base), model.loras, keep_text_encoders=True)
+        self._model = SamplingModel(_open(model.base), model.loras, words=model.embeddings, keep_text_encoders=True)
         self._refiner = SamplingModel(_open(model.refiner), keep_text_encoders=True) if model.refiner else None
         self._compiled: set[tuple[object, ...]] = set()
 

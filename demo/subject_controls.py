@@ -37,18 +37,23 @@ def choose_pictures(places: Places, number: int) -> Pictures | None:
     return Pictures(folder, counts == OPAQUE)
 
 
-def ask_words(number: int, small: bool, prior: bool) -> tuple[str, str | None]:
-    """The prompt of the photographs, and with prior preservation that of their class."""
+def ask_words(number: int, small: bool, prior: bool, by_words: bool) -> tuple[str, str | None]:
+    """The prompt of the photographs, and with prior preservation that of their class. `by_words`: whether it names the
+    subject by a new word, which is learnt."""
     subject, kind = (
         ("a photo of a sks star", "a photo of a star") if small else ("a photo of sks dog", "a photo of dog")
     )
-    subject = subject.replace("sks", ("sks", "zwx", "qxt", "ohwx", "vbl", "kju")[number % 6])
+    rare = f"<new{number + 1}>" if by_words else ("sks", "zwx", "qxt", "ohwx", "vbl", "kju")[number % 6]
+    subject = subject.replace("sks", rare)
+    meaning = "A prompt with a rare word of your choice for the subject, before its class: sks is the custom."
+    if by_words:
+        meaning = "A prompt with the subject's new word, before its class."
     prompt = st.text_input(
         "What the photographs show",
         subject,
-        key=key_of(f"prompt {small}", number),
+        key=key_of(f"prompt {small}{' by words' * by_words}", number),
         persist_state="session",
-        help="A prompt with a rare word of your choice for the subject, before its class: sks is the custom.",
+        help=meaning,
     )
     class_prompt = None
     if prior:

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,21 @@ from demo.model_control import EMBEDDED, advise, model_control
 from demo.photographs import look_at
 from demo.subject_controls import ask_words, choose_pictures, show_look
 from demo.subjects import Pictures, Subject, write
-from demo.training_plan import Preset, TrainingWishes, flags, name_of, preset_files, read_preset
+from demo.training_plan import (
+    BY_WORDS,
+    METHODS,
+    Preset,
+    TrainingWishes,
+    flags,
+    name_of,
+    preset_files,
+    rate_of,
+    read_preset,
+)
 from demo.training_process import Training
 from demo.training_view import watch
+from dreambooth_ms.config.choices import Method
+from dreambooth_ms.config.words import split_words
 from dreambooth_ms.data.plan import Plan, table_of_sizes
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.specs import Family
@@ -85,12 +98,16 @@ def _new_training(places: Places) -> None:
             advise("teach_model")
     if facts is None or preset is None:
         return
-    with right:
-        prior = _prior(preset)
     small = facts.picture_size <= 64
-    words = [_in(block, ask_words, number, small, prior) for number, block in enumerate(blocks)]
     with right:
-        wishes = _wishes(facts, preset, [prompt for prompt, _ in words])
+        method = _method()
+        new_words, initial_words = _new_words(len(blocks), small) if method in BY_WORDS else ([], [])
+        prior = _prior(preset, method)
+    by_words = method in BY_WORDS
+    words = [_in(block, ask_words, number, small, prior, by_words) for number, block in enumerate(blocks)]
+    with right:
+        wishes = _wishes(facts, preset, [prompt for prompt, _ in words], method)
+        wishes = replace(wishes, new_words=new_words, initial_words=initial_words)
     subjects = _subjects(blocks, chosen, words, wishes, below)
     with right:
         _start(places, wishes, words, subjects)
@@ -143,18 +160,54 @@ def _preset(facts: ModelFacts) -> Preset | None:
         return None
 
 
-def _prior(preset: Preset) -> bool:
+def _method() -> Method:
+    method: Method = st.segmented_control(
+        "What is trained",
+        list(METHODS),
+        default="lora",
+        required=True,
+        wrap=True,
+        format_func=METHODS.__getitem__,
+        key="teach_method",
+        persist_state="session",
+        help="LoRA: a small addition to the model. All weights: the model itself, which takes the most memory. Custom "
+        "Diffusion: how the model reads text, and a new word. New words alone: the smallest, the model stays as it is.",
+    )
+    return method
+
+
+def _new_words(count: int, small: bool) -> tuple[list[str], list[str]]:
+    """The new words, one for each subject, and those of the vocabulary that they start from, if any are named."""
+    left, right = st.columns(2)
+    joined = left.text_input(
+        "New words",
+        "+".join(f"<new{number + 1}>" for number in range(count)),
+        key=f"teach_words {count}",
+        persist_state="session",
+        help="One for each subject, put together by +. The prompts name the subjects by them.",
+    )
+    start = right.text_input(
+        "Start from",
+        "+".join(["star" if small else "dog"] * count),
+        key=f"teach_initial {count} {small}",
+        persist_state="session",
+        help="A word for each that is one token, usually its class, put together by +; empty for rare words.",
+    )
+    return split_words(joined), split_words(start)
+
+
+def _prior(preset: Preset, method: Method) -> bool:
     return st.toggle(
         "Keep the class as it is",
-        preset.with_prior_preservation,
-        key=f"teach_prior {preset.file.stem}",
+        preset.with_prior_preservation and method != "textual_inversion",
+        key=f"teach_prior {preset.file.stem}{' alone' * (method == 'textual_inversion')}",
         persist_state="session",
         help="Prior preservation: pictures of the class are generated first and trained beside.",
     )
 
 
-def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> TrainingWishes:
-    key = preset.file.stem
+def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str], method: Method) -> TrainingWishes:
+    key, usual_rate = preset.file.stem, rate_of(preset, method)
     left, right = st.columns(2)
     steps = left.number_input(
         "Steps", 1, 100_000, preset.max_train_steps, key=f"teach_steps {key}", persist_state="session"
@@ -163,10 +216,10 @@ def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> Traini
         "Learning rate",
         1e-7,
         1.0,
-        preset.learning_rate,
+        usual_rate,
         format="%.1e",
-        step=preset.learning_rate / 10,
-        key=f"teach_rate {key}",
+        step=usual_rate / 10,
+        key=f"teach_rate {key}{'' if method == 'lora' else ' ' + method}",
         persist_state="session",
     )
     validation = _follows(
@@ -189,13 +242,14 @@ def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str]) -> Traini
         buckets=buckets,
         side_step=facts.side_step,
         max_train_steps=int(steps),
+        method=method,
         learning_rate=float(rate),
         validation_prompts=[line.strip() for line in validation.splitlines() if line.strip()],
-        **_more(preset, int(steps)),
+        **_more(preset, int(steps), method),
     )
 
 
-def _more(preset: Preset, steps: int) -> dict[str, Any]:
+def _more(preset: Preset, steps: int, method: Method) -> dict[str, Any]:
     """What few people set."""
     key = preset.file.stem
     with st.expander("More"):
@@ -204,7 +258,9 @@ def _more(preset: Preset, steps: int) -> dict[str, Any]:
             "Generate every … steps", 1, 100_000, max(steps // 4, 1), key=f"teach_every {key} {steps}"
         )
         pictures = right.number_input("Pictures each time", 1, 8, 2, key="teach_pictures", persist_state="session")
-        rank = left.number_input("Rank", 1, 512, preset.rank, key=f"teach_rank {key}", persist_state="session")
+        rank = preset.rank
+        if method == "lora":
+            rank = left.number_input("Rank", 1, 512, preset.rank, key=f"teach_rank {key}", persist_state="session")
         classes = right.number_input(
             "Class pictures", 1, 5000, preset.num_class_images, key=f"teach_classes {key}", persist_state="session"
         )
@@ -215,7 +271,8 @@ def _more(preset: Preset, steps: int) -> dict[str, Any]:
             persist_state="session",
             help="Otherwise another random part is cropped each time.",
         )
-        text = st.toggle(
+        # New words are trained in the text encoders, of which all else stays as it is.
+        text = method not in BY_WORDS and st.toggle(
             "Train the text encoder too", preset.train_text_encoder, key=f"teach_text {key}", persist_state="session"
         )
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="teach_seed", persist_state="session")

@@ -11,8 +11,9 @@ from typing import Any
 from demo.library import ModelFacts
 from demo.processes import REPOSITORY
 from demo.subjects import CONCEPTS, Subject, settings
+from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.config.train import RATES, TrainConfig
 from dreambooth_ms.data.plan import Framing, sizes_of
 from dreambooth_ms.models.specs import Family
 
@@ -30,6 +31,18 @@ SMALL, PRESETS = (
     },
 )
 
+
+METHODS: dict[Method, str] = {
+    "lora": "LoRA",
+    "full": "All weights",
+    "custom_diffusion": "Custom Diffusion",
+    "textual_inversion": "New words alone",
+}
+"""As the page calls them."""
+BY_WORDS: tuple[Method, ...] = ("custom_diffusion", "textual_inversion")
+"""Those that learn the subject by new words."""
+_SMALL_RATES: dict[Method, float] = {"full": 1e-4, "custom_diffusion": 1e-3, "textual_inversion": 5e-3}
+"""For networks as small as the embedded base's."""
 
 _WORD = re.compile(r"[A-Za-z0-9]+")
 _FILLERS = re.compile(r"an?|the|of|my|this|that|one|photo(graph)?|picture|image|painting|drawing|portrait")
@@ -85,6 +98,12 @@ def read_preset(file: Path) -> Preset:
     )
 
 
+def rate_of(preset: Preset, method: Method) -> float:
+    """The learning rate that a method starts from: the preset's own is for a LoRA."""
+    rates = _SMALL_RATES if preset.file.name == SMALL else RATES
+    return preset.learning_rate if method == "lora" else rates[method]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingWishes:
     """What is filled in."""
@@ -96,6 +115,11 @@ class TrainingWishes:
     """Whether pictures are trained at sizes of several shapes."""
     side_step: int
     """Sides are multiples of it."""
+    method: Method = "lora"
+    new_words: Sequence[str] = ()
+    """Empty for methods that take none."""
+    initial_words: Sequence[str] = ()
+    """What these start from, as many, or none."""
     num_class_images: int
     max_train_steps: int
     learning_rate: float
@@ -139,8 +163,11 @@ def flags(wishes: TrainingWishes, subjects: Sequence[Subject], target: Path) -> 
         "center_crop": wishes.center_crop,
         "with_prior_preservation": prior,
         "num_class_images": wishes.num_class_images if prior else None,
+        "method": wishes.method,
+        "modifier_token": "+".join(wishes.new_words) or None,
+        "initializer_token": "+".join(wishes.initial_words) or None,
         "train_text_encoder": wishes.train_text_encoder,
-        "rank": wishes.rank,
+        "rank": wishes.rank if wishes.method == "lora" else None,
         "learning_rate": wishes.learning_rate,
         "max_train_steps": wishes.max_train_steps,
         "seed": wishes.seed,

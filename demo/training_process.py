@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from demo.library import RUN_CONFIG
+from demo.library import ADAPTERS, RUN_CONFIG, words_of
 from demo.processes import environment
-from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
@@ -75,7 +74,7 @@ class Training:
     @property
     def has_result(self) -> bool:
         """Whether there is something to sample with."""
-        return (self.folder / FILE_NAME).is_file() or (self.folder / INDEX).is_file()
+        return any((self.folder / name).is_file() for name in (*ADAPTERS, INDEX)) or bool(words_of(self.folder))
 
     @property
     def process_id(self) -> int | None:

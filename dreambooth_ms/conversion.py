@@ -7,11 +7,12 @@ On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -159,16 +160,21 @@ def open_lora(path: Path, base: str | None) -> OpenedAdapter:
 
 def trained_base(path: Path) -> str | None:
     """The base of an adapter's file or folder, a path or the name on a hub: of the run that it is of, or PEFT's."""
-    folder = path if os.path.isdir(path) else path.parent
-    if os.path.isfile(folder / RUN_CONFIG):
-        settings = read_file(Setting("config", str(folder / RUN_CONFIG)), TrainConfig)
-        said = next((one.value for one in settings if one.name == "pretrained_model_name_or_path"), None)
-    else:
-        try:
-            said = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
-        except WeightError:
-            return None
+    said = run_setting(path, "pretrained_model_name_or_path")
+    with suppress(WeightError):
+        said = said or read_json(_beside(path, PEFT_CONFIG)).get("base_model_name_or_path")
     return said if said and isinstance(said, str) else None
+
+
+def run_setting(path: Path, name: str) -> Any:
+    """What the run of an adapter's file or folder has under a name; None if it is of none, or that says nothing."""
+    file = _beside(path, RUN_CONFIG)
+    settings = read_file(Setting("config", str(file)), TrainConfig) if os.path.isfile(file) else []
+    return next((one.value for one in settings if one.name == name), None)
+
+
+def _beside(path: Path, name: str) -> Path:
+    return (path if os.path.isdir(path) else path.parent) / name
 
 
 def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import FloatType, PredictionType
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SIDE, at_least
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
@@ -151,15 +151,25 @@ class ConvertConfig(Schema):
     conversion: ConversionConfig
 
 
+_NO_MODEL = Rule(
+    lambda values: any(values[name] for name in ("lora", "format", "alpha", "prediction_type")),
+    "--concepts: an adapter is made of them, not a model; leave out --lora, --format, --alpha and --prediction_type",
+)
+_OF_EACH = Rule(
+    lambda values: values["concepts"] and len(values["concept_prompts"]) != len(values["concepts"]),
+    "--concept_prompts: expected one for each of --concepts {concepts}, got {concept_prompts}",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergingConfig(TargetConfig):
-    """One or several LoRAs become part of a model's weights."""
+    """One or several LoRAs become part of a model's weights, or several concepts of Custom Diffusion become one."""
 
     base: Annotated[str, NOT_EMPTY, PATH]
     """The model: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub. None: its main branch."""
-    lora: Annotated[list[str], PATH, Rule(lambda values: not values["lora"], "--lora: missing; name the LoRA to merge")]
+    lora: Annotated[list[str], PATH] = field(default_factory=list)
     """LoRA files or folders of any format and rank, or owner/name or owner/name/file on the Hugging Face hub; several
     are added up."""
     scale: Annotated[float, FINITE] = 1.0
@@ -168,11 +178,25 @@ class MergingConfig(TargetConfig):
     """Format to write. None: the target's name decides."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
+    concepts: Annotated[list[str], PATH, Range("two or more", lambda paths: len(paths) != 1), _NO_MODEL] = field(
+        default_factory=list
+    )
+    """In place of lora: results of Custom Diffusion, files or folders, of which one is made without training. It is the
+    folder that the target names. Where several use the same word, those of the later ones are renamed."""
+    concept_prompts: Annotated[tuple[str, ...] | None, NOT_EMPTY, only_with("concepts"), _OF_EACH] = None
+    """What the subject of each is called, such as "<new1> dog", by its own words. None: as in the prompt of its run,
+    whose config.yaml is beside it, or else by its words alone."""
+    regularization_prompts: Annotated[str | None, NOT_EMPTY, PATH, only_with("concepts")] = None
+    """Text file of a few hundred captions, one per line, which stay as the base reads them. None: own captions."""
+
+    def problems(self) -> list[str]:
+        """Refuses to merge nothing."""
+        return [] if self.lora or self.concepts else ["--lora: missing; name the LoRA to merge, or --concepts"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(Schema):
-    """Merge LoRAs into a model."""
+    """Merge LoRAs into a model, or concepts into one."""
 
     merging: MergingConfig
 

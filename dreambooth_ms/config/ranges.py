@@ -26,6 +26,7 @@ def above(lowest: float) -> Range:
 DECAY = Range("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SHARE = Range("greater than 0 and at most 1", lambda value: 0 < value <= 1)
 INNER_SHARE = Range("greater than 0 and less than 1", lambda value: 0 < value < 1)
+PART = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 SCORE = Range("from 0 to 10", lambda value: 0 <= value <= 10)
 ZERO_OR_ONE = Range("0 or 1", lambda value: value in (0, 1))
 FINITE = Range("a finite number", math.isfinite)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PATH, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
@@ -43,7 +43,7 @@ class PicturesConfig(GenerationConfig):
     """Width in pixels. None: the model's own."""
     sd_xl_base_ratios: Annotated[str | None, _RATIO, _BY_RATIO] = None
     """One of the sizes that SDXL was trained at, in place of height and width, by its width over height."""
-    guidance_rescale: Annotated[float, Range("from 0 to 1", lambda value: 0 <= value <= 1), _GUIDED] = 0.0
+    guidance_rescale: Annotated[float, PART, _GUIDED] = 0.0
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
+from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PART, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
 from dreambooth_ms.config.rules import Resume, only_with
 
 Background: TypeAlias = Annotated[str, COLOUR]
@@ -79,6 +79,8 @@ class GenerationConfig:
     """Classifier-free guidance: how closely to follow the prompt; 1 turns it off."""
     scheduler: SamplingScheduler = "ddim"
     """Sampling method. Those that begin with edm_ are for models trained in EDM's formulation."""
+    eta: Annotated[float, PART, only_with("scheduler", "ddim")] = 0.0
+    """Noise that each step of ddim adds, as a share of what ddpm adds: with 0 none is drawn."""
     seed: Annotated[int, SEED] = 0
     """The same seed generates the same pictures, whatever the batch size."""
     batch_size: Annotated[int, at_least(1)] = 4

@@ -44,6 +44,8 @@ class SampleRequest:
     batch_size: int = 4
     scheduler: SamplingScheduler = "ddim"
     num_inference_steps: int = 25
+    eta: float = 0.0
+    """The noise that each step of DDIM adds, as a share of DDPM's (Song et al., 2021, eq. 16)."""
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
@@ -116,7 +118,7 @@ class Sample(NamedTuple):
     """What makes it again, for its file's metadata: plain values."""
 
 
-STEP_SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "batch_size", "seed")
+STEP_SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance_rescale", "eta", "batch_size", "seed")
 """Fields of a request that say how its latents are denoised."""
 
 

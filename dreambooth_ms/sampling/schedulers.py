@@ -38,6 +38,8 @@ class SchedulerKind:
     """What the name says, whatever the model's own configuration does."""
     draws_noise: bool = False
     """Whether its steps take random numbers."""
+    takes_eta: bool = False
+    """Whether they take as many as the request says."""
     keeps_signal: bool = False
     """Whether noisy latents are the clean ones plus noise (Karras et al., 2022), in place of a mixture of deviation 1
     (Ho et al., 2020)."""
@@ -130,7 +132,7 @@ class Trajectory:
         self._kind = SCHEDULERS[request.scheduler]
         self._scheduler = self._kind.create(config)
         self._scheduler.set_timesteps(request.num_inference_steps)
-        self._seed, self._numbers = request.seed, numbers
+        self._seed, self._eta, self._numbers = request.seed, request.eta, numbers
         self._continues = request.denoising_start is not None
         levels = np.array([float(timestep) for timestep in self._scheduler.timesteps])
         trained = int(config.get("num_train_timesteps", 1000))
@@ -160,8 +162,10 @@ class Trajectory:
 
     def step(self, index: int, prediction_BChw: Tensor, latents_BChw: Tensor) -> Tensor:
         """The latents after `timesteps[index]`."""
-        timestep, more = self.timesteps[index], {}
-        if self._kind.draws_noise:
+        timestep = self.timesteps[index]
+        # Where nothing of the picture is left, a whole 1 may be rounded to more than all noise, and give NaN.
+        more: dict[str, Any] = {"eta": min(self._eta, 1 - 2.0**-22)} if self._kind.takes_eta else {}
+        if self._kind.draws_noise or more:
             more["generator"] = RowNoise(self._seed, self._first + index, self._numbers)
         return self._scheduler.step(prediction_BChw, timestep, latents_BChw, **more)[0]
 

@@ -799,6 +799,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
             "--scheduler edm_euler: is for models trained in EDM's formulation, and",
         ),
         (["--guidance_rescale", "2"], "--guidance_rescale: expected from 0 to 1, got 2.0"),
+        (["--eta", "1.5"], "--eta: expected from 0 to 1, got 1.5"),
         (["--sd_xl_base_ratios", "1.1"], "--sd_xl_base_ratios: expected one of 0.5, 0.52, "),
         (
             ["--sd_xl_base_ratios", "1.0", "--width", "512"],

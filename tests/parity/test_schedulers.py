@@ -289,6 +289,47 @@ def test_the_noise_of_a_row_does_not_depend_on_its_batch(name):
     assert not np.array_equal(drawn([0], seed=SEED + 1)[0], all_rows[0])
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("said", [{}, ZERO_SNR, {"clip_sample": True, "clip_sample_range": 0.5}])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_adds_noise_as_diffusers_does_with_eta(eta, said, monkeypatch):
+    """The noise is ours, handed to diffusers' step as its own."""
+    config, start, field = PUBLISHED | said, normal(2, 4, 6, 8), 0.1 * normal(2, 4, 6, 8, seed=1)
+    reference = diffusers.DDIMScheduler.from_config(config)
+    reference.set_timesteps(STEPS)
+    trajectory = Trajectory(request("ddim", STEPS, eta=eta), config, [0, 1])
+    expected, latents = torch.tensor(start), trajectory.begin(start, None)
+    for index, timestep in enumerate(reference.timesteps):
+        noise = torch.tensor(RowNoise(SEED, index, [0, 1]).standard_normal(start.shape))
+        prediction = 0.1 * expected + torch.tensor(field)
+        expected = reference.step(prediction, timestep, expected, eta=eta, variance_noise=noise).prev_sample
+        latents = trajectory.step(index, latents * 0.1 + Tensor(field), latents)
+        assert np.isfinite(expected.numpy()).all()
+        # The first step from nothing takes the root of a difference of equal numbers: of float32's last bits.
+        assert relative_error(latents, expected) < (1e-3 if said is ZERO_SNR and eta == 1 else 1e-5)
+
+
+def test_the_noise_of_eta_is_a_function_of_seed_picture_and_step():
+    start = normal(3, 4, 4, 4)
+
+    def drawn(rows, seed=SEED, **more):
+        trajectory = Trajectory(request("ddim", 3, seed=seed, **more), PUBLISHED, rows, "strength" in more)
+        latents = trajectory.begin(start[rows], start[rows] if "strength" in more else None)
+        for index in range(len(trajectory.timesteps)):
+            latents = trajectory.step(index, latents * 0.1, latents)
+        return latents.asnumpy()
+
+    plain, noisy = drawn([0, 1, 2]), drawn([0, 1, 2], eta=0.5)
+    assert np.array_equal(drawn([0, 1, 2], eta=0.0), plain)
+    assert not np.array_equal(noisy[0], plain[0])
+    assert np.array_equal(drawn([2, 1], eta=0.5), noisy[[2, 1]])
+    assert not np.array_equal(drawn([0], seed=SEED + 1, eta=0.5)[0], noisy[0])
+    # From the second step on: the numbers are those of the second step.
+    assert not np.array_equal(drawn([0], eta=0.5, strength=0.67)[0], drawn([0], eta=0.0, strength=0.67)[0])
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("model"))

@@ -291,7 +291,8 @@ def values_of(one):
 
 
 RULES = ("--with_prior_preservation: needs", "expected another folder", "polynomial schedule", "--offset_noise: is",
-         "--lora: missing", "--lora_scale: expected one number", "--sd_xl_base_ratios: is a height",
+         "--lora: missing", "--concepts: an adapter", "--concept_prompts: expected one",
+         "--lora_scale: expected one number", "--sd_xl_base_ratios: is a height",
          "--num_images_per_prompt: is", "--task img2img: needs", "--image: a picture is started", "--orig_height: give",
          "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out",
          "--alpha_mask: and --mask_dir", ": required", "--dataset_name: and --instance_data_dir",

@@ -18,7 +18,12 @@ from demo import model_control, sample_controls, session, training_process
 from demo.processes import REPOSITORY
 from demo.training_plan import name_of
 from demo.training_view import whole_pictures
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION
+from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.word_files import write_words
+from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.files.dtypes import DType
 from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
@@ -304,6 +309,59 @@ def test_a_server_that_others_can_reach_shows_nothing(runs):
         assert not page.button
 
 
+def write_concept(folder, words=("<new1>",), layers=True, width=64):
+    """What a run of Custom Diffusion on the embedded base leaves, or one of textual inversion."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"pretrained_model_name_or_path: {EMBEDDED}\ninstance_data_dir: x\n"
+        f"method: {'custom_diffusion' if layers else 'textual_inversion'}\nmodifier_token: {'+'.join(words)}\n"
+        f'instance_prompt: "a photo of a {words[0]} star"\n'
+    )
+    write_words({word: {"text_encoder": np.ones((1, width), np.float32)} for word in words}, folder, DType.F32, {})
+    if layers:
+        layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+        replaced = {layer: Replacement(np.zeros((64, width), np.float32))}
+        write_replacements(replaced, folder / CUSTOM_DIFFUSION, DType.F32, {})
+    return folder
+
+
+def test_words_of_what_is_chosen_are_buttons_that_write_them(runs):
+    run = write_concept(runs / "star", ("<new1>", "<new2>"))
+    page = opened()
+    assert page.multiselect("sample_loras").value == [str(run)]
+    assert page.text_area("sample_prompt").value == "a photo of a <new1> star"
+    page.button("word <new2>").click().run()
+    assert page.text_area("sample_prompt").value == "a photo of a <new1> star <new2>"
+    page.multiselect("sample_loras").set_value([]).run()
+    assert not page.exception
+    assert "word <new2>" not in [button.key for button in page.button]
+
+
+def test_embeddings_have_a_field_of_their_own(runs):
+    run = write_concept(runs / "words", layers=False)
+    page = opened()
+    assert page.multiselect("sample_embeddings").value == [str(run)]
+    assert page.multiselect("sample_loras").value == []
+    sample(page)
+    (entry,) = gallery(page)
+    assert entry.request.model.embeddings == (str(run),)
+    page.multiselect("sample_embeddings").set_value([]).run()
+    assert not page.exception
+    assert "word <new1>" not in [button.key for button in page.button]
+
+
+def test_an_uploaded_embedding_is_chosen_as_one(runs, tmp_path):
+    write_words({"<toy>": {"text_encoder": np.ones((1, 64), np.float32)}}, tmp_path, DType.F32, {})
+    page = opened()
+    assert "sample_embeddings" not in [one.key for one in page.multiselect]
+    content = (tmp_path / "<toy>.safetensors").read_bytes()
+    page.file_uploader("lora_upload").set_value(("<toy>.safetensors", content, "")).run()
+    assert not page.exception
+    (chosen,) = page.multiselect("sample_embeddings").value
+    assert chosen.endswith(".safetensors")
+    assert "word <toy>" in [button.key for button in page.button]
+
+
 def test_the_page_opens_without_mindspore():
     program = "import sys, demo.sample_page, demo.teach_page; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
@@ -323,6 +381,22 @@ def test_the_page_to_teach_on_looks_at_photographs_and_knows_the_preset(runs):
     assert page.number_input("teach_steps quickstart").value == 1200
     assert sum("64 × 64" in caption.value for caption in page.caption) == 5
     assert not page.button("teach_button").disabled
+
+
+@pytest.mark.parametrize("method", ["custom_diffusion", "textual_inversion"])
+def test_methods_of_new_words_ask_for_them(runs, method):
+    page = AppTest.from_function(teach, default_timeout=60).run()
+    assert "teach_words 1" not in [one.key for one in page.text_input]
+    page.segmented_control("teach_method").set_value(method).run()
+    assert not page.exception
+    assert page.text_input("teach_words 1").value == "<new1>"
+    assert page.text_input("teach_initial 1 True").value == "star"
+    assert page.text_input("teach_prompt True by words").value == "a photo of a <new1> star"
+    assert "teach_rank quickstart" not in [one.key for one in page.number_input]
+    page.button("add_subject").click().run()
+    assert page.text_input("teach_words 2").value == "<new1>+<new2>"
+    assert page.text_input("teach_prompt True by words 2").value == "a photo of a <new2> star"
+    assert not page.exception
 
 
 def test_a_training_is_checked_before_it_starts(runs):

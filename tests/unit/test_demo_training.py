@@ -14,7 +14,18 @@ from demo import training_process
 from demo.library import describe
 from demo.processes import REPOSITORY, environment
 from demo.subjects import Pictures, Subject
-from demo.training_plan import CONFIGS, PRESETS, SMALL, TrainingWishes, flags, preset_files, read_preset
+from demo.training_plan import (
+    BY_WORDS,
+    CONFIGS,
+    METHODS,
+    PRESETS,
+    SMALL,
+    TrainingWishes,
+    flags,
+    preset_files,
+    rate_of,
+    read_preset,
+)
 from demo.training_process import Training, arguments_of, new_folder, resume, running, start, trainings
 from demo.training_view import POINTS, curve_table
 from dreambooth_ms.config.load import load
@@ -92,6 +103,18 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_page_is_a_training_that_can_start(tmp_path, method):
+    words = ["<new1>"] if method in BY_WORDS else []
+    own = [subject(prompt="a photo of a <new1> star" if words else "a photo of a sks star")]
+    rate = rate_of(read_preset(CONFIGS / SMALL), method)
+    given = arguments(
+        tmp_path, own, method=method, new_words=words, initial_words=["star"] * len(words), learning_rate=rate
+    )
+    config = load(TrainConfig, given, tell=lambda note: None)
+    assert (config.method.method, config.words.words, config.learning_rate) == (method, words, rate)
 
 
 @pytest.mark.parametrize("name", [SMALL, *(name for names in PRESETS.values() for name in names)])

@@ -77,6 +77,7 @@ class TestRequests:
         ("flags", "note"),
         [
             (["--strength", "0.5"], "--strength has no effect without --image"),
+            (["--eta", "1", "--scheduler", "euler"], "--eta has no effect without --scheduler ddim"),
             (["--refiner_strength", "0.5"], "--refiner_strength has no effect without --refiner"),
             (
                 ["--guidance_rescale", "0.5", "--guidance_scale", "1"],
