@@ -15,8 +15,10 @@ from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import write_as_named
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
+from dreambooth_ms.formats.files.torch_writing import Content
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat, shared_layers, write_plan
@@ -100,15 +102,19 @@ def write_adapter(
 def write_replacements(
     updates: Mapping[str, Replacement], path: Path, dtype: DType, metadata: Mapping[str, str]
 ) -> None:
-    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion."""
-    tensors = {}
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion.
+
+    In .bin, diffusers finds the layers of self-attention, too, with nothing in them.
+    """
+    tensors: dict[str, StoredTensor | Content] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")
+        tensors[f"{attention.removesuffix('attn2')}attn1.processor"] = {}
         for parameter, values in update.tensors().items():
             kind, dot, number = which.partition(".")
             name = f"{attention}.processor.to_{kind}_custom_diffusion{dot}{number}.{parameter}"
             tensors[name] = StoredTensor.of(values, label=f"{path}: {name}").cast_to(dtype)
-    write_safetensors(path, tensors, {"format": "pt", **metadata})
+    write_as_named(path, tensors, metadata)
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:

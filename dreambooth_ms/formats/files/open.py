@@ -20,6 +20,7 @@ from dreambooth_ms.formats.files.safetensors_file import (
 )
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
+from dreambooth_ms.formats.files.torch_writing import Content, write_torch
 
 _HEAD_BYTES = 4096
 
@@ -143,7 +144,7 @@ def read_value(tensor: StoredTensor) -> np.ndarray:
 def read_metadata(path: Path) -> dict[str, str]:
     """A file's metadata, without reading its tensors; empty if it cannot be read."""
     try:
-        return dict(open_tensor_file(path, Container.SAFETENSORS).metadata)
+        return dict(open_tensor_file(path).metadata)
     except WeightError:
         return {}
 
@@ -156,3 +157,16 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """
     stored = {name: StoredTensor.of(values) for name, values in tensors.items()}
     write_safetensors(path, stored, {"format": "pt", **(metadata or {})})
+
+
+def write_as_named(path: Path, content: Content, metadata: Mapping[str, str]) -> None:
+    """Write a file atomically: .bin as PyTorch's, else safetensors, which has no place for dictionaries.
+
+    Raises:
+        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    """
+    if path.suffix == ".bin":
+        write_torch(path, content, metadata)
+    else:
+        tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, StoredTensor)}
+        write_safetensors(path, tensors, {"format": "pt", **metadata})
