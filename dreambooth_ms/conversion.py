@@ -17,7 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.adapter import Update
-from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.adapters.file import (
+    CUSTOM_DIFFUSION,
+    FILE_NAME,
+    PEFT_CONFIG,
+    OpenedAdapter,
+    holds_adapter,
+    open_adapter,
+)
+from dreambooth_ms.adapters.low_rank import as_lora
+from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.word_files import word_file
 from dreambooth_ms.adapters.writing import write_adapter, writing_notes
 from dreambooth_ms.atomic import check_free
 from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
@@ -29,21 +39,22 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, AdapterFormat, LoraFormat, OtherFormat
 from dreambooth_ms.formats.naming.recognise import with_channels
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
 MODEL_FORMATS = {form.value: form for form in Format}
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
+ADAPTER_FORMATS = LORA_FORMATS | {form.name.lower(): form for form in OtherFormat}
 """As users name them."""
 
-EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
+EXTENSIONS: Mapping[Format | AdapterFormat, tuple[str, ...]] = {
     Format.DIFFUSERS: ("",),
     Format.STABILITY: (".safetensors",),
     Format.MINDONE: (".ckpt",),
-    **dict.fromkeys(LoraFormat, ("", ".safetensors")),
+    **dict.fromkeys([*LoraFormat, *OtherFormat], ("", ".safetensors")),
     LoraFormat.PEFT: ("",),
     LoraFormat.MINDONE: (".ckpt",),
 }
@@ -57,7 +68,7 @@ LONGEST_VALUE = 200
 
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
-Form = TypeVar("Form", Format, LoraFormat)
+Form = TypeVar("Form", Format, AdapterFormat)
 
 
 def convert(wanted: ConversionConfig) -> Iterator[str]:
@@ -72,17 +83,54 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     is_model = not holds_adapter(source)
-    kind, of_others = ("model", ("alpha", "base")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    kind, of_others = (
+        ("model", ("alpha", "base", "rank")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    )
     if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
         raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
         return
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
-    form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
+    dtype = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
+    words_alone = None if opened.adapter.parts else OtherFormat.EMBEDDING.name.lower()
+    form = adapter_format_of(target, wanted.format or words_alone)
+    opened, notes = _as_adapter_of(form, opened, wanted)
+    if target.suffix in (".safetensors", ".ckpt"):
+        if form is OtherFormat.EMBEDDING and len(opened.adapter.words) > 1:
+            raise WeightError(f"{target}: {', '.join(opened.adapter.words)} have a file each; name a folder to write")
+        for word in opened.adapter.words if form is not OtherFormat.EMBEDDING else ():
+            check_free(word_file(target.parent, word))
     write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    yield from (*opened.notes, *writing_notes(opened.adapter, form))
+    yield from (*notes, *writing_notes(opened.adapter, form))
     yield f"wrote {target}: {describe_adapter(opened)}"
+
+
+def _as_adapter_of(
+    form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig
+) -> tuple[OpenedAdapter, list[str]]:
+    """An adapter as a format can hold it, and what a user should know of it.
+
+    Raises:
+        WeightError: the format has no place for it.
+    """
+    source, adapter = opened.path, opened.adapter
+    whole = [isinstance(own, Replacement) for own in adapter.updates.values()]
+    if any(whole) and isinstance(form, LoraFormat):
+        base = wanted.base or trained_base(source) or ""
+        if not os.path.exists(base):
+            raise WeightError(f"{source}: its weights become a LoRA by what they add to its base; name it with --base")
+        tensors = open_model(Path(base)).tensors
+        read = lambda layer: tensors[f"{layer}.weight"].cast_to(DType.F32).read()  # noqa: E731
+        lora, note = as_lora(adapter, read, wanted.rank, source)
+        return replace(opened, adapter=lora), [*opened.notes, note]
+    if wanted.rank:
+        raise WeightError(f"{source}: --rank is for Custom Diffusion weights that become a LoRA; leave it out")
+    if form is OtherFormat.CUSTOM_DIFFUSION and not (whole and all(whole)):
+        raise WeightError(f"{source}: holds no whole weights, as Custom Diffusion's files do; choose another --format")
+    if (form is OtherFormat.EMBEDDING) != (not adapter.parts):
+        raise WeightError(f"{source}: an embedding is words alone; choose another --format for what it holds")
+    return opened, opened.notes
 
 
 def merge(wanted: MergingConfig) -> Iterator[str]:
@@ -101,7 +149,12 @@ def merge(wanted: MergingConfig) -> Iterator[str]:
     for one in opened:
         yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
     dtype = DTYPES[wanted.dtype] if wanted.dtype else None
-    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted)
+    words: Words = {}
+    for one in opened:
+        if twice := sorted(words.keys() & one.adapter.words.keys()):
+            raise WeightError(f"{one.path}: {', '.join(twice)} is also a word of another --lora; merge one of them")
+        words = {**words, **one.adapter.words}
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted, words)
 
 
 def merged(
@@ -170,13 +223,17 @@ def trained_base(path: Path) -> str | None:
     return said if said and isinstance(said, str) else None
 
 
-def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:
-    """Write a model as it is asked for, with a progress bar; yields what the user should know."""
+def write_model(
+    model: OpenedModel, wanted: ConversionConfig | MergingConfig, words: Words | None = None
+) -> Iterator[str]:
+    """Write a model as it is asked for, with new words and a progress bar; yields what the user should know."""
     target = Path(wanted.target)
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
     planned = plan_model(model, form, dtype)
+    if words:
+        planned = planned.with_words(words)
     model.check_configurations()
     planned.check_place(target)
     yield from (*planned.model.notes, *planned.notes)
@@ -207,19 +264,19 @@ def model_format_of(target: Path, form: str | None) -> Format:
     return fitting[0]
 
 
-def lora_format_of(target: Path, form: str | None) -> LoraFormat:
-    """The format of a LoRA that a target's name and the user ask for.
+def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
+    """The format of an adapter that a target's name and the user ask for.
 
     Raises:
         WeightError: they do not fit each other, the name leaves it open, or the format is not written.
     """
-    fitting = _fitting(target, form, LORA_FORMATS, "for models only; for a LoRA")
+    fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
-    if target.name == FILE_NAME:
-        return LoraFormat.DIFFUSERS
+    if own := {FILE_NAME: LoraFormat.DIFFUSERS, CUSTOM_DIFFUSION: OtherFormat.CUSTOM_DIFFUSION}.get(target.name):
+        return own
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
-    raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
+    raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(ADAPTER_FORMATS)})")
 
 
 def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:

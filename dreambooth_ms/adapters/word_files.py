@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import write_as_named
@@ -27,14 +29,20 @@ def word_file(folder: Path, word: str, suffix: str = ".safetensors") -> Path:
 def write_words(
     words: Words, folder: Path, dtype: DType, metadata: Mapping[str, str], suffix: str = ".safetensors"
 ) -> None:
-    """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names.
+    """Write a file for each word."""
+    for word, vectors in words.items():
+        write_word(word_file(folder, word, suffix), word, vectors, dtype, metadata)
+
+
+def write_word(
+    path: Path, word: str, vectors: Mapping[str, np.ndarray], dtype: DType, metadata: Mapping[str, str]
+) -> None:
+    """Write a word's vectors of each text encoder: of one by the word, of several by the encoders' names.
 
     A single vector stands as (D,), as diffusers' Custom Diffusion writes it.
     """
-    for word, vectors in words.items():
-        path = word_file(folder, word, suffix)
-        names = OF_SEVERAL if len(vectors) > 1 else dict.fromkeys(vectors, word)
-        flat = len(vectors) == 1 and all(len(rows) == 1 for rows in vectors.values())
-        named = {names[encoder]: rows[0] if flat else rows for encoder, rows in vectors.items()}
-        tensors = {name: StoredTensor.of(rows, label=f"{path}: {name}").cast_to(dtype) for name, rows in named.items()}
-        write_as_named(path, tensors, metadata)
+    names = OF_SEVERAL if len(vectors) > 1 else dict.fromkeys(vectors, word)
+    flat = len(vectors) == 1 and all(len(rows) == 1 for rows in vectors.values())
+    named = {names[encoder]: rows[0] if flat else rows for encoder, rows in vectors.items()}
+    tensors = {name: StoredTensor.of(rows, label=f"{path}: {name}").cast_to(dtype) for name, rows in named.items()}
+    write_as_named(path, tensors, metadata)

@@ -12,11 +12,11 @@ import gzip
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from copy import copy
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate, chain, groupby, pairwise
+from itertools import accumulate, chain, count, groupby, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,21 @@ class ClipTokenizer:
                 f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
             )
         special = self._tokenizer.all_special_tokens
-        self._vocab_size, added = vocab_size, self._tokenizer.get_added_vocab().items()
-        self.words: dict[str, list[int]] = {word: [number] for word, number in added if word not in special}
+        self._vocab_size = vocab_size
+        added = {word: number for word, number in self._tokenizer.get_added_vocab().items() if word not in special}
+        self.words: dict[str, list[int]] = {
+            word: [added[token] for token in takewhile(added.__contains__, tokens_of_word(word))] for word in added
+        }
         """New words -> the ids of the tokens that each stands for."""
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens of its folder and their ids."""
+        return dict(self._tokenizer.get_vocab())
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
         """The same with new words, each of so many tokens, whose ids go on from the table's.
@@ -83,8 +91,7 @@ class ClipTokenizer:
         Raises:
             WeightError: a word is there already.
         """
-        if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
-            raise WeightError(f"{show_names(known)}: the tokenizer has this word already; choose another, as <new1>")
+        check_new(counts, {**self.vocabulary, **self.words})
         extended, first = copy(self), self._vocab_size
         ends = [*accumulate(counts.values(), initial=first)]
         own = {word: list(range(*ends_of)) for word, ends_of in zip(counts, pairwise(ends), strict=True)}
@@ -118,6 +125,28 @@ class ClipTokenizer:
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt) if self.words else [prompt]
         read = (self.words.get(part) or self._tokenizer(part, add_special_tokens=False).input_ids for part in parts)
         return list(chain.from_iterable(read))
+
+
+def check_new(words: Iterable[str], known: Container[str]) -> None:
+    """Raise WeightError if a tokenizer that knows some has one of these words."""
+    if there := [word for word in words if word in known]:
+        raise WeightError(f"{show_names(there)}: the tokenizer has this word already; choose another, as <new1>")
+
+
+def tokens_of_word(word: str) -> Iterator[str]:
+    """What the tokens that a new word may stand for are called in a folder, as in diffusers' pipelines."""
+    return chain([word], (f"{word}_{number}" for number in count(1)))
+
+
+def add_tokens(folder: Path, ids: Mapping[str, int]) -> None:
+    """Let a folder's tokenizer know new tokens by these ids, also as transformers before 4.34 looks for them."""
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False) | {"normalized": True}
+    file, config = folder / "added_tokens.json", read_json(folder / "tokenizer_config.json")
+    added = (read_json(file) if file.exists() else {}) | ids
+    entries = {str(number): {"content": token, **flags} for token, number in added.items()}
+    write_json(file, added)
+    config["added_tokens_decoder"] = entries | config.get("added_tokens_decoder", {})
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def check_clip_tokenizer(folder: Path) -> None:

@@ -169,4 +169,4 @@ def write_as_named(path: Path, content: Content, metadata: Mapping[str, str]) ->
         write_torch(path, content, metadata)
     else:
         tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, StoredTensor)}
-        write_safetensors(path, tensors, {"format": "pt", **metadata})
+        write_safetensors(path, tensors, {**metadata, "format": "pt"})
