@@ -1,7 +1,9 @@
-"""An adapter in a file or folder of any format, opened: which layers of which model it adapts, with its updates.
+"""An adapter in a file or folder of any format, opened: which layers of which model it adapts, with its updates; and
+the new words beside them, or alone.
 
-A file of safetensors, MindSpore or PyTorch; a folder with `pytorch_lora_weights.safetensors`, or with one LoRA of any
-name; a folder of PEFT, or one with a folder of PEFT for each network.
+A file of safetensors, MindSpore or PyTorch; a folder with `pytorch_lora_weights.safetensors` or Custom Diffusion's, or
+with one adapter of any name; a folder of PEFT, or one with a folder of PEFT for each network. In a folder embeddings of
+new words may stand beside it.
 """
 
 import json
@@ -15,13 +17,27 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, LoraUpdate, Update, as_trained, settings_alpha
+from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, LoraFormat, LoraPlan, recognise_lora
-from dreambooth_ms.formats.naming.recognise import other_kind
+from dreambooth_ms.formats.naming.lora_formats import (
+    ALPHA,
+    DOWN,
+    PARTS,
+    WEIGHT,
+    AdapterFormat,
+    LoraFormat,
+    LoraPlan,
+    OtherFormat,
+    lora_format,
+    recognise_lora,
+)
+from dreambooth_ms.formats.naming.recognise import CUSTOM_DIFFUSION as CHANGE
+from dreambooth_ms.formats.naming.recognise import EMBEDDING, other_kind, word_in
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -35,7 +51,7 @@ TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
 """In the metadata of a file of PEFT whose tensors stand in it twice, the second time without `text_model.` as
 transformers has them from 5.6 on; and what the first begin with."""
 
-KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of}
+KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of, WEIGHT: Replacement.of}
 """How an update is made of a layer's tensors, by the one that its kind is known by."""
 
 _PRECISION = (DType.F64, DType.F32, DType.BF16, DType.F16)
@@ -48,7 +64,7 @@ class OpenedAdapter:
 
     path: Path
     container: Container
-    form: LoraFormat
+    form: AdapterFormat
     models: tuple[ModelSpec, ...]
     """The models that it fits: several if it adapts only what these have in common."""
     adapter: Adapter
@@ -83,7 +99,7 @@ class OpenedAdapter:
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         known = {name: replace(own, alpha=alpha) for name, own in _loras(self.adapter).items() if own.alpha is None}
-        return replace(self, adapter=Adapter.of(self.adapter.updates | known))
+        return replace(self, adapter=Adapter.of(self.adapter.updates | known, self.adapter.words))
 
 
 def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
@@ -91,15 +107,20 @@ def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether a file or folder has the names of a LoRA, of whatever kind, or a folder several such files."""
-    return bool(_peft_folders(path) or (not os.path.isfile(path / INDEX) and any(map(_is_adapter, _weights(path)))))
+    """Whether a file or folder has the names of an adapter, of whatever kind, or a folder several such files."""
+    kinds = () if os.path.isfile(path / INDEX) else map(_kind, _weights(path))
+    return bool(_peft_folders(path)) or any(kind in (*_ADAPTERS, EMBEDDING) for kind in kinds)
 
 
-def _is_adapter(file: Path) -> bool:
-    """Whether a file has the names of a LoRA."""
+_ADAPTERS = ("a LoRA", CHANGE)
+"""Kinds of files that change layers."""
+
+
+def _kind(file: Path) -> str:
+    """What a file is by its names; empty for one that cannot be read."""
     with suppress(WeightError):
-        return other_kind(open_tensor_file(file).tensors) == "a LoRA"
-    return False
+        return other_kind(open_tensor_file(file).tensors)
+    return ""
 
 
 def open_adapter(
@@ -119,26 +140,35 @@ def open_adapter(
     Raises:
         WeightError: no such file, damaged, no adapter, one by another method, or one that fits none of the models.
     """
-    candidates, files, peft = tuple(models), [], _peft_folders(path)
-    updates: dict[str, Update] = {}
-    for part, folder in peft.items() or ((None, None),):
+    candidates, files = tuple(models), list[TensorFile]()
+    form: AdapterFormat = OtherFormat.EMBEDDING
+    updates, words = dict[str, Update](), dict[str, list[np.ndarray]]()
+    for name, (part, folder) in _files(path).items():
         said = read_json(folder / PEFT_CONFIG) if folder else None
-        file = open_tensor_file(_peft_weights(folder) if folder else _file(path))
+        file = open_tensor_file(name)
+        files.append(file)
         is_twice = TWICE_KEY in file.metadata
         shapes = {n: tensor.shape for n, tensor in file.tensors.items() if not is_twice or n.startswith(TEXT_LEVEL)}
+        if isinstance(lora_format(shapes), OtherFormat):
+            for word, own in read_words(file).items():
+                _check_finite({word: dict(enumerate(own))}, str(name))
+                words[word] = words.get(word, []) + own
+            shapes = {n: shape for n, shape in shapes.items() if word_in(n, name.stem) is None}
+            if not shapes:
+                continue
         parts = (part,) if part else None
         plan = recognise_lora(shapes, str(file.path), candidates, parts, str(base or ""), otherwise)
-        candidates = plan.models
+        candidates, form = plan.models, plan.form
         settings = _diffusers_settings(file.metadata) if said is None else dict.fromkeys(PARTS, said)
         updates |= _updates(plan, file, settings, str(folder / PEFT_CONFIG if folder else file.path))
-        files.append(file)
+    candidates, named = fitted_words(words, candidates, path)
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
         path=path,
-        container=Container.FOLDER if peft else file.container,
-        form=plan.form,
+        container=Container.FOLDER if len(files) > 1 or _peft_folders(path) else files[0].container,
+        form=form,
         models=candidates,
-        adapter=Adapter.of(updates),
+        adapter=Adapter.of(updates, named),
         dtype=next((dtype for dtype in _PRECISION if dtype in dtypes), DType.F32),
         metadata={name: value for file in files for name, value in file.metadata.items()},
     )
@@ -157,7 +187,9 @@ def _updates(
     updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
     for name, tensors in factors.items():
         update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
-        if isinstance(update, LoraUpdate) and update.alpha is None:
+        if isinstance(update, LoraUpdate) and plan.form is OtherFormat.CUSTOM_DIFFUSION:
+            update = replace(update, alpha=float(update.rank))
+        elif isinstance(update, LoraUpdate) and update.alpha is None:
             update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
             update = as_trained(update, trained[part], layer, source)
         updates[name] = update
@@ -189,30 +221,40 @@ def _diffusers_settings(metadata: Mapping[str, str], where: str = METADATA_KEY) 
     return {part: {key: value for own, _, key, value in named if own == part} for part in PARTS}
 
 
-def _file(path: Path) -> Path:
-    """The file that is meant by a file or folder.
+def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
+    """The files that are meant by a file or folder: of PEFT with part and folder, and the words beside an adapter.
 
     Raises:
-        WeightError: a folder without a LoRA, or with several.
+        WeightError: a folder without an adapter and without words, or with several adapters.
     """
-    weights = _weights(path)
-    found = weights if len(weights) == 1 else list(filter(_is_adapter, weights))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = show_names([file.name for file in found])
-        raise WeightError(f"{path}: holds {len(found)} LoRAs ({listed}); name one of these files")
-    listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
-    raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
+    weights, peft = _weights(path), _peft_folders(path)
+    found = {_peft_weights(folder): (part, folder) for part, folder in peft.items()}
+    if len(weights) == 1 and not found:
+        return {weights[0]: (None, None)}
+    kinds = {file: _kind(file) for file in weights}
+    # Of a word in .bin and in .safetensors the latter.
+    words = {file.stem: file for file, kind in kinds.items() if kind == EMBEDDING}
+    adapters = [file for file, kind in kinds.items() if kind in _ADAPTERS and file not in found]
+    if len(adapters) > 1 and not found:
+        listed = show_names([file.name for file in adapters])
+        raise WeightError(f"{path}: holds {len(adapters)} adapters ({listed}); name one of these files")
+    found = found or dict.fromkeys(adapters, (None, None))
+    if not found and not words:
+        listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
+        raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
+    return found | dict.fromkeys(words.values(), (None, None))
 
 
 def _weights(path: Path) -> list[Path]:
-    """The file, or the files of tensors in a folder: those that have diffusers' name for a LoRA, or else all."""
+    """The file, or the files of tensors in a folder: of adapters those that have diffusers' name, or else all."""
     if not os.path.isdir(path):
         return [path]
     found = [file for file in sorted(path.glob("[!.]*")) if file.suffix in _SUFFIXES]
-    own = [file for file in found if file.stem == Path(FILE_NAME).stem]
-    return own[-1:] or found
+    for name in (FILE_NAME, CUSTOM_DIFFUSION):
+        if own := [file for file in found if file.stem == Path(name).stem]:
+            others = [file for file in found if file not in own and _kind(file) == EMBEDDING]
+            return [own[-1], *others]
+    return found
 
 
 def _peft_folders(path: Path) -> dict[str | None, Path]:

@@ -1,15 +1,17 @@
-"""The vectors of new words in files: one file for each word."""
+"""The vectors of new words in files: written one file for each word, and read from those of any program."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.open import write_as_named
-from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.models.specs import Words
+from dreambooth_ms.formats.files.open import read_value, write_as_named
+from dreambooth_ms.formats.files.stored import StoredTensor, TensorFile
+from dreambooth_ms.formats.naming.lora_formats import PARTS
+from dreambooth_ms.formats.naming.recognise import word_in
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, Words
 
 OF_SEVERAL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """What the vectors of SDXL's text encoders are called in a file of both, as kohya's scripts and other programs do."""
@@ -46,3 +48,62 @@ def write_word(
     named = {names[encoder]: rows[0] if flat else rows for encoder, rows in vectors.items()}
     tensors = {name: StoredTensor.of(rows, label=f"{path}: {name}").cast_to(dtype) for name, rows in named.items()}
     write_as_named(path, tensors, metadata)
+
+
+def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
+    """The words of a file, each with its vectors (n, D) for one text encoder after the other; bfloat16 as float32.
+
+    Raises:
+        WeightError: what stands for a word is no vectors.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    # That of the first text encoder before that of the second.
+    for name, tensor in sorted(
+        file.tensors.items(), key=lambda item: (item[0] == OF_SEVERAL["text_encoder_2"], item[0])
+    ):
+        word = word_in(name, file.path.stem)
+        if word is None or name.startswith("string_to_token."):
+            continue
+        if len(tensor.shape) not in (1, 2) or 0 in tensor.shape or not tensor.dtype.is_float:
+            raise WeightError(
+                f"{file.path}: {name} is {tensor.dtype.value} of shape {tensor.shape}, no vectors of a word; expected "
+                "(width,) or (tokens, width)"
+            )
+        rows = read_value(tensor).reshape(-1, tensor.shape[-1])
+        if word == "embed":
+            found |= {f"<new{number}>": [rows[number - 1 : number]] for number in range(1, len(rows) + 1)}
+        else:
+            found.setdefault(word, []).append(rows)
+    return found
+
+
+def fitted_words(
+    found: Mapping[str, Sequence[np.ndarray]], models: Iterable[ModelSpec], source: Path
+) -> tuple[tuple[ModelSpec, ...], Words]:
+    """The models whose text encoders are as wide as the vectors of all words, and the words by their text encoders.
+
+    Raises:
+        WeightError: no model has such.
+    """
+    candidates, fitting = tuple(models), tuple(models)
+    for word, own in found.items():
+        widths = tuple(rows.shape[1] for rows in own)
+        fitting = tuple(model for model in fitting if tuple(_widths(model).values()) == widths)
+        if not fitting or len({len(rows) for rows in own}) > 1:
+            expected = " or ".join(
+                dict.fromkeys(f"{_listed(_widths(m).values())} ({m.family.value})" for m in candidates)
+            )
+            others = [m.family.value for m in PUBLISHED_MODELS if tuple(_widths(m).values()) == widths]
+            of = f", for {others[0]}" if others else ""
+            raise WeightError(f"{source}: vectors of {word} have width {_listed(widths)}{of}; expected {expected}")
+    return fitting, {word: dict(zip(_widths(fitting[0]), own, strict=True)) for word, own in found.items()}
+
+
+def _widths(model: ModelSpec) -> dict[str, int]:
+    """The width of each text encoder."""
+    towers = {name: getattr(model, name) for name in PARTS[1:]}
+    return {name: tower.transformer.hidden_size for name, tower in towers.items() if tower}
+
+
+def _listed(widths: Iterable[int]) -> str:
+    return " and ".join(map(str, widths))

@@ -99,13 +99,7 @@ def write_adapter(
 
 
 def _write_lora(
-    adapter: Adapter,
-    path: Path,
-    form: LoraFormat,
-    model: ModelSpec,
-    dtype: DType,
-    further: dict[str, str],
-    source: Path,
+    adapter: Adapter, path: Path, form: LoraFormat, model: ModelSpec, dtype: DType, tags: dict[str, str], source: Path
 ) -> None:
     """Write the layers of a LoRA: of PEFT into the folder where the file would be, with a folder for each of several
     networks."""

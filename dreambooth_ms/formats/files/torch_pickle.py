@@ -11,6 +11,7 @@ The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.
 """
 
 import pickletools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ _UNSIGNED = {"uint16": DType.U16, "uint32": DType.U32, "uint64": DType.U64}
 _DEEPEST = 4
 """Dictionaries within dictionaries that are looked into."""
 
-_LONGEST_NAME, _LONGEST_NOTE = 40, 1000
+_LONGEST_NAME, _LONGEST_NOTE = 100, 1000
+
+_IN_PARTS = re.compile(r"(?:^|\.)(?:modifier_token|string_to_param|attn2\.to_[kv]\.weight)(?:\.|$)")
+"""Dictionaries of files that keep what belongs together in several: weights and words, or the factors of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,22 +262,22 @@ def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -
 
 def find_tensors(root: Any) -> tuple[dict[str, View], dict[str, int]]:
     """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files;
-    and how many tensors others hold, by their places.
+    and how many tensors others hold, by their places. Of a file of several that belong together all of them, by paths.
 
     Raises:
         FormatError: there is no such dictionary.
     """
-    held = []
+    held = list[tuple[str, dict[str, View]]]()
     for path, mapping in _dictionaries(root):
         if views := {name: value for name, value in mapping.items() if isinstance(value, View)}:
             held.append((path, views))
     if not held:
         raise FormatError("it holds no tensors by name")
-    place, largest = max(held, key=lambda item: len(item[1]))
+    if any(_IN_PARTS.search(path) for path, _ in held):
+        return {f"{path}.{name}".removeprefix("."): view for path, views in held for name, view in views.items()}, {}
+    _, largest = max(held, key=lambda item: len(item[1]))
     left_out = {path or "top": len(views) for path, views in held if views is not largest}
-    # The words of a textual inversion may be anything: what it is stands in the name of their dictionary.
-    prefix = f"{place}." if place.startswith("string_to_") else ""
-    return {prefix + name: view for name, view in largest.items()}, left_out
+    return largest, left_out
 
 
 def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -285,9 +289,11 @@ def _dictionaries(root: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         seen.add(id(mapping))
         yield path, mapping
         for name, value in mapping.items():
-            if depth < _DEEPEST and isinstance(value, dict):
-                short = name[:_LONGEST_NAME]
-                queue.append((f"{path}.{short}" if path else short, value, depth + 1))
+            if depth < _DEEPEST and isinstance(value, dict | list):
+                inner = f"{path}.{name[:_LONGEST_NAME]}".removeprefix(".")
+                # Of SDXL words have a list of a vector for each text encoder.
+                is_word = isinstance(value, list) and len(value) <= 2 and _IN_PARTS.search(inner)
+                queue.append((inner, {str(n): one for n, one in enumerate(value)} if is_word else value, depth + 1))
 
 
 def find_notes(root: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,7 +19,14 @@ from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
 from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, WritePlan, found_slot, locate, unwrapped
-from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, matching, other_kind
+from dreambooth_ms.formats.naming.recognise import (
+    CUSTOM_DIFFUSION,
+    EMBEDDING,
+    OTHER_METHODS,
+    kind_of_change,
+    matching,
+    other_kind,
+)
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
@@ -42,7 +50,22 @@ class LoraFormat(Enum):
     """The layer's name in mindone's checkpoint and `.lora_A.weight` (SDXL) or `.lora_down.weight` (SD 1 and SD 2)."""
 
 
+class OtherFormat(Enum):
+    """Formats of adapters that are no LoRAs. What they hold is told from the names, whoever wrote them."""
+
+    CUSTOM_DIFFUSION = CUSTOM_DIFFUSION
+    """Whole weights of cross-attention: by diffusers `<attention>.processor.to_k_custom_diffusion.weight`, by the
+    paper's authors `unet.<layer>.weight` or the same in LDM's names; or u and v, whose product is added to them."""
+    EMBEDDING = EMBEDDING
+    """Vectors of new words alone."""
+
+
+AdapterFormat: TypeAlias = LoraFormat | OtherFormat
+
 FACTORS = DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
+WEIGHT, BIAS = "weight", "bias"
+
+CHANGED = tuple(TABLES["change_factors"].values())
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks that can be adapted, by the names of their folders, in the order of files."""
@@ -61,7 +84,7 @@ _PROCESSORS = (re.compile(r"(?<=\.to_out)\.0$"), ""), (re.compile(r"(?<=\.self_a
 class LoraPlan:
     """What is read from where."""
 
-    form: LoraFormat
+    form: AdapterFormat
     models: tuple[ModelSpec, ...]
     """The models that it fits: several if it adapts only what these have in common."""
     layers: Mapping[str, Mapping[str, Slot]]
@@ -101,56 +124,63 @@ def recognise_lora(
     if methods := matching(OTHER_METHODS, names):
         used = " and ".join(methods)
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
-    if not any(re.search(r"lora[._]", name) for name in names):
+    form = lora_format(stored)
+    kind = form.value if isinstance(form, OtherFormat) else "a LoRA"
+    if kind == "a LoRA" and not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
     if kinds := matching(TABLES["lora_for_others"], names):
         raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
-    form = lora_format(stored)
     plans = _plans(form, models, stored, parts)
     fitting = [plan for plan in plans if plan.report.fits]
     if fitting:
         return replace(fitting[0], models=tuple(dict.fromkeys(model for plan in fitting for model in plan.models)))
     if not plans:
-        raise WeightError(f"{source}: a LoRA of {' and '.join(parts or ())}, which this model does not have")
+        raise WeightError(f"{source}: {kind} of {' and '.join(parts or ())}, which this model does not have")
     families = dict.fromkeys(plan.family for plan in plans)
     others = _plans(form, (model for model in PUBLISHED_MODELS if model.family.value not in families), stored, parts)
     if own := next((plan.family for plan in others if plan.report.fits), None):
-        raise WeightError(f"{source}: this is a LoRA for {own}; expected one for {' or '.join(families)}")
+        raise WeightError(f"{source}: this is {kind} for {own}; expected one for {' or '.join(families)}")
     nearest = min(plans, key=lambda plan: plan.report.count)
-    target = f"a LoRA of {nearest.family} in the naming of {form.value}"
+    target = f"{kind} of {nearest.family}" + (f" in the naming of {form.value}" if kind == "a LoRA" else "")
     nearest.report.check(source, f"{target} for {base}" if base else target, otherwise)
     raise AssertionError("what fits was returned")
 
 
-def lora_format(names: Iterable[str]) -> LoraFormat:
-    """The format of a LoRA's names, whatever they name."""
-    return LoraFormat[(*matching(TABLES["lora_marks"], list(names)), "DIFFUSERS")[0]]
+def lora_format(names: Iterable[str]) -> AdapterFormat:
+    """The format of an adapter's names, whatever they name."""
+    held = list(names)
+    if change := kind_of_change(map(unwrapped, held)):
+        return OtherFormat(change)
+    return LoraFormat[(*matching(TABLES["lora_marks"], held), "DIFFUSERS")[0]]
 
 
 def read_plan(
-    form: LoraFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None = None
+    form: AdapterFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None = None
 ) -> LoraPlan:
     """Where the factors of every adapted layer are, with a report of what does not fit the model.
 
     `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
     """
     weights, by_path = lora_layers(model, parts), layers_by_path(model, parts)
+    split, factors = (split_change, CHANGED) if isinstance(form, OtherFormat) else (split_name, FACTORS)
 
     def held_by(name: str) -> dict[str, Slot]:
-        path, factor = split_name(name)
-        held = by_path.get(path, ()) if factor else ()
+        path, factor = split(name)
+        found = by_path.get(path, ()) if factor else ()
+        held = [layer for layer in found if factor != BIAS or f"{layer}.{BIAS}" in model_shapes(model)]
         # A is common to them, and B has a block of rows for each.
         whole = Slot(name, blocks=len(held) if factor == UP else 1)
         return {f"{layer}.{factor}": replace(whole, block=i % whole.blocks) for i, layer in enumerate(held)}
 
-    places, unknown = locate(stored, held_by, (f"{layer}.{factor}" for layer in weights for factor in FACTORS))
+    places, unknown = locate(stored, held_by, (f"{layer}.{factor}" for layer in weights for factor in factors))
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
     layers, misshaped, missing = {}, [], []
     for name, weight in weights.items():
-        found = {factor: places[f"{name}.{factor}"][0] for factor in FACTORS if f"{name}.{factor}" in places}
-        lacking = [f"{name}.{factor}" for factor in (DOWN, UP) if found and factor not in found]
+        found = {factor: places[f"{name}.{factor}"][0] for factor in factors if f"{name}.{factor}" in places}
+        needed = (WEIGHT,) if {WEIGHT, BIAS} & found.keys() else (DOWN, UP)
+        lacking = [f"{name}.{factor}" for factor in needed if found and factor not in found]
         missing += lacking
         if not found or lacking:
             continue
@@ -196,7 +226,7 @@ def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
 
 
 def _plans(
-    form: LoraFormat, models: Iterable[ModelSpec], stored: Mapping[str, Shape], parts: tuple[str, ...] | None
+    form: AdapterFormat, models: Iterable[ModelSpec], stored: Mapping[str, Shape], parts: tuple[str, ...] | None
 ) -> list[LoraPlan]:
     """The plan for each model, and if none fits, for each text encoder alone, whose names may not tell the part."""
     held = [model for model in models if not parts or any(getattr(model, part) for part in parts)]
@@ -208,6 +238,10 @@ def _plans(
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
     """The layer's slots as the file has them; None if their shapes make no update of the weight."""
+    if WEIGHT in found:
+        shapes = {WEIGHT: weight, BIAS: weight[:1]}
+        own = {factor: found_slot(slot, shapes[factor], stored[slot.name]) for factor, slot in found.items()}
+        return {factor: slot for factor, slot in own.items() if slot} if all(own.values()) else None
     rank = next(iter(stored[found[DOWN].name]), 0)
     down_shape, up_shape = factor_shapes(weight, rank)
     down = found_slot(found[DOWN], down_shape, stored[found[DOWN].name])
@@ -250,6 +284,13 @@ def split_name(name: str) -> tuple[str, str]:
         return plain[: match.start()], DOWN if match["down"] else UP
     path, dot, last = plain.rpartition(".")
     return (path, ALPHA) if dot and last == ALPHA else (plain, "")
+
+
+def split_change(name: str) -> tuple[str, str]:
+    """The same for a name in a file without A and B."""
+    plain = unwrapped(name).replace(".processor.", ".").replace("_custom_diffusion", "")
+    path, _, last = plain.rpartition(".")
+    return path.removesuffix(".weight"), TABLES["change_factors"].get(last, "")
 
 
 @lru_cache(maxsize=16)

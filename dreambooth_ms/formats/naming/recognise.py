@@ -21,6 +21,8 @@ HEAD_WIDTH = 64
 """Channels of an attention head in every family but SD 1, whose UNet has 8 heads at every resolution."""
 
 OTHER_METHODS: dict[str, str] = TABLES["other_methods"]
+_CHANGES = {kind: re.compile(pattern) for kind, pattern in TABLES["change_marks"].items()}
+EMBEDDING, CUSTOM_DIFFUSION = _CHANGES
 _OTHER_KINDS = TABLES["other_kinds"] | {"a LoRA": "|".join((TABLES["other_kinds"]["a LoRA"], *OTHER_METHODS.values()))}
 
 
@@ -84,10 +86,24 @@ def other_kind(names: Iterable[str]) -> str:
     held = [unwrapped(name) for name in names]
     if _form(held):
         return "a whole model"
+    if change := kind_of_change(held):
+        return change
     if kinds := matching(_OTHER_KINDS, held):
         return kinds[0]
     shown = ", ".join(sorted(held)[:3]) or "nothing"
     return f"of an unknown kind (it holds {shown})"
+
+
+def kind_of_change(names: Iterable[str]) -> str | None:
+    """EMBEDDING, or CUSTOM_DIFFUSION with or without words; None for what holds anything else."""
+    found = {next((kind for kind, mark in _CHANGES.items() if mark.search(name)), None) for name in names}
+    return None if None in found else next((kind for kind in (CUSTOM_DIFFUSION, EMBEDDING) if kind in found), None)
+
+
+def word_in(name: str, file: str) -> str | None:
+    """The word whose vectors a name stands for, in a file of this name; None if it stands for anything else."""
+    match = _CHANGES[EMBEDDING].search(unwrapped(name))
+    return (match["word"] or file) if match else None
 
 
 def matching(patterns: Mapping[str, str], names: Collection[str]) -> list[str]:
