@@ -47,7 +47,7 @@ from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_
 
 MODEL_FORMATS = {form.value: form for form in Format}
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
-ADAPTER_FORMATS = LORA_FORMATS | {form.name.lower(): form for form in OtherFormat}
+ADAPTER_FORMATS: dict[str, AdapterFormat] = {**LORA_FORMATS, **{form.name.lower(): form for form in OtherFormat}}
 """As users name them."""
 
 EXTENSIONS: Mapping[Format | AdapterFormat, tuple[str, ...]] = {

@@ -142,7 +142,7 @@ def add_tokens(folder: Path, ids: Mapping[str, int]) -> None:
     """Let a folder's tokenizer know new tokens by these ids, also as transformers before 4.34 looks for them."""
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False) | {"normalized": True}
     file, config = folder / "added_tokens.json", read_json(folder / "tokenizer_config.json")
-    added = (read_json(file) if file.exists() else {}) | ids
+    added = {**(read_json(file) if file.exists() else {}), **ids}
     entries = {str(number): {"content": token, **flags} for token, number in added.items()}
     write_json(file, added)
     config["added_tokens_decoder"] = entries | config.get("added_tokens_decoder", {})
