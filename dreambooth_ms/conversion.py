@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import Update
+from dreambooth_ms.adapters.adapter import LoraUpdate, Update
 from dreambooth_ms.adapters.file import (
     CUSTOM_DIFFUSION,
     FILE_NAME,
@@ -39,7 +39,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, AdapterFormat, LoraFormat, OtherFormat
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, AdapterFormat, LoraFormat, OtherFormat
 from dreambooth_ms.formats.naming.recognise import with_channels
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
@@ -246,7 +246,8 @@ def write_model(
 def describe_adapter(opened: OpenedAdapter) -> str:
     """The adapter in a few words."""
     adapter = opened.adapter
-    return f"a LoRA of {count_of(len(adapter.updates), 'layer')} of {', '.join(adapter.parts)} of {opened.families}"
+    layers = [f"{count_of(len(adapter.updates), 'layer')} of {', '.join(adapter.parts)}"] if adapter.parts else []
+    return f"{opened.kind} of {' and '.join([*layers, *adapter.words])} of {opened.families}"
 
 
 def model_format_of(target: Path, form: str | None) -> Format:
@@ -365,16 +366,22 @@ def _size_of(part: str, model: ModelSpec) -> str:
 
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
-    parts = {part: [own.tensors() for own in layers.values()] for part, layers in opened.adapter.parts.items()}
-    layers = list(chain(*parts.values()))
-    yield f"format: LoRA, {opened.form.value}, {opened.container.value}"
+    adapter, kind = opened.adapter, opened.kind.removeprefix("a ")
+    form = f"{kind}, {opened.form.value}" if kind == "LoRA" else kind
+    yield f"format: {form}, {opened.container.value}"
     yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
-    yield f"rank: {', '.join(map(str, sorted({len(tensors[DOWN]) for tensors in layers})))}"
-    yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({float(tensors[ALPHA]) for tensors in layers}))}"
-    for part, own in parts.items():
-        count = sum(tensors[DOWN].size + tensors[UP].size for tensors in own)
-        yield f"{part}: {count_of(count, 'parameter')} in {count_of(len(own), 'layer')}"
+    if loras := [own for own in adapter.updates.values() if isinstance(own, LoraUpdate)]:
+        yield f"rank: {', '.join(map(str, sorted({own.rank for own in loras})))}"
+        yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({own.alpha_or_rank for own in loras}))}"
+    for part, layers in adapter.parts.items():
+        tensors = chain.from_iterable(own.tensors().items() for own in layers.values())
+        count = count_of(sum(value.size for name, value in tensors if name != ALPHA), "parameter")
+        replaced = dict.fromkeys(n.rpartition("attn2.")[2] for n, own in layers.items() if isinstance(own, Replacement))
+        of = f" in place of the model's own: {', '.join(replaced)} of cross-attention" if replaced else ""
+        yield f"{part}: {count} in {count_of(len(layers), 'layer')}{of}"
+    for word, own in adapter.words.items():
+        yield f"word {word}: " + ", ".join(f"{count_of(len(v), 'vector')} for {name}" for name, v in own.items())
     yield from _metadata(opened.metadata)
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)

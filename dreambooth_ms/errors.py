@@ -5,13 +5,16 @@ The command line prints the message on one line per problem and exits with statu
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import TypeAlias
 
 FAILED_STATUS, USER_ERROR_STATUS, INTERRUPTED_STATUS = 1, 2, 130
 """Exit statuses: a defect of the toolkit; a user's mistake; 128 + SIGINT, as shells report it."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """A disk that is full, or may not be written to."""
+Tell: TypeAlias = Callable[[str], object]
+"""Shows a line to the user, or notes it."""
 
 
 class UserError(Exception):

@@ -15,7 +15,8 @@ Graph = tuple[Any, Sequence[Any]]
 
 
 def training_sdxl() -> list[Graph]:
-    """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; all of it trained.
+    """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; these are trained,
+    and what SDXL has beyond SD 1, of which all is.
 
     By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
     the running average of what is trained.
@@ -32,7 +33,9 @@ def training_sdxl() -> list[Graph]:
 
     unet, encoders = UNet2DConditionModel(toy_networks.SDXL_UNET), _sdxl_text_encoders()
     targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-    trainables = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
+    trained = _all_trained(unet, encoders, targets, DropoutState(0.1, 0))
+    own = ("lora_", "add_embedding", "text_projection", "proj_in", "proj_out")
+    trainables = [parameter for parameter in trained if any(part in parameter.name for part in own)]
     optimiser = AdamW(trainables, Hyperparameters())
     loss = DiffusionLoss(TextConditioned(unet, encoders))
     step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
@@ -258,7 +261,7 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     from dreambooth_ms.adapters.precision import compute_in
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.models.unet import UNet2DConditionModel
-    from dreambooth_ms.sampling.denoiser import Denoiser
+    from dreambooth_ms.sampling.schedulers import Denoiser
 
     unet = UNet2DConditionModel(spec)
     for parameter in unet.get_parameters():

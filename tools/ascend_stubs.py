@@ -39,6 +39,16 @@ Operator OperatorFactory::CreateOperator(const char *, const char *) { return {}
 """
 """What must do something: the table of errors, into which static initialisers write, and an empty operator, which is
 copied. In the old ABI of strings, which the plug-in is built for."""
+PATIENCE, WAITING = (
+    "libpatience.so",
+    """
+#include <unistd.h>
+extern "C" int wait_for_report(int) __asm__("_ZN9mindspore6device6ascend27SimuFuncIaclrtProcessReportIiEET_i");
+int wait_for_report(int) { usleep(100000); return 0; }
+""",
+)
+"""A library to be loaded first, for a function of MindSpore's own. Two of its threads wait by it for what a device
+reports; in a simulation it comes back at once, so that they keep two cores busy for nothing (measured)."""
 HCCL_PACKAGE = {"hccl/__init__.py": "", "hccl/sys_version.py": '__sys_version__ = "0"\n'}
 """CANN's Python package, of which MindSpore wants to know the version before processes compute as one."""
 OF_GRAPH_ENGINE = {"_ZN2ge13StatusFactory8InstanceEv", "_ZN2ge15OperatorFactory14CreateOperatorEPKcS2_"}
@@ -101,8 +111,10 @@ def _build(folder: Path) -> None:
     undefined = {name for name in wanted - defined - OF_GRAPH_ENGINE if not re.match("_?Py[A-Z_]", name)}
     looked_up = re.findall(rb"(?<=\0)acl[a-z]*[A-Z]\w+(?=\0)", (wheel_folders()[2] / RESOURCES).read_bytes())
     functions = {COMPUTING: undefined | {one.decode() for one in looked_up}, OPERATORS: {"aclnnInit", "aclnnFinalize"}}
-    for name in lacking | {OPERATORS}:
-        source = (GRAPH_ENGINE if name == COMPUTING else "") + _functions(sorted(functions.get(name, ())))
+    sources = {name: _functions(sorted(functions.get(name, ()))) for name in lacking | {OPERATORS}}
+    if COMPUTING in sources:
+        sources[COMPUTING] += GRAPH_ENGINE
+    for name, source in {**sources, PATIENCE: WAITING}.items():
         command = ["g++", "-shared", "-fPIC", "-fvisibility-inlines-hidden", "-D_GLIBCXX_USE_CXX11_ABI=0"]
         command += [f"-Wl,-soname,{name}", "-x", "c++", "-"]
         subprocess.run([*command, "-o", str(folder / name)], input=source, text=True, check=True)

@@ -117,6 +117,7 @@ def environment(folder: Path | None = None, written: Path | None = None) -> dict
     folder = folder or ascend_stubs.library_folder()
     return {
         "LD_LIBRARY_PATH": ":".join(map(str, [folder, *ascend_stubs.wheel_folders()])),
+        "LD_PRELOAD": str(folder / ascend_stubs.PATIENCE),
         "PYTHONPATH": f"{Path(__file__).parents[1]}:{folder}",
         "MS_SIMULATION_LEVEL": "1",
         # An operation without an Ascend kernel would silently get CPU's.

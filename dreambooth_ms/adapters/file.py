@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, LoraUpdate, Update, as_trained, settings_alpha
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.replacement import WEIGHT, Replacement
 from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
@@ -28,16 +28,13 @@ from dreambooth_ms.formats.naming.lora_formats import (
     ALPHA,
     DOWN,
     PARTS,
-    WEIGHT,
     AdapterFormat,
     LoraFormat,
     LoraPlan,
     OtherFormat,
-    lora_format,
     recognise_lora,
 )
-from dreambooth_ms.formats.naming.recognise import CUSTOM_DIFFUSION as CHANGE
-from dreambooth_ms.formats.naming.recognise import EMBEDDING, other_kind, word_in
+from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -78,6 +75,11 @@ class OpenedAdapter:
         return self.models[0]
 
     @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return self.form.value if isinstance(self.form, OtherFormat) else "a LoRA"
+
+    @property
     def families(self) -> str:
         """The families that it fits, in words."""
         return " or ".join(dict.fromkeys(model.family.value for model in self.models))
@@ -109,10 +111,10 @@ def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
 def holds_adapter(path: Path) -> bool:
     """Whether a file or folder has the names of an adapter, of whatever kind, or a folder several such files."""
     kinds = () if os.path.isfile(path / INDEX) else map(_kind, _weights(path))
-    return bool(_peft_folders(path)) or any(kind in (*_ADAPTERS, EMBEDDING) for kind in kinds)
+    return bool(_peft_folders(path)) or any(kind in (*_ADAPTERS, OtherFormat.EMBEDDING.value) for kind in kinds)
 
 
-_ADAPTERS = ("a LoRA", CHANGE)
+_ADAPTERS = ("a LoRA", OtherFormat.CUSTOM_DIFFUSION.value)
 """Kinds of files that change layers."""
 
 
@@ -140,33 +142,27 @@ def open_adapter(
     Raises:
         WeightError: no such file, damaged, no adapter, one by another method, or one that fits none of the models.
     """
-    candidates, files = tuple(models), list[TensorFile]()
-    form: AdapterFormat = OtherFormat.EMBEDDING
+    candidates, files = tuple(models), []
     updates, words = dict[str, Update](), dict[str, list[np.ndarray]]()
     for name, (part, folder) in _files(path).items():
         said = read_json(folder / PEFT_CONFIG) if folder else None
         file = open_tensor_file(name)
-        files.append(file)
         is_twice = TWICE_KEY in file.metadata
         shapes = {n: tensor.shape for n, tensor in file.tensors.items() if not is_twice or n.startswith(TEXT_LEVEL)}
-        if isinstance(lora_format(shapes), OtherFormat):
-            for word, own in read_words(file).items():
-                _check_finite({word: dict(enumerate(own))}, str(name))
-                words[word] = words.get(word, []) + own
-            shapes = {n: shape for n, shape in shapes.items() if word_in(n, name.stem) is None}
-            if not shapes:
-                continue
         parts = (part,) if part else None
         plan = recognise_lora(shapes, str(file.path), candidates, parts, str(base or ""), otherwise)
-        candidates, form = plan.models, plan.form
+        candidates = plan.models
         settings = _diffusers_settings(file.metadata) if said is None else dict.fromkeys(PARTS, said)
         updates |= _updates(plan, file, settings, str(folder / PEFT_CONFIG if folder else file.path))
+        words |= {word: words.get(word, []) + rows for word, rows in read_words(file).items()}
+        files.append(file)
     candidates, named = fitted_words(words, candidates, path)
+    _check_finite(named, str(path))
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
         path=path,
         container=Container.FOLDER if len(files) > 1 or _peft_folders(path) else files[0].container,
-        form=form,
+        form=plan.form,
         models=candidates,
         adapter=Adapter.of(updates, named),
         dtype=next((dtype for dtype in _PRECISION if dtype in dtypes), DType.F32),
@@ -222,7 +218,7 @@ def _diffusers_settings(metadata: Mapping[str, str], where: str = METADATA_KEY) 
 
 
 def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
-    """The files that are meant by a file or folder: of PEFT with part and folder, and the words beside an adapter.
+    """The files that are meant by a file or folder, those of PEFT with part and folder; an adapter's after its words'.
 
     Raises:
         WeightError: a folder without an adapter and without words, or with several adapters.
@@ -233,28 +229,25 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
         return {weights[0]: (None, None)}
     kinds = {file: _kind(file) for file in weights}
     # Of a word in .bin and in .safetensors the latter.
-    words = {file.stem: file for file, kind in kinds.items() if kind == EMBEDDING}
-    adapters = [file for file, kind in kinds.items() if kind in _ADAPTERS and file not in found]
-    if len(adapters) > 1 and not found:
-        listed = show_names([file.name for file in adapters])
-        raise WeightError(f"{path}: holds {len(adapters)} adapters ({listed}); name one of these files")
-    found = found or dict.fromkeys(adapters, (None, None))
+    words = {file.stem: file for file, kind in kinds.items() if kind == OtherFormat.EMBEDDING.value}
+    if not found:
+        named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
+        adapters = named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
+        found = dict.fromkeys(adapters, (None, None))
+    if len(found) > max(len(peft), 1):
+        listed = show_names([file.name for file in found])
+        raise WeightError(f"{path}: holds {len(found)} adapters ({listed}); name one of these files")
     if not found and not words:
         listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
         raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
-    return found | dict.fromkeys(words.values(), (None, None))
+    return dict.fromkeys(words.values(), (None, None)) | found
 
 
 def _weights(path: Path) -> list[Path]:
-    """The file, or the files of tensors in a folder: of adapters those that have diffusers' name, or else all."""
+    """The file, or the files of tensors in a folder."""
     if not os.path.isdir(path):
         return [path]
-    found = [file for file in sorted(path.glob("[!.]*")) if file.suffix in _SUFFIXES]
-    for name in (FILE_NAME, CUSTOM_DIFFUSION):
-        if own := [file for file in found if file.stem == Path(name).stem]:
-            others = [file for file in found if file not in own and _kind(file) == EMBEDDING]
-            return [own[-1], *others]
-    return found
+    return [file for file in sorted(path.glob("[!.]*")) if file.suffix in _SUFFIXES]
 
 
 def _peft_folders(path: Path) -> dict[str | None, Path]:

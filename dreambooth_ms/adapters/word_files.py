@@ -80,30 +80,26 @@ def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
 def fitted_words(
     found: Mapping[str, Sequence[np.ndarray]], models: Iterable[ModelSpec], source: Path
 ) -> tuple[tuple[ModelSpec, ...], Words]:
-    """The models whose text encoders are as wide as the vectors of all words, and the words by their text encoders.
+    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders.
 
     Raises:
-        WeightError: no model has such.
+        WeightError: there are none, or a word is of different numbers of tokens.
     """
-    candidates, fitting = tuple(models), tuple(models)
+    fitting = tuple(models)
     for word, own in found.items():
-        widths = tuple(rows.shape[1] for rows in own)
-        fitting = tuple(model for model in fitting if tuple(_widths(model).values()) == widths)
+        widths, expected = [rows.shape[1] for rows in own], {m.family.value: [*_widths(m).values()] for m in fitting}
+        fitting = tuple(model for model in fitting if [*_widths(model).values()] == widths)
         if not fitting or len({len(rows) for rows in own}) > 1:
-            expected = " or ".join(
-                dict.fromkeys(f"{_listed(_widths(m).values())} ({m.family.value})" for m in candidates)
+            others = [model.family.value for model in PUBLISHED_MODELS if [*_widths(model).values()] == widths]
+            has = " and ".join(f"{len(rows)} of width {rows.shape[1]}" for rows in own)
+            wanted = " or ".join(f"{' and '.join(map(str, own))} ({family})" for family, own in expected.items())
+            raise WeightError(
+                f"{source}: the vectors of {word} are {has}{', for ' + others[0] if others else ''}; expected as many "
+                f"of width {wanted}"
             )
-            others = [m.family.value for m in PUBLISHED_MODELS if tuple(_widths(m).values()) == widths]
-            of = f", for {others[0]}" if others else ""
-            raise WeightError(f"{source}: vectors of {word} have width {_listed(widths)}{of}; expected {expected}")
     return fitting, {word: dict(zip(_widths(fitting[0]), own, strict=True)) for word, own in found.items()}
 
 
 def _widths(model: ModelSpec) -> dict[str, int]:
     """The width of each text encoder."""
-    towers = {name: getattr(model, name) for name in PARTS[1:]}
-    return {name: tower.transformer.hidden_size for name, tower in towers.items() if tower}
-
-
-def _listed(widths: Iterable[int]) -> str:
-    return " and ".join(map(str, widths))
+    return {n: tower.transformer.hidden_size for n in PARTS[1:] if (tower := getattr(model, n))}

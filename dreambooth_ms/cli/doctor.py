@@ -36,7 +36,7 @@ from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime import ascend
 from dreambooth_ms.runtime.compile_cache import ENABLE, CompileCache, Counts, compile_cache, use_compile_cache
 from dreambooth_ms.runtime.device import Formulation, formulation
-from dreambooth_ms.sampling.denoiser import Denoiser
+from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 
@@ -79,7 +79,7 @@ OLD_INTERFACE = ("AdamApplyOneWithDecayAssign", "AddN", "Assign", "CumProd", "Ri
 """What tools/simulate_ascend.py finds on CANN's older interface, where it has the reasons."""
 
 READ_BY_CARD = re.compile("ASCEND_|HCCL_|RANK_TABLE|TE_PARALLEL")
-"""Beginnings of the variables that decide how a card is used."""
+"""Beginnings of the variables that decide how a card is used; MindSpore sets some by itself."""
 
 HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
 """Of the attention that is tried, whose relative error in float16 is 6e-4 on a CPU."""
@@ -168,7 +168,8 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
     `Failed`."""
-    of_card = {"driver": driver, "attention": attention, "kernels": kernels, "environment": environment}
+    of_card = {"driver": driver, "attention": attention, "kernels": kernels}
+    of_card["environment"] = lambda: ", ".join(_variables(READ_BY_CARD))
     return {
         "versions": versions,
         DEVICE: lambda: check_device(device),
@@ -249,11 +250,6 @@ def kernels() -> str:
     """By which interface of CANN kernels are reached, in MindSpore's simulation."""
     te = "can be imported" if importlib.util.find_spec("te") else "cannot be imported: source CANN's set_env.sh"
     return f"aclnn, but acl, compiled by CANN (te {te}) when first used, of {', '.join(OLD_INTERFACE)}"
-
-
-def environment() -> str:
-    """The variables that decide how a card is used; MindSpore sets some by itself."""
-    return ", ".join(_variables(READ_BY_CARD))
 
 
 def compile_twice() -> str:

@@ -1,13 +1,12 @@
 """`dreambooth-ms evaluate`: the same prompts and noise through the base and the adapted model -> sheet and figures."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dreambooth_ms.atomic import check_writable, write_bytes
+from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
@@ -16,9 +15,10 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation.fidelity import Fidelity, load_image_embedder, measure
-from dreambooth_ms.evaluation.sheet import Row, write_sheet
+from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
+from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.hub import find_adapter, find_clip
 
@@ -53,12 +53,14 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
-    loras = [find_adapter(name) for name in weights.lora]
-    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
+    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
+    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
-    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before")
-    adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after")
+    # New words are ordinary text to the base.
+    reader = SamplingModel(bundle) if model.adapters.words else model
+    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before", reader)
+    adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after", model)
     count = len(subject_prompts) * wanted.num_images_per_prompt
     before, after = (measure(embed, photographs, own[:count], own[count:], base[count:]) for own in (base, adapted))
     captions = list(request.pictures.values())
@@ -74,14 +76,13 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
         f"{after.subject_similarity:.3f}   class drift {after.class_drift:.3f}"
     )
     write_sheet(output / SHEET, title, rows)
-    metrics = json.dumps({"before": vars(before), "after": vars(after)}, indent=2) + "\n"
-    write_bytes(output / METRICS, metrics.encode())
+    write_json(output / METRICS, {"before": vars(before), "after": vars(after)})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
     return before, after
 
 
-def _pictures(model: SamplingModel, request: SampleRequest, name: str) -> list[np.ndarray]:
-    rows = model.rows(request)
+def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: SamplingModel) -> list[np.ndarray]:
+    rows = reader.rows(request)
     model.load()
     # The noise that steps draw is that of seed 0, whatever the seed of the noise that pictures start from.
     finished = model.latents(replace(request, seed=0), rows)

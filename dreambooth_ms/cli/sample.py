@@ -27,8 +27,8 @@ def run(argv: Sequence[str]) -> int:
     request = request_of(config, read_prompts(config.pictures.prompt))
     device = set_up(config.device)
     bundle = open_base(weights)
-    loras = [find_adapter(name) for name in weights.lora]
-    model = SamplingModel(bundle, loras, mixed_precision=device.mixed_precision)
+    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
+    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:

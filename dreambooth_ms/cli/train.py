@@ -19,10 +19,9 @@ from dreambooth_ms.cli.training_concepts import (
     sources_of,
     starting_words,
 )
-from dreambooth_ms.cli.training_job import TrainingJob
+from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
-from dreambooth_ms.cli.training_setup import Training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -170,7 +169,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         tell(f"stopped; saved {checkpoint_folder(output, stopped.step)}. Run the same command again to go on")
         return INTERRUPTED_STATUS
     if processes.is_first:
-        training.write_result(output, job.total)
+        with training.result_weights():
+            training.learner.write_result(output, job.total)
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
     return 0

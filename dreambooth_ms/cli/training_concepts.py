@@ -3,7 +3,7 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import chain, zip_longest
@@ -19,7 +19,7 @@ from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
-from dreambooth_ms.errors import ConfigError, count_of
+from dreambooth_ms.errors import ConfigError, Tell, count_of
 from dreambooth_ms.formats.files.open import read_value
 from dreambooth_ms.models.specs import TABLE, Words
 from dreambooth_ms.randomness import standard_normal
@@ -27,7 +27,7 @@ from dreambooth_ms.sampling.picture_file import missing_numbers
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
-def sources_of(config: TrainConfig, tell: Callable[[str], object] = tell) -> tuple[Source, ...]:
+def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
     """Where concepts come from: the subjects, then the classes; such as are generated in the order of their subjects.
 
     Raises:
@@ -74,7 +74,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
     )
 
 
-def read_concepts(sources: Sequence[Source], tell: Callable[[str], object] = tell) -> list[Concept]:
+def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]:
     """The subjects, and the classes as far as they are there already.
 
     Raises:
@@ -106,10 +106,7 @@ def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
 
 
 def tell_cut_prompts(
-    base: ModelBundle,
-    concepts: Sequence[Concept],
-    class_prompts: Sequence[str],
-    tell: Callable[[str], object] = tell,
+    base: ModelBundle, concepts: Sequence[Concept], class_prompts: Sequence[str], tell: Tell = tell
 ) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
     tokenizer, shared = PromptTokenizer(base.text), [*class_prompts]

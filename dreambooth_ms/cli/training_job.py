@@ -1,15 +1,26 @@
-"""What a training command asks for, with all that follows from it, found once."""
+"""A training: what a command asks for, with all that follows from it, found once; and what the run trains."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from mindspore import Parameter
+
+from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of
 from dreambooth_ms.data.records import INSTANCE, Concept, Source
+from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
-from dreambooth_ms.training.checkpoint import Checkpoint
-from dreambooth_ms.training.optimisers import learning_rate_factor
+from dreambooth_ms.runtime.collective import SumOverProcesses
+from dreambooth_ms.runtime.device import compute_dtype
+from dreambooth_ms.training.checkpoint import Checkpoint, restore
+from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.training.methods import METHODS, choose_optimiser
+from dreambooth_ms.training.optimisers import ShardedOptimiser, learning_rate_factor
+from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -96,3 +107,61 @@ class TrainingJob:
         """What each row of the rest of the run sees; one after the other, since a long run has millions."""
         batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
         return (row.view for batch in batches for row in plan.rows(batch))
+
+
+class Training:
+    """What a run trains: the method's trainables, with their optimiser and step, as new or as the run's checkpoint has
+    them."""
+
+    def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
+        config, processes, method = job.config, job.processes, job.config.method
+        text_encoders = job.base.load_text_encoders() if config.encodes_text else None
+        self.learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
+        parameters, trainables = self.learner.parameters, self.learner.trainables
+        compute_in(self.learner.denoiser, compute_dtype(config.device.mixed_precision))
+        # The optimiser, if this process keeps a part of its state.
+        self.sharded: ShardedOptimiser | None = None
+        if config.processes.zero_stage > 0 and processes.count > 1:
+            self.sharded = ShardedOptimiser(
+                parameters, lambda i, j: choose_optimiser(config, trainables[i:j]), processes
+            )
+        # bfloat16 has the exponents of float32.
+        scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
+        step = TrainStep(
+            DiffusionLoss(self.learner.denoiser, job.masked),
+            parameters,
+            self.sharded or choose_optimiser(config, trainables),
+            config.optimiser.max_grad_norm,
+            SumOverProcesses() if processes.count > 1 else None,
+            scaler,
+            Segments(unet, text_encoders) if config.run.gradient_checkpointing else None,
+        )
+        accumulates = config.run.gradient_accumulation_steps > 1
+        self.step: TrainStep | AccumulatingTrainStep = AccumulatingTrainStep(step) if accumulates else step
+        self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
+        if job.checkpoint:
+            restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
+
+    def state(self, of_all: bool = False) -> list[Parameter]:
+        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
+
+        With those moments that other processes keep if it is `of_all`, for which all must ask at the same time.
+        """
+        moments = self.sharded.all_moments() if self.sharded and of_all else self.step.optimiser.moments()
+        averages = self.average.averages if self.average else []
+        scaling = self.step.scaler.state() if self.step.scaler else []
+        return [*self.learner.parameters, *moments, *averages, *scaling]
+
+    def result_weights(self) -> AbstractContextManager[None]:
+        """Inside, the networks hold what the run is judged by: the average, if one is kept."""
+        return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def update_average(self, report: StepReport) -> None:
+        """A hook: take the weights after a step into the average, if one is kept."""
+        if self.average and not report.is_skipped:
+            self.average.update(report.updates)
+
+    def write_part(self, target: Path, step: int) -> None:
+        """Write what was trained into the folder of a checkpoint."""
+        with self.result_weights():
+            self.learner.write_part(target, step)

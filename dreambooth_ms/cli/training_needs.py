@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,27 @@ from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.errors import Tell, WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
 from dreambooth_ms.runtime.compile_cache import default_folder
 from dreambooth_ms.runtime.device import Formulation, formulation
+from dreambooth_ms.training import memory
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.memory import (
-    FLOAT32,
-    OPTIMISER_BYTES,
-    ActivationSettings,
-    Workload,
-    check_memory,
-    estimate,
-    machine_memory,
-    ranks_of,
-)
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def check_expected_memory(
-    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Callable[[str], object] = tell
+    config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Tell = tell
 ) -> Mapping[str, int]:
     """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
 
     `--max_device_memory` is of each process. All processes must ask at the same time.
     """
-    run, expected = config.run, estimate(_workload(config, folder, processes.count))
+    run, expected = config.run, memory.estimate(_workload(config, folder, processes.count))
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
@@ -60,8 +51,13 @@ def check_expected_memory(
         limit, sharing = size, 1
     advice += ["fewer processes on a machine"] if sharing > 1 else []
     if limit:
-        check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+        memory.check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
     return expected.parts
+
+
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class StepTimes:
@@ -112,8 +108,8 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
     method, run, work = config.method, config.run, _workload(config, base, 1)
     trained = work.numbers[1]
     # The weights, once more for other tools, and the state of the optimiser.
-    written = FLOAT32 if method.save_precision in (None, "fp32") else 2
-    checkpoint = trained * ((1 + int(method.use_ema)) * FLOAT32 + written + work.bytes_of_optimiser)
+    written = memory.FLOAT32 if method.save_precision in (None, "fp32") else 2
+    checkpoint = trained * ((1 + int(method.use_ema)) * memory.FLOAT32 + written + work.bytes_of_optimiser)
     result = trained * written
     if method.method == "full":
         networks = ["unet", *(reader.name for reader in base.text if method.train_text_encoder)]
@@ -126,7 +122,7 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
     fewer = ", or keep fewer by --checkpoints_total_limit" if count > 1 else ""
     advice = f"free some for {count_of(count, 'checkpoint') + ' and ' if count else ''}the result{fewer}"
     # Mean and log-variance.
-    latents = views * 2 * FLOAT32 * math.prod(base.latent_shape(config.data.resolution, config.data.resolution))
+    latents = views * 2 * memory.FLOAT32 * math.prod(base.latent_shape(config.data.resolution, config.data.resolution))
     check_room(config.output_dir, count * checkpoint + result + latents, advice)
 
 
@@ -144,7 +140,7 @@ def warn_of_little(config: TrainConfig, total: int) -> None:
         tell(f"--lr_warmup_steps {warmup}: the learning rate never arrives at its value in {steps}")
 
 
-def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workload:
+def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memory.Workload:
     method, data, run = config.method, config.data, config.run
     _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
@@ -153,12 +149,12 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
     targets = [method.lora_target_modules, *(reader.adapted_layers for reader in readers)]
     rank = method.rank if method.method == "lora" else None
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
-    width = 2 if config.device.mixed_precision in ("fp16", "bf16") else FLOAT32
-    return Workload(
+    width = 2 if config.device.mixed_precision in ("fp16", "bf16") else memory.FLOAT32
+    return memory.Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
-        ranks=[ranks_of(own, rank, ends) for own, ends in zip(shapes, targets, strict=True)],
-        activations=ActivationSettings(
+        ranks=[memory.ranks_of(own, rank, ends) for own, ends in zip(shapes, targets, strict=True)],
+        activations=memory.ActivationSettings(
             rows=groups * run.train_batch_size,
             latent_height=height,
             latent_width=width_of_latents,
@@ -168,7 +164,7 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> Workl
         ),
         recomputed=run.gradient_checkpointing,
         bytes_of_weight=width,
-        bytes_of_optimiser=OPTIMISER_BYTES[optimiser],
+        bytes_of_optimiser=memory.OPTIMISER_BYTES[optimiser],
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
         processes=processes,
         shares_optimiser=config.processes.zero_stage > 0,

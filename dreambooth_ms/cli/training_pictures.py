@@ -22,11 +22,10 @@ from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.diffusion.objectives import draw_columns
 from dreambooth_ms.errors import DataError, count_of
-from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import class_picture_name, write_picture
+from dreambooth_ms.sampling.picture_file import Row, class_picture_name, write_picture, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.content import content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
@@ -80,17 +79,14 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
 
 
 def sample_class_pictures(
-    job: TrainingJob,
-    missing: Mapping[str, Sequence[int]],
-    embeddings: Mapping[str, PromptText],
-    subjects: Sequence[Concept],
+    job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText], subjects: Sequence[Concept]
 ) -> nn.Cell | None:
     """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
     it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    model, plan = SamplingModel(job.base, embeddings=embeddings), job.plan(subjects)
+    model, plan = SamplingModel(job.base, embeddings=texts), job.plan(subjects)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
     classes = [one for one in job.sources if one.concept.group == CLASS]
     for source, subject in zip(classes, subjects, strict=False):

@@ -11,13 +11,18 @@ from mindspore import nn
 from PIL import Image
 
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_setup import Training
+from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.evaluation.sheet import Row, write_sheet
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import SETTINGS_KEY, validation_name, validation_pictures, write_picture
+from dreambooth_ms.sampling.picture_file import (
+    SETTINGS_KEY,
+    Row,
+    validation_name,
+    validation_pictures,
+    write_picture,
+    write_sheet,
+)
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.trackers import Tracker

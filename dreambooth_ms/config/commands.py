@@ -86,7 +86,8 @@ class EvaluateConfig(Schema):
 
     def problems(self) -> list[str]:
         """Refuses a comparison of the base with itself."""
-        return [] if self.weights.lora else ["--lora: missing; name the adapter to compare the base with"]
+        named = self.weights.lora or self.weights.embedding
+        return [] if named else ["--lora: missing; name the adapter to compare the base with, or an --embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)

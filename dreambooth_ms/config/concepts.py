@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from dreambooth_ms.config.ranges import at_least
 from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.sources import Setting, canonical, in_one_line
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import ConfigError, near
+from dreambooth_ms.errors import ConfigError, Tell, near
 
 _OWN = ("instance_data_dir", "instance_prompt", "repeats", "mask_dir", "alpha_mask")
 _OWN_SECTIONS = ("captions", "prior", "concept")
@@ -48,7 +48,7 @@ class ConceptConfig(TrainConfig):
     concept: ShareConfig = field(default_factory=ShareConfig)
 
 
-def concept_configs(config: TrainConfig, tell: Callable[[str], object]) -> list[ConceptConfig]:
+def concept_configs(config: TrainConfig, tell: Tell) -> list[ConceptConfig]:
     """Of each subject the configuration; without a list of the only one. Pictures are not looked for.
 
     Raises:

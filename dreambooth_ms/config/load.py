@@ -7,7 +7,7 @@ loads again. `${…}` is plain text in a flag; in a file it refers to that file,
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dreambooth_ms.config import spellings
 from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
 from dreambooth_ms.config.sources import Setting, answer_unknown, canonical, read_file, read_flags, read_value, split
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, Tell
 
 Config = TypeVar("Config", bound=Schema)
 
@@ -26,7 +26,7 @@ def _print(note: str) -> None:
     sys.stderr.write(f"dreambooth-ms: note: {note}\n")
 
 
-def load(schema: type[Config], argv: Sequence[str], tell: Callable[[str], object] = _print) -> Config:
+def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
     """A configuration from the flags and the files that they name.
 
     Args:
@@ -60,7 +60,13 @@ def build(
     values = dict(base or {}) | given
     absent = {name: one.kind() for name, one in known.items() if one.default is MISSING and name not in values}
     # What is required has a stand-in, so that the rest can be checked even without it.
-    config = _built(schema, values | absent)
+    values |= absent
+    owned = {
+        section: owner(**{one.name: values[one.name] for one in fields(owner) if one.name in values})
+        for section, owner in sections(schema).items()
+    }
+    make: Any = schema
+    config: Config = make(**owned)
 
     settings = list(chain(*layers))
     problems = [line for one in settings for line in one.problems]
@@ -89,17 +95,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_escaped(entry) for entry in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
-def _built(schema: type[Config], values: Mapping[str, Any]) -> Config:
-    """A schema of these values, and of its defaults."""
-    make: Any = schema
-    return make(
-        **{
-            section: owner(**{one.name: values[one.name] for one in fields(owner) if one.name in values})
-            for section, owner in sections(schema).items()
-        }
-    )
 
 
 def _read_layer(layer: Iterable[Setting], known: Mapping[str, Field]) -> dict[str, Any]:

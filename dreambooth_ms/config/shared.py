@@ -48,13 +48,18 @@ class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
     lora: Annotated[list[str], PATH] = field(default_factory=list)
-    """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up."""
+    """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up. New
+    words in them or beside them in their folder are read, too."""
     lora_scale: Annotated[
         list[float],
         Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),
         only_with("lora"),
     ] = field(default_factory=lambda: [1.0])
     """Strength of the adapters, one for all or one for each: 0 is the base model, 1 is as trained."""
+
+    embedding: Annotated[list[str], PATH] = field(default_factory=list)
+    """Embeddings of new words (textual inversion): files or folders, or owner/name or owner/name/file on the Hugging
+    Face hub. The word of a file that names none is the file's name. Words have no strength."""
 
     def problems(self) -> list[str]:
         """Refuses a number of scales that is neither one nor that of the adapters."""

@@ -1,6 +1,5 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +9,7 @@ from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
 from dreambooth_ms.data.looks import NOT_MEASURED, Looks, looks_of
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
-from dreambooth_ms.errors import DataError, near
+from dreambooth_ms.errors import DataError, Tell, near
 
 INSTANCE, CLASS = "instance", "class"
 
@@ -81,7 +80,7 @@ class Source:
         values = {"prompt": self.prompt, "weight": one.weight, "repeats": one.repeats, "wording": one.wording}
         return {f"{key} of {one.name}": f"{key} of {one.name}: {value}" for key, value in values.items()}
 
-    def records(self, tell: Callable[[str], object]) -> tuple[Record, ...]:
+    def records(self, tell: Tell) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
         starts; what is not used, or not as it is, is told in one line for each kind.
 

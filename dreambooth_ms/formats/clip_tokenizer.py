@@ -9,6 +9,7 @@ Shapes: N pieces of a prompt, S tokens.
 
 import atexit
 import gzip
+import json
 import re
 import shutil
 import tempfile
@@ -56,6 +57,7 @@ class ClipTokenizer:
 
     def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
         # transformers announces at import that there is no PyTorch; the tokenizers need none.
+        from tokenizers import Tokenizer
         from transformers import CLIPTokenizerFast
         from transformers.utils import logging
 
@@ -75,6 +77,14 @@ class ClipTokenizer:
             word: [added[token] for token in takewhile(added.__contains__, tokens_of_word(word))] for word in added
         }
         """New words -> the ids of the tokens that each stands for."""
+        self._plain = self._tokenizer.backend_tokenizer
+        if self.words:
+            # It would find them in lower-cased text.
+            content = json.loads(self._plain.to_str())
+            content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
+            self._plain = Tokenizer.from_str(json.dumps(content))
+        self._plain.no_truncation()
+        self._plain.no_padding()
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
@@ -123,7 +133,7 @@ class ClipTokenizer:
         """The ids of a text of any length, without marks."""
         longest_first = sorted(self.words, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt) if self.words else [prompt]
-        read = (self.words.get(part) or self._tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+        read = (self.words.get(part) or self._plain.encode(part, add_special_tokens=False).ids for part in parts)
         return list(chain.from_iterable(read))
 
 

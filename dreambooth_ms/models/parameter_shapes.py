@@ -16,10 +16,8 @@ Tree = dict[str, Any]
 def model_shapes(model: ModelSpec) -> dict[str, Shape]:
     """Every parameter of a model. Names begin with the network: "unet.", "vae.", "text_encoder.", "text_encoder_2."."""
     networks = {"unet": unet_shapes(model.unet), "vae": vae_shapes(model.vae)}
-    if model.text_encoder:
-        networks["text_encoder"] = clip_text_shapes(model.text_encoder)
-    if model.text_encoder_2:
-        networks["text_encoder_2"] = clip_text_shapes(model.text_encoder_2)
+    texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
+    networks |= {part: clip_text_shapes(spec) for part, spec in texts.items() if spec}
     return {f"{part}.{name}": shape for part, shapes in networks.items() for name, shape in shapes.items()}
 
 

@@ -5,7 +5,6 @@ an image of one row in this formulation's layout, C channels; I, O channels of a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
@@ -16,8 +15,7 @@ from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.ops import Conv2d, convolution, equal_parts
 from dreambooth_ms.ops.layout import from_public_layout, image_axes, to_public_layout, upsample_nearest
-from dreambooth_ms.runtime.device import uncompiled
-from dreambooth_ms.runtime.host_memory import arrays_used_again
+from dreambooth_ms.runtime.device import arrays_used_again, uncompiled
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -48,8 +46,7 @@ class AutoencoderKL(nn.Cell):
 
     def decode(self, latents_BChw: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1]."""
-        x = self.decoder(self.post_quant_conv(from_public_layout(latents_BChw)))
-        return to_public_layout(x)
+        return to_public_layout(self.decoder(self.post_quant_conv(from_public_layout(latents_BChw))))
 
     def decode_middle(self, latents_BChw: Tensor) -> Tensor:
         """An image: `decode` as far as it is at the size of the latents, where attention is over all pixels."""
@@ -94,6 +91,7 @@ class BandedDecoder:
     def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
         self._vae, self._max_taps = vae, max_taps
         self._height, self._width, self._channels = image_axes()
+        self._decode_middle = CellMethod(vae.decode_middle)
 
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
         """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
@@ -106,10 +104,6 @@ class BandedDecoder:
                     x = self._convolved(block.upsamplers[0].conv, x, upsampling=2)
             x = self._convolved(decoder.conv_out, x, decoder.conv_norm_out)
             return np.moveaxis(x.asnumpy(), self._channels, 1)
-
-    @cached_property
-    def _decode_middle(self) -> CellMethod:
-        return CellMethod(self._vae.decode_middle)
 
     def _resnet(self, resnet: ResnetBlock2D, x: Tensor) -> Tensor:
         """See `ResnetBlock2D`; the result takes the place of the input."""

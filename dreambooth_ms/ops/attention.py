@@ -50,8 +50,8 @@ class MultiHeadAttention(nn.Cell):
             scale = 1 / math.sqrt(self.head_dim)
             out = ops.flash_attention_score(q, k, v, self.num_heads, scalar_value=scale, input_layout="BSH")
             return self._resized(out, self.head_dim)
-        out = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
-        return self._merge_heads(out, q.shape)
+        out_MLD = self.attend(self._split_heads(q), self._split_heads(k), self._split_heads(v))
+        return self._interchanged(out_MLD, q.shape[0], self.num_heads, q.shape[1], q.shape)
 
     def _resized(self, x_BLC: Tensor, dim: int) -> Tensor:
         """Each head with so many channels: with zeros behind it, or without what is behind."""
@@ -68,11 +68,8 @@ class MultiHeadAttention(nn.Cell):
         batch, length, _ = x_BLC.shape
         return self._interchanged(x_BLC, batch, length, self.num_heads, (-1, length, self.head_dim))
 
-    def _merge_heads(self, x_MLD: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """The inverse; `shape` is that of its result."""
-        return self._interchanged(x_MLD, shape[0], self.num_heads, shape[1], shape)
-
     def _interchanged(self, x: Tensor, batch: int, outer: int, inner: int, shape: tuple[int, int, int]) -> Tensor:
+        """Rows of (outer, inner) -> rows of (inner, outer), as a tensor of this shape."""
         if self.num_heads == 1:
             return x
         return ops.reshape(self.interchange(ops.reshape(x, (batch, -1, self.head_dim)), outer, inner), shape)

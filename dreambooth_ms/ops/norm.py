@@ -68,7 +68,7 @@ class _NormaliseRows(nn.Cell):
         weight_C1 = ops.reshape(weight_1C, (channels, 1)) * (1 / channels)
         mean_dxhat_NC = _over_columns(times(dy_NC, weight_C1), channels)
         mean_dxhat_xhat_NC = _over_columns(times(dy_xhat_NC, weight_C1), channels)
-        dxhat_NC = dy_NC * _over_rows(weight_1C, rows)
+        dxhat_NC = dy_NC * times(constant(1.0, (rows, 1)), weight_1C)
         dx_NC = (dxhat_NC - mean_dxhat_NC - xhat_NC * mean_dxhat_xhat_NC) * rstd_NC
         ones_1N = constant(1.0, (1, rows))
         dweight_C = ops.reshape(times(ones_1N, dy_xhat_NC), (channels,))
@@ -83,11 +83,6 @@ class _NormaliseRows(nn.Cell):
 def _over_columns(x_N1: Tensor, channels: int) -> Tensor:
     """(N, 1) -> (N, C)."""
     return times(x_N1, constant(1.0, (1, channels)))
-
-
-def _over_rows(x_1C: Tensor, rows: int) -> Tensor:
-    """(1, C) -> (N, C)."""
-    return times(constant(1.0, (rows, 1)), x_1C)
 
 
 class GroupNorm(nn.Cell):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, explain
+from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, Tell, explain
 from dreambooth_ms.processes.launch import Launch
 from dreambooth_ms.processes.rendezvous import Rendezvous
 
@@ -66,10 +66,7 @@ ALONE = Processes()
 
 
 def run_in_group(
-    launch: Launch | None,
-    work: Callable[[Processes], int],
-    complain: Callable[[str], object],
-    exchange_seconds: float = 3600,
+    launch: Launch | None, work: Callable[[Processes], int], complain: Tell, exchange_seconds: float = 3600
 ) -> int:
     """Do the work of one process of a run, and return its exit status.
 

@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -18,7 +17,7 @@ from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, NoReturn
 
-from dreambooth_ms.errors import FAILED_STATUS, DeviceError
+from dreambooth_ms.errors import FAILED_STATUS, DeviceError, Tell
 from dreambooth_ms.processes.launch import SCHEDULER, Launch, exit_at_once
 
 START_SECONDS = 50
@@ -132,7 +131,7 @@ def _no_answer(host: str, port: int, who: str, error: BaseException) -> DeviceEr
 class Rendezvous:
     """One process's connections to the others. Every method must be called by all processes, in the same order."""
 
-    def __init__(self, launch: Launch, exchange_seconds: float, complain: Callable[[str], object]) -> None:
+    def __init__(self, launch: Launch, exchange_seconds: float, complain: Tell) -> None:
         """Connect to the others; `complain` prints a line for the user.
 
         Raises:

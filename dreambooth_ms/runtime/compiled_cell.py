@@ -10,8 +10,7 @@ from mindspore import Tensor, nn
 from mindspore.graph.api import _cell_graph_executor, _convert_python_data
 
 from dreambooth_ms.runtime.compile_cache import Outlook, compile_cache
-from dreambooth_ms.runtime.device import formulation
-from dreambooth_ms.runtime.host_memory import give_back_freed_memory
+from dreambooth_ms.runtime.device import formulation, give_back_freed_memory
 
 Watch = Callable[[str, Outlook], AbstractContextManager[None]]
 """What is entered while a graph is made ready: its title, and what is known of that before it begins."""

@@ -13,7 +13,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ NOT_DECISIVE = (
 
 READ_OF_CELL = {"_params", "_cells", "_buffers", "_primitives", "training", "mixed_precision_type", "_jit_config_dict"}
 OF_A_COMPILATION = {"_compiled_for", "sequence_modified", "current_phase", "__parse_method__", "__compile_cell_hook__"}
+FLAGS, FLAG_OF_A_COMPILATION = "_func_graph_flags", "compile_phase"
+NOT_READ_OF_CELL = set(vars(nn.Cell())) - READ_OF_CELL | OF_A_COMPILATION | {FLAGS}
 VALUES = (tuple, Enum, Type, MixedPrecisionType, np.generic)
 """What is the same where it is equal; of everything else it counts which attributes hold the same object."""
-
-FLAGS, FLAG_OF_A_COMPILATION = "_func_graph_flags", "compile_phase"
 
 
 class NotDescribable(Exception):
@@ -55,10 +55,8 @@ def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
     """
     description = _Description()
-    description.add(settings)
-    description.add(surroundings())
-    description.add(_shapes(inputs))
-    description.add(cell)
+    for part in (settings, surroundings(), _shapes(inputs), cell):
+        description.add(part)
     return description.hash.hexdigest()[:32]
 
 
@@ -121,11 +119,6 @@ def _shapes(inputs: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     )
 
 
-@cache
-def _attributes_of_any_cell() -> set[str]:
-    return set(vars(nn.Cell()))
-
-
 def _name(of: Any) -> str:
     return f"{of.__module__}.{of.__qualname__}"
 
@@ -142,8 +135,7 @@ def _source(of: Any) -> Iterator[str]:
 def _cell(cell: nn.Cell) -> Iterator[Any]:
     """Class and attributes of a cell, without what MindSpore keeps there for itself."""
     yield from _source(type(cell))
-    skipped = _attributes_of_any_cell() - READ_OF_CELL | OF_A_COMPILATION | {FLAGS}
-    yield {name: value for name, value in vars(cell).items() if name not in skipped}
+    yield {name: value for name, value in vars(cell).items() if name not in NOT_READ_OF_CELL}
     yield {name: value for name, value in vars(cell).get(FLAGS, {}).items() if name != FLAG_OF_A_COMPILATION}
 
 

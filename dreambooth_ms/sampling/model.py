@@ -24,10 +24,9 @@ from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
-from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
 from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Refinement, Sample, SampleRequest, StepReport, Stopped
-from dreambooth_ms.sampling.schedulers import Trajectory, check_scheduler
+from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
 
 _MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
@@ -56,7 +55,8 @@ class SamplingModel:
 
     Args:
         bundle: the base.
-        adapters: files or folders of LoRAs, of any format. Their scales belong to a request.
+        adapters: files or folders of adapters, of any format. Their scales belong to a request.
+        words: files or folders of embeddings of new words.
         keep_text_encoders: keep the text encoders in memory, for prompts to come; otherwise they are loaded, and
             compiled, again for them.
         mixed_precision: what the UNet computes in, as `compute_dtype` takes it; text encoders and autoencoder are
@@ -74,13 +74,14 @@ class SamplingModel:
         bundle: ModelBundle,
         adapters: Sequence[str | Path] = (),
         *,
+        words: Sequence[str | Path] = (),
         keep_text_encoders: bool = False,
         mixed_precision: str | None = None,
         denoiser: nn.Cell | None = None,
         text_encoders: TextEncoders | None = None,
         embeddings: Mapping[str, PromptText] | None = None,
     ) -> None:
-        self.adapters = ModelAdapters(bundle, adapters)
+        self.adapters = ModelAdapters(bundle, adapters, words)
         self.bundle = bundle = bundle.with_words(self.adapters.words)
         self._mixed_precision = mixed_precision
         self._text = PromptReader(bundle, self.adapters, keep_text_encoders, text_encoders, embeddings or {})
@@ -190,6 +191,7 @@ class SamplingModel:
             "pretrained_model_name_or_path": str(self.bundle.path),
             "lora": list(self.adapters.paths),
             "lora_scale": list(self.adapters.scales(request)),
+            "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
             **(vars(request.sizes) if self.bundle.num_add_time_ids else {}),

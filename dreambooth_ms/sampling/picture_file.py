@@ -1,16 +1,19 @@
-"""Sampled pictures as PNG files that appear whole, with the settings they were made with in their metadata.
+"""Pictures as PNG files that appear whole: sampled ones, with the settings they were made with in their metadata, and
+sheets of several.
 
 The names of files hold the pictures' numbers, so that a command goes on where another stopped.
 """
 
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dreambooth_ms.atomic import atomic_path
@@ -18,6 +21,8 @@ from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
 
 SETTINGS_KEY = "dreambooth_ms"
+MARGIN, GAP, LABEL_WIDTH, LINE, CELL = 24, 10, 200, 18, 160
+INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
 def write_picture(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
@@ -76,3 +81,45 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     for number, picture in enumerate(pictures):
         cells[divmod(number, columns)] = picture
     return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a sheet."""
+
+    label: str
+    pictures: Sequence[np.ndarray | None]
+    """None leaves its place empty."""
+    captions: Sequence[str] = ()
+    """One under each picture; none if empty."""
+
+
+def write_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """A sheet that shows people what a training did: rows of pictures (H, W, 3) uint8, `CELL` pixels on their longer
+    side, with labels at the left and captions below."""
+    font, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    columns = max(len(row.pictures) for row in rows)
+    wrapped = [[textwrap.wrap(caption, CELL // 7) for caption in row.captions] for row in rows]
+    heights = [CELL + GAP + LINE * max((len(lines) for lines in captions), default=0) for captions in wrapped]
+    width = 2 * MARGIN + LABEL_WIDTH + columns * (CELL + GAP)
+    sheet = Image.new("RGB", (width, 2 * MARGIN + 36 + sum(heights)), "white")
+    canvas = ImageDraw.Draw(sheet)
+    canvas.text((MARGIN, MARGIN), title, fill=INK, font=font)
+    y = MARGIN + 36
+    for row, captions, height in zip(rows, wrapped, heights, strict=True):
+        room = textwrap.TextWrapper(LABEL_WIDTH // 9, max_lines=CELL // 20, placeholder=" …")
+        label = "\n".join(line for part in row.label.split("\n") for line in room.wrap(part))
+        canvas.multiline_text((MARGIN, y + CELL // 2), label, fill=INK, font=font, anchor="lm")
+        for column, picture in enumerate(row.pictures):
+            if picture is None:
+                continue
+            x = MARGIN + LABEL_WIDTH + column * (CELL + GAP)
+            filter_ = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
+            scale = CELL / max(picture.shape[:2])
+            size = round(scale * picture.shape[1]), round(scale * picture.shape[0])
+            sheet.paste(Image.fromarray(picture).resize(size, filter_), (x, y))
+            if captions:
+                canvas.multiline_text((x, y + CELL + 4), "\n".join(captions[column]), fill=PALE, font=small)
+        y += height
+    with atomic_path(path) as partial:
+        sheet.save(partial, format="PNG")

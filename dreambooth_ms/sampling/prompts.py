@@ -6,10 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, encode_prompts
-from dreambooth_ms.errors import ConfigError, count_of
+from dreambooth_ms.errors import ConfigError, WeightError, count_of
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.request import SampleRequest
@@ -17,17 +19,27 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 class ModelAdapters:
-    """Adapters of any format, read at once, to be put on the networks of their base as these are loaded.
+    """Adapters of any format, read at once, to be put on the networks of their base as these are loaded; and new words,
+    those of the adapters and those of `embeddings`.
 
     Raises:
-        WeightError: an adapter is none, or is for another base.
+        WeightError: an adapter is none, or is for another base; or a word has several meanings.
     """
 
-    def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path]) -> None:
-        self.paths = tuple(str(path) for path in paths)
-        models = [bundle.opened().spec] if paths else []
-        self.opened = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
-        self.words: Words = {word: rows for adapter in self.opened for word, rows in adapter.words.items()}
+    def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path], embeddings: Sequence[str | Path] = ()) -> None:
+        self.paths, self.embeddings = (tuple(map(str, own)) for own in (paths, embeddings))
+        named = self.paths + self.embeddings
+        models = [bundle.opened().spec] if named else []
+        found = [open_adapter(Path(path), models, bundle.path).adapter for path in named]
+        self.opened = found[: len(self.paths)]
+        words = dict[str, Mapping[str, np.ndarray]]()
+        for path, adapter in zip(named, found, strict=True):
+            for word, own in adapter.words.items():
+                if any(not np.array_equal(rows, own[name]) for name, rows in words.setdefault(word, own).items()):
+                    raise WeightError(f"{path}: {word} has other vectors here than in a file before it; leave one out")
+        self.words: Words = words
+        if layers := [path for path, own in zip(named, found, strict=True) if own.parts and path not in self.paths]:
+            raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 
     @property
     def adapt_text(self) -> bool:

@@ -1,5 +1,5 @@
 """The schedulers by the names people use: mindone's ports of diffusers' schedulers, and ours where those run on Ascend
-alone; and the way of a batch through the timesteps of one.
+alone; the way of a batch through the timesteps of one; and what predicts at each, with classifier-free guidance.
 
 Shapes: B rows, C, h, w of the latents.
 """
@@ -12,14 +12,16 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.model_config import Config, is_edm, read_scheduler_config
 from dreambooth_ms.models.specs import read_table
+from dreambooth_ms.ops import equal_parts, mean
 from dreambooth_ms.randomness import standard_normal
+from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.sampling.request import SampleRequest
 
 LEAST_SIGNAL = 2.0**-24
@@ -186,3 +188,39 @@ def taken_steps(
     if request.denoising_end is not None:
         end = int((levels >= round(num_train_timesteps - request.denoising_end * num_train_timesteps)).sum())
     return first, end
+
+
+class Denoiser(CompiledCell):
+    """negative + guidance * (positive - negative) (Ho and Salimans, 2022, eq. 6, with w = guidance - 1).
+
+    Latents (B, C, H, W), timesteps (B,), guidance (2,), conditioning -> (B, C, H, W). Where it is guided, the rows of
+    the conditioning are 2 B: the negative ones, then the positive ones. `guidance` is its scale and, where it is
+    rescaled, how much: a share of the result is brought back to the deviation of the positive prediction (Lin et al.,
+    2024, eq. 15 and 16).
+    """
+
+    title = "the denoising step"
+
+    def __init__(self, unet: nn.Cell, guided: bool, rescaled: bool = False) -> None:
+        super().__init__(auto_prefix=False)
+        self.unet = unet
+        self.guided, self.rescaled = guided, rescaled
+
+    def construct(self, latents: Tensor, timesteps_B: Tensor, guidance: Tensor, *conditioning: Tensor) -> Tensor:
+        if not self.guided:
+            return self.unet(latents, timesteps_B, *conditioning)
+        prediction = self.unet(ops.concat((latents, latents)), ops.concat((timesteps_B, timesteps_B)), *conditioning)
+        negative, positive = equal_parts(prediction, 2, 0)
+        scale, share = equal_parts(guidance, 2, 0)
+        guided = negative + (positive - negative) * ops.broadcast_to(scale, latents.shape)
+        if not self.rescaled:
+            return guided
+        factor = ops.broadcast_to(_deviation(positive) / _deviation(guided), latents.shape)
+        share = ops.broadcast_to(share, latents.shape)
+        return guided * factor * share + guided * (1.0 - share)
+
+
+def _deviation(x_BCHW: Tensor) -> Tensor:
+    """Standard deviation of each row (B, 1, 1, 1), up to a factor that is the same for all of one shape."""
+    centred = x_BCHW - ops.broadcast_to(mean(x_BCHW, (1, 2, 3), True), x_BCHW.shape)
+    return ops.sqrt(mean(centred * centred, (1, 2, 3), True))

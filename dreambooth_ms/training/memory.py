@@ -4,7 +4,6 @@ Activations are counted by the tensors that the backward passes in `ops` and `mo
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -213,11 +212,6 @@ def check_memory(expected: MemoryEstimate, limit: int, advice: str, processes: i
     if expected.total * processes > limit:
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise DeviceError(f"{expected}{each}, and there are {_gib(limit)} GiB; {advice}")
-
-
-def machine_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _trained(ranks: Ranks) -> Trained:

@@ -1,7 +1,7 @@
 """A run's folder: which run it holds, and how a command that names it goes on."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.rules import Resume
 from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, Tell
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, find_latest, open_checkpoint, result_of
@@ -41,7 +41,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def checkpoint_of(config: TrainConfig, tell: Callable[[str], Any]) -> Checkpoint | None:
+def checkpoint_of(config: TrainConfig, tell: Tell) -> Checkpoint | None:
     """The checkpoint that was asked for; without asking, the newest of a run that was stopped."""
     asked = config.run.resume_from_checkpoint
     if asked not in (None, "latest"):
@@ -54,11 +54,7 @@ def checkpoint_of(config: TrainConfig, tell: Callable[[str], Any]) -> Checkpoint
 
 
 def check_data(
-    config: TrainConfig,
-    checkpoint: Checkpoint | None,
-    content: Content,
-    to_come: Mapping[str, Iterable[str]],
-    tell: Callable[[str], Any],
+    config: TrainConfig, checkpoint: Checkpoint | None, now: Content, to_come: Mapping[str, Iterable[str]], tell: Tell
 ) -> None:
     """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
 
@@ -69,7 +65,7 @@ def check_data(
         ConfigError: something is not what it was, and every change is named.
     """
     if checkpoint and checkpoint.content:
-        found = changes(checkpoint.content, content, to_come)
+        found = changes(checkpoint.content, now, to_come)
     else:
         earlier = _earlier_run(config) if _was_trained(config.output_dir) else None
         found = _differences(earlier, config, Resume.BY_CONTENT) if earlier else []

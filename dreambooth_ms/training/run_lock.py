@@ -7,13 +7,13 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.errors import ConfigError, Tell
 
 LOCK = "training.lock"
 INHERITED = "DREAMBOOTH_MS_LOCK"
@@ -77,7 +77,7 @@ def sign(file: IO[bytes], process_id: int) -> None:
 
 
 @contextmanager
-def only_run_in(folder: Path, tell: Callable[[str], object]) -> Iterator[None]:
+def only_run_in(folder: Path, tell: Tell) -> Iterator[None]:
     """Inside, no other training begins in the folder, which can be written to. That it can't be locked is told.
 
     Raises:

@@ -11,7 +11,7 @@ from threading import Event, Thread
 
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from dreambooth_ms.atomic import check_room
 from dreambooth_ms.errors import WeightError, explain, near, show_names
 from dreambooth_ms.formats.folder_layout import model_files, network_files
@@ -54,7 +54,7 @@ def find_clip(name: str) -> Path:
 
 
 def find_adapter(name: str) -> Path:
-    """The same for an adapter: a file, or a folder of PEFT."""
+    """The same for an adapter or embeddings: a file, or a folder of PEFT, or of a file and new words beside it."""
     return _find(name, _adapter_files)
 
 
@@ -80,12 +80,16 @@ def _adapter_files(names: Collection[str]) -> list[str]:
     if FILE_NAME not in names and peft:
         return peft
     weights = [name for name in names if re.search(f"{_SUFFIX}$", name)]
-    files = [name for name in weights if "/" not in name] or weights
-    best = [name for name in files if name == FILE_NAME] or [name for name in files if name.endswith(".safetensors")]
-    if len(best or files) != 1:
-        listed = f"several files ({show_names(sorted(best or files), at_most=9)}); name one, as owner/name/file"
+    files = sorted(name for name in weights if "/" not in name) or weights
+    # Of a word in .bin and in .safetensors the latter.
+    words = {Path(name).stem: name for name in files if re.fullmatch(rf"<[^/]+>{_SUFFIX}", name)}
+    files = [name for name in files if Path(name).stem not in words]
+    best = [name for name in (FILE_NAME, CUSTOM_DIFFUSION) if name in files][:1]
+    best = best or [name for name in files if name.endswith(".safetensors")] or files
+    if len(best) > 1 or not (best or words):
+        listed = f"several files ({show_names(sorted(best), at_most=9)}); name one, as owner/name/file"
         raise WeightError(f"it holds {listed if files else 'no file of weights'}")
-    return best or files
+    return [*best, *words.values()]
 
 
 def _names_in(root: Path) -> list[str]:

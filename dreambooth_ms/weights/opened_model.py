@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -124,10 +124,6 @@ class OpenedModel:
         has_scheduler = self.container is not Container.FOLDER or SCHEDULER in self.configurations
         return [*map(CONFIG.format, self.parts), *([SCHEDULER] if has_scheduler else [])]
 
-    @cached_property
-    def _assumed(self) -> Mapping[str, Config]:
-        return folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)
-
     def configuration(self, name: str) -> Config:
         """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts.
 
@@ -135,8 +131,10 @@ class OpenedModel:
             WeightError: the folder does not have it, or it is damaged.
         """
         content = self.configurations.get(name)
-        if content is None:
-            content = read_json(self.path / name) if self.container is Container.FOLDER else self._assumed[name]
+        if content is None and self.container is Container.FOLDER:
+            content = read_json(self.path / name)
+        elif content is None:
+            content = folder_configs(self.spec, self.parts, self.assumed_prediction, self.zero_snr)[name]
         told = self.prediction_type
         if name != SCHEDULER or told in (None, content.get("prediction_type", "epsilon")):
             return content

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer, check_clip_tokenizer, write_clip_tokenizer
@@ -176,3 +176,20 @@ def test_settings_that_are_not_followed_are_told(folder, tmp_path, changes, said
     path = changed(folder, tmp_path / "tokenizer", **changes)
     with pytest.raises(WeightError, match=rf"tokenizer_config\.json: {said}"):
         check_clip_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
+def test_added_words_of_a_saved_tokenizer_are_found_as_they_are_written(folder, tmp_path, kind):
+    """As by the slow one, with which words are trained: the fast one finds them in lower-cased text."""
+    for own, place in ((kind, "saved"), (CLIPTokenizer, "slow")):
+        saved = own.from_pretrained(folder)
+        saved.add_tokens(["<new1>", "<New2>"])
+        saved.save_pretrained(tmp_path / place)
+    check_clip_tokenizer(tmp_path / "saved")
+    slow, ours = CLIPTokenizer.from_pretrained(tmp_path / "slow"), ClipTokenizer(tmp_path / "saved", 77, SIZE + 2)
+    for prompt in ("a <new1> cat", "x<new1>s", "<NEW1> and <new2> or <NEW2>", "<New2><new1>", "a cat"):
+        assert ours.tokens(prompt) == slow(prompt, add_special_tokens=False).input_ids, prompt
+    assert ours.lost("a " * 75 + "<new1> cat") == "<new1> cat"
+    assert ours.with_words({"<new3>": 2}).tokens("<new3>") == [SIZE + 2, SIZE + 3]
+    with pytest.raises(WeightError, match="<new1>: the tokenizer has this word already"):
+        ours.with_words({"<new1>": 1})

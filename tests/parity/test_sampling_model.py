@@ -20,9 +20,9 @@ from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
-from dreambooth_ms.sampling.denoiser import Denoiser
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined, starting_noise
 from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
+from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import write_random_model, write_random_sdxl

@@ -146,9 +146,11 @@ class TestFolders:
         shutil.copy(lora, folder / "my-dog.safetensors")
         (folder / "README.md").write_text("a dog")
         (folder / "._my-dog.safetensors").write_bytes(b"of a Mac")
-        save_file({"<dog>": torch.zeros(768)}, folder / "embedding.safetensors")
+        save_file({"<dog>": torch.ones(24)}, folder / "embedding.safetensors")
         assert holds_adapter(folder)
-        assert open_adapter(folder, [SPEC]).adapter.parts.keys() == {"unet"}
+        adapter = open_adapter(folder, [SPEC]).adapter
+        assert adapter.parts.keys() == {"unet"}
+        assert adapter.words["<dog>"]["text_encoder"].tolist() == [[1.0] * 24]
 
     def test_a_pickle_under_diffusers_name_is_read(self, tmp_path, lora):
         from safetensors.torch import load_file
@@ -168,14 +170,14 @@ class TestFolders:
         for name in ("a.safetensors", "b.safetensors"):
             shutil.copy(lora, folder / name)
         said = answers(folder, base, tmp_path)
-        expected = f"{folder}: holds 2 LoRAs (a.safetensors, b.safetensors); name one of these files"
+        expected = f"{folder}: holds 2 adapters (a.safetensors, b.safetensors); name one of these files"
         assert set(said.values()) == {expected}
 
     def test_what_is_there_instead_is_said(self, tmp_path):
         with pytest.raises(WeightError, match=r"holds no LoRA, such as pytorch_lora_weights.safetensors \(found: noth"):
             open_adapter(tmp_path)
-        torch.save({"<dog>": torch.zeros(768)}, tmp_path / "learned_embeds.bin")
-        with pytest.raises(WeightError, match="this is a textual inversion embedding; expected a LoRA"):
+        torch.save({"first.weight": torch.zeros(768)}, tmp_path / "classifier.bin")
+        with pytest.raises(WeightError, match=r"this is of an unknown kind \(it holds first.weight\); expected a LoRA"):
             open_adapter(tmp_path)
         assert not holds_adapter(tmp_path)
 
@@ -249,10 +251,10 @@ class TestOtherFiles:
     def test_an_embedding_is_called_one(self, tmp_path, capsys, name, content):
         path = tmp_path / name
         (save_file if name.endswith("safetensors") else torch.save)(content, path)
-        with pytest.raises(WeightError, match=f"{name}: this is a textual inversion embedding; expected a LoRA"):
-            open_adapter(path)
-        assert main(["inspect", str(path)]) == 2
-        assert f"{name}: this is a textual inversion embedding; expected a model" in capsys.readouterr().err
+        with pytest.raises(WeightError, match=f"{name}: this is a textual inversion embedding; expected a model"):
+            open_model(path)
+        assert main(["inspect", str(path)]) == 0
+        assert "format: textual inversion embedding" in capsys.readouterr().out
 
     @pytest.mark.parametrize("name", ["fp8.safetensors", "fp8.pt"])
     def test_fp8_is_called_fp8(self, tmp_path, capsys, name):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreambooth_ms.runtime import host_memory
-from dreambooth_ms.runtime.host_memory import arrays_used_again, give_back_freed_memory, keep_arrays_apart
+from dreambooth_ms.runtime import device
+from dreambooth_ms.runtime.device import arrays_used_again, give_back_freed_memory, keep_arrays_apart
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's allocator"
@@ -42,7 +42,7 @@ def test_arrays_that_were_kept_go_back_in_the_end(device):
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())
     keep_arrays_apart()
     with arrays_used_again():
         give_back_freed_memory()

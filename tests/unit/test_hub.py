@@ -82,6 +82,9 @@ IN_CHECKPOINT = "checkpoint-500/pytorch_lora_weights.safetensors"
 DIFFUSERS_LORA = {"README.md", "pytorch_lora_weights.safetensors", "checkpoint-500/optimizer.bin", IN_CHECKPOINT}
 PEFT_LORA = in_folders(unet="adapter_config.json adapter_model.bin adapter_model.safetensors README.md") | {"README.md"}
 KOHYA_LORA = {"README.md", "dog [v1].safetensors", "training_state.bin"}
+OF_CUSTOM_DIFFUSION = {
+    "README.md", "0.png", "pytorch_custom_diffusion_weights.bin", "<new1>.bin", "<new2>.bin", "<new2>.safetensors",
+}  # fmt: skip
 MANY_LORAS = {"README.md", "dog-000001.safetensors", "dog-000002.safetensors", "dog.safetensors"}
 
 
@@ -218,6 +221,8 @@ def test_what_is_there_is_not_fetched_again(hub, capfd):
         (find_clip, CLIP, {"config.json", "preprocessor_config.json", "pytorch_model.bin"}),
         (find_clip, LARGE_CLIP, {"config.json", "preprocessor_config.json", "model.safetensors"}),
         (find_adapter, PEFT_LORA, {"unet/adapter_config.json", "unet/adapter_model.safetensors"}),
+        (find_adapter, OF_CUSTOM_DIFFUSION, OF_CUSTOM_DIFFUSION - {"README.md", "0.png", "<new2>.bin"}),
+        (find_adapter, DIFFUSERS_LORA | {"<s0>.safetensors"}, {"pytorch_lora_weights.safetensors", "<s0>.safetensors"}),
     ],
 )
 def test_of_others_too(hub, find, files, fetched):
@@ -231,6 +236,8 @@ def test_of_others_too(hub, find, files, fetched):
     [
         ("owner/name", DIFFUSERS_LORA, "pytorch_lora_weights.safetensors"),
         ("owner/name", KOHYA_LORA, "dog [v1].safetensors"),
+        ("owner/name", {"README.md", "learned_embeds.bin", "learned_embeds.safetensors"}, "learned_embeds.safetensors"),
+        ("owner/name", {"README.md", "<dog>.bin"}, "<dog>.bin"),
         ("owner/name/dog-000002.safetensors", MANY_LORAS, "dog-000002.safetensors"),
         (f"owner/name/{IN_CHECKPOINT}", DIFFUSERS_LORA, IN_CHECKPOINT),
     ],

@@ -26,7 +26,7 @@ from dreambooth_ms.ops import Conv2d, Dense, conv, linear
 from dreambooth_ms.ops.layout import from_public_layout, to_public_layout
 from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.runtime.device import Formulation
-from dreambooth_ms.sampling.denoiser import Denoiser
+from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET

@@ -8,8 +8,14 @@ from dreambooth_ms.cli.validation import MOST_COLUMNS, STRIP, with_prompts_read,
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
-from dreambooth_ms.evaluation.sheet import GAP, LABEL_WIDTH, MARGIN
-from dreambooth_ms.sampling.picture_file import validation_name, validation_pictures, write_picture
+from dreambooth_ms.sampling.picture_file import (
+    GAP,
+    LABEL_WIDTH,
+    MARGIN,
+    validation_name,
+    validation_pictures,
+    write_picture,
+)
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 

@@ -12,12 +12,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted, seems_to_be
 from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint, read_mindspore_ckpt
-from dreambooth_ms.formats.files.safetensors_file import (
-    WEIGHT_MAP,
-    read_json_object,
-    read_safetensors,
-    write_safetensors,
-)
+from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, json_object, read_safetensors, write_safetensors
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 from dreambooth_ms.formats.files.torch_writing import Content, write_torch
@@ -52,7 +47,7 @@ def recognise(path: Path) -> Container:
         if begins_like_a_checkpoint(head):
             return Container.MINDSPORE
         if head.lstrip()[:1] == b"{":
-            if WEIGHT_MAP in read_json_object(source):
+            if WEIGHT_MAP in json_object(source):
                 return Container.SHARDED
             raise FormatError(f"it is JSON, and not the index of a sharded model, which has a {WEIGHT_MAP}")
         raise FormatError(seems_to_be(head) or "it is none of the kinds that are known")
@@ -73,7 +68,7 @@ def open_tensor_file(path: Path, container: Container | None = None) -> TensorFi
 
 def _read_sharded(source: FileRange) -> TensorFile:
     """All the files that an index names. Every tensor must be in the file that the index says, and in no other."""
-    places = _checked_places(read_json_object(source).get(WEIGHT_MAP))
+    places = _checked_places(json_object(source).get(WEIGHT_MAP))
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     held: dict[str, str] = {}

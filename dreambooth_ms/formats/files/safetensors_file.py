@@ -87,7 +87,7 @@ def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) ->
         raise FormatError("damaged: there are bytes after the last tensor")
 
 
-def read_json_object(source: FileRange) -> dict[str, Any]:
+def json_object(source: FileRange) -> dict[str, Any]:
     """The JSON object that a file is.
 
     Raises:

@@ -19,14 +19,7 @@ from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
 from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, WritePlan, found_slot, locate, unwrapped
-from dreambooth_ms.formats.naming.recognise import (
-    CUSTOM_DIFFUSION,
-    EMBEDDING,
-    OTHER_METHODS,
-    kind_of_change,
-    matching,
-    other_kind,
-)
+from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, kind_of_change, matching, other_kind, word_in
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
@@ -53,10 +46,10 @@ class LoraFormat(Enum):
 class OtherFormat(Enum):
     """Formats of adapters that are no LoRAs. What they hold is told from the names, whoever wrote them."""
 
-    CUSTOM_DIFFUSION = CUSTOM_DIFFUSION
+    CUSTOM_DIFFUSION = "a Custom Diffusion file"
     """Whole weights of cross-attention: by diffusers `<attention>.processor.to_k_custom_diffusion.weight`, by the
     paper's authors `unet.<layer>.weight` or the same in LDM's names; or u and v, whose product is added to them."""
-    EMBEDDING = EMBEDDING
+    EMBEDDING = "a textual inversion embedding"
     """Vectors of new words alone."""
 
 
@@ -124,9 +117,10 @@ def recognise_lora(
     if methods := matching(OTHER_METHODS, names):
         used = " and ".join(methods)
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
-    form = lora_format(stored)
-    kind = form.value if isinstance(form, OtherFormat) else "a LoRA"
-    if kind == "a LoRA" and not any(re.search(r"lora[._]", name) for name in names):
+    form, kind = lora_format(stored), "a LoRA"
+    if isinstance(form, OtherFormat):
+        kind, stored = form.value, {name: shape for name, shape in stored.items() if word_in(name, "") is None}
+    elif not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
     if kinds := matching(TABLES["lora_for_others"], names):
         raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
@@ -238,17 +232,13 @@ def _plans(
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
     """The layer's slots as the file has them; None if their shapes make no update of the weight."""
-    if WEIGHT in found:
-        shapes = {WEIGHT: weight, BIAS: weight[:1]}
-        own = {factor: found_slot(slot, shapes[factor], stored[slot.name]) for factor, slot in found.items()}
-        return {factor: slot for factor, slot in own.items() if slot} if all(own.values()) else None
-    rank = next(iter(stored[found[DOWN].name]), 0)
-    down_shape, up_shape = factor_shapes(weight, rank)
-    down = found_slot(found[DOWN], down_shape, stored[found[DOWN].name])
-    up = found_slot(found[UP], up_shape, stored[found[UP].name])
-    if not rank or not down or not up or (ALPHA in found and math.prod(stored[found[ALPHA].name]) != 1):
+    rank = next(iter(stored[found[DOWN].name]), 0) if DOWN in found else 1
+    shapes = dict(zip((DOWN, UP, WEIGHT, BIAS), (*factor_shapes(weight, rank), weight, weight[:1]), strict=True))
+    slots = [(factor, slot, stored[slot.name]) for factor, slot in found.items()]
+    own = {factor: found_slot(slot, shapes[factor], shape) for factor, slot, shape in slots if factor != ALPHA}
+    if not rank or not all(own.values()) or (ALPHA in found and math.prod(stored[found[ALPHA].name]) != 1):
         return None
-    return {**found, DOWN: down, UP: up}
+    return {**found, **{factor: slot for factor, slot in own.items() if slot}}
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:

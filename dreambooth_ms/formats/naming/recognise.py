@@ -96,14 +96,18 @@ def other_kind(names: Iterable[str]) -> str:
 
 def kind_of_change(names: Iterable[str]) -> str | None:
     """EMBEDDING, or CUSTOM_DIFFUSION with or without words; None for what holds anything else."""
-    found = {next((kind for kind, mark in _CHANGES.items() if mark.search(name)), None) for name in names}
+    held = list(names)
+    if len(held) == 1 and word_in(held[0], ""):
+        return EMBEDDING
+    found = {next((kind for kind, mark in _CHANGES.items() if mark.search(name)), None) for name in held}
     return None if None in found else next((kind for kind in (CUSTOM_DIFFUSION, EMBEDDING) if kind in found), None)
 
 
 def word_in(name: str, file: str) -> str | None:
     """The word whose vectors a name stands for, in a file of this name; None if it stands for anything else."""
-    match = _CHANGES[EMBEDDING].search(unwrapped(name))
-    return (match["word"] or file) if match else None
+    own = unwrapped(name)
+    match = _CHANGES[EMBEDDING].search(own)
+    return (match["word"] or file) if match else None if "." in own else own
 
 
 def matching(patterns: Mapping[str, str], names: Collection[str]) -> list[str]:

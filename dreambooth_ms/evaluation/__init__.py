@@ -1,1 +1,0 @@
-"""How well a subject was learnt, and what the class lost by it."""
