@@ -7,6 +7,7 @@ On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -16,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import LoraUpdate, Update
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
 from dreambooth_ms.adapters.file import (
     CUSTOM_DIFFUSION,
     FILE_NAME,
@@ -27,9 +28,9 @@ from dreambooth_ms.adapters.file import (
 )
 from dreambooth_ms.adapters.low_rank import as_lora
 from dreambooth_ms.adapters.replacement import Replacement
-from dreambooth_ms.adapters.word_files import word_file
-from dreambooth_ms.adapters.writing import write_adapter, writing_notes
-from dreambooth_ms.atomic import check_free
+from dreambooth_ms.adapters.word_files import joined_words, word_file, write_words
+from dreambooth_ms.adapters.writing import write_adapter, write_replacements, writing_notes
+from dreambooth_ms.atomic import check_free, new_folder
 from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
@@ -54,7 +55,8 @@ EXTENSIONS: Mapping[Format | AdapterFormat, tuple[str, ...]] = {
     Format.DIFFUSERS: ("",),
     Format.STABILITY: (".safetensors",),
     Format.MINDONE: (".ckpt",),
-    **dict.fromkeys([*LoraFormat, *OtherFormat], ("", ".safetensors")),
+    **dict.fromkeys([*LoraFormat, OtherFormat.CUSTOM_DIFFUSION], ("", ".safetensors")),
+    OtherFormat.EMBEDDING: ("",),
     LoraFormat.PEFT: ("",),
     LoraFormat.MINDONE: (".ckpt",),
 }
@@ -83,54 +85,54 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     is_model = not holds_adapter(source)
-    kind, of_others = (
-        ("model", ("alpha", "base", "rank")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
-    )
+    of_models, of_adapters = ("variant", "use_ema", "prediction_type"), ("alpha", "base", "rank")
+    kind, of_others = ("model", of_adapters) if is_model else ("LoRA", of_models)
     if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
         raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
         return
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
-    dtype = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
     words_alone = None if opened.adapter.parts else OtherFormat.EMBEDDING.name.lower()
     form = adapter_format_of(target, wanted.format or words_alone)
-    opened, notes = _as_adapter_of(form, opened, wanted)
-    if target.suffix in (".safetensors", ".ckpt"):
-        if form is OtherFormat.EMBEDDING and len(opened.adapter.words) > 1:
-            raise WeightError(f"{target}: {', '.join(opened.adapter.words)} have a file each; name a folder to write")
-        for word in opened.adapter.words if form is not OtherFormat.EMBEDDING else ():
-            check_free(word_file(target.parent, word))
-    write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    yield from (*notes, *writing_notes(opened.adapter, form))
-    yield f"wrote {target}: {describe_adapter(opened)}"
+    dtype, notes = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype, opened.notes
+    adapter, lost = _fitting_adapter(form, opened, wanted)
+    is_file = bool(target.suffix) and EXTENSIONS[form] != ("",)
+    for word in adapter.words if is_file else ():
+        check_free(word_file(target.parent, word))
+    with nullcontext(target) if is_file else new_folder(target) as place:
+        if isinstance(form, LoraFormat):
+            write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=source)
+        elif form is OtherFormat.CUSTOM_DIFFUSION:
+            file = place if is_file else place / CUSTOM_DIFFUSION
+            write_replacements(adapter.parts["unet"], file, dtype, opened.metadata)
+        write_words(adapter.words, target.parent if is_file else place, dtype, {})
+    yield from (*notes, *lost, *(writing_notes(adapter, form) if isinstance(form, LoraFormat) else ()))
+    yield f"wrote {target}: {describe_adapter(replace(opened, adapter=adapter, form=form))}"
 
 
-def _as_adapter_of(
-    form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig
-) -> tuple[OpenedAdapter, list[str]]:
-    """An adapter as a format can hold it, and what a user should know of it.
+def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig) -> tuple[Adapter, list[str]]:
+    """An adapter as a format can hold it, and what was lost, in words.
 
     Raises:
         WeightError: the format has no place for it.
     """
     source, adapter = opened.path, opened.adapter
-    whole = [isinstance(own, Replacement) for own in adapter.updates.values()]
-    if any(whole) and isinstance(form, LoraFormat):
+    whole = {isinstance(own, Replacement) for own in adapter.updates.values()}
+    if True in whole and isinstance(form, LoraFormat):
         base = wanted.base or trained_base(source) or ""
         if not os.path.exists(base):
             raise WeightError(f"{source}: its weights become a LoRA by what they add to its base; name it with --base")
         tensors = open_model(Path(base)).tensors
         read = lambda layer: tensors[f"{layer}.weight"].cast_to(DType.F32).read()  # noqa: E731
-        lora, note = as_lora(adapter, read, wanted.rank, source)
-        return replace(opened, adapter=lora), [*opened.notes, note]
+        return as_lora(adapter, read, wanted.rank, source)
     if wanted.rank:
         raise WeightError(f"{source}: --rank is for Custom Diffusion weights that become a LoRA; leave it out")
-    if form is OtherFormat.CUSTOM_DIFFUSION and not (whole and all(whole)):
+    if form is OtherFormat.CUSTOM_DIFFUSION and whole != {True}:
         raise WeightError(f"{source}: holds no whole weights, as Custom Diffusion's files do; choose another --format")
-    if (form is OtherFormat.EMBEDDING) != (not adapter.parts):
+    if (form is OtherFormat.EMBEDDING) != (not whole):
         raise WeightError(f"{source}: an embedding is words alone; choose another --format for what it holds")
-    return opened, opened.notes
+    return adapter, []
 
 
 def merge(wanted: MergingConfig) -> Iterator[str]:
@@ -149,11 +151,7 @@ def merge(wanted: MergingConfig) -> Iterator[str]:
     for one in opened:
         yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
     dtype = DTYPES[wanted.dtype] if wanted.dtype else None
-    words: Words = {}
-    for one in opened:
-        if twice := sorted(words.keys() & one.adapter.words.keys()):
-            raise WeightError(f"{one.path}: {', '.join(twice)} is also a word of another --lora; merge one of them")
-        words = {**words, **one.adapter.words}
+    words = joined_words({str(one.path): one.adapter for one in opened})
     yield from write_model(merged(model, opened, wanted.scale, dtype), wanted, words)
 
 
@@ -231,9 +229,9 @@ def write_model(
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
-    planned = plan_model(model, form, dtype)
-    if words:
-        planned = planned.with_words(words)
+    if words and form is not Format.DIFFUSERS:
+        raise WeightError(f"{target}: a single file has no place for new words ({', '.join(words)}); name a folder")
+    planned = replace(plan_model(model, form, dtype), words=words or {})
     model.check_configurations()
     planned.check_place(target)
     yield from (*planned.model.notes, *planned.notes)

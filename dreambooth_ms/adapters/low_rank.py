@@ -15,7 +15,9 @@ KEPT = 0.6
 Custom Diffusion; or else the first."""
 
 
-def as_lora(adapter: Adapter, base: Callable[[str], np.ndarray], rank: int | None, source: Path) -> tuple[Adapter, str]:
+def as_lora(
+    adapter: Adapter, base: Callable[[str], np.ndarray], rank: int | None, source: Path
+) -> tuple[Adapter, list[str]]:
     """An adapter whose updates are all LoRAs, and what was lost, in words.
 
     Args:
@@ -42,4 +44,4 @@ def as_lora(adapter: Adapter, base: Callable[[str], np.ndarray], rank: int | Non
         ranks, lost, total = ranks | {len(roots)}, lost + (values[kept:] ** 2).sum(), total + (values**2).sum()
     of = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     share = f"{lost / (total or 1):.2%} of the squared norm of what was trained is lost"
-    return Adapter.of(updates, adapter.words), f"As a LoRA it has rank {of}: {share}."
+    return Adapter.of(updates, adapter.words), [f"As a LoRA it has rank {of}: {share}."]

@@ -3,42 +3,23 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, Update, folded, folded_adapter, lora_settings
-from dreambooth_ms.adapters.file import (
-    CUSTOM_DIFFUSION,
-    FILE_NAME,
-    METADATA_KEY,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    TWICE_KEY,
-)
-from dreambooth_ms.adapters.word_files import write_word, write_words
-from dreambooth_ms.atomic import new_folder
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import write_as_named
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
-from dreambooth_ms.formats.files.stored import StoredTensor
-from dreambooth_ms.formats.files.torch_writing import Content
+from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
-from dreambooth_ms.formats.naming.lora_formats import (
-    ALPHA,
-    DOWN,
-    UP,
-    AdapterFormat,
-    LoraFormat,
-    OtherFormat,
-    shared_layers,
-    write_plan,
-)
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat, shared_layers, write_plan
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
@@ -61,14 +42,13 @@ _NOT_KOHYAS = re.compile(r"\.(?:conv_in|conv_out|(?:time|add)_embedding\.linear_
 def write_adapter(
     adapter: Adapter,
     path: Path,
-    form: AdapterFormat,
+    form: LoraFormat,
     model: ModelSpec,
     dtype: DType = DType.F32,
     metadata: Mapping[str, str] | None = None,
     source: Path | None = None,
 ) -> None:
-    """Write an adapter in a format, and its words into its folder or beside its file; what is written appears whole or
-    not at all. A file that has the name is replaced.
+    """Write an adapter in a format; it appears whole or not at all. A file that has the name is replaced.
 
     Args:
         adapter: the adapter.
@@ -84,58 +64,48 @@ def write_adapter(
         WeightError: the format has no place for a layer, a factor is not finite in the type, or the place cannot be
             written to.
     """
-    further = {name: value for name, value in (metadata or {}).items() if name not in _OWN_METADATA}
-    is_file, named_as = path.suffix in (".safetensors", ".ckpt"), source or path
-    if form is OtherFormat.EMBEDDING and is_file:
-        ((word, vectors),) = adapter.words.items()
-        write_word(path, word, vectors, dtype, further)
-        return
-    with nullcontext(path.parent) if is_file else new_folder(path) as folder:
-        write_words(adapter.words, folder, dtype, further)
-        if form is OtherFormat.CUSTOM_DIFFUSION:
-            write_replacements(adapter.parts["unet"], path if is_file else folder / CUSTOM_DIFFUSION, dtype, further)
-        elif isinstance(form, LoraFormat):
-            _write_lora(adapter, path if is_file else folder / FILE_NAME, form, model, dtype, further, named_as)
-
-
-def _write_lora(
-    adapter: Adapter, path: Path, form: LoraFormat, model: ModelSpec, dtype: DType, tags: dict[str, str], source: Path
-) -> None:
-    """Write the layers of a LoRA: of PEFT into the folder where the file would be, with a folder for each of several
-    networks."""
     kept = folded_adapter(adapter) if form in FOLDED else adapter
-    settings = _settings(kept, model)
+    name_of = source or path
 
     def stored(own: Adapter) -> dict[str, StoredTensor]:
-        named = file_tensors(own, form, model, str(source)).items()
-        tensors = {name: StoredTensor.of(np.asarray(values), label=f"{source}: {name}") for name, values in named}
+        named = file_tensors(own, form, model, str(name_of)).items()
+        tensors = {name: StoredTensor.of(np.asarray(values), label=f"{name_of}: {name}") for name, values in named}
         return {name: tensor.cast_to(dtype) for name, tensor in tensors.items()}
 
+    settings = _settings(kept, model)
     if form is LoraFormat.PEFT:
         files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
         text, marks = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
         # peft looks for the names of the transformers that is there: those of CLIPTextModel changed with 5.6.
         text |= {name.replace(".text_model.", ".", 1): tensor for name, tensor in text.items()}
-        for part, tensors in files.items():
-            place = path.parent / part if len(files) > 1 else path.parent
-            write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
-            more = {"auto_mapping": TABLES["peft_classes"][part]}
-            write_json(place / PEFT_CONFIG, settings[part] | TABLES["peft_settings"] | more)
-    elif form is LoraFormat.MINDONE:
-        write_mindspore_ckpt(path, stored(kept))
+        check_room(path, sum(map(total_bytes, files.values())))
+        with new_folder(path) as folder:
+            for part, tensors in files.items():
+                place = folder / part if len(files) > 1 else folder
+                write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
+                more = {"auto_mapping": TABLES["peft_classes"][part]}
+                write_json(place / PEFT_CONFIG, settings[part] | TABLES["peft_settings"] | more)
+        return
+    tensors, beside = stored(kept), _metadata(settings, _settings(adapter, model), form, metadata or {})
+    if form is LoraFormat.MINDONE:
+        write_mindspore_ckpt(path, tensors)
+    elif path.suffix == ".safetensors":
+        write_safetensors(path, tensors, beside)
     else:
-        write_safetensors(path, stored(kept), _metadata(settings, _settings(adapter, model), form, tags))
+        check_room(path, total_bytes(tensors))
+        with new_folder(path) as folder:
+            write_safetensors(folder / FILE_NAME, tensors, beside)
 
 
 def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
     """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion.
 
-    In .bin, diffusers finds the layers of self-attention, too, with nothing in them.
+    In .bin, diffusers looks for the layers of self-attention, too, with nothing in them.
     """
-    tensors: dict[str, StoredTensor | Content] = {}
+    tensors: dict[str, StoredTensor | None] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")
-        tensors[f"{attention.removesuffix('attn2')}attn1.processor"] = {}
+        tensors[f"{attention.removesuffix('attn2')}attn1.processor"] = None
         for parameter, values in update.tensors().items():
             kind, dot, number = which.partition(".")
             name = f"{attention}.processor.to_{kind}_custom_diffusion{dot}{number}.{parameter}"
@@ -161,11 +131,11 @@ def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: s
     return {name: made.build([values[piece] for piece in made.pieces]) for name, made in plan.tensors.items()}
 
 
-def writing_notes(adapter: Adapter, form: AdapterFormat) -> Iterator[str]:
+def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
     """What a user should know of an adapter in a format, one sentence each."""
-    for part, layers in adapter.parts.items() if form in FOLDED else ():
-        own = {len(update.tensors()[DOWN]) for update in layers.values()}
-        if len(own) > 1:
+    ranks = {part: {len(own.tensors()[DOWN]) for own in layers.values()} for part, layers in adapter.parts.items()}
+    for part, own in ranks.items():
+        if form in FOLDED and len(own) > 1:
             yield f"{part}: ranks {min(own)} to {max(own)} are filled up to {max(own)}; older readers take one for all."
     if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
         strange = [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]
@@ -221,7 +191,7 @@ def _metadata(
     else:
         own = {METADATA_KEY: _as_text(settings)}
         own |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
-    return {"format": "pt", **own, **further}
+    return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
 
 
 def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:

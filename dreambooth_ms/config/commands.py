@@ -128,17 +128,9 @@ class InspectConfig(Schema):
 
 
 _Format: TypeAlias = Literal[
-    "diffusers",
-    "stability",
-    "mindone",
-    "kohya",
-    "kohya_diffusers",
-    "peft",
-    "diffusers_peft",
-    "diffusers_processors",
-    "custom_diffusion",
-    "embedding",
-]
+    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors",
+    "custom_diffusion", "embedding"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate, chain, count, groupby, pairwise, takewhile
+from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,9 @@ class ClipTokenizer:
         """Tokens of a text, start and end included."""
 
     @property
-    def vocabulary(self) -> dict[str, int]:
-        """The tokens of its folder and their ids."""
-        return dict(self._tokenizer.get_vocab())
+    def first_and_end(self) -> tuple[int, int]:
+        """The id that follows those of its folder, and that of its end token."""
+        return len(self._tokenizer), self._tokenizer.eos_token_id
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
         """The same with new words, each of so many tokens, whose ids go on from the table's.
@@ -101,7 +101,8 @@ class ClipTokenizer:
         Raises:
             WeightError: a word is there already.
         """
-        check_new(counts, {**self.vocabulary, **self.words})
+        if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
+            raise WeightError(f"{show_names(known)}: the tokenizer has this word already; choose another, as <new1>")
         extended, first = copy(self), self._vocab_size
         ends = [*accumulate(counts.values(), initial=first)]
         own = {word: list(range(*ends_of)) for word, ends_of in zip(counts, pairwise(ends), strict=True)}
@@ -137,26 +138,30 @@ class ClipTokenizer:
         return list(chain.from_iterable(read))
 
 
-def check_new(words: Iterable[str], known: Container[str]) -> None:
-    """Raise WeightError if a tokenizer that knows some has one of these words."""
-    if there := [word for word in words if word in known]:
-        raise WeightError(f"{show_names(there)}: the tokenizer has this word already; choose another, as <new1>")
-
-
 def tokens_of_word(word: str) -> Iterator[str]:
     """What the tokens that a new word may stand for are called in a folder, as in diffusers' pipelines."""
     return chain([word], (f"{word}_{number}" for number in count(1)))
 
 
-def add_tokens(folder: Path, ids: Mapping[str, int]) -> None:
-    """Let a folder's tokenizer know new tokens by these ids, also as transformers before 4.34 looks for them."""
+def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple[int, int]:
+    """Let a folder's tokenizer know new words, each of so many tokens; transformers before 4.34 has a file for them.
+
+    Returns:
+        the first of their ids, which follow all others, and the id of the end token.
+
+    Raises:
+        WeightError: it knows one already, or more tokens than there may be.
+    """
+    first, end = ClipTokenizer(folder, vocab_size=vocab_size).with_words(counts).first_and_end
+    tokens = chain.from_iterable(islice(tokens_of_word(word), number) for word, number in counts.items())
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False) | {"normalized": True}
     file, config = folder / "added_tokens.json", read_json(folder / "tokenizer_config.json")
-    added = {**(read_json(file) if file.exists() else {}), **ids}
+    added = (read_json(file) if file.exists() else {}) | {token: number for number, token in enumerate(tokens, first)}
     entries = {str(number): {"content": token, **flags} for token, number in added.items()}
-    write_json(file, added)
     config["added_tokens_decoder"] = entries | config.get("added_tokens_decoder", {})
+    write_json(file, added)
     write_json(folder / "tokenizer_config.json", config)
+    return first, end
 
 
 def check_clip_tokenizer(folder: Path) -> None:

@@ -4,25 +4,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
-from dreambooth_ms.errors import UserError, WeightError, count_of
+from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.formats import folder_layout
-from dreambooth_ms.formats.clip_tokenizer import (
-    END,
-    ClipTokenizer,
-    add_tokens,
-    check_new,
-    pad_tokens,
-    tokenizer_on_board,
-    tokens_of_word,
-    write_clip_tokenizer,
-)
+from dreambooth_ms.formats.clip_tokenizer import add_words, pad_tokens, write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
@@ -31,7 +21,7 @@ from dreambooth_ms.formats.folder_layout import CONFIG, INDEX, SCHEDULER, TOKENI
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
-from dreambooth_ms.models.specs import FAMILIES, TABLE, UNSAID_END, Family, Words
+from dreambooth_ms.models.specs import FAMILIES, TABLE, Family, Words
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,
     LATENT_STATISTICS,
@@ -53,42 +43,13 @@ class ModelTarget:
     notes: tuple[str, ...]
     metadata: Mapping[str, str]
     """Of a safetensors file."""
-    new_tokens: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of a folder: what the tokenizers of its text encoders learn, with the ids."""
+    words: Words = field(default_factory=dict)
+    """New ones, which a folder gets besides."""
 
     @property
     def byte_count(self) -> int:
         """Size of the tensors."""
         return total_bytes(self.tensors)
-
-    def with_words(self, words: Words) -> "ModelTarget":
-        """The same with new words: rows of its text encoders' tables behind those of their tokenizers' tokens.
-
-        Raises:
-            WeightError: it is a file, or knows a word already.
-        """
-        model, tensors, configurations, new_tokens = self.model, {**self.tensors}, {**self.model.configurations}, {}
-        if self.form is not Format.DIFFUSERS:
-            raise WeightError(f"{', '.join(words)}: a single file has no place for new words; write a folder")
-        specs = {part: getattr(model.spec, part) for part in pad_tokens(model.spec) if part in model.parts}
-        for part, spec in specs.items():
-            known = ClipTokenizer(_tokenizer_folder(model, part), vocab_size=spec.vocab_size).vocabulary
-            named = {
-                token: row
-                for word, own in words.items()
-                for token, row in zip(tokens_of_word(word), own[part], strict=False)
-            }
-            check_new(named, known)
-            new_tokens[part] = {token: number for number, token in enumerate(named, len(known))}
-            rows, name, config = np.stack([*named.values()]), f"{part}.{TABLE}.weight", CONFIG.format(part)
-            table, size = tensors[name], max(spec.vocab_size, len(known) + len(named))
-            make = partial(_with_rows, table, rows, len(known))
-            tensors[name] = StoredTensor((size, *table.shape[1:]), table.dtype, make)
-            own_keys = {"vocab_size": size, "eos_token_id": known.get(END, UNSAID_END)}
-            configurations[config] = {**model.configuration(config), **own_keys}
-        notes = (*self.notes, f"Its tokenizer and text encoder know {', '.join(words)}.")
-        changed = replace(model, configurations=configurations)
-        return replace(self, model=changed, tensors=tensors, notes=notes, new_tokens=new_tokens)
 
     def check_place(self, path: Path) -> None:
         """Find out before the work whether the file or folder can be written.
@@ -131,9 +92,11 @@ class ModelTarget:
                     write_clip_tokenizer(folder / TOKENIZERS[encoder], pad_token)
         for name in model.configuration_names:
             write_json(folder / name, model.configuration(name))
-        for part, ids in self.new_tokens.items():
-            add_tokens(folder / TOKENIZERS[part], ids)
         written = replace(model, tensors=self.tensors)
+        if self.words:
+            tables = {part: _with_words(written, part, self.words, folder) for part in pad_tokens(model.spec)}
+            named = {f"{part}.{TABLE}.weight": table for part, table in tables.items()}
+            written = replace(written, tensors={**self.tensors, **named})
         for part in model.parts:
             if own := written.of_part(part):
                 stem = folder_layout.WEIGHT_NAMES[part]
@@ -243,19 +206,20 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
     return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges, label)
 
 
-def _with_rows(table: StoredTensor, rows: np.ndarray, first: int) -> np.ndarray:
-    """A table with these rows from one on, in its type."""
-    before, own = table.read(), StoredTensor.of(rows, label=f"{table.label}, new words").cast_to(table.dtype).read()
-    return np.concatenate([before[:first], own, before[first + len(rows) :]])
+def _with_words(model: OpenedModel, part: str, words: Words, folder: Path) -> StoredTensor:
+    """A text encoder's table with new words, which its tokenizer and configuration in a folder are told of."""
+    table, rows = model.tensors[f"{part}.{TABLE}.weight"], np.concatenate([own[part] for own in words.values()])
+    counts = {word: len(own[part]) for word, own in words.items()}
+    first, end = add_words(folder / TOKENIZERS[part], counts, table.shape[0])
+    size, config = max(table.shape[0], first + len(rows)), CONFIG.format(part)
+    write_json(folder / config, {**model.configuration(config), "vocab_size": size, "eos_token_id": end})
+    own = StoredTensor.of(rows, label=f"new words of {part}").cast_to(table.dtype)
 
+    def load() -> np.ndarray:
+        before = table.read()
+        return np.concatenate([before[:first], own.read(), before[first + len(rows) :]])
 
-def _tokenizer_folder(model: OpenedModel, part: str) -> Path:
-    """Where a text encoder's tokenizer is, before a folder of the model is written."""
-    if model.container is Container.FOLDER:
-        return model.path / TOKENIZERS[part]
-    if pad_token := pad_tokens(model.spec)[part]:
-        return tokenizer_on_board(pad_token)
-    raise WeightError(f"{model.path}: its words are not CLIP's; convert it into a folder and put its tokenizer there")
+    return StoredTensor((size, *table.shape[1:]), table.dtype, load)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:

@@ -15,7 +15,7 @@ from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint,
 from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, json_object, read_safetensors, write_safetensors
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
-from dreambooth_ms.formats.files.torch_writing import Content, write_torch
+from dreambooth_ms.formats.files.torch_writing import write_torch
 
 _HEAD_BYTES = 4096
 
@@ -154,14 +154,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     write_safetensors(path, stored, {"format": "pt", **(metadata or {})})
 
 
-def write_as_named(path: Path, content: Content, metadata: Mapping[str, str]) -> None:
-    """Write a file atomically: .bin as PyTorch's, else safetensors, which has no place for dictionaries.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
-    """
+def write_as_named(path: Path, tensors: Mapping[str, StoredTensor | None], metadata: Mapping[str, str]) -> None:
+    """Write a file atomically: .bin as PyTorch's, else safetensors, where None has no place."""
     if path.suffix == ".bin":
-        write_torch(path, content, metadata)
+        write_torch(path, tensors, metadata)
     else:
-        tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, StoredTensor)}
-        write_safetensors(path, tensors, {**metadata, "format": "pt"})
+        write_safetensors(path, {name: one for name, one in tensors.items() if one}, {**metadata, "format": "pt"})
