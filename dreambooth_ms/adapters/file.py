@@ -158,6 +158,8 @@ def open_adapter(
         files.append(file)
     candidates, named = fitted_words(words, candidates, path)
     _check_finite(named, str(path))
+    if not (updates or named):
+        raise WeightError(f"{path}: this is {plan.form.value} that changes nothing of a model; download it again")
     dtypes = {tensor.dtype for file in files for name, tensor in file.tensors.items() if not name.endswith(".alpha")}
     return OpenedAdapter(
         path=path,
@@ -224,6 +226,7 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
         WeightError: a folder without an adapter and without words, or with several adapters.
     """
     weights, peft = _weights(path), _peft_folders(path)
+    found: dict[Path, tuple[str | None, Path | None]]
     found = {_peft_weights(folder): (part, folder) for part, folder in peft.items()}
     if len(weights) == 1 and not found:
         return {weights[0]: (None, None)}
@@ -233,14 +236,14 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
     if not found:
         named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
         adapters = named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
-        found = dict.fromkeys(adapters, (None, None))
+        found = {**dict.fromkeys(adapters, (None, None))}
     if len(found) > max(len(peft), 1):
         listed = show_names([file.name for file in found])
         raise WeightError(f"{path}: holds {len(found)} adapters ({listed}); name one of these files")
     if not found and not words:
         listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
         raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
-    return dict.fromkeys(words.values(), (None, None)) | found
+    return {**dict.fromkeys(words.values(), (None, None)), **found}
 
 
 def _weights(path: Path) -> list[Path]:

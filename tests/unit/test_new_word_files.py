@@ -141,6 +141,13 @@ class TestCustomDiffusion:
             expected = factors[f"{layer}.weight"]["u"] @ factors[f"{layer}.weight"]["v"]
             assert np.allclose(own.delta(np.zeros(expected.shape, np.float32)), expected, atol=1e-5)
 
+    def test_layers_that_compression_left_nothing_of_are_as_they_were(self, tmp_path):
+        factors = compressed(whole_weights())
+        for name in list(factors)[1:]:
+            factors[name] = {"u": factors[name]["u"][:, :0], "v": factors[name]["v"][:0]}
+        torch.save({"unet": factors, "modifier_token": {}}, tmp_path / "delta.bin")
+        assert len(open_adapter(tmp_path / "delta.bin", [SPEC]).adapter.updates) == 1
+
     def test_their_first_code_counts_words(self, tmp_path):
         weights, rows = whole_weights(), tensor(2, WIDTH)
         torch.save({"state_dict": of_ldm(weights) | {"embed": rows}}, tmp_path / "delta_epoch=000004.ckpt")
@@ -307,6 +314,13 @@ def test_different_numbers_of_vectors_for_the_encoders_of_sdxl(tmp_path):
     )
     with pytest.raises(WeightError, match=expected):
         open_adapter(tmp_path / "dog.safetensors", [XL])
+
+
+def test_a_file_that_changes_nothing_is_refused(tmp_path):
+    empty = {name: {"u": own["u"][:, :0], "v": own["v"][:0]} for name, own in compressed(whole_weights()).items()}
+    torch.save({"unet": empty, "modifier_token": {}}, tmp_path / "b.bin")
+    with pytest.raises(WeightError, match=r"b\.bin: this is a Custom Diffusion file that changes nothing of a model"):
+        open_adapter(tmp_path / "b.bin", [SPEC])
 
 
 def test_a_pickle_of_processors_without_weights_holds_nothing(tmp_path):

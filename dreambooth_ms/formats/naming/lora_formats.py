@@ -119,7 +119,9 @@ def recognise_lora(
         raise WeightError(f"{source}: trained with {used}, which is not supported; use a LoRA of factors A and B")
     form, kind = lora_format(stored), "a LoRA"
     if isinstance(form, OtherFormat):
-        kind, stored = form.value, {name: shape for name, shape in stored.items() if word_in(name, "") is None}
+        # Layers that compression left nothing of are in the file, empty.
+        changed = {name: shape for name, shape in stored.items() if 0 not in shape}
+        kind, stored = form.value, {name: shape for name, shape in changed.items() if word_in(name, "") is None}
     elif not any(re.search(r"lora[._]", name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
     if kinds := matching(TABLES["lora_for_others"], names):
