@@ -97,7 +97,7 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     form = adapter_format_of(target, wanted.format or words_alone)
     dtype, notes = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype, opened.notes
     adapter, lost = _fitting_adapter(form, opened, wanted)
-    is_file = bool(target.suffix) and EXTENSIONS[form] != ("",)
+    is_file = bool(target.suffix) and target.suffix in EXTENSIONS[form]
     for word in adapter.words if is_file else ():
         check_free(word_file(target.parent, word))
     with nullcontext(target) if is_file else new_folder(target) as place:

@@ -94,7 +94,8 @@ class ModelTarget:
             write_json(folder / name, model.configuration(name))
         written = replace(model, tensors=self.tensors)
         if self.words:
-            tables = {part: _with_words(written, part, self.words, folder) for part in pad_tokens(model.spec)}
+            readers = [part for part in model.parts if part in TOKENIZERS]
+            tables = {part: _with_words(written, part, self.words, folder) for part in readers}
             named = {f"{part}.{TABLE}.weight": table for part, table in tables.items()}
             written = replace(written, tensors={**self.tensors, **named})
         for part in model.parts:
