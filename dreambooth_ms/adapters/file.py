@@ -226,24 +226,21 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
         WeightError: a folder without an adapter and without words, or with several adapters.
     """
     weights, peft = _weights(path), _peft_folders(path)
-    found: dict[Path, tuple[str | None, Path | None]]
-    found = {_peft_weights(folder): (part, folder) for part, folder in peft.items()}
-    if len(weights) == 1 and not found:
+    if len(weights) == 1 and not peft:
         return {weights[0]: (None, None)}
     kinds = {file: _kind(file) for file in weights}
     # Of a word in .bin and in .safetensors the latter.
     words = {file.stem: file for file, kind in kinds.items() if kind == OtherFormat.EMBEDDING.value}
-    if not found:
-        named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
-        adapters = named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
-        found = {**dict.fromkeys(adapters, (None, None))}
-    if len(found) > max(len(peft), 1):
-        listed = show_names([file.name for file in found])
-        raise WeightError(f"{path}: holds {len(found)} adapters ({listed}); name one of these files")
-    if not found and not words:
+    named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
+    own = [] if peft else named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
+    if len(own) > 1:
+        listed = show_names([file.name for file in own])
+        raise WeightError(f"{path}: holds {len(own)} adapters ({listed}); name one of these files")
+    if not (peft or own or words):
         listed = show_names(sorted(file.name for file in path.glob("*"))) or "nothing"
         raise WeightError(f"{path}: holds no LoRA, such as {FILE_NAME} (found: {listed}); is the download complete?")
-    return {**dict.fromkeys(words.values(), (None, None)), **found}
+    of_peft = {_peft_weights(folder): (part, folder) for part, folder in peft.items()}
+    return {**dict.fromkeys((*words.values(), *own), (None, None)), **of_peft}
 
 
 def _weights(path: Path) -> list[Path]:

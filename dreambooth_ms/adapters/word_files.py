@@ -1,6 +1,6 @@
 """The vectors of new words in files: written one file for each word, and read from those of any program."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,23 +48,16 @@ def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
         WeightError: what stands for a word is no vectors.
     """
     found: dict[str, list[np.ndarray]] = {}
-    # That of the first text encoder before that of the second.
-    for name, tensor in sorted(
-        file.tensors.items(), key=lambda item: (item[0] == OF_SEVERAL["text_encoder_2"], item[0])
-    ):
-        word = word_in(name, file.path.stem)
+    for name in sorted(file.tensors, key=lambda name: (name == OF_SEVERAL["text_encoder_2"], name)):
+        word, tensor, shape = word_in(name, file.path.stem), file.tensors[name], file.tensors[name].shape
         if word is None or name.startswith("string_to_token."):
             continue
-        if len(tensor.shape) not in (1, 2) or 0 in tensor.shape or not tensor.dtype.is_float:
-            raise WeightError(
-                f"{file.path}: {name} is {tensor.dtype.value} of shape {tensor.shape}, no vectors of a word; expected "
-                "(width,) or (tokens, width)"
-            )
-        rows = read_value(tensor).reshape(-1, tensor.shape[-1])
-        if word == "embed":
-            found |= {f"<new{number}>": [rows[number - 1 : number]] for number in range(1, len(rows) + 1)}
-        else:
-            found.setdefault(word, []).append(rows)
+        if len(shape) not in (1, 2) or 0 in shape or not tensor.dtype.is_float:
+            it_is = f"{tensor.dtype.value} of shape {shape}"
+            raise WeightError(f"{file.path}: {name} is {it_is}, no vectors of a word: (width,) or (tokens, width)")
+        rows = read_value(tensor).reshape(-1, shape[-1])
+        counted = {f"<new{number}>": [row[None]] for number, row in enumerate(rows, 1)}
+        found |= counted if word == "embed" else {word: [*found.get(word, []), rows]}
     return found
 
 
@@ -83,7 +76,7 @@ def joined_words(adapters: Mapping[str, Adapter]) -> Words:
 
 
 def fitted_words(
-    found: Mapping[str, Sequence[np.ndarray]], models: Iterable[ModelSpec], source: Path
+    found: Mapping[str, Sequence[np.ndarray]], models: Sequence[ModelSpec], source: Path
 ) -> tuple[tuple[ModelSpec, ...], Words]:
     """The models whose text encoders are as wide as the vectors of words, and these by their text encoders.
 
@@ -92,16 +85,14 @@ def fitted_words(
     """
     fitting = tuple(models)
     for word, own in found.items():
-        widths, expected = [rows.shape[1] for rows in own], {m.family.value: [*_widths(m).values()] for m in fitting}
+        widths = [rows.shape[1] for rows in own]
         fitting = tuple(model for model in fitting if [*_widths(model).values()] == widths)
-        if not fitting or len({len(rows) for rows in own}) > 1:
-            others = [model.family.value for model in PUBLISHED_MODELS if [*_widths(model).values()] == widths]
+        if not fitting or len(set(map(len, own))) > 1:
             has = " and ".join(f"{len(rows)} of width {rows.shape[1]}" for rows in own)
-            wanted = " or ".join(f"{' and '.join(map(str, own))} ({family})" for family, own in expected.items())
-            raise WeightError(
-                f"{source}: the vectors of {word} are {has}{', for ' + others[0] if others else ''}; expected as many "
-                f"of width {wanted}"
-            )
+            of = next((f", for {m.family.value}" for m in PUBLISHED_MODELS if [*_widths(m).values()] == widths), "")
+            sizes = dict.fromkeys(f"{' and '.join(map(str, _widths(m).values()))} ({m.family.value})" for m in models)
+            expected = f"expected as many of width {' or '.join(sizes)}"
+            raise WeightError(f"{source}: the vectors of {word} are {has}{of}; {expected}")
     return fitting, {word: dict(zip(_widths(fitting[0]), own, strict=True)) for word, own in found.items()}
 
 

@@ -142,7 +142,7 @@ class SampleConfig(Schema):
 
     USUAL = (
         *("pretrained_model_name_or_path", "prompt", "lora", "lora_scale", "negative_prompt", "num_images_per_prompt"),
-        *("height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed", "output_dir"),
+        *("embedding", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed", "output_dir"),
     )
     EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog \\
     --prompt "a photo of sks dog in a bucket" --num_images_per_prompt 4 --output_dir outputs"""

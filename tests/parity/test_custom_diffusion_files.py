@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from safetensors.torch import save_file
 
@@ -12,7 +13,7 @@ from dreambooth_ms.sampling.model import Rows, SamplingModel
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
 from tests.parity.test_adapter_file import LATENTS, NOISE, REQUEST, assert_same_picture, pipeline_of, sample
-from tests.tiny_model import write_random_model
+from tests.tiny_model import write_random_model, write_random_sdxl
 
 PROMPT, WIDTH = "a photo of a <new1> star", 24
 
@@ -103,3 +104,19 @@ def test_an_embedding_gives_the_same_states_of_text(model, tmp_path, count):
     with torch.no_grad():
         plain, _ = pipeline_of(model).encode_prompt(PROMPT, "cpu", 1, False)
     assert relative_error(ours[PROMPT].text, plain[0]) > 0.1
+
+
+def test_an_embedding_of_sdxl_gives_the_same_states_of_both_text_encoders(tmp_path):
+    folder = write_random_sdxl(tmp_path / "sdxl")
+    vectors = {"clip_l": torch.tensor(normal(2, 24, seed=6)), "clip_g": torch.tensor(normal(2, 16, seed=7))}
+    save_file(vectors, tmp_path / "<new1>.safetensors")
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    towers = ((pipeline.text_encoder, pipeline.tokenizer), (pipeline.text_encoder_2, pipeline.tokenizer_2))
+    for rows, (tower, tokenizer) in zip(vectors.values(), towers, strict=True):
+        pipeline.load_textual_inversion({"<new1>": rows}, text_encoder=tower, tokenizer=tokenizer)
+    model = SamplingModel(open_bundle(folder), words=[tmp_path / "<new1>.safetensors"])
+    ours = model.embeddings(replace(REQUEST, prompts=(PROMPT,)))[PROMPT]
+    with torch.no_grad():
+        expected, _, pooled, _ = pipeline.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
+    assert relative_error(ours.text, expected[0]) < STATES
+    assert relative_error(ours.pooled, pooled[0]) < STATES

@@ -289,7 +289,7 @@ BAD = {
     "an embedding of nobody": ({"<new1>": tensor(7)}, r"<new1> are 1 of width 7; expected as many of width 24 \(SD"),
     "an embedding in three dimensions": (
         {"<new1>": tensor(1, 2, WIDTH)},
-        r"<new1> is F32 of shape \(1, 2, 24\), no vectors of a word; expected \(width,\) or \(tokens, width\)",
+        r"<new1> is F32 of shape \(1, 2, 24\), no vectors of a word: \(width,\) or \(tokens, width\)",
     ),
     "an embedding of whole numbers": ({"<new1>": torch.ones(WIDTH, dtype=torch.int64)}, r"<new1> is I64 of shape"),
     "an embedding without vectors": ({"<new1>": tensor(0, WIDTH)}, r"<new1> is F32 of shape \(0, 24\)"),
