@@ -11,7 +11,7 @@ from dreambooth_ms.adapters.replacement import BIAS, Replacement
 from dreambooth_ms.errors import WeightError, count_of
 
 KEPT = 0.6
-"""Of the sum of a layer's singular values: those before the one at which it is exceeded are kept, as by the authors of
+"""Of the sum of a layer's singular values: those before the one at which it is reached are kept, as by the authors of
 Custom Diffusion; or else the first."""
 
 
@@ -38,7 +38,7 @@ def as_lora(
     updates, ranks, lost, total = dict[str, Update](adapter.updates), set[int](), 0.0, 0.0
     for layer, own in tqdm(whole.items(), desc="singular values", unit="layer"):
         left, values, right = np.linalg.svd(own.delta(base(layer)), full_matrices=False)
-        kept = rank or max(1, int(np.searchsorted(values.cumsum(), KEPT * values.sum(), side="right")))
+        kept = rank or max(1, int(np.searchsorted(values.cumsum(), KEPT * values.sum())))
         roots = np.sqrt(values[:kept])
         updates[layer] = LoraUpdate(roots[:, None] * right[:kept], left[:, :kept] * roots)
         ranks, lost, total = ranks | {len(roots)}, lost + (values[kept:] ** 2).sum(), total + (values**2).sum()
