@@ -272,8 +272,8 @@ def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
     fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
-    if own := {FILE_NAME: LoraFormat.DIFFUSERS, CUSTOM_DIFFUSION: OtherFormat.CUSTOM_DIFFUSION}.get(target.name):
-        return own
+    if target.name in (FILE_NAME, CUSTOM_DIFFUSION):
+        return LoraFormat.DIFFUSERS if target.name == FILE_NAME else OtherFormat.CUSTOM_DIFFUSION
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
     raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(ADAPTER_FORMATS)})")
 
