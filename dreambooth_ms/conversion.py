@@ -7,7 +7,7 @@ On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -17,11 +17,20 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import LoraUpdate, Update
-from dreambooth_ms.adapters.file import FILE_NAME, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
+from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
+from dreambooth_ms.adapters.file import (
+    CUSTOM_DIFFUSION,
+    FILE_NAME,
+    PEFT_CONFIG,
+    OpenedAdapter,
+    holds_adapter,
+    open_adapter,
+)
+from dreambooth_ms.adapters.low_rank import as_lora
 from dreambooth_ms.adapters.replacement import Replacement
-from dreambooth_ms.adapters.writing import write_adapter, writing_notes
-from dreambooth_ms.atomic import check_free
+from dreambooth_ms.adapters.word_files import joined_words, word_file, write_words
+from dreambooth_ms.adapters.writing import write_adapter, write_replacements, writing_notes
+from dreambooth_ms.atomic import check_free, new_folder
 from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
@@ -31,21 +40,23 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, LoraFormat
+from dreambooth_ms.formats.naming.lora_formats import ALPHA, AdapterFormat, LoraFormat, OtherFormat
 from dreambooth_ms.formats.naming.recognise import with_channels
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
 MODEL_FORMATS = {form.value: form for form in Format}
 LORA_FORMATS = {form.name.lower(): form for form in LoraFormat}
+ADAPTER_FORMATS: dict[str, AdapterFormat] = {**LORA_FORMATS, **{form.name.lower(): form for form in OtherFormat}}
 """As users name them."""
 
-EXTENSIONS: Mapping[Format | LoraFormat, tuple[str, ...]] = {
+EXTENSIONS: Mapping[Format | AdapterFormat, tuple[str, ...]] = {
     Format.DIFFUSERS: ("",),
     Format.STABILITY: (".safetensors",),
     Format.MINDONE: (".ckpt",),
-    **dict.fromkeys(LoraFormat, ("", ".safetensors")),
+    **dict.fromkeys([*LoraFormat, OtherFormat.CUSTOM_DIFFUSION], ("", ".safetensors")),
+    OtherFormat.EMBEDDING: ("",),
     LoraFormat.PEFT: ("",),
     LoraFormat.MINDONE: (".ckpt",),
 }
@@ -59,7 +70,7 @@ LONGEST_VALUE = 200
 
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
-Form = TypeVar("Form", Format, LoraFormat)
+Form = TypeVar("Form", Format, AdapterFormat)
 
 
 def convert(wanted: ConversionConfig) -> Iterator[str]:
@@ -74,17 +85,54 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     is_model = not holds_adapter(source)
-    kind, of_others = ("model", ("alpha", "base")) if is_model else ("LoRA", ("variant", "use_ema", "prediction_type"))
+    of_models, of_adapters = ("variant", "use_ema", "prediction_type"), ("alpha", "base", "rank")
+    kind, of_others = ("model", of_adapters) if is_model else ("LoRA", of_models)
     if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
         raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
     if is_model:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
         return
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
-    form, dtype = lora_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else opened.dtype
-    write_adapter(opened.adapter, target, form, opened.model, dtype, opened.metadata, source=source)
-    yield from (*opened.notes, *writing_notes(opened.adapter, form))
-    yield f"wrote {target}: {describe_adapter(opened)}"
+    words_alone = None if opened.adapter.parts else OtherFormat.EMBEDDING.name.lower()
+    form = adapter_format_of(target, wanted.format or words_alone)
+    dtype, notes = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype, opened.notes
+    adapter, lost = _fitting_adapter(form, opened, wanted)
+    is_file = bool(target.suffix) and target.suffix in EXTENSIONS[form]
+    for word in adapter.words if is_file else ():
+        check_free(word_file(target.parent, word))
+    with nullcontext(target) if is_file else new_folder(target) as place:
+        if isinstance(form, LoraFormat):
+            write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=source)
+        elif form is OtherFormat.CUSTOM_DIFFUSION:
+            file = place if is_file else place / CUSTOM_DIFFUSION
+            write_replacements(adapter.parts["unet"], file, dtype, opened.metadata)
+        write_words(adapter.words, target.parent if is_file else place, dtype, {})
+    yield from (*notes, *lost, *(writing_notes(adapter, form) if isinstance(form, LoraFormat) else ()))
+    yield f"wrote {target}: {describe_adapter(replace(opened, adapter=adapter, form=form))}"
+
+
+def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig) -> tuple[Adapter, list[str]]:
+    """An adapter as a format can hold it, and what was lost, in words.
+
+    Raises:
+        WeightError: the format has no place for it.
+    """
+    source, adapter = opened.path, opened.adapter
+    whole = {isinstance(own, Replacement) for own in adapter.updates.values()}
+    if True in whole and isinstance(form, LoraFormat):
+        base = wanted.base or trained_base(source) or ""
+        if not os.path.exists(base):
+            raise WeightError(f"{source}: its weights become a LoRA by what they add to its base; name it with --base")
+        tensors = open_model(Path(base)).tensors
+        read = lambda layer: tensors[f"{layer}.weight"].cast_to(DType.F32).read()  # noqa: E731
+        return as_lora(adapter, read, wanted.rank, source)
+    if wanted.rank:
+        raise WeightError(f"{source}: --rank is for Custom Diffusion weights that become a LoRA; leave it out")
+    if form is OtherFormat.CUSTOM_DIFFUSION and whole != {True}:
+        raise WeightError(f"{source}: holds no whole weights, as Custom Diffusion's files do; choose another --format")
+    if (form is OtherFormat.EMBEDDING) != (not whole):
+        raise WeightError(f"{source}: an embedding is words alone; choose another --format for what it holds")
+    return adapter, []
 
 
 def merge(wanted: MergingConfig) -> Iterator[str]:
@@ -103,7 +151,8 @@ def merge(wanted: MergingConfig) -> Iterator[str]:
     for one in opened:
         yield from (f"{one.path}: {note}" for note in (*one.notes, describe_adapter(one)))
     dtype = DTYPES[wanted.dtype] if wanted.dtype else None
-    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted)
+    words = joined_words({str(one.path): one.adapter for one in opened})
+    yield from write_model(merged(model, opened, wanted.scale, dtype), wanted, words)
 
 
 def merged(
@@ -177,13 +226,17 @@ def _beside(path: Path, name: str) -> Path:
     return (path if os.path.isdir(path) else path.parent) / name
 
 
-def write_model(model: OpenedModel, wanted: ConversionConfig | MergingConfig) -> Iterator[str]:
-    """Write a model as it is asked for, with a progress bar; yields what the user should know."""
+def write_model(
+    model: OpenedModel, wanted: ConversionConfig | MergingConfig, words: Words | None = None
+) -> Iterator[str]:
+    """Write a model as it is asked for, with new words and a progress bar; yields what the user should know."""
     target = Path(wanted.target)
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
     form, dtype = model_format_of(target, wanted.format), DTYPES[wanted.dtype] if wanted.dtype else None
-    planned = plan_model(model, form, dtype)
+    if words and form is not Format.DIFFUSERS:
+        raise WeightError(f"{target}: a single file has no place for new words ({', '.join(words)}); name a folder")
+    planned = replace(plan_model(model, form, dtype), words=words or {})
     model.check_configurations()
     planned.check_place(target)
     yield from (*planned.model.notes, *planned.notes)
@@ -215,19 +268,19 @@ def model_format_of(target: Path, form: str | None) -> Format:
     return fitting[0]
 
 
-def lora_format_of(target: Path, form: str | None) -> LoraFormat:
-    """The format of a LoRA that a target's name and the user ask for.
+def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
+    """The format of an adapter that a target's name and the user ask for.
 
     Raises:
         WeightError: they do not fit each other, the name leaves it open, or the format is not written.
     """
-    fitting = _fitting(target, form, LORA_FORMATS, "for models only; for a LoRA")
+    fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
-    if target.name == FILE_NAME:
-        return LoraFormat.DIFFUSERS
+    if target.name in (FILE_NAME, CUSTOM_DIFFUSION):
+        return LoraFormat.DIFFUSERS if target.name == FILE_NAME else OtherFormat.CUSTOM_DIFFUSION
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
-    raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(LORA_FORMATS)})")
+    raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(ADAPTER_FORMATS)})")
 
 
 def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:

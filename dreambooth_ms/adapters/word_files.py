@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
-from dreambooth_ms.formats.files.open import read_value
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.open import read_value, write_as_named
 from dreambooth_ms.formats.files.stored import StoredTensor, TensorFile
 from dreambooth_ms.formats.naming.lora_formats import PARTS
 from dreambooth_ms.formats.naming.recognise import word_in
@@ -18,23 +18,27 @@ OF_SEVERAL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """What the vectors of SDXL's text encoders are called in a file of both, as kohya's scripts and other programs do."""
 
 
-def word_file(folder: Path, word: str) -> Path:
-    """Where a word's vectors are written."""
-    return folder / f"{word}.safetensors"
+def word_file(folder: Path, word: str, suffix: str = ".safetensors") -> Path:
+    """Where a word's vectors are written; WeightError if no file can have its name."""
+    if "/" in word or "\0" in word:
+        raise WeightError(f"{word!r}: no file can have the name of this word; take words without a slash")
+    return folder / f"{word}{suffix}"
 
 
-def write_words(words: Words, folder: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
+def write_words(
+    words: Words, folder: Path, dtype: DType, metadata: Mapping[str, str], suffix: str = ".safetensors"
+) -> None:
     """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names.
 
     A single vector stands as (D,), as diffusers' Custom Diffusion writes it.
     """
     for word, vectors in words.items():
-        path = word_file(folder, word)
+        path = word_file(folder, word, suffix)
         names = OF_SEVERAL if len(vectors) > 1 else dict.fromkeys(vectors, word)
         flat = len(vectors) == 1 and all(len(rows) == 1 for rows in vectors.values())
         named = {names[encoder]: rows[0] if flat else rows for encoder, rows in vectors.items()}
         tensors = {name: StoredTensor.of(rows, label=f"{path}: {name}").cast_to(dtype) for name, rows in named.items()}
-        write_safetensors(path, tensors, {"format": "pt", **metadata})
+        write_as_named(path, tensors, metadata)
 
 
 def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
@@ -55,6 +59,20 @@ def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
         counted = {f"<new{number}>": [row[None]] for number, row in enumerate(rows, 1)}
         found |= counted if word == "embed" else {word: [*found.get(word, []), rows]}
     return found
+
+
+def joined_words(adapters: Mapping[str, Adapter]) -> Words:
+    """The words of adapters, by the files or folders that these are from.
+
+    Raises:
+        WeightError: a word has several meanings.
+    """
+    words = dict[str, Mapping[str, np.ndarray]]()
+    for path, adapter in adapters.items():
+        for word, own in adapter.words.items():
+            if any(not np.array_equal(rows, own[name]) for name, rows in words.setdefault(word, own).items()):
+                raise WeightError(f"{path}: {word} has other vectors here than in a file before it; leave one out")
+    return words
 
 
 def fitted_words(

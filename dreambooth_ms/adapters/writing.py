@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, folded, folded_adapter, lora_settings
+from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, Update, folded, folded_adapter, lora_settings
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
-from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
+from dreambooth_ms.formats.files.open import write_as_named
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
@@ -97,18 +97,20 @@ def write_adapter(
             write_safetensors(folder / FILE_NAME, tensors, beside)
 
 
-def write_replacements(
-    updates: Mapping[str, Replacement], path: Path, dtype: DType, metadata: Mapping[str, str]
-) -> None:
-    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion."""
-    tensors = {}
+def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion.
+
+    In .bin, diffusers looks for the layers of self-attention, too, with nothing in them.
+    """
+    tensors: dict[str, StoredTensor | None] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")
+        tensors[f"{attention.removesuffix('attn2')}attn1.processor"] = None
         for parameter, values in update.tensors().items():
             kind, dot, number = which.partition(".")
             name = f"{attention}.processor.to_{kind}_custom_diffusion{dot}{number}.{parameter}"
             tensors[name] = StoredTensor.of(values, label=f"{path}: {name}").cast_to(dtype)
-    write_safetensors(path, tensors, {"format": "pt", **metadata})
+    write_as_named(path, tensors, metadata)
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:

@@ -21,8 +21,7 @@ from dreambooth_ms.data.pictures import told
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
 from dreambooth_ms.errors import ConfigError, Tell, count_of
 from dreambooth_ms.formats.files.open import read_value
-from dreambooth_ms.models.clip import TABLE
-from dreambooth_ms.models.specs import Words
+from dreambooth_ms.models.specs import TABLE, Words
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling.picture_file import missing_numbers
 from dreambooth_ms.weights.bundle import ModelBundle

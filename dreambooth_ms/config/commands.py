@@ -128,8 +128,9 @@ class InspectConfig(Schema):
 
 
 _Format: TypeAlias = Literal[
-    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors"
-]
+    "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors",
+    "custom_diffusion", "embedding"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,8 @@ class ConversionConfig(TargetConfig, SourceConfig):
     """Format to write, where the target's name leaves it open. None: the name decides."""
     use_ema: bool = False
     """Take the moving averages that a single file may hold, in place of the weights."""
+    rank: Annotated[int | None, at_least(1)] = None
+    """Of Custom Diffusion weights as a LoRA. None: each layer keeps what makes up 60 % of its singular values."""
 
 
 @dataclass(frozen=True, kw_only=True)

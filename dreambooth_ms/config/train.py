@@ -190,6 +190,10 @@ _HAS_WORDS = Rule(
     lambda values: values["method"] == "textual_inversion" and not values["modifier_token"],
     "--method textual_inversion: trains new words alone; name them with --modifier_token",
 )
+_NOT_PICKLED = Rule(
+    lambda values: values["method"] != "custom_diffusion" and not values["modifier_token"],
+    "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
+)
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -222,10 +226,17 @@ class MethodConfig:
     save_precision: Annotated[choices.FloatType | None, Resume.MAY_CHANGE] = None
     """Type of the numbers of the result, and of what lies beside a checkpoint for other programs; what a run goes on
     from is exact in any case. None: fp32 for what was trained, and the base's own for the rest of a model."""
+    no_safe_serialization: Annotated[bool, _NOT_PICKLED, Resume.MAY_CHANGE] = False
+    """Write custom_diffusion's weights and new words as PyTorch's .bin, which diffusers' load_attn_procs asks for."""
     use_ema: bool = False
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
+
+    @property
+    def suffix(self) -> str:
+        """Of files of custom_diffusion and of words."""
+        return ".bin" if self.no_safe_serialization else ".safetensors"
 
 
 _NEVER_WARM = Rule(

@@ -13,11 +13,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from functools import cache
 from importlib.resources import files
-from itertools import accumulate, chain, groupby, pairwise
+from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,11 @@ class ClipTokenizer:
                 f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
             )
         special = self._tokenizer.all_special_tokens
-        self._vocab_size, added = vocab_size, self._tokenizer.get_added_vocab().items()
-        self.words: dict[str, list[int]] = {word: [number] for word, number in added if word not in special}
+        self._vocab_size = vocab_size
+        added = {word: number for word, number in self._tokenizer.get_added_vocab().items() if word not in special}
+        self.words: dict[str, list[int]] = {
+            word: [added[token] for token in takewhile(added.__contains__, tokens_of_word(word))] for word in added
+        }
         """New words -> the ids of the tokens that each stands for."""
         self._plain = self._tokenizer.backend_tokenizer
         if self.words:
@@ -86,6 +89,11 @@ class ClipTokenizer:
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
+
+    @property
+    def first_and_end(self) -> tuple[int, int]:
+        """The id that follows those of its folder, and that of its end token."""
+        return len(self._tokenizer), self._tokenizer.eos_token_id
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
         """The same with new words, each of so many tokens, whose ids go on from the table's.
@@ -128,6 +136,32 @@ class ClipTokenizer:
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt) if self.words else [prompt]
         read = (self.words.get(part) or self._plain.encode(part, add_special_tokens=False).ids for part in parts)
         return list(chain.from_iterable(read))
+
+
+def tokens_of_word(word: str) -> Iterator[str]:
+    """What the tokens that a new word may stand for are called in a folder, as in diffusers' pipelines."""
+    return chain([word], (f"{word}_{number}" for number in count(1)))
+
+
+def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple[int, int]:
+    """Let a folder's tokenizer know new words, each of so many tokens; transformers before 4.34 has a file for them.
+
+    Returns:
+        the first of their ids, which follow all others, and the id of the end token.
+
+    Raises:
+        WeightError: it knows one already, or more tokens than there may be.
+    """
+    first, end = ClipTokenizer(folder, vocab_size=vocab_size).with_words(counts).first_and_end
+    tokens = chain.from_iterable(islice(tokens_of_word(word), number) for word, number in counts.items())
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False) | {"normalized": True}
+    file, config = folder / "added_tokens.json", read_json(folder / "tokenizer_config.json")
+    added = (read_json(file) if file.exists() else {}) | {token: number for number, token in enumerate(tokens, first)}
+    entries = {str(number): {"content": token, **flags} for token, number in added.items()}
+    config["added_tokens_decoder"] = entries | config.get("added_tokens_decoder", {})
+    write_json(file, added)
+    write_json(folder / "tokenizer_config.json", config)
+    return first, end
 
 
 def check_clip_tokenizer(folder: Path) -> None:

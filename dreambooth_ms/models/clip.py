@@ -9,15 +9,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
+from dreambooth_ms.models.specs import UNSAID_END, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, part, shared
 from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens
 from dreambooth_ms.ops.linear import empty_parameter
-
-TABLE = "text_model.embeddings.token_embedding"
-"""The name of a text tower's table of tokens."""
 
 
 class CLIPTextModel(nn.Cell):
@@ -227,12 +224,8 @@ class ClipMlp(nn.Cell):
 
 
 def end_positions(ids_BS: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """1.0 at each text's first end token, 0.0 elsewhere: (B, S) float32.
-
-    Configurations that still name 2 as the end token were written before it was corrected; there the end token is the
-    largest id of a text (transformers, `CLIPTextTransformer.forward`).
-    """
-    first = ids_BS.argmax(1) if eos_token_id == 2 else (ids_BS == eos_token_id).argmax(1)
+    """1.0 at each text's first end token, 0.0 elsewhere: (B, S) float32."""
+    first = ids_BS.argmax(1) if eos_token_id == UNSAID_END else (ids_BS == eos_token_id).argmax(1)
     return np.eye(ids_BS.shape[1], dtype=np.float32)[first]
 
 

@@ -14,6 +14,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import yaml
 
+UNSAID_END = 2
+"""The end token in configurations older than a correction in transformers: there it is the largest id of a text."""
+
+TABLE = "text_model.embeddings.token_embedding"
+"""The name of a text tower's table of tokens."""
+
 Words: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
 """New word -> the name of a text encoder -> its vectors (n, D) there, one for each of the tokens that it stands for."""
 

@@ -6,13 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.word_files import joined_words
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError, count_of
-from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -32,12 +30,7 @@ class ModelAdapters:
         models = [bundle.opened().spec] if named else []
         found = [open_adapter(Path(path), models, bundle.path).adapter for path in named]
         self.opened = found[: len(self.paths)]
-        words = dict[str, Mapping[str, np.ndarray]]()
-        for path, adapter in zip(named, found, strict=True):
-            for word, own in adapter.words.items():
-                if any(not np.array_equal(rows, own[name]) for name, rows in words.setdefault(word, own).items()):
-                    raise WeightError(f"{path}: {word} has other vectors here than in a file before it; leave one out")
-        self.words: Words = words
+        self.words = joined_words(dict(zip(named, found, strict=True)))
         if layers := [path for path, own in zip(named, found, strict=True) if own.parts and path not in self.paths]:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 

@@ -217,8 +217,10 @@ class Result:
 
 def result_of(folder: Path) -> Result | None:
     """The result that a folder holds, as its last file; None if there is none."""
-    named = [folder / name for name in (ADAPTER, REPLACEMENTS, MODEL) if os.path.isfile(folder / name)]
+    results = (ADAPTER, REPLACEMENTS, REPLACEMENTS.with_suffix(".bin"), MODEL)
+    named = [folder / name for name in results if os.path.isfile(folder / name)]
     # A file of a new word has its name.
-    words = [path for path in sorted(folder.glob("*.safetensors")) if STEP_KEY in read_metadata(path)]
+    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin"))
+    words = [path for path in files if STEP_KEY in read_metadata(path)]
     path = next(iter([*named, *words[-1:]]), None)
     return Result(path, int(read_metadata(path).get(STEP_KEY, 0))) if path else None

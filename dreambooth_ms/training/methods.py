@@ -95,8 +95,8 @@ def lora(
     def write(target: Path, step: int) -> None:
         updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
+        write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
-        write_words(words(), target, dtype, metadata)
 
     parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
     return _learner(
@@ -138,11 +138,12 @@ def custom_diffusion(
     def write(target: Path, step: int) -> None:
         updates = {layer: Replacement(*(publics[name].read() for name in names)) for layer, names in freed.items()}
         metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
-        write_words(words(), target, dtype, metadata)
-        write_replacements(updates, target / REPLACEMENTS, dtype, metadata)
+        write_words(words(), target, dtype, metadata, config.suffix)
+        write_replacements(updates, target / result, dtype, metadata)
 
     parameters = {"unet": {n: [publics[own].parameter for own in names] for n, names in freed.items()}}
-    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, result=REPLACEMENTS)
+    result = REPLACEMENTS.with_suffix(config.suffix)
+    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, result=result)
 
 
 def textual_inversion(
@@ -153,9 +154,10 @@ def textual_inversion(
     words = _words_of(base, text_encoders)
 
     def write(target: Path, step: int) -> None:
-        write_words(words(), target, DTYPES[config.save_precision or "fp32"], {STEP_KEY: str(step)})
+        dtype = DTYPES[config.save_precision or "fp32"]
+        write_words(words(), target, dtype, {STEP_KEY: str(step)}, config.suffix)
 
-    result = word_file(Path(), list(words())[-1])
+    result = word_file(Path(), list(words())[-1], config.suffix)
     return _learner(unet, text_encoders, {}, write_part=write, write_result=write, result=result)
 
 

@@ -33,7 +33,7 @@ from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_jso
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
-from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec, VaeSpec, Words
+from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -132,9 +132,9 @@ class TextReader:
         counts = {word: len(rows) for word, rows in own.items()}
         tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
         places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
-        # The largest id of a text (`end_positions`) would be a new word's.
-        pooled_at = min(SIZE, self.spec.vocab_size) - 1 if self.pooled_at == 2 else self.pooled_at
-        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=pooled_at)
+        # Where the end token is only the largest one of old configurations, new words are larger.
+        end = min(SIZE, self.spec.vocab_size) - 1 if self.pooled_at == UNSAID_END else self.pooled_at
+        return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=end)
 
     @classmethod
     def of_clip(

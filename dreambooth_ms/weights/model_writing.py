@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import numpy as np
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
 from dreambooth_ms.errors import UserError, count_of
 from dreambooth_ms.formats import folder_layout
-from dreambooth_ms.formats.clip_tokenizer import pad_tokens, write_clip_tokenizer
+from dreambooth_ms.formats.clip_tokenizer import add_words, pad_tokens, write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors, write_sharded_safetensors
 from dreambooth_ms.formats.files.stored import Container, Progress, StoredTensor, TensorFile, total_bytes
-from dreambooth_ms.formats.folder_layout import INDEX, SCHEDULER, TOKENIZERS, write_json
+from dreambooth_ms.formats.folder_layout import CONFIG, INDEX, SCHEDULER, TOKENIZERS, write_json
 from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_scheduler_config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
-from dreambooth_ms.models.specs import FAMILIES, Family
+from dreambooth_ms.models.specs import FAMILIES, TABLE, Family, Words
 from dreambooth_ms.weights.opened_model import (
     CONFIGURATIONS_METADATA,
     LATENT_STATISTICS,
@@ -43,6 +43,8 @@ class ModelTarget:
     notes: tuple[str, ...]
     metadata: Mapping[str, str]
     """Of a safetensors file."""
+    words: Words = field(default_factory=dict)
+    """New ones, which a folder gets besides."""
 
     @property
     def byte_count(self) -> int:
@@ -91,6 +93,11 @@ class ModelTarget:
         for name in model.configuration_names:
             write_json(folder / name, model.configuration(name))
         written = replace(model, tensors=self.tensors)
+        if self.words:
+            readers = [part for part in model.parts if part in TOKENIZERS]
+            tables = {part: _with_words(written, part, self.words, folder) for part in readers}
+            named = {f"{part}.{TABLE}.weight": table for part, table in tables.items()}
+            written = replace(written, tensors={**self.tensors, **named})
         for part in model.parts:
             if own := written.of_part(part):
                 stem = folder_layout.WEIGHT_NAMES[part]
@@ -198,6 +205,22 @@ def _assembled(assembly: Assembly, pieces: Sequence[StoredTensor], dtype: DType 
     # Those that are read have been looked at.
     label = pieces[0].label if ranges else ""
     return StoredTensor(shape, own, lambda: assembly.build([piece.read() for piece in pieces]), ranges, label)
+
+
+def _with_words(model: OpenedModel, part: str, words: Words, folder: Path) -> StoredTensor:
+    """A text encoder's table with new words, which its tokenizer and configuration in a folder are told of."""
+    table, rows = model.tensors[f"{part}.{TABLE}.weight"], np.concatenate([own[part] for own in words.values()])
+    counts = {word: len(own[part]) for word, own in words.items()}
+    first, end = add_words(folder / TOKENIZERS[part], counts, table.shape[0])
+    size, config = max(table.shape[0], first + len(rows)), CONFIG.format(part)
+    write_json(folder / config, {**model.configuration(config), "vocab_size": size, "eos_token_id": end})
+    own = StoredTensor.of(rows, label=f"new words of {part}").cast_to(table.dtype)
+
+    def load() -> np.ndarray:
+        before = table.read()
+        return np.concatenate([before[:first], own.read(), before[first + len(rows) :]])
+
+    return StoredTensor((size, *table.shape[1:]), table.dtype, load)
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:

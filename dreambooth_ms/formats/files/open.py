@@ -15,6 +15,7 @@ from dreambooth_ms.formats.files.mindspore_ckpt import begins_like_a_checkpoint,
 from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, json_object, read_safetensors, write_safetensors
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
+from dreambooth_ms.formats.files.torch_writing import write_torch
 
 _HEAD_BYTES = 4096
 
@@ -138,7 +139,7 @@ def read_value(tensor: StoredTensor) -> np.ndarray:
 def read_metadata(path: Path) -> dict[str, str]:
     """A file's metadata, without reading its tensors; empty if it cannot be read."""
     try:
-        return dict(open_tensor_file(path, Container.SAFETENSORS).metadata)
+        return dict(open_tensor_file(path).metadata)
     except WeightError:
         return {}
 
@@ -151,3 +152,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     """
     stored = {name: StoredTensor.of(values) for name, values in tensors.items()}
     write_safetensors(path, stored, {"format": "pt", **(metadata or {})})
+
+
+def write_as_named(path: Path, tensors: Mapping[str, StoredTensor | None], metadata: Mapping[str, str]) -> None:
+    """Write a file atomically: .bin as PyTorch's, else safetensors, where None has no place."""
+    if path.suffix == ".bin":
+        write_torch(path, tensors, metadata)
+    else:
+        write_safetensors(path, {name: one for name, one in tensors.items() if one}, {**metadata, "format": "pt"})

@@ -15,7 +15,7 @@ from functools import partial
 from io import BufferedReader
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -169,7 +169,7 @@ class StoredTensor:
         self._check(raw_bytes(values))
         return values
 
-    def write_to(self, file: BinaryIO) -> None:
+    def write_to(self, file: IO[bytes]) -> None:
         """Append the values to a file, in row-major order; without a copy in memory where a file holds them so.
 
         Raises:

@@ -20,6 +20,7 @@ from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, read_values
 from dreambooth_ms.formats.files.torch_pickle import Storage, TorchMachine, View, find_notes, find_tensors
+from dreambooth_ms.formats.files.torch_writing import LONGEST_NOTE, NOTES
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """What the first pickle of an old file holds."""
@@ -85,7 +86,12 @@ def read_torch_zip(source: FileRange) -> TensorFile:
         name.removeprefix(place): _range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
     }
     tensors = _tensors(source, views, storages, swapped)
-    return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root), left_out)
+    notes = {
+        name.removeprefix(folder + NOTES): _read_entry(entry, source, LONGEST_NOTE).decode(errors="replace")
+        for name, entry in entries.items()
+        if name.startswith(folder + NOTES) and entry.file_size <= LONGEST_NOTE
+    }
+    return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root) | notes, left_out)
 
 
 def _folder(names: Collection[str]) -> str:

@@ -254,6 +254,7 @@ def _infer_text(file: StoredModel, part: str, published: ClipTextSpec) -> ClipTe
         ),
         vocab_size=words,
         max_position_embeddings=file.size(f"{tower}.embeddings.position_embedding.weight"),
-        eos_token_id=words - 1,
+        # What follows it in a longer table are new words.
+        eos_token_id=min(words, published.vocab_size) - 1,
         projection_dim=projection or None,
     )
