@@ -18,8 +18,8 @@ from dreambooth_ms.weights.bundle import ModelBundle, TextReader
 
 NOTHING = np.zeros(0, np.float32)
 
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner reads of pictures and of what to keep away from, as in diffusers' pipeline."""
+AESTHETIC_SCORE = 6.0
+"""What SDXL's refiner reads of pictures, as in diffusers' pipeline."""
 
 
 class PromptText(NamedTuple):
