@@ -12,9 +12,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.models.specs import ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
 from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, look_up, part, shared
-from dreambooth_ms.ops.activation import Gelu, QuickGelu
 from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens
-from dreambooth_ms.ops.linear import empty_parameter, times
+from dreambooth_ms.ops.linear import Gelu, QuickGelu, empty_parameter, times
 
 TABLE = "text_model.embeddings.token_embedding"
 """The name of a text tower's table of tokens."""
