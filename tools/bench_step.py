@@ -348,7 +348,6 @@ def expected_memory(job: Job) -> str:
         ranks=[ranks_of(shapes, RANK, TARGETS) if job.method == "lora" else ranks_of(shapes, None)],
         activations=ActivationSettings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width),
         recomputed=job.gradient_checkpointing,
-        bytes_of_weight=width,
         processes=job.processes,
         shares_optimiser=job.zero_stage > 0,
     )
