@@ -29,11 +29,6 @@ class ModelAdapters:
         self.opened = [open_adapter(Path(path), models, bundle.path).adapter for path in paths]
         self.words: Words = {word: rows for adapter in self.opened for word, rows in adapter.words.items()}
 
-    @property
-    def adapt_text(self) -> bool:
-        """Whether one of them changes how prompts are read."""
-        return any(adapter.parts.keys() - {"unet"} for adapter in self.opened)
-
     def scales(self, request: SampleRequest) -> tuple[float, ...]:
         """The strength of each adapter, or one number for all.
 
@@ -82,7 +77,8 @@ class PromptReader:
         wanted = {*request.prompts, request.negative_prompt, ""}
         pieces = self._tokenizer.num_pieces(wanted) if request.support_long_prompts else 1
         # Without adapters of text, their scales make no difference.
-        scales = self._adapters.scales(request) if self._adapters.adapt_text else ()
+        adapts_text = any(adapter.parts.keys() - {"unet"} for adapter in self._adapters.opened)
+        scales = self._adapters.scales(request) if adapts_text else ()
         known = {} if self._lent else self._known.setdefault((pieces, request.clip_skip, scales), {})
         missing = wanted - known.keys()
         if missing:
