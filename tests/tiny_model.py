@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.model_config import pipeline_configs, write_text_config, write_unet_config, write_vae_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel

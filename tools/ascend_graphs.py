@@ -108,10 +108,8 @@ def optimisers() -> list[Graph]:
     from dreambooth_ms.cli import toy_networks
     from dreambooth_ms.processes.group import Processes
     from dreambooth_ms.runtime.collective import SumOverProcesses
-    from dreambooth_ms.training.adafactor import Adafactor
-    from dreambooth_ms.training.adamw_8bit import AdamW8bit
-    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser, ShardedOptimiser
-    from dreambooth_ms.training.prodigy import Prodigy
+    from dreambooth_ms.training.flat_vectors import AdamW8bit, Prodigy
+    from dreambooth_ms.training.optimisers import Adafactor, AdamW, Hyperparameters, Optimiser, ShardedOptimiser
 
     shapes = {"factor": (16, 2), "bias": (24,), "kernel": (8, 4, 3, 3)}
     trainables = [Parameter(toy_networks.normal(name, *shape), name=name) for name, shape in shapes.items()]

@@ -123,7 +123,6 @@ def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
         ranks=[ranks_of(own, RANK, ends) if args.method == "lora" else ranks_of(own, None) for own, ends in shapes],
         activations=ActivationSettings(args.rows, side, side, bytes_of_number=width, on_ascend=True),
         recomputed=args.gradient_checkpointing,
-        bytes_of_weight=width,
     )
 
 

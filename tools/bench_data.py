@@ -27,8 +27,7 @@ from dreambooth_ms.data.cache import BYTES_IN_MEMORY, ContentCache, embedding_lo
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.errors import count_of
 
 POSTERIOR = (2, 4, 64, 64)

@@ -31,8 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import epsilon_at
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, epsilon_at
 from dreambooth_ms.errors import count_of
 from dreambooth_ms.formats.model_config import read_unet_config, write_scheduler_config, write_unet_config
 from dreambooth_ms.models.specs import SD_15_UNET, SDXL_UNET, UNetSpec
@@ -349,7 +348,6 @@ def expected_memory(job: Job) -> str:
         ranks=[ranks_of(shapes, RANK, TARGETS) if job.method == "lora" else ranks_of(shapes, None)],
         activations=ActivationSettings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width),
         recomputed=job.gradient_checkpointing,
-        bytes_of_weight=width,
         processes=job.processes,
         shares_optimiser=job.zero_stage > 0,
     )

@@ -28,8 +28,7 @@ set_up_device("CPU", 0)
 from mindspore import Tensor, nn, ops  # noqa: E402  (the device is chosen before any cell is built)
 
 from dreambooth_ms.data.conditioning import PromptTokenizer, encode_prompts  # noqa: E402
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec  # noqa: E402
-from dreambooth_ms.diffusion.objectives import velocity_at  # noqa: E402
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, velocity_at  # noqa: E402
 from dreambooth_ms.formats.clip_tokenizer import ClipTokenizer  # noqa: E402
 from dreambooth_ms.formats.files.dtypes import DType  # noqa: E402
 from dreambooth_ms.formats.files.open import read_tensors, write_tensors  # noqa: E402

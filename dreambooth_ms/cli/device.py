@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from dreambooth_ms.cli.output import bars_paused, is_quiet, tell
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
@@ -36,8 +35,7 @@ def set_up(wanted: DeviceConfig) -> DeviceConfig:
         DeviceError: there is no such device, or it cannot compute so.
     """
     device = set_up_device(wanted.device_target, wanted.ms_mode, wanted.deterministic, wanted.jit_level)
-    precision: Any = settled_precision(wanted.mixed_precision)
-    settled = replace(wanted, mixed_precision=precision)
+    settled = replace(wanted, mixed_precision=settled_precision(wanted.mixed_precision))
     compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.
     watch_compilations(show_compilation)
     obstacle = find_ascend().obstacle

@@ -16,7 +16,7 @@ from dreambooth_ms.data.pictures import read_picture
 from dreambooth_ms.errors import DataError, count_of, near
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
-from dreambooth_ms.sampling.request import PictureSizes, Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.hub import find_adapter
 
 
@@ -60,7 +60,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
     Raises:
         DataError: the picture to start from is none.
     """
-    wanted, start, sizes = config.pictures, config.start, config.sizes
+    wanted, start = config.pictures, config.start
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
         wanted,
@@ -71,14 +71,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         image=_start_picture(start.image, start.transparent_background) if start.image else None,
         strength=start.strength,
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
-        sizes=PictureSizes(
-            original_size=_size(sizes.orig_width, sizes.orig_height),
-            crop_top=sizes.crop_coords_top,
-            crop_left=sizes.crop_coords_left,
-            target_size=_size(sizes.target_width, sizes.target_height),
-            aesthetic_score=sizes.aesthetic_score,
-            negative_aesthetic_score=sizes.negative_aesthetic_score,
-        ),
+        sizes=config.sizes,
         whole_up_to=wanted.vae_whole_up_to,
     )
 
@@ -88,10 +81,6 @@ def _start_picture(path: str, background: str) -> Image.Image:
     for note in opened.notes:
         tell(f"{path}: {note}")
     return opened.picture
-
-
-def _size(width: int | None, height: int | None) -> tuple[int, int] | None:
-    return None if width is None or height is None else (width, height)
 
 
 def refinement_of(config: RefinerConfig) -> Refinement:

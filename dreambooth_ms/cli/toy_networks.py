@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.batches import Batch
-from dreambooth_ms.diffusion.objectives import Columns
+from dreambooth_ms.diffusion import Columns
 from dreambooth_ms.models.specs import UNetSpec, VaeSpec
 from dreambooth_ms.randomness import standard_normal
 

@@ -168,7 +168,6 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memor
             on_ascend=formulation() is Formulation.ASCEND,
         ),
         recomputed=run.gradient_checkpointing,
-        bytes_of_weight=width,
         bytes_of_optimiser=memory.OPTIMISER_BYTES[optimiser],
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
         processes=processes,

@@ -19,8 +19,7 @@ from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_p
 from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
-from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.diffusion import NoiseSchedule, draw_columns
 from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes

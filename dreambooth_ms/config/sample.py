@@ -1,7 +1,7 @@
 """The settings of `sample`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
@@ -115,6 +115,18 @@ class SizesConfig:
     """How beautiful the picture is, of 10; only the refiner takes it."""
     negative_aesthetic_score: Annotated[float, SCORE] = 2.5
     """The score that comes with the negative prompt, of 10; only the refiner takes it."""
+
+    def told(self) -> dict[str, Any]:
+        """The same as the metadata of pictures has it, with (width, height) of either size, or None."""
+        original, target = (self.orig_width, self.orig_height), (self.target_width, self.target_height)
+        return {
+            "original_size": None if None in original else original,
+            "target_size": None if None in target else target,
+            "crop_top": self.crop_coords_top,
+            "crop_left": self.crop_coords_left,
+            "aesthetic_score": self.aesthetic_score,
+            "negative_aesthetic_score": self.negative_aesthetic_score,
+        }
 
 
 _STOPS = excludes(

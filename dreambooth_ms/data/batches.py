@@ -12,7 +12,7 @@ from mindspore import Tensor
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
-from dreambooth_ms.diffusion.objectives import Columns
+from dreambooth_ms.diffusion import Columns
 from dreambooth_ms.randomness import generator, standard_normal
 
 
@@ -65,7 +65,7 @@ class BatchMaker:
     texts: Callable[[str], PromptText]
     """What the step takes for each prompt: its embedding, or its token ids."""
     objective: Callable[[Sequence[np.random.Generator]], Columns]
-    """A generator for each row -> what is drawn from it (see `diffusion.objectives`)."""
+    """A generator for each row -> what is drawn from it (see `diffusion`)."""
     scaled: Callable[[np.ndarray], np.ndarray]
     """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
     noise_offset: float = 0.0

@@ -18,8 +18,8 @@ from dreambooth_ms.weights.bundle import ModelBundle, TextReader
 
 NOTHING = np.zeros(0, np.float32)
 
-AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner reads of pictures and of what to keep away from, as in diffusers' pipeline."""
+AESTHETIC_SCORE = 6.0
+"""What SDXL's refiner reads of pictures, as in diffusers' pipeline."""
 
 
 class PromptText(NamedTuple):
@@ -119,7 +119,7 @@ def encode_prompts(
     tokenizer: PromptTokenizer,
     text_encoders: TextEncoders,
     prompts: Iterable[str],
-    batch_size: int | None = None,
+    batch_size: int = 8,
     pieces: int = 1,
     zeros_for_empty: bool = False,
 ) -> dict[str, PromptText]:
@@ -129,14 +129,13 @@ def encode_prompts(
         tokenizer: of the text encoders.
         text_encoders: the network.
         prompts: what to encode.
-        batch_size: rows of a batch; None: 8, or as many as there are.
+        batch_size: rows of a batch; the last one is filled up with its last row.
         pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
             (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
         zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
     """
     texts = tokenizer.texts(prompts, pieces)
     rows = [row for own in texts.values() for row in own]
-    batch_size = batch_size or min(8, len(rows))
     filled, found = rows + rows[-1:] * (-len(rows) % batch_size), list[PromptText]()
     for start in range(0, len(filled), batch_size):
         batch = conditioning(filled[start : start + batch_size])

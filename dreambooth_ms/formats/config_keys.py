@@ -10,7 +10,7 @@ from pathlib import Path
 from types import GenericAlias, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.specs import ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec, read_table
 

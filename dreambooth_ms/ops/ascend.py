@@ -13,8 +13,8 @@ from mindspore.ops.auto_generate import slice_ext_op, split_with_size_op
 Padding = tuple[int, int, int, int]
 """Zero rows and columns added at the top, bottom, left and right."""
 
-mean, exclusive_or, bitwise_and = mint.mean, mint.bitwise_xor, mint.bitwise_and
-"""See `ops.anywhere`."""
+mean, exclusive_or, bitwise_and, linear = mint.mean, mint.bitwise_xor, mint.bitwise_and, functional.linear
+"""See `ops.anywhere` and `ops.linear`."""
 
 
 def convolution(x_BIHW: Tensor, weight: Tensor, bias_O: Tensor | None, stride: int, padding: Padding) -> Tensor:
@@ -35,11 +35,6 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
     """Entries of a table (size, ...), by their numbers (N...) int32 -> (N..., ...)."""
     rows = mint.index_select(table, 0, ops.reshape(ids, (-1,)))
     return ops.reshape(rows, ids.shape + table.shape[1:])
-
-
-def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """(N, I) -> (N, O)."""
-    return functional.linear(x_NI, weight_OI, bias_O)
 
 
 def equal_parts(x: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:

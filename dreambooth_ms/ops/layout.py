@@ -86,13 +86,14 @@ def add_per_channel(x: Tensor, bias_BC: Tensor) -> Tensor:
 def over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
     """(B, C) -> (N, C) of the N = B * `pixels` pixels of all images."""
     batch = x_BC.shape[0]
-    return transposed_times(image_of_pixel(batch, batch * pixels), x_BC)
+    return transposed_times(members(batch, batch * pixels), x_BC)
 
 
 @constexpr
-def image_of_pixel(batch: int, pixels: int) -> Tensor:
-    """(B, N) float32 for the N pixels of all images: 1 where the pixel belongs to the image."""
-    return Tensor(np.kron(np.eye(batch), np.ones((1, pixels // batch))), ms.float32)
+def members(groups: int, count: int) -> Tensor:
+    """(groups, count) float32: 1 where one of so many things belongs to the group, such as a pixel to its image. Groups
+    are of one size and follow each other."""
+    return Tensor(np.kron(np.eye(groups), np.ones((1, count // groups))), ms.float32)
 
 
 def upsample_nearest() -> Any:

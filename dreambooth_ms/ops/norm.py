@@ -8,7 +8,7 @@ from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 
 from dreambooth_ms.ops import ascend
 from dreambooth_ms.ops.graph import after, constant, shared
-from dreambooth_ms.ops.layout import image_of_pixel, over_pixels
+from dreambooth_ms.ops.layout import members, over_pixels
 from dreambooth_ms.ops.linear import bias_add, empty_parameter, times, times_transposed
 from dreambooth_ms.runtime.device import Formulation, formulation
 
@@ -156,15 +156,15 @@ class _NormaliseGroups(nn.Cell):
 
     def _pixel_sum(self, x_NC: Tensor, batch: int) -> Tensor:
         """(N, C) -> (B, C)."""
-        return times(image_of_pixel(batch, x_NC.shape[0]), x_NC)
+        return times(members(batch, x_NC.shape[0]), x_NC)
 
     def _group_mean(self, sums_BC: Tensor, pixels: int) -> Tensor:
         """Mean over a group from the sums over pixels of its channels, for each of its channels."""
         count = pixels * (self.channels // self.num_groups)
         if self.channels <= MAX_FOLDED:
             return times(sums_BC, _same_group(self.channels, self.num_groups, count))
-        sums_BG = times(sums_BC, _membership(self.channels, self.num_groups))
-        return times_transposed(sums_BG * (1 / count), _membership(self.channels, self.num_groups))
+        sums_BG = times_transposed(sums_BC, members(self.num_groups, self.channels))
+        return times(sums_BG * (1 / count), members(self.num_groups, self.channels))
 
 
 MAX_FOLDED = 512
@@ -176,9 +176,3 @@ def _same_group(channels: int, num_groups: int, count: int) -> Tensor:
     """(C, C): 1 / count where two channels are in one group."""
     width = channels // num_groups
     return Tensor(np.kron(np.eye(num_groups), np.ones((width, width))) / count, ms.float32)
-
-
-@constexpr
-def _membership(channels: int, num_groups: int) -> Tensor:
-    """(C, G): 1 where the channel belongs to the group."""
-    return Tensor(np.kron(np.eye(num_groups), np.ones((channels // num_groups, 1))), ms.float32)

@@ -126,30 +126,26 @@ APART, KEPT = 1 << 20, 1 << 25
 """Bytes; the second is the most that the allocator takes."""
 
 
-def keep_arrays_apart() -> None:
+def keep_arrays_apart(from_size: int = APART) -> None:
     """From now on, arrays that are given back go to the system at once."""
-    _set_threshold(APART)
+    _call_allocator("mallopt", _M_MMAP_THRESHOLD, from_size)
+    _call_allocator("mallopt", _M_TRIM_THRESHOLD, 2 * from_size)
 
 
 @contextmanager
 def arrays_used_again() -> Iterator[None]:
     """Inside, arrays of a few megabytes that are given back are kept for the next ones; at the end they go."""
-    _set_threshold(KEPT)
+    keep_arrays_apart(from_size=KEPT)
     try:
         yield
     finally:
-        _set_threshold(APART)
+        keep_arrays_apart()
         give_back_freed_memory()
 
 
 def give_back_freed_memory() -> None:
     """Let what was freed among small objects go to the system, such as what the compiler leaves."""
     _call_allocator("malloc_trim", 0)
-
-
-def _set_threshold(size: int) -> None:
-    _call_allocator("mallopt", _M_MMAP_THRESHOLD, size)
-    _call_allocator("mallopt", _M_TRIM_THRESHOLD, 2 * size)
 
 
 def _call_allocator(name: str, *arguments: int) -> None:

@@ -194,7 +194,7 @@ class SamplingModel:
             "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
-            **(vars(request.sizes) if self.bundle.num_add_time_ids else {}),
+            **(request.sizes.told() if self.bundle.num_add_time_ids else {}),
             **{"prompt": request.pictures[number], "number": number, "height": height, "width": width},
         }
 
@@ -240,8 +240,10 @@ class SamplingModel:
     ) -> dict[str, np.ndarray]:
         """Prompts and the sizes of their pictures; where it is guided, behind the same of the negative prompt."""
         sizes, factor = request.sizes, self.bundle.codec.spec.downsampling
-        own = rows.noise.shape[3] * factor, rows.noise.shape[2] * factor
-        original, target, crop = sizes.original_size or own, sizes.target_size or own, (sizes.crop_top, sizes.crop_left)
+        height, width = (side * factor for side in rows.noise.shape[2:])
+        original = sizes.orig_width or width, sizes.orig_height or height
+        target = sizes.target_width or width, sizes.target_height or height
+        crop = sizes.crop_coords_top, sizes.crop_coords_left
         scored = [(rows.negative, sizes.negative_aesthetic_score)] * len(batch) if guided else []
         scored += [(rows.prompts[row], sizes.aesthetic_score) for row in batch]
         ids_with = partial(add_time_ids, self.bundle.num_add_time_ids, original, crop, target)

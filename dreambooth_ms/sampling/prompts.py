@@ -34,11 +34,6 @@ class ModelAdapters:
         if layers := [path for path, own in zip(named, found, strict=True) if own.parts and path not in self.paths]:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 
-    @property
-    def adapt_text(self) -> bool:
-        """Whether one of them changes how prompts are read."""
-        return any(adapter.parts.keys() - {"unet"} for adapter in self.opened)
-
     def scales(self, request: SampleRequest) -> tuple[float, ...]:
         """The strength of each adapter, or one number for all.
 
@@ -87,7 +82,8 @@ class PromptReader:
         wanted = {*request.prompts, request.negative_prompt, ""}
         pieces = self._tokenizer.num_pieces(wanted) if request.support_long_prompts else 1
         # Without adapters of text, their scales make no difference.
-        scales = self._adapters.scales(request) if self._adapters.adapt_text else ()
+        adapts_text = any(adapter.parts.keys() - {"unet"} for adapter in self._adapters.opened)
+        scales = self._adapters.scales(request) if adapts_text else ()
         known = {} if self._lent else self._known.setdefault((pieces, request.clip_skip, scales), {})
         missing = wanted - known.keys()
         if missing:

@@ -8,20 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.data.conditioning import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureSizes:
-    """What SDXL is told of the pictures; sizes are (width, height), None for that of the sampled picture."""
-
-    original_size: tuple[int, int] | None = None
-    crop_top: int = 0
-    crop_left: int = 0
-    target_size: tuple[int, int] | None = None
-    aesthetic_score: float = AESTHETIC_SCORE
-    """Of 10; only SDXL's refiner takes it."""
-    negative_aesthetic_score: float = NEGATIVE_AESTHETIC_SCORE
+from dreambooth_ms.config.sample import SizesConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +50,7 @@ class SampleRequest:
     """Layers left out at the end of the text encoders."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces, in place of cutting them."""
-    sizes: PictureSizes = field(default_factory=PictureSizes)
+    sizes: SizesConfig = field(default_factory=SizesConfig)
     whole_up_to: int | None = None
     """Side in pixels of the largest square that is decoded at once; None: see `autoencoder.WHOLE_UP_TO`."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
+from dreambooth_ms.diffusion import NoiseSchedule
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.model_config import Config, is_edm, read_scheduler_config
 from dreambooth_ms.models.specs import read_table

@@ -67,7 +67,7 @@ class ActivationSettings:
     latent_width: int
     text_tokens: int = 77
     bytes_of_number: int = FLOAT32
-    """Of the type that the networks compute in."""
+    """Of the type that the networks compute in, which frozen weights have too."""
     dropout: bool = False
     """Whether adapters drop inputs; what was dropped is kept."""
     on_ascend: bool = False
@@ -102,8 +102,6 @@ class Workload:
     activations: ActivationSettings
     recomputed: bool = False
     """Whether the backward pass computes activations again."""
-    bytes_of_weight: int = FLOAT32
-    """Of a weight that is not trained."""
     bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
     """State of the optimiser, by trained number."""
     copies_of_trained: int = 0
@@ -161,7 +159,7 @@ def estimate(work: Workload) -> MemoryEstimate:
     copies = 1 + work.copies_of_trained + (0 if on_ascend else 1) + (2 if work.processes > 1 else 0)
     optimiser = trained * work.bytes_of_optimiser
     parts = {
-        "weights": frozen * work.bytes_of_weight,
+        "weights": frozen * work.activations.bytes_of_number,
         "trained": trained * FLOAT32 * copies,
         "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
     }

@@ -22,11 +22,9 @@ from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.training.adafactor import Adafactor
-from dreambooth_ms.training.adamw_8bit import AdamW8bit
 from dreambooth_ms.training.checkpoint import ADAPTER, MODEL, REPLACEMENTS, STEP_KEY
-from dreambooth_ms.training.optimisers import AdamW, Hyperparameters, Optimiser
-from dreambooth_ms.training.prodigy import Prodigy
+from dreambooth_ms.training.flat_vectors import AdamW8bit, Prodigy
+from dreambooth_ms.training.optimisers import Adafactor, AdamW, Hyperparameters, Optimiser
 from dreambooth_ms.weights.bundle import ModelBundle, save_network
 from dreambooth_ms.weights.model_writing import plan_model
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import (

@@ -150,10 +150,7 @@ def _fetch(
         # Another commit may have the same files.
         blobs = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
         size = sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file())
-        try:
-            check_room(folder, size)
-        except WeightError as error:
-            raise WeightError(f"{error}, or name another disk with HF_HOME") from error
+        check_room(folder, size, "free some space and try again, or name another disk with HF_HOME")
         try:
             with _progress(f"downloading {repository}", folder / "blobs", size):
                 download(allow_patterns=[glob.escape(one) for one in files])

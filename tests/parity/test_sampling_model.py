@@ -15,13 +15,14 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from dreambooth_ms.adapters.lora import adaptable_layers
+from dreambooth_ms.config.sample import SizesConfig
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined, starting_noise
-from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
+from dreambooth_ms.sampling.request import Refinement, SampleRequest
 from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
@@ -154,7 +155,9 @@ def test_image_to_image_of_sdxl_with_other_sizes(models, folders, picture, monke
     sizes = {"original_size": (60, 70), "crops_coords_top_left": (3, 5), "target_size": (20, 30)}
     negative_sizes = {f"negative_{name}": value for name, value in sizes.items()}
     expected = pipeline(image=picture, strength=0.5, **sizes, **negative_sizes, **settings_of_pipeline()).images
-    sizes = PictureSizes(original_size=(70, 60), crop_top=3, crop_left=5, target_size=(30, 20))
+    sizes = SizesConfig(
+        orig_width=70, orig_height=60, crop_coords_top=3, crop_coords_left=5, target_width=30, target_height=20
+    )
     asked = request(scheduler="euler", image=picture, strength=0.5, sizes=sizes)
     assert_close(latents(models["base"], asked), expected)
 
@@ -183,7 +186,7 @@ def test_the_refiner_starts_from_the_finished_picture(models, folders, monkeypat
     refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"])
     scores = {"aesthetic_score": 5.0, "negative_aesthetic_score": 3.0}
     expected = refiner(image=begun, strength=0.5, **scores, **settings_of_pipeline()).images
-    ours = refined_latents(models, request(sizes=PictureSizes(**scores)), Refinement(denoising_end=None, strength=0.5))
+    ours = refined_latents(models, request(sizes=SizesConfig(**scores)), Refinement(denoising_end=None, strength=0.5))
     assert_close(ours, expected)
 
 

@@ -230,15 +230,14 @@ class TestShardedModels:
             f".{variant}.json" if variant else ".json"
         )
 
-    @pytest.mark.parametrize("variant", [None, "fp16"])
-    def test_diffusers_reads_ours(self, tmp_path, autoencoder, variant):
+    def test_diffusers_reads_ours(self, tmp_path, autoencoder):
         autoencoder.save_config(tmp_path)
         tensors = from_torch_by_name(autoencoder.state_dict())
         _, *shards = write_sharded_safetensors(
-            tmp_path, "diffusion_pytorch_model", tensors, {"format": "pt"}, variant, max_shard_bytes=15_000
+            tmp_path, "diffusion_pytorch_model", tensors, {"format": "pt"}, max_shard_bytes=15_000
         )
         assert len(shards) > 1
-        loaded = AutoencoderKL.from_pretrained(tmp_path, variant=variant)
+        loaded = AutoencoderKL.from_pretrained(tmp_path)
         same_bits(loaded.state_dict(), autoencoder.state_dict())
 
     @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])

@@ -24,8 +24,7 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import Columns, draw_columns
+from dreambooth_ms.diffusion import Columns, NoiseSchedule, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.models.specs import VaeSpec

@@ -20,7 +20,7 @@ from dreambooth_ms.data.masks import find_mask
 from dreambooth_ms.data.pictures import resize_and_crop
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.diffusion import draw_columns
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.training.step import DiffusionLoss
 from tests.parity.reference import as_drawn, normal, relative_error

@@ -19,10 +19,8 @@ from dreambooth_ms.ops import Dense
 from dreambooth_ms.runtime import compile_cache, compiled_cell, graph_key
 from dreambooth_ms.runtime.compile_cache import CompileCache, Outlook, use_compile_cache
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
-from dreambooth_ms.training.adafactor import Adafactor
-from dreambooth_ms.training.adamw_8bit import AdamW8bit
-from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-from dreambooth_ms.training.prodigy import Prodigy
+from dreambooth_ms.training.flat_vectors import AdamW8bit, Prodigy
+from dreambooth_ms.training.optimisers import Adafactor, AdamW, Hyperparameters
 from dreambooth_ms.training.step import AccumulatingTrainStep, LossScaler, TrainStep
 
 INPUT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)

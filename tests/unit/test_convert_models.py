@@ -11,7 +11,7 @@ import pytest
 from dreambooth_ms import atomic
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.conversion import model_format_of
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule
+from dreambooth_ms.diffusion import NoiseSchedule
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file

@@ -27,8 +27,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import Frame
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record, Source
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.errors import DataError
 from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import VaeSpec

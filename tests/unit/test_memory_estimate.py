@@ -92,7 +92,6 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
         text_encoders=texts,
         ranks=[ranks_of(shapes, ranks, ends) for shapes, ends in networks],
         activations=ActivationSettings(rows, side, side, bytes_of_number=number, on_ascend=True),
-        bytes_of_weight=number,
         **more,
     )
 
@@ -178,9 +177,8 @@ def test_processes_keep_a_part_of_the_optimisers_state_each_and_join_their_gradi
 def test_half_precision_halves_what_is_not_computed_in_float32():
     half, whole = activations(SD_15_UNET, bytes_of_number=2), activations(SD_15_UNET)
     assert whole / 2 < half < whole
-    assert (
-        estimate(replace(SD_15_LORA, bytes_of_weight=2)).parts["weights"] == estimate(SD_15_LORA).parts["weights"] / 2
-    )
+    of_half = replace(SD_15_LORA, activations=replace(SD_15_LORA.activations, bytes_of_number=2))
+    assert estimate(of_half).parts["weights"] == estimate(SD_15_LORA).parts["weights"] / 2
 
 
 @pytest.mark.parametrize("spec", [SD_15_UNET, SD_21_UNET, SDXL_UNET])

@@ -9,8 +9,15 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from mindspore import Tensor
 
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import OBJECTIVES, draw_columns, epsilon_at, min_snr, velocity_at
+from dreambooth_ms.diffusion import (
+    OBJECTIVES,
+    NoiseSchedule,
+    NoiseScheduleSpec,
+    draw_columns,
+    epsilon_at,
+    min_snr,
+    velocity_at,
+)
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.training.step import WeightedError

@@ -6,11 +6,9 @@ from mindspore import Parameter, Tensor
 
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.training.adafactor import Adafactor
-from dreambooth_ms.training.adamw_8bit import AdamW8bit
+from dreambooth_ms.training.flat_vectors import AdamW8bit, Prodigy
 from dreambooth_ms.training.methods import Trainable, choose_optimiser
-from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-from dreambooth_ms.training.prodigy import Prodigy
+from dreambooth_ms.training.optimisers import Adafactor, AdamW, Hyperparameters
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 BETAS = ["--adam_beta1", "0.8", "--adam_beta2", "0.95", "--adam_epsilon", "1e-6", "--adam_weight_decay", "0.1"]

@@ -11,12 +11,17 @@ from mindspore import Parameter, Tensor, nn, ops
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from dreambooth_ms.training import flat_vectors
-from dreambooth_ms.training.adafactor import DECAY_POWER, Adafactor
-from dreambooth_ms.training.adamw_8bit import BLOCK, AdamW8bit, Quantised, dynamic_levels
 from dreambooth_ms.training.checkpoint import open_checkpoint, restore, save_checkpoint
-from dreambooth_ms.training.flat_vectors import group_by_length
-from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
-from dreambooth_ms.training.prodigy import FIRST_ESTIMATE, Prodigy
+from dreambooth_ms.training.flat_vectors import (
+    BLOCK,
+    FIRST_ESTIMATE,
+    AdamW8bit,
+    Prodigy,
+    Quantised,
+    dynamic_levels,
+    group_by_length,
+)
+from dreambooth_ms.training.optimisers import DECAY_POWER, Adafactor, AdamW, Hyperparameters
 from tests.parity.reference import normal, relative_error
 
 # A matrix that is no whole number of blocks, one that is, a vector, a scalar's neighbour, a stored convolution's shape.

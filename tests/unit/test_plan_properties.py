@@ -16,8 +16,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import covering_size, frame_of
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion.noise_schedule import NoiseSchedule, NoiseScheduleSpec
-from dreambooth_ms.diffusion.objectives import draw_columns
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.models.specs import VaeSpec
 
 SEEDS = st.integers(0, 2**64 - 1)

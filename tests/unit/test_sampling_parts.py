@@ -6,9 +6,9 @@ import pytest
 from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.sample import refinement_of, request_of
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.sample import SampleConfig
+from dreambooth_ms.config.sample import SampleConfig, SizesConfig
 from dreambooth_ms.sampling.picture_file import first_free_number, grid
-from dreambooth_ms.sampling.request import PictureSizes, Refinement, SampleRequest
+from dreambooth_ms.sampling.request import Refinement, SampleRequest
 from dreambooth_ms.sampling.schedulers import taken_steps
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
@@ -59,7 +59,7 @@ class TestRequests:
         assert (asked.width, asked.height, asked.num_images_per_prompt) == (704, 1408, 6)
         assert asked.lora_scales == (1.0, 0.6)
         assert (asked.clip_skip, asked.guidance_rescale, asked.whole_up_to) == (1, 0.7, 512)
-        assert asked.sizes == PictureSizes(original_size=(60, 70), crop_left=4, aesthetic_score=7.0)
+        assert asked.sizes == SizesConfig(orig_width=60, orig_height=70, crop_coords_left=4, aesthetic_score=7.0)
 
     @pytest.mark.parametrize(
         ("flags", "expected"),

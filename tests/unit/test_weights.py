@@ -16,7 +16,7 @@ from mindspore import nn
 from transformers import CLIPConfig, CLIPTextConfig
 
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
-from dreambooth_ms.diffusion.noise_schedule import NoiseScheduleSpec
+from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.open import read_tensors, write_tensors

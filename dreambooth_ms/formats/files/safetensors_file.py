@@ -175,7 +175,6 @@ def write_sharded_safetensors(
     stem: str,
     tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, str] | None = None,
-    variant: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
@@ -189,7 +188,6 @@ def write_sharded_safetensors(
         stem: `diffusion_pytorch_model` or `model`.
         tensors: what to write, in this order.
         metadata: goes into each file.
-        variant: becomes part of the names, as in `diffusion_pytorch_model.fp16.safetensors`.
         max_shard_bytes: values per file; a tensor that is larger has a file of its own.
         progress: told the bytes that are written.
 
@@ -199,14 +197,13 @@ def write_sharded_safetensors(
     Raises:
         WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
     """
-    dotted = f".{variant}" if variant else ""
     parts = list(_shards(tensors, max_shard_bytes))
     if len(parts) == 1:
-        path = folder / f"{stem}{dotted}.safetensors"
+        path = folder / f"{stem}.safetensors"
         write_safetensors(path, tensors, metadata, progress)
         return [path]
-    index = folder / f"{stem}.safetensors.index{dotted}.json"
-    names = [f"{stem}{dotted}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    index = folder / f"{stem}.safetensors.index.json"
+    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     content = {"metadata": {"total_size": stored.total_bytes(tensors)}, WEIGHT_MAP: places}
     check_room(index, stored.total_bytes(tensors))

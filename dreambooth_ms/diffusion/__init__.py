@@ -1,1 +1,0 @@
-"""The formulas of diffusion models, without state."""
