@@ -296,9 +296,10 @@ RULES = ("--with_prior_preservation: needs", "expected another folder", "polynom
          "--num_images_per_prompt: is", "--task img2img: needs", "--image: a picture is started", "--orig_height: give",
          "--target_height: give", "--denoising_end:", "prodigy has one rate", "--zero_stage 1: shares out",
          "--alpha_mask: and --mask_dir", ": required", "--dataset_name: and --instance_data_dir",
-         "--concepts_list: names them", "--modifier_token: new words are", "--initializer_token", "--train_new_words: needs",
-         "new words (--modifier_token) in place of the text encoder", "--method textual_inversion: trains",
-         "--no_safe_serialization: LoRAs", "--use_aspect_ratio_bucket: ")  # fmt: skip
+         "--concepts_list: names them", "--modifier_token: new words are", "--initializer_token",
+         "--train_new_words: needs", "new words (--modifier_token) in place of the text encoder",
+         "--method textual_inversion: trains", "--no_safe_serialization: LoRAs",
+         "--use_aspect_ratio_bucket: ")  # fmt: skip
 
 
 def written_as_flag(name, value):
