@@ -219,8 +219,9 @@ def result_of(folder: Path) -> Result | None:
     """The result that a folder holds, as its last file; None if there is none."""
     results = (ADAPTER, REPLACEMENTS, REPLACEMENTS.with_suffix(".bin"), MODEL)
     named = [folder / name for name in results if os.path.isfile(folder / name)]
-    # A file of a new word has its name.
-    files = (path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin"))
+    # A file of a new word has its name. Of os.path, because pathlib raises on names that are too long.
+    held = sorted(folder.iterdir()) if os.path.isdir(folder) else []
+    files = (path for path in held if path.suffix in (".safetensors", ".bin"))
     words = [path for path in files if STEP_KEY in read_metadata(path)]
     path = next(iter([*named, *words[-1:]]), None)
     return Result(path, int(read_metadata(path).get(STEP_KEY, 0))) if path else None
