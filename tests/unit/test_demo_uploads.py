@@ -86,7 +86,8 @@ def test_a_lora_is_stored(tmp_path):
 
 
 def test_what_is_no_lora_is_refused(tmp_path):
-    write_tensors(tmp_path / "other.safetensors", {"a": np.zeros(3, np.float32)})
+    # A single tensor without a dot in its name would be the vectors of a word.
+    write_tensors(tmp_path / "other.safetensors", {"a.b": np.zeros(3, np.float32)})
     folder = tmp_path / "uploads"
     assert "holds no LoRA" in refused(
         folder, uploads.store_lora, "a.safetensors", (tmp_path / "other.safetensors").read_bytes()

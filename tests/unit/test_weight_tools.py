@@ -91,7 +91,7 @@ class TestCommandLines:
             load(ConvertConfig, arguments)
 
     def test_a_merge_needs_a_lora(self):
-        with pytest.raises(ConfigError, match="--lora: required"):
+        with pytest.raises(ConfigError, match="--lora: missing; name the LoRA to merge"):
             load(MergeConfig, ["--base", "a", "--target", "b"])
         several = ["--base", "a", "--target", "b", "--lora", "c", "--lora", "d"]
         assert load(MergeConfig, several).merging.lora == ["c", "d"]
