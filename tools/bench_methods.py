@@ -100,7 +100,8 @@ class Judge:
 
 def size(run: Path) -> str:
     """Of the weights of a run's result."""
-    files = [path for path in run.rglob("*.safetensors") if path.relative_to(run).parts[0][:10] != "checkpoint"]
+    others = ("cache", "checkpoint")
+    files = [path for path in run.rglob("*.safetensors") if not path.relative_to(run).parts[0].startswith(others)]
     return f"{sum(path.stat().st_size for path in files) / 1e6:.2f} MB"
 
 
