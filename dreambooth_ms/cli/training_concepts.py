@@ -155,6 +155,8 @@ def starting_words(config: TrainConfig, base: ModelBundle) -> Words:
             if len(ids) != 1 and wanted.initializer_token:
                 it_is = count_of(len(ids), "token")
                 raise ConfigError(f"--initializer_token {known!r}: expected a word that is one token, it is {it_is}")
+            if len(ids) != 1 and known and reader is base.text[0]:
+                tell(f"{word} starts from random vectors: {known} is no token of this base (--initializer_token)")
             shape = (wanted.num_vectors, table.shape[1])
             drawn = standard_normal(shape, config.run.seed or 0, f"{reader.name} start of {word}") * table.std()
             found.setdefault(word, {})[reader.name] = np.repeat(table[ids], shape[0], 0) if len(ids) == 1 else drawn

@@ -190,6 +190,11 @@ _HAS_WORDS = Rule(
     lambda values: values["method"] == "textual_inversion" and not values["modifier_token"],
     "--method textual_inversion: trains new words alone; name them with --modifier_token",
 )
+_NO_WORD = Rule(
+    lambda values: values["method"] == "custom_diffusion" and not values["modifier_token"],
+    "--method custom_diffusion trains no new word without --modifier_token: prompts are read by the words of the base",
+    is_note=True,
+)
 _NOT_PICKLED = Rule(
     lambda values: values["method"] != "custom_diffusion" and not values["modifier_token"],
     "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
@@ -201,7 +206,7 @@ _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 class MethodConfig:
     """What is trained."""
 
-    method: Annotated[choices.Method, _HAS_WORDS] = "lora"
+    method: Annotated[choices.Method, _HAS_WORDS, _NO_WORD] = "lora"
     """How the subject is taught. lora: a small update beside frozen weights. full: all weights of the UNet.
     custom_diffusion: keys and values of its cross-attention, and new words. textual_inversion: new words alone."""
     freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], only_with("method", "custom_diffusion")] = (

@@ -102,7 +102,7 @@ class ClipTokenizer:
             WeightError: a word is there already.
         """
         if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
-            raise WeightError(f"{show_names(known)}: the tokenizer has this word already; choose another, as <new1>")
+            raise WeightError(f"{show_names(known)}: the tokenizer has this word already; rename the new one")
         extended, first = copy(self), self._vocab_size
         ends = [*accumulate(counts.values(), initial=first)]
         own = {word: list(range(*ends_of)) for word, ends_of in zip(counts, pairwise(ends), strict=True)}

@@ -199,6 +199,4 @@ class TestMergedFolder:
         assert len(again.tokenizer) == again.text_encoder.get_input_embeddings().weight.shape[0]
         more = ["--base", str(folder), "--lora", str(run.folder), "--target", str(tmp_path / "twice")]
         assert main(["merge", *more]) == 2
-        assert (
-            "<new1>, <new2>: the tokenizer has this word already; choose another, as <new1>" in capsys.readouterr().err
-        )
+        assert "<new1>, <new2>: the tokenizer has this word already; rename the new one" in capsys.readouterr().err

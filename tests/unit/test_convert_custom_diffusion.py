@@ -229,7 +229,7 @@ class TestBadInputs:
     def test_a_word_that_the_tokenizer_has(self, base, tmp_path, capsys):
         write_words(words_of({"<|endoftext|>": 1}), tmp_path / "words", DType.F32, {})
         said = failing(capsys, "merge", "--base", base, "--lora", tmp_path / "words", "--target", tmp_path / "out")
-        assert "<|endoftext|>: the tokenizer has this word already; choose another, as <new1>" in said
+        assert "<|endoftext|>: the tokenizer has this word already; rename the new one" in said
         assert not (tmp_path / "out").exists()
 
     def test_a_word_that_is_no_name_of_a_file(self, tmp_path):

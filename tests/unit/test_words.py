@@ -79,7 +79,7 @@ def test_a_word_of_several_tokens_has_ids_that_go_on_from_those_before():
 @pytest.mark.parametrize("word", ["*", "sks</w>", "<|endoftext|>", "<new1>"])
 def test_a_word_that_is_there_is_refused(word):
     tokenizer = ClipTokenizer(tokenizer_on_board()).with_words({"<new1>": 1})
-    with pytest.raises(WeightError, match=r"the tokenizer has this word already; choose another, as <new1>$"):
+    with pytest.raises(WeightError, match=r"the tokenizer has this word already; rename the new one$"):
         tokenizer.with_words({word: 1})
 
 
