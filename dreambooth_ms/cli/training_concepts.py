@@ -127,6 +127,8 @@ def tell_cut_prompts(
 
 def check_words(config: TrainConfig, base: ModelBundle, concepts: Sequence[Concept]) -> None:
     """Raise ConfigError of a new word that no prompt and no caption of the subjects holds: nothing would be learnt."""
+    if not config.words.words:
+        return
     subjects, tokenizer = [one for one in concepts if one.group == INSTANCE], base.text[0].tokenizer()
     texts = {text for one in subjects for record in one.records for text in record.captions}
     read = set(chain.from_iterable(map(tokenizer.tokens, texts)))
@@ -149,9 +151,10 @@ def starting_words(config: TrainConfig, base: ModelBundle) -> Words:
     usual = OF_CUSTOM_DIFFUSION if config.method.method == "custom_diffusion" else ""
     initial = split_words(wanted.initializer_token or usual)
     for reader in base.text if wanted.words else ():
+        tokenizer = reader.tokenizer()
         table = read_value(base.opened().tensors[f"{reader.name}.{TABLE}.weight"]).astype(np.float32)
         for word, known in zip_longest(wanted.words, initial[: len(wanted.words)], fillvalue=""):
-            ids = reader.tokenizer().tokens(known)
+            ids = tokenizer.tokens(known)
             if len(ids) != 1 and wanted.initializer_token:
                 it_is = count_of(len(ids), "token")
                 raise ConfigError(f"--initializer_token {known!r}: expected a word that is one token, it is {it_is}")

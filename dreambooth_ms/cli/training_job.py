@@ -173,10 +173,9 @@ class Training:
 
         Their gradients still count in the clip, as in diffusers, which sets their learning rate to 0.
         """
-        if report.step <= self.job.steps_of_words:
+        if report.step == self.job.steps_of_words:
             self.kept_words = [(one, one.asnumpy().copy()) for one, _ in self.kept_words]
-            return
-        for one, value in self.kept_words:
+        for one, value in self.kept_words if report.step > self.job.steps_of_words else ():
             set_between_runs(one, value)
 
     def update_average(self, report: StepReport) -> None:

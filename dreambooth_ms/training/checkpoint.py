@@ -218,10 +218,9 @@ class Result:
 def result_of(folder: Path) -> Result | None:
     """The result that a folder holds, as its last file; None if there is none."""
     results = (ADAPTER, REPLACEMENTS, REPLACEMENTS.with_suffix(".bin"), MODEL)
-    named = [folder / name for name in results if os.path.isfile(folder / name)]
+    path = next((folder / name for name in results if os.path.isfile(folder / name)), None)
     # A file of a new word has its name. Of os.path, because pathlib raises on names that are too long.
-    held = sorted(folder.iterdir()) if os.path.isdir(folder) else []
-    files = (path for path in held if path.suffix in (".safetensors", ".bin"))
-    words = [path for path in files if STEP_KEY in read_metadata(path)]
-    path = next(iter([*named, *words[-1:]]), None)
+    if path is None and os.path.isdir(folder):
+        files = (one for one in sorted(folder.iterdir(), reverse=True) if one.suffix in (".safetensors", ".bin"))
+        path = next((one for one in files if STEP_KEY in read_metadata(one)), None)
     return Result(path, int(read_metadata(path).get(STEP_KEY, 0))) if path else None
