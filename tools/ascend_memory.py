@@ -112,7 +112,7 @@ def _batch(args: argparse.Namespace, spec: Any, trained_texts: int) -> list[Any]
 
 def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
     from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-    from dreambooth_ms.training.memory import FLOAT32, ActivationSettings, Workload, ranks_of
+    from dreambooth_ms.training.memory import FLOAT32, Workload, ranks_of
     from dreambooth_ms.weights.bundle import CLIP_TARGETS
 
     side, width = args.resolution // spec.vae.downsampling, FLOAT32 if args.mixed_precision == "no" else 2
@@ -121,7 +121,11 @@ def _workload(args: argparse.Namespace, spec: Any, texts: Sequence[Any]) -> Any:
         unet=spec.unet,
         text_encoders=texts,
         ranks=[ranks_of(own, RANK, ends) if args.method == "lora" else ranks_of(own, None) for own, ends in shapes],
-        activations=ActivationSettings(args.rows, side, side, bytes_of_number=width, on_ascend=True),
+        rows=args.rows,
+        latent_height=side,
+        latent_width=side,
+        bytes_of_number=width,
+        on_ascend=True,
         recomputed=args.gradient_checkpointing,
     )
 

@@ -339,14 +339,17 @@ def card_memory() -> int:
 def expected_memory(job: Job) -> str:
     """What `dreambooth-ms train` says of such a step before it begins."""
     from dreambooth_ms.models.parameter_shapes import unet_shapes
-    from dreambooth_ms.training.memory import FLOAT32, ActivationSettings, Workload, estimate, ranks_of
+    from dreambooth_ms.training.memory import FLOAT32, Workload, estimate, ranks_of
 
     shapes = unet_shapes(job.unet)
     width = FLOAT32 if job.mixed_precision == "no" else 2
     work = Workload(
         unet=job.unet,
         ranks=[ranks_of(shapes, RANK, TARGETS) if job.method == "lora" else ranks_of(shapes, None)],
-        activations=ActivationSettings(2, job.latent_size, job.latent_size, TEXT_TOKENS, width),
+        rows=2,
+        latent_height=job.latent_size,
+        latent_width=job.latent_size,
+        bytes_of_number=width,
         recomputed=job.gradient_checkpointing,
         processes=job.processes,
         shares_optimiser=job.zero_stage > 0,

@@ -19,7 +19,7 @@ from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import Tell, WeightError, count_of
+from dreambooth_ms.errors import DeviceError, Tell, WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.processes.group import Processes
@@ -38,6 +38,9 @@ def check_expected_memory(
     """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
 
     `--max_device_memory` is of each process. All processes must ask at the same time.
+
+    Raises:
+        DeviceError: it cannot fit; what would need less is named.
     """
     run, expected = config.run, memory.estimate(_workload(config, folder, processes.count))
     tell(str(expected))
@@ -51,8 +54,10 @@ def check_expected_memory(
     if run.max_device_memory and (size := memory_size(run.max_device_memory)):
         limit, sharing = size, 1
     advice += ["fewer processes on a machine"] if sharing > 1 else []
-    if limit:
-        memory.check_memory(expected, limit, f"what needs less: {', '.join(advice)}", sharing)
+    if limit and expected.total * sharing > limit:
+        each = f" in each of {sharing} processes" if sharing > 1 else ""
+        there = f"there are {memory.gib(limit)} GiB"
+        raise DeviceError(f"{expected}{each}, and {there}; what needs less: {', '.join(advice)}")
     return expected.parts
 
 
@@ -143,7 +148,7 @@ def warn_of_little(config: TrainConfig, total: int) -> None:
 
 def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memory.Workload:
     method, data, run = config.method, config.data, config.run
-    _, height, width_of_latents = folder.latent_shape(data.resolution, data.resolution)
+    _, height, width = folder.latent_shape(data.resolution, data.resolution)
     groups = 2 if config.prior.with_prior_preservation else 1
     readers, shapes = folder.text if config.encodes_text else (), unet_shapes(folder.denoiser.spec)
     rank = method.rank if method.method == "lora" else None
@@ -154,19 +159,16 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memor
     texts = [(clip_text_shapes(one.spec), one.adapted_layers) for one in readers]
     of_texts = [memory.ranks_of(own, rank, ends) if method.train_text_encoder else {} for own, ends in texts]
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
-    width = 2 if config.device.mixed_precision in ("fp16", "bf16") else memory.FLOAT32
     return memory.Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
         ranks=[of_unet, *of_texts],
-        activations=memory.ActivationSettings(
-            rows=groups * run.train_batch_size,
-            latent_height=height,
-            latent_width=width_of_latents,
-            bytes_of_number=width,
-            dropout=method.lora_dropout > 0,
-            on_ascend=formulation() is Formulation.ASCEND,
-        ),
+        rows=groups * run.train_batch_size,
+        latent_height=height,
+        latent_width=width,
+        bytes_of_number=2 if config.device.mixed_precision in ("fp16", "bf16") else memory.FLOAT32,
+        dropout=method.lora_dropout > 0,
+        on_ascend=formulation() is Formulation.ASCEND,
         recomputed=run.gradient_checkpointing,
         bytes_of_optimiser=memory.OPTIMISER_BYTES[optimiser],
         copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),

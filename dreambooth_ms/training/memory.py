@@ -10,15 +10,14 @@ from enum import Enum
 
 from dreambooth_ms.adapters.lora import layers_to_adapt
 from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
-from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
 from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
 from dreambooth_ms.ops.attention import fused_head, scores_at_a_time
 from dreambooth_ms.ops.conv import MAX_TAPS
 
-FLOAT32 = 4
-"""Bytes of a number in norms and scores, whatever the network computes in."""
+FLOAT32, TEXT_TOKENS = 4, 77
+"""Bytes of a number in norms and scores, whatever the network computes in; and what a UNet reads of a prompt."""
 
 SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
 """Layers whose activations are not counted."""
@@ -58,23 +57,6 @@ class Trained(Enum):
 
 
 @dataclass(frozen=True)
-class ActivationSettings:
-    """What decides the size of the activations of a network."""
-
-    rows: int
-    """Rows of a batch."""
-    latent_height: int
-    latent_width: int
-    text_tokens: int = 77
-    bytes_of_number: int = FLOAT32
-    """Of the type that the networks compute in, which frozen weights have too."""
-    dropout: bool = False
-    """Whether adapters drop inputs; what was dropped is kept."""
-    on_ascend: bool = False
-    """In its formulation, whose attention is one kernel in half precision."""
-
-
-@dataclass(frozen=True)
 class SegmentMemory:
     """Bytes of a part of a network that gradient checkpointing computes again as one."""
 
@@ -99,7 +81,16 @@ class Workload:
     """Those in the step: trained, or with new words."""
     ranks: Sequence[Ranks]
     """Of the UNet, then of each text encoder."""
-    activations: ActivationSettings
+    rows: int
+    """Of a batch."""
+    latent_height: int
+    latent_width: int
+    bytes_of_number: int = FLOAT32
+    """Of the type that the networks compute in, which frozen weights have too."""
+    dropout: bool = False
+    """Whether adapters drop inputs; what was dropped is kept."""
+    on_ascend: bool = False
+    """In its formulation, whose attention is one kernel in half precision."""
     recomputed: bool = False
     """Whether the backward pass computes activations again."""
     bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
@@ -135,8 +126,8 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in self.parts.items())
-        return f"expected memory: {_gib(self.total)} GiB ({parts})"
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.parts.items())
+        return f"expected memory: {gib(self.total)} GiB ({parts})"
 
 
 def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[str] | None = None) -> Ranks:
@@ -154,12 +145,12 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
 
 def estimate(work: Workload) -> MemoryEstimate:
     """The memory at the peak of a step: on CPU the process's; on Ascend the card's, where the program is not."""
-    (frozen, trained), on_ascend = work.numbers, work.activations.on_ascend
+    (frozen, trained), on_ascend = work.numbers, work.on_ascend
     # All gradients, which on Ascend are among what the backward pass keeps, and where processes join them, their sums.
     copies = 1 + work.copies_of_trained + (0 if on_ascend else 1) + (2 if work.processes > 1 else 0)
     optimiser = trained * work.bytes_of_optimiser
     parts = {
-        "weights": frozen * work.activations.bytes_of_number,
+        "weights": frozen * work.bytes_of_number,
         "trained": trained * FLOAT32 * copies,
         "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
     }
@@ -171,28 +162,25 @@ def estimate(work: Workload) -> MemoryEstimate:
 def _segments(work: Workload) -> list[SegmentMemory]:
     """Of the text encoders that are trained, then of all layers of the UNet, as in the forward pass."""
     (shapes, ranks), *of_texts = zip(work.shapes, work.ranks, strict=True)
-    activations, segments = work.activations, list[SegmentMemory]()
+    segments = []
     for spec, of_text in zip(work.text_encoders, of_texts, strict=True):
-        segments.append(_with_weights(text_segment(spec, activations, _trained(of_text[1])), activations, *of_text))
+        segments.append(_with_weights(text_segment(spec, work, _trained(of_text[1])), work, *of_text))
     for layer in unet_layout(work.unet):
         modules = tuple(f"{module}." for module in layer.modules)
         own = {name: shape for name, shape in shapes.items() if name.startswith(modules)}
-        segment = unet_segment(layer, work.unet, activations, _trained(ranks))
-        segments.append(_with_weights(segment, activations, own, ranks))
+        segments.append(_with_weights(unet_segment(layer, work, _trained(ranks)), work, own, ranks))
     return segments
 
 
-def _with_weights(
-    segment: SegmentMemory, settings: ActivationSettings, shapes: Mapping[str, Shape], ranks: Ranks
-) -> SegmentMemory:
+def _with_weights(segment: SegmentMemory, work: Workload, shapes: Mapping[str, Shape], ranks: Ranks) -> SegmentMemory:
     """With the gradients of what is trained in it, and whole weights that are trained in the type computed in."""
     _, trained = _numbers(shapes, ranks)
-    is_cast = None in ranks.values() and settings.bytes_of_number < FLOAT32
-    return replace(segment, casts=settings.bytes_of_number * trained * is_cast, gradients=FLOAT32 * trained)
+    is_cast = None in ranks.values() and work.bytes_of_number < FLOAT32
+    return replace(segment, casts=work.bytes_of_number * trained * is_cast, gradients=FLOAT32 * trained)
 
 
 def _step_on_cpu(work: Workload) -> dict[str, int]:
-    layers = len(unet_segments(work.unet, work.activations))
+    layers = sum(layer.kind not in SMALL for layer in unet_layout(work.unet))
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
     passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
     graphs = GRAPH_OF_SEGMENT * layers + GRAPH_OF_TEXT_LAYER * text_layers
@@ -202,17 +190,6 @@ def _step_on_cpu(work: Workload) -> dict[str, int]:
         "activations": int(POOL_SHARE * peak_activations(_segments(work), work.recomputed)),
         "program and graphs": PROGRAM + kernels * FLOAT32 + int(passes * graphs),
     }
-
-
-def check_memory(expected: MemoryEstimate, limit: int, advice: str, processes: int = 1) -> None:
-    """Refuse what cannot fit: what is expected of each of some processes, which share `limit` bytes.
-
-    Raises:
-        DeviceError: they need more than there is; `advice` says what would need less.
-    """
-    if expected.total * processes > limit:
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        raise DeviceError(f"{expected}{each}, and there are {_gib(limit)} GiB; {advice}")
 
 
 def _trained(ranks: Ranks) -> Trained:
@@ -235,7 +212,8 @@ def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:
     return frozen, trained
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """So many bytes in GiB."""
     return f"{size / 2**30:.1f}"
 
 
@@ -258,34 +236,27 @@ def peak_with_gradients(segments: Sequence[SegmentMemory], recomputed: bool) -> 
     return peak
 
 
-def unet_segments(
-    spec: UNetSpec, settings: ActivationSettings, trained: Trained = Trained.ATTENTION
-) -> list[SegmentMemory]:
-    """The layers of a UNet but those that are small: time embedding, text and prediction."""
-    return [unet_segment(layer, spec, settings, trained) for layer in unet_layout(spec) if layer.kind not in SMALL]
-
-
-def text_segment(spec: ClipTextSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
+def text_segment(spec: ClipTextSpec, work: Workload, trained: Trained) -> SegmentMemory:
     """A trained text encoder, which is one segment."""
     tower = spec.transformer
-    tokens = settings.rows * spec.max_position_embeddings
+    tokens = work.rows * spec.max_position_embeddings
     one = tokens * tower.hidden_size
     # Of a layer: both norms' inputs; queries, keys, values and the result by head; the inner width before and after the
     # activation and its slope. What is trained keeps its inputs, adapters in float32.
-    layer = 2 * FLOAT32 * one + settings.bytes_of_number * (4 * one + 3 * tokens * tower.intermediate_size)
+    layer = 2 * FLOAT32 * one + work.bytes_of_number * (4 * one + 3 * tokens * tower.intermediate_size)
     if trained is not Trained.NOTHING:
-        layer += (FLOAT32 if trained is Trained.ATTENTION else settings.bytes_of_number) * 3 * one
-    return SegmentMemory(settings.bytes_of_number * one, tower.num_hidden_layers * layer)
+        layer += (FLOAT32 if trained is Trained.ATTENTION else work.bytes_of_number) * 3 * one
+    return SegmentMemory(work.bytes_of_number * one, tower.num_hidden_layers * layer)
 
 
-def unet_segment(layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained) -> SegmentMemory:
+def unet_segment(layer: Layer, work: Workload, trained: Trained) -> SegmentMemory:
     """The memory of a layer, from the numbers in its input and its result."""
-    number, trains_all = settings.bytes_of_number, trained is Trained.ALL
-    pixels = settings.rows * (settings.latent_height >> layer.level) * (settings.latent_width >> layer.level)
+    number, trains_all = work.bytes_of_number, trained is Trained.ALL
+    pixels = work.rows * (work.latent_height >> layer.level) * (work.latent_width >> layer.level)
     in_, out = pixels * layer.in_channels, pixels * layer.out_channels
     # The gathered taps of one part, the padded input, the result and the norm's backward pass before it.
     convolution = number * (min(MAX_TAPS, 9 * max(in_, out)) + 4 * max(in_, out))
-    if settings.on_ascend:
+    if work.on_ascend:
         # Gradients of a norm and of its SiLU, and the convolution's result.
         convolution = (2 * FLOAT32 + number) * max(in_, out)
     # Inputs of the projections before and behind a transformer's blocks.
@@ -294,17 +265,17 @@ def unet_segment(layer: Layer, spec: UNetSpec, settings: ActivationSettings, tra
         case LayerKind.RESNET | LayerKind.SKIP_RESNET:
             # The second norm's input; with a skip, the first one's is a tensor of its own.
             norms = out + (in_ if layer.kind is LayerKind.SKIP_RESNET else 0)
-            if settings.on_ascend:
+            if work.on_ascend:
                 norms = 2 * (in_ + out)  # Both, and the inputs of SiLU after them.
             inputs = in_ + out if trains_all else 0
             return SegmentMemory(number * out, FLOAT32 * norms + number * inputs, convolution)
         case LayerKind.TRANSFORMER | LayerKind.TRANSFORMER_BLOCK:
-            block = _transformer_block(layer, spec, settings, trained, pixels)
+            block = _transformer_block(layer, work, trained, pixels)
             # The projection's result, which the block's first norm reads, is inside of a whole transformer too.
             whole = projections + FLOAT32 * out if layer.kind is LayerKind.TRANSFORMER else 0
             return replace(block, inside=block.inside + whole)
         case LayerKind.TRANSFORMER_INPUT:
-            return SegmentMemory(number * out, projections + (FLOAT32 * out if settings.on_ascend else 0))
+            return SegmentMemory(number * out, projections + (FLOAT32 * out if work.on_ascend else 0))
         case LayerKind.TRANSFORMER_OUTPUT:
             return SegmentMemory(number * out)
         case LayerKind.UNET_INPUT | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
@@ -313,16 +284,14 @@ def unet_segment(layer: Layer, spec: UNetSpec, settings: ActivationSettings, tra
     return SegmentMemory(0)
 
 
-def _transformer_block(
-    layer: Layer, spec: UNetSpec, settings: ActivationSettings, trained: Trained, pixels: int
-) -> SegmentMemory:
+def _transformer_block(layer: Layer, work: Workload, trained: Trained, pixels: int) -> SegmentMemory:
     """What a transformer block keeps beside its input and its result, and attention's and the gated unit's work."""
-    number, one = settings.bytes_of_number, pixels * layer.out_channels
-    text = settings.rows * settings.text_tokens * layer.out_channels
+    number, one = work.bytes_of_number, pixels * layer.out_channels
+    text = work.rows * TEXT_TOKENS * layer.out_channels
     # Two norms' inputs; queries, keys, values and the result of both attentions by head; the gated unit's input.
     by_head = 6 * one + 2 * text
     inside = 2 * FLOAT32 * one + number * (by_head + 8 * one)
-    if settings.on_ascend:
+    if work.on_ascend:
         # The third norm's input, which is no float32 tensor that something else keeps.
         inside += FLOAT32 * one
     if trained is not Trained.NOTHING:
@@ -330,15 +299,15 @@ def _transformer_block(
         inside += (FLOAT32 if trained is Trained.ATTENTION else number) * 4 * one
     if trained is Trained.ALL:
         inside += number * 5 * one
-    if settings.dropout:
+    if work.dropout:
         # What each of six projections of the image drops, and the result.
         inside += FLOAT32 * 12 * one
-    tokens, heads = pixels // settings.rows, spec.num_heads[layer.level]
-    if settings.on_ascend and number < FLOAT32:
+    tokens, heads = pixels // work.rows, work.unet.num_heads[layer.level]
+    if work.on_ascend and number < FLOAT32:
         # What is by head has zeros up to a supported size; of either attention the softmax's maximum and sum, which the
         # kernel gives 8 times for each query and head.
         padding = fused_head(layer.out_channels // heads) - layer.out_channels // heads
         inside += number * by_head * padding * heads // layer.out_channels + 2 * 2 * 8 * FLOAT32 * heads * pixels
         return SegmentMemory(number * one, inside, number * 24 * one)
-    scores = scores_at_a_time(heads * settings.rows, tokens, tokens)
+    scores = scores_at_a_time(heads * work.rows, tokens, tokens)
     return SegmentMemory(number * one, inside, max(FLOAT32 * 3 * scores + number * 5 * one, number * 24 * one))

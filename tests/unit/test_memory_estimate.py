@@ -12,23 +12,23 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.models.layout import unet_layout
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
+from dreambooth_ms.training import memory
 from dreambooth_ms.training.memory import (
-    ActivationSettings,
     MemoryEstimate,
     SegmentMemory,
     Trained,
     Workload,
-    check_memory,
     estimate,
     peak_activations,
     peak_with_gradients,
     ranks_of,
-    unet_segments,
+    unet_segment,
 )
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
@@ -40,20 +40,21 @@ from tools.formulation import use_formulation
 GIB = 2**30
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-SETTINGS = ActivationSettings(rows=2, latent_height=64, latent_width=64)
-LARGE = ActivationSettings(rows=2, latent_height=128, latent_width=128)
+ROWS = {"rows": 2, "latent_height": 64, "latent_width": 64}
+LARGE = {"latent_height": 128, "latent_width": 128}
 
 
 def lora(unet, rank=4, **more):
-    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), rank, TARGETS)], activations=SETTINGS, **more)
+    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), rank, TARGETS)], **ROWS | more)
 
 
-def full(unet, activations=SETTINGS, **more):
-    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), None)], activations=activations, **more)
+def full(unet, **more):
+    return Workload(unet=unet, ranks=[ranks_of(unet_shapes(unet), None)], **ROWS | more)
 
 
 def activations(spec, recomputed=False, trained=Trained.ATTENTION, **changes):
-    return peak_activations(unet_segments(spec, replace(SETTINGS, **changes), trained), recomputed)
+    work = lora(spec, **changes)
+    return peak_activations([unet_segment(layer, work, trained) for layer in unet_layout(spec)], recomputed)
 
 
 SD_15_LORA, SDXL_LORA = lora(SD_15_UNET), lora(SDXL_UNET)
@@ -65,15 +66,13 @@ HALF_SD_15 = replace(SD_15_UNET, block_out_channels=(160, 320, 640, 640))
     [
         pytest.param(SD_15_LORA, 9.9, id="SD 1.5, rank 4, 512 px"),
         pytest.param(replace(SD_15_LORA, recomputed=True), 9.9, id="with checkpointing"),
-        pytest.param(replace(SD_15_LORA, activations=LARGE), 19.2, id="1024 px"),
-        pytest.param(replace(SD_15_LORA, activations=LARGE, recomputed=True), 13.4, id="1024 px with checkpointing"),
+        pytest.param(replace(SD_15_LORA, **LARGE), 19.2, id="1024 px"),
+        pytest.param(replace(SD_15_LORA, **LARGE, recomputed=True), 13.4, id="1024 px with checkpointing"),
         pytest.param(SDXL_LORA, 20.1, id="SDXL"),
         pytest.param(replace(SDXL_LORA, recomputed=True), 18.9, id="SDXL with checkpointing"),
+        pytest.param(replace(SDXL_LORA, **LARGE, recomputed=True), 22.3, id="SDXL at 1024 px with checkpointing"),
         pytest.param(
-            replace(SDXL_LORA, activations=LARGE, recomputed=True), 22.3, id="SDXL at 1024 px with checkpointing"
-        ),
-        pytest.param(
-            full(HALF_SD_15, ActivationSettings(2, 32, 32), processes=2),
+            full(HALF_SD_15, latent_height=32, latent_width=32, processes=2),
             16.7 / 2,
             id="all of half of SD 1.5, 256 px, in two processes",
         ),
@@ -91,7 +90,11 @@ def on_ascend(unet, ranks, side, number=2, rows=2, texts=(), **more):
         unet=unet,
         text_encoders=texts,
         ranks=[ranks_of(shapes, ranks, ends) for shapes, ends in networks],
-        activations=ActivationSettings(rows, side, side, bytes_of_number=number, on_ascend=True),
+        rows=rows,
+        latent_height=side,
+        latent_width=side,
+        bytes_of_number=number,
+        on_ascend=True,
         **more,
     )
 
@@ -134,7 +137,8 @@ def test_gradients_grow_while_activations_are_freed():
 @pytest.mark.parametrize("unet", [TINY, TINY_SDXL, SMALL["sd21"].unet, SMALL["sdxl"].unet])
 def test_the_segments_are_those_of_the_network(unet):
     """But for the time embedding, the text and the prediction, which are small."""
-    assert len(unet_segments(unet, SETTINGS)) == len(Segments(UNet2DConditionModel(unet)).segments) - 3
+    large = [layer for layer in unet_layout(unet) if layer.kind not in memory.SMALL]
+    assert len(large) == len(Segments(UNet2DConditionModel(unet)).segments) - 3
 
 
 @pytest.mark.parametrize("unet", [TINY, SMALL["sdxl"].unet])
@@ -177,7 +181,7 @@ def test_processes_keep_a_part_of_the_optimisers_state_each_and_join_their_gradi
 def test_half_precision_halves_what_is_not_computed_in_float32():
     half, whole = activations(SD_15_UNET, bytes_of_number=2), activations(SD_15_UNET)
     assert whole / 2 < half < whole
-    of_half = replace(SD_15_LORA, activations=replace(SD_15_LORA.activations, bytes_of_number=2))
+    of_half = replace(SD_15_LORA, bytes_of_number=2)
     assert estimate(of_half).parts["weights"] == estimate(SD_15_LORA).parts["weights"] / 2
 
 
@@ -197,20 +201,36 @@ def test_recomputation_keeps_results_and_one_segment():
     assert peak_activations(segments, recomputed=True) == 60 + 450
 
 
-def test_what_does_not_fit_is_refused():
-    expected = MemoryEstimate({"weights": 3 * GIB, "activations": GIB})
-    check_memory(expected, 4 * GIB, "less")
-    said = r"expected memory: 4.0 GiB \(weights 3.0, activations 1.0\), and there are 3.9 GiB; less"
-    with pytest.raises(DeviceError, match=said):
-        check_memory(expected, int(3.9 * GIB), "less")
+FLAGS = ("--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p")
 
 
-def test_processes_that_share_a_machine_must_fit_together():
+@pytest.fixture
+def check(monkeypatch):
+    """Looks whether a training of 4 GiB fits into so many bytes that so many processes share."""
     expected = MemoryEstimate({"weights": 3 * GIB, "activations": GIB})
-    check_memory(expected, 8 * GIB, "less", processes=2)
-    said = r"expected memory: 4.0 GiB \(.*\) in each of 3 processes, and there are 8.0 GiB; less"
+    monkeypatch.setattr(training_needs, "_workload", lambda *of: None)
+    monkeypatch.setattr(memory, "estimate", lambda work: expected)
+
+    def check(limit, processes=1):
+        monkeypatch.setattr(training_needs, "machine_memory", lambda: limit)
+        group = Processes(0, processes, exchange=lambda what, value: [value] * processes)
+        training_needs.check_expected_memory(load(TrainConfig, FLAGS), None, group)
+
+    return check
+
+
+def test_what_does_not_fit_is_refused(check):
+    check(4 * GIB)
+    said = r"expected memory: 4.0 GiB \(weights 3.0, activations 1.0\), and there are 3.9 GiB; what needs less: "
     with pytest.raises(DeviceError, match=said):
-        check_memory(expected, 8 * GIB, "less", processes=3)
+        check(int(3.9 * GIB))
+
+
+def test_processes_that_share_a_machine_must_fit_together(check):
+    check(8 * GIB, processes=2)
+    said = r"expected memory: 4.0 GiB \(.*\) in each of 3 processes, and there are 8.0 GiB; what needs less: "
+    with pytest.raises(DeviceError, match=said):
+        check(8 * GIB, processes=3)
 
 
 class TestTwoProcessesOnAMachine:
