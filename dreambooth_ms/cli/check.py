@@ -12,7 +12,6 @@ from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
     check_words,
     class_numbers_to_come,
-    pictures_of_a_pass,
     read_concepts,
     sources_of,
     starting_words,
@@ -26,7 +25,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.looks import BLURRED, near_duplicates
 from dreambooth_ms.data.plan import lost_area, nearest, of_records
-from dreambooth_ms.data.records import CLASS, INSTANCE, Concept
+from dreambooth_ms.data.records import CLASS, INSTANCE
 from dreambooth_ms.errors import UserError, count_of, show_names
 from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer
 from dreambooth_ms.processes.group import ALONE
@@ -51,27 +50,27 @@ def run(argv: Sequence[str]) -> int:
     wanted = dict(vars(load(CheckConfig, argv, notes.append)))
     as_json, device = wanted.pop("report").json, set_up(wanted["device"])
     config = TrainConfig(**wanted | {"device": device})
-    base, processes = open_base(config.model), config.processes.num_processes or 1
+    base = open_base(config.model)
     base = base.with_words(starting_words(config, base))
     base.schedule.trained(config.loss.prediction_type)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
     if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
-    attempt(lambda: check_words(config, base, concepts))
+    job = TrainingJob(ALONE, config, base, sources, concepts)
+    attempt(lambda: check_words(job))
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))
-    tell_cut_prompts(base, concepts, class_prompts, notes.append)
+    tell_cut_prompts(job, class_prompts, notes.append)
     tokenizer, of_classes = base.text[0].tokenizer(), " ".join(class_prompts)
     rare = {prompt: rare_words(tokenizer, prompt, of_classes) for prompt in prompts if prompt}
     for prompt, words in rare.items():
         named = ", ".join(f"{word} ({count_of(tokens, 'token')})" for word, tokens in words.items())
         notes.append(f"rare words of {prompt!r}: {named or 'none; name the subject by one, such as sks'}")
-    job = TrainingJob(ALONE, config, base, pictures_of_a_pass(sources, concepts), sources)
     memory = attempt(lambda: check_expected_memory(config, base, ALONE, notes.append))
-    attempt(lambda: check_expected_disk(config, base, 0, job.total))
-    says, seconds = StepTimes(config, base, processes).expected(job.total)
+    attempt(lambda: check_expected_disk(job))
+    says, seconds = StepTimes(config, base).expected(job.total)
 
-    described = describe_concepts(job, concepts)
+    described = describe_concepts(job)
     report: dict[str, Any] = {"to_mend": problems, "notes": [*notes, says], "concepts": described, "rare_words": rare}
     report |= {"steps": job.total, "memory": memory, "time": seconds}
     odd = [
@@ -85,15 +84,14 @@ def run(argv: Sequence[str]) -> int:
     return int(bool(problems))
 
 
-def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+def describe_concepts(job: TrainingJob) -> list[dict[str, Any]]:
     """Of each concept its pictures, as JSON: `cut_off` is the mean share, `seen` how often each comes up in the run;
     `odd` names for each oddity the files, and what was found of them."""
-    subjects = [record for one in concepts if one.group == INSTANCE for record in one.records]
-    if not subjects:
+    if not job.subjects:
         return []
-    sizes, described = of_records(job.sizes(concepts), subjects), []
-    for concept in concepts:
-        group = [one for one in concepts if one.group == concept.group]
+    sizes, described = of_records(job.sizes, [record for one in job.subjects for record in one.records]), []
+    for concept in job.concepts:
+        group = [one for one in job.concepts if one.group == concept.group]
         of_group = sum(one.repeats * len(one.records) for one in group)
         pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])
         odd: dict[str, dict[str, str]] = {}

@@ -15,7 +15,6 @@ from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import (
     check_words,
     class_numbers_to_come,
-    pictures_of_a_pass,
     read_concepts,
     sources_of,
     starting_words,
@@ -28,7 +27,6 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.data_set import with_folder_of_data_set
-from dreambooth_ms.data.records import Concept
 from dreambooth_ms.errors import INTERRUPTED_STATUS, ConfigError, count_of
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes, run_in_group
@@ -70,24 +68,23 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
 
     with processes.first_goes_ahead("the data set"):
         sources = sources_of(with_folder_of_data_set(config))
-    concepts = read_concepts(sources)
-    check_words(config, base, concepts)
-    job = TrainingJob(processes, config, base, pictures_of_a_pass(sources, concepts), sources)
+    job = TrainingJob(processes, config, base, sources, read_concepts(sources))
+    check_words(job)
     if processes.is_first:
-        for one in describe_concepts(job, concepts):
+        for one in describe_concepts(job):
             tell(in_short(one) + (" (`dreambooth-ms check` names them)" if one["odd"] else ""))
     with ExitStack() as stack:
-        found = processes.from_first("the run's folder", lambda: _open_folder(stack, job, concepts))
+        found = processes.from_first("the run's folder", lambda: _open_folder(stack, job))
         if found is None:
             return 0
         path, *known = found["checkpoint"] or [None]
         checkpoint = Checkpoint(Path(path), *known) if path else None
         stack.enter_context(collective_operations(processes.launch))
         job = replace(job, base_digests=found["base"], checkpoint=checkpoint)
-        return train_and_save(job, *prepare_training(job, concepts))
+        return train_and_save(*prepare_training(job))
 
 
-def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]) -> dict[str, Any] | None:
+def _open_folder(stack: ExitStack, job: TrainingJob) -> dict[str, Any] | None:
     """Find what would go wrong, then make the run's folder ready, which is this run's own until the stack ends.
 
     Gives the checkpoint to go on from and the base's digests, as JSON; None if nothing is left to do.
@@ -104,26 +101,26 @@ def _open_folder(stack: ExitStack, job: TrainingJob, concepts: Sequence[Concept]
     check_writable(output)
     digests, missing = base_digests(job.base), class_numbers_to_come(job.sources)
     to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
-    check_data(config, checkpoint, content_of(digests, concepts, job.sources), to_come, tell)
+    check_data(config, checkpoint, content_of(digests, job.concepts, job.sources), to_come, tell)
     for folder, numbers in missing.items():
         if numbers:
             check_writable(Path(folder))
     result = result_of(output)
     finished = result if result and result.steps >= total else None
     if not finished:
-        done = checkpoint.step if checkpoint else 0
-        if config.run.profile and config.run.profile >= total - done:
-            left = count_of(total - done, "step")
+        job = replace(job, checkpoint=checkpoint)
+        if config.run.profile and config.run.profile >= total - job.done:
+            left = count_of(total - job.done, "step")
             raise ConfigError(
                 f"--profile {config.run.profile}: expected less than the {left} to take; the first is left out"
             )
-        check_expected_disk(config, job.base, done, total)
+        check_expected_disk(job)
     stack.enter_context(only_run_in(output, tell))
     write_config(config)
     if finished:
         tell(f"{finished.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
         return None
-    warn_of_little(config, total)
+    warn_of_little(job)
     return {
         "base": digests,
         "checkpoint": (str(checkpoint.path), checkpoint.step, checkpoint.content) if checkpoint else None,
@@ -145,10 +142,10 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         hooks: list[Callable[[StepReport], object]] = [training.keep_words, training.update_average]
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
-            hooks.append(stack.enter_context(closing(StepTimes(config, job.base, processes.count))).measure)
+            hooks.append(stack.enter_context(closing(StepTimes(config, job.base))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        content = content_of(job.base_digests, batches.plan.concepts, job.sources)
+        content = content_of(job.base_digests, job.concepts, job.sources)
         state = partial(training.state, of_all=True)
         hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:

@@ -1,8 +1,6 @@
 """What a run is to learn: its concepts, by the flags or by a list of several."""
 
-import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
 from dreambooth_ms.config.train import CAPTIONS, TrainConfig
 from dreambooth_ms.config.words import OF_CUSTOM_DIFFUSION, split_words
@@ -95,27 +94,16 @@ def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]
     return concepts
 
 
-def pictures_of_a_pass(sources: Sequence[Source], concepts: Sequence[Concept]) -> int:
-    """Those of all subjects with their repeats; or of their classes, which may be yet to be generated, if more."""
-    held, totals = {one.name: len(one.records) for one in concepts}, Counter[str]()
-    for one in sources:
-        pictures = one.generated.num_class_images if one.generated else held.get(one.concept.name, 0)
-        totals[one.concept.group] += math.ceil(pictures * one.concept.repeats)
-    return max(totals.values(), default=0)
-
-
 def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
     """The numbers of the class pictures that are yet to be sampled, by their folder, which classes may share."""
     generated = {str(one.folder): one.generated.num_class_images for one in sources if one.generated}
     return {folder: missing_numbers(Path(folder), count) for folder, count in generated.items()}
 
 
-def tell_cut_prompts(
-    base: ModelBundle, concepts: Sequence[Concept], class_prompts: Sequence[str], tell: Tell = tell
-) -> None:
+def tell_cut_prompts(job: TrainingJob, class_prompts: Sequence[str], tell: Tell = tell) -> None:
     """Tell what is lost of prompts that are too long: of captions their files."""
-    tokenizer, shared = PromptTokenizer(base.text), [*class_prompts]
-    for concept in concepts:
+    tokenizer, shared = PromptTokenizer(job.base.text), [*class_prompts]
+    for concept in job.concepts:
         if not concept.has_captions:
             shared += concept.records[0].captions
             continue
@@ -125,14 +113,15 @@ def tell_cut_prompts(
     tokenizer.texts(shared)  # Warns of each by itself.
 
 
-def check_words(config: TrainConfig, base: ModelBundle, concepts: Sequence[Concept]) -> None:
+def check_words(job: TrainingJob) -> None:
     """Raise ConfigError of a new word that no prompt and no caption of the subjects holds: nothing would be learnt."""
-    if not config.words.words:
+    words, subjects = job.config.words.words, job.subjects
+    if not words or not subjects:
         return
-    subjects, tokenizer = [one for one in concepts if one.group == INSTANCE], base.text[0].tokenizer()
+    tokenizer = job.base.text[0].tokenizer()
     texts = {text for one in subjects for record in one.records for text in record.captions}
     read = set(chain.from_iterable(map(tokenizer.tokens, texts)))
-    if unread := [word for word in config.words.words if subjects and read.isdisjoint(tokenizer.words[word])]:
+    if unread := [word for word in words if read.isdisjoint(tokenizer.words[word])]:
         folders = ", ".join(dict.fromkeys(str(one.records[0].path.parent) for one in subjects))
         raise ConfigError(
             f"--modifier_token: {', '.join(unread)}: in no prompt and no caption of {folders}; name the subject by it, "

@@ -1,10 +1,12 @@
 """A training: what a command asks for, with all that follows from it, found once; and what the run trains."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 from mindspore import Parameter
@@ -34,14 +36,28 @@ class TrainingJob:
     processes: Processes
     config: TrainConfig
     base: ModelBundle
-    pictures: int
-    """Of a pass: those that the subjects have together, or their classes if these have more."""
     sources: tuple[Source, ...] = ()
     """Of its concepts, the subjects first."""
+    concepts: Sequence[Concept] = ()
+    """The subjects, and the classes as far as they are there already."""
     base_digests: Mapping[str, str] = field(default_factory=dict)
     """By the networks' names."""
     checkpoint: Checkpoint | None = None
     """What the run goes on from."""
+
+    @property
+    def subjects(self) -> list[Concept]:
+        """The concepts that are no classes."""
+        return [one for one in self.concepts if one.group == INSTANCE]
+
+    @cached_property
+    def pictures(self) -> int:
+        """Of a pass: of all subjects with their repeats; or of their classes, yet to be generated or not, if more."""
+        held, totals = {one.name: len(one.records) for one in self.concepts}, Counter[str]()
+        for one in self.sources:
+            pictures = one.generated.num_class_images if one.generated else held.get(one.concept.name, 0)
+            totals[one.concept.group] += math.ceil(pictures * one.concept.repeats)
+        return max(totals.values(), default=0)
 
     @property
     def epoch(self) -> int:
@@ -97,25 +113,27 @@ class TrainingJob:
         highest = self.config.learning_rate * (self.config.rows_per_step if o.scale_lr else 1)
         return highest * learning_rate_factor(o, update, self.total, highest)
 
-    def sizes(self, concepts: Sequence[Concept]) -> tuple[Size, ...]:
+    @property
+    def sizes(self) -> tuple[Size, ...]:
         """Those that pictures are trained at, by those of the subjects."""
         data = self.config.data
         if not data.use_aspect_ratio_bucket:
             return (self.size,)
-        pictures = [record.size for one in concepts if one.group == INSTANCE for record in one.records]
+        pictures = [record.size for one in self.subjects for record in one.records]
         sizes = sizes_of(data.resolution, self.base.side_multiple)
         return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)
 
-    def plan(self, concepts: Sequence[Concept]) -> Plan:
+    @cached_property
+    def plan(self) -> Plan:
         """The rows of the run."""
         data, rows = self.config.data, self.config.run.train_batch_size
-        framing = Framing(self.sizes(concepts), data.center_crop, data.random_flip, self.config.augments)
-        return Plan(tuple(concepts), rows, framing, self.seed, self.batches_per_step)
+        framing = Framing(self.sizes, data.center_crop, data.random_flip, self.config.augments)
+        return Plan(tuple(self.concepts), rows, framing, self.seed, self.batches_per_step)
 
-    def views(self, plan: Plan) -> Iterator[View]:
+    def views(self) -> Iterator[View]:
         """What each row of the rest of the run sees; one after the other, since a long run has millions."""
         batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
-        return (row.view for batch in batches for row in plan.rows(batch))
+        return (row.view for batch in batches for row in self.plan.rows(batch))
 
 
 class Training:

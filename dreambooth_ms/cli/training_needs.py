@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError, Tell, WeightError, count_of
@@ -69,8 +70,8 @@ def machine_memory() -> int:
 class StepTimes:
     """How long the newest steps of such a run took on this machine, in seconds, kept beside compiled graphs."""
 
-    def __init__(self, config: TrainConfig, base: ModelBundle, processes: int) -> None:
-        work = vars(_workload(config, base, processes))
+    def __init__(self, config: TrainConfig, base: ModelBundle) -> None:
+        work = vars(_workload(config, base, config.processes.num_processes or 1))
         ranks = [sorted(own.items()) for own in work["ranks"]]
         decisive = repr((work | {"ranks": ranks}, config.device, platform.node(), os.cpu_count()))
         graphs = default_folder()
@@ -104,14 +105,14 @@ class StepTimes:
         ), {"seconds": middle, "from": low, "to": high, "compilation": self.compilation, "measured": len(self.steps)}
 
 
-def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total: int, views: int = 0) -> None:
-    """Stop a run, of which so many steps are done, whose checkpoints and result have no room on the disk, with the
-    latents of so many views.
+def check_expected_disk(job: TrainingJob, views: int = 0) -> None:
+    """Stop a run whose checkpoints and result have no room on the disk, with the latents of so many views.
 
     Raises:
         WeightError: there is too little.
     """
-    method, run, work = config.method, config.run, _workload(config, base, 1)
+    config, base, method, run = job.config, job.base, job.config.method, job.config.run
+    work = _workload(config, base, 1)
     trained = work.numbers[1]
     # The weights, once more for other tools, and the state of the optimiser.
     written = memory.FLOAT32 if method.save_precision in (None, "fp32") else 2
@@ -121,7 +122,7 @@ def check_expected_disk(config: TrainConfig, base: ModelBundle, done: int, total
         networks = ["unet", *(reader.name for reader in base.text if method.train_text_encoder)]
         tensors = base.opened().tensors.items()
         result += total_bytes({name: one for name, one in tensors if name.partition(".")[0] not in networks})
-    count = total // run.checkpointing_steps - done // run.checkpointing_steps
+    count = job.total // run.checkpointing_steps - job.done // run.checkpointing_steps
     if run.checkpoints_total_limit:
         # An old one goes when the new one is whole.
         count = min(count, max(run.checkpoints_total_limit + 1 - len(checkpoint_folders(config.output_dir)), 1))
@@ -136,13 +137,14 @@ FEW_STEPS = 20
 """Fewer have taught no subject; published settings take some hundred."""
 
 
-def warn_of_little(config: TrainConfig, total: int) -> None:
-    """Tell what keeps a run of so many steps from learning anything."""
-    run, warmup, steps = config.run, config.optimiser.lr_warmup_steps, count_of(total, "step")
-    if total < FEW_STEPS:
+def warn_of_little(job: TrainingJob) -> None:
+    """Tell what keeps a run from learning anything."""
+    run, optimiser, steps = job.config.run, job.config.optimiser, count_of(job.total, "step")
+    warmup = optimiser.lr_warmup_steps
+    if job.total < FEW_STEPS:
         remedy = "raise --max_train_steps" if run.max_train_steps else "give --max_train_steps"
         tell(f"{steps} in all will hardly teach anything, some hundred are usual; {remedy}")
-    if config.optimiser.lr_scheduler != "constant" and warmup >= total and not run.max_train_steps:
+    if optimiser.lr_scheduler != "constant" and warmup >= job.total and not run.max_train_steps:
         tell(f"--lr_warmup_steps {warmup}: the learning rate never arrives at its value in {steps}")
 
 

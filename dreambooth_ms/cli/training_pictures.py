@@ -18,7 +18,7 @@ from dreambooth_ms.data.cache import ContentCache, embedding_lookup, posterior_l
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_prompts
 from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
-from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
+from dreambooth_ms.data.records import CLASS, Concept, Source
 from dreambooth_ms.diffusion import NoiseSchedule, draw_columns
 from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
@@ -30,10 +30,11 @@ from dreambooth_ms.training.content import content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
 
-def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.Cell, BatchMaker]:
-    """The network to train, and all that its batches are made of. Autoencoder and text encoders are gone afterwards."""
-    base, sources, cache = job.base, job.sources, ContentCache(job.config.output_dir / "cache")
-    generated = [(one.prompt, one.generated.class_negative_prompt) for one in sources if one.generated]
+def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker]:
+    """The job with all of its pictures, the network to train, and all that its batches are made of. Autoencoder and
+    text encoders are gone afterwards."""
+    base, cache = job.base, ContentCache(job.config.output_dir / "cache")
+    generated = [(one.prompt, one.generated.class_negative_prompt) for one in job.sources if one.generated]
     class_prompts = [text for both in generated for text in both]
     digests = [job.base_digests[reader.name] for reader in base.text]
     # What is at its default is left out, so that what was cached before there was a choice holds.
@@ -41,28 +42,26 @@ def prepare_training(job: TrainingJob, concepts: Sequence[Concept]) -> tuple[nn.
     key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else []), *skip])
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     encodes_text = job.config.encodes_text
-    tell_cut_prompts(base, concepts, class_prompts)
+    tell_cut_prompts(job, class_prompts)
     with job.processes.first_goes_ahead("the prompts' embeddings"):
         # All at once, because the encoders are compiled anew each time.
-        prompts = () if encodes_text else (view.prompt for view in job.views(job.plan(concepts)))
+        prompts = () if encodes_text else (view.prompt for view in job.views())
         embeddings.prepare({*prompts, *class_prompts, ""})
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
-    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(sources))
+    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.sources))
     if any(missing.values()):
-        subjects = [one for one in concepts if one.group == INSTANCE]
-        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts}, subjects)
+        unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts})
         job.processes.wait_for_all("the class pictures")
-        concepts = read_concepts(sources, lambda line: None)
-        check_data(job.config, job.checkpoint, content_of(job.base_digests, concepts, sources), {}, tell)
-    check_same_pictures(job.processes, concepts, sources)
-    concepts = [in_order(concept, earlier) for concept in concepts]
-    plan = job.plan(concepts)
+        job = replace(job, concepts=read_concepts(job.sources, lambda line: None))
+        check_data(job.config, job.checkpoint, content_of(job.base_digests, job.concepts, job.sources), {}, tell)
+    check_same_pictures(job.processes, job.concepts, job.sources)
+    job = replace(job, concepts=[in_order(concept, earlier) for concept in job.concepts])
     texts: Callable[[str], PromptText] = embeddings
     if encodes_text:
         tokenizer = PromptTokenizer(base.text, warns=False)
         texts = lambda prompt: tokenizer.texts([prompt])[prompt][0]  # noqa: E731
-    batches = encode_pictures(job, plan, cache, texts)
-    return unet or base.denoiser.load(), batches
+    batches = encode_pictures(job, cache, texts)
+    return job, unet or base.denoiser.load(), batches
 
 
 def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sources: Sequence[Source] = ()) -> None:
@@ -78,19 +77,19 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
 
 
 def sample_class_pictures(
-    job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText], subjects: Sequence[Concept]
+    job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText]
 ) -> nn.Cell | None:
     """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
     it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
-    model, plan = SamplingModel(job.base, embeddings=texts), job.plan(subjects)
+    model = SamplingModel(job.base, embeddings=texts)
     bar = progress(total=sum(map(len, shares.values())), desc="class pictures", unit="picture")
     classes = [one for one in job.sources if one.concept.group == CLASS]
-    for source, subject in zip(classes, subjects, strict=False):
+    for source, subject in zip(classes, job.subjects, strict=False):
         numbers = shares.pop(str(source.folder), ())
-        for request in class_requests(source, replace(plan, concepts=(subject,)), numbers, job.base.clip_skip):
+        for request in class_requests(source, replace(job.plan, concepts=(subject,)), numbers, job.base.clip_skip):
             for sample in model.sample(request):
                 settings = settings_of_training(sample)
                 write_picture(source.folder / class_picture_name(sample.number), sample.picture, settings)
@@ -120,11 +119,9 @@ def class_requests(source: Source, subject: Plan, numbers: Sequence[int], clip_s
             )
 
 
-def encode_pictures(
-    job: TrainingJob, plan: Plan, cache: ContentCache, texts: Callable[[str], PromptText]
-) -> BatchMaker:
+def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str], PromptText]) -> BatchMaker:
     """Make what is missing of the latents that the rest of the run needs; the autoencoder is gone afterwards."""
-    data, base, processes = job.config.data, job.base, job.processes
+    data, base, processes, plan = job.config.data, job.base, job.processes, job.plan
 
     def load_encoder() -> Callable[[np.ndarray], np.ndarray]:
         encoder = CellMethod(base.codec.load(decodes=False).encode)
@@ -137,14 +134,14 @@ def encode_pictures(
         load_encoder=load_encoder,
         progress=lambda views: with_progress(views, len(views), desc="encoding pictures", unit="picture"),
     )
-    missing = posteriors.missing(job.views(plan))
+    missing = posteriors.missing(job.views())
     if data.use_aspect_ratio_bucket:
         for (width, height), pictures, lost, steps in table_of_sizes(plan, job.total):
             tell(f"{width}x{height}: {count_of(pictures, 'picture')}, {lost:.1%} cut off, {count_of(steps, 'step')}")
     if processes.is_first:
         if data.debug_arb:
             write_crops(plan, data.image_interpolation_mode, job.config.output_dir / "crops.png")
-        check_expected_disk(job.config, base, job.done, job.total, len(missing))
+        check_expected_disk(job, len(missing))
     processes.wait_for_all("the list of missing latents")
     posteriors.prepare(processes.share(missing))
     processes.wait_for_all("the encoded pictures")

@@ -220,7 +220,7 @@ def test_a_command_that_train_does_not_take_is_refused_as_there(base, place, cap
 def times(base, place, monkeypatch, tmp_path):
     """Flags -> the times of such steps, kept in a folder of this test's own, by a clock that a list turns."""
     monkeypatch.setattr(training_needs, "default_folder", lambda: tmp_path / "graphs")
-    return lambda *more, **values: StepTimes(load(TrainConfig, flags(base, *more, **values)), open_bundle(base), 1)
+    return lambda *more, **values: StepTimes(load(TrainConfig, flags(base, *more, **values)), open_bundle(base))
 
 
 def run(own, monkeypatch, ends):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, pictures_of_a_pass, read_concepts, sources_of
+from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, sources_of
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.captions import Wording
 from dreambooth_ms.data.records import CLASS, INSTANCE
 from dreambooth_ms.errors import ConfigError, DataError
+from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.training.content import changes, content_of
 
 PRIOR = "--with_prior_preservation"
@@ -167,7 +169,7 @@ def test_folders_of_kohya_with_captions_where_there_are_some(sources, place):
     ]
     concepts = read_concepts(found, said.append)
     assert [one.captions for one in concepts[0].records] == [("sks dog",), ("a sks dog asleep", "and so on")]
-    assert pictures_of_a_pass(found, concepts) == 2 * 10 + 3
+    assert TrainingJob(ALONE, None, None, found, concepts).pictures == 2 * 10 + 3
     assert said[-3:] == [
         "instance: 2 pictures of train/10_sks dog, 'sks dog'",
         "instance_2: 1 picture of train/3_zwx_cat, 'zwx_cat'",
@@ -186,7 +188,7 @@ def test_a_class_is_shared_by_those_who_say_the_same_of_it(sources):
     assert [(one.name, len(one.records)) for one in concepts] == [
         ("instance", 1), ("instance_2", 2), ("class", 1), ("class_2", 1)
     ]  # fmt: skip
-    assert pictures_of_a_pass(found, concepts) == 6
+    assert TrainingJob(ALONE, None, None, found, concepts).pictures == 6
 
 
 def test_what_changed_between_runs_is_told_by_concept(sources):

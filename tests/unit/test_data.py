@@ -56,6 +56,13 @@ def plan(count=5, batch_size=1, framing=LOOSE, seed=0, class_count=0, batches_pe
     return Plan(tuple(concepts), batch_size, framing, seed, batches_per_step)
 
 
+def job_of(config, *counts):
+    """Of a run whose concepts, each a group, have so many pictures."""
+    concepts = [Concept(str(at), records(count), group=str(at)) for at, count in enumerate(counts)]
+    sources = tuple(Source(Path(), "", replace(one, records=())) for one in concepts)
+    return TrainingJob(ALONE, config, None, sources, concepts)
+
+
 def seen(wanted, steps, name=INSTANCE):
     """The pictures of a concept's rows, in the order in which the run comes to them."""
     return [row.view.record for step in range(steps) for row in wanted.rows(step) if row.concept.name == name]
@@ -109,8 +116,7 @@ class TestWhichPicture:
             run=RunConfig(train_batch_size=2),
             validation=ValidationConfig(validation_prompt="x", validation_epochs=epochs),
         )
-        job = TrainingJob(ALONE, config, None, 7)
-        assert job.validation_interval == interval
+        assert job_of(config, 7).validation_interval == interval
 
     @pytest.mark.parametrize(
         ("count", "class_count", "batch_size", "steps"), [(5, 0, 1, 5), (5, 0, 3, 2), (6, 0, 3, 2), (4, 9, 2, 5)]
@@ -121,7 +127,7 @@ class TestWhichPicture:
             data=DataConfig(instance_data_dir="", instance_prompt=""),
             run=RunConfig(train_batch_size=batch_size, num_train_epochs=1),
         )
-        assert TrainingJob(ALONE, config, None, max(count, class_count)).total == steps
+        assert job_of(config, count, class_count).total == steps
         wanted = plan(count, batch_size, class_count=class_count)
         largest = max(wanted.concepts, key=lambda concept: len(concept.records))
         assert set(seen(wanted, steps, largest.name)) == set(largest.records)

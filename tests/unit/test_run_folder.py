@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from dreambooth_ms.cli import training_needs
+from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_pictures import check_same_pictures
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.records import INSTANCE, Concept, Record
 from dreambooth_ms.errors import ConfigError, DataError, WeightError, count_of
-from dreambooth_ms.processes.group import Processes
+from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.training import run_lock
 from dreambooth_ms.training.checkpoint import MANIFEST, Checkpoint, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.content import changes, content_of, digests_of, in_order
@@ -239,9 +241,9 @@ class TestRoomOnTheDisk:
     def test_what_is_needed_is_what_will_be_kept(self, base, tmp_path, monkeypatch, flags, done, checkpoints):
         asked = []
         monkeypatch.setattr(training_needs, "check_room", lambda place, size, advice: asked.append((size, advice)))
-        config = configuration("--checkpointing_steps", "100", *flags)
+        config = configuration("--checkpointing_steps", "100", "--max_train_steps", "400", *flags)
         config = replace(config, run=replace(config.run, output_dir=str(tmp_path)))
-        training_needs.check_expected_disk(config, base, done, 400)
+        training_needs.check_expected_disk(TrainingJob(ALONE, config, base, checkpoint=Checkpoint(tmp_path, done)))
         ((size, advice),) = asked
         trained = training_needs._workload(config, base, 1).numbers[1]
         # Weights, their copy for other tools, and two moments.
@@ -260,7 +262,7 @@ class TestRoomOnTheDisk:
     ],
 )
 def test_a_run_that_can_teach_nothing_is_told_of(capsys, flags, total, said):
-    training_needs.warn_of_little(configuration(*flags), total)
+    training_needs.warn_of_little(SimpleNamespace(config=configuration(*flags), total=total))
     told = capsys.readouterr().err
     assert said in told
     assert bool(told) == bool(said)

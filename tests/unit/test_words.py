@@ -115,7 +115,7 @@ def test_words_are_trained_for_whole_steps_of_their_share(share, total, steps):
     flags = ["--modifier_token", "<new1>", "--method", "textual_inversion", "--max_train_steps", str(total)]
     flags += ["--train_text_encoder_ti_frac", share] if share else []
     required = ["--pretrained_model_name_or_path", "x", "--instance_data_dir", "y", "--instance_prompt", "<new1>"]
-    assert TrainingJob(ALONE, load(TrainConfig, [*required, *flags]), None, 1).steps_of_words == steps
+    assert TrainingJob(ALONE, load(TrainConfig, [*required, *flags]), None).steps_of_words == steps
 
 
 # --- Rows behind a table ---
