@@ -9,10 +9,11 @@ from PIL import Image
 
 from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Start, Step
 from dreambooth_ms.cli.device import described, open_base, set_up
+from dreambooth_ms.config.sample import RefinerConfig
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined
-from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.bundle import ModelBundle
 
 Send = Callable[[Any], None]
@@ -72,7 +73,7 @@ class Sampler:
     ) -> Iterator[Sample]:
         if self._refiner is None or request.model.refiner is None:
             return self._model.sample(sample_request, steps, cancelled)
-        refinement = Refinement(denoising_end=request.refiner_start)
+        refinement = RefinerConfig(denoising_end=request.refiner_start)
         return sample_refined(self._model, self._refiner, sample_request, refinement, steps, cancelled, release=False)
 
     def _sample_request(self, request: PictureRequest, side: Side) -> SampleRequest:

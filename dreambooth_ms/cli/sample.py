@@ -10,13 +10,13 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.config.load import load
-from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, RefinerConfig, SampleConfig
+from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import read_picture
 from dreambooth_ms.errors import DataError, count_of, near
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
-from dreambooth_ms.sampling.request import Refinement, Sample, SampleRequest, StepReport
+from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.hub import find_adapter
 
 
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         if refiner is None:
             samples = model.sample(request, show)
         else:
-            samples = sample_refined(model, refiner, request, refinement_of(config.refinement), show)
+            samples = sample_refined(model, refiner, request, config.refinement, show)
         written = _write_pictures(config, samples)
     names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
     tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
@@ -81,13 +81,6 @@ def _start_picture(path: str, background: str) -> Image.Image:
     for note in opened.notes:
         tell(f"{path}: {note}")
     return opened.picture
-
-
-def refinement_of(config: RefinerConfig) -> Refinement:
-    """Where the base stops, and how the refiner goes on."""
-    if config.refiner_strength is not None:
-        return Refinement(denoising_end=None, strength=config.refiner_strength)
-    return Refinement(denoising_end=config.denoising_end or Refinement.denoising_end)
 
 
 def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:

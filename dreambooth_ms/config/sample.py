@@ -147,6 +147,11 @@ class RefinerConfig:
     refiner_strength: Annotated[float | None, SHARE, only_with("refiner")] = None
     """Let the base finish its pictures, and the refiner start from them and go this far: 1 keeps nothing of them."""
 
+    @property
+    def base_share(self) -> float | None:
+        """Share of the denoising that the base does; None: it finishes its pictures."""
+        return None if self.refiner_strength is not None else self.denoising_end or 0.8
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Schema):

@@ -18,6 +18,7 @@ from mindspore import Tensor, nn
 
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.config.sample import RefinerConfig
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
@@ -25,7 +26,7 @@ from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import compute_dtype
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
-from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Refinement, Sample, SampleRequest, StepReport, Stopped
+from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -254,7 +255,7 @@ def sample_refined(
     base: SamplingModel,
     refiner: SamplingModel,
     request: SampleRequest,
-    refinement: Refinement,
+    refinement: RefinerConfig,
     on_step: OnStep | None = None,
     stopped: Stopped | None = None,
     release: bool = True,
@@ -279,7 +280,7 @@ def sample_refined(
             "the same family"
         )
     check_scheduler(request.scheduler, refiner.bundle.schedule.config, request.num_inference_steps)
-    end = refinement.denoising_end
+    end = refinement.base_share
     begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
     start = [latents for _, latents in begun]
     if release:
@@ -290,7 +291,7 @@ def sample_refined(
     own = replace(
         request,
         image=None,
-        strength=refinement.strength,
+        strength=refinement.refiner_strength or request.strength,
         denoising_start=end,
         height=height,
         width=width,
@@ -301,7 +302,7 @@ def sample_refined(
     rows = replace(refiner.rows(own), start=np.stack(start))
     refiner.load()
     more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
-    more |= {"refiner_strength": refinement.strength} if end is None else {}
+    more |= {"refiner_strength": refinement.refiner_strength} if end is None else {}
     for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
         picture = refiner.picture(latents, number, request.whole_up_to)
         yield Sample(number, picture, base.picture_settings(request, number) | more)

@@ -67,16 +67,6 @@ class SampleRequest:
         return dict(zip(self.numbers or range(len(prompts)), prompts, strict=True))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Refinement:
-    """How a second model, SDXL's refiner, goes on from the first one's pictures."""
-
-    denoising_end: float | None = 0.8
-    """Share of the noise's range that the base goes through, before the refiner goes through the rest. None: the base
-    finishes its pictures, and the refiner starts from them by `strength`."""
-    strength: float = 0.3
-
-
 class StepReport(NamedTuple):
     """A step that was taken."""
 

@@ -15,14 +15,14 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from dreambooth_ms.adapters.lora import adaptable_layers
-from dreambooth_ms.config.sample import SizesConfig
+from dreambooth_ms.config.sample import RefinerConfig, SizesConfig
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.sampling import autoencoder
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined, starting_noise
-from dreambooth_ms.sampling.request import Refinement, SampleRequest
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error
@@ -174,7 +174,7 @@ def test_the_refiner_goes_on_where_the_base_stops(models, folders, name, schedul
     ).images
     refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"], scheduler)
     expected = refiner(image=begun, denoising_start=0.6, **settings_of_pipeline(**steps)).images
-    ours = refined_latents(models, request(scheduler=name, **steps), Refinement(denoising_end=0.6))
+    ours = refined_latents(models, request(scheduler=name, **steps), RefinerConfig(denoising_end=0.6))
     assert_close(ours, expected)
     assert relative_error(begun, expected) > 0.01
 
@@ -186,7 +186,7 @@ def test_the_refiner_starts_from_the_finished_picture(models, folders, monkeypat
     refiner = pipeline_of("StableDiffusionXLImg2ImgPipeline", folders["refiner"])
     scores = {"aesthetic_score": 5.0, "negative_aesthetic_score": 3.0}
     expected = refiner(image=begun, strength=0.5, **scores, **settings_of_pipeline()).images
-    ours = refined_latents(models, request(sizes=SizesConfig(**scores)), Refinement(denoising_end=None, strength=0.5))
+    ours = refined_latents(models, request(sizes=SizesConfig(**scores)), RefinerConfig(refiner_strength=0.5))
     assert_close(ours, expected)
 
 
@@ -333,7 +333,7 @@ def test_what_a_model_cannot_sample_is_said_in_a_line(models, picture):
     with pytest.raises(
         ConfigError, match=r"--refiner .*: its latents are not those of .*; give the refiner of the same"
     ):
-        list(sample_refined(model, models["refiner"], request(), Refinement()))
+        list(sample_refined(model, models["refiner"], request(), RefinerConfig()))
 
 
 def test_the_size_follows_the_picture_to_start_from(models):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from demo.sampling_without_streamlit import sample_flags
-from dreambooth_ms.cli.sample import refinement_of, request_of
+from dreambooth_ms.cli.sample import request_of
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SampleConfig, SizesConfig
 from dreambooth_ms.sampling.picture_file import first_free_number, grid
-from dreambooth_ms.sampling.request import Refinement, SampleRequest
+from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.sampling.schedulers import taken_steps
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a star"]
@@ -64,14 +64,14 @@ class TestRequests:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ([], Refinement(denoising_end=0.8)),
-            (["--high_noise_frac", "0.6"], Refinement(denoising_end=0.6)),
-            (["--refiner_strength", "0.2"], Refinement(denoising_end=None, strength=0.2)),
+            ([], (0.8, None)),
+            (["--high_noise_frac", "0.6"], (0.6, None)),
+            (["--refiner_strength", "0.2"], (None, 0.2)),
         ],
     )
     def test_the_refiner_goes_on_unless_the_base_finishes(self, flags, expected):
-        config = load(SampleConfig, [*REQUIRED, "--refiner", "refiner", *flags])
-        assert refinement_of(config.refinement) == expected
+        wanted = load(SampleConfig, [*REQUIRED, "--refiner", "refiner", *flags]).refinement
+        assert (wanted.base_share, wanted.refiner_strength) == expected
 
     @pytest.mark.parametrize(
         ("flags", "note"),
