@@ -80,7 +80,7 @@ class GenerationConfig:
     scheduler: SamplingScheduler = "ddim"
     """Sampling method. Those that begin with edm_ are for models trained in EDM's formulation."""
     eta: Annotated[float, PART, only_with("scheduler", "ddim")] = 0.0
-    """Noise that each step of ddim adds, as a share of what ddpm adds: with 0 none is drawn."""
+    """Noise that each step of ddim adds, as a share of what ddpm adds (Song et al., 2021, eq. 16); 0 adds none."""
     seed: Annotated[int, SEED] = 0
     """The same seed generates the same pictures, whatever the batch size."""
     batch_size: Annotated[int, at_least(1)] = 4

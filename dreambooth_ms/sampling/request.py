@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.config.sample import SizesConfig
+from dreambooth_ms.config.shared import GenerationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
+class SampleRequest(GenerationConfig):
     """Pictures to sample with a `SamplingModel`. Only their size, the batch size and whether they are guided or
     rescaled decide what is compiled; everything else can change from request to request at no cost."""
 
@@ -25,15 +25,8 @@ class SampleRequest:
     height: int | None = None
     """In pixels; None: that of the picture it starts from, or the model's own."""
     width: int | None = None
-    seed: int = 0
     purpose: str = "sample"
     """Pictures of different purposes start from different noise."""
-    batch_size: int = 4
-    scheduler: SamplingScheduler = "ddim"
-    num_inference_steps: int = 25
-    eta: float = 0.0
-    """The noise that each step of DDIM adds, as a share of DDPM's (Song et al., 2021, eq. 16)."""
-    guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
     image: Image.Image | None = None
