@@ -145,11 +145,6 @@ class Plan:
             for which, own in (taking_turns(shares, first + n) for n in range(self.batch_size))
         ]
 
-    def views(self, first_batch: int, stop_batch: int) -> tuple[View, ...]:
-        """All distinct views of these batches, in the order of their first use."""
-        batches = range(first_batch, stop_batch)
-        return tuple(dict.fromkeys(row.view for batch in batches for row in self.rows(batch)))
-
     def _row(self, concept: Concept, own: int, bucket: int, size: Size) -> Row:
         """The row that sees a concept's pictures of a bucket for the `own`-th time, counted from 0."""
         name, framing, records = concept.name, self.framing, concept.records
@@ -217,25 +212,24 @@ def least_losing(sizes: Sequence[Size], pictures: Sequence[Size], at_most: int) 
     to a narrower one.
     """
     ordered = sorted(sizes, key=lambda size: size[0] / size[1])
-    lost, ratios = _lost(ordered, pictures), np.array([width / height for width, height in ordered])
+    # Before the first and behind the last stands a size that is never nearest.
+    ratios = np.array([0, *(width / height for width, height in ordered), np.inf])
+    lost = np.pad(_lost(ordered, pictures), ((0, 0), (1, 1)), constant_values=np.inf)
     of_pictures = np.array([width / height for width, height in pictures])
-    # Of pictures between two neighbours; those beyond the first and the last chosen have one neighbour.
     between = [
         [lost[(of_pictures > low) & (of_pictures <= high)][:, [i, j]].min(1).sum() for j, high in enumerate(ratios)]
         for i, low in enumerate(ratios)
     ]
-    best = [(lost[of_pictures <= ratio, j].sum(), [j]) for j, ratio in enumerate(ratios)]
-    ends = [lost[of_pictures > ratio, j].sum() for j, ratio in enumerate(ratios)]
-    found = min((cost + ends[j], chosen) for j, (cost, chosen) in enumerate(best))
-    for _ in range(1, min(at_most, len(ordered))):
+    none: tuple[float, list[int]] = (np.inf, [])
+    best, found = [(0.0, none[1]), *[none] * (len(ratios) - 1)], none
+    for _ in range(min(at_most, len(ordered)) + 1):
         best = [
-            min(((best[i][0] + between[i][j], [*best[i][1], j]) for i in range(j)), default=(np.inf, [j]))
-            for j in range(len(ordered))
+            min(((best[i][0] + between[i][j], [*best[i][1], j]) for i in range(j)), default=none)
+            for j in range(len(ratios))
         ]
         # More sizes are only worth their compilation where they lose less.
-        closer = min((cost + ends[j], chosen) for j, (cost, chosen) in enumerate(best))
-        found = closer if closer[0] < found[0] - 1e-9 else found
-    return [ordered[j] for j in found[1]]
+        found = best[-1] if best[-1][0] < found[0] - 1e-9 else found
+    return [ordered[j - 1] for j in found[1][:-1]]
 
 
 def _lost(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
