@@ -96,7 +96,7 @@ def _states(
     """What layers read of captions, without the mark at the start, and of each phrase, which begins with a new word:
     what stands before it stays as it is."""
     tokenizer, prompts = bundle.text[0].tokenizer(), [*captions, *phrases, *(PREFIX + own for own in phrases)]
-    read = encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), prompts)
+    read = dict(encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), prompts))
 
     def states(prompt: str, before: str = "") -> np.ndarray:
         return read[prompt].text[1 + len(tokenizer.tokens(before)) : 2 + len(tokenizer.tokens(prompt))]

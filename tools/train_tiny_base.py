@@ -336,7 +336,7 @@ def encode_world(
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
         captions += texts
     encoded = encode_prompts(tokenizer, TextEncoders({"text_encoder": text_encoder}), [*captions, ""], batch_size=100)
-    embeddings = {caption: prompt.text for caption, prompt in encoded.items()}
+    embeddings = {caption: prompt.text for caption, prompt in encoded}
     return np.concatenate(means), np.concatenate(deviations), captions, embeddings
 
 

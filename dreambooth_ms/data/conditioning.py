@@ -122,8 +122,9 @@ def encode_prompts(
     batch_size: int = 8,
     pieces: int = 1,
     zeros_for_empty: bool = False,
-) -> dict[str, PromptText]:
-    """What the UNet reads of each distinct prompt, float32, computed in batches of one fixed shape.
+) -> Iterator[tuple[str, PromptText]]:
+    """Each distinct prompt with what the UNet reads of it, float32, computed in batches of one fixed shape, as soon as
+    its own are.
 
     Args:
         tokenizer: of the text encoders.
@@ -134,27 +135,24 @@ def encode_prompts(
             (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
         zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
     """
-    texts = tokenizer.texts(prompts, pieces)
-    rows = [row for own in texts.values() for row in own]
-    filled, found = rows + rows[-1:] * (-len(rows) % batch_size), list[PromptText]()
-    for start in range(0, len(filled), batch_size):
-        batch = conditioning(filled[start : start + batch_size])
-        outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, batch.values()))]
-        found += [PromptText(*row) for row in zip(*outputs, strict=True)]
-    of_prompts = (found[first : first + pieces] for first in range(0, len(rows), pieces))
-    read = [PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled) for own in of_prompts]
-    encoded = dict(zip(texts, read, strict=True))
-    if zeros_for_empty and "" in encoded:
-        encoded[""] = PromptText(*map(np.zeros_like, encoded[""]))
-    return encoded
+    ordered = sorted(set(prompts))
+    for first in range(0, len(ordered), batch_size):
+        texts, found = tokenizer.texts(ordered[first : first + batch_size], pieces), list[PromptText]()
+        rows = [row for own in texts.values() for row in own]
+        filled = rows + rows[-1:] * (-len(rows) % batch_size)
+        for start in range(0, len(filled), batch_size):
+            batch = conditioning(filled[start : start + batch_size])
+            outputs = [one.asnumpy() for one in text_encoders(*map(Tensor, batch.values()))]
+            found += [PromptText(*row) for row in zip(*outputs, strict=True)]
+        for at, prompt in enumerate(texts):
+            own = found[at * pieces : (at + 1) * pieces]
+            read = PromptText(np.concatenate([piece.text for piece in own]), own[0].pooled)
+            yield prompt, PromptText(*map(np.zeros_like, read)) if zeros_for_empty and not prompt else read
 
 
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
-    """These prompts and the empty one, each with what the base's own text encoders make of it, a part at a time, so
-    that not all are in memory; the encoders are gone afterwards."""
-    tokenizer, encoders = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders()
-    ordered = sorted({*prompts, ""})
-    rows, zeros = min(8, len(ordered)), bundle.zeros_for_empty_prompt
-    for start in range(0, len(ordered), 8 * rows):
-        part = ordered[start : start + 8 * rows]
-        yield from encode_prompts(tokenizer, encoders, part, rows, zeros_for_empty=zeros).items()
+    """These prompts and the empty one, each with what the base's own text encoders make of it; not all are in memory,
+    and the encoders are gone afterwards."""
+    tokenizer, encoders, wanted = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders(), {*prompts, ""}
+    zeros = bundle.zeros_for_empty_prompt
+    return encode_prompts(tokenizer, encoders, wanted, min(8, len(wanted)), zeros_for_empty=zeros)

@@ -107,7 +107,7 @@ def test_a_model_of_pixels_that_reads_letters_fits_and_predicts(bundle, pynative
     encoders = bundle.load_text_encoders()
     assert encoders.networks().keys() == {"letters"}
     assert encoders.is_read("letters", "letters.weight")
-    text = encode_prompts(PromptTokenizer(bundle.text), encoders, ["a cat", ""])
+    text = dict(encode_prompts(PromptTokenizer(bundle.text), encoders, ["a cat", ""]))
     assert text["a cat"].text.shape == (LENGTH, WIDTH)
     assert text["a cat"].pooled.size == 0
     assert np.array_equal(text["a cat"].text[1], text[""].text[0])
@@ -119,10 +119,11 @@ def test_a_model_of_pixels_that_reads_letters_fits_and_predicts(bundle, pynative
 def test_what_is_too_long_for_any_tokenizer_is_told_or_cut_into_pieces(bundle, pynative):
     tokenizer, encoders = PromptTokenizer(bundle.text), bundle.load_text_encoders()
     with pytest.warns(UserWarning, match=f"prompt cut after {LENGTH} tokens; not used: 'cats'"):
-        encode_prompts(tokenizer, encoders, ["a few cats"])
+        dict(encode_prompts(tokenizer, encoders, ["a few cats"]))
     pieces = tokenizer.num_pieces(["a few cats"])
     assert pieces == 2
-    assert encode_prompts(tokenizer, encoders, ["a few cats"], pieces=pieces)["a few cats"].text.shape == (12, WIDTH)
+    ((_, read),) = encode_prompts(tokenizer, encoders, ["a few cats"], pieces=pieces)
+    assert read.text.shape == (12, WIDTH)
 
 
 def test_readers_of_two_kinds_stand_side_by_side(pynative):

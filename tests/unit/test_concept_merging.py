@@ -111,7 +111,7 @@ def states_of(bundle, folder, phrases):
     words = open_adapter(folder, [bundle.opened().spec]).adapter.words
     bundle = bundle.with_words(words)
     tokenizer = bundle.text[0].tokenizer()
-    read = encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), phrases)
+    read = dict(encode_prompts(PromptTokenizer(bundle.text), bundle.load_text_encoders(), phrases))
     return [read[phrase].text[1 : len(tokenizer.tokens(phrase)) + 2] for phrase in phrases]
 
 

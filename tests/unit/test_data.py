@@ -516,17 +516,22 @@ class TestEmbeddingCache:
     def test_many_captions_are_encoded_a_part_at_a_time_by_encoders_loaded_once(self, monkeypatch):
         loaded, asked = [], []
 
-        def encode(tokenizer, encoders, prompts, batch_size, zeros_for_empty):
-            asked.append((len(prompts), batch_size))
-            return {prompt: PromptText(np.array([len(prompt)])) for prompt in prompts}
+        def texts(prompts, pieces):
+            asked.append(len(prompts))
+            return {prompt: [PromptText(np.array([len(prompt)], np.int32))] for prompt in prompts}
 
-        monkeypatch.setattr(text_module, "encode_prompts", encode)
-        monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers, warns: None)
-        bundle = SimpleNamespace(text=(), zeros_for_empty_prompt=False, load_text_encoders=lambda: loaded.append(1))
+        def load():
+            loaded.append(1)
+            return lambda ids: (ids * 2,)
+
+        monkeypatch.setattr(text_module, "PromptTokenizer", lambda readers, warns: SimpleNamespace(texts=texts))
+        bundle = SimpleNamespace(text=(), zeros_for_empty_prompt=False, load_text_encoders=load)
         captions = [str(i) for i in range(100)]
-        found = dict(text_module.embed_prompts(bundle, captions))
-        assert (sorted(found), len(loaded)) == (sorted([*captions, ""]), 1)
-        assert asked == [(64, 8), (37, 8)]
+        read = text_module.embed_prompts(bundle, captions)
+        next(read)
+        assert asked == [8], "no more than are encoded at a time"
+        assert {prompt: int(text.text[0]) for prompt, text in read} == {one: 2 * len(one) for one in captions}
+        assert (asked, loaded) == ([8] * 12 + [5], [1])
 
 
 class TestClassPictures:
