@@ -130,4 +130,3 @@ HARMLESS = _reasons(_NOT_HERE["harmless"])
 
 VALUES = {field: _reasons(rows) for field, rows in _NOT_HERE["values"].items()}
 """Field -> values that are refused by name, in lower case -> why."""
-METHODS_NOT_YET = VALUES["method"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.config.spellings import METHODS_NOT_YET, REFUSED
+from dreambooth_ms.config.spellings import REFUSED, VALUES
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
 from dreambooth_ms.training.run_folder import CONFIG
 from dreambooth_ms.training.run_lock import sign, take_lock
@@ -382,7 +382,7 @@ def test_photographs_of_the_class_that_are_not_there(place, train_refused):
         (["--learning_rate", "fast"], "--learning_rate: expected a number, or None, got 'fast'"),
         (["--center_crop", "maybe"], "--center_crop: expected True or False, got 'maybe'"),
         (["--method", "ful"], "--method: expected one of lora, full, custom_diffusion, textual_inversion, got 'ful'"),
-        (["--method", "pivotal_tuning"], f"--method: pivotal_tuning: {METHODS_NOT_YET['pivotal_tuning']}"),
+        (["--method", "pivotal_tuning"], f"--method: pivotal_tuning: {VALUES['method']['pivotal_tuning']}"),
         (["--lr_scheduler", "step"], "--lr_scheduler: expected one of linear, cosine, "),
         (["--rank", "0"], "--rank: expected at least 1, got 0"),
         (["--lora_target_modules", "to_x"], "--lora_target_modules: no layer is named to_x; there are "),

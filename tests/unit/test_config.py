@@ -19,7 +19,7 @@ from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.schema import describe, field_documentation, schema_fields, sections
 from dreambooth_ms.config.sources import canonical
-from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, METHODS_NOT_YET, REFUSED, SPELLINGS
+from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, REFUSED, SPELLINGS, VALUES
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 from tests.published_flags import BY_METHOD, FULL_SCRIPT, LORA_SCRIPT, SDXL_SCRIPT
@@ -633,9 +633,9 @@ def test_a_deprecated_jit_level_is_refused_with_its_reason(level):
     assert train_problems("--jit_level", "O3") == ["--jit_level: expected one of O0, O1, or None, got 'O3'"]
 
 
-@pytest.mark.parametrize("name", METHODS_NOT_YET)
+@pytest.mark.parametrize("name", VALUES["method"])
 def test_a_method_of_a_later_version_is_refused_by_name(name):
-    assert train_problems("--method", name) == [f"--method: {name}: {METHODS_NOT_YET[name]}"]
+    assert train_problems("--method", name) == [f"--method: {name}: {VALUES['method'][name]}"]
 
 
 # --- Mistakes ---
@@ -710,7 +710,7 @@ def test_all_mistakes_are_reported_together(tmp_path):
     ) == [
         f"{file[1]}: resolution: expected a whole number, got 'wide'",
         f"{file[1]}: zzz: unknown key",
-        f"--method: pivotal_tuning: {METHODS_NOT_YET['pivotal_tuning']}",
+        f"--method: pivotal_tuning: {VALUES['method']['pivotal_tuning']}",
         f"--push_to_hub: {REFUSED['push_to_hub'].reason}",
         "--pretrained_model_name_or_path: required",
         "--instance_data_dir: required",
