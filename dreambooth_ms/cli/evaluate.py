@@ -15,7 +15,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
+from dreambooth_ms.evaluation import load_image_embedder, measure
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
@@ -30,14 +30,7 @@ SHOWN = 6
 
 def run(argv: Sequence[str]) -> int:
     """Compare base and adapted model by a command line; returns the exit status."""
-    before, after = evaluate(load(EvaluateConfig, argv, tell))
-    for name, value in vars(before).items():
-        print(f"{name.replace('_', ' '):26} {value:.3f} -> {vars(after)[name]:.3f}")
-    return 0
-
-
-def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
-    """Write the sheet and the figures into the output folder; returns the figures before and after."""
+    config = load(EvaluateConfig, argv, tell)
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
     device = set_up(config.device)
     bundle = open_base(weights)
@@ -78,7 +71,9 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
     write_sheet(output / SHEET, title, rows)
     write_json(output / METRICS, {"before": vars(before), "after": vars(after)})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
-    return before, after
+    for name, value in vars(before).items():
+        print(f"{name.replace('_', ' '):26} {value:.3f} -> {vars(after)[name]:.3f}")
+    return 0
 
 
 def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: SamplingModel) -> list[np.ndarray]:
