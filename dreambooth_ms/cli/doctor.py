@@ -85,10 +85,6 @@ HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
 """Of the attention that is tried, whose relative error in float16 is 6e-4 on a CPU."""
 
 
-class Failed(Exception):
-    """A check failed; the text says what was found and what to do."""
-
-
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
     config = load(DoctorConfig, argv, tell)
@@ -159,7 +155,7 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
     """Whether a check is passed, and one line of what it found."""
     try:
         return "ok", look()
-    except (Failed, UserError) as error:
+    except UserError as error:
         return "FAILED", str(error)
     except Exception as error:  # noqa: BLE001 - MindSpore fails in many ways, and the other checks still tell something.
         return "FAILED", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
@@ -167,7 +163,7 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
     """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
-    `Failed`."""
+    UserError, which says it and what to do."""
     of_card = {"driver": driver, "attention": attention, "kernels": kernels}
     of_card["environment"] = lambda: ", ".join(_variables(READ_BY_CARD))
     return {
@@ -186,14 +182,14 @@ def check_device(wanted: DeviceConfig) -> str:
     """Choose the device as every command does, and say what is known of it."""
     card = ascend.find_ascend()
     if wanted.device_target == "Ascend" and not card.is_usable:
-        raise Failed(card.obstacle or ascend.NO_CARD)
+        raise UserError(card.obstacle or ascend.NO_CARD)
     set_up(wanted)
     how = f"deterministic {wanted.deterministic}, jit_level {wanted.jit_level or 'left to MindSpore'}"
     if formulation() is Formulation.CPU:
         return f"CPU, {count_of(os.cpu_count() or 1, 'core')}, {platform.machine()}; {how}"
     cann = cann_version(card.home)
     if cann and not cann.startswith(CANN_ACCEPTED):
-        raise Failed(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
+        raise UserError(f"CANN {cann}: expected one of {', '.join(CANN_ACCEPTED)}")
     count = ms.hal.device_count("Ascend")
     where = f"in {card.home}" if card.home else f"{ascend.CANN_HOME} is not set"
     return f"{count} x Ascend {ascend.card_name()}, CANN {cann or 'of unknown version'} ({where}); {how}"
@@ -219,7 +215,8 @@ def driver(file: Path = DRIVER) -> str:
     known = next((drivers for name, drivers in DRIVERS.items() if cann.startswith(name)), {})
     fits = next((fits for name, fits in known.items() if match[1].lower().startswith(name)), None)
     if fits is False:
-        raise Failed(f"{match[1]}: expected with CANN {cann} one of {', '.join(name for name in known if known[name])}")
+        fitting = ", ".join(name for name in known if known[name])
+        raise UserError(f"{match[1]}: expected with CANN {cann} one of {fitting}")
     return f"{match[1]}, {'goes' if fits else 'not known whether it goes'} with CANN {cann}"
 
 
@@ -231,7 +228,7 @@ def attention() -> str:
     said = ", ".join(f"{size} {'fused' if is_fused else 'in parts'}" for size, (is_fused, _) in found.items())
     worst = max(error for _, error in found.values())
     if not worst <= ROUNDING:
-        raise Failed(f"heads of {said}; relative error {worst:.0e}, expected at most {ROUNDING:g}")
+        raise UserError(f"heads of {said}; relative error {worst:.0e}, expected at most {ROUNDING:g}")
     return f"heads of {said}; to {worst:.0e}"
 
 
@@ -260,9 +257,9 @@ def compile_twice() -> str:
         with use_compile_cache(cache):
             first, second = (_decoder()(latents).asnumpy() for _ in range(2))
     if cache.counts != Counts(found=1, kept=1):
-        raise Failed(f"MindSpore did not read its graph again; set {ENABLE}=0")
+        raise UserError(f"MindSpore did not read its graph again; set {ENABLE}=0")
     if not np.array_equal(first, second):
-        raise Failed(f"a graph from the cache gives other numbers; set {ENABLE}=0")
+        raise UserError(f"a graph from the cache gives other numbers; set {ENABLE}=0")
     where = compile_cache()
     return f"sound; graphs are kept in {where.folder}" if where else f"sound, and switched off; {ENABLE}=1 is on"
 
@@ -275,7 +272,7 @@ def compare(figures: dict[str, float]) -> str:
     wrong = [name for name, error in errors.items() if not error <= tolerance]
     if wrong:
         expected = ", ".join(f"{name} {STORED[name]:.6g}" for name in wrong)
-        raise Failed(f"{found}; expected {expected}, to {tolerance:.0e}")
+        raise UserError(f"{found}; expected {expected}, to {tolerance:.0e}")
     return f"{found}; as stored, to {max(errors.values()):.0e}"
 
 
@@ -289,7 +286,7 @@ def versions() -> str:
         [f"dreambooth_ms {__version__}, Python {platform.python_version()}", *map(" ".join, found.items())]
     )
     if others:
-        raise Failed(f"{said}; tested with {', '.join(others)}: pip install -r requirements.txt")
+        raise UserError(f"{said}; tested with {', '.join(others)}: pip install -r requirements.txt")
     return said
 
 
@@ -299,7 +296,7 @@ def memory() -> str:
     (free,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     said = f"{free / GIB:.1f} GiB free"
     if free < MIN_MEMORY:
-        raise Failed(f"{said}; the smallest base takes {MIN_MEMORY / GIB:.0f} GiB")
+        raise UserError(f"{said}; the smallest base takes {MIN_MEMORY / GIB:.0f} GiB")
     return said
 
 
@@ -308,7 +305,7 @@ def disk() -> str:
     free = shutil.disk_usage(".").free
     said = f"{free / GIB:.1f} GiB free in {Path.cwd()}"
     if free < MIN_DISK:
-        raise Failed(f"{said}; a run with a real base takes more: free some space or go elsewhere")
+        raise UserError(f"{said}; a run with a real base takes more: free some space or go elsewhere")
     return said
 
 

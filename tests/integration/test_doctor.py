@@ -10,7 +10,7 @@ import pytest
 from dreambooth_ms.cli import doctor
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.shared import DeviceConfig
-from dreambooth_ms.errors import DeviceError
+from dreambooth_ms.errors import DeviceError, UserError
 from dreambooth_ms.runtime.ascend import Ascend
 from dreambooth_ms.runtime.device import Formulation
 from tools import ascend_stubs
@@ -68,7 +68,7 @@ def test_one_line_for_each_check_and_status_0(checks, capsys):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (doctor.Failed("too little"), "too little"),
+        (UserError("too little"), "too little"),
         (DeviceError("no Ascend"), "no Ascend"),
         (RuntimeError("line one\nline two"), "RuntimeError: line one"),
     ],
@@ -91,22 +91,22 @@ def test_figures_that_are_not_those_stored_fail():
     stored = {"loss": doctor.STORED["loss"], "update": doctor.STORED["update"]}
     assert "as stored" in doctor.compare(stored)
     for wrong in (stored["loss"] * (1 + 2 * doctor.TOLERANCES[Formulation.CPU]), np.nan):
-        with pytest.raises(doctor.Failed, match=r"loss .*; expected loss 1"):
+        with pytest.raises(UserError, match=r"loss .*; expected loss 1"):
             doctor.compare(stored | {"loss": wrong})
 
 
 def test_a_machine_without_room_fails(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 5 * 10**8))
-    with pytest.raises(doctor.Failed, match=r"0\.5 GiB free"):
+    with pytest.raises(UserError, match=r"0\.5 GiB free"):
         doctor.disk()
     monkeypatch.setattr(doctor, "MIN_MEMORY", 10**15)
-    with pytest.raises(doctor.Failed, match="the smallest base takes"):
+    with pytest.raises(UserError, match="the smallest base takes"):
         doctor.memory()
 
 
 def test_other_versions_than_the_tested_ones_fail(monkeypatch):
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["mindspore==1.0.0", "numpy"])
-    with pytest.raises(doctor.Failed, match=r"tested with mindspore 1\.0\.0"):
+    with pytest.raises(UserError, match=r"tested with mindspore 1\.0\.0"):
         doctor.versions()
 
 
