@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from mindspore.profiler import profile, schedule, tensorboard_trace_handler
 from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dreambooth_ms.atomic import atomic_path, write_bytes
 from dreambooth_ms.errors import WeightError
@@ -36,11 +39,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._folder, self._summary, self._event = folder, summary, Event
+        self._folder = folder
         kept = [line for line in read_history(folder) if line["step"] <= done]
         write_bytes(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with self._writing():
@@ -57,17 +56,17 @@ class Tracker:
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
         if report.loss_scale is not None:
             values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
-        entries = [entry for name, value in values.items() for entry in self._summary.scalar(name, value).value]
+        entries = [entry for name, value in values.items() for entry in summary.scalar(name, value).value]
         with self._writing():
             self._file.write(json.dumps({"step": report.step, **values}) + "\n")
             self._file.flush()
-            self._show(report.step, summary=self._summary.Summary(value=entries))
+            self._show(report.step, summary=summary.Summary(value=entries))
 
     def log_pictures(self, step: int, name: str, pictures: Sequence[np.ndarray]) -> None:
         """Show pictures, each (H, W, 3) uint8, as they were after a step."""
         with self._writing():
             for number, picture in enumerate(pictures):
-                self._show(step, summary=self._summary.image(f"{name}/{number}", picture, dataformats="HWC"))
+                self._show(step, summary=summary.image(f"{name}/{number}", picture, dataformats="HWC"))
 
     def close(self) -> None:
         """Close both files; all that was logged is in them."""
@@ -76,7 +75,7 @@ class Tracker:
                 file.close()
 
     def _show(self, step: int, **content: Any) -> None:
-        self._board.write_event(self._event(wall_time=time.time(), step=step, **content))
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
         self._board.flush()
 
     @contextmanager
