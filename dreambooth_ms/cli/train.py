@@ -77,17 +77,16 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         found = processes.from_first("the run's folder", lambda: _open_folder(stack, job))
         if found is None:
             return 0
-        path, *known = found["checkpoint"] or [None]
-        checkpoint = Checkpoint(Path(path), *known) if path else None
+        digests, kept = found
         stack.enter_context(collective_operations(processes.launch))
-        job = replace(job, base_digests=found["base"], checkpoint=checkpoint)
-        return train_and_save(*prepare_training(job))
+        checkpoint = Checkpoint(Path(kept[0]), *kept[1:]) if kept else None
+        return train_and_save(*prepare_training(replace(job, base_digests=digests, checkpoint=checkpoint)))
 
 
-def _open_folder(stack: ExitStack, job: TrainingJob) -> dict[str, Any] | None:
+def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
     """Find what would go wrong, then make the run's folder ready, which is this run's own until the stack ends.
 
-    Gives the checkpoint to go on from and the base's digests, as JSON; None if nothing is left to do.
+    Gives the base's digests and the checkpoint to go on from, as JSON; None if nothing is left to do.
     """
     config, output, total = job.config, job.config.output_dir, job.total
     checkpoint = checkpoint_of(config, tell)
@@ -121,10 +120,7 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> dict[str, Any] | None:
         tell(f"{finished.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
         return None
     warn_of_little(job)
-    return {
-        "base": digests,
-        "checkpoint": (str(checkpoint.path), checkpoint.step, checkpoint.content) if checkpoint else None,
-    }
+    return [digests, checkpoint and (str(checkpoint.path), checkpoint.step, checkpoint.content)]
 
 
 def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchMaker) -> int:
