@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,30 +38,27 @@ def with_folder_of_data_set(config: TrainConfig) -> TrainConfig:
     data, captions = config.data, config.captions.caption_column
     if data.dataset_name is None:
         return config
-    columns, own = (data.image_column, *([captions] if captions else [])), str(config.output_dir / "cache")
-    folder = folder_of_data_set(data.dataset_name, data.dataset_config_name, columns, data.cache_dir, own)
+    select = partial(_of_train_split, config_name=data.dataset_config_name)
+    root, files = find_data_set(data.dataset_name, select, data.cache_dir)
+    folder, columns = (root / files[0]).parent, [data.image_column, *([captions] if captions else [])]
+    if files[0].endswith(PARQUET):
+        folder = _written_out(config, [root / file for file in files], columns)
     return replace(config, data=replace(data, dataset_name=None, instance_data_dir=str(folder)))
 
 
-@lru_cache(maxsize=1)
-def folder_of_data_set(
-    name: str, config_name: str | None, columns: tuple[str, ...], cache: str | None, own: str
-) -> Path:
-    """The folder; `columns`: the pictures', then the captions' if they are read; `own`: for what has no other cache."""
-    root, files = find_data_set(name, partial(_of_train_split, config_name=config_name), cache)
-    paths = [root / file for file in files]
-    if paths[0].suffix != PARQUET:
-        return paths[0].parent
+def _written_out(config: TrainConfig, paths: Sequence[Path], columns: Sequence[str]) -> Path:
+    """The folder with what stands in parquet files: pictures by the first column, captions by the second, if any."""
     for path in paths:
         with _errors_of(path):
             there = import_module("pyarrow.parquet").read_schema(path).names
         if lacking := [column for column in columns if column not in there]:
             raise DataError(f"{path}: no column {', '.join(lacking)}; it has {', '.join(there)}")
-    folder = Path(cache or own, f"pictures-{content_key(files=[*map(file_digest, paths)], columns=columns)}")
+    cache = Path(config.data.cache_dir or config.output_dir / "cache")
+    folder = cache / f"pictures-{content_key(files=[*map(file_digest, paths)], columns=columns)}"
     if not folder.is_dir():
         check_room(folder, sum(path.stat().st_size for path in paths))
         with new_folder(folder) as partial_folder:
-            _write_pictures(name, _rows(paths, columns), columns, partial_folder)
+            _write_pictures(str(config.data.dataset_name), _rows(paths, columns), columns, partial_folder)
             os.sync()
     return folder
 

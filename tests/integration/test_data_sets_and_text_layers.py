@@ -13,7 +13,6 @@ from PIL import Image
 
 from dreambooth_ms.cli import train as command
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.data.data_set import folder_of_data_set
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file
 from dreambooth_ms.sampling.model import SamplingModel
@@ -42,7 +41,6 @@ def data_set(tmp_path):
     (tmp_path / "set").mkdir()
     table = pyarrow.table({"image": stored, "text": CAPTIONS})
     pyarrow.parquet.write_table(table, tmp_path / "set" / "train.parquet")
-    folder_of_data_set.cache_clear()
     return tmp_path / "set"
 
 

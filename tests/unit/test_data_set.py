@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -10,16 +11,11 @@ import pytest
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.captions import Captioning
-from dreambooth_ms.data.data_set import folder_of_data_set
+from dreambooth_ms.data.data_set import with_folder_of_data_set
 from dreambooth_ms.data.pictures import find_pictures
 from dreambooth_ms.errors import ConfigError, DataError, UserError, WeightError
 from tests.unit.test_hub import COMMIT, answered, hub  # noqa: F401  (a fixture)
 from tools.tiny_base.world import write_subject
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    folder_of_data_set.cache_clear()
 
 
 @pytest.fixture
@@ -39,8 +35,13 @@ def images(photographs, named=True):
     return [{"bytes": own, "path": name if named else None} for name, own in photographs.items()]
 
 
-def find(source, own, columns=("image", "text"), config_name=None, cache=None):
-    return folder_of_data_set(str(source), config_name, columns, cache and str(cache), str(own))
+def find(source, output, columns=("image", "text"), config_name=None, cache=None):
+    named = ("dataset_name", "output_dir", "image_column", "caption_column", "dataset_config_name", "cache_dir")
+    columns = (*columns, None)[:2]
+    values = zip(named, (source, output, *columns, config_name, cache), strict=True)
+    flags = [part for name, value in values if value is not None for part in (f"--{name}", str(value))]
+    config = load(TrainConfig, ["--pretrained_model_name_or_path", "base", "--instance_prompt", "a star", *flags])
+    return Path(with_folder_of_data_set(config).data.instance_data_dir)
 
 
 def prompts(folder, column="text"):
@@ -58,14 +59,13 @@ def test_pictures_and_captions_of_parquet_files_are_written_out_once(photographs
     write_parquet(source / "train-00000-of-00002.parquet", image=stored[:2], text=captions[:2], other=[1, 2])
     write_parquet(source / "train-00001-of-00002.parquet", image=stored[2:3], text=captions[2:3])
     write_parquet(source / "test-00000-of-00001.parquet", image=stored[3:], text=captions[3:])
-    folder = find(tmp_path / "set", tmp_path / "run" / "cache")
+    folder = find(tmp_path / "set", tmp_path / "run")
     assert folder.parent == tmp_path / "run" / "cache"
     expected = list(zip(photographs.values(), [("one",), ("two",), ("three", "drei")], strict=False))
     assert prompts(folder) == expected
     assert {path.suffix for path in find_pictures(folder).pictures} == {".png"}
     there = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    folder_of_data_set.cache_clear()
-    assert find(tmp_path / "set", tmp_path / "run" / "cache") == folder
+    assert find(tmp_path / "set", tmp_path / "run") == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == there
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -81,7 +81,6 @@ def test_other_bytes_or_columns_are_another_folder(photographs, tmp_path):
         *map(tuple, "fghij")
     ]
     write_parquet(tmp_path / "set" / "a.parquet", image=images(photographs)[1:], text=list("abcd"))
-    folder_of_data_set.cache_clear()
     assert find(tmp_path / "set", own, cache=cache) != first
 
 
@@ -172,7 +171,7 @@ def test_a_row_without_a_picture_leaves_nothing_behind(photographs, tmp_path, pi
     row = 1 if isinstance(picture, dict | None) else 0
     with pytest.raises(DataError, match=f"row {row} has no picture's bytes in column image$"):
         find(tmp_path / "set", tmp_path / "run", ("image",))
-    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "run" / "cache").iterdir())
 
 
 def test_a_damaged_file_and_one_that_is_none_are_one_line(photographs, tmp_path):
@@ -236,7 +235,6 @@ def test_of_the_hub_only_the_train_split_is_fetched(hub, tmp_path):  # noqa: F81
     cache = tmp_path / "kept"
     assert find("owner/name", tmp_path / "run", cache=cache).is_relative_to(cache / "datasets--owner--name")
     hub.answers["owner/name"] = answered(503)
-    folder_of_data_set.cache_clear()
     assert find("owner/name", tmp_path / "run", cache=cache).is_relative_to(cache)
 
 
