@@ -140,7 +140,7 @@ def _command_help(name: str, everything: bool) -> str:
 
 The flags that are set most; `{PROGRAM} {name} --help all` has the rest:
 
-{describe_usual(schema, schema.USUAL)}"""
+{describe_usual(schema)}"""
     return f"""{usage}
 
 Values come from the YAML files given by --config, then from the flags. Switches are written --name,

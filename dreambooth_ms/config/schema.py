@@ -4,7 +4,7 @@ schema as data and as help text, read from the schema itself so that they cannot
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from types import NoneType, UnionType
@@ -154,10 +154,9 @@ def describe(schema: type) -> str:
     return "\n\n".join(blocks)
 
 
-def describe_usual(schema: type, names: Sequence[str]) -> str:
-    """The same of a few flags, in this order."""
-    known = schema_fields(schema)
-    return "\n".join(_lines(schema, [known[name] for name in names]))
+def describe_usual(schema: type[Schema]) -> str:
+    """The same of the flags that everybody sets, in their order."""
+    return "\n".join(_lines(schema, map(schema_fields(schema).__getitem__, schema.USUAL)))
 
 
 def _lines(schema: type, fields_of_it: Iterable[Field]) -> Iterator[str]:
