@@ -33,7 +33,7 @@ from dreambooth_ms.processes.group import Processes, run_in_group
 from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
 from dreambooth_ms.sampling.picture_file import class_picture_name
-from dreambooth_ms.training.checkpoint import Checkpoint, SaveCheckpoints, checkpoint_folder, result_of
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folder, result_of
 from dreambooth_ms.training.content import base_digests, content_of
 from dreambooth_ms.training.loop import StepReport, stop_requests, train
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, checkpoint_of, write_config
@@ -141,9 +141,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
             hooks.append(stack.enter_context(closing(StepTimes(config, job.base))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar)))
-        content = content_of(job.base_digests, job.concepts, job.sources)
-        state = partial(training.state, of_all=True)
-        hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
+        hooks.append(training.save)
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
         if tracker and config.run.profile:

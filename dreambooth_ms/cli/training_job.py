@@ -12,6 +12,7 @@ from pathlib import Path
 from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of
@@ -21,7 +22,8 @@ from dreambooth_ms.ops.graph import set_between_runs
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
-from dreambooth_ms.training.checkpoint import Checkpoint, restore
+from dreambooth_ms.training.checkpoint import Checkpoint, restore, save_checkpoint
+from dreambooth_ms.training.content import content_of
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser, learning_rate_factor
@@ -201,7 +203,18 @@ class Training:
         if self.average and not report.is_skipped:
             self.average.update(report.updates)
 
-    def write_part(self, target: Path, step: int) -> None:
+    def save(self, report: StepReport) -> None:
+        """A hook: save the run after every so many steps, and when it is asked to stop."""
+        job, run, step = self.job, self.job.config.run, report.step
+        if step % run.checkpointing_steps and not report.stop_asked:
+            return
+        state, keep = self.state(of_all=True), run.checkpoints_total_limit
+        if job.processes.is_first:
+            config, content = to_yaml(job.config), content_of(job.base_digests, job.concepts, job.sources)
+            save_checkpoint(job.config.output_dir, step, state, config, self._write_part, keep, content)
+        job.processes.wait_for_all("the checkpoint")
+
+    def _write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
         with self.result_weights():
             self.learner.write_part(target, step)

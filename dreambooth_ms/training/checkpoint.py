@@ -23,14 +23,10 @@ from mindspore import Parameter, Tensor
 
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME
 from dreambooth_ms.atomic import file_digest, new_folder, remove_leftovers, sync
-from dreambooth_ms.config.load import to_yaml
-from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of
 from dreambooth_ms.formats.files.open import read_metadata, read_tensors, write_tensors
 from dreambooth_ms.formats.folder_layout import WEIGHT_NAMES
-from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.training.content import Content
-from dreambooth_ms.training.loop import StepReport
 
 ADAPTER = Path(FILE_NAME)
 MODEL = Path("unet") / f"{WEIGHT_NAMES['unet']}.safetensors"
@@ -102,29 +98,6 @@ def save_checkpoint(
         for old in others[: len(others) - (keep - 1)]:
             shutil.rmtree(old, ignore_errors=True)
     return target
-
-
-@dataclass(frozen=True)
-class SaveCheckpoints:
-    """A hook: saves the run after every so many steps, and when it is asked to stop."""
-
-    config: TrainConfig
-    content: Content
-    state: Callable[[], Sequence[Parameter]]
-    """The whole state; all processes ask for it at the same time."""
-    write_results: Callable[[Path, int], Any]
-    """Writes the weights for other tools, after so many steps."""
-    processes: Processes
-
-    def __call__(self, report: StepReport) -> None:
-        """Save after this step, if it is time."""
-        run, folder = self.config.run, self.config.output_dir
-        if report.step % run.checkpointing_steps and not report.stop_asked:
-            return
-        state, config, keep = self.state(), to_yaml(self.config), run.checkpoints_total_limit
-        if self.processes.is_first:
-            save_checkpoint(folder, report.step, state, config, self.write_results, keep, self.content)
-        self.processes.wait_for_all("the checkpoint")
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
