@@ -36,10 +36,8 @@ def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker
     base, cache = job.base, ContentCache(job.config.output_dir / "cache")
     generated = [(one.prompt, one.generated.class_negative_prompt) for one in job.sources if one.generated]
     class_prompts = [text for both in generated for text in both]
-    digests = [job.base_digests[reader.name] for reader in base.text]
-    # What is at its default is left out, so that what was cached before there was a choice holds.
-    skip = [f"clip_skip {base.clip_skip}"] if base.clip_skip else []
-    key = " ".join([*digests, *(["zeros"] if base.zeros_for_empty_prompt else []), *skip])
+    digests = " ".join(job.base_digests[reader.name] for reader in base.text)
+    key = f"{digests}, clip_skip {base.clip_skip}, zeros {base.zeros_for_empty_prompt}"
     embeddings = embedding_lookup(cache, key, lambda missing: embed_prompts(base, missing))
     encodes_text = job.config.encodes_text
     tell_cut_prompts(job, class_prompts)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.data.conditioning import PromptText
-from dreambooth_ms.data.pictures import covering_size, open_picture, resize_and_crop, to_array
+from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
 from dreambooth_ms.formats.files.open import read_tensors, write_tensors
@@ -135,17 +135,9 @@ def posterior_lookup(
     """
 
     def keys(view: View) -> tuple[str]:
-        frame, (width, height) = view.frame, view.frame.size
-        is_plain = frame.place is None and frame.resized == covering_size(view.record.size, frame.size)
+        picture, frame = view.record.digest, asdict(view.frame)
         key = content_key(
-            picture=view.record.digest,
-            crop=(frame.top, frame.left),
-            flip=view.flip,
-            encoder=encoder_digest,
-            # Of squares one side, as in the first version, whose caches hold.
-            resolution=width if width == height else (width, height),
-            interpolation=interpolation,
-            **({} if is_plain else {"augmented": (frame.resized, frame.place)}),
+            picture=picture, frame=frame, flip=view.flip, encoder=encoder_digest, interpolation=interpolation
         )
         return (key,)
 
