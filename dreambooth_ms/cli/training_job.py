@@ -94,11 +94,6 @@ class TrainingJob:
         return self.config.run.seed
 
     @property
-    def size(self) -> Size:
-        """Of the pictures."""
-        return self.config.data.resolution, self.config.data.resolution
-
-    @property
     def batches_per_step(self) -> int:
         """Of all processes."""
         return self.config.run.gradient_accumulation_steps * self.processes.count
@@ -120,7 +115,7 @@ class TrainingJob:
         """Those that pictures are trained at, by those of the subjects."""
         data = self.config.data
         if not data.use_aspect_ratio_bucket:
-            return (self.size,)
+            return ((data.resolution, data.resolution),)
         pictures = [record.size for one in self.subjects for record in one.records]
         sizes = sizes_of(data.resolution, self.base.side_multiple)
         return tuple(least_losing(sizes, pictures, data.max_buckets) if data.max_buckets else sizes)

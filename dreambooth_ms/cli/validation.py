@@ -58,7 +58,7 @@ class ShowValidation:
     """
 
     def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
-        wanted, (width, height) = job.config.validation, job.size
+        wanted, side = job.config.validation, job.config.data.resolution
         assert wanted.validation_prompt is not None, "asked for by a prompt"
         self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
         self._training, self._tracker, self._processes = training, tracker, job.processes
@@ -66,8 +66,8 @@ class ShowValidation:
             prompts=wanted.validation_prompt,
             negative_prompt=wanted.validation_negative_prompt,
             num_images_per_prompt=wanted.num_validation_images,
-            height=height,
-            width=width,
+            height=side,
+            width=side,
             seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
             purpose=PURPOSE,
             batch_size=1,
