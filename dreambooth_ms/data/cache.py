@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -135,9 +135,13 @@ def posterior_lookup(
     """
 
     def keys(view: View) -> tuple[str]:
-        picture, frame = view.record.digest, asdict(view.frame)
+        frame = view.frame
         key = content_key(
-            picture=picture, frame=frame, flip=view.flip, encoder=encoder_digest, interpolation=interpolation
+            picture=view.record.digest,
+            frame=(frame.size, frame.resized, frame.top, frame.left, frame.place),
+            flip=view.flip,
+            encoder=encoder_digest,
+            interpolation=interpolation,
         )
         return (key,)
 
