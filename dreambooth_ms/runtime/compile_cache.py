@@ -49,14 +49,6 @@ Graphs = dict[Path, int]
 """Files of graphs, with their times."""
 
 
-@dataclass
-class Counts:
-    """What this process had of the cache."""
-
-    found: int = 0
-    kept: int = 0
-
-
 @dataclass(frozen=True)
 class Outlook:
     """What is known of a compilation before it begins."""
@@ -72,7 +64,8 @@ class CompileCache:
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self.counts = Counts()
+        self.found, self.kept = 0, 0
+        """How many graphs this process had of it, and gave it."""
         self._is_off = False
 
     def compile(
@@ -142,7 +135,7 @@ class CompileCache:
         _mindspores.place = int(place) + 1
         try:
             if graphs == copied:
-                self.counts.found += 1
+                self.found += 1
                 os.utime(entry)
                 return
             content = f"{seconds}\n{name}\n".encode() + path.read_bytes()
@@ -150,7 +143,7 @@ class CompileCache:
             # Another process may have been first; what was copied in vain is replaced.
             if copied or not entry.exists():
                 write_bytes(entry, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            self.counts.kept += 1
+            self.kept += 1
             self._prune()
         except (OSError, WeightError) as error:
             self._turn_off(error)
@@ -158,15 +151,13 @@ class CompileCache:
     def _prune(self) -> None:
         """Remove what was used longest ago while all is too large, and what nobody finished."""
         files = {}
-        for path in self.folder.iterdir():
+        for path in filter(Path.is_file, self.folder.iterdir()):
             with suppress(OSError):  # Another process may have removed it.
                 files[path] = path.stat()
         total = sum(file.st_size for file in files.values())
         for path, file in sorted(files.items(), key=lambda item: item[1].st_mtime):
             is_unfinished = path.name.startswith(TEMPORARY_PREFIX)
-            if path.is_dir():  # An entry of an earlier version.
-                shutil.rmtree(path, ignore_errors=True)
-            elif (time.time() - file.st_mtime > ABANDONED_AFTER) if is_unfinished else total > self.max_bytes:
+            if (time.time() - file.st_mtime > ABANDONED_AFTER) if is_unfinished else total > self.max_bytes:
                 path.unlink(missing_ok=True)
                 total -= file.st_size
 
