@@ -67,18 +67,13 @@ class StoredNetwork(Generic[Spec]):
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model in a file or folder."""
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel(TensorFile):
+    """A model in a file or folder, whose tensors have public names, in the order of the model."""
 
-    path: Path
-    container: Container
-    """Of the file, or FOLDER."""
     form: Format
     spec: ModelSpec
     """As the names and shapes of the tensors show it."""
-    tensors: Mapping[str, StoredTensor]
-    """By public name, in the order of the model."""
     parts: tuple[str, ...]
     """The networks that are there."""
     report: Report
@@ -90,7 +85,6 @@ class OpenedModel:
     averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     """Of networks that are not in the file `path`."""
     configurations: Mapping[str, Config] = field(default_factory=dict)

@@ -144,11 +144,7 @@ def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
 
 
 def _read_entry(entry: zipfile.ZipInfo, source: FileRange, at_most: int) -> bytes:
-    """The content of a small entry.
-
-    Raises:
-        FormatError: it is too large, or as in `_range_of`.
-    """
+    """The content of a small entry, from where `_range_of` finds it; a FormatError if it is too large."""
     if entry.file_size > at_most:
         raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
     return _range_of(entry, source).read()
