@@ -45,9 +45,6 @@ SUFFIX = ".mindir"
 ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
-Graphs = dict[Path, int]
-"""Files of graphs, with their times."""
-
 
 @dataclass(frozen=True)
 class Outlook:
@@ -110,7 +107,7 @@ class CompileCache:
             return float(newest.read_bytes().split(b"\n", 2)[1])
         return None
 
-    def _copy_to_mindspore(self, entry: Path) -> Graphs:
+    def _copy_to_mindspore(self, entry: Path) -> dict[Path, int]:
         """Copy a sound entry's graph to MindSpore's folder; returns what is there now."""
         if _mindspores.place is None or not entry.exists():
             return {}
@@ -124,7 +121,7 @@ class CompileCache:
         path.write_bytes(graph)
         return _mindspores.graphs()
 
-    def _keep_what_is_new(self, entry: Path, copied: Graphs, seconds: float) -> None:
+    def _keep_what_is_new(self, entry: Path, copied: dict[Path, int], seconds: float) -> None:
         """Keep the graph that MindSpore has written, or note that it used what was copied there."""
         graphs = _mindspores.graphs()
         if len(graphs) != 1:
@@ -198,8 +195,8 @@ class _MindSporesCache:
                 del os.environ[name]
             os.environ |= before
 
-    def graphs(self) -> Graphs:
-        """The graphs that are there."""
+    def graphs(self) -> dict[Path, int]:
+        """The files of the graphs that are there, with their times."""
         return {path: path.stat().st_mtime_ns for path in self.folder.rglob(f"*{SUFFIX}")}
 
     def empty(self) -> None:
