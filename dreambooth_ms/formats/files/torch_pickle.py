@@ -118,6 +118,8 @@ class Entries(dict[str, Any]):
 class TorchUnpickler(_Machine):
     """Reads a pickle, and notes every storage by its key."""
 
+    find_class = Global
+
     def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
         super().__init__(file, encoding="latin-1")
         self.storages, self.dispatch = storages, _Bounded(_OPERATIONS)
@@ -132,10 +134,6 @@ class TorchUnpickler(_Machine):
             return super().load()
         except _DAMAGES as error:
             raise FormatError("its pickle is cut short or damaged") from error
-
-    def find_class(self, module: str, name: str) -> Global:
-        """What stands for a class or function that is named."""
-        return Global(module, name)
 
     def get_extension(self, code: int) -> None:
         """Push what stands for something that is named by a number."""
