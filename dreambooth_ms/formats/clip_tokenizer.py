@@ -19,7 +19,6 @@ from functools import cache
 from importlib.resources import files
 from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -176,25 +175,20 @@ def check_clip_tokenizer(folder: Path) -> None:
             config = read_json(folder / name)
             known = {key: config[key] for key in KEYS["tokenizer"] if key in config}
             read_config(folder / name, known, lambda config: check_keys(config, "tokenizer"))
-    file, vocabulary, made = _vocabulary(folder)
-    if made < len(vocabulary) - UNMERGED_TOKENS:
-        raise WeightError(f"{file}: cut short; download it again")
-
-
-def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:
-    """The file that says how tokens are merged, all tokens, and how many merges there are."""
     if (file := folder / "tokenizer.json").exists():
         model = read_json(file).get("model")
         vocabulary, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
         if not (isinstance(vocabulary, dict) and isinstance(merges, list)):
             raise WeightError(f"{file}: no tokenizer of CLIP; download it again")
-        return file, vocabulary, len(merges)
-    vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
-    try:
-        merges = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
-    return file, vocabulary, sum(len(line.split()) == 2 and not line.startswith("#version") for line in merges)
+    else:
+        vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
+        merges = [line for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
+    if len(merges) < len(vocabulary) - UNMERGED_TOKENS:
+        raise WeightError(f"{file}: cut short; download it again")
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
