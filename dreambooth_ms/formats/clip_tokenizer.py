@@ -19,9 +19,10 @@ from functools import cache
 from importlib.resources import files
 from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from dreambooth_ms.atomic import write_bytes
 from dreambooth_ms.errors import WeightError, show_names
@@ -56,8 +57,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
-        # transformers announces at import that there is no PyTorch; the tokenizers need none.
-        from tokenizers import Tokenizer
+        # It announces at import that there is no PyTorch; the tokenizers need none.
         from transformers import CLIPTokenizerFast
         from transformers.utils import logging
 
@@ -175,25 +175,20 @@ def check_clip_tokenizer(folder: Path) -> None:
             config = read_json(folder / name)
             known = {key: config[key] for key in KEYS["tokenizer"] if key in config}
             read_config(folder / name, known, lambda config: check_keys(config, "tokenizer"))
-    file, vocabulary, made = _vocabulary(folder)
-    if made < len(vocabulary) - UNMERGED_TOKENS:
-        raise WeightError(f"{file}: cut short; download it again")
-
-
-def _vocabulary(folder: Path) -> tuple[Path, dict[str, Any], int]:
-    """The file that says how tokens are merged, all tokens, and how many merges there are."""
     if (file := folder / "tokenizer.json").exists():
         model = read_json(file).get("model")
         vocabulary, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
         if not (isinstance(vocabulary, dict) and isinstance(merges, list)):
             raise WeightError(f"{file}: no tokenizer of CLIP; download it again")
-        return file, vocabulary, len(merges)
-    vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
-    try:
-        merges = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
-    return file, vocabulary, sum(len(line.split()) == 2 and not line.startswith("#version") for line in merges)
+    else:
+        vocabulary, file = read_json(folder / "vocab.json"), folder / "merges.txt"
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WeightError(f"{file}: missing or not readable; is the download complete?") from error
+        merges = [line for line in lines if len(line.split()) == 2 and not line.startswith("#version")]
+    if len(merges) < len(vocabulary) - UNMERGED_TOKENS:
+        raise WeightError(f"{file}: cut short; download it again")
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
@@ -207,7 +202,7 @@ def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
     packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]
-    symbols = byte_symbols()
+    symbols = sorted(ByteLevel.alphabet())
     made = [merge.replace(" ", "") for merge in merges]
     tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *made, START, END]
     special = {"bos_token": START, "eos_token": END, "pad_token": pad_token, "unk_token": END}
@@ -231,9 +226,3 @@ def pad_tokens(model: ModelSpec) -> dict[str, str | None]:
     """A model's text encoders -> what their tokenizers fill a short prompt with; None if their words are not CLIP's."""
     specs, tokens = vars(model), FAMILIES[model.family.value]["pad_tokens"]
     return {part: token if specs[part].vocab_size == SIZE else None for part, token in tokens.items() if specs[part]}
-
-
-def byte_symbols() -> list[str]:
-    """The printable character that stands for each byte, in the vocabulary's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]

@@ -18,22 +18,10 @@ _LARGEST, _MOST = 1e38, 1_000_000
 """Numbers that can be calculated with in float32, NaN and infinity left out; and sizes that networks have."""
 _WORDS = {int: "a whole number above 0", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
-_KINDS: Mapping[str, Any] = {
-    "flags or null": bool | None,
-    "lists of numbers": tuple[float, ...],
-    "lists of sizes or 0": tuple[Literal[0] | int, ...],
-    "numbers": float,
-    "numbers or null": float | None,
-    "objects": dict,
-    "objects or null": dict | None,
-    "sizes": int,
-    "sizes or 0": Literal[0] | int,
-    "sizes or lists of them": int | tuple[int, ...],
-    "sizes, lists of them or null": int | tuple[int, ...] | None,
-    "texts or objects": str | dict,
-    "texts, objects or null": str | dict | None,
-}
-"""By their names in config_keys.yaml."""
+_KINDS = {"0": Literal[0], "flags": bool, "null": None, "numbers": float, "objects": dict, "sizes": int, "texts": str}
+_KINDS |= {"lists of numbers": tuple[float, ...], "lists of sizes": tuple[int, ...]}
+_KINDS |= {"lists of sizes and 0": tuple[Literal[0] | int, ...]}
+"""By their names in config_keys.yaml, where "or" stands between several."""
 TABLES = read_table(Path(__file__).with_name("config_keys.yaml"))
 """As that file has them."""
 _SPECS: Mapping[str, tuple[type, ...]] = {
@@ -51,7 +39,9 @@ def _keys(table: str) -> Mapping[str, Any]:
     keys: dict[str, Any] = dict.fromkeys(own.get("anything", ()), Any)
     keys |= {field.name: field.type for spec in _SPECS.get(table, ()) for field in fields(spec)}  # type: ignore[arg-type]
     keys |= {key: Literal.__getitem__((value,)) for key, value in own.get("written", {}).items()}
-    keys |= {key: _KINDS[kind] for kind in own.keys() & _KINDS for key in own[kind]}
+    for kind in own:
+        if _KINDS.keys() >= {*kind.split(" or ")}:
+            keys |= dict.fromkeys(own[kind], Union.__getitem__(tuple(map(_KINDS.get, kind.split(" or ")))))
     keys |= {key: Literal.__getitem__(tuple(values)) for key, values in own.get("one of", {}).items()}
     lists = {key: Literal.__getitem__(tuple(values)) for key, values in own.get("lists of", {}).items()}
     return keys | {key: GenericAlias(tuple, (kind, ...)) for key, kind in lists.items()}

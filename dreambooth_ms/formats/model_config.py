@@ -250,14 +250,7 @@ def write_scheduler_config(spec: NoiseScheduleSpec) -> dict[str, Any]:
 
 
 def folder_configs(model: ModelSpec, parts: Collection[str], prediction_type: str, zero_snr: bool = False) -> Files:
-    """The files of a folder in which these parts of a model are.
-
-    Args:
-        model: its sizes.
-        parts: the networks that are there.
-        prediction_type: "epsilon" or "v_prediction".
-        zero_snr: whether the last timestep holds no signal.
-    """
+    """The files of a folder with these networks of a model; with `zero_snr`, its last timestep holds no signal."""
     unet = model.unet
     if model.family is Family.SD2 and prediction_type == "epsilon":
         unet = replace(unet, sample_size=64)  # Those that predict velocity have 96.

@@ -85,11 +85,8 @@ class CLIPModel(nn.Cell):
 
     def construct(self, ids_BS: Tensor, end_BS: Tensor, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Texts and images -> (B, E), (B, E). `end_BS` is 1 at each text's end token and 0 elsewhere."""
-        return self.encode_text(ids_BS, end_BS), self.encode_image(pictures_B3HW)
-
-    def encode_text(self, ids_BS: Tensor, end_BS: Tensor) -> Tensor:
-        """Token ids (B, S) -> unit vectors (B, E), read at the end token."""
-        return _unit(self.text_projection(_at_end(self.text_model(ids_BS), end_BS)))
+        texts_BE = _unit(self.text_projection(_at_end(self.text_model(ids_BS), end_BS)))
+        return texts_BE, self.encode_image(pictures_B3HW)
 
     def encode_image(self, pictures_B3HW: Tensor) -> Tensor:
         """Pictures, normalised as this model expects them -> unit vectors (B, E)."""

@@ -81,15 +81,11 @@ class BandedDecoder:
     It is for pictures that are large for the memory. Between two layers the whole image exists. So a norm has the
     statistics of all pixels, a convolution reads a row more above and below its band, and the picture is that of
     `AutoencoderKL.decode` up to the order in which float32 numbers are added. A layer's input and output exist at once,
-    and of what is in between only a band.
-
-    Args:
-        vae: the autoencoder; its weights are used as they are, also if they change.
-        max_taps: see `MAX_TAPS`.
+    and of what is in between only a band. The autoencoder's weights are used as they are, also if they change.
     """
 
-    def __init__(self, vae: AutoencoderKL, max_taps: int = MAX_TAPS) -> None:
-        self._vae, self._max_taps = vae, max_taps
+    def __init__(self, vae: AutoencoderKL) -> None:
+        self._vae = vae
         self._height, self._width, self._channels = image_axes()
         self._decode_middle = CellMethod(vae.decode_middle)
 
@@ -141,7 +137,7 @@ class BandedDecoder:
             sizes = {self._height: height, self._width: width, self._channels: conv.out_channels}
             into = mint.empty([sizes.get(axis, 1) for axis in range(4)], dtype=x.dtype)
         margin = conv.kernel_size // 2
-        rows = band_height(height, self._max_taps // (conv.kernel_size**2 * conv.in_channels * width))
+        rows = band_height(height, MAX_TAPS // (conv.kernel_size**2 * conv.in_channels * width))
         for start in range(0, height, rows):
             first, stop = max(start - margin, 0), min(start + rows + margin, height)
             padding = first - start + margin, start + rows + margin - stop, margin, margin

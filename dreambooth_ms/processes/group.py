@@ -71,14 +71,8 @@ def run_in_group(
     """Do the work of one process of a run, and return its exit status.
 
     Of several processes none outlives another's failure, and each ends here, with the status of the work or of the
-    failure.
-
-    Args:
-        launch: this process's place; None if it was started by itself.
-        work: what this process does.
-        complain: prints a line for the user; called by one process of the run.
-        exchange_seconds: how long to wait for another process that is alive: what they do between two exchanges takes
-            equally long.
+    failure, of which one prints a line by `complain`. For another process that is alive it waits `exchange_seconds`:
+    what they do between two exchanges takes equally long.
 
     Raises:
         UserError: the only process made a mistake, or the processes could not connect.

@@ -224,11 +224,7 @@ class Rendezvous:
 
 
 def _channels_to_all(launch: Launch) -> dict[int, Channel]:
-    """For rank 0: by rank, the others and the scheduler of msrun; that of mpirun is started afterwards, as a child.
-
-    Raises:
-        DeviceError: they are not there in time, or this process cannot listen.
-    """
+    """For rank 0: by rank, the others and the scheduler of msrun; that of mpirun is started afterwards, as a child."""
     expected = {*range(1, launch.count), *((SCHEDULER,) if launch.launcher == "msrun" else ())}
     channels, listener = dict[int, Channel](), listen(launch)
 

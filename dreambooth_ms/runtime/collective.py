@@ -80,12 +80,7 @@ class SumOverProcesses(nn.Cell):
 
 
 class ShareParts(nn.Cell):
-    """Each process's part of the parameters -> all parameters everywhere, by one gathering of the parts.
-
-    Args:
-        parts: the parameters of each process's part, by rank.
-        rank: this process.
-    """
+    """Each process's part of the parameters, by rank -> all parameters everywhere, by one gathering of the parts."""
 
     def __init__(self, parts: Sequence[Sequence[Parameter]], rank: int) -> None:
         super().__init__(auto_prefix=False)

@@ -45,17 +45,6 @@ SUFFIX = ".mindir"
 ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
-Graphs = dict[Path, int]
-"""Files of graphs, with their times."""
-
-
-@dataclass
-class Counts:
-    """What this process had of the cache."""
-
-    found: int = 0
-    kept: int = 0
-
 
 @dataclass(frozen=True)
 class Outlook:
@@ -72,7 +61,8 @@ class CompileCache:
 
     def __init__(self, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self.counts = Counts()
+        self.found, self.kept = 0, 0
+        """How many graphs this process had of it, and gave it."""
         self._is_off = False
 
     def compile(
@@ -117,7 +107,7 @@ class CompileCache:
             return float(newest.read_bytes().split(b"\n", 2)[1])
         return None
 
-    def _copy_to_mindspore(self, entry: Path) -> Graphs:
+    def _copy_to_mindspore(self, entry: Path) -> dict[Path, int]:
         """Copy a sound entry's graph to MindSpore's folder; returns what is there now."""
         if _mindspores.place is None or not entry.exists():
             return {}
@@ -131,7 +121,7 @@ class CompileCache:
         path.write_bytes(graph)
         return _mindspores.graphs()
 
-    def _keep_what_is_new(self, entry: Path, copied: Graphs, seconds: float) -> None:
+    def _keep_what_is_new(self, entry: Path, copied: dict[Path, int], seconds: float) -> None:
         """Keep the graph that MindSpore has written, or note that it used what was copied there."""
         graphs = _mindspores.graphs()
         if len(graphs) != 1:
@@ -142,7 +132,7 @@ class CompileCache:
         _mindspores.place = int(place) + 1
         try:
             if graphs == copied:
-                self.counts.found += 1
+                self.found += 1
                 os.utime(entry)
                 return
             content = f"{seconds}\n{name}\n".encode() + path.read_bytes()
@@ -150,7 +140,7 @@ class CompileCache:
             # Another process may have been first; what was copied in vain is replaced.
             if copied or not entry.exists():
                 write_bytes(entry, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            self.counts.kept += 1
+            self.kept += 1
             self._prune()
         except (OSError, WeightError) as error:
             self._turn_off(error)
@@ -158,15 +148,13 @@ class CompileCache:
     def _prune(self) -> None:
         """Remove what was used longest ago while all is too large, and what nobody finished."""
         files = {}
-        for path in self.folder.iterdir():
+        for path in filter(Path.is_file, self.folder.iterdir()):
             with suppress(OSError):  # Another process may have removed it.
                 files[path] = path.stat()
         total = sum(file.st_size for file in files.values())
         for path, file in sorted(files.items(), key=lambda item: item[1].st_mtime):
             is_unfinished = path.name.startswith(TEMPORARY_PREFIX)
-            if path.is_dir():  # An entry of an earlier version.
-                shutil.rmtree(path, ignore_errors=True)
-            elif (time.time() - file.st_mtime > ABANDONED_AFTER) if is_unfinished else total > self.max_bytes:
+            if (time.time() - file.st_mtime > ABANDONED_AFTER) if is_unfinished else total > self.max_bytes:
                 path.unlink(missing_ok=True)
                 total -= file.st_size
 
@@ -207,8 +195,8 @@ class _MindSporesCache:
                 del os.environ[name]
             os.environ |= before
 
-    def graphs(self) -> Graphs:
-        """The graphs that are there."""
+    def graphs(self) -> dict[Path, int]:
+        """The files of the graphs that are there, with their times."""
         return {path: path.stat().st_mtime_ns for path in self.folder.rglob(f"*{SUFFIX}")}
 
     def empty(self) -> None:

@@ -34,16 +34,15 @@ _formulation = Formulation.CPU
 
 
 def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
-    """Choose the device and how it computes. Call it once, before any cell is built and before processes communicate.
+    """Choose the device and how it computes; returns the one in use, "CPU" or "Ascend".
+
+    Call it once, before any cell is built and before processes communicate.
 
     Args:
         target: "CPU", "Ascend", or "auto" for Ascend where there is one.
         ms_mode: 0 for graph mode, 1 for PyNative.
         deterministic: whether Ascend is to give the same bits each time; a CPU does.
         jit_level: "O0" or "O1"; None leaves it to MindSpore.
-
-    Returns:
-        The device in use: "CPU" or "Ascend".
 
     Raises:
         DeviceError: Ascend was asked for and there is none.

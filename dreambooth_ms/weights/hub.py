@@ -30,12 +30,9 @@ _MOVED = {f"stabilityai/{name}": f"sd2-community/{name}" for name in _SD2} | {
 
 
 def find_model(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder or file of a model; of one on the hub, what is read of it, downloaded once.
+    """The folder or file of a model: a path, `owner/model`, or `owner/model/file.safetensors`.
 
-    Args:
-        name: a path, `owner/model`, or `owner/model/file.safetensors`.
-        revision: branch, tag or commit on the hub.
-        variant: of the weight files.
+    Of one on the hub, at a branch, tag or commit, what is read of it is downloaded once, in a variant of its weights.
 
     Raises:
         WeightError: it is neither here nor on the hub, the hub does not give it, or the disk lacks room.

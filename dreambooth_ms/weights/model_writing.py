@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,7 @@ class ModelTarget:
 
 
 def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> ModelTarget:
-    """What a model's file or folder in a format will hold.
-
-    Args:
-        model: the model, which must be whole.
-        form: the format.
-        dtype: the type of all floats; None keeps that of each tensor.
+    """What a model's file or folder in a format will hold; all floats in one type, or each in its own.
 
     Raises:
         WeightError: names are missing, unexpected, mis-shaped or there twice.
@@ -160,25 +155,18 @@ def _unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tu
 
 
 def _differing(read: Callable[[Config], Any], own: Config, guessed: Config) -> list[str]:
-    if _settings(own) == _settings(guessed):
+    settings, guesses = ({k: v for k, v in config.items() if not k.startswith("_")} for config in (own, guessed))
+    if settings == guesses:
         return []
     try:
-        one, other = (_flat(read(config)) for config in (own, guessed))
+        one, other = (asdict(read(config)) for config in (own, guessed))
     except (UserError, KeyError):
         return ["config.json"]
+    one, other = (spec | spec.pop("transformer", {}) for spec in (one, other))
     # The number of the end token is told by the vocabulary; old configurations say 2.
     keys = [key for key in one if one[key] != other[key] and key != "eos_token_id"]
     spacings = [config.get("timestep_spacing", "leading") for config in (own, guessed)]
     return keys if spacings[0] == spacings[1] else [*keys, "timestep_spacing"]
-
-
-def _flat(spec: Any) -> dict[str, Any]:
-    values = dict(vars(spec))
-    return values | vars(values.pop("transformer")) if "transformer" in values else values
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _marks(model: OpenedModel) -> dict[str, StoredTensor]:

@@ -67,18 +67,13 @@ class StoredNetwork(Generic[Spec]):
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model in a file or folder."""
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel(TensorFile):
+    """A model in a file or folder, whose tensors have public names, in the order of the model."""
 
-    path: Path
-    container: Container
-    """Of the file, or FOLDER."""
     form: Format
     spec: ModelSpec
     """As the names and shapes of the tensors show it."""
-    tensors: Mapping[str, StoredTensor]
-    """By public name, in the order of the model."""
     parts: tuple[str, ...]
     """The networks that are there."""
     report: Report
@@ -90,7 +85,6 @@ class OpenedModel:
     averages: int = 0
     """How many moving averages (EMA) are there besides the weights."""
     notes: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     """Of networks that are not in the file `path`."""
     configurations: Mapping[str, Config] = field(default_factory=dict)
@@ -227,14 +221,11 @@ def model_of(
     use_averages: bool = False,
     recognise: Callable[[Mapping[str, Shape], str], Recognition] = recognise_model,
 ) -> OpenedModel:
-    """The model in the tensors of a file or folder.
+    """The model in the tensors of a file or folder, which `recognise` says what it is by names and shapes.
 
-    Args:
-        file: the tensors.
-        files: of a folder's networks, by their names; None for the networks of which there is anything.
-        configurations: the folder's JSON files, by their paths in it; None for those in the file's metadata.
-        use_averages: take the moving averages (EMA) of the weights that have them.
-        recognise: says what it is by names and shapes.
+    Of a folder `files` are those of its networks, and `configurations` its JSON files, by their paths in it; of a file
+    there are the networks of which it holds anything, and the configurations in its metadata. For `use_averages` see
+    `open_model`.
 
     Raises:
         WeightError: no model of a family that is known, or no averages that could be taken.
@@ -302,13 +293,10 @@ def open_lone_vae(path: Path) -> OpenedModel:
 
 
 def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedModel:
-    """A model with another autoencoder in place of its own.
+    """A model, whose latents have a height and width of `sample_size`, with another autoencoder in place of its own.
 
-    Args:
-        model: the model.
-        path: the autoencoder's folder in diffusers' layout, a model folder with one, or a file that holds it alone and
-            does not say how its latents are scaled: they are scaled as the model's.
-        sample_size: height and width of the model's latents.
+    That is in a folder in diffusers' layout, its own or a model's; or alone in a file that does not say how its latents
+    are scaled: they are scaled as the model's.
 
     Raises:
         WeightError: there is no autoencoder, or it is not whole.

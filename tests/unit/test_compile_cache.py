@@ -66,14 +66,14 @@ def cache(tmp_path):
 def kept(cache):
     """A cache with the graph of `Affine()`."""
     computed(cache)
-    assert (cache.counts.found, cache.counts.kept) == (0, 1)
+    assert (cache.found, cache.kept) == (0, 1)
     return cache
 
 
 def test_a_graph_is_taken_from_the_cache_with_the_parameters_of_the_cell_at_hand(kept):
     np.testing.assert_array_equal(computed(kept, 0.3, 5.0), computed(None, 0.3, 5.0))
     np.testing.assert_allclose(computed(kept, 0.3, 5.0), expected(weight=5.0), rtol=1e-5)
-    assert (kept.counts.found, kept.counts.kept) == (2, 1)
+    assert (kept.found, kept.kept) == (2, 1)
 
 
 def test_graphs_are_found_in_any_order(kept):
@@ -81,14 +81,14 @@ def test_graphs_are_found_in_any_order(kept):
     computed(kept, 0.7)
     for factor in (0.7, 0.3, 0.7):
         np.testing.assert_array_equal(computed(kept, factor), computed(None, factor))
-    assert (kept.counts.found, kept.counts.kept) == (3, 2)
+    assert (kept.found, kept.kept) == (3, 2)
 
 
 def test_another_shape_is_another_graph_of_the_same_cell(kept):
     with use_compile_cache(kept):
         cell = Affine()
         assert [cell(Tensor(INPUT[:rows])).shape for rows in (3, 2, 3)] == [(3, 4), (2, 4), (3, 4)]
-    assert (kept.counts.found, kept.counts.kept) == (1, 2)
+    assert (kept.found, kept.kept) == (1, 2)
 
 
 @pytest.fixture
@@ -144,9 +144,9 @@ def test_a_damaged_entry_is_made_again(kept, damage):
     (entry,) = entries(kept)
     damage(entry)
     np.testing.assert_array_equal(computed(kept), computed(None))
-    assert (kept.counts.found, kept.counts.kept) == (0, 2)
+    assert (kept.found, kept.kept) == (0, 2)
     np.testing.assert_array_equal(computed(kept), computed(None))
-    assert (kept.counts.found, kept.counts.kept) == (1, 2)
+    assert (kept.found, kept.kept) == (1, 2)
 
 
 def test_what_mindspore_cannot_read_is_made_again_although_its_digest_holds(kept):
@@ -156,7 +156,7 @@ def test_what_mindspore_cannot_read_is_made_again_although_its_digest_holds(kept
     entry.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     np.testing.assert_array_equal(computed(kept), computed(None))
     np.testing.assert_array_equal(computed(kept), computed(None))
-    assert (kept.counts.found, kept.counts.kept) == (1, 2)
+    assert (kept.found, kept.kept) == (1, 2)
 
 
 def test_a_graph_that_does_not_compile_fails_as_without_the_cache_and_spoils_nothing(kept, monkeypatch, tmp_path):
@@ -205,19 +205,19 @@ def test_the_entries_used_last_are_kept_and_nobodys_leftovers_removed(kept):
     for number, path in enumerate((abandoned, at_work)):
         path.touch()
         os.utime(path, (time.time() - (1 - number) * 2 * compile_cache.ABANDONED_AFTER,) * 2)
-    earlier_version = kept.folder / "0123"
-    earlier_version.mkdir()
+    folder_of_others = kept.folder / "0123"
+    folder_of_others.mkdir()
     computed(kept, 0.7)
     long_ago = time.time() - 1000
     for path in entries(kept):
         os.utime(path, (long_ago, long_ago))
     computed(kept, 0.7)
     computed(kept, 0.9)
-    assert len(entries(kept)) == 2
-    assert (abandoned.exists(), at_work.exists(), earlier_version.exists()) == (False, True, False)
-    found = kept.counts.found
+    assert len(set(entries(kept)) - {folder_of_others}) == 2
+    assert (abandoned.exists(), at_work.exists(), folder_of_others.exists()) == (False, True, True)
+    found = kept.found
     computed(kept, 0.7)
-    assert kept.counts.found == found + 1
+    assert kept.found == found + 1
 
 
 # --- What decides the key ---
@@ -339,7 +339,7 @@ def test_a_cell_with_something_unknown_is_compiled_each_time(cache):
         with pytest.raises(graph_key.NotDescribable):
             graph_key.graph_key(cell, (Tensor(INPUT),))
         np.testing.assert_allclose(cell(Tensor(INPUT)).asnumpy(), expected(), rtol=1e-5)
-    assert (cache.counts.found, cache.counts.kept) == (0, 0)
+    assert (cache.found, cache.kept) == (0, 0)
 
 
 OPTIMISERS = {

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-from dreambooth_ms.formats.clip_tokenizer import byte_symbols
+from tokenizers.pre_tokenizers import ByteLevel
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -17,7 +17,7 @@ def write_tokenizer(folder: Path, words: list[str]) -> int:
     Any text can be tokenised: what is no word of the world falls apart into letters.
     """
     merges = _merges_for(words)
-    symbols = byte_symbols()
+    symbols = sorted(ByteLevel.alphabet())
     vocabulary = symbols + [symbol + END_OF_WORD for symbol in symbols] + ["".join(pair) for pair in merges]
     vocabulary += [START, END]
     folder.mkdir(parents=True, exist_ok=True)

@@ -181,15 +181,7 @@ def write_sharded_safetensors(
     """Write tensors as diffusers does it: one file if they fit, otherwise several and an index.
 
     All files are whole before the first takes its name, and the index comes last; so an index never names a file
-    that is not there.
-
-    Args:
-        folder: where they go.
-        stem: `diffusion_pytorch_model` or `model`.
-        tensors: what to write, in this order.
-        metadata: goes into each file.
-        max_shard_bytes: values per file; a tensor that is larger has a file of its own.
-        progress: told the bytes that are written.
+    that is not there. A tensor of more than `max_shard_bytes` has a file of its own; the metadata are in each.
 
     Returns:
         The file, or the index and the files.

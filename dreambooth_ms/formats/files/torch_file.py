@@ -19,7 +19,7 @@ from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.format_error import FormatError, quoted
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, read_values
-from dreambooth_ms.formats.files.torch_pickle import Storage, TorchMachine, View, find_notes, find_tensors
+from dreambooth_ms.formats.files.torch_pickle import Storage, TorchUnpickler, View, find_notes, find_tensors
 from dreambooth_ms.formats.files.torch_writing import LONGEST_NOTE, NOTES
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -77,7 +77,7 @@ def read_torch_zip(source: FileRange) -> TensorFile:
     """A checkpoint of PyTorch 1.6 or later."""
     entries = _read_directory(source)
     folder = _folder(entries)
-    root = TorchMachine().run(io.BytesIO(_read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)))
+    root = TorchUnpickler(io.BytesIO(_read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)), {}).load()
     byteorder = entries.get(f"{folder}byteorder")
     swapped = byteorder is not None and _read_entry(byteorder, source, 100) == b"big"
     views, left_out = find_tensors(root)
@@ -144,11 +144,7 @@ def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
 
 
 def _read_entry(entry: zipfile.ZipInfo, source: FileRange, at_most: int) -> bytes:
-    """The content of a small entry.
-
-    Raises:
-        FormatError: it is too large, or as in `_range_of`.
-    """
+    """The content of a small entry, from where `_range_of` finds it; a FormatError if it is too large."""
     if entry.file_size > at_most:
         raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
     return _range_of(entry, source).read()
@@ -166,12 +162,12 @@ class _BoundedReads(io.BufferedReader):
 
 def read_torch_legacy(source: FileRange) -> TensorFile:
     """A checkpoint of a PyTorch before 1.6."""
-    pickles, machine = io.BytesIO(source.part(0, min(source.size, MAX_PICKLE_BYTES)).read()), TorchMachine()
-    magic, _, system, root, keys = [machine.run(pickles) for _ in range(5)]
+    pickles, noted = io.BytesIO(source.part(0, min(source.size, MAX_PICKLE_BYTES)).read()), dict[str, Storage]()
+    magic, _, system, root, keys = [TorchUnpickler(pickles, noted).load() for _ in range(5)]
     if magic != LEGACY_MAGIC or not isinstance(system, dict) or not isinstance(keys, list):
         raise FormatError("its first pickles are not those of PyTorch")
     views, left_out = find_tensors(root)
-    storages = _legacy_ranges(source, pickles.tell(), keys, machine.storages)
+    storages = _legacy_ranges(source, pickles.tell(), keys, noted)
     tensors = _tensors(source, views, storages, swapped=system.get("little_endian") is False)
     return TensorFile(source.path, Container.TORCH_LEGACY, tensors, find_notes(root), left_out)
 

@@ -1,19 +1,19 @@
 """What a pickle of PyTorch describes, without running anything that it names.
 
-A pickle is a program for a small stack machine. This one builds numbers, strings, lists, tuples and dictionaries, by
-the operations that protocols 2 to 5 write. A class or function is only a pair of names (`Global`), which is never
-looked up; what is called or constructed becomes an empty dictionary, which keeps items that are set and swallows all
-other state, unless it makes a tensor: a view into a storage, which stands elsewhere in the file. Time and memory are
-bounded by the number of operations: nothing is copied, compared or walked through, and nothing but texts and small
-numbers is hashed.
+A pickle is a program for a small stack machine. Python's own, the one that is written in Python, builds numbers,
+strings, lists and tuples here, by the operations that protocols 2 to 5 write. A class or function is only a pair of
+names (`Global`), which is never looked up; what is called or constructed becomes an empty dictionary, which keeps items
+that are set and swallows all other state, unless it makes a tensor: a view into a storage, which stands elsewhere in
+the file. Time and memory are bounded by the number of operations: nothing is copied, compared or walked through, and
+nothing but texts and small numbers is hashed. (The machine that is written in C makes its memo as long as it is told.)
 
 The names are those of torch._utils and torch.serialization in PyTorch 0.4 to 2.x.
 """
 
-import pickletools
+import pickle
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -33,6 +33,7 @@ _STORAGES: Mapping[str, tuple[int, DType | None]] = {
     **{"ComplexFloatStorage": (8, None), "ComplexDoubleStorage": (16, None)},
     **{"QInt8Storage": (1, None), "QUInt8Storage": (1, None), "QInt32Storage": (4, None)},
 }
+_Machine: Any = pickle._Unpickler
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
 _UNSIGNED = {"uint16": DType.U16, "uint32": DType.U32, "uint64": DType.U64}
@@ -52,6 +53,10 @@ class Global:
 
     module: str
     name: str
+
+
+_OF_SUBCLASSES = tuple(Global("torch._tensor", name) for name in ("_rebuild_from_type", "_rebuild_from_type_v2"))
+"""Their arguments are another function, a class, and arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,77 +100,49 @@ class View:
         return 0 in self.shape or all(length == 1 or stride == step for length, stride, step in axes)
 
 
-class TorchMachine:
-    """Runs pickles, and notes every storage by its key. Of dictionaries it keeps the entries whose keys are strings."""
+class Entries(dict[str, Any]):
+    """What becomes of dictionaries, sets and objects: items whose keys are strings are kept, others are swallowed."""
 
-    def __init__(self) -> None:
-        self.storages: dict[str, Storage] = {}
+    __slots__ = ()
 
-    def run(self, file: BinaryIO) -> Any:
-        """Run one pickle and return what it builds; the file stands behind it then.
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is str:
+            super().__setitem__(key, value)
+
+    def append(self, items: Any) -> None:
+        """Swallow an item, or several."""
+
+    extend = add = append
+
+
+class TorchUnpickler(_Machine):
+    """Reads a pickle, and notes every storage by its key."""
+
+    find_class = Global
+
+    def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
+        super().__init__(file, encoding="latin-1")
+        self.storages, self.dispatch = storages, _Bounded(_OPERATIONS)
+
+    def load(self) -> Any:
+        """What the pickle builds; the file stands behind it then.
 
         Raises:
             FormatError: no pickle, cut short, damaged, or too long.
         """
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
         try:
-            with warnings.catch_warnings():
-                # Of texts with odd escapes, which only the oldest pickles can have.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                for number, (operation, argument, _) in enumerate(pickletools.genops(file)):
-                    if number == MAX_OPERATIONS:
-                        raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
-                    _STEPS[operation.name](self, argument)
-            return self._stack.pop()
-        except (ValueError, IndexError, KeyError) as error:
+            return super().load()
+        except _DAMAGES as error:
             raise FormatError("its pickle is cut short or damaged") from error
 
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
+    def get_extension(self, code: int) -> None:
+        """Push what stands for something that is named by a number."""
+        self.append(Entries())
 
-    def _pop(self, count: int) -> list[Any]:
-        """The topmost values, the lowest of them first."""
-        return [self._stack.pop() for _ in range(count)][::-1]
-
-    def _pop_to_mark(self) -> list[Any]:
-        position = self._marks.pop()
-        items = self._stack[position:]
-        del self._stack[position:]
-        return items
-
-    def _memoize(self, number: int | None) -> None:
-        self._memo[len(self._memo) if number is None else number] = self._stack[-1]
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, list):
-            target.extend(items)
-
-    def _set_items(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2], strict=False):
-                if type(key) is str:
-                    target[key] = value
-
-    def _name(self, module: Any, name: Any) -> None:
-        if not (type(module) is str and type(name) is str):
-            raise FormatError("its pickle is damaged")
-        self._push(Global(module, name))
-
-    def _construct(self, function: Any, arguments: Any) -> None:
-        known = isinstance(function, Global) and isinstance(arguments, tuple)
-        self._push(self._call(function, arguments) if known else {})
-
-    def _construct_of(self, items: list[Any]) -> None:
-        self._construct(items[0], tuple(items[1:]))
-
-    def _load_persistent(self, identifier: Any) -> Any:
+    def persistent_load(self, identifier: Any) -> Any:
         """For ("storage", kind, key, device, number of elements, view of another storage, …)."""
         if not isinstance(identifier, tuple) or len(identifier) < 5 or identifier[0] != "storage":
-            return {}
+            return Entries()
         kind, key, _, count, *view_of_another = identifier[1:6]
         if not isinstance(kind, Global) or kind.module not in _STORAGE_MODULES or kind.name not in _STORAGES:
             name = kind.name if isinstance(kind, Global) else None
@@ -179,70 +156,62 @@ class TorchMachine:
             raise FormatError(f"its pickle is damaged: two storages with the key {quoted(storage.key)}")
         return storage
 
-    def _call(self, function: Global, arguments: tuple[Any, ...]) -> Any:
-        """What PyTorch's own functions make of their arguments."""
-        if function.module == "torch._tensor" and function.name in ("_rebuild_from_type", "_rebuild_from_type_v2"):
+    def construct(self) -> None:
+        """Call what is below the topmost value with that for its arguments."""
+        arguments = self.stack.pop()
+        self._instantiate(self.stack.pop(), arguments)
+
+    def _instantiate(self, function: Any, arguments: Any) -> None:
+        """Push what PyTorch's own functions make of their arguments."""
+        if function in _OF_SUBCLASSES and isinstance(arguments, tuple):
             function, arguments = arguments[0], arguments[2]
-            if not (isinstance(function, Global) and isinstance(arguments, tuple)):
-                return {}
-        match function.module, function.name:
-            case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
-                return _view(arguments[:4], None, arguments[6:7])
-            case "torch._utils", "_rebuild_tensor_v3":
-                return _view(arguments[:4], arguments[6], arguments[7:8])
-            case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
-                return arguments[0]
-        return {}
+        made: Any = Entries()
+        if isinstance(function, Global) and isinstance(arguments, tuple | list):
+            match function.module, function.name:
+                case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
+                    made = _view(arguments[:4], None, arguments[6:7])
+                case "torch._utils", "_rebuild_tensor_v3":
+                    made = _view(arguments[:4], arguments[6], arguments[7:8])
+                case ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") | ("torch", "Size"):
+                    made = arguments[0]
+        self.append(made)
 
 
-_LITERALS = (
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-    *("BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-)
+class _Bounded(dict[int, Any]):
+    """What each operation does; it is told so many times."""
 
-_STEPS: Mapping[str, Callable[[TorchMachine, Any], Any]] = {
-    # How the pickle is stored.
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
-    # Stack and memo.
-    "MARK": lambda m, _: m._marks.append(len(m._stack)),
-    "DUP": lambda m, _: m._push(m._stack[-1]),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, number: m._push(m._memo[number])),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), TorchMachine._memoize),
-    # Values.
-    **dict.fromkeys(_LITERALS, TorchMachine._push),
-    "NONE": lambda m, _: m._push(None),
-    "NEWTRUE": lambda m, _: m._push(True),
-    "NEWFALSE": lambda m, _: m._push(False),
-    "EMPTY_TUPLE": lambda m, _: m._push(()),
-    "TUPLE1": lambda m, _: m._push(tuple(m._pop(1))),
-    "TUPLE2": lambda m, _: m._push(tuple(m._pop(2))),
-    "TUPLE3": lambda m, _: m._push(tuple(m._pop(3))),
-    "TUPLE": lambda m, _: m._push(tuple(m._pop_to_mark())),
-    "EMPTY_LIST": lambda m, _: m._push([]),
-    "APPEND": lambda m, _: m._extend(m._pop(1)),
-    "APPENDS": lambda m, _: m._extend(m._pop_to_mark()),
-    "EMPTY_DICT": lambda m, _: m._push({}),
-    "SETITEM": lambda m, _: m._set_items(m._pop(2)),
-    "SETITEMS": lambda m, _: m._set_items(m._pop_to_mark()),
-    # Names, calls and objects.
-    "GLOBAL": lambda m, names: m._name(*names.split(" ", 1)),
-    "STACK_GLOBAL": lambda m, _: m._name(*m._pop(2)),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m._construct(*m._pop(2))),
-    "NEWOBJ_EX": lambda m, _: m._construct(*m._pop(3)[:2]),
-    "INST": lambda m, names: m._construct_of([Global(*names.split(" ", 1)), *m._pop_to_mark()]),
-    "OBJ": lambda m, _: m._construct_of(m._pop_to_mark()),
-    "BUILD": lambda m, _: m._pop(1),
-    "BINPERSID": lambda m, _: m._push(m._load_persistent(*m._pop(1))),
-    # What is nobody's tensor. The state of an object and the items of a set are dropped.
-    **dict.fromkeys(("EMPTY_SET", "EXT1", "EXT2", "EXT4"), lambda m, _: m._push({})),
-    "ADDITEMS": lambda m, _: m._pop_to_mark(),
-    "FROZENSET": lambda m, _: m._construct(None, m._pop_to_mark()),
+    left = MAX_OPERATIONS
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise FormatError(f"a pickle of more than {MAX_OPERATIONS} operations")
+        return super().__getitem__(code)
+
+
+_DAMAGES = (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error)
+
+_AS_PYTHON = """
+    PROTO FRAME STOP MARK DUP BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST
+    BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    APPEND APPENDS SETITEM SETITEMS ADDITEMS GLOBAL STACK_GLOBAL INST OBJ BINPERSID EXT1 EXT2 EXT4
+"""
+"""Operations that Python's own reader may do: by themselves, or by the methods above."""
+
+_OWN: Mapping[str, Callable[[Any], object]] = {
+    **dict.fromkeys(("EMPTY_DICT", "EMPTY_SET"), lambda reader: reader.append(Entries())),
+    "FROZENSET": lambda reader: reader._instantiate(None, reader.pop_mark()),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), TorchUnpickler.construct),
+    "NEWOBJ_EX": lambda reader: (reader.stack.pop(), reader.construct()),
+    "BUILD": lambda reader: reader.stack.pop(),
+    "BYTEARRAY8": TorchUnpickler.load_binbytes8,  # Python's takes the memory first.
 }
-"""What each operation does to the machine, with the argument that stands behind it."""
+_OPERATIONS = {code: _Machine.dispatch[code] for (code,) in map(vars(pickle).__getitem__, _AS_PYTHON.split())}
+_OPERATIONS |= {vars(pickle)[name][0]: own for name, own in _OWN.items()}
 
 
-def _view(described: tuple[Any, ...], dtype_name: Any, flags: tuple[Any, ...]) -> View:
+def _view(described: Sequence[Any], dtype_name: Any, flags: Sequence[Any]) -> View:
     """The tensor that a call describes by storage, offset, shape and strides, and by a type if the storage has none.
 
     The flags mark what else must happen to the values, as for the negative or conjugate of another tensor.
