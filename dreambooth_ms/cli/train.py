@@ -152,7 +152,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         state = partial(training.state, of_all=True)
         hooks.append(SaveCheckpoints(config, content, state, training.write_part, processes))
         if config.validation.validation_prompt:
-            hooks.append(ShowValidation(job, unet, training, tracker))
+            hooks.append(ShowValidation(job, unet, training, tracker, batches.plan.concepts[0]))
         if tracker and config.run.profile:
             hooks.append(stack.enter_context(profiled(output / "profile", config.run.profile)))
         stop_asked = stack.enter_context(stop_requests())
