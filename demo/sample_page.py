@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamlit as st
@@ -128,15 +129,16 @@ def _picture_to_start_from(request: PictureRequest, inpaints: bool) -> PictureRe
     with st.expander(name, expanded=inpaints or bool(st.session_state.get("sample_picture"))):
         left, right = st.columns([2, 1], vertical_alignment="center")
         with left:
-            try:
-                image = _uploaded("Picture", "sample_picture", "white", shows_label=inpaints)
-                mask = _uploaded("Mask, white where it is drawn anew", "sample_mask", "black") if inpaints else None
-            except UserError as error:
-                session.show_error(error)
-                return request
+            picture = _uploader("Picture", "sample_picture", shows_label=inpaints)
+            own_mask = _uploader("Mask, white where it is drawn anew", "sample_mask") if inpaints else None
             strength = st.slider(
                 "How far to go from it", 0.05, 1.0, step=0.05, key=f"sample{key}_strength", persist_state="session"
             )
+        try:
+            image, mask = _read(picture, "white"), _read(own_mask, "black")
+        except UserError as error:
+            session.show_error(error)
+            return request
         if inpaints and (image is None or mask is None or mask.size != image.size):
             left.caption("Give a picture, and a mask of the same size. Without them all of a picture is generated.")
             return request
@@ -153,15 +155,19 @@ def _picture_to_start_from(request: PictureRequest, inpaints: bool) -> PictureRe
     return request
 
 
-def _uploaded(label: str, key: str, background: str, shows_label: bool = True) -> Image.Image | None:
-    """What the widget with this key was given, as a picture; UserError if it is none."""
-    file = st.file_uploader(
+def _uploader(label: str, key: str, shows_label: bool = True) -> Any:
+    """The widget with this key, for a picture: what it was given."""
+    return st.file_uploader(
         label,
         type=uploads.PICTURE_TYPES,
         key=key,
         label_visibility="visible" if shows_label else "collapsed",
         max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
     )
+
+
+def _read(file: Any, background: str) -> Image.Image | None:
+    """What was uploaded, if anything was, on a background; UserError if it is no picture."""
     return uploads.read_picture(session.upload_folder(), file.name, file.getvalue(), background) if file else None
 
 
