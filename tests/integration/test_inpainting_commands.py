@@ -125,15 +125,16 @@ def test_a_masked_part_is_drawn_anew(trained, capsys):
     assert not np.array_equal(Image.open(path), Image.open(near))
 
 
-def test_a_single_file_draws_the_same(trained, capsys):
-    file = trained / "single.safetensors"
+def test_what_was_converted_to_a_single_file_and_back_draws_the_same(trained, capsys):
+    file, folder = trained / "single.safetensors", trained / "folder"
     assert main(["convert", str(trained / "base"), str(file)]) == 0
     assert main(["inspect", str(file)]) == 0
     assert "Its UNet takes 9 channels: a model for inpainting." in capsys.readouterr().out
-    assert main(["convert", str(file), str(trained / "folder")]) == 0
-    index = read_json(trained / "folder" / "model_index.json")
-    assert index["_class_name"] == "StableDiffusionInpaintPipeline"
-    pictures = [inpaint(trained, trained / name, f"of {name}")[1][0] for name in ("base", file.name)]
+    assert main(["convert", str(file), str(folder)]) == 0
+    assert read_json(folder / "model_index.json")["_class_name"] == "StableDiffusionInpaintPipeline"
+    shutil.copytree(trained / "base" / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    lora = ("--lora", str(trained / "run"))
+    pictures = [inpaint(trained, trained / name, f"of {name}", *lora)[1][0] for name in ("base", "folder")]
     assert np.array_equal(*map(Image.open, pictures))
 
 
