@@ -1,4 +1,4 @@
-"""Inpainting bases are trained as diffusers' research script `dreambooth_inpaint` trains them, in a plain loop in torch.
+"""Inpainting bases are trained as diffusers' script `dreambooth_inpaint` trains them, in a plain loop in torch.
 
 The script's rules are written out here: mask, masked picture, both encoded, nine channels. Draws are ours.
 """
