@@ -232,6 +232,8 @@ class ModelFacts:
     """Sides must be multiples of it."""
     tokenizer: Path | None
     """The folder of its tokenizer; None for a single file, whose words are CLIP's."""
+    inpaints: bool = False
+    """Whether it draws a part of a picture anew."""
 
     @property
     def guidance(self) -> float:
@@ -278,7 +280,8 @@ def _described(path: Path, changed: int) -> ModelFacts:
         tokenizer = next((path / name for name in ("tokenizer", "tokenizer_2") if (path / name).is_dir()), None)
     factor = spec.vae.downsampling
     step = factor * 2 ** (len(spec.unet.block_out_channels) - 1)
-    return ModelFacts(path, spec.family, sample_size * factor, step, tokenizer)
+    inpaints = spec.unet.in_channels == 2 * spec.vae.latent_channels + 1
+    return ModelFacts(path, spec.family, sample_size * factor, step, tokenizer, inpaints)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class PictureRequest:
     """Sample each picture without the adapters too."""
     image: np.ndarray | None = None
     """(height, width, 3) uint8 to start from; None: from noise."""
+    mask: np.ndarray | None = None
+    """(height, width, 3) uint8, white where a model that inpaints draws `image` anew."""
     strength: float = 0.6
     """How much of the way from the picture to noise and back is gone; not used without `image`."""
     refiner_start: float = 0.8

@@ -138,7 +138,9 @@ def _choose_lora(path: str) -> None:
 
 def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
     """The model that finishes the pictures, and from where on."""
-    refiners = [str(path) for path in find_refiners(shelf)] if facts.family is Family.SDXL else []
+    # A refiner would change what a mask keeps.
+    takes_one = facts.family is Family.SDXL and not facts.inpaints
+    refiners = [str(path) for path in find_refiners(shelf)] if takes_one else []
     if not refiners:
         return None, PictureRequest.refiner_start
     refiner = st.selectbox(

@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamlit as st
@@ -24,6 +25,7 @@ FIRST_VALUES = {
     "sample_scheduler": PictureRequest.scheduler,
     "sample_seed": PictureRequest.seed,
     "sample_strength": PictureRequest.strength,
+    "sample_mask_strength": 1.0,
     "sample_refiner_start": PictureRequest.refiner_start,
     "sample_negative_prompt": "",
     "sample_compare": False,
@@ -52,7 +54,7 @@ def show() -> None:
         with left:
             _negative_prompt(facts)
         with right:
-            request = _picture_to_start_from(request)
+            request = _picture_to_start_from(request, facts.inpaints)
         _button(request)
         _show_networks(request)
     show_result()
@@ -121,30 +123,52 @@ def _negative_prompt(facts: ModelFacts) -> None:
         _show_length(negative, facts)
 
 
-def _picture_to_start_from(request: PictureRequest) -> PictureRequest:
-    """The request with the picture that it starts from, if there is one."""
-    with st.expander("Start from a picture", expanded=bool(st.session_state.get("sample_picture"))):
+def _picture_to_start_from(request: PictureRequest, inpaints: bool) -> PictureRequest:
+    """The request with the picture that it starts from, if there is one; a model that inpaints needs a mask of it."""
+    name, key = ("Draw a part of a picture anew", "_mask") if inpaints else ("Start from a picture", "")
+    with st.expander(name, expanded=inpaints or bool(st.session_state.get("sample_picture"))):
         left, right = st.columns([2, 1], vertical_alignment="center")
-        file = left.file_uploader(
-            "Picture",
-            type=uploads.PICTURE_TYPES,
-            key="sample_picture",
-            label_visibility="collapsed",
-            max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
-        )
-        strength = left.slider(
-            "How far to go from it", 0.05, 1.0, step=0.05, key="sample_strength", persist_state="session"
-        )
-        if file is None:
-            return request
+        with left:
+            picture = _uploader("Picture", "sample_picture", shows_label=inpaints)
+            own_mask = _uploader("Mask, white where it is drawn anew", "sample_mask") if inpaints else None
+            strength = st.slider(
+                "How far to go from it", 0.05, 1.0, step=0.05, key=f"sample{key}_strength", persist_state="session"
+            )
         try:
-            image = uploads.read_picture(session.upload_folder(), file.name, file.getvalue())
+            image, mask = _read(picture, "white"), _read(own_mask, "black")
         except UserError as error:
             session.show_error(error)
             return request
-        fitted = ImageOps.fit(image, (request.width, request.height), Image.Resampling.LANCZOS)
-        right.image(fitted, width="stretch", caption="As it will be used")
-    return replace(request, image=np.asarray(fitted), strength=strength)
+        if inpaints and (image is None or mask is None or mask.size != image.size):
+            left.caption("Give a picture, and a mask of the same size. Without them all of a picture is generated.")
+            return request
+        if image is None:
+            return request
+        size = request.width, request.height
+        shown = fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        request = replace(request, image=np.asarray(fitted), strength=strength)
+        if mask is not None:
+            mask = ImageOps.fit(mask, size, Image.Resampling.LANCZOS)
+            shown = Image.composite(Image.new("RGB", size, "red"), fitted, mask.convert("L"))
+            request = replace(request, mask=np.asarray(mask))
+        right.image(shown, width="stretch", caption="Red is drawn anew" if inpaints else "As it will be used")
+    return request
+
+
+def _uploader(label: str, key: str, shows_label: bool = True) -> Any:
+    """The widget with this key, for a picture: what it was given."""
+    return st.file_uploader(
+        label,
+        type=uploads.PICTURE_TYPES,
+        key=key,
+        label_visibility="visible" if shows_label else "collapsed",
+        max_upload_size=uploads.MAX_PICTURE_BYTES // uploads.MEGABYTE,
+    )
+
+
+def _read(file: Any, background: str) -> Image.Image | None:
+    """What was uploaded, if anything was, on a background; UserError if it is no picture."""
+    return uploads.read_picture(session.upload_folder(), file.name, file.getvalue(), background) if file else None
 
 
 def _button(request: PictureRequest) -> None:

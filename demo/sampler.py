@@ -85,6 +85,7 @@ class Sampler:
             # One at a time: any number of pictures is sampled by what was compiled for the first.
             batch_size=1,
             image=None if request.image is None else Image.fromarray(request.image),
+            mask=None if request.mask is None else Image.fromarray(request.mask),
             lora_scales=tuple(wanted.get(path, 0.0) for path in self._model.adapters.paths),
         )
 

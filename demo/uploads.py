@@ -37,15 +37,15 @@ def store_picture(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def read_picture(folder: Path, name: str, content: bytes) -> Image.Image:
-    """An uploaded picture, RGB and upright, which is in the folder only while it is looked at.
+def read_picture(folder: Path, name: str, content: bytes, background: str = "white") -> Image.Image:
+    """An uploaded picture, RGB, upright and on a background, which is in the folder only while it is looked at.
 
     Raises:
         DataError: as `store_picture`.
     """
     path = store_picture(folder, name, content)
     try:
-        return open_picture(path)
+        return open_picture(path, background)
     finally:
         path.unlink()
 

@@ -66,13 +66,16 @@ def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:
     )
 
 
-def write_pipeline(folder: Path, schedule: NoiseScheduleSpec) -> None:
-    """What makes saved networks a pipeline of Stable Diffusion 1."""
-    for name, content in pipeline_configs(SD_15, ("unet", "vae", "text_encoder"), schedule).items():
+def write_pipeline(folder: Path, schedule: NoiseScheduleSpec, in_channels: int = 4) -> None:
+    """What makes saved networks a pipeline of Stable Diffusion 1, for inpainting if its UNet takes 9 channels."""
+    model = replace(SD_15, unet=replace(SD_15.unet, in_channels=in_channels))
+    for name, content in pipeline_configs(model, ("unet", "vae", "text_encoder"), schedule).items():
         write_json(folder / name, content)
 
 
-def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False, levels: int = 2) -> Path:
+def write_random_sdxl(
+    folder: Path, seed: int = 0, refiner: bool = False, levels: int = 2, in_channels: int = 4
+) -> Path:
     """A model folder of SDXL, or of its refiner, whose second tokenizer fills short prompts with another token."""
     words = ["a", "photo", "of", "star"]
     vocabulary = write_tokenizer(folder / "tokenizer_2", words)
@@ -85,6 +88,7 @@ def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False, levels
         ClipTextSpec(transformer=SDXL_TEXT_2, projection_dim=POOLED, **words_of_text),
     )
     unet, vae = of_levels(REFINER_UNET if refiner else SDXL_UNET, levels), replace(VAE, scaling_factor=0.13025)
+    unet = replace(unet, in_channels=in_channels)
     parts = [
         ("unet", UNet2DConditionModel(unet), write_unet_config(unet)),
         ("vae", AutoencoderKL(vae), write_vae_config(vae, 32)),
@@ -98,10 +102,11 @@ def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False, levels
         save_network(folder, part, network, config)
     write_pipeline(folder, NoiseScheduleSpec())
     present, absent = ["transformers", "CLIPTextModel"], [None, None]
+    pipelines = {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}
     write_json(
         folder / "model_index.json",
         {
-            "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+            "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else pipelines[in_channels],
             "force_zeros_for_empty_prompt": not refiner,
             "scheduler": ["diffusers", "DDIMScheduler"],
             "text_encoder": absent if refiner else present,
@@ -117,10 +122,16 @@ def write_random_sdxl(folder: Path, seed: int = 0, refiner: bool = False, levels
 
 
 def write_random_model(
-    folder: Path, seed: int = 0, prediction_type: str = "epsilon", sd2: bool = False, levels: int = 2
+    folder: Path,
+    seed: int = 0,
+    prediction_type: str = "epsilon",
+    sd2: bool = False,
+    levels: int = 2,
+    in_channels: int = 4,
 ) -> Path:
-    """A model folder that trains 32 x 32 pictures in milliseconds; `sd2` gives it SD 2's linear projections."""
-    spec = of_levels(replace(UNET, use_linear_projection=sd2), levels)
+    """A model folder that trains 32 x 32 pictures in milliseconds; `sd2` gives it SD 2's linear projections, and 9
+    channels make it one for inpainting."""
+    spec = of_levels(replace(UNET, use_linear_projection=sd2, in_channels=in_channels), levels)
     vocabulary = write_tokenizer(folder / "tokenizer", ["a", "photo", "of", "star"])
     text = ClipTextSpec(transformer=TEXT, vocab_size=vocabulary, eos_token_id=vocabulary - 1)
     clip = ClipSpec(
@@ -139,5 +150,5 @@ def write_random_model(
         save_network(folder, part, network, config)
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
-    write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type))
+    write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type), in_channels)
     return folder

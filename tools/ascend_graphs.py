@@ -150,10 +150,12 @@ def sampling_sdxl() -> list[Graph]:
 
 
 def sampling_sd() -> list[Graph]:
-    """SD 1's text encoder, and a guided denoising step in half precision. The autoencoder is the same as SDXL's."""
+    """SD 1's text encoder, and guided denoising steps in half precision, one of which inpaints. The autoencoder is the
+    same as SDXL's."""
     from dreambooth_ms.cli import toy_networks
 
-    return [(_sd_text_encoders(), (_token_ids(),)), _denoising(toy_networks.SD_UNET)]
+    inpainting = replace(toy_networks.SD_UNET, in_channels=9)
+    return [(_sd_text_encoders(), (_token_ids(),)), _denoising(toy_networks.SD_UNET), _denoising(inpainting)]
 
 
 def fused_attention() -> list[Graph]:

@@ -12,8 +12,8 @@ from dreambooth_ms.cli.output import progress, tell
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
-from dreambooth_ms.data.pictures import read_picture
-from dreambooth_ms.errors import DataError, count_of, near
+from dreambooth_ms.data.pictures import open_picture, read_picture
+from dreambooth_ms.errors import ConfigError, DataError, count_of, near
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
@@ -27,6 +27,11 @@ def run(argv: Sequence[str]) -> int:
     request = request_of(config, read_prompts(config.pictures.prompt))
     device = set_up(config.device)
     bundle = open_base(weights)
+    if bundle.inpaints and request.mask is None:
+        raise ConfigError(
+            f"--mask: missing; {bundle.path} inpaints: name a picture with --image, and with --mask one of its size "
+            "that is white where it is drawn anew"
+        )
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
@@ -69,7 +74,8 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         height=height,
         width=width,
         image=_start_picture(start.image, start.transparent_background) if start.image else None,
-        strength=start.strength,
+        mask=open_picture(start.mask, "black").convert("L") if start.mask else None,
+        strength=start.strength or (1.0 if start.mask else SampleRequest.strength),
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=config.sizes,
         whole_up_to=wanted.vae_whole_up_to,
@@ -108,10 +114,10 @@ def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
 def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
     """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
     folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
-    inputs = {name: getattr(config.start, name) for name in ("image", "transparent_background")} | vars(config.weights)
+    inputs = {name: getattr(config.start, name) for name in ("image", "mask", "transparent_background")}
     first, written, sheet = first_free_number(folder), [], []
     for sample in samples:
-        number, settings = first + sample.number, {**sample.settings, **inputs}
+        number, settings = first + sample.number, {**sample.settings, **inputs, **vars(config.weights)}
         written.append(folder / f"{number:05d}.png")
         write_picture(written[-1], sample.picture, settings)
         sheet.append(sample.picture)

@@ -124,13 +124,13 @@ class TrainingJob:
     def plan(self) -> Plan:
         """The rows of the run."""
         data, rows = self.config.data, self.config.run.train_batch_size
-        framing = Framing(self.sizes, data.center_crop, data.random_flip, self.config.augments)
+        framing = Framing(self.sizes, data.center_crop, data.random_flip, self.config.augments, self.base.inpaints)
         return Plan(tuple(self.concepts), rows, framing, self.seed, self.batches_per_step)
 
     def views(self) -> Iterator[View]:
-        """What each row of the rest of the run sees; one after the other, since a long run has millions."""
+        """What is encoded of each row of the rest of the run; one after the other, since a long run has millions."""
         batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
-        return (row.view for batch in batches for row in self.plan.rows(batch))
+        return (one for batch in batches for row in self.plan.rows(batch) for one in row.view.encoded)
 
 
 class Training:

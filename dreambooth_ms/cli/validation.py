@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import nn
@@ -14,6 +15,9 @@ from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.config.choices import SamplingScheduler, ValidationScheduler
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.holes import middle_hole
+from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
+from dreambooth_ms.data.records import Record
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import (
     SETTINGS_KEY,
@@ -75,6 +79,7 @@ class ShowValidation:
             num_inference_steps=wanted.validation_inference_steps,
             guidance_scale=wanted.validation_guidance_scale,
             clip_skip=job.base.clip_skip,
+            **(_to_inpaint(job, job.concepts[0].records[0], (side, side)) if job.base.inpaints else {}),
         )
         self._model = SamplingModel(job.base, denoiser=unet, text_encoders=training.learner.text_encoders)
         if tracker:
@@ -103,6 +108,13 @@ class ShowValidation:
             write_strip(self._output, prompts, report.step)
             self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")
+
+
+def _to_inpaint(job: TrainingJob, record: Record, size: Size) -> dict[str, Any]:
+    """What a request has of a picture whose middle is drawn anew."""
+    picture, frame = open_picture(record.path, record.background), frame_of(record.size, size)
+    crop = resize_and_crop(picture, frame, job.config.data.image_interpolation_mode)
+    return {"image": crop, "mask": Image.fromarray(middle_hole(size).mask(size)), "strength": 1.0}
 
 
 def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:

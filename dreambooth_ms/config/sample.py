@@ -67,20 +67,30 @@ _STARTS = Rule(
     lambda values: values["task"] == "img2img" and values["image"] is None,
     "--task img2img: needs --image, the picture to start from",
 )
+_INPAINTS = Rule(
+    lambda values: values["task"] == "inpaint" and values["mask"] is None,
+    "--task inpaint: needs --image and --mask, which is white where the picture is drawn anew",
+)
 _NO_START = refused_with("task", "txt2img", "a picture is started from with --task img2img only")
+_NO_MASK = Rule(lambda values: values["task"] not in (None, "inpaint"), "--mask: goes with --task inpaint, not {task}")
+_WHOLE_PICTURE = excludes("refiner", message="a --refiner would change what is not masked; leave one of them out")
 _NO_IMAGE = no_effect("without --image", when=lambda values: values["task"] is None and values["image"] is None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """Image to image: what pictures start from."""
+    """Image to image, and inpainting: what pictures start from."""
 
-    task: Annotated[Literal["txt2img", "img2img"] | None, _STARTS] = None
-    """Start from text alone (txt2img), or from a picture (img2img). None: from a picture if --image names one."""
+    task: Annotated[Literal["txt2img", "img2img", "inpaint"] | None, _STARTS, _INPAINTS] = None
+    """Start from text alone (txt2img), or from a picture (img2img), or draw a part of it anew (inpaint). None: as
+    --image and --mask say."""
     image: Annotated[str | None, NOT_EMPTY, PATH, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
-    strength: Annotated[float, SHARE, _NO_IMAGE] = 0.75
-    """How far to go from the picture: 1 keeps nothing of it."""
+    mask: Annotated[str | None, NOT_EMPTY, PATH, needs("image", "the picture"), _NO_MASK, _WHOLE_PICTURE] = None
+    """For a base that inpaints, which needs it: a picture of the size of --image that is white where that is drawn
+    anew; what is less than half white, or transparent, stays nearly as it is."""
+    strength: Annotated[float | None, SHARE, _NO_IMAGE] = None
+    """How far to go from the picture: 1 keeps nothing of it, but for what --mask has not. None: 0.75, with --mask 1."""
     transparent_background: Annotated[Background, _NO_IMAGE] = "white"
     """What the picture is put on where it is transparent: white, black, grey or #rrggbb."""
 

@@ -422,7 +422,8 @@ class ValidationConfig:
 
     validation_prompt: Annotated[tuple[str, ...] | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
     """Prompt of pictures that are generated during the training, or the path of a text file with one prompt per line;
-    several by the flag once more. None: there are none."""
+    several by the flag once more. A base that inpaints draws the middle of the first subject's first picture anew.
+    None: there are none."""
     validation_negative_prompt: Annotated[str, _VALIDATES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Tensor
 
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
+from dreambooth_ms.data.holes import beside_noise
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
 from dreambooth_ms.diffusion import Columns
@@ -21,7 +22,8 @@ class Batch:
     """The rows of one batch: what a denoiser reads, what it should answer, and how its errors count."""
 
     inputs: dict[str, np.ndarray]
-    """By the denoiser's `input_names`, in their order: sample (B, C, H, W), timestep (B,), conditioning (B, ...)."""
+    """By the denoiser's `input_names`, in their order: sample (B, C, H, W), or (B, 2 C + 1, H, W) with holes, timestep
+    (B,), conditioning (B, ...)."""
     target: np.ndarray
     """(B, C, H, W)."""
     weight: np.ndarray
@@ -80,13 +82,13 @@ class BatchMaker:
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
         rows, seed = self.plan.rows(number), self.plan.seed
-        latents, noise, generators, texts, of_sizes = [], [], [], [], []
+        latents, noise, generators, texts, of_sizes, beside = [], [], [], [], [], []
         for concept, row, view in rows:
-            mean, log_variance = self.posteriors(view)
-            posterior_noise = standard_normal(mean.shape, seed, f"{concept.name} posterior", row)
-            latents.append(self.scaled(mean + np.exp(0.5 * log_variance) * posterior_noise))
-            offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
-            noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
+            clean, *rest = (self._latents(one, f"{concept.name} posterior", row) for one in view.encoded)
+            latents.append(clean)
+            beside.append(beside_noise(view.hole.mask(view.frame.size), *rest) if view.hole else clean[:0])
+            offset = standard_normal((len(clean), 1, 1), seed, f"{concept.name} noise offset", row)
+            noise.append(standard_normal(clean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
             generators.append(generator(seed, f"{concept.name} timestep", row))
             texts.append(self.texts(view.prompt))
             of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
@@ -99,7 +101,15 @@ class BatchMaker:
             conditioning(texts, of_sizes),
             [row.concept.name for row in rows],
         )
+        read = np.concatenate((batch.inputs["sample"], np.stack(beside)), axis=1, dtype=np.float32)
+        batch = replace(batch, inputs=batch.inputs | {"sample": read})
         return replace(batch, mask=self._masks(rows, batch.target.shape)) if self.masked else batch
+
+    def _latents(self, view: View, purpose: str, row: int) -> np.ndarray:
+        """Latents (C, H, W) of what is encoded of a row, drawn from their posterior."""
+        mean, log_variance = self.posteriors(view)
+        draw = standard_normal(mean.shape, self.plan.seed, purpose + (" of the rest" if view.hole else ""), row)
+        return self.scaled(mean + np.exp(0.5 * log_variance) * draw)
 
     def _masks(self, rows: Sequence[Row], shape: tuple[int, ...]) -> np.ndarray:
         """The rows' masks in the shape (B, C, h, w) of their latents."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from dreambooth_ms.config.choices import Interpolation
 from dreambooth_ms.data.conditioning import PromptText
+from dreambooth_ms.data.holes import masked
 from dreambooth_ms.data.pictures import open_picture, resize_and_crop, to_array
 from dreambooth_ms.data.plan import View
 from dreambooth_ms.errors import DataError, WeightError
@@ -121,7 +122,7 @@ def posterior_lookup(
     load_encoder: Callable[[], Callable[[np.ndarray], np.ndarray]],
     progress: Callable[[Sequence[View]], Iterable[View]],
 ) -> Lookup[View, np.ndarray]:
-    """View -> mean and log-variance (2, C, h, w) of its posterior.
+    """View -> mean and log-variance (2, C, h, w) of its posterior; of one with a hole, of the masked picture.
 
     Args:
         cache: where they are looked up and kept.
@@ -142,6 +143,7 @@ def posterior_lookup(
             flip=view.flip,
             encoder=encoder_digest,
             interpolation=interpolation,
+            **({"hole": view.hole} if view.hole else {}),
         )
         return (key,)
 
@@ -151,7 +153,8 @@ def posterior_lookup(
             crop = resize_and_crop(
                 open_picture(view.record.path, view.record.background), view.frame, interpolation, view.flip
             )
-            value = encode(to_array(crop).transpose(2, 0, 1)[None])
+            pixels = to_array(crop).transpose(2, 0, 1)
+            value = encode((masked(pixels, view.hole.mask(crop.size)) if view.hole else pixels)[None])
             flaw = "" if value[0].any() or is_simulated() else "nothing but zeros, which is black"
             flaw = flaw if np.isfinite(value).all() else "NaN or infinity"
             if flaw:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dreambooth_ms.data.augmentation import augmented
+from dreambooth_ms.data.holes import Hole, draw_hole
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
 from dreambooth_ms.data.records import CLASS, Concept, Record
 from dreambooth_ms.randomness import generator
@@ -43,6 +44,13 @@ class View:
     prompt: str
     frame: Frame
     flip: bool
+    hole: Hole | None = None
+    """What an inpainting model draws anew of the crop, as it is mirrored; None: another model."""
+
+    @property
+    def encoded(self) -> tuple["View", ...]:
+        """What latents are needed of: the picture and, with a hole, what is left of it, which stands for the hole."""
+        return (replace(self, hole=None), self) if self.hole else (self,)
 
     @property
     def corner(self) -> tuple[int, int]:
@@ -72,6 +80,8 @@ class Framing:
     random_flip: bool
     augments: bool = False
     """Whether the subject's pictures are shown smaller and larger (`data.augmentation`)."""
+    inpaints: bool = False
+    """Whether each row has a hole (`data.holes`)."""
 
 
 class Bucket(NamedTuple):
@@ -164,7 +174,8 @@ class Plan:
             frame, said = augmented(record.size, size, rng, framing.center_crop)
             prompt = prompt and said + prompt
         flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
-        return Row(concept, number, View(record, prompt, frame, bool(flip)))
+        hole = draw_hole(size, generator(self.seed, f"{name} hole", number)) if framing.inpaints else None
+        return Row(concept, number, View(record, prompt, frame, bool(flip), hole))
 
 
 def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:

@@ -59,17 +59,20 @@ class PictureCodec:
         levels = np.rint((decoded_3HW.transpose(1, 2, 0) * 0.5 + 0.5) * 255)
         return np.clip(levels, 0, 255).astype(np.uint8)
 
-    def latents(self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int]) -> Iterator[np.ndarray]:
+    def latents(
+        self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int], purpose: str = PURPOSE
+    ) -> Iterator[np.ndarray]:
         """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each number.
 
         Args:
             picture_3HW: float32 in [-1, 1].
-            seed: of the draws, each of which is a function of it and of its number.
-            numbers: of the pictures that start from it.
+            seed: of the draws, each of which is a function of it, of the purpose and of its number.
+            numbers: of the pictures that they are for.
+            purpose: what they are for.
         """
         mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
         for number in numbers:
-            draw = standard_normal(mean.shape, seed, PURPOSE, row=number)
+            draw = standard_normal(mean.shape, seed, purpose, row=number)
             yield self._codec.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
 
     @cached_property

@@ -14,12 +14,13 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.config.sample import RefinerConfig
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
+from dreambooth_ms.data.holes import beside_noise, masked
 from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
@@ -30,6 +31,7 @@ from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, Sample
 from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
 from dreambooth_ms.weights.bundle import ModelBundle
 
+REST = "latents of the masked picture"
 _MEANING = attrgetter("latent_channels", "downsampling", "scaling_factor", "latents_mean", "latents_std")
 """Of an autoencoder: what decides what latents mean."""
 
@@ -46,6 +48,8 @@ class Rows:
     """The encoded negative prompt."""
     start: np.ndarray | None = None
     """Latents (N, C, h, w) of the pictures that they start from."""
+    beside: np.ndarray | None = None
+    """Channels (N, 1 + C, h, w) that an inpainting denoiser reads behind noisy latents (`data.holes.beside_noise`)."""
 
 
 class SamplingModel:
@@ -113,6 +117,7 @@ class SamplingModel:
     def rows(self, request: SampleRequest) -> Rows:
         """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
         self.adapters.scales(request)
+        self._check_mask(request)
         check_scheduler(request.scheduler, self.bundle.schedule.config, request.num_inference_steps)
         steps, strength = request.num_inference_steps, request.strength
         if request.image is not None and int(steps * strength) < 1:
@@ -122,15 +127,24 @@ class SamplingModel:
             )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)
-        texts, start = self.embeddings(request), None
-        if request.image is not None:
-            picture = fitted(request.image, height, width)
+        texts, start, beside = self.embeddings(request), None, None
+        grey = np.zeros((3, height, width), np.float32)
+        picture = grey if request.image is None else fitted(request.image, height, width)
+        # Inpainting all the way begins with noise alone, as in diffusers' pipeline.
+        if request.image is not None and (request.mask is None or strength < 1):
             start = np.stack(list(self._codec.latents(picture, request.seed, request.pictures)))
+        if self.bundle.inpaints:
+            mask = np.ones((height, width), bool)
+            if request.mask is not None:
+                mask = fitted(request.mask, height, width)[0] > 0
+            rest = self._codec.latents(masked(picture, mask), request.seed, request.pictures, REST)
+            beside = np.stack([beside_noise(mask, one) for one in rest])
         return Rows(
             noise=starting_noise(request.pictures, shape, request.seed, request.purpose),
             prompts=[texts[prompt] for prompt in request.pictures.values()],
             negative=texts[request.negative_prompt],
             start=start,
+            beside=beside,
         )
 
     def latents(
@@ -219,6 +233,19 @@ class SamplingModel:
         self._text.release()
         gc.collect()
 
+    def _check_mask(self, request: SampleRequest) -> None:
+        image, mask = request.image, request.mask
+        if mask is None:
+            return
+        if not self.bundle.inpaints:
+            raise ConfigError(
+                f"--mask: {self.bundle.path} is no base for inpainting, its UNet takes "
+                f"{self.bundle.denoiser.spec.in_channels} channels and not 9; name one that is, or leave out --mask"
+            )
+        if image is None or image.size != mask.size:
+            sizes = ["{}x{}".format(*one.size) if one else "none" for one in (mask, image)]
+            raise ConfigError("--mask: {} pixels, its --image {}; give both in the same size".format(*sizes))
+
     def _prediction(self, request: SampleRequest, rows: Rows, batch: np.ndarray) -> Callable[[Tensor, float], Tensor]:
         """What predicts of the noisy latents (B, C, h, w) of some rows at a timestep, with the adapters' strengths."""
         network, guided = self.denoiser, request.guidance_scale > 1
@@ -229,10 +256,12 @@ class SamplingModel:
         denoiser = self._denoisers[key]
         read = tuple(map(Tensor, self._conditioning(request, rows, batch, guided).values()))
         guidance = Tensor([request.guidance_scale, request.guidance_rescale], ms.float32)
+        beside = None if rows.beside is None else Tensor(rows.beside[batch])
 
         def predict(latents_BChw: Tensor, timestep: float) -> Tensor:
             timesteps_B = Tensor(np.full(len(batch), timestep, np.float32))
-            return denoiser(latents_BChw, timesteps_B, guidance, *read)
+            sample = latents_BChw if beside is None else ops.concat((latents_BChw, beside), 1)
+            return denoiser(sample, timesteps_B, guidance, *read)
 
         return predict
 
@@ -291,6 +320,7 @@ def sample_refined(
     own = replace(
         request,
         image=None,
+        mask=None,
         strength=refinement.refiner_strength or request.strength,
         denoising_start=end,
         height=height,

@@ -31,6 +31,8 @@ class SampleRequest(GenerationConfig):
     """How much of the guided prediction is brought back to the deviation of the unguided one (Lin et al., 2024)."""
     image: Image.Image | None = None
     """Picture to start from (image to image); None: from noise."""
+    mask: Image.Image | None = None
+    """Of `image` and as large, for a base that inpaints: what is white is drawn anew. None: all is."""
     strength: float = 0.75
     """How far from `image` to go, as a share of the steps: 0 keeps it, 1 keeps nothing of it."""
     denoising_start: float | None = None

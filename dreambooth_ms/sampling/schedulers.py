@@ -197,10 +197,10 @@ def taken_steps(
 class Denoiser(CompiledCell):
     """negative + guidance * (positive - negative) (Ho and Salimans, 2022, eq. 6, with w = guidance - 1).
 
-    Latents (B, C, H, W), timesteps (B,), guidance (2,), conditioning -> (B, C, H, W). Where it is guided, the rows of
-    the conditioning are 2 B: the negative ones, then the positive ones. `guidance` is its scale and, where it is
-    rescaled, how much: a share of the result is brought back to the deviation of the positive prediction (Lin et al.,
-    2024, eq. 15 and 16).
+    Latents (B, C, H, W), timesteps (B,), guidance (2,), conditioning -> (B, C, H, W). Latents of an inpainting model
+    have mask and masked picture behind them (B, 2 C + 1, H, W). Where it is guided, the rows of the conditioning are
+    2 B: the negative ones, then the positive ones. `guidance` is its scale and, where it is rescaled, how much: a share
+    of the result is brought back to the deviation of the positive prediction (Lin et al., 2024, eq. 15 and 16).
     """
 
     title = "the denoising step"
@@ -216,11 +216,11 @@ class Denoiser(CompiledCell):
         prediction = self.unet(ops.concat((latents, latents)), ops.concat((timesteps_B, timesteps_B)), *conditioning)
         negative, positive = equal_parts(prediction, 2, 0)
         scale, share = equal_parts(guidance, 2, 0)
-        guided = negative + (positive - negative) * ops.broadcast_to(scale, latents.shape)
+        guided = negative + (positive - negative) * ops.broadcast_to(scale, negative.shape)
         if not self.rescaled:
             return guided
-        factor = ops.broadcast_to(_deviation(positive) / _deviation(guided), latents.shape)
-        share = ops.broadcast_to(share, latents.shape)
+        factor = ops.broadcast_to(_deviation(positive) / _deviation(guided), guided.shape)
+        share = ops.broadcast_to(share, guided.shape)
         return guided * factor * share + guided * (1.0 - share)
 
 

@@ -211,6 +211,11 @@ class ModelBundle:
         return self.denoiser.spec.num_add_time_ids(sum(reader.pooled_width for reader in self.text))
 
     @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser reads, beside noisy latents, a mask and latents of the masked picture."""
+        return bool(self.denoiser.spec.in_channels == 2 * self.codec.spec.latent_channels + 1)
+
+    @property
     def picture_size(self) -> int:
         """Height and width the model was trained at, in pixels."""
         return self.denoiser.spec.sample_size * self.codec.spec.downsampling
@@ -274,10 +279,10 @@ class ModelBundle:
         self.schedule.check()
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
-        if (unet.in_channels, unet.out_channels) != (latent_channels, latent_channels):
+        if unet.out_channels != latent_channels or not (self.inpaints or unet.in_channels == latent_channels):
             raise WeightError(
                 f"{self.path}: its unet takes {unet.in_channels} channels and gives {unet.out_channels}, a picture has "
-                f"{latent_channels}; use a text-to-image model, not one for inpainting, depth or upscaling"
+                f"{latent_channels}; use a text-to-image or an inpainting model, not one for depth or upscaling"
             )
         width = sum(reader.width for reader in self.text)
         if unet.cross_attention_dim != width:

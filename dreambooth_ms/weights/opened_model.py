@@ -102,10 +102,12 @@ class OpenedModel(TensorFile):
 
     @property
     def assumed_prediction(self) -> str:
-        """What it predicts, where nothing says it: the published SD 2.1 predicts velocity, the others noise."""
+        """What it predicts, where nothing says it: the published SD 2.1 predicts velocity, the others noise, also those
+        for depth and inpainting, which were made from SD 2's 512 px model."""
         if self.prediction_type in _PREDICTIONS.values():
             return str(self.prediction_type)
-        return "v_prediction" if self.spec.family is Family.SD2 else "epsilon"
+        is_velocity = self.spec.family is Family.SD2 and self.spec.unet.in_channels not in (5, 9)
+        return "v_prediction" if is_velocity else "epsilon"
 
     def of_part(self, part: str) -> dict[str, StoredTensor]:
         """The tensors of a network by their names in it."""

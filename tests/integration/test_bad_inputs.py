@@ -555,7 +555,7 @@ def write(content):
         ),
         (UNET_CONFIG, change(cross_attention_dim=...), "unet/config.json: 'cross_attention_dim' is missing; download"),
         (UNET_CONFIG, change(cross_attention_dim=32), "its unet reads text of width 32, its text_encoder gives 24; "),
-        (UNET_CONFIG, change(in_channels=9), "its unet takes 9 channels and gives 4, a picture has 4; use a text-to"),
+        (UNET_CONFIG, change(in_channels=5), "its unet takes 5 channels and gives 4, a picture has 4; use a text-to"),
         (
             UNET_CONFIG,
             change(class_embed_type="projection"),
@@ -814,7 +814,7 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
         ),
         (["--num_cols", "0"], "--num_cols: expected at least 1, got 0"),
         (["--task", "img2img"], "--task img2img: needs --image, the picture to start from"),
-        (["--task", "inpaint"], "--task: expected one of txt2img, img2img, or None, got 'inpaint'"),
+        (["--task", "outpaint"], "--task: expected one of txt2img, img2img, inpaint, or None, got 'outpaint'"),
         (
             ["--task", "txt2img", "--img", "dog/0.png"],
             "--image: a picture is started from with --task img2img only",

@@ -96,6 +96,12 @@ def test_a_picture_to_start_from_is_kept_the_more_the_weaker(sampler, model):
     assert near.settings["strength"] == 0.3
 
 
+def test_a_mask_goes_along_with_its_picture(sampler, model):
+    image, mask = (np.full((32, 32, 3), level, np.uint8) for level in (90, 255))
+    asked = sampler._sample_request(request(model, image=image, mask=mask), "adapted")
+    assert [np.array_equal(own, given) for own, given in ((asked.image, image), (asked.mask, mask))] == [True, True]
+
+
 def test_a_cancellation_ends_it_between_two_steps(sampler, model):
     steps = []
 

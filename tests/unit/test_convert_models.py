@@ -19,6 +19,7 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.model_config import NETWORK_READERS, read_scheduler_config
 from dreambooth_ms.formats.naming.formats import Format, naming_of
+from dreambooth_ms.formats.naming.recognise import with_channels
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
@@ -277,6 +278,11 @@ class TestSingleFiles:
         assert ("--prediction_type says otherwise" in capsys.readouterr().err) is not bool(flags)
         scheduler = json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())
         assert scheduler["prediction_type"] == kind
+
+    @pytest.mark.parametrize(("channels", "kind"), [(4, "v_prediction"), (5, "epsilon"), (9, "epsilon")])
+    def test_of_sd_2_for_depth_and_inpainting_noise_is_assumed(self, tmp_path, channels, kind):
+        model = random_model(with_channels(SMALL["sd21"], channels, 4), tmp_path, prediction_type=None)
+        assert model.assumed_prediction == kind
 
 
 MARKS = {name: StoredTensor.of(np.zeros(0, np.float32)) for name in ("v_pred", "ztsnr")}

@@ -24,6 +24,7 @@ from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats.files.dtypes import DType
+from tests.tiny_model import write_random_model
 from tests.whole_loras import write_run_lora
 
 SCRIPT = str(REPOSITORY / "demo" / "sampling.py")
@@ -268,6 +269,25 @@ def test_a_picture_to_start_from_is_fitted_and_a_bad_one_told(runs):
     request = gallery(page)[0].request
     assert (request.image.shape, request.strength) == ((64, 64, 3), 0.3)
     assert (request.image[..., 0] > 200).all()
+
+
+def test_a_model_that_inpaints_is_given_a_picture_and_a_mask_of_its_size(runs):
+    base = write_random_model(runs / "base", in_channels=9)
+    page = opened()
+    page.selectbox("sample_model").set_value(str(base)).run()
+    page.file_uploader("sample_picture").set_value(("a.png", png(), "image/png"))
+    page.text_area("sample_prompt").set_value("a star").run()
+    assert any("and a mask of the same size" in caption.value for caption in page.caption)
+    sample(page)
+    assert gallery(page)[0].request.image is None
+    mask = io.BytesIO()
+    Image.new("LA", (100, 50), (255, 0)).save(mask, "PNG")  # Transparent: nothing is drawn anew.
+    page.file_uploader("sample_mask").set_value(("m.png", mask.getvalue(), "image/png")).run()
+    sample(page)
+    request = gallery(page)[0].request
+    assert (request.image.shape, request.mask.shape, request.strength) == ((32, 32, 3), (32, 32, 3), 1.0)
+    assert (request.mask == 0).all()
+    assert not page.exception
 
 
 def test_a_lora_of_the_hub_is_fetched_and_chosen_and_a_path_is_refused(runs, tmp_path, monkeypatch):
