@@ -26,9 +26,11 @@ def run(argv: Sequence[str]) -> int:
     weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
     device = set_up(config.device)
-    bundle = open_base(weights)
+    bundle = open_base(weights).with_schedule(config.timesteps.changes)
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    for note in model.adapters.notes:
+        tell(note)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:
