@@ -62,7 +62,7 @@ class NoiseSchedule:
         if alphas_cumprod[-1] == 0 and spec.prediction_type == "epsilon":
             raise ConfigError(
                 "prediction_type epsilon with zero terminal SNR (rescale_betas_zero_snr): no picture follows from the "
-                "noise where there is nothing else; such models predict v_prediction"
+                "noise where there is nothing else; give --prediction_type v_prediction"
             )
         return cls(alphas_cumprod)
 

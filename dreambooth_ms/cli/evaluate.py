@@ -55,6 +55,8 @@ def evaluate(config: EvaluateConfig) -> tuple[Fidelity, Fidelity]:
 
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    for note in model.adapters.notes:
+        tell(note)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
     # New words are ordinary text to the base.

@@ -89,7 +89,9 @@ def test_betas_that_are_none_are_refused(changes):
 
 @pytest.mark.parametrize("more", [{"rescale_betas_zero_snr": True}, {"trained_betas": (0.1,) * 999 + (1.0,)}])
 def test_noise_is_not_predicted_where_there_is_nothing_else(more):
-    with pytest.raises(ConfigError, match=r"prediction_type epsilon with zero terminal SNR .*predict v_prediction"):
+    with pytest.raises(
+        ConfigError, match=r"prediction_type epsilon with zero terminal SNR .*--prediction_type v_prediction"
+    ):
         NoiseSchedule.from_spec(NoiseScheduleSpec(**more))
 
 

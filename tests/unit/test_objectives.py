@@ -358,7 +358,7 @@ def test_perturbed_noise_is_read_and_the_noise_stays_the_target():
     assert batch.inputs["sample"] == pytest.approx(
         columns.network_input(clean, noise + 0.1 * drawn_again), rel=1e-5, abs=1e-6
     )
-    assert perturbed(noise[0], np.random.default_rng(0), 0.0) is noise[0]
+    assert perturbed(noise, np.random.default_rng(0), 0.0) is noise
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "huber"}, {"edm_sampling": "lognormal", "edm_weighting": "edm"}])
