@@ -9,10 +9,12 @@ Shapes: B rows, C, H, W of the latents.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
+from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.errors import ConfigError
 
 
@@ -60,7 +62,7 @@ class NoiseSchedule:
         if alphas_cumprod[-1] == 0 and spec.prediction_type == "epsilon":
             raise ConfigError(
                 "prediction_type epsilon with zero terminal SNR (rescale_betas_zero_snr): no picture follows from the "
-                "noise where there is nothing else; such models predict v_prediction"
+                "noise where there is nothing else; give --prediction_type v_prediction"
             )
         return cls(alphas_cumprod)
 
@@ -94,6 +96,38 @@ def _betas(spec: NoiseScheduleSpec) -> np.ndarray:
     return np.linspace(start, end, spec.num_train_timesteps, dtype=np.float64) ** power
 
 
+@dataclass(frozen=True, kw_only=True)
+class EdmSpec:
+    """The formulation of Karras et al. (2022) that a model was trained in, by the keys of diffusers' EDM schedulers."""
+
+    num_train_timesteps: int = 1000
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    """The deviation of the clean latents."""
+    rho: float = 7.0
+    sigma_schedule: Literal["karras", "exponential"] = "karras"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError if there are no such noise levels."""
+        if not (0 < self.sigma_min < self.sigma_max and self.sigma_data > 0 and self.rho > 0):
+            raise ConfigError(
+                f"sigma_min {self.sigma_min:g}, sigma_max {self.sigma_max:g}, sigma_data {self.sigma_data:g}, rho "
+                f"{self.rho:g}: expected numbers above 0, and a larger sigma_max; take the original model's scheduler"
+            )
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """(T,) float64: the noise levels that diffusers' script draws from, the least first (eq. 5; T steps from
+        sigma_max to sigma_min, which itself is not drawn)."""
+        u = np.arange(self.num_train_timesteps - 1, -1, -1) / self.num_train_timesteps
+        if self.sigma_schedule == "exponential":
+            return self.sigma_max * (self.sigma_min / self.sigma_max) ** u
+        least, most = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (most + u * (least - most)) ** self.rho
+
+
 @dataclass(frozen=True)
 class Columns:
     """The rows of a batch, each field (B,) float64: network input = in_x x0 + in_n n, target = out_x x0 + out_n n."""
@@ -106,6 +140,13 @@ class Columns:
     """The timestep that the network reads, which need not be whole."""
     weight: np.ndarray
     """Of the row's error: the mean squared difference of prediction and target."""
+    huber_c: np.ndarray | None = None
+    """Above which differences count in proportion, no longer squared (`pseudo_huber`); None: all are squared."""
+
+    @property
+    def snr(self) -> np.ndarray:
+        """The ratio of signal to noise in what the network reads, for clean latents of deviation 1."""
+        return (self.in_x / self.in_n) ** 2
 
     def network_input(self, clean_BCHW: np.ndarray, noise_BCHW: np.ndarray) -> np.ndarray:
         """What the network reads (B, C, H, W) float32."""
@@ -134,16 +175,106 @@ def velocity_at(schedule: NoiseSchedule, timesteps_B: np.ndarray) -> Columns:
     return replace(columns, out_x=-columns.in_n, out_n=columns.in_x)
 
 
+def edm_at(spec: EdmSpec, sigmas_B: np.ndarray) -> Columns:
+    """y = x0 + sigma n, times c_in, and the F with which c_skip y + c_out F is x0 (Karras et al., 2022, table 1).
+
+    All rows weigh 1, which is the paper's lambda (sigma) of the clean latents. Where diffusers calls it v_prediction,
+    c_out has the other sign.
+    """
+    power = sigmas_B**2 + spec.sigma_data**2
+    c_in, c_skip = power**-0.5, spec.sigma_data**2 / power
+    c_out = sigmas_B * spec.sigma_data * c_in * (-1 if spec.prediction_type == "v_prediction" else 1)
+    out_x, out_n = (1 - c_skip) / c_out, -c_skip * sigmas_B / c_out
+    return Columns(c_in, c_in * sigmas_B, out_x, out_n, np.log(sigmas_B) / 4, np.ones(len(sigmas_B)))
+
+
+def weighed_as_clean(columns: Columns, weight_B: np.ndarray | float) -> Columns:
+    """Rows whose errors of the clean latents weigh so much.
+
+    The input is known, so an error of the clean latents is one of the target, times
+    (in_n out_x - out_n in_x) / in_n.
+    """
+    target_per_clean = (columns.in_n * columns.out_x - columns.out_n * columns.in_x) / columns.in_n
+    return replace(columns, weight=columns.weight * weight_B / target_per_clean**2)
+
+
 def min_snr(columns: Columns, gamma: float) -> Columns:
     """Weights that count errors of the clean latents by min(SNR, gamma) (Hang et al., 2023).
 
-    The input is known, so an error of the clean latents is one of the target, times
-    (in_n out_x - out_n in_x) / in_n. With SNR = (in_x / in_n)^2 this is min(SNR, gamma) / SNR where the noise is
-    predicted, and min(SNR, gamma) / (SNR + 1) where the velocity is.
+    This is min(SNR, gamma) / SNR where the noise is predicted, and min(SNR, gamma) / (SNR + 1) where the velocity is.
     """
-    snr = (columns.in_x / columns.in_n) ** 2
-    target_per_clean = (columns.in_n * columns.out_x - columns.out_n * columns.in_x) / columns.in_n
-    return replace(columns, weight=columns.weight * np.minimum(snr, gamma) / target_per_clean**2)
+    return weighed_as_clean(columns, np.minimum(columns.snr, gamma))
+
+
+def debiased(columns: Columns) -> Columns:
+    """Weights 1 / sqrt(SNR) where the noise is predicted (Yu et al., 2023), 1 / (SNR + 1) where the velocity is, as
+    kohya's scripts have both; an SNR above 1000 counts as 1000."""
+    snr = np.minimum(columns.snr, 1000)
+    return replace(columns, weight=columns.weight / np.where(columns.out_x == 0, np.sqrt(snr), snr + 1))
+
+
+HUBER_SCHEDULES: dict[str, Callable[[Columns, float, int], np.ndarray]] = {
+    "constant": lambda columns, c, steps: np.full_like(columns.time, c),
+    "exponential": lambda columns, c, steps: c ** (columns.time / steps),
+    # 1 / (1 + sigma), where no signal is left, too.
+    "snr": lambda columns, c, steps: c + (1 - c) * (columns.in_x / (columns.in_x + columns.in_n)) ** 2,
+}
+"""Columns, the least c, number of timesteps -> c of each row (Khrapov et al., 2024)."""
+
+
+def pseudo_huber(columns: Columns, kind: Literal["huber", "smooth_l1"], c_B: np.ndarray) -> Columns:
+    """Differences d of prediction and target that count by 2 c (sqrt(d^2 + c^2) - c) in place of d^2 (Charbonnier et
+    al., 1997), or for smooth_l1 by that over c, as kohya's scripts have both."""
+    weight = columns.weight / c_B if kind == "smooth_l1" else columns.weight
+    return replace(columns, huber_c=c_B, weight=weight)
+
+
+def timestep_shares(loss: LossConfig, count: int) -> np.ndarray:
+    """The probability of each of so many timesteps (T,), 0 outside of the range, of the preferred ones times as high.
+
+    The strategies are those of diffusers' text-to-image script for SDXL.
+    """
+    timesteps, portion = np.arange(count), int(loss.timestep_bias_portion * count)
+    preferred = {
+        "none": timesteps < 0,
+        "earlier": timesteps < portion,
+        "later": timesteps >= count - portion,
+        "range": (timesteps >= loss.timestep_bias_begin) & (timesteps < loss.timestep_bias_end),
+    }[loss.timestep_bias_strategy]
+    drawn = (timesteps >= loss.min_timestep) & (timesteps < (loss.max_timestep or count))
+    shares = drawn * np.where(preferred, loss.timestep_bias_multiplier, 1.0)
+    return shares / shares.sum()
+
+
+def pyramid_noise(noise_CHW: np.ndarray, rng: np.random.Generator, rounds: int, discount: float) -> np.ndarray:
+    """Noise with noise of lower resolutions in it, of deviation 1 (Whitaker, 2023, as kohya's scripts have it).
+
+    Round i adds noise of 1 / r^i of the size, r drawn evenly from 2 to 4, enlarged by bilinear interpolation, times
+    discount^i; the last one is where a side is 1.
+    """
+    if not rounds:
+        return noise_CHW
+    channels, height, width = noise_CHW.shape
+    total = noise_CHW.astype(np.float64)
+    for number in range(rounds):
+        factor = rng.uniform(2, 4) ** number
+        small = max(1, int(height / factor)), max(1, int(width / factor))
+        rows, columns = _enlarging(small[0], height), _enlarging(small[1], width)
+        total += discount**number * (rows @ rng.standard_normal((channels, *small)) @ columns.T)
+        if 1 in small:
+            break
+    return (total / total.std(ddof=1)).astype(np.float32)
+
+
+def _enlarging(small: int, large: int) -> np.ndarray:
+    """(large, small): linear interpolation between the centres of pixels, and at the edges the nearest."""
+    places = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(small)))
+
+
+def perturbed(noise_CHW: np.ndarray, rng: np.random.Generator, gamma: float) -> np.ndarray:
+    """n + gamma n', which the network reads in place of the noise n, which stays its target (Ning et al., 2023)."""
+    return noise_CHW + gamma * rng.standard_normal(noise_CHW.shape, np.float32) if gamma else noise_CHW
 
 
 OBJECTIVES: dict[str, Callable[[NoiseSchedule, np.ndarray], Columns]] = {
@@ -152,18 +283,49 @@ OBJECTIVES: dict[str, Callable[[NoiseSchedule, np.ndarray], Columns]] = {
 }
 """By the names of the schema (`config.choices.PredictionType`)."""
 
+DEFAULT = LossConfig()
+"""Squared errors, all rows weigh the same."""
+
+LOGNORMAL = -1.2, 1.2
+"""Mean and deviation of ln sigma in training (Karras et al., 2022, table 1)."""
+
 
 def draw_columns(
-    name: str, schedule: NoiseSchedule, snr_gamma: float | None = None
+    spec: NoiseScheduleSpec | EdmSpec, loss: LossConfig = DEFAULT
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
-    """The objective of this name for a model: a generator for each row -> columns, with min-SNR weights for a gamma.
+    """The objective of a model: a generator for each row -> columns.
 
-    Timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
+    Which levels of noise are drawn, the columns at them, and what changes their weights, one after the other. If `loss`
+    says nothing, timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
     """
+    count, is_edm = spec.num_train_timesteps, isinstance(spec, EdmSpec)
+    if isinstance(spec, EdmSpec):
+        levels, columns_at = spec.sigmas, partial(edm_at, spec)
+    else:
+        schedule = NoiseSchedule.from_spec(spec)
+        levels, columns_at = np.arange(count), partial(OBJECTIVES[spec.prediction_type], schedule)
+    low, high = loss.min_timestep, min(loss.max_timestep or count, count)
+    shares = timestep_shares(loss, count) if loss.timestep_bias_strategy != "none" else None
+
+    def level(rng: np.random.Generator) -> float:
+        if is_edm and loss.edm_sampling == "lognormal":
+            return float(np.exp(rng.normal(*LOGNORMAL)))
+        return levels[rng.integers(low, high) if shares is None else rng.choice(count, p=shares)]
 
     def drawn(generators: Sequence[np.random.Generator]) -> Columns:
-        timesteps_B = np.array([rng.integers(schedule.num_train_timesteps) for rng in generators])
-        columns = OBJECTIVES[name](schedule, timesteps_B)
-        return min_snr(columns, snr_gamma) if snr_gamma else columns
+        columns = columns_at(np.array([level(rng) for rng in generators]))
+        if is_edm and loss.edm_weighting == "none":
+            columns = weighed_as_clean(columns, 1.0)
+        if loss.do_edm_style_training and not is_edm:
+            # diffusers' 1 / sigma^2. Where the noise is predicted, all rows weigh 1 again.
+            columns = weighed_as_clean(columns, columns.snr)
+        if loss.snr_gamma:
+            columns = min_snr(columns, loss.snr_gamma)
+        if loss.debiased_estimation_loss:
+            columns = debiased(columns)
+        if loss.loss_type != "l2":
+            c_B = HUBER_SCHEDULES[loss.huber_schedule](columns, loss.huber_c, count)
+            columns = pseudo_huber(columns, loss.loss_type, c_B)
+        return columns
 
     return drawn

@@ -18,9 +18,10 @@ def training_sdxl() -> list[Graph]:
     """SDXL's UNet and text encoders, with adapters on linear layers and convolutions, and dropout; these are trained,
     and what SDXL has beyond SD 1, of which all is.
 
-    By gradients of a scaled loss that are added up over batches, which has every operation of a step in one batch; and
-    the running average of what is trained.
+    By gradients of a scaled loss, of Huber with masks, that are added up over batches, which has every operation of a
+    step in one batch; and the running average of what is trained.
     """
+    import numpy as np
     from mindspore import Tensor
 
     from dreambooth_ms.adapters.lora import DropoutState
@@ -37,13 +38,15 @@ def training_sdxl() -> list[Graph]:
     own = ("lora_", "add_embedding", "text_projection", "proj_in", "proj_out")
     trainables = [parameter for parameter in trained if any(part in parameter.name for part in own)]
     optimiser = AdamW(trainables, Hyperparameters())
-    loss = DiffusionLoss(TextConditioned(unet, encoders))
+    loss = DiffusionLoss(TextConditioned(unet, encoders), ("mask", "huber_c"))
     step = AccumulatingTrainStep(TrainStep(loss, trainables, optimiser, 1.0, scaler=LossScaler(LossScalingConfig())))
     batch = toy_networks.batch(
         input_ids=_token_ids(2),
         end_mask=_ends(),
         time_ids=toy_networks.add_time_ids(),
     )
+    extras = {"mask": np.ones_like(batch.target), "huber_c": np.ones_like(batch.weight)}
+    batch = replace(batch, extras=extras)
     return [
         (step._add_gradients, (Tensor(True), *batch.tensors())),
         (step._update, ()),

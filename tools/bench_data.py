@@ -27,7 +27,7 @@ from dreambooth_ms.data.cache import BYTES_IN_MEMORY, ContentCache, embedding_lo
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan, View
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, draw_columns
+from dreambooth_ms.diffusion import NoiseScheduleSpec, draw_columns
 from dreambooth_ms.errors import count_of
 
 POSTERIOR = (2, 4, 64, 64)
@@ -75,7 +75,7 @@ def make_batches(plan: Plan, folder: Path, count: int) -> list[float]:
         plan=plan,
         posteriors=replace(posteriors, make=lambda views: ((view, (np.zeros(SMALL, np.float32),)) for view in views)),
         texts=texts,
-        objective=draw_columns("epsilon", NoiseSchedule.from_spec(NoiseScheduleSpec()), None),
+        objective=draw_columns(NoiseScheduleSpec()),
         scaled=lambda latents: latents,
     )
     found = []

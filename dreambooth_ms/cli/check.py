@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     config = TrainConfig(**wanted | {"device": device})
     base = open_base(config.model)
     base = base.with_words(starting_words(config, base))
-    base.schedule.trained(config.loss.prediction_type)
+    base.schedule.trained(config.loss)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
     if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:

@@ -48,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
 
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    for note in model.adapters.notes:
+        tell(note)
     prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
     request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
     # New words are ordinary text to the base.

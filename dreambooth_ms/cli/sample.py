@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
     device = set_up(config.device)
-    bundle = open_base(weights)
+    bundle = open_base(weights).with_schedule(config.timesteps.changes)
     if bundle.inpaints and request.mask is None:
         raise ConfigError(
             f"--mask: missing; {bundle.path} inpaints: name a picture with --image, and with --mask one of its size "
@@ -34,6 +34,8 @@ def run(argv: Sequence[str]) -> int:
         )
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    for note in model.adapters.notes:
+        tell(note)
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:

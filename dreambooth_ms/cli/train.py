@@ -63,7 +63,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     base = base.with_words(starting_words(config, base))
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
-    base.schedule.trained(config.loss.prediction_type)
+    base.schedule.trained(config.loss)
     check_expected_memory(config, base, processes)
 
     with processes.first_goes_ahead("the data set"):

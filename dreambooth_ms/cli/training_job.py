@@ -83,6 +83,16 @@ class TrainingJob:
         return self.config.augments or any(source.masked for source in self.sources)
 
     @property
+    def extras(self) -> tuple[str, ...]:
+        """What rows have for the comparison with their target, see `training.step.WeightedError`."""
+        return ("mask",) * self.masked + ("huber_c",) * (self.config.loss.loss_type != "l2")
+
+    @property
+    def trained_base(self) -> ModelBundle:
+        """The base as it is denoised after the training."""
+        return self.base.with_schedule(self.config.loss.changes)
+
+    @property
     def done(self) -> int:
         """Steps that were taken before."""
         return self.checkpoint.step if self.checkpoint else 0
@@ -141,7 +151,7 @@ class Training:
         self.job = job
         config, processes, method = job.config, job.processes, job.config.method
         text_encoders = job.base.load_text_encoders() if config.encodes_text else None
-        self.learner = METHODS[method.method](method, job.base, unet, text_encoders, job.seed)
+        self.learner = METHODS[method.method](method, job.trained_base, unet, text_encoders, job.seed)
         parameters, trainables = self.learner.parameters, self.learner.trainables
         compute_in(self.learner.denoiser, compute_dtype(config.device.mixed_precision))
         # The optimiser, if this process keeps a part of its state.
@@ -153,7 +163,7 @@ class Training:
         # bfloat16 has the exponents of float32.
         scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
         step = TrainStep(
-            DiffusionLoss(self.learner.denoiser, job.masked),
+            DiffusionLoss(self.learner.denoiser, job.extras),
             parameters,
             self.sharded or choose_optimiser(config, trainables),
             config.optimiser.max_grad_norm,

@@ -19,13 +19,14 @@ from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_p
 from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
 from dreambooth_ms.data.records import CLASS, Concept, Source
-from dreambooth_ms.diffusion import NoiseSchedule, draw_columns
+from dreambooth_ms.diffusion import draw_columns
 from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, class_picture_name, write_picture, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
+from dreambooth_ms.sampling.schedulers import fitting_scheduler
 from dreambooth_ms.training.content import content_of, digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
@@ -88,7 +89,8 @@ def sample_class_pictures(
     for source, subject in zip(classes, job.subjects, strict=False):
         numbers = shares.pop(str(source.folder), ())
         for request in class_requests(source, replace(job.plan, concepts=(subject,)), numbers, job.base.clip_skip):
-            for sample in model.sample(request):
+            scheduler = fitting_scheduler(request.scheduler, job.base.schedule.config)
+            for sample in model.sample(replace(request, scheduler=scheduler)):
                 settings = settings_of_training(sample)
                 write_picture(source.folder / class_picture_name(sample.number), sample.picture, settings)
                 bar.update()
@@ -146,14 +148,15 @@ def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str]
     posteriors.prepare(missing)  # Nothing, but where processes on several machines have no folder in common.
     gc.collect()
     loss = job.config.loss
-    schedule = base.schedule.trained(loss.prediction_type)
     return BatchMaker(
         plan=plan,
         posteriors=posteriors,
         texts=texts,
-        objective=draw_columns(schedule.prediction_type, NoiseSchedule.from_spec(schedule), loss.snr_gamma),
+        objective=draw_columns(base.schedule.trained(loss), loss),
         scaled=base.codec.spec.scaled,
         noise_offset=job.config.noise_offset,
+        multires_noise=(loss.multires_noise_iterations, loss.multires_noise_discount),
+        ip_noise_gamma=loss.ip_noise_gamma,
         num_add_time_ids=base.num_add_time_ids,
         masked=job.masked,
         unmasked_weight=data.unmasked_weight,

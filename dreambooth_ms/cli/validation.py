@@ -28,6 +28,7 @@ from dreambooth_ms.sampling.picture_file import (
     write_sheet,
 )
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
+from dreambooth_ms.sampling.schedulers import fitting_scheduler
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.trackers import Tracker
 
@@ -75,13 +76,13 @@ class ShowValidation:
             seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
             purpose=PURPOSE,
             batch_size=1,
-            scheduler=SCHEDULERS[wanted.validation_scheduler],
+            scheduler=fitting_scheduler(SCHEDULERS[wanted.validation_scheduler], job.base.schedule.config),
             num_inference_steps=wanted.validation_inference_steps,
             guidance_scale=wanted.validation_guidance_scale,
             clip_skip=job.base.clip_skip,
             **(_to_inpaint(job, job.concepts[0].records[0], (side, side)) if job.base.inpaints else {}),
         )
-        self._model = SamplingModel(job.base, denoiser=unet, text_encoders=training.learner.text_encoders)
+        self._model = SamplingModel(job.trained_base, denoiser=unet, text_encoders=training.learner.text_encoders)
         if tracker:
             if not training.learner.text_encoders:
                 self._model.embeddings(self._request)  # So that the text encoders are gone before the first step.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, ScheduleConfig, WeightsConfig
 
 SD_XL_BASE_RATIOS: dict[str, tuple[int, int]] = {
     "0.5": (704, 1408), "0.52": (704, 1344), "0.57": (768, 1344), "0.6": (768, 1280),
@@ -164,6 +164,14 @@ class RefinerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimestepsConfig(ScheduleConfig):
+    """What is sampled otherwise than the base's scheduler configuration and the adapters say."""
+
+    timestep_spacing: Literal["leading", "linspace", "trailing"] | None = None
+    """Which of the base's timesteps the steps are at. None: as it says, or trailing with --rescale_betas_zero_snr."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(Schema):
     """Generate pictures with a base model and its adapters."""
 
@@ -178,6 +186,7 @@ class SampleConfig(Schema):
     pictures: PicturesConfig
     start: StartConfig = field(default_factory=StartConfig)
     sizes: SizesConfig = field(default_factory=SizesConfig)
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     refinement: RefinerConfig = field(default_factory=RefinerConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 

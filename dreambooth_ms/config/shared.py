@@ -1,11 +1,11 @@
 """Sections that several commands have, and fields that sections share."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from dreambooth_ms.config.choices import SamplingScheduler
+from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
 from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PART, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
-from dreambooth_ms.config.rules import Resume, only_with
+from dreambooth_ms.config.rules import Resume, only_with, refused_with
 
 Background: TypeAlias = Annotated[str, COLOUR]
 """What a picture is put on where it is transparent."""
@@ -41,6 +41,25 @@ class BaseModelConfig:
     """Variant of the weight files, such as fp16. None: the plain files, or the only variant."""
     pretrained_vae_model_name_or_path: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Autoencoder to use in place of the base's own: a folder or file, or a name on the hub. It computes in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What of the base's scheduler configuration is to be otherwise."""
+
+    prediction_type: PredictionType | None = None
+    """Prediction target. None: the one that the base model was trained with."""
+    rescale_betas_zero_snr: Annotated[
+        bool, refused_with("prediction_type", "epsilon", "no picture follows from noise alone; give v_prediction")
+    ] = False
+    """Zero terminal SNR (Lin et al., 2024): at the last timestep there is noise alone, so that pictures may be very
+    dark or bright. With --prediction_type v_prediction; sampled with trailing timesteps."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The same by the keys of diffusers' schedulers, what is not said left out."""
+        keys = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+        return {key: value for key in keys if (value := getattr(self, key, None))}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,8 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
             setting.complain(f"expected no value, got {texts[0]!r}")
         setting.name, setting.value = name.removeprefix("no_"), "False"
         return setting
-    kind = known[target].kind if target else {"config": str, spellings.BASE_THEN_ADAPTERS: list[str]}.get(name, bool)
+    others = {"config": str, **dict.fromkeys(spellings.LISTS, list[str])}
+    kind = known[target].kind if target else others.get(name, bool)
     is_list = get_origin(kind) is list
     if not texts and kind is not bool:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"

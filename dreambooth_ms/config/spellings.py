@@ -29,6 +29,8 @@ for _field, _others in _TABLES["names"].items():
 
 BASE_THEN_ADAPTERS = "weight"
 """`--weight base,adapter,adapter`: a list whose first entry is the base model and whose others are adapters."""
+LISTS = (BASE_THEN_ADAPTERS, "timestep_range")
+"""Names of no field that several values may follow."""
 
 
 def _true(value: Any) -> bool:
@@ -53,11 +55,16 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "save_unet_half": lambda value: {"save_precision": "fp16" if _true(value) else None},
     "stop_at_clip_layer": lambda value: {"clip_skip": _whole(value, lambda layer: -layer - 1)},
+    "timestep_range": lambda value: (
+        dict(zip(("min_timestep", "max_timestep"), both, strict=True))
+        if len(both := re.findall(r"[\w.-]+", str(value))) == 2
+        else {"min_timestep": value}
+    ),
     "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},
     "v_parameterization": lambda value: {"prediction_type": "v_prediction" if _true(value) else None},
 }
 """A flag whose value says it in another way -> what it sets here. A1111 counts the text encoder's layers from 1,
-ComfyUI from -1; kohya's sides of a square are two numbers."""
+ComfyUI from -1; kohya's sides of a square are two numbers, and its range of timesteps two flags."""
 
 _STYLES = re.compile("(cfgpp|exponential|gpu|karras)+$")
 """What A1111 and ComfyUI add to the name of a scheduler."""

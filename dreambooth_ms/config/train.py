@@ -11,8 +11,10 @@ from dreambooth_ms.config.ranges import (
     DECAY,
     MEMORY,
     NOT_EMPTY,
+    PART,
     PATH,
     SEED,
+    SHARE,
     SIDE,
     STEPS,
     ZERO_OR_ONE,
@@ -22,7 +24,7 @@ from dreambooth_ms.config.ranges import (
 )
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, ScheduleConfig
 from dreambooth_ms.config.words import WordsConfig
 
 POLYNOMIAL_END_RATE = 1e-7
@@ -450,18 +452,70 @@ _ONE_OFFSET = Rule(
 )
 
 
+_NOT_EDM = Rule(
+    lambda values: values["do_edm_style_training"],
+    "--{field}: --do_edm_style_training weighs rows by their noise itself; leave one of them out",
+)
+_LEVELS = refused_with(
+    "edm_sampling", "lognormal", "the levels of --edm_sampling lognormal are no timesteps; leave one of them out"
+)
+_NO_RANGE = Rule(
+    lambda values: values["max_timestep"] is not None and values["min_timestep"] >= values["max_timestep"],
+    "--max_timestep {max_timestep}: expected more than --min_timestep {min_timestep}",
+)
+_IN_RANGE = only_with("timestep_bias_strategy", "range")
+_BIASED = not_with("timestep_bias_strategy", "none")
+_HUBER = only_with("loss_type", "huber", "smooth_l1")
+
+
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(ScheduleConfig):
     """What the network learns to predict."""
 
-    prediction_type: choices.PredictionType | None = None
-    """Prediction target. None: the one that the base model was trained with."""
-    snr_gamma: Annotated[float | None, above(0)] = None
+    snr_gamma: Annotated[float | None, above(0), _NOT_EDM] = None
     """Min-SNR weighting: rows with little noise weigh less; 5.0 is usual. None: all rows weigh the same."""
+    debiased_estimation_loss: Annotated[bool, _NOT_EDM] = False
+    """Debiased estimation: rows weigh 1 / sqrt(SNR), so that those with little noise weigh less."""
     offset_noise: Annotated[bool, _ONE_OFFSET] = False
     """Add a random constant of strength 0.1 to each channel of the noise; it helps very dark and bright pictures."""
     noise_offset: Annotated[float, at_least(0)] = 0.0
     """Strength of the random constant that is added to each channel of the noise; 0 adds none."""
+    multires_noise_iterations: Annotated[int, at_least(0)] = 0
+    """Rounds in which noise of ever lower resolutions is added to the noise; 6 is usual, 0 adds none."""
+    multires_noise_discount: Annotated[float, PART, only_with("multires_noise_iterations")] = 0.3
+    """Strength of each such round, as a share of the one before."""
+    ip_noise_gamma: Annotated[float, at_least(0)] = 0.0
+    """Input perturbation: strength of more noise, which the network reads and is not to answer; 0.1 is usual."""
+    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
+    """How a difference counts: squared (l2), or from about huber_c on in proportion, so that outliers count less.
+    smooth_l1 is huber over huber_c."""
+    huber_c: Annotated[float, SHARE, _HUBER] = 0.1
+    """Where huber goes from squared to proportional: at the most noise, or everywhere if huber_schedule is constant."""
+    huber_schedule: Annotated[Literal["constant", "exponential", "snr"], _HUBER] = "snr"
+    """How that grows to 1 with less noise: not at all, exponentially with the timestep, or with the SNR."""
+    min_timestep: Annotated[int, at_least(0), _LEVELS] = 0
+    """The least timestep that rows have; 0 is almost clean."""
+    max_timestep: Annotated[int | None, at_least(1), _NO_RANGE, _LEVELS] = None
+    """Rows have timesteps below this one. None: all that the base model has, usually 1000."""
+    timestep_bias_strategy: Annotated[Literal["none", "earlier", "later", "range"], _LEVELS] = "none"
+    """Timesteps that are drawn more often: those with the least noise (earlier), with the most (later), or a range."""
+    timestep_bias_multiplier: Annotated[float, above(0), _BIASED] = 1.0
+    """How much more often; below 1 less often."""
+    timestep_bias_portion: Annotated[float, SHARE, only_with("timestep_bias_strategy", "earlier", "later")] = 0.25
+    """How many of all timesteps these are."""
+    timestep_bias_begin: Annotated[int, at_least(0), _IN_RANGE] = 0
+    """The first of the range."""
+    timestep_bias_end: Annotated[int, at_least(1), _IN_RANGE] = 1000
+    """The one after the last of the range."""
+    do_edm_style_training: bool = False
+    """Count errors of the clean picture, by 1 / sigma^2. For a base that predicts noise it is the same as without;
+    bases that were trained in EDM's formulation (Playground v2.5) are always trained in it."""
+    edm_sampling: Literal["karras", "lognormal"] = "karras"
+    """Which levels of noise rows have with such a base: evenly those of its scheduler, as diffusers' script draws them,
+    or by the distribution of the EDM paper, which trains details more."""
+    edm_weighting: Literal["none", "edm"] = "none"
+    """How errors of the clean picture count with such a base: all the same, as in diffusers' script, or as in the EDM
+    paper, more where there is little noise."""
 
 
 _SCALED = only_with("mixed_precision", "fp16", "auto")

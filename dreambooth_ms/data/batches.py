@@ -4,7 +4,7 @@ Shapes: B rows, C, H, W of the latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from mindspore import Tensor
@@ -13,7 +13,7 @@ from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioni
 from dreambooth_ms.data.holes import beside_noise
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
-from dreambooth_ms.diffusion import Columns
+from dreambooth_ms.diffusion import Columns, perturbed, pyramid_noise
 from dreambooth_ms.randomness import generator, standard_normal
 
 
@@ -30,8 +30,9 @@ class Batch:
     """(B,) of each row's error in the loss: lambda of the concept * w_row / rows of the concept in a step."""
     concepts: tuple[str, ...]
     """The name of each row's concept."""
-    mask: np.ndarray | None = None
-    """(B, C, H, W), of mean 1 in each row: how much each element counts in the row's error. None: all the same."""
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+    """What there is of these, in this order: mask (B, C, H, W), of mean 1 in each row, how much each element counts in
+    the row's error; and huber_c (B,), see `diffusion.pseudo_huber`."""
 
     @classmethod
     def of(
@@ -41,20 +42,25 @@ class Batch:
         noise_BCHW: np.ndarray,
         conditioning: Mapping[str, np.ndarray],
         concepts: Sequence[str],
+        read_noise_BCHW: np.ndarray | None = None,
     ) -> "Batch":
-        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`."""
-        sample_BCHW, timestep_B = columns.network_input(clean_BCHW, noise_BCHW), columns.time.astype(np.float32)
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`.
+
+        The network reads the other noise, if there is one.
+        """
+        read_BCHW = noise_BCHW if read_noise_BCHW is None else read_noise_BCHW
+        sample_BCHW, timestep_B = columns.network_input(clean_BCHW, read_BCHW), columns.time.astype(np.float32)
         return cls(
             inputs={"sample": sample_BCHW, "timestep": timestep_B, **conditioning},
             target=columns.target(clean_BCHW, noise_BCHW),
             weight=columns.weight.astype(np.float32),
             concepts=tuple(concepts),
+            extras={} if columns.huber_c is None else {"huber_c": columns.huber_c.astype(np.float32)},
         )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the compiled step takes (see `training.step.DiffusionLoss`)."""
-        masks = () if self.mask is None else (self.mask,)
-        return tuple(map(Tensor, (self.target, self.weight, *masks, *self.inputs.values())))
+        return tuple(map(Tensor, (self.target, self.weight, *self.extras.values(), *self.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class BatchMaker:
     """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
     noise_offset: float = 0.0
     """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
+    multires_noise: tuple[int, float] = (0, 0.0)
+    """Rounds and discount of `diffusion.pyramid_noise`."""
+    ip_noise_gamma: float = 0.0
+    """Strength of the noise that the network reads beside the noise."""
     num_add_time_ids: int = 0
     """add_time_ids of each row: 6 for SDXL, 5 for its refiner."""
     masked: bool = False
@@ -82,13 +92,17 @@ class BatchMaker:
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
         rows, seed = self.plan.rows(number), self.plan.seed
-        latents, noise, generators, texts, of_sizes, beside = [], [], [], [], [], []
+        latents, noise, read_noise, generators, texts, of_sizes, beside = [], [], [], [], [], [], []
         for concept, row, view in rows:
             clean, *rest = (self._latents(one, f"{concept.name} posterior", row) for one in view.encoded)
             latents.append(clean)
             beside.append(beside_noise(view.hole.mask(view.frame.size), *rest) if view.hole else clean[:0])
             offset = standard_normal((len(clean), 1, 1), seed, f"{concept.name} noise offset", row)
-            noise.append(standard_normal(clean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
+            own = standard_normal(clean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset
+            own = pyramid_noise(own, generator(seed, f"{concept.name} noise pyramid", row), *self.multires_noise)
+            noise.append(own)
+            of_input = generator(seed, f"{concept.name} input perturbation", row)
+            read_noise.append(perturbed(own, of_input, self.ip_noise_gamma))
             generators.append(generator(seed, f"{concept.name} timestep", row))
             texts.append(self.texts(view.prompt))
             of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
@@ -100,10 +114,11 @@ class BatchMaker:
             np.stack(noise).astype(np.float32),
             conditioning(texts, of_sizes),
             [row.concept.name for row in rows],
+            np.stack(read_noise).astype(np.float32),
         )
         read = np.concatenate((batch.inputs["sample"], np.stack(beside)), axis=1, dtype=np.float32)
-        batch = replace(batch, inputs=batch.inputs | {"sample": read})
-        return replace(batch, mask=self._masks(rows, batch.target.shape)) if self.masked else batch
+        masks = {"mask": self._masks(rows, batch.target.shape)} if self.masked else {}
+        return replace(batch, inputs=batch.inputs | {"sample": read}, extras=masks | batch.extras)
 
     def _latents(self, view: View, purpose: str, row: int) -> np.ndarray:
         """Latents (C, H, W) of what is encoded of a row, drawn from their posterior."""

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec
+from dreambooth_ms.diffusion import EdmSpec, NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
 from dreambooth_ms.formats.config_keys import TABLES, check_keys
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
@@ -198,21 +198,8 @@ def is_edm(scheduler_config: Config) -> bool:
     return str(scheduler_config.get("_class_name")).startswith("EDM")
 
 
-def check_scheduler_config(config: Config) -> None:
-    """Stop at any diffusers scheduler's configuration that nothing here follows; EDM's are sampled with alone.
-
-    Raises:
-        WeightError: what it is, or the key that is not known or not supported.
-        ConfigError: its noise is none.
-    """
-    if is_edm(config):
-        check_keys(config, "edm scheduler")
-    else:
-        read_scheduler_config(config)
-
-
-def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
-    """Any diffusers scheduler's configuration but EDM's -> the forward process.
+def read_scheduler_config(config: Config) -> NoiseScheduleSpec | EdmSpec:
+    """Any diffusers scheduler's configuration -> the forward process.
 
     Raises:
         WeightError: the model was trained otherwise, or a key is not known or not supported.
@@ -221,9 +208,8 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec:
     name = config.get("_class_name")
     kind = None if name is None else str(name).removeprefix("Flax").removesuffix("Scheduler")
     if is_edm(config):
-        raise WeightError(
-            f"{name}: models trained in EDM's formulation can be sampled, not trained; use SD 1.x, 2.x or SDXL"
-        )
+        check_keys(config, "edm scheduler")
+        return _read(EdmSpec, config)
     if kind not in BETAS:
         raise WeightError(
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "

@@ -87,7 +87,7 @@ class SamplingModel:
         embeddings: Mapping[str, PromptText] | None = None,
     ) -> None:
         self.adapters = ModelAdapters(bundle, adapters, words)
-        self.bundle = bundle = bundle.with_words(self.adapters.words)
+        self.bundle = bundle = bundle.with_words(self.adapters.words).with_schedule(self.adapters.schedule)
         self._mixed_precision = mixed_precision
         self._text = PromptReader(bundle, self.adapters, keep_text_encoders, text_encoders, embeddings or {})
         self._lent = self._unet = denoiser
@@ -209,6 +209,7 @@ class SamplingModel:
             "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
+            **self.bundle.schedule.changes,
             **(request.sizes.told() if self.bundle.num_add_time_ids else {}),
             **{"prompt": request.pictures[number], "number": number, "height": height, "width": width},
         }

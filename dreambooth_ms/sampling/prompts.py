@@ -20,6 +20,8 @@ class ModelAdapters:
     """Adapters of any format, read at once, to be put on the networks of their base as these are loaded; and new words,
     those of the adapters and those of `embeddings`.
 
+    `schedule` is what they were trained with, where the base has it otherwise, and `notes` are for the user.
+
     Raises:
         WeightError: an adapter is none, or is for another base; or a word has several meanings.
     """
@@ -28,8 +30,16 @@ class ModelAdapters:
         self.paths, self.embeddings = (tuple(map(str, own)) for own in (paths, embeddings))
         named = self.paths + self.embeddings
         models = [bundle.opened().spec] if named else []
-        found = [open_adapter(Path(path), models, bundle.path).adapter for path in named]
+        opened = [open_adapter(Path(path), models, bundle.path) for path in named]
+        found = [one.adapter for one in opened]
         self.opened = found[: len(self.paths)]
+        self.schedule: dict[str, Any] = {}
+        self.notes: list[str] = []
+        for one in opened:
+            if one.adapter.parts:
+                changes, notes = bundle.schedule.as_marked(one.metadata, one.path)
+                self.schedule |= changes
+                self.notes += notes
         self.words = joined_words(dict(zip(named, found, strict=True)))
         if layers := [path for path, own in zip(named, found, strict=True) if own.parts and path not in self.paths]:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.config.choices import SamplingScheduler
-from dreambooth_ms.diffusion import NoiseSchedule
+from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.model_config import Config, is_edm, read_scheduler_config
 from dreambooth_ms.models.specs import read_table
@@ -59,8 +59,8 @@ class SchedulerKind:
         # What a configuration left at its default does not hold for another scheduler.
         known = inspect.signature(kind.__init__).parameters.keys() - set(config.get("_use_default_values", ()))
         own = {name: value for name, value in config.items() if name in known}
-        if not self.edm:
-            spec = read_scheduler_config(config)
+        spec = read_scheduler_config(config)
+        if isinstance(spec, NoiseScheduleSpec):
             own |= vars(spec)
             if own.pop("rescale_betas_zero_snr"):
                 own["trained_betas"] = NoiseSchedule.from_spec(spec).betas(self.least).tolist()
@@ -98,6 +98,12 @@ def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None
             f"--scheduler {name} with {steps} steps: does not follow this model's scheduler configuration "
             f"({' '.join(str(error).split())}); choose another --scheduler or --num_inference_steps"
         ) from error
+
+
+def fitting_scheduler(name: SamplingScheduler, config: Config) -> SamplingScheduler:
+    """The scheduler of this name, or what does the same with a model that was trained in EDM's formulation."""
+    of_edm: dict[SamplingScheduler, SamplingScheduler] = {"ddim": "edm_euler", "dpm++_2m": "edm_dpm++_2m"}
+    return of_edm[name] if is_edm(config) else name
 
 
 PURPOSE = "noise of a sampling step"

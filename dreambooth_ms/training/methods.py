@@ -92,7 +92,7 @@ def lora(
 
     def write(target: Path, step: int) -> None:
         updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
-        metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
+        metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
 
@@ -135,7 +135,7 @@ def custom_diffusion(
 
     def write(target: Path, step: int) -> None:
         updates = {layer: Replacement(*(publics[name].read() for name in names)) for layer, names in freed.items()}
-        metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
+        metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_replacements(updates, target / result, dtype, metadata)
 

@@ -21,17 +21,17 @@ class RecomputedGradients(nn.Cell):
     """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time.
 
     Args:
-        compare: prediction, target, weights, masks -> the loss and what is reported beside it.
-        num_masks: 1 if the rows have a mask.
+        compare: prediction, target, weights, extras -> the loss and what is reported beside it.
+        num_extras: how many extras rows have for it.
         denoiser: what predicts, in segments.
         trainables: what it is differentiated by.
     """
 
-    def __init__(self, compare: nn.Cell, num_masks: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
+    def __init__(self, compare: nn.Cell, num_extras: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         segments = denoiser.segments
         self.loss_and_gradient = ops.value_and_grad(compare, 0, None, has_aux=True)
-        self.compare, self.num_masks = compare, num_masks
+        self.compare, self.num_extras = compare, num_extras
         self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
         self.reads = tuple(segment.reads for segment in segments)
         self.num_results = tuple(segment.num_results or 0 for segment in segments)
@@ -72,13 +72,13 @@ class RecomputedGradients(nn.Cell):
         self.segment_of, self.place_in_segment = zip(*(found[place] for place in range(len(trainables))), strict=True)
 
     def construct(
-        self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor
+        self, target_BCHW: Tensor, weight_B: Tensor, *extras_and_inputs: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        masks, values = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
+        extras, values = extras_and_inputs[: self.num_extras], extras_and_inputs[self.num_extras :]
         for i in range(len(self.reads)):
             result = self.segments[i](*select(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
-        loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *masks)
+        loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *extras)
         dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
         for number in range(len(self.backward)):
             i = self.backward[number]

@@ -78,24 +78,31 @@ class ScaledLoss(nn.Cell):
 
 
 class WeightedError(nn.Cell):
-    """Prediction, target (B, C, H, W), weights (B,), a mask if there is one -> loss, and the error of each row (B,).
+    """Prediction, target (B, C, H, W), weights (B,), extras -> loss, and the error of each row (B,).
 
-    loss = sum over rows of weight_row * error_row, and an error is the mean over the row of the squared difference, of
-    which a mask (B, C, H, W) of mean 1 counts each element. The weights hold what makes a method: prior preservation,
-    for one, is lambda of the concept / rows of the concept.
+    loss = sum over rows of weight_row * error_row, and an error is the mean over the row of the squared difference d^2,
+    or of 2 c (sqrt(d^2 + c^2) - c) if there is "huber_c" (B,); "mask" (B, C, H, W) of mean 1 counts each element. The
+    weights hold what makes a method: prior preservation, for one, is lambda of the concept / rows of the concept.
+
+    Args:
+        extras: the names of what there is of "mask" and "huber_c", in this order.
     """
 
-    def __init__(self, masked: bool) -> None:
+    def __init__(self, extras: Sequence[str] = ()) -> None:
         super().__init__(auto_prefix=False)
-        self.num_masks = int(masked)
+        self.num_extras, self.masked, self.has_c = len(extras), "mask" in extras, "huber_c" in extras
 
     def construct(
-        self, prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor, *masks: Tensor
+        self, prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor, *extras: Tensor
     ) -> tuple[Tensor, Tensor]:
         difference = prediction_BCHW - target_BCHW
         squares = difference * difference
-        if self.num_masks:
-            squares = squares * masks[0]
+        if self.has_c:
+            c_BCHW = ops.broadcast_to(ops.reshape(extras[-1], (-1, 1, 1, 1)), squares.shape)
+            # As the difference of the two it would lose small errors to rounding.
+            squares = squares * (2 * c_BCHW / (ops.sqrt(squares + c_BCHW * c_BCHW) + c_BCHW))
+        if self.masked:
+            squares = squares * extras[0]
         errors_B = mean(squares, (1, 2, 3))
         return (errors_B * weight_B).sum(), errors_B
 
@@ -107,17 +114,17 @@ class DiffusionLoss(nn.Cell):
 
     Args:
         denoiser: what it reads of the rows, in order -> prediction (B, C, H, W).
-        masked: whether the rows have a mask.
+        extras: what rows have for the comparison, see `WeightedError`.
     """
 
-    def __init__(self, denoiser: nn.Cell, masked: bool = False) -> None:
+    def __init__(self, denoiser: nn.Cell, extras: Sequence[str] = ()) -> None:
         super().__init__(auto_prefix=False)
-        self.denoiser, self.compare = denoiser, WeightedError(masked)
-        self.num_masks = self.compare.num_masks
+        self.denoiser, self.compare = denoiser, WeightedError(extras)
+        self.num_extras = self.compare.num_extras
 
-    def construct(self, target_BCHW: Tensor, weight_B: Tensor, *masks_and_inputs: Tensor) -> tuple[Tensor, Tensor]:
-        masks, inputs = masks_and_inputs[: self.num_masks], masks_and_inputs[self.num_masks :]
-        return self.compare(self.denoiser(*inputs), target_BCHW, weight_B, *masks)
+    def construct(self, target_BCHW: Tensor, weight_B: Tensor, *extras_and_inputs: Tensor) -> tuple[Tensor, Tensor]:
+        extras, inputs = extras_and_inputs[: self.num_extras], extras_and_inputs[self.num_extras :]
+        return self.compare(self.denoiser(*inputs), target_BCHW, weight_B, *extras)
 
 
 class TrainStep(CompiledCell):
@@ -303,7 +310,7 @@ def loss_and_gradients(
     """batch -> (scaled loss, loss, report), gradients of the first; `recomputed`: of a `DiffusionLoss`'s denoiser."""
     if recomputed is None:
         return _Gradients(ScaledLoss(loss_cell, scaler), trainables)
-    return RecomputedGradients(ScaledLoss(loss_cell.compare, scaler), loss_cell.num_masks, recomputed, trainables)
+    return RecomputedGradients(ScaledLoss(loss_cell.compare, scaler), loss_cell.num_extras, recomputed, trainables)
 
 
 class _Gradients(nn.Cell):

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from mindspore import nn
 
-from dreambooth_ms.diffusion import NoiseScheduleSpec
-from dreambooth_ms.errors import WeightError, show_names
+from dreambooth_ms.config.train import LossConfig
+from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseScheduleSpec
+from dreambooth_ms.errors import ConfigError, WeightError, show_names
 from dreambooth_ms.formats import folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import (
     SIZE,
@@ -159,6 +160,14 @@ class TextReader:
         )
 
 
+_ONLY_FOR = {False: ("snr_gamma", "debiased_estimation_loss"), True: ("edm_sampling", "edm_weighting")}
+"""Settings of the loss, by whether they are for EDM's formulation."""
+
+MARKS = "dreambooth_ms.schedule."
+"""What keys begin with in the metadata of adapters: of a scheduler's configuration what its base has otherwise, and its
+class if it is EDM's."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a model was trained to denoise."""
@@ -167,24 +176,77 @@ class Schedule:
     """What is named where it is wrong: the model, or a file in its folder."""
     config: Config
     """The configuration of its scheduler."""
+    changes: Config = field(default_factory=dict)
+    """What of it does not come from the model's own files."""
 
-    def trained(self, prediction_type: str | None = None) -> NoiseScheduleSpec:
-        """The forward process that training follows, predicting something else if that is named.
-
-        Raises:
-            WeightError: it was trained in EDM's formulation or another that ours does not follow; or what is named
-                cannot be predicted with its noise.
-        """
-        more = {"prediction_type": prediction_type} if prediction_type else {}
-        return read_config(self.source, {**self.config, **more}, model_config.read_scheduler_config)
-
-    def check(self) -> None:
-        """Stop if models are neither trained nor sampled so.
+    def trained(self, loss: LossConfig = DEFAULT) -> NoiseScheduleSpec | EdmSpec:
+        """The forward process that training follows.
 
         Raises:
-            WeightError: it was trained otherwise, or a key of its configuration is not known or not supported.
+            WeightError: it was trained in a formulation that ours does not follow; or what is to be predicted cannot be
+                with its noise.
+            ConfigError: a setting means nothing to a model like this.
         """
-        read_config(self.source, self.config, model_config.check_scheduler_config)
+        spec = self.changed(loss.changes).spec
+        is_edm = isinstance(spec, EdmSpec)
+        flags = [f"--{name}" for name in _ONLY_FOR[not is_edm] if getattr(loss, name) != getattr(DEFAULT, name)]
+        if is_edm and loss.loss_type != "l2" and loss.huber_schedule == "exponential":
+            flags.append("--huber_schedule exponential")
+        if flags:
+            own = "EDM" if is_edm else "DDPM"
+            raise ConfigError(f"{', '.join(flags)}: {self.source} was trained in {own}'s formulation; leave it out")
+        if loss.min_timestep >= spec.num_train_timesteps:
+            most = spec.num_train_timesteps
+            raise ConfigError(f"--min_timestep {loss.min_timestep}: expected less than the {most} of {self.source}")
+        return spec
+
+    @property
+    def spec(self) -> NoiseScheduleSpec | EdmSpec:
+        """The forward process; WeightError if it is not known, or a key of the configuration is not."""
+        return read_config(self.source, self.config, model_config.read_scheduler_config)
+
+    def changed(self, changes: Config) -> "Schedule":
+        """The same with other values of keys; with zero terminal SNR as DDIM, which every program has that knows it,
+        and with trailing timesteps if nothing else is said.
+
+        Raises:
+            WeightError: no model is denoised so.
+            ConfigError: a model that was trained in EDM's formulation has no such key.
+        """
+        unknown = [f"--{key}" for key in changes if model_config.is_edm(self.config) and key != "prediction_type"]
+        if unknown:
+            raise ConfigError(f"{', '.join(unknown)}: {self.source} was trained in EDM's formulation; leave it out")
+        schedule = replace(self, config={**self.config, **changes}, changes={**self.changes, **changes})
+        if "rescale_betas_zero_snr" in changes and isinstance(spec := schedule.spec, NoiseScheduleSpec):
+            config = {**schedule.config, **model_config.write_scheduler_config(spec), **changes}
+            schedule = replace(schedule, config=config)
+        return schedule
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the metadata of an adapter say of it: nothing, if it is its base's and DDPM's."""
+        keys = ("_class_name", *self.changes) if model_config.is_edm(self.config) else self.changes
+        return {f"{MARKS}{key}": str(self.config[key]) for key in keys}
+
+    def as_marked(self, metadata: Mapping[str, str], path: Path) -> tuple[Config, list[str]]:
+        """The changes with which an adapter was trained, by its metadata, and what a user should know of it.
+
+        What was changed already stays as it is.
+
+        Raises:
+            WeightError: it was trained in EDM's formulation, and the model was not.
+        """
+        said = {key.removeprefix(MARKS): value for key, value in metadata.items() if key.startswith(MARKS)}
+        is_edm = said.pop("_class_name", None)
+        if is_edm and not model_config.is_edm(self.config):
+            raise WeightError(
+                f"{path}: was trained in EDM's formulation, and {self.source} was not; use the base of its training"
+            )
+        if model_config.is_edm(self.config) and not is_edm:
+            return {}, [f"{path}: does not say that its base was trained in EDM's formulation; SDXL's give noise"]
+        known = {"prediction_type", "rescale_betas_zero_snr"} - self.changes.keys()
+        changes = {key: {"True": True}.get(value, value) for key, value in said.items() if key in known}
+        return changes, [f"{path}: was trained with {key} {value}, and is sampled so" for key, value in changes.items()]
 
 
 @dataclass(frozen=True)
@@ -264,6 +326,22 @@ class ModelBundle:
                 )
         return replace(self, text=tuple(reader.with_words(words) for reader in self.text)) if words else self
 
+    def with_schedule(self, changes: Config) -> "ModelBundle":
+        """The same model, denoised otherwise, see `Schedule.changed`; what it was opened from says so, too."""
+        schedule = self.schedule.changed(changes)
+        if self.source is None or not changes:
+            return replace(self, schedule=schedule)
+        index, config = self.source.configuration(folder_layout.INDEX), schedule.config
+        if "_class_name" in config:
+            index = {**index, "scheduler": ["diffusers", config["_class_name"]]}
+        source = replace(
+            self.source,
+            prediction_type=config.get("prediction_type", "epsilon"),
+            zero_snr=config.get("rescale_betas_zero_snr") is True,
+            configurations={**self.source.configurations, folder_layout.SCHEDULER: config, folder_layout.INDEX: index},
+        )
+        return replace(self, schedule=schedule, source=source)
+
     def with_clip_skip(self, clip_skip: int) -> "ModelBundle":
         """The same model with another `clip_skip`; ConfigError if a text reader has not so many layers."""
         check_clip_skip(clip_skip, [reader.most_skipped for reader in self.text])
@@ -276,7 +354,7 @@ class ModelBundle:
             WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
                 schedule is unknown.
         """
-        self.schedule.check()
+        _ = self.schedule.spec
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         if unet.out_channels != latent_channels or not (self.inpaints or unet.in_channels == latent_channels):

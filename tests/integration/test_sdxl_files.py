@@ -9,6 +9,7 @@ from PIL import Image
 from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.train import MethodConfig
+from dreambooth_ms.diffusion import EdmSpec, NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
@@ -16,6 +17,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.models.parameters import read_parameters
 from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family
+from dreambooth_ms.sampling.schedulers import SCHEDULERS
 from dreambooth_ms.training.methods import METHODS
 from dreambooth_ms.weights.bundle import open_bundle
 from dreambooth_ms.weights.model_writing import plan_model
@@ -191,7 +193,7 @@ class TestAnotherAutoencoder:
             open_bundle(bases[Format.DIFFUSERS], vae=bases[Format.STABILITY])
 
 
-def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
+def test_playground_in_a_file_opens_and_is_trained_in_its_own_formulation(tmp_path):
     statistics = {"edm_mean": PLAYGROUND_25_VAE.latents_mean, "edm_std": PLAYGROUND_25_VAE.latents_std}
     more = {name: StoredTensor.of(np.array(values, np.float32)) for name, values in statistics.items()}
     tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
@@ -199,6 +201,16 @@ def test_playground_in_a_file_opens_and_is_not_trained(bases, tmp_path):
     folder = open_bundle(tmp_path / "playground.safetensors")
     assert folder.schedule.config["sigma_data"] == 0.5
     assert folder.codec.spec.latents_mean == pytest.approx(PLAYGROUND_25_VAE.latents_mean)
-    said = r"playground\.safetensors: EDM\w+: models trained in EDM's formulation can be sampled, not trained"
-    with pytest.raises(WeightError, match=said):
-        folder.schedule.trained()
+    assert folder.schedule.trained() == EdmSpec()
+
+
+def test_a_file_with_marks_of_velocity_and_zero_terminal_snr_is_trained_and_sampled_so(tmp_path):
+    marks = {name: StoredTensor.of(np.zeros(0, np.float32)) for name in ("v_pred", "ztsnr")}
+    tensors = plan_model(random_model(SDXL, tmp_path), Format.STABILITY).tensors
+    write_safetensors(tmp_path / "marked.safetensors", {**tensors, **marks})
+    schedule = open_bundle(tmp_path / "marked.safetensors").schedule
+    assert schedule.trained() == NoiseScheduleSpec(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    for name in ("ddim", "euler", "dpm++_2m"):
+        scheduler = SCHEDULERS[name].create(schedule.config)
+        scheduler.set_timesteps(4)
+        assert float(scheduler.timesteps[0]) == 999

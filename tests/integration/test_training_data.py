@@ -200,12 +200,12 @@ def test_rows_count_where_their_masks_are_and_class_rows_everywhere(planned, tmp
     prior = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a star"]
     batches = planned("--mask_dir", str(tmp_path / "masks"), *prior, "--num_class_images", "5")
     for step in range(5):
-        mask, target = batches(step).mask, batches(step).target
+        mask, target = batches(step).extras["mask"], batches(step).target
         assert mask.shape == target.shape
         assert mask.mean((1, 2, 3)) == pytest.approx(1)
         assert mask[0, :, 0].min() > 1 > mask[0, :, -1].max()
         assert (mask[1] == 1).all()
-    assert planned("--output_dir", str(tmp_path / "2"))(0).mask is None
+    assert planned("--output_dir", str(tmp_path / "2"))(0).extras == {}
 
 
 def test_a_run_with_masks_trains(planned, tmp_path, stems, monkeypatch, capfd):
@@ -306,7 +306,7 @@ def test_a_list_of_subjects_has_class_pictures_of_each(several, tmp_path, capfd)
     }  # fmt: skip
     for step in range(20):
         made = batches(step)
-        flat = [bool((mask == 1).all()) for mask in made.mask]
+        flat = [bool((mask == 1).all()) for mask in made.extras["mask"]]
         assert flat == [name != "instance_2" for name in made.concepts], "where the error counts"
     sizes = {
         name: [Image.open(path).size for path in sorted((tmp_path / "lists" / name).iterdir())]

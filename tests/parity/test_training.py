@@ -19,7 +19,7 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from dreambooth_ms.config.train import MethodConfig
+from dreambooth_ms.config.train import LossConfig, MethodConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.plan import Framing, Plan
@@ -193,7 +193,7 @@ class Training:
         }
         folder = folder.with_words(words)
         self.path, self.trained = path, trained
-        self.schedule = NoiseSchedule.from_spec(folder.schedule.trained())
+        self.spec = folder.schedule.trained()
         self.vocabulary, self.num_add_time_ids = folder.text[0].spec.vocab_size, folder.num_add_time_ids
         text_encoders = folder.load_text_encoders() if trained.encodes_text else None
         networks = {"unet": folder.denoiser.load()} | (text_encoders.networks() if text_encoders else {})
@@ -232,7 +232,7 @@ class Training:
     def batches(self, case):
         return batches_of(
             plan_of(case.batch_size, case.prior, case.batches_per_step),
-            draw_columns(self.trained.kind, self.schedule, GAMMA if case.min_snr else None),
+            draw_columns(self.spec, LossConfig(snr_gamma=GAMMA if case.min_snr else None)),
             posterior=lambda i: normal(2, *LATENTS, seed=i),
             text=self.token_ids if self.trained.encodes_text else self.embedding,
             num_add_time_ids=self.num_add_time_ids,
@@ -670,7 +670,7 @@ SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
 
 def weighted_by_time(generators):
     """The noise is predicted, and rows weigh 1 to 2 by their timestep."""
-    columns = draw_columns("epsilon", SCHEDULE)(generators)
+    columns = draw_columns(NoiseScheduleSpec())(generators)
     return replace(columns, weight=1 + columns.time / 1000)
 
 

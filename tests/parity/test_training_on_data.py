@@ -81,7 +81,7 @@ def compared(request, plan, tmp_path_factory):
     """Our run and torch's."""
     trained = request.param
     training = Training(write_random_model(tmp_path_factory.mktemp("model"), levels=1), trained)
-    training.loss = DiffusionLoss(training.learner.denoiser, masked=True)
+    training.loss = DiffusionLoss(training.learner.denoiser, ("mask",))
     known = [record for concept in plan.concepts for record in concept.records]
 
     def posterior(view):
@@ -94,7 +94,7 @@ def compared(request, plan, tmp_path_factory):
         texts=lambda prompt: PromptText(
             *(training.token_ids if trained.encodes_text else embedding)(number_of(prompt))
         ),
-        objective=draw_columns(trained.kind, training.schedule),
+        objective=draw_columns(training.spec),
         scaled=VaeSpec(scaling_factor=SCALING_FACTOR).scaled,
         masked=True,
         unmasked_weight=UNMASKED_WEIGHT,

@@ -762,6 +762,13 @@ OUTSIDE = {
     "ema_decay": ["1", "-0.1"],
     "snr_gamma": ["0", "-5", "inf"],
     "noise_offset": ["-0.1", "nan"],
+    "huber_c": ["0", "1.5", "nan"],
+    "multires_noise_iterations": ["-1"],
+    "multires_noise_discount": ["-0.1", "1.1"],
+    "ip_noise_gamma": ["-0.1", "inf"],
+    "min_timestep": ["-1"],
+    "timestep_bias_multiplier": ["0", "-1"],
+    "timestep_bias_portion": ["0", "1.5"],
     "text_encoder_lr": ["0", "inf"],
     "gradient_accumulation_steps": ["0"],
     "validation_prompt": [""],
@@ -801,6 +808,13 @@ def test_the_ends_of_a_range_are_inside(flags, value):
         ([*PRIOR, "--class_data_dir", "./dog/"], "--class_data_dir: expected another folder than --instance_data_dir"),
         (["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"], "--learning_rate: the polynomial schedule ends"),
         (["--offset_noise", "--noise_offset", "0.2"], "--offset_noise: is --noise_offset 0.1; give one of them"),
+        (["--do_edm_style_training", "--snr_gamma", "5"], "--snr_gamma: --do_edm_style_training weighs rows by"),
+        (["--do_edm_style_training", "--debiased_estimation_loss"], "--debiased_estimation_loss: --do_edm_style"),
+        (["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], "--rescale_betas_zero_snr: no picture follows"),
+        (["--timestep_range", "900", "100"], "--max_timestep 100: expected more than --min_timestep 900"),
+        (["--edm_sampling", "lognormal", "--max_timestep", "9"], "--max_timestep: the levels of --edm_sampling"),
+        (["--edm_sampling", "lognormal", "--timestep_bias_strategy", "later"], "--timestep_bias_strategy: the levels"),
+        (["--prediction_type", "sample"], "--prediction_type: expected one of epsilon, v_prediction"),
     ],
 )
 def test_an_impossible_combination_is_refused(flags, start):
@@ -813,6 +827,15 @@ def test_an_impossible_combination_is_refused(flags, start):
     [
         (["--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
         (["--lr_warmup_steps", "9"], "--lr_warmup_steps has no effect with --lr_scheduler constant"),
+        (["--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber or smooth_l1"),
+        (
+            ["--multires_noise_discount", "0.2"],
+            "--multires_noise_discount has no effect without --multires_noise_iterations",
+        ),
+        (
+            ["--timestep_bias_strategy", "later", "--timestep_bias_end", "9"],
+            "--timestep_bias_end has no effect without --timestep_bias_strategy range",
+        ),
         (["--lr_power", "2"], "--lr_power has no effect without --lr_scheduler polynomial"),
         (["--lr_num_cycles", "2"], "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts"),
         (

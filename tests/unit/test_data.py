@@ -188,7 +188,7 @@ SCHEDULE = NoiseSchedule.from_spec(NoiseScheduleSpec())
 
 def weighted_by_time(generators):
     """Noise as the target, and rows that weigh 1 to 2 by their timestep."""
-    columns = draw_columns("epsilon", SCHEDULE)(generators)
+    columns = draw_columns(NoiseScheduleSpec())(generators)
     return replace(columns, weight=1 + columns.time / 1000)
 
 
@@ -207,8 +207,8 @@ def maker(wanted, noise_offset=0.0, objective=weighted_by_time):
 
 def fields(batch):
     """Everything that a batch has for each row, by name."""
-    named = {name: value for name, value in vars(batch).items() if name != "inputs" and value is not None}
-    return named | batch.inputs
+    named = {name: value for name, value in vars(batch).items() if name not in ("inputs", "extras")}
+    return named | batch.extras | batch.inputs
 
 
 class TestRows:

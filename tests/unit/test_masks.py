@@ -96,7 +96,7 @@ def test_the_masked_error_is_torchs(tmp_path, pynative):
     ]  # fmt: skip
     rows = np.stack([np.broadcast_to(mask, (4, 4, 6)) for mask in masks])
     weights = np.array([0.5, 1.0, 2.0], np.float32)
-    loss, errors = WeightedError(True)(*map(Tensor, (prediction, target, weights, rows)))
+    loss, errors = WeightedError(("mask",))(*map(Tensor, (prediction, target, weights, rows)))
     squares, counts = (torch.tensor(prediction) - torch.tensor(target)) ** 2, torch.tensor(rows).double()
     expected = (squares * counts).sum((1, 2, 3)) / counts.sum((1, 2, 3))
     assert errors.asnumpy() == pytest.approx(expected.numpy(), rel=1e-6)

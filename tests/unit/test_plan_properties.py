@@ -16,7 +16,7 @@ from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.pictures import covering_size, frame_of
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Record
-from dreambooth_ms.diffusion import NoiseSchedule, NoiseScheduleSpec, draw_columns
+from dreambooth_ms.diffusion import NoiseScheduleSpec, draw_columns
 from dreambooth_ms.models.specs import VaeSpec
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -173,7 +173,7 @@ def maker(concepts, seed, size, batches_per_step, noise_offset=0.1):
         plan=Plan(concepts, size, Framing(((32, 32),), False, True), seed, batches_per_step),
         posteriors=posterior,
         texts=lambda prompt: PromptText(np.full((3, 2), prompts.index(prompt))),
-        objective=draw_columns("epsilon", NoiseSchedule.from_spec(NoiseScheduleSpec())),
+        objective=draw_columns(NoiseScheduleSpec()),
         scaled=VaeSpec(scaling_factor=0.18215).scaled,
         noise_offset=noise_offset,
     )

@@ -16,8 +16,9 @@ from mindspore import nn
 from transformers import CLIPConfig, CLIPTextConfig
 
 from dreambooth_ms.atomic import atomic_path, check_writable, write_bytes
-from dreambooth_ms.diffusion import NoiseScheduleSpec
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.config.train import LossConfig
+from dreambooth_ms.diffusion import EdmSpec, NoiseScheduleSpec
+from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats import model_config
 from dreambooth_ms.formats.files.open import read_tensors, write_tensors
 from dreambooth_ms.formats.model_config import EDM_SCHEDULER
@@ -374,9 +375,14 @@ class TestConfigurations:
         assert config["architectures"] == ["CLIPTextModelWithProjection"]
         assert model_config.read_projected_text_config(config) == OPENCLIP_BIGG_TEXT
 
-    def test_the_noise_of_edm_is_refused_by_its_name(self):
-        with pytest.raises(WeightError, match=r"EDM.*: models trained in EDM's formulation can be sampled"):
-            model_config.read_scheduler_config({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5})
+    def test_a_scheduler_of_edm_says_its_formulation(self):
+        config = {"_class_name": "EDMEulerScheduler", "sigma_max": 120.0, "rho": 5.0, "solver_order": 2}
+        assert model_config.read_scheduler_config(config) == EdmSpec(sigma_max=120.0, rho=5.0)
+        for wrong in ({"sigma_max": 0.001}, {"sigma_data": 0.0}, {"rho": -7.0}, {"sigma_min": 0.0}):
+            with pytest.raises(ConfigError, match=r"expected numbers above 0, and a larger sigma_max"):
+                model_config.read_scheduler_config(config | wrong)
+        with pytest.raises(WeightError, match=r"prediction_type: expected epsilon or v_prediction, got 'sample'"):
+            model_config.read_scheduler_config(config | {"prediction_type": "sample"})
 
     def test_clip_is_read_as_it_was_written(self):
         spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
@@ -436,11 +442,11 @@ class TestConfigurations:
             model_config.read_scheduler_config(config)
 
     def test_edms_settings_are_looked_at_too(self):
-        model_config.check_scheduler_config(EDM_SCHEDULER)
+        model_config.read_scheduler_config(EDM_SCHEDULER)
         for name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
-            model_config.check_scheduler_config({"_class_name": name, **defaults_of(name)})
+            model_config.read_scheduler_config({"_class_name": name, **defaults_of(name)})
         with pytest.raises(WeightError, match=r"rho: expected a number, got None"):
-            model_config.check_scheduler_config({**EDM_SCHEDULER, "rho": None})
+            model_config.read_scheduler_config({**EDM_SCHEDULER, "rho": None})
 
     @pytest.mark.parametrize(
         ("read", "config", "more", "said"),
@@ -647,7 +653,7 @@ class TestModelFolder:
         with pytest.raises(
             WeightError, match=r"scheduler_config\.json: prediction_type epsilon with zero terminal SNR"
         ):
-            schedule.trained("epsilon")
+            schedule.trained(LossConfig(prediction_type="epsilon"))
 
     def test_a_temperature_beside_a_text_encoder_means_nothing(self, folder):
         file = folder / "text_encoder/model.safetensors"
