@@ -92,7 +92,7 @@ def describe_concepts(job: TrainingJob, concepts: Sequence[Concept]) -> list[dic
     if not subjects:
         return []
     sizes, described = of_records(job.sizes(concepts), subjects), []
-    for concept in concepts:
+    for concept in (one for one in concepts if not one.drawn_as):
         group = [one for one in concepts if one.group == concept.group]
         of_group = sum(one.repeats * len(one.records) for one in group)
         pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])

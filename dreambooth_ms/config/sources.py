@@ -125,7 +125,7 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
         return setting
     kind = known[target].kind if target else {"config": str, spellings.BASE_THEN_ADAPTERS: list[str]}.get(name, bool)
     is_list = get_origin(kind) is list
-    if not texts and kind is not bool:
+    if not texts and kind is not bool and name not in spellings.SWITCHES:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
         setting.complain(f"expected {expected}, got nothing", target or "")
         return setting

@@ -82,12 +82,13 @@ class BatchMaker:
         rows, seed = self.plan.rows(number), self.plan.seed
         latents, noise, generators, texts, of_sizes = [], [], [], [], []
         for concept, row, view in rows:
+            name = concept.drawn_as or concept.name
             mean, log_variance = self.posteriors(view)
-            posterior_noise = standard_normal(mean.shape, seed, f"{concept.name} posterior", row)
+            posterior_noise = standard_normal(mean.shape, seed, f"{name} posterior", row)
             latents.append(self.scaled(mean + np.exp(0.5 * log_variance) * posterior_noise))
-            offset = standard_normal((len(mean), 1, 1), seed, f"{concept.name} noise offset", row)
-            noise.append(standard_normal(mean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset)
-            generators.append(generator(seed, f"{concept.name} timestep", row))
+            offset = standard_normal((len(mean), 1, 1), seed, f"{name} noise offset", row)
+            noise.append(standard_normal(mean.shape, seed, f"{name} noise", row) + self.noise_offset * offset)
+            generators.append(generator(seed, f"{name} timestep", row))
             texts.append(self.texts(view.prompt))
             of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
         columns = self.objective(generators)

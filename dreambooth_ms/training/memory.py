@@ -105,7 +105,9 @@ class Workload:
     bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
     """State of the optimiser, by trained number."""
     copies_of_trained: int = 0
-    """Further float32 copies of what is trained: running averages, sums of gradients."""
+    """Further float32 copies of what is trained: running averages, sums of gradients, the base."""
+    answers: bool = False
+    """Whether the base answers some of the rows before each step."""
     processes: int = 1
     """That train as one."""
     shares_optimiser: bool = False
@@ -194,7 +196,7 @@ def _with_weights(
 def _step_on_cpu(work: Workload) -> dict[str, int]:
     layers = len(unet_segments(work.unet, work.activations))
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
-    passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
+    passes = 1 + (GRAPH_SHARE_RECOMPUTED - 1) * (work.recomputed + work.answers)
     graphs = GRAPH_OF_SEGMENT * layers + GRAPH_OF_TEXT_LAYER * text_layers
     # 3x3 convolutions take memory a second time, whatever the pictures' size (measured).
     kernels = sum(math.prod(shape) for network in work.shapes for shape in network.values() if shape[2:] == (3, 3))
