@@ -157,10 +157,9 @@ def test_the_base_answers_for_the_class_of_each_subject(sources):
 def test_how_the_class_is_preserved_is_the_run_s(sources):
     with pytest.raises(ConfigError, match="concept 1: prior_preservation 'base_l2' is not the run's None, which all"):
         sources([DOG | {"prior_preservation": "base_l2"}, CAT])
-    with pytest.raises(ConfigError, match="concept 1: .*needs --class_prompt"):
-        sources(
-            [{"instance_data_dir": "dog", "instance_prompt": "a sks dog"}, CAT], "--prior_preservation", "base_output"
-        )
+    nameless = {name: value for name, value in DOG.items() if name != "class_prompt"}
+    with pytest.raises(ConfigError, match=r"concept 1: .*needs --class_prompt"):
+        sources([nameless, CAT], "--prior_preservation", "base_output")
 
 
 def test_sets_of_crosstyan_s_scripts(sources):
