@@ -90,7 +90,7 @@ def describe_concepts(job: TrainingJob) -> list[dict[str, Any]]:
     if not job.subjects:
         return []
     sizes, described = of_records(job.sizes, [record for one in job.subjects for record in one.records]), []
-    for concept in job.concepts:
+    for concept in (one for one in job.concepts if not one.drawn_as):
         group = [one for one in job.concepts if one.group == concept.group]
         of_group = sum(one.repeats * len(one.records) for one in group)
         pictures = sorted((record.size for record in concept.records), key=lambda size: size[0] * size[1])

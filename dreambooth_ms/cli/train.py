@@ -149,7 +149,7 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         stop_asked = stack.enter_context(stop_requests())
         stopped = train(
             training.step,
-            batches,
+            training.batches(batches),
             config.run.gradient_accumulation_steps,
             job.learning_rate,
             range(job.done, job.total),

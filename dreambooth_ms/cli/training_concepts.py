@@ -34,13 +34,17 @@ def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
     """
     configs = concept_configs(config, tell)
     subjects = [_source(one, INSTANCE) for one in configs if not one.concept.is_reg]
-    classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.folder]
+    classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.preserves_class]
     found, held = [], dict[str, tuple[object, ...]]()
     for number, source in chain(enumerate(subjects, 1), enumerate(classes, 1)):
         concept = source.concept
-        name = concept.group + (f"_{number}" if number > 1 else "")
-        found.append(replace(source, concept=replace(concept, name=name)))
-        what = (concept.group, *((source.prompt, source.generated) if source.generated else ()))
+        of_several = f"_{number}" if number > 1 else ""
+        drawn_as = concept.drawn_as and concept.drawn_as + of_several
+        found.append(replace(source, concept=replace(concept, name=concept.group + of_several, drawn_as=drawn_as)))
+        what = (
+            INSTANCE if drawn_as else concept.group,
+            *((source.prompt, source.generated) if source.generated else ()),
+        )
         if held.setdefault(os.path.realpath(source.folder), what) != what:
             raise ConfigError(f"{source.folder}: holds pictures of a class and others; give each a folder of its own")
     return tuple(found)
@@ -53,7 +57,8 @@ def _source(config: ConceptConfig, group: str) -> Source:
     combines = captions.read_prompt_from_txt in (CLASS, "both") if of_class else captions.combines
     replaces = not of_class and (captions.use_txt_as_label or (captions.caption_column and not combines))
     folder = (prior.folder if of_class else None) or Path(data.instance_data_dir or "")
-    is_real = of_class and prior.real_prior
+    of_subject = of_class and not prior.folder
+    is_real = of_class and not of_subject and prior.real_prior
     listed = is_real and (folder / "images").is_dir()
     weight, plain = prior.prior_loss_weight if group == CLASS else share.weight, Wording()
     wording = plain if of_class else Wording(captions.caption_dropout, captions.shuffle_caption, captions.keep_tokens)
@@ -61,7 +66,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
     return Source(
         folder / "images" if listed else folder,
         (prior.class_prompt if of_class else data.instance_prompt) or "",
-        Concept(group, (), weight, group, repeats, None if wording == plain else wording),
+        Concept(group, (), weight, group, repeats, None if wording == plain else wording, INSTANCE * of_subject),
         Captioning(
             from_files=bool(combines or replaces or is_real),
             from_lists=listed,
@@ -70,7 +75,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
             template=captions.prompt_template if combines else CAPTIONS[0],
             may_lack=share.may_lack_captions,
         ),
-        generated=prior if of_class and share.generates and not is_real else None,
+        generated=prior if of_class and not of_subject and share.generates and not is_real else None,
         count=prior.num_class_images if is_real else None,
         background=data.transparent_background,
         masked=group == INSTANCE and bool(data.mask_dir or data.alpha_mask),

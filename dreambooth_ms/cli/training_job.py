@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,6 +14,7 @@ from mindspore import Parameter
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.batches import Batch, BatchMaker
 from dreambooth_ms.data.pictures import Size
 from dreambooth_ms.data.plan import Framing, Plan, View, least_losing, sizes_of
 from dreambooth_ms.data.records import INSTANCE, Concept, Source
@@ -27,6 +28,7 @@ from dreambooth_ms.training.content import content_of
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser, learning_rate_factor
+from dreambooth_ms.training.preservation import BaseAnswers, Penalty
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -162,6 +164,10 @@ class Training:
             )
         # bfloat16 has the exponents of float32.
         scaler = LossScaler(config.loss_scaling) if config.device.mixed_precision == "fp16" else None
+        prior, form = config.prior, config.prior.prior_preservation
+        self.answers = BaseAnswers(self.learner.denoiser, self.learner.layers) if form == "base_output" else None
+        # Each batch has its part, so that a step has the penalty once.
+        penalty = Penalty(prior.base_l2_weight / job.batches_per_step, self.learner) if form == "base_l2" else None
         step = TrainStep(
             DiffusionLoss(self.learner.denoiser, job.extras),
             parameters,
@@ -170,6 +176,7 @@ class Training:
             SumOverProcesses() if processes.count > 1 else None,
             scaler,
             Segments(unet, text_encoders) if config.run.gradient_checkpointing else None,
+            penalty,
         )
         accumulates = config.run.gradient_accumulation_steps > 1
         self.step: TrainStep | AccumulatingTrainStep = AccumulatingTrainStep(step) if accumulates else step
@@ -178,6 +185,11 @@ class Training:
             restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
         rows = text_encoders.new_rows().values() if text_encoders and job.steps_of_words < job.total else ()
         self.kept_words = [(one, one.asnumpy().copy()) for one in rows]
+
+    def batches(self, make_batch: BatchMaker) -> Callable[[int], Batch]:
+        """What steps take; with --prior_preservation base_output the base's answers are targets."""
+        preserved = {one.concept.name for one in self.job.sources if one.concept.drawn_as}
+        return self.answers.as_targets(make_batch, preserved) if self.answers else make_batch
 
     def state(self, of_all: bool = False) -> list[Parameter]:
         """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.

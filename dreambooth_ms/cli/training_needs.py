@@ -151,7 +151,7 @@ def warn_of_little(job: TrainingJob) -> None:
 def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memory.Workload:
     method, data, run = config.method, config.data, config.run
     _, height, width = folder.latent_shape(data.resolution, data.resolution)
-    groups = 2 if config.prior.with_prior_preservation else 1
+    prior, groups = config.prior, 1 + config.prior.preserves_class
     readers, shapes = folder.text if config.encodes_text else (), unet_shapes(folder.denoiser.spec)
     rank = method.rank if method.method == "lora" else None
     # New words are next to nothing.
@@ -161,6 +161,7 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memor
     texts = [(clip_text_shapes(one.spec), one.adapted_layers) for one in readers]
     of_texts = [memory.ranks_of(own, rank, ends) if method.train_text_encoder else {} for own, ends in texts]
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
+    keeps_base = prior.prior_preservation == "base_l2" and rank is None
     return memory.Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
@@ -173,7 +174,8 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memor
         on_ascend=formulation() is Formulation.ASCEND,
         recomputed=run.gradient_checkpointing,
         bytes_of_optimiser=memory.OPTIMISER_BYTES[optimiser],
-        copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1),
+        copies_of_trained=int(method.use_ema) + int(run.gradient_accumulation_steps > 1) + keeps_base,
+        answers=prior.prior_preservation == "base_output",
         processes=processes,
         shares_optimiser=config.processes.zero_stage > 0,
     )

@@ -91,7 +91,7 @@ def _concept(
     wrong += [
         f"{name} {value!r} is not the run's {base[name]!r}, which all share; give --{name}"
         for name, value in changed.items()
-        if name not in _OWN and known[name].section not in _OWN_SECTIONS
+        if name == "prior_preservation" or (name not in _OWN and known[name].section not in _OWN_SECTIONS)
     ]
     # What the run's flags cannot do was said of them.
     said = [line for line in said if line.startswith(where) or re.split(r"\W+", line)[1] in changed]

@@ -126,7 +126,7 @@ def _flag(name: str, texts: list[str], known: Mapping[str, Field]) -> Setting:
     others = {"config": str, **dict.fromkeys(spellings.LISTS, list[str])}
     kind = known[target].kind if target else others.get(name, bool)
     is_list = get_origin(kind) is list
-    if not texts and kind is not bool:
+    if not texts and kind is not bool and name not in spellings.SWITCHES:
         expected = known[target].expected if target else "a YAML file" if name == "config" else "a value"
         setting.complain(f"expected {expected}, got nothing", target or "")
         return setting

@@ -48,6 +48,11 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     "optimizer": lambda value: (
         {"optimizer": "AdamW", "use_8bit_adam": True} if squeezed(value) == "adamw8bit" else {"optimizer": value}
     ),
+    "prior_preservation": lambda value: (
+        {"with_prior_preservation": squeezed(value) != "false"}
+        if squeezed(value) in ("true", "false", "classimages")
+        else {"prior_preservation": value} | ({"with_prior_preservation": False} if _true(value) else {})
+    ),
     "random_crop": lambda value: {"center_crop": not _true(value)},
     "reg_data_dir": lambda value: {"reg_data_dir": value} | ({"with_prior_preservation": True} if _true(value) else {}),
     "resolution": lambda value: {
@@ -65,6 +70,9 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 """A flag whose value says it in another way -> what it sets here. A1111 counts the text encoder's layers from 1,
 ComfyUI from -1; kohya's sides of a square are two numbers, and its range of timesteps two flags."""
+
+SWITCHES = ("prior_preservation",)
+"""Fields with choices that others give without a value."""
 
 _STYLES = re.compile("(cfgpp|exponential|gpu|karras)+$")
 """What A1111 and ComfyUI add to the name of a scheduler."""

@@ -364,6 +364,28 @@ class OptimiserConfig:
 
 
 _PRIOR = only_with("with_prior_preservation")
+_OF_CLASS = no_effect(
+    "without --with_prior_preservation or --prior_preservation base_output",
+    lambda values: not values["with_prior_preservation"] and values["prior_preservation"] != "base_output",
+)
+_ONE_FORM = Rule(
+    lambda values: values["with_prior_preservation"],
+    "--prior_preservation {prior_preservation}: --with_prior_preservation is class_images; give one of them",
+)
+_CHANGES_BASE = Rule(
+    lambda values: values["method"] == "textual_inversion",
+    "--prior_preservation: --method textual_inversion changes no weight of the base; leave it out",
+)
+_HAS_UPDATE = Rule(
+    lambda values: values["prior_preservation"] == "base_output" and values["method"] in ("full", "custom_diffusion"),
+    "--prior_preservation base_output: --method {method} has no update that could be left out; give base_l2",
+)
+_CLASS_PROMPT = Rule(
+    lambda values: (
+        values["prior_preservation"] == "base_output" and not (values["class_prompt"] or values["concepts_list"])
+    ),
+    "--prior_preservation base_output: needs --class_prompt, the prompt that the base answers",
+)
 _APART = Rule(
     lambda values: (
         values["with_prior_preservation"]
@@ -377,7 +399,7 @@ _APART = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """Prior preservation: pictures of the class keep the model from forgetting what the class looks like."""
+    """Prior preservation: pictures of the class, or the base itself, keep the model from forgetting the class."""
 
     with_prior_preservation: Annotated[
         bool,
@@ -385,11 +407,20 @@ class PriorConfig:
         needs("class_prompt", "the prompt of the class pictures", "concepts_list", "real_prior"),
     ] = False
     """Train on pictures of the class beside those of the subject."""
-    prior_loss_weight: Annotated[float, at_least(0), _PRIOR] = 1.0
-    """Weight of the class pictures' loss."""
+    prior_preservation: Annotated[
+        Literal["base_l2", "base_output"] | None, _ONE_FORM, _CHANGES_BASE, _HAS_UPDATE, _CLASS_PROMPT
+    ] = None
+    """The same without class pictures. base_l2: what is added to the base's weights has a price (--base_l2_weight).
+    base_output: rows see the subject's pictures under class_prompt, and the target is the base's own answer; for lora.
+    class_images is --with_prior_preservation."""
+    base_l2_weight: Annotated[float, at_least(0), only_with("prior_preservation", "base_l2")] = 1e-4
+    """What base_l2 adds to the loss is so much for each unit of the sum of the squares of all that is added to weights
+    of the base: of the whole sum, so that more layers, or a higher rank or rate, ask for less."""
+    prior_loss_weight: Annotated[float, at_least(0), _OF_CLASS] = 1.0
+    """Weight of the class pictures' loss, or of the difference to the base's answers."""
     class_data_dir: Annotated[str | None, NOT_EMPTY, PATH, _PRIOR, _APART, Resume.BY_CONTENT] = None
     """Folder with the class pictures; those that are missing are generated into it."""
-    class_prompt: Annotated[str | None, NOT_EMPTY, _PRIOR] = None
+    class_prompt: Annotated[str | None, NOT_EMPTY, _OF_CLASS] = None
     """Prompt that names the class, without the rare token: "a photo of dog"."""
     class_negative_prompt: Annotated[str, _PRIOR] = ""
     """What generated class pictures should not show."""
@@ -406,6 +437,11 @@ class PriorConfig:
     """Denoising steps for each generated class picture."""
     guidance_scale: Annotated[float, at_least(0), _PRIOR] = 7.5
     """Classifier-free guidance for generated class pictures; 1 turns it off."""
+
+    @property
+    def preserves_class(self) -> bool:
+        """Whether rows of the class stand beside the subject's."""
+        return self.with_prior_preservation or self.prior_preservation == "base_output"
 
     @property
     def folder(self) -> Path | None:

@@ -94,16 +94,17 @@ class BatchMaker:
         rows, seed = self.plan.rows(number), self.plan.seed
         latents, noise, read_noise, generators, texts, of_sizes, beside = [], [], [], [], [], [], []
         for concept, row, view in rows:
-            clean, *rest = (self._latents(one, f"{concept.name} posterior", row) for one in view.encoded)
+            name = concept.drawn_as or concept.name
+            clean, *rest = (self._latents(one, f"{name} posterior", row) for one in view.encoded)
             latents.append(clean)
             beside.append(beside_noise(view.hole.mask(view.frame.size), *rest) if view.hole else clean[:0])
-            offset = standard_normal((len(clean), 1, 1), seed, f"{concept.name} noise offset", row)
-            own = standard_normal(clean.shape, seed, f"{concept.name} noise", row) + self.noise_offset * offset
-            own = pyramid_noise(own, generator(seed, f"{concept.name} noise pyramid", row), *self.multires_noise)
+            offset = standard_normal((len(clean), 1, 1), seed, f"{name} noise offset", row)
+            own = standard_normal(clean.shape, seed, f"{name} noise", row) + self.noise_offset * offset
+            own = pyramid_noise(own, generator(seed, f"{name} noise pyramid", row), *self.multires_noise)
             noise.append(own)
-            of_input = generator(seed, f"{concept.name} input perturbation", row)
+            of_input = generator(seed, f"{name} input perturbation", row)
             read_noise.append(perturbed(own, of_input, self.ip_noise_gamma))
-            generators.append(generator(seed, f"{concept.name} timestep", row))
+            generators.append(generator(seed, f"{name} timestep", row))
             texts.append(self.texts(view.prompt))
             of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
         columns = self.objective(generators)

@@ -157,7 +157,7 @@ class Plan:
 
     def _row(self, concept: Concept, own: int, bucket: int, size: Size) -> Row:
         """The row that sees a concept's pictures of a bucket for the `own`-th time, counted from 0."""
-        name, framing, records = concept.name, self.framing, concept.records
+        name, framing, records = concept.drawn_as or concept.name, self.framing, concept.records
         number = own * len(self.buckets) + bucket
         epoch, position = divmod(own, len(records))
         order = _order(self.seed, name, len(records), epoch * len(self.buckets) + bucket)

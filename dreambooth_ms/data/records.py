@@ -48,6 +48,8 @@ class Concept:
     """How often its pictures come up beside those of the other concepts in the group."""
     wording: Wording | None = None
     """How rows vary its prompts."""
+    drawn_as: str = ""
+    """The concept with the same pictures whose draws its rows have too, under a prompt of its own; empty: none."""
 
     @property
     def has_captions(self) -> bool:

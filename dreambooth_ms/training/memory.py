@@ -96,7 +96,9 @@ class Workload:
     bytes_of_optimiser: int = OPTIMISER_BYTES["adamw"]
     """State of the optimiser, by trained number."""
     copies_of_trained: int = 0
-    """Further float32 copies of what is trained: running averages, sums of gradients."""
+    """Further float32 copies of what is trained: running averages, sums of gradients, the base."""
+    answers: bool = False
+    """Whether the base answers some of the rows before each step."""
     processes: int = 1
     """That train as one."""
     shares_optimiser: bool = False
@@ -182,7 +184,7 @@ def _with_weights(segment: SegmentMemory, work: Workload, shapes: Mapping[str, S
 def _step_on_cpu(work: Workload) -> dict[str, int]:
     layers = sum(layer.kind not in SMALL for layer in unet_layout(work.unet))
     text_layers = sum(spec.transformer.num_hidden_layers for spec in work.text_encoders)
-    passes = GRAPH_SHARE_RECOMPUTED if work.recomputed else 1
+    passes = 1 + (GRAPH_SHARE_RECOMPUTED - 1) * (work.recomputed + work.answers)
     graphs = GRAPH_OF_SEGMENT * layers + GRAPH_OF_TEXT_LAYER * text_layers
     # 3x3 convolutions take memory a second time, whatever the pictures' size (measured).
     kernels = sum(math.prod(shape) for network in work.shapes for shape in network.values() if shape[2:] == (3, 3))

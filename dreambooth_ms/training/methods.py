@@ -50,6 +50,8 @@ class Learner:
     text_encoders: TextEncoders | None
     """If what reads text changes: the denoiser reads token ids, and text is encoded in each step."""
     dropout: DropoutState | None = None
+    layers: Sequence[Any] = ()
+    """With an update beside weights of the base that stay as they are. Empty: these are trained, or words alone."""
     write_part: Write
     """Of what was trained, into the folder of a checkpoint."""
     write_result: Write
@@ -97,9 +99,9 @@ def lora(
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
 
     parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
-    return _learner(
-        unet, text_encoders, parameters, write_part=write, write_result=write, result=ADAPTER, dropout=dropout
-    )
+    writing = {"write_part": write, "write_result": write, "result": ADAPTER}
+    adapted = [cell for own in layers.values() for cell in own.values()]
+    return _learner(unet, text_encoders, parameters, **writing, dropout=dropout, layers=adapted)
 
 
 def full(

@@ -30,8 +30,10 @@ class RecomputedGradients(nn.Cell):
     def __init__(self, compare: nn.Cell, num_extras: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         segments = denoiser.segments
-        self.loss_and_gradient = ops.value_and_grad(compare, 0, None, has_aux=True)
-        self.compare, self.num_extras = compare, num_extras
+        # A penalty depends on the trainables by another way than the prediction.
+        self.penalised, self.compare, self.num_extras = compare.penalty is not None, compare, num_extras
+        by = ParameterTuple(trainables) if self.penalised else None
+        self.loss_and_gradient = ops.value_and_grad(compare, 0, by, has_aux=True)
         self.segments = nn.CellList([segment.cell for segment in segments], auto_prefix=False)
         self.reads = tuple(segment.reads for segment in segments)
         self.num_results = tuple(segment.num_results or 0 for segment in segments)
@@ -79,6 +81,9 @@ class RecomputedGradients(nn.Cell):
             result = self.segments[i](*select(values, self.reads[i]))
             values = values + (result if self.num_results[i] else (result,))
         loss_and_report, dprediction = self.loss_and_gradient(values[-1], target_BCHW, weight_B, *extras)
+        of_penalty = _NOTHING
+        if self.penalised:
+            dprediction, of_penalty = dprediction
         dinputs, dweights = _NOTHING + ((dprediction,),), _NOTHING
         for number in range(len(self.backward)):
             i = self.backward[number]
@@ -88,7 +93,7 @@ class RecomputedGradients(nn.Cell):
             of_inputs, of_weights = self.gradients[i](dresult, *inputs_after)
             dinputs, dweights = dinputs + (of_inputs,), dweights + (of_weights,)
         gradients = self.map(ops.partial(_pick, dweights), self.segment_of, self.place_in_segment)
-        return loss_and_report, gradients
+        return loss_and_report, self.map(ops.add, gradients, of_penalty) if self.penalised else gradients
 
 
 class _SegmentGradient(nn.Cell):

@@ -65,15 +65,20 @@ class LossScaler(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated."""
+    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated.
 
-    def __init__(self, loss_cell: nn.Cell, scaler: LossScaler | None) -> None:
+    A penalty, () -> (), is a part of either loss.
+    """
+
+    def __init__(self, loss_cell: nn.Cell, scaler: LossScaler | None, penalty: nn.Cell | None) -> None:
         super().__init__(auto_prefix=False)
-        self.loss_cell = loss_cell
+        self.loss_cell, self.penalty = loss_cell, penalty
         self.scale = scaler.scale if scaler else None
 
     def construct(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, report = self.loss_cell(*inputs)
+        if self.penalty is not None:
+            loss = loss + self.penalty()
         return loss if self.scale is None else loss * self.scale, loss, report
 
 
@@ -131,8 +136,8 @@ class TrainStep(CompiledCell):
     """loss_cell(*batch) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
     The optimiser must be prepared for the step. Where several processes train as one, `sum_gradients` gives the
-    gradients of all their rows. With a `scaler`, steps whose gradients overflow are skipped. With `recomputed`, see
-    `loss_and_gradients`.
+    gradients of all their rows. With a `scaler`, steps whose gradients overflow are skipped. With `recomputed` or
+    `penalty`, see `loss_and_gradients`.
     """
 
     title = "the training step"
@@ -146,12 +151,13 @@ class TrainStep(CompiledCell):
         sum_gradients: SumOverProcesses | None = None,
         scaler: LossScaler | None = None,
         recomputed: Segments | None = None,
+        penalty: nn.Cell | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.trainables, self.optimiser, self.scaler = ParameterTuple(trainables), optimiser, scaler
         clip = ClipByGlobalNorm([parameter.shape for parameter in trainables], max_grad_norm)
         self.update = Update(optimiser, clip, sum_gradients, scaler)
-        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, scaler, recomputed)
+        self.loss_and_gradients = loss_and_gradients(loss_cell, self.trainables, scaler, recomputed, penalty)
         self.set_train(True)
 
     def construct(self, *batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,12 +311,18 @@ def decay_at(step: int, decay: float) -> float:
 
 
 def loss_and_gradients(
-    loss_cell: nn.Cell, trainables: ParameterTuple, scaler: LossScaler | None, recomputed: Segments | None
+    loss_cell: nn.Cell,
+    trainables: ParameterTuple,
+    scaler: LossScaler | None,
+    recomputed: Segments | None,
+    penalty: nn.Cell | None = None,
 ) -> nn.Cell:
-    """batch -> (scaled loss, loss, report), gradients of the first; `recomputed`: of a `DiffusionLoss`'s denoiser."""
+    """batch -> (scaled loss, loss, report), gradients of the first; `recomputed`: of a `DiffusionLoss`'s denoiser;
+    `penalty`, () -> (): a part of the loss of each batch."""
     if recomputed is None:
-        return _Gradients(ScaledLoss(loss_cell, scaler), trainables)
-    return RecomputedGradients(ScaledLoss(loss_cell.compare, scaler), loss_cell.num_extras, recomputed, trainables)
+        return _Gradients(ScaledLoss(loss_cell, scaler, penalty), trainables)
+    compare = ScaledLoss(loss_cell.compare, scaler, penalty)
+    return RecomputedGradients(compare, loss_cell.num_extras, recomputed, trainables)
 
 
 class _Gradients(nn.Cell):

@@ -263,9 +263,17 @@ class Training:
     def step_cell(self, batches_per_step):
         """The step that takes so many batches."""
         if batches_per_step not in self.step_cells:
-            step = TrainStep(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM)
+            penalty = self.penalty_of_a_batch(batches_per_step)
+            step = TrainStep(self.loss, self.learner.parameters, self.optimiser, MAX_GRAD_NORM, penalty=penalty)
             self.step_cells[batches_per_step] = step if batches_per_step == 1 else AccumulatingTrainStep(step)
         return self.step_cells[batches_per_step]
+
+    def penalty_of_a_batch(self, batches_per_step):
+        """A part of the loss of each batch."""
+
+    def as_trained(self, batches):
+        """What steps take of batches as they are made."""
+        return batches
 
     def run(self, batches):
         for name, one in self.parameters.items():
@@ -276,7 +284,14 @@ class Training:
         reports, gradients, per_step = [], [], batches.plan.batches_per_step
         keep_gradients = lambda report: gradients or gradients.append(self.first_gradients())  # noqa: E731
         hooks = [reports.append, keep_gradients]
-        train(self.step_cell(per_step), batches, per_step, lambda step: LEARNING_RATE, range(STEPS), hooks)
+        train(
+            self.step_cell(per_step),
+            self.as_trained(batches),
+            per_step,
+            lambda step: LEARNING_RATE,
+            range(STEPS),
+            hooks,
+        )
         return SimpleNamespace(
             reports=reports, gradients=gradients[0], weights=self.weights(), base_before=base, base_after=self.base()
         )
@@ -431,9 +446,11 @@ def run_reference(
     steps=STEPS,
     change=lambda batch: batch,
     in_place=False,
+    kind=Reference,
+    penalty=lambda trained: 0.0,
 ):
     """The same steps in torch on the same draws, each of one batch, which is changed first."""
-    reference = Reference(training.path, case.trained, training.start, in_place)
+    reference = kind(training.path, case.trained, training.start, in_place)
     drawn = replace(batches, objective=as_drawn(batches.objective))
     trained, optimiser = reference.parameters, optimiser_of(reference, case.trained, text_rate_factor)
     reports, gradients = [], None
@@ -446,6 +463,7 @@ def run_reference(
         if case.prior:
             loss = loss + PRIOR_LOSS_WEIGHT * weighted[size:].mean()
             losses[CLASS] = errors[size:].mean()
+        loss = loss + penalty(trained)
         optimiser.zero_grad()
         loss.backward()
         assert all(parameter.grad is None for parameter in reference.unread.values())

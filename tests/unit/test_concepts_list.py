@@ -129,10 +129,39 @@ def test_what_a_subject_says_is_its_own_and_the_rest_is_the_run_s(sources):
     ]
     # Without prior preservation what is said of classes is not read.
     assert said == [
-        f"list.json: concept {number}: {name} has no effect without --with_prior_preservation"
+        f"list.json: concept {number}: {name} has no effect without --with_prior_preservation{or_else}"
         for number in (1, 2)
-        for name in ("class_data_dir", "class_prompt")
+        for name, or_else in (
+            ("class_data_dir", ""),
+            ("class_prompt", " or --prior_preservation base_output"),
+        )
     ]
+
+
+def test_the_base_answers_for_the_class_of_each_subject(sources):
+    """Rows of a class are the subject's under the class prompt: with the same pictures, folder and draws."""
+    dog, cat = DOG | {"repeats": 2.5, "caption_dropout": 0.5}, CAT | {"prior_loss_weight": 0.5, "mask_dir": "masks"}
+    found, said = sources([dog, cat], "--prior_preservation", "base_output")
+    assert names(found) == [
+        ("instance", INSTANCE, "dog", "a sks dog"),
+        ("instance_2", INSTANCE, "cat", "a zwx cat"),
+        ("class", CLASS, "dog", "a dog"),
+        ("class_2", CLASS, "cat", "a cat"),
+    ]
+    assert [one.concept.drawn_as for one in found] == ["", "", "instance", "instance_2"]
+    assert [one.concept.weight for one in found] == [1, 1, 1, 0.5]
+    assert [(one.generated, one.count, one.masked, one.concept.wording) for one in found[2:]] == [
+        (None, None, False, None)
+    ] * 2
+    assert not any("class_prompt" in line for line in said)
+
+
+def test_how_the_class_is_preserved_is_the_run_s(sources):
+    with pytest.raises(ConfigError, match="concept 1: prior_preservation 'base_l2' is not the run's None, which all"):
+        sources([DOG | {"prior_preservation": "base_l2"}, CAT])
+    nameless = {name: value for name, value in DOG.items() if name != "class_prompt"}
+    with pytest.raises(ConfigError, match=r"concept 1: .*needs --class_prompt"):
+        sources([nameless, CAT], "--prior_preservation", "base_output")
 
 
 def test_sets_of_crosstyan_s_scripts(sources):

@@ -25,6 +25,8 @@ from dreambooth_ms.errors import ConfigError
 from tests.published_flags import BY_METHOD, FULL_SCRIPT, LORA_SCRIPT, SDXL_SCRIPT
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
+BASE_OUTPUT = ["--prior_preservation", "base_output"]
+INVERSION = ["--method", "textual_inversion", "--modifier_token", "<new1>"]
 PRIOR = ["--with_prior_preservation", "--class_data_dir", "dogs", "--class_prompt", "a dog"]
 SAMPLE_REQUIRED = ["--pretrained_model_name_or_path", "base", "--prompt", "a sks dog"]
 EVERY_SCHEMA = pytest.mark.parametrize(
@@ -726,9 +728,38 @@ def test_a_mistaken_value_is_not_also_reported_as_missing():
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], (False, None)),
+        (["--prior_preservation"], (True, None)),
+        (["--prior_preservation", "True"], (True, None)),
+        (["--prior_preservation", "False"], (False, None)),
+        (["--prior_preservation", "class_images"], (True, None)),
+        (["--prior_preservation", "base_l2"], (False, "base_l2")),
+        (["--prior_preservation", "base_output"], (False, "base_output")),
+    ],
+)
+def test_prior_preservation_has_three_forms_and_is_a_switch_elsewhere(tmp_path, written, expected):
+    classes = ["--class_prompt", "a dog", *(["--class_data_dir", "dogs"] if expected[0] else [])]
+    config = train(*written, *classes)
+    assert (config.prior.with_prior_preservation, config.prior.prior_preservation) == expected
+    assert train(*write(tmp_path / "run.yaml", to_yaml(config))) == config
+    file = write(tmp_path / "with.yaml", "with_prior_preservation: true\nclass_data_dir: dogs\nclass_prompt: a dog")
+    over = train(*file, *written).prior
+    assert (over.with_prior_preservation, over.prior_preservation) == (expected if written else (True, None))
+
+
+def test_two_forms_of_prior_preservation_are_refused(tmp_path):
+    one = "--prior_preservation base_l2: --with_prior_preservation is class_images; give one of them"
+    assert one in train_problems(*PRIOR, "--prior_preservation", "base_l2")
+    assert train_problems(*write(tmp_path / "run.yaml", "prior_preservation: base_l2"), *PRIOR) == [one]
+
+
 OUTSIDE = {
     "resolution": ["0", "24", "100", "-64"],
     "prior_loss_weight": ["-1", "nan", "inf"],
+    "base_l2_weight": ["-1", "nan", "inf"],
     "num_class_images": ["0"],
     "sample_batch_size": ["0"],
     "infer_steps": ["0", "1001"],
@@ -815,6 +846,15 @@ def test_the_ends_of_a_range_are_inside(flags, value):
         (["--edm_sampling", "lognormal", "--max_timestep", "9"], "--max_timestep: the levels of --edm_sampling"),
         (["--edm_sampling", "lognormal", "--timestep_bias_strategy", "later"], "--timestep_bias_strategy: the levels"),
         (["--prediction_type", "sample"], "--prediction_type: expected one of epsilon, v_prediction"),
+        (BASE_OUTPUT, "--prior_preservation base_output: needs --class_prompt, the prompt that the base answers"),
+        (
+            [*BASE_OUTPUT, "--class_prompt", "a dog", "--method", "full"],
+            "--prior_preservation base_output: --method full has no update that could be left out; give base_l2",
+        ),
+        (
+            ["--prior_preservation", "base_l2", *INVERSION],
+            "--prior_preservation: --method textual_inversion changes no weight of the base; leave it out",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(flags, start):
@@ -825,7 +865,12 @@ def test_an_impossible_combination_is_refused(flags, start):
 @pytest.mark.parametrize(
     ("flags", "note"),
     [
-        (["--class_prompt", "a dog"], "--class_prompt has no effect without --with_prior_preservation"),
+        (
+            ["--class_prompt", "a dog"],
+            "--class_prompt has no effect without --with_prior_preservation or --prior_preservation base_output",
+        ),
+        (["--class_data_dir", "dogs"], "--class_data_dir has no effect without --with_prior_preservation"),
+        (["--base_l2_weight", "1"], "--base_l2_weight has no effect without --prior_preservation base_l2"),
         (["--lr_warmup_steps", "9"], "--lr_warmup_steps has no effect with --lr_scheduler constant"),
         (["--huber_c", "0.2"], "--huber_c has no effect without --loss_type huber or smooth_l1"),
         (
