@@ -3,6 +3,7 @@
 y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so that a fresh adapter changes nothing.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.ops import Conv2d, Dense, bitwise_and, exclusive_or
 from dreambooth_ms.ops.graph import after, set_between_runs
@@ -86,29 +88,52 @@ def _positions(count: int, layer: int) -> Tensor:
     return Tensor(numbers.astype(np.int32), ms.int32)
 
 
-class LoraLayer(nn.Cell):
-    """A layer with an adapter: what linear layers and convolutions have in common.
+class AdaptedLayer(nn.Cell):
+    """A layer with an update: what all kinds have in common.
 
     It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
     """
+
+    def __init__(self, base: Dense | Conv2d, alpha: float, scale: float) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.has_bias = base.in_channels, base.out_channels, base.has_bias
+        self.alpha, self.weight = alpha, base.weight
+        if base.has_bias:
+            self.bias = base.bias
+        # A parameter, because a compiled graph would not see a changed attribute.
+        self.lora_scale = Parameter(Tensor(np.float32(scale)), requires_grad=False)
+
+    @property
+    def parts(self) -> dict[str, PublicParameter]:
+        """What is trained, by the names that a file has for it."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file holds of it at present."""
+        return {name: part.read() for name, part in self.parts.items()} | {ALPHA: np.array(self.alpha)}
+
+
+class LoraLayer(AdaptedLayer):
+    """A layer with A and B beside it."""
 
     lora_A: nn.Cell
     lora_B: nn.Cell
 
     def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, dropout: Dropout | None) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.in_channels, self.out_channels, self.has_bias = base.in_channels, base.out_channels, base.has_bias
-        self.rank, self.alpha = rank, alpha
-        self.weight = base.weight
-        if base.has_bias:
-            self.bias = base.bias
-        # A parameter, because a compiled graph would not see a changed attribute.
-        self.lora_scale = Parameter(Tensor(np.float32(alpha / rank)), requires_grad=False)
+        super().__init__(base, alpha, alpha / rank)
+        self.dropout, self.rank = dropout, rank
+
+    @property
+    def parts(self) -> dict[str, PublicParameter]:
+        """A and B: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1)."""
+        cells = {DOWN: self.lora_A, UP: self.lora_B}
+        return {
+            n: PublicParameter(one.weight, getattr(one, "stored_layouts", {}).get("weight")) for n, one in cells.items()
+        }
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """A and B as files hold them: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1)."""
-        return _public_weight(self.lora_A).read(), _public_weight(self.lora_B).read()
+        """A and B."""
+        return self.parts[DOWN].read(), self.parts[UP].read()
 
     def set_factors(self, factor_a: np.ndarray, factor_b: np.ndarray) -> None:
         """Fill the adapter, with A and B in the shapes of `factors`.
@@ -116,14 +141,10 @@ class LoraLayer(nn.Cell):
         Raises:
             WeightError: the factors are those of a layer of another size.
         """
-        for weight, value in ((_public_weight(self.lora_A), factor_a), (_public_weight(self.lora_B), factor_b)):
+        for weight, value in zip(self.parts.values(), (factor_a, factor_b), strict=True):
             if weight.shape != value.shape:
                 raise WeightError(f"the adapter does not fit the base: {value.shape} for {weight.shape}")
             weight.write(value)
-
-
-def _public_weight(cell: nn.Cell) -> PublicParameter:
-    return PublicParameter(cell.weight, getattr(cell, "stored_layouts", {}).get("weight"))
 
 
 class LoraDense(LoraLayer):
@@ -250,14 +271,26 @@ def adaptable_layers(root: nn.Cell) -> dict[str, Dense | Conv2d]:
     return {name: cell for name, cell in root.cells_and_names() if type(cell) in (Dense, Conv2d)}
 
 
-def initialise_lora(layers: dict[str, LoraLayer], seed: int, prefix: str = "") -> None:
-    """A ~ N(0, 1 / r^2) and B = 0, as the published DreamBooth scripts start; a function of (seed, prefix + name)."""
+ZERO_AT_START = (UP, "hada_w2_b", "lokr_w1", "oft_R")
+"""Factors by which a fresh update changes nothing, as in peft."""
+
+
+def initialise_lora(layers: Mapping[str, AdaptedLayer], seed: int, prefix: str = "") -> None:
+    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name).
+
+    A ~ N(0, 1 / r^2) as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers,
+    as in peft; DoRA's magnitudes are the norms of the base's rows.
+    """
     for name, layer in layers.items():
-        factor_a, factor_b = layer.factors()
-        draw = standard_normal(factor_a.shape, seed, "lora start", zlib.crc32((prefix + name).encode()))
-        layer.set_factors(draw / layer.rank, np.zeros_like(factor_b))
+        for factor, part in layer.parts.items():
+            if factor == MAGNITUDE:
+                continue
+            purpose = "lora start" if factor == DOWN else f"{factor} start"
+            draw = standard_normal(part.shape, seed, purpose, zlib.crc32((prefix + name).encode()))
+            deviation = 1 / part.shape[0] if factor == DOWN else 1 / math.sqrt(3 * math.prod(part.shape[1:]))
+            part.write(draw * 0 if factor in ZERO_AT_START else draw * np.float32(deviation))
 
 
-def lora_trainables(layers: dict[str, LoraLayer]) -> list[Parameter]:
+def lora_trainables(layers: Mapping[str, AdaptedLayer]) -> list[Parameter]:
     """The parameters to train, in a fixed order."""
-    return [matrix.weight for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
+    return [part.parameter for layer in layers.values() for part in layer.parts.values()]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
+from dreambooth_ms.adapters.adapter import Adapter, update_of
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
 from dreambooth_ms.adapters.lora import DropoutState, initialise_lora, inject_lora, lora_trainables, put_in_place
 from dreambooth_ms.adapters.replacement import Replacement
@@ -91,7 +91,7 @@ def lora(
     model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
+        updates = {part: {n: update_of(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step)}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
