@@ -29,7 +29,8 @@ class StoredLayout:
     def restore(self, weight: np.ndarray) -> np.ndarray:
         """Stored form -> public form."""
         k = self.kernel_size
-        return np.ascontiguousarray(weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2))
+        # A copy also where nothing moves: what is read must not change with the parameter.
+        return weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2).copy()
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the public form of a stored weight."""
