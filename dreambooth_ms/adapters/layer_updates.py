@@ -70,7 +70,7 @@ class LayerUpdate:
 def layer_updates(
     config: MethodConfig, networks: Mapping[str, Targets], unet: UNetSpec
 ) -> dict[str, dict[str, LayerUpdate]]:
-    """By network and layer. A layer whose rank is 0 by a pattern has none.
+    """By network and layer. A layer whose rank or alpha is 0 by a pattern has none.
 
     Raises:
         ConfigError: a layer cannot have such an update, or a pattern fits none.
@@ -92,7 +92,7 @@ def layer_updates(
             if not any(_ends(name, end) for name in names):
                 raise ConfigError(f"--{flag}: no layer that is adapted is named {end}")
     if not any(updates.values()):
-        raise ConfigError("--rank_pattern: every rank is 0, so that nothing would be trained")
+        raise ConfigError("--rank_pattern: all are 0, so that nothing would be trained")
     return updates
 
 
@@ -102,7 +102,9 @@ def _update(
     kind, has_kernel, columns = config.adapter, math.prod(weight[2:]) > 1, math.prod(weight[1:])
     ranks = {"rank_pattern": rank_said, "conv_rank": config.conv_rank if has_kernel else None, "rank": config.rank}
     flag, rank = next((flag, int(own)) for flag, own in ranks.items() if own is not None)
-    if not rank:
+    alphas = alpha_said, config.conv_alpha if has_kernel else None, config.lora_alpha, rank
+    alpha = next(float(own) for own in alphas if own is not None)
+    if not (rank and alpha):
         return None
     if kind == "oft" and (has_kernel or columns % config.oft_block_size):
         reason = "has a kernel" if has_kernel else f"has {columns} columns, which that does not divide"
@@ -111,12 +113,11 @@ def _update(
         raise ConfigError(f"--init_lora_weights pissa: is for linear layers; {layer} is a convolution")
     if kind not in ("lokr", "oft"):
         check_rank(rank, flag, [weight[:2]])
-    alphas = alpha_said, config.conv_alpha if has_kernel else None, config.lora_alpha, rank
     return LayerUpdate(
         kind=kind,
         rank=rank,
         # Rank-stabilised LoRA scales by alpha / sqrt(r) (Kalajdzievski, 2023, eq. 4).
-        alpha=next(float(own) for own in alphas if own is not None) * (math.sqrt(rank) if config.use_rslora else 1),
+        alpha=alpha * math.sqrt(rank) if config.use_rslora else alpha,
         size=config.oft_block_size if kind == "oft" else config.lokr_factor,
         has_middle=config.use_tucker and has_kernel,
         is_principal=config.init_lora_weights == "pissa",

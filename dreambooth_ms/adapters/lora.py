@@ -190,6 +190,9 @@ class LoraDense(LoraLayer):
         return ops.reshape(y + self.added(inputs).astype(y.dtype), x.shape[:-1] + (self.out_channels,))
 
 
+SUBSPACE_ITERATIONS = 16
+
+
 class PrincipalDense(LoraDense):
     """PiSSA (Meng et al., 2024, eq. 2 to 4): A and B begin as the largest singular values and vectors of the weight,
     and what they are then is taken off again: beside the weight, which stays the base's, so that a fresh one changes no
@@ -210,10 +213,14 @@ class PrincipalDense(LoraDense):
         return factors | {ALPHA: np.array(2 * self.alpha)}
 
     def start_from_weight(self) -> None:
-        """Fill both pairs."""
-        left, values, right = np.linalg.svd(self.weight.asnumpy(), full_matrices=False)
-        roots = np.sqrt(values[: self.rank] * np.float32(self.rank / self.alpha))
-        self.set_factors(roots[:, None] * right[: self.rank], left[:, : self.rank] * roots)
+        """Fill both pairs, by subspace iteration (Halko et al., 2011, algorithms 4.4 and 5.1)."""
+        weight, rank = self.weight.asnumpy(), self.rank
+        basis = standard_normal((self.in_channels, min(2 * rank + 8, *weight.shape)), 0, "principal start", 0)
+        for _ in range(SUBSPACE_ITERATIONS):
+            basis = np.linalg.qr(weight.T @ (weight @ basis))[0]
+        left, values, right = np.linalg.svd(weight @ basis, full_matrices=False)
+        roots = np.sqrt(values[:rank] * np.float32(rank / self.alpha))
+        self.set_factors(roots[:, None] * (right @ basis.T)[:rank], left[:, :rank] * roots)
         for one, value in zip(self.start(), self.factors(), strict=True):
             one.set_data(Tensor(value))
             one.requires_grad = False

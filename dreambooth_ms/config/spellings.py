@@ -53,6 +53,7 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     },
     "save_unet_half": lambda value: {"save_precision": "fp16" if _true(value) else None},
     "stop_at_clip_layer": lambda value: {"clip_skip": _whole(value, lambda layer: -layer - 1)},
+    "use_dora": lambda value: {"adapter": "dora"} if _true(value) else {},
     "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},
     "v_parameterization": lambda value: {"prediction_type": "v_prediction" if _true(value) else None},
 }
