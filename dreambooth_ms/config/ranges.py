@@ -59,7 +59,7 @@ Pattern: TypeAlias = dict[str, float] | list[float]
 def pattern(text: str | None) -> Pattern | None:
     """{"to_q": 8, "attn2.to_k": 16}, or a list as 4,4,8; None for any other text."""
     with suppress(ValueError, RecursionError):
-        read: Pattern = json.loads(text if text and "{" in text else f"[{(text or '').strip('[]')}]")
+        read: Pattern = json.loads(text if text and text[0] in "{[" else f"[{text or ''}]")
         numbers = list(read.values()) if isinstance(read, dict) else read
         if all(type(own) in (int, float) and 0 <= own < math.inf for own in numbers):
             return read

@@ -112,18 +112,20 @@ def trained():
         for layer in ("conv", "linear")
         if (kind, layer) != ("oft", "conv")
     }
+    image, target = normal(2, 24, 5, 4, seed=90), normal(2, 20, 24, seed=91)
+    batch = from_public_layout(Tensor(image)), Tensor(target)
+    plain = network(*batch)[1].asnumpy()
     # A middle factor is for convolutions.
     makers["locon.linear"] = KINDS["lora"].layer
     layers = inject(network, makers, None)
     initialise_lora(layers, 0)
+    fresh = network(*batch)[1].asnumpy()
     parts = {f"{name}.{own}": part for name, layer in layers.items() for own, part in layer.parts.items()}
     for seed, (name, part) in enumerate(parts.items()):
         part.write((part.read() if "dora_scale" in name else 0) + 0.1 * normal(*part.shape, seed=seed))
     start = {name: part.read() for name, part in parts.items()}
     trainables = lora_trainables(layers)
     step = AccumulatingTrainStep(TrainStep(network, trainables, AdamW(trainables, Hyperparameters()), MAX_NORM))
-    image, target = normal(2, 24, 5, 4, seed=90), normal(2, 20, 24, seed=91)
-    batch = from_public_layout(Tensor(image)), Tensor(target)
     eager = ms.value_and_grad(network, None, trainables, has_aux=True)(*batch)
     losses, gradients = [], {}
     for number in range(STEPS):
@@ -134,7 +136,8 @@ def trained():
             sums = dict(zip(parts, step._update.sums, strict=True))
             gradients = {n: type(parts[n])(own, parts[n].layout).read() for n, own in sums.items()}
     return SimpleNamespace(
-        base=base, start=start, losses=losses, gradients=gradients, parts=parts, eager=eager, batch=(image, target)
+        **{"base": base, "start": start, "plain": plain, "fresh": fresh, "eager": eager, "batch": (image, target)},
+        **{"losses": losses, "gradients": gradients, "parts": parts},
     )
 
 
@@ -165,6 +168,10 @@ def expected(trained):
     return SimpleNamespace(losses=losses, gradients=gradients, factors=factors)
 
 
+def test_fresh_ones_change_no_bit_of_a_graph(trained):
+    assert trained.fresh.tobytes() == trained.plain.tobytes()
+
+
 def test_the_losses_are_the_same(trained, expected):
     assert trained.losses == pytest.approx(expected.losses, rel=1e-5)
 
@@ -173,7 +180,7 @@ def test_the_losses_are_the_same(trained, expected):
 def test_the_gradients_are_the_same(trained, expected, kind):
     for name, value in expected.gradients.items():
         if name.startswith(f"{kind}."):
-            assert relative_error(trained.gradients[name], value.reshape(trained.gradients[name].shape)) < 1e-4, name
+            assert relative_error(trained.gradients[name], value.reshape(trained.gradients[name].shape)) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,6 +67,7 @@ def disturb(layer, size=0.2):
         part.write(part.read() + size * normal(*part.shape, seed=seed))
 
 
+@pytest.mark.usefixtures("pynative")
 @pytest.mark.parametrize(("update", "make"), CASES)
 class TestALayer:
     @pytest.mark.parametrize("formulation", list(Formulation), ids=lambda one: one.value)
@@ -273,6 +274,7 @@ RUNS = {
 }
 
 
+@pytest.mark.usefixtures("pynative")
 @pytest.mark.parametrize("name", RUNS)
 class TestALearner:
     def test_goes_on_from_a_checkpoint_with_every_bit(self, name, bundle, tmp_path):
