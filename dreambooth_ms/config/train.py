@@ -246,12 +246,12 @@ class MethodConfig:
     use_tucker: Annotated[bool, _LOCON] = False
     """Between the factors of 3x3 convolutions a third one has the kernel: fewer numbers."""
     lokr_factor: Annotated[int, _FACTORS, only_with("adapter", "lokr")] = -1
-    """Size of lokr's first factor at most, larger for a smaller file. -1: the two are of about one size."""
+    """Sides of lokr's first factor at most; the smaller, the larger is the file. -1: the two are of about one size."""
     oft_block_size: Annotated[int, _BLOCKS, only_with("adapter", "oft")] = 32
     """Columns that oft rotates together; it has to divide those of every layer."""
     init_lora_weights: Annotated[Literal["gaussian", "pissa"], only_with("adapter", "lora")] = "gaussian"
-    """How A and B begin. gaussian: A random, B zero. pissa: with the largest singular values of the weight; the file has
-    twice the rank then, and applies to the base as it is."""
+    """How A and B begin. gaussian: A random, B zero. pissa: with the largest singular values of the weight; the file
+    has twice the rank then, and applies to the base as it is."""
     lora_target_modules: Annotated[list[str], NOT_EMPTY, _LORA] = field(default_factory=_LORA_TARGETS.copy)
     """Layers of the UNet that get an update, by the end of their names."""
     lora_dropout: Annotated[float, DECAY, _LORA, not_with("adapter", "dora", "loha", "lokr", "oft")] = 0.0
