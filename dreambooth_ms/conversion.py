@@ -40,8 +40,9 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, AdapterFormat, LoraFormat, OtherFormat
+from dreambooth_ms.formats.naming.lora_formats import AdapterFormat, LoraFormat, OtherFormat
 from dreambooth_ms.formats.naming.recognise import with_channels
+from dreambooth_ms.formats.naming.update_kinds import ALPHA
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model

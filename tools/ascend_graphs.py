@@ -99,6 +99,56 @@ def recomputing() -> list[Graph]:
     return [(step, toy_networks.batch(input_ids=_token_ids()).tensors())]
 
 
+def training_other_kinds() -> list[Graph]:
+    """A whole step of layers with the other kinds of adapters, convolutions and linear layers, in half precision.
+
+    The penalty on what they add is part of the loss.
+    """
+    import mindspore as ms
+    from mindspore import nn
+
+    from dreambooth_ms.adapters.layer_updates import LayerUpdate
+    from dreambooth_ms.adapters.lora import inject, lora_trainables
+    from dreambooth_ms.adapters.precision import compute_in
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.ops import Conv2d, Dense, total
+    from dreambooth_ms.ops.layout import image_to_tokens
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
+    from dreambooth_ms.training.step import TrainStep
+
+    of_kernels = [LayerUpdate("locon", 2, 2.0, has_middle=True), LayerUpdate("lora", 2, 2.0)]
+    of_all = [LayerUpdate("dora", 2, 2.0), LayerUpdate("loha", 2, 2.0), LayerUpdate("lokr", 2, 2.0, -1)]
+    of_linear = [LayerUpdate("oft", 2, 2.0, 8), LayerUpdate("lora", 2, 2.0, is_principal=True)]
+    kernels, linears = [*of_kernels, *of_all], [*of_all, *of_linear]
+
+    class Network(nn.Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels = nn.CellList([Conv2d(24, 24) for _ in kernels])
+            self.linears = nn.CellList([Dense(24, 24) for _ in linears])
+
+        def construct(self, x: Any) -> Any:
+            penalty = 0.0
+            for kernel in self.kernels:
+                x = kernel(x)
+                penalty = penalty + kernel.squared_change()
+            rows = image_to_tokens(x)
+            for linear in self.linears:
+                rows = linear(rows)
+                penalty = penalty + linear.squared_change()
+            rows = rows.astype(ms.float32)
+            loss = total(rows * rows) + penalty
+            return loss, loss
+
+    network = Network()
+    places = {"kernels": kernels, "linears": linears}
+    makers = {f"{name}.{i}": one.layer for name, own in places.items() for i, one in enumerate(own)}
+    trainables = lora_trainables(inject(network, makers, None))
+    compute_in(network, ms.float16)
+    step = TrainStep(network, trainables, AdamW(trainables, Hyperparameters()), 1.0)
+    return [(step, (toy_networks.normal("image", 2, 24, 8, 6).astype(ms.float16),))]
+
+
 def optimisers() -> list[Graph]:
     """The updates of the other optimisers, and of AdamW where two processes share its state (ZeRO 1).
 
@@ -175,6 +225,7 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
     "training SDXL": training_sdxl,
     "training SD": training_sd,
     "recomputing": recomputing,
+    "training other kinds": training_other_kinds,
     "optimisers": optimisers,
     "sampling SDXL": sampling_sdxl,
     "sampling SD": sampling_sd,

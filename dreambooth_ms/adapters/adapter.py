@@ -1,6 +1,7 @@
 """What a training changes in a frozen model, as a value: for each network, an update for each of some layers.
 
-A kind of update is a class, and a row in `adapters.file.KINDS` by which it is read. Here is a LoRA's: alpha / r * B A
+A kind of update is a formula in `adapters.formulas`, or a class, and a row in `formats.naming.update_kinds`. Here is a
+LoRA's: alpha / r * B A
 (Hu et al., 2021, section 4.1). Its scale stands in settings beside the tensors, or in the factors for formats whose
 readers take it for 1. peft writes one set of settings per folder (adapter_config.json), diffusers one per part into the
 file's metadata; the names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by layer.
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, PARTS, UP
+from dreambooth_ms.formats.naming.lora_formats import PARTS
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, MID, UP, WEIGHT
 from dreambooth_ms.models.specs import Words
 
 if TYPE_CHECKING:
     from mindspore import nn
 
-    from dreambooth_ms.adapters.lora import LoraLayer
 
 TRAINED_KEY = "dreambooth_ms_lora"
 """Where a file's metadata keeps rank and alpha as they were trained, if the factors are folded ones."""
@@ -90,11 +93,6 @@ class LoraUpdate:
         alpha = tensors.get(ALPHA)
         return cls(tensors[DOWN], tensors[UP], None if alpha is None else float(alpha.reshape(-1)[0]))
 
-    @classmethod
-    def of_layer(cls, layer: "LoraLayer") -> "LoraUpdate":
-        """What a layer that stands in for another adds to it at present."""
-        return cls(*layer.factors(), layer.alpha)
-
     @property
     def rank(self) -> int:
         """r."""
@@ -126,16 +124,19 @@ class LoraUpdate:
 
     def delta(self, value: np.ndarray, parameter: str = "weight") -> np.ndarray:
         """alpha / r * B A in float32: (O, I) or (O, I, K, K)."""
-        down, up = self.down.astype(np.float32), self.up.astype(np.float32)
-        product = up.reshape(up.shape[0], self.rank) @ down.reshape(self.rank, -1)
-        delta = np.float32(self.scale) * product.reshape(up.shape[0], *down.shape[1:])
-        if delta.shape != value.shape:
-            raise WeightError(f"the adapter does not fit the base: {delta.shape} for {value.shape}")
-        return delta
+        return FormulaUpdate(self.tensors()).delta(value)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """A, B and alpha."""
         return {DOWN: self.down, UP: self.up, ALPHA: np.array(self.alpha_or_rank)}
+
+
+def update_of(tensors: Mapping[str, np.ndarray]) -> Update:
+    """The update of a layer's tensors, by their names in `formats.naming.update_kinds`."""
+    if WEIGHT in tensors:
+        return Replacement.of(tensors)
+    is_plain = DOWN in tensors and not {MID, MAGNITUDE} & tensors.keys()
+    return LoraUpdate.of(tensors) if is_plain else FormulaUpdate(tensors)
 
 
 def side_by_side(updates: Sequence[LoraUpdate]) -> LoraUpdate:

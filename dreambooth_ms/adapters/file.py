@@ -8,7 +8,7 @@ new words may stand beside it.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, LoraUpdate, Update, as_trained, settings_alpha
-from dreambooth_ms.adapters.replacement import WEIGHT, Replacement
+from dreambooth_ms.adapters.adapter import (
+    TRAINED_KEY,
+    Adapter,
+    LoraUpdate,
+    Update,
+    as_trained,
+    settings_alpha,
+    update_of,
+)
 from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
@@ -25,8 +32,6 @@ from dreambooth_ms.formats.files.open import open_tensor_file, read_value
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
 from dreambooth_ms.formats.naming.lora_formats import (
-    ALPHA,
-    DOWN,
     PARTS,
     AdapterFormat,
     LoraFormat,
@@ -35,6 +40,7 @@ from dreambooth_ms.formats.naming.lora_formats import (
     recognise_lora,
 )
 from dreambooth_ms.formats.naming.recognise import other_kind
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, rank_of
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -48,8 +54,6 @@ TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
 """In the metadata of a file of PEFT whose tensors stand in it twice, the second time without `text_model.` as
 transformers has them from 5.6 on; and what the first begin with."""
 
-KINDS: Mapping[str, Callable[[Mapping[str, np.ndarray]], Update]] = {DOWN: LoraUpdate.of, WEIGHT: Replacement.of}
-"""How an update is made of a layer's tensors, by the one that its kind is known by."""
 
 _PRECISION = (DType.F64, DType.F32, DType.BF16, DType.F16)
 """From the one that holds the most to the one that holds the least."""
@@ -184,12 +188,14 @@ def _updates(
     _check_finite(factors, str(file.path))
     updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
     for name, tensors in factors.items():
-        update, (part, _, layer) = next(KINDS[one] for one in tensors if one in KINDS)(tensors), name.partition(".")
-        if isinstance(update, LoraUpdate) and plan.form is OtherFormat.CUSTOM_DIFFUSION:
-            update = replace(update, alpha=float(update.rank))
-        elif isinstance(update, LoraUpdate) and update.alpha is None:
-            update = replace(update, alpha=settings_alpha(settings[part], layer, update.rank, source))
-            update = as_trained(update, trained[part], layer, source)
+        (part, _, layer), rank = name.partition("."), rank_of(tensors)
+        update = update_of(tensors)
+        if rank and ALPHA not in tensors:
+            of_rank = plan.form is OtherFormat.CUSTOM_DIFFUSION
+            alpha = rank if of_rank else settings_alpha(settings[part], layer, rank, source)
+            update = update_of(tensors if alpha is None else {**tensors, ALPHA: np.array(alpha)})
+            if isinstance(update, LoraUpdate) and not of_rank:
+                update = as_trained(update, trained[part], layer, source)
         updates[name] = update
     return updates
 

@@ -3,11 +3,13 @@
 y = W x + (alpha / r) B A x   (eq. 3), with A random and B = 0 at the start, so that a fresh adapter changes nothing.
 """
 
+import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -15,10 +17,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import constexpr
 
 from dreambooth_ms.errors import ConfigError, WeightError
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, MID, UP
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
-from dreambooth_ms.ops import Conv2d, Dense, bitwise_and, exclusive_or
-from dreambooth_ms.ops.graph import after, set_between_runs
-from dreambooth_ms.ops.linear import empty_parameter
+from dreambooth_ms.ops import Conv2d, Dense, bitwise_and, exclusive_or, total
+from dreambooth_ms.ops.graph import after, on_ascend, set_between_runs
+from dreambooth_ms.ops.linear import empty_parameter, times, times_transposed, transposed_times
 from dreambooth_ms.randomness import generator, standard_normal
 
 
@@ -86,29 +89,58 @@ def _positions(count: int, layer: int) -> Tensor:
     return Tensor(numbers.astype(np.int32), ms.int32)
 
 
-class LoraLayer(nn.Cell):
-    """A layer with an adapter: what linear layers and convolutions have in common.
+class AdaptedLayer(nn.Cell):
+    """A layer with an update: what all kinds have in common.
 
     It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
     """
 
-    lora_A: nn.Cell
-    lora_B: nn.Cell
-
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, dropout: Dropout | None) -> None:
+    def __init__(self, base: Dense | Conv2d, alpha: float, scale: float) -> None:
         super().__init__()
-        self.dropout = dropout
         self.in_channels, self.out_channels, self.has_bias = base.in_channels, base.out_channels, base.has_bias
-        self.rank, self.alpha = rank, alpha
-        self.weight = base.weight
+        self.alpha, self.weight = alpha, base.weight
         if base.has_bias:
             self.bias = base.bias
         # A parameter, because a compiled graph would not see a changed attribute.
-        self.lora_scale = Parameter(Tensor(np.float32(alpha / rank)), requires_grad=False)
+        self.lora_scale = Parameter(Tensor(np.float32(scale)), requires_grad=False)
+
+    @property
+    def parts(self) -> dict[str, PublicParameter]:
+        """What is trained, by the names that a file has for it."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What a file holds of it at present."""
+        return {name: part.read() for name, part in self.parts.items()} | {ALPHA: np.array(self.alpha)}
+
+    def squared_change(self) -> Tensor:
+        """The sum of the squares of what is added to the weight at present: () float32."""
+        raise NotImplementedError
+
+
+class LoraLayer(AdaptedLayer):
+    """A layer with A and B beside it, and perhaps a middle factor between them."""
+
+    lora_A: nn.Cell
+    lora_B: nn.Cell
+    lora_mid: nn.Cell
+    has_middle = False
+
+    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, dropout: Dropout | None) -> None:
+        super().__init__(base, alpha, alpha / rank)
+        self.dropout, self.rank = dropout, rank
+
+    @property
+    def parts(self) -> dict[str, PublicParameter]:
+        """A and B: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1); between them the middle."""
+        cells = {DOWN: self.lora_A, UP: self.lora_B} | ({MID: self.lora_mid} if self.has_middle else {})
+        return {
+            n: PublicParameter(one.weight, getattr(one, "stored_layouts", {}).get("weight")) for n, one in cells.items()
+        }
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """A and B as files hold them: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1)."""
-        return _public_weight(self.lora_A).read(), _public_weight(self.lora_B).read()
+        """A and B."""
+        return self.parts[DOWN].read(), self.parts[UP].read()
 
     def set_factors(self, factor_a: np.ndarray, factor_b: np.ndarray) -> None:
         """Fill the adapter, with A and B in the shapes of `factors`.
@@ -116,14 +148,20 @@ class LoraLayer(nn.Cell):
         Raises:
             WeightError: the factors are those of a layer of another size.
         """
-        for weight, value in ((_public_weight(self.lora_A), factor_a), (_public_weight(self.lora_B), factor_b)):
+        for weight, value in zip(self.parts.values(), (factor_a, factor_b), strict=True):
             if weight.shape != value.shape:
                 raise WeightError(f"the adapter does not fit the base: {value.shape} for {weight.shape}")
             weight.write(value)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A' (r, I) and B' (O, r), whose product is added, over the scale."""
+        raise NotImplementedError
 
-def _public_weight(cell: nn.Cell) -> PublicParameter:
-    return PublicParameter(cell.weight, getattr(cell, "stored_layouts", {}).get("weight"))
+    def squared_change(self) -> Tensor:
+        down_RI, up_OR = self.matrices()
+        # Of the products' traces, without the product.
+        squares_RR = times_transposed(down_RI, down_RI) * transposed_times(up_OR, up_OR)
+        return total(squares_RR) * self.lora_scale * self.lora_scale
 
 
 class LoraDense(LoraLayer):
@@ -131,9 +169,17 @@ class LoraDense(LoraLayer):
 
     def __init__(self, base: Dense, rank: int, alpha: float, dropout: Dropout | None = None) -> None:
         super().__init__(base, rank, alpha, dropout)
-        self.product, self.matmul = base.product, ops.MatMul(transpose_b=True)
+        self.product = base.product
         self.lora_A = LoraMatrix(rank, base.in_channels)
         self.lora_B = LoraMatrix(base.out_channels, rank)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.weight, self.lora_B.weight
+
+    def added(self, inputs: Tensor) -> Tensor:
+        """To the result, float32."""
+        down = _scaled(times_transposed(inputs, self.lora_A.weight), self.lora_scale)
+        return times_transposed(down, self.lora_B.weight)
 
     def construct(self, x: Tensor) -> Tensor:
         rows = ops.reshape(x, (-1, self.in_channels))
@@ -141,28 +187,87 @@ class LoraDense(LoraLayer):
         inputs = rows.astype(ms.float32)
         if self.dropout is not None:
             inputs = self.dropout(inputs)
-        down = _scaled(self.matmul(inputs, self.lora_A.weight), self.lora_scale)
-        y = y + self.matmul(down, self.lora_B.weight).astype(y.dtype)
-        return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
+        return ops.reshape(y + self.added(inputs).astype(y.dtype), x.shape[:-1] + (self.out_channels,))
+
+
+SUBSPACE_ITERATIONS = 16
+
+
+class PrincipalDense(LoraDense):
+    """PiSSA (Meng et al., 2024, eq. 2 to 4): A and B begin as the largest singular values and vectors of the weight,
+    and what they are then is taken off again: beside the weight, which stays the base's, so that a fresh one changes no
+    bit."""
+
+    def __init__(self, base: Dense, rank: int, alpha: float, dropout: Dropout | None = None) -> None:
+        super().__init__(base, rank, alpha, dropout)
+        self.start_A, self.start_B = LoraMatrix(rank, base.in_channels), LoraMatrix(base.out_channels, rank)
+
+    def start(self) -> tuple[Parameter, Parameter]:
+        """What A and B were."""
+        return self.start_A.weight, self.start_B.weight
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """With what is taken off: a LoRA of twice the rank, which applies to the base itself."""
+        (down, up), (first_down, first_up) = self.factors(), (one.asnumpy() for one in self.start())
+        factors = {DOWN: np.concatenate([down, first_down]), UP: np.concatenate([up, -first_up], 1)}
+        return factors | {ALPHA: np.array(2 * self.alpha)}
+
+    def start_from_weight(self) -> None:
+        """Fill both pairs, by subspace iteration (Halko et al., 2011, algorithms 4.4 and 5.1)."""
+        weight, rank = self.weight.asnumpy(), self.rank
+        basis = standard_normal((self.in_channels, min(2 * rank + 8, *weight.shape)), 0, "principal start", 0)
+        for _ in range(SUBSPACE_ITERATIONS):
+            basis = np.linalg.qr(weight.T @ (weight @ basis))[0]
+        left, values, right = np.linalg.svd(weight @ basis, full_matrices=False)
+        roots = np.sqrt(values[:rank] * np.float32(rank / self.alpha))
+        self.set_factors(roots[:, None] * (right @ basis.T)[:rank], left[:, :rank] * roots)
+        for one, value in zip(self.start(), self.factors(), strict=True):
+            one.set_data(Tensor(value))
+            one.requires_grad = False
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        first_down, first_up = self.start()
+        return ops.concat((self.lora_A.weight, first_down)), ops.concat((self.lora_B.weight, -first_up), 1)
+
+    def added(self, inputs: Tensor) -> Tensor:
+        down = _scaled(times_transposed(inputs, self.lora_A.weight), self.lora_scale)
+        first = _scaled(times_transposed(inputs, self.start_A.weight), self.lora_scale)
+        return times_transposed(down, self.lora_B.weight) - times_transposed(first, self.start_B.weight)
 
 
 class LoraConv2d(LoraLayer):
-    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise."""
+    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise.
 
-    def __init__(self, base: Conv2d, rank: int, alpha: float, dropout: Dropout | None = None) -> None:
+    With `has_middle` a factor (r, r, k, k) between them has these, and A is pointwise, too.
+    """
+
+    def __init__(
+        self, base: Conv2d, rank: int, alpha: float, dropout: Dropout | None = None, has_middle: bool = False
+    ) -> None:
         super().__init__(base, rank, alpha, dropout)
-        self.stored_layouts = base.stored_layouts
-        self.convolve = base.convolve
-        self.lora_A = Conv2d(base.in_channels, rank, base.kernel_size, base.stride, base.padding, has_bias=False)
+        self.stored_layouts, self.convolve = base.stored_layouts, base.convolve
+        of_base, pointwise = (base.kernel_size, base.stride, base.padding, False), (1, 1, None, False)
+        self.lora_A = Conv2d(base.in_channels, rank, *(pointwise if has_middle else of_base))
+        if has_middle:
+            self.lora_mid, self.has_middle = Conv2d(rank, rank, *of_base), True
         self.lora_B = Conv2d(rank, base.out_channels, kernel_size=1, has_bias=False)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        down = ops.reshape(self.lora_A.weight, (self.rank, -1))
+        if self.has_middle:
+            middle = ops.transpose(self.lora_mid.weight, (0, 2, 3, 1)) if on_ascend() else self.lora_mid.weight
+            down = ops.reshape(times(ops.reshape(middle, (-1, self.rank)), down), (self.rank, -1))
+        return down, ops.reshape(self.lora_B.weight, (-1, self.rank))
 
     def construct(self, x: Tensor) -> Tensor:
         y = self.convolve(x, self.weight, self.bias if self.has_bias else None)
         inputs = x.astype(ms.float32)
         if self.dropout is not None:
             inputs = ops.reshape(self.dropout(ops.reshape(inputs, (-1, inputs.shape[-1]))), inputs.shape)
-        down = _scaled(self.lora_A(inputs), self.lora_scale)
-        return y + self.lora_B(down).astype(y.dtype)
+        inner = self.lora_A(inputs)
+        if self.has_middle:
+            inner = self.lora_mid(inner)
+        return y + self.lora_B(_scaled(inner, self.lora_scale)).astype(y.dtype)
 
 
 def _scaled(down: Tensor, scale: Tensor) -> Tensor:
@@ -178,9 +283,12 @@ class LoraMatrix(nn.Cell):
         self.weight = empty_parameter((rows, columns))
 
 
+MakeLayer = Callable[[nn.Cell, Dropout | None], AdaptedLayer]
+
+
 def inject_lora(
     root: nn.Cell, rank: int, alpha: float, target_modules: Sequence[str], dropout: DropoutState | None = None
-) -> dict[str, LoraLayer]:
+) -> dict[str, Any]:
     """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
 
     Returns:
@@ -189,13 +297,18 @@ def inject_lora(
     Raises:
         ConfigError: as `layers_to_adapt`.
     """
-    layers, prefix = adaptable_layers(root), name_prefix(root)
-    channels = {name: (cell.out_channels, cell.in_channels) for name, cell in layers.items()}
+    channels = {name: (cell.out_channels, cell.in_channels) for name, cell in adaptable_layers(root).items()}
     wanted = layers_to_adapt(channels, rank, target_modules)
+    return inject(root, dict.fromkeys(wanted, lambda base, drop: lora_layer(base, rank, alpha, drop)), dropout)
+
+
+def inject(root: nn.Cell, makers: Mapping[str, MakeLayer], dropout: DropoutState | None) -> dict[str, Any]:
+    """The same, of layers by their names: each is made of the base layer and of what it drops."""
+    layers, prefix = adaptable_layers(root), name_prefix(root)
     adapted = {
-        name: lora_layer(cell, rank, alpha, Dropout(dropout, prefix + name) if dropout else None)
+        name: makers[name](cell, Dropout(dropout, prefix + name) if dropout else None)
         for name, cell in layers.items()
-        if name in wanted
+        if name in makers
     }
     put_in_place(root, adapted)
     return adapted
@@ -205,8 +318,7 @@ def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_mod
     """Those of a network's layers, given by their channels, whose names end in one of the targets.
 
     Raises:
-        ConfigError: a target matches no linear layer and no convolution; or the rank is larger than one of the layers,
-            so that more numbers would be trained than the layer has.
+        ConfigError: a target matches no linear layer and no convolution; or as `check_rank`.
     """
     chosen = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in target_modules}
     unmatched = [target for target, names in chosen.items() if not names]
@@ -217,10 +329,19 @@ def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_mod
             f"--lora_target_modules: no layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
         )
     wanted = set(chain.from_iterable(chosen.values()))
-    largest = min((min(layers[name]) for name in wanted), default=rank)
-    if rank > largest:
-        raise ConfigError(f"--rank: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
+    check_rank(rank, "rank", [layers[name] for name in wanted])
     return wanted
+
+
+def check_rank(rank: int, flag: str, layers: Collection[Sequence[int]]) -> None:
+    """Whether a rank fits layers, given by their channels.
+
+    Raises:
+        ConfigError: it is larger than one of them, so that more numbers would be trained than the layer has.
+    """
+    largest = min(map(min, layers), default=rank)
+    if rank > largest:
+        raise ConfigError(f"--{flag}: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
 
 
 def put_in_place(root: nn.Cell, layers: Mapping[str, nn.Cell]) -> None:
@@ -250,14 +371,35 @@ def adaptable_layers(root: nn.Cell) -> dict[str, Dense | Conv2d]:
     return {name: cell for name, cell in root.cells_and_names() if type(cell) in (Dense, Conv2d)}
 
 
-def initialise_lora(layers: dict[str, LoraLayer], seed: int, prefix: str = "") -> None:
-    """A ~ N(0, 1 / r^2) and B = 0, as the published DreamBooth scripts start; a function of (seed, prefix + name)."""
+ZERO_AT_START = (UP, "hada_w2_b", "lokr_w1", "oft_R")
+"""Factors by which a fresh update changes nothing, as in peft."""
+
+
+def initialise_lora(layers: Mapping[str, AdaptedLayer], seed: int, prefix: str = "") -> None:
+    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name).
+
+    A ~ N(0, 1 / r^2) as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers,
+    as in peft; DoRA's magnitudes are the norms of the base's rows. Those of PiSSA are singular values'.
+    """
     for name, layer in layers.items():
-        factor_a, factor_b = layer.factors()
-        draw = standard_normal(factor_a.shape, seed, "lora start", zlib.crc32((prefix + name).encode()))
-        layer.set_factors(draw / layer.rank, np.zeros_like(factor_b))
+        for factor, part in layer.parts.items():
+            if factor == MAGNITUDE:
+                # By the operation that is in the graph, so that a fresh update changes no bit.
+                part.parameter.set_data(norms(ops.reshape(layer.weight, (layer.out_channels, -1))))
+                continue
+            purpose = "lora start" if factor == DOWN else f"{factor} start"
+            draw = standard_normal(part.shape, seed, purpose, zlib.crc32((prefix + name).encode()))
+            deviation = 1 / part.shape[0] if factor == DOWN else 1 / math.sqrt(3 * math.prod(part.shape[1:]))
+            part.write(draw * 0 if factor in ZERO_AT_START else draw * np.float32(deviation))
+        if isinstance(layer, PrincipalDense):
+            layer.start_from_weight()
 
 
-def lora_trainables(layers: dict[str, LoraLayer]) -> list[Parameter]:
+def norms(weight_OI: Tensor) -> Tensor:
+    """Of the rows (O,)."""
+    return ops.sqrt((weight_OI * weight_OI).sum(1))
+
+
+def lora_trainables(layers: Mapping[str, AdaptedLayer]) -> list[Parameter]:
     """The parameters to train, in a fixed order."""
-    return [matrix.weight for layer in layers.values() for matrix in (layer.lora_A, layer.lora_B)]
+    return [part.parameter for layer in layers.values() for part in layer.parts.values()]

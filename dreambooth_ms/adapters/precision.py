@@ -8,7 +8,7 @@ copy.
 import mindspore as ms
 from mindspore import nn
 
-from dreambooth_ms.adapters.lora import LoraLayer
+from dreambooth_ms.adapters.lora import AdaptedLayer
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType, is_finite
 from dreambooth_ms.formats.files.stored import raw_bytes
@@ -30,7 +30,7 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
             cell.compute_dtype = dtype
             # If it was compiled before, such as to sample class pictures, it would go on as it was.
             cell.compile_cache.clear()
-        if isinstance(cell, Dense | Conv2d | Embedding | ExtendedEmbedding | LoraLayer):
+        if isinstance(cell, Dense | Conv2d | Embedding | ExtendedEmbedding | AdaptedLayer):
             for parameter in (cell.weight, getattr(cell, "bias", None)):
                 if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
                     parameter.set_dtype(dtype)

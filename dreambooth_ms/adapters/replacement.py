@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.lora_formats import BIAS, WEIGHT
+from dreambooth_ms.formats.naming.update_kinds import BIAS, WEIGHT
 
 CROSS_ATTENTION: dict[str, tuple[str, ...]] = {
     "crossattn_kv": ("attn2.to_k", "attn2.to_v"),

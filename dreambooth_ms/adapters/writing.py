@@ -19,7 +19,8 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
-from dreambooth_ms.formats.naming.lora_formats import ALPHA, DOWN, UP, LoraFormat, shared_layers, write_plan
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, shared_layers, write_plan
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, UP
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 

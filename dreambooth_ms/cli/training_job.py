@@ -199,7 +199,7 @@ class Training:
         moments = self.sharded.all_moments() if self.sharded and of_all else self.step.optimiser.moments()
         averages = self.average.averages if self.average else []
         scaling = self.step.scaler.state() if self.step.scaler else []
-        return [*self.learner.parameters, *moments, *averages, *scaling]
+        return [*self.learner.parameters, *self.learner.kept, *moments, *averages, *scaling]
 
     def result_weights(self) -> AbstractContextManager[None]:
         """Inside, the networks hold what the run is judged by: the average, if one is kept."""

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
+from dreambooth_ms.adapters.reweighted import CHANGES
 from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
@@ -30,6 +31,7 @@ from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.training import memory
 from dreambooth_ms.training.checkpoint import checkpoint_folders
 from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.training.methods import updates_of
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
@@ -153,24 +155,30 @@ def _workload(config: TrainConfig, folder: ModelBundle, processes: int) -> memor
     _, height, width = folder.latent_shape(data.resolution, data.resolution)
     prior, groups = config.prior, 1 + config.prior.preserves_class
     readers, shapes = folder.text if config.encodes_text else (), unet_shapes(folder.denoiser.spec)
-    rank = method.rank if method.method == "lora" else None
-    # New words are next to nothing.
-    ends = {"custom_diffusion": CROSS_ATTENTION[method.freeze_model], "textual_inversion": ()}.get(method.method)
-    of_unet = memory.ranks_of(shapes, rank, method.lora_target_modules)
-    of_unet = of_unet if ends is None else dict.fromkeys(memory.ranks_of(shapes, 1, ends))
-    texts = [(clip_text_shapes(one.spec), one.adapted_layers) for one in readers]
-    of_texts = [memory.ranks_of(own, rank, ends) if method.train_text_encoder else {} for own, ends in texts]
+    networks = [("unet", shapes), *((one.name, clip_text_shapes(one.spec)) for one in readers)]
+    if method.method == "lora":
+        updates = updates_of(method, folder)
+        ranks: list[memory.Ranks] = [
+            {layer: own.numbers(shapes[f"{layer}.weight"]) for layer, own in updates.get(name, {}).items()}
+            for name, shapes in networks
+        ]
+    else:
+        # New words are next to nothing.
+        ends = {"custom_diffusion": CROSS_ATTENTION[method.freeze_model], "textual_inversion": ()}.get(method.method)
+        of_unet = memory.ranks_of(shapes, None) if ends is None else dict.fromkeys(memory.ranks_of(shapes, 1, ends))
+        ranks = [of_unet, *(memory.ranks_of(own, None) if method.train_text_encoder else {} for _, own in networks[1:])]
     optimiser = "adamw_8bit" if config.optimiser.use_8bit_adam else config.optimiser.optimizer.lower()
-    keeps_base = prior.prior_preservation == "base_l2" and rank is None
+    keeps_base = prior.prior_preservation == "base_l2" and method.method != "lora"
     return memory.Workload(
         unet=folder.denoiser.spec,
         text_encoders=[reader.spec for reader in readers],
-        ranks=[of_unet, *of_texts],
+        ranks=ranks,
         rows=groups * run.train_batch_size,
         latent_height=height,
         latent_width=width,
         bytes_of_number=2 if config.device.mixed_precision in ("fp16", "bf16") else memory.FLOAT32,
         dropout=method.lora_dropout > 0,
+        computes_weights=method.adapter in CHANGES,
         on_ascend=formulation() is Formulation.ASCEND,
         recomputed=run.gradient_checkpointing,
         bytes_of_optimiser=memory.OPTIMISER_BYTES[optimiser],

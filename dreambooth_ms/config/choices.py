@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 FloatType: TypeAlias = Literal["fp32", "fp16", "bf16"]
 Method: TypeAlias = Literal["lora", "full", "custom_diffusion", "textual_inversion"]
+AdapterKind: TypeAlias = Literal["lora", "locon", "dora", "loha", "lokr", "oft"]
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 LearningRateSchedule: TypeAlias = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"

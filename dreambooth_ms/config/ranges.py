@@ -1,9 +1,11 @@
 """Ranges of values, in words and as tests. A field names its own: `rank: Annotated[int, at_least(1)] = 4`."""
 
+import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeAlias
 
 
 class Range(NamedTuple):
@@ -50,4 +52,19 @@ def memory_size(text: str) -> int | None:
     return int(float(found[1]) * 2 ** (30 if found[2] in "gG" else 20)) if found else None
 
 
+Pattern: TypeAlias = dict[str, float] | list[float]
+"""By the ends of layers' names; or by block, as kohya's scripts count."""
+
+
+def pattern(text: str | None) -> Pattern | None:
+    """{"to_q": 8, "attn2.to_k": 16}, or a list as 4,4,8; None for any other text."""
+    with suppress(ValueError, RecursionError):
+        read: Pattern = json.loads(text if text and text[0] in "{[" else f"[{text or ''}]")
+        numbers = list(read.values()) if isinstance(read, dict) else read
+        if all(type(own) in (int, float) and 0 <= own < math.inf for own in numbers):
+            return read
+    return None
+
+
+PATTERN = Range('{"end of a layer\'s name": number}, or a list of numbers', lambda text: bool(pattern(text)))
 MEMORY = Range("a size such as 16GB", lambda text: bool(memory_size(text)))

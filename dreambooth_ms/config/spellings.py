@@ -65,6 +65,7 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
         if len(both := re.findall(r"[\w.-]+", str(value))) == 2
         else {"min_timestep": value}
     ),
+    "use_dora": lambda value: {"adapter": "dora"} if _true(value) else {},
     "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},
     "v_parameterization": lambda value: {"prediction_type": "v_prediction" if _true(value) else None},
 }

@@ -13,6 +13,7 @@ from dreambooth_ms.config.ranges import (
     NOT_EMPTY,
     PART,
     PATH,
+    PATTERN,
     SEED,
     SHARE,
     SIDE,
@@ -202,6 +203,10 @@ _NOT_PICKLED = Rule(
     "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
 )
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+_CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"]
+_RANKED, _LOCON = not_with("adapter", "oft"), only_with("adapter", "locon")
+_BLOCKS = Range("from 2 to 64", lambda value: 2 <= value <= 64)
+_FACTORS = Range("-1, or at least 1", lambda value: value == -1 or value >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,13 +227,36 @@ class MethodConfig:
     """Layers left out at the end of the text encoders, in training, class and validation pictures; `sample` needs the
     same. Counted from 0 as in diffusers: 1 is what kohya's and the guides' trainers call --clip_skip 2. Their count
     is --clip_stop_at_last_layers here, as A1111 calls it, since a bare number does not say whose it is."""
-    rank: Annotated[int, at_least(1), _LORA] = 4
+    adapter: Annotated[choices.AdapterKind, _LORA] = "lora"
+    """The kind of update of lora. locon: of convolutions, too. dora: norm and direction apart. loha, lokr: products of
+    two by two, element by element or Kronecker's. oft: rotations. docs/methods.md compares them."""
+    rank: Annotated[int, at_least(1), _LORA, _RANKED] = 4
     """Rank of the LoRA update; the size of the file grows with it."""
-    lora_alpha: Annotated[int | None, at_least(1), _LORA] = None
+    lora_alpha: Annotated[int | None, at_least(1), _LORA, _RANKED] = None
     """The update is scaled by lora_alpha / rank. None: equal to the rank, a scale of 1."""
+    use_rslora: Annotated[bool, _LORA, _RANKED] = False
+    """Scale by lora_alpha / sqrt(rank), so that a large rank learns as fast as a small one."""
+    conv_rank: Annotated[int | None, at_least(1), _LORA, _RANKED] = None
+    """Rank for 3x3 convolutions, which get an update then, as with locon. None: that of the others."""
+    conv_alpha: Annotated[int | None, at_least(1), _LORA, _RANKED] = None
+    """lora_alpha for 3x3 convolutions. None: that of the others."""
+    rank_pattern: Annotated[str | None, PATTERN, _LORA, _RANKED] = None
+    """Other ranks by the ends of layers' names, as {"attn2.to_k": 8}; or for each block of the UNet, as kohya's
+    block_dims: 25 numbers for SD 1 and SD 2, 23 for SDXL, of linear layers and 1x1 convolutions. 0: no update."""
+    alpha_pattern: Annotated[str | None, PATTERN, _LORA, _RANKED] = None
+    """Other values of lora_alpha, in the same form."""
+    use_tucker: Annotated[bool, _LOCON] = False
+    """Between the factors of 3x3 convolutions a third one has the kernel: fewer numbers."""
+    lokr_factor: Annotated[int, _FACTORS, only_with("adapter", "lokr")] = -1
+    """Sides of lokr's first factor at most; the smaller, the larger is the file. -1: the two are of about one size."""
+    oft_block_size: Annotated[int, _BLOCKS, only_with("adapter", "oft")] = 32
+    """Columns that oft rotates together; it has to divide those of every layer."""
+    init_lora_weights: Annotated[Literal["gaussian", "pissa"], only_with("adapter", "lora")] = "gaussian"
+    """How A and B begin. gaussian: A random, B zero. pissa: with the largest singular values of the weight; the file
+    has twice the rank then, and applies to the base as it is."""
     lora_target_modules: Annotated[list[str], NOT_EMPTY, _LORA] = field(default_factory=_LORA_TARGETS.copy)
     """Layers of the UNet that get an update, by the end of their names."""
-    lora_dropout: Annotated[float, DECAY, _LORA] = 0.0
+    lora_dropout: Annotated[float, DECAY, _LORA, not_with("adapter", "dora", "loha", "lokr", "oft")] = 0.0
     """Share of the inputs of each LoRA update that is dropped at random in training."""
     save_precision: Annotated[choices.FloatType | None, Resume.MAY_CHANGE] = None
     """Type of the numbers of the result, and of what lies beside a checkpoint for other programs; what a run goes on
@@ -239,6 +267,12 @@ class MethodConfig:
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
+
+    @property
+    def targets(self) -> list[str]:
+        """The ends of names of layers of the UNet that get an update; convolutions, if no others are named."""
+        convolves = (self.adapter == "locon" or self.conv_rank) and self.lora_target_modules == _LORA_TARGETS
+        return self.lora_target_modules + (_CONVOLUTIONS if convolves else [])
 
     @property
     def suffix(self) -> str:
@@ -315,6 +349,8 @@ _ONE_RATE = refused_with(
     "optimizer", "prodigy", "prodigy has one rate for all weights; leave it out, or choose another --optimizer"
 )
 
+_OF_FACTORS = only_with("adapter", "lora", "locon", "dora")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserConfig:
@@ -325,6 +361,8 @@ class OptimiserConfig:
     custom_diffusion; 1 with prodigy, which multiplies its own by it."""
     text_encoder_lr: Annotated[float | None, above(0), _TEXT_ENCODER, _ONE_RATE] = None
     """Learning rate of the text encoder (both, for SDXL), or of new words. None: the same as --learning_rate."""
+    loraplus_lr_ratio: Annotated[float | None, above(0), _OF_FACTORS, _ONE_RATE] = None
+    """Learning rate of the factor B over that of A (LoRA+); its paper has 16. None: they have the same."""
     scale_lr: bool = False
     """Multiply the learning rates by pictures per step: batch size times accumulation steps times processes."""
     lr_scheduler: choices.LearningRateSchedule = "constant"

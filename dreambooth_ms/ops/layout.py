@@ -29,12 +29,29 @@ class StoredLayout:
     def restore(self, weight: np.ndarray) -> np.ndarray:
         """Stored form -> public form."""
         k = self.kernel_size
-        return np.ascontiguousarray(weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2))
+        # A copy also where nothing moves: what is read must not change with the parameter.
+        return weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2).copy()
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the public form of a stored weight."""
         k = self.kernel_size
         return (shape[0], shape[1] // (k * k), k, k)
+
+
+class FlatLayout(StoredLayout):
+    """The same of a matrix whose columns are those of such a weight: its public form is (r, I * k * k)."""
+
+    def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
+        """Public form -> stored form."""
+        return super().store(weight_OIKK.reshape(len(weight_OIKK), -1, self.kernel_size, self.kernel_size))
+
+    def restore(self, weight: np.ndarray) -> np.ndarray:
+        """Stored form -> public form."""
+        return super().restore(weight).reshape(weight.shape)
+
+    def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the public form, which is that of the stored one."""
+        return shape
 
 
 def image_axes() -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
 """Layers whose activations are not counted."""
 
 Ranks = Mapping[str, int | None]
-"""Of a network: the rank of the update of each layer that has one; None where its weights themselves are trained."""
+"""Of a network: how many numbers are trained of each layer's update; None where its weights themselves are trained."""
 
 ATTENTION_ENDS = tuple(
     f".{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -89,6 +89,8 @@ class Workload:
     """Of the type that the networks compute in, which frozen weights have too."""
     dropout: bool = False
     """Whether adapters drop inputs; what was dropped is kept."""
+    computes_weights: bool = False
+    """Whether the weights of layers with updates are computed anew in each step."""
     on_ascend: bool = False
     """In its formulation, whose attention is one kernel in half precision."""
     recomputed: bool = False
@@ -133,7 +135,7 @@ class MemoryEstimate:
 
 
 def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[str] | None = None) -> Ranks:
-    """One rank for the layers whose names end in one of the targets, or for all layers.
+    """LoRAs of one rank for the layers whose names end in one of the targets, or all layers themselves.
 
     Raises:
         ConfigError: there is no such layer, or one is smaller than the rank.
@@ -142,7 +144,8 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
         return {name.rpartition(".")[0]: rank for name in shapes}
     # Linear layers and convolutions; tables of embeddings have no targets.
     layers = {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in shapes.items() if shape[1:]}
-    return dict.fromkeys(layers_to_adapt(layers, rank, targets), rank)
+    wanted = {name: shapes[f"{name}.weight"] for name in layers_to_adapt(layers, rank, targets)}
+    return {name: rank * (shape[0] + math.prod(shape[1:])) for name, shape in wanted.items()}
 
 
 def estimate(work: Workload) -> MemoryEstimate:
@@ -178,7 +181,11 @@ def _with_weights(segment: SegmentMemory, work: Workload, shapes: Mapping[str, S
     """With the gradients of what is trained in it, and whole weights that are trained in the type computed in."""
     _, trained = _numbers(shapes, ranks)
     is_cast = None in ranks.values() and work.bytes_of_number < FLOAT32
-    return replace(segment, casts=work.bytes_of_number * trained * is_cast, gradients=FLOAT32 * trained)
+    adapted = [math.prod(shape) for name, shape in shapes.items() if ranks.get(name.removesuffix(".weight"))]
+    # The weight, and the two products or the like that it is made of.
+    computed = 3 * FLOAT32 * sum(adapted) * work.computes_weights
+    casts = work.bytes_of_number * trained * is_cast
+    return replace(segment, inside=segment.inside + computed, casts=casts, gradients=FLOAT32 * trained)
 
 
 def _step_on_cpu(work: Workload) -> dict[str, int]:
@@ -201,16 +208,16 @@ def _trained(ranks: Ranks) -> Trained:
 
 
 def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:
-    """Numbers that are frozen and trained; an update has the factors A, rank x inputs, and B, outputs x rank."""
+    """Numbers that are frozen and trained."""
     frozen = trained = 0
     for name, shape in shapes.items():
         layer, _, parameter = name.rpartition(".")
-        rank, size = ranks.get(layer, 0), math.prod(shape)
-        if rank is None:
+        of_update, size = ranks.get(layer, 0), math.prod(shape)
+        if of_update is None:
             trained += size
         else:
             frozen += size
-            trained += rank * (shape[0] + size // shape[0]) if parameter == "weight" else 0
+            trained += of_update if parameter == "weight" else 0
     return frozen, trained
 
 

@@ -7,9 +7,17 @@ from typing import Any, Literal
 
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
+from dreambooth_ms.adapters.adapter import Adapter, update_of
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
-from dreambooth_ms.adapters.lora import DropoutState, initialise_lora, inject_lora, lora_trainables, put_in_place
+from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
+from dreambooth_ms.adapters.lora import (
+    DropoutState,
+    PrincipalDense,
+    initialise_lora,
+    inject,
+    lora_trainables,
+    put_in_place,
+)
 from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
@@ -18,6 +26,8 @@ from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
+from dreambooth_ms.formats.naming.update_kinds import UP
+from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
 from dreambooth_ms.models.parameters import name_prefix, public_parameters
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
@@ -52,6 +62,8 @@ class Learner:
     dropout: DropoutState | None = None
     layers: Sequence[Any] = ()
     """With an update beside weights of the base that stay as they are. Empty: these are trained, or words alone."""
+    kept: Sequence[Parameter] = ()
+    """What a resumed run needs beside what is trained."""
     write_part: Write
     """Of what was trained, into the folder of a checkpoint."""
     write_result: Write
@@ -83,25 +95,41 @@ def lora(
     config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """Low-rank updates of the attention layers; the result is one small file."""
-    alpha = float(config.lora_alpha or config.rank)
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
-    targets = {"unet": config.lora_target_modules, **{one.name: list(one.adapted_layers) for one in base.text}}
-    layers, words = {}, _words_of(base, text_encoders)
+    layers, words, updates = {}, _words_of(base, text_encoders), updates_of(config, base)
     for name, network in _networks(config, unet, text_encoders).items():
-        layers[name] = inject_lora(network, config.rank, alpha, targets[name], dropout)
+        layers[name] = inject(network, {layer: own.layer for layer, own in updates[name].items()}, dropout)
         initialise_lora(layers[name], seed, name_prefix(network))
     model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        updates = {part: {n: LoraUpdate.of_layer(cell) for n, cell in own.items()} for part, own in layers.items()}
+        written = {part: {n: update_of(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
-        write_adapter(Adapter(updates), target / ADAPTER, LoraFormat.DIFFUSERS, model, dtype, metadata)
+        write_adapter(Adapter(written), target / ADAPTER, form_of(config), model, dtype, metadata)
 
     parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
-    writing = {"write_part": write, "write_result": write, "result": ADAPTER}
-    adapted = [cell for own in layers.values() for cell in own.values()]
-    return _learner(unet, text_encoders, parameters, **writing, dropout=dropout, layers=adapted)
+    cells = [cell for own in layers.values() for cell in own.values()]
+    kept = [one for cell in cells if isinstance(cell, PrincipalDense) for one in cell.start()]
+    more = {"result": ADAPTER, "dropout": dropout, "layers": cells, "kept": kept}
+    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, **more)
+
+
+def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
+    """Of the layers that `lora` trains, by network.
+
+    Raises:
+        ConfigError: as `layer_updates`.
+    """
+    spec, readers = base.denoiser.spec, base.text if config.train_text_encoder else ()
+    texts = {one.name: (clip_text_shapes(one.spec), one.adapted_layers) for one in readers}
+    return layer_updates(config, {"unet": (unet_shapes(spec), config.targets), **texts}, spec)
+
+
+def form_of(config: MethodConfig) -> LoraFormat:
+    """In which an adapter's file is written: that which the most programs read of those with a place for its kind."""
+    forms = {"dora": LoraFormat.DIFFUSERS_PEFT} | dict.fromkeys(("loha", "lokr", "oft"), LoraFormat.KOHYA)
+    return LoraFormat.KOHYA if config.use_tucker else forms.get(config.adapter, LoraFormat.DIFFUSERS)
 
 
 def full(
@@ -213,8 +241,10 @@ def _learner(
 
 
 def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Optimiser:
-    """The optimiser, with the learning rate and weight decay of text encoders as factors of the others'."""
+    """The optimiser, with the learning rate and weight decay of text encoders as factors of the others'; and that of B
+    as a factor of A's (LoRA+: Hayou et al., 2024, section 4)."""
     o, parameters = config.optimiser, [one.parameter for one in trainables]
+    b_over_a = o.loraplus_lr_ratio or 1.0
     rates = {"unet": 1.0, "text_encoder": o.text_encoder_lr / config.learning_rate if o.text_encoder_lr else 1.0}
     decays = {"unet": o.adam_weight_decay, "text_encoder": config.text_encoder_weight_decay}
     decay = max(decays.values())
@@ -224,6 +254,6 @@ def choose_optimiser(config: TrainConfig, trainables: Sequence[Trainable]) -> Op
     return kinds[o.optimizer](
         parameters,
         Hyperparameters(*adam, *prodigy, o.adafactor_scale_parameter),
-        [rates[one.kind] for one in trainables],
+        [rates[one.kind] * (b_over_a if one.parameter.name.endswith(f".{UP}") else 1.0) for one in trainables],
         [decays[one.kind] / (decay or 1.0) for one in trainables],
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from dreambooth_ms.adapters.lora import LoraLayer
+from dreambooth_ms.adapters.lora import AdaptedLayer, LoraConv2d, LoraDense, LoraLayer
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.ops import look_up, part, total
 from dreambooth_ms.ops.graph import after
@@ -30,15 +30,28 @@ class Penalty(nn.Cell):
         super().__init__(auto_prefix=False)
         words = learner.text_encoders.new_rows().values() if learner.text_encoders else ()
         whole = [one for one in learner.parameters if all(one is not word for word in words)]
-        alike = _places([(one.rank, one.alpha) for one in learner.layers])
-        squares = [_LowRank([learner.layers[place] for place in own]) for own in alike] or [_Difference(whole)]
-        self.squares, self.weight = nn.CellList(squares, auto_prefix=False), weight
+        plain = [one for one in learner.layers if type(one) in (LoraDense, LoraConv2d) and not one.has_middle]
+        alike = _places([(one.rank, one.alpha) for one in plain])
+        squares: list[nn.Cell] = [_LowRank([plain[place] for place in own]) for own in alike]
+        squares += [_Change(one) for one in learner.layers if one not in plain]
+        self.squares, self.weight = nn.CellList(squares or [_Difference(whole)], auto_prefix=False), weight
 
     def construct(self) -> Tensor:
         found = self.squares[0]()
         for square in self.squares[1:]:
             found = found + square()
         return found * self.weight
+
+
+class _Change(nn.Cell):
+    """() -> (), the sum of the squares of what a layer's update adds to its weight."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self) -> Tensor:
+        return self.layer.squared_change()
 
 
 class _Difference(nn.Cell):
@@ -139,7 +152,7 @@ class BaseAnswers(CompiledCell):
 
     title = "the base's answers"
 
-    def __init__(self, denoiser: nn.Cell, layers: Sequence[LoraLayer]) -> None:
+    def __init__(self, denoiser: nn.Cell, layers: Sequence[AdaptedLayer]) -> None:
         super().__init__(auto_prefix=False)
         self.denoiser, self.scales = denoiser, ParameterTuple([one.lora_scale for one in layers])
         self.values = tuple(Tensor(one.asnumpy()) for one in self.scales)

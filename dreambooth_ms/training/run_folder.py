@@ -88,7 +88,7 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
     sections, here = yaml.safe_load(checkpoint.config) or {}, vars(config.method) | vars(config.words)
     there = sections.get("method", {}) | sections.get("words", {})
     names = ["method", "train_text_encoder", "clip_skip", "rank", "lora_target_modules", "use_ema", "freeze_model"]
-    names += ["modifier_token", "num_vectors", "train_new_words"]
+    names += ["modifier_token", "num_vectors", "train_new_words", "adapter", "init_lora_weights", "rank_pattern"]
     differences = _told([name for name in names if name in there], there, here)
     if differences:
         raise ConfigError(

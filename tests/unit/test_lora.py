@@ -158,7 +158,7 @@ def bits_of_a(layers):
 
 class TestItsStart:
     def test_b_is_zero_and_a_is_normal_with_deviation_one_over_the_rank(self, started):
-        updates = [LoraUpdate.of_layer(layer) for layer in started.values()]
+        updates = [LoraUpdate(*layer.factors()) for layer in started.values()]
         assert not any(own.up.any() for own in updates)
         draws = np.concatenate([own.down.ravel() for own in updates])
         # Five standard deviations of the estimates from this many draws.

@@ -20,6 +20,19 @@ from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
 from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, WritePlan, found_slot, locate, unwrapped
 from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, kind_of_change, matching, other_kind, word_in
+from dreambooth_ms.formats.naming.update_kinds import (
+    ALPHA,
+    BIAS,
+    DOWN,
+    FACTORS,
+    MID,
+    OF_BIAS,
+    UP,
+    WEIGHT,
+    fits,
+    kind_of,
+    norms_fit,
+)
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
@@ -55,13 +68,11 @@ class OtherFormat(Enum):
 
 AdapterFormat: TypeAlias = LoraFormat | OtherFormat
 
-FACTORS = DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
-WEIGHT, BIAS = "weight", "bias"
-
-CHANGED = tuple(TABLES["change_factors"].values())
-
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks that can be adapted, by the names of their folders, in the order of files."""
+
+ALL_FACTORS = (DOWN, UP, *dict.fromkeys(TABLES["update_factors"].values()), "ia3", WEIGHT, BIAS)
+"""What a layer may have, whatever its kind."""
 
 _DOTTED, _UNDERSCORED = TABLES["lora_dotted"], TABLES["lora_underscored"]
 # How names of factors end: in the words of peft, kohya, diffusers or its attention processors; with a number, or the
@@ -69,6 +80,7 @@ _DOTTED, _UNDERSCORED = TABLES["lora_dotted"], TABLES["lora_underscored"]
 _FACTOR = re.compile(
     r"(?:\.lora(?:_linear_layer)?[._]|_lora\.)(?:(?P<down>A|down)|B|up)(?:_\d+)?(?:(?:\.[^.]+)?\.weight)?$"
 )
+_OTHER_FACTOR = re.compile(rf"\.(?P<factor>{'|'.join(TABLES['update_factors'])})(?:\.default)?(?:\.weight)?$")
 _PROCESSORS = (re.compile(r"(?<=\.to_out)\.0$"), ""), (re.compile(r"(?<=\.self_attn\.)(\w+)_proj$"), r"to_\1")
 """What diffusers' attention processors called the layers of attention."""
 
@@ -122,7 +134,7 @@ def recognise_lora(
         # Layers that compression left nothing of are in the file, empty.
         changed = {name: shape for name, shape in stored.items() if 0 not in shape}
         kind, stored = form.value, {name: shape for name, shape in changed.items() if word_in(name, "") is None}
-    elif not any(re.search(r"lora[._]", name) for name in names):
+    elif not any(re.search(r"lora[._]", name) or _OTHER_FACTOR.search(name) for name in names):
         raise WeightError(f"{source}: this is {other_kind(stored)}; expected a LoRA")
     if kinds := matching(TABLES["lora_for_others"], names):
         raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
@@ -158,29 +170,32 @@ def read_plan(
     `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
     """
     weights, by_path = lora_layers(model, parts), layers_by_path(model, parts)
-    split, factors = (split_change, CHANGED) if isinstance(form, OtherFormat) else (split_name, FACTORS)
+    split = split_change if isinstance(form, OtherFormat) else split_name
+    ia3 = {name.removesuffix("on_input") + "weight" for name in stored if name.endswith(".on_input")}
 
     def held_by(name: str) -> dict[str, Slot]:
-        path, factor = split(name)
+        path, factor = (split_name(name.removesuffix("weight") + "on_input")[0], "ia3") if name in ia3 else split(name)
         found = by_path.get(path, ()) if factor else ()
-        held = [layer for layer in found if factor != BIAS or f"{layer}.{BIAS}" in model_shapes(model)]
+        held = [layer for layer in found if factor not in OF_BIAS or f"{layer}.{BIAS}" in model_shapes(model)]
         # A is common to them, and B has a block of rows for each.
         whole = Slot(name, blocks=len(held) if factor == UP else 1)
         return {f"{layer}.{factor}": replace(whole, block=i % whole.blocks) for i, layer in enumerate(held)}
 
-    places, unknown = locate(stored, held_by, (f"{layer}.{factor}" for layer in weights for factor in factors))
+    places, unknown = locate(stored, held_by, (f"{layer}.{factor}" for layer in weights for factor in ALL_FACTORS))
     if form is LoraFormat.MINDONE:
         # mindone may save the adapted layers' own weights besides.
         unknown = naming_of(Format.MINDONE, model).locate(unknown)[1]
     layers, misshaped, missing = {}, [], []
     for name, weight in weights.items():
-        found = {factor: places[f"{name}.{factor}"][0] for factor in factors if f"{name}.{factor}" in places}
-        needed = (WEIGHT,) if {WEIGHT, BIAS} & found.keys() else (DOWN, UP)
-        lacking = [f"{name}.{factor}" for factor in needed if found and factor not in found]
-        missing += lacking
-        if not found or lacking:
+        found = {factor: places[f"{name}.{factor}"][0] for factor in ALL_FACTORS if f"{name}.{factor}" in places}
+        if not found:
             continue
-        if fitting := _as_found(found, weight, stored):
+        try:
+            fitting = _as_found(found, weight, stored)
+        except KeyError as error:
+            missing.append(f"{name}.{error.args[0]}")
+            continue
+        if fitting:
             layers[name] = fitting
         else:
             shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
@@ -233,14 +248,24 @@ def _plans(
 
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
-    """The layer's slots as the file has them; None if their shapes make no update of the weight."""
-    rank = next(iter(stored[found[DOWN].name]), 0) if DOWN in found else 1
-    shapes = dict(zip((DOWN, UP, WEIGHT, BIAS), (*factor_shapes(weight, rank), weight, weight[:1]), strict=True))
-    slots = [(factor, slot, stored[slot.name]) for factor, slot in found.items()]
-    own = {factor: found_slot(slot, shapes[factor], shape) for factor, slot, shape in slots if factor != ALPHA}
-    if not rank or not all(own.values()) or (ALPHA in found and math.prod(stored[found[ALPHA].name]) != 1):
+    """The layer's slots as the file has them; None if their shapes make no update of the weight.
+
+    Raises:
+        KeyError: one is missing, with its name.
+    """
+    shapes, kind = {factor: stored[slot.name] for factor, slot in found.items()}, kind_of(found)
+    if not kind or math.prod(shapes.get(ALPHA, ())) != 1:
         return None
-    return {**found, **{factor: slot for factor, slot in own.items() if slot}}
+    if kind != "lora":
+        return dict(found) if fits(kind, shapes, weight) else None
+    rank, points = next(iter(shapes[DOWN]), 0), tuple(1 for _ in weight[2:])
+    around = (*weight[:2], *points) if MID in found else weight
+    expected = dict(zip((DOWN, UP), factor_shapes(around, rank), strict=True))
+    expected |= {MID: (rank, rank, *weight[2:])} if MID in found else {}
+    slots = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
+    if not (rank and norms_fit(shapes, weight) and all(slots.values())):
+        return None
+    return {**found, **{factor: slot for factor, slot in slots.items() if slot}}
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
@@ -274,8 +299,9 @@ def split_name(name: str) -> tuple[str, str]:
     plain = unwrapped(name).replace(".processor.", ".").replace("_orig_mod_", "")
     if match := _FACTOR.search(plain):
         return plain[: match.start()], DOWN if match["down"] else UP
-    path, dot, last = plain.rpartition(".")
-    return (path, ALPHA) if dot and last == ALPHA else (plain, "")
+    if match := _OTHER_FACTOR.search(plain):
+        return plain[: match.start()], TABLES["update_factors"][match["factor"]]
+    return plain, ""
 
 
 def split_change(name: str) -> tuple[str, str]:

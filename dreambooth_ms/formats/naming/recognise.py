@@ -23,7 +23,9 @@ HEAD_WIDTH = 64
 OTHER_METHODS: dict[str, str] = TABLES["other_methods"]
 _CHANGES = {kind: re.compile(pattern) for kind, pattern in TABLES["change_marks"].items()}
 EMBEDDING, CUSTOM_DIFFUSION = _CHANGES
-_OTHER_KINDS = TABLES["other_kinds"] | {"a LoRA": "|".join((TABLES["other_kinds"]["a LoRA"], *OTHER_METHODS.values()))}
+_UPDATES = rf"\.(?:{'|'.join(name for name in TABLES['update_factors'] if name != 'alpha')})(?:\.|$)"
+_OTHER_KINDS = dict(TABLES["other_kinds"])
+_OTHER_KINDS["a LoRA"] = "|".join((_OTHER_KINDS["a LoRA"], _UPDATES, *OTHER_METHODS.values()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""Updates that a formula makes of a layer's tensors, by the names that these have in files, and of its weight.
+
+LoRA (Hu et al., 2021, section 4.1), with a middle factor for convolutions (LoCon), and DoRA (Liu et al., 2024, eq. 5);
+LoHa (Hyeon-Woo et al., 2022, proposition 2) and LoKr (Yeh et al., 2024, section 3) as LyCORIS and peft have them; OFT
+(Qiu et al., 2023, section 3.3), of rows as LyCORIS' or of columns as peft's; IA3 (Liu et al., 2022); differences.
+
+Shapes: O output and I input channels, K side of a convolution's kernel, r rank. Weights are (O, I) or (O, I, K, K).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreambooth_ms.errors import WeightError
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, MID, UP, kind_of, rank_of
+
+Factors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class FormulaUpdate:
+    """What the formula of their kind makes of a layer's tensors."""
+
+    factors: Factors
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Those that it changes."""
+        return ("weight", "bias") if "diff_b" in self.factors else ("weight",)
+
+    def delta(self, value: np.ndarray, parameter: str = "weight") -> np.ndarray:
+        """What it adds to a parameter, float32.
+
+        Raises:
+            WeightError: it is for a layer of another size.
+        """
+        kind, f = kind_of(self.factors), {name: own.astype(np.float32) for name, own in self.factors.items()}
+        try:
+            delta = (f["diff_b"] if parameter == "bias" else _FORMULAS[str(kind)](f, value)).reshape(value.shape)
+            return _decomposed(delta, f[MAGNITUDE], value) if MAGNITUDE in f else delta
+        except ValueError as error:
+            raise WeightError(f"the adapter does not fit the base: {error} for {value.shape}") from error
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of them."""
+        return dict(self.factors)
+
+
+def _scale(f: Factors) -> np.float32:
+    """alpha / r; 1 without either."""
+    rank = rank_of(f)
+    return np.float32(f[ALPHA].reshape(-1)[0] / rank if rank and ALPHA in f else 1)
+
+
+def lora(f: Factors, value: np.ndarray) -> np.ndarray:
+    """alpha / r * B A, or with the middle factor M (r, r, K, K) the sum over both ranks of B M A."""
+    down, up = f[DOWN].reshape(len(f[DOWN]), -1), f[UP].reshape(len(f[UP]), -1)
+    rows = np.einsum("rs...,si->ri...", f[MID], down).reshape(len(f[MID]), -1) if MID in f else down
+    return _scale(f) * (up @ rows)
+
+
+def _decomposed(delta: np.ndarray, magnitude: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """What makes of W the W + delta whose rows, or columns, have this norm."""
+    changed, columns = value + delta, magnitude.shape[:2] == (1, value.shape[1]) and magnitude.ndim == value.ndim
+    axes = tuple(axis for axis in range(value.ndim) if axis != int(columns))
+    norm = np.sqrt((changed**2).sum(axes, keepdims=True))
+    return changed * (magnitude.reshape(norm.shape) / norm) - value
+
+
+def loha(f: Factors, value: np.ndarray) -> np.ndarray:
+    """alpha / r * (A1 B1) * (A2 B2), element by element; with cores T (r, r, K, K) both are Tucker's products."""
+    left, right = (_product(f[f"hada_w{n}_a"], f[f"hada_w{n}_b"], f.get(f"hada_t{n}")) for n in (1, 2))
+    return _scale(f) * left * right
+
+
+def lokr(f: Factors, value: np.ndarray) -> np.ndarray:
+    """alpha / r * kron(C, D), where both may be products; with neither there is no rank, and the scale is 1."""
+    left = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
+    right = f["lokr_w2"] if "lokr_w2" in f else _product(f["lokr_w2_a"], f["lokr_w2_b"], f.get("lokr_t2"))
+    columns = right.size // len(right) // math.prod(value.shape[2:])
+    right = right.reshape(len(right), columns, -1)
+    return _scale(f) * left[:, None, :, None, None] * right[None, :, None, :, :]
+
+
+def _product(a: np.ndarray, b: np.ndarray, core: np.ndarray | None) -> np.ndarray:
+    """A (O, r) times B (r, I); or of A (r, O) and B (r, I) with a core (r, r, K, K) the sum over both ranks."""
+    if core is None:
+        return a @ b.reshape(len(b), -1)
+    return np.einsum("rs...,ro,si->oi...", core, a, b)
+
+
+def rotated_rows(f: Factors, value: np.ndarray) -> np.ndarray:
+    """R W - W for blocks (n, b, b) of rows: R = (1 + Q) (1 - Q)^-1 of Q = S - S^T. An alpha bounds the norm of Q by
+    alpha * O, and `oft_rescale` is a factor of each row."""
+    skew = f["oft_blocks"] - f["oft_blocks"].transpose(0, 2, 1)
+    bound, norm = float(f[ALPHA].reshape(-1)[0]) * len(value) if ALPHA in f else 0.0, np.linalg.norm(skew)
+    if 0 < bound < norm:
+        skew = skew * np.float32(bound / norm)
+    one = np.eye(skew.shape[1], dtype=np.float32)
+    rotation = (one + skew) @ np.linalg.inv(one - skew)
+    rows = rotation.transpose(0, 2, 1) @ value.reshape(len(skew), skew.shape[1], -1)
+    rescale = f["oft_rescale"].reshape(-1, 1) if "oft_rescale" in f else 1
+    return rows.reshape(len(value), -1) * rescale - value.reshape(len(value), -1)
+
+
+NEUMANN_TERMS = 5
+"""Of the series that peft takes for a Cayley transform, as its configurations have it by default."""
+
+
+def rotated_columns(f: Factors, value: np.ndarray) -> np.ndarray:
+    """W R^T - W for blocks of columns, whose Q (b, b) is skew with the upper triangle given, (n, b (b - 1) / 2); R is
+    1 + 2 Q + ... + 2 Q^(m-2) + Q^(m-1), by m terms. A single Q is that of all blocks."""
+    triangles = f["oft_R"]
+    side = math.isqrt(2 * triangles.shape[1]) + 1
+    skew = (triangles @ skew_basis(side)).reshape(-1, side, side)
+    power, rotation = skew, np.eye(side, dtype=np.float32) + 2 * skew
+    for _ in range(NEUMANN_TERMS - 3):
+        power = power @ skew
+        rotation = rotation + 2 * power
+    rotation = rotation + power @ skew
+    blocks = value.reshape(len(value), -1, 1, side) @ rotation.transpose(0, 2, 1)
+    return blocks.reshape(len(value), -1) - value.reshape(len(value), -1)
+
+
+def skew_basis(side: int) -> np.ndarray:
+    """(b (b - 1) / 2, b * b) of 0, 1 and -1: upper triangles, row by row, times this are skew-symmetric matrices."""
+    rows, columns = np.triu_indices(side, 1)
+    basis, numbers = np.zeros((len(rows), side, side), np.float32), np.arange(len(rows))
+    basis[numbers, rows, columns], basis[numbers, columns, rows] = 1, -1
+    return basis.reshape(len(rows), -1)
+
+
+def scaled(f: Factors, value: np.ndarray) -> np.ndarray:
+    """W times a number for each of its rows, or with `ia3_on_input` of its columns."""
+    shape = [1] * value.ndim
+    shape[int(f["ia3_on_input"].reshape(-1)[0])] = -1
+    return value * f["ia3"].reshape(shape)
+
+
+_FORMULAS: Mapping[str, Callable[[Factors, np.ndarray], np.ndarray]] = {
+    "lora": lora,
+    "hada": loha,
+    "lokr": lokr,
+    "oft": lambda f, value: (rotated_columns if "oft_R" in f else rotated_rows)(f, value),
+    "ia3": scaled,
+    "diff": lambda f, value: f["diff"],
+}
+"""By kind: a layer's tensors and its weight, float32 -> what is added to it, of as many elements."""
