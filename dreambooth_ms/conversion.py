@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
+from dreambooth_ms.adapters.adapter import Adapter, Update
 from dreambooth_ms.adapters.file import (
     CUSTOM_DIFFUSION,
     FILE_NAME,
@@ -25,13 +25,14 @@ from dreambooth_ms.adapters.file import (
     OpenedAdapter,
     holds_adapter,
     open_adapter,
+    scaled_updates,
 )
-from dreambooth_ms.adapters.low_rank import as_lora
+from dreambooth_ms.adapters.low_rank import as_lora, is_reduced, low_rank
 from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import joined_words, word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements, writing_notes
 from dreambooth_ms.atomic import check_free, new_folder
-from dreambooth_ms.config.commands import ConversionConfig, MergingConfig
+from dreambooth_ms.config.commands import ConversionConfig, ExtractionConfig, MergingConfig
 from dreambooth_ms.config.sources import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of, show_names
@@ -40,9 +41,9 @@ from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import read_json
 from dreambooth_ms.formats.model_config import read_latent_settings
 from dreambooth_ms.formats.naming.formats import Format
-from dreambooth_ms.formats.naming.lora_formats import AdapterFormat, LoraFormat, OtherFormat
+from dreambooth_ms.formats.naming.lora_formats import AdapterFormat, LoraFormat, OtherFormat, lora_layers
 from dreambooth_ms.formats.naming.recognise import with_channels
-from dreambooth_ms.formats.naming.update_kinds import ALPHA
+from dreambooth_ms.formats.naming.update_kinds import BESIDE, needs_base, title_of
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
@@ -96,20 +97,69 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
     words_alone = None if opened.adapter.parts else OtherFormat.EMBEDDING.name.lower()
     form = adapter_format_of(target, wanted.format or words_alone)
-    dtype, notes = DTYPES[wanted.dtype] if wanted.dtype else opened.dtype, opened.notes
     adapter, lost = _fitting_adapter(form, opened, wanted)
+    fitting = replace(opened, adapter=adapter, form=form)
+    yield from _write_adapter(fitting, target, wanted.dtype, [*opened.notes, *lost])
+
+
+def extract(wanted: ExtractionConfig) -> Iterator[str]:
+    """Write a LoRA of what a model differs by from the one that it was trained from.
+
+    Yields:
+        what the user should know, line by line; at the end of them it is written.
+
+    Raises:
+        WeightError: anything is wrong with a model or the target, the models are of different sizes, or do not differ.
+    """
+    target = Path(wanted.target)
+    check_free(target)
+    base, tuned = (open_model(Path(path)) for path in (wanted.base, wanted.tuned))
+    for model in (base, tuned):
+        model.check()
+    weights, form = lora_layers(base.spec), adapter_format_of(target, wanted.format)
+    if weights != lora_layers(tuned.spec):
+        raise WeightError(f"{tuned.path}: has layers of other sizes than {base.path}; name the base that it is made of")
+    pairs = {name: (own, base.tensors[name]) for name, own in tuned.tensors.items() if name in base.tensors}
+    changed = [name for name, pair in tqdm(pairs.items(), desc="comparing", unit="tensor") if _differ(*pair)]
+    layers = [layer for layer in weights if f"{layer}.weight" in changed]
+    if not layers:
+        raise WeightError(f"{tuned.path}: its layers are those of {base.path}: there is nothing to extract")
+
+    def delta(layer: str) -> np.ndarray:
+        one, other = (tensor.cast_to(DType.F32).read() for tensor in pairs[f"{layer}.weight"])
+        return one - other
+
+    updates, lost = low_rank(layers, delta, wanted.rank, wanted.extract_ratio or 1.0)
+    notes, others = [lost], [name for name in changed if name.removesuffix(".weight") not in updates]
+    if others:
+        notes += [f"A LoRA has no place for {count_of(len(others), 'tensor')} that differ, too ({show_names(others)})."]
+    dtype, adapter = pairs[f"{layers[0]}.weight"][0].dtype, Adapter.of(updates)
+    opened = OpenedAdapter(tuned.path, tuned.container, form, (base.spec,), adapter, dtype, {})
+    yield from _write_adapter(opened, target, wanted.dtype, notes)
+
+
+def _differ(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether tensors are more than the same numbers, rounded to the type of either."""
+    return one.shape != other.shape or not any(
+        np.array_equal(one.cast_to(dtype).read(), other.cast_to(dtype).read()) for dtype in {one.dtype, other.dtype}
+    )
+
+
+def _write_adapter(opened: OpenedAdapter, target: Path, dtype_name: str | None, notes: Sequence[str]) -> Iterator[str]:
+    """Write an adapter in its format, with its words; yields the notes and what else the user should know."""
+    adapter, form, dtype = opened.adapter, opened.form, DTYPES[dtype_name] if dtype_name else opened.dtype
     is_file = bool(target.suffix) and target.suffix in EXTENSIONS[form]
     for word in adapter.words if is_file else ():
         check_free(word_file(target.parent, word))
     with nullcontext(target) if is_file else new_folder(target) as place:
         if isinstance(form, LoraFormat):
-            write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=source)
+            write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=opened.path)
         elif form is OtherFormat.CUSTOM_DIFFUSION:
             file = place if is_file else place / CUSTOM_DIFFUSION
             write_replacements(adapter.parts["unet"], file, dtype, opened.metadata)
         write_words(adapter.words, target.parent if is_file else place, dtype, {})
-    yield from (*notes, *lost, *(writing_notes(adapter, form) if isinstance(form, LoraFormat) else ()))
-    yield f"wrote {target}: {describe_adapter(replace(opened, adapter=adapter, form=form))}"
+    yield from (*notes, *(writing_notes(adapter, form) if isinstance(form, LoraFormat) else ()))
+    yield f"wrote {target}: {describe_adapter(opened)}"
 
 
 def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig) -> tuple[Adapter, list[str]]:
@@ -118,17 +168,24 @@ def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: Convers
     Raises:
         WeightError: the format has no place for it.
     """
-    source, adapter = opened.path, opened.adapter
+    source, adapter, rank = opened.path, opened.adapter, wanted.rank
     whole = {isinstance(own, Replacement) for own in adapter.updates.values()}
-    if True in whole and isinstance(form, LoraFormat):
-        base = wanted.base or trained_base(source) or ""
-        if not os.path.exists(base):
+    reduced = {layer for layer, own in adapter.updates.items() if is_reduced(own, rank)}
+    if whole and (reduced or rank) and isinstance(form, LoraFormat):
+        base, shapes = wanted.base or trained_base(source) or "", lora_layers(opened.model)
+        of_base = {layer for layer in reduced if needs_base(adapter.updates[layer].tensors())}
+        if of_base and not os.path.exists(base):
             raise WeightError(f"{source}: its weights become a LoRA by what they add to its base; name it with --base")
-        tensors = open_model(Path(base)).tensors
-        read = lambda layer: tensors[f"{layer}.weight"].cast_to(DType.F32).read()  # noqa: E731
-        return as_lora(adapter, read, wanted.rank, source)
-    if wanted.rank:
-        raise WeightError(f"{source}: --rank is for Custom Diffusion weights that become a LoRA; leave it out")
+        tensors = open_model(Path(base)).tensors if of_base else {}
+
+        def weight(layer: str) -> np.ndarray:
+            if layer in of_base:
+                return tensors[f"{layer}.weight"].cast_to(DType.F32).read()
+            return np.zeros(shapes[layer], np.float32)
+
+        return as_lora(adapter, weight, rank, source)
+    if rank and not isinstance(form, LoraFormat):
+        raise WeightError(f"{source}: --rank is for what becomes a LoRA; leave it out")
     if form is OtherFormat.CUSTOM_DIFFUSION and whole != {True}:
         raise WeightError(f"{source}: holds no whole weights, as Custom Diffusion's files do; choose another --format")
     if (form is OtherFormat.EMBEDDING) != (not whole):
@@ -371,16 +428,18 @@ def _size_of(part: str, model: ModelSpec) -> str:
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     adapter, kind = opened.adapter, opened.kind.removeprefix("a ")
-    form = f"{kind}, {opened.form.value}" if kind == "LoRA" else kind
+    form = f"{kind}, {opened.form.value}" if isinstance(opened.form, LoraFormat) else kind
     yield f"format: {form}, {opened.container.value}"
     yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
-    if loras := [own for own in adapter.updates.values() if isinstance(own, LoraUpdate)]:
+    if loras := scaled_updates(adapter).values():
         yield f"rank: {', '.join(map(str, sorted({own.rank for own in loras})))}"
         yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({own.alpha_or_rank for own in loras}))}"
+    if adapter.parts:
+        yield f"updates: {'; '.join(_kinds(adapter))}"
     for part, layers in adapter.parts.items():
         tensors = chain.from_iterable(own.tensors().items() for own in layers.values())
-        count = count_of(sum(value.size for name, value in tensors if name != ALPHA), "parameter")
+        count = count_of(sum(value.size for name, value in tensors if name not in BESIDE), "parameter")
         replaced = dict.fromkeys(n.rpartition("attn2.")[2] for n, own in layers.items() if isinstance(own, Replacement))
         of = f" in place of the model's own: {', '.join(replaced)} of cross-attention" if replaced else ""
         yield f"{part}: {count} in {count_of(len(layers), 'layer')}{of}"
@@ -389,6 +448,18 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     yield from _metadata(opened.metadata)
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)
+
+
+def _kinds(adapter: Adapter) -> Iterator[str]:
+    """Each kind of its updates, with ranks and alphas, and of how many layers it is."""
+    kinds, scaled = dict[str, list[str]](), scaled_updates(adapter)
+    for name, own in adapter.updates.items():
+        kinds.setdefault(title_of(own.tensors()), []).append(name)
+    for title, names in kinds.items():
+        scales = {(scaled[name].rank, scaled[name].alpha_or_rank) for name in names if name in scaled}
+        said = zip(("rank", "alpha"), map(set, zip(*scales, strict=True)), strict=bool(scales))
+        listed = [f"{word} {', '.join(f'{value:g}' for value in sorted(values))}" for word, values in said]
+        yield f"{', '.join([title, *listed])}: {count_of(len(names), 'layer')}"
 
 
 def _lone_vae(vae: OpenedModel) -> Iterator[str]:

@@ -43,9 +43,9 @@ def count_of(number: int, thing: str) -> str:
 
 
 def show_names(names: Sequence[str], at_most: int = 3) -> str:
-    """The first of some names, and how many more there are."""
+    """The first of some names, and how many more there are, in one line whatever they hold."""
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return f"{', '.join(names[:at_most])}{more}"
+    return ", ".join(name if name.isprintable() else ascii(name)[1:-1] for name in names[:at_most]) + more
 
 
 def near(path: str | os.PathLike[str]) -> str:

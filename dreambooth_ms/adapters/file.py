@@ -16,15 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import (
-    TRAINED_KEY,
-    Adapter,
-    LoraUpdate,
-    Update,
-    as_trained,
-    settings_alpha,
-    update_of,
-)
+from dreambooth_ms.adapters.adapter import Adapter, Update, update_of
+from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, as_set, as_trained
 from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DType
@@ -40,7 +34,7 @@ from dreambooth_ms.formats.naming.lora_formats import (
     recognise_lora,
 )
 from dreambooth_ms.formats.naming.recognise import other_kind
-from dreambooth_ms.formats.naming.update_kinds import ALPHA, rank_of
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, rank_of, title_of
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -81,7 +75,10 @@ class OpenedAdapter:
     @property
     def kind(self) -> str:
         """What it is, in words."""
-        return self.form.value if isinstance(self.form, OtherFormat) else "a LoRA"
+        if isinstance(self.form, OtherFormat):
+            return self.form.value
+        titles = dict.fromkeys(title_of(own.tensors()) for own in self.adapter.updates.values())
+        return "a LoRA" if titles.keys() == {"LoRA"} else " and ".join(titles)
 
     @property
     def families(self) -> str:
@@ -91,25 +88,29 @@ class OpenedAdapter:
     @property
     def notes(self) -> list[str]:
         """What is assumed of the layers whose alpha stands neither in the tensors nor beside them."""
-        loras = _loras(self.adapter)
-        silent = sum(own.alpha is None for own in loras.values())
+        ranked = scaled_updates(self.adapter)
+        silent = sum(own.alpha is None for own in ranked.values())
         if not silent:
             return []
         if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
             return ["mindone's SD LoRAs have a scale of 1: alpha is the rank."]
-        ranks = ", ".join(map(str, sorted({own.rank for own in loras.values()})))
+        ranks = ", ".join(map(str, sorted({own.rank for own in ranked.values()})))
         return [
-            f"no alpha in the file for {silent} of {count_of(len(loras), 'layer')}: it is taken as the rank ({ranks})."
+            f"no alpha in the file for {silent} of {count_of(len(ranked), 'layer')}: it is taken as the rank ({ranks})."
         ]
 
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
-        known = {name: replace(own, alpha=alpha) for name, own in _loras(self.adapter).items() if own.alpha is None}
+        if alpha is None:
+            return self
+        silent = {name: own.tensors() for name, own in scaled_updates(self.adapter).items() if own.alpha is None}
+        known = {name: update_of({**tensors, ALPHA: np.array(alpha)}) for name, tensors in silent.items()}
         return replace(self, adapter=Adapter.of(self.adapter.updates | known, self.adapter.words))
 
 
-def _loras(adapter: Adapter) -> dict[str, LoraUpdate]:
-    return {name: own for name, own in adapter.updates.items() if isinstance(own, LoraUpdate)}
+def scaled_updates(adapter: Adapter) -> dict[str, FormulaUpdate]:
+    """Those that have a rank, by part, a dot and the layer's name."""
+    return {name: own for name, own in adapter.updates.items() if isinstance(own, FormulaUpdate) and own.rank}
 
 
 def holds_adapter(path: Path) -> bool:
@@ -182,21 +183,19 @@ def _updates(
     """By part, a dot and the layer's name; one without an alpha of its own has that of the part's settings."""
     for factor, slot in ((factor, slot) for slots in plan.layers.values() for factor, slot in slots.items()):
         dtype = file.tensors[slot.name].dtype
-        if (factor != ALPHA and not dtype.is_float) or dtype is DType.BOOL:
+        if (factor not in (ALPHA, "ia3_on_input") and not dtype.is_float) or dtype is DType.BOOL:
             raise WeightError(f"{file.path}: {slot.name} holds {dtype.value}, not numbers of a LoRA; download it again")
     factors = plan.read(lambda name: read_value(file.tensors[name]))
     _check_finite(factors, str(file.path))
     updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
     for name, tensors in factors.items():
-        (part, _, layer), rank = name.partition("."), rank_of(tensors)
-        update = update_of(tensors)
-        if rank and ALPHA not in tensors:
-            of_rank = plan.form is OtherFormat.CUSTOM_DIFFUSION
-            alpha = rank if of_rank else settings_alpha(settings[part], layer, rank, source)
-            update = update_of(tensors if alpha is None else {**tensors, ALPHA: np.array(alpha)})
-            if isinstance(update, LoraUpdate) and not of_rank:
-                update = as_trained(update, trained[part], layer, source)
-        updates[name] = update
+        part, _, layer = name.partition(".")
+        if plan.form is OtherFormat.CUSTOM_DIFFUSION:
+            updates[name] = update_of({**tensors, ALPHA: np.array(rank_of(tensors))} if DOWN in tensors else tensors)
+            continue
+        own = as_set(tensors, settings[part], layer, source)
+        is_told = DOWN not in tensors or ALPHA in tensors
+        updates[name] = update_of(own if is_told else as_trained(own, trained[part], layer, source))
     return updates
 
 

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, MID, UP, kind_of, rank_of
+from dreambooth_ms.formats.naming.update_kinds import (
+    ALPHA,
+    COLUMNS,
+    DOWN,
+    MAGNITUDE,
+    MID,
+    TERMS,
+    UP,
+    is_decomposed,
+    kind_of,
+    rank_of,
+)
 
 Factors = Mapping[str, np.ndarray]
 
@@ -24,6 +35,26 @@ class FormulaUpdate:
     """What the formula of their kind makes of a layer's tensors."""
 
     factors: Factors
+
+    @property
+    def rank(self) -> int:
+        """r, by which alpha is divided; 0 where there is none."""
+        return rank_of(self.factors) or 0
+
+    @property
+    def alpha(self) -> float | None:
+        """None means the rank, a scale of 1."""
+        return float(self.factors[ALPHA].reshape(-1)[0]) if ALPHA in self.factors else None
+
+    @property
+    def alpha_or_rank(self) -> float:
+        """The alpha, which is the rank where it was left open."""
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """alpha / r; 1 without a rank."""
+        return self.alpha_or_rank / self.rank if self.rank else 1.0
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -39,19 +70,17 @@ class FormulaUpdate:
         kind, f = kind_of(self.factors), {name: own.astype(np.float32) for name, own in self.factors.items()}
         try:
             delta = (f["diff_b"] if parameter == "bias" else _FORMULAS[str(kind)](f, value)).reshape(value.shape)
-            return _decomposed(delta, f[MAGNITUDE], value) if MAGNITUDE in f else delta
+            return _decomposed(delta, f, value) if is_decomposed(f) else delta
         except ValueError as error:
             raise WeightError(f"the adapter does not fit the base: {error} for {value.shape}") from error
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All of them."""
-        return dict(self.factors)
+        """All of them, and alpha where there is a rank."""
+        return {**self.factors, **({ALPHA: np.array(self.alpha_or_rank)} if self.rank else {})}
 
 
 def _scale(f: Factors) -> np.float32:
-    """alpha / r; 1 without either."""
-    rank = rank_of(f)
-    return np.float32(f[ALPHA].reshape(-1)[0] / rank if rank and ALPHA in f else 1)
+    return np.float32(FormulaUpdate(f).scale)
 
 
 def lora(f: Factors, value: np.ndarray) -> np.ndarray:
@@ -61,12 +90,12 @@ def lora(f: Factors, value: np.ndarray) -> np.ndarray:
     return _scale(f) * (up @ rows)
 
 
-def _decomposed(delta: np.ndarray, magnitude: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """What makes of W the W + delta whose rows, or columns, have this norm."""
-    changed, columns = value + delta, magnitude.shape[:2] == (1, value.shape[1]) and magnitude.ndim == value.ndim
-    axes = tuple(axis for axis in range(value.ndim) if axis != int(columns))
-    norm = np.sqrt((changed**2).sum(axes, keepdims=True))
-    return changed * (magnitude.reshape(norm.shape) / norm) - value
+def _decomposed(delta: np.ndarray, f: Factors, value: np.ndarray) -> np.ndarray:
+    """What makes of W the W + delta whose rows, or columns, have the norms of `f`."""
+    axes = tuple(axis for axis in range(value.ndim) if axis != int(COLUMNS in f))
+    norm = np.sqrt(np.square(value + delta, dtype=np.float64).sum(axes, keepdims=True))
+    share = (f[COLUMNS] if COLUMNS in f else f[MAGNITUDE]).reshape(norm.shape) / norm
+    return ((share - 1) * value + share * delta).astype(np.float32)
 
 
 def loha(f: Factors, value: np.ndarray) -> np.ndarray:
@@ -98,11 +127,11 @@ def rotated_rows(f: Factors, value: np.ndarray) -> np.ndarray:
     bound, norm = float(f[ALPHA].reshape(-1)[0]) * len(value) if ALPHA in f else 0.0, np.linalg.norm(skew)
     if 0 < bound < norm:
         skew = skew * np.float32(bound / norm)
-    one = np.eye(skew.shape[1], dtype=np.float32)
-    rotation = (one + skew) @ np.linalg.inv(one - skew)
-    rows = rotation.transpose(0, 2, 1) @ value.reshape(len(skew), skew.shape[1], -1)
-    rescale = f["oft_rescale"].reshape(-1, 1) if "oft_rescale" in f else 1
-    return rows.reshape(len(value), -1) * rescale - value.reshape(len(value), -1)
+    change = 2 * skew @ np.linalg.inv(np.eye(skew.shape[1], dtype=np.float32) - skew)
+    rows = value.reshape(len(value), -1)
+    turned = (change.transpose(0, 2, 1) @ rows.reshape(len(skew), skew.shape[1], -1)).reshape(rows.shape)
+    rescale = f["oft_rescale"].reshape(-1, 1) if "oft_rescale" in f else np.float32(1)
+    return turned * rescale + rows * (rescale - 1)
 
 
 NEUMANN_TERMS = 5
@@ -111,17 +140,17 @@ NEUMANN_TERMS = 5
 
 def rotated_columns(f: Factors, value: np.ndarray) -> np.ndarray:
     """W R^T - W for blocks of columns, whose Q (b, b) is skew with the upper triangle given, (n, b (b - 1) / 2); R is
-    1 + 2 Q + ... + 2 Q^(m-2) + Q^(m-1), by m terms. A single Q is that of all blocks."""
-    triangles = f["oft_R"]
+    1 + 2 Q + ... + 2 Q^(m-2) + Q^(m-1) by m terms, or by none (1 - Q) (1 + Q)^-1. A single Q is that of all blocks."""
+    triangles, terms = f["oft_R"], int(f.get(TERMS, NEUMANN_TERMS))
     side = math.isqrt(2 * triangles.shape[1]) + 1
-    skew = (triangles @ skew_basis(side)).reshape(-1, side, side)
-    power, rotation = skew, np.eye(side, dtype=np.float32) + 2 * skew
-    for _ in range(NEUMANN_TERMS - 3):
-        power = power @ skew
-        rotation = rotation + 2 * power
-    rotation = rotation + power @ skew
+    skew, one = (triangles @ skew_basis(side)).reshape(-1, side, side), np.eye(side, dtype=np.float32)
+    # Without the 1, since W itself is taken off. peft has no series of three terms: it is that of four.
+    rotation = -2 * skew @ np.linalg.inv(one + skew) if not terms else np.zeros_like(skew)
+    factors = [0, *[2] * (max(terms, 4) - 2), 1][: terms if terms < 3 else None]
+    for factor in reversed(factors if terms else []):
+        rotation = np.float32(factor) * one + skew @ rotation
     blocks = value.reshape(len(value), -1, 1, side) @ rotation.transpose(0, 2, 1)
-    return blocks.reshape(len(value), -1) - value.reshape(len(value), -1)
+    return blocks.reshape(len(value), -1)
 
 
 def skew_basis(side: int) -> np.ndarray:
@@ -135,7 +164,7 @@ def skew_basis(side: int) -> np.ndarray:
 def scaled(f: Factors, value: np.ndarray) -> np.ndarray:
     """W times a number for each of its rows, or with `ia3_on_input` of its columns."""
     shape = [1] * value.ndim
-    shape[int(f["ia3_on_input"].reshape(-1)[0])] = -1
+    shape[int(f["ia3_on_input"].any())] = -1
     return value * f["ia3"].reshape(shape)
 
 

@@ -1,13 +1,13 @@
-"""Whole weights as a LoRA: the largest singular values of what they differ by from a base's."""
+"""Updates of any kind as LoRAs: the largest singular values of what they add to a layer's weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
-from dreambooth_ms.adapters.replacement import BIAS, Replacement
+from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.errors import WeightError, count_of
 
 KEPT = 0.6
@@ -21,27 +21,59 @@ def as_lora(
     """An adapter whose updates are all LoRAs, and what was lost, in words.
 
     Args:
-        adapter: its updates are whole weights, or LoRAs, which stay as they are.
-        base: gives the base's weight of a layer, float32.
+        adapter: without a rank, what is no whole weight in it stays as it is; so does a LoRA of no larger rank.
+        base: gives a layer's weight, float32: the base's, where what the update adds depends on it.
         rank: of all updates; None: the singular values decide, of each layer by itself.
         source: where it comes from, for the message.
 
     Raises:
         WeightError: it has biases, or does not fit the base.
     """
-    whole = {layer: own for layer, own in adapter.updates.items() if isinstance(own, Replacement)}
-    if biases := sum(BIAS in own.parameters for own in whole.values()):
+    changed = {layer: own for layer, own in adapter.updates.items() if is_reduced(own, rank)}
+    if biases := sum("bias" in own.parameters for own in changed.values()):
         raise WeightError(
             f"{source}: a LoRA has no place for its biases (of {count_of(biases, 'layer')}); `merge` makes it part "
             "of a model, with --lora"
         )
-    updates, ranks, lost, total = dict[str, Update](adapter.updates), set[int](), 0.0, 0.0
-    for layer, own in tqdm(whole.items(), desc="singular values", unit="layer"):
-        left, values, right = np.linalg.svd(own.delta(base(layer)), full_matrices=False)
-        kept = rank or max(1, int(np.searchsorted(values.cumsum(), KEPT * values.sum())))
+    updates, lost = low_rank(list(changed), lambda layer: changed[layer].delta(base(layer)), rank)
+    notes = [lost if updates else f"No layer has a larger rank than {rank}: it stays as it is."]
+    return Adapter.of({**adapter.updates, **updates}, adapter.words), notes
+
+
+def is_reduced(update: Update, rank: int | None) -> bool:
+    """Whether an update becomes a LoRA of a rank, or of the rank that its singular values decide."""
+    if rank is None:
+        return isinstance(update, Replacement)
+    return not (isinstance(update, LoraUpdate) and update.rank <= rank)
+
+
+def low_rank(
+    layers: Collection[str], delta: Callable[[str], np.ndarray], rank: int | None, kept_share: float = KEPT
+) -> tuple[dict[str, LoraUpdate], str]:
+    """LoRAs of some layers, by the singular values of what is added to them, and what was lost, in words.
+
+    Args:
+        layers: their names.
+        delta: gives what is added to a layer's weight, (O, I) or (O, I, K, K) float32.
+        rank: of all, where layers are large enough; None: `kept_share` of the sum of the singular values decides.
+        kept_share: greater than 0 and at most 1.
+
+    Raises:
+        WeightError: what is added is not finite.
+    """
+    updates, lost, total = dict[str, LoraUpdate](), 0.0, 0.0
+    for layer in tqdm(layers, desc="singular values", unit="layer"):
+        own = delta(layer)
+        if not np.isfinite(own).all():
+            raise WeightError(f"{layer}: its update is too large for float32; use another checkpoint")
+        left, values, right = np.linalg.svd(own.reshape(len(own), -1), full_matrices=False)
+        kept = rank or max(1, int(np.searchsorted(values.cumsum(), kept_share * values.sum())))
         roots = np.sqrt(values[:kept])
-        updates[layer] = LoraUpdate(roots[:, None] * right[:kept], left[:, :kept] * roots)
-        ranks, lost, total = ranks | {len(roots)}, lost + (values[kept:] ** 2).sum(), total + (values**2).sum()
+        down, up = roots[:, None] * right[:kept], left[:, :kept] * roots
+        points = tuple(1 for _ in own.shape[2:])
+        updates[layer] = LoraUpdate(down.reshape(-1, *own.shape[1:]), up.reshape(*up.shape, *points))
+        lost, total = lost + float((values[kept:] ** 2).sum()), total + float((values**2).sum())
+    ranks = {update.rank for update in updates.values()} or {0}
     of = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
     share = f"{lost / (total or 1):.2%} of the squared norm of what was trained is lost"
-    return Adapter.of(updates, adapter.words), [f"As a LoRA it has rank {of}: {share}."]
+    return updates, f"As a LoRA it has rank {of}: {share}."

@@ -2,14 +2,16 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import TRAINED_KEY, Adapter, Update, folded, folded_adapter, lora_settings
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.adapters.adapter import Adapter, Update, folded, folded_adapter
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY, scaled_updates
+from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, peft_settings
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
@@ -19,13 +21,14 @@ from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
-from dreambooth_ms.formats.naming.lora_formats import LoraFormat, shared_layers, write_plan
-from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, UP
+from dreambooth_ms.formats.naming.lora_formats import LoraFormat, lora_layers, shared_layers, write_plan
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP, Shape, kind_of, title_of
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
 Tensors = dict[str, np.ndarray]
 
+KOHYAS = (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS)
 FOLDED = (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_PROCESSORS)
 """Formats some of whose readers take alpha for the rank."""
 
@@ -73,21 +76,29 @@ def write_adapter(
         tensors = {name: StoredTensor.of(np.asarray(values), label=f"{name_of}: {name}") for name, values in named}
         return {name: tensor.cast_to(dtype) for name, tensor in tensors.items()}
 
-    settings = _settings(kept, model)
     if form is LoraFormat.PEFT:
         files = {part: stored(Adapter({part: layers})) for part, layers in kept.parts.items()}
         text, marks = files.get("text_encoder", {}), {"text_encoder": {TWICE_KEY: "without text_model."}}
         # peft looks for the names of the transformers that is there: those of CLIPTextModel changed with 5.6.
         text |= {name.replace(".text_model.", ".", 1): tensor for name, tensor in text.items()}
+        settings = _settings(kept, model, str(name_of))
         check_room(path, sum(map(total_bytes, files.values())))
         with new_folder(path) as folder:
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
                 write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
                 more = {"auto_mapping": TABLES["peft_classes"][part]}
-                write_json(place / PEFT_CONFIG, settings[part] | TABLES["peft_settings"] | more)
+                kind = str(kind_of(next(iter(kept.parts[part].values())).tensors()))
+                write_json(place / PEFT_CONFIG, TABLES["peft_settings"][kind] | settings[part] | more)
         return
-    tensors, beside = stored(kept), _metadata(settings, _settings(adapter, model), form, metadata or {})
+    tensors, beside = stored(kept), {"format": "pt"}
+    if form in FOLDED:
+        settings, trained = (_settings(one, model, str(name_of)) for one in (kept, adapter))
+        beside[METADATA_KEY] = _as_text(settings)
+        beside |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
+    elif form in KOHYAS:
+        beside |= _kohyas_metadata(adapter)
+    beside |= {name: value for name, value in (metadata or {}).items() if name not in _OWN_METADATA}
     if form is LoraFormat.MINDONE:
         write_mindspore_ckpt(path, tensors)
     elif path.suffix == ".safetensors":
@@ -123,8 +134,14 @@ def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: s
     Raises:
         WeightError: layers that the format has no place for.
     """
-    is_mindone = form is LoraFormat.MINDONE
+    is_mindone, weights = form is LoraFormat.MINDONE, lora_layers(model)
     layers = {name: (folded(own) if is_mindone else own).tensors() for name, own in adapter.updates.items()}
+    for name, own in layers.items():
+        if MAGNITUDE in own:
+            own[MAGNITUDE] = own[MAGNITUDE].reshape(_norms_shape(form, weights[name]))
+        if not own.keys().isdisjoint(("oft_blocks", "lokr_w1")):
+            # LyCORIS looks for one: of a rotation no bound, of two whole factors no scale.
+            own.setdefault(ALPHA, np.array(float("lokr_w1" in own)))
     if is_mindone:
         layers = _with_common_down(shared_layers(form, model), layers)
     plan = write_plan(form, model, layers, source)
@@ -132,13 +149,19 @@ def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: s
     return {name: made.build([values[piece] for piece in made.pieces]) for name, made in plan.tensors.items()}
 
 
+def _norms_shape(form: LoraFormat, weight: Shape) -> Shape:
+    """How a format has DoRA's norms of rows: by the axes of what the layer gives, or as LyCORIS of its weight."""
+    beside = tuple(1 for _ in weight[2:])
+    return (-1, 1, *beside) if form in KOHYAS else (1, -1, *beside) if beside else (-1,)
+
+
 def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
     """What a user should know of an adapter in a format, one sentence each."""
-    ranks = {part: {len(own.tensors()[DOWN]) for own in layers.values()} for part, layers in adapter.parts.items()}
-    for part, own in ranks.items():
-        if form in FOLDED and len(own) > 1:
+    for part, layers in adapter.parts.items() if form in FOLDED else ():
+        own = {len(update.tensors()[DOWN]) for update in layers.values()}
+        if len(own) > 1:
             yield f"{part}: ranks {min(own)} to {max(own)} are filled up to {max(own)}; older readers take one for all."
-    if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
+    if form in KOHYAS:
         strange = [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]
         if strange:
             count = f"{len(strange)} of {len(adapter.updates)} layers"
@@ -153,7 +176,7 @@ def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tens
     """
     common = dict(layers)
     for group in groups:
-        adapted = [name for name in group if name in layers]
+        adapted = [name for name in group if DOWN in layers.get(name, ())]
         if not adapted:
             continue
         downs, ups = ([layers[name][factor] for name in adapted] for factor in (DOWN, UP))
@@ -169,30 +192,25 @@ def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tens
     return common
 
 
-def _settings(adapter: Adapter, model: ModelSpec) -> dict[str, dict[str, Any]]:
-    """Rank and alpha of the layers of each network, as peft keeps them."""
+def _settings(adapter: Adapter, model: ModelSpec, source: str) -> dict[str, dict[str, Any]]:
+    """What peft keeps beside the tensors of each network."""
     settings, names = {}, [name.split(".") for name in model_shapes(model)]
     for part, layers in adapter.parts.items():
         modules = {".".join(words[1:end]) for words in names if words[0] == part for end in range(2, len(words))}
+        weights = {name.partition(".")[2]: shape for name, shape in lora_layers(model, (part,)).items()}
         tensors = {name: own.tensors() for name, own in layers.items()}
-        settings[part] = lora_settings({n: (len(own[DOWN]), float(own[ALPHA])) for n, own in tensors.items()}, modules)
+        settings[part] = peft_settings(tensors, weights, modules, source)
     return settings
 
 
-def _metadata(
-    settings: Mapping[str, Mapping[str, Any]],
-    trained: Mapping[str, Mapping[str, Any]],
-    form: LoraFormat,
-    further: Mapping[str, str],
-) -> dict[str, str]:
-    """What stands beside the tensors: rank and alpha, as they are and were, and of `further` what is of no format."""
-    if form in (LoraFormat.KOHYA, LoraFormat.KOHYA_DIFFUSERS):
-        first = next(iter(settings.values()))
-        own = dict(zip(_KOHYAS, ("networks.lora", str(first["r"]), f"{first['lora_alpha']:g}"), strict=True))
-    else:
-        own = {METADATA_KEY: _as_text(settings)}
-        own |= {TRAINED_KEY: _as_text(trained, _SCALES)} if trained != settings else {}
-    return {"format": "pt", **own, **{name: value for name, value in further.items() if name not in _OWN_METADATA}}
+def _kohyas_metadata(adapter: Adapter) -> dict[str, str]:
+    """What made it, with the rank and alpha that most layers of its first network have."""
+    titles, first = {title_of(own.tensors()) for own in adapter.updates.values()}, next(iter(adapter.parts))
+    ranked = [own for name, own in scaled_updates(adapter).items() if name.startswith(f"{first}.")]
+    scales = zip(*((own.rank, own.alpha_or_rank) for own in ranked), strict=True)
+    common = (f"{Counter(values).most_common(1)[0][0]:g}" for values in scales)
+    own = {_KOHYAS[0]: "networks.lora" if titles == {"LoRA"} else "lycoris.kohya"}
+    return own | dict(zip(_KOHYAS[1:], common, strict=bool(ranked)))
 
 
 def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "say what a file or folder is",
     "convert": "write a model or a LoRA in another format",
     "merge": "merge LoRAs into a model",
+    "extract": "write a LoRA of what a model differs by from its base",
     "doctor": "check that the installation works on this machine",
 }
 """Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and a schema in `config`; those of

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import FloatType, PredictionType
-from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SIDE, Range, at_least
-from dreambooth_ms.config.rules import Rule, only_with
+from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.rules import Rule, excludes, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
@@ -104,7 +104,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetConfig:
+class WritingConfig:
     """A file or folder to write."""
 
     target: Annotated[str, NOT_EMPTY, PATH]
@@ -112,6 +112,12 @@ class TargetConfig:
     extension a folder."""
     dtype: FloatType | None = None
     """Type of the numbers to write. None: as in the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig(WritingConfig):
+    """A model or adapter to write, and what its source may not say."""
+
     alpha: Annotated[float | None, FINITE] = None
     """Alpha of a LoRA whose file does not hold it, such as mindone's. None: its rank, a scale of 1."""
     prediction_type: PredictionType | None = None
@@ -131,6 +137,9 @@ _Format: TypeAlias = Literal[
     "diffusers", "stability", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors",
     "custom_diffusion", "embedding"
 ]  # fmt: skip
+_LoraFormat: TypeAlias = Literal[
+    "diffusers", "mindone", "kohya", "kohya_diffusers", "peft", "diffusers_peft", "diffusers_processors"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +151,8 @@ class ConversionConfig(TargetConfig, SourceConfig):
     use_ema: bool = False
     """Take the moving averages that a single file may hold, in place of the weights."""
     rank: Annotated[int | None, at_least(1)] = None
-    """Of Custom Diffusion weights as a LoRA. None: each layer keeps what makes up 60 % of its singular values."""
+    """Make a LoRA of this rank of updates of any other kind or of a larger rank, by their largest singular values.
+    None: only of Custom Diffusion weights, of which each layer keeps what makes up 60 % of its singular values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +162,36 @@ class ConvertConfig(Schema):
     POSITIONAL = ("source", "target")
 
     conversion: ConversionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig(WritingConfig):
+    """From two models to what one has learnt, of linear layers and convolutions of UNet and text encoders."""
+
+    base: Annotated[str, NOT_EMPTY, PATH]
+    """The model that was trained: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
+    tuned: Annotated[str, NOT_EMPTY, PATH]
+    """The model that it became, of the same sizes."""
+    rank: Annotated[
+        int | None, at_least(1), excludes("extract_ratio", message="decides as --extract_ratio does; leave one out")
+    ] = None
+    """Of each layer's LoRA."""
+    extract_ratio: Annotated[float | None, SHARE] = None
+    """In place of a rank: each layer keeps the singular values before the one at which this share of their sum is
+    reached, or else the first."""
+    format: _LoraFormat | None = None
+    """Format to write, where the target's name leaves it open. None: the name decides."""
+
+    def problems(self) -> list[str]:
+        """Refuses a rank of nothing."""
+        return [] if self.rank or self.extract_ratio else ["--rank: missing; name one, or an --extract_ratio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(Schema):
+    """Write a LoRA of what a model differs by from its base."""
+
+    extraction: ExtractionConfig
 
 
 _NO_MODEL = Rule(

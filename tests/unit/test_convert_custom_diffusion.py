@@ -182,17 +182,8 @@ class TestBadInputs:
         assert "holds no whole weights, as Custom Diffusion's files do; choose another --format" in failing(
             capsys, "convert", tmp_path / "l", tmp_path / "out", *more
         )
-        assert "--rank is for Custom Diffusion weights that become a LoRA; leave it out" in failing(
-            capsys,
-            "convert",
-            tmp_path / "l",
-            tmp_path / "out",
-            "--base",
-            base,
-            "--format",
-            "kohya_diffusers",
-            "--rank",
-            "2",
+        assert "--rank is for what becomes a LoRA; leave it out" in failing(
+            capsys, "convert", run, tmp_path / "out", *more, "--rank", "2"
         )
         assert not (tmp_path / "out").exists()
 

@@ -25,7 +25,7 @@ def commands(text):
     """The dreambooth-ms command lines of the code blocks, with continued lines joined and comments cut; and of tables,
     those that are whole."""
     for line in re.findall(r"^\|.*", text, re.MULTILINE):
-        yield from re.findall(r"`dreambooth-ms ((?:convert|merge) [^`…]+)`", line)
+        yield from re.findall(r"`dreambooth-ms ((?:convert|extract|merge) [^`…]+)`", line)
     for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             match = re.search(r"(?:^|\s|/)dreambooth-ms (.*)", line.split("  #")[0])

@@ -18,7 +18,7 @@ from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
-from dreambooth_ms.formats.files.open import open_tensor_file
+from dreambooth_ms.formats.files.open import open_tensor_file, write_tensors
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.naming.formats import Format
@@ -59,7 +59,24 @@ def place(tmp_path_factory):
     lora = random_lora(SMALLEST, place, ranks=(1, 2))
     write_lora_as(lora, place / "lora.safetensors", LoraFormat.KOHYA)
     write_lora_as(lora, place / "peft", LoraFormat.PEFT)
+    write_tensors(place / "kinds.safetensors", kinds_of(model))
     return place
+
+
+def kinds_of(model):
+    """An update of each kind, in kohya's names."""
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+    rng, side = np.random.default_rng(0), model.spec.unet.block_out_channels[0]
+    a, b, whole, rows = (rng.standard_normal(shape) for shape in ((side, 1), (1, side), (side, side), (side, 1)))
+    own = {f"{stem}q.hada_w{number}_{end}": value for number in "12" for end, value in (("a", a), ("b", b))}
+    own |= {f"{stem}k.lokr_w1": np.ones((1, 1)), f"{stem}k.lokr_w2_a": a, f"{stem}k.lokr_w2_b": b}
+    own |= {f"{stem}v.lora_down.weight": b, f"{stem}v.lora_up.weight": a, f"{stem}v.dora_scale": rows}
+    own |= {f"{stem}{end}.alpha": np.array(1.0) for end in "qkv"}
+    own |= {f"{stem}out_0.oft_blocks": whole[None], f"{stem}out_0.rescale": rows}
+    stem = stem.replace("attn1", "attn2")
+    own |= {f"{stem}q.weight": rows[:, 0], f"{stem}q.on_input": np.array(0)}
+    own |= {f"{stem}out_0.diff": whole}
+    return {name: value.astype(np.float32) for name, value in own.items()}
 
 
 def run(*arguments):
@@ -138,6 +155,15 @@ def test_loras(place, data):
     file = open_tensor_file(place / "lora.safetensors")
     write_safetensors(place / "bent.safetensors", data.draw(bent_tensors(file.tensors)), file.metadata)
     flags = ["--base", place / "m.safetensors", "--format", "diffusers"]
+    convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_adapter(out, [SMALLEST]), *flags)
+
+
+@few
+@given(data=st.data())
+def test_updates_of_other_kinds(place, data):
+    tensors = open_tensor_file(place / "kinds.safetensors").tensors
+    write_safetensors(place / "bent.safetensors", data.draw(bent_tensors(tensors)))
+    flags = ["--base", place / "m.safetensors", "--format", "kohya", *data.draw(st.sampled_from([[], ["--rank", "1"]]))]
     convert(place, place / "bent.safetensors", "out.safetensors", lambda out: open_adapter(out, [SMALLEST]), *flags)
 
 

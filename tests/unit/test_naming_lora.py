@@ -104,7 +104,7 @@ class TestNames:
         model = PUBLISHED[family]
         for parts in parts_of(form, model):
             layers = adaptable(form, model, parts)
-            written = write_plan(form, model, layers)
+            written = write_plan(form, model, dict.fromkeys(layers, (DOWN, UP, ALPHA)))
             common = [assembly.pieces[0] for assembly in written.tensors.values() if assembly.shared]
             assert not common or form is LoraFormat.MINDONE
             assert all(".self_attn.q_proj." in piece for piece in common)
@@ -117,7 +117,9 @@ class TestNames:
     def test_a_lora_of_attention_is_recognised(self, family, form):
         model = PUBLISHED[family]
         layers = [layer for layer in adaptable(form, model, ("unet",)) if ".attn" in layer]
-        stored = written_shapes(write_plan(form, model, layers), factor_shapes_of(model))
+        stored = written_shapes(
+            write_plan(form, model, dict.fromkeys(layers, (DOWN, UP, ALPHA))), factor_shapes_of(model)
+        )
         plan = recognise_lora(stored, "a file")
         assert plan.models == (model,)
         assert list(plan.layers) == layers
@@ -338,26 +340,18 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "DoRA"),
-            (f"{Q}.lora_magnitude_vector", "DoRA"),
-            ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "LoHa"),
-            ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"),
-            ("lora_unet_mid_block_resnets_0_conv1.lora_mid.weight", "LoCon with a third factor"),
             (f"{Q}.lora_B.bias", "a trained bias"),
             (f"{Q}.lora_B.default.bias", "a trained bias"),
             (f"{Q}.lora_embedding_A", "LoRA of embeddings"),
-            (f"base_model.model.{Q.removeprefix('unet.')}.oft_R.default.weight", "OFT"),
             (f"base_model.model.{Q.removeprefix('unet.')}.boft_R", "BOFT"),
             (f"base_model.model.{Q.removeprefix('unet.')}.ia3_l", "IA3"),
             (f"base_model.model.{Q.removeprefix('unet.')}.vera_lambda_b", "VeRA"),
             (f"base_model.model.{Q.removeprefix('unet.')}.lora_E", "AdaLoRA"),
-            ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "OFT or BOFT"),
+            ("lora_unet_mid_block_attentions_0_proj_in.oft_diag", "OFT of another form"),
             ("lora_unet_mid_block_attentions_0_proj_in.a1.weight", "GLoRA"),
             ("lycoris_mid_block_attentions_0_proj_in.b2.weight", "GLoRA"),
             ("lora_unet_mid_block_attentions_0_proj_in.up_list.0", "DyLoRA"),
             ("lora_unet_mid_block_attentions_0_proj_in.lora_A.0", "DyLoRA"),
-            ("lora_unet_mid_block_attentions_0_proj_in.diff", "full differences of weights"),
-            ("diffusion_model.middle_block.1.proj_in.diff_b", "full differences of weights"),
             ("lora_unet_mid_block_resnets_0_norm1.w_norm", "norms"),
             ("lora_unet_mid_block_resnets_0_norm1.b_norm", "norms"),
             ("lora_unet_mid_block_attentions_0_proj_in.scalar", "a factor besides alpha"),
@@ -410,7 +404,7 @@ class TestWhatIsRefused:
         with pytest.raises(WeightError, match=f"the naming of mindone has no place for 1 of 1 layer .{layer}."):
             named(LoraFormat.MINDONE, SMALL["sdxl"], random_factors(SMALL["sdxl"], [layer]))
         with pytest.raises(WeightError, match=r"no place for 1 of 1 layer \(unet\.conv_in\)"):
-            write_plan(LoraFormat.DIFFUSERS_PROCESSORS, SD_15, ["unet.conv_in"])
+            write_plan(LoraFormat.DIFFUSERS_PROCESSORS, SD_15, {"unet.conv_in": (DOWN, UP)})
 
 
 class TestFamilies:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dreambooth_ms.adapters.adapter import lora_settings, settings_alpha
+from dreambooth_ms.adapters.peft_settings import lora_settings, settings_alpha
 from dreambooth_ms.errors import WeightError
 
 
@@ -66,7 +66,6 @@ def test_settings_that_say_nothing_leave_the_alpha_open():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"lora_bias": True}, "lora_bias"),
         ({"lora_alpha": "8"}, "lora_alpha '8' is not a number"),
         ({"lora_alpha": True}, "lora_alpha True is not a number"),

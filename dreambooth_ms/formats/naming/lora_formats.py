@@ -1,13 +1,13 @@
-"""How each format names the factors of a LoRA.
+"""How each format names the factors of a LoRA, and of other updates.
 
 The update of a layer's weight W (O, I) is alpha / r * B A with A (r, I) and B (O, r) (Hu et al., 2021, section 4.1);
 for a convolution A is (r, I, K, K) and B (O, r, 1, 1). The public names are the layer's with `.lora_A.weight`,
-`.lora_B.weight` and `.alpha`, behind the part and a dot.
+`.lora_B.weight` and `.alpha`, behind the part and a dot; `update_kinds` has the names of other factors.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -22,9 +22,11 @@ from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, Write
 from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, kind_of_change, matching, other_kind, word_in
 from dreambooth_ms.formats.naming.update_kinds import (
     ALPHA,
+    BESIDE,
     BIAS,
+    COLUMNS,
     DOWN,
-    FACTORS,
+    MAGNITUDE,
     MID,
     OF_BIAS,
     UP,
@@ -32,6 +34,7 @@ from dreambooth_ms.formats.naming.update_kinds import (
     fits,
     kind_of,
     norms_fit,
+    title_of,
 )
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
@@ -74,6 +77,11 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALL_FACTORS = (DOWN, UP, *dict.fromkeys(TABLES["update_factors"].values()), "ia3", WEIGHT, BIAS)
 """What a layer may have, whatever its kind."""
 
+HELD: Mapping[LoraFormat, Mapping[str, str]] = {
+    form: TABLES["held_factors"].get(form.name, {DOWN: DOWN, UP: UP}) for form in LoraFormat
+}
+"""The factors that each format has a place for, and what they are called there; some call A and B otherwise."""
+
 _DOTTED, _UNDERSCORED = TABLES["lora_dotted"], TABLES["lora_underscored"]
 # How names of factors end: in the words of peft, kohya, diffusers or its attention processors; with a number, or the
 # name of the adapter that peft puts in while a model is loaded.
@@ -103,10 +111,12 @@ class LoraPlan:
 
     def read(self, tensor: Callable[[str], np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
         """The factors of every adapted layer; `tensor` gives the file's tensor of a name, in any dtype."""
-        return {
-            layer: {factor: slot.restore(tensor(slot.name)) for factor, slot in slots.items()}
-            for layer, slots in self.layers.items()
-        }
+
+        def value(factor: str, slot: Slot) -> np.ndarray:
+            own = slot.restore(tensor(slot.name))
+            return own.reshape(-1) if factor == MAGNITUDE else own
+
+        return {layer: {one: value(one, slot) for one, slot in slots.items()} for layer, slots in self.layers.items()}
 
 
 def recognise_lora(
@@ -199,32 +209,50 @@ def read_plan(
             layers[name] = fitting
         else:
             shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
-            misshaped.append(f"{name}: a weight of {weight} has no update by {shapes}")
+            own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
+            misshaped.append(f"{name}: a weight of {weight} has no {own}")
     return LoraPlan(form, (model,), layers, Report.of(places, missing, unknown, misshaped))
 
 
-def write_plan(form: LoraFormat, model: ModelSpec, layers: Iterable[str], source: str = "") -> WritePlan:
-    """What each tensor of a file is made of, for the layers that are adapted, in their order.
+def write_plan(
+    form: LoraFormat, model: ModelSpec, layers: Mapping[str, Collection[str]], source: str = ""
+) -> WritePlan:
+    """What each tensor of a file is made of, for the layers that are adapted, in their order, each with its factors.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
     must have one, and all be there (`shared_layers`). Layers are named by part, a dot and the public name; `source` is
     the LoRA, for the message.
 
     Raises:
-        WeightError: layers that the format has no place for.
+        WeightError: layers, or kinds of updates, that the format has no place for.
     """
-    held = list(layers)
-    assert form is not LoraFormat.PEFT or len({layer.partition(".")[0] for layer in held}) == 1, "a folder is a part's"
-    slots = lora_slots(form, held, model)
+    parts = {layer.partition(".")[0] for layer in layers}
+    assert form is not LoraFormat.PEFT or len(parts) == 1, "a folder is a part's"
+    if strange := _strange(form, layers):
+        titles = " and ".join(dict.fromkeys(title_of(layers[layer]) for layer in strange))
+        others = [other.name.lower() for other in LoraFormat if not _strange(other, layers)]
+        advice = f"choose --format {' or '.join(others)}, or " if others else ""
+        raise WeightError(
+            f"{source}: {count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}; "
+            f"{advice}make it a LoRA by --rank"
+        )
+    slots = lora_slots(form, layers, model)
     naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
-    plan = naming.write_plan([f"{layer}.{factor}" for layer in held for factor in FACTORS])
-    homeless = [layer for layer in held if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
+    plan = naming.write_plan([f"{layer}.{factor}" for layer, own in layers.items() for factor in own])
+    homeless = [layer for layer in layers if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
     if homeless:
         raise WeightError(
             f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of "
-            f"{count_of(len(held), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"
+            f"{count_of(len(layers), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"
         )
     return plan
+
+
+def _strange(form: LoraFormat, layers: Mapping[str, Collection[str]]) -> list[str]:
+    """The layers whose factors a format has no place for. In peft's formats a network has one kind."""
+    kinds = {(layer.partition(".")[0], title_of(own)) for layer, own in layers.items()}
+    is_mixed = form in (LoraFormat.PEFT, LoraFormat.DIFFUSERS_PEFT) and len(kinds) > len({part for part, _ in kinds})
+    return [layer for layer, own in layers.items() if is_mixed or not set(own) <= {*HELD[form], *BESIDE}]
 
 
 def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
@@ -253,19 +281,23 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     Raises:
         KeyError: one is missing, with its name.
     """
-    shapes, kind = {factor: stored[slot.name] for factor, slot in found.items()}, kind_of(found)
+    slots, norms = dict(found), found.get(MAGNITUDE)
+    # peft's (1, O, 1, 1) are of rows.
+    if norms and stored[norms.name][:2] == (1, weight[1]) and "magnitude" not in norms.name:
+        slots[COLUMNS] = slots.pop(MAGNITUDE)
+    shapes, kind = {factor: stored[slot.name] for factor, slot in slots.items()}, kind_of(slots)
     if not kind or math.prod(shapes.get(ALPHA, ())) != 1:
         return None
     if kind != "lora":
-        return dict(found) if fits(kind, shapes, weight) else None
+        return slots if fits(kind, shapes, weight) else None
     rank, points = next(iter(shapes[DOWN]), 0), tuple(1 for _ in weight[2:])
     around = (*weight[:2], *points) if MID in found else weight
     expected = dict(zip((DOWN, UP), factor_shapes(around, rank), strict=True))
     expected |= {MID: (rank, rank, *weight[2:])} if MID in found else {}
-    slots = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
-    if not (rank and norms_fit(shapes, weight) and all(slots.values())):
+    own = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
+    if not (rank and norms_fit(shapes, weight) and all(own.values())):
         return None
-    return {**found, **{factor: slot for factor, slot in slots.items() if slot}}
+    return {**slots, **{factor: slot for factor, slot in own.items() if slot}}
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
@@ -344,9 +376,9 @@ def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
     part, _, inner = layer.partition(".")
     match form:
         case LoraFormat.DIFFUSERS_PEFT:
-            return _pair(layer, DOWN, UP)
+            return _all(form, layer)
         case LoraFormat.PEFT:
-            return _pair(f"base_model.model.{inner}", DOWN, UP)
+            return _all(form, f"base_model.model.{inner}")
         case LoraFormat.DIFFUSERS_PROCESSORS if part == "unet":
             found = re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", layer)
             return _pair(f"{found[1]}.processor.to_{found[2]}_lora", "down.weight", "up.weight") if found else {}
@@ -363,8 +395,11 @@ def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
             return {**slots, UP: replace(place, name=slots[UP].name)}
     is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
     prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
-    path = prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_")
-    return {**_pair(path), ALPHA: Slot(f"{path}.{ALPHA}")}
+    return _all(form, prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_"))
+
+
+def _all(form: LoraFormat, path: str) -> dict[str, Slot]:
+    return {factor: Slot(f"{path}.{name}") for factor, name in HELD[form].items()}
 
 
 def _pair(path: str, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, Slot]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.formats import VAE_PREFIX, Format, naming_of, spell
 from dreambooth_ms.formats.naming.plan import Naming, Shape, unwrapped
@@ -92,8 +92,7 @@ def other_kind(names: Iterable[str]) -> str:
         return change
     if kinds := matching(_OTHER_KINDS, held):
         return kinds[0]
-    shown = ", ".join(sorted(held)[:3]) or "nothing"
-    return f"of an unknown kind (it holds {shown})"
+    return f"of an unknown kind (it holds {show_names(sorted(held)[:3]) or 'nothing'})"
 
 
 def kind_of_change(names: Iterable[str]) -> str | None:

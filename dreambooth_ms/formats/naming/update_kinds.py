@@ -1,12 +1,14 @@
 """The kinds of updates of a layer: what its tensors are called here, and for which weights their shapes are.
 
-A name begins with its kind, but for ALPHA and MAGNITUDE, which several kinds have. `names.yaml` has what they are
+A name begins with its kind, but for ALPHA and DoRA's norms, which several kinds have. `names.yaml` has what they are
 called in files. Shapes: O rows and I columns of a weight, the latter times the taps of a convolution; r, s ranks.
 """
 
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from dreambooth_ms.formats.naming import TABLES
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -15,9 +17,12 @@ Sides = tuple[int, int]
 
 DOWN, UP, MID = "lora_A.weight", "lora_B.weight", "lora_mid.weight"
 """Of a LoRA; the last is a middle factor (r, r, K, K) of convolutions."""
-ALPHA, MAGNITUDE = "alpha", "dora_scale"
-"""What scales an update, and DoRA's norms."""
-FACTORS = (DOWN, UP, ALPHA)
+ALPHA, MAGNITUDE, COLUMNS = "alpha", "dora_scale", "dora_columns"
+"""What scales an update, and DoRA's norms: of rows (O,), or of columns (1, I) or (1, I, 1, 1)."""
+TERMS = "oft_terms"
+"""Of the series that stands for a Cayley transform, 0 for none; peft keeps it beside the tensors."""
+BESIDE = (ALPHA, TERMS)
+"""What files may keep beside the tensors."""
 WEIGHT, BIAS = "weight", "bias"
 """In place of the layer's own; their kind is "weight"."""
 OF_BIAS = (BIAS, "diff_b")
@@ -33,8 +38,27 @@ def rank_of(tensors: Mapping[str, Any]) -> int | None:
 
 def kind_of(names: Collection[str]) -> str | None:
     """The kind of a layer's tensors, by their names; None where they are of several."""
-    kinds = {name.partition("_")[0] for name in names if name not in (ALPHA, MAGNITUDE, BIAS)} or {"lora"}
+    kinds = {name.partition("_")[0] for name in names if name not in (ALPHA, MAGNITUDE, COLUMNS, BIAS)} or {"lora"}
     return kinds.pop() if len(kinds) == 1 else None
+
+
+def is_decomposed(names: Collection[str]) -> bool:
+    """Whether there are DoRA's norms."""
+    return MAGNITUDE in names or COLUMNS in names
+
+
+def needs_base(names: Collection[str]) -> bool:
+    """Whether what an update adds to a weight depends on the weight."""
+    return is_decomposed(names) or kind_of(names) in ("oft", "ia3", "weight")
+
+
+def title_of(names: Collection[str]) -> str:
+    """What updates with tensors of these names are called."""
+    title = TABLES["update_titles"][kind_of(names)]
+    if is_decomposed(names):
+        title = "DoRA" if title == "LoRA" else f"{title} with DoRA's norms"
+    more = {MID: " with a middle factor", COLUMNS: " of columns", "oft_blocks": " of rows"}
+    return title + "".join(text for name, text in more.items() if name in names)
 
 
 def fits(kind: str, shapes: Shapes, weight: Shape) -> bool:
@@ -43,12 +67,27 @@ def fits(kind: str, shapes: Shapes, weight: Shape) -> bool:
     Raises:
         KeyError: one is missing, with its name.
     """
-    return norms_fit(shapes, weight) and _FITS[kind](shapes, (weight[0], math.prod(weight[1:])))
+    twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in _INSTEAD.items())
+    if twice or not all(map(math.prod, shapes.values())):
+        return False
+    try:
+        return norms_fit(shapes, weight) and _FITS[kind](shapes, (weight[0], math.prod(weight[1:])))
+    except (IndexError, ValueError):  # One has fewer sides, or more.
+        return False
+
+
+_INSTEAD = {
+    "lokr_w1": ("lokr_w1_a", "lokr_w1_b"),
+    "lokr_w2": ("lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "oft_R": ("oft_blocks", "oft_rescale"),
+}
+"""Tensors, and those that others have in their place."""
 
 
 def norms_fit(shapes: Shapes, weight: Shape) -> bool:
     """Whether DoRA's norms, if there are any, are of the rows or columns of a weight."""
-    return math.prod(shapes.get(MAGNITUDE, weight[:1])) in weight[:2]
+    sides = (shapes.get(MAGNITUDE, weight[:1]), shapes.get(COLUMNS, weight[1:2]))
+    return tuple(map(math.prod, sides)) == weight[:2]
 
 
 def _product(a: Shape, b: Shape, core: Shape | None = None) -> Sides | None:
@@ -70,7 +109,8 @@ def _lokr(s: Shapes, sides: Sides) -> bool:
 
 def _oft(s: Shapes, sides: Sides) -> bool:
     if "oft_R" not in s:
-        return s["oft_blocks"][1] == s["oft_blocks"][2] and math.prod(s["oft_blocks"][:2]) == sides[0]
+        count, side, other = s["oft_blocks"]
+        return side == other and {count * side, math.prod(s.get("oft_rescale", sides[:1]))} == {sides[0]}
     side = math.isqrt(2 * s["oft_R"][1]) + 1
     blocks = sides[1] // side if s["oft_R"][0] == 1 else s["oft_R"][0]
     return side * (side - 1) == 2 * s["oft_R"][1] and blocks * side == sides[1]
