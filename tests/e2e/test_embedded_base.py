@@ -1,6 +1,7 @@
 """The embedded base samples what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,7 @@ def test_custom_diffusion_learns_two_words_at_once_or_merged(base, tmp_path):
     write_stars(tmp_path, {f"a photo of a {word} star": colour for word, colour in words.items()})
     common = ["--pretrained_model_name_or_path", str(BASE), "--method", "custom_diffusion", "--learning_rate", "3e-3"]
     common += ["--resolution", "64", "--center_crop", "--noaug", "--seed", "0", "--train_batch_size", "4"]
+    common += ["--text_encoder_lr", "3e-2"]  # The vectors of this base's words have a deviation of about 1.
 
     def train(name, initial, *flags):
         more = ["--initializer_token", initial, "--output_dir", str(tmp_path / name), *flags]
@@ -148,9 +150,10 @@ def test_custom_diffusion_learns_two_words_at_once_or_merged(base, tmp_path):
         assert files == {"pytorch_custom_diffusion_weights.safetensors", *(f"{word}.safetensors" for word in words)}
         model = SamplingModel(base, [tmp_path / name])
         prompts = tuple(f"a photo of a {word} star" for word in words)
-        request = SampleRequest(prompts=prompts, num_images_per_prompt=8, guidance_scale=3.0, batch_size=16)
+        request = SampleRequest(prompts=prompts, num_images_per_prompt=4, guidance_scale=3.0, batch_size=8)
+        request = replace(request, num_inference_steps=20)
         pictures = embed([sample.picture for sample in model.sample(request)])
-        like = [[(pictures[at : at + 8] @ embed(own).T).mean() for own in photographs] for at in (0, 8)]
+        like = [[(pictures[at : at + 4] @ embed(own).T).mean() for own in photographs] for at in (0, 4)]
         print(name, like)
         assert like[0][0] > like[0][1] + 0.1
         assert like[1][1] > like[1][0] + 0.1
