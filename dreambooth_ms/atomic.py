@@ -66,8 +66,8 @@ def check_room(target: Path, size: int, advice: str = "free some space and try a
         )
 
 
-def check_free(path: Path) -> None:
-    """Whether a name is still free; an empty folder counts as free.
+def check_free(path: Path, other: str = "another name") -> None:
+    """Whether a name is still free; an empty folder counts as free. `other` is what to choose if not.
 
     Raises:
         WeightError: something has it.
@@ -75,9 +75,9 @@ def check_free(path: Path) -> None:
     try:
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     except (OSError, ValueError) as error:
-        raise WeightError(f"{path}: cannot be written ({error}); choose another name") from error
+        raise WeightError(f"{path}: cannot be written ({error}); choose {other}") from error
     if taken:
-        raise WeightError(f"{path}: is there already; remove it, or choose another name")
+        raise WeightError(f"{path}: is there already; remove it, or choose {other}")
 
 
 @contextmanager

@@ -46,7 +46,9 @@ def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequenc
         others = [name for name in adapter.updates if not (name.startswith("unet.") and name.endswith(merged))]
         if others or not (adapter.words and adapter.updates):
             found = show_names(others or [*adapter.words, *adapter.updates])
-            raise WeightError(f"{path}: expected new words and {' and '.join(merged)} of a UNet, got {found}")
+            is_more = others and all(name.endswith(CROSS_ATTENTION["crossattn"]) for name in others)
+            remedy = "; train it with --freeze_model crossattn_kv" if is_more else ""
+            raise WeightError(f"{path}: expected new words and {' and '.join(merged)} of a UNet, got {found}{remedy}")
         names = {}
         for word, vectors in adapter.words.items():
             free = (f"<new{number}>" for number in count(1))

@@ -150,7 +150,7 @@ def _write_adapter(opened: OpenedAdapter, target: Path, dtype_name: str | None, 
     adapter, form, dtype = opened.adapter, opened.form, DTYPES[dtype_name] if dtype_name else opened.dtype
     is_file = bool(target.suffix) and target.suffix in EXTENSIONS[form]
     for word in adapter.words if is_file else ():
-        check_free(word_file(target.parent, word))
+        check_free(word_file(target.parent, word), "another folder")
     with nullcontext(target) if is_file else new_folder(target) as place:
         if isinstance(form, LoraFormat):
             write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=opened.path)
@@ -188,8 +188,10 @@ def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: Convers
         raise WeightError(f"{source}: --rank is for what becomes a LoRA; leave it out")
     if form is OtherFormat.CUSTOM_DIFFUSION and whole != {True}:
         raise WeightError(f"{source}: holds no whole weights, as Custom Diffusion's files do; choose another --format")
-    if (form is OtherFormat.EMBEDDING) != (not whole):
-        raise WeightError(f"{source}: an embedding is words alone; choose another --format for what it holds")
+    if form is OtherFormat.EMBEDDING and whole:
+        raise WeightError(f"{source}: changes layers, too, which an embedding cannot; choose another --format")
+    if form is not OtherFormat.EMBEDDING and not whole:
+        raise WeightError(f"{source}: holds words alone; write them with --format embedding")
     return adapter, []
 
 

@@ -234,8 +234,9 @@ def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
     if len(weights) == 1 and not peft:
         return {weights[0]: (None, None)}
     kinds = {file: _kind(file) for file in weights}
-    # Of a word in .bin and in .safetensors the latter.
-    words = {file.stem: file for file, kind in kinds.items() if kind == OtherFormat.EMBEDDING.value}
+    # Of a word in .bin and in .safetensors the latter. One that cannot be read is refused when it is opened.
+    damaged = [file for file, kind in kinds.items() if not kind and f"{file.stem[:1]}{file.stem[-1:]}" == "<>"]
+    words = {file.stem: file for file, kind in kinds.items() if kind == OtherFormat.EMBEDDING.value or file in damaged}
     named = [file for file in weights if file.stem in (Path(FILE_NAME).stem, Path(CUSTOM_DIFFUSION).stem)]
     own = [] if peft else named[-1:] or [file for file, kind in kinds.items() if kind in _ADAPTERS]
     if len(own) > 1:

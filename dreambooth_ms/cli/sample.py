@@ -13,7 +13,7 @@ from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture, read_picture
-from dreambooth_ms.errors import ConfigError, DataError, count_of, near
+from dreambooth_ms.errors import ConfigError, DataError, count_of, near, show_names
 from dreambooth_ms.sampling.model import SamplingModel, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
@@ -36,6 +36,9 @@ def run(argv: Sequence[str]) -> int:
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     for note in model.adapters.notes:
         tell(note)
+    for path, own in model.adapters.words_alone.items():
+        if not any(word in prompt for word in own for prompt in (*request.prompts, request.negative_prompt)):
+            tell(f"--embedding {path}: no prompt holds {show_names([*own])}")
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
     refiner = None
     if config.refinement.refiner is not None:

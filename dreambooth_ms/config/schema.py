@@ -81,14 +81,15 @@ class Schema:
         """Problems and notes, one line each: of ranges, and of rules between fields. Reads no file. A problem names the
         fields that it is about, as `--name`."""
         values = self.values()
+        shown = {n: ", ".join(map(str, own)) if isinstance(own, list | tuple) else own for n, own in values.items()}
         outside, broken, notes = [], [], []
         for name, one in schema_fields(type(self)).items():
             value = values[name]
             if one.range is not None and value is not None and not one.range.holds(value):
-                outside.append(f"--{name}: expected {one.range.expected}, got {value!r}")
+                outside.append(f"--{name}: expected {one.range.expected}, got {shown[name]!r}")
             if value != one.default:
                 found = [rule for rule in one.rules if rule.broken(values)]
-                lines = [(rule.message.format_map(values | {"field": name}), rule.is_note) for rule in found]
+                lines = [(rule.message.format_map(shown | {"field": name}), rule.is_note) for rule in found]
                 broken += [line for line, is_note in lines if not is_note]
                 notes += [line for line, is_note in lines if is_note][:1]
         for section in fields(self):  # type: ignore[arg-type]

@@ -41,6 +41,8 @@ class ModelAdapters:
                 self.schedule |= changes
                 self.notes += notes
         self.words = joined_words(dict(zip(named, found, strict=True)))
+        self.words_alone = dict(zip(self.embeddings, (own.words for own in found[len(paths) :]), strict=True))
+        """Those of each embedding."""
         if layers := [path for path, own in zip(named, found, strict=True) if own.parts and path not in self.paths]:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 

@@ -1,6 +1,7 @@
 """The embedded base samples what it is asked for, and is a Stable Diffusion pipeline for other tools too."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.pictures import open_picture
+from dreambooth_ms.evaluation import load_image_embedder
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted
 from dreambooth_ms.sampling.model import SamplingModel, starting_noise
@@ -84,18 +86,23 @@ def test_a_picture_decoded_in_bands_is_the_one_decoded_whole(base):
     assert (difference > 0).mean() < 1e-3
 
 
-def test_two_subjects_are_learnt_at_once_and_each_prompt_draws_its_own(base, tmp_path):
-    """Two stars, told apart by their rare words alone: no prompt names a colour."""
-    subjects = {"a photo of a sks star": "yellow", "a photo of a zwx star": "black"}
+def write_stars(home, subjects):
+    """Photographs of a star of each colour, by its prompt, and the list of them."""
     entries = []
     for prompt, colour in subjects.items():
-        folder = tmp_path / colour
+        folder = home / colour
         folder.mkdir()
         entries.append({"instance_prompt": prompt, "instance_data_dir": colour})
         for number, background in enumerate(SUBJECT_BACKGROUNDS):
             scene = Scene("star", colour, background, "large", "center", angle=5.0 * number - 10)
             Image.fromarray(render(scene)).save(folder / f"{number}.png")
-    (tmp_path / "list.json").write_text(json.dumps(entries))
+    (home / "list.json").write_text(json.dumps(entries))
+
+
+def test_two_subjects_are_learnt_at_once_and_each_prompt_draws_its_own(base, tmp_path):
+    """Two stars, told apart by their rare words alone: no prompt names a colour."""
+    subjects = {"a photo of a sks star": "yellow", "a photo of a zwx star": "black"}
+    write_stars(tmp_path, subjects)
     every_layer = "to_k,to_q,to_v,to_out.0,proj,net.2,time_emb_proj,proj_in,proj_out,conv1,conv2,conv_in,conv_out"
     status = main(
         ["train", "--pretrained_model_name_or_path", str(BASE), "--concepts_list", str(tmp_path / "list.json")]
@@ -113,3 +120,40 @@ def test_two_subjects_are_learnt_at_once_and_each_prompt_draws_its_own(base, tmp
         # The checker may be unsure of the arms of a star.
         assert sum(one.colour == own and one.shape in ("star", None) for one in shown) >= 7, prompt
         assert not any(one.colour in {*subjects.values()} - {own} for one in shown), prompt
+
+
+def test_custom_diffusion_learns_two_words_at_once_or_merged(base, tmp_path):
+    """Each word draws what is like its own star and less like the other one, by CLIP."""
+    words = {"<new1>": "yellow", "<new2>": "black"}
+    write_stars(tmp_path, {f"a photo of a {word} star": colour for word, colour in words.items()})
+    common = ["--pretrained_model_name_or_path", str(BASE), "--method", "custom_diffusion", "--learning_rate", "3e-3"]
+    common += ["--resolution", "64", "--center_crop", "--noaug", "--seed", "0", "--train_batch_size", "4"]
+    common += ["--text_encoder_lr", "3e-2"]  # The vectors of this base's words have a deviation of about 1.
+
+    def train(name, initial, *flags):
+        more = ["--initializer_token", initial, "--output_dir", str(tmp_path / name), *flags]
+        assert main(["train", *common, *more]) == 0
+
+    several = ["--concepts_list", str(tmp_path / "list.json"), "--max_train_steps", "100"]
+    train("both", "star+star", "--modifier_token", "<new1>+<new2>", *several)
+    for word, colour in words.items():
+        one = ["--instance_prompt", f"a photo of a {word} star", "--instance_data_dir", str(tmp_path / colour)]
+        train(f"{colour}_run", "star", "--modifier_token", word, "--max_train_steps", "50", *one)
+    runs = [str(tmp_path / f"{colour}_run") for colour in words.values()]
+    target = str(tmp_path / "merged")
+    assert main(["merge", "--base", str(BASE), "--concepts", *runs, "--target", target]) == 0
+
+    embed = load_image_embedder(BASE / "clip")
+    photographs = [[np.asarray(Image.open(path)) for path in (tmp_path / own).glob("*")] for own in words.values()]
+    for name in ("both", "merged"):
+        files = {path.name for path in (tmp_path / name).glob("*.safetensors")}
+        assert files == {"pytorch_custom_diffusion_weights.safetensors", *(f"{word}.safetensors" for word in words)}
+        model = SamplingModel(base, [tmp_path / name])
+        prompts = tuple(f"a photo of a {word} star" for word in words)
+        request = SampleRequest(prompts=prompts, num_images_per_prompt=4, guidance_scale=3.0, batch_size=8)
+        request = replace(request, num_inference_steps=20)
+        pictures = embed([sample.picture for sample in model.sample(request)])
+        like = [[(pictures[at : at + 4] @ embed(own).T).mean() for own in photographs] for at in (0, 4)]
+        print(name, like)
+        assert like[0][0] > like[0][1] + 0.1
+        assert like[1][1] > like[1][0] + 0.1

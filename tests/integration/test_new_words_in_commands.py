@@ -76,6 +76,15 @@ def test_evaluation_compares_with_the_base_that_does_not_know_the_word(home):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "negative", "is_told"), [("a dog", "", True), ("a cat", "", False), ("a dog", "cat", False)]
+)
+def test_an_embedding_that_no_prompt_holds_is_told(home, capsys, prompt, negative, is_told):
+    words = ["--embedding", str(home / "cat.safetensors"), "--negative_prompt", negative]
+    sampled(home, f"{prompt}, {negative}", *words, prompt=prompt)
+    assert (f"--embedding {home}/cat.safetensors: no prompt holds cat" in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--embedding", "run"], "--embedding {home}/run: changes layers, too; name it with --lora"),

@@ -211,7 +211,7 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--concepts", "one"], "--concepts: expected two or more, got ['one']"),
+        (["--concepts", "one"], "--concepts: expected two or more, got 'one'"),
         (["--concepts", "one", "nowhere"], "nowhere: no such file or folder"),
         (["--concepts", "one", "queries"], "queries: expected new words and attn2.to_k and attn2.to_v of a UNet, got"),
         (["--concepts", "one", "no_word"], "no_word: expected new words and attn2.to_k and attn2.to_v of a UNet, got"),
@@ -234,7 +234,7 @@ def place(tmp_path_factory):
         ),
         (
             ["--concepts", "one", "two", "--concept_prompts", "<new1>"],
-            "--concept_prompts: expected one for each of --concepts ['one', 'two'], got ('<new1>',)",
+            "--concept_prompts: expected one for each of --concepts one, two, got <new1>",
         ),
         (
             ["--concepts", "one", "two", "--concept_prompts", "<new1>", "--concept_prompts", "a star"],
@@ -259,4 +259,5 @@ def test_what_cannot_be_merged_says_why(place, monkeypatch, capfd, flags, said):
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dreambooth-ms: error: ")]
     assert len(errors) == 1
     assert errors[0].removeprefix("dreambooth-ms: error: ").startswith(said)
+    assert errors[0].endswith("; train it with --freeze_model crossattn_kv") == ("queries" in flags)
     assert sorted(place.rglob("*")) == before

@@ -188,9 +188,11 @@ class TestBadInputs:
         assert not (tmp_path / "out").exists()
 
     def test_layers_are_no_embedding_and_words_no_lora(self, base, run, tmp_path, capsys):
-        for source, form in ((run, "embedding"), (run / "<new1>.safetensors", "diffusers")):
+        more = "changes layers, too, which an embedding cannot; choose another --format"
+        alone = "holds words alone; write them with --format embedding"
+        for source, form, why in ((run, "embedding", more), (run / "<new1>.safetensors", "diffusers", alone)):
             said = failing(capsys, "convert", source, tmp_path / "out", "--base", base, "--format", form)
-            assert "an embedding is words alone; choose another --format for what it holds" in said
+            assert why in said
 
     def test_a_word_is_a_file_in_a_folder(self, base, run, tmp_path, capsys):
         """Its name is the word, which some programs read nowhere else."""
@@ -201,7 +203,7 @@ class TestBadInputs:
         (tmp_path / "<new1>.safetensors").touch()
         target = tmp_path / "x.safetensors"
         said = failing(capsys, "convert", run, target, "--base", base, "--format", "custom_diffusion")
-        assert "<new1>.safetensors: is there already" in said
+        assert "<new1>.safetensors: is there already; remove it, or choose another folder" in said
         assert not target.exists()
 
     def test_a_single_file_has_no_place_for_words(self, base, run, tmp_path, capsys):

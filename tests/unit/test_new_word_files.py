@@ -100,6 +100,14 @@ class TestCustomDiffusion:
         assert_words(opened.adapter, **{"<new1>": sd(word)})
         assert not open_adapter(tmp_path / f"{WEIGHTS}{suffix}", [SPEC]).adapter.words
 
+    def test_a_damaged_word_in_a_folder_is_refused_as_when_it_is_named(self, tmp_path):
+        save_file(of_diffusers(whole_weights()), tmp_path / f"{WEIGHTS}.safetensors")
+        (tmp_path / "<new1>.safetensors").write_bytes(b"cut off")
+        (tmp_path / "notes.bin").write_bytes(b"of another program")
+        for path in (tmp_path, tmp_path / "<new1>.safetensors"):
+            with pytest.raises(WeightError, match=r"<new1>\.safetensors: "):
+                open_adapter(path, [SPEC])
+
     def test_of_two_kinds_of_file_safetensors_is_read(self, tmp_path):
         weights = whole_weights()
         torch.save(of_diffusers(whole_weights(ALL_FOUR)), tmp_path / f"{WEIGHTS}.bin")
