@@ -113,6 +113,16 @@ def lokr(f: Factors, value: np.ndarray) -> np.ndarray:
     return _scale(f) * left[:, None, :, None, None] * right[None, :, None, :, :]
 
 
+def factorised(number: int, factor: int) -> tuple[int, int]:
+    """m, n with m n = number by peft's rule: m is the factor if it divides the number, else the largest divisor that is
+    no larger than either the factor or the root; a factor of -1 bounds nothing."""
+    if factor > 0 and number % factor == 0:
+        return factor, number // factor
+    most = min(math.isqrt(number), factor if factor > 0 else number)
+    m = max(one for one in range(1, most + 1) if number % one == 0)
+    return m, number // m
+
+
 def _product(a: np.ndarray, b: np.ndarray, core: np.ndarray | None) -> np.ndarray:
     """A (O, r) times B (r, I); or of A (r, O) and B (r, I) with a core (r, r, K, K) the sum over both ranks."""
     if core is None:

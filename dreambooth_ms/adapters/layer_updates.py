@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mindspore import nn
 
+from dreambooth_ms.adapters.formulas import factorised
 from dreambooth_ms.adapters.lora import (
     AdaptedLayer,
     Dropout,
@@ -15,7 +16,7 @@ from dreambooth_ms.adapters.lora import (
     layers_to_adapt,
     lora_layer,
 )
-from dreambooth_ms.adapters.reweighted import CHANGES, ReweightedLayer, factorised
+from dreambooth_ms.adapters.reweighted import CHANGES, ReweightedLayer
 from dreambooth_ms.config.choices import AdapterKind
 from dreambooth_ms.config.ranges import Pattern, pattern
 from dreambooth_ms.config.train import MethodConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.formulas import NEUMANN_TERMS
+from dreambooth_ms.adapters.formulas import NEUMANN_TERMS, factorised
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, TERMS, UP, Shape, kind_of, rank_of
 
@@ -165,16 +165,6 @@ def _kronecker(layers: Mapping[str, Tensors], weights: Mapping[str, Shape], rank
     tried = (-1, *range(1, 1 + max(max(shape) for shape, _ in held.values())))
     fitting = (one for one in tried if all(made(n, one) == (*held[n], "lokr_w2_a" in own) for n, own in layers.items()))
     return {"decompose_both": both, "decompose_factor": next(fitting, None)}
-
-
-def factorised(number: int, factor: int) -> tuple[int, int]:
-    """m, n with m n = number by peft's rule: m is the factor if it divides the number, else the largest divisor that is
-    no larger than either the factor or the root; a factor of -1 bounds nothing."""
-    if factor > 0 and number % factor == 0:
-        return factor, number // factor
-    most = min(math.isqrt(number), factor if factor > 0 else number)
-    m = max(one for one in range(1, most + 1) if number % one == 0)
-    return m, number // m
 
 
 def _rotations(layers: Mapping[str, Tensors], weights: Mapping[str, Shape]) -> dict[str, int | None]:

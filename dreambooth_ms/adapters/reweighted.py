@@ -5,14 +5,13 @@ Shapes: O output channels, I input channels times kernel, r rank, b side of a bl
 two dimensions, in the order of this device's formulation.
 """
 
-import math
 from functools import cache
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.adapters.formulas import NEUMANN_TERMS, skew_basis
+from dreambooth_ms.adapters.formulas import NEUMANN_TERMS, factorised, skew_basis
 from dreambooth_ms.adapters.lora import AdaptedLayer, lora_layer, norms
 from dreambooth_ms.models.parameters import PublicParameter
 from dreambooth_ms.ops import Conv2d, Dense, total
@@ -108,16 +107,6 @@ class KroneckerChange(Change):
         taps, points = (self.kernel, 1) if self.on_cpu else (1, self.kernel)
         product = ops.reshape(product, (self.a, self.b, self.c, taps, self.d, points))
         return ops.reshape(ops.transpose(product, (0, 2, 3, 1, 4, 5)), (self.rows, self.columns))
-
-
-def factorised(number: int, factor: int) -> tuple[int, int]:
-    """m <= n with m n = number: m is the factor if that divides it, else the largest that is no larger than either the
-    factor or the root; a factor of -1 bounds nothing (LyCORIS' rule)."""
-    if factor > 0 and number % factor == 0:
-        return min(factor, number // factor), max(factor, number // factor)
-    most = min(math.isqrt(number), factor if factor > 0 else number)
-    m = max(one for one in range(1, most + 1) if number % one == 0)
-    return m, number // m
 
 
 class DecomposedChange(Change):
