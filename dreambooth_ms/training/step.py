@@ -104,8 +104,11 @@ class WeightedError(nn.Cell):
         squares = difference * difference
         if self.has_c:
             c_BCHW = ops.broadcast_to(ops.reshape(extras[-1], (-1, 1, 1, 1)), squares.shape)
-            # As the difference of the two it would lose small errors to rounding.
-            squares = squares * (2 * c_BCHW / (ops.sqrt(squares + c_BCHW * c_BCHW) + c_BCHW))
+            root = ops.stop_gradient(ops.sqrt(squares + c_BCHW * c_BCHW))
+            # The gradient c / root of d^2, without the root's, for which Ascend has no newer kernel; and the value, in
+            # which small errors are not lost to rounding.
+            slope, value = squares * (c_BCHW / root), squares * (2 * c_BCHW / (root + c_BCHW))
+            squares = slope + ops.stop_gradient(value - slope)
         if self.masked:
             squares = squares * extras[0]
         errors_B = mean(squares, (1, 2, 3))
