@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dreambooth_ms.config import commands, sample, shared
 from dreambooth_ms.config import train as train_schema
-from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, InspectConfig, MergeConfig
+from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, ExtractConfig, InspectConfig, MergeConfig
 from dreambooth_ms.config.concepts import ConceptConfig
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
@@ -509,7 +509,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path, content):
 def test_every_spelling_stands_for_a_field_and_is_not_one(name):
     targets = SPELLINGS[name]
     known = [schema_fields(ConceptConfig), schema_fields(SampleConfig)]
-    weights = [schema_fields(ConvertConfig), schema_fields(MergeConfig)]
+    weights = [schema_fields(one) for one in (ConvertConfig, ExtractConfig, MergeConfig)]
     assert all(any(target in fields for fields in known + weights) for target in targets)
     assert all(name not in fields for fields in known)
     assert all(len(set(targets) & fields.keys()) <= 1 for fields in known), "a spelling must mean one thing"

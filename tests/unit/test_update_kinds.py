@@ -13,6 +13,8 @@ from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.adapters.formulas import FormulaUpdate
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.commands import ExtractConfig
+from dreambooth_ms.config.load import load
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.open import open_tensor_file, write_tensors
 from dreambooth_ms.formats.files.stored import StoredTensor
@@ -333,6 +335,11 @@ class TestExtracted:
             capsys, base, tmp_path / "half.safetensors", tmp_path / "x.safetensors", "--rank", "2", status=2
         )
         assert f"its layers are those of {base}: there is nothing to extract" in said
+
+    def test_kohyas_flags_are_understood(self):
+        flags = ["--model_org", "a", "--model_tuned", "b", "--save_to", "c.safetensors", "--dim", "4"]
+        found = load(ExtractConfig, flags).extraction
+        assert (found.base, found.tuned, found.target, found.rank) == ("a", "b", "c.safetensors", 4)
 
     def test_of_other_sizes_it_is_refused(self, base, tmp_path, capsys):
         other, _ = write_model(Format.STABILITY, tmp_path / "other")
