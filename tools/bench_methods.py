@@ -82,7 +82,7 @@ class Bench:
     def __init__(self, folder: Path, seeds: int, steps: int | None = None) -> None:
         self._folder, self._seeds = folder, range(seeds)
         self._config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
-        self._steps = steps or self._config["run"]["max_train_steps"]
+        self.steps = steps or self._config["run"]["max_train_steps"]
         self._subjects = [SUBJECT, write_second_subject(folder / "second_subject")]
         self._embed, self._prompts = load_image_embedder(BASE / "clip"), read_prompts(PROMPTS)
         self._photographs = [
@@ -95,12 +95,12 @@ class Bench:
     def one_subject(self, methods: Sequence[str]) -> list[list[str]]:
         """The table of the quickstart's subject."""
         rows = [["method", "result", "subject similarity", "class drift"]]
-        base = self._pictures_of(BASE, [RARE_WORD])
-        rows += [["base", "", *columns([self._figures(base, base)])]]
+        base = self.pictures_of(BASE, [RARE_WORD])
+        rows += [["base", "", *columns([self.figures(base, base)])]]
         for method in methods:
             runs = [self._single(method, seed) for seed in self._seeds]
             word = WORDS[0] if method in OF_WORDS else RARE_WORD
-            figures = [self._figures(self._pictures_of(run, [word]), base) for run in runs]
+            figures = [self.figures(self.pictures_of(run, [word]), base) for run in runs]
             rows.append([method, size(runs[0]), *columns(figures)])
         return rows
 
@@ -108,7 +108,7 @@ class Bench:
         """The table of both, learnt at once or, of Custom Diffusion, merged from runs of one each."""
         others = [f"{n} word, {to}" for n in ("first", "second") for to in ("to its own photographs", "to the other's")]
         rows = [["method", "result", *others, "class drift"]]
-        base = self._pictures_of(BASE, [RARE_WORD, RARE_WORD])
+        base = self.pictures_of(BASE, [RARE_WORD, RARE_WORD])
         rows += [["base", "", *self._columns([base], base)]]
         ways: list[tuple[str, Callable[[int], Path]]]
         ways = [(f"{method}, at once", partial(self._joint, method)) for method in methods]
@@ -116,18 +116,18 @@ class Bench:
             ways.append(("custom_diffusion, merged", self._merged))
         for name, run_of in ways:
             runs = [run_of(seed) for seed in self._seeds]
-            rows.append([name, size(runs[0]), *self._columns([self._pictures_of(run, WORDS) for run in runs], base)])
+            rows.append([name, size(runs[0]), *self._columns([self.pictures_of(run, WORDS) for run in runs], base)])
         return rows
 
     def _columns(self, runs: Sequence[Pictures], base: Pictures) -> list[str]:
         """Of each word in some runs: how like the one subject, how like the other; and the drift of the class."""
-        similar = [[self._figures(run, base, word, to) for run in runs] for word in (0, 1) for to in (word, 1 - word)]
+        similar = [[self.figures(run, base, word, to) for run in runs] for word in (0, 1) for to in (word, 1 - word)]
         return [*(columns(own)[0] for own in similar), columns(similar[0])[1]]
 
     def _single(self, method: str, seed: int, subject: int = 0) -> Path:
         """A run of one subject."""
         run = self._folder / f"{method}-{seed}{'-second' if subject else ''}"
-        own = {"config": CONFIG, "class_data_dir": self._folder / "class_images", "max_train_steps": self._steps}
+        own = {"config": CONFIG, "class_data_dir": self._folder / "class_images", "max_train_steps": self.steps}
         own |= {"instance_data_dir": self._subjects[subject]}
         if method in OF_WORDS:
             own |= {"modifier_token": WORDS[subject], "initializer_token": "star"}
@@ -149,7 +149,7 @@ class Bench:
             named = (*entries[0], "class_data_dir", "class_prompt")
             config[section] = {name: value for name, value in config[section].items() if name not in named}
         (self._folder / "both.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-        own = {"config": self._folder / "both.yaml", "concepts_list": listed, "max_train_steps": 2 * self._steps}
+        own = {"config": self._folder / "both.yaml", "concepts_list": listed, "max_train_steps": 2 * self.steps}
         own |= {"modifier_token": "+".join(WORDS), "initializer_token": "star+star"}
         command("train", {"method": method, "seed": seed, "output_dir": run, **own, **METHODS[method]})
         return run
@@ -164,7 +164,7 @@ class Bench:
             command("merge", {"base": BASE, "concepts": runs, "target": target})
         return target
 
-    def _pictures_of(self, run: Path, words: Sequence[str]) -> Pictures:
+    def pictures_of(self, run: Path, words: Sequence[str]) -> Pictures:
         """Of each word, and last as many of the class: by a run's result, or a model."""
         is_model, name = (run / "model_index.json").is_file(), "base" if run == BASE else run.name
         prompts = [prompt.replace(RARE_WORD, word) for word in words for prompt in self._prompts]
@@ -177,7 +177,7 @@ class Bench:
         print(f"{name} has sampled", file=sys.stderr, flush=True)
         return own
 
-    def _figures(self, pictures: Pictures, base: Pictures, word: int = 0, subject: int = 0) -> Fidelity:
+    def figures(self, pictures: Pictures, base: Pictures, word: int = 0, subject: int = 0) -> Fidelity:
         """Of a word's pictures beside the photographs of a subject, and of those of the class."""
         found = measure(self._embed, self._photographs[subject], pictures[word], pictures[-1], base[-1])
         print(f"word {word} beside subject {subject}: {found}", file=sys.stderr, flush=True)

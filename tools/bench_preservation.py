@@ -9,7 +9,6 @@ already is not trained again. Times are compared in pairs of steps in one proces
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
 from dreambooth_ms.training.preservation import Penalty
 from dreambooth_ms.training.step import DiffusionLoss, TrainStep
 from dreambooth_ms.weights.bundle import open_bundle
-from tools.bench_methods import BASE, CONFIG, Judge, columns, table, train
-from tools.bench_methods import METHODS as RUNS
+from tools.bench_methods import BASE, CONFIG, RARE_WORD, Bench, columns, command, table
 
 FORMS: dict[str, dict[str, Any]] = {
     "none": {"with_prior_preservation": False},
@@ -52,21 +50,22 @@ def main() -> None:
         print(f"a step with base_l2 takes {step_ratio(arguments.pairs)} times one without")
     if not arguments.forms:
         return
-    judge, rows = Judge(), []
+    bench, rows = Bench(arguments.folder, arguments.seeds, arguments.steps), []
+    base = bench.pictures_of(BASE, [RARE_WORD])
     for form in arguments.forms:
-        RUNS[form], figures = {"method": "lora"} | FORMS[form] | dict(flag.split("=") for flag in arguments.flags), []
+        own, figures = FORMS[form] | dict(flag.split("=") for flag in arguments.flags), []
+        own |= {"config": CONFIG, "class_data_dir": arguments.folder / "class_images", "max_train_steps": bench.steps}
         for seed in range(arguments.seeds):
-            folder = arguments.folder / "-".join([form, *arguments.flags, str(seed)])
-            train(form, seed, arguments.steps, folder)
-            figures.append(judge.figures(form, folder))
-            print(f"{folder}: {figures[-1]}", file=sys.stderr, flush=True)
+            run = arguments.folder / "-".join([form, *arguments.flags, str(seed)])
+            command("train", {"seed": seed, "output_dir": run, **own})
+            figures.append(bench.figures(bench.pictures_of(run, [RARE_WORD]), base))
         rows.append([form, *columns(figures)])
-    print(table(["--prior_preservation", "subject similarity", "class drift"], rows))
+    print(table([["--prior_preservation", "subject similarity", "class drift"], *rows]))
 
 
 def step_ratio(pairs: int) -> str:
     """Median and quartiles of the ratio of the times of two steps, with base_l2 and without, of two rows."""
-    config = load(TrainConfig, ["--config", CONFIG], lambda note: None)
+    config = load(TrainConfig, ["--config", str(CONFIG)], lambda note: None)
     base, rng = open_bundle(BASE), np.random.default_rng(0)
     unet = base.denoiser.load()
     learner = METHODS["lora"](config.method, base, unet, None, 0)

@@ -285,6 +285,8 @@ def values_of(one):
         valid = valid.filter(lambda value: not str(value).startswith("~"))
     if one.name == "prompt_template":
         valid = number[str].map("{}{{CAPTION}}".format)
+    if one.name in ("rank_pattern", "alpha_pattern"):
+        valid = st.sampled_from(['{"to_q": 8}', '{"attn2.to_k": 0.5, "to_v": 0}', "4,8,2", "[1, 2.5]"])
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
     if one.name in ("resolution", "height", "width", "vae_whole_up_to"):

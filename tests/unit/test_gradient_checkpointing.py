@@ -17,7 +17,15 @@ import pytest
 from mindspore import ParameterTuple, Tensor, nn
 
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
-from dreambooth_ms.adapters.lora import DropoutState, inject_lora, lora_trainables
+from dreambooth_ms.adapters.layer_updates import LayerUpdate
+from dreambooth_ms.adapters.lora import (
+    DropoutState,
+    adaptable_layers,
+    initialise_lora,
+    inject,
+    inject_lora,
+    lora_trainables,
+)
 from dreambooth_ms.models.clip import CLIPTextModel
 from dreambooth_ms.models.parameters import initialise, public_parameters
 from dreambooth_ms.models.specs import ClipTextSpec
@@ -33,6 +41,18 @@ ROWS, TOKENS, WORDS = 2, 5, 7
 SIDE = 8
 DEEP_SDXL = replace(SDXL_UNET, transformer_layers_per_block=(1, 2))
 """Transformers of two layers, each of which is a segment of its own."""
+
+KINDS = (
+    ("to_q", LayerUpdate("dora", 2, 3.0)),
+    ("to_k", LayerUpdate("loha", 2, 3.0)),
+    ("to_v", LayerUpdate("lokr", 1, 3.0, -1)),
+    ("to_out.0", LayerUpdate("oft", 2, 3.0, 4)),
+    ("conv1", LayerUpdate("locon", 2, 3.0, has_middle=True)),
+    ("conv2", LayerUpdate("dora", 2, 3.0)),
+    ("q_proj", LayerUpdate("lora", 2, 3.0, is_principal=True)),
+    ("v_proj", LayerUpdate("loha", 2, 3.0)),
+)
+"""The ends of layers' names, and their updates."""
 
 
 def trained_network(unet_spec, method, with_text, dropout=0.0):
@@ -60,6 +80,15 @@ def trained_network(unet_spec, method, with_text, dropout=0.0):
             continue
         if method == "full":
             trainables += [public.parameter for public in public_parameters(network).values()]
+            continue
+        if method == "all kinds":
+            updates = [(name, own) for name in adaptable_layers(network) for end, own in KINDS if name.endswith(end)]
+            layers = inject(network, {name: own.layer for name, own in updates}, None)
+            initialise_lora(layers, number)
+            rng = np.random.default_rng(number)
+            for part in (part for layer in layers.values() for part in layer.parts.values()):
+                part.write(part.read() + 0.1 * rng.standard_normal(part.shape))
+            trainables += lora_trainables(layers)
             continue
         targets = ["to_q", "to_k", "to_v", "to_out.0"] if network is unet else ["q_proj", "v_proj"]
         state = DropoutState(dropout, 0) if dropout else None
@@ -139,8 +168,8 @@ def both(unet_spec, method, with_text, dropout=0.0, extras=(), penalised=False):
 
 @pytest.mark.parametrize(
     ("unet_spec", "method"),
-    [(UNET, "lora"), (DEEP_SDXL, "full"), (DEEP_SDXL, "custom_diffusion")],
-    ids=["SD lora", "SDXL full", "SDXL custom_diffusion"],
+    [(UNET, "lora"), (UNET, "all kinds"), (DEEP_SDXL, "full"), (DEEP_SDXL, "custom_diffusion")],
+    ids=["SD lora", "SD all kinds", "SDXL full", "SDXL custom_diffusion"],
 )
 def test_gradients_of_unet_and_text_encoders_are_the_same(pynative, unet_spec, method):
     """But for the last bits: where a value has many readers, their gradients are added in another order.
