@@ -59,8 +59,9 @@ class SchedulerKind:
         # What a configuration left at its default does not hold for another scheduler.
         known = inspect.signature(kind.__init__).parameters.keys() - set(config.get("_use_default_values", ()))
         own = {name: value for name, value in config.items() if name in known}
-        spec = read_scheduler_config(config)
-        if isinstance(spec, NoiseScheduleSpec):
+        if not self.edm:
+            spec = read_scheduler_config(config)
+            assert isinstance(spec, NoiseScheduleSpec), "check_scheduler comes first"
             own |= vars(spec)
             if own.pop("rescale_betas_zero_snr"):
                 own["trained_betas"] = NoiseSchedule.from_spec(spec).betas(self.least).tolist()
