@@ -29,12 +29,12 @@ def test_a_run_with_the_bases_answers_goes_on_bit_for_bit(place):
     history = place.history("straight")
     assert place.history("parts") == history
     # A fresh adapter changes nothing, whatever it drops; the second step has something to preserve.
-    assert history[0]["class"] == pytest.approx(0, abs=1e-10)
-    assert history[1]["class"] > 1e-9
+    assert history[0]["class_loss"] == pytest.approx(0, abs=1e-10)
+    assert history[1]["class_loss"] > 1e-9
 
 
 def test_a_penalty_is_in_the_loss_as_soon_as_something_changed(place):
     place.run(*train("l2", "base_l2", 3, "--base_l2_weight", "1000"), cache="graphs")
     first, *others = place.history("l2")
-    assert first["loss"] == pytest.approx(first["instance"], rel=1e-6)
-    assert all(step["loss"] > 1.001 * step["instance"] for step in others)
+    assert first["loss"] == pytest.approx(first["instance_loss"], rel=1e-6)
+    assert all(step["loss"] > 1.001 * step["instance_loss"] for step in others)
