@@ -162,6 +162,8 @@ def _differing(read: Callable[[Config], Any], own: Config, guessed: Config) -> l
         one, other = (asdict(read(config)) for config in (own, guessed))
     except (UserError, KeyError):
         return ["config.json"]
+    if one.keys() != other.keys():  # Schedules of another formulation.
+        return ["config.json"]
     one, other = (spec | spec.pop("transformer", {}) for spec in (one, other))
     # The number of the end token is told by the vocabulary; old configurations say 2.
     keys = [key for key in one if one[key] != other[key] and key != "eos_token_id"]

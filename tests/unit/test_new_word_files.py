@@ -1,5 +1,6 @@
 """Custom Diffusion and embeddings of new words in the files of every program that writes them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from dreambooth_ms.formats.naming.lora_formats import LoraFormat, OtherFormat, l
 from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
 from dreambooth_ms.sampling.prompts import ModelAdapters
 from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.weights.bundle import Schedule
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import SMALL
 from tests.whole_loras import write_lora_file
@@ -348,7 +350,9 @@ def test_where_a_model_is_expected_it_is_called_what_it_is(tmp_path, kind):
 class TestOfSeveral:
     """What a sampling is given together."""
 
-    BASE = SimpleNamespace(opened=lambda: SimpleNamespace(spec=SPEC), path="base")
+    BASE = SimpleNamespace(
+        opened=lambda: SimpleNamespace(spec=SPEC), path="base", schedule=Schedule(Path("base"), {"_class_name": "DDIM"})
+    )
 
     def test_words_of_all_files_are_read_and_only_adapters_have_a_strength(self, tmp_path):
         lora, _ = write_lora_file_in(tmp_path / "run")
