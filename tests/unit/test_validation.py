@@ -62,10 +62,10 @@ def test_flags_of_guides_are_spellings():
 
 
 WRONG = {
-    "--validation_prompt=": "--validation_prompt: expected not empty, got ('',)",
+    "--validation_prompt=": "--validation_prompt: expected not empty, got ''",
     "--validation_prompt": "--validation_prompt: expected text or a list of texts, or None, got nothing",
     "--validation_prompt a dog": "--validation_prompt: unexpected 'dog' after its value; put text with spaces",
-    "--validation_prompt x --validation_prompt=": "--validation_prompt: expected not empty, got ('x', '')",
+    "--validation_prompt x --validation_prompt=": "--validation_prompt: expected not empty, got 'x, '",
     "--test_prompt x --test_prompts_file y.txt": "--test_prompts_file: means the same as --test_prompt; give one",
     "--validation_prompt x --test_seed -1": "--validation_seed: expected from 0 to 2**64 - 1, got -1",
     "--validation_prompt x --save_infer_steps 0": "--validation_inference_steps: expected from 1 to 1000, got 0",
