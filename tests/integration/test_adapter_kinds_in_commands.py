@@ -18,8 +18,8 @@ KINDS = {
     "LoKr": "--adapter lokr --rank 2 --lokr_factor 4",
     "OFT": "--adapter oft --oft_block_size 8",
 }
-RANKS = {"PiSSA and LoRA+": {8}, "LoCon": {2, 4}, "LoKr": {2}, "OFT": {None}}
-"""Of what each writes; else 4."""
+RANKS = {"PiSSA and LoRA+": {8}, "LoCon": {2, 4}, "LoKr": {0, 2}, "OFT": {0}}
+"""Of what each writes, 0 where there is none; else 4."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
