@@ -8,7 +8,7 @@ from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
-PATHS = {"source", "target", "base", "lora", "image", "refiner", "clip", "report", "resume_from_checkpoint"}
+PATHS = {"source", "target", "base", "lora", "image", "mask", "refiner", "clip", "report", "resume_from_checkpoint"}
 PATHS |= {"concepts_list", "dataset_name", "embedding", "concepts", "regularization_prompts", "tuned"}
 REQUIRED = [
     "--pretrained_model_name_or_path",
