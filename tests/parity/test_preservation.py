@@ -10,7 +10,7 @@ import torch
 
 from dreambooth_ms.data.plan import Framing, Plan
 from dreambooth_ms.data.records import CLASS, INSTANCE
-from dreambooth_ms.diffusion import draw_columns
+from dreambooth_ms.diffusion import NoiseScheduleSpec, draw_columns
 from dreambooth_ms.training.preservation import BaseAnswers, Penalty
 from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.parity.test_training import (
@@ -26,7 +26,6 @@ from tests.parity.test_training import (
     ONE_WEIGHT,
     PRIOR_LOSS_WEIGHT,
     RANK,
-    SCHEDULE,
     Case,
     Reference,
     Trained,
@@ -175,7 +174,7 @@ def test_the_bases_answers_are_those_of_the_networks_without_adapters(training_o
 def test_rows_of_the_class_are_those_of_the_subject_under_another_prompt(batch_size):
     make_batch = batches_of(
         plan_of_base_output(batch_size),
-        draw_columns("epsilon", SCHEDULE),
+        draw_columns(NoiseScheduleSpec()),
         posterior=lambda i: normal(2, *LATENTS, seed=i % 5),
         text=lambda i: (np.full((7, 24), i % 5 if i < 5 else 9, np.float32),),
     )
