@@ -69,7 +69,7 @@ class Answered(Training):
     def batches(self, case):
         return batches_of(
             plan_of_base_output(case.batch_size, case.batches_per_step),
-            draw_columns(self.trained.kind, self.schedule),
+            draw_columns(self.spec),
             posterior=lambda i: normal(2, *LATENTS, seed=i % 5),
             text=self.token_ids,
         )

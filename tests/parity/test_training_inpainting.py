@@ -102,7 +102,7 @@ def compared(request, training_of, concepts, base, tmp_path_factory):
         plan=plan,
         posteriors=posteriors,
         texts=lambda prompt: PromptText(normal(*TEXT, seed=texts[prompt])),
-        objective=draw_columns(trained.kind, training.schedule),
+        objective=draw_columns(training.spec),
         scaled=bundle.codec.spec.scaled,
     )
     whole = replace(batches, plan=replace(plan, batch_size=rows * parts, batches_per_step=1))

@@ -30,7 +30,8 @@ def test_a_hole_lies_in_its_crop(seed, size):
     assert (right - left) % 2 == (bottom - top) % 2 == 0
     mask = hole.mask(size)
     assert (mask.shape, mask.dtype) == (size[::-1], bool)
-    assert mask.any()
+    # One without an extent may lie beyond the last pixel, as with the published script.
+    assert mask.any() or left == size[0] or top == size[1]
 
 
 def test_holes_have_every_size_and_both_kinds():
