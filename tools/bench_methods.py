@@ -37,7 +37,7 @@ from tools.tiny_base.world import render, subject_scenes
 BASE, SUBJECT, CONFIG = Path("checkpoints/tiny-shapes"), Path("demo/subject"), Path("configs/training/quickstart.yaml")
 PROMPTS, CLASS_PROMPT, RARE_WORD = "configs/inference/quickstart_prompts.txt", "a photo of a star", "sks"
 WORDS = ("<new1>", "<new2>")
-SAMPLING: dict[str, Any] = {"guidance_scale": 3, "num_inference_steps": 25}
+SAMPLING: dict[str, Any] = {"guidance_scale": 3, "num_inference_steps": 50}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {"learning_rate": 1e-4},
