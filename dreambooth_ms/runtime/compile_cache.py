@@ -1,14 +1,12 @@
 """Compiled graphs kept on disk, so that the next run starts sooner.
 
-MindSpore writes a graph to a file and reads it again, but it knows a file by the place of the graph in the order of
-compilation alone, in one folder for the whole process, and takes what it finds there (MindSpore 2.10.0, measured). So
-each process has an empty folder of its own for MindSpore. A graph that is kept under the right key is copied there, to
-the place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then
-the folder is empty again.
+MindSpore knows the file of a graph by its place in the order of compilation alone, in one folder for the process, and
+takes what it finds there (MindSpore 2.10.0, measured). So each process has an empty folder of its own for MindSpore: a
+graph that is kept is copied there, to the place that comes next, just before it is compiled, and one that MindSpore
+writes there is kept; then the folder is empty again.
 
 An entry is a file named by a key. Its lines are the digest of what follows, how long the graph took to compile, and
-what MindSpore's file was called up to its place; then that file. It appears whole, by a rename, and is used only while
-the digest holds.
+what MindSpore's file was called up to its place; then that file. It is used only while the digest holds.
 """
 
 import atexit
@@ -78,10 +76,9 @@ class CompileCache:
         try:
             entry = self.folder / f"{graph_key(cell, inputs, settings)}.{kind}"
             copied = self._copy_to_mindspore(entry)
-        except NotDescribable:
-            return compile(Outlook())
-        except OSError as error:
-            self._turn_off(error)
+        except (NotDescribable, OSError) as error:
+            if isinstance(error, OSError):
+                self._turn_off(error)
             return compile(Outlook())
         begun = time.monotonic()
         try:
@@ -164,10 +161,7 @@ class CompileCache:
 
 
 class _MindSporesCache:
-    """MindSpore's own cache in this process.
-
-    It reads the folder's name once, and counts the graphs that it compiles while it is switched on.
-    """
+    """MindSpore's own, which reads the folder's name once and counts the graphs compiled while it is switched on."""
 
     place: int | None = 0
     """Of the next graph; None if that is not known."""
@@ -206,17 +200,13 @@ class _MindSporesCache:
 
 
 _mindspores = _MindSporesCache()
-
-
 _cache: CompileCache | None = None
 _wish: str | None = None
 
 
 def set_up_compile_cache(by_default: bool) -> None:
-    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says.
-
-    MS_COMPILER_CACHE_PATH names the folder.
-    """
+    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says, in the folder that
+    MS_COMPILER_CACHE_PATH names."""
     global _cache, _wish
     _wish = os.environ.get(ENABLE, _wish)
     if _wish != "0":

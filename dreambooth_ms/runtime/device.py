@@ -1,10 +1,9 @@
 """The device: the only place that asks for it, the formulation of the operations that follows from it, and what becomes
 of host memory that is given back.
 
-That is with GNU's allocator; other systems do as they do. By itself it soon keeps arrays of up to 32 MiB among small
-objects, where little of what is given back can go to the system: after loading SD 1.5 and a step of sampling 5.1 GiB
-were resident, and 4.7 with arrays apart. Memory from the system is slower, though: decoding in bands of rows, in a form
-that was compiled, took 21 s, and 16 with its arrays kept (measured).
+GNU's allocator soon keeps arrays of up to 32 MiB among small objects, where little of what is given back can go to the
+system: after loading SD 1.5 and a step of sampling 5.1 GiB were resident, and 4.7 with arrays apart. Memory from the
+system is slower, though: decoding in bands of rows took 21 s, and 16 with its arrays kept (measured).
 """
 
 import ctypes
@@ -58,8 +57,7 @@ def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_lev
     ms.set_device(device)
     if device == "CPU":
         # The memory pool grows in large pieces. By itself it grows by single tensors, and much of it lies idle: a LoRA
-        # step of two of SD 1.5's finest levels at 512 px took 4.3 GiB, and 3.5 GiB with this (measured). What is never
-        # used of a piece is not resident.
+        # step of two of SD 1.5's finest levels at 512 px took 4.3 GiB, and 3.5 GiB with this (measured).
         _set_once(ms.runtime.set_memory, init_size="1GB", increase_size="1GB")
         keep_arrays_apart()
     elif deterministic:
@@ -118,8 +116,7 @@ def uncompiled() -> Iterator[None]:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Options of `mallopt`: how much free memory at the end of the heap is kept, and from which size on memory comes from
-the system by itself."""
+"""Of `mallopt`: how much stays free at the heap's end, and from which size on memory is the system's by itself."""
 
 APART, KEPT = 1 << 20, 1 << 25
 """Bytes; the second is the most that the allocator takes."""

@@ -66,15 +66,8 @@ TEXT_ROWS = 2
 
 
 class PromptReader:
-    """Reads prompts, and remembers what it has read.
-
-    Args:
-        bundle: the base, whose text encoders are loaded when a prompt is not known.
-        adapters: what is put on them.
-        keep: keep them in memory, for prompts to come; otherwise they are loaded, and compiled, again for them.
-        encoders: networks to be used as they are at the time, in place of the base's; nothing is remembered then.
-        known: prompts that are encoded already.
-    """
+    """Reads prompts, and remembers what it has read, but by networks that are lent; the arguments are those of
+    `SamplingModel`."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""The schedulers by the names people use: mindone's ports of diffusers' schedulers, and ours where those run on Ascend
-alone; the way of a batch through the timesteps of one; and what predicts at each, with classifier-free guidance.
+"""The schedulers by the names people use; the way of a batch through the timesteps of one; and what predicts at each.
 
 Shapes: B rows, C, h, w of the latents.
 """
@@ -76,12 +75,9 @@ SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file
 
 
 def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None:
-    """Stop if a scheduler cannot take so many steps with a model.
+    """Raise ConfigError if a scheduler cannot take so many steps with a model.
 
     Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these.
-
-    Raises:
-        ConfigError: this scheduler is not for this model.
     """
     if SCHEDULERS[name].edm and not is_edm(config):
         raise ConfigError(
@@ -110,17 +106,18 @@ def fitting_scheduler(name: SamplingScheduler, config: Config) -> SamplingSchedu
 PURPOSE = "noise of a sampling step"
 
 
+@dataclass(frozen=True)
 class RowNoise:
-    """The random numbers of one step: each row's are a function of the seed, the step and the row's number, so they do
-    not depend on the batch that the row is in. Schedulers take it for numpy's generator."""
+    """The random numbers of one step: each row's are a function of the seed, the step and the row's number, whatever
+    batch it is in. Schedulers take it for numpy's generator."""
 
-    def __init__(self, seed: int, step: int, rows: Sequence[int]) -> None:
-        self._seed, self._step, self._rows = seed, step, rows
+    seed: int
+    step: int
+    rows: Sequence[int]
 
     def standard_normal(self, size: Sequence[int]) -> np.ndarray:
         """(B, ...) float32 draws from N(0, 1)."""
-        shape = tuple(size)[1:]
-        return np.stack([standard_normal(shape, self._seed, PURPOSE, self._step, row) for row in self._rows])
+        return np.stack([standard_normal(tuple(size)[1:], self.seed, PURPOSE, self.step, row) for row in self.rows])
 
 
 class Trajectory:
@@ -184,10 +181,9 @@ def taken_steps(
 
     Args:
         levels: all timesteps of the scheduler, from noise to picture.
-        request: `strength`, `denoising_start` and `denoising_end` are read.
+        request: `strength` (`from_picture`), `denoising_start` and `denoising_end` are read.
         order: evaluations of each step.
         num_train_timesteps: of the model, which the shares of the noise's range refer to.
-        from_picture: whether `strength` counts.
     """
     first, end, steps = 0, len(levels), request.num_inference_steps
     if request.denoising_start is not None:

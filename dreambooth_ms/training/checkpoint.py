@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -110,10 +110,7 @@ def restore(
 ) -> None:
     """Set the parameters to the checkpoint's values, bit for bit.
 
-    Args:
-        checkpoint: whose values.
-        state: what to set.
-        elsewhere: names and shapes of what other processes keep of it; those in `state` may be among them.
+    `elsewhere` are names and shapes of what other processes keep of it; those in `state` may be among them.
 
     Raises:
         WeightError: the checkpoint belongs to another training.
@@ -180,8 +177,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """A result, and the optimiser steps it was trained for; 0 if the file does not say."""
 
     path: Path

@@ -132,12 +132,11 @@ def check_finite(report: StepReport, overflows: int) -> None:
             f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were NaN or infinite (loss "
             f"{report.loss}, scale {report.loss_scale:g})"
         )
-    anew = "start anew with --mixed_precision no" if report.loss_scale else ""
+    anew = ["start anew with --mixed_precision no"] if report.loss_scale else []
     if report.updates <= (not report.is_skipped):
-        remedy = " or ".join(filter(None, [anew, "take another base"]))
+        remedy = " or ".join([*anew, "take another base"])
         raise DataError(f"{found}, before anything was learned: it comes from the base, not from the rate; {remedy}")
-    remedies = filter(None, ["resume from a checkpoint with a lower --learning_rate", anew])
-    raise DataError(f"{found}; {', or '.join(remedies)}")
+    raise DataError(f"{found}; {', or '.join(['resume from a checkpoint with a lower --learning_rate', *anew])}")
 
 
 def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -154,9 +153,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM are noted instead of ending the program; a second one raises KeyboardInterrupt.
-
-    So the step is finished first, and what is saved is the state after a whole step.
+    """Inside, Ctrl-C and SIGTERM are noted, so that a step is finished first; a second one raises KeyboardInterrupt.
 
     Yields whether the program was asked to stop.
     """

@@ -1,8 +1,7 @@
 """Gradient checkpointing (Chen et al., 2016): the backward pass computes each segment's activations again.
 
-MindSpore's own `Cell.recompute` takes what a cell's own `bprop` computes for a part of the forward pass, so that the
-activations of our operations stay (measured on CPU), and a `bprop` of a whole block may hold no parameters. So the
-backward pass goes from segment to segment here, and each one is differentiated alone.
+It goes from segment to segment, and each is differentiated alone. MindSpore's `Cell.recompute` takes what a cell's own
+`bprop` computes for a part of the forward pass, so that activations stay (measured on CPU).
 """
 
 from collections.abc import Sequence
@@ -41,10 +40,8 @@ class RecomputedGradients(nn.Cell):
         self.map = ops.HyperMap()
 
     def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
-        """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
-
-        MindSpore compiles what is planned here as constants; a table of gradients that grows would cost it memory.
-        """
+        """Which segments have gradients, of which values, and where the backward pass finds each: constants of the
+        graph, which would cost memory as a table that grows."""
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
         depend_on_trainables: set[int] = set()
         gradients, wanted, results = [], [], []

@@ -1,8 +1,4 @@
-"""One training step: loss, gradients of the explicit trainables, clip, update.
-
-`TrainStep` is one compiled cell. `AccumulatingTrainStep` takes its rows in several batches and is two: one that adds up
-gradients, and one that updates. `MovingAverage` follows the weights that steps leave.
-"""
+"""One training step: loss, gradients of the explicit trainables, clip, update; and the average of what steps leave."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +15,15 @@ from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.optimisers import Optimiser, state, zeros_like
 from dreambooth_ms.training.recomputation import RecomputedGradients
 
+_map = ops.HyperMap()
+
 
 class LossScaler(nn.Cell):
-    """The scale of the loss, and its change after each step: whether the gradients were finite () -> what was assigned.
+    """The scale of the loss (Micikevicius et al., 2018, section 3.2), and its change after each step: whether the
+    gradients were finite () -> what was assigned.
 
-    Gradients that float16 would round to zero are computed times a number, and divided by it once (Micikevicius et al.,
-    2018, section 3.2). By the rule of PyTorch's GradScaler the scale falls where NaN or infinity is in the gradients of
-    a step, which is skipped, and grows after a window of good steps.
-
-    Its state stays on the device, so that no step waits for the host to learn whether the last one was skipped.
+    By the rule of PyTorch's GradScaler the scale falls where NaN or infinity is in the gradients of a step, which is
+    skipped, and grows after a window of good steps. The state stays on the device, so that no step waits for the host.
     """
 
     def __init__(self, config: LossScalingConfig) -> None:
@@ -118,8 +114,6 @@ class WeightedError(nn.Cell):
 class DiffusionLoss(nn.Cell):
     """Predict, compare, weigh: the rows of a batch as `data.batches.Batch.tensors` gives them -> see `WeightedError`.
 
-    Objectives, methods and families differ in the values of the rows alone.
-
     Args:
         denoiser: what it reads of the rows, in order -> prediction (B, C, H, W).
         extras: what rows have for the comparison, see `WeightedError`.
@@ -138,9 +132,8 @@ class DiffusionLoss(nn.Cell):
 class TrainStep(CompiledCell):
     """loss_cell(*batch) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
-    The optimiser must be prepared for the step. Where several processes train as one, `sum_gradients` gives the
-    gradients of all their rows. With a `scaler`, steps whose gradients overflow are skipped. With `recomputed` or
-    `penalty`, see `loss_and_gradients`.
+    The optimiser must be prepared for the step. With a `scaler`, steps whose gradients overflow are skipped. With
+    `sum_gradients`, `recomputed` or `penalty`, see `Update` and `loss_and_gradients`.
     """
 
     title = "the training step"
@@ -233,9 +226,8 @@ class _UpdateFromSums(CompiledCell):
 class Update(nn.Cell):
     """Sum over processes, clip, and the optimiser's update: gradients -> their norm before the clip.
 
-    With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. If their
-    norm is NaN or infinity, as it is if any of them is, the optimiser leaves everything as it is. That is decided of
-    the sum over all processes, so that they decide the same.
+    With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. Where the
+    norm of the sum over all processes is NaN or infinity, the optimiser leaves everything as it is.
     """
 
     def __init__(
@@ -275,10 +267,8 @@ class ClipByGlobalNorm(nn.Cell):
 
 
 class MovingAverage(CompiledCell):
-    """A running average of the trained weights, which is calmer than the weights of any one step.
-
-    average <- average - (1 - decay) (average - weight) after every step, as in diffusers' EMAModel.
-    """
+    """A running average of the trained weights: average <- average - (1 - decay) (average - weight) after every step,
+    as in diffusers' EMAModel."""
 
     title = "the moving average"
 
@@ -336,9 +326,6 @@ class _Gradients(nn.Cell):
 
     def construct(self, *batch: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return self.differentiate(*batch)
-
-
-_map = ops.HyperMap()
 
 
 def _scale(factor, gradient):

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
@@ -17,8 +17,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dreambooth_ms.atomic import atomic_path, write_bytes
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.atomic import atomic_path, write_bytes, writing
 from dreambooth_ms.training.loop import StepReport
 
 HISTORY = "history.jsonl"
@@ -78,13 +77,8 @@ class Tracker:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
         self._board.flush()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            message = f"{self._folder}: the log cannot be written ({error.strerror}); free some space and resume"
-            raise WeightError(message) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"{self._folder}: the log", "free some space and resume")
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
