@@ -40,21 +40,13 @@ def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before long work, not after it, whether a folder, or the one it is to be made in, can be written to.
-
-    Raises:
-        WeightError: it cannot.
-    """
+    """Raise WeightError, before long work, if a folder, or the one it is to be made in, cannot be written to."""
     with writing(f"{folder}:"), tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
         pass
 
 
 def check_room(target: Path, size: int, advice: str = "free some space and try again") -> None:
-    """Whether the disk has room for a file, or in a folder, beside what it is to replace.
-
-    Raises:
-        WeightError: there is too little, or no such place.
-    """
+    """Raise WeightError if the disk has no room for a file, or in a folder, beside what it is to replace."""
     with writing(f"{target}:"):
         free = shutil.disk_usage(_nearest_that_exists(target if target.is_dir() else target.parent)).free
     if size > free:
@@ -65,11 +57,7 @@ def check_room(target: Path, size: int, advice: str = "free some space and try a
 
 
 def check_free(path: Path, other: str = "another name") -> None:
-    """Whether a name is still free; an empty folder counts as free. `other` is what to choose if not.
-
-    Raises:
-        WeightError: something has it.
-    """
+    """Raise WeightError if a name is taken, but not by an empty folder. `other` is what to choose then."""
     with writing(f"{path}:", f"choose {other}"):
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken:
@@ -119,11 +107,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -54,7 +54,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     """The place that the launcher gave this process; None if it was started by itself.
 
     Raises:
-        DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
+        DeviceError: the launcher leaves open the rank, or the machine of rank 0.
     """
     if _MSRUN not in environment:
         return _from_mpirun(environment) if _MPIRUN in environment else None

@@ -70,11 +70,7 @@ class Channel:
 
 
 def connect(launch: Launch, seconds: float) -> Channel:
-    """Connect to rank 0 of this run, which may not listen yet.
-
-    Raises:
-        DeviceError: it did not within that time, or another run has its port.
-    """
+    """Connect to rank 0 of this run, which may not listen yet, or raise DeviceError."""
     address = launch.host, launch.channel_port
     wait_until_listening(*address, seconds, "rank 0")
     try:
@@ -86,11 +82,8 @@ def connect(launch: Launch, seconds: float) -> Channel:
 
 
 def wait_until_listening(host: str, port: int, seconds: float, who: str) -> None:
-    """Come back when `who` listens there: who comes to MindSpore's scheduler earlier waits a minute more (measured).
-
-    Raises:
-        DeviceError: it did not within that time.
-    """
+    """Come back when `who` listens there, or raise DeviceError after that time. Who comes to MindSpore's scheduler
+    earlier waits a minute more (measured)."""
     give_up = time.monotonic() + seconds
     while True:
         try:
@@ -103,11 +96,7 @@ def wait_until_listening(host: str, port: int, seconds: float, who: str) -> None
 
 
 def listen(launch: Launch) -> Listener:
-    """Listen for the other processes of this run.
-
-    Raises:
-        DeviceError: the port is taken, or the address is not of this machine.
-    """
+    """Listen for the others, or raise DeviceError: the port is taken, or the address is not of this machine."""
     try:
         return Listener((launch.host, launch.channel_port), backlog=1024, authkey=_key(launch))
     except OSError as error:

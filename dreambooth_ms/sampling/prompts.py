@@ -47,11 +47,7 @@ class ModelAdapters:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 
     def scales(self, request: SampleRequest) -> tuple[float, ...]:
-        """The strength of each adapter, or one number for all.
-
-        Raises:
-            ConfigError: it asks for another number of strengths.
-        """
+        """The strength of each adapter, or one number for all; ConfigError if the request has another number."""
         scales = (1.0,) * len(self.paths) if request.lora_scales is None else request.lora_scales
         if len(scales) not in (1, len(self.paths)) and self.paths:
             raise ConfigError(

@@ -1,7 +1,5 @@
-"""How much memory a training will need, from the sizes of its networks alone, before anything is loaded.
-
-Activations are counted by the tensors that the backward passes in `ops` and `models` need, in either formulation.
-"""
+"""How much memory a training will need, from the sizes of its networks and the tensors that the backward passes in
+`ops` and `models` need, before anything is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -216,10 +216,7 @@ class ShardedOptimiser(nn.Cell):
     """An optimiser of all trainables, of whose state this process keeps a part: ZeRO 1 (Rajbhandari et al., 2020,
     section 5.1). It updates its part of the parameters, and takes the others' updated parts from them.
 
-    Args:
-        trainables: all of them, the same on every process.
-        make: the optimiser of trainables start … stop - 1; its state stands by itself for each of them.
-        processes: those that train together.
+    `trainables` are the same on every process; `make` gives the optimiser of start … stop - 1 of them.
     """
 
     def __init__(

@@ -61,10 +61,8 @@ class LossScaler(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated.
-
-    A penalty, () -> (), is a part of either loss.
-    """
+    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated. A
+    penalty, () -> (), is a part of either loss."""
 
     def __init__(self, loss_cell: nn.Cell, scaler: LossScaler | None, penalty: nn.Cell | None) -> None:
         super().__init__(auto_prefix=False)
@@ -249,10 +247,8 @@ class Update(nn.Cell):
 
 
 class ClipByGlobalNorm(nn.Cell):
-    """Gradients of these shapes -> those times min(1, max_norm / (norm + 1e-6)), and their norm before that.
-
-    See Pascanu et al., 2013. With `unscale`, a number (), the gradients are those times it, and both factors are one.
-    """
+    """Gradients of these shapes -> those times min(1, max_norm / (norm + 1e-6)), and their norm before that (Pascanu et
+    al., 2013). With `unscale`, a number (), the gradients are those times it, and both factors are one."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], max_norm: float) -> None:
         super().__init__(auto_prefix=False)

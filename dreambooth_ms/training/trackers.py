@@ -30,8 +30,7 @@ class Tracker:
     """Writes every step's report to `history.jsonl` and to TensorBoard.
 
     Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
-    TensorBoard's file is written at once: tensorboardX's own writer does it in a thread, and a full disk ends the
-    thread, after which the training would wait for it forever.
+    tensorboardX's own writer is a thread, which a full disk ends, and the training would wait for it forever.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
@@ -100,10 +99,8 @@ def round_ticks(highest: float) -> list[tuple[float, str]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
-    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them.
-
-    Steps whose loss overflowed, which are skipped in mixed precision, are left out.
-    """
+    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them,
+    without steps whose loss overflowed."""
     lines = [line for line in history if np.isfinite(line["loss"])]
     # A step may have rows of some concepts only.
     names = dict.fromkeys(key for line in lines for key in line if key.endswith("_loss"))
