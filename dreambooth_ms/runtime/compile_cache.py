@@ -18,10 +18,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindspore import nn
 from mindspore.graph import api
@@ -44,8 +43,7 @@ ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What is known of a compilation before it begins."""
 
     is_kept: bool = False
@@ -236,8 +234,6 @@ def use_compile_cache(cache: CompileCache | None) -> Iterator[None]:
 
 def default_folder() -> Path | None:
     """Where graphs are kept if MS_COMPILER_CACHE_PATH names no folder; None where the user has no home."""
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "dreambooth_ms" / "graphs"
-    except RuntimeError:
-        return None
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return Path(caches, "dreambooth_ms", "graphs") if os.path.isabs(caches) else None

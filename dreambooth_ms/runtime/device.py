@@ -33,15 +33,9 @@ _formulation = Formulation.CPU
 
 
 def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
-    """Choose the device and how it computes; returns the one in use, "CPU" or "Ascend".
+    """Choose the device and how it computes, as `DeviceConfig` has it; returns the one in use, "CPU" or "Ascend".
 
     Call it once, before any cell is built and before processes communicate.
-
-    Args:
-        target: "CPU", "Ascend", or "auto" for Ascend where there is one.
-        ms_mode: 0 for graph mode, 1 for PyNative.
-        deterministic: whether Ascend is to give the same bits each time; a CPU does.
-        jit_level: "O0" or "O1"; None leaves it to MindSpore.
 
     Raises:
         DeviceError: Ascend was asked for and there is none.
@@ -104,17 +98,6 @@ def formulation() -> Formulation:
     return _formulation
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Inside, cells are computed operation by operation (PyNative), whatever the execution mode is."""
-    mode = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=mode)
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of `mallopt`: how much stays free at the heap's end, and from which size on memory is the system's by itself."""
 
@@ -129,12 +112,16 @@ def keep_arrays_apart(from_size: int = APART) -> None:
 
 
 @contextmanager
-def arrays_used_again() -> Iterator[None]:
-    """Inside, arrays of a few megabytes that are given back are kept for the next ones; at the end they go."""
+def uncompiled() -> Iterator[None]:
+    """Inside, cells are computed operation by operation (PyNative), whatever the execution mode is, and arrays of a few
+    megabytes that are given back are kept for the next ones; at the end they go."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     keep_arrays_apart(from_size=KEPT)
     try:
         yield
     finally:
+        ms.set_context(mode=mode)
         keep_arrays_apart()
         give_back_freed_memory()
 

@@ -275,14 +275,8 @@ def sample_refined(
 ) -> Iterator[Sample]:
     """The pictures of a request, sampled by SDXL's base and refined (Podell et al., 2023, section 2.5).
 
-    Args:
-        base: samples from noise, or from the picture of the request.
-        refiner: goes on from its latents, with the same prompts.
-        request: what to sample.
-        refinement: where the one stops and the other starts.
-        on_step: called after every step, of either model.
-        stopped: see `Stopped`.
-        release: give back the memory of the base's networks before the refiner's are loaded.
+    The refiner goes on from the base's latents, with the same prompts; with `release`, the memory of the base's
+    networks is given back before.
 
     Raises:
         ConfigError: the two have different latents, or one has another noise than the scheduler's.

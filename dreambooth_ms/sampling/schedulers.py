@@ -177,14 +177,8 @@ class Trajectory:
 def taken_steps(
     levels: np.ndarray, request: SampleRequest, order: int, num_train_timesteps: int, from_picture: bool
 ) -> tuple[int, int]:
-    """First and end of the steps that are taken, as diffusers' pipelines choose them.
-
-    Args:
-        levels: all timesteps of the scheduler, from noise to picture.
-        request: `strength` (`from_picture`), `denoising_start` and `denoising_end` are read.
-        order: evaluations of each step.
-        num_train_timesteps: of the model, which the shares of the noise's range refer to.
-    """
+    """First and end of the steps that are taken, as diffusers' pipelines choose them, of all of a scheduler's `levels`,
+    from noise to picture. A step has `order` evaluations; shares of the noise's range are of `num_train_timesteps`."""
     first, end, steps = 0, len(levels), request.num_inference_steps
     if request.denoising_start is not None:
         left = int((levels < round(num_train_timesteps - request.denoising_start * num_train_timesteps)).sum())

@@ -64,14 +64,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
 
-    Args:
-        folder: the run's output folder.
-        step: optimiser steps done.
-        state: trained parameters and optimiser moments; their names must be unique.
-        config: the resolved configuration, as YAML.
-        write_results: writes the weights for other tools, after so many steps, into a folder.
-        keep: number of checkpoints to keep; None keeps all.
-        content: what the run learns from.
+    The names of the `state`, trained parameters and moments, must be unique; `config` is YAML. `write_results` writes
+    the weights for other tools, after so many steps, into a folder. `keep` None keeps all.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.

@@ -83,8 +83,7 @@ def _write(vector, offset, parameter):
     return ops.assign(parameter, ops.reshape(own, parameter.shape))
 
 
-BLOCK = 128
-DECADES = 7
+BLOCK, DECADES = 128, 7
 
 
 def dynamic_levels(signed: bool) -> np.ndarray:

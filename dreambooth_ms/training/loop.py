@@ -62,12 +62,10 @@ def train(
     """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop.
 
     Args:
-        step_cell: the compiled step, holding the trainables and the optimiser's state.
         make_batch: the batch with a number counted from 0 over the whole run.
         batches_per_step: batches of this process whose gradients are added up to one step.
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         steps: which to take, counted from 0.
-        hooks: what is done after a step: averages, logs, checkpoints, pictures.
         begin_batch: called with the number of each batch before it is computed.
         processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.

@@ -43,13 +43,8 @@ POOL_SHARE = 1.15
 """MindSpore's memory pool over the tensors that are in it at once (measured)."""
 
 
-class Trained(Enum):
-    """What of a network is trained; its inputs are kept for it."""
-
-    NOTHING = "nothing"
-    ATTENTION = "attention"
-    """Adapters of queries, keys, values and outputs."""
-    ALL = "all"
+Trained = Enum("Trained", ("NOTHING", "ATTENTION", "ALL"))
+"""What of a network is trained, whose inputs are kept; ATTENTION: adapters of queries, keys, values and outputs."""
 
 
 @dataclass(frozen=True)

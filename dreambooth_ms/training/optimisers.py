@@ -226,6 +226,7 @@ class ShardedOptimiser(nn.Cell):
         bounds = part_bounds([parameter.size for parameter in trainables], processes.count)
         self.start, self.stop = bounds[processes.rank], bounds[processes.rank + 1]
         self.own = make(self.start, self.stop)
+        self.prepare, self.moments = self.own.prepare, self.own.moments
         parts = [list(trainables[start:stop]) for start, stop in pairwise(bounds)]
         self.share_parts = ShareParts(parts, processes.rank)
         self._kept = processes.exchange(
@@ -234,14 +235,6 @@ class ShardedOptimiser(nn.Cell):
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
-
-    def prepare(self, step: int, learning_rate: float) -> None:
-        """Set the numbers of the step that is taken next."""
-        self.own.prepare(step, learning_rate)
-
-    def moments(self) -> list[Parameter]:
-        """This process's part of the state."""
-        return self.own.moments()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the state of all processes."""
@@ -260,13 +253,7 @@ class ShardedOptimiser(nn.Cell):
 def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
     """The factor on the base learning rate for one optimiser step, as in diffusers.optimization.
 
-    All schedules but `constant` rise linearly from 0 over the warm-up.
-
-    Args:
-        config: which of the six schedules, and its settings.
-        step: optimiser steps taken so far, so that the first update uses step 0.
-        total_steps: length of the run, warm-up included; not used by the constant schedules.
-        base_learning_rate: the learning rate that the factor multiplies; `polynomial` ends at an absolute rate.
+    `step` counts from 0, `total_steps` the warm-up too. `polynomial` ends at an absolute rate.
     """
     warmup_steps, end = config.lr_warmup_steps, POLYNOMIAL_END_RATE / base_learning_rate
     if config.lr_scheduler != "constant" and step < warmup_steps:

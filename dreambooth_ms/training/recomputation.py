@@ -19,11 +19,7 @@ _NOTHING: tuple[Any, ...] = ()
 class RecomputedGradients(nn.Cell):
     """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time.
 
-    Args:
-        compare: prediction, target, weights, extras -> the loss and what is reported beside it.
-        num_extras: how many extras rows have for it.
-        denoiser: what predicts, in segments.
-        trainables: what it is differentiated by.
+    `compare`: prediction, target, weights, so many extras -> the loss and what is reported beside it.
     """
 
     def __init__(self, compare: nn.Cell, num_extras: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:

@@ -83,8 +83,7 @@ class WeightedError(nn.Cell):
     or of 2 c (sqrt(d^2 + c^2) - c) if there is "huber_c" (B,); "mask" (B, C, H, W) of mean 1 counts each element. The
     weights hold what makes a method: prior preservation, for one, is lambda of the concept / rows of the concept.
 
-    Args:
-        extras: the names of what there is of "mask" and "huber_c", in this order.
+    `extras` are the names of what there is of "mask" and "huber_c", in this order.
     """
 
     def __init__(self, extras: Sequence[str] = ()) -> None:
@@ -112,9 +111,7 @@ class WeightedError(nn.Cell):
 class DiffusionLoss(nn.Cell):
     """Predict, compare, weigh: the rows of a batch as `data.batches.Batch.tensors` gives them -> see `WeightedError`.
 
-    Args:
-        denoiser: what it reads of the rows, in order -> prediction (B, C, H, W).
-        extras: what rows have for the comparison, see `WeightedError`.
+    `denoiser`: what it reads of the rows, in order -> prediction (B, C, H, W).
     """
 
     def __init__(self, denoiser: nn.Cell, extras: Sequence[str] = ()) -> None:
