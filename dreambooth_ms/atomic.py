@@ -57,7 +57,7 @@ def check_room(target: Path, size: int, advice: str = "free some space and try a
 
 
 def check_free(path: Path, other: str = "another name") -> None:
-    """Raise WeightError if a name is taken, but not by an empty folder. `other` is what to choose then."""
+    """Raise WeightError if a name is taken; an empty folder is not. `other` is what to choose then."""
     with writing(f"{path}:", f"choose {other}"):
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken:

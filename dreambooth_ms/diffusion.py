@@ -40,7 +40,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_spec(cls, spec: NoiseScheduleSpec) -> "NoiseSchedule":
-        """Raise ConfigError if the betas are none, or the noise is predicted where there is nothing else."""
+        """Of a model folder; ConfigError if the betas are none, or noise is predicted where there is nothing else."""
         betas, count = _betas(spec), spec.num_train_timesteps
         if len(betas) != count or count < 2 or not (betas.min() > 0 and betas[:-1].max() < 1 >= betas[-1]):
             raise ConfigError(

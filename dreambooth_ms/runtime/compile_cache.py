@@ -74,9 +74,10 @@ class CompileCache:
         try:
             entry = self.folder / f"{graph_key(cell, inputs, settings)}.{kind}"
             copied = self._copy_to_mindspore(entry)
-        except (NotDescribable, OSError) as error:
-            if isinstance(error, OSError):
-                self._turn_off(error)
+        except NotDescribable:
+            return compile(Outlook())
+        except OSError as error:
+            self._turn_off(error)
             return compile(Outlook())
         begun = time.monotonic()
         try:

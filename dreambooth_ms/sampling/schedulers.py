@@ -23,6 +23,7 @@ from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.sampling.request import SampleRequest
 
+PURPOSE = "noise of a sampling step"
 LEAST_SIGNAL = 2.0**-24
 """What alpha-bar is at least where a scheduler divides by it, as in diffusers: float16's smallest number."""
 
@@ -101,9 +102,6 @@ def fitting_scheduler(name: SamplingScheduler, config: Config) -> SamplingSchedu
     """The scheduler of this name, or what does the same with a model that was trained in EDM's formulation."""
     of_edm: dict[SamplingScheduler, SamplingScheduler] = {"ddim": "edm_euler", "dpm++_2m": "edm_dpm++_2m"}
     return of_edm[name] if is_edm(config) else name
-
-
-PURPOSE = "noise of a sampling step"
 
 
 @dataclass(frozen=True)

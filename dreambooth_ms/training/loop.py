@@ -145,10 +145,6 @@ def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(own)) for name, own in errors.items()}
 
 
-# MindSpore answers Ctrl-C inside a graph with a SIGTERM to its own process, so both mean the same.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C and SIGTERM are noted, so that a step is finished first; a second one raises KeyboardInterrupt.
@@ -162,7 +158,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    # MindSpore answers Ctrl-C inside a graph with a SIGTERM to its own process, so both mean the same.
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
     finally:

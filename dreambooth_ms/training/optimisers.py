@@ -253,7 +253,8 @@ class ShardedOptimiser(nn.Cell):
 def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
     """The factor on the base learning rate for one optimiser step, as in diffusers.optimization.
 
-    `step` counts from 0, `total_steps` the warm-up too. `polynomial` ends at an absolute rate.
+    `step` is how many were taken before, `total_steps` the length of the run with its warm-up. All schedules but
+    `constant` rise linearly from 0 over the warm-up; `polynomial` ends at an absolute rate.
     """
     warmup_steps, end = config.lr_warmup_steps, POLYNOMIAL_END_RATE / base_learning_rate
     if config.lr_scheduler != "constant" and step < warmup_steps:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.runtime import device
-from dreambooth_ms.runtime.device import uncompiled, give_back_freed_memory, keep_arrays_apart
+from dreambooth_ms.runtime.device import give_back_freed_memory, keep_arrays_apart, uncompiled
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's allocator"
