@@ -26,38 +26,28 @@ def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
     """
     check_room(target, size)
     partial = target.parent / f"{TEMPORARY_PREFIX}{token_hex(4)}{target.suffix}"
-    with _asking_for(target):
+    with writing(f"{target}:"):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
-    try:
-        yield partial
-        sync(partial)
-        partial.replace(target)
-        sync(target.parent)
-    except OSError as error:
-        raise WeightError(f"{target}: cannot be written ({error.strerror}); free some space and try again") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(f"{target}:", "free some space and try again"):
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(target)
+            sync(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before long work, not after it, whether a folder, or the one it is to be made in, can be written to.
-
-    Raises:
-        WeightError: it cannot.
-    """
-    with _asking_for(folder), tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
+    """Raise WeightError, before long work, if a folder, or the one it is to be made in, cannot be written to."""
+    with writing(f"{folder}:"), tempfile.TemporaryFile(prefix=TEMPORARY_PREFIX, dir=_nearest_that_exists(folder)):
         pass
 
 
 def check_room(target: Path, size: int, advice: str = "free some space and try again") -> None:
-    """Whether the disk has room for a file, or in a folder, before it is begun. What it is to replace stays until it is
-    whole.
-
-    Raises:
-        WeightError: there is too little, or no such place.
-    """
-    with _asking_for(target):
+    """Raise WeightError if the disk has no room for a file, or in a folder, beside what it is to replace."""
+    with writing(f"{target}:"):
         free = shutil.disk_usage(_nearest_that_exists(target if target.is_dir() else target.parent)).free
     if size > free:
         raise WeightError(
@@ -67,15 +57,9 @@ def check_room(target: Path, size: int, advice: str = "free some space and try a
 
 
 def check_free(path: Path, other: str = "another name") -> None:
-    """Whether a name is still free; an empty folder counts as free. `other` is what to choose if not.
-
-    Raises:
-        WeightError: something has it.
-    """
-    try:
+    """Raise WeightError if a name is taken; an empty folder is not. `other` is what to choose then."""
+    with writing(f"{path}:", f"choose {other}"):
         taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    except (OSError, ValueError) as error:
-        raise WeightError(f"{path}: cannot be written ({error}); choose {other}") from error
     if taken:
         raise WeightError(f"{path}: is there already; remove it, or choose {other}")
 
@@ -87,7 +71,7 @@ def new_folder(path: Path, advice: str = "choose another place") -> Iterator[Pat
     Raises:
         WeightError: the place cannot be written to, or the disk is full.
     """
-    try:
+    with writing(f"{path}:", advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as name:
             partial = Path(name)
@@ -95,8 +79,6 @@ def new_folder(path: Path, advice: str = "choose another place") -> Iterator[Pat
             partial.chmod(0o755)
             partial.replace(path)
             sync(path.parent)
-    except OSError as error:
-        raise WeightError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
 
 
 def _nearest_that_exists(folder: Path) -> Path:
@@ -125,11 +107,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal, read in pieces.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """SHA-256 of a file's bytes, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -147,10 +125,9 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _asking_for(path: Path) -> Iterator[None]:
+def writing(what: str, advice: str = "choose another folder") -> Iterator[None]:
     """Inside, what is wrong with a place to write to becomes a WeightError."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise WeightError(f"{path}: cannot be written ({reason}); choose another folder") from error
+    except OSError as error:
+        raise WeightError(f"{what} cannot be written ({error.strerror or error}); {advice}") from error

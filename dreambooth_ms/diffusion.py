@@ -1,8 +1,5 @@
-"""The formulas of diffusion models, without state. Float64 numpy.
-
-The forward process of DDPM (Ho et al., 2020): how much signal and noise a timestep holds. Objectives: what the network
-reads of clean latents x0 and noise n, and what it should answer. All that are linear in x0 and n are one thing, a few
-numbers for each row. To add one is a function here and its name in the schema.
+"""The formulas of diffusion models, without state, in float64: the forward process of DDPM (Ho et al., 2020); and
+objectives, what the network reads of clean latents x0 and noise n and what it should answer, as numbers for each row.
 
 Shapes: B rows, C, H, W of the latents.
 """
@@ -39,15 +36,11 @@ class NoiseSchedule:
     """x_t = signal_t x_0 + noise_t eps (eq. 4), with signal_t^2 + noise_t^2 = 1."""
 
     alphas_cumprod: np.ndarray
-    """(T,) float64: the products written alpha-bar in the paper."""
+    """(T,) float64: the products written alpha-bar in the paper, from 0 (almost clean) to T - 1 (almost noise)."""
 
     @classmethod
     def from_spec(cls, spec: NoiseScheduleSpec) -> "NoiseSchedule":
-        """The schedule of a model folder.
-
-        Raises:
-            ConfigError: the betas are none, or the noise is predicted where there is nothing else.
-        """
+        """Of a model folder; ConfigError if the betas are none, or noise is predicted where there is nothing else."""
         betas, count = _betas(spec), spec.num_train_timesteps
         if len(betas) != count or count < 2 or not (betas.min() > 0 and betas[:-1].max() < 1 >= betas[-1]):
             raise ConfigError(
@@ -65,11 +58,6 @@ class NoiseSchedule:
                 "noise where there is nothing else; give --prediction_type v_prediction"
             )
         return cls(alphas_cumprod)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T: timesteps run from 0 (almost clean) to T - 1 (almost noise)."""
-        return len(self.alphas_cumprod)
 
     def signal(self, timesteps: np.ndarray) -> np.ndarray:
         """Factor of the clean latents at these timesteps."""
@@ -176,11 +164,8 @@ def velocity_at(schedule: NoiseSchedule, timesteps_B: np.ndarray) -> Columns:
 
 
 def edm_at(spec: EdmSpec, sigmas_B: np.ndarray) -> Columns:
-    """y = x0 + sigma n, times c_in, and the F with which c_skip y + c_out F is x0 (Karras et al., 2022, table 1).
-
-    All rows weigh 1, which is the paper's lambda (sigma) of the clean latents. Where diffusers calls it v_prediction,
-    c_out has the other sign.
-    """
+    """y = x0 + sigma n, times c_in, and the F with which c_skip y + c_out F is x0 (Karras et al., 2022, table 1). All
+    rows weigh 1, the paper's lambda (sigma) of the clean latents. For v_prediction, c_out has the other sign."""
     power = sigmas_B**2 + spec.sigma_data**2
     c_in, c_skip = power**-0.5, spec.sigma_data**2 / power
     c_out = sigmas_B * spec.sigma_data * c_in * (-1 if spec.prediction_type == "v_prediction" else 1)
@@ -189,20 +174,15 @@ def edm_at(spec: EdmSpec, sigmas_B: np.ndarray) -> Columns:
 
 
 def weighed_as_clean(columns: Columns, weight_B: np.ndarray | float) -> Columns:
-    """Rows whose errors of the clean latents weigh so much.
-
-    The input is known, so an error of the clean latents is one of the target, times
-    (in_n out_x - out_n in_x) / in_n.
-    """
+    """Rows whose errors of the clean latents weigh so much. The input is known, so an error of the clean latents is one
+    of the target, times (in_n out_x - out_n in_x) / in_n."""
     target_per_clean = (columns.in_n * columns.out_x - columns.out_n * columns.in_x) / columns.in_n
     return replace(columns, weight=columns.weight * weight_B / target_per_clean**2)
 
 
 def min_snr(columns: Columns, gamma: float) -> Columns:
-    """Weights that count errors of the clean latents by min(SNR, gamma) (Hang et al., 2023).
-
-    This is min(SNR, gamma) / SNR where the noise is predicted, and min(SNR, gamma) / (SNR + 1) where the velocity is.
-    """
+    """Weights that count errors of the clean latents by min(SNR, gamma) (Hang et al., 2023): min(SNR, gamma) / SNR
+    where the noise is predicted, and min(SNR, gamma) / (SNR + 1) where the velocity is."""
     return weighed_as_clean(columns, np.minimum(columns.snr, gamma))
 
 
@@ -230,10 +210,8 @@ def pseudo_huber(columns: Columns, kind: Literal["huber", "smooth_l1"], c_B: np.
 
 
 def timestep_shares(loss: LossConfig, count: int) -> np.ndarray:
-    """The probability of each of so many timesteps (T,), 0 outside of the range, of the preferred ones times as high.
-
-    The strategies are those of diffusers' text-to-image script for SDXL.
-    """
+    """The probability of each of so many timesteps (T,), 0 outside of the range, of the preferred ones times as high,
+    by the strategies of diffusers' text-to-image script for SDXL."""
     timesteps, portion = np.arange(count), int(loss.timestep_bias_portion * count)
     preferred = {
         "none": timesteps < 0,
@@ -247,11 +225,9 @@ def timestep_shares(loss: LossConfig, count: int) -> np.ndarray:
 
 
 def pyramid_noise(noise_CHW: np.ndarray, rng: np.random.Generator, rounds: int, discount: float) -> np.ndarray:
-    """Noise with noise of lower resolutions in it, of deviation 1 (Whitaker, 2023, as kohya's scripts have it).
-
-    Round i adds noise of 1 / r^i of the size, r drawn evenly from 2 to 4, enlarged by bilinear interpolation, times
-    discount^i; the last one is where a side is 1.
-    """
+    """Noise with noise of lower resolutions in it, of deviation 1 (Whitaker, 2023, as kohya's scripts have it): round i
+    adds noise of 1 / r^i of the size, r drawn evenly from 2 to 4, enlarged by bilinear interpolation, times discount^i;
+    the last one is where a side is 1."""
     if not rounds:
         return noise_CHW
     channels, height, width = noise_CHW.shape
@@ -259,7 +235,7 @@ def pyramid_noise(noise_CHW: np.ndarray, rng: np.random.Generator, rounds: int, 
     for number in range(rounds):
         factor = rng.uniform(2, 4) ** number
         small = max(1, int(height / factor)), max(1, int(width / factor))
-        rows, columns = _enlarging(small[0], height), _enlarging(small[1], width)
+        rows, columns = map(_enlarging, small, (height, width))
         total += discount**number * (rows @ rng.standard_normal((channels, *small)) @ columns.T)
         if 1 in small:
             break
@@ -293,11 +269,8 @@ LOGNORMAL = -1.2, 1.2
 def draw_columns(
     spec: NoiseScheduleSpec | EdmSpec, loss: LossConfig = DEFAULT
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
-    """The objective of a model: a generator for each row -> columns.
-
-    Which levels of noise are drawn, the columns at them, and what changes their weights, one after the other. If `loss`
-    says nothing, timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
-    """
+    """The objective of a model: a generator for each row -> columns at drawn levels of noise. If `loss` says nothing,
+    timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1)."""
     count, is_edm = spec.num_train_timesteps, isinstance(spec, EdmSpec)
     if isinstance(spec, EdmSpec):
         levels, columns_at = spec.sigmas, partial(edm_at, spec)

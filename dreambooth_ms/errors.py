@@ -1,7 +1,4 @@
-"""What a user can get wrong. Each message says what was given, what was expected, and what to do.
-
-The command line prints the message on one line per problem and exits with status 2, without a traceback.
-"""
+"""What a user can get wrong. Each message says what was given, what was expected, and what to do."""
 
 import errno
 import os
@@ -73,9 +70,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        for code, reason in ((code, os.strerror(code)) for code in DISK_ERRORS):
-            # Of several errors shutil keeps only the texts.
-            if error.errno == code or reason in str(error):
+        for code, reason in zip(DISK_ERRORS, map(os.strerror, DISK_ERRORS), strict=True):
+            if error.errno == code or reason in str(error):  # Of several errors shutil keeps only the texts.
                 where = error.filename or "a file"
                 return f"{where}: cannot be written ({reason}); free some space and run the same command again"
     return None

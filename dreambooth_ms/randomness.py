@@ -1,8 +1,4 @@
-"""Randomness as a function: every draw is named by (seed, purpose, step, row), and nothing keeps a state.
-
-A run that resumes needs only its step number, and the same row of a run draws the same numbers whatever the batch size
-or the number of processes.
-"""
+"""Randomness as a function: every draw is named by (seed, purpose, step, row), and nothing keeps a state."""
 
 import hashlib
 import secrets

@@ -357,7 +357,7 @@ def train_unet(
         shape = (size, *means.shape[1:])
         latents = means[order] + deviations[order] * rng.standard_normal(shape, np.float32)
         noise = rng.standard_normal(shape, np.float32)
-        timesteps = rng.integers(0, schedule.num_train_timesteps, size)
+        timesteps = rng.integers(0, len(schedule.alphas_cumprod), size)
         columns = velocity_at(schedule, timesteps)
         weight = (columns.in_x / columns.in_n) ** 2 + 1
         weights = np.minimum(weight, WEIGHT_LIMIT) / weight

@@ -15,7 +15,7 @@ from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import VaeSpec
 from dreambooth_ms.ops import Conv2d, convolution, equal_parts
 from dreambooth_ms.ops.layout import from_public_layout, image_axes, to_public_layout, upsample_nearest
-from dreambooth_ms.runtime.device import arrays_used_again, uncompiled
+from dreambooth_ms.runtime.device import uncompiled
 
 ENCODER_LAYERS, DECODER_LAYERS = ("encoder", "quant_conv"), ("post_quant_conv", "decoder")
 
@@ -92,7 +92,7 @@ class BandedDecoder:
     def __call__(self, latents_1Chw: Tensor) -> np.ndarray:
         """Decode; layers above the latents' size one by one, as graphs would keep their last inputs (measured)."""
         x, decoder = self._decode_middle(latents_1Chw), self._vae.decoder
-        with uncompiled(), arrays_used_again():
+        with uncompiled():
             for block in decoder.up_blocks:
                 for resnet in block.resnets:
                     x = self._resnet(resnet, x)

@@ -71,8 +71,7 @@ def run_in_group(
     """Do the work of one process of a run, and return its exit status.
 
     Of several processes none outlives another's failure, and each ends here, with the status of the work or of the
-    failure, of which one prints a line by `complain`. For another process that is alive it waits `exchange_seconds`:
-    what they do between two exchanges takes equally long.
+    failure, of which one prints a line by `complain`. One that is alive is waited for `exchange_seconds`.
 
     Raises:
         UserError: the only process made a mistake, or the processes could not connect.
@@ -85,8 +84,7 @@ def run_in_group(
     except KeyboardInterrupt:
         rendezvous.fail("interrupted", INTERRUPTED_STATUS)
     except BaseException as error:  # noqa: BLE001  (the others must learn of it, whatever it is)
-        explanation = explain(error)
-        if explanation is not None:
+        if (explanation := explain(error)) is not None:
             rendezvous.fail(explanation, USER_ERROR_STATUS)
         traceback.print_exc()
         rendezvous.fail(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}", FAILED_STATUS)

@@ -40,13 +40,9 @@ class Launch:
     @property
     def scheduler_environment(self) -> dict[str, str]:
         """MindSpore's variables for this place, with which a process needs no launcher of MindSpore's."""
-        is_scheduler = self.rank == SCHEDULER
-        return {
-            **({"MS_ROLE": "MS_SCHED"} if is_scheduler else {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(self.rank)}),
-            "MS_WORKER_NUM": str(self.count),
-            "MS_SCHED_HOST": self.host,
-            "MS_SCHED_PORT": str(self.port),
-        }
+        of_worker = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(self.rank)}
+        place = {"MS_SCHED_HOST": self.host, "MS_SCHED_PORT": str(self.port), "MS_WORKER_NUM": str(self.count)}
+        return place | ({"MS_ROLE": "MS_SCHED"} if self.rank == SCHEDULER else of_worker)
 
 
 def is_launched(environment: Mapping[str, str]) -> bool:
@@ -58,7 +54,7 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
     """The place that the launcher gave this process; None if it was started by itself.
 
     Raises:
-        DeviceError: msrun on several machines without --node_rank, which leaves the ranks open.
+        DeviceError: the launcher leaves open the rank, or the machine of rank 0.
     """
     if _MSRUN not in environment:
         return _from_mpirun(environment) if _MPIRUN in environment else None
@@ -89,11 +85,9 @@ def _from_mpirun(environment: Mapping[str, str]) -> Launch:
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """End this process now; what was printed is written, and nothing else is tidied up.
+    """End this process now; what was printed is written, or the status is 1 in place of 0.
 
-    MindSpore's clean-up waits for the other processes of a run and for the scheduler, and takes a second to give back
-    memory that is the system's anyhow (both measured). The status is 1 in place of 0 if what was printed cannot be
-    written.
+    MindSpore's clean-up waits for the other processes of a run and the scheduler, and takes a second (both measured).
     """
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,9 +1,8 @@
 """The connections of a run's processes on the host: rank 0 in the middle, a channel to each of the others.
 
-Values are exchanged there, with a time limit, and each process watches whether the others are alive: a process that
-waits in a collective operation for one that is gone would wait for ever. Only a thread of its own can see that then,
-and only `exit_at_once` ends it. Messages are JSON over the standard library's connections. Both ends prove that they
-are of the same job before either reads anything else, and nothing is ever unpickled.
+Values are exchanged there, with a time limit, and a thread watches whether the others are alive: a process that waits
+in a collective operation for one that is gone would wait for ever, and only `exit_at_once` ends it. Both ends prove
+that they are of the same job before either reads anything else; messages are JSON, and nothing is ever unpickled.
 """
 
 import json
@@ -71,11 +70,7 @@ class Channel:
 
 
 def connect(launch: Launch, seconds: float) -> Channel:
-    """Connect to rank 0 of this run, which may not listen yet.
-
-    Raises:
-        DeviceError: it did not within that time, or another run has its port.
-    """
+    """Connect to rank 0 of this run, which may not listen yet, or raise DeviceError."""
     address = launch.host, launch.channel_port
     wait_until_listening(*address, seconds, "rank 0")
     try:
@@ -87,11 +82,8 @@ def connect(launch: Launch, seconds: float) -> Channel:
 
 
 def wait_until_listening(host: str, port: int, seconds: float, who: str) -> None:
-    """Come back when `who` listens there: who comes to MindSpore's scheduler earlier waits a minute more (measured).
-
-    Raises:
-        DeviceError: it did not within that time.
-    """
+    """Come back when `who` listens there, or raise DeviceError after that time. Who comes to MindSpore's scheduler
+    earlier waits a minute more (measured)."""
     give_up = time.monotonic() + seconds
     while True:
         try:
@@ -104,11 +96,7 @@ def wait_until_listening(host: str, port: int, seconds: float, who: str) -> None
 
 
 def listen(launch: Launch) -> Listener:
-    """Listen for the other processes of this run.
-
-    Raises:
-        DeviceError: the port is taken, or the address is not of this machine.
-    """
+    """Listen for the others, or raise DeviceError: the port is taken, or the address is not of this machine."""
     try:
         return Listener((launch.host, launch.channel_port), backlog=1024, authkey=_key(launch))
     except OSError as error:
@@ -132,18 +120,13 @@ class Rendezvous:
     """One process's connections to the others. Every method must be called by all processes, in the same order."""
 
     def __init__(self, launch: Launch, exchange_seconds: float, complain: Tell) -> None:
-        """Connect to the others; `complain` prints a line for the user.
-
-        Raises:
-            DeviceError: they are not there in time, or this process cannot reach them.
-        """
+        """Connect to the others, or raise DeviceError; `complain` prints a line for the user."""
         self._rank, self._count = launch.rank, launch.count
         self._exchange_seconds, self._complain = exchange_seconds, complain
-        self._received: dict[int, Queue[Any]] = {}
         self._ending, self._own_failure, self._finished = Lock(), Event(), False
         self._channels = _channels_to_all(launch) if launch.rank == 0 else {0: connect(launch, START_SECONDS)}
+        self._received: dict[int, Queue[Any]] = {rank: Queue() for rank in self._channels}
         for rank, channel in self._channels.items():
-            self._received[rank] = Queue()
             Thread(target=self._watch, args=(rank, channel), daemon=True).start()
 
     def exchange(self, what: str, value: Any) -> list[Any]:
@@ -151,12 +134,11 @@ class Rendezvous:
         if self._rank != 0:
             self._channels[0].send({"what": what, "value": value})
             return self._next(0, what)["values"]
-        values = [value]
+        others = [self._next(rank, what) for rank in range(1, self._count)]
+        assert all(one["what"] == what for one in others), f"rank 0 is at {what!r}, others at {others!r}"
+        values = [value, *(one["value"] for one in others)]
         for rank in range(1, self._count):
-            message = self._next(rank, what)
-            assert message["what"] == what, f"rank {rank} is at {message['what']!r}, rank 0 at {what!r}"
-            values.append(message["value"])
-        self._send_to_all({"values": values}, but=SCHEDULER)
+            self._channels[rank].send({"values": values})
         return values
 
     def finish(self, status: int) -> NoReturn:
@@ -217,10 +199,9 @@ class Rendezvous:
                 self._send_to_all({"over": True, "status": status})
             exit_at_once(status)
 
-    def _send_to_all(self, message: dict[str, Any], but: int | None = None) -> None:
-        for rank, channel in self._channels.items():
-            if rank != but:
-                channel.send(message)
+    def _send_to_all(self, message: dict[str, Any]) -> None:
+        for channel in self._channels.values():
+            channel.send(message)
 
 
 def _channels_to_all(launch: Launch) -> dict[int, Channel]:
@@ -229,7 +210,7 @@ def _channels_to_all(launch: Launch) -> dict[int, Channel]:
     channels, listener = dict[int, Channel](), listen(launch)
 
     def admit() -> None:
-        """Let the expected processes in as they come; strangers are sent away."""
+        """Strangers are sent away."""
         with listener:
             while missing := expected - channels.keys():
                 with suppress(*_REFUSALS):

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, communication, nn, ops, set_device
 from mindspore.ops import constexpr
 
@@ -53,8 +53,7 @@ def scheduler_process(launch: Launch) -> Iterator[None]:
     """Inside, MindSpore's scheduler runs for this launch, which connects the processes of a run on CPU.
 
     It blocks all its threads until every worker has ended, and for half a minute more after one that died (measured).
-    So it is a process of its own, which whoever started it can end, and dies with whoever started it. It does without
-    OpenMPI's variables, or it would take itself for a rank.
+    So it is a process of its own. It does without OpenMPI's variables, or it would take itself for a rank.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMIX_"))}
     command = [sys.executable, "-m", __name__, str(os.getpid())]
@@ -76,7 +75,7 @@ class SumOverProcesses(nn.Cell):
 
     def construct(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         total = self.all_reduce(ops.concat(self.map(_flat, tensors)))
-        return self.map(ops.partial(_part, total), _offsets(self.map(ops.size, tensors)), tensors)
+        return self.map(ops.partial(_part, total), starts(self.map(ops.size, tensors)), tensors)
 
 
 class ShareParts(nn.Cell):
@@ -84,18 +83,13 @@ class ShareParts(nn.Cell):
 
     def __init__(self, parts: Sequence[Sequence[Parameter]], rank: int) -> None:
         super().__init__(auto_prefix=False)
-        sizes = [sum(parameter.size for parameter in part) for part in parts]
-        others = []
-        for number, part in enumerate(parts):
-            offset = number * max(sizes)
-            for parameter in part:
-                if number != rank:
-                    others.append((offset, parameter))
-                offset += parameter.size
+        sizes = [[parameter.size for parameter in part] for part in parts]
+        longest = max(map(sum, sizes))
+        others = [number for number in range(len(parts)) if number != rank]
         self.own = ParameterTuple(list(parts[rank]))
-        self.others = ParameterTuple([parameter for _, parameter in others])
-        self.offsets = tuple(offset for offset, _ in others)
-        self.filling = max(sizes) - sizes[rank]
+        self.others = ParameterTuple([parameter for number in others for parameter in parts[number]])
+        self.offsets = tuple(number * longest + start for number in others for start in starts(sizes[number]))
+        self.filling = longest - sum(sizes[rank])
         self.all_gather = ops.AllGather()
         self.map = ops.HyperMap()
 
@@ -131,8 +125,9 @@ def _set_to_part(total: Tensor, offset: int, tensor: Tensor) -> Tensor:
 
 
 @constexpr
-def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(end - size) for size, end in zip(sizes, np.cumsum(sizes), strict=True))
+def starts(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where each of some neighbours of these sizes begins."""
+    return tuple(accumulate(sizes[:-1], initial=0))
 
 
 def _schedule(parent: int) -> None:

@@ -1,14 +1,12 @@
 """Compiled graphs kept on disk, so that the next run starts sooner.
 
-MindSpore writes a graph to a file and reads it again, but it knows a file by the place of the graph in the order of
-compilation alone, in one folder for the whole process, and takes what it finds there (MindSpore 2.10.0, measured). So
-each process has an empty folder of its own for MindSpore. A graph that is kept under the right key is copied there, to
-the place that comes next, just before it is compiled; a graph that MindSpore writes there is kept under its key; then
-the folder is empty again.
+MindSpore knows the file of a graph by its place in the order of compilation alone, in one folder for the process, and
+takes what it finds there (MindSpore 2.10.0, measured). So each process has an empty folder of its own for MindSpore: a
+graph that is kept is copied there, to the place that comes next, just before it is compiled, and one that MindSpore
+writes there is kept; then the folder is empty again.
 
 An entry is a file named by a key. Its lines are the digest of what follows, how long the graph took to compile, and
-what MindSpore's file was called up to its place; then that file. It appears whole, by a rename, and is used only while
-the digest holds.
+what MindSpore's file was called up to its place; then that file. It is used only while the digest holds.
 """
 
 import atexit
@@ -20,10 +18,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindspore import nn
 from mindspore.graph import api
@@ -46,8 +43,7 @@ ABANDONED_AFTER = 3600.0
 """Seconds after which nobody is still writing an unfinished entry."""
 
 
-@dataclass(frozen=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What is known of a compilation before it begins."""
 
     is_kept: bool = False
@@ -164,10 +160,7 @@ class CompileCache:
 
 
 class _MindSporesCache:
-    """MindSpore's own cache in this process.
-
-    It reads the folder's name once, and counts the graphs that it compiles while it is switched on.
-    """
+    """MindSpore's own, which reads the folder's name once and counts the graphs compiled while it is switched on."""
 
     place: int | None = 0
     """Of the next graph; None if that is not known."""
@@ -206,17 +199,13 @@ class _MindSporesCache:
 
 
 _mindspores = _MindSporesCache()
-
-
 _cache: CompileCache | None = None
 _wish: str | None = None
 
 
 def set_up_compile_cache(by_default: bool) -> None:
-    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says.
-
-    MS_COMPILER_CACHE_PATH names the folder.
-    """
+    """Keep graphs from now on or not, as MS_COMPILER_CACHE_ENABLE (1 or 0), else `by_default`, says, in the folder that
+    MS_COMPILER_CACHE_PATH names."""
     global _cache, _wish
     _wish = os.environ.get(ENABLE, _wish)
     if _wish != "0":
@@ -246,8 +235,6 @@ def use_compile_cache(cache: CompileCache | None) -> Iterator[None]:
 
 def default_folder() -> Path | None:
     """Where graphs are kept if MS_COMPILER_CACHE_PATH names no folder; None where the user has no home."""
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "dreambooth_ms" / "graphs"
-    except RuntimeError:
-        return None
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    caches = named if os.path.isabs(named) else os.path.expanduser("~/.cache")
+    return Path(caches, "dreambooth_ms", "graphs") if os.path.isabs(caches) else None

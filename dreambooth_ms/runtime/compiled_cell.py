@@ -25,10 +25,7 @@ def watch_compilations(watch: Watch) -> None:
 
 
 class CompiledCell(nn.Cell):
-    """A cell that is called from outside, and so compiled: once for each shape of its inputs, through the cache.
-
-    Cells inside of it need not be of this kind: they are parts of its graph.
-    """
+    """A cell that is called from outside, and so compiled: once for each shape of its inputs, through the cache."""
 
     title = "a network"
     """What it is, in words for a user who waits for its compilation."""
@@ -45,8 +42,7 @@ class CompiledCell(nn.Cell):
         if phase is None or kwargs or not plain or ms.get_context("mode") != ms.GRAPH_MODE:
             return super().__call__(*args, **kwargs)
         # MindSpore would note in every cell of it which graph is run, 3 ms in a small UNet (measured).
-        executor = _cell_graph_executor._graph_executor
-        return _convert_python_data(executor(args, phase))
+        return _convert_python_data(_cell_graph_executor._graph_executor(args, phase))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """MindSpore calls this before a run; it compiles what is not compiled for such inputs."""

@@ -1,10 +1,9 @@
 """The device: the only place that asks for it, the formulation of the operations that follows from it, and what becomes
 of host memory that is given back.
 
-That is with GNU's allocator; other systems do as they do. By itself it soon keeps arrays of up to 32 MiB among small
-objects, where little of what is given back can go to the system: after loading SD 1.5 and a step of sampling 5.1 GiB
-were resident, and 4.7 with arrays apart. Memory from the system is slower, though: decoding in bands of rows, in a form
-that was compiled, took 21 s, and 16 with its arrays kept (measured).
+GNU's allocator soon keeps arrays of up to 32 MiB among small objects, where little of what is given back can go to the
+system: after loading SD 1.5 and a step of sampling 5.1 GiB were resident, and 4.7 with arrays apart. Memory from the
+system is slower, though: decoding in bands of rows took 21 s, and 16 with its arrays kept (measured).
 """
 
 import ctypes
@@ -34,15 +33,9 @@ _formulation = Formulation.CPU
 
 
 def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
-    """Choose the device and how it computes; returns the one in use, "CPU" or "Ascend".
+    """Choose the device and how it computes, as `DeviceConfig` has it; returns the one in use, "CPU" or "Ascend".
 
     Call it once, before any cell is built and before processes communicate.
-
-    Args:
-        target: "CPU", "Ascend", or "auto" for Ascend where there is one.
-        ms_mode: 0 for graph mode, 1 for PyNative.
-        deterministic: whether Ascend is to give the same bits each time; a CPU does.
-        jit_level: "O0" or "O1"; None leaves it to MindSpore.
 
     Raises:
         DeviceError: Ascend was asked for and there is none.
@@ -58,8 +51,7 @@ def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_lev
     ms.set_device(device)
     if device == "CPU":
         # The memory pool grows in large pieces. By itself it grows by single tensors, and much of it lies idle: a LoRA
-        # step of two of SD 1.5's finest levels at 512 px took 4.3 GiB, and 3.5 GiB with this (measured). What is never
-        # used of a piece is not resident.
+        # step of two of SD 1.5's finest levels at 512 px took 4.3 GiB, and 3.5 GiB with this (measured).
         _set_once(ms.runtime.set_memory, init_size="1GB", increase_size="1GB")
         keep_arrays_apart()
     elif deterministic:
@@ -106,20 +98,8 @@ def formulation() -> Formulation:
     return _formulation
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Inside, cells are computed operation by operation (PyNative), whatever the execution mode is."""
-    mode = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=mode)
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Options of `mallopt`: how much free memory at the end of the heap is kept, and from which size on memory comes from
-the system by itself."""
+"""Of `mallopt`: how much stays free at the heap's end, and from which size on memory is the system's by itself."""
 
 APART, KEPT = 1 << 20, 1 << 25
 """Bytes; the second is the most that the allocator takes."""
@@ -132,12 +112,16 @@ def keep_arrays_apart(from_size: int = APART) -> None:
 
 
 @contextmanager
-def arrays_used_again() -> Iterator[None]:
-    """Inside, arrays of a few megabytes that are given back are kept for the next ones; at the end they go."""
+def uncompiled() -> Iterator[None]:
+    """Inside, cells are computed operation by operation (PyNative), whatever the execution mode is, and arrays of a few
+    megabytes that are given back are kept for the next ones; at the end they go."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     keep_arrays_apart(from_size=KEPT)
     try:
         yield
     finally:
+        ms.set_context(mode=mode)
         keep_arrays_apart()
         give_back_freed_memory()
 

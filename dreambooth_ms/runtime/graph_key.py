@@ -29,10 +29,8 @@ from dreambooth_ms.atomic import file_digest
 PACKAGE = Path(__file__).parents[1]
 
 # Settings that name places and processes, and decide nothing of a graph.
-NOT_DECISIVE = (
-    *("MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_SUBMODULE_LOG_v"),
-    *("MS_SCHED_", "MS_NODE_ID", "MS_ROLE", "MS_WORKER_"),
-)
+NOT_DECISIVE = ("MS_COMPILER_CACHE_", "MS_DEV_FORCE_USE_COMPILE_CACHE", "MS_SUBMODULE_LOG_v", "MS_SCHED_", "MS_NODE_ID")
+NOT_DECISIVE += ("MS_ROLE", "MS_WORKER_")
 
 READ_OF_CELL = {"_params", "_cells", "_buffers", "_primitives", "training", "mixed_precision_type", "_jit_config_dict"}
 OF_A_COMPILATION = {"_compiled_for", "sequence_modified", "current_phase", "__parse_method__", "__compile_cell_hook__"}
@@ -47,9 +45,7 @@ class NotDescribable(Exception):
 
 
 def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -> str:
-    """The digest of everything that decides the graph of a call.
-
-    Of inputs that are tensors only shape and dtype count; `settings` are what `surroundings` does not know.
+    """The digest of everything that decides the graph of a call; `settings` are what `surroundings` does not know.
 
     Raises:
         NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
@@ -111,12 +107,11 @@ class _Description:
         self.hash.update(" ".join(map(str, words)).encode() + b"\0")
 
 
-def _shapes(inputs: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
+def _shapes(given: Any) -> Any:
     """The shapes and dtypes of tensors, and other inputs, which are constants of a graph, as they are."""
-    return tuple(
-        (one.shape, one.dtype) if isinstance(one, Tensor) else _shapes(one) if isinstance(one, tuple | list) else one
-        for one in inputs
-    )
+    if isinstance(given, Tensor):
+        return given.shape, given.dtype
+    return tuple(map(_shapes, given)) if isinstance(given, tuple | list) else given
 
 
 def _name(of: Any) -> str:

@@ -1,8 +1,5 @@
 """Pictures at the two ends of sampling: the one that image to image starts from, and those of the finished latents.
-
-One picture passes the autoencoder at a time, so that the memory it takes does not grow with the batch. Shapes: C, h, w
-of the latents. Sizes are (height, width).
-"""
+One passes the autoencoder at a time. Shapes: C, h, w of the latents. Sizes are (height, width)."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -36,10 +33,7 @@ class PictureCodec:
     def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 of latents (C, h, w) as the diffusion has them, cut to the range of levels.
 
-        Args:
-            latents: of the picture.
-            number: of the picture, for errors.
-            whole_up_to: side in pixels of the largest square that is decoded at once; None: `WHOLE_UP_TO`.
+        `number` is the picture's, for errors; `whole_up_to` is in place of `WHOLE_UP_TO`.
 
         Raises:
             WeightError: NaN or infinity comes out, which a viewer would show as black.
@@ -62,13 +56,9 @@ class PictureCodec:
     def latents(
         self, picture_3HW: np.ndarray, seed: int, numbers: Iterable[int], purpose: str = PURPOSE
     ) -> Iterator[np.ndarray]:
-        """Latents (C, h, w) as the diffusion has them, drawn from the picture's posterior once for each number.
+        """Latents (C, h, w) as the diffusion has them, drawn from the posterior of a picture, float32 in [-1, 1].
 
-        Args:
-            picture_3HW: float32 in [-1, 1].
-            seed: of the draws, each of which is a function of it, of the purpose and of its number.
-            numbers: of the pictures that they are for.
-            purpose: what they are for.
+        There is a draw for each number, a function of it, of the seed and of the purpose.
         """
         mean, log_variance = (one.asnumpy()[0] for one in self._encoder(Tensor(picture_3HW[None])))
         for number in numbers:
@@ -89,16 +79,9 @@ class PictureCodec:
 def fitted_size(
     image: Image.Image, height: int | None, width: int | None, model_side: int, multiple: int
 ) -> tuple[int, int]:
-    """The size to sample at: what is asked for; what is not follows from the picture's shape.
+    """The size to sample at: what is asked for; what is not follows from the picture's shape, in multiples of a number.
 
     Without either, the area is the one that the model was trained at, whatever the size of the picture.
-
-    Args:
-        image: the picture to start from.
-        height: in pixels, if it is asked for.
-        width: likewise.
-        model_side: side of the squares that the model was trained at.
-        multiple: what sides must be multiples of.
     """
 
     def nearest(side: float) -> int:

@@ -1,5 +1,4 @@
-"""A base model, ready to sample what it is asked for again and again: request -> rows -> latents -> picture; and two
-models one after the other.
+"""A base model, ready to sample what it is asked for again and again; and two models one after the other.
 
 Shapes: N pictures, B of them at a time, C, h, w of the latents.
 """
@@ -62,10 +61,8 @@ class SamplingModel:
         bundle: the base.
         adapters: files or folders of adapters, of any format. Their scales belong to a request.
         words: files or folders of embeddings of new words.
-        keep_text_encoders: keep the text encoders in memory, for prompts to come; otherwise they are loaded, and
-            compiled, again for them.
-        mixed_precision: what the UNet computes in, as `compute_dtype` takes it; text encoders and autoencoder are
-            float32.
+        keep_text_encoders: in memory, for prompts to come; otherwise they are loaded, and compiled, again.
+        mixed_precision: what the UNet computes in, as `compute_dtype` takes it.
         denoiser: lent, in place of the base's UNet.
         text_encoders: lent, in place of the base's.
         embeddings: prompts that the base's text encoders have encoded already.
@@ -98,11 +95,6 @@ class SamplingModel:
         self, request: SampleRequest, on_step: OnStep | None = None, stopped: Stopped | None = None
     ) -> Iterator[Sample]:
         """The pictures of a request, as soon as their batch is done.
-
-        Args:
-            request: what to sample.
-            on_step: called after every step.
-            stopped: asked before every step; see `Stopped`.
 
         Raises:
             ConfigError: the request asks for what this model cannot do.
@@ -155,23 +147,14 @@ class SamplingModel:
         on_step: OnStep | None = None,
         stopped: Stopped | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Number and latents (C, h, w) of each picture, as soon as its batch is done; what `sample` makes pictures of.
-
-        Args:
-            request: how to denoise them.
-            rows: one for each picture of the request.
-            stage: of the reports.
-            on_step: called after every step.
-            stopped: asked before every step; once it is True there are no more.
-        """
-        numbers, total = list(request.pictures), len(rows.noise)
+        """Number and latents (C, h, w) of each picture, as soon as its batch is done; `stage` is of the reports."""
+        numbers, total = np.array([*request.pictures]), len(rows.noise)
         size = min(request.batch_size, total)
         for first in range(0, total, size):
             batch = range(first, min(first + size, total))
             filled = np.resize(batch, size)  # All batches have one size; what fills the last one up is not given out.
             start = None if rows.start is None else rows.start[filled]
-            filled_numbers = [numbers[row] for row in filled]
-            trajectory = Trajectory(request, self.bundle.schedule.config, filled_numbers, start is not None)
+            trajectory = Trajectory(request, self.bundle.schedule.config, numbers[filled].tolist(), start is not None)
             latents = trajectory.begin(rows.noise[filled], start)
             predict, steps = self._prediction(request, rows, filled), len(trajectory.timesteps)
             for index, timestep in enumerate(trajectory.timesteps):
@@ -181,7 +164,7 @@ class SamplingModel:
                 latents = trajectory.step(index, prediction, latents)
                 if on_step:
                     on_step(StepReport(index + 1, steps, batch, total, stage, latents.asnumpy()[: len(batch)]))
-            yield from zip((numbers[row] for row in batch), latents.asnumpy(), strict=False)
+            yield from zip(numbers[batch].tolist(), latents.asnumpy(), strict=False)
 
     def picture(self, latents: np.ndarray, number: int, whole_up_to: int | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 of latents (C, h, w); see `PictureCodec`."""
@@ -224,7 +207,7 @@ class SamplingModel:
         return self._unet
 
     def load(self) -> None:
-        """Load what denoises and decodes now, so that what is wrong with it is said before a step is taken."""
+        """Load what denoises and decodes, so that what is wrong with it is said before a step is taken."""
         _ = self.denoiser, self._codec.decoders
 
     def release(self) -> None:
@@ -292,14 +275,8 @@ def sample_refined(
 ) -> Iterator[Sample]:
     """The pictures of a request, sampled by SDXL's base and refined (Podell et al., 2023, section 2.5).
 
-    Args:
-        base: samples from noise, or from the picture of the request.
-        refiner: goes on from its latents, with the same prompts.
-        request: what to sample.
-        refinement: where the one stops and the other starts.
-        on_step: called after every step, of either model.
-        stopped: asked before every step; see `Stopped`.
-        release: give back the memory of the base's networks before the refiner's are loaded.
+    The refiner goes on from the base's latents, with the same prompts; with `release`, the memory of the base's
+    networks is given back before.
 
     Raises:
         ConfigError: the two have different latents, or one has another noise than the scheduler's.

@@ -31,14 +31,8 @@ class UniPCMultistepScheduler(schedulers.UniPCMultistepScheduler):
         return self._advanced(last_sample, self.step_index - 1, order, this_model_output)
 
     def _advanced(self, latents: Tensor, start: int, order: int, following: Tensor | None = None) -> Tensor:
-        """From one noise level to the next: UniP, eq. 9 of the paper for data prediction, and its like for noise.
-
-        Args:
-            latents: at the beginning.
-            start: index of the noise level.
-            order: how many predictions are looked at.
-            following: the prediction at the end, with which it is UniC.
-        """
+        """From the noise level of index `start` to the next by `order` predictions: UniP, eq. 9 of the paper for data
+        prediction, and its like for noise; UniC with `following`, the prediction at the end."""
         sigmas = self.sigmas.asnumpy().astype(np.float64).tolist()
         signal = [1 / math.sqrt(sigma**2 + 1) for sigma in sigmas]
         noise = [sigma * own for sigma, own in zip(sigmas, signal, strict=True)]

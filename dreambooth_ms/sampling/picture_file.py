@@ -1,8 +1,5 @@
-"""Pictures as PNG files that appear whole: sampled ones, with the settings they were made with in their metadata, and
-sheets of several.
-
-The names of files hold the pictures' numbers, so that a command goes on where another stopped.
-"""
+"""Pictures as PNG files that appear whole: sampled ones, with the settings they were made with in their metadata and
+their numbers in their names; and sheets of several."""
 
 import json
 import re
@@ -39,10 +36,7 @@ def first_free_number(folder: Path) -> int:
 
 
 def missing_numbers(folder: Path, wanted: int) -> list[int]:
-    """Numbers of the class pictures still to sample, so that the folder will hold `wanted` of them.
-
-    Only picture files count, the user's own as well as sampled ones. A sampled picture's number is in its name, so a
-    run that was stopped goes on with the numbers it had not come to.
+    """Numbers of the class pictures still to sample, so that the folder will hold `wanted`, the user's own included.
 
     Raises:
         DataError: the path is taken by a file.

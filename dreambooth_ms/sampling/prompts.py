@@ -47,11 +47,7 @@ class ModelAdapters:
             raise WeightError(f"--embedding {layers[0]}: changes layers, too; name it with --lora")
 
     def scales(self, request: SampleRequest) -> tuple[float, ...]:
-        """The strength of each adapter, or one number for all.
-
-        Raises:
-            ConfigError: it asks for another number of strengths.
-        """
+        """The strength of each adapter, or one number for all; ConfigError if the request has another number."""
         scales = (1.0,) * len(self.paths) if request.lora_scales is None else request.lora_scales
         if len(scales) not in (1, len(self.paths)) and self.paths:
             raise ConfigError(
@@ -66,15 +62,8 @@ TEXT_ROWS = 2
 
 
 class PromptReader:
-    """Reads prompts, and remembers what it has read.
-
-    Args:
-        bundle: the base, whose text encoders are loaded when a prompt is not known.
-        adapters: what is put on them.
-        keep: keep them in memory, for prompts to come; otherwise they are loaded, and compiled, again for them.
-        encoders: networks to be used as they are at the time, in place of the base's; nothing is remembered then.
-        known: prompts that are encoded already.
-    """
+    """Reads prompts, and remembers what it has read, but by networks that are lent; the arguments are those of
+    `SamplingModel`."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""The schedulers by the names people use: mindone's ports of diffusers' schedulers, and ours where those run on Ascend
-alone; the way of a batch through the timesteps of one; and what predicts at each, with classifier-free guidance.
+"""The schedulers by the names people use; the way of a batch through the timesteps of one; and what predicts at each.
 
 Shapes: B rows, C, h, w of the latents.
 """
@@ -24,6 +23,7 @@ from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.sampling.request import SampleRequest
 
+PURPOSE = "noise of a sampling step"
 LEAST_SIGNAL = 2.0**-24
 """What alpha-bar is at least where a scheduler divides by it, as in diffusers: float16's smallest number."""
 
@@ -76,12 +76,9 @@ SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file
 
 
 def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None:
-    """Stop if a scheduler cannot take so many steps with a model.
+    """Raise ConfigError if a scheduler cannot take so many steps with a model.
 
     Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these.
-
-    Raises:
-        ConfigError: this scheduler is not for this model.
     """
     if SCHEDULERS[name].edm and not is_edm(config):
         raise ConfigError(
@@ -107,20 +104,18 @@ def fitting_scheduler(name: SamplingScheduler, config: Config) -> SamplingSchedu
     return of_edm[name] if is_edm(config) else name
 
 
-PURPOSE = "noise of a sampling step"
-
-
+@dataclass(frozen=True)
 class RowNoise:
-    """The random numbers of one step: each row's are a function of the seed, the step and the row's number, so they do
-    not depend on the batch that the row is in. Schedulers take it for numpy's generator."""
+    """The random numbers of one step: each row's are a function of the seed, the step and the row's number, whatever
+    batch it is in. Schedulers take it for numpy's generator."""
 
-    def __init__(self, seed: int, step: int, rows: Sequence[int]) -> None:
-        self._seed, self._step, self._rows = seed, step, rows
+    seed: int
+    step: int
+    rows: Sequence[int]
 
     def standard_normal(self, size: Sequence[int]) -> np.ndarray:
         """(B, ...) float32 draws from N(0, 1)."""
-        shape = tuple(size)[1:]
-        return np.stack([standard_normal(shape, self._seed, PURPOSE, self._step, row) for row in self._rows])
+        return np.stack([standard_normal(tuple(size)[1:], self.seed, PURPOSE, self.step, row) for row in self.rows])
 
 
 class Trajectory:
@@ -180,15 +175,8 @@ class Trajectory:
 def taken_steps(
     levels: np.ndarray, request: SampleRequest, order: int, num_train_timesteps: int, from_picture: bool
 ) -> tuple[int, int]:
-    """First and end of the steps that are taken, as diffusers' pipelines choose them.
-
-    Args:
-        levels: all timesteps of the scheduler, from noise to picture.
-        request: `strength`, `denoising_start` and `denoising_end` are read.
-        order: evaluations of each step.
-        num_train_timesteps: of the model, which the shares of the noise's range refer to.
-        from_picture: whether `strength` counts.
-    """
+    """First and end of the steps that are taken, as diffusers' pipelines choose them, of all of a scheduler's `levels`,
+    from noise to picture. A step has `order` evaluations; shares of the noise's range are of `num_train_timesteps`."""
     first, end, steps = 0, len(levels), request.num_inference_steps
     if request.denoising_start is not None:
         left = int((levels < round(num_train_timesteps - request.denoising_start * num_train_timesteps)).sum())

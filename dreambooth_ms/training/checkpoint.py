@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -64,14 +64,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
 
-    Args:
-        folder: the run's output folder.
-        step: optimiser steps done.
-        state: trained parameters and optimiser moments; their names must be unique.
-        config: the resolved configuration, as YAML.
-        write_results: writes the weights for other tools, after so many steps, into a folder.
-        keep: number of checkpoints to keep; None keeps all.
-        content: what the run learns from.
+    The names of the `state`, trained parameters and moments, must be unique; `config` is YAML. `write_results` writes
+    the weights for other tools, after so many steps, into a folder. `keep` None keeps all.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
@@ -110,10 +104,7 @@ def restore(
 ) -> None:
     """Set the parameters to the checkpoint's values, bit for bit.
 
-    Args:
-        checkpoint: whose values.
-        state: what to set.
-        elsewhere: names and shapes of what other processes keep of it; those in `state` may be among them.
+    `elsewhere` are names and shapes of what other processes keep of it; those in `state` may be among them.
 
     Raises:
         WeightError: the checkpoint belongs to another training.
@@ -180,8 +171,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """A result, and the optimiser steps it was trained for; 0 if the file does not say."""
 
     path: Path

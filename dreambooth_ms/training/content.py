@@ -51,23 +51,18 @@ def changes(before: Content, now: Content, to_come: Mapping[str, Iterable[str]] 
         old = before.get(group, {})
         new = {name: old[name] for name in (to_come or {}).get(group, ()) if name in old} | now.get(group, {})
         lost, come = _beyond(old, new), _beyond(new, old)
-        names = {
-            "removed": [name for name in lost if name not in come],
-            "added": [name for name in come if name not in lost],
-            "changed": [name for name in lost if name in come],
-        }
-        for what, some in names.items():
-            found += [f"{group}: {show_names(some, at_most=5)} {what}"] if some else []
+        names = {"removed": lost - come, "added": come - lost, "changed": lost & come}
+        found += [f"{group}: {show_names(sorted(own), at_most=5)} {what}" for what, own in names.items() if own]
     return found
 
 
-def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
+def _beyond(some: Mapping[str, str], others: Mapping[str, str]) -> set[str]:
     """The names of what the others lack, each as often as they hold it; of equal files those with other names."""
-    left, names = Counter(others.values()), []
+    left, names = Counter(others.values()), set()
     for name, digest in sorted(some.items(), key=lambda item: others.get(item[0]) != item[1]):
         left[digest] -= 1
-        names += [name] if left[digest] < 0 else []
-    return sorted(names)
+        names |= {name} if left[digest] < 0 else set()
+    return names
 
 
 def in_order(concept: Concept, earlier: Content) -> Concept:

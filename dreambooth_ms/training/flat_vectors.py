@@ -1,8 +1,7 @@
 """Optimisers without a fused kernel, on many tensors as a few long vectors: AdamW with moments of 8 bits, and Prodigy.
 
-On CPU each operation of a step costs about as much as the arithmetic of a small tensor (docs/performance.md), and
-such an optimiser has some thirty of them. So they are for vectors into which small tensors are joined; a large tensor
-is a vector by itself, and vectors wait for each other, so that only one exists at a time.
+Each of their some thirty operations costs about as much as the arithmetic of a small tensor on CPU
+(docs/performance.md), so small tensors are joined. Vectors wait for each other, so that only one exists at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +13,13 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.ops import look_up, part, total
 from dreambooth_ms.ops.graph import constant
+from dreambooth_ms.runtime.collective import starts
 from dreambooth_ms.training.optimisers import AdamW, Optimiser, assign_if, state, value_if
 
-LENGTH = 1 << 22
-"""Tensors are joined up to about so many numbers (16 MiB in float32)."""
-MOST_VECTORS = 128
-"""Of larger models vectors are longer, since each adds to the graph; tensors above the length come on top."""
+_map = ops.HyperMap()
+LENGTH, MOST_VECTORS = 1 << 22, 128
+"""Tensors are joined up to about so many numbers (16 MiB in float32). Of larger models vectors are longer, since each
+adds to the graph; tensors above the length come on top."""
 
 
 class FlatVector(nn.Cell):
@@ -31,8 +31,7 @@ class FlatVector(nn.Cell):
         self.start, self.stop, self.parameters, self.block = start, stop, ParameterTuple(parameters), block
         self.rate_factor, self.decay_factor = optimiser.rate_factors[start], optimiser.decay_factors[start]
         lengths = [-(-parameter.size // block) * block for parameter in parameters]
-        self.offsets = tuple(int(end) - length for end, length in zip(np.cumsum(lengths), lengths, strict=True))
-        self.length = sum(lengths)
+        self.offsets, self.length = starts(lengths), sum(lengths)
 
     def join(self, tensors: tuple[Tensor, ...], earlier: Tensor) -> Tensor:
         """Tensors of the parameters' shapes -> (N,), but not before `earlier` has been computed."""
@@ -73,9 +72,6 @@ class VectorOptimiser(Optimiser):
         self.vectors = nn.CellList(vectors, auto_prefix=False)
 
 
-_map = ops.HyperMap()
-
-
 def _row(block, earlier, tensor):
     row = ops.reshape(ops.depend(tensor, earlier), (-1,))
     missing = -row.shape[0] % block
@@ -87,16 +83,12 @@ def _write(vector, offset, parameter):
     return ops.assign(parameter, ops.reshape(own, parameter.shape))
 
 
-BLOCK = 128
-DECADES = 7
+BLOCK, DECADES = 128, 7
 
 
 def dynamic_levels(signed: bool) -> np.ndarray:
-    """The 256 levels in rising order, float32: 0, 1, and in each decade below 1 twice as many as in the one below it.
-
-    A level is the middle of one of the equal parts of its decade. Of the signed levels all but 0 and 1 have a negative
-    counterpart.
-    """
+    """The 256 levels in rising order, float32: 0, 1, and in each decade below 1 twice as many as in the one below it,
+    each the middle of an equal part. Of the signed levels all but 0 and 1 have a negative counterpart."""
     levels = [0.0, 1.0]
     for decade in range(DECADES):
         borders = np.linspace(0.1, 1, (1 if signed else 2) * 2**decade + 1)
@@ -160,13 +152,10 @@ class AdamW8bit(VectorOptimiser):
     """`AdamW` with moments of 8 bits: block-wise dynamic quantisation (Dettmers et al., 2022). Parameters stay float32.
 
     A block of a moment is its largest absolute value in float32 and one byte for each number: the nearest of 256 levels
-    between -1 and 1 that lie dense at both ends of seven decades (Dettmers, 2015, section 2, dynamic tree). The paper's
-    reference is a CUDA library; this is plain operations of MindSpore, with two differences:
-
-    - Of the second moment the square root is kept. It has half the decades, so that small numbers beside large ones
-      have more levels: over 3000 steps of gradients whose sizes in a block differ by a factor of e, 98 % of the roots
-      are within 0.79 to 1.26 of the exact ones, and 0.75 to 1.27 if the moment itself is quantised (measured).
-    - Blocks are of 128 numbers, so that the small matrices of a LoRA fill them.
+    between -1 and 1 that lie dense at both ends of seven decades (Dettmers, 2015, section 2, dynamic tree). Unlike in
+    the paper's reference, blocks are of 128 numbers, so that the small matrices of a LoRA fill them, and of the second
+    moment the square root is kept, whose decades are half as many: over 3000 steps of gradients whose sizes in a block
+    differ by a factor of e, 98 % of the roots are within 0.79 to 1.26 of the exact ones, else 0.75 to 1.27 (measured).
     """
 
     kind, numbers = _VectorOf8bit, AdamW.numbers
@@ -231,10 +220,8 @@ class Prodigy(VectorOptimiser):
     """Adam that estimates its own step size (Mishchenko and Defazio, 2024). The learning rate is a factor, usually 1.
 
     Algorithm 4 of the paper, with the numerator and denominator of the estimate d over d0, weight decay, bias
-    correction and the safeguard of the authors' own program. The estimate is one number for all parameters: the
-    distance from the start, seen along the gradients. Equations are those of the algorithm's lines.
-
-    The parameters must have the values that training starts from, and one learning rate.
+    correction and the safeguard of the authors' own program. The estimate is one for all parameters, which must have
+    the values that training starts from, and one learning rate.
     """
 
     kind = _VectorOfProdigy
@@ -260,8 +247,7 @@ class Prodigy(VectorOptimiser):
         done = rate
         for vector in self.vectors:
             along, size = vector.gather(gradients, proceed, done, before, rate)
-            numerator, denominator = numerator + along, denominator + size
-            done = size
+            numerator, denominator, done = numerator + along, denominator + size, size
         # Without any gradient there is nothing to divide.
         found = ops.select(denominator > 0, numerator / ops.maximum(denominator, 1e-37), before)
         estimate = ops.maximum(before, found)

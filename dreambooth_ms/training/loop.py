@@ -62,12 +62,10 @@ def train(
     """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop.
 
     Args:
-        step_cell: the compiled step, holding the trainables and the optimiser's state.
         make_batch: the batch with a number counted from 0 over the whole run.
         batches_per_step: batches of this process whose gradients are added up to one step.
         learning_rate: the rate of an update counted from 0; steps that are skipped are none.
         steps: which to take, counted from 0.
-        hooks: what is done after a step: averages, logs, checkpoints, pictures.
         begin_batch: called with the number of each batch before it is computed.
         processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.
@@ -132,12 +130,11 @@ def check_finite(report: StepReport, overflows: int) -> None:
             f"step {report.step}: {OVERFLOWS} steps in a row were skipped, since gradients were NaN or infinite (loss "
             f"{report.loss}, scale {report.loss_scale:g})"
         )
-    anew = "start anew with --mixed_precision no" if report.loss_scale else ""
+    anew = ["start anew with --mixed_precision no"] if report.loss_scale else []
     if report.updates <= (not report.is_skipped):
-        remedy = " or ".join(filter(None, [anew, "take another base"]))
+        remedy = " or ".join([*anew, "take another base"])
         raise DataError(f"{found}, before anything was learned: it comes from the base, not from the rate; {remedy}")
-    remedies = filter(None, ["resume from a checkpoint with a lower --learning_rate", anew])
-    raise DataError(f"{found}; {', or '.join(remedies)}")
+    raise DataError(f"{found}; {', or '.join(['resume from a checkpoint with a lower --learning_rate', *anew])}")
 
 
 def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -148,15 +145,9 @@ def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(own)) for name, own in errors.items()}
 
 
-# MindSpore answers Ctrl-C inside a graph with a SIGTERM to its own process, so both mean the same.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM are noted instead of ending the program; a second one raises KeyboardInterrupt.
-
-    So the step is finished first, and what is saved is the state after a whole step.
+    """Inside, Ctrl-C and SIGTERM are noted, so that a step is finished first; a second one raises KeyboardInterrupt.
 
     Yields whether the program was asked to stop.
     """
@@ -167,7 +158,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    # MindSpore answers Ctrl-C inside a graph with a SIGTERM to its own process, so both mean the same.
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
     finally:

@@ -1,7 +1,5 @@
-"""How much memory a training will need, from the sizes of its networks alone, before anything is loaded.
-
-Activations are counted by the tensors that the backward passes in `ops` and `models` need, in either formulation.
-"""
+"""How much memory a training will need, from the sizes of its networks and the tensors that the backward passes in
+`ops` and `models` need, before anything is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,9 +23,7 @@ SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
 Ranks = Mapping[str, int | None]
 """Of a network: how many numbers are trained of each layer's update; None where its weights themselves are trained."""
 
-ATTENTION_ENDS = tuple(
-    f".{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-)
+ATTENTION_ENDS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
 """Layers whose updates keep no more than the inputs of attention,"""
 OF_TEXT = CROSS_ATTENTION["crossattn_kv"]
 """and nothing of a picture's size."""
@@ -47,13 +43,8 @@ POOL_SHARE = 1.15
 """MindSpore's memory pool over the tensors that are in it at once (measured)."""
 
 
-class Trained(Enum):
-    """What of a network is trained; its inputs are kept for it."""
-
-    NOTHING = "nothing"
-    ATTENTION = "attention"
-    """Adapters of queries, keys, values and outputs."""
-    ALL = "all"
+Trained = Enum("Trained", ("NOTHING", "ATTENTION", "ALL"))
+"""What of a network is trained, whose inputs are kept; ATTENTION: adapters of queries, keys, values and outputs."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +141,16 @@ def ranks_of(shapes: Mapping[str, Shape], rank: int | None, targets: Sequence[st
 
 def estimate(work: Workload) -> MemoryEstimate:
     """The memory at the peak of a step: on CPU the process's; on Ascend the card's, where the program is not."""
-    (frozen, trained), on_ascend = work.numbers, work.on_ascend
+    frozen, trained = work.numbers
     # All gradients, which on Ascend are among what the backward pass keeps, and where processes join them, their sums.
-    copies = 1 + work.copies_of_trained + (0 if on_ascend else 1) + (2 if work.processes > 1 else 0)
+    copies = 1 + work.copies_of_trained + (not work.on_ascend) + 2 * (work.processes > 1)
     optimiser = trained * work.bytes_of_optimiser
     parts = {
         "weights": frozen * work.bytes_of_number,
         "trained": trained * FLOAT32 * copies,
         "optimiser": optimiser // work.processes if work.shares_optimiser else optimiser,
     }
-    if not on_ascend:
+    if not work.on_ascend:
         return MemoryEstimate(parts | _step_on_cpu(work))
     return MemoryEstimate(parts | {"activations and gradients": peak_with_gradients(_segments(work), work.recomputed)})
 
@@ -171,8 +162,7 @@ def _segments(work: Workload) -> list[SegmentMemory]:
     for spec, of_text in zip(work.text_encoders, of_texts, strict=True):
         segments.append(_with_weights(text_segment(spec, work, _trained(of_text[1])), work, *of_text))
     for layer in unet_layout(work.unet):
-        modules = tuple(f"{module}." for module in layer.modules)
-        own = {name: shape for name, shape in shapes.items() if name.startswith(modules)}
+        own = {name: of for name, of in shapes.items() if name.startswith(tuple(f"{one}." for one in layer.modules))}
         segments.append(_with_weights(unet_segment(layer, work, _trained(ranks)), work, own, ranks))
     return segments
 
@@ -212,11 +202,10 @@ def _numbers(shapes: Mapping[str, Shape], ranks: Ranks) -> tuple[int, int]:
     frozen = trained = 0
     for name, shape in shapes.items():
         layer, _, parameter = name.rpartition(".")
-        of_update, size = ranks.get(layer, 0), math.prod(shape)
-        if of_update is None:
-            trained += size
+        if (of_update := ranks.get(layer, 0)) is None:
+            trained += math.prod(shape)
         else:
-            frozen += size
+            frozen += math.prod(shape)
             trained += of_update if parameter == "weight" else 0
     return frozen, trained
 
@@ -228,10 +217,8 @@ def gib(size: int) -> str:
 
 def peak_activations(segments: Sequence[SegmentMemory], recomputed: bool) -> int:
     """Bytes of activations where the backward pass is about to begin; recomputed: with gradient checkpointing."""
-    results = sum(segment.result for segment in segments)
-    if recomputed:
-        return results + max(segment.inside + segment.work for segment in segments)
-    return results + sum(segment.inside for segment in segments) + max(segment.work for segment in segments)
+    kept = sum(segment.result + (0 if recomputed else segment.inside) for segment in segments)
+    return kept + max(segment.work + (segment.inside if recomputed else 0) for segment in segments)
 
 
 def peak_with_gradients(segments: Sequence[SegmentMemory], recomputed: bool) -> int:
@@ -278,18 +265,18 @@ def unet_segment(layer: Layer, work: Workload, trained: Trained) -> SegmentMemor
                 norms = 2 * (in_ + out)  # Both, and the inputs of SiLU after them.
             inputs = in_ + out if trains_all else 0
             return SegmentMemory(number * out, FLOAT32 * norms + number * inputs, convolution)
-        case LayerKind.TRANSFORMER | LayerKind.TRANSFORMER_BLOCK:
+        case LayerKind.TRANSFORMER_BLOCK:
+            return _transformer_block(layer, work, trained, pixels)
+        case LayerKind.TRANSFORMER:
             block = _transformer_block(layer, work, trained, pixels)
-            # The projection's result, which the block's first norm reads, is inside of a whole transformer too.
-            whole = projections + FLOAT32 * out if layer.kind is LayerKind.TRANSFORMER else 0
-            return replace(block, inside=block.inside + whole)
+            # The projection's result, which the block's first norm reads, is inside too.
+            return replace(block, inside=block.inside + projections + FLOAT32 * out)
         case LayerKind.TRANSFORMER_INPUT:
             return SegmentMemory(number * out, projections + (FLOAT32 * out if work.on_ascend else 0))
         case LayerKind.TRANSFORMER_OUTPUT:
             return SegmentMemory(number * out)
         case LayerKind.UNET_INPUT | LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
             return SegmentMemory(number * out, number * out if trains_all else 0, convolution)
-    assert layer.kind in SMALL
     return SegmentMemory(0)
 
 

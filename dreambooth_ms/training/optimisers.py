@@ -38,11 +38,8 @@ class Hyperparameters:
 
 
 class Optimiser(nn.Cell):
-    """What the training step, the loop and checkpoints ask of an optimiser.
-
-    As a cell it takes (gradients, proceed). Where `proceed`, a truth value (), does not hold, it leaves everything as
-    it is, whatever the gradients are; None holds always.
-    """
+    """As a cell it takes (gradients, proceed). Where `proceed`, a truth value (), does not hold, everything stays as it
+    is, whatever the gradients are; None holds always."""
 
     def __init__(
         self,
@@ -130,8 +127,6 @@ def _update(
 
 LEAST_SQUARE, LEAST_SCALE = 1e-30, 1e-3
 """Epsilon 1 and 2 of the paper."""
-CLIP = 1.0
-"""The largest root mean square of an update before the learning rate."""
 DECAY_POWER = -0.8
 """The second moments of step t keep 1 - t^power of themselves."""
 
@@ -140,8 +135,7 @@ class Adafactor(Optimiser):
     """Adafactor (Shazeer and Stern, 2018): second moments of a matrix as one number for each row and each column.
 
     Algorithms 4 and 5 of the paper with a learning rate from outside and without the first moment, as fine-tuning uses
-    it. A convolution is the matrix of its output channels, a vector one row; for that the factors are the moments
-    themselves.
+    it. A convolution is the matrix of its output channels, a vector one row.
     """
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
@@ -175,7 +169,8 @@ def _update_factored(scale_parameter, proceed, rate, share, rate_factor, decay, 
     rate = rate * rate_factor
     if scale_parameter:
         rate = rate * ops.maximum(_root_mean_square(value_RC), LEAST_SCALE)
-    clip = 1 / ops.maximum(_root_mean_square(change_RC) * (1 / CLIP), 1.0)
+    # The largest root mean square of an update before the learning rate is 1.
+    clip = 1 / ops.maximum(_root_mean_square(change_RC), 1.0)
     updated_RC = value_RC - value_RC * (rate * decay) - change_RC * (rate * clip)
     return (
         assign_if(proceed, parameter, ops.reshape(updated_RC, parameter.shape)),
@@ -218,15 +213,10 @@ def part_bounds(sizes: Sequence[int], count: int) -> list[int]:
 
 
 class ShardedOptimiser(nn.Cell):
-    """An optimiser of all trainables, of whose state this process keeps a part: ZeRO 1 (Rajbhandari et al., 2020).
+    """An optimiser of all trainables, of whose state this process keeps a part: ZeRO 1 (Rajbhandari et al., 2020,
+    section 5.1). It updates its part of the parameters, and takes the others' updated parts from them.
 
-    Every process has all parameters and, after the reduction, all gradients. It updates its part, and takes the others'
-    updated parts from them (section 5.1).
-
-    Args:
-        trainables: all of them, the same on every process.
-        make: the optimiser of trainables start … stop - 1; its state stands by itself for each of them.
-        processes: those that train together.
+    `trainables` are the same on every process; `make` gives the optimiser of start … stop - 1 of them.
     """
 
     def __init__(
@@ -236,23 +226,15 @@ class ShardedOptimiser(nn.Cell):
         bounds = part_bounds([parameter.size for parameter in trainables], processes.count)
         self.start, self.stop = bounds[processes.rank], bounds[processes.rank + 1]
         self.own = make(self.start, self.stop)
+        self.prepare, self.moments = self.own.prepare, self.own.moments
         parts = [list(trainables[start:stop]) for start, stop in pairwise(bounds)]
         self.share_parts = ShareParts(parts, processes.rank)
-        # Not a parameter, which the cell would list; only what each process keeps.
         self._kept = processes.exchange(
             "the optimiser's state", [[m.name, list(m.shape), str(m.dtype)] for m in self.own.moments()]
         )
 
     def construct(self, gradients: tuple[Tensor, ...], proceed: Tensor | None) -> tuple[Tensor, ...]:
         return self.share_parts(self.own(gradients[self.start : self.stop], proceed))
-
-    def prepare(self, step: int, learning_rate: float) -> None:
-        """Set the numbers of the step that is taken next."""
-        self.own.prepare(step, learning_rate)
-
-    def moments(self) -> list[Parameter]:
-        """This process's part of the state."""
-        return self.own.moments()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the state of all processes."""
@@ -271,35 +253,20 @@ class ShardedOptimiser(nn.Cell):
 def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
     """The factor on the base learning rate for one optimiser step, as in diffusers.optimization.
 
-    All schedules but `constant` rise linearly from 0 over the warm-up.
-
-    Args:
-        config: which of the six schedules, and its settings.
-        step: optimiser steps taken so far, so that the first update uses step 0.
-        total_steps: length of the run, warm-up included; not used by the constant schedules.
-        base_learning_rate: the learning rate that the factor multiplies; `polynomial` ends at an absolute rate.
-
-    Raises:
-        ValueError: the schedule is none of the six.
+    `step` is how many were taken before, `total_steps` the length of the run with its warm-up. All schedules but
+    `constant` rise linearly from 0 over the warm-up; `polynomial` ends at an absolute rate.
     """
-    kind, warmup_steps = config.lr_scheduler, config.lr_warmup_steps
-    if kind == "constant":
-        return 1.0
-    if step < warmup_steps:
+    warmup_steps, end = config.lr_warmup_steps, POLYNOMIAL_END_RATE / base_learning_rate
+    if config.lr_scheduler != "constant" and step < warmup_steps:
         return step / warmup_steps
     decay_steps = max(1, total_steps - warmup_steps)
-    progress = (step - warmup_steps) / decay_steps
-    remaining = max(0, total_steps - step) / decay_steps
-    match kind:
-        case "constant_with_warmup":
-            return 1.0
-        case "linear":
-            return remaining
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "cosine_with_restarts":
-            return 0.5 * (1.0 + math.cos(math.pi * (config.lr_num_cycles * progress % 1.0))) if progress < 1.0 else 0.0
-        case "polynomial":
-            end = POLYNOMIAL_END_RATE / base_learning_rate
-            return (1.0 - end) * remaining**config.lr_power + end
-    raise ValueError(f"unknown learning rate schedule {kind!r}")
+    progress, remaining = (step - warmup_steps) / decay_steps, max(0, total_steps - step) / decay_steps
+    of_cycle = config.lr_num_cycles * progress % 1.0 if progress < 1.0 else 1.0
+    return {
+        "constant": 1.0,
+        "constant_with_warmup": 1.0,
+        "linear": remaining,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "cosine_with_restarts": 0.5 * (1.0 + math.cos(math.pi * of_cycle)),
+        "polynomial": (1.0 - end) * remaining**config.lr_power + end,
+    }[config.lr_scheduler]

@@ -1,8 +1,7 @@
 """Gradient checkpointing (Chen et al., 2016): the backward pass computes each segment's activations again.
 
-MindSpore's own `Cell.recompute` takes what a cell's own `bprop` computes for a part of the forward pass, so that the
-activations of our operations stay (measured on CPU), and a `bprop` of a whole block may hold no parameters. So the
-backward pass goes from segment to segment here, and each one is differentiated alone.
+It goes from segment to segment, and each is differentiated alone. MindSpore's `Cell.recompute` takes what a cell's own
+`bprop` computes for a part of the forward pass, so that activations stay (measured on CPU).
 """
 
 from collections.abc import Sequence
@@ -20,11 +19,7 @@ _NOTHING: tuple[Any, ...] = ()
 class RecomputedGradients(nn.Cell):
     """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time.
 
-    Args:
-        compare: prediction, target, weights, extras -> the loss and what is reported beside it.
-        num_extras: how many extras rows have for it.
-        denoiser: what predicts, in segments.
-        trainables: what it is differentiated by.
+    `compare`: prediction, target, weights, so many extras -> the loss and what is reported beside it.
     """
 
     def __init__(self, compare: nn.Cell, num_extras: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
@@ -41,10 +36,8 @@ class RecomputedGradients(nn.Cell):
         self.map = ops.HyperMap()
 
     def _plan_backward(self, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
-        """Which segments have gradients at all and of which values, and where the backward pass finds each gradient.
-
-        MindSpore compiles what is planned here as constants; a table of gradients that grows would cost it memory.
-        """
+        """Which segments have gradients, of which values, and where the backward pass finds each: constants of the
+        graph, which would cost memory as a table that grows."""
         places = {id(parameter): place for place, parameter in enumerate(trainables)}
         depend_on_trainables: set[int] = set()
         gradients, wanted, results = [], [], []

@@ -24,8 +24,7 @@ CONFIG = "config.yaml"
 
 
 def settle_config(config: TrainConfig) -> TrainConfig:
-    """The configuration with its learning rate and seed: the folder's own seed if a run is there, otherwise a drawn
-    one if none was given.
+    """The configuration with its learning rate, and with a seed: if none was given, that of the folder, or a drawn one.
 
     Raises:
         ConfigError: the folder holds a run with another configuration, and every difference is named; or weights of
@@ -58,8 +57,8 @@ def check_data(
 ) -> None:
     """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
 
-    A checkpoint that an earlier version wrote does not know its content, so that paths count. `to_come`: files of class
-    pictures that are yet to be sampled, by their concepts.
+    Where no checkpoint knows its content, paths count. `to_come`: files of class pictures that are yet to be sampled,
+    by their concepts.
 
     Raises:
         ConfigError: something is not what it was, and every change is named.
@@ -80,17 +79,12 @@ def check_data(
 
 
 def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Stop before any work if a checkpoint, perhaps of another folder, holds the state of other parameters.
-
-    Raises:
-        ConfigError: it was trained otherwise, and every difference is named.
-    """
+    """Raise ConfigError, with every difference, if a checkpoint, perhaps of another folder, is of other parameters."""
     sections, here = yaml.safe_load(checkpoint.config) or {}, vars(config.method) | vars(config.words)
     there = sections.get("method", {}) | sections.get("words", {})
     names = ["method", "train_text_encoder", "clip_skip", "rank", "lora_target_modules", "use_ema", "freeze_model"]
     names += ["modifier_token", "num_vectors", "train_new_words", "adapter", "init_lora_weights", "rank_pattern"]
-    differences = _told([name for name in names if name in there], there, here)
-    if differences:
+    if differences := _told([name for name in names if name in there], there, here):
         raise ConfigError(
             f"{checkpoint.path}: belongs to another training ({'; '.join(differences)}); repeat that training's flags, "
             "or start anew in another --output_dir"
@@ -98,7 +92,6 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
 
 
 def _earlier_run(config: TrainConfig) -> TrainConfig | None:
-    """The configuration that the run's folder holds, if it holds one."""
     file = config.output_dir / CONFIG
     if not os.path.isfile(file):
         return None

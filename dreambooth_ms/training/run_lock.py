@@ -9,9 +9,8 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from dreambooth_ms.errors import ConfigError, Tell
 
@@ -20,8 +19,7 @@ INHERITED = "DREAMBOOTH_MS_LOCK"
 """The environment variable by which a lock is handed over to a training: the number of the open file."""
 
 
-@dataclass(frozen=True)
-class Runner:
+class Runner(NamedTuple):
     """A process that trains; 0 and no machine if it has not signed yet."""
 
     process_id: int

@@ -1,8 +1,4 @@
-"""One training step: loss, gradients of the explicit trainables, clip, update.
-
-`TrainStep` is one compiled cell. `AccumulatingTrainStep` takes its rows in several batches and is two: one that adds up
-gradients, and one that updates. `MovingAverage` follows the weights that steps leave.
-"""
+"""One training step: loss, gradients of the explicit trainables, clip, update; and the average of what steps leave."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,15 +15,15 @@ from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.optimisers import Optimiser, state, zeros_like
 from dreambooth_ms.training.recomputation import RecomputedGradients
 
+_map = ops.HyperMap()
+
 
 class LossScaler(nn.Cell):
-    """The scale of the loss, and its change after each step: whether the gradients were finite () -> what was assigned.
+    """The scale of the loss (Micikevicius et al., 2018, section 3.2), and its change after each step: whether the
+    gradients were finite () -> what was assigned.
 
-    Gradients that float16 would round to zero are computed times a number, and divided by it once (Micikevicius et al.,
-    2018, section 3.2). By the rule of PyTorch's GradScaler the scale falls where NaN or infinity is in the gradients of
-    a step, which is skipped, and grows after a window of good steps.
-
-    Its state stays on the device, so that no step waits for the host to learn whether the last one was skipped.
+    By the rule of PyTorch's GradScaler the scale falls where NaN or infinity is in the gradients of a step, which is
+    skipped, and grows after a window of good steps. The state stays on the device, so that no step waits for the host.
     """
 
     def __init__(self, config: LossScalingConfig) -> None:
@@ -65,10 +61,8 @@ class LossScaler(nn.Cell):
 
 
 class ScaledLoss(nn.Cell):
-    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated.
-
-    A penalty, () -> (), is a part of either loss.
-    """
+    """loss_cell(*inputs) -> (loss, report) becomes (scaled loss, loss, report): the first one is differentiated. A
+    penalty, () -> (), is a part of either loss."""
 
     def __init__(self, loss_cell: nn.Cell, scaler: LossScaler | None, penalty: nn.Cell | None) -> None:
         super().__init__(auto_prefix=False)
@@ -89,8 +83,7 @@ class WeightedError(nn.Cell):
     or of 2 c (sqrt(d^2 + c^2) - c) if there is "huber_c" (B,); "mask" (B, C, H, W) of mean 1 counts each element. The
     weights hold what makes a method: prior preservation, for one, is lambda of the concept / rows of the concept.
 
-    Args:
-        extras: the names of what there is of "mask" and "huber_c", in this order.
+    `extras` are the names of what there is of "mask" and "huber_c", in this order.
     """
 
     def __init__(self, extras: Sequence[str] = ()) -> None:
@@ -118,11 +111,7 @@ class WeightedError(nn.Cell):
 class DiffusionLoss(nn.Cell):
     """Predict, compare, weigh: the rows of a batch as `data.batches.Batch.tensors` gives them -> see `WeightedError`.
 
-    Objectives, methods and families differ in the values of the rows alone.
-
-    Args:
-        denoiser: what it reads of the rows, in order -> prediction (B, C, H, W).
-        extras: what rows have for the comparison, see `WeightedError`.
+    `denoiser`: what it reads of the rows, in order -> prediction (B, C, H, W).
     """
 
     def __init__(self, denoiser: nn.Cell, extras: Sequence[str] = ()) -> None:
@@ -138,9 +127,8 @@ class DiffusionLoss(nn.Cell):
 class TrainStep(CompiledCell):
     """loss_cell(*batch) -> (loss, report); then gradients, clip by their global norm, and the optimiser's update.
 
-    The optimiser must be prepared for the step. Where several processes train as one, `sum_gradients` gives the
-    gradients of all their rows. With a `scaler`, steps whose gradients overflow are skipped. With `recomputed` or
-    `penalty`, see `loss_and_gradients`.
+    The optimiser must be prepared for the step. With a `scaler`, steps whose gradients overflow are skipped. With
+    `sum_gradients`, `recomputed` or `penalty`, see `Update` and `loss_and_gradients`.
     """
 
     title = "the training step"
@@ -233,9 +221,8 @@ class _UpdateFromSums(CompiledCell):
 class Update(nn.Cell):
     """Sum over processes, clip, and the optimiser's update: gradients -> their norm before the clip.
 
-    With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. If their
-    norm is NaN or infinity, as it is if any of them is, the optimiser leaves everything as it is. That is decided of
-    the sum over all processes, so that they decide the same.
+    With a scaler the gradients are those of the scaled loss, and one factor takes the scale out and clips. Where the
+    norm of the sum over all processes is NaN or infinity, the optimiser leaves everything as it is.
     """
 
     def __init__(
@@ -257,10 +244,8 @@ class Update(nn.Cell):
 
 
 class ClipByGlobalNorm(nn.Cell):
-    """Gradients of these shapes -> those times min(1, max_norm / (norm + 1e-6)), and their norm before that.
-
-    See Pascanu et al., 2013. With `unscale`, a number (), the gradients are those times it, and both factors are one.
-    """
+    """Gradients of these shapes -> those times min(1, max_norm / (norm + 1e-6)), and their norm before that (Pascanu et
+    al., 2013). With `unscale`, a number (), the gradients are those times it, and both factors are one."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], max_norm: float) -> None:
         super().__init__(auto_prefix=False)
@@ -275,10 +260,8 @@ class ClipByGlobalNorm(nn.Cell):
 
 
 class MovingAverage(CompiledCell):
-    """A running average of the trained weights, which is calmer than the weights of any one step.
-
-    average <- average - (1 - decay) (average - weight) after every step, as in diffusers' EMAModel.
-    """
+    """A running average of the trained weights: average <- average - (1 - decay) (average - weight) after every step,
+    as in diffusers' EMAModel."""
 
     title = "the moving average"
 
@@ -336,9 +319,6 @@ class _Gradients(nn.Cell):
 
     def construct(self, *batch: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return self.differentiate(*batch)
-
-
-_map = ops.HyperMap()
 
 
 def _scale(factor, gradient):

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
@@ -17,8 +17,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dreambooth_ms.atomic import atomic_path, write_bytes
-from dreambooth_ms.errors import WeightError
+from dreambooth_ms.atomic import atomic_path, write_bytes, writing
 from dreambooth_ms.training.loop import StepReport
 
 HISTORY = "history.jsonl"
@@ -31,8 +30,7 @@ class Tracker:
     """Writes every step's report to `history.jsonl` and to TensorBoard.
 
     Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
-    TensorBoard's file is written at once: tensorboardX's own writer does it in a thread, and a full disk ends the
-    thread, after which the training would wait for it forever.
+    tensorboardX's own writer is a thread, which a full disk ends, and the training would wait for it forever.
 
     Raises:
         WeightError: the folder cannot be written to, or the disk is full.
@@ -78,13 +76,8 @@ class Tracker:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
         self._board.flush()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            message = f"{self._folder}: the log cannot be written ({error.strerror}); free some space and resume"
-            raise WeightError(message) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"{self._folder}: the log", "free some space and resume")
 
 
 def read_history(folder: Path) -> list[dict[str, float]]:
@@ -106,10 +99,8 @@ def round_ticks(highest: float) -> list[tuple[float, str]]:
 
 
 def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
-    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them.
-
-    Steps whose loss overflowed, which are skipped in mixed precision, are left out.
-    """
+    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them,
+    without steps whose loss overflowed."""
     lines = [line for line in history if np.isfinite(line["loss"])]
     # A step may have rows of some concepts only.
     names = dict.fromkeys(key for line in lines for key in line if key.endswith("_loss"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dreambooth_ms.runtime import device
-from dreambooth_ms.runtime.device import arrays_used_again, give_back_freed_memory, keep_arrays_apart
+from dreambooth_ms.runtime.device import give_back_freed_memory, keep_arrays_apart, uncompiled
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's allocator"
@@ -33,7 +33,7 @@ def test_arrays_go_back_at_once(device):
 
 def test_arrays_that_were_kept_go_back_in_the_end(device):
     before = resident()
-    with arrays_used_again():
+    with uncompiled():
         arrays = [np.ones(MIB, np.float32) for _ in range(12)]
         arrays.clear()
         kept = resident()
@@ -44,5 +44,5 @@ def test_arrays_that_were_kept_go_back_in_the_end(device):
 def test_another_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())
     keep_arrays_apart()
-    with arrays_used_again():
+    with uncompiled():
         give_back_freed_memory()

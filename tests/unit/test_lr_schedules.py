@@ -114,8 +114,3 @@ def test_every_restart_begins_at_the_whole_rate(num_cycles, length, warmup_steps
         )
         # A quotient such as 3 / 7 * 7 may fall short of its cycle by a rounding, and then is the end of the one before.
         assert min(abs(factor - 1), abs(factor)) < 1e-9
-
-
-def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="piecewise"):
-        factor_at("piecewise", 0, 0, 1, 1, 1.0, 1e-4)
