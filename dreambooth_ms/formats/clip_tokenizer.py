@@ -96,11 +96,7 @@ class ClipTokenizer:
         return len(self._tokenizer), self._tokenizer.eos_token_id
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
-        """The same with new words, each of so many tokens, whose ids go on from the table's.
-
-        Raises:
-            WeightError: a word is there already.
-        """
+        """The same with new words, each of so many tokens, whose ids follow the table's; WeightError if it has one."""
         if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
             raise WeightError(f"{show_names(known)}: the tokenizer has this word already; rename the new one")
         extended, first = copy(self), self._vocab_size
@@ -194,10 +190,8 @@ def check_clip_tokenizer(folder: Path) -> None:
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
     """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
 
-    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
-
-    Raises:
-        WeightError: the folder cannot be written to.
+    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP. WeightError
+    if the folder cannot be written to.
     """
     packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.

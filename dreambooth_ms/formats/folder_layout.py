@@ -85,11 +85,7 @@ def variants(names: Iterable[str]) -> list[str]:
 
 
 def model_files(names: Collection[str], variant: str | None) -> list[str]:
-    """What is read of a model folder whose files have these paths; another program may want more of it.
-
-    Raises:
-        WeightError: it is none, or lacks a network's weights.
-    """
+    """What is read of a model folder with files of these paths; WeightError if it is none, or lacks weights."""
     if INDEX not in names:
         raise WeightError(f"{INDEX} is missing, so it is no model folder in diffusers' layout")
     parts = [part for part in NETWORKS if any(name.startswith(f"{part}/") for name in names)]
@@ -100,11 +96,7 @@ def model_files(names: Collection[str], variant: str | None) -> list[str]:
 
 
 def network_files(names: Collection[str], network: str, folder: str = "", variant: str | None = None) -> list[str]:
-    """What is read of a network whose folder, "" or with a slash at its end, has these of all paths.
-
-    Raises:
-        WeightError: it lacks its weights.
-    """
+    """What is read of a network whose folder, "" or with a slash, has these of all paths; WeightError if no weights."""
     within = (name.removeprefix(folder) for name in names if name.startswith(folder))
     own = [name for name in within if "/" not in name]
     configurations = [name for name in own if name in ("config.json", "preprocessor_config.json")]
@@ -112,11 +104,7 @@ def network_files(names: Collection[str], network: str, folder: str = "", varian
 
 
 def read_json(path: Path, otherwise: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightError: missing or not a JSON object; `otherwise` says what that means.
-    """
+    """A JSON object from a file; WeightError if it is missing, which means `otherwise`, or is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

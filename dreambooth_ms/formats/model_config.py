@@ -55,11 +55,7 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec], che
 
 
 def read_unet_config(config: Config) -> UNetSpec:
-    """diffusers' UNet2DConditionModel configuration -> spec.
-
-    Raises:
-        WeightError: the configuration asks for something these networks do not have.
-    """
+    """diffusers' UNet2DConditionModel configuration -> spec; WeightError if it asks for what these networks lack."""
     check_keys(config, "unet")
     has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
     if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
@@ -105,10 +101,8 @@ def read_vae_config(config: Config) -> VaeSpec:
 
 
 def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
-    """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
-
-    Raises:
-        WeightError: a value is not a finite number, or there is not one for each of the channels.
+    """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration;
+    WeightError if a value is not a finite number, or there is not one for each of the channels.
     """
     names = ("scaling_factor", "latents_mean", "latents_std")
     check_keys({name: config[name] for name in names if name in config}, "vae")
@@ -272,11 +266,7 @@ def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseSc
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
-    """A spec from the keys that its fields are named for, which are checked; `own` are fields that are not read so.
-
-    Raises:
-        KeyError: a key is missing that is required, or that has no default.
-    """
+    """A spec from the keys that its fields are named for, and from `own`; KeyError if one lacks that must be there."""
     read = [one for one in fields(kind) if one.name not in own]  # type: ignore[arg-type]
     wanted = [one.name for one in read if one.name in {*config, *required} or one.default is MISSING]
     values = {name: config[name] for name in wanted} | own

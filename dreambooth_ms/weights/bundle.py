@@ -34,7 +34,7 @@ from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_jso
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
-from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, UNetSpec, VaeSpec, Words
+from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, VaeSpec, Words
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -50,31 +50,26 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What predicts noise or velocity."""
-
-    spec: UNetSpec
-    load: Callable[[], Any]
-    """Gives the cell, filled."""
-    digest: Callable[[], str]
-    """By which a run that goes on knows it."""
-
-    @classmethod
-    def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
-        """A UNet in a file."""
-        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored), stored.digest)
-
-
-@dataclass(frozen=True)
-class Codec:
-    """Pictures <-> latents: an autoencoder, or nothing but the pixels."""
+class Role:
+    """A network of a model, not loaded yet."""
 
     spec: Any
-    """Sizes and scale of latents: what `VaeSpec` has, but for its layers."""
+    """Its sizes."""
     load: Callable[..., Any]
-    """(encodes=True, decodes=True) -> a cell with `encode` and `decode`, as `AutoencoderKL` has them, or with one."""
+    """Gives the cell, filled."""
     digest: Callable[[], str]
-    """What caches of latents are keyed by."""
+    """What caches of its results are keyed by, and a run that goes on knows it by."""
+
+
+class Denoiser(Role):
+    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
+
+
+class Codec(Role):
+    """Pictures <-> latents: an autoencoder, or nothing but the pixels. Its spec has what `VaeSpec` has, but for layers.
+
+    load(encodes=True, decodes=True) gives a cell with `encode` and `decode`, as `AutoencoderKL` has them, or with one.
+    """
 
     @classmethod
     def of_vae(cls, stored: StoredNetwork[VaeSpec]) -> "Codec":
@@ -88,13 +83,12 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextReader:
-    """What reads a prompt for the denoiser. A model has one, or several whose states stand side by side."""
+class TextReader(Role):
+    """What reads a prompt for the denoiser, by a cell that `TextEncoders` takes. A model has one, or several whose states
+    stand side by side."""
 
     name: str
     """Of the network, in folders and adapters."""
-    spec: Any
-    """Its sizes."""
     width: int
     """Of the states of a token."""
     pooled_width: int = 0
@@ -107,10 +101,6 @@ class TextReader:
     """The ends of the names of the layers that an adapter changes."""
     tokenizer: Callable[[], Any]
     """Gives what has the methods of `ClipTokenizer`."""
-    load: Callable[[], Any]
-    """Gives a cell that `models.text.TextEncoders` takes, filled."""
-    digest: Callable[[], str]
-    """What caches of embeddings are keyed by."""
     words: Mapping[str, slice] = field(default_factory=dict)
     """New words that it reads beside those of its vocabulary, each with its rows among those of all."""
 
@@ -288,11 +278,7 @@ class ModelBundle:
         return self.codec.spec.downsampling * 2 ** (len(self.denoiser.spec.block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture of this size in pixels.
-
-        Raises:
-            WeightError: the networks cannot halve the size as often as they must.
-        """
+        """(C, h, w) of the latents of a picture of this size in pixels; WeightError if it is not of `side_multiple`."""
         step, factor = self.side_multiple, self.codec.spec.downsampling
         if height % step or width % step:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
@@ -313,11 +299,7 @@ class ModelBundle:
         return TextEncoders({reader.name: reader.load() for reader in self.text}, self.clip_skip)
 
     def with_words(self, words: Words) -> "ModelBundle":
-        """The same model, whose text readers read new words too.
-
-        Raises:
-            WeightError: a word has no vectors for a reader, or such of another width.
-        """
+        """The same model, whose text readers read new words too; WeightError if a word has no vectors for a reader."""
         for word, vectors in words.items():
             if vectors.keys() != {reader.name for reader in self.text}:
                 raise WeightError(
@@ -348,11 +330,8 @@ class ModelBundle:
         return replace(self, clip_skip=clip_skip)
 
     def check(self) -> None:
-        """Stop if the roles do not fit each other, or the model was trained by no schedule that is known.
-
-        Raises:
-            WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
-                schedule is unknown.
+        """Stop, by a WeightError, where what the denoiser takes of latents, text and add_time_ids is not what codec and
+        readers give, or the schedule is not known.
         """
         _ = self.schedule.spec
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
@@ -390,9 +369,9 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
         WeightError: it is no model, a part is missing, or it holds another kind of model.
     """
     model, tokenizers = _opened(path, variant, unused=("vae",) if vae else ())
-    denoiser = Denoiser.of_unet(model.network("unet", model_config.read_unet_config))
+    unet = model.network("unet", model_config.read_unet_config)
     if vae:
-        model = with_other_vae(model, vae, denoiser.spec.sample_size)
+        model = with_other_vae(model, vae, unet.spec.sample_size)
     is_xl = "text_encoder_2" in tokenizers
     text = []
     for name, folder in tokenizers.items():
@@ -403,7 +382,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
-        denoiser=denoiser,
+        denoiser=Denoiser(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
         codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
         schedule=Schedule(source, scheduler),
@@ -443,11 +422,7 @@ def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[O
 
 
 def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:
-    """Fill a cell from its file; it has all layers but the `unused` ones at the top of the module tree.
-
-    Raises:
-        WeightError: lists all names that are missing, unexpected or mis-shaped.
-    """
+    """`load_strict` for a cell from its file; it has all layers but the `unused` ones at the top of the module tree."""
     tensors = {name: one for name, one in stored.tensors.items() if name.partition(".")[0] not in unused}
     load_strict(network, tensors, str(stored.file))
     return network
@@ -489,11 +464,7 @@ def load_strict(
 
 
 def load_clip(folder: Path) -> CLIPModel:
-    """Both towers from a folder in transformers' layout.
-
-    Raises:
-        WeightError: it holds no CLIP model.
-    """
+    """Both towers from a folder in transformers' layout; WeightError if it holds no CLIP model."""
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(read_config(folder / "config.json", config, model_config.read_clip_config))
     file = folder_layout.weight_file(folder, "clip", None)

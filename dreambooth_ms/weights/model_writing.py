@@ -52,11 +52,7 @@ class ModelTarget:
         return total_bytes(self.tensors)
 
     def check_place(self, path: Path) -> None:
-        """Find out before the work whether the file or folder can be written.
-
-        Raises:
-            WeightError: the name is taken, the disk lacks room, or the place cannot be written to.
-        """
+        """Find out before the work whether the file or folder can be written; WeightError if not."""
         check_free(path)
         check_writable(path.parent)
         check_room(path, self.byte_count)
@@ -65,8 +61,7 @@ class ModelTarget:
         """Write the file or folder, a name that is not taken; it appears whole or not at all.
 
         Raises:
-            WeightError: the name is taken, the disk lacks room, the place cannot be written to, or a tensor cannot be
-                read.
+            WeightError: as `check_place`; or a tensor cannot be read.
         """
         self.check_place(path)
         if self.form is Format.DIFFUSERS:

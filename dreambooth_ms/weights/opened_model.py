@@ -55,11 +55,7 @@ class StoredNetwork(Generic[Spec]):
     """By their names in the network."""
 
     def digest(self) -> str:
-        """What caches of its results are keyed by: SHA-256 of names, types, shapes and values, in whatever format.
-
-        Raises:
-            WeightError: a tensor cannot be read.
-        """
+        """What caches of its results are keyed by: SHA-256 of names, types, shapes and values, in whatever format."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
@@ -121,10 +117,8 @@ class OpenedModel(TensorFile):
         return [*map(CONFIG.format, self.parts), *([SCHEDULER] if has_scheduler else [])]
 
     def configuration(self, name: str) -> Config:
-        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts.
-
-        Raises:
-            WeightError: the folder does not have it, or it is damaged.
+        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts;
+        WeightError if it is missing or damaged.
         """
         content = self.configurations.get(name)
         if content is None and self.container is Container.FOLDER:
@@ -137,22 +131,14 @@ class OpenedModel(TensorFile):
         return {**content, "prediction_type": told}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
-        """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
-
-        Raises:
-            WeightError: `read` does not take the configuration.
-        """
+        """A network as its configuration says it; of a tower that it ends early in, the layers that it has."""
         name, known = CONFIG.format(part), model_shapes(self.spec)
         spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
 
     def check(self) -> None:
-        """Stop if a network is not whole, or there are tensors that belong to none.
-
-        Raises:
-            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts.
-        """
+        """Stop, by a WeightError, if a network is not whole, or there are tensors that belong to none."""
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
     def check_configurations(self) -> None:
@@ -286,11 +272,7 @@ def _kept_configurations(file: TensorFile) -> dict[str, Config]:
 
 
 def open_lone_vae(path: Path) -> OpenedModel:
-    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
-
-    Raises:
-        WeightError: no such file, damaged, or no autoencoder that is known.
-    """
+    """An autoencoder that is alone in a file, as a model without other parts; WeightError if it is no known one."""
     return model_of(open_tensor_file(path), recognise=recognise_vae)
 
 

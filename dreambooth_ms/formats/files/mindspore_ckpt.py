@@ -142,11 +142,7 @@ def _name(file: BinaryIO, span: range) -> str:
 
 
 def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progress: Progress | None = None) -> None:
-    """Write a checkpoint atomically, byte for byte as MindSpore does it; one tensor at a time is in memory.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
-    """
+    """Write a checkpoint as `write_safetensors` does, atomically and tensor by tensor, in MindSpore's own bytes."""
     size = sum(len(head) + len(part) for name in tensors for head, part in _slices(name, tensors[name]))
     with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
         for name, tensor in tensors.items():

@@ -105,11 +105,7 @@ def _folder(names: Collection[str]) -> str:
 
 
 def _read_directory(source: FileRange) -> dict[str, zipfile.ZipInfo]:
-    """The entries of an archive by their names; nothing is unpacked.
-
-    Raises:
-        FormatError: damaged, or a name stands in it twice.
-    """
+    """The entries of an archive by their names; nothing is unpacked."""
     with source.opened() as file:
         try:
             listed = zipfile.ZipFile(_BoundedReads(file.raw)).infolist()
@@ -125,11 +121,7 @@ def _read_directory(source: FileRange) -> dict[str, zipfile.ZipInfo]:
 
 
 def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
-    """Where the content of an archive's entry is.
-
-    Raises:
-        FormatError: it is encrypted, or compressed in another way than by deflation.
-    """
+    """Where the content of an archive's entry is, which may be as it is, or compressed by deflation."""
     name, header = quoted(entry.filename), source.part(entry.header_offset, _LOCAL_HEADER.size).read()
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if signature != b"PK\x03\x04" or entry.flag_bits & _ENCRYPTED:
@@ -144,7 +136,7 @@ def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
 
 
 def _read_entry(entry: zipfile.ZipInfo, source: FileRange, at_most: int) -> bytes:
-    """The content of a small entry, from where `_range_of` finds it; a FormatError if it is too large."""
+    """The content of a small entry."""
     if entry.file_size > at_most:
         raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
     return _range_of(entry, source).read()
