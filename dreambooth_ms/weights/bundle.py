@@ -84,8 +84,8 @@ class Codec(Role):
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader(Role):
-    """What reads a prompt for the denoiser, by a cell that `TextEncoders` takes. A model has one, or several whose states
-    stand side by side."""
+    """What reads a prompt for the denoiser, by a cell that `TextEncoders` takes. A model has one, or several whose
+    states stand side by side."""
 
     name: str
     """Of the network, in folders and adapters."""
