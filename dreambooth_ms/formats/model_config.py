@@ -12,17 +12,8 @@ from dreambooth_ms.diffusion import EdmSpec, NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
 from dreambooth_ms.formats.config_keys import TABLES, check_keys
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
-from dreambooth_ms.models.specs import (
-    FAMILIES,
-    ClipSpec,
-    ClipTextSpec,
-    ClipVisionSpec,
-    Family,
-    ModelSpec,
-    TransformerSpec,
-    UNetSpec,
-    VaeSpec,
-)
+from dreambooth_ms.models import specs
+from dreambooth_ms.models.specs import FAMILIES, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
@@ -167,14 +158,15 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
     }
 
 
-def read_clip_config(config: Config) -> ClipSpec:
+def read_clip_config(config: Config) -> specs.ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
     check_keys(config, "clip")
     vision = config["vision_config"]
     check_keys(vision, "vision")
-    return ClipSpec(
+    tower = _read(TransformerSpec, vision)
+    return specs.ClipSpec(
         text=read_text_config(config["text_config"]),
-        vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
+        vision=_read(specs.ClipVisionSpec, vision, "image_size", "patch_size", transformer=tower),
         projection_dim=config["projection_dim"],
     )
 

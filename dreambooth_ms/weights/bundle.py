@@ -18,14 +18,7 @@ from mindspore import nn
 from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseScheduleSpec
 from dreambooth_ms.errors import ConfigError, WeightError, show_names
-from dreambooth_ms.formats import folder_layout, model_config
-from dreambooth_ms.formats.clip_tokenizer import (
-    SIZE,
-    ClipTokenizer,
-    check_clip_tokenizer,
-    pad_tokens,
-    tokenizer_on_board,
-)
+from dreambooth_ms.formats import clip_tokenizer, folder_layout, model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value, recognise
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
@@ -124,14 +117,12 @@ class TextReader(Role):
         tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
         places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
         # Where the end token is only the largest one of old configurations, new words are larger.
-        end = min(SIZE, self.spec.vocab_size) - 1 if self.pooled_at == UNSAID_END else self.pooled_at
+        end = min(clip_tokenizer.SIZE, self.spec.vocab_size) - 1 if self.pooled_at == UNSAID_END else self.pooled_at
         return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=end)
 
     @classmethod
-    def of_clip(
-        cls, name: str, stored: StoredNetwork[ClipTextSpec], tokenizer_folder: Path, last_layer: bool
-    ) -> "TextReader":
-        """A text tower of CLIP in a file, which pools the text if it has a projection.
+    def of_clip(cls, name: str, stored: StoredNetwork[ClipTextSpec], folder: Path, last_layer: bool) -> "TextReader":
+        """A text tower of CLIP in a file, which pools the text if it has a projection, with its tokenizer's folder.
 
         With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before (SDXL).
         """
@@ -144,7 +135,7 @@ class TextReader(Role):
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             most_skipped=spec.transformer.num_hidden_layers - (1 if last_layer else 2),
             adapted_layers=CLIP_TARGETS,
-            tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
+            tokenizer=partial(clip_tokenizer.ClipTokenizer, folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
             digest=stored.digest,
         )
@@ -404,21 +395,21 @@ def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[O
             raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
     model = open_model(path, variant, unused=unused)
     model.check()
-    tokens = pad_tokens(model.spec)
+    tokens = clip_tokenizer.pad_tokens(model.spec)
     if lacking := [part for part in model.missing_parts if part not in unused]:
         advice = "is the download complete?" if is_folder else "convert it into a folder and put them into that"
         raise WeightError(f"{path}: holds no {' and no '.join(lacking)}; {advice}")
     if is_folder:
         folders = {name: path / TOKENIZERS[name] for name in tokens}
         for folder in folders.values():
-            check_clip_tokenizer(folder)
+            clip_tokenizer.check_clip_tokenizer(folder)
         return model, folders
     if None in tokens.values():
         raise WeightError(f"{path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that")
     if model.prediction_type is None:
         assumed = f"It is taken to predict {model.assumed_prediction}; converting can say otherwise."
         model = replace(model, notes=(*model.notes, assumed))
-    return model, {name: tokenizer_on_board(token) for name, token in tokens.items() if token}
+    return model, {name: clip_tokenizer.tokenizer_on_board(token) for name, token in tokens.items() if token}
 
 
 def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:

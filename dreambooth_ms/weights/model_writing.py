@@ -22,14 +22,8 @@ from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_sch
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
 from dreambooth_ms.models.specs import FAMILIES, TABLE, Family, Words
-from dreambooth_ms.weights.opened_model import (
-    CONFIGURATIONS_METADATA,
-    LATENT_STATISTICS,
-    PREDICTION_METADATA,
-    ZERO_SNR,
-    OpenedModel,
-    model_of,
-)
+from dreambooth_ms.weights import opened_model
+from dreambooth_ms.weights.opened_model import OpenedModel, model_of
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     keys: tuple[str, ...] = ()
     if form is not Format.DIFFUSERS:
         configurations, keys = _unsaid(model, TensorFile(model.path, Container.SAFETENSORS, tensors, metadata))
-        metadata |= {CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
+        metadata |= {opened_model.CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), metadata)
 
 
@@ -172,9 +166,9 @@ def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
     if model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
         marks["v_pred"] = np.zeros(0, np.float32)
     if model.zero_snr:
-        marks[ZERO_SNR] = np.zeros(0, np.float32)
+        marks[opened_model.ZERO_SNR] = np.zeros(0, np.float32)
     if vae.latents_mean and vae.latents_std:
-        statistics = zip(LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
+        statistics = zip(opened_model.LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
         marks |= {name: np.array(values, np.float32).reshape(1, -1, 1, 1) for name, values in statistics}
     return {name: StoredTensor.of(values) for name, values in marks.items()}
 
@@ -227,13 +221,13 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 
 def _metadata(model: OpenedModel) -> dict[str, str]:
     """What other tools look for in a single file."""
-    kept = {name: value for name, value in model.metadata.items() if name != CONFIGURATIONS_METADATA}
+    kept = {name: value for name, value in model.metadata.items() if name != opened_model.CONFIGURATIONS_METADATA}
     architecture = FAMILIES[model.spec.family.value]["architecture"]
     if model.spec.family is Family.SD2 and model.prediction_type:
         architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
     own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    if model.prediction_type:
-        own[PREDICTION_METADATA] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
+    if predicts := model.prediction_type:
+        own[opened_model.PREDICTION_METADATA] = {"v_prediction": "v"}.get(predicts, predicts)
     return kept | own | {"format": "pt"}
 
 
