@@ -142,11 +142,8 @@ def tokens_of_word(word: str) -> Iterator[str]:
 def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple[int, int]:
     """Let a folder's tokenizer know new words, each of so many tokens; transformers before 4.34 has a file for them.
 
-    Returns:
-        the first of their ids, which follow all others, and the id of the end token.
-
-    Raises:
-        WeightError: it knows one already, or more tokens than there may be.
+    Gives the first of their ids, which follow all others, and the id of the end token. WeightError if it knows one
+    already, or more tokens than there may be.
     """
     first, end = ClipTokenizer(folder, vocab_size=vocab_size).with_words(counts).first_and_end
     tokens = chain.from_iterable(islice(tokens_of_word(word), number) for word, number in counts.items())
@@ -161,11 +158,8 @@ def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple
 
 
 def check_clip_tokenizer(folder: Path) -> None:
-    """Whether the files are whole: with one cut short, transformers fails, or gives other tokens without a word.
-
-    Raises:
-        WeightError: a file is missing or cut short, or it is another kind of tokenizer.
-    """
+    """Stop, by a WeightError, unless a tokenizer of CLIP is there and whole: with a file cut short, transformers fails,
+    or gives other tokens without a word."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():
             config = read_json(folder / name)
@@ -188,11 +182,8 @@ def check_clip_tokenizer(folder: Path) -> None:
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
-    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
-
-    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP. WeightError
-    if the folder cannot be written to.
-    """
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them. What fills a short
+    prompt is CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP."""
     packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]

@@ -93,8 +93,7 @@ def read_vae_config(config: Config) -> VaeSpec:
 
 def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
     """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration;
-    WeightError if a value is not a finite number, or there is not one for each of the channels.
-    """
+    WeightError if a value is not a finite number, or there is not one for each of the channels."""
     names = ("scaling_factor", "latents_mean", "latents_std")
     check_keys({name: config[name] for name in names if name in config}, "vae")
     statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
@@ -185,12 +184,8 @@ def is_edm(scheduler_config: Config) -> bool:
 
 
 def read_scheduler_config(config: Config) -> NoiseScheduleSpec | EdmSpec:
-    """Any diffusers scheduler's configuration -> the forward process.
-
-    Raises:
-        WeightError: the model was trained otherwise, or a key is not known or not supported.
-        ConfigError: its noise is none.
-    """
+    """Any diffusers scheduler's configuration -> the forward process; WeightError if the model was trained otherwise,
+    or a key is not known or not supported; ConfigError if its noise is none."""
     name = config.get("_class_name")
     kind = None if name is None else str(name).removeprefix("Flax").removesuffix("Scheduler")
     if is_edm(config):

@@ -161,13 +161,8 @@ class Schedule:
     """What of it does not come from the model's own files."""
 
     def trained(self, loss: LossConfig = DEFAULT) -> NoiseScheduleSpec | EdmSpec:
-        """The forward process that training follows.
-
-        Raises:
-            WeightError: it was trained in a formulation that ours does not follow; or what is to be predicted cannot be
-                with its noise.
-            ConfigError: a setting means nothing to a model like this.
-        """
+        """The forward process that training follows; WeightError if it is none that is known, or what is to be
+        predicted cannot be with its noise; ConfigError if a setting means nothing to a model like this."""
         spec = self.changed(loss.changes).spec
         is_edm = isinstance(spec, EdmSpec)
         flags = [f"--{name}" for name in _ONLY_FOR[not is_edm] if getattr(loss, name) != getattr(DEFAULT, name)]
@@ -188,12 +183,8 @@ class Schedule:
 
     def changed(self, changes: Config) -> "Schedule":
         """The same with other values of keys; with zero terminal SNR as DDIM, which every program has that knows it,
-        and with trailing timesteps if nothing else is said.
-
-        Raises:
-            WeightError: no model is denoised so.
-            ConfigError: a model that was trained in EDM's formulation has no such key.
-        """
+        and with trailing timesteps if nothing else is said. ConfigError if a model of EDM's formulation has no such
+        key."""
         unknown = [f"--{key}" for key in changes if model_config.is_edm(self.config) and key != "prediction_type"]
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: {self.source} was trained in EDM's formulation; leave it out")
@@ -210,13 +201,8 @@ class Schedule:
         return {f"{MARKS}{key}": str(self.config[key]) for key in keys}
 
     def as_marked(self, metadata: Mapping[str, str], path: Path) -> tuple[Config, list[str]]:
-        """The changes with which an adapter was trained, by its metadata, and what a user should know of it.
-
-        What was changed already stays as it is.
-
-        Raises:
-            WeightError: it was trained in EDM's formulation, and the model was not.
-        """
+        """The changes with which an adapter was trained, by its metadata, and what a user should know of it. What was
+        changed already stays as it is. WeightError if it was trained in EDM's formulation, and the model was not."""
         said = {key.removeprefix(MARKS): value for key, value in metadata.items() if key.startswith(MARKS)}
         is_edm = said.pop("_class_name", None)
         if is_edm and not model_config.is_edm(self.config):
@@ -322,8 +308,7 @@ class ModelBundle:
 
     def check(self) -> None:
         """Stop, by a WeightError, where what the denoiser takes of latents, text and add_time_ids is not what codec and
-        readers give, or the schedule is not known.
-        """
+        readers give, or the schedule is not known."""
         _ = self.schedule.spec
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)

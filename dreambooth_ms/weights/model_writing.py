@@ -52,11 +52,7 @@ class ModelTarget:
         check_room(path, self.byte_count)
 
     def write(self, path: Path, progress: Progress | None = None) -> None:
-        """Write the file or folder, a name that is not taken; it appears whole or not at all.
-
-        Raises:
-            WeightError: as `check_place`; or a tensor cannot be read.
-        """
+        """Write the file or folder, of a name that is not taken; it appears whole or not at all. See `check_place`."""
         self.check_place(path)
         if self.form is Format.DIFFUSERS:
             with new_folder(path) as folder:
@@ -67,10 +63,7 @@ class ModelTarget:
             write_safetensors(path, self.tensors, self.metadata, progress)
 
     def write_parts(self, folder: Path, progress: Progress | None = None) -> None:
-        """Write the tensors of networks into a folder, and everything else that makes it a model.
-
-        A network that has no tensors here gets no weights.
-        """
+        """Write what makes a folder a model, with weights of those networks that have tensors here."""
         model = self.model
         if model.container is Container.FOLDER:
             _copy_the_rest(model, folder)
@@ -121,12 +114,8 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
 
 
 def _unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tuple[str, ...]]:
-    """What readers of a file would take otherwise of the model in it.
-
-    Returns:
-        Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
-        each behind its part.
-    """
+    """What readers of a file would take otherwise of the model in it: its configurations that the file does not tell,
+    by their paths in a folder; and the keys of them that matter, each behind its part."""
     read = model_of(file)
     # Where a file does not tell what it predicts, readers are told so.
     read = replace(read, prediction_type=read.prediction_type or model.assumed_prediction)

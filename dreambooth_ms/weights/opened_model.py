@@ -118,8 +118,7 @@ class OpenedModel(TensorFile):
 
     def configuration(self, name: str) -> Config:
         """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts;
-        WeightError if it is missing or damaged.
-        """
+        WeightError if it is missing or damaged."""
         content = self.configurations.get(name)
         if content is None and self.container is Container.FOLDER:
             content = read_json(self.path / name)
@@ -142,11 +141,7 @@ class OpenedModel(TensorFile):
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
     def check_configurations(self) -> None:
-        """Stop where networks could not be filled: for those who build none.
-
-        Raises:
-            WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
-        """
+        """Stop, by a WeightError, where configurations do not fit the tensors, or no network; for who builds none."""
         specs = {}
         for part in self.parts:
             name, read = CONFIG.format(part), model_config.NETWORK_READERS[part]
@@ -209,14 +204,10 @@ def model_of(
     use_averages: bool = False,
     recognise: Callable[[Mapping[str, Shape], str], Recognition] = recognise_model,
 ) -> OpenedModel:
-    """The model in the tensors of a file or folder, which `recognise` says what it is by names and shapes.
+    """The model in the tensors of a file or folder, as `recognise` tells it by names and shapes; see `open_model`.
 
     Of a folder `files` are those of its networks, and `configurations` its JSON files, by their paths in it; of a file
-    there are the networks of which it holds anything, and the configurations in its metadata. For `use_averages` see
-    `open_model`.
-
-    Raises:
-        WeightError: no model of a family that is known, or no averages that could be taken.
+    there are the networks of which it holds anything, and the configurations in its metadata.
     """
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found = recognise(shapes, str(file.path))
@@ -280,10 +271,7 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
     """A model, whose latents have a height and width of `sample_size`, with another autoencoder in place of its own.
 
     That is in a folder in diffusers' layout, its own or a model's; or alone in a file that does not say how its latents
-    are scaled: they are scaled as the model's.
-
-    Raises:
-        WeightError: there is no autoencoder, or it is not whole.
+    are scaled: they are scaled as the model's. WeightError if there is none, or it is not whole.
     """
     is_file, folder, own = path.is_file(), path / "vae" if (path / "vae").is_dir() else path, model.spec.vae
     vae = open_lone_vae(path if is_file else weight_file(folder, "vae", None))

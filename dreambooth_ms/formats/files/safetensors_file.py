@@ -169,16 +169,12 @@ def write_sharded_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write tensors as diffusers does it: one file if they fit, otherwise several and an index.
+    """Write tensors as diffusers does it: one file (`write_safetensors`) if they fit, otherwise several and an index.
 
-    All files are whole before the first takes its name, and the index comes last; so an index never names a file
-    that is not there. A tensor of more than `max_shard_bytes` has a file of its own; the metadata are in each.
+    All files are whole before the first takes its name, and the index comes last; so an index never names a file that
+    is not there. A tensor of more than `max_shard_bytes` has a file of its own; the metadata are in each.
 
-    Returns:
-        The file, or the index and the files.
-
-    Raises:
-        WeightError: as `write_safetensors`.
+    Returns the file, or the index and the files.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # Only folders of models need it.
 

@@ -87,11 +87,7 @@ class FileRange:
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[FileRange]:
-    """A file; inside, everything wrong with its content becomes a WeightError that names it.
-
-    Raises:
-        WeightError: no such file, or it is not readable as the given kind.
-    """
+    """A file; inside, everything wrong with it and its content becomes a WeightError that names it and its kind."""
     try:
         try:
             status = path.stat()
@@ -138,11 +134,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values, in memory; bfloat16 as bit patterns.
-
-        Raises:
-            WeightError: the file cannot be read any more; or it has a label, and holds NaN or infinity.
-        """
+        """The values, in memory; bfloat16 as bit patterns. WeightError where there is a label, and NaN or infinity."""
         values = self.load()
         assert values.shape == self.shape, f"{values.shape} instead of {self.shape}"
         assert values.dtype == self.dtype.numpy, f"{values.dtype} instead of {self.dtype.value}"
