@@ -50,10 +50,7 @@ class ClipTokenizer:
     Args:
         folder: `tokenizer.json`, or `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
         longest: tokens that the tower has positions for.
-        vocab_size: tokens that it knows.
-
-    Raises:
-        WeightError: the files are no tokenizer of CLIP, or have more tokens.
+        vocab_size: tokens that it knows; WeightError if the files have more, or are no tokenizer of CLIP.
     """
 
     def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
@@ -182,8 +179,8 @@ def check_clip_tokenizer(folder: Path) -> None:
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
-    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them. What fills a short
-    prompt is CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP."""
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them. `pad_token` fills
+    short prompts: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP."""
     packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]

@@ -55,10 +55,8 @@ def weight_files(names: Collection[str], network: str, variant: str | None, plac
     """The file with the weights among those of a network's folder: safetensors, else PyTorch's; or the index of its
     shards, and these.
 
-    Without a variant, the plain files; where there are none, the only variant that is there.
-
-    Raises:
-        WeightError: the place, "" or a name with a slash, has none, or only several variants.
+    Without a variant, the plain files; where there are none, the only variant that is there. WeightError if the place,
+    "" or a name with a slash, has none, or only several variants.
     """
     stem, dotted = WEIGHT_NAMES[network], f".{variant}" if variant else ""
     for kind, name in (("safetensors", stem), ("bin", _PICKLE_NAMES.get(stem, stem))):

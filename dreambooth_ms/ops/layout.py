@@ -42,15 +42,12 @@ class FlatLayout(StoredLayout):
     """The same of a matrix whose columns are those of such a weight: its public form is (r, I * k * k)."""
 
     def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
-        """Public form -> stored form."""
         return super().store(weight_OIKK.reshape(len(weight_OIKK), -1, self.kernel_size, self.kernel_size))
 
     def restore(self, weight: np.ndarray) -> np.ndarray:
-        """Stored form -> public form."""
         return super().restore(weight).reshape(weight.shape)
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the public form, which is that of the stored one."""
         return shape
 
 

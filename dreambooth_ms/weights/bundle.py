@@ -123,9 +123,8 @@ class TextReader(Role):
     @classmethod
     def of_clip(cls, name: str, stored: StoredNetwork[ClipTextSpec], folder: Path, last_layer: bool) -> "TextReader":
         """A text tower of CLIP in a file, which pools the text if it has a projection, with its tokenizer's folder.
-
-        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before (SDXL).
-        """
+        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before
+        (SDXL)."""
         spec = stored.spec
         return cls(
             name=name,
@@ -182,9 +181,8 @@ class Schedule:
         return read_config(self.source, self.config, model_config.read_scheduler_config)
 
     def changed(self, changes: Config) -> "Schedule":
-        """The same with other values of keys; with zero terminal SNR as DDIM, which every program has that knows it,
-        and with trailing timesteps if nothing else is said. ConfigError if a model of EDM's formulation has no such
-        key."""
+        """The same with other values of keys, ConfigError if EDM has no such key; with zero terminal SNR as DDIM, which
+        every program has that knows it, and with trailing timesteps if nothing else is said."""
         unknown = [f"--{key}" for key in changes if model_config.is_edm(self.config) and key != "prediction_type"]
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: {self.source} was trained in EDM's formulation; leave it out")

@@ -192,10 +192,8 @@ def _with_words(model: OpenedModel, part: str, words: Words, folder: Path) -> St
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
-    """Tokenizers, the scheduler and whatever else a folder has, but networks.
-
-    Weights of other components lose their variant's name, so that the copy loads without naming one.
-    """
+    """Tokenizers, the scheduler and whatever else a folder has, but networks. Weights of other components lose their
+    variant's name, so that the copy loads without naming one."""
     index = model.configuration(INDEX)
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
@@ -226,13 +224,11 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Seque
     if plan.left_out:
         shown, count = ", ".join(plan.left_out[:3]), count_of(len(plan.left_out), "tensor")
         yield f"The target has no place for {count} that no network here reads ({shown})."
-    if unsaid_keys and form is Format.MINDONE:
-        yield f"A MindSpore checkpoint has no place for {', '.join(unsaid_keys)}: keep the source."
-    elif unsaid_keys:
-        yield (
-            f"A single file has no place for {', '.join(unsaid_keys)}: they are in its metadata, which other "
-            "programs do not read."
-        )
+    keys = ", ".join(unsaid_keys)
+    if keys and form is Format.MINDONE:
+        yield f"A MindSpore checkpoint has no place for {keys}: keep the source."
+    elif keys:
+        yield f"A single file has no place for {keys}: they are in its metadata, which other programs do not read."
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:

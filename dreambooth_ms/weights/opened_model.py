@@ -150,14 +150,11 @@ class OpenedModel(TensorFile):
         shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
         found = {name: tensor.shape for name, tensor in self.tensors.items() if name in wanted or name in there}
+        others = {name: shape for name, shape in found.items() if shape != wanted.get(name, shape)}
         Report(
             missing=tuple(name for name in wanted if name not in found),
             unexpected=tuple(name for name in found if name not in wanted),
-            misshaped=tuple(
-                f"{name}: expected {wanted[name]}, got {shape}"
-                for name, shape in found.items()
-                if shape != wanted.get(name, shape)
-            ),
+            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in others.items()),
         ).check(str(self.path), "its own configurations")
 
 

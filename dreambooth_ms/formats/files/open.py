@@ -18,8 +18,6 @@ from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTenso
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 from dreambooth_ms.formats.files.torch_writing import write_torch
 
-_HEAD_BYTES = 4096
-
 # Protocol, the length of the pickle from protocol 4 on, the number's length, the number.
 _LEGACY_HEAD = re.compile(
     rb"\x80[\x02-\x05](?:\x95.{8})?\x8a\x0a" + re.escape(LEGACY_MAGIC.to_bytes(10, "little")), re.DOTALL
@@ -38,7 +36,7 @@ def recognise(path: Path) -> Container:
     if os.path.isdir(path):
         return Container.FOLDER
     with reading(path, "weight file") as source:
-        head = source.part(0, min(source.size, _HEAD_BYTES)).read()
+        head = source.part(0, min(source.size, 4096)).read()
         if head.startswith(b"PK\x03\x04"):
             return Container.TORCH_ZIP
         if _LEGACY_HEAD.match(head):

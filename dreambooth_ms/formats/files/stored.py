@@ -114,10 +114,8 @@ def read_values(parts: Sequence[FileRange], dtype: DType, shape: tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and type are known; the values come when they are read, and are not kept.
-
-    It stands for what a file holds and for what is to be written: a changed shape or name needs no values.
-    """
+    """Shape and type are known; the values come when they are read, and are not kept. It stands for what a file holds
+    and for what is to be written: a changed shape or name needs no values."""
 
     shape: tuple[int, ...]
     dtype: DType

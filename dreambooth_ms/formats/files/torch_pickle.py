@@ -209,9 +209,7 @@ _OPERATIONS |= {vars(pickle)[name][0]: own for name, own in _OWN.items()}
 
 def _view(described: Sequence[Any], dtype_name: Any, flags: Sequence[Any]) -> View:
     """The tensor that a call describes by storage, offset, shape and strides, and by a type if the storage has none.
-
-    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor.
-    """
+    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor."""
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
@@ -228,8 +226,7 @@ def _view(described: Sequence[Any], dtype_name: Any, flags: Sequence[Any]) -> Vi
 def find_tensors(root: Any) -> tuple[dict[str, View], dict[str, int]]:
     """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files;
     and how many tensors others hold, by their places. Of a file of several that belong together all of them, by paths.
-    FormatError if there is none.
-    """
+    FormatError if there is none."""
     views = [(path, {n: one for n, one in own.items() if isinstance(one, View)}) for path, own in _dictionaries(root)]
     held = [(path, own) for path, own in views if own]
     if not held:
