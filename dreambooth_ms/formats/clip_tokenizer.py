@@ -50,10 +50,7 @@ class ClipTokenizer:
     Args:
         folder: `tokenizer.json`, or `vocab.json` and `merges.txt`, beside `tokenizer_config.json`.
         longest: tokens that the tower has positions for.
-        vocab_size: tokens that it knows.
-
-    Raises:
-        WeightError: the files are no tokenizer of CLIP, or have more tokens.
+        vocab_size: tokens that it knows; WeightError if the files have more, or are no tokenizer of CLIP.
     """
 
     def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
@@ -96,11 +93,7 @@ class ClipTokenizer:
         return len(self._tokenizer), self._tokenizer.eos_token_id
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
-        """The same with new words, each of so many tokens, whose ids go on from the table's.
-
-        Raises:
-            WeightError: a word is there already.
-        """
+        """The same with new words, each of so many tokens, whose ids follow the table's; WeightError if it has one."""
         if known := [word for word in counts if word in self._tokenizer.get_vocab() or word in self.words]:
             raise WeightError(f"{show_names(known)}: the tokenizer has this word already; rename the new one")
         extended, first = copy(self), self._vocab_size
@@ -146,11 +139,8 @@ def tokens_of_word(word: str) -> Iterator[str]:
 def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple[int, int]:
     """Let a folder's tokenizer know new words, each of so many tokens; transformers before 4.34 has a file for them.
 
-    Returns:
-        the first of their ids, which follow all others, and the id of the end token.
-
-    Raises:
-        WeightError: it knows one already, or more tokens than there may be.
+    Gives the first of their ids, which follow all others, and the id of the end token. WeightError if it knows one
+    already, or more tokens than there may be.
     """
     first, end = ClipTokenizer(folder, vocab_size=vocab_size).with_words(counts).first_and_end
     tokens = chain.from_iterable(islice(tokens_of_word(word), number) for word, number in counts.items())
@@ -165,11 +155,8 @@ def add_words(folder: Path, counts: Mapping[str, int], vocab_size: int) -> tuple
 
 
 def check_clip_tokenizer(folder: Path) -> None:
-    """Whether the files are whole: with one cut short, transformers fails, or gives other tokens without a word.
-
-    Raises:
-        WeightError: a file is missing or cut short, or it is another kind of tokenizer.
-    """
+    """Stop, by a WeightError, unless a tokenizer of CLIP is there and whole: with a file cut short, transformers fails,
+    or gives other tokens without a word."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if name == "tokenizer_config.json" or (folder / name).exists():
             config = read_json(folder / name)
@@ -192,13 +179,8 @@ def check_clip_tokenizer(folder: Path) -> None:
 
 
 def write_clip_tokenizer(folder: Path, pad_token: str = END) -> None:
-    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them.
-
-    `pad_token` is what fills a short prompt: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP.
-
-    Raises:
-        WeightError: the folder cannot be written to.
-    """
+    """Write vocab.json, merges.txt and the configurations as transformers' CLIPTokenizer reads them. `pad_token` fills
+    short prompts: CLIP's end mark, or "!" (token 0) for the towers of OpenCLIP."""
     packed = files("dreambooth_ms.formats") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
     # Pairs of tokens, the most frequent first; the file holds more than the vocabulary takes.
     merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 1 + SIZE - UNMERGED_TOKENS]

@@ -52,12 +52,9 @@ KEYS = {table: _keys(table) for table in TABLES}
 
 
 def check_keys(config: Mapping[str, Any], table: str) -> None:
-    """Stop at a key that is not known in a table, or at a value that is not of its type.
+    """Stop, by a WeightError, at a key that is not known in a table, or at a value that is not of its type.
 
     Nothing follows from a key that nobody knows if it is null, false or empty: so libraries write what is not used.
-
-    Raises:
-        WeightError: what was found and what is expected.
     """
     keys = KEYS[table]
     for key, value in config.items():

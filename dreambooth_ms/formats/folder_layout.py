@@ -55,10 +55,8 @@ def weight_files(names: Collection[str], network: str, variant: str | None, plac
     """The file with the weights among those of a network's folder: safetensors, else PyTorch's; or the index of its
     shards, and these.
 
-    Without a variant, the plain files; where there are none, the only variant that is there.
-
-    Raises:
-        WeightError: the place, "" or a name with a slash, has none, or only several variants.
+    Without a variant, the plain files; where there are none, the only variant that is there. WeightError if the place,
+    "" or a name with a slash, has none, or only several variants.
     """
     stem, dotted = WEIGHT_NAMES[network], f".{variant}" if variant else ""
     for kind, name in (("safetensors", stem), ("bin", _PICKLE_NAMES.get(stem, stem))):
@@ -85,11 +83,7 @@ def variants(names: Iterable[str]) -> list[str]:
 
 
 def model_files(names: Collection[str], variant: str | None) -> list[str]:
-    """What is read of a model folder whose files have these paths; another program may want more of it.
-
-    Raises:
-        WeightError: it is none, or lacks a network's weights.
-    """
+    """What is read of a model folder with files of these paths; WeightError if it is none, or lacks weights."""
     if INDEX not in names:
         raise WeightError(f"{INDEX} is missing, so it is no model folder in diffusers' layout")
     parts = [part for part in NETWORKS if any(name.startswith(f"{part}/") for name in names)]
@@ -100,11 +94,7 @@ def model_files(names: Collection[str], variant: str | None) -> list[str]:
 
 
 def network_files(names: Collection[str], network: str, folder: str = "", variant: str | None = None) -> list[str]:
-    """What is read of a network whose folder, "" or with a slash at its end, has these of all paths.
-
-    Raises:
-        WeightError: it lacks its weights.
-    """
+    """What is read of a network whose folder, "" or with a slash, has these of all paths; WeightError if no weights."""
     within = (name.removeprefix(folder) for name in names if name.startswith(folder))
     own = [name for name in within if "/" not in name]
     configurations = [name for name in own if name in ("config.json", "preprocessor_config.json")]
@@ -112,11 +102,7 @@ def network_files(names: Collection[str], network: str, folder: str = "", varian
 
 
 def read_json(path: Path, otherwise: str | None = None) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightError: missing or not a JSON object; `otherwise` says what that means.
-    """
+    """A JSON object from a file; WeightError if it is missing, which means `otherwise`, or is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

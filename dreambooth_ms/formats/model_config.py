@@ -12,17 +12,8 @@ from dreambooth_ms.diffusion import EdmSpec, NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import UserError, WeightError
 from dreambooth_ms.formats.config_keys import TABLES, check_keys
 from dreambooth_ms.formats.folder_layout import ABSENT, INDEX, NETWORKS, SCHEDULER, TOKENIZERS
-from dreambooth_ms.models.specs import (
-    FAMILIES,
-    ClipSpec,
-    ClipTextSpec,
-    ClipVisionSpec,
-    Family,
-    ModelSpec,
-    TransformerSpec,
-    UNetSpec,
-    VaeSpec,
-)
+from dreambooth_ms.models import specs
+from dreambooth_ms.models.specs import FAMILIES, ClipTextSpec, Family, ModelSpec, TransformerSpec, UNetSpec, VaeSpec
 
 Config = Mapping[str, Any]
 Spec = TypeVar("Spec")
@@ -55,11 +46,7 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec], che
 
 
 def read_unet_config(config: Config) -> UNetSpec:
-    """diffusers' UNet2DConditionModel configuration -> spec.
-
-    Raises:
-        WeightError: the configuration asks for something these networks do not have.
-    """
+    """diffusers' UNet2DConditionModel configuration -> spec; WeightError if it asks for what these networks lack."""
     check_keys(config, "unet")
     has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
     if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
@@ -105,11 +92,8 @@ def read_vae_config(config: Config) -> VaeSpec:
 
 
 def read_latent_settings(config: Config, channels: int) -> dict[str, Any]:
-    """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration.
-
-    Raises:
-        WeightError: a value is not a finite number, or there is not one for each of the channels.
-    """
+    """What a VaeSpec says of the scale, mean and deviation of latents, from diffusers' AutoencoderKL configuration;
+    WeightError if a value is not a finite number, or there is not one for each of the channels."""
     names = ("scaling_factor", "latents_mean", "latents_std")
     check_keys({name: config[name] for name in names if name in config}, "vae")
     statistics = {name: tuple(config[name]) if config.get(name) else None for name in names[1:]}
@@ -173,14 +157,15 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
     }
 
 
-def read_clip_config(config: Config) -> ClipSpec:
+def read_clip_config(config: Config) -> specs.ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
     check_keys(config, "clip")
     vision = config["vision_config"]
     check_keys(vision, "vision")
-    return ClipSpec(
+    tower = _read(TransformerSpec, vision)
+    return specs.ClipSpec(
         text=read_text_config(config["text_config"]),
-        vision=_read(ClipVisionSpec, vision, "image_size", "patch_size", transformer=_read(TransformerSpec, vision)),
+        vision=_read(specs.ClipVisionSpec, vision, "image_size", "patch_size", transformer=tower),
         projection_dim=config["projection_dim"],
     )
 
@@ -199,12 +184,8 @@ def is_edm(scheduler_config: Config) -> bool:
 
 
 def read_scheduler_config(config: Config) -> NoiseScheduleSpec | EdmSpec:
-    """Any diffusers scheduler's configuration -> the forward process.
-
-    Raises:
-        WeightError: the model was trained otherwise, or a key is not known or not supported.
-        ConfigError: its noise is none.
-    """
+    """Any diffusers scheduler's configuration -> the forward process; WeightError if the model was trained otherwise,
+    or a key is not known or not supported; ConfigError if its noise is none."""
     name = config.get("_class_name")
     kind = None if name is None else str(name).removeprefix("Flax").removesuffix("Scheduler")
     if is_edm(config):
@@ -272,11 +253,7 @@ def pipeline_configs(model: ModelSpec, parts: Collection[str], schedule: NoiseSc
 
 
 def _read(kind: type[Spec], config: Config, *required: str, **own: Any) -> Spec:
-    """A spec from the keys that its fields are named for, which are checked; `own` are fields that are not read so.
-
-    Raises:
-        KeyError: a key is missing that is required, or that has no default.
-    """
+    """A spec from the keys that its fields are named for, and from `own`; KeyError if one lacks that must be there."""
     read = [one for one in fields(kind) if one.name not in own]  # type: ignore[arg-type]
     wanted = [one.name for one in read if one.name in {*config, *required} or one.default is MISSING]
     values = {name: config[name] for name in wanted} | own

@@ -52,9 +52,8 @@ class CLIPTextModel(nn.Cell):
 
     def add_words(self, rows_WD: np.ndarray) -> None:
         """Let ids from the size of the vocabulary on stand for these vectors."""
-        self.text_model.embeddings.token_embedding = ExtendedEmbedding(
-            self.text_model.embeddings.token_embedding, rows_WD
-        )
+        embeddings = self.text_model.embeddings
+        embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, rows_WD)
 
     @property
     def most_skipped(self) -> int:

@@ -85,7 +85,6 @@ def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
             return {}
         case LayerKind.UNET_OUTPUT:
             return {"conv_norm_out": _norm(in_), "conv_out": _conv(in_, out)}
-    assert spec
     if layer.kind is LayerKind.TIME_EMBEDDING:
         widths = {"time_embedding": in_, "add_embedding": spec.projection_class_embeddings_input_dim}
         return {name: {"linear_1": _linear(w, out), "linear_2": _linear(out, out)} for name, w in widths.items() if w}

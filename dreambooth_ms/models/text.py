@@ -51,11 +51,7 @@ class TextEncoders(CompiledCell):
         return (text_BSE.astype(ms.float32), *pooled)
 
     def with_clip_skip(self, clip_skip: int) -> "TextEncoders":
-        """The same encoders with another `clip_skip`, to be compiled anew.
-
-        Raises:
-            ConfigError: an encoder has not so many layers.
-        """
+        """The same encoders with another `clip_skip`, to be compiled anew; ConfigError if one has too few layers."""
         check_clip_skip(clip_skip, [encoder.most_skipped for encoder in self.encoders])
         return TextEncoders(self.networks(), clip_skip)
 

@@ -141,10 +141,6 @@ class TimestepEmbedding(nn.Cell):
         return self.linear_2(ops.silu(self.linear_1(encoding_BD)))
 
 
-TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
-"""Inputs of a UNet that text encoders give."""
-
-
 class Segments:
     """A denoiser as a list of segments, for a backward pass that computes each one again (Chen et al., 2016).
 
@@ -159,7 +155,8 @@ class Segments:
         # Of each value that a layer reads, its number among those of the segments.
         numbers, made = list(range(self.num_inputs)), count(self.num_inputs)
         if text_encoders is not None:
-            texts = tuple(i for i, name in enumerate(unet.input_names) if name in TEXT_INPUTS)
+            names = enumerate(unet.input_names)
+            texts = tuple(i for i, name in names if name in ("encoder_hidden_states", "text_embeds"))
             self.segments.append(Segment(text_encoders, texts, (text_encoders,), len(texts)))
             for i in texts:
                 numbers[i] = next(made)

@@ -109,10 +109,8 @@ class BandedDecoder:
         return self._convolved(resnet.conv2, y, resnet.norm2, into=x, adds=True)
 
     def _first_half(self, x: Tensor, channels: int) -> Tensor | None:
-        """The first half of an image's place as an image of half the channels, where its pixels are stored in order.
-
-        What is computed of it band by band, pixel by pixel, ends there before the pixels that are still to be read.
-        """
+        """The first half of an image's place as an image of half the channels, where its pixels are stored in order:
+        what is computed of it band by band, pixel by pixel, ends there before the pixels that are still to be read."""
         batch, height, width, own_channels = x.shape
         if self._channels != 3 or own_channels != 2 * channels:
             return None
@@ -127,10 +125,8 @@ class BandedDecoder:
         into: Tensor | None = None,
         adds: bool = False,
     ) -> Tensor:
-        """A convolution of an image, of its norm and SiLU, or of it enlarged.
-
-        `into` is where to write it, or what to add it to; that of single pixels may be written over the image itself.
-        """
+        """A convolution of an image, of its norm and SiLU, or of it enlarged. `into` is where to write it, or what to
+        add it to; that of single pixels may be written over the image itself."""
         height, width = (x.shape[axis] * upsampling for axis in (self._height, self._width))
         normalise = None if norm is None else self._norm_and_silu(norm, x)
         if into is None:

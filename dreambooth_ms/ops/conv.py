@@ -92,10 +92,8 @@ class _TapConvolution(nn.Cell):
 
 
 class _TapProduct(nn.Cell):
-    """The linear part of a convolution: (B, H, W, I), weight -> (N, O) of the N = B * H' * W' output pixels.
-
-    With its own backward pass: only the input and the weight are kept.
-    """
+    """The linear part of a convolution: (B, H, W, I), weight -> (N, O) of the N = B * H' * W' output pixels. With its
+    own backward pass: only the input and the weight are kept."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()

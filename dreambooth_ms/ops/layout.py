@@ -42,15 +42,12 @@ class FlatLayout(StoredLayout):
     """The same of a matrix whose columns are those of such a weight: its public form is (r, I * k * k)."""
 
     def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
-        """Public form -> stored form."""
         return super().store(weight_OIKK.reshape(len(weight_OIKK), -1, self.kernel_size, self.kernel_size))
 
     def restore(self, weight: np.ndarray) -> np.ndarray:
-        """Stored form -> public form."""
         return super().restore(weight).reshape(weight.shape)
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the public form, which is that of the stored one."""
         return shape
 
 
@@ -145,14 +142,12 @@ class _UpsampleRows(nn.Cell):
 @constexpr
 def _parents(height: int, width: int) -> Tensor:
     """For every pixel of the large image, the pixel of the small one that it repeats."""
-    return _index(np.arange(height * width).reshape(height, width).repeat(2, 0).repeat(2, 1))
+    parents = np.arange(height * width).reshape(height, width).repeat(2, 0).repeat(2, 1)
+    return Tensor(parents.reshape(-1), ms.int32)
 
 
 @constexpr
 def _children(height: int, width: int, corner: int) -> Tensor:
     """For every pixel of the small image, the one of its four copies that stands in this corner."""
-    return _index(np.arange(4 * height * width).reshape(2 * height, -1)[corner // 2 :: 2, corner % 2 :: 2])
-
-
-def _index(rows: np.ndarray) -> Tensor:
-    return Tensor(rows.reshape(-1), ms.int32)
+    children = np.arange(4 * height * width).reshape(2 * height, -1)[corner // 2 :: 2, corner % 2 :: 2]
+    return Tensor(children.reshape(-1), ms.int32)

@@ -18,14 +18,7 @@ from mindspore import nn
 from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseScheduleSpec
 from dreambooth_ms.errors import ConfigError, WeightError, show_names
-from dreambooth_ms.formats import folder_layout, model_config
-from dreambooth_ms.formats.clip_tokenizer import (
-    SIZE,
-    ClipTokenizer,
-    check_clip_tokenizer,
-    pad_tokens,
-    tokenizer_on_board,
-)
+from dreambooth_ms.formats import clip_tokenizer, folder_layout, model_config
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value, recognise
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
@@ -34,7 +27,7 @@ from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_jso
 from dreambooth_ms.formats.model_config import Config, read_config
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
-from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, UNetSpec, VaeSpec, Words
+from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, VaeSpec, Words
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
@@ -50,31 +43,26 @@ BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 
 @dataclass(frozen=True)
-class Denoiser:
-    """What predicts noise or velocity."""
-
-    spec: UNetSpec
-    load: Callable[[], Any]
-    """Gives the cell, filled."""
-    digest: Callable[[], str]
-    """By which a run that goes on knows it."""
-
-    @classmethod
-    def of_unet(cls, stored: StoredNetwork[UNetSpec]) -> "Denoiser":
-        """A UNet in a file."""
-        return cls(stored.spec, lambda: fill(UNet2DConditionModel(stored.spec), stored), stored.digest)
-
-
-@dataclass(frozen=True)
-class Codec:
-    """Pictures <-> latents: an autoencoder, or nothing but the pixels."""
+class Role:
+    """A network of a model, not loaded yet."""
 
     spec: Any
-    """Sizes and scale of latents: what `VaeSpec` has, but for its layers."""
+    """Its sizes."""
     load: Callable[..., Any]
-    """(encodes=True, decodes=True) -> a cell with `encode` and `decode`, as `AutoencoderKL` has them, or with one."""
+    """Gives the cell, filled."""
     digest: Callable[[], str]
-    """What caches of latents are keyed by."""
+    """What caches of its results are keyed by, and a run that goes on knows it by."""
+
+
+class Denoiser(Role):
+    """What predicts noise or velocity, by a cell like `UNet2DConditionModel`."""
+
+
+class Codec(Role):
+    """Pictures <-> latents: an autoencoder, or nothing but the pixels. Its spec has what `VaeSpec` has, but for layers.
+
+    load(encodes=True, decodes=True) gives a cell with `encode` and `decode`, as `AutoencoderKL` has them, or with one.
+    """
 
     @classmethod
     def of_vae(cls, stored: StoredNetwork[VaeSpec]) -> "Codec":
@@ -88,13 +76,12 @@ class Codec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextReader:
-    """What reads a prompt for the denoiser. A model has one, or several whose states stand side by side."""
+class TextReader(Role):
+    """What reads a prompt for the denoiser, by a cell that `TextEncoders` takes. A model has one, or several whose
+    states stand side by side."""
 
     name: str
     """Of the network, in folders and adapters."""
-    spec: Any
-    """Its sizes."""
     width: int
     """Of the states of a token."""
     pooled_width: int = 0
@@ -107,10 +94,6 @@ class TextReader:
     """The ends of the names of the layers that an adapter changes."""
     tokenizer: Callable[[], Any]
     """Gives what has the methods of `ClipTokenizer`."""
-    load: Callable[[], Any]
-    """Gives a cell that `models.text.TextEncoders` takes, filled."""
-    digest: Callable[[], str]
-    """What caches of embeddings are keyed by."""
     words: Mapping[str, slice] = field(default_factory=dict)
     """New words that it reads beside those of its vocabulary, each with its rows among those of all."""
 
@@ -134,17 +117,14 @@ class TextReader:
         tokenizer = lambda: self.tokenizer().with_words(counts)  # noqa: E731
         places = dict(zip(own, starmap(slice, pairwise(accumulate(counts.values(), initial=0))), strict=True))
         # Where the end token is only the largest one of old configurations, new words are larger.
-        end = min(SIZE, self.spec.vocab_size) - 1 if self.pooled_at == UNSAID_END else self.pooled_at
+        end = min(clip_tokenizer.SIZE, self.spec.vocab_size) - 1 if self.pooled_at == UNSAID_END else self.pooled_at
         return replace(self, words=places, load=load, digest=digest, tokenizer=tokenizer, pooled_at=end)
 
     @classmethod
-    def of_clip(
-        cls, name: str, stored: StoredNetwork[ClipTextSpec], tokenizer_folder: Path, last_layer: bool
-    ) -> "TextReader":
-        """A text tower of CLIP in a file, which pools the text if it has a projection.
-
-        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before (SDXL).
-        """
+    def of_clip(cls, name: str, stored: StoredNetwork[ClipTextSpec], folder: Path, last_layer: bool) -> "TextReader":
+        """A text tower of CLIP in a file, which pools the text if it has a projection, with its tokenizer's folder.
+        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before
+        (SDXL)."""
         spec = stored.spec
         return cls(
             name=name,
@@ -154,7 +134,7 @@ class TextReader:
             pooled_at=spec.eos_token_id if spec.projection_dim else None,
             most_skipped=spec.transformer.num_hidden_layers - (1 if last_layer else 2),
             adapted_layers=CLIP_TARGETS,
-            tokenizer=partial(ClipTokenizer, tokenizer_folder, spec.max_position_embeddings, spec.vocab_size),
+            tokenizer=partial(clip_tokenizer.ClipTokenizer, folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
             digest=stored.digest,
         )
@@ -180,13 +160,8 @@ class Schedule:
     """What of it does not come from the model's own files."""
 
     def trained(self, loss: LossConfig = DEFAULT) -> NoiseScheduleSpec | EdmSpec:
-        """The forward process that training follows.
-
-        Raises:
-            WeightError: it was trained in a formulation that ours does not follow; or what is to be predicted cannot be
-                with its noise.
-            ConfigError: a setting means nothing to a model like this.
-        """
+        """The forward process that training follows; WeightError if it is none that is known, or what is to be
+        predicted cannot be with its noise; ConfigError if a setting means nothing to a model like this."""
         spec = self.changed(loss.changes).spec
         is_edm = isinstance(spec, EdmSpec)
         flags = [f"--{name}" for name in _ONLY_FOR[not is_edm] if getattr(loss, name) != getattr(DEFAULT, name)]
@@ -206,13 +181,8 @@ class Schedule:
         return read_config(self.source, self.config, model_config.read_scheduler_config)
 
     def changed(self, changes: Config) -> "Schedule":
-        """The same with other values of keys; with zero terminal SNR as DDIM, which every program has that knows it,
-        and with trailing timesteps if nothing else is said.
-
-        Raises:
-            WeightError: no model is denoised so.
-            ConfigError: a model that was trained in EDM's formulation has no such key.
-        """
+        """The same with other values of keys, ConfigError if EDM has no such key; with zero terminal SNR as DDIM, which
+        every program has that knows it, and with trailing timesteps if nothing else is said."""
         unknown = [f"--{key}" for key in changes if model_config.is_edm(self.config) and key != "prediction_type"]
         if unknown:
             raise ConfigError(f"{', '.join(unknown)}: {self.source} was trained in EDM's formulation; leave it out")
@@ -229,13 +199,8 @@ class Schedule:
         return {f"{MARKS}{key}": str(self.config[key]) for key in keys}
 
     def as_marked(self, metadata: Mapping[str, str], path: Path) -> tuple[Config, list[str]]:
-        """The changes with which an adapter was trained, by its metadata, and what a user should know of it.
-
-        What was changed already stays as it is.
-
-        Raises:
-            WeightError: it was trained in EDM's formulation, and the model was not.
-        """
+        """The changes with which an adapter was trained, by its metadata, and what a user should know of it. What was
+        changed already stays as it is. WeightError if it was trained in EDM's formulation, and the model was not."""
         said = {key.removeprefix(MARKS): value for key, value in metadata.items() if key.startswith(MARKS)}
         is_edm = said.pop("_class_name", None)
         if is_edm and not model_config.is_edm(self.config):
@@ -288,11 +253,7 @@ class ModelBundle:
         return self.codec.spec.downsampling * 2 ** (len(self.denoiser.spec.block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture of this size in pixels.
-
-        Raises:
-            WeightError: the networks cannot halve the size as often as they must.
-        """
+        """(C, h, w) of the latents of a picture of this size in pixels; WeightError if it is not of `side_multiple`."""
         step, factor = self.side_multiple, self.codec.spec.downsampling
         if height % step or width % step:
             raise WeightError(f"{self.path}: {width}x{height} pixels do not fit; sides must be multiples of {step}")
@@ -313,11 +274,7 @@ class ModelBundle:
         return TextEncoders({reader.name: reader.load() for reader in self.text}, self.clip_skip)
 
     def with_words(self, words: Words) -> "ModelBundle":
-        """The same model, whose text readers read new words too.
-
-        Raises:
-            WeightError: a word has no vectors for a reader, or such of another width.
-        """
+        """The same model, whose text readers read new words too; WeightError if a word has no vectors for a reader."""
         for word, vectors in words.items():
             if vectors.keys() != {reader.name for reader in self.text}:
                 raise WeightError(
@@ -348,12 +305,8 @@ class ModelBundle:
         return replace(self, clip_skip=clip_skip)
 
     def check(self) -> None:
-        """Stop if the roles do not fit each other, or the model was trained by no schedule that is known.
-
-        Raises:
-            WeightError: latents, text or add_time_ids of the denoiser are not what codec and text readers give; or the
-                schedule is unknown.
-        """
+        """Stop, by a WeightError, where what the denoiser takes of latents, text and add_time_ids is not what codec and
+        readers give, or the schedule is not known."""
         _ = self.schedule.spec
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
@@ -390,9 +343,9 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
         WeightError: it is no model, a part is missing, or it holds another kind of model.
     """
     model, tokenizers = _opened(path, variant, unused=("vae",) if vae else ())
-    denoiser = Denoiser.of_unet(model.network("unet", model_config.read_unet_config))
+    unet = model.network("unet", model_config.read_unet_config)
     if vae:
-        model = with_other_vae(model, vae, denoiser.spec.sample_size)
+        model = with_other_vae(model, vae, unet.spec.sample_size)
     is_xl = "text_encoder_2" in tokenizers
     text = []
     for name, folder in tokenizers.items():
@@ -403,7 +356,7 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
-        denoiser=denoiser,
+        denoiser=Denoiser(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
         codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
         schedule=Schedule(source, scheduler),
@@ -425,29 +378,25 @@ def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[O
             raise WeightError(f"{path}: expected a model folder, got a file that holds no model ({error})") from error
     model = open_model(path, variant, unused=unused)
     model.check()
-    tokens = pad_tokens(model.spec)
+    tokens = clip_tokenizer.pad_tokens(model.spec)
     if lacking := [part for part in model.missing_parts if part not in unused]:
         advice = "is the download complete?" if is_folder else "convert it into a folder and put them into that"
         raise WeightError(f"{path}: holds no {' and no '.join(lacking)}; {advice}")
     if is_folder:
         folders = {name: path / TOKENIZERS[name] for name in tokens}
         for folder in folders.values():
-            check_clip_tokenizer(folder)
+            clip_tokenizer.check_clip_tokenizer(folder)
         return model, folders
     if None in tokens.values():
         raise WeightError(f"{path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that")
     if model.prediction_type is None:
         assumed = f"It is taken to predict {model.assumed_prediction}; converting can say otherwise."
         model = replace(model, notes=(*model.notes, assumed))
-    return model, {name: tokenizer_on_board(token) for name, token in tokens.items() if token}
+    return model, {name: clip_tokenizer.tokenizer_on_board(token) for name, token in tokens.items() if token}
 
 
 def fill(network: Network, stored: StoredNetwork[Any], unused: Collection[str] = ()) -> Network:
-    """Fill a cell from its file; it has all layers but the `unused` ones at the top of the module tree.
-
-    Raises:
-        WeightError: lists all names that are missing, unexpected or mis-shaped.
-    """
+    """`load_strict` for a cell from its file; it has all layers but the `unused` ones at the top of the module tree."""
     tensors = {name: one for name, one in stored.tensors.items() if name.partition(".")[0] not in unused}
     load_strict(network, tensors, str(stored.file))
     return network
@@ -489,11 +438,7 @@ def load_strict(
 
 
 def load_clip(folder: Path) -> CLIPModel:
-    """Both towers from a folder in transformers' layout.
-
-    Raises:
-        WeightError: it holds no CLIP model.
-    """
+    """Both towers from a folder in transformers' layout; WeightError if it holds no CLIP model."""
     config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
     network = CLIPModel(read_config(folder / "config.json", config, model_config.read_clip_config))
     file = folder_layout.weight_file(folder, "clip", None)

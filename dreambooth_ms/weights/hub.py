@@ -134,9 +134,8 @@ def _fetch(
     disable_progress_bars()  # It has one for each file, and one for their number.
     download = partial(snapshot_download, repository, repo_type=kind, revision=revision, cache_dir=cache)
     try:
-        limit = constants.HF_HUB_ETAG_TIMEOUT
         about = getattr(HfApi(), f"{kind}_info")
-        info = about(repository, revision=revision, files_metadata=True, timeout=limit)
+        info = about(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (OSError, ValueError) as error:
         return _from_cache(download, choose, _reason(error, repository, revision, kind))
     there = {file.rfilename: file for file in info.siblings or []}

@@ -22,14 +22,8 @@ from dreambooth_ms.formats.model_config import NETWORK_READERS, Config, read_sch
 from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import Assembly, WritePlan
 from dreambooth_ms.models.specs import FAMILIES, TABLE, Family, Words
-from dreambooth_ms.weights.opened_model import (
-    CONFIGURATIONS_METADATA,
-    LATENT_STATISTICS,
-    PREDICTION_METADATA,
-    ZERO_SNR,
-    OpenedModel,
-    model_of,
-)
+from dreambooth_ms.weights import opened_model
+from dreambooth_ms.weights.opened_model import OpenedModel, model_of
 
 
 @dataclass(frozen=True)
@@ -52,22 +46,13 @@ class ModelTarget:
         return total_bytes(self.tensors)
 
     def check_place(self, path: Path) -> None:
-        """Find out before the work whether the file or folder can be written.
-
-        Raises:
-            WeightError: the name is taken, the disk lacks room, or the place cannot be written to.
-        """
+        """Find out before the work whether the file or folder can be written; WeightError if not."""
         check_free(path)
         check_writable(path.parent)
         check_room(path, self.byte_count)
 
     def write(self, path: Path, progress: Progress | None = None) -> None:
-        """Write the file or folder, a name that is not taken; it appears whole or not at all.
-
-        Raises:
-            WeightError: the name is taken, the disk lacks room, the place cannot be written to, or a tensor cannot be
-                read.
-        """
+        """Write the file or folder, of a name that is not taken; it appears whole or not at all. See `check_place`."""
         self.check_place(path)
         if self.form is Format.DIFFUSERS:
             with new_folder(path) as folder:
@@ -78,10 +63,7 @@ class ModelTarget:
             write_safetensors(path, self.tensors, self.metadata, progress)
 
     def write_parts(self, folder: Path, progress: Progress | None = None) -> None:
-        """Write the tensors of networks into a folder, and everything else that makes it a model.
-
-        A network that has no tensors here gets no weights.
-        """
+        """Write what makes a folder a model, with weights of those networks that have tensors here."""
         model = self.model
         if model.container is Container.FOLDER:
             _copy_the_rest(model, folder)
@@ -127,17 +109,13 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
     keys: tuple[str, ...] = ()
     if form is not Format.DIFFUSERS:
         configurations, keys = _unsaid(model, TensorFile(model.path, Container.SAFETENSORS, tensors, metadata))
-        metadata |= {CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
+        metadata |= {opened_model.CONFIGURATIONS_METADATA: json.dumps(configurations)} if configurations else {}
     return ModelTarget(model, form, tensors, tuple(_notes(model, form, plan, keys)), metadata)
 
 
 def _unsaid(model: OpenedModel, file: TensorFile) -> tuple[dict[str, Config], tuple[str, ...]]:
-    """What readers of a file would take otherwise of the model in it.
-
-    Returns:
-        Its configurations that are not told by the file, by their paths in a folder; and the keys of them that matter,
-        each behind its part.
-    """
+    """What readers of a file would take otherwise of the model in it: its configurations that the file does not tell,
+    by their paths in a folder; and the keys of them that matter, each behind its part."""
     read = model_of(file)
     # Where a file does not tell what it predicts, readers are told so.
     read = replace(read, prediction_type=read.prediction_type or model.assumed_prediction)
@@ -177,9 +155,9 @@ def _marks(model: OpenedModel) -> dict[str, StoredTensor]:
     if model.spec.family is Family.SDXL and model.prediction_type == "v_prediction":
         marks["v_pred"] = np.zeros(0, np.float32)
     if model.zero_snr:
-        marks[ZERO_SNR] = np.zeros(0, np.float32)
+        marks[opened_model.ZERO_SNR] = np.zeros(0, np.float32)
     if vae.latents_mean and vae.latents_std:
-        statistics = zip(LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
+        statistics = zip(opened_model.LATENT_STATISTICS, (vae.latents_mean, vae.latents_std), strict=True)
         marks |= {name: np.array(values, np.float32).reshape(1, -1, 1, 1) for name, values in statistics}
     return {name: StoredTensor.of(values) for name, values in marks.items()}
 
@@ -214,10 +192,8 @@ def _with_words(model: OpenedModel, part: str, words: Words, folder: Path) -> St
 
 
 def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
-    """Tokenizers, the scheduler and whatever else a folder has, but networks.
-
-    Weights of other components lose their variant's name, so that the copy loads without naming one.
-    """
+    """Tokenizers, the scheduler and whatever else a folder has, but networks. Weights of other components lose their
+    variant's name, so that the copy loads without naming one."""
     index = model.configuration(INDEX)
     there = {path.name for path in model.path.iterdir() if path.is_dir()}
     for name in sorted(there & index.keys() - set(folder_layout.NETWORKS)):
@@ -232,13 +208,13 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 
 def _metadata(model: OpenedModel) -> dict[str, str]:
     """What other tools look for in a single file."""
-    kept = {name: value for name, value in model.metadata.items() if name != CONFIGURATIONS_METADATA}
+    kept = {name: value for name, value in model.metadata.items() if name != opened_model.CONFIGURATIONS_METADATA}
     architecture = FAMILIES[model.spec.family.value]["architecture"]
     if model.spec.family is Family.SD2 and model.prediction_type:
         architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
     own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    if model.prediction_type:
-        own[PREDICTION_METADATA] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
+    if predicts := model.prediction_type:
+        own[opened_model.PREDICTION_METADATA] = {"v_prediction": "v"}.get(predicts, predicts)
     return kept | own | {"format": "pt"}
 
 
@@ -248,13 +224,11 @@ def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Seque
     if plan.left_out:
         shown, count = ", ".join(plan.left_out[:3]), count_of(len(plan.left_out), "tensor")
         yield f"The target has no place for {count} that no network here reads ({shown})."
-    if unsaid_keys and form is Format.MINDONE:
-        yield f"A MindSpore checkpoint has no place for {', '.join(unsaid_keys)}: keep the source."
-    elif unsaid_keys:
-        yield (
-            f"A single file has no place for {', '.join(unsaid_keys)}: they are in its metadata, which other "
-            "programs do not read."
-        )
+    keys = ", ".join(unsaid_keys)
+    if keys and form is Format.MINDONE:
+        yield f"A MindSpore checkpoint has no place for {keys}: keep the source."
+    elif keys:
+        yield f"A single file has no place for {keys}: they are in its metadata, which other programs do not read."
     if model.missing_parts:
         yield f"It has no {', '.join(model.missing_parts)}, and neither has the target."
     if model.prediction_type is None and form is Format.DIFFUSERS and not model.spec.vae.latents_mean:

@@ -55,11 +55,7 @@ class StoredNetwork(Generic[Spec]):
     """By their names in the network."""
 
     def digest(self) -> str:
-        """What caches of its results are keyed by: SHA-256 of names, types, shapes and values, in whatever format.
-
-        Raises:
-            WeightError: a tensor cannot be read.
-        """
+        """What caches of its results are keyed by: SHA-256 of names, types, shapes and values, in whatever format."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tensor.dtype.value} {tensor.shape}\n".encode())
@@ -121,11 +117,8 @@ class OpenedModel(TensorFile):
         return [*map(CONFIG.format, self.parts), *([SCHEDULER] if has_scheduler else [])]
 
     def configuration(self, name: str) -> Config:
-        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts.
-
-        Raises:
-            WeightError: the folder does not have it, or it is damaged.
-        """
+        """A JSON file of its folder, or of the folder that a single file would be converted to, with what it predicts;
+        WeightError if it is missing or damaged."""
         content = self.configurations.get(name)
         if content is None and self.container is Container.FOLDER:
             content = read_json(self.path / name)
@@ -137,30 +130,18 @@ class OpenedModel(TensorFile):
         return {**content, "prediction_type": told}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
-        """A network as its configuration says it; of a tower that it ends early in, the layers that it has.
-
-        Raises:
-            WeightError: `read` does not take the configuration.
-        """
+        """A network as its configuration says it; of a tower that it ends early in, the layers that it has."""
         name, known = CONFIG.format(part), model_shapes(self.spec)
         spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
         return StoredNetwork(self.files.get(part, self.path), spec, tensors)
 
     def check(self) -> None:
-        """Stop if a network is not whole, or there are tensors that belong to none.
-
-        Raises:
-            WeightError: missing, unexpected, mis-shaped and duplicate names, with their counts.
-        """
+        """Stop, by a WeightError, if a network is not whole, or there are tensors that belong to none."""
         self.report.check(str(self.path), f"a model of {self.spec.family.value} in the naming of {self.form.value}")
 
     def check_configurations(self) -> None:
-        """Stop where networks could not be filled: for those who build none.
-
-        Raises:
-            WeightError: a configuration is not supported, or says other names and shapes than those of the tensors.
-        """
+        """Stop, by a WeightError, where configurations do not fit the tensors, or no network; for who builds none."""
         specs = {}
         for part in self.parts:
             name, read = CONFIG.format(part), model_config.NETWORK_READERS[part]
@@ -169,14 +150,11 @@ class OpenedModel(TensorFile):
         shapes, there = model_shapes(replace(self.spec, **specs)), model_shapes(self.spec)
         wanted = {name: shape for name, shape in shapes.items() if name.partition(".")[0] in specs}
         found = {name: tensor.shape for name, tensor in self.tensors.items() if name in wanted or name in there}
+        others = {name: shape for name, shape in found.items() if shape != wanted.get(name, shape)}
         Report(
             missing=tuple(name for name in wanted if name not in found),
             unexpected=tuple(name for name in found if name not in wanted),
-            misshaped=tuple(
-                f"{name}: expected {wanted[name]}, got {shape}"
-                for name, shape in found.items()
-                if shape != wanted.get(name, shape)
-            ),
+            misshaped=tuple(f"{name}: expected {wanted[name]}, got {shape}" for name, shape in others.items()),
         ).check(str(self.path), "its own configurations")
 
 
@@ -223,14 +201,10 @@ def model_of(
     use_averages: bool = False,
     recognise: Callable[[Mapping[str, Shape], str], Recognition] = recognise_model,
 ) -> OpenedModel:
-    """The model in the tensors of a file or folder, which `recognise` says what it is by names and shapes.
+    """The model in the tensors of a file or folder, as `recognise` tells it by names and shapes; see `open_model`.
 
     Of a folder `files` are those of its networks, and `configurations` its JSON files, by their paths in it; of a file
-    there are the networks of which it holds anything, and the configurations in its metadata. For `use_averages` see
-    `open_model`.
-
-    Raises:
-        WeightError: no model of a family that is known, or no averages that could be taken.
+    there are the networks of which it holds anything, and the configurations in its metadata.
     """
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found = recognise(shapes, str(file.path))
@@ -286,11 +260,7 @@ def _kept_configurations(file: TensorFile) -> dict[str, Config]:
 
 
 def open_lone_vae(path: Path) -> OpenedModel:
-    """Recognise an autoencoder that is alone in a file, and open it as a model without other parts.
-
-    Raises:
-        WeightError: no such file, damaged, or no autoencoder that is known.
-    """
+    """An autoencoder that is alone in a file, as a model without other parts; WeightError if it is no known one."""
     return model_of(open_tensor_file(path), recognise=recognise_vae)
 
 
@@ -298,10 +268,7 @@ def with_other_vae(model: OpenedModel, path: Path, sample_size: int) -> OpenedMo
     """A model, whose latents have a height and width of `sample_size`, with another autoencoder in place of its own.
 
     That is in a folder in diffusers' layout, its own or a model's; or alone in a file that does not say how its latents
-    are scaled: they are scaled as the model's.
-
-    Raises:
-        WeightError: there is no autoencoder, or it is not whole.
+    are scaled: they are scaled as the model's. WeightError if there is none, or it is not whole.
     """
     is_file, folder, own = path.is_file(), path / "vae" if (path / "vae").is_dir() else path, model.spec.vae
     vae = open_lone_vae(path if is_file else weight_file(folder, "vae", None))

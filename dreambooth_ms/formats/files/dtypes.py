@@ -50,26 +50,18 @@ class DType(Enum):
 
     @classmethod
     def of(cls, values: np.ndarray) -> "DType":
-        """The type of an array's values; uint16 is taken for numbers, not for bfloat16.
-
-        Raises:
-            ValueError: no file format has this type.
-        """
-        stored = values.dtype.newbyteorder("<")
-        for dtype in cls:
-            if dtype.numpy == stored and dtype is not DType.BF16:
-                return dtype
-        raise ValueError(f"arrays of {values.dtype} cannot be stored")
+        """The type of an array's values; ValueError if no file has it. uint16 is numbers, not bfloat16."""
+        found = {dtype.numpy: dtype for dtype in cls if dtype is not DType.BF16}.get(values.dtype.newbyteorder("<"))
+        if found is None:
+            raise ValueError(f"arrays of {values.dtype} cannot be stored")
+        return found
 
 
 def cast(values: np.ndarray, source: DType, target: DType) -> np.ndarray:
     """Values of one float type as another; the same array if the types are the same.
 
     Rounds to nearest, ties to even. What is too large becomes infinite, NaN stays NaN. float64 becomes bfloat16 by way
-    of float32, as in PyTorch.
-
-    Raises:
-        ValueError: one of the types is no float.
+    of float32, as in PyTorch. ValueError if one of the types is no float.
     """
     if source is target:
         return values

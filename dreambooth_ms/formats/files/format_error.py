@@ -1,29 +1,11 @@
 """What is wrong with a file's content, from where it is found to the line that the user reads."""
 
 import re
+from pathlib import Path
 
-_SIGNATURES = (
-    (rb"\Z", "it is empty"),
-    (rb"version https://git-lfs", "it is a git-lfs pointer, not the file it stands for; run git lfs pull"),
-    (rb"\x89PNG", "it is a PNG picture"),
-    (rb"\xff\xd8\xff", "it is a JPEG picture"),
-    (rb"GGUF", "it is a GGUF file; convert it to safetensors"),
-    (rb"\x89HDF", "it is an HDF5 file; convert it to safetensors"),
-    (rb"\x93NUMPY", "it is a numpy array; save it as safetensors"),
-    (rb"\x1f\x8b", "it is a gzip archive; unpack it first"),
-    (rb"7z\xbc\xaf", "it is a 7z archive; unpack it first"),
-    (rb"\xfd7zXZ", "it is an xz archive; unpack it first"),
-    (rb"Rar!", "it is a RAR archive; unpack it first"),
-    (rb"PK\x03\x04", "it is a zip archive"),
-    (rb"PK\x05\x06", "it is an empty zip archive"),
-    (rb".{257}ustar", "it is a tar archive; unpack it first"),
-    (rb"[\xef\xbb\xbf \t\r\n]*(?i:<!doctype html|<html)", "it is an HTML page: the download failed"),
-    (rb"[\xef\xbb\xbf \t\r\n]*(?i:<\?xml)", "it is an XML document: the download failed"),
-    (rb"\0+\Z", "it begins with zeros: the download was not finished"),
-    (rb"[ \t\r\n]*[\[{][ -~\t\r\n]*\Z", "it is JSON"),
-    (rb"[ -~\t\r\n]+\Z", "it is text"),
-)
-"""How a file's first bytes look, and what it seems to be then; the first that fits counts."""
+from dreambooth_ms.models.specs import read_table
+
+_SIGNATURES = read_table(Path(__file__).with_name("signatures.yaml"))
 
 
 class FormatError(Exception):
@@ -43,7 +25,7 @@ def unread_type(tensor: str, dtype: object) -> FormatError:
 
 def seems_to_be(head: bytes) -> str | None:
     """In words, from a file's first bytes; None if nothing is known about them."""
-    return next((meaning for look, meaning in _SIGNATURES if re.match(look, head, re.DOTALL)), None)
+    return next((meaning for meaning, look in _SIGNATURES.items() if re.match(look.encode(), head, re.DOTALL)), None)
 
 
 def quoted(value: object, within: bool = False) -> str:

@@ -13,10 +13,10 @@ import io
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.formats.files import stored
@@ -115,29 +115,20 @@ def _parts(source: FileRange, file: BinaryIO) -> Iterator[_Part]:
 
 
 def _part(source: FileRange, file: BinaryIO, span: range) -> _Part:
-    tag, tensor = "", None
-    for key, _, place in _read_fields(file, span):
-        if key == _TAG:
-            tag = _name(file, place)
-        elif key == _TENSOR and tensor is None:
-            tensor = place
-        else:
-            raise FormatError(f"{quoted(tag)} is no tensor of numbers")
-    if tensor is None:
-        raise FormatError(f"{quoted(tag)} has no values")
-    dims, type_name, content = [], "", range(0)
-    for key, number, place in _read_fields(file, tensor):
-        if key == _DIMS:
-            dims.append(number if number < 1 << 63 else number - (1 << 64))
-        elif key == _TYPE:
-            type_name = _name(file, place)
-        elif key == _CONTENT:
-            content = place
-        else:
-            raise FormatError(f"{quoted(tag)} has another structure than tensors have")
-        if len(dims) > stored.MAX_DIMENSIONS:
-            raise FormatError(f"{quoted(tag)} has an impossible shape")
-    return _Part(tag, tuple(dims), type_name, source.part(content.start, len(content)))
+    keys, _, places = _listed(file, span, 2)
+    tag = _name(file, places[0]) if keys[:1] == (_TAG,) else ""
+    if keys != (_TAG, _TENSOR):
+        raise FormatError(f"{quoted(tag)} {'has no values' if keys == (_TAG,) else 'is no tensor of numbers'}")
+    keys, numbers, places = _listed(file, places[1], stored.MAX_DIMENSIONS + 3)
+    if keys != (*(_DIMS,) * (len(keys) - 2), _TYPE, _CONTENT):
+        raise FormatError(f"{quoted(tag)} has another structure than tensors have")
+    dims = tuple(number if number < 1 << 63 else number - (1 << 64) for number in numbers[:-2])
+    return _Part(tag, dims, _name(file, places[-2]), source.part(places[-1].start, len(places[-1])))
+
+
+def _listed(file: BinaryIO, message: range, at_most: int) -> tuple[tuple[Any, ...], ...]:
+    """Keys, numbers and places of a message's fields, of one more than `at_most` if there are more."""
+    return tuple(zip(*islice(_read_fields(file, message), at_most + 1), strict=True)) or ((), (), ())
 
 
 def _name(file: BinaryIO, span: range) -> str:
@@ -151,11 +142,7 @@ def _name(file: BinaryIO, span: range) -> str:
 
 
 def write_mindspore_ckpt(path: Path, tensors: Mapping[str, StoredTensor], progress: Progress | None = None) -> None:
-    """Write a checkpoint atomically, byte for byte as MindSpore does it; one tensor at a time is in memory.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
-    """
+    """Write a checkpoint as `write_safetensors` does, atomically and tensor by tensor, in MindSpore's own bytes."""
     size = sum(len(head) + len(part) for name in tensors for head, part in _slices(name, tensors[name]))
     with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
         for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from dreambooth_ms.formats.files.safetensors_file import WEIGHT_MAP, json_object
 from dreambooth_ms.formats.files.stored import Container, FileRange, StoredTensor, TensorFile, check_names, reading
 from dreambooth_ms.formats.files.torch_file import LEGACY_MAGIC, read_torch_legacy, read_torch_zip
 from dreambooth_ms.formats.files.torch_writing import write_torch
-
-_HEAD_BYTES = 4096
 
 # Protocol, the length of the pickle from protocol 4 on, the number's length, the number.
 _LEGACY_HEAD = re.compile(
@@ -37,7 +36,7 @@ def recognise(path: Path) -> Container:
     if os.path.isdir(path):
         return Container.FOLDER
     with reading(path, "weight file") as source:
-        head = source.part(0, min(source.size, _HEAD_BYTES)).read()
+        head = source.part(0, min(source.size, 4096)).read()
         if head.startswith(b"PK\x03\x04"):
             return Container.TORCH_ZIP
         if _LEGACY_HEAD.match(head):
@@ -105,9 +104,8 @@ def _read_shard(index: Path, name: str) -> TensorFile:
         raise WeightError(f"{index.parent}: {name} is missing, which {index.name} names; is the download complete?")
     container = recognise(path)
     if container in (Container.MINDSPORE, Container.SHARDED):
-        raise WeightError(
-            f"{path}: {index.name} names it as a part, but it is a {container.value}; download both again"
-        )
+        found = f"{index.name} names it as a part, but it is a {container.value}"
+        raise WeightError(f"{path}: {found}; download both again")
     return open_tensor_file(path, container)
 
 
@@ -122,11 +120,7 @@ _READERS: Mapping[Container, Callable[[FileRange], TensorFile]] = {
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a file and its metadata. Each has its own dtype, but bfloat16, which becomes float32.
-
-    Raises:
-        WeightError: the file is missing, cut short, or not a safetensors file.
-    """
+    """All tensors of a safetensors file, as `read_value`, and its metadata; WeightError if it is none, or cut short."""
     file = open_tensor_file(path, Container.SAFETENSORS)
     return {name: read_value(tensor) for name, tensor in file.tensors.items()}, dict(file.metadata)
 
@@ -138,18 +132,13 @@ def read_value(tensor: StoredTensor) -> np.ndarray:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """A file's metadata, without reading its tensors; empty if it cannot be read."""
-    try:
+    with suppress(WeightError):
         return dict(open_tensor_file(path).metadata)
-    except WeightError:
-        return {}
+    return {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file atomically. The tensors keep their dtype; `format: pt` lets other tools read the file.
-
-    Raises:
-        WeightError: the folder cannot be written to, or the disk is full.
-    """
+    """Write arrays as `write_safetensors`, each in its dtype; `format: pt` lets other tools read the file."""
     stored = {name: StoredTensor.of(values) for name, values in tensors.items()}
     write_safetensors(path, stored, {"format": "pt", **(metadata or {})})
 

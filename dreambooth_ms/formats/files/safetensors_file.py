@@ -6,7 +6,8 @@ index says which tensor is in which: `<stem>.safetensors.index.json`.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_safetensors(source: FileRange) -> TensorFile:
     metadata = header.pop(METADATA_NAME, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("its metadata is not text by name")
-    if not all(map(stored.is_valid_text, [*metadata.keys(), *metadata.values()])):
+    if not stored.is_valid_text("".join((*metadata, *metadata.values()))):
         raise FormatError("its metadata is no valid text")
     stored.check_names(list(header))
     entries = {name: _checked_entry(name, entry) for name, entry in header.items()}
@@ -81,29 +82,19 @@ def _check_that_values_fill_the_file(spans: list[tuple[int, int]], size: int) ->
         if begin != position:
             raise FormatError("damaged: tensors overlap, or leave a gap")
         position = end
-    if position > size:
-        raise FormatError("cut short")
-    if position < size:
-        raise FormatError("damaged: there are bytes after the last tensor")
+    if position != size:
+        raise FormatError("cut short" if position > size else "damaged: there are bytes after the last tensor")
 
 
 def json_object(source: FileRange) -> dict[str, Any]:
-    """The JSON object that a file is.
-
-    Raises:
-        FormatError: it is none.
-    """
+    """The JSON object that a file is; FormatError if it is none."""
     if source.size > MAX_JSON_BYTES:
         raise FormatError(f"{source.size} bytes of JSON; at most {MAX_JSON_BYTES} are read")
     return parse_json_object(source.read())
 
 
 def parse_json_object(content: bytes) -> dict[str, Any]:
-    """A JSON object of at most `MAX_JSON_BYTES`, in which no name stands twice at any depth.
-
-    Raises:
-        FormatError: it is none.
-    """
+    """A JSON object of few bytes, in which no name stands twice at any depth; FormatError if it is none."""
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_repetition, parse_int=_parse_int)
     except ValueError as error:
@@ -178,50 +169,38 @@ def write_sharded_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write tensors as diffusers does it: one file if they fit, otherwise several and an index.
+    """Write tensors as diffusers does it: one file (`write_safetensors`) if they fit, otherwise several and an index.
 
-    All files are whole before the first takes its name, and the index comes last; so an index never names a file
-    that is not there. A tensor of more than `max_shard_bytes` has a file of its own; the metadata are in each.
+    All files are whole before the first takes its name, and the index comes last; so an index never names a file that
+    is not there. A tensor of more than `max_shard_bytes` has a file of its own; the metadata are in each.
 
-    Returns:
-        The file, or the index and the files.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    Returns the file, or the index and the files.
     """
-    parts = list(_shards(tensors, max_shard_bytes))
-    if len(parts) == 1:
+    from huggingface_hub import split_state_dict_into_shards_factory  # Only folders of models need it.
+
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=attrgetter("byte_count"),
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    if not split.is_sharded:
         path = folder / f"{stem}.safetensors"
         write_safetensors(path, tensors, metadata, progress)
         return [path]
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
-    content = {"metadata": {"total_size": stored.total_bytes(tensors)}, WEIGHT_MAP: places}
+    index, files = folder / f"{stem}.safetensors.index.json", split.filename_to_tensors
+    content = {"metadata": split.metadata, WEIGHT_MAP: split.tensor_to_filename}
     check_room(index, stored.total_bytes(tensors))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder, ignore_cleanup_errors=True) as partial:
-            for file, part in zip(names, parts, strict=True):
-                write_safetensors(Path(partial, file), part, metadata, progress)
+            for file, names in files.items():
+                write_safetensors(Path(partial, file), {name: tensors[name] for name in names}, metadata, progress)
             write_bytes(Path(partial, index.name), (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
             index.unlink(missing_ok=True)  # An older index never stands beside newer files.
-            for file in (*names, index.name):
+            for file in (*files, index.name):
                 Path(partial, file).replace(folder / file)
             sync(folder)
     except OSError as error:
         raise WeightError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    return [index, *(folder / name for name in names)]
-
-
-def _shards(tensors: Mapping[str, StoredTensor], max_bytes: int) -> Iterator[dict[str, StoredTensor]]:
-    """Cut into runs of at most so many bytes; at least one run, and none is empty if there is a tensor."""
-    part: dict[str, StoredTensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if part and size + tensor.byte_count > max_bytes:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor
-        size += tensor.byte_count
-    yield part
+    return [index, *map(folder.joinpath, files)]

@@ -50,11 +50,7 @@ class FileRange:
 
     @contextmanager
     def opened(self) -> Iterator[BufferedReader]:
-        """The file, open for reading.
-
-        Raises:
-            WeightError: it has changed since it was first looked at, or cannot be read.
-        """
+        """The file, open for reading; WeightError if it has changed since it was first looked at, or cannot be read."""
         try:
             with self.path.open("rb") as file:
                 if _identity(os.fstat(file.fileno())) != self.identity:
@@ -64,11 +60,7 @@ class FileRange:
             raise WeightError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from error
 
     def part(self, start: int, size: int) -> "FileRange":
-        """Some of these bytes.
-
-        Raises:
-            FormatError: they would reach beyond the others.
-        """
+        """Some of these bytes; FormatError if they would reach beyond the others."""
         if start < 0 or size < 0 or start + size > self.size:
             raise FormatError("cut short, or damaged: something in it would lie beyond its end")
         return replace(self, start=self.start + start, size=size)
@@ -85,11 +77,7 @@ class FileRange:
                 raise WeightError(f"{self.path}: changed while it was being read; try again")
 
     def pieces(self) -> Iterator[memoryview]:
-        """The bytes, some at a time: each piece takes the memory of the one before.
-
-        Raises:
-            WeightError: they cannot be read any more.
-        """
+        """The bytes, some at a time: each piece takes the memory of the one before."""
         buffer = memoryview(bytearray(min(self.size, _COPIED)))
         for start in range(0, self.size, _COPIED):
             piece = buffer[: min(_COPIED, self.size - start)]
@@ -99,35 +87,23 @@ class FileRange:
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[FileRange]:
-    """A file; inside, everything wrong with its content becomes a WeightError that names it.
-
-    Raises:
-        WeightError: no such file, or it is not readable as the given kind.
-    """
+    """A file; inside, everything wrong with it and its content becomes a WeightError that names it and its kind."""
     try:
-        yield _source(path)
+        try:
+            status = path.stat()
+        except FileNotFoundError as error:
+            raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
+        except (OSError, ValueError) as error:
+            raise FormatError(getattr(error, "strerror", str(error))) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
+        yield FileRange(path, 0, status.st_size, _identity(status))
     except FormatError as error:
         raise WeightError(f"{path}: not a readable {kind} ({error}); {error.remedy}") from error
 
 
-def _source(path: Path) -> FileRange:
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise WeightError(f"{path}: no such file{near(path) or '; check the path'}") from error
-    except (OSError, ValueError) as error:
-        raise FormatError(getattr(error, "strerror", str(error))) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError("a folder" if stat.S_ISDIR(status.st_mode) else "not an ordinary file")
-    return FileRange(path, 0, status.st_size, _identity(status))
-
-
 def read_values(parts: Sequence[FileRange], dtype: DType, shape: tuple[int, ...]) -> np.ndarray:
-    """An array from bytes in row-major order that stand in parts one after the other; alone in its memory.
-
-    Raises:
-        WeightError: a file has changed, or cannot be read any more.
-    """
+    """An array from bytes in row-major order that stand in parts one after the other; alone in its memory."""
     values = np.empty(shape, dtype.numpy)
     buffer = values.reshape(-1).view(np.uint8).data
     for part in parts:
@@ -138,10 +114,8 @@ def read_values(parts: Sequence[FileRange], dtype: DType, shape: tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape and type are known; the values come when they are read, and are not kept.
-
-    It stands for what a file holds and for what is to be written: a changed shape or name needs no values.
-    """
+    """Shape and type are known; the values come when they are read, and are not kept. It stands for what a file holds
+    and for what is to be written: a changed shape or name needs no values."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -158,11 +132,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values, in memory; bfloat16 as bit patterns.
-
-        Raises:
-            WeightError: the file cannot be read any more; or it has a label, and holds NaN or infinity.
-        """
+        """The values, in memory; bfloat16 as bit patterns. WeightError where there is a label, and NaN or infinity."""
         values = self.load()
         assert values.shape == self.shape, f"{values.shape} instead of {self.shape}"
         assert values.dtype == self.dtype.numpy, f"{values.dtype} instead of {self.dtype.value}"
@@ -170,11 +140,7 @@ class StoredTensor:
         return values
 
     def write_to(self, file: IO[bytes]) -> None:
-        """Append the values to a file, in row-major order; without a copy in memory where a file holds them so.
-
-        Raises:
-            WeightError: as in `read`.
-        """
+        """Append what `read` gives to a file, in row-major order; without a copy in memory where a file holds it so."""
         if not self.ranges:
             file.write(raw_bytes(self.read()))
         for one in self.ranges:
@@ -231,7 +197,7 @@ class Container(Enum):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file holds. No handle stays open: a tensor opens the file when it is read, and sees if it was replaced."""
+    """What a file holds."""
 
     path: Path
     container: Container
@@ -243,11 +209,7 @@ class TensorFile:
 
 
 def checked_byte_count(shape: Sequence[int], dtype: DType) -> int:
-    """Size in bytes of a tensor that a file declares.
-
-    Raises:
-        FormatError: no array can have this shape.
-    """
+    """Size in bytes of a tensor that a file declares; FormatError if no array can have its shape."""
     if len(shape) > MAX_DIMENSIONS or any(type(length) is not int or length < 0 for length in shape):
         raise FormatError(f"impossible shape {quoted(shape)}")
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 2**62:
@@ -256,11 +218,7 @@ def checked_byte_count(shape: Sequence[int], dtype: DType) -> int:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Names as a file declares them.
-
-    Raises:
-        FormatError: there are too many, or one is no valid text.
-    """
+    """Stop, by a FormatError, if a file declares too many names, or one that is no valid text."""
     if len(names) > MAX_TENSORS:
         raise FormatError(f"{len(names)} tensors; at most {MAX_TENSORS} are read")
     for name in names:

@@ -8,7 +8,7 @@ import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,40 +76,26 @@ class DeflatedRange(FileRange):
 def read_torch_zip(source: FileRange) -> TensorFile:
     """A checkpoint of PyTorch 1.6 or later."""
     entries = _read_directory(source)
-    folder = _folder(entries)
-    root = TorchUnpickler(io.BytesIO(_read_entry(entries[f"{folder}data.pkl"], source, MAX_PICKLE_BYTES)), {}).load()
-    byteorder = entries.get(f"{folder}byteorder")
-    swapped = byteorder is not None and _read_entry(byteorder, source, 100) == b"big"
+    root = TorchUnpickler(io.BytesIO(_read_entry(entries["data.pkl"], source, MAX_PICKLE_BYTES)), {}).load()
+    swapped = "byteorder" in entries and _read_entry(entries["byteorder"], source, 100) == b"big"
     views, left_out = find_tensors(root)
-    place = f"{folder}data/"
-    storages = {
-        name.removeprefix(place): _range_of(entry, source) for name, entry in entries.items() if name.startswith(place)
-    }
+    storages = {name: _range_of(entry, source) for name, entry in _within("data/", entries).items()}
     tensors = _tensors(source, views, storages, swapped)
     notes = {
-        name.removeprefix(folder + NOTES): _read_entry(entry, source, LONGEST_NOTE).decode(errors="replace")
-        for name, entry in entries.items()
-        if name.startswith(folder + NOTES) and entry.file_size <= LONGEST_NOTE
+        name: _read_entry(entry, source, LONGEST_NOTE).decode(errors="replace")
+        for name, entry in _within(NOTES, entries).items()
+        if entry.file_size <= LONGEST_NOTE
     }
     return TensorFile(source.path, Container.TORCH_ZIP, tensors, find_notes(root) | notes, left_out)
 
 
-def _folder(names: Collection[str]) -> str:
-    """The folder that everything in an archive is in, with a slash."""
-    folders = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
-    if len(folders) != 1:
-        raise FormatError("it is a zip archive, but not one that PyTorch wrote")
-    if f"{folders[0]}constants.pkl" in names:
-        raise FormatError("it is a TorchScript program, not weights; save its state_dict in PyTorch")
-    return folders[0]
+def _within(folder: str, entries: Mapping[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """The entries in a folder, with a slash at its end, by their names there."""
+    return {name.removeprefix(folder): entry for name, entry in entries.items() if name.startswith(folder)}
 
 
 def _read_directory(source: FileRange) -> dict[str, zipfile.ZipInfo]:
-    """The entries of an archive by their names; nothing is unpacked.
-
-    Raises:
-        FormatError: damaged, or a name stands in it twice.
-    """
+    """The entries of an archive by their names in the folder that PyTorch puts all into; nothing is unpacked."""
     with source.opened() as file:
         try:
             listed = zipfile.ZipFile(_BoundedReads(file.raw)).infolist()
@@ -121,15 +107,16 @@ def _read_directory(source: FileRange) -> dict[str, zipfile.ZipInfo]:
     inflated = sum(entry.file_size for entry in listed if entry.compress_type != zipfile.ZIP_STORED)
     if inflated > _MAX_INFLATION * source.size + _MAX_INFLATED:
         raise FormatError("more is compressed in it than weights can be; unpack it to look what it is")
-    return entries
+    folders = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+    if len(folders) != 1:
+        raise FormatError("it is a zip archive, but not one that PyTorch wrote")
+    if f"{folders[0]}constants.pkl" in entries:
+        raise FormatError("it is a TorchScript program, not weights; save its state_dict in PyTorch")
+    return _within(folders[0], entries)
 
 
 def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
-    """Where the content of an archive's entry is.
-
-    Raises:
-        FormatError: it is encrypted, or compressed in another way than by deflation.
-    """
+    """Where the content of an archive's entry is, which may be as it is, or compressed by deflation."""
     name, header = quoted(entry.filename), source.part(entry.header_offset, _LOCAL_HEADER.size).read()
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     if signature != b"PK\x03\x04" or entry.flag_bits & _ENCRYPTED:
@@ -144,7 +131,7 @@ def _range_of(entry: zipfile.ZipInfo, source: FileRange) -> FileRange:
 
 
 def _read_entry(entry: zipfile.ZipInfo, source: FileRange, at_most: int) -> bytes:
-    """The content of a small entry, from where `_range_of` finds it; a FormatError if it is too large."""
+    """The content of a small entry."""
     if entry.file_size > at_most:
         raise FormatError(f"{quoted(entry.filename)} has {entry.file_size} bytes; at most {at_most} are read")
     return _range_of(entry, source).read()

@@ -125,11 +125,7 @@ class TorchUnpickler(_Machine):
         self.storages, self.dispatch = storages, _Bounded(_OPERATIONS)
 
     def load(self) -> Any:
-        """What the pickle builds; the file stands behind it then.
-
-        Raises:
-            FormatError: no pickle, cut short, damaged, or too long.
-        """
+        """What the pickle builds, behind which the file then stands; FormatError if it is none, damaged or too long."""
         try:
             return super().load()
         except _DAMAGES as error:
@@ -213,9 +209,7 @@ _OPERATIONS |= {vars(pickle)[name][0]: own for name, own in _OWN.items()}
 
 def _view(described: Sequence[Any], dtype_name: Any, flags: Sequence[Any]) -> View:
     """The tensor that a call describes by storage, offset, shape and strides, and by a type if the storage has none.
-
-    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor.
-    """
+    The flags mark what else must happen to the values, as for the negative or conjugate of another tensor."""
     storage, offset, shape, strides = described
     if not (isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)):
         raise FormatError("its pickle is damaged: a tensor without storage, shape or strides")
@@ -232,20 +226,15 @@ def _view(described: Sequence[Any], dtype_name: Any, flags: Sequence[Any]) -> Vi
 def find_tensors(root: Any) -> tuple[dict[str, View], dict[str, int]]:
     """The dictionary that holds most tensors, be it the object itself or one within it, as in Stable Diffusion's files;
     and how many tensors others hold, by their places. Of a file of several that belong together all of them, by paths.
-
-    Raises:
-        FormatError: there is no such dictionary.
-    """
-    held = list[tuple[str, dict[str, View]]]()
-    for path, mapping in _dictionaries(root):
-        if views := {name: value for name, value in mapping.items() if isinstance(value, View)}:
-            held.append((path, views))
+    FormatError if there is none."""
+    views = [(path, {n: one for n, one in own.items() if isinstance(one, View)}) for path, own in _dictionaries(root)]
+    held = [(path, own) for path, own in views if own]
     if not held:
         raise FormatError("it holds no tensors by name")
     if any(_IN_PARTS.search(path) for path, _ in held):
-        return {f"{path}.{name}".removeprefix("."): view for path, views in held for name, view in views.items()}, {}
+        return {f"{path}.{name}".removeprefix("."): view for path, own in held for name, view in own.items()}, {}
     _, largest = max(held, key=lambda item: len(item[1]))
-    left_out = {path or "top": len(views) for path, views in held if views is not largest}
+    left_out = {path or "top": len(own) for path, own in held if own is not largest}
     return largest, left_out
 
 

@@ -19,11 +19,7 @@ NOTES, LONGEST_NOTE = "extra/", 1000
 
 
 def write_torch(path: Path, tensors: Mapping[str, StoredTensor | None], notes: Mapping[str, str]) -> None:
-    """Write a file atomically; one tensor at a time is in memory. None becomes an empty dictionary.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
-    """
+    """Write a file as `write_safetensors` does, atomically and tensor by tensor. None becomes an empty dictionary."""
     stored = {str(number): tensor for number, tensor in enumerate(tensors.values()) if tensor}
     items = (_plain(name) + (_view(str(n), own) if own else b"}") for n, (name, own) in enumerate(tensors.items()))
     texts = {"data.pkl": b"\x80\x02}(" + b"".join(items) + b"u.", "byteorder": b"little", "version": b"3\n"}
