@@ -48,7 +48,7 @@ class PreparationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Schema):
-    """Crop pictures to the sizes of a training."""
+    """Crop pictures to the sizes of a training, near-duplicates left out."""
 
     POSITIONAL = ("source", "target")
 
@@ -78,7 +78,7 @@ class ComparisonConfig(GenerationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Schema):
-    """Compare a base model with its adapted self: same prompts, same noise."""
+    """Compare base and adapted model, by the same prompts and noise."""
 
     weights: WeightsConfig
     comparison: ComparisonConfig

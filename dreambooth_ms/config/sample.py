@@ -3,22 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, ScheduleConfig, WeightsConfig
-
-SD_XL_BASE_RATIOS: dict[str, tuple[int, int]] = {
-    "0.5": (704, 1408), "0.52": (704, 1344), "0.57": (768, 1344), "0.6": (768, 1280),
-    "0.68": (832, 1216), "0.72": (832, 1152), "0.78": (896, 1152), "0.82": (896, 1088),
-    "0.88": (960, 1088), "0.94": (960, 1024), "1.0": (1024, 1024), "1.0_768": (768, 768),
-    "1.0_512": (512, 512), "1.07": (1024, 960), "1.13": (1088, 960), "1.21": (1088, 896),
-    "1.29": (1152, 896), "1.38": (1152, 832), "1.46": (1216, 832), "1.67": (1280, 768),
-    "1.75": (1344, 768), "1.91": (1344, 704), "2.0": (1408, 704), "2.09": (1472, 704),
-    "2.4": (1536, 640), "2.5": (1600, 640), "2.89": (1664, 576), "3.0": (1728, 576),
-}  # fmt: skip
-"""The sizes that SDXL was trained at, by the names that mindone's guide gives them (width over height, rounded) ->
-(width, height) in pixels."""
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
 _RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)

@@ -10,16 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from dreambooth_ms.config.choices import read_table
 from dreambooth_ms.errors import ConfigError
 
-
-def _read(file: str) -> Any:
-    return yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
-
-
-_TABLES, _NOT_HERE = _read("spellings.yaml"), _read("refusals.yaml")
+_TABLES, _NOT_HERE = (read_table(Path(__file__).with_name(f"{name}.yaml")) for name in ("spellings", "refusals"))
 
 SPELLINGS: dict[str, tuple[str, ...]] = {}
 """Another name -> the fields that it may stand for: the one that the command has."""

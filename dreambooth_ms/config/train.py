@@ -630,7 +630,7 @@ class ProcessesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Schema):
-    """Teach the base model a subject from a few pictures."""
+    """Teach a base model a subject from a few pictures."""
 
     USUAL = (
         *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "resolution", "output_dir"),

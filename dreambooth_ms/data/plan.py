@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dreambooth_ms.config.choices import BUCKETS
 from dreambooth_ms.data.augmentation import augmented
 from dreambooth_ms.data.holes import Hole, draw_hole
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
@@ -24,16 +25,6 @@ from dreambooth_ms.data.records import CLASS, Concept, Record
 from dreambooth_ms.randomness import generator
 
 MOST_TURNS = 100_000
-_OF_512 = (
-    (256, 1024), (320, 1024), (384, 1024), (384, 960), (384, 896), (448, 832), (512, 768), (512, 704), (512, 512),
-    (576, 640),
-)  # fmt: skip
-_OF_1024 = (
-    (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
-    (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152), (896, 1088),
-    (960, 1088), (960, 1024), (1024, 1024),
-)  # fmt: skip
-_NO_MIRROR = (704, 1344)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,17 +183,15 @@ def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
     """The sizes of a resolution, from the narrowest on: NovelAI's 19 at 512 (Anlatan, 2022), the 40 that SDXL was
     trained at (Podell et al., 2023, appendix I) at 1024, else the largest that have no more than its area, whose sides
     are multiples of 64, or of less at low resolutions, and of `multiple`."""
-    if resolution in (512, 1024):
-        narrow = _OF_512 if resolution == 512 else _OF_1024
-        sizes = {*narrow, *((height, width) for width, height in narrow if (width, height) != _NO_MIRROR)}
-    else:
-        step = min(64, max(8, resolution // 64 * 8))
-        step = -(-step // multiple) * multiple
-        lowest, highest = resolution // 2 // step * step, 2 * resolution
-        widths = range(max(lowest, step), highest + 1, step)
-        fitting = {(width, min(highest, resolution**2 // width // step * step)) for width in widths}
-        kept = {size for size in fitting if size[1] >= max(lowest, step)}
-        sizes = kept | {(height, width) for width, height in kept} | {(resolution, resolution)}
+    if resolution in BUCKETS:
+        return BUCKETS[resolution]
+    step = min(64, max(8, resolution // 64 * 8))
+    step = -(-step // multiple) * multiple
+    lowest, highest = resolution // 2 // step * step, 2 * resolution
+    widths = range(max(lowest, step), highest + 1, step)
+    fitting = {(width, min(highest, resolution**2 // width // step * step)) for width in widths}
+    kept = {size for size in fitting if size[1] >= max(lowest, step)}
+    sizes = kept | {(height, width) for width, height in kept} | {(resolution, resolution)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size[0]))
 
 
