@@ -1,5 +1,4 @@
-"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, and no weight is read but
-what new words start from."""
+"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written."""
 
 import json
 import re
@@ -130,8 +129,7 @@ def in_short(one: Mapping[str, Any]) -> str:
 
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
-    """The words of a prompt that are new, or neither common nor in that of the class -> into how many tokens they
-    fall."""
+    """A prompt's words that are new, or neither common nor in that of the class -> into how many tokens they fall."""
     new = "".join(f"{re.escape(word)}|" for word in sorted(tokenizer.words, key=len, reverse=True))
     words = [word for word in re.findall(rf"{new}\w+", prompt) if not re.search(rf"\b{re.escape(word)}\b", of_class)]
     tokens = {word: tokenizer.tokens(word) for word in words}

@@ -69,6 +69,8 @@ HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
     config = load(DoctorConfig, argv, tell)
+    if config.device.mixed_precision not in (None, "no"):
+        raise ConfigError("--mixed_precision: the doctor compares figures in float32; leave it out")
     report = config.report.report and Path(config.report.report)
     if report and (report.exists() or not report.parent.is_dir()):
         raise ConfigError(f"--report {report}: expected the name of a new file, in a folder that is there")
@@ -138,8 +140,7 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 
 
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
-    """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
-    UserError, which says it and what to do."""
+    """Name -> check, each after those that it needs. One says what it found, or raises UserError with what to do."""
     of_card = {"driver": driver, "attention": attention, "kernels": kernels}
     of_card["environment"] = lambda: ", ".join(_variables(READ_BY_CARD))
     return {

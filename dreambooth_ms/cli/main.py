@@ -30,8 +30,7 @@ COMMANDS = {
     name: (schema_of(name).__doc__ or "").removesuffix(".")
     for name in ["train", "check", "prepare", "sample", "evaluate", "inspect", "convert", "merge", "extract", "doctor"]
 }
-"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and a schema in `config`; those of
-`cli/conversion.py` are functions."""
+"""Name -> summary. Each has a schema in `config`, and its `run` in `cli`, or is a function of `cli/conversion.py`."""
 
 
 def program() -> NoReturn:

@@ -146,8 +146,7 @@ class TrainingJob:
 
 
 class Training:
-    """What a run trains: the method's trainables, with their optimiser and step, as new or as the run's checkpoint has
-    them."""
+    """What a run trains: the method's trainables, optimiser and step, as new or as the run's checkpoint has them."""
 
     def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
         self.job = job

@@ -32,8 +32,7 @@ from dreambooth_ms.training.run_folder import check_data
 
 
 def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker]:
-    """The job with all of its pictures, the network to train, and all that its batches are made of. Autoencoder and
-    text encoders are gone afterwards."""
+    """The job with all its pictures, the network to train, and what makes batches; all encoders are gone afterwards."""
     base, cache = job.base, ContentCache(job.config.output_dir / "cache")
     generated = [(one.prompt, one.generated.class_negative_prompt) for one in job.sources if one.generated]
     class_prompts = [text for both in generated for text in both]
@@ -78,8 +77,7 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
 def sample_class_pictures(
     job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText]
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
-    it."""
+    """Sample this process's share of these class pictures, by folder; returns the UNet if that loaded it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None

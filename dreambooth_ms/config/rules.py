@@ -51,6 +51,11 @@ def needs(other: str, what: str, *instead: str) -> Rule:
     )
 
 
+def needs_one(first: str, *others: str, message: str) -> Rule:
+    """One of these fields must be given, whatever this one is."""
+    return Rule(lambda values: not any(values[name] for name in (first, *others)), f"--{first}: missing; {message}")
+
+
 def refused_with(other: str, value: str, message: str) -> Rule:
     """The other field must not have this value."""
     return Rule(lambda values: values[other] == value, f"--{{field}}: {message}")

@@ -22,8 +22,7 @@ class PicturesConfig(GenerationConfig):
     prompt: Annotated[str, NOT_EMPTY]
     """What the pictures show: a prompt, or the path of a text file with one prompt per line."""
     negative_prompt: Annotated[str, _GUIDED] = ""
-    """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model's folder asks for
-    it."""
+    """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model asks for it."""
     num_images_per_prompt: Annotated[int, at_least(1), _BY_SHEET] = 1
     """Pictures per prompt."""
     height: Annotated[int | None, SIDE] = None
@@ -36,8 +35,7 @@ class PicturesConfig(GenerationConfig):
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0
-    """Layers left out at the end of the text encoders, counted from 0 as in diffusers: 1 is what A1111, whose count is
-    --clip_stop_at_last_layers, and kohya call 2."""
+    """Layers left out at the end of the text encoders, from 0 as in diffusers (--clip_stop_at_last_layers: from 1)."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
     vae_whole_up_to: Annotated[int | None, SIDE] = None
@@ -71,8 +69,7 @@ class StartConfig:
     """Image to image, and inpainting: what pictures start from."""
 
     task: Annotated[Literal["txt2img", "img2img", "inpaint"] | None, _STARTS, _INPAINTS] = None
-    """Start from text alone (txt2img), or from a picture (img2img), or draw a part of it anew (inpaint). None: as
-    --image and --mask say."""
+    """From text (txt2img) or a picture (img2img), or a part of one anew (inpaint). None: as --image and --mask say."""
     image: Annotated[str | None, NOT_EMPTY, PATH, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     mask: Annotated[str | None, NOT_EMPTY, PATH, needs("image", "the picture"), _NO_MASK, _WHOLE_PICTURE] = None
@@ -138,11 +135,9 @@ class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
     refiner: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """The model: a local folder or file, or a name on the Hugging Face hub, in the base's --variant. None: the base
-    makes the pictures alone."""
+    """The model: a folder, a file, or a name on the Hugging Face hub, in the base's --variant. None: there is none."""
     denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
-    """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with
-    --refiner_strength."""
+    """Share of the denoising that the base does, the refiner the rest. None: 0.8, or all with --refiner_strength."""
     refiner_strength: Annotated[float | None, SHARE, only_with("refiner")] = None
     """Let the base finish its pictures, and the refiner start from them and go this far: 1 keeps nothing of them."""
 

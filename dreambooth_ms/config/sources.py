@@ -1,5 +1,4 @@
-"""What users write, in flags and YAML files: settings that know where they stand and what is wrong with them, and the
-value that a field takes of one."""
+"""What users write in flags and YAML files: settings that know what is wrong with them, and the values of fields."""
 
 import os
 import re

@@ -92,8 +92,7 @@ class DataConfig:
     instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Folder with the pictures of the subject. Required without concepts_list or dataset_name."""
     instance_prompt: Annotated[str | None, NOT_EMPTY, _NAMELESS] = None
-    """Prompt that names the subject, with its rare token: "a photo of sks dog". Required where no caption stands
-    in its place."""
+    """Prompt that names the subject by its rare token: "a photo of sks dog". Required where no caption replaces it."""
     concepts_list: Annotated[str | None, NOT_EMPTY, PATH, _IN_THE_FILE, Resume.BY_CONTENT] = None
     """Several subjects: a file with a list of them (JSON or YAML), a dataset_config of kohya's scripts, or a folder of
     folders named "10_sks dog": repeats and prompt. docs/data.md has what they hold."""
@@ -105,11 +104,9 @@ class DataConfig:
     image_column: Annotated[str, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = "image"
     """Column of its parquet files that has the pictures."""
     cache_dir: Annotated[str | None, NOT_EMPTY, PATH, _DATA_SET, Resume.MAY_CHANGE] = None
-    """Folder for what of it is downloaded, and for pictures from parquet files. None: huggingface_hub's cache, and
-    cache in output_dir."""
+    """Folder for downloads, and pictures of parquet files. None: huggingface_hub's cache, and output_dir/cache."""
     repeats: Annotated[float, above(0), _BY_PASSES_ALONE, Resume.MAY_CHANGE] = 1.0
-    """How often each picture of the subject comes in a pass of num_train_epochs; in concepts_list, also beside those
-    of the other subjects."""
+    """How often each picture of the subject comes in a pass of num_train_epochs, and beside those of other subjects."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
     use_aspect_ratio_bucket: Annotated[bool, _AUGMENTED] = False
@@ -127,8 +124,7 @@ class DataConfig:
     """Let custom_diffusion see the subject's pictures as they are. Without it they are made smaller, on grey, or
     enlarged, and "a far away ", "very small ", "zoomed in " or "close up " says so before the prompt."""
     mask_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
-    """Folder with a mask for each picture of the subject, under its name and of its size: the error counts where it is
-    white, and only in part where it is grey."""
+    """Folder with a mask per picture, of its name and size: the error counts where it is white, in part where grey."""
     alpha_mask: Annotated[bool, excludes("mask_dir", message="and --mask_dir are two masks; give one of them")] = False
     """The pictures' own opacity is their mask."""
     unmasked_weight: Annotated[float, DECAY, _UNMASKED] = 0.0
@@ -153,8 +149,7 @@ class CaptionsConfig:
     use_txt_as_label: bool = False
     """Read the captions beside the subject's pictures, in place of instance_prompt."""
     use_filename_as_label: bool = False
-    """The name of each picture of the subject, without its suffix, is its prompt; beside the flags above and below only
-    where a picture has no caption."""
+    """Each picture's name without suffix is its prompt; beside the flags above and below only if it has no caption."""
     caption_column: Annotated[str | None, NOT_EMPTY] = None
     """Column of metadata.jsonl or metadata.csv in the folder, whose file_name names the picture: captions are there,
     not in files. Without read_prompt_from_txt they are the subject's and stand in place of instance_prompt."""
@@ -219,8 +214,7 @@ class MethodConfig:
     freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], only_with("method", "custom_diffusion")] = (
         "crossattn_kv"
     )
-    """What custom_diffusion trains of the UNet: crossattn_kv, or crossattn: queries and outputs of its cross-attention
-    as well, for faces."""
+    """What custom_diffusion trains of cross-attention: keys and values, or with crossattn all of it, for faces."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT, _FROZEN_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
     clip_skip: Annotated[int, at_least(0)] = 0
@@ -306,8 +300,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Save memory: compute activations again in the backward pass, in place of keeping them. A step takes longer."""
     max_device_memory: Annotated[str | None, MEMORY] = None
-    """Memory that each process may take, such as 16GB; the run is refused if it is expected to need more. None: the
-    machine's, which the processes on it share."""
+    """Memory of each process, as 16GB; a run that needs more is refused. None: the machine's, shared by all on it."""
     seed: Annotated[int | None, SEED] = None
     """Makes the run repeatable. None: drawn at random and recorded."""
     checkpointing_steps: Annotated[int, at_least(1), Resume.MAY_CHANGE] = 500
@@ -321,8 +314,7 @@ class RunConfig:
     logging_dir: Annotated[str, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
     profile: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
-    """Let MindSpore's profiler record so many steps after the first, which compiles, into the folder profile inside
-    output_dir. None: it records nothing."""
+    """Let MindSpore's profiler record so many steps after the first into output_dir/profile. None: it does not."""
 
 
 _TEXT_ENCODER = no_effect(
@@ -497,9 +489,8 @@ class ValidationConfig:
     """Pictures generated during training, to see how far it is."""
 
     validation_prompt: Annotated[tuple[str, ...] | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Prompt of pictures that are generated during the training, or the path of a text file with one prompt per line;
-    several by the flag once more. A base that inpaints draws the middle of the first subject's first picture anew.
-    None: there are none."""
+    """Prompt of pictures that are generated during the training, or a text file with one per line; several by the flag
+    once more. A base that inpaints draws the middle of the first subject's first picture anew. None: there are none."""
     validation_negative_prompt: Annotated[str, _VALIDATES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
@@ -561,8 +552,7 @@ class LossConfig(ScheduleConfig):
     ip_noise_gamma: Annotated[float, at_least(0)] = 0.0
     """Input perturbation: strength of more noise, which the network reads and is not to answer; 0.1 is usual."""
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    """How a difference counts: squared (l2), or from about huber_c on in proportion, so that outliers count less.
-    smooth_l1 is huber over huber_c."""
+    """How differences count: squared (l2), or from about huber_c on in proportion. smooth_l1 is huber over huber_c."""
     huber_c: Annotated[float, SHARE, _HUBER] = 0.1
     """Where huber goes from squared to proportional: at the most noise, or everywhere if huber_schedule is constant."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], _HUBER] = "snr"

@@ -151,8 +151,7 @@ def encode_prompts(
 
 
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
-    """These prompts and the empty one, each with what the base's own text encoders make of it; not all are in memory,
-    and the encoders are gone afterwards."""
+    """These prompts and the empty one, each with what the base's text encoders make of it; they are gone afterwards."""
     tokenizer, encoders, wanted = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders(), {*prompts, ""}
     zeros = bundle.zeros_for_empty_prompt
     return encode_prompts(tokenizer, encoders, wanted, min(8, len(wanted)), zeros_for_empty=zeros)

@@ -45,8 +45,7 @@ class View:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """(top, left) of its crop in the resized picture; a mirrored one counts from the right. What is pasted whole on
-        grey has (0, 0)."""
+        """(top, left) of its crop in the resized picture; mirrored from the right; (0, 0) if pasted on grey."""
         if self.frame.place:
             return 0, 0
         return self.frame.top, self.frame.highest[1] - self.frame.left if self.flip else self.frame.left
@@ -239,8 +238,7 @@ def _lost(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
 
 
 def table_of_sizes(plan: Plan, steps: int) -> list[tuple[Size, int, float, int]]:
-    """Of a run of so many steps each size, its pictures of the subjects, the mean share that is cut off them, and its
-    steps."""
+    """Each size of a run of so many steps, its pictures of the subjects, the mean share cut off them, and its steps."""
     turns = Counter(taking_turns(plan.shares, step)[0] for step in range(steps))
     pictures = [[record.size for one in bucket.groups[0] for record in one.records] for bucket in plan.buckets]
     return [
