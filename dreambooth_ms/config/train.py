@@ -581,6 +581,11 @@ class LossConfig(ScheduleConfig):
     """How errors of the clean picture count with such a base: all the same, as in diffusers' script, or as in the EDM
     paper, more where there is little noise."""
 
+    @property
+    def offset_strength(self) -> float:
+        """Strength of the constant that is added to each channel of the noise."""
+        return OFFSET_NOISE_STRENGTH if self.offset_noise else self.noise_offset
+
 
 _SCALED = only_with("mixed_precision", "fp16", "auto")
 _ADJUSTED = not_with("loss_scaler_type", "static")
@@ -684,8 +689,3 @@ class TrainConfig(Schema):
     def augments(self) -> bool:
         """Whether rows vary how large the subject's pictures are."""
         return self.method.method == "custom_diffusion" and not self.data.noaug
-
-    @property
-    def noise_offset(self) -> float:
-        """Strength of the constant added to the noise."""
-        return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset

@@ -9,7 +9,7 @@ it covers the size, and the rest is cut. Of ratios a and b the share lost is 1 -
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -147,25 +147,27 @@ class Plan:
 
     def _row(self, concept: Concept, own: int, bucket: int, size: Size) -> Row:
         """The row that sees a concept's pictures of a bucket for the `own`-th time, counted from 0."""
-        name, framing, records = concept.drawn_as or concept.name, self.framing, concept.records
-        number = own * len(self.buckets) + bucket
-        epoch, position = divmod(own, len(records))
-        order = _order(self.seed, name, len(records), epoch * len(self.buckets) + bucket)
-        record = records[order[position]]
+        framing, number = self.framing, own * len(self.buckets) + bucket
+        epoch, position = divmod(own, len(concept.records))
+        name, turn = concept.drawn_as or concept.name, epoch * len(self.buckets) + bucket
+        record = concept.records[_order(self.seed, name, len(concept.records), turn)[position]]
+        draws = self.draws(concept, number)
         prompt = record.captions[0]
         if len(record.captions) > 1:
-            prompt = record.captions[generator(self.seed, f"{name} caption", number).integers(len(record.captions))]
+            prompt = record.captions[draws("caption").integers(len(record.captions))]
         if concept.wording:
-            prompt = concept.wording.of_row(prompt, generator(self.seed, f"{name} wording", number))
-        drawn = None if framing.center_crop else generator(self.seed, f"{name} crop", number)
-        frame = frame_of(record.size, size, drawn)
+            prompt = concept.wording.of_row(prompt, draws("wording"))
+        frame = frame_of(record.size, size, None if framing.center_crop else draws("crop"))
         if framing.augments and concept.group != CLASS:
-            rng = generator(self.seed, f"{name} augmentation", number)
-            frame, said = augmented(record.size, size, rng, framing.center_crop)
+            frame, said = augmented(record.size, size, draws("augmentation"), framing.center_crop)
             prompt = prompt and said + prompt
-        flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
-        hole = draw_hole(size, generator(self.seed, f"{name} hole", number)) if framing.inpaints else None
+        flip = framing.random_flip and draws("flip").random() < 0.5
+        hole = draw_hole(size, draws("hole")) if framing.inpaints else None
         return Row(concept, number, View(record, prompt, frame, bool(flip), hole))
+
+    def draws(self, concept: Concept, number: int) -> Callable[[str], np.random.Generator]:
+        """By the purpose, what the row of a concept with this number draws from."""
+        return lambda purpose: generator(self.seed, f"{concept.drawn_as or concept.name} {purpose}", number)
 
 
 def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
