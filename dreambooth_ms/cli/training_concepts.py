@@ -12,8 +12,7 @@ import numpy as np
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
-from dreambooth_ms.config.train import CAPTIONS, TrainConfig
-from dreambooth_ms.config.words import OF_CUSTOM_DIFFUSION, split_words
+from dreambooth_ms.config.train import CAPTIONS, OF_CUSTOM_DIFFUSION, TrainConfig, split_words
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told

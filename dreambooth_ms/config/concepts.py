@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import yaml
 
-from dreambooth_ms.config.load import build
+from dreambooth_ms.config.load import Setting, build, canonical, in_one_line
 from dreambooth_ms.config.ranges import at_least
 from dreambooth_ms.config.schema import schema_fields
-from dreambooth_ms.config.sources import Setting, canonical, in_one_line
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, Tell, near
 

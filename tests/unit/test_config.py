@@ -15,10 +15,9 @@ from dreambooth_ms.config import commands, sample, shared
 from dreambooth_ms.config import train as train_schema
 from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, ExtractConfig, InspectConfig, MergeConfig
 from dreambooth_ms.config.concepts import ConceptConfig
-from dreambooth_ms.config.load import load, to_yaml
+from dreambooth_ms.config.load import canonical, load, to_yaml
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.schema import describe, field_documentation, schema_fields, sections
-from dreambooth_ms.config.sources import canonical
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, REFUSED, SPELLINGS, VALUES
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
