@@ -99,14 +99,14 @@ def describe_concepts(job: TrainingJob) -> list[dict[str, Any]]:
             "pictures": len(pictures),
             "sizes": list(dict.fromkeys("{}x{}".format(*size) for size in (pictures[0], pictures[-1]))),
             "trained_at": Counter("{}x{}".format(*sizes[at]) for at in nearest(sizes, pictures)),
-            "cut_off": float(lost_area(sizes, pictures).mean()),
+            "cut_off": float(lost_area(sizes, pictures).min(1).mean()),
             "seen": float(job.total * job.config.rows_per_step * concept.repeats / of_group),
             "odd": odd,
         }
         described.append(own)
         like = near_duplicates([record.looks for record in concept.records])
         for at, record in enumerate(concept.records):
-            (size,), (lost,) = of_records(sizes, [record]), lost_area(sizes, [record.size])
+            (size,), lost = of_records(sizes, [record]), lost_area(sizes, [record.size]).min()
             enlarged, sharpness = max(size[0] / record.size[0], size[1] / record.size[1]), record.looks.sharpness
             for what, is_so, how in (
                 ("near-duplicate", at in like, f"like {concept.records[like.get(at, at)].path.name}"),

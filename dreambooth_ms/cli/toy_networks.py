@@ -1,7 +1,4 @@
-"""The smallest networks that have every kind of layer, and inputs for them: for checks of an installation.
-
-They are generated, so that nothing is downloaded; every value is a function of names and numbers.
-"""
+"""The smallest networks that have every kind of layer, and inputs for them, for checks of an installation."""
 
 from pathlib import Path
 

@@ -56,11 +56,7 @@ def with_prompts_read(config: TrainConfig) -> TrainConfig:
 
 class ShowValidation:
     """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are; a sheet of
-    them, and one of each prompt through the run.
-
-    The process that has the tracker samples them one at a time, by one compiled denoiser, which takes less memory than
-    a training step of as many rows.
-    """
+    them, and one of each prompt through the run. The process that has the tracker samples them, one at a time."""
 
     def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
         wanted, side = job.config.validation, job.config.data.resolution

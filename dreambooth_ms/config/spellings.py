@@ -1,9 +1,6 @@
 """What users bring from other programs: the same thing under another name, or with its value written in another way;
-and what is not here at all: refused with a reason, or harmless and ignored with one.
-
-The names stand in spellings.yaml and refusals.yaml. One only applies where its field exists, so one table serves every
-command.
-"""
+and what is not here at all: refused with a reason, or harmless and ignored with one. Each serves every command that has
+its field."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping

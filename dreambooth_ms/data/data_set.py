@@ -1,8 +1,4 @@
-"""A data set, here or on the hub, as a folder of pictures: what other programs take by --dataset_name.
-
-Pictures that stand in parquet files are written out once, beside metadata.jsonl with their captions; from there on
-there is nothing but a folder of pictures.
-"""
+"""A data set, here or on the hub, as a folder of pictures: those in parquet files are written out once."""
 
 import json
 import os

@@ -56,12 +56,8 @@ def mask_of_latents(mask: Mask | None, frame: Frame, flip: bool, size: Size, res
     """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has, and 0
     around what is pasted.
 
-    Args:
-        mask: of the picture; None: it counts everywhere.
-        frame: of the crop.
-        flip: whether the crop is mirrored.
-        size: (w, h) of the latents, of which the crop is a multiple.
-        rest: how much counts what the mask has not, from 0 to 1.
+    Without a mask the picture counts everywhere. `size` is (w, h) of the latents, of which the crop is a multiple;
+    `rest`, from 0 to 1, how much counts what the mask has not.
     """
     width, height = size
     counts = np.ones((height, width), np.float32)

@@ -56,15 +56,6 @@ _UNREADABLE = (
 """What Pillow's decoders raise on damaged files."""
 
 
-class PictureFolder(NamedTuple):
-    """What a folder holds."""
-
-    pictures: list[Path]
-    """In natural order (2 before 10)."""
-    notes: dict[str, list[Path]]
-    """What the user should know of some of the rest, for `told`."""
-
-
 class Opened(NamedTuple):
     """A picture as a viewer shows it, and what else there is to say of it."""
 
@@ -100,8 +91,9 @@ class Frame:
         return self.resized[1] - self.cut[1], self.resized[0] - self.cut[0]
 
 
-def find_pictures(folder: str | Path) -> PictureFolder:
-    """The picture files at the top of a folder, recognised by their suffixes. Hidden files are skipped.
+def find_pictures(folder: str | Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The picture files at the top of a folder, by their suffixes, in natural order (2 before 10); hidden ones are
+    skipped. And what the user should know of some of the rest, for `told`.
 
     Raises:
         DataError: there is no such folder, or no picture in it.
@@ -125,7 +117,7 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
         is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in names
         notes[CAPTIONS if is_caption or path.name in CAPTION_FILES else SKIPPED].append(path)
-    return PictureFolder(pictures, notes)
+    return pictures, notes
 
 
 def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:

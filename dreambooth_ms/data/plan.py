@@ -1,10 +1,8 @@
 """Which picture, prompt, crop and flip each row of each batch sees: a function of the seed, known in advance.
 
-Rows are numbered over the whole run, each concept's by themselves. All that is random about a row depends on its
-number, so it makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
-The size is the step's, and depends on the number of the step; so does which rows of a size a step has. Sizes have
-several aspect ratios and about equal area, and each picture takes the one that loses least of it: it is resized until
-it covers the size, and the rest is cut. Of ratios a and b the share lost is 1 - min(a/b, b/a).
+Rows are numbered over the whole run, each concept's by themselves, and all that is random about one depends on its
+number: two batches of 1 are the rows of one batch of 2. The size is the step's. Each picture takes the size that loses
+least of it: it is resized until it covers that, and the rest is cut.
 """
 
 import math
@@ -65,7 +63,6 @@ class Framing:
     """How pictures become crops."""
 
     sizes: tuple[Size, ...]
-    """Each picture has the one that loses least of it; a step has rows of one size."""
     center_crop: bool
     random_flip: bool
     augments: bool = False
@@ -88,10 +85,8 @@ class Bucket(NamedTuple):
 class Plan:
     """The rows of every batch: `batch_size` of each group of concepts, in the order of the groups.
 
-    Sizes take turns by the pictures that the first group has of them; its concepts do by their pictures and repeats,
-    and each concept is gone through in an order drawn anew for every epoch of its own. So no picture is dropped, and
-    all come up equally often, whatever the batch size. Another group of as many concepts goes along with the first: a
-    class comes up when its subject does.
+    Sizes take turns by the pictures that the first group has of them, its concepts by their pictures and repeats; each
+    concept is gone through in an order of each epoch of its own. Another group of as many concepts goes along with it.
     """
 
     concepts: tuple[Concept, ...]
@@ -171,19 +166,15 @@ class Plan:
 
 
 def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
-    """Which of some things comes up at a position, and how often it has come up before.
-
-    Of each `sum(shares)` positions in a row from 0 on, each has its share, spread evenly.
-    """
+    """Which of some things comes up at a position, and how often before: each by its share, spread evenly."""
     cycle, at = divmod(position, sum(shares))
     order, before = _cycle(shares)
     return int(order[at]), cycle * shares[order[at]] + int(before[at])
 
 
 def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
-    """The sizes of a resolution, from the narrowest on: NovelAI's 19 at 512 (Anlatan, 2022), the 40 that SDXL was
-    trained at (Podell et al., 2023, appendix I) at 1024, else the largest that have no more than its area, whose sides
-    are multiples of 64, or of less at low resolutions, and of `multiple`."""
+    """The sizes of a resolution, from the narrowest on: at 512 and 1024 the published ones, else the largest that have
+    no more than its area, whose sides are multiples of 64, or of less at low resolutions, and of `multiple`."""
     if resolution in BUCKETS:
         return BUCKETS[resolution]
     step = min(64, max(8, resolution // 64 * 8))
@@ -198,24 +189,22 @@ def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
 
 def nearest(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
     """The position (P,) of the size that loses least of each picture; of equals the first."""
-    return _lost(sizes, pictures).argmin(1)
+    return lost_area(sizes, pictures).argmin(1)
 
 
 def lost_area(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
-    """The share (P,) of each picture that is cut off at the size that loses least of it."""
-    return _lost(sizes, pictures).min(1)
+    """The share (P, S) of each picture that is cut off at each size: of aspect ratios a and b 1 - min(a/b, b/a)."""
+    own, of_sizes = (np.log([width / height for width, height in of]) for of in (pictures, sizes))
+    return 1 - np.exp(-np.abs(own[:, None] - of_sizes[None]))
 
 
 def least_losing(sizes: Sequence[Size], pictures: Sequence[Size], at_most: int) -> list[Size]:
-    """So many of the sizes, or fewer, that lose least of all pictures together.
-
-    Pictures are nearest to one of two neighbours among the chosen, so that the best choice up to a size extends one up
-    to a narrower one.
-    """
+    """So many of the sizes, or fewer, that lose least of all pictures together."""
+    # A picture is nearest to one of its two neighbours among the chosen: the best choice up to a size extends another.
     ordered = sorted(sizes, key=lambda size: size[0] / size[1])
     # Before the first and behind the last stands a size that is never nearest.
     ratios = np.array([0, *(width / height for width, height in ordered), np.inf])
-    lost = np.pad(_lost(ordered, pictures), ((0, 0), (1, 1)), constant_values=np.inf)
+    lost = np.pad(lost_area(ordered, pictures), ((0, 0), (1, 1)), constant_values=np.inf)
     of_pictures = np.array([width / height for width, height in pictures])
     between = [
         [lost[(of_pictures > low) & (of_pictures <= high)][:, [i, j]].min(1).sum() for j, high in enumerate(ratios)]
@@ -231,12 +220,6 @@ def least_losing(sizes: Sequence[Size], pictures: Sequence[Size], at_most: int) 
         # More sizes are only worth their compilation where they lose less.
         found = best[-1] if best[-1][0] < found[0] - 1e-9 else found
     return [ordered[j - 1] for j in found[1][:-1]]
-
-
-def _lost(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
-    """The share (P, S) of each picture that is lost at each size."""
-    own, of_sizes = (np.log([width / height for width, height in of]) for of in (pictures, sizes))
-    return 1 - np.exp(-np.abs(own[:, None] - of_sizes[None]))
 
 
 def table_of_sizes(plan: Plan, steps: int) -> list[tuple[Size, int, float, int]]:
