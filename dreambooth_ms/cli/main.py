@@ -1,7 +1,5 @@
-"""`dreambooth-ms COMMAND`: finds the command, and turns users' mistakes into lines on stderr.
-
-Nothing heavy is imported until a command runs, so that help and mistakes answer at once.
-"""
+"""`dreambooth-ms COMMAND`: finds the command, and turns users' mistakes into lines on stderr. Nothing heavy is imported
+until a command runs, so that help and mistakes answer at once."""
 
 import atexit
 import gc
@@ -92,11 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _import_run(name: str) -> Callable[[Sequence[str]], int]:
-    """What does a command.
-
-    MindSpore collects garbage whenever it compiles. In a fresh process nothing that is imported is ever garbage, so it
-    need not be looked at; that takes a tenth of a second each time, and a fifth of the import (measured).
-    """
+    """What does a command. MindSpore collects garbage whenever it compiles; what a fresh process imports never is any,
+    and not to look at it saves a tenth of a second each time, and a fifth of the import (measured)."""
     module, function = ("conversion", name) if name in ("inspect", "convert", "merge", "extract") else (name, "run")
     is_fresh = "mindspore" not in sys.modules
     if is_fresh:

@@ -65,11 +65,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
-    """What a configuration asks for.
-
-    Raises:
-        DataError: the picture to start from is none.
-    """
+    """What a configuration asks for. Raises DataError if the picture to start from is none."""
     wanted, start = config.pictures, config.start
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
@@ -95,11 +91,8 @@ def _start_picture(path: str, background: str) -> Image.Image:
 
 
 def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
-    """The prompt itself, or the lines of the text file that it names.
-
-    Raises:
-        DataError: the file is missing, not UTF-8 text, or has no line with a prompt.
-    """
+    """The prompt itself, or the lines of the text file that it names. Raises DataError if that is missing, not UTF-8
+    text, or has no line with a prompt."""
     # Of os.path, because that of pathlib raises on what is too long for a name.
     path = os.path.expanduser(text_or_path)
     if not os.path.isfile(path):

@@ -27,10 +27,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
     """Where concepts come from: the subjects, then the classes; such as are generated in the order of their subjects.
-
-    Raises:
-        ConfigError: a list of several is wrong, or classes would mix with subjects or with each other.
-    """
+    Raises ConfigError if a list of several is wrong, or classes would mix with subjects or with each other."""
     configs = concept_configs(config, tell)
     subjects = [_source(one, INSTANCE) for one in configs if not one.concept.is_reg]
     classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.preserves_class]
@@ -83,11 +80,8 @@ def _source(config: ConceptConfig, group: str) -> Source:
 
 
 def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]:
-    """The subjects, and the classes as far as they are there already.
-
-    Raises:
-        DataError: there is no subject, or a picture or caption is damaged or missing.
-    """
+    """The subjects, and the classes as far as they are there already. Raises DataError if there is no subject, or a
+    picture or caption is damaged or missing."""
     to_come = class_numbers_to_come(sources)
     wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
     there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
@@ -135,11 +129,7 @@ def check_words(job: TrainingJob) -> None:
 
 def starting_words(config: TrainConfig, base: ModelBundle) -> Words:
     """The new words of a run with the vectors that they start from: those of tokens that the base knows, or random ones
-    of the deviation of its table, a function of the seed and the word.
-
-    Raises:
-        ConfigError: what a word is to start from is not one token.
-    """
+    of the deviation of its table, a function of the seed and the word. Raises ConfigError of what is not one token."""
     wanted, found = config.words, dict[str, dict[str, np.ndarray]]()
     usual = OF_CUSTOM_DIFFUSION if config.method.method == "custom_diffusion" else ""
     initial = split_words(wanted.initializer_token or usual)

@@ -43,11 +43,8 @@ SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
 
 
 def with_prompts_read(config: TrainConfig) -> TrainConfig:
-    """The same with the lines of the files that --validation_prompt names in their place, each prompt once.
-
-    Raises:
-        DataError: a file is missing, not UTF-8 text, or has no line with a prompt.
-    """
+    """The same with the lines of the files that --validation_prompt names in their place, each prompt once. Raises
+    DataError if a file is missing, not UTF-8 text, or has no line with a prompt."""
     wanted = config.validation
     read = [read_prompts(text, "--validation_prompt") for text in wanted.validation_prompt or ()]
     prompts = tuple(dict.fromkeys(prompt for lines in read for prompt in lines)) or None

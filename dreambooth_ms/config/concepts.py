@@ -48,11 +48,8 @@ class ConceptConfig(TrainConfig):
 
 
 def concept_configs(config: TrainConfig, tell: Tell) -> list[ConceptConfig]:
-    """Of each subject the configuration; without a list of the only one. Pictures are not looked for.
-
-    Raises:
-        ConfigError: the list cannot be read, or every mistake in it, one line each.
-    """
+    """Of each subject the configuration; without a list of the only one. Pictures are not looked for. Raises
+    ConfigError if the list cannot be read, or of every mistake in it, one line each."""
     if not config.data.concepts_list:
         return [ConceptConfig(**vars(config))]
     path, problems, notes = Path(config.data.concepts_list), list[str](), list[str]()

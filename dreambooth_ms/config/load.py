@@ -73,10 +73,8 @@ def canonical(name: str, known: Mapping[str, Field]) -> str | None:
 
 
 def suggestions(name: str, candidates: Iterable[str]) -> list[str]:
-    """What a mistyped name may have meant: up to three that hold its words, or the one spelled most like it.
-
-    Words may be cut short: `num_image` is in `num_images_per_prompt`.
-    """
+    """What a mistyped name may have meant: up to three that hold its words, which may be cut short, or the one spelled
+    most like it."""
     candidates = list(candidates)
     words = name.split("_")
     holding = [one for one in candidates if all(re.search(rf"(^|_){re.escape(word)}", one) for word in words)]
@@ -91,10 +89,8 @@ def did_you_mean(names: Sequence[str], dashes: str = "") -> str:
 
 
 def read_flags(argv: Sequence[str], known: Mapping[str, Field], positional: Sequence[str]) -> list[Setting]:
-    """Split the command line at its flags. A value is a text, a list of texts, or True for a flag that stands alone.
-
-    Fields in `positional` may stand at the beginning without their flags, in this order.
-    """
+    """Split the command line at its flags; fields in `positional` may stand before them. A value is a text, a list of
+    texts, or True for a flag that stands alone."""
     starts = [place for place, word in enumerate(argv) if word.startswith("--") or _without_a_dash(word, known)]
     bounds = [*starts, len(argv)]
     before = argv[: bounds[0]]
@@ -209,11 +205,8 @@ def in_one_line(error: Exception) -> str:
 
 
 def read_value(one: Field, written: Any, is_flag: bool) -> Any:
-    """The value of a field; None, lists and choices as users write them, ~ in a path as the home folder.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """The value of a field; None, lists and choices as users write them, ~ in a path as the home folder. Raises
+    ConfigError if it is none."""
     texts = [text for text in (written if isinstance(written, list) else [written]) if isinstance(text, str)]
     if reason := spellings.VALUES.get(one.name, {}).get(str(written).lower()):
         raise ConfigError(f"{written}: {reason}")
@@ -259,11 +252,8 @@ def split(value: Any) -> list[str]:
 
 
 def at_home(path: Any) -> Any:
-    """A path, or a list of them, with ~ as the home folder; None stays as it is.
-
-    Raises:
-        ConfigError: there is no such home.
-    """
+    """A path, or a list of them, with ~ as the home folder; None stays as it is. Raises ConfigError if there is
+    none."""
     if isinstance(path, list):
         return [at_home(one) for one in path]
     whole = os.path.expanduser(path) if path else path
@@ -280,14 +270,10 @@ def _print(note: str) -> None:
 
 
 def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
-    """A configuration from the flags and the files that they name.
+    """A configuration from the flags and the files that they name; `tell` takes what the user should know about it.
 
-    Args:
-        schema: TrainConfig, SampleConfig or another Schema.
-        argv: flags, without the names of the program and the command. Booleans: `--flag`, `--flag True`, `--no-flag`.
-            Lists: `--name a b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas. A
-            hyphen in a name stands for an underscore.
-        tell: takes what the user should know about it, one line per note.
+    `argv` is without the names of program and command. Booleans: `--flag`, `--flag True`, `--no-flag`. Lists: `--name a
+    b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas.
 
     Raises:
         ConfigError: every mistake found, one line each.

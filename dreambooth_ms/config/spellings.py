@@ -76,12 +76,8 @@ def squeezed(value: object) -> str:
 
 
 def choice_of(field: str, choices: tuple[str, ...], value: object) -> str:
-    """The choice that the value spells.
-
-    Raises:
-        ConfigError: it spells something that is not here, but has a neighbour that is.
-        ValueError: it spells none.
-    """
+    """The choice that the value spells. Raises ConfigError if it spells something that is not here, but has a neighbour
+    that is, and ValueError if it spells none."""
     spelled = {squeezed(choice): choice for choice in choices} | _named("choices", field, choices)
     near = _named("neighbours", field, choices)
     text = squeezed(value) if isinstance(value, bool | str) else ""

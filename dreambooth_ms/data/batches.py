@@ -1,7 +1,4 @@
-"""A batch is rows: whatever a method wants of a picture is a value in its row.
-
-Shapes: B rows, C, H, W of the latents.
-"""
+"""A batch is rows: whatever a method wants of a picture is a value in its row. Shapes: B rows, C, H, W of latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,10 +41,8 @@ class Batch:
         concepts: Sequence[str],
         read_noise_BCHW: np.ndarray | None = None,
     ) -> "Batch":
-        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`.
-
-        The network reads the other noise, if there is one.
-        """
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`. The
+        network reads the other noise, if there is one."""
         read_BCHW = noise_BCHW if read_noise_BCHW is None else read_noise_BCHW
         sample_BCHW, timestep_B = columns.network_input(clean_BCHW, read_BCHW), columns.time.astype(np.float32)
         return cls(

@@ -65,10 +65,8 @@ def add_time_ids(
 
 
 class PromptTokenizer:
-    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool.
-
-    `warns`: whether what is lost of a prompt is told, rather than by who reads many.
-    """
+    """The tokenizers of a model's text readers, all of one length, of which the last may pool. `warns`: whether it
+    tells what is lost of a prompt."""
 
     def __init__(self, readers: Sequence[TextReader], warns: bool = True) -> None:
         self._tokenizers = [reader.tokenizer() for reader in readers]
@@ -109,16 +107,9 @@ def encode_prompts(
     pieces: int = 1,
     zeros_for_empty: bool = False,
 ) -> Iterator[tuple[str, PromptText]]:
-    """Each distinct prompt with what the UNet reads of it, float32, computed in batches of one fixed shape.
-
-    Args:
-        tokenizer: of the text encoders.
-        text_encoders: the network.
-        prompts: what to encode.
-        batch_size: rows of a batch; the last one is filled up with its last row.
-        pieces: how many texts of full length each prompt is cut into: embeddings (pieces * S, E), pooled the first's.
-        zeros_for_empty: whether the empty prompt is zeros, as with most SDXL models.
-    """
+    """Each distinct prompt with what the UNet reads of it, float32, computed in batches of one fixed shape, the last of
+    which is filled up. `pieces` is how many texts of full length each prompt is cut into: embeddings (pieces * S, E),
+    pooled text of the first. `zeros_for_empty`: whether the empty prompt is zeros, as with most SDXL models."""
     ordered = sorted(set(prompts))
     for first in range(0, len(ordered), batch_size):
         texts, found = tokenizer.texts(ordered[first : first + batch_size], pieces), list[PromptText]()

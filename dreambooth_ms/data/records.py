@@ -86,11 +86,8 @@ class Source:
 
     def records(self, tell: Tell) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
-        starts; what is not used, or not as it is, is told in one line for each kind.
-
-        Raises:
-            DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
-        """
+        starts; what is not used, or not as it is, is told in one line for each kind. Raises DataError if there is no
+        usable folder, or of damaged pictures and missing captions, one line each."""
         found, notes = find_pictures(self.folder)
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")

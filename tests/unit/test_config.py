@@ -148,11 +148,8 @@ def test_defaults_that_hang_on_the_method_give_way_to_what_is_given():
 
 
 def test_offset_noise_is_a_noise_offset_of_the_published_strength():
-    assert [train(*flags).noise_offset for flags in ([], ["--offset_noise"], ["--noise_offset", "0.05"])] == [
-        0.0,
-        0.1,
-        0.05,
-    ]
+    given = ([], ["--offset_noise"], ["--noise_offset", "0.05"])
+    assert [train(*flags).loss.offset_strength for flags in given] == [0.0, 0.1, 0.05]
 
 
 def test_every_class_of_the_schema_is_frozen():
