@@ -10,7 +10,7 @@ from typing import Any
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
     check_words,
-    class_numbers_to_come,
+    numbers_to_come,
     read_concepts,
     sources_of,
     starting_words,
@@ -54,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     base.schedule.trained(config.loss)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
-    if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:
+    if to_come := sum(map(len, numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
     job = TrainingJob(ALONE, config, base, sources, concepts)
     attempt(lambda: check_words(job))

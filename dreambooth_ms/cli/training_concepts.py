@@ -82,7 +82,7 @@ def _source(config: ConceptConfig, group: str) -> Source:
 def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]:
     """The subjects, and the classes as far as they are there already. Raises DataError if there is no subject, or a
     picture or caption is damaged or missing."""
-    to_come = class_numbers_to_come(sources)
+    to_come = numbers_to_come(sources)
     wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
     there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
     concepts = [replace(one.concept, records=one.records(tell)) for one in there]
@@ -92,7 +92,7 @@ def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]
     return concepts
 
 
-def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
+def numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
     """The numbers of the class pictures that are yet to be sampled, by their folder, which classes may share."""
     generated = {str(one.folder): one.generated.num_class_images for one in sources if one.generated}
     return {folder: missing_numbers(Path(folder), count) for folder, count in generated.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell, with_progress
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, tell_cut_prompts
+from dreambooth_ms.cli.training_concepts import numbers_to_come, read_concepts, tell_cut_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.config.choices import Interpolation
@@ -46,7 +46,7 @@ def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker
         prompts = () if encodes_text else (view.prompt for view in job.views())
         embeddings.prepare({*prompts, *class_prompts, ""})
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
-    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.sources))
+    missing = job.processes.from_first("the class pictures", lambda: numbers_to_come(job.sources))
     if any(missing.values()):
         unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts})
         job.processes.wait_for_all("the class pictures")
