@@ -111,7 +111,8 @@ def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
 
 def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
     """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
-    folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
+    wanted, per_prompt = config.pictures, config.num_images_per_prompt
+    folder, columns = Path(wanted.output_dir), wanted.num_cols or (1 if wanted.num_rows else None)
     inputs = {name: getattr(config.start, name) for name in ("image", "mask", "transparent_background")}
     first, written, sheet = first_free_number(folder), [], []
     for sample in samples:
@@ -120,8 +121,8 @@ def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Pat
         write_picture(written[-1], sample.picture, settings)
         sheet.append(sample.picture)
         if len(sheet) == per_prompt:
-            if config.has_sheet:
+            if columns:
                 path = folder / f"grid-{number + 1 - per_prompt:05d}.png"
-                write_picture(path, grid(sheet, config.pictures.num_cols or 1), settings)
+                write_picture(path, grid(sheet, columns), settings)
             sheet = []
     return written

@@ -37,10 +37,7 @@ def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
         of_several = f"_{number}" if number > 1 else ""
         drawn_as = concept.drawn_as and concept.drawn_as + of_several
         found.append(replace(source, concept=replace(concept, name=concept.group + of_several, drawn_as=drawn_as)))
-        what = (
-            INSTANCE if drawn_as else concept.group,
-            *((source.prompt, source.generated) if source.generated else ()),
-        )
+        what = INSTANCE if drawn_as else concept.group, source.generated and (source.prompt, source.generated)
         if held.setdefault(os.path.realpath(source.folder), what) != what:
             raise ConfigError(f"{source.folder}: holds pictures of a class and others; give each a folder of its own")
     return tuple(found)

@@ -178,9 +178,4 @@ class SampleConfig(Schema):
     def num_images_per_prompt(self) -> int:
         """Pictures of each prompt: as many as were asked for, or as the sheet has room for."""
         wanted = self.pictures
-        return (wanted.num_rows or 1) * (wanted.num_cols or 1) if self.has_sheet else wanted.num_images_per_prompt
-
-    @property
-    def has_sheet(self) -> bool:
-        """Whether the pictures of each prompt are written as a sheet, too."""
-        return self.pictures.num_rows is not None or self.pictures.num_cols is not None
+        return (wanted.num_rows or 1) * (wanted.num_cols or 1) * wanted.num_images_per_prompt

@@ -106,18 +106,15 @@ class Plan:
         named: dict[str, list[Concept]] = {}
         for concept in self.concepts:
             named.setdefault(concept.group or concept.name, []).append(concept)
-        leading, *others = named.values()
+        leading = next(iter(named.values()))
         sizes = of_records(self.framing.sizes, [record for concept in leading for record in concept.records])
-        split = [_split(concept, sizes) for concept in leading]
-        following = [[_split(concept, sizes, fills=True) for concept in group] for group in others]
+        split = [[_split(one, sizes, fills=group is not leading) for one in group] for group in named.values()]
         found = []
         for at, size in enumerate(sizes):
             # Of the leading concepts only those with pictures of this size, and what goes along with them.
-            held = [k for k, by_size in enumerate(split) if by_size[at].records]
-            groups = [tuple(split[k][at] for k in held)]
-            for group in following:
-                along = held if len(group) == len(leading) else range(len(group))
-                groups.append(tuple(group[k][at] for k in along))
+            held = [k for k, by_size in enumerate(split[0]) if by_size[at].records]
+            along = [held if len(group) == len(leading) else range(len(group)) for group in split]
+            groups = [tuple(group[k][at] for k in own) for group, own in zip(split, along, strict=True)]
             shares = [_whole([one.repeats * len(one.records) for one in group]) for group in groups]
             shares = [shares[0] if len(own) == len(shares[0]) else own for own in shares]
             found.append(Bucket(size, tuple(groups), tuple(shares)))
@@ -237,7 +234,7 @@ def of_records(sizes: Sequence[Size], records: Sequence[Record]) -> list[Size]:
     return [sizes[at] for at in sorted(set(nearest(sizes, [record.size for record in records]).tolist()))]
 
 
-def _split(concept: Concept, sizes: Sequence[Size], fills: bool = False) -> list[Concept]:
+def _split(concept: Concept, sizes: Sequence[Size], fills: bool) -> list[Concept]:
     """A concept with its records of each size; `fills`: where it has none, with all."""
     at = nearest(sizes, [record.size for record in concept.records])
     of_sizes = [tuple(concept.records[i] for i in np.flatnonzero(at == n)) for n in range(len(sizes))]
