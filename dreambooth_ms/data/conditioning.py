@@ -17,9 +17,6 @@ from dreambooth_ms.weights.bundle import ModelBundle, TextReader
 
 NOTHING = np.zeros(0, np.float32)
 
-AESTHETIC_SCORE = 6.0
-"""What SDXL's refiner reads of pictures, as in diffusers' pipeline."""
-
 
 class PromptText(NamedTuple):
     """What a network reads of one prompt."""
@@ -40,8 +37,7 @@ def conditioning(
     prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
     """What a network reads of the rows of a batch beside sample and timestep: of each its prompt, and add_time_ids (N,)
-    if there are any. Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out.
-    """
+    if there are any. Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out."""
     of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
     named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
     return {name: rows for name, rows in named if rows.size}
@@ -52,13 +48,13 @@ def add_time_ids(
     original_size: tuple[int, int],
     crop: tuple[int, int],
     target_size: tuple[int, int],
-    aesthetic_score: float = AESTHETIC_SCORE,
+    aesthetic_score: float = 6.0,
 ) -> np.ndarray:
     """The `count` numbers (N,) float32 that a UNet takes of a picture (Podell et al., 2023, section 2.2).
 
     6 for SDXL: height and width before the picture was resized, (top, left) of the crop after it, height and width of
-    the crop. 5 for its refiner, which has a score from 0 to 10 in place of the last two. 0 for others. Sizes that are
-    given are (width, height).
+    the crop. 5 for its refiner, which has a score from 0 to 10 (6 in diffusers' pipeline) in place of the last two. 0
+    for others. Sizes that are given are (width, height).
     """
     ends: dict[int, tuple[float, ...]] = {6: target_size[::-1], 5: (aesthetic_score,)}
     return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
