@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import FloatType, PredictionType
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SHARE, SIDE, Range, at_least
-from dreambooth_ms.config.rules import Rule, excludes, needs_one, only_with
+from dreambooth_ms.config.rules import Rule, excludes, needed_without, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
@@ -54,14 +54,11 @@ class PrepareConfig(Schema):
     preparation: PreparationConfig
 
 
-_COMPARED = needs_one("lora", "embedding", message="name the adapter to compare the base with, or an --embedding")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(GenerationConfig):
     """What base and adapted model are compared on."""
 
-    instance_data_dir: Annotated[str, NOT_EMPTY, PATH, _COMPARED]
+    instance_data_dir: Annotated[str, NOT_EMPTY, PATH]
     """Folder with photographs of the subject."""
     transparent_background: Background = "white"
     """What they are put on where they are transparent: white, black, grey or #rrggbb."""
@@ -165,12 +162,13 @@ class ExtractionConfig(WritingConfig):
 
     base: Annotated[str, NOT_EMPTY, PATH]
     """The model that was trained: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
-    tuned: Annotated[
-        str, NOT_EMPTY, PATH, needs_one("rank", "extract_ratio", message="name one, or an --extract_ratio")
-    ]
+    tuned: Annotated[str, NOT_EMPTY, PATH]
     """The model that it became, of the same sizes."""
     rank: Annotated[
-        int | None, at_least(1), excludes("extract_ratio", message="decides as --extract_ratio does; leave one out")
+        int | None,
+        at_least(1),
+        excludes("extract_ratio", message="decides as --extract_ratio does; leave one out"),
+        needed_without("extract_ratio", "rank", "name one, or an --extract_ratio"),
     ] = None
     """Of each layer's LoRA."""
     extract_ratio: Annotated[float | None, SHARE] = None
@@ -186,6 +184,7 @@ class ExtractConfig(Schema):
     extraction: ExtractionConfig
 
 
+_MERGED = needed_without("concepts", "lora", "name the LoRA to merge, or --concepts")
 _NO_MODEL = Rule(
     lambda values: any(values[name] for name in ("lora", "format", "alpha", "prediction_type")),
     "--concepts: an adapter is made of them, not a model; leave out --lora, --format, --alpha and --prediction_type",
@@ -200,13 +199,11 @@ _OF_EACH = Rule(
 class MergingConfig(TargetConfig):
     """One or several LoRAs become part of a model's weights, or several concepts of Custom Diffusion become one."""
 
-    base: Annotated[
-        str, NOT_EMPTY, PATH, needs_one("lora", "concepts", message="name the LoRA to merge, or --concepts")
-    ]
+    base: Annotated[str, NOT_EMPTY, PATH]
     """The model: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub. None: its main branch."""
-    lora: Annotated[list[str], PATH] = field(default_factory=list)
+    lora: Annotated[list[str], PATH, _MERGED] = field(default_factory=list)
     """LoRA files or folders of any format and rank, or owner/name[/file] on the Hugging Face hub; they are added up."""
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""

@@ -79,11 +79,11 @@ class Schema:
             value = values[name]
             if one.range is not None and value is not None and not one.range.holds(value):
                 outside.append(f"--{name}: expected {one.range.expected}, got {shown[name]!r}")
-            if value != one.default:
-                found = [rule for rule in one.rules if rule.broken(values)]
-                lines = [(rule.message.format_map(shown | {"field": name}), rule.is_note) for rule in found]
-                broken += [line for line, is_note in lines if not is_note]
-                notes += [line for line, is_note in lines if is_note][:1]
+            rules = [rule for rule in one.rules if value != one.default or rule.of_default]
+            found = [rule for rule in rules if rule.broken(values)]
+            lines = [(rule.message.format_map(shown | {"field": name}), rule.is_note) for rule in found]
+            broken += [line for line, is_note in lines if not is_note]
+            notes += [line for line, is_note in lines if is_note][:1]
         return outside + broken, notes
 
 

@@ -61,11 +61,19 @@ class ScheduleConfig:
         return {key: value for key in keys if (value := getattr(self, key, None))}
 
 
+_COMPARED = Rule(
+    # Only `evaluate` has a class_prompt beside adapters.
+    lambda values: "class_prompt" in values and not (values["lora"] or values["embedding"]),
+    "--lora: missing; name the adapter to compare the base with, or an --embedding",
+    of_default=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
-    lora: Annotated[list[str], PATH] = field(default_factory=list)
+    lora: Annotated[list[str], PATH, _COMPARED] = field(default_factory=list)
     """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up. New
     words in them or beside them in their folder are read, too."""
     lora_scale: Annotated[
