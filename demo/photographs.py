@@ -75,11 +75,11 @@ def look_at(subjects: Sequence[Pictures], framing: Framing, seed: int) -> tuple[
         DataError: no such folder, or no picture in it.
     """
     found = [find_pictures(subject.folder) for subject in subjects]
-    opened = [{path: _open(path, own) for path in folder.pictures} for own, folder in zip(subjects, found, strict=True)]
+    opened = [{path: _open(path, own) for path in paths} for own, (paths, _) in zip(subjects, found, strict=True)]
     plan = plan_of([[one.record for one in own.values() if not isinstance(one, str)] for own in opened], framing, seed)
     frames = first_frames(plan) if plan else {}
     looks = []
-    for number, (folder, own) in enumerate(zip(found, opened, strict=True)):
+    for number, ((_, notes), own) in enumerate(zip(found, opened, strict=True)):
         seen = dict[str, str]()
         photographs = [
             Photograph(path, (0, 0), None, "", (one,), usable=False)
@@ -87,7 +87,7 @@ def look_at(subjects: Sequence[Pictures], framing: Framing, seed: int) -> tuple[
             else _photograph(one, frames[concept_name(number), path], seen)
             for path, one in own.items()
         ]
-        remarks = _remarks(sum(photograph.usable for photograph in photographs), told(folder.notes | {CAPTIONS: []}))
+        remarks = _remarks(sum(photograph.usable for photograph in photographs), told(notes | {CAPTIONS: []}))
         looks.append(Look(tuple(photographs), tuple(remarks)))
     return looks, plan
 

@@ -32,7 +32,7 @@ from demo.training_plan import (
 from demo.training_process import Training
 from demo.training_view import watch
 from dreambooth_ms.config.choices import Method
-from dreambooth_ms.config.words import split_words
+from dreambooth_ms.config.train import split_words
 from dreambooth_ms.data.plan import Plan, table_of_sizes
 from dreambooth_ms.errors import UserError
 from dreambooth_ms.models.specs import Family

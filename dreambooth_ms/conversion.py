@@ -33,7 +33,7 @@ from dreambooth_ms.adapters.word_files import joined_words, word_file, write_wor
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements, writing_notes
 from dreambooth_ms.atomic import check_free, new_folder
 from dreambooth_ms.config.commands import ConversionConfig, ExtractionConfig, MergingConfig
-from dreambooth_ms.config.sources import Setting, read_file
+from dreambooth_ms.config.load import Setting, read_file
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import WeightError, count_of, show_names
 from dreambooth_ms.formats.files.dtypes import DTYPES, DType

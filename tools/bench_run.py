@@ -118,7 +118,7 @@ def run_peer(job: Job, folder: Path) -> None:
     unet, vae = pipeline.unet, pipeline.vae
     sample_class_pictures(pipeline, job, folder / "class")
 
-    pictures = [find_pictures(path).pictures for path in (job.instance_data_dir, folder / "class")]
+    pictures = [find_pictures(path)[0] for path in (job.instance_data_dir, folder / "class")]
     with torch.no_grad():
         # A picture's posterior is kept; a step draws from it.
         posteriors = {
@@ -253,7 +253,7 @@ def check_same_work(results: Mapping[str, Path], job: Job) -> None:
     work = {}
     for side, folder in results.items():
         adapter, _ = read_tensors(folder / FILE_NAME)
-        work[side] = (len(find_pictures(folder / "class").pictures), sorted(value.shape for value in adapter.values()))
+        work[side] = (len(find_pictures(folder / "class")[0]), sorted(value.shape for value in adapter.values()))
     if work["ours"] != work["peer"] or work["ours"][0] != job.num_class_images:
         raise SystemExit(f"the two sides do not do the same: class pictures and weights {work}")
 

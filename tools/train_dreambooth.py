@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dreambooth_ms.cli.main import main
+from dreambooth_ms.config.load import canonical
 from dreambooth_ms.config.schema import schema_fields
-from dreambooth_ms.config.sources import canonical
 from dreambooth_ms.config.train import TrainConfig
 
 DEFAULTS = {"": {"method": "full"}}

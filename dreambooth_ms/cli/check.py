@@ -1,5 +1,4 @@
-"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written, and no weight is read but
-what new words start from."""
+"""`dreambooth-ms check`: what is known of a training before it starts. Nothing is written."""
 
 import json
 import re
@@ -11,7 +10,7 @@ from typing import Any
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
     check_words,
-    class_numbers_to_come,
+    numbers_to_come,
     read_concepts,
     sources_of,
     starting_words,
@@ -55,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
     base.schedule.trained(config.loss)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()
     concepts = [found for one in sources for found in attempt(partial(read_concepts, [one], notes.append)) or ()]
-    if to_come := sum(map(len, class_numbers_to_come(sources).values())) if concepts else 0:
+    if to_come := sum(map(len, numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
     job = TrainingJob(ALONE, config, base, sources, concepts)
     attempt(lambda: check_words(job))
@@ -100,14 +99,14 @@ def describe_concepts(job: TrainingJob) -> list[dict[str, Any]]:
             "pictures": len(pictures),
             "sizes": list(dict.fromkeys("{}x{}".format(*size) for size in (pictures[0], pictures[-1]))),
             "trained_at": Counter("{}x{}".format(*sizes[at]) for at in nearest(sizes, pictures)),
-            "cut_off": float(lost_area(sizes, pictures).mean()),
+            "cut_off": float(lost_area(sizes, pictures).min(1).mean()),
             "seen": float(job.total * job.config.rows_per_step * concept.repeats / of_group),
             "odd": odd,
         }
         described.append(own)
         like = near_duplicates([record.looks for record in concept.records])
         for at, record in enumerate(concept.records):
-            (size,), (lost,) = of_records(sizes, [record]), lost_area(sizes, [record.size])
+            (size,), lost = of_records(sizes, [record]), lost_area(sizes, [record.size]).min()
             enlarged, sharpness = max(size[0] / record.size[0], size[1] / record.size[1]), record.looks.sharpness
             for what, is_so, how in (
                 ("near-duplicate", at in like, f"like {concept.records[like.get(at, at)].path.name}"),
@@ -130,8 +129,7 @@ def in_short(one: Mapping[str, Any]) -> str:
 
 
 def rare_words(tokenizer: ClipTokenizer, prompt: str, of_class: str) -> dict[str, int]:
-    """The words of a prompt that are new, or neither common nor in that of the class -> into how many tokens they
-    fall."""
+    """A prompt's words that are new, or neither common nor in that of the class -> into how many tokens they fall."""
     new = "".join(f"{re.escape(word)}|" for word in sorted(tokenizer.words, key=len, reverse=True))
     words = [word for word in re.findall(rf"{new}\w+", prompt) if not re.search(rf"\b{re.escape(word)}\b", of_class)]
     tokens = {word: tokenizer.tokens(word) for word in words}

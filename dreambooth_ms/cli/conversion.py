@@ -1,4 +1,4 @@
-"""`dreambooth-ms inspect`, `convert` and `merge`: what a file or folder is, and models and LoRAs in other formats."""
+"""`dreambooth-ms inspect`, `convert`, `merge` and `extract`: what a file is, and models and LoRAs in other formats."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreambooth_ms import conversion
 from dreambooth_ms.cli.output import tell
-from dreambooth_ms.config.commands import ConvertConfig, InspectConfig, MergeConfig, MergingConfig
+from dreambooth_ms.config.commands import ConvertConfig, ExtractConfig, InspectConfig, MergeConfig, MergingConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.weights.hub import find_adapter, find_model
@@ -31,6 +31,15 @@ def merge(argv: Sequence[str]) -> int:
     """Merge by a command line; returns the exit status."""
     wanted = load(MergeConfig, argv, tell).merging
     for line in _merge_concepts(wanted) if wanted.concepts else _merge_loras(wanted):
+        tell(line)
+    return 0
+
+
+def extract(argv: Sequence[str]) -> int:
+    """Extract by a command line; returns the exit status."""
+    wanted = load(ExtractConfig, argv, tell).extraction
+    base, tuned = (str(find_model(name, None, None)) for name in (wanted.base, wanted.tuned))
+    for line in conversion.extract(replace(wanted, base=base, tuned=tuned)):
         tell(line)
     return 0
 

@@ -29,11 +29,8 @@ while not select.select([sys.stdin], [], [], 1)[0]:
 
 
 def set_up(wanted: DeviceConfig) -> DeviceConfig:
-    """Choose the device and say on what the command computes; returns the settings without what was left open.
-
-    Raises:
-        DeviceError: there is no such device, or it cannot compute so.
-    """
+    """Choose the device and say on what the command computes; returns the settings without what was left open. Raises
+    DeviceError if there is no such device, or it cannot compute so."""
     device = set_up_device(wanted.device_target, wanted.ms_mode, wanted.deterministic, wanted.jit_level)
     settled = replace(wanted, mixed_precision=settled_precision(wanted.mixed_precision))
     compute_dtype(settled.mixed_precision)  # What the device cannot compute in ends here.

@@ -28,7 +28,7 @@ from dreambooth_ms.config.shared import DeviceConfig
 from dreambooth_ms.errors import FAILED_STATUS, ConfigError, UserError, count_of
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import initialise
-from dreambooth_ms.models.specs import PUBLISHED_MODELS
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, read_table
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.ops import MultiHeadAttention
@@ -51,33 +51,14 @@ REPORTED = re.compile(
 """Names of the variables that a report holds: no others, so that nothing private is in it."""
 
 LIBRARIES = ("mindspore", "mindone", "numpy", "transformers")
-STORED = {
-    "loss": 1.069544,
-    "gradient norm": 0.0407725,
-    "update": 0.0357742,
-    "prediction": 5.655940,
-    "picture": 8.164962,
-}
-"""What `training_figures` and `sampling_figures` give on a CPU with MindSpore 2.10.0 (2026-11-26)."""
-
+TABLES = read_table(Path(__file__).with_name("doctor.yaml"))
+STORED: dict[str, float] = TABLES["figures"]
 TOLERANCES = {Formulation.CPU: 1e-4, Formulation.ASCEND: 1e-2}
 """Relative. On CPU float32 sums may come in another order. On Ascend nothing was measured: convolutions use HF32 by
 default there, which keeps 10 bits of a fraction (documented)."""
 
-CANN_ACCEPTED = ("8.2", "8.3", "8.5", "9.0", "9.1")
-"""What MindSpore 2.10.0 accepts (looked up in its `run_check/_check_version.py`)."""
-
-DRIVER = Path("/usr/local/Ascend/driver/version.info")
-DRIVERS = {
-    "8.5": {"25.5": True},
-    "9.0": {"26.0.rc1": True},
-    "9.1": {"25.0": False} | dict.fromkeys(("25.2", "25.3", "25.5", "26.0.rc1", "26.1"), True),
-}
-"""CANN -> driver -> whether they go together, as far as it is published (docs/ascend.md has the sources)."""
-
-OLD_INTERFACE = ("AdamApplyOneWithDecayAssign", "AddN", "Assign", "CumProd", "RightShift", "Slice", "TensorMove")
-"""What tools/simulate_ascend.py finds on CANN's older interface, where it has the reasons."""
-
+CANN_ACCEPTED, DRIVER = tuple(TABLES["cann"]), Path("/usr/local/Ascend/driver/version.info")
+OLD_INTERFACE: list[str] = TABLES["old_interface"]
 READ_BY_CARD = re.compile("ASCEND_|HCCL_|RANK_TABLE|TE_PARALLEL")
 """Beginnings of the variables that decide how a card is used; MindSpore sets some by itself."""
 
@@ -88,6 +69,8 @@ HEADS, TOKENS, ROUNDING = 2, 64, 5e-3
 def run(argv: Sequence[str]) -> int:
     """Check by a command line; returns 0, or 1 if a check failed."""
     config = load(DoctorConfig, argv, tell)
+    if config.device.mixed_precision not in (None, "no"):
+        raise ConfigError("--mixed_precision: the doctor compares figures in float32; leave it out")
     report = config.report.report and Path(config.report.report)
     if report and (report.exists() or not report.parent.is_dir()):
         raise ConfigError(f"--report {report}: expected the name of a new file, in a folder that is there")
@@ -129,26 +112,21 @@ def _variables(names: re.Pattern[str]) -> list[str]:
 
 def what_to_look_at(card: ascend.Ascend) -> str:
     """A page on a card that MindSpore cannot use: what each part shows here, and what to do."""
-    return f"""
-The other checks need the device. What to look at, in this order:
-
-1. The driver      device nodes: {", ".join(card.devices) or "none (/dev/davinci*)"}
-                   npu-smi: {shutil.which("npu-smi") or "not on PATH"}
-   `npu-smi info` lists the cards if driver and firmware work. The nodes must be open to your user (group HwHiAiUser).
-   A container sees the card only if it was started with its devices, such as
-     docker run --device /dev/davinci0 --device /dev/{ascend.MANAGER} --device /dev/devmm_svm --device /dev/hisi_hdc \\
-       -v /usr/local/Ascend/driver:/usr/local/Ascend/driver -v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi ...
-
-2. CANN            {ascend.CANN_HOME}: {card.home or "not set"}
-                   version: {cann_version(card.home) or "unknown"}; accepted: {", ".join(CANN_ACCEPTED)}
-                   set_env.sh: {card.script or "not found in " + " or ".join(ascend.CANN_ROOTS)}
-   In each new shell: source {card.script or f"{ascend.CANN_ROOTS[0]}/{ascend.CANN_FOLDERS[0]}/set_env.sh"}
-
-3. MindSpore       {ms.__version__}, its part for Ascend: {card.complaint or "loaded"}
-   A library that it cannot open is one of CANN or the driver that is missing, or of another version: docs/ascend.md has
-   the versions that go together.
-
-Then: dreambooth-ms doctor --device_target Ascend. Without the card: dreambooth-ms doctor --device_target CPU."""
+    script = card.script or f"{ascend.CANN_ROOTS[0]}/{ascend.CANN_FOLDERS[0]}/set_env.sh"
+    page: str = TABLES["what_to_look_at"]
+    return page.format(
+        devices=", ".join(card.devices) or "none (/dev/davinci*)",
+        npu_smi=shutil.which("npu-smi") or "not on PATH",
+        manager=ascend.MANAGER,
+        variable=ascend.CANN_HOME,
+        home=card.home or "not set",
+        cann=cann_version(card.home) or "unknown",
+        accepted=", ".join(CANN_ACCEPTED),
+        found=card.script or "not found in " + " or ".join(ascend.CANN_ROOTS),
+        script=script,
+        mindspore=ms.__version__,
+        part=card.complaint or "loaded",
+    )
 
 
 def examine(look: Callable[[], str]) -> tuple[str, str]:
@@ -162,8 +140,7 @@ def examine(look: Callable[[], str]) -> tuple[str, str]:
 
 
 def checks(device: DeviceConfig) -> dict[str, Callable[[], str]]:
-    """Name -> check, in an order in which the later ones need the earlier ones. One says what it found, or raises
-    UserError, which says it and what to do."""
+    """Name -> check, each after those that it needs. One says what it found, or raises UserError with what to do."""
     of_card = {"driver": driver, "attention": attention, "kernels": kernels}
     of_card["environment"] = lambda: ", ".join(_variables(READ_BY_CARD))
     return {
@@ -212,7 +189,7 @@ def driver(file: Path = DRIVER) -> str:
     if not match:
         return f"of unknown version: neither {file} nor npu-smi tells it (a container sees what it was started with)"
     cann = cann_version(os.environ.get(ascend.CANN_HOME)) or "of unknown version"
-    known = next((drivers for name, drivers in DRIVERS.items() if cann.startswith(name)), {})
+    known: dict[str, bool] = next((drivers for name, drivers in TABLES["drivers"].items() if cann.startswith(name)), {})
     fits = next((fits for name, fits in known.items() if match[1].lower().startswith(name)), None)
     if fits is False:
         fitting = ", ".join(name for name in known if known[name])
@@ -282,9 +259,8 @@ def versions() -> str:
     required = dict(line.split("==") for line in lines if "==" in line)
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     others = [f"{name} {version}" for name, version in required.items() if found.get(name, version) != version]
-    said = ", ".join(
-        [f"dreambooth_ms {__version__}, Python {platform.python_version()}", *map(" ".join, found.items())]
-    )
+    own = f"dreambooth_ms {__version__}, Python {platform.python_version()}"
+    said = ", ".join([own, *map(" ".join, found.items())])
     if others:
         raise UserError(f"{said}; tested with {', '.join(others)}: pip install -r requirements.txt")
     return said

@@ -1,7 +1,5 @@
-"""`dreambooth-ms COMMAND`: finds the command, and turns users' mistakes into lines on stderr.
-
-Nothing heavy is imported until a command runs, so that help and mistakes answer at once.
-"""
+"""`dreambooth-ms COMMAND`: finds the command, and turns users' mistakes into lines on stderr. Nothing heavy is imported
+until a command runs, so that help and mistakes answer at once."""
 
 import atexit
 import gc
@@ -15,24 +13,22 @@ from typing import NoReturn
 
 from dreambooth_ms import __version__
 from dreambooth_ms.cli.output import PROGRAM, complain, complain_of_interruption, tell_warnings
+from dreambooth_ms.config import commands
 from dreambooth_ms.config.schema import Schema, describe, describe_usual
 from dreambooth_ms.errors import FAILED_STATUS, INTERRUPTED_STATUS, USER_ERROR_STATUS, UserError, explain
 from dreambooth_ms.processes.launch import exit_at_once, is_launched
 
+
+def schema_of(name: str) -> type[Schema]:
+    """The class that describes the flags of a command."""
+    return getattr(commands, f"{name.capitalize()}Config")
+
+
 COMMANDS = {
-    "train": "teach a base model a subject from a few pictures",
-    "check": "look at the pictures and the command of a training before it starts",
-    "prepare": "crop pictures to the sizes of a training, near-duplicates left out",
-    "sample": "generate pictures with a base model and its adapters",
-    "evaluate": "compare base and adapted model",
-    "inspect": "say what a file or folder is",
-    "convert": "write a model or a LoRA in another format",
-    "merge": "merge LoRAs into a model",
-    "extract": "write a LoRA of what a model differs by from its base",
-    "doctor": "check that the installation works on this machine",
+    name: (schema_of(name).__doc__ or "").removesuffix(".")
+    for name in ["train", "check", "prepare", "sample", "evaluate", "inspect", "convert", "merge", "extract", "doctor"]
 }
-"""Name -> summary. A command is a module of `cli`, whose `run(argv) -> int` does it, and a schema in `config`; those of
-`cli/conversion.py` are functions."""
+"""Name -> summary. Each has a schema in `config`, and its `run` in `cli`, or is a function of `cli/conversion.py`."""
 
 
 def program() -> NoReturn:
@@ -94,12 +90,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _import_run(name: str) -> Callable[[Sequence[str]], int]:
-    """What does a command.
-
-    MindSpore collects garbage whenever it compiles. In a fresh process nothing that is imported is ever garbage, so it
-    need not be looked at; that takes a tenth of a second each time, and a fifth of the import (measured).
-    """
-    module, function = ("conversion", name) if name in ("inspect", "convert", "merge") else (name, "run")
+    """What does a command. MindSpore collects garbage whenever it compiles; what a fresh process imports never is any,
+    and not to look at it saves a tenth of a second each time, and a fifth of the import (measured)."""
+    module, function = ("conversion", name) if name in ("inspect", "convert", "merge", "extract") else (name, "run")
     is_fresh = "mindspore" not in sys.modules
     if is_fresh:
         gc.disable()
@@ -111,19 +104,14 @@ def _import_run(name: str) -> Callable[[Sequence[str]], int]:
             gc.freeze()
 
 
-def schema_of(name: str) -> type[Schema]:
-    """The class that describes the flags of a command."""
-    return getattr(importlib.import_module("dreambooth_ms.config.commands"), f"{name.capitalize()}Config")
-
-
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {summary}" for name, summary in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {summary}" for name, summary in COMMANDS.items())
     return f"""usage: {PROGRAM} COMMAND [--config FILE] [--name value ...]
 
 Teach Stable Diffusion a new subject from a few photographs.
 
 commands:
-{commands}
+{lines}
 
 `{PROGRAM} COMMAND --help` lists the flags of a command; `{PROGRAM} --version` prints the version."""
 
@@ -133,7 +121,7 @@ def _command_help(name: str, everything: bool) -> str:
     positional = "".join(f" {field.upper()}" for field in schema.POSITIONAL)
     usage = f"""usage: {PROGRAM} {name}{positional} [--config FILE] [--name value ...]
 
-{COMMANDS[name].capitalize()}."""
+{COMMANDS[name]}."""
     if schema.USUAL and not everything:
         return f"""{usage} For example:
 

@@ -20,10 +20,8 @@ from dreambooth_ms.errors import DataError, count_of
 
 
 def run(argv: Sequence[str]) -> int:
-    """Prepare by a command line; returns the exit status.
-
-    The target takes its name when it is whole. What a killed command has written, the same command uses.
-    """
+    """Prepare by a command line; returns the exit status. The target takes its name when it is whole. What a killed
+    command has written, the same command uses."""
     wanted = load(PrepareConfig, argv, tell).preparation
     source, target, background = Path(wanted.source), Path(wanted.target).absolute(), wanted.transparent_background
     check_free(target)

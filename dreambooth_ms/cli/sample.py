@@ -65,11 +65,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
-    """What a configuration asks for.
-
-    Raises:
-        DataError: the picture to start from is none.
-    """
+    """What a configuration asks for. Raises DataError if the picture to start from is none."""
     wanted, start = config.pictures, config.start
     width, height = SD_XL_BASE_RATIOS.get(wanted.sd_xl_base_ratios or "", (wanted.width, wanted.height))
     return SampleRequest.of(
@@ -95,11 +91,8 @@ def _start_picture(path: str, background: str) -> Image.Image:
 
 
 def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
-    """The prompt itself, or the lines of the text file that it names.
-
-    Raises:
-        DataError: the file is missing, not UTF-8 text, or has no line with a prompt.
-    """
+    """The prompt itself, or the lines of the text file that it names. Raises DataError if that is missing, not UTF-8
+    text, or has no line with a prompt."""
     # Of os.path, because that of pathlib raises on what is too long for a name.
     path = os.path.expanduser(text_or_path)
     if not os.path.isfile(path):
@@ -118,7 +111,8 @@ def read_prompts(text_or_path: str, flag: str = "--prompt") -> list[str]:
 
 def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Path]:
     """Write pictures as files numbered on from what is there, and the sheet of each prompt after its last picture."""
-    folder, per_prompt = Path(config.pictures.output_dir), config.num_images_per_prompt
+    wanted, per_prompt = config.pictures, config.num_images_per_prompt
+    folder, columns = Path(wanted.output_dir), wanted.num_cols or (1 if wanted.num_rows else None)
     inputs = {name: getattr(config.start, name) for name in ("image", "mask", "transparent_background")}
     first, written, sheet = first_free_number(folder), [], []
     for sample in samples:
@@ -127,8 +121,8 @@ def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Pat
         write_picture(written[-1], sample.picture, settings)
         sheet.append(sample.picture)
         if len(sheet) == per_prompt:
-            if config.has_sheet:
+            if columns:
                 path = folder / f"grid-{number + 1 - per_prompt:05d}.png"
-                write_picture(path, grid(sheet, config.pictures.num_cols or 1), settings)
+                write_picture(path, grid(sheet, columns), settings)
             sheet = []
     return written

@@ -1,9 +1,6 @@
-"""The smallest networks that have every kind of layer, and inputs for them: for checks of an installation.
+"""The smallest networks that have every kind of layer, and inputs for them, for checks of an installation."""
 
-They are generated, so that nothing is downloaded; every value is a function of names and numbers.
-"""
-
-from dataclasses import replace
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -11,33 +8,16 @@ from mindspore import Tensor
 
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.diffusion import Columns
-from dreambooth_ms.models.specs import UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import UNetSpec, VaeSpec, read_table, values_of
 from dreambooth_ms.randomness import standard_normal
 
-ROWS, TOKENS, SIDE, SEED = 2, 77, 8, 0
-"""Rows of a batch, tokens of a text, and side of the latents."""
+ROWS, TOKENS, SIDE, POOLED, SEED = 2, 77, 8, 24, 0
+"""Rows of a batch, tokens of a text, side of the latents, and width of pooled text."""
 
-SD_UNET = UNetSpec(
-    block_out_channels=(16, 32),
-    has_attention=(True, False),
-    num_heads=(1, 2),
-    cross_attention_dim=32,
-    layers_per_block=1,
-    norm_num_groups=8,
-    sample_size=SIDE,
-)
-POOLED = 24
-SDXL_UNET = replace(
-    SD_UNET,
-    has_attention=(False, True),
-    cross_attention_dim=64,
-    use_linear_projection=True,
-    transformer_layers_per_block=(1, 1),
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=POOLED + 6 * 8,
-)
-VAE = VaeSpec(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+_SD, _SDXL = map(values_of, read_table(Path(__file__).with_name("toy_networks.yaml")).values())
+SD_UNET: UNetSpec = _SD["unet"]
+SDXL_UNET: UNetSpec = _SDXL["unet"]
+VAE: VaeSpec = _SD["vae"]
 LATENTS = (1, VAE.latent_channels, SIDE, SIDE)
 """Shape of those of one picture."""
 

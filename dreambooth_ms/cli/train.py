@@ -12,13 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import (
-    check_words,
-    class_numbers_to_come,
-    read_concepts,
-    sources_of,
-    starting_words,
-)
+from dreambooth_ms.cli.training_concepts import check_words, numbers_to_come, read_concepts, sources_of, starting_words
 from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
@@ -98,7 +92,7 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
     if checkpoint:
         check_method(config, checkpoint)
     check_writable(output)
-    digests, missing = base_digests(job.base), class_numbers_to_come(job.sources)
+    digests, missing = base_digests(job.base), numbers_to_come(job.sources)
     to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
     check_data(config, checkpoint, content_of(digests, job.concepts, job.sources), to_come, tell)
     for folder, numbers in missing.items():

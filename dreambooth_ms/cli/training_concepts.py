@@ -12,8 +12,7 @@ import numpy as np
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.concepts import ConceptConfig, concept_configs
-from dreambooth_ms.config.train import CAPTIONS, TrainConfig
-from dreambooth_ms.config.words import OF_CUSTOM_DIFFUSION, split_words
+from dreambooth_ms.config.train import CAPTIONS, OF_CUSTOM_DIFFUSION, TrainConfig, split_words
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
@@ -28,10 +27,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
     """Where concepts come from: the subjects, then the classes; such as are generated in the order of their subjects.
-
-    Raises:
-        ConfigError: a list of several is wrong, or classes would mix with subjects or with each other.
-    """
+    Raises ConfigError if a list of several is wrong, or classes would mix with subjects or with each other."""
     configs = concept_configs(config, tell)
     subjects = [_source(one, INSTANCE) for one in configs if not one.concept.is_reg]
     classes = [_source(one, CLASS) for one in configs if one.concept.is_reg or one.prior.preserves_class]
@@ -41,10 +37,7 @@ def sources_of(config: TrainConfig, tell: Tell = tell) -> tuple[Source, ...]:
         of_several = f"_{number}" if number > 1 else ""
         drawn_as = concept.drawn_as and concept.drawn_as + of_several
         found.append(replace(source, concept=replace(concept, name=concept.group + of_several, drawn_as=drawn_as)))
-        what = (
-            INSTANCE if drawn_as else concept.group,
-            *((source.prompt, source.generated) if source.generated else ()),
-        )
+        what = INSTANCE if drawn_as else concept.group, source.generated and (source.prompt, source.generated)
         if held.setdefault(os.path.realpath(source.folder), what) != what:
             raise ConfigError(f"{source.folder}: holds pictures of a class and others; give each a folder of its own")
     return tuple(found)
@@ -84,12 +77,9 @@ def _source(config: ConceptConfig, group: str) -> Source:
 
 
 def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]:
-    """The subjects, and the classes as far as they are there already.
-
-    Raises:
-        DataError: there is no subject, or a picture or caption is damaged or missing.
-    """
-    to_come = class_numbers_to_come(sources)
+    """The subjects, and the classes as far as they are there already. Raises DataError if there is no subject, or a
+    picture or caption is damaged or missing."""
+    to_come = numbers_to_come(sources)
     wanted = [(one, one.generated and one.generated.num_class_images) for one in sources]
     there = [one for one, count in wanted if not count or len(to_come[str(one.folder)]) < count]
     concepts = [replace(one.concept, records=one.records(tell)) for one in there]
@@ -99,7 +89,7 @@ def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]
     return concepts
 
 
-def class_numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
+def numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:
     """The numbers of the class pictures that are yet to be sampled, by their folder, which classes may share."""
     generated = {str(one.folder): one.generated.num_class_images for one in sources if one.generated}
     return {folder: missing_numbers(Path(folder), count) for folder, count in generated.items()}
@@ -136,11 +126,7 @@ def check_words(job: TrainingJob) -> None:
 
 def starting_words(config: TrainConfig, base: ModelBundle) -> Words:
     """The new words of a run with the vectors that they start from: those of tokens that the base knows, or random ones
-    of the deviation of its table, a function of the seed and the word.
-
-    Raises:
-        ConfigError: what a word is to start from is not one token.
-    """
+    of the deviation of its table, a function of the seed and the word. Raises ConfigError of what is not one token."""
     wanted, found = config.words, dict[str, dict[str, np.ndarray]]()
     usual = OF_CUSTOM_DIFFUSION if config.method.method == "custom_diffusion" else ""
     initial = split_words(wanted.initializer_token or usual)

@@ -146,8 +146,7 @@ class TrainingJob:
 
 
 class Training:
-    """What a run trains: the method's trainables, with their optimiser and step, as new or as the run's checkpoint has
-    them."""
+    """What a run trains: the method's trainables, optimiser and step, as new or as the run's checkpoint has them."""
 
     def __init__(self, job: TrainingJob, unet: UNet2DConditionModel) -> None:
         self.job = job
@@ -192,10 +191,8 @@ class Training:
         return self.answers.as_targets(make_batch, preserved) if self.answers else make_batch
 
     def state(self, of_all: bool = False) -> list[Parameter]:
-        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling.
-
-        With those moments that other processes keep if it is `of_all`, for which all must ask at the same time.
-        """
+        """Trained weights, the optimiser's moments, the running averages, and the state of loss scaling; `of_all` with
+        those moments that other processes keep, for which all must ask at the same time."""
         moments = self.sharded.all_moments() if self.sharded and of_all else self.step.optimiser.moments()
         averages = self.average.averages if self.average else []
         scaling = self.step.scaler.state() if self.step.scaler else []
@@ -206,10 +203,8 @@ class Training:
         return self.average.in_place_of_weights() if self.average else nullcontext()
 
     def keep_words(self, report: StepReport) -> None:
-        """A hook: once new words were trained for their share of the run, put them back as they were then.
-
-        Their gradients still count in the clip, as in diffusers, which sets their learning rate to 0.
-        """
+        """A hook: once new words were trained for their share of the run, put them back as they were then. Their
+        gradients still count in the clip, as in diffusers, which sets their learning rate to 0."""
         if report.step == self.job.steps_of_words:
             self.kept_words = [(one, one.asnumpy().copy()) for one, _ in self.kept_words]
         for one, value in self.kept_words if report.step > self.job.steps_of_words else ():

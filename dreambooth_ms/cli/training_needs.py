@@ -38,13 +38,8 @@ from dreambooth_ms.weights.bundle import ModelBundle
 def check_expected_memory(
     config: TrainConfig, folder: ModelBundle, processes: Processes, tell: Tell = tell
 ) -> Mapping[str, int]:
-    """Say how much memory a step will need; what cannot fit ends here, before any work. Returns bytes by part.
-
-    `--max_device_memory` is of each process. All processes must ask at the same time.
-
-    Raises:
-        DeviceError: it cannot fit; what would need less is named.
-    """
+    """Say how much memory a step will need, and return bytes by part. Raises DeviceError if it cannot fit, with what
+    would need less. `--max_device_memory` is of each process. All processes must ask at the same time."""
     run, expected = config.run, memory.estimate(_workload(config, folder, processes.count))
     tell(str(expected))
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
@@ -108,11 +103,7 @@ class StepTimes:
 
 
 def check_expected_disk(job: TrainingJob, views: int = 0) -> None:
-    """Stop a run whose checkpoints and result have no room on the disk, with the latents of so many views.
-
-    Raises:
-        WeightError: there is too little.
-    """
+    """Raise WeightError if checkpoints and result, with the latents of so many views, have no room on the disk."""
     config, base, method, run = job.config, job.base, job.config.method, job.config.run
     work = _workload(config, base, 1)
     trained = work.numbers[1]

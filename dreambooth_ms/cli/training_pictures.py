@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from dreambooth_ms.cli.output import progress, tell, with_progress
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, tell_cut_prompts
+from dreambooth_ms.cli.training_concepts import numbers_to_come, read_concepts, tell_cut_prompts
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import check_expected_disk
 from dreambooth_ms.config.choices import Interpolation
@@ -32,8 +32,7 @@ from dreambooth_ms.training.run_folder import check_data
 
 
 def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker]:
-    """The job with all of its pictures, the network to train, and all that its batches are made of. Autoencoder and
-    text encoders are gone afterwards."""
+    """The job with all its pictures, the network to train, and what makes batches; all encoders are gone afterwards."""
     base, cache = job.base, ContentCache(job.config.output_dir / "cache")
     generated = [(one.prompt, one.generated.class_negative_prompt) for one in job.sources if one.generated]
     class_prompts = [text for both in generated for text in both]
@@ -47,7 +46,7 @@ def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker
         prompts = () if encodes_text else (view.prompt for view in job.views())
         embeddings.prepare({*prompts, *class_prompts, ""})
     unet, earlier = None, job.checkpoint.content if job.checkpoint else {}
-    missing = job.processes.from_first("the class pictures", lambda: class_numbers_to_come(job.sources))
+    missing = job.processes.from_first("the class pictures", lambda: numbers_to_come(job.sources))
     if any(missing.values()):
         unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts})
         job.processes.wait_for_all("the class pictures")
@@ -78,8 +77,7 @@ def check_same_pictures(processes: Processes, concepts: Sequence[Concept], sourc
 def sample_class_pictures(
     job: TrainingJob, missing: Mapping[str, Sequence[int]], texts: Mapping[str, PromptText]
 ) -> nn.Cell | None:
-    """Sample this process's share of the class pictures with these numbers, by folder; returns the UNet if that loaded
-    it."""
+    """Sample this process's share of these class pictures, by folder; returns the UNet if that loaded it."""
     shares = {folder: job.processes.share(numbers) for folder, numbers in missing.items()}
     if not any(shares.values()):
         return None
@@ -154,9 +152,7 @@ def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str]
         texts=texts,
         objective=draw_columns(base.schedule.trained(loss), loss),
         scaled=base.codec.spec.scaled,
-        noise_offset=job.config.noise_offset,
-        multires_noise=(loss.multires_noise_iterations, loss.multires_noise_discount),
-        ip_noise_gamma=loss.ip_noise_gamma,
+        loss=loss,
         num_add_time_ids=base.num_add_time_ids,
         masked=job.masked,
         unmasked_weight=data.unmasked_weight,

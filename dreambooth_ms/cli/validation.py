@@ -1,13 +1,9 @@
 """Pictures during training: always the same prompts and noise, so that a person sees the subject being learnt."""
 
-import json
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mindspore import nn
 from PIL import Image
 
@@ -19,22 +15,13 @@ from dreambooth_ms.data.holes import middle_hole
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.records import Record
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.picture_file import (
-    SETTINGS_KEY,
-    Row,
-    validation_name,
-    validation_pictures,
-    write_picture,
-    write_sheet,
-)
+from dreambooth_ms.sampling.picture_file import Row, validation_name, write_picture, write_sheet, write_strip
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.sampling.schedulers import fitting_scheduler
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.trackers import Tracker
 
 PURPOSE, FOLDER = "validation", "validation"
-STRIP, MOST_COLUMNS = "over_time.png", 12
-"""The file that shows each prompt through the run, and how many validations it shows."""
 
 SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
     "DPMSolverMultistepScheduler": "dpm++_2m",
@@ -43,11 +30,8 @@ SCHEDULERS: dict[ValidationScheduler, SamplingScheduler] = {
 
 
 def with_prompts_read(config: TrainConfig) -> TrainConfig:
-    """The same with the lines of the files that --validation_prompt names in their place, each prompt once.
-
-    Raises:
-        DataError: a file is missing, not UTF-8 text, or has no line with a prompt.
-    """
+    """The same with the lines of the files that --validation_prompt names in their place, each prompt once. Raises
+    DataError if a file is missing, not UTF-8 text, or has no line with a prompt."""
     wanted = config.validation
     read = [read_prompts(text, "--validation_prompt") for text in wanted.validation_prompt or ()]
     prompts = tuple(dict.fromkeys(prompt for lines in read for prompt in lines)) or None
@@ -56,11 +40,7 @@ def with_prompts_read(config: TrainConfig) -> TrainConfig:
 
 class ShowValidation:
     """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are; a sheet of
-    them, and one of each prompt through the run.
-
-    The process that has the tracker samples them one at a time, by one compiled denoiser, which takes less memory than
-    a training step of as many rows.
-    """
+    them, and one of each prompt through the run. The process that has the tracker samples them, one at a time."""
 
     def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
         wanted, side = job.config.validation, job.config.data.resolution
@@ -116,25 +96,3 @@ def _to_inpaint(job: TrainingJob, record: Record, size: Size) -> dict[str, Any]:
     picture, frame = open_picture(record.path, record.background), frame_of(record.size, size)
     crop = resize_and_crop(picture, frame, job.config.data.image_interpolation_mode)
     return {"image": crop, "mask": Image.fromarray(middle_hole(size).mask(size)), "strength": 1.0}
-
-
-def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:
-    """Draw the first picture of each prompt in a row, a column for each validation up to a step, of many so many evenly
-    taken. It is made of the files in the folder, so that a run that was stopped shows all of them."""
-    files = validation_pictures(folder)
-    steps = [one for one in files if one <= step]
-    shown = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))]
-    columns, captions = [_first_pictures(files[one]) for one in shown], [f"step {one}" for one in shown]
-    rows = [Row(prompt, [column.get(prompt) for column in columns], captions) for prompt in prompts]
-    write_sheet(folder / STRIP, "From step to step, always from the same noise", rows)
-
-
-def _first_pictures(paths: Iterable[Path]) -> dict[str, np.ndarray]:
-    """By their prompts, the pictures with the number 0; what somebody else put there is left out."""
-    found = {}
-    for path in paths:
-        with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
-            settings = json.loads(image.info[SETTINGS_KEY])
-            if settings["number"] == 0:
-                found[settings["prompt"]] = np.asarray(image.convert("RGB"))
-    return found

@@ -1,2 +1,1 @@
-"""The typed configuration: what can be set (a schema for each command), what else users call it (spellings), what is
-not here (refusals), load."""
+"""The typed configuration: what can be set (a schema per command), its spellings, refusals, and how it is loaded."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import FloatType, PredictionType
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SHARE, SIDE, Range, at_least
-from dreambooth_ms.config.rules import Rule, excludes, only_with
+from dreambooth_ms.config.rules import Rule, excludes, needed_without, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
@@ -38,8 +38,7 @@ class PreparationConfig:
     resolution: Annotated[int, SIDE] = 512
     """Side of the squares, in pixels."""
     use_aspect_ratio_bucket: bool = False
-    """Sizes of several aspect ratios with about the area of resolution x resolution, each picture at the one that cuts
-    off least of it."""
+    """Sizes of several aspect ratios with about that area, each picture at the one that cuts off least of it."""
     max_buckets: Annotated[int | None, at_least(1), only_with("use_aspect_ratio_bucket")] = None
     """At most so many sizes. None: all that some picture needs."""
     transparent_background: Background = "white"
@@ -48,7 +47,7 @@ class PreparationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Schema):
-    """Crop pictures to the sizes of a training."""
+    """Crop pictures to the sizes of a training, near-duplicates left out."""
 
     POSITIONAL = ("source", "target")
 
@@ -78,16 +77,11 @@ class ComparisonConfig(GenerationConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Schema):
-    """Compare a base model with its adapted self: same prompts, same noise."""
+    """Compare base and adapted model, by the same prompts and noise."""
 
     weights: WeightsConfig
     comparison: ComparisonConfig
     device: DeviceConfig = field(default_factory=DeviceConfig)
-
-    def problems(self) -> list[str]:
-        """Refuses a comparison of the base with itself."""
-        named = self.weights.lora or self.weights.embedding
-        return [] if named else ["--lora: missing; name the adapter to compare the base with, or an --embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +91,7 @@ class SourceConfig:
     source: Annotated[str, NOT_EMPTY, PATH]
     """Model or LoRA: a file or a folder, in any format that is read."""
     base: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """For a LoRA: the model it is for, where that has other sizes than the published ones and no run's config.yaml
-    beside it names it."""
+    """For a LoRA: its model, where no run's config.yaml beside it names one and sizes are not the published ones."""
     variant: str | None = None
     """Variant of the weight files in a model folder, such as fp16. None: the plain files, or the only variant."""
 
@@ -108,8 +101,7 @@ class WritingConfig:
     """A file or folder to write."""
 
     target: Annotated[str, NOT_EMPTY, PATH]
-    """What to write. A name that ends in .safetensors is a single file, in .ckpt a MindSpore checkpoint, without an
-    extension a folder."""
+    """What to write: NAME.safetensors is a single file, NAME.ckpt a MindSpore checkpoint, without suffix a folder."""
     dtype: FloatType | None = None
     """Type of the numbers to write. None: as in the source."""
 
@@ -173,18 +165,16 @@ class ExtractionConfig(WritingConfig):
     tuned: Annotated[str, NOT_EMPTY, PATH]
     """The model that it became, of the same sizes."""
     rank: Annotated[
-        int | None, at_least(1), excludes("extract_ratio", message="decides as --extract_ratio does; leave one out")
+        int | None,
+        at_least(1),
+        excludes("extract_ratio", message="decides as --extract_ratio does; leave one out"),
+        needed_without("extract_ratio", "rank", "name one, or an --extract_ratio"),
     ] = None
     """Of each layer's LoRA."""
     extract_ratio: Annotated[float | None, SHARE] = None
-    """In place of a rank: each layer keeps the singular values before the one at which this share of their sum is
-    reached, or else the first."""
+    """In place of a rank: a layer keeps the largest singular values whose sum is below this share of all, or one."""
     format: _LoraFormat | None = None
     """Format to write, where the target's name leaves it open. None: the name decides."""
-
-    def problems(self) -> list[str]:
-        """Refuses a rank of nothing."""
-        return [] if self.rank or self.extract_ratio else ["--rank: missing; name one, or an --extract_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +184,7 @@ class ExtractConfig(Schema):
     extraction: ExtractionConfig
 
 
+_MERGED = needed_without("concepts", "lora", "name the LoRA to merge, or --concepts")
 _NO_MODEL = Rule(
     lambda values: any(values[name] for name in ("lora", "format", "alpha", "prediction_type")),
     "--concepts: an adapter is made of them, not a model; leave out --lora, --format, --alpha and --prediction_type",
@@ -212,9 +203,8 @@ class MergingConfig(TargetConfig):
     """The model: a file or a folder, in any format that is read, or a name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub. None: its main branch."""
-    lora: Annotated[list[str], PATH] = field(default_factory=list)
-    """LoRA files or folders of any format and rank, or owner/name or owner/name/file on the Hugging Face hub; several
-    are added up."""
+    lora: Annotated[list[str], PATH, _MERGED] = field(default_factory=list)
+    """LoRA files or folders of any format and rank, or owner/name[/file] on the Hugging Face hub; they are added up."""
     scale: Annotated[float, FINITE] = 1.0
     """Strength of the LoRAs: 1 is as trained; -1 takes out again what was merged at 1."""
     format: Literal["diffusers", "stability", "mindone"] | None = None
@@ -231,10 +221,6 @@ class MergingConfig(TargetConfig):
     whose config.yaml is beside it, or else by its words alone."""
     regularization_prompts: Annotated[str | None, NOT_EMPTY, PATH, only_with("concepts")] = None
     """Text file of a few hundred captions, one per line, which stay as the base reads them. None: own captions."""
-
-    def problems(self) -> list[str]:
-        """Refuses to merge nothing."""
-        return [] if self.lora or self.concepts else ["--lora: missing; name the LoRA to merge, or --concepts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +245,3 @@ class DoctorConfig(Schema):
 
     device: DeviceConfig = field(default_factory=DeviceConfig)
     report: InstallationReportConfig = field(default_factory=InstallationReportConfig)
-
-    def problems(self) -> list[str]:
-        """Refuses half precision."""
-        allowed = self.device.mixed_precision in (None, "no")
-        return [] if allowed else ["--mixed_precision: the doctor compares figures in float32; leave it out"]

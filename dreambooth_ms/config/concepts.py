@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import yaml
 
-from dreambooth_ms.config.load import build
+from dreambooth_ms.config.load import Setting, build, canonical, in_one_line
 from dreambooth_ms.config.ranges import at_least
 from dreambooth_ms.config.schema import schema_fields
-from dreambooth_ms.config.sources import Setting, canonical, in_one_line
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, Tell, near
 
@@ -49,11 +48,8 @@ class ConceptConfig(TrainConfig):
 
 
 def concept_configs(config: TrainConfig, tell: Tell) -> list[ConceptConfig]:
-    """Of each subject the configuration; without a list of the only one. Pictures are not looked for.
-
-    Raises:
-        ConfigError: the list cannot be read, or every mistake in it, one line each.
-    """
+    """Of each subject the configuration; without a list of the only one. Pictures are not looked for. Raises
+    ConfigError if the list cannot be read, or of every mistake in it, one line each."""
     if not config.data.concepts_list:
         return [ConceptConfig(**vars(config))]
     path, problems, notes = Path(config.data.concepts_list), list[str](), list[str]()
@@ -77,8 +73,7 @@ def concept_configs(config: TrainConfig, tell: Tell) -> list[ConceptConfig]:
 def _concept(
     config: TrainConfig, folder: Path, where: str, values: Mapping[str, Any], problems: list[str], notes: list[str]
 ) -> ConceptConfig:
-    """What an entry makes of the run's configuration. Its paths are relative to the list's folder, or else to the
-    current one."""
+    """What an entry makes of the run's configuration; paths are in the list's folder, or else in the current one."""
     known, base = schema_fields(ConceptConfig), config.values() | {"concepts_list": None, "reg_data_dir": None}
     settings = [Setting(key, value, where) for key, value in values.items()]
     for one in settings:
@@ -145,8 +140,7 @@ def _flat(values: Mapping[str, Any], above_it: str = "") -> dict[str, Any]:
 
 
 def _of_one(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry's values by names that are fields or spellings; crosstyan's scripts say apart for subject and class
-    whether captions are read."""
+    """An entry's values by fields or spellings; crosstyan's scripts say of subject and class if captions are read."""
     flat = _flat(values)
     if "batch_size" in flat:  # No spelling, since `sample` has a flag of that name.
         flat["train_batch_size"] = flat.pop("batch_size")

@@ -1,6 +1,6 @@
 """What a field goes with. It stands at the field: `ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999`.
 
-A rule looks at the values of all fields, by name, and only where its own field differs from its default.
+A rule looks at the values of all fields, by name, and but for few only where its own field differs from its default.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,6 +25,8 @@ class Rule(NamedTuple):
     message: str
     is_note: bool = False
     """Whether the value is accepted, with the message as a note."""
+    of_default: bool = False
+    """Whether it is also looked at where the field has its default."""
 
 
 def no_effect(reason: str, when: Callable[[Values], Any]) -> Rule:
@@ -49,6 +51,11 @@ def needs(other: str, what: str, *instead: str) -> Rule:
     return Rule(
         lambda values: not any(values[name] for name in (other, *instead)), f"--{{field}}: needs --{other}, {what}"
     )
+
+
+def needed_without(other: str, own: str, message: str) -> Rule:
+    """The field, `own`, must be given, or the other one."""
+    return Rule(lambda values: not (values[own] or values[other]), f"--{own}: missing; {message}", of_default=True)
 
 
 def refused_with(other: str, value: str, message: str) -> Rule:

@@ -3,22 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
 from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, ScheduleConfig, WeightsConfig
-
-SD_XL_BASE_RATIOS: dict[str, tuple[int, int]] = {
-    "0.5": (704, 1408), "0.52": (704, 1344), "0.57": (768, 1344), "0.6": (768, 1280),
-    "0.68": (832, 1216), "0.72": (832, 1152), "0.78": (896, 1152), "0.82": (896, 1088),
-    "0.88": (960, 1088), "0.94": (960, 1024), "1.0": (1024, 1024), "1.0_768": (768, 768),
-    "1.0_512": (512, 512), "1.07": (1024, 960), "1.13": (1088, 960), "1.21": (1088, 896),
-    "1.29": (1152, 896), "1.38": (1152, 832), "1.46": (1216, 832), "1.67": (1280, 768),
-    "1.75": (1344, 768), "1.91": (1344, 704), "2.0": (1408, 704), "2.09": (1472, 704),
-    "2.4": (1536, 640), "2.5": (1600, 640), "2.89": (1664, 576), "3.0": (1728, 576),
-}  # fmt: skip
-"""The sizes that SDXL was trained at, by the names that mindone's guide gives them (width over height, rounded) ->
-(width, height) in pixels."""
 
 _GUIDED = no_effect("with a --guidance_scale of 1 or less", when=lambda values: values["guidance_scale"] <= 1)
 _RATIO = Range(f"one of {', '.join(SD_XL_BASE_RATIOS)}", lambda name: name in SD_XL_BASE_RATIOS)
@@ -33,8 +22,7 @@ class PicturesConfig(GenerationConfig):
     prompt: Annotated[str, NOT_EMPTY]
     """What the pictures show: a prompt, or the path of a text file with one prompt per line."""
     negative_prompt: Annotated[str, _GUIDED] = ""
-    """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model's folder asks for
-    it."""
+    """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model asks for it."""
     num_images_per_prompt: Annotated[int, at_least(1), _BY_SHEET] = 1
     """Pictures per prompt."""
     height: Annotated[int | None, SIDE] = None
@@ -47,8 +35,7 @@ class PicturesConfig(GenerationConfig):
     """Share of the guided prediction that is brought back to the contrast of the unguided one. 0.7 is usual for models
     that predict velocity, whose pictures guidance makes too bright."""
     clip_skip: Annotated[int, at_least(0)] = 0
-    """Layers left out at the end of the text encoders, counted from 0 as in diffusers: 1 is what A1111, whose count is
-    --clip_stop_at_last_layers, and kohya call 2."""
+    """Layers left out at the end of the text encoders, from 0 as in diffusers (--clip_stop_at_last_layers: from 1)."""
     support_long_prompts: bool = False
     """Read prompts beyond 77 tokens in pieces of 75. Otherwise they are cut, and a warning says what was lost."""
     vae_whole_up_to: Annotated[int | None, SIDE] = None
@@ -82,8 +69,7 @@ class StartConfig:
     """Image to image, and inpainting: what pictures start from."""
 
     task: Annotated[Literal["txt2img", "img2img", "inpaint"] | None, _STARTS, _INPAINTS] = None
-    """Start from text alone (txt2img), or from a picture (img2img), or draw a part of it anew (inpaint). None: as
-    --image and --mask say."""
+    """From text (txt2img) or a picture (img2img), or a part of one anew (inpaint). None: as --image and --mask say."""
     image: Annotated[str | None, NOT_EMPTY, PATH, _NO_START] = None
     """Picture to start from. Without --height and --width its shape is kept, at the model's own area."""
     mask: Annotated[str | None, NOT_EMPTY, PATH, needs("image", "the picture"), _NO_MASK, _WHOLE_PICTURE] = None
@@ -149,11 +135,9 @@ class RefinerConfig:
     """A second model, SDXL's refiner, that goes on from the base's pictures."""
 
     refiner: Annotated[str | None, NOT_EMPTY, PATH] = None
-    """The model: a local folder or file, or a name on the Hugging Face hub, in the base's --variant. None: the base
-    makes the pictures alone."""
+    """The model: a folder, a file, or a name on the Hugging Face hub, in the base's --variant. None: there is none."""
     denoising_end: Annotated[float | None, INNER_SHARE, _STOPS, needs("refiner", "which goes on from there")] = None
-    """Share of the denoising that the base does; the refiner does the rest. None: 0.8, or all of it with
-    --refiner_strength."""
+    """Share of the denoising that the base does, the refiner the rest. None: 0.8, or all with --refiner_strength."""
     refiner_strength: Annotated[float | None, SHARE, only_with("refiner")] = None
     """Let the base finish its pictures, and the refiner start from them and go this far: 1 keeps nothing of them."""
 
@@ -194,9 +178,4 @@ class SampleConfig(Schema):
     def num_images_per_prompt(self) -> int:
         """Pictures of each prompt: as many as were asked for, or as the sheet has room for."""
         wanted = self.pictures
-        return (wanted.num_rows or 1) * (wanted.num_cols or 1) if self.has_sheet else wanted.num_images_per_prompt
-
-    @property
-    def has_sheet(self) -> bool:
-        """Whether the pictures of each prompt are written as a sheet, too."""
-        return self.pictures.num_rows is not None or self.pictures.num_cols is not None
+        return (wanted.num_rows or 1) * (wanted.num_cols or 1) * wanted.num_images_per_prompt

@@ -52,10 +52,7 @@ class Field:
 
 
 class Schema:
-    """The settings of one command: a frozen dataclass of sections, themselves frozen dataclasses of values.
-
-    A section whose fields only make sense in certain combinations may have `problems`, too.
-    """
+    """The settings of one command: a frozen dataclass of sections, themselves frozen dataclasses of values."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()
     """Fields that may be given without their flags, in this order."""
@@ -73,13 +70,8 @@ class Schema:
         """Fields that are required beside the values of others, and not given."""
         return []
 
-    def problems(self) -> list[str]:
-        """Combinations that are refused, beyond those that stand at a field."""
-        return []
-
     def check(self) -> tuple[list[str], list[str]]:
-        """Problems and notes, one line each: of ranges, and of rules between fields. Reads no file. A problem names the
-        fields that it is about, as `--name`."""
+        """Problems and notes of ranges and rules, one line each; reads no file. Problems name fields, as `--name`."""
         values = self.values()
         shown = {n: ", ".join(map(str, own)) if isinstance(own, list | tuple) else own for n, own in values.items()}
         outside, broken, notes = [], [], []
@@ -87,14 +79,12 @@ class Schema:
             value = values[name]
             if one.range is not None and value is not None and not one.range.holds(value):
                 outside.append(f"--{name}: expected {one.range.expected}, got {shown[name]!r}")
-            if value != one.default:
-                found = [rule for rule in one.rules if rule.broken(values)]
-                lines = [(rule.message.format_map(shown | {"field": name}), rule.is_note) for rule in found]
-                broken += [line for line, is_note in lines if not is_note]
-                notes += [line for line, is_note in lines if is_note][:1]
-        for section in fields(self):  # type: ignore[arg-type]
-            broken += getattr(getattr(self, section.name), "problems", list)()
-        return outside + broken + self.problems(), notes
+            rules = [rule for rule in one.rules if value != one.default or rule.of_default]
+            found = [rule for rule in rules if rule.broken(values)]
+            lines = [(rule.message.format_map(shown | {"field": name}), rule.is_note) for rule in found]
+            broken += [line for line, is_note in lines if not is_note]
+            notes += [line for line, is_note in lines if is_note][:1]
+        return outside + broken, notes
 
 
 def schema_fields(schema: type) -> dict[str, Field]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
 from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PART, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
-from dreambooth_ms.config.rules import Resume, only_with, refused_with
+from dreambooth_ms.config.rules import Resume, Rule, only_with, refused_with
 
 Background: TypeAlias = Annotated[str, COLOUR]
 """What a picture is put on where it is transparent."""
@@ -23,8 +23,7 @@ class DeviceConfig:
     ms_mode: Annotated[int, ZERO_OR_ONE, Resume.MAY_CHANGE] = 0
     """MindSpore mode: 0 compiles graphs, 1 is PyNative, slower and easier to debug."""
     deterministic: Annotated[bool, Resume.MAY_CHANGE] = True
-    """On Ascend: sum in the same order each time, in all processes, so that the same run gives the same bits; slower. A
-    CPU always does so."""
+    """On Ascend: sum in the same order each time, in all processes, for the same bits; slower. A CPU always does so."""
     jit_level: Annotated[Literal["O0", "O1"] | None, Resume.MAY_CHANGE] = None
     """How far MindSpore optimises a graph on Ascend. O1: operators are fused, too. None: MindSpore's own choice, O0."""
 
@@ -62,30 +61,34 @@ class ScheduleConfig:
         return {key: value for key in keys if (value := getattr(self, key, None))}
 
 
+_COMPARED = Rule(
+    # Only `evaluate` has a class_prompt beside adapters.
+    lambda values: "class_prompt" in values and not (values["lora"] or values["embedding"]),
+    "--lora: missing; name the adapter to compare the base with, or an --embedding",
+    of_default=True,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig(BaseModelConfig):
     """The base model and the adapters on it."""
 
-    lora: Annotated[list[str], PATH] = field(default_factory=list)
+    lora: Annotated[list[str], PATH, _COMPARED] = field(default_factory=list)
     """Adapter files or folders, or owner/name or owner/name/file on the Hugging Face hub; several are added up. New
     words in them or beside them in their folder are read, too."""
     lora_scale: Annotated[
         list[float],
         Range("finite numbers", lambda scales: len(scales) > 0 and all(map(FINITE.holds, scales))),
         only_with("lora"),
+        Rule(
+            lambda values: values["lora"] and len(values["lora_scale"]) not in (1, len(values["lora"])),
+            "--lora_scale: expected one number, or one for each of --lora {lora}, got {lora_scale}",
+        ),
     ] = field(default_factory=lambda: [1.0])
     """Strength of the adapters, one for all or one for each: 0 is the base model, 1 is as trained."""
-
     embedding: Annotated[list[str], PATH] = field(default_factory=list)
     """Embeddings of new words (textual inversion): files or folders, or owner/name or owner/name/file on the Hugging
     Face hub. The word of a file that names none is the file's name. Words have no strength."""
-
-    def problems(self) -> list[str]:
-        """Refuses a number of scales that is neither one nor that of the adapters."""
-        scales, adapters = len(self.lora_scale), len(self.lora)
-        if not adapters or scales in (1, adapters):
-            return []
-        return [f"--lora_scale: expected one number, or one for each of {adapters} in --lora, got {scales}"]
 
 
 @dataclass(frozen=True, kw_only=True)

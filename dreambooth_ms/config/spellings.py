@@ -1,25 +1,16 @@
 """What users bring from other programs: the same thing under another name, or with its value written in another way;
-and what is not here at all: refused with a reason, or harmless and ignored with one.
-
-The names stand in spellings.yaml and refusals.yaml. One only applies where its field exists, so one table serves every
-command.
-"""
+and what is not here at all: refused with a reason, or harmless and ignored with one. Each serves every command that has
+its field."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from dreambooth_ms.config.choices import read_table
 from dreambooth_ms.errors import ConfigError
 
-
-def _read(file: str) -> Any:
-    return yaml.safe_load(Path(__file__).with_name(file).read_text(encoding="utf-8"))
-
-
-_TABLES, _NOT_HERE = _read("spellings.yaml"), _read("refusals.yaml")
+_TABLES, _NOT_HERE = (read_table(Path(__file__).with_name(f"{name}.yaml")) for name in ("spellings", "refusals"))
 
 SPELLINGS: dict[str, tuple[str, ...]] = {}
 """Another name -> the fields that it may stand for: the one that the command has."""
@@ -85,12 +76,8 @@ def squeezed(value: object) -> str:
 
 
 def choice_of(field: str, choices: tuple[str, ...], value: object) -> str:
-    """The choice that the value spells.
-
-    Raises:
-        ConfigError: it spells something that is not here, but has a neighbour that is.
-        ValueError: it spells none.
-    """
+    """The choice that the value spells. Raises ConfigError if it spells something that is not here, but has a neighbour
+    that is, and ValueError if it spells none."""
     spelled = {squeezed(choice): choice for choice in choices} | _named("choices", field, choices)
     near = _named("neighbours", field, choices)
     text = squeezed(value) if isinstance(value, bool | str) else ""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from dreambooth_ms.config import choices
 from dreambooth_ms.config.ranges import (
     DECAY,
+    INNER_SHARE,
     MEMORY,
     NOT_EMPTY,
     PART,
@@ -26,7 +27,6 @@ from dreambooth_ms.config.ranges import (
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, ScheduleConfig
-from dreambooth_ms.config.words import WordsConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -92,8 +92,7 @@ class DataConfig:
     instance_data_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
     """Folder with the pictures of the subject. Required without concepts_list or dataset_name."""
     instance_prompt: Annotated[str | None, NOT_EMPTY, _NAMELESS] = None
-    """Prompt that names the subject, with its rare token: "a photo of sks dog". Required where no caption stands
-    in its place."""
+    """Prompt that names the subject by its rare token: "a photo of sks dog". Required where no caption replaces it."""
     concepts_list: Annotated[str | None, NOT_EMPTY, PATH, _IN_THE_FILE, Resume.BY_CONTENT] = None
     """Several subjects: a file with a list of them (JSON or YAML), a dataset_config of kohya's scripts, or a folder of
     folders named "10_sks dog": repeats and prompt. docs/data.md has what they hold."""
@@ -105,11 +104,9 @@ class DataConfig:
     image_column: Annotated[str, NOT_EMPTY, _DATA_SET, Resume.BY_CONTENT] = "image"
     """Column of its parquet files that has the pictures."""
     cache_dir: Annotated[str | None, NOT_EMPTY, PATH, _DATA_SET, Resume.MAY_CHANGE] = None
-    """Folder for what of it is downloaded, and for pictures from parquet files. None: huggingface_hub's cache, and
-    cache in output_dir."""
+    """Folder for downloads, and pictures of parquet files. None: huggingface_hub's cache, and output_dir/cache."""
     repeats: Annotated[float, above(0), _BY_PASSES_ALONE, Resume.MAY_CHANGE] = 1.0
-    """How often each picture of the subject comes in a pass of num_train_epochs; in concepts_list, also beside those
-    of the other subjects."""
+    """How often each picture of the subject comes in a pass of num_train_epochs, and beside those of other subjects."""
     resolution: Annotated[int, SIDE] = 512
     """Side of the square training pictures, in pixels."""
     use_aspect_ratio_bucket: Annotated[bool, _AUGMENTED] = False
@@ -127,8 +124,7 @@ class DataConfig:
     """Let custom_diffusion see the subject's pictures as they are. Without it they are made smaller, on grey, or
     enlarged, and "a far away ", "very small ", "zoomed in " or "close up " says so before the prompt."""
     mask_dir: Annotated[str | None, NOT_EMPTY, PATH, Resume.BY_CONTENT] = None
-    """Folder with a mask for each picture of the subject, under its name and of its size: the error counts where it is
-    white, and only in part where it is grey."""
+    """Folder with a mask per picture, of its name and size: the error counts where it is white, in part where grey."""
     alpha_mask: Annotated[bool, excludes("mask_dir", message="and --mask_dir are two masks; give one of them")] = False
     """The pictures' own opacity is their mask."""
     unmasked_weight: Annotated[float, DECAY, _UNMASKED] = 0.0
@@ -153,8 +149,7 @@ class CaptionsConfig:
     use_txt_as_label: bool = False
     """Read the captions beside the subject's pictures, in place of instance_prompt."""
     use_filename_as_label: bool = False
-    """The name of each picture of the subject, without its suffix, is its prompt; beside the flags above and below only
-    where a picture has no caption."""
+    """Each picture's name without suffix is its prompt; beside the flags above and below only if it has no caption."""
     caption_column: Annotated[str | None, NOT_EMPTY] = None
     """Column of metadata.jsonl or metadata.csv in the folder, whose file_name names the picture: captions are there,
     not in files. Without read_prompt_from_txt they are the subject's and stand in place of instance_prompt."""
@@ -219,8 +214,7 @@ class MethodConfig:
     freeze_model: Annotated[Literal["crossattn_kv", "crossattn"], only_with("method", "custom_diffusion")] = (
         "crossattn_kv"
     )
-    """What custom_diffusion trains of the UNet: crossattn_kv, or crossattn: queries and outputs of its cross-attention
-    as well, for faces."""
+    """What custom_diffusion trains of cross-attention: keys and values, or with crossattn all of it, for faces."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT, _FROZEN_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
     clip_skip: Annotated[int, at_least(0)] = 0
@@ -280,6 +274,56 @@ class MethodConfig:
         return ".bin" if self.no_safe_serialization else ".safetensors"
 
 
+OF_CUSTOM_DIFFUSION = "ktn+pll+ucd"
+"""What new words start from, as in diffusers' script: rare words that are one token each."""
+
+
+def split_words(joined: str | None) -> list[str]:
+    """The words of a flag."""
+    return [word.strip() for word in (joined or "").split("+")] if joined else []
+
+
+_WORDS = Range(
+    "different words put together by +, such as <new1>+<new2>, without a slash",
+    lambda joined: all(words := split_words(joined) or [""]) and len(set(words)) == len(words) and "/" not in joined,
+)
+_TRAINED = Rule(
+    lambda values: values["method"] == "full" or (values["method"] == "lora" and not values["train_new_words"]),
+    "--modifier_token: new words are trained by --method custom_diffusion or textual_inversion, or beside a LoRA with "
+    "--train_new_words",
+)
+_ENOUGH = Rule(
+    lambda values: len(split_words(values["initializer_token"])) < len(split_words(values["modifier_token"])),
+    "--initializer_token {initializer_token!r}: expected a word for each of --modifier_token {modifier_token!r}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordsConfig:
+    """New words, whose vectors are trained."""
+
+    modifier_token: Annotated[str | None, _WORDS, _TRAINED] = None
+    """New words for the subjects, put together by +: "<new1>+<new2>". Prompts name the subjects by them."""
+    initializer_token: Annotated[str | None, NOT_EMPTY, only_with("modifier_token"), _ENOUGH] = None
+    """Words that are one token each, put together by +, whose vectors the new words start from. None: ktn+pll+ucd
+    with custom_diffusion, where the vocabulary has them; else random vectors as large as those of the vocabulary."""
+    num_vectors: Annotated[int, at_least(1), only_with("modifier_token")] = 1
+    """Tokens that each new word stands for; each has a vector of its own."""
+    train_new_words: Annotated[
+        bool,
+        needs("modifier_token", "the new words"),
+        only_with("method", "lora"),
+    ] = False
+    """With lora: train the vectors of new words, too (pivotal tuning)."""
+    train_text_encoder_ti_frac: Annotated[float | None, INNER_SHARE, only_with("modifier_token")] = None
+    """Share of the run after which new words stay as they are. None: they are trained to the end."""
+
+    @property
+    def words(self) -> list[str]:
+        """The new words."""
+        return split_words(self.modifier_token)
+
+
 _NEVER_WARM = Rule(
     lambda values: values["lr_scheduler"] != "constant" and values["lr_warmup_steps"] >= values["max_train_steps"],
     "--lr_warmup_steps {lr_warmup_steps} is not less than --max_train_steps {max_train_steps}: "
@@ -306,8 +350,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Save memory: compute activations again in the backward pass, in place of keeping them. A step takes longer."""
     max_device_memory: Annotated[str | None, MEMORY] = None
-    """Memory that each process may take, such as 16GB; the run is refused if it is expected to need more. None: the
-    machine's, which the processes on it share."""
+    """Memory of each process, as 16GB; a run that needs more is refused. None: the machine's, shared by all on it."""
     seed: Annotated[int | None, SEED] = None
     """Makes the run repeatable. None: drawn at random and recorded."""
     checkpointing_steps: Annotated[int, at_least(1), Resume.MAY_CHANGE] = 500
@@ -321,8 +364,7 @@ class RunConfig:
     logging_dir: Annotated[str, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
     profile: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
-    """Let MindSpore's profiler record so many steps after the first, which compiles, into the folder profile inside
-    output_dir. None: it records nothing."""
+    """Let MindSpore's profiler record so many steps after the first into output_dir/profile. None: it does not."""
 
 
 _TEXT_ENCODER = no_effect(
@@ -497,9 +539,8 @@ class ValidationConfig:
     """Pictures generated during training, to see how far it is."""
 
     validation_prompt: Annotated[tuple[str, ...] | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
-    """Prompt of pictures that are generated during the training, or the path of a text file with one prompt per line;
-    several by the flag once more. A base that inpaints draws the middle of the first subject's first picture anew.
-    None: there are none."""
+    """Prompt of pictures that are generated during the training, or a text file with one per line; several by the flag
+    once more. A base that inpaints draws the middle of the first subject's first picture anew. None: there are none."""
     validation_negative_prompt: Annotated[str, _VALIDATES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
@@ -561,8 +602,7 @@ class LossConfig(ScheduleConfig):
     ip_noise_gamma: Annotated[float, at_least(0)] = 0.0
     """Input perturbation: strength of more noise, which the network reads and is not to answer; 0.1 is usual."""
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    """How a difference counts: squared (l2), or from about huber_c on in proportion, so that outliers count less.
-    smooth_l1 is huber over huber_c."""
+    """How differences count: squared (l2), or from about huber_c on in proportion. smooth_l1 is huber over huber_c."""
     huber_c: Annotated[float, SHARE, _HUBER] = 0.1
     """Where huber goes from squared to proportional: at the most noise, or everywhere if huber_schedule is constant."""
     huber_schedule: Annotated[Literal["constant", "exponential", "snr"], _HUBER] = "snr"
@@ -590,6 +630,11 @@ class LossConfig(ScheduleConfig):
     edm_weighting: Literal["none", "edm"] = "none"
     """How errors of the clean picture count with such a base: all the same, as in diffusers' script, or as in the EDM
     paper, more where there is little noise."""
+
+    @property
+    def offset_strength(self) -> float:
+        """Strength of the constant that is added to each channel of the noise."""
+        return OFFSET_NOISE_STRENGTH if self.offset_noise else self.noise_offset
 
 
 _SCALED = only_with("mixed_precision", "fp16", "auto")
@@ -630,7 +675,7 @@ class ProcessesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Schema):
-    """Teach the base model a subject from a few pictures."""
+    """Teach a base model a subject from a few pictures."""
 
     USUAL = (
         *("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "resolution", "output_dir"),
@@ -694,8 +739,3 @@ class TrainConfig(Schema):
     def augments(self) -> bool:
         """Whether rows vary how large the subject's pictures are."""
         return self.method.method == "custom_diffusion" and not self.data.noaug
-
-    @property
-    def noise_offset(self) -> float:
-        """Strength of the constant added to the noise."""
-        return OFFSET_NOISE_STRENGTH if self.loss.offset_noise else self.loss.noise_offset

@@ -1,7 +1,5 @@
-"""Custom Diffusion's augmentation (Kumari et al., 2023): a subject that is smaller or nearer, and words that say so.
-
-Its numbers are those of the authors' code and of diffusers' script.
-"""
+"""Custom Diffusion's augmentation (Kumari et al., 2023): a subject that is smaller or nearer, and words that say so, by
+the numbers of the authors' code and of diffusers' script."""
 
 from dataclasses import replace
 
@@ -15,11 +13,8 @@ FAR, NEAR = ("a far away ", "very small "), ("zoomed in ", "close up ")
 
 
 def augmented(picture: Size, size: Size, rng: np.random.Generator, center_crop: bool) -> tuple[Frame, str]:
-    """A frame of a square size that shows a square of the picture smaller, on grey, or enlarged; and what stands before
-    the prompt then, which may be empty.
-
-    The square is the picture's own, in the middle or anywhere in it, so that a subject keeps its proportions.
-    """
+    """A frame of a square size that shows a square of the picture, in its middle or anywhere, smaller, on grey, or
+    enlarged; and what stands before the prompt then, which may be empty."""
     whole = size[0]
     is_smaller = rng.random() < SMALLER
     side = int(rng.integers(whole // 3, whole + 1) if is_smaller else rng.integers(int(1.2 * whole), int(1.4 * whole)))

@@ -1,7 +1,4 @@
-"""A batch is rows: whatever a method wants of a picture is a value in its row.
-
-Shapes: B rows, C, H, W of the latents.
-"""
+"""A batch is rows: whatever a method wants of a picture is a value in its row. Shapes: B rows, C, H, W of latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +6,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from mindspore import Tensor
 
+from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.data.holes import beside_noise
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
-from dreambooth_ms.diffusion import Columns, perturbed, pyramid_noise
-from dreambooth_ms.randomness import generator, standard_normal
+from dreambooth_ms.diffusion import DEFAULT, Columns, perturbed, pyramid_noise
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,8 @@ class Batch:
         concepts: Sequence[str],
         read_noise_BCHW: np.ndarray | None = None,
     ) -> "Batch":
-        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`.
-
-        The network reads the other noise, if there is one.
-        """
+        """The columns of an objective applied to clean latents and noise; the conditioning is as in `inputs`. The
+        network reads the other noise, if there is one."""
         read_BCHW = noise_BCHW if read_noise_BCHW is None else read_noise_BCHW
         sample_BCHW, timestep_B = columns.network_input(clean_BCHW, read_BCHW), columns.time.astype(np.float32)
         return cls(
@@ -76,12 +71,8 @@ class BatchMaker:
     """A generator for each row -> what is drawn from it (see `diffusion`)."""
     scaled: Callable[[np.ndarray], np.ndarray]
     """The autoencoder's latents (C, H, W) -> the diffusion's (`VaeSpec.scaled`)."""
-    noise_offset: float = 0.0
-    """Strength of a random constant that is added to each channel of the noise (Guttenberg, 2023)."""
-    multires_noise: tuple[int, float] = (0, 0.0)
-    """Rounds and discount of `diffusion.pyramid_noise`."""
-    ip_noise_gamma: float = 0.0
-    """Strength of the noise that the network reads beside the noise."""
+    loss: LossConfig = DEFAULT
+    """What noise it is: a random constant added to each channel (Guttenberg, 2023), a pyramid, a perturbation."""
     num_add_time_ids: int = 0
     """add_time_ids of each row: 6 for SDXL, 5 for its refiner."""
     masked: bool = False
@@ -91,40 +82,35 @@ class BatchMaker:
 
     def __call__(self, number: int) -> Batch:
         """The batch with this number, counted from 0."""
-        rows, seed = self.plan.rows(number), self.plan.seed
-        latents, noise, read_noise, generators, texts, of_sizes, beside = [], [], [], [], [], [], []
-        for concept, row, view in rows:
-            name = concept.drawn_as or concept.name
-            clean, *rest = (self._latents(one, f"{name} posterior", row) for one in view.encoded)
-            latents.append(clean)
-            beside.append(beside_noise(view.hole.mask(view.frame.size), *rest) if view.hole else clean[:0])
-            offset = standard_normal((len(clean), 1, 1), seed, f"{name} noise offset", row)
-            own = standard_normal(clean.shape, seed, f"{name} noise", row) + self.noise_offset * offset
-            own = pyramid_noise(own, generator(seed, f"{name} noise pyramid", row), *self.multires_noise)
-            noise.append(own)
-            of_input = generator(seed, f"{name} input perturbation", row)
-            read_noise.append(perturbed(own, of_input, self.ip_noise_gamma))
-            generators.append(generator(seed, f"{name} timestep", row))
-            texts.append(self.texts(view.prompt))
-            of_sizes.append(add_time_ids(self.num_add_time_ids, view.record.size, view.corner, view.frame.size))
-        columns = self.objective(generators)
+        rows = self.plan.rows(number)
+        columns = self.objective([self.plan.draws(row.concept, row.number)("timestep") for row in rows])
         weights = np.array([row.concept.weight for row in rows]) * columns.weight / self.plan.rows_per_step
-        batch = Batch.of(
-            replace(columns, weight=weights),
-            np.stack(latents).astype(np.float32),
-            np.stack(noise).astype(np.float32),
-            conditioning(texts, of_sizes),
-            [row.concept.name for row in rows],
-            np.stack(read_noise).astype(np.float32),
-        )
-        read = np.concatenate((batch.inputs["sample"], np.stack(beside)), axis=1, dtype=np.float32)
+        made = zip(*map(self._row, rows), strict=True)
+        clean, beside, noise, read_noise = (np.stack(own).astype(np.float32) for own in made)
+        views = [row.view for row in rows]
+        ids = [add_time_ids(self.num_add_time_ids, one.record.size, one.corner, one.frame.size) for one in views]
+        read = conditioning([self.texts(view.prompt) for view in views], ids)
+        names = [row.concept.name for row in rows]
+        batch = Batch.of(replace(columns, weight=weights), clean, noise, read, names, read_noise)
+        sample = np.concatenate((batch.inputs["sample"], beside), axis=1)
         masks = {"mask": self._masks(rows, batch.target.shape)} if self.masked else {}
-        return replace(batch, inputs=batch.inputs | {"sample": read}, extras=masks | batch.extras)
+        return replace(batch, inputs=batch.inputs | {"sample": sample}, extras=masks | batch.extras)
 
-    def _latents(self, view: View, purpose: str, row: int) -> np.ndarray:
+    def _row(self, row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of a row clean latents, what is read beside them, noise, and the noise that is read: each (C, H, W)."""
+        view, loss, draws = row.view, self.loss, self.plan.draws(row.concept, row.number)
+        clean, *rest = (self._latents(one, draws) for one in view.encoded)
+        beside = beside_noise(view.hole.mask(view.frame.size), *rest) if view.hole else clean[:0]
+        noise = draws("noise").standard_normal(clean.shape, np.float32)
+        noise += loss.offset_strength * draws("noise offset").standard_normal((len(clean), 1, 1), np.float32)
+        rounds, discount = loss.multires_noise_iterations, loss.multires_noise_discount
+        noise = pyramid_noise(noise, draws("noise pyramid"), rounds, discount)
+        return clean, beside, noise, perturbed(noise, draws("input perturbation"), loss.ip_noise_gamma)
+
+    def _latents(self, view: View, draws: Callable[[str], np.random.Generator]) -> np.ndarray:
         """Latents (C, H, W) of what is encoded of a row, drawn from their posterior."""
         mean, log_variance = self.posteriors(view)
-        draw = standard_normal(mean.shape, self.plan.seed, purpose + (" of the rest" if view.hole else ""), row)
+        draw = draws("posterior of the rest" if view.hole else "posterior").standard_normal(mean.shape, np.float32)
         return self.scaled(mean + np.exp(0.5 * log_variance) * draw)
 
     def _masks(self, rows: Sequence[Row], shape: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Posterior parameters and text embeddings, computed once and kept on disk by the content they came from.
 
-A key is a digest of everything that decides the value: the picture's bytes, the crop, the network's weights. So a
-cache can't go stale: another picture, base or size has another key. Values are looked up when a batch is made; a
-bounded number of them stays in memory.
+A key is a digest of everything that decides the value (the picture's bytes, the crop, the network's weights), so that
+a cache can't go stale. Values are looked up when a batch is made.
 """
 
 import hashlib
@@ -32,12 +31,8 @@ Value = TypeVar("Value")
 
 
 class ContentCache:
-    """Arrays in a folder, one file per key. A damaged file counts as absent and is made again.
-
-    Args:
-        folder: where they are.
-        bytes_in_memory: how much of what was asked for last is kept in memory too.
-    """
+    """Arrays in a folder, one file per key, of which those asked for last stay in memory, too. A damaged file counts as
+    absent and is made again."""
 
     def __init__(self, folder: Path, bytes_in_memory: int = BYTES_IN_MEMORY) -> None:
         self.folder, self._limit = folder, bytes_in_memory
@@ -124,15 +119,9 @@ def posterior_lookup(
 ) -> Lookup[View, np.ndarray]:
     """View -> mean and log-variance (2, C, h, w) of its posterior; of one with a hole, of the masked picture.
 
-    Args:
-        cache: where they are looked up and kept.
-        encoder_digest: identifies the autoencoder's weights.
-        interpolation: filter used to resize.
-        load_encoder: called only if something is missing; gives pictures (1, 3, H, W) -> (2, C, h, w).
-        progress: wraps the loop over what is missing.
-
-    Raises:
-        DataError: by what it gives, of a picture that is encoded to NaN, infinity or black.
+    `encoder_digest` identifies the autoencoder's weights; `load_encoder` is called only if something is missing, and
+    gives pictures (1, 3, H, W) -> (2, C, h, w); `progress` wraps the loop over what is missing. What it gives raises
+    DataError of a picture that is encoded to NaN, infinity or black.
     """
 
     def keys(view: View) -> tuple[str]:

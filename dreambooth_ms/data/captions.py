@@ -40,11 +40,8 @@ class Captioning:
     """Whether a picture without a caption has the concept's prompt."""
 
     def prompts(self, pictures: Sequence[Path], prompt: str) -> list[tuple[str, ...]]:
-        """Of each picture of a folder its prompts, of which each row draws one.
-
-        Raises:
-            DataError: captions are missing, empty or no text, or there is no such metadata.
-        """
+        """Of each picture of a folder its prompts, of which each row draws one. Raises DataError if captions are
+        missing, empty or no text, or there is no such metadata."""
         captions = {path: [path.stem] for path in pictures} if self.from_names else {}
         if self.column or self.from_files:
             where, read = "a text such as dog.txt beside dog.png", _captions_of_files

@@ -1,8 +1,7 @@
 """What a UNet reads beside noisy latents and timestep, of a prompt and of a picture: all that families differ in.
 
-SD 1 and 2 read the prompt alone. SDXL also takes the prompt's pooled text and numbers of the picture, which are here
-called add_time_ids. Shapes: B rows or prompts, T tokenizers, S tokens, E text width, P width of pooled text,
-N add_time_ids.
+SD 1 and 2 read the prompt alone, SDXL also its pooled text and numbers of the picture, add_time_ids. Shapes: B rows or
+prompts, T tokenizers, S tokens, E text width, P width of pooled text, N add_time_ids.
 """
 
 import warnings
@@ -17,9 +16,6 @@ from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle, TextReader
 
 NOTHING = np.zeros(0, np.float32)
-
-AESTHETIC_SCORE = 6.0
-"""What SDXL's refiner reads of pictures, as in diffusers' pipeline."""
 
 
 class PromptText(NamedTuple):
@@ -40,15 +36,8 @@ class PromptText(NamedTuple):
 def conditioning(
     prompts: Sequence[PromptText], add_time_ids: Sequence[np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """What a network reads of the rows of a batch beside sample and timestep.
-
-    Args:
-        prompts: of each row.
-        add_time_ids: (N,) of each row, if there are any.
-
-    Returns:
-        Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out.
-    """
+    """What a network reads of the rows of a batch beside sample and timestep: of each its prompt, and add_time_ids (N,)
+    if there are any. Rows (B, ...) by the network's `input_names`, in their order; what is empty is left out."""
     of_rows = (*zip(*prompts, strict=True), add_time_ids or [NOTHING] * len(prompts))
     named = zip((*prompts[0].input_names, "time_ids"), map(np.stack, of_rows), strict=True)
     return {name: rows for name, rows in named if rows.size}
@@ -59,27 +48,21 @@ def add_time_ids(
     original_size: tuple[int, int],
     crop: tuple[int, int],
     target_size: tuple[int, int],
-    aesthetic_score: float = AESTHETIC_SCORE,
+    aesthetic_score: float = 6.0,
 ) -> np.ndarray:
     """The `count` numbers (N,) float32 that a UNet takes of a picture (Podell et al., 2023, section 2.2).
 
-    Args:
-        count: 6 for SDXL: height and width before the picture was resized, top and left of the crop after it, height
-            and width of the crop. 5 for its refiner, which has a score in place of the last two. 0 for others.
-        original_size: (width, height), as all sizes.
-        crop: (top, left) of its corner in the resized picture.
-        target_size: size of what is cropped.
-        aesthetic_score: how beautiful the picture is, from 0 to 10.
+    6 for SDXL: height and width before the picture was resized, (top, left) of the crop after it, height and width of
+    the crop. 5 for its refiner, which has a score from 0 to 10 (6 in diffusers' pipeline) in place of the last two. 0
+    for others. Sizes that are given are (width, height).
     """
     ends: dict[int, tuple[float, ...]] = {6: target_size[::-1], 5: (aesthetic_score,)}
     return np.array((*original_size[::-1], *crop, *ends[count]), np.float32) if count else NOTHING
 
 
 class PromptTokenizer:
-    """The tokenizers of a model's text readers, all of one length. The last reader is the one that may pool.
-
-    `warns`: whether what is lost of a prompt is told, rather than by who reads many.
-    """
+    """The tokenizers of a model's text readers, all of one length, of which the last may pool. `warns`: whether it
+    tells what is lost of a prompt."""
 
     def __init__(self, readers: Sequence[TextReader], warns: bool = True) -> None:
         self._tokenizers = [reader.tokenizer() for reader in readers]
@@ -87,11 +70,8 @@ class PromptTokenizer:
         self.length: int = self._tokenizers[0].length
 
     def ids(self, prompt: str, pieces: int = 1) -> np.ndarray:
-        """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side.
-
-        Each piece is a text of full length, one after the other; the last ones may be empty. In one piece, a prompt
-        that is too long is cut, and a warning says what was lost.
-        """
+        """Token ids (pieces, T * length) int32 of a prompt, those of each tokenizer side by side. Last pieces may be
+        empty. In one piece, a prompt that is too long is cut, and a warning says what was lost."""
         lost = self.lost(prompt) if pieces == 1 and self._warns else None
         if lost is not None:
             warnings.warn(f"prompt cut after {self.length} tokens; not used: {lost!r}", stacklevel=2)
@@ -123,18 +103,9 @@ def encode_prompts(
     pieces: int = 1,
     zeros_for_empty: bool = False,
 ) -> Iterator[tuple[str, PromptText]]:
-    """Each distinct prompt with what the UNet reads of it, float32, computed in batches of one fixed shape, as soon as
-    its own are.
-
-    Args:
-        tokenizer: of the text encoders.
-        text_encoders: the network.
-        prompts: what to encode.
-        batch_size: rows of a batch; the last one is filled up with its last row.
-        pieces: how many texts of full length each prompt is cut into. Their embeddings stand one after the other,
-            (pieces * S, E), and the pooled text is the first one's. One: what is too long is left out.
-        zeros_for_empty: whether the empty prompt is zeros, as it stands for "no negative prompt" with most SDXL models.
-    """
+    """Each distinct prompt with what the UNet reads of it, float32, computed in batches of one fixed shape, the last of
+    which is filled up. `pieces` is how many texts of full length each prompt is cut into: embeddings (pieces * S, E),
+    pooled text of the first. `zeros_for_empty`: whether the empty prompt is zeros, as with most SDXL models."""
     ordered = sorted(set(prompts))
     for first in range(0, len(ordered), batch_size):
         texts, found = tokenizer.texts(ordered[first : first + batch_size], pieces), list[PromptText]()
@@ -151,8 +122,7 @@ def encode_prompts(
 
 
 def embed_prompts(bundle: ModelBundle, prompts: Iterable[str]) -> Iterator[tuple[str, PromptText]]:
-    """These prompts and the empty one, each with what the base's own text encoders make of it; not all are in memory,
-    and the encoders are gone afterwards."""
+    """These prompts and the empty one, each with what the base's text encoders make of it; they are gone afterwards."""
     tokenizer, encoders, wanted = PromptTokenizer(bundle.text, warns=False), bundle.load_text_encoders(), {*prompts, ""}
     zeros = bundle.zeros_for_empty_prompt
     return encode_prompts(tokenizer, encoders, wanted, min(8, len(wanted)), zeros_for_empty=zeros)

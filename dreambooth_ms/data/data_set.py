@@ -1,8 +1,4 @@
-"""A data set, here or on the hub, as a folder of pictures: what other programs take by --dataset_name.
-
-Pictures that stand in parquet files are written out once, beside metadata.jsonl with their captions; from there on
-there is nothing but a folder of pictures.
-"""
+"""A data set, here or on the hub, as a folder of pictures: those in parquet files are written out once."""
 
 import json
 import os
@@ -30,11 +26,8 @@ _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|eval|val|dev)(?:ing|uation|id|idat
 
 def with_folder_of_data_set(config: TrainConfig) -> TrainConfig:
     """The same configuration with the folder of its data set's pictures as --instance_data_dir, if it has a data set.
-
-    Raises:
-        DataError: it has no such column, a row has no picture, or a parquet file cannot be read.
-        WeightError: it is not found or holds something else, or the disk lacks room.
-    """
+    Raises DataError if it has no such column, a row has no picture, or a parquet file cannot be read, and WeightError
+    if it is not found or holds something else, or the disk lacks room."""
     data, captions = config.data, config.captions.caption_column
     if data.dataset_name is None:
         return config

@@ -47,9 +47,7 @@ def masked(picture_3HW: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
 
 
 def beside_noise(mask_HW: np.ndarray, latents_Chw: np.ndarray) -> np.ndarray:
-    """The channels (1 + C, h, w) float32 behind noisy latents: the mask and latents of the masked picture.
-
-    Of the mask each latent has its first pixel, as torch's nearest neighbour takes it.
-    """
+    """The channels (1 + C, h, w) float32 behind noisy latents: the mask, of which each latent has its first pixel, as
+    torch's nearest neighbour takes it, and latents of the masked picture."""
     step = mask_HW.shape[0] // latents_Chw.shape[1]
     return np.concatenate((mask_HW[None, ::step, ::step], latents_Chw)).astype(np.float32)

@@ -23,10 +23,7 @@ class Mask(NamedTuple):
 
 def find_mask(picture: Path, folder: Path | None, size: Size) -> Mask:
     """The mask of a picture of this size in a folder, by its name without the suffix; without a folder its opacity.
-
-    Raises:
-        DataError: there is none, it has another size, or it is black.
-    """
+    Raises DataError if there is none, it has another size, or it is black."""
     beside = [folder / f"{picture.stem}{suffix}" for suffix in SUFFIXES] if folder else [picture]
     path = next((one for one in beside if one.is_file()), None)
     if path is None:
@@ -53,16 +50,9 @@ def read_mask(mask: Mask) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def mask_of_latents(mask: Mask | None, frame: Frame, flip: bool, size: Size, rest: float) -> np.ndarray:
-    """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has, and 0
-    around what is pasted.
-
-    Args:
-        mask: of the picture; None: it counts everywhere.
-        frame: of the crop.
-        flip: whether the crop is mirrored.
-        size: (w, h) of the latents, of which the crop is a multiple.
-        rest: how much counts what the mask has not, from 0 to 1.
-    """
+    """How much each latent of a crop counts, (h, w) float32 of mean 1: the share of its area that the mask has, or all
+    of it without one, and 0 around what is pasted. `size` is (w, h) of the latents, of which the crop is a multiple;
+    `rest`, from 0 to 1, how much counts what the mask has not."""
     width, height = size
     counts = np.ones((height, width), np.float32)
     if mask:

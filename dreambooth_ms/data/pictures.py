@@ -1,7 +1,5 @@
-"""From a folder of photographs to float32 crops: find, open as people see them, resize, crop, flip.
-
-Sizes are (width, height), as Pillow gives them; crops are (top, left) in pixels of the resized picture.
-"""
+"""From a folder of photographs to float32 crops: find, open as people see them, resize, crop, flip. Sizes are (width,
+height), as Pillow gives them; crops are (top, left) in pixels of the resized picture."""
 
 import hashlib
 import io
@@ -56,15 +54,6 @@ _UNREADABLE = (
 """What Pillow's decoders raise on damaged files."""
 
 
-class PictureFolder(NamedTuple):
-    """What a folder holds."""
-
-    pictures: list[Path]
-    """In natural order (2 before 10)."""
-    notes: dict[str, list[Path]]
-    """What the user should know of some of the rest, for `told`."""
-
-
 class Opened(NamedTuple):
     """A picture as a viewer shows it, and what else there is to say of it."""
 
@@ -100,12 +89,10 @@ class Frame:
         return self.resized[1] - self.cut[1], self.resized[0] - self.cut[0]
 
 
-def find_pictures(folder: str | Path) -> PictureFolder:
-    """The picture files at the top of a folder, recognised by their suffixes. Hidden files are skipped.
-
-    Raises:
-        DataError: there is no such folder, or no picture in it.
-    """
+def find_pictures(folder: str | Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The picture files at the top of a folder, by their suffixes, in natural order (2 before 10); hidden ones are
+    skipped. And what the user should know of some of the rest, for `told`. Raises DataError if there is no such folder,
+    or no picture in it."""
     folder = Path(folder)
     wanted = f"expected a folder with pictures ({', '.join(suffix[1:] for suffix in SUFFIXES)})"
     # Of os.path, because those of pathlib raise on names that are too long or may not be looked at.
@@ -125,7 +112,7 @@ def find_pictures(folder: str | Path) -> PictureFolder:
     for path in sorted(set(entries).difference(pictures), key=_natural_order):
         is_caption = path.suffix.lower() in CAPTION_SUFFIXES and path.stem in names
         notes[CAPTIONS if is_caption or path.name in CAPTION_FILES else SKIPPED].append(path)
-    return PictureFolder(pictures, notes)
+    return pictures, notes
 
 
 def _natural_order(path: Path) -> tuple[list[tuple[int, int, str]], str]:
@@ -154,13 +141,8 @@ def open_picture(path: str | Path, background: str = "white") -> Image.Image:
 
 def read_picture(path: str | Path, background: str = "white") -> Opened:
     """A picture as a viewer shows it: upright by its EXIF tag, in sRGB by its colour profile, on a background where it
-    is transparent.
-
-    16-bit pictures are scaled to 8 bits. Of an animation, the first frame is read.
-
-    Raises:
-        DataError: the file is missing, damaged, not a picture, or too large or too narrow to be one.
-    """
+    is transparent; 16 bits are scaled to 8, and of an animation the first frame is read. Raises DataError if the file
+    is missing, damaged, not a picture, or too large or too narrow to be one."""
     with _errors_of(path):
         opened = _as_shown(read_upright(path), background)
     width, height = opened.picture.size
@@ -170,11 +152,8 @@ def read_picture(path: str | Path, background: str = "white") -> Opened:
 
 
 def read_upright(path: str | Path) -> Image.Image:
-    """A picture with its own pixels, upright.
-
-    Raises:
-        DataError: the file is missing, damaged, not a picture, or too large to be one.
-    """
+    """A picture with its own pixels, upright. Raises DataError if the file is missing, damaged, not a picture, or too
+    large to be one."""
     with _errors_of(path), warnings.catch_warnings():
         # Pillow warns of sizes that phones have by now; what is really too large, it refuses.
         warnings.simplefilter("ignore")
@@ -250,11 +229,8 @@ def covering_size(picture: Size, size: Size) -> Size:
 
 
 def frame_of(picture: Size, size: Size, rng: np.random.Generator | None = None) -> Frame:
-    """A crop of `size`, drawn uniformly from all that fit into a picture of the size `picture`.
-
-    Without a generator it is the one in the middle; a half pixel goes to the even neighbour, as in torchvision's
-    CenterCrop.
-    """
+    """A crop of `size`, drawn uniformly from all that fit into a picture of the size `picture`; without a generator the
+    middle one, where a half pixel goes to the even neighbour, as in torchvision's CenterCrop."""
     resized = covering_size(picture, size)
     top, left = (
         round(highest / 2) if rng is None else int(rng.integers(highest + 1))
@@ -264,11 +240,7 @@ def frame_of(picture: Size, size: Size, rng: np.random.Generator | None = None) 
 
 
 def resize_and_crop(image: Image.Image, frame: Frame, interpolation: Interpolation, flip: bool = False) -> Image.Image:
-    """A picture within its frame, mirrored if asked.
-
-    Raises:
-        ValueError: the frame is not one of this picture.
-    """
+    """A picture within its frame, mirrored if asked. Raises ValueError if the frame is not one of this picture."""
     (top, left), (width, height) = frame.highest, frame.cut
     is_inside = 0 <= frame.top <= top and 0 <= frame.left <= left
     covered = [covering_size(image.size, size) for size in (frame.cut, (min(frame.resized),) * 2)]

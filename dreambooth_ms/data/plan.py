@@ -1,15 +1,13 @@
 """Which picture, prompt, crop and flip each row of each batch sees: a function of the seed, known in advance.
 
-Rows are numbered over the whole run, each concept's by themselves. All that is random about a row depends on its
-number, so it makes no difference how the rows are cut into batches: two batches of 1 are the rows of one batch of 2.
-The size is the step's, and depends on the number of the step; so does which rows of a size a step has. Sizes have
-several aspect ratios and about equal area, and each picture takes the one that loses least of it: it is resized until
-it covers the size, and the rest is cut. Of ratios a and b the share lost is 1 - min(a/b, b/a).
+Rows are numbered over the whole run, each concept's by themselves, and all that is random about one depends on its
+number: two batches of 1 are the rows of one batch of 2. The size is the step's. Each picture takes the size that loses
+least of it: it is resized until it covers that, and the rest is cut.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -17,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dreambooth_ms.config.choices import BUCKETS
 from dreambooth_ms.data.augmentation import augmented
 from dreambooth_ms.data.holes import Hole, draw_hole
 from dreambooth_ms.data.pictures import Frame, Size, frame_of
@@ -24,16 +23,6 @@ from dreambooth_ms.data.records import CLASS, Concept, Record
 from dreambooth_ms.randomness import generator
 
 MOST_TURNS = 100_000
-_OF_512 = (
-    (256, 1024), (320, 1024), (384, 1024), (384, 960), (384, 896), (448, 832), (512, 768), (512, 704), (512, 512),
-    (576, 640),
-)  # fmt: skip
-_OF_1024 = (
-    (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
-    (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152), (896, 1088),
-    (960, 1088), (960, 1024), (1024, 1024),
-)  # fmt: skip
-_NO_MIRROR = (704, 1344)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +43,7 @@ class View:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """(top, left) of its crop in the resized picture; a mirrored one counts from the right. What is pasted whole on
-        grey has (0, 0)."""
+        """(top, left) of its crop in the resized picture; mirrored from the right; (0, 0) if pasted on grey."""
         if self.frame.place:
             return 0, 0
         return self.frame.top, self.frame.highest[1] - self.frame.left if self.flip else self.frame.left
@@ -75,7 +63,6 @@ class Framing:
     """How pictures become crops."""
 
     sizes: tuple[Size, ...]
-    """Each picture has the one that loses least of it; a step has rows of one size."""
     center_crop: bool
     random_flip: bool
     augments: bool = False
@@ -98,10 +85,8 @@ class Bucket(NamedTuple):
 class Plan:
     """The rows of every batch: `batch_size` of each group of concepts, in the order of the groups.
 
-    Sizes take turns by the pictures that the first group has of them; its concepts do by their pictures and repeats,
-    and each concept is gone through in an order drawn anew for every epoch of its own. So no picture is dropped, and
-    all come up equally often, whatever the batch size. Another group of as many concepts goes along with the first: a
-    class comes up when its subject does.
+    Sizes take turns by the pictures that the first group has of them, its concepts by their pictures and repeats; each
+    concept is gone through in an order of each epoch of its own. Another group of as many concepts goes along with it.
     """
 
     concepts: tuple[Concept, ...]
@@ -121,18 +106,15 @@ class Plan:
         named: dict[str, list[Concept]] = {}
         for concept in self.concepts:
             named.setdefault(concept.group or concept.name, []).append(concept)
-        leading, *others = named.values()
+        leading = next(iter(named.values()))
         sizes = of_records(self.framing.sizes, [record for concept in leading for record in concept.records])
-        split = [_split(concept, sizes) for concept in leading]
-        following = [[_split(concept, sizes, fills=True) for concept in group] for group in others]
+        split = [[_split(one, sizes, fills=group is not leading) for one in group] for group in named.values()]
         found = []
         for at, size in enumerate(sizes):
             # Of the leading concepts only those with pictures of this size, and what goes along with them.
-            held = [k for k, by_size in enumerate(split) if by_size[at].records]
-            groups = [tuple(split[k][at] for k in held)]
-            for group in following:
-                along = held if len(group) == len(leading) else range(len(group))
-                groups.append(tuple(group[k][at] for k in along))
+            held = [k for k, by_size in enumerate(split[0]) if by_size[at].records]
+            along = [held if len(group) == len(leading) else range(len(group)) for group in split]
+            groups = [tuple(group[k][at] for k in own) for group, own in zip(split, along, strict=True)]
             shares = [_whole([one.repeats * len(one.records) for one in group]) for group in groups]
             shares = [shares[0] if len(own) == len(shares[0]) else own for own in shares]
             found.append(Bucket(size, tuple(groups), tuple(shares)))
@@ -157,75 +139,69 @@ class Plan:
 
     def _row(self, concept: Concept, own: int, bucket: int, size: Size) -> Row:
         """The row that sees a concept's pictures of a bucket for the `own`-th time, counted from 0."""
-        name, framing, records = concept.drawn_as or concept.name, self.framing, concept.records
-        number = own * len(self.buckets) + bucket
-        epoch, position = divmod(own, len(records))
-        order = _order(self.seed, name, len(records), epoch * len(self.buckets) + bucket)
-        record = records[order[position]]
+        framing, number = self.framing, own * len(self.buckets) + bucket
+        epoch, position = divmod(own, len(concept.records))
+        name, turn = concept.drawn_as or concept.name, epoch * len(self.buckets) + bucket
+        record = concept.records[_order(self.seed, name, len(concept.records), turn)[position]]
+        draws = self.draws(concept, number)
         prompt = record.captions[0]
         if len(record.captions) > 1:
-            prompt = record.captions[generator(self.seed, f"{name} caption", number).integers(len(record.captions))]
+            prompt = record.captions[draws("caption").integers(len(record.captions))]
         if concept.wording:
-            prompt = concept.wording.of_row(prompt, generator(self.seed, f"{name} wording", number))
-        drawn = None if framing.center_crop else generator(self.seed, f"{name} crop", number)
-        frame = frame_of(record.size, size, drawn)
+            prompt = concept.wording.of_row(prompt, draws("wording"))
+        frame = frame_of(record.size, size, None if framing.center_crop else draws("crop"))
         if framing.augments and concept.group != CLASS:
-            rng = generator(self.seed, f"{name} augmentation", number)
-            frame, said = augmented(record.size, size, rng, framing.center_crop)
+            frame, said = augmented(record.size, size, draws("augmentation"), framing.center_crop)
             prompt = prompt and said + prompt
-        flip = framing.random_flip and generator(self.seed, f"{name} flip", number).random() < 0.5
-        hole = draw_hole(size, generator(self.seed, f"{name} hole", number)) if framing.inpaints else None
+        flip = framing.random_flip and draws("flip").random() < 0.5
+        hole = draw_hole(size, draws("hole")) if framing.inpaints else None
         return Row(concept, number, View(record, prompt, frame, bool(flip), hole))
+
+    def draws(self, concept: Concept, number: int) -> Callable[[str], np.random.Generator]:
+        """By the purpose, what the row of a concept with this number draws from."""
+        return lambda purpose: generator(self.seed, f"{concept.drawn_as or concept.name} {purpose}", number)
 
 
 def taking_turns(shares: tuple[int, ...], position: int) -> tuple[int, int]:
-    """Which of some things comes up at a position, and how often it has come up before.
-
-    Of each `sum(shares)` positions in a row from 0 on, each has its share, spread evenly.
-    """
+    """Which of some things comes up at a position, and how often before: each by its share, spread evenly."""
     cycle, at = divmod(position, sum(shares))
     order, before = _cycle(shares)
     return int(order[at]), cycle * shares[order[at]] + int(before[at])
 
 
 def sizes_of(resolution: int, multiple: int = 8) -> list[Size]:
-    """The sizes of a resolution, from the narrowest on: NovelAI's 19 at 512 (Anlatan, 2022), the 40 that SDXL was
-    trained at (Podell et al., 2023, appendix I) at 1024, else the largest that have no more than its area, whose sides
-    are multiples of 64, or of less at low resolutions, and of `multiple`."""
-    if resolution in (512, 1024):
-        narrow = _OF_512 if resolution == 512 else _OF_1024
-        sizes = {*narrow, *((height, width) for width, height in narrow if (width, height) != _NO_MIRROR)}
-    else:
-        step = min(64, max(8, resolution // 64 * 8))
-        step = -(-step // multiple) * multiple
-        lowest, highest = resolution // 2 // step * step, 2 * resolution
-        widths = range(max(lowest, step), highest + 1, step)
-        fitting = {(width, min(highest, resolution**2 // width // step * step)) for width in widths}
-        kept = {size for size in fitting if size[1] >= max(lowest, step)}
-        sizes = kept | {(height, width) for width, height in kept} | {(resolution, resolution)}
+    """The sizes of a resolution, from the narrowest on: at 512 and 1024 the published ones, else the largest that have
+    no more than its area, whose sides are multiples of 64, or of less at low resolutions, and of `multiple`."""
+    if resolution in BUCKETS:
+        return BUCKETS[resolution]
+    step = min(64, max(8, resolution // 64 * 8))
+    step = -(-step // multiple) * multiple
+    lowest, highest = resolution // 2 // step * step, 2 * resolution
+    widths = range(max(lowest, step), highest + 1, step)
+    fitting = {(width, min(highest, resolution**2 // width // step * step)) for width in widths}
+    kept = {size for size in fitting if size[1] >= max(lowest, step)}
+    sizes = kept | {(height, width) for width, height in kept} | {(resolution, resolution)}
     return sorted(sizes, key=lambda size: (size[0] / size[1], size[0]))
 
 
 def nearest(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
     """The position (P,) of the size that loses least of each picture; of equals the first."""
-    return _lost(sizes, pictures).argmin(1)
+    return lost_area(sizes, pictures).argmin(1)
 
 
 def lost_area(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
-    """The share (P,) of each picture that is cut off at the size that loses least of it."""
-    return _lost(sizes, pictures).min(1)
+    """The share (P, S) of each picture that is cut off at each size: of aspect ratios a and b 1 - min(a/b, b/a)."""
+    own, of_sizes = (np.log([width / height for width, height in of]) for of in (pictures, sizes))
+    return 1 - np.exp(-np.abs(own[:, None] - of_sizes[None]))
 
 
 def least_losing(sizes: Sequence[Size], pictures: Sequence[Size], at_most: int) -> list[Size]:
-    """So many of the sizes, or fewer, that lose least of all pictures together.
-
-    Pictures are nearest to one of two neighbours among the chosen, so that the best choice up to a size extends one up
-    to a narrower one.
-    """
+    """So many of the sizes, or fewer, that lose least of all pictures together."""
+    # A picture is nearest to one of its two neighbours among the chosen: the best choice up to a size extends another.
     ordered = sorted(sizes, key=lambda size: size[0] / size[1])
     # Before the first and behind the last stands a size that is never nearest.
     ratios = np.array([0, *(width / height for width, height in ordered), np.inf])
-    lost = np.pad(_lost(ordered, pictures), ((0, 0), (1, 1)), constant_values=np.inf)
+    lost = np.pad(lost_area(ordered, pictures), ((0, 0), (1, 1)), constant_values=np.inf)
     of_pictures = np.array([width / height for width, height in pictures])
     between = [
         [lost[(of_pictures > low) & (of_pictures <= high)][:, [i, j]].min(1).sum() for j, high in enumerate(ratios)]
@@ -243,15 +219,8 @@ def least_losing(sizes: Sequence[Size], pictures: Sequence[Size], at_most: int) 
     return [ordered[j - 1] for j in found[1][:-1]]
 
 
-def _lost(sizes: Sequence[Size], pictures: Sequence[Size]) -> np.ndarray:
-    """The share (P, S) of each picture that is lost at each size."""
-    own, of_sizes = (np.log([width / height for width, height in of]) for of in (pictures, sizes))
-    return 1 - np.exp(-np.abs(own[:, None] - of_sizes[None]))
-
-
 def table_of_sizes(plan: Plan, steps: int) -> list[tuple[Size, int, float, int]]:
-    """Of a run of so many steps each size, its pictures of the subjects, the mean share that is cut off them, and its
-    steps."""
+    """Each size of a run of so many steps, its pictures of the subjects, the mean share cut off them, and its steps."""
     turns = Counter(taking_turns(plan.shares, step)[0] for step in range(steps))
     pictures = [[record.size for one in bucket.groups[0] for record in one.records] for bucket in plan.buckets]
     return [
@@ -265,7 +234,7 @@ def of_records(sizes: Sequence[Size], records: Sequence[Record]) -> list[Size]:
     return [sizes[at] for at in sorted(set(nearest(sizes, [record.size for record in records]).tolist()))]
 
 
-def _split(concept: Concept, sizes: Sequence[Size], fills: bool = False) -> list[Concept]:
+def _split(concept: Concept, sizes: Sequence[Size], fills: bool) -> list[Concept]:
     """A concept with its records of each size; `fills`: where it has none, with all."""
     at = nearest(sizes, [record.size for record in concept.records])
     of_sizes = [tuple(concept.records[i] for i in np.flatnonzero(at == n)) for n in range(len(sizes))]

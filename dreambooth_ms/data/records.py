@@ -86,21 +86,18 @@ class Source:
 
     def records(self, tell: Tell) -> tuple[Record, ...]:
         """Its pictures in natural order. Every one is opened once, so that a damaged file is found before the training
-        starts; what is not used, or not as it is, is told in one line for each kind.
-
-        Raises:
-            DataError: no usable folder, damaged pictures, or captions that are missing: one line each.
-        """
-        found = find_pictures(self.folder)
+        starts; what is not used, or not as it is, is told in one line for each kind. Raises DataError if there is no
+        usable folder, or of damaged pictures and missing captions, one line each."""
+        found, notes = find_pictures(self.folder)
         if self.mask_folder and not self.mask_folder.is_dir():
             raise DataError(f"--mask_dir {self.mask_folder}: no such folder{near(self.mask_folder)}")
-        pictures = found.pictures[: self.generated.num_class_images if self.generated else self.count]
+        pictures = found[: self.generated.num_class_images if self.generated else self.count]
         if len(pictures) < (self.count or 0):
             raise DataError(
                 f"{self.folder}: {count_of(len(pictures), 'picture')}, expected --num_class_images {self.count} for "
                 "--real_prior; put more there with their captions, or lower it"
             )
-        notes = found.notes | ({} if self.captioning == PROMPT_ALONE else {CAPTIONS: []})
+        notes |= {} if self.captioning == PROMPT_ALONE else {CAPTIONS: []}
         records, problems = list[Record](), list[str]()
         prompts: list[tuple[str, ...]] = [(self.prompt,)] * len(pictures)
         try:

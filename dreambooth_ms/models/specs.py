@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
-import yaml
+
+from dreambooth_ms.config.choices import read_table
 
 UNSAID_END = 2
 """The end token in configurations older than a correction in transformers: there it is the largest id of a text."""
@@ -213,32 +214,25 @@ class ModelSpec:
     text_encoder_2: ClipTextSpec | None = None
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """A YAML file of this package. By libyaml where PyYAML has it, which takes a twentieth of the time."""
-    content: dict[str, Any] = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return content
-
-
 FAMILIES = read_table(Path(__file__).with_name("families.yaml"))
 """What is known of each family, by its value."""
-
 
 _KINDS = {"unet": UNetSpec, "vae": VaeSpec, "transformer": TransformerSpec}
 _KINDS |= {"text_encoder": ClipTextSpec, "text_encoder_2": ClipTextSpec}
 
 
-def _values(table: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table of families.yaml says, as the fields of specs have it."""
+def values_of(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table such as those of families.yaml says, as the fields of specs have it."""
     own = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    return own | {name: kind(**_values(own[name])) for name, kind in _KINDS.items() if name in own}
+    return own | {name: kind(**values_of(own[name])) for name, kind in _KINDS.items() if name in own}
 
 
-PUBLISHED_MODELS = tuple(ModelSpec(family=one, **_values(FAMILIES[one.value]["networks"])) for one in Family)
+PUBLISHED_MODELS = tuple(ModelSpec(family=one, **values_of(FAMILIES[one.value]["networks"])) for one in Family)
 """One model of each family, with the sizes it was published with."""
 
 SD_15, SD_21, SDXL_BASE, SDXL_REFINER = PUBLISHED_MODELS
 SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET = (model.unet for model in PUBLISHED_MODELS)
 SD_VAE, SDXL_VAE = SD_15.vae, SDXL_BASE.vae
 CLIP_L_TEXT, OPENCLIP_H_TEXT, OPENCLIP_BIGG_TEXT = SD_15.text_encoder, SD_21.text_encoder, SDXL_BASE.text_encoder_2
-PLAYGROUND_25 = replace(SDXL_BASE, **_values(FAMILIES["Playground v2.5"]["networks"]))
+PLAYGROUND_25 = replace(SDXL_BASE, **values_of(FAMILIES["Playground v2.5"]["networks"]))
 PLAYGROUND_25_VAE = PLAYGROUND_25.vae

@@ -4,7 +4,8 @@ their numbers in their names; and sheets of several."""
 import json
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dreambooth_ms.errors import DataError
 
 SETTINGS_KEY = "dreambooth_ms"
 MARGIN, GAP, LABEL_WIDTH, LINE, CELL = 24, 10, 200, 18, 160
+STRIP, MOST_COLUMNS = "over_time.png", 12
+"""The file that shows each prompt through the run, and how many validations it shows."""
 INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
@@ -117,3 +120,25 @@ def write_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
         y += height
     with atomic_path(path) as partial:
         sheet.save(partial, format="PNG")
+
+
+def write_strip(folder: Path, prompts: Sequence[str], step: int) -> None:
+    """Draw the first picture of each prompt in a row, a column for each validation up to a step, of many so many evenly
+    taken. It is made of the files in the folder, so that a run that was stopped shows all of them."""
+    files = validation_pictures(folder)
+    steps = [one for one in files if one <= step]
+    shown = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, MOST_COLUMNS).round().astype(int))]
+    columns, captions = [_first_pictures(files[one]) for one in shown], [f"step {one}" for one in shown]
+    rows = [Row(prompt, [column.get(prompt) for column in columns], captions) for prompt in prompts]
+    write_sheet(folder / STRIP, "From step to step, always from the same noise", rows)
+
+
+def _first_pictures(paths: Iterable[Path]) -> dict[str, np.ndarray]:
+    """By their prompts, the pictures with the number 0; what somebody else put there is left out."""
+    found = {}
+    for path in paths:
+        with suppress(OSError, ValueError, KeyError, SyntaxError), Image.open(path) as image:
+            settings = json.loads(image.info[SETTINGS_KEY])
+            if settings["number"] == 0:
+                found[settings["prompt"]] = np.asarray(image.convert("RGB"))
+    return found

@@ -840,7 +840,10 @@ def test_the_checkpoint_of_another_rank(run, train_refused):
             ["--refiner", "model", "--denoising_end", "0.8", "--refiner_strength", "0.3"],
             "--denoising_end: the base stops there, with --refiner_strength it finishes; give one of them",
         ),
-        (["--lora", "a,b,c", "--lora_scale", "1,0.5"], "--lora_scale: expected one number, or one for each of 3 in "),
+        (
+            ["--lora", "a,b,c", "--lora_scale", "1,0.5"],
+            "--lora_scale: expected one number, or one for each of --lora a, b, c",
+        ),
         (["--lora_scale", "strong"], "--lora_scale: expected a list of numbers, got "),
         (["--add_pipeline", "True"], "--add_pipeline: name the second model with --refiner"),
         (["--output_dir", "dog/0.png"], "dog/0.png: cannot be written (Not a directory); choose another folder"),

@@ -94,8 +94,7 @@ def compared(request, trainings):
             text=training.embedding,
             num_add_time_ids=training.num_add_time_ids,
         ),
-        multires_noise=(case.loss.multires_noise_iterations, case.loss.multires_noise_discount),
-        ip_noise_gamma=case.loss.ip_noise_gamma,
+        loss=case.loss,
     )
     ours = training.run(batches)
     return SimpleNamespace(case=case, training=training, batches=batches, ours=ours)

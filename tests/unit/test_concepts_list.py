@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.cli.training_concepts import class_numbers_to_come, read_concepts, sources_of
+from dreambooth_ms.cli.training_concepts import numbers_to_come, read_concepts, sources_of
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -212,7 +212,7 @@ def test_a_class_is_shared_by_those_who_say_the_same_of_it(sources):
     fill("dogs", 1)
     shared = CAT | {"class_prompt": "a dog", "class_data_dir": "dogs", "repeats": 1.5}
     found, _ = sources([DOG, shared], PRIOR, "--num_class_images", "3")
-    assert class_numbers_to_come(found) == {"dogs": [0, 1]}, "they are generated once"
+    assert numbers_to_come(found) == {"dogs": [0, 1]}, "they are generated once"
     concepts = read_concepts(found, lambda line: None)
     assert [(one.name, len(one.records)) for one in concepts] == [
         ("instance", 1), ("instance_2", 2), ("class", 1), ("class_2", 1)
@@ -387,7 +387,7 @@ def test_photographs_of_a_class_have_their_own_captions_and_none_is_generated(so
         Path(f"cats/{number}.txt").write_text(f"cat {number}")
     dog = {key: value for key, value in DOG.items() if key != "class_prompt"}
     found, _ = sources([dog, CAT], PRIOR, "--real_prior", "--num_class_images", "3")
-    assert not class_numbers_to_come(found)
+    assert not numbers_to_come(found)
     *_, dogs, cats = read_concepts(found, lambda line: None)
     assert [record.captions for record in dogs.records] == [("dog 0",), ("dog 1",), ("dog 2",)]
     assert [record.captions for record in cats.records] == [("cat 0",), ("cat 1",), ("cat 2",)]
@@ -399,5 +399,5 @@ def test_one_subject_of_several_has_photographs_of_its_class(sources):
     for number in range(2):
         Path(f"dogs/{number}.txt").write_text("a dog of mine")
     found, _ = sources([DOG | {"real_prior": True, "num_class_images": 2}, CAT], PRIOR)
-    assert {folder: len(own) for folder, own in class_numbers_to_come(found).items()} == {"cats": 100}
+    assert {folder: len(own) for folder, own in numbers_to_come(found).items()} == {"cats": 100}
     assert read_concepts(found, lambda line: None)[-1].records[0].captions == ("a dog of mine",)

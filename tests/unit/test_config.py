@@ -15,10 +15,9 @@ from dreambooth_ms.config import commands, sample, shared
 from dreambooth_ms.config import train as train_schema
 from dreambooth_ms.config.commands import ConvertConfig, EvaluateConfig, ExtractConfig, InspectConfig, MergeConfig
 from dreambooth_ms.config.concepts import ConceptConfig
-from dreambooth_ms.config.load import load, to_yaml
+from dreambooth_ms.config.load import canonical, load, to_yaml
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.schema import describe, field_documentation, schema_fields, sections
-from dreambooth_ms.config.sources import canonical
 from dreambooth_ms.config.spellings import BASE_THEN_ADAPTERS, CONVERTED, HARMLESS, REFUSED, SPELLINGS, VALUES
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
@@ -149,11 +148,8 @@ def test_defaults_that_hang_on_the_method_give_way_to_what_is_given():
 
 
 def test_offset_noise_is_a_noise_offset_of_the_published_strength():
-    assert [train(*flags).noise_offset for flags in ([], ["--offset_noise"], ["--noise_offset", "0.05"])] == [
-        0.0,
-        0.1,
-        0.05,
-    ]
+    given = ([], ["--offset_noise"], ["--noise_offset", "0.05"])
+    assert [train(*flags).loss.offset_strength for flags in given] == [0.0, 0.1, 0.05]
 
 
 def test_every_class_of_the_schema_is_frozen():

@@ -18,7 +18,7 @@ from dreambooth_ms.adapters.lora import initialise_lora, inject_lora, lora_train
 from dreambooth_ms.cli.toy_networks import SD_UNET
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.shared import BaseModelConfig
-from dreambooth_ms.config.train import DataConfig, RunConfig, TrainConfig, ValidationConfig
+from dreambooth_ms.config.train import DataConfig, LossConfig, RunConfig, TrainConfig, ValidationConfig
 from dreambooth_ms.data import conditioning as text_module
 from dreambooth_ms.data import pictures as picture_files
 from dreambooth_ms.data.batches import BatchMaker
@@ -201,7 +201,7 @@ def maker(wanted, noise_offset=0.0, objective=weighted_by_time):
         texts=lambda prompt: PromptText(normal(7, 3, seed=len(prompt))),
         objective=objective,
         scaled=VaeSpec(scaling_factor=0.5).scaled,
-        noise_offset=noise_offset,
+        loss=LossConfig(noise_offset=noise_offset),
     )
 
 

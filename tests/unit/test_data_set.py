@@ -46,7 +46,7 @@ def find(source, output, columns=("image", "text"), config_name=None, cache=None
 
 def prompts(folder, column="text"):
     """Of each picture, its bytes and its prompts."""
-    pictures = find_pictures(folder).pictures
+    pictures = find_pictures(folder)[0]
     found = Captioning(from_files=True, column=column).prompts(pictures, "")
     return [(path.read_bytes(), own) for path, own in zip(pictures, found, strict=True)]
 
@@ -63,7 +63,7 @@ def test_pictures_and_captions_of_parquet_files_are_written_out_once(photographs
     assert folder.parent == tmp_path / "run" / "cache"
     expected = list(zip(photographs.values(), [("one",), ("two",), ("three", "drei")], strict=False))
     assert prompts(folder) == expected
-    assert {path.suffix for path in find_pictures(folder).pictures} == {".png"}
+    assert {path.suffix for path in find_pictures(folder)[0]} == {".png"}
     there = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert find(tmp_path / "set", tmp_path / "run") == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == there
@@ -115,7 +115,7 @@ def test_one_of_several_folders_is_named(photographs, tmp_path):
     for name, own in (("small", images(photographs)[:2]), ("large", images(photographs))):
         write_parquet(tmp_path / "set" / name / "train" / "0000.parquet", image=own)
     found = find(tmp_path / "set", tmp_path / "run", ("image",), "small")
-    assert len(find_pictures(found).pictures) == 2
+    assert len(find_pictures(found)[0]) == 2
     with pytest.raises(WeightError) as error:
         find(tmp_path / "set", tmp_path / "run", ("image",))
     assert str(error.value) == (

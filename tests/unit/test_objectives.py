@@ -373,7 +373,8 @@ def test_rows_are_the_same_however_they_are_cut(settings):
             posterior=lambda i: normal(2, 4, 8, 12, seed=i),
             text=lambda i: (normal(7, 24, seed=i),),
         )
-        make = replace(make, noise_offset=0.1, multires_noise=(6, 0.4), ip_noise_gamma=0.2)
+        more = {"multires_noise_iterations": 6, "multires_noise_discount": 0.4, "ip_noise_gamma": 0.2}
+        make = replace(make, loss=LossConfig(noise_offset=0.1, **more))
         rows_of = [make(number) for number in range(batches)]
         per_row = [(one.target, one.weight, *one.inputs.values(), *one.extras.values()) for one in rows_of]
         return [np.concatenate(values) for values in zip(*per_row, strict=True)]

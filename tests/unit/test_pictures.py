@@ -48,7 +48,7 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_pictures_come_in_the_order_people_number_them(tmp_path):
     for name in ("dog10.png", "dog2.png", "Dog1.png", "dog.png", "cat.png", "2.png", "10.png"):
         save(tmp_path / name)
-    names = [path.name for path in find_pictures(tmp_path).pictures]
+    names = [path.name for path in find_pictures(tmp_path)[0]]
     assert names == ["2.png", "10.png", "cat.png", "dog.png", "Dog1.png", "dog2.png", "dog10.png"]
 
 
@@ -57,7 +57,7 @@ def test_pictures_come_in_the_order_people_number_them(tmp_path):
 )
 def test_every_usual_suffix_is_a_picture_and_opens(tmp_path, suffix):
     save(tmp_path / f"dog{suffix}", size=(16, 16))
-    (path,) = find_pictures(tmp_path).pictures
+    (path,) = find_pictures(tmp_path)[0]
     assert open_picture(path).size == (16, 16)
 
 
@@ -68,9 +68,9 @@ def test_everything_else_is_listed_as_skipped(tmp_path):
     (tmp_path / "notes.txt").write_text("rex")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
-    found = find_pictures(str(tmp_path))
-    assert [path.name for path in found.pictures] == ["dog.png"]
-    assert {path.name for path in found.notes[pictures.SKIPPED]} == {
+    found, notes = find_pictures(str(tmp_path))
+    assert [path.name for path in found] == ["dog.png"]
+    assert {path.name for path in notes[pictures.SKIPPED]} == {
         ".hidden.png",
         "._dog.jpg",
         "notes.txt",
@@ -83,7 +83,7 @@ def test_what_was_skipped_is_one_line(tmp_path):
     save(tmp_path / "dog.png")
     for name in [*(f"{number}.txt" for number in range(7)), "two\nlines.txt"]:
         (tmp_path / name).touch()
-    (line,) = pictures.told(find_pictures(tmp_path).notes)
+    (line,) = pictures.told(find_pictures(tmp_path)[1])
     assert line == f"{tmp_path}: skipped what is not a picture, 8 found: 0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 3 more"
     assert "\n" not in pictures.told({"skipped": [tmp_path / "two\nlines.txt"]})[0]
     assert pictures.told({"skipped": []}) == []
@@ -94,7 +94,7 @@ def test_captions_that_nothing_reads_are_told_as_such(tmp_path):
         save(tmp_path / name)
     for name in ("a.txt", "b.caption", "metadata.jsonl", "c.txt"):
         (tmp_path / name).write_text("a dog on grass")
-    assert pictures.told(find_pictures(tmp_path).notes) == [
+    assert pictures.told(find_pictures(tmp_path)[1]) == [
         f"{tmp_path}: skipped what is not a picture, 1 found: c.txt",
         f"{tmp_path}: captions are not read, all pictures have one prompt, 3 found: a.txt, b.caption, metadata.jsonl",
     ]
@@ -332,7 +332,7 @@ def test_an_avif_photo_is_opened_whatever_its_name(tmp_path, name):
     save(tmp_path / "x.avif", (200, 30, 60), (64, 32), exif=exif, icc_profile=DISPLAY_P3, quality=100).rename(
         tmp_path / name
     )
-    (path,) = find_pictures(tmp_path).pictures
+    (path,) = find_pictures(tmp_path)[0]
     assert open_picture(path).size == (32, 64)
     assert np.abs(corner(path) - in_srgb((200, 30, 60))).max() <= 4
 
@@ -343,7 +343,7 @@ def test_a_heic_photo_is_opened_whatever_its_name(tmp_path, name):
     path = tmp_path / name
     with path.open("wb") as file:
         Image.new("RGB", (64, 32), (200, 30, 60)).save(file, "HEIF", icc_profile=DISPLAY_P3, quality=100)
-    assert find_pictures(tmp_path).pictures == [path]
+    assert find_pictures(tmp_path)[0] == [path]
     assert open_picture(path).size == (64, 32)
     assert np.abs(corner(path) - in_srgb((200, 30, 60))).max() <= 4
 

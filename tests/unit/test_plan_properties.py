@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.captions import Wording
 from dreambooth_ms.data.conditioning import PromptText
@@ -175,7 +176,7 @@ def maker(concepts, seed, size, batches_per_step, noise_offset=0.1):
         texts=lambda prompt: PromptText(np.full((3, 2), prompts.index(prompt))),
         objective=draw_columns(NoiseScheduleSpec()),
         scaled=VaeSpec(scaling_factor=0.18215).scaled,
-        noise_offset=noise_offset,
+        loss=LossConfig(noise_offset=noise_offset),
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_ms.cli.validation import MOST_COLUMNS, STRIP, with_prompts_read, write_strip
+from dreambooth_ms.cli.validation import with_prompts_read
 from dreambooth_ms.config.load import load, to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
@@ -12,9 +12,12 @@ from dreambooth_ms.sampling.picture_file import (
     GAP,
     LABEL_WIDTH,
     MARGIN,
+    MOST_COLUMNS,
+    STRIP,
     validation_name,
     validation_pictures,
     write_picture,
+    write_strip,
 )
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
