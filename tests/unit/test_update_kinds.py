@@ -217,12 +217,9 @@ class TestFormats:
             ({SQUARE: "IA3"}, "peft", "1 layer of IA3 have no place in the naming of peft; choose --format kohya or"),
             ({SQUARE: "DoRA", CROSS: "LoRA"}, "peft", "2 layers of DoRA and LoRA have no place"),
             ({SQUARE: "DoRA", CROSS: "LoRA"}, "diffusers_peft", "choose --format kohya or kohya_diffusers, or make it"),
-            ({SQUARE: "OFT"}, "kohya", "1 layer of OFT have no place in the naming of kohya; choose --format peft, or"),
-            (
-                {SQUARE: "OFT", CROSS: "IA3"},
-                "kohya",
-                "1 layer of OFT have no place in the naming of kohya; make it a LoRA by --rank",
-            ),
+            ({SQUARE: "OFT"}, "diffusers", "choose --format peft or kohya or kohya_diffusers, or make it a LoRA"),
+            ({SQUARE: "OFT", CROSS: "IA3"}, "peft", "2 layers of OFT and IA3 have no place in the naming of peft; "),
+            ({SQUARE: "OFT", CROSS: "IA3"}, "diffusers", "of diffusers; choose --format kohya or kohya_diffusers, or"),
         ],
     )
     def test_one_without_a_place_names_one_that_has(self, written, base, tmp_path, capsys, kinds, form, said):
@@ -231,6 +228,15 @@ class TestFormats:
         assert said in lines
         assert len(lines.splitlines()) == 1
         assert not target.exists()
+
+    def test_the_series_of_a_rotation_has_a_place_in_peft_alone(self, weights, tmp_path):
+        """In tensors nothing says it, and so beside another kind, which peft has no place for, there is none."""
+        exact = updates_by_hand({SQUARE: "OFT"}, weights)[SQUARE].tensors() | {"oft_terms": np.array(0)}
+        own = {SQUARE: update_of(exact)} | updates_by_hand({CROSS: "IA3"}, weights)
+        for layers, remedy in (({SQUARE: own[SQUARE]}, "choose --format peft, or make"), (own, "of kohya; make it")):
+            with pytest.raises(WeightError, match=remedy):
+                write_adapter(Adapter({"unet": layers}), tmp_path / "a.safetensors", LoraFormat.KOHYA, RUNNING)
+        assert not any(tmp_path.iterdir())
 
     def test_sizes_that_no_settings_of_peft_give(self, written, base, tmp_path, capsys):
         def change(tensors):

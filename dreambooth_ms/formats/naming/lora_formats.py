@@ -252,7 +252,8 @@ def _strange(form: LoraFormat, layers: Mapping[str, Collection[str]]) -> list[st
     """The layers whose factors a format has no place for. In peft's formats a network has one kind."""
     kinds = {(layer.partition(".")[0], title_of(own)) for layer, own in layers.items()}
     is_mixed = form in (LoraFormat.PEFT, LoraFormat.DIFFUSERS_PEFT) and len(kinds) > len({part for part, _ in kinds})
-    return [layer for layer, own in layers.items() if is_mixed or not set(own) <= {*HELD[form], *BESIDE}]
+    held = {*HELD[form], *(BESIDE if form is LoraFormat.PEFT else (ALPHA,))}
+    return [layer for layer, own in layers.items() if is_mixed or not set(own) <= held]
 
 
 def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
