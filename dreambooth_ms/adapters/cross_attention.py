@@ -4,9 +4,14 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.ops import Dense
+
+CROSS_ATTENTION: dict[str, tuple[str, ...]] = {
+    "crossattn_kv": ("attn2.to_k", "attn2.to_v"),
+    "crossattn": ("attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0"),
+}
+"""The layers of a UNet whose weights are replaced, by the ends of their names."""
 
 
 class TokenDense(Dense):

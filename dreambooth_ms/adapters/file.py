@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update, update_of
-from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, as_set, as_trained
 from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
@@ -104,13 +104,13 @@ class OpenedAdapter:
         if alpha is None:
             return self
         silent = {name: own.tensors() for name, own in scaled_updates(self.adapter).items() if own.alpha is None}
-        known = {name: update_of({**tensors, ALPHA: np.array(alpha)}) for name, tensors in silent.items()}
+        known = {name: Update({**tensors, ALPHA: np.array(alpha)}) for name, tensors in silent.items()}
         return replace(self, adapter=Adapter.of(self.adapter.updates | known, self.adapter.words))
 
 
-def scaled_updates(adapter: Adapter) -> dict[str, FormulaUpdate]:
+def scaled_updates(adapter: Adapter) -> dict[str, Update]:
     """Those that have a rank, by part, a dot and the layer's name."""
-    return {name: own for name, own in adapter.updates.items() if isinstance(own, FormulaUpdate) and own.rank}
+    return {name: own for name, own in adapter.updates.items() if own.rank}
 
 
 def holds_adapter(path: Path) -> bool:
@@ -191,11 +191,11 @@ def _updates(
     for name, tensors in factors.items():
         part, _, layer = name.partition(".")
         if plan.form is OtherFormat.CUSTOM_DIFFUSION:
-            updates[name] = update_of({**tensors, ALPHA: np.array(rank_of(tensors))} if DOWN in tensors else tensors)
+            updates[name] = Update({**tensors, ALPHA: np.array(rank_of(tensors))} if DOWN in tensors else tensors)
             continue
         own = as_set(tensors, settings[part], layer, source)
         is_told = DOWN not in tensors or ALPHA in tensors
-        updates[name] = update_of(own if is_told else as_trained(own, trained[part], layer, source))
+        updates[name] = Update(own if is_told else as_trained(own, trained[part], layer, source))
     return updates
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.formats.naming.update_kinds import DOWN, UP
 
 KEPT = 0.6
 """Of the sum of a layer's singular values: those before the one at which it is reached are kept, as by the authors of
@@ -42,14 +43,12 @@ def as_lora(
 
 def is_reduced(update: Update, rank: int | None) -> bool:
     """Whether an update becomes a LoRA of a rank, or of the rank that its singular values decide."""
-    if rank is None:
-        return isinstance(update, Replacement)
-    return not (isinstance(update, LoraUpdate) and update.rank <= rank)
+    return update.is_whole if rank is None else not (update.is_lora and update.rank <= rank)
 
 
 def low_rank(
     layers: Collection[str], delta: Callable[[str], np.ndarray], rank: int | None, kept_share: float = KEPT
-) -> tuple[dict[str, LoraUpdate], str]:
+) -> tuple[dict[str, Update], str]:
     """LoRAs of some layers, by the singular values of what is added to them, and what was lost, in words.
 
     Args:
@@ -61,7 +60,7 @@ def low_rank(
     Raises:
         WeightError: what is added is not finite.
     """
-    updates, lost, total = dict[str, LoraUpdate](), 0.0, 0.0
+    updates, lost, total = dict[str, Update](), 0.0, 0.0
     for layer in tqdm(layers, desc="singular values", unit="layer"):
         own = delta(layer)
         if not np.isfinite(own).all():
@@ -71,7 +70,7 @@ def low_rank(
         roots = np.sqrt(values[:kept])
         down, up = roots[:, None] * right[:kept], left[:, :kept] * roots
         points = tuple(1 for _ in own.shape[2:])
-        updates[layer] = LoraUpdate(down.reshape(-1, *own.shape[1:]), up.reshape(*up.shape, *points))
+        updates[layer] = Update({DOWN: down.reshape(-1, *own.shape[1:]), UP: up.reshape(*up.shape, *points)})
         lost, total = lost + float((values[kept:] ** 2).sum()), total + float((values**2).sum())
     ranks = {update.rank for update in updates.values()} or {0}
     of = " to ".join(map(str, sorted({min(ranks), max(ranks)})))

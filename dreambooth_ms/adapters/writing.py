@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update, folded, folded_adapter
+from dreambooth_ms.adapters.adapter import Adapter, folded, folded_adapter
 from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY, scaled_updates
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, peft_settings
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
@@ -54,15 +55,9 @@ def write_adapter(
 ) -> None:
     """Write an adapter in a format; it appears whole or not at all. A file that has the name is replaced.
 
-    Args:
-        adapter: the adapter.
-        path: a folder for PEFT, with one folder per network where there are several; a folder or a file for diffusers
-            and kohya; else a file.
-        form: the format.
-        model: the model that it is for.
-        dtype: the type of the factors.
-        metadata: what else stands beside the tensors, in formats that have a place for it.
-        source: where the adapter comes from, for the message.
+    The path is a folder for PEFT, with one folder per network where there are several; a folder or a file for diffusers
+    and kohya; else a file. The metadata stand beside the tensors, in formats that have a place for them; `source` is
+    where the adapter comes from, for the message.
 
     Raises:
         WeightError: the format has no place for a layer, a factor is not finite in the type, or the place cannot be
@@ -126,10 +121,7 @@ def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, 
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:
-    """The tensors of a file in a format.
-
-    A format that keeps no alpha in the tensors (all but kohya's) must keep it beside them (`lora_settings`), or cannot
-    (mindone's): there the scale goes into the factors. PEFT keeps one part in a file.
+    """The tensors of a file in a format; in mindone's, which has no place for an alpha, the scale is in the factors.
 
     Raises:
         WeightError: layers that the format has no place for.
@@ -169,11 +161,8 @@ def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
 
 
 def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """The same updates, with one A for the layers that the format keeps as one.
-
-    Their different A are stacked, and each B is widened by zeros for the rows of the others; what is not adapted gets
-    a B of zeros.
-    """
+    """The same updates, with one A for the layers that the format keeps as one: different A are stacked, and each B is
+    widened by zeros for the rows of the others, also that of a layer that is not adapted."""
     common = dict(layers)
     for group in groups:
         adapted = [name for name in group if DOWN in layers.get(name, ())]

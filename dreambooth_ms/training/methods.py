@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, update_of
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
 from dreambooth_ms.adapters.lora import (
     DropoutState,
@@ -18,7 +19,6 @@ from dreambooth_ms.adapters.lora import (
     lora_trainables,
     put_in_place,
 )
-from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
 from dreambooth_ms.config.choices import Method
@@ -103,7 +103,7 @@ def lora(
     model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        written = {part: {n: update_of(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
+        written = {part: {n: Update(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(written), target / ADAPTER, form_of(config), model, dtype, metadata)
@@ -164,7 +164,10 @@ def custom_diffusion(
     publics, words = public_parameters(unet), _words_of(base, text_encoders)
 
     def write(target: Path, step: int) -> None:
-        updates = {layer: Replacement(*(publics[name].read() for name in names)) for layer, names in freed.items()}
+        updates = {
+            layer: Update({name.rpartition(".")[2]: publics[name].read() for name in names})
+            for layer, names in freed.items()
+        }
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_replacements(updates, target / result, dtype, metadata)

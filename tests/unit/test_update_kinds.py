@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, update_of
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.attach import attach
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.commands import ExtractConfig
@@ -26,12 +26,13 @@ from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import PUBLISHED
 from tests.update_layers import LAYERS, error, kohya_names, weights_of
+from tests.whole_loras import lora_update
 from tests.whole_models import RUNNING, RUNNING_SDXL, random_model, write_model
 
 SQUARE, CROSS, POINT, CONV = LAYERS
 KINDS = ("LoRA", "DoRA", "LoHa", "LoKr", "OFT of rows", "IA3", "difference")
 MIXED = {SQUARE: "LoHa", CROSS: "DoRA", POINT: "LoKr", CONV: "LoHa"}
-ONE = LoraUpdate(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))
+ONE = lora_update(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ class TestPutOnNetworks:
         for name, layer in (("linear", CROSS), ("conv", CONV)):
             parameters[f"{name}.weight"].write(weights[layer])
         own = updates_by_hand({CROSS: kind, CONV: kind}, weights)
-        beside = LoraUpdate(np.ones((1, 64), np.float32), np.ones((32, 1), np.float32))
+        beside = lora_update(np.ones((1, 64), np.float32), np.ones((32, 1), np.float32))
         adapters = [Adapter({"unet": {"linear": own[CROSS], "conv": own[CONV]}}), Adapter({"unet": {"linear": beside}})]
         attach({"unet": network}, adapters).set_scales([0.5, 2.0])
         for name, layer, more in (("linear", CROSS, 2), ("conv", CONV, 0)):
@@ -155,7 +156,7 @@ def updates_by_hand(kinds, weights):
         tensors = {name.rpartition(".")[2]: value for name, value in kohya_names({layer: kind}, weights).items()}
         if "LoRA" in kind or "DoRA" in kind:
             tensors = {name.partition(".")[2]: value for name, value in kohya_names({layer: kind}, weights).items()}
-        updates[layer] = update_of({names.get(name, name): value for name, value in tensors.items()})
+        updates[layer] = Update({names.get(name, name): value for name, value in tensors.items()})
     return updates
 
 
@@ -232,7 +233,7 @@ class TestFormats:
     def test_the_series_of_a_rotation_has_a_place_in_peft_alone(self, weights, tmp_path):
         """In tensors nothing says it, and so beside another kind, which peft has no place for, there is none."""
         exact = updates_by_hand({SQUARE: "OFT"}, weights)[SQUARE].tensors() | {"oft_terms": np.array(0)}
-        own = {SQUARE: update_of(exact)} | updates_by_hand({CROSS: "IA3"}, weights)
+        own = {SQUARE: Update(exact)} | updates_by_hand({CROSS: "IA3"}, weights)
         for layers, remedy in (({SQUARE: own[SQUARE]}, "choose --format peft, or make"), (own, "of kohya; make it")):
             with pytest.raises(WeightError, match=remedy):
                 write_adapter(Adapter({"unet": layers}), tmp_path / "a.safetensors", LoraFormat.KOHYA, RUNNING)
@@ -256,7 +257,7 @@ class TestAsLora:
         convert(capsys, source, tmp_path / "out.safetensors", "kohya", base, "--rank", "99")
         before, after = updates_in(source), updates_in(tmp_path / "out.safetensors")
         for layer, own in before.items():
-            assert isinstance(after[layer], LoraUpdate)
+            assert after[layer].is_lora
             assert error(after[layer].delta(weights[layer]), own.delta(weights[layer])) < 1e-5, layer
 
     def test_of_a_lower_rank_it_is_the_nearest_and_what_is_lost_is_told(self, written, base, weights, tmp_path, capsys):
@@ -465,6 +466,6 @@ def test_settings_that_are_damaged(tmp_path, weights, kind, settings, said):
 
 def test_an_update_of_another_size_is_told():
     with pytest.raises(WeightError, match="does not fit the base"):
-        FormulaUpdate({"diff": np.ones((2, 3), np.float32)}).delta(np.ones((4, 3), np.float32))
+        Update({"diff": np.ones((2, 3), np.float32)}).delta(np.ones((4, 3), np.float32))
     with pytest.raises(WeightError, match="does not fit the base"):
         ONE.delta(np.ones((4, 2), np.float32))

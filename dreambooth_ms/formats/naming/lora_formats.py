@@ -129,8 +129,8 @@ def recognise_lora(
 ) -> LoraPlan:
     """The format of a LoRA, which models it is for, and how it is read.
 
-    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, `base`
-    that of the only model it may be for, and `otherwise` what to do if none fits, for the message.
+    `parts` is the one that a file of PEFT is for, where its folder says so. For the message: the file or folder, that
+    of the only model it may be for, and what to do if none fits.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
@@ -201,16 +201,15 @@ def read_plan(
         if not found:
             continue
         try:
-            fitting = _as_found(found, weight, stored)
+            if fitting := _as_found(found, weight, stored):
+                layers[name] = fitting
+                continue
         except KeyError as error:
             missing.append(f"{name}.{error.args[0]}")
             continue
-        if fitting:
-            layers[name] = fitting
-        else:
-            shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
-            own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
-            misshaped.append(f"{name}: a weight of {weight} has no {own}")
+        shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
+        own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
+        misshaped.append(f"{name}: a weight of {weight} has no {own}")
     return LoraPlan(form, (model,), layers, Report.of(places, missing, unknown, misshaped))
 
 
@@ -220,8 +219,7 @@ def write_plan(
     """What each tensor of a file is made of, for the layers that are adapted, in their order, each with its factors.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
-    must have one, and all be there (`shared_layers`). Layers are named by part, a dot and the public name; `source` is
-    the LoRA, for the message.
+    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message.
 
     Raises:
         WeightError: layers, or kinds of updates, that the format has no place for.
@@ -277,11 +275,7 @@ def _plans(
 
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
-    """The layer's slots as the file has them; None if their shapes make no update of the weight.
-
-    Raises:
-        KeyError: one is missing, with its name.
-    """
+    """The layer's slots as the file has them; None if their shapes make no update of the weight. Raises as `fits`."""
     slots, norms = dict(found), found.get(MAGNITUDE)
     # peft's (1, O, 1, 1) are of rows.
     if norms and stored[norms.name][:2] == (1, weight[1]) and "magnitude" not in norms.name:
@@ -306,14 +300,11 @@ def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[
 
     Only of some parts, or of all that LoRAs are made for, which the autoencoder is not.
     """
-    wanted = PARTS if parts is None else parts
+    wanted, weight = PARTS if parts is None else parts, re.compile(r".+(?<!_embedding)\.weight")
     return {
         name.removesuffix(".weight"): shape
         for name, shape in model_shapes(model).items()
-        if name.endswith(".weight")
-        and not name.endswith("_embedding.weight")
-        and len(shape) > 1
-        and name.partition(".")[0] in wanted
+        if weight.fullmatch(name) and len(shape) > 1 and name.partition(".")[0] in wanted
     }
 
 

@@ -121,20 +121,15 @@ Places = dict[str, list[Slot]]
 def locate(
     names: Iterable[str], held_by: Callable[[str], Mapping[str, Slot]], publics: Iterable[str]
 ) -> tuple[Places, tuple[str, ...]]:
-    """Find the public names that are held by the names of a file, by what each of these holds.
-
-    Returns:
-        The places of each public name, in the order of `publics`, and the names that hold none.
-    """
+    """The places of public names in a file, in the order of `publics`, and its names that hold none of them; by what a
+    name holds."""
     places: Places = {}
-    unknown = []
-    for name in names:
-        held = held_by(name)
-        for public, slot in held.items():
+    held = {name: held_by(name) for name in names}
+    for name, own in held.items():
+        for public, slot in own.items():
             places.setdefault(public, []).append(replace(slot, name=name))
-        if not held:
-            unknown.append(name)
-    return {public: places[public] for public in publics if public in places}, tuple(unknown)
+    unknown = tuple(name for name, own in held.items() if not own)
+    return {public: places[public] for public in publics if public in places}, unknown
 
 
 @dataclass(frozen=True)
@@ -226,31 +221,25 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where, with a report of what does not fit.
+        """What is read from where, with a report of what does not fit, of a file's names and shapes.
 
-        Args:
-            stored: names and shapes of the file's tensors.
-            parts: the parts that are wanted; None for all that the model has.
-            averages: take the moving averages instead of the weights, for the parameters that have them.
+        Of some parts, or of all that the model has; with `averages` where the parameters have them.
         """
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
         places = {name: found for name, found in places.items() if name.partition(".")[0] in wanted}
-        slots: dict[str, Slot] = {}
-        misshaped = []
-        for name, (slot, *_) in places.items():
-            shape = self.shapes[name]
-            fitting = found_slot(slot, shape, stored[slot.name])
-            if fitting:
-                slots[name] = fitting
-            else:
-                misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
+        slots = {name: found_slot(own[0], self.shapes[name], stored[own[0].name]) for name, own in places.items()}
+        misshaped = [
+            f"{name}: expected {own[0].stored_shape(self.shapes[name])}, got {stored[own[0].name]}"
+            for name, own in places.items()
+            if not slots[name]
+        ]
         averaged = {slot.name for slot in self.averages.values()}
         of_format = averaged | {slot.name for slot in self.slots.values()}
         plain = {name: self.plain(name) for name in unknown}
         known = dict.fromkeys(name for name, own in plain.items() if own in of_format or _IGNORABLE.fullmatch(own))
         return ReadPlan(
-            slots=slots,
+            slots={name: slot for name, slot in slots.items() if slot},
             ignored=tuple(known),
             averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
             report=Report.of(
@@ -278,17 +267,14 @@ class Naming:
         return [part for part in parts_of(self.shapes) if part in held]
 
     def write_plan(self, names: Collection[str], parts: Collection[str] | None = None) -> "WritePlan":
-        """What is written where, in the order of the model.
+        """What is written where, in the order of the model, of the public names that there are values for.
 
-        Args:
-            names: the public names there are values for.
-            parts: the parts that are to be whole; None for those that any of the names belongs to.
+        Some parts are to be whole, or those that any of the names belongs to.
         """
         held = set(names)
         groups: dict[str, list[str]] = {}
-        for name, slot in self.slots.items():
-            if name in held:
-                groups.setdefault(slot.name, []).append(name)
+        for name in (name for name in self.slots if name in held):
+            groups.setdefault(self.slots[name].name, []).append(name)
         # Blocks of rows are written together or not at all.
         groups = {stored: group for stored, group in groups.items() if len(group) >= self.slots[group[0]].blocks}
         written = {name for group in groups.values() for name in group}
