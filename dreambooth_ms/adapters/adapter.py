@@ -44,19 +44,15 @@ def side_by_side(updates: Sequence[Update]) -> Update:
 
 
 def folded_adapter(adapter: Adapter) -> Adapter:
-    """The same updates, where they have A and B with alpha = r and one rank in each network.
-
-    diffusers before 0.34 reads no alpha, and where ranks differ it scales all layers by the rank of one.
-    """
+    """The same updates, where they have A and B with alpha = r and one rank in each network. diffusers before 0.34
+    reads no alpha, and where ranks differ it scales all layers by the rank of one."""
     ranks = {part: max(len(u.tensors().get(DOWN, ())) for u in own.values()) for part, own in adapter.parts.items()}
     return Adapter({part: {n: folded(o, ranks[part]) for n, o in own.items()} for part, own in adapter.parts.items()})
 
 
 def folded(update: Update, rank: int = 0) -> Update:
-    """The same update, if it has A and B with alpha = r, and rows and columns of zeros up to a rank.
-
-    B takes the scale, in float32: at 1 no bit changes, and at a power of two nothing is rounded.
-    """
+    """The same update, if it has A and B with alpha = r, and rows and columns of zeros up to a rank. B takes the scale,
+    in float32: at 1 no bit changes, and at a power of two nothing is rounded."""
     tensors = update.tensors()
     if DOWN not in tensors:
         return update

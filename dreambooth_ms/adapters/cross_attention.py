@@ -15,10 +15,8 @@ CROSS_ATTENTION: dict[str, tuple[str, ...]] = {
 
 
 class TokenDense(Dense):
-    """A linear layer of tokens (B, S, I) -> (B, S, O) with no gradient through the first, which starts every text.
-
-    It has the parameters of the layer that it stands in for.
-    """
+    """A linear layer of tokens (B, S, I) -> (B, S, O) with no gradient through the first, which starts every text. It
+    has the parameters of the layer that it stands in for."""
 
     def __init__(self, base: Dense) -> None:
         super().__init__(base.in_channels, base.out_channels, has_bias=base.has_bias)

@@ -26,10 +26,8 @@ from dreambooth_ms.randomness import generator, standard_normal
 
 
 class DropoutState(nn.Cell):
-    """What the dropouts of all layers share: how much they drop, and the number that their draws depend on.
-
-    Parameters, because a compiled graph would not see changed attributes.
-    """
+    """What the dropouts of all layers share: how much they drop, and the number that their draws depend on. Parameters,
+    because a compiled graph would not see changed attributes."""
 
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__(auto_prefix=False)
@@ -53,11 +51,9 @@ class DropoutState(nn.Cell):
 
 
 class Dropout(nn.Cell):
-    """Drop each input with probability `rate` and scale up the others (Srivastava et al., 2014): (N, I) -> (N, I).
-
-    What is dropped is a hash of (draw, layer, position): the library's operators keep a state of their own, which a
-    resumed run would not have. The hash is lowbias32 (Wellons, 2018) in wrapping 32-bit integers.
-    """
+    """Drop each input with probability `rate` and scale up the others (Srivastava et al., 2014): (N, I) -> (N, I). What
+    is dropped is a hash of (draw, layer, position): the library's operators keep a state of their own, which a resumed
+    run would not have. The hash is lowbias32 (Wellons, 2018) in wrapping 32-bit integers."""
 
     def __init__(self, state: DropoutState, layer: str) -> None:
         super().__init__(auto_prefix=False)
@@ -90,10 +86,8 @@ def _positions(count: int, layer: int) -> Tensor:
 
 
 class AdaptedLayer(nn.Cell):
-    """A layer with an update: what all kinds have in common.
-
-    It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
-    """
+    """A layer with an update: what all kinds have in common. It holds the base layer's `weight` and `bias` under their
+    own names, so the base's names do not change."""
 
     def __init__(self, base: Dense | Conv2d, alpha: float, scale: float) -> None:
         super().__init__()
@@ -236,10 +230,8 @@ class PrincipalDense(LoraDense):
 
 
 class LoraConv2d(LoraLayer):
-    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise.
-
-    With `has_middle` a factor (r, r, k, k) between them has these, and A is pointwise, too.
-    """
+    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise. With `has_middle`
+    a factor (r, r, k, k) between them has these, and A is pointwise, too."""
 
     def __init__(
         self, base: Conv2d, rank: int, alpha: float, dropout: Dropout | None = None, has_middle: bool = False
@@ -376,11 +368,9 @@ ZERO_AT_START = (UP, "hada_w2_b", "lokr_w1", "oft_R")
 
 
 def initialise_lora(layers: Mapping[str, AdaptedLayer], seed: int, prefix: str = "") -> None:
-    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name).
-
-    A ~ N(0, 1 / r^2) as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers,
-    as in peft; DoRA's magnitudes are the norms of the base's rows. Those of PiSSA are singular values'.
-    """
+    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name). A ~ N(0, 1 / r^2)
+    as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers, as in peft; DoRA's
+    magnitudes are the norms of the base's rows. Those of PiSSA are singular values'."""
     for name, layer in layers.items():
         for factor, part in layer.parts.items():
             if factor == MAGNITUDE:

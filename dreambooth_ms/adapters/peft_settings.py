@@ -225,10 +225,8 @@ def _ends(name: str) -> list[str]:
 
 
 def _said(settings: Settings, key: str, pattern: str, layer: str, source: str) -> Any:
-    """What settings say of a layer, by the first key of a pattern that its name ends with, or of all layers.
-
-    peft takes regular expressions in patterns, this only names.
-    """
+    """What settings say of a layer, by the first key of a pattern that its name ends with, or of all layers. peft takes
+    regular expressions in patterns, this only names."""
     exceptions = settings.get(pattern) or {}
     if not isinstance(exceptions, dict):
         raise WeightError(f"{source}: {pattern} is not an object; download it again")

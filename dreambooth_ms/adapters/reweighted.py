@@ -59,10 +59,8 @@ OF_COLUMNS = ("hada_w1_b", "hada_w2_b", "lokr_w2", "lokr_w2_b")
 
 
 class Change(nn.Cell):
-    """The weight (O, I) float32 of a layer -> what is added to it, over the scale.
-
-    It is made of the shapes of its factors, the scale that those with a rank have, and the side of OFT's blocks.
-    """
+    """The weight (O, I) float32 of a layer -> what is added to it, over the scale. It is made of the shapes of its
+    factors, the scale that those with a rank have, and the side of OFT's blocks."""
 
     def __init__(self, base: Dense | Conv2d, shapes: Mapping[str, Shape], scale: float, side: int) -> None:
         super().__init__()

@@ -28,10 +28,8 @@ def word_file(folder: Path, word: str, suffix: str = ".safetensors") -> Path:
 def write_words(
     words: Words, folder: Path, dtype: DType, metadata: Mapping[str, str], suffix: str = ".safetensors"
 ) -> None:
-    """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names.
-
-    A single vector stands as (D,), as diffusers' Custom Diffusion writes it.
-    """
+    """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names. A
+    single vector stands as (D,), as diffusers' Custom Diffusion writes it."""
     for word, vectors in words.items():
         path = word_file(folder, word, suffix)
         names = OF_SEVERAL if len(vectors) > 1 else dict.fromkeys(vectors, word)

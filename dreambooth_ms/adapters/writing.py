@@ -105,10 +105,8 @@ def write_adapter(
 
 
 def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
-    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion.
-
-    In .bin, diffusers looks for the layers of self-attention, too, with nothing in them.
-    """
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion. In .bin, diffusers looks for
+    the layers of self-attention, too, with nothing in them."""
     tensors: dict[str, StoredTensor | None] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")

@@ -78,11 +78,9 @@ class _SquaredDifference(nn.Cell):
 
 
 class _LowRank(nn.Cell):
-    """() -> (), the sum of ||alpha / r * B A||_F^2 of layers of one rank and alpha.
-
-    Factors of one shape are one tensor: on CPU each operation on so small ones costs as much as its arithmetic, and
-    layer by layer the penalty takes a quarter of a small UNet's step (measured).
-    """
+    """() -> (), the sum of ||alpha / r * B A||_F^2 of layers of one rank and alpha. Factors of one shape are one
+    tensor: on CPU each operation on so small ones costs as much as its arithmetic, and layer by layer the penalty takes
+    a quarter of a small UNet's step (measured)."""
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         super().__init__(auto_prefix=False)

@@ -66,10 +66,8 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
 
 
 def spell(form: Format, name: str, model: ModelSpec) -> list[Slot]:
-    """Where a format keeps a public parameter: first the place it is written to, then others that readers meet.
-
-    Empty if the format has no place for it.
-    """
+    """Where a format keeps a public parameter: first the place it is written to, then others that readers meet. Empty
+    if the format has no place for it."""
     if form is Format.DIFFUSERS:
         return _diffusers_slots(name)
     if form is Format.STABILITY:
@@ -121,10 +119,8 @@ def _averages(form: Format, places: dict[str, list[Slot]]) -> dict[str, Slot]:
 
 
 def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
-    """What OpenCLIP's towers hold besides: a temperature, and in SD 2 the last layer and a projection, all unused.
-
-    SD 2 reads the text before the last layer, so the public text encoder ends there, as mindone's does.
-    """
+    """What OpenCLIP's towers hold besides: a temperature, and in SD 2 the last layer and a projection, all unused. SD 2
+    reads the text before the last layer, so the public text encoder ends there, as mindone's does."""
     shapes: dict[str, Shape] = {}
     if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
         return shapes

@@ -175,10 +175,8 @@ def lora_format(names: Iterable[str]) -> AdapterFormat:
 def read_plan(
     form: AdapterFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None = None
 ) -> LoraPlan:
-    """Where the factors of every adapted layer are, with a report of what does not fit the model.
-
-    `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
-    """
+    """Where the factors of every adapted layer are, with a report of what does not fit the model. `parts` are those
+    that it may adapt; one where the names do not tell it, as in PEFT's files."""
     weights, by_path = lora_layers(model, parts), layers_by_path(model, parts)
     split = split_change if isinstance(form, OtherFormat) else split_name
     ia3 = {name.removesuffix("on_input") + "weight" for name in stored if name.endswith(".on_input")}
@@ -296,10 +294,8 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
-    """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight.
-
-    Only of some parts, or of all that LoRAs are made for, which the autoencoder is not.
-    """
+    """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight. Only of some
+    parts, or of all that LoRAs are made for, which the autoencoder is not."""
     wanted, weight = PARTS if parts is None else parts, re.compile(r".+(?<!_embedding)\.weight")
     return {
         name.removesuffix(".weight"): shape
@@ -337,11 +333,9 @@ def split_change(name: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def layers_by_path(model: ModelSpec, parts: tuple[str, ...] | None = None) -> Mapping[str, tuple[str, ...]]:
-    """What layers are called in files, whoever wrote them -> the layers.
-
-    Where it is several, they are one layer there: A is common to them, and B has a block of rows for each. Of one part
-    alone, names may leave out which it is, as peft's do.
-    """
+    """What layers are called in files, whoever wrote them -> the layers. Where it is several, they are one layer there:
+    A is common to them, and B has a block of rows for each. Of one part alone, names may leave out which it is, as
+    peft's do."""
     bare = ("",) if parts is not None and len(parts) == 1 else ()
     found, joined = dict[str, tuple[str, ...]](), dict[str, dict[int, str]]()
     for layer in lora_layers(model, parts):

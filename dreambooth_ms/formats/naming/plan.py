@@ -96,10 +96,8 @@ class Assembly:
 
 
 def found_slot(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
-    """The slot with the layout that leads from the stored shape to the public one, or None if there is none.
-
-    Tools disagree on whether a 1x1 convolution is kept as a linear layer.
-    """
+    """The slot with the layout that leads from the stored shape to the public one, or None if there is none. Tools
+    disagree on whether a 1x1 convolution is kept as a linear layer."""
     layouts = [slot.layout]
     if slot.layout is not Layout.TRANSPOSED and len(shape) == 2:
         layouts += [Layout.AS_IS, Layout.CONVOLUTION]
@@ -221,10 +219,8 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where, with a report of what does not fit, of a file's names and shapes.
-
-        Of some parts, or of all that the model has; with `averages` where the parameters have them.
-        """
+        """What is read from where, with a report of what does not fit, of a file's names and shapes. Of some parts, or
+        of all that the model has; with `averages` where the parameters have them."""
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
         places = {name: found for name, found in places.items() if name.partition(".")[0] in wanted}
@@ -267,10 +263,8 @@ class Naming:
         return [part for part in parts_of(self.shapes) if part in held]
 
     def write_plan(self, names: Collection[str], parts: Collection[str] | None = None) -> "WritePlan":
-        """What is written where, in the order of the model, of the public names that there are values for.
-
-        Some parts are to be whole, or those that any of the names belongs to.
-        """
+        """What is written where, in the order of the model, of the public names that there are values for. Some parts
+        are to be whole, or those that any of the names belongs to."""
         held = set(names)
         groups: dict[str, list[str]] = {}
         for name in (name for name in self.slots if name in held):
