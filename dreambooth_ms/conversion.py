@@ -26,7 +26,6 @@ from dreambooth_ms.adapters.file import (
     OpenedAdapter,
     holds_adapter,
     open_adapter,
-    scaled_updates,
 )
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.low_rank import as_lora, is_reduced, low_rank
@@ -413,7 +412,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     yield f"format: {opened.kind.removeprefix('a ')}{of_lora}, {opened.container.value}"
     yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
-    if loras := scaled_updates(adapter).values():
+    if loras := [own for own in adapter.updates.values() if own.rank]:
         yield f"rank: {', '.join(map(str, sorted({own.rank for own in loras})))}"
         yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({own.alpha_or_rank for own in loras}))}"
     if adapter.parts:
@@ -438,8 +437,8 @@ def _kinds(adapter: Adapter) -> Iterator[str]:
         kinds.setdefault(title_of(own.factors), []).append(own)
     for title, updates in kinds.items():
         scaled = [own for own in updates if own.rank]
-        said = {"rank": {own.rank for own in scaled}, "alpha": {own.alpha_or_rank for own in scaled}}
-        listed = (f", {word} {', '.join(f'{n:g}' for n in sorted(own))}" for word, own in said.items() if own)
+        said = ("rank", {float(own.rank) for own in scaled}), ("alpha", {own.alpha_or_rank for own in scaled})
+        listed = (f", {word} {', '.join(f'{n:g}' for n in sorted(own))}" for word, own in said if own)
         yield f"{title}{''.join(listed)}: {count_of(len(updates), 'layer')}"
 
 

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from mindspore import nn
 
 from dreambooth_ms.adapters.formulas import factorised
-from dreambooth_ms.adapters.lora import (
-    AdaptedLayer,
-    Dropout,
-    LoraConv2d,
-    PrincipalDense,
-    check_rank,
-    layers_to_adapt,
-    lora_layer,
-)
+from dreambooth_ms.adapters.lora import Dropout, LoraConv2d, PrincipalDense, check_rank, layers_to_adapt, lora_layer
 from dreambooth_ms.adapters.reweighted import CHANGES, ReweightedLayer
 from dreambooth_ms.config.choices import AdapterKind
 from dreambooth_ms.config.ranges import Pattern, pattern
@@ -44,7 +36,7 @@ class LayerUpdate:
     is_principal: bool = False
     """Whether it begins with the largest singular values of the weight."""
 
-    def layer(self, base: nn.Cell, dropout: Dropout | None) -> AdaptedLayer:
+    def layer(self, base: nn.Cell, dropout: Dropout | None) -> nn.Cell:
         """The base with it."""
         if self.kind in CHANGES:
             kernel = (base.kernel_size,) * 2 if isinstance(base, Conv2d) else ()

@@ -19,13 +19,10 @@ Custom Diffusion; or else the first."""
 def as_lora(
     adapter: Adapter, base: Callable[[str], np.ndarray], rank: int | None, source: Path
 ) -> tuple[Adapter, list[str]]:
-    """An adapter whose updates are all LoRAs, and what was lost, in words.
+    """An adapter whose updates are LoRAs of a rank, or of smaller ones that they have, and what was lost, in words.
 
-    Args:
-        adapter: without a rank, what is no whole weight in it stays as it is; so does a LoRA of no larger rank.
-        base: gives a layer's weight, float32: the base's, where what the update adds depends on it.
-        rank: of all updates; None: the singular values decide, of each layer by itself.
-        source: where it comes from, for the message.
+    Without a rank the singular values of each whole weight decide, and all else stays as it is. `base` gives a layer's
+    weight, float32: the base's, where what the update adds depends on it.
 
     Raises:
         WeightError: it has biases, or does not fit the base.
@@ -51,11 +48,8 @@ def low_rank(
 ) -> tuple[dict[str, Update], str]:
     """LoRAs of some layers, by the singular values of what is added to them, and what was lost, in words.
 
-    Args:
-        layers: their names.
-        delta: gives what is added to a layer's weight, (O, I) or (O, I, K, K) float32.
-        rank: of all, where layers are large enough; None: `kept_share` of the sum of the singular values decides.
-        kept_share: greater than 0 and at most 1.
+    `delta` gives what is added to a weight, (O, I) or (O, I, K, K) float32. The rank is of all, where layers are large
+    enough; without one a share of the sum of the singular values decides, greater than 0 and at most 1.
 
     Raises:
         WeightError: what is added is not finite.

@@ -1,6 +1,6 @@
 """The methods: what each trains of a base model, by which optimiser, and how its result is written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +11,7 @@ from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
-from dreambooth_ms.adapters.lora import (
-    DropoutState,
-    PrincipalDense,
-    initialise_lora,
-    inject,
-    lora_trainables,
-    put_in_place,
-)
+from dreambooth_ms.adapters.lora import DropoutState, PrincipalDense, initialise_lora, inject, put_in_place
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
 from dreambooth_ms.config.choices import Method
@@ -28,7 +21,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.naming.update_kinds import UP
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-from dreambooth_ms.models.parameters import name_prefix, public_parameters
+from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -108,11 +101,11 @@ def lora(
         write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(written), target / ADAPTER, form_of(config), model, dtype, metadata)
 
-    parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
+    trained = {part: {n: cell.parts.values() for n, cell in own.items()} for part, own in layers.items()}
     cells = [cell for own in layers.values() for cell in own.values()]
     kept = [one for cell in cells if isinstance(cell, PrincipalDense) for one in cell.start()]
     more = {"result": ADAPTER, "dropout": dropout, "layers": cells, "kept": kept}
-    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, **more)
+    return _learner(unet, text_encoders, trained, write_part=write, write_result=write, **more)
 
 
 def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
@@ -152,8 +145,8 @@ def full(
         write_networks(target, step)
 
     publics = {part: public_parameters(network) for part, network in networks.items()}
-    parameters = {part: {n: [one.parameter] for n, one in own.items()} for part, own in publics.items()}
-    return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
+    trained = {part: {n: [one] for n, one in own.items()} for part, own in publics.items()}
+    return _learner(unet, text_encoders, trained, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
 def custom_diffusion(
@@ -172,9 +165,9 @@ def custom_diffusion(
         write_words(words(), target, dtype, metadata, config.suffix)
         write_replacements(updates, target / result, dtype, metadata)
 
-    parameters = {"unet": {n: [publics[own].parameter for own in names] for n, names in freed.items()}}
+    trained = {"unet": {layer: [publics[name] for name in names] for layer, names in freed.items()}}
     result = REPLACEMENTS.with_suffix(config.suffix)
-    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, result=result)
+    return _learner(unet, text_encoders, trained, write_part=write, write_result=write, result=result)
 
 
 def textual_inversion(
@@ -223,7 +216,7 @@ def _words_of(base: ModelBundle, text_encoders: TextEncoders | None) -> Callable
 def _learner(
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
-    parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
+    trained: Mapping[str, Mapping[str, Iterable[PublicParameter]]],
     **writing: Any,
 ) -> Learner:
     """Of the parameters of each network's layers, without what the prediction does not depend on, which would only
@@ -232,11 +225,11 @@ def _learner(
     for own in rows:
         own.requires_grad = True
     trainables = [
-        Trainable(parameter, "unet" if part == "unet" else "text_encoder")
-        for part, layers in parameters.items()
+        Trainable(one.parameter, "unet" if part == "unet" else "text_encoder")
+        for part, layers in trained.items()
         for layer, own in layers.items()
         if text_encoders is None or text_encoders.is_read(part, layer)
-        for parameter in own
+        for one in own
     ]
     trainables += [Trainable(own, "text_encoder") for own in rows]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)

@@ -77,10 +77,8 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALL_FACTORS = (DOWN, UP, *dict.fromkeys(TABLES["update_factors"].values()), "ia3", WEIGHT, BIAS)
 """What a layer may have, whatever its kind."""
 
-HELD: Mapping[LoraFormat, Mapping[str, str]] = {
-    form: TABLES["held_factors"].get(form.name, {DOWN: DOWN, UP: UP}) for form in LoraFormat
-}
-"""The factors that each format has a place for, and what they are called there; some call A and B otherwise."""
+HELD: Mapping[LoraFormat, Mapping[str, str]] = {form: TABLES["held_factors"][form.name] for form in LoraFormat}
+"""The factors that each format has a place for, and what they are called there."""
 
 _DOTTED, _UNDERSCORED = TABLES["lora_dotted"], TABLES["lora_underscored"]
 # How names of factors end: in the words of peft, kohya, diffusers or its attention processors; with a number, or the
@@ -360,33 +358,24 @@ def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
 def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
     """Where a format keeps the factors of a layer; empty where it has no place for it."""
     part, _, inner = layer.partition(".")
+    path, names, blocks = layer, HELD[form], {}
     match form:
-        case LoraFormat.DIFFUSERS_PEFT:
-            return _all(form, layer)
         case LoraFormat.PEFT:
-            return _all(form, f"base_model.model.{inner}")
+            path = f"base_model.model.{inner}"
         case LoraFormat.DIFFUSERS_PROCESSORS if part == "unet":
             found = re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", layer)
-            return _pair(f"{found[1]}.processor.to_{found[2]}_lora", "down.weight", "up.weight") if found else {}
+            path = f"{found[1]}.processor.to_{found[2]}_lora" if found else ""
         case LoraFormat.DIFFUSERS | LoraFormat.DIFFUSERS_PROCESSORS:
-            return _pair(f"{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}", "down.weight", "up.weight")
+            path = f"{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}"
         case LoraFormat.MINDONE:
             # Of SDXL's second text encoder only the output projections have a place: q, k and v are one parameter
             # there. In SD 1 and SD 2 they are one layer, so A is common to the three and B has a block for each.
             place = next(iter(spell(Format.MINDONE, f"{layer}.weight", model)), Slot(""))
-            if not place.name.endswith(".weight"):
-                return {}
-            ends = () if model.family in (Family.SD1, Family.SD2) else (DOWN, UP)
-            slots = _pair(place.name.removesuffix(".weight"), *ends)
-            return {**slots, UP: replace(place, name=slots[UP].name)}
-    is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
-    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
-    return _all(form, prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_"))
-
-
-def _all(form: LoraFormat, path: str) -> dict[str, Slot]:
-    return {factor: Slot(f"{path}.{name}") for factor, name in HELD[form].items()}
-
-
-def _pair(path: str, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, Slot]:
-    return {DOWN: Slot(f"{path}.{down}"), UP: Slot(f"{path}.{up}")}
+            path = place.name.removesuffix(".weight") if place.name.endswith(".weight") else ""
+            names = names if model.family in (Family.SD1, Family.SD2) else {DOWN: DOWN, UP: UP}
+            blocks = {UP: replace(place, name=f"{path}.{names[UP]}")}
+        case LoraFormat.KOHYA | LoraFormat.KOHYA_DIFFUSERS:
+            is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
+            prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
+            path = prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_")
+    return {factor: Slot(f"{path}.{name}") for factor, name in names.items()} | blocks if path else {}

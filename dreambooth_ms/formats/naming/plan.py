@@ -249,7 +249,7 @@ class Naming:
     def locate(self, names: Collection[str], averages: bool = False) -> tuple[Places, tuple[str, ...]]:
         """Find the public names that are held by the names of a file, whatever their shapes: as `locate`."""
         there = {name: [slot] for name, slot in self.averages.items() if averages and slot.name in names}
-        holders = self._backwards({**self.places, **there}) if there else self._holders
+        holders = (replace(self, places={**self.places, **there}) if there else self).holders
         return locate(names, lambda name: holders.get(self.plain(name), {}), self.shapes)
 
     def required(self, parts: Collection[str] | None = None) -> list[str]:
@@ -289,13 +289,10 @@ class Naming:
         return Assembly(tuple(ordered), slot.layout, shared=len(group) > slot.blocks)
 
     @cached_property
-    def _holders(self) -> dict[str, dict[str, Slot]]:
-        return self._backwards(self.places)
-
-    def _backwards(self, places: Mapping[str, Sequence[Slot]]) -> dict[str, dict[str, Slot]]:
+    def holders(self) -> dict[str, dict[str, Slot]]:
         """The rules read backwards: name in a file -> the public names it holds."""
         holders: dict[str, dict[str, Slot]] = {}
-        for public, slots in places.items():
+        for public, slots in self.places.items():
             for slot in slots:
                 holders.setdefault(self.plain(slot.name), {}).setdefault(public, slot)
         return holders

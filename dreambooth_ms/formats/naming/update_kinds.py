@@ -97,10 +97,6 @@ def _product(a: Shape, b: Shape, core: Shape | None = None) -> Sides | None:
     return (a[0], math.prod(b[1:])) if a[1] == b[0] else None
 
 
-def _hada(s: Shapes, sides: Sides) -> bool:
-    return {_product(s[f"hada_w{n}_a"], s[f"hada_w{n}_b"], s.get(f"hada_t{n}")) for n in (1, 2)} == {sides}
-
-
 def _lokr(s: Shapes, sides: Sides) -> bool:
     left = s.get("lokr_w1") or _product(s["lokr_w1_a"], s["lokr_w1_b"])
     right = s.get("lokr_w2") or _product(s["lokr_w2_a"], s["lokr_w2_b"], s.get("lokr_t2"))
@@ -121,7 +117,9 @@ def _alike(name: str, of_bias: str) -> Callable[[Shapes, Sides], bool]:
 
 
 _FITS: Mapping[str, Callable[[Shapes, Sides], bool]] = {
-    "hada": _hada,
+    "hada": lambda s, sides: (
+        {_product(s[f"hada_w{n}_a"], s[f"hada_w{n}_b"], s.get(f"hada_t{n}")) for n in (1, 2)} == {sides}
+    ),
     "lokr": _lokr,
     "oft": _oft,
     "diff": _alike("diff", "diff_b"),
