@@ -214,8 +214,7 @@ def merged(
     """
     updates: dict[tuple[str, str], list[Update]] = {}
     for opened in adapters:
-        lacking = [part for part in opened.adapter.parts if part not in model.parts]
-        if lacking:
+        if lacking := [part for part in opened.adapter.parts if part not in model.parts]:
             raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
         for layer, update in opened.adapter.updates.items():
             for parameter in update.parameters:
@@ -237,11 +236,8 @@ def _sum(stored: StoredTensor, parameter: str, updates: Sequence[Update], scale:
 
 
 def open_lora(path: Path, base: str | None) -> OpenedAdapter:
-    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it.
-
-    Raises:
-        WeightError: as `open_adapter` and `open_model`.
-    """
+    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it. Raises as
+    `open_adapter` and `open_model`."""
     if base:
         return open_adapter(path, [open_model(Path(base)).spec], base)
     models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
@@ -300,11 +296,8 @@ def describe_adapter(opened: OpenedAdapter) -> str:
 
 
 def model_format_of(target: Path, form: str | None) -> Format:
-    """The format of a model that a target's name and the user ask for.
-
-    Raises:
-        WeightError: they do not fit each other, or the format is not written.
-    """
+    """The format of a model that a target's name and the user ask for; WeightError if they do not fit each other, or
+    that is not written."""
     if fitting := _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model"):
         return fitting[0]
     raise WeightError(
@@ -314,11 +307,7 @@ def model_format_of(target: Path, form: str | None) -> Format:
 
 
 def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
-    """The format of an adapter that a target's name and the user ask for.
-
-    Raises:
-        WeightError: they do not fit each other, the name leaves it open, or the format is not written.
-    """
+    """The same of an adapter; WeightError also if the name leaves it open."""
     fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
@@ -363,8 +352,7 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         except WeightError:
             raise error from None
     yield from describe(found)
-    broken = [name for name, tensor in found.tensors.items() if not tensor.is_finite()]
-    if broken:
+    if broken := [name for name, tensor in found.tensors.items() if not tensor.is_finite()]:
         yield f"NaN or infinity: in {len(broken)} tensors ({show_names(broken)})"
 
 

@@ -50,8 +50,7 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
         if not updates:
             continue
         plain, parameters = adaptable_layers(network), public_parameters(network)
-        unknown = [name for name in updates if f"{name}.weight" not in parameters]
-        if unknown:
+        if unknown := [name for name in updates if f"{name}.weight" not in parameters]:
             raise WeightError(f"the adapter has {len(unknown)} layers that the {part} has not ({show_names(unknown)})")
         beside: dict[str, LoraLayer] = {}
         for name, own in updates.items():

@@ -87,15 +87,13 @@ class Update:
         return (WEIGHT,) if self.factors.keys().isdisjoint(OF_BIAS) else (WEIGHT, BIAS)
 
     def delta(self, value: np.ndarray, parameter: str = WEIGHT) -> np.ndarray:
-        """What it adds to a parameter, in public form: float32 -> float32 of the same shape.
-
-        Raises:
-            WeightError: it is for a layer of another size.
-        """
+        """What it adds to a parameter, in public form: float32 -> float32 of the same shape; WeightError if it is for a
+        layer of another size."""
         kind, f = kind_of(self.factors), {name: own.astype(np.float32) for name, own in self.factors.items()}
         try:
-            formula = (_OF_BIAS if parameter == BIAS else _FORMULAS)[str(kind)]
-            delta = formula(f, value).reshape(value.shape)
+            if parameter == BIAS:
+                f = {"diff": f["diff_b"]} if "diff_b" in f else {WEIGHT: f[BIAS]}
+            delta = _FORMULAS[str(kind)](f, value).reshape(value.shape)
             return _decomposed(delta, f, value) if is_decomposed(f) else delta
         except ValueError as error:
             raise WeightError(f"the adapter does not fit the base: {error} for {value.shape}") from error
@@ -210,8 +208,7 @@ def _instead(own: np.ndarray, value: np.ndarray) -> np.ndarray:
     return own - value
 
 
-Formula = Callable[[Factors, np.ndarray], np.ndarray]
-_FORMULAS: Mapping[str, Formula] = {
+_FORMULAS: Mapping[str, Callable[[Factors, np.ndarray], np.ndarray]] = {
     "lora": lora,
     "hada": loha,
     "lokr": lokr,
@@ -221,8 +218,3 @@ _FORMULAS: Mapping[str, Formula] = {
     "weight": lambda f, value: _instead(f[WEIGHT], value),
 }
 """By kind: a layer's tensors and its weight, float32 -> what is added to it, of as many elements."""
-_OF_BIAS: Mapping[str, Formula] = {
-    "diff": lambda f, value: f["diff_b"],
-    "weight": lambda f, value: _instead(f[BIAS], value),
-}
-"""The same of the biases of kinds that have them."""

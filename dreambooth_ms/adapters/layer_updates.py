@@ -76,11 +76,8 @@ class LayerUpdate:
 def layer_updates(
     config: MethodConfig, networks: Mapping[str, Targets], unet: UNetSpec
 ) -> dict[str, dict[str, LayerUpdate]]:
-    """By network and layer. A layer whose rank or alpha is 0 by a pattern has none.
-
-    Raises:
-        ConfigError: a layer cannot have such an update, or a pattern fits none.
-    """
+    """By network and layer. A layer whose rank or alpha is 0 by a pattern has none. ConfigError if a layer cannot have
+    such an update, or a pattern fits none."""
     given = {flag: pattern(getattr(config, flag)) or {} for flag in ("rank_pattern", "alpha_pattern")}
     updates, names = dict[str, dict[str, LayerUpdate]](), list[str]()
     for network, (shapes, targets) in networks.items():

@@ -267,10 +267,8 @@ MakeLayer = Callable[[nn.Cell, Dropout | None], AdaptedLayer]
 def inject_lora(
     root: nn.Cell, rank: int, alpha: float, target_modules: Sequence[str], dropout: DropoutState | None = None
 ) -> dict[str, Any]:
-    """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
-
-    Returns the adapted layers by the public names of their base layers. Raises as `layers_to_adapt`.
-    """
+    """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else. Returns the
+    adapted layers by the public names of their base layers; raises as `layers_to_adapt`."""
     channels = {name: (cell.out_channels, cell.in_channels) for name, cell in adaptable_layers(root).items()}
     wanted = layers_to_adapt(channels, rank, target_modules)
     return inject(root, dict.fromkeys(wanted, lambda base, drop: lora_layer(base, rank, alpha, drop)), dropout)
@@ -305,11 +303,8 @@ def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_mod
 
 
 def check_rank(rank: int, flag: str, layers: Collection[Sequence[int]]) -> None:
-    """Whether a rank fits layers, given by their channels.
-
-    Raises:
-        ConfigError: it is larger than one of them, so that more numbers would be trained than the layer has.
-    """
+    """ConfigError if a rank is larger than one of some layers, given by their channels, so that more numbers would be
+    trained than the layer has."""
     if rank > (largest := min(map(min, layers), default=rank)):
         raise ConfigError(f"--{flag}: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
 

@@ -40,11 +40,8 @@ def write_words(
 
 
 def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
-    """The words of a file, each with its vectors (n, D) for one text encoder after the other; bfloat16 as float32.
-
-    Raises:
-        WeightError: what stands for a word is no vectors.
-    """
+    """The words of a file, each with its vectors (n, D) for one text encoder after the other, bfloat16 as float32;
+    WeightError if something else stands for a word."""
     found: dict[str, list[np.ndarray]] = {}
     for name in sorted(file.tensors, key=lambda name: (name == OF_SEVERAL["text_encoder_2"], name)):
         word, tensor, shape = word_in(name, file.path.stem), file.tensors[name], file.tensors[name].shape
@@ -60,11 +57,7 @@ def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
 
 
 def joined_words(adapters: Mapping[str, Adapter]) -> Words:
-    """The words of adapters, by the files or folders that these are from.
-
-    Raises:
-        WeightError: a word has several meanings.
-    """
+    """The words of adapters, by the files or folders that these are from; WeightError if one has several meanings."""
     words = dict[str, Mapping[str, np.ndarray]]()
     for path, adapter in adapters.items():
         for word, own in adapter.words.items():
@@ -76,11 +69,8 @@ def joined_words(adapters: Mapping[str, Adapter]) -> Words:
 def fitted_words(
     found: Mapping[str, Sequence[np.ndarray]], models: Sequence[ModelSpec], source: Path
 ) -> tuple[tuple[ModelSpec, ...], Words]:
-    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders.
-
-    Raises:
-        WeightError: there are none, or a word is of different numbers of tokens.
-    """
+    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders; WeightError
+    if there are none, or a word is of different numbers of tokens."""
     fitting = tuple(models)
     for word, own in found.items():
         widths = [rows.shape[1] for rows in own]

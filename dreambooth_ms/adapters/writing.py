@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import Adapter, folded, folded_adapter
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY, scaled_updates
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, peft_settings
 from dreambooth_ms.atomic import check_room, new_folder
@@ -23,7 +23,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, lora_layers, shared_layers, write_plan
-from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP, Shape, kind_of, title_of
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP, Shape, kind_of
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
@@ -82,9 +82,9 @@ def write_adapter(
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
                 write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
+                common = TABLES["peft_settings"][kind_of(next(iter(kept.parts[part].values())).factors)]
                 more = {"auto_mapping": TABLES["peft_classes"][part]}
-                kind = str(kind_of(next(iter(kept.parts[part].values())).tensors()))
-                write_json(place / PEFT_CONFIG, TABLES["peft_settings"][kind] | settings[part] | more)
+                write_json(place / PEFT_CONFIG, common | settings[part] | more)
         return
     tensors, beside = stored(kept), {"format": "pt"}
     if form in FOLDED:
@@ -120,10 +120,7 @@ def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:
     """The tensors of a file in a format; in mindone's, which has no place for an alpha, the scale is in the factors.
-
-    Raises:
-        WeightError: layers that the format has no place for.
-    """
+    Raises as `write_plan`."""
     is_mindone, weights = form is LoraFormat.MINDONE, lora_layers(model)
     layers = {name: (folded(own) if is_mindone else own).tensors() for name, own in adapter.updates.items()}
     for name, own in layers.items():
@@ -148,14 +145,11 @@ def _norms_shape(form: LoraFormat, weight: Shape) -> Shape:
 def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
     """What a user should know of an adapter in a format, one sentence each."""
     for part, layers in adapter.parts.items() if form in FOLDED else ():
-        own = {len(update.tensors()[DOWN]) for update in layers.values()}
-        if len(own) > 1:
+        if len(own := {update.rank for update in layers.values()}) > 1:
             yield f"{part}: ranks {min(own)} to {max(own)} are filled up to {max(own)}; older readers take one for all."
-    if form in KOHYAS:
-        strange = [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]
-        if strange:
-            count = f"{len(strange)} of {len(adapter.updates)} layers"
-            yield f"{count} are none that kohya's scripts adapt, and they leave them out ({show_names(strange)})."
+    if form in KOHYAS and (strange := [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]):
+        count = f"{len(strange)} of {len(adapter.updates)} layers"
+        yield f"{count} are none that kohya's scripts adapt, and they leave them out ({show_names(strange)})."
 
 
 def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
@@ -192,12 +186,10 @@ def _settings(adapter: Adapter, model: ModelSpec, source: str) -> dict[str, dict
 
 def _kohyas_metadata(adapter: Adapter) -> dict[str, str]:
     """What made it, with the rank and alpha that most layers of its first network have."""
-    titles, first = {title_of(own.tensors()) for own in adapter.updates.values()}, next(iter(adapter.parts))
-    ranked = [own for name, own in scaled_updates(adapter).items() if name.startswith(f"{first}.")]
-    scales = zip(*((own.rank, own.alpha_or_rank) for own in ranked), strict=True)
-    common = (f"{Counter(values).most_common(1)[0][0]:g}" for values in scales)
-    own = {_KOHYAS[0]: "networks.lora" if titles == {"LoRA"} else "lycoris.kohya"}
-    return own | dict(zip(_KOHYAS[1:], common, strict=bool(ranked)))
+    module = "networks.lora" if all(own.is_lora for own in adapter.updates.values()) else "lycoris.kohya"
+    scales = [(own.rank, own.alpha_or_rank) for own in next(iter(adapter.parts.values())).values() if own.rank]
+    common = (f"{Counter(values).most_common(1)[0][0]:g}" for values in zip(*scales, strict=True))
+    return dict(zip(_KOHYAS, (module, *common), strict=bool(scales)))
 
 
 def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:

@@ -109,11 +109,7 @@ def lora(
 
 
 def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
-    """Of the layers that `lora` trains, by network.
-
-    Raises:
-        ConfigError: as `layer_updates`.
-    """
+    """Of the layers that `lora` trains, by network; raises as `layer_updates`."""
     spec, readers = base.denoiser.spec, base.text if config.train_text_encoder else ()
     texts = {one.name: (clip_text_shapes(one.spec), one.adapted_layers) for one in readers}
     return layer_updates(config, {"unet": (unet_shapes(spec), config.targets), **texts}, spec)
@@ -153,20 +149,15 @@ def custom_diffusion(
     config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """Layers of the UNet's cross-attention, and new words (Kumari et al., 2023); the result is a file of each."""
-    freed = free_cross_attention(unet, config.freeze_model)
-    publics, words = public_parameters(unet), _words_of(base, text_encoders)
+    freed, words = free_cross_attention(unet, config.freeze_model), _words_of(base, text_encoders)
 
     def write(target: Path, step: int) -> None:
-        updates = {
-            layer: Update({name.rpartition(".")[2]: publics[name].read() for name in names})
-            for layer, names in freed.items()
-        }
+        updates = {layer: Update({name: one.read() for name, one in own.items()}) for layer, own in freed.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_replacements(updates, target / result, dtype, metadata)
 
-    trained = {"unet": {layer: [publics[name] for name in names] for layer, names in freed.items()}}
-    result = REPLACEMENTS.with_suffix(config.suffix)
+    trained, result = {"unet": {n: own.values() for n, own in freed.items()}}, REPLACEMENTS.with_suffix(config.suffix)
     return _learner(unet, text_encoders, trained, write_part=write, write_result=write, result=result)
 
 

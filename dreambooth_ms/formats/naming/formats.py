@@ -52,16 +52,14 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
     """The naming of a model, as a whole, in a format."""
     shapes = model_shapes(model)
     extra = {name: shape for name, shape in _unused_shapes(form, model).items() if name not in shapes}
-    everything = shapes | extra
-    places = {name: spell(form, name, model) for name in everything}
+    places = {name: spell(form, name, model) for name in shapes | extra}
+    constants = [name for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2]
     return Naming(
-        shapes=everything,
+        shapes=shapes | extra,
         places=places,
         averages=_averages(form, places),
         optional=frozenset(extra),
-        constants={
-            name: LOGIT_SCALE for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2
-        },
+        constants=dict.fromkeys(constants, LOGIT_SCALE),
     )
 
 

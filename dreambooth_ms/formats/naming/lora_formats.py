@@ -147,8 +147,7 @@ def recognise_lora(
     if kinds := matching(TABLES["lora_for_others"], names):
         raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
     plans = _plans(form, models, stored, parts)
-    fitting = [plan for plan in plans if plan.report.fits]
-    if fitting:
+    if fitting := [plan for plan in plans if plan.report.fits]:
         return replace(fitting[0], models=tuple(dict.fromkeys(model for plan in fitting for model in plan.models)))
     if not plans:
         raise WeightError(f"{source}: {kind} of {' and '.join(parts or ())}, which this model does not have")
@@ -233,8 +232,7 @@ def write_plan(
     slots = lora_slots(form, layers, model)
     naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
     plan = naming.write_plan([f"{layer}.{factor}" for layer, own in layers.items() for factor in own])
-    homeless = [layer for layer in layers if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
-    if homeless:
+    if homeless := [n for n in layers if not {f"{n}.{DOWN}", f"{n}.{UP}"}.isdisjoint(plan.left_out)]:
         raise WeightError(
             f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of "
             f"{count_of(len(layers), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"

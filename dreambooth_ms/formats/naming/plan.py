@@ -173,11 +173,8 @@ class Report:
         return "; ".join(f"{len(names)} {kind} ({show(names)})" for kind, names, show in kinds if names) or "fits"
 
     def check(self, source: str, target: str, otherwise: str = "") -> None:
-        """Stop if anything does not fit.
-
-        Raises:
-            WeightError: the summary, with the file or folder, the networks that it is for, and what to do.
-        """
+        """If anything does not fit, a WeightError: the summary, with the file or folder, the networks that it is for,
+        and what to do."""
         if not self.fits:
             raise WeightError("; ".join(filter(None, (f"{source} does not fit {target}: {self.summary()}", otherwise))))
 

@@ -62,11 +62,8 @@ def title_of(names: Collection[str]) -> str:
 
 
 def fits(kind: str, shapes: Shapes, weight: Shape) -> bool:
-    """Whether tensors of these shapes are an update of a weight of this one.
-
-    Raises:
-        KeyError: one is missing, with its name.
-    """
+    """Whether tensors of these shapes are an update of a weight of this one; KeyError with the name of one that is
+    missing."""
     twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in _INSTEAD.items())
     if twice or not all(map(math.prod, shapes.values())):
         return False
