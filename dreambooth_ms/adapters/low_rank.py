@@ -29,10 +29,8 @@ def as_lora(
     """
     changed = {layer: own for layer, own in adapter.updates.items() if is_reduced(own, rank)}
     if biases := sum("bias" in own.parameters for own in changed.values()):
-        raise WeightError(
-            f"{source}: a LoRA has no place for its biases (of {count_of(biases, 'layer')}); `merge` makes it part "
-            "of a model, with --lora"
-        )
+        remedy = "`merge` makes it part of a model, with --lora"
+        raise WeightError(f"{source}: a LoRA has no place for its biases (of {count_of(biases, 'layer')}); {remedy}")
     updates, lost = low_rank(list(changed), lambda layer: changed[layer].delta(base(layer)), rank)
     notes = [lost if updates else f"No layer has a larger rank than {rank}: it stays as it is."]
     return Adapter.of({**adapter.updates, **updates}, adapter.words), notes

@@ -85,5 +85,4 @@ def fitted_words(
 
 
 def _widths(model: ModelSpec) -> dict[str, int]:
-    """The width of each text encoder."""
     return {n: tower.transformer.hidden_size for n in PARTS[1:] if (tower := getattr(model, n))}

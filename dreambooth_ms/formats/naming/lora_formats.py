@@ -224,11 +224,9 @@ def write_plan(
     if strange := _strange(form, layers):
         titles = " and ".join(dict.fromkeys(title_of(layers[layer]) for layer in strange))
         others = [other.name.lower() for other in LoraFormat if not _strange(other, layers)]
-        advice = f"choose --format {' or '.join(others)}, or " if others else ""
-        raise WeightError(
-            f"{source}: {count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}; "
-            f"{advice}make it a LoRA by --rank"
-        )
+        remedy = f"choose --format {' or '.join(others)}, or make" if others else "make"
+        said = f"{count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}"
+        raise WeightError(f"{source}: {said}; {remedy} it a LoRA by --rank")
     slots = lora_slots(form, layers, model)
     naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
     plan = naming.write_plan([f"{layer}.{factor}" for layer, own in layers.items() for factor in own])

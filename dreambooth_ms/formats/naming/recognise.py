@@ -189,10 +189,8 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
     levels = 1 + file.count("unet.down_blocks.{}.downsamplers.0.conv.weight")
     channels = tuple(file.size(f"unet.down_blocks.{level}.resnets.0.conv1.weight") for level in range(levels))
     block = "unet.{}.attentions.0.transformer_blocks"
-    depths = [
-        file.count(block.format(place) + ".{}.norm1.weight")
-        for place in (*(f"down_blocks.{level}" for level in range(levels)), "mid_block")
-    ]
+    places = [*map("down_blocks.{}".format, range(levels)), "mid_block"]
+    depths = [file.count(block.format(place) + ".{}.norm1.weight") for place in places]
     layers = tuple(max(depth, 1) for depth in (*depths[:-2], depths[-1]))
     heads = (8,) * levels if file.model.family is Family.SD1 else tuple(max(c // HEAD_WIDTH, 1) for c in channels)
     added = file.size("unet.add_embedding.linear_1.weight", axis=1) or None

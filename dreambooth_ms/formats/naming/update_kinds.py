@@ -64,21 +64,14 @@ def title_of(names: Collection[str]) -> str:
 def fits(kind: str, shapes: Shapes, weight: Shape) -> bool:
     """Whether tensors of these shapes are an update of a weight of this one; KeyError with the name of one that is
     missing."""
-    twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in _INSTEAD.items())
+    replaced = TABLES["update_instead"].items()
+    twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in replaced)
     if twice or not all(map(math.prod, shapes.values())):
         return False
     try:
         return norms_fit(shapes, weight) and _FITS[kind](shapes, (weight[0], math.prod(weight[1:])))
     except (IndexError, ValueError):  # One has fewer sides, or more.
         return False
-
-
-_INSTEAD = {
-    "lokr_w1": ("lokr_w1_a", "lokr_w1_b"),
-    "lokr_w2": ("lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    "oft_R": ("oft_blocks", "oft_rescale"),
-}
-"""Tensors, and those that others have in their place."""
 
 
 def norms_fit(shapes: Shapes, weight: Shape) -> bool:
