@@ -439,9 +439,8 @@ def _lone_vae(vae: OpenedModel) -> Iterator[str]:
 
 
 def _parameters(tensors: Collection[StoredTensor]) -> str:
-    return (
-        f"{count_of(sum(math.prod(own.shape) for own in tensors), 'parameter')} in {count_of(len(tensors), 'tensor')}"
-    )
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    return f"{count_of(parameters, 'parameter')} in {count_of(len(tensors), 'tensor')}"
 
 
 def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:

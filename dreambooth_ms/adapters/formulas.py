@@ -203,6 +203,7 @@ def scaled(f: Factors, value: np.ndarray) -> np.ndarray:
 
 
 def _instead(own: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """What a value in place of another adds to it."""
     if own.shape != value.shape:
         raise ValueError(own.shape)
     return own - value
