@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, open_adapter
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION, Replacement
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.atomic import check_free, new_folder
@@ -65,7 +66,7 @@ def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequenc
     for layer in dict.fromkeys(chain(*concepts)):
         base = bundle.opened().tensors[f"unet.{layer}.weight"].cast_to(DType.F32).read()
         own = [one[layer].delta(base) @ part for one, part in zip(concepts, parts, strict=True) if layer in one]
-        updates[layer] = Replacement((base + sum(own)).astype(np.float32))
+        updates[layer] = Update({"weight": (base + sum(own)).astype(np.float32)})
     with new_folder(target) as folder:
         write_words(words, folder, dtype, {})
         write_replacements(updates, folder / CUSTOM_DIFFUSION, dtype, {})

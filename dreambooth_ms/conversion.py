@@ -1,7 +1,8 @@
 """Any format -> any other, of models and adapters alike: what a source is, which format a target asks for, and the way
-between.
+between, on which adapters may become part of a model, weight by weight.
 
-On it LoRAs may become part of a model: W + scale * alpha / r * B A (Hu et al., 2021, section 4.1), weight by weight.
+What writes yields what the user should know, line by line; when these end it is written. On a WeightError nothing is
+left of the target.
 """
 
 import math
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import Adapter, Update
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import (
     CUSTOM_DIFFUSION,
     FILE_NAME,
@@ -25,10 +26,9 @@ from dreambooth_ms.adapters.file import (
     OpenedAdapter,
     holds_adapter,
     open_adapter,
-    scaled_updates,
 )
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.low_rank import as_lora, is_reduced, low_rank
-from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import joined_words, word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements, writing_notes
 from dreambooth_ms.atomic import check_free, new_folder
@@ -78,35 +78,28 @@ Form = TypeVar("Form", Format, AdapterFormat)
 def convert(wanted: ConversionConfig) -> Iterator[str]:
     """Write the model or the LoRA of a source in another format.
 
-    Yields:
-        what the user should know, line by line; at the end of them it is written.
-
     Raises:
-        WeightError: anything is wrong with the source or the target; nothing is left of the target.
+        WeightError: anything is wrong with the source or the target.
     """
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
-    is_model = not holds_adapter(source)
-    of_models, of_adapters = ("variant", "use_ema", "prediction_type"), ("alpha", "base", "rank")
-    kind, of_others = ("model", of_adapters) if is_model else ("LoRA", of_models)
+    kind, of_others = "model", ("alpha", "base", "rank")
+    if is_adapter := holds_adapter(source):
+        kind, of_others = "LoRA", ("variant", "use_ema", "prediction_type")
     if given := [f"--{flag}" for flag in of_others if getattr(wanted, flag)]:
         raise WeightError(f"{source}: this is a {kind}; leave out {', '.join(given)}")
-    if is_model:
+    if not is_adapter:
         yield from write_model(open_model(source, wanted.variant, wanted.use_ema), wanted)
         return
     opened = open_lora(source, wanted.base).with_alpha(wanted.alpha)
     words_alone = None if opened.adapter.parts else OtherFormat.EMBEDDING.name.lower()
     form = adapter_format_of(target, wanted.format or words_alone)
     adapter, lost = _fitting_adapter(form, opened, wanted)
-    fitting = replace(opened, adapter=adapter, form=form)
-    yield from _write_adapter(fitting, target, wanted.dtype, [*opened.notes, *lost])
+    yield from _write_adapter(replace(opened, adapter=adapter, form=form), target, wanted.dtype, [*opened.notes, *lost])
 
 
 def extract(wanted: ExtractionConfig) -> Iterator[str]:
     """Write a LoRA of what a model differs by from the one that it was trained from.
-
-    Yields:
-        what the user should know, line by line; at the end of them it is written.
 
     Raises:
         WeightError: anything is wrong with a model or the target, the models are of different sizes, or do not differ.
@@ -146,7 +139,7 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _write_adapter(opened: OpenedAdapter, target: Path, dtype_name: str | None, notes: Sequence[str]) -> Iterator[str]:
-    """Write an adapter in its format, with its words; yields the notes and what else the user should know."""
+    """Write an adapter in its format, with its words."""
     adapter, form, dtype = opened.adapter, opened.form, DTYPES[dtype_name] if dtype_name else opened.dtype
     is_file = bool(target.suffix) and target.suffix in EXTENSIONS[form]
     for word in adapter.words if is_file else ():
@@ -163,23 +156,19 @@ def _write_adapter(opened: OpenedAdapter, target: Path, dtype_name: str | None, 
 
 
 def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: ConversionConfig) -> tuple[Adapter, list[str]]:
-    """An adapter as a format can hold it, and what was lost, in words.
-
-    Raises:
-        WeightError: the format has no place for it.
-    """
+    """An adapter as a format can hold it, and what was lost, in words."""
     source, adapter, rank = opened.path, opened.adapter, wanted.rank
-    whole = {isinstance(own, Replacement) for own in adapter.updates.values()}
+    whole = {own.is_whole for own in adapter.updates.values()}
     reduced = {layer for layer, own in adapter.updates.items() if is_reduced(own, rank)}
     if whole and (reduced or rank) and isinstance(form, LoraFormat):
         base, shapes = wanted.base or trained_base(source) or "", lora_layers(opened.model)
-        of_base = {layer for layer in reduced if needs_base(adapter.updates[layer].tensors())}
-        if of_base and not os.path.exists(base):
+        needs = any(needs_base(adapter.updates[layer].factors) for layer in reduced)
+        if needs and not os.path.exists(base):
             raise WeightError(f"{source}: its weights become a LoRA by what they add to its base; name it with --base")
-        tensors = open_model(Path(base)).tensors if of_base else {}
+        tensors = open_model(Path(base)).tensors if needs else {}
 
         def weight(layer: str) -> np.ndarray:
-            if layer in of_base:
+            if needs_base(adapter.updates[layer].factors):
                 return tensors[f"{layer}.weight"].cast_to(DType.F32).read()
             return np.zeros(shapes[layer], np.float32)
 
@@ -197,9 +186,6 @@ def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: Convers
 
 def merge(wanted: MergingConfig) -> Iterator[str]:
     """Write a model with LoRAs merged into it.
-
-    Yields:
-        what the user should know, line by line; at the end of them it is written.
 
     Raises:
         WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
@@ -228,8 +214,7 @@ def merged(
     """
     updates: dict[tuple[str, str], list[Update]] = {}
     for opened in adapters:
-        lacking = [part for part in opened.adapter.parts if part not in model.parts]
-        if lacking:
+        if lacking := [part for part in opened.adapter.parts if part not in model.parts]:
             raise WeightError(f"{opened.path}: adapts {' and '.join(lacking)}, which {model.path} does not hold")
         for layer, update in opened.adapter.updates.items():
             for parameter in update.parameters:
@@ -251,11 +236,8 @@ def _sum(stored: StoredTensor, parameter: str, updates: Sequence[Update], scale:
 
 
 def open_lora(path: Path, base: str | None) -> OpenedAdapter:
-    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it.
-
-    Raises:
-        WeightError: as `open_adapter`; or the base cannot be opened.
-    """
+    """Open a LoRA; `base` is the model that it is for, None if that is published or what trained it says it. Raises as
+    `open_adapter` and `open_model`."""
     if base:
         return open_adapter(path, [open_model(Path(base)).spec], base)
     models: tuple[ModelSpec, ...] = PUBLISHED_MODELS
@@ -289,7 +271,7 @@ def _beside(path: Path, name: str) -> Path:
 def write_model(
     model: OpenedModel, wanted: ConversionConfig | MergingConfig, words: Words | None = None
 ) -> Iterator[str]:
-    """Write a model as it is asked for, with new words and a progress bar; yields what the user should know."""
+    """Write a model as it is asked for, with new words and a progress bar."""
     target = Path(wanted.target)
     if wanted.prediction_type:
         model = replace(model, prediction_type=wanted.prediction_type)
@@ -314,26 +296,18 @@ def describe_adapter(opened: OpenedAdapter) -> str:
 
 
 def model_format_of(target: Path, form: str | None) -> Format:
-    """The format of a model that a target's name and the user ask for.
-
-    Raises:
-        WeightError: they do not fit each other, or the format is not written.
-    """
-    fitting = _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model")
-    if not fitting:
-        raise WeightError(
-            f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt "
-            "(MindSpore), or give the name of a folder without an extension"
-        )
-    return fitting[0]
+    """The format of a model that a target's name and the user ask for; WeightError if they do not fit each other, or
+    that is not written."""
+    if fitting := _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model"):
+        return fitting[0]
+    raise WeightError(
+        f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt (MindSpore), "
+        "or give the name of a folder without an extension"
+    )
 
 
 def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
-    """The format of an adapter that a target's name and the user ask for.
-
-    Raises:
-        WeightError: they do not fit each other, the name leaves it open, or the format is not written.
-    """
+    """The same of an adapter; WeightError also if the name leaves it open."""
     fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
@@ -344,7 +318,7 @@ def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
 
 
 def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherwise: str) -> list[Form]:
-    """The format that the user names, or those that files and folders with the target's name may have."""
+    """The format that the user names, or those that the target's name leaves open."""
     if form and form not in formats:
         raise WeightError(f"--format {form}: {otherwise} choose one of {', '.join(formats)}")
     if target.suffix in (".bin", ".pt", ".pth"):
@@ -361,10 +335,7 @@ def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherw
 def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> Iterator[str]:
     """One line per fact about a model, a LoRA or an autoencoder; what takes reading all values comes last.
 
-    Args:
-        path: a file or folder in any format that is read.
-        base: the model that a LoRA is for, where its sizes are not those of a published one.
-        variant: which of the files of a folder are looked at.
+    `base` is the model that a LoRA is for, `variant` says which of a folder's files are looked at.
 
     Raises:
         WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
@@ -381,8 +352,7 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
         except WeightError:
             raise error from None
     yield from describe(found)
-    broken = [name for name, tensor in found.tensors.items() if not tensor.is_finite()]
-    if broken:
+    if broken := [name for name, tensor in found.tensors.items() if not tensor.is_finite()]:
         yield f"NaN or infinity: in {len(broken)} tensors ({show_names(broken)})"
 
 
@@ -390,13 +360,11 @@ def _model(model: OpenedModel) -> Iterator[str]:
     yield f"format: {model.form.value}, {model.container.value}"
     sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
-    snr = ", zero terminal SNR" if model.zero_snr else ""
-    yield f"predicts: {PREDICTIONS.get(model.prediction_type or '', model.prediction_type or 'not told')}{snr}"
-    dtypes = [f"{dtype.value} ({count_of(count, 'tensor')})" for dtype, count in model.dtypes.items()]
-    yield f"dtype: {', '.join(dtypes)}"
+    snr, said = ", zero terminal SNR" if model.zero_snr else "", model.prediction_type or "not told"
+    yield f"predicts: {PREDICTIONS.get(said, said)}{snr}"
+    yield "dtype: " + ", ".join(f"{own.value} ({count_of(count, 'tensor')})" for own, count in model.dtypes.items())
     for part in model.parts:
-        own = model.of_part(part)
-        yield f"{part}: {_parameters(own.values())}{_size_of(part, model.spec)}"
+        yield f"{part}: {_parameters(model.of_part(part).values())}{_size_of(part, model.spec)}"
     if model.averages:
         yield f"moving averages (EMA): of {count_of(model.averages, 'weight')}"
     yield from _metadata(model.metadata)
@@ -418,7 +386,6 @@ def _sizes(model: ModelSpec) -> ModelSpec:
 
 
 def _size_of(part: str, model: ModelSpec) -> str:
-    """What is peculiar to a network of its kind."""
     spec = getattr(model, part)
     if isinstance(spec, UNetSpec):
         return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.cross_attention_dim}"
@@ -429,12 +396,11 @@ def _size_of(part: str, model: ModelSpec) -> str:
 
 
 def _adapter(opened: OpenedAdapter) -> Iterator[str]:
-    adapter, kind = opened.adapter, opened.kind.removeprefix("a ")
-    form = f"{kind}, {opened.form.value}" if isinstance(opened.form, LoraFormat) else kind
-    yield f"format: {form}, {opened.container.value}"
+    adapter, of_lora = opened.adapter, f", {opened.form.value}" if isinstance(opened.form, LoraFormat) else ""
+    yield f"format: {opened.kind.removeprefix('a ')}{of_lora}, {opened.container.value}"
     yield f"family: {opened.families}"
     yield f"dtype: {opened.dtype.value}"
-    if loras := scaled_updates(adapter).values():
+    if loras := [own for own in adapter.updates.values() if own.rank]:
         yield f"rank: {', '.join(map(str, sorted({own.rank for own in loras})))}"
         yield f"alpha: {', '.join(f'{alpha:g}' for alpha in sorted({own.alpha_or_rank for own in loras}))}"
     if adapter.parts:
@@ -442,7 +408,7 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
     for part, layers in adapter.parts.items():
         tensors = chain.from_iterable(own.tensors().items() for own in layers.values())
         count = count_of(sum(value.size for name, value in tensors if name not in BESIDE), "parameter")
-        replaced = dict.fromkeys(n.rpartition("attn2.")[2] for n, own in layers.items() if isinstance(own, Replacement))
+        replaced = dict.fromkeys(n.rpartition("attn2.")[2] for n, own in layers.items() if own.is_whole)
         of = f" in place of the model's own: {', '.join(replaced)} of cross-attention" if replaced else ""
         yield f"{part}: {count} in {count_of(len(layers), 'layer')}{of}"
     for word, own in adapter.words.items():
@@ -454,14 +420,14 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
 
 def _kinds(adapter: Adapter) -> Iterator[str]:
     """Each kind of its updates, with ranks and alphas, and of how many layers it is."""
-    kinds, scaled = dict[str, list[str]](), scaled_updates(adapter)
-    for name, own in adapter.updates.items():
-        kinds.setdefault(title_of(own.tensors()), []).append(name)
-    for title, names in kinds.items():
-        scales = {(scaled[name].rank, scaled[name].alpha_or_rank) for name in names if name in scaled}
-        said = zip(("rank", "alpha"), map(set, zip(*scales, strict=True)), strict=bool(scales))
-        listed = [f"{word} {', '.join(f'{value:g}' for value in sorted(values))}" for word, values in said]
-        yield f"{', '.join([title, *listed])}: {count_of(len(names), 'layer')}"
+    kinds = dict[str, list[Update]]()
+    for own in adapter.updates.values():
+        kinds.setdefault(title_of(own.factors), []).append(own)
+    for title, updates in kinds.items():
+        scaled = [own for own in updates if own.rank]
+        said = ("rank", {float(own.rank) for own in scaled}), ("alpha", {own.alpha_or_rank for own in scaled})
+        listed = (f", {word} {', '.join(f'{n:g}' for n in sorted(own))}" for word, own in said if own)
+        yield f"{title}{''.join(listed)}: {count_of(len(updates), 'layer')}"
 
 
 def _lone_vae(vae: OpenedModel) -> Iterator[str]:

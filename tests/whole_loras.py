@@ -2,12 +2,14 @@
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import FILE_NAME, OpenedAdapter, open_adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.stored import Container
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, UP
 from dreambooth_ms.models.specs import SD_15
 from dreambooth_ms.training.checkpoint import STEP_KEY
 from dreambooth_ms.weights.opened_model import open_model
@@ -16,6 +18,11 @@ from tests.small_specs import SMALL
 FILES = {LoraFormat.PEFT: "", LoraFormat.MINDONE: ".ckpt"}
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+
+
+def lora_update(down, up, alpha=None):
+    """The update alpha / r * B A of a layer, r where there is no alpha."""
+    return Update({DOWN: down, UP: up} | ({} if alpha is None else {ALPHA: np.array(alpha)}))
 
 
 def attention(layer):
@@ -42,7 +49,7 @@ def random_lora(spec, path, choose=attention_and_text, dtype=DType.F32, seed=0, 
                 # Half of float16's digits, so that bfloat16 holds them too.
                 down, up = (np.round(value.astype(np.float32) * 16) / 16 for value in (down, up))
             alpha = alphas[number % len(alphas)]
-            updates[layer] = LoraUpdate(down, up, float(rank) if alpha is None else alpha)
+            updates[layer] = lora_update(down, up, float(rank) if alpha is None else alpha)
     return OpenedAdapter(
         path=path,
         container=Container.SAFETENSORS,
@@ -70,7 +77,10 @@ def write_lora_file(form, target, family="sd15", **more):
 def write_run_lora(folder, networks, step=1, alpha=None):
     """The file of a training: for each network, A and B by the layers' names. Its names need no model."""
     adapter = Adapter(
-        {part: {layer: LoraUpdate(*factors, alpha) for layer, factors in own.items()} for part, own in networks.items()}
+        {
+            part: {layer: lora_update(*factors, alpha) for layer, factors in own.items()}
+            for part, own in networks.items()
+        }
     )
     path = folder / FILE_NAME
     metadata = {STEP_KEY: str(step)}

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update, side_by_side
-from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
+from dreambooth_ms.adapters.adapter import Adapter, side_by_side
+from dreambooth_ms.adapters.formulas import Update
+from dreambooth_ms.adapters.lora import LoraLayer, adaptable_layers, lora_layer, put_in_place
 from dreambooth_ms.errors import WeightError, show_names
 from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
@@ -49,14 +50,15 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
         if not updates:
             continue
         plain, parameters = adaptable_layers(network), public_parameters(network)
-        unknown = [name for name in updates if f"{name}.weight" not in parameters]
-        if unknown:
+        if unknown := [name for name in updates if f"{name}.weight" not in parameters]:
             raise WeightError(f"the adapter has {len(unknown)} layers that the {part} has not ({show_names(unknown)})")
-        beside: dict[str, nn.Cell] = {}
+        beside: dict[str, LoraLayer] = {}
         for name, own in updates.items():
-            loras = {number: update for number, update in own.items() if isinstance(update, LoraUpdate)}
+            loras = {number: update for number, update in own.items() if update.is_lora}
             if loras.keys() == own.keys() and isinstance(plain.get(name), Dense):
-                beside[name] = side_by_side(list(loras.values())).layer(plain[name])
+                joined = side_by_side(list(loras.values()))
+                beside[name] = lora_layer(plain[name], joined.rank, joined.alpha_or_rank)
+                beside[name].set_factors(joined.down, joined.up)
                 layers.append(_beside(beside[name], np.repeat(list(loras), [one.rank for one in loras.values()])))
             else:
                 changed = dict.fromkeys(one for update in own.values() for one in update.parameters)

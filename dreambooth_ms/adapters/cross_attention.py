@@ -4,16 +4,19 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.lora import adaptable_layers, put_in_place
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
-from dreambooth_ms.models.parameters import public_parameters
+from dreambooth_ms.models.parameters import PublicParameter, public_parameters
 from dreambooth_ms.ops import Dense
+
+CROSS_ATTENTION: dict[str, tuple[str, ...]] = {
+    "crossattn_kv": ("attn2.to_k", "attn2.to_v"),
+    "crossattn": ("attn2.to_k", "attn2.to_v", "attn2.to_q", "attn2.to_out.0"),
+}
+"""The layers of a UNet whose weights are replaced, by the ends of their names."""
 
 
 class TokenDense(Dense):
-    """A linear layer of tokens (B, S, I) -> (B, S, O) with no gradient through the first, which starts every text.
-
-    It has the parameters of the layer that it stands in for.
-    """
+    """A linear layer of tokens (B, S, I) -> (B, S, O) with no gradient through the first, which starts every text. It
+    has the parameters of the layer that it stands in for."""
 
     def __init__(self, base: Dense) -> None:
         super().__init__(base.in_channels, base.out_channels, has_bias=base.has_bias)
@@ -35,21 +38,17 @@ class ButFirst(nn.Cell):
         return (dout * ops.broadcast_to(kept_1S1.astype(dout.dtype), dout.shape),)
 
 
-def free_cross_attention(unet: nn.Cell, which: str) -> dict[str, list[str]]:
-    """Let the cross-attention of a UNet be trained, and nothing else of it.
-
-    Returns:
-        the public names of the parameters of each layer that is trained, in the order of the network.
-    """
-    ends = CROSS_ATTENTION[which]
-    chosen = {name: cell for name, cell in adaptable_layers(unet).items() if name.endswith(ends)}
-    # By name, since put_in_place freezes all.
-    put_in_place(
-        unet, {n: TokenDense(cell) for n, cell in chosen.items() if n.endswith(CROSS_ATTENTION["crossattn_kv"])}
-    )
-    parameters, freed = public_parameters(unet), {}
+def free_cross_attention(unet: nn.Cell, which: str) -> dict[str, dict[str, PublicParameter]]:
+    """Let the cross-attention of a UNet be trained, and nothing else of it; gives the parameters of each layer that is
+    trained, by their names in it, in the order of the network."""
+    chosen = {name: cell for name, cell in adaptable_layers(unet).items() if name.endswith(CROSS_ATTENTION[which])}
+    of_text = [name for name in chosen if name.endswith(CROSS_ATTENTION["crossattn_kv"])]
+    put_in_place(unet, {name: TokenDense(chosen[name]) for name in of_text})
+    parameters, freed = public_parameters(unet), dict[str, dict[str, PublicParameter]]()
     for name, cell in chosen.items():
-        freed[name] = [f"{name}.{own}" for own in ("weight", *(["bias"] if cell.has_bias else []))]
-        for own in freed[name]:
-            parameters[own].parameter.requires_grad = True
+        names = ("weight", "bias") if cell.has_bias else ("weight",)
+        freed[name] = {own: parameters[f"{name}.{own}"] for own in names}
+        # After put_in_place, which freezes all.
+        for one in freed[name].values():
+            one.parameter.requires_grad = True
     return freed

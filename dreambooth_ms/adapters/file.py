@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update, update_of
-from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, as_set, as_trained
 from dreambooth_ms.adapters.word_files import fitted_words, read_words
 from dreambooth_ms.errors import WeightError, count_of, show_names
@@ -25,14 +25,7 @@ from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value
 from dreambooth_ms.formats.files.stored import Container, TensorFile
 from dreambooth_ms.formats.folder_layout import INDEX, read_json
-from dreambooth_ms.formats.naming.lora_formats import (
-    PARTS,
-    AdapterFormat,
-    LoraFormat,
-    LoraPlan,
-    OtherFormat,
-    recognise_lora,
-)
+from dreambooth_ms.formats.naming.lora_formats import PARTS, LoraFormat, LoraPlan, OtherFormat, recognise_lora
 from dreambooth_ms.formats.naming.recognise import other_kind
 from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, rank_of, title_of
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
@@ -48,7 +41,6 @@ TWICE_KEY, TEXT_LEVEL = "dreambooth_ms_twice", "base_model.model.text_model."
 """In the metadata of a file of PEFT whose tensors stand in it twice, the second time without `text_model.` as
 transformers has them from 5.6 on; and what the first begin with."""
 
-
 _PRECISION = (DType.F64, DType.F32, DType.BF16, DType.F16)
 """From the one that holds the most to the one that holds the least."""
 
@@ -59,7 +51,7 @@ class OpenedAdapter:
 
     path: Path
     container: Container
-    form: AdapterFormat
+    form: LoraFormat | OtherFormat
     models: tuple[ModelSpec, ...]
     """The models that it fits: several if it adapts only what these have in common."""
     adapter: Adapter
@@ -90,27 +82,26 @@ class OpenedAdapter:
         """What is assumed of the layers whose alpha stands neither in the tensors nor beside them."""
         ranked = scaled_updates(self.adapter)
         silent = sum(own.alpha is None for own in ranked.values())
-        if not silent:
-            return []
-        if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
-            return ["mindone's SD LoRAs have a scale of 1: alpha is the rank."]
         ranks = ", ".join(map(str, sorted({own.rank for own in ranked.values()})))
-        return [
+        said = (
             f"no alpha in the file for {silent} of {count_of(len(ranked), 'layer')}: it is taken as the rank ({ranks})."
-        ]
+        )
+        if self.form is LoraFormat.MINDONE and self.model.family in (Family.SD1, Family.SD2):
+            said = "mindone's SD LoRAs have a scale of 1: alpha is the rank."
+        return [said] if silent else []
 
     def with_alpha(self, alpha: float | None) -> "OpenedAdapter":
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         if alpha is None:
             return self
-        silent = {name: own.tensors() for name, own in scaled_updates(self.adapter).items() if own.alpha is None}
-        known = {name: update_of({**tensors, ALPHA: np.array(alpha)}) for name, tensors in silent.items()}
+        silent = {name: own for name, own in scaled_updates(self.adapter).items() if own.alpha is None}
+        known = {name: Update({**own.factors, ALPHA: np.array(alpha)}) for name, own in silent.items()}
         return replace(self, adapter=Adapter.of(self.adapter.updates | known, self.adapter.words))
 
 
-def scaled_updates(adapter: Adapter) -> dict[str, FormulaUpdate]:
+def scaled_updates(adapter: Adapter) -> dict[str, Update]:
     """Those that have a rank, by part, a dot and the layer's name."""
-    return {name: own for name, own in adapter.updates.items() if isinstance(own, FormulaUpdate) and own.rank}
+    return {name: own for name, own in adapter.updates.items() if own.rank}
 
 
 def holds_adapter(path: Path) -> bool:
@@ -131,18 +122,11 @@ def _kind(file: Path) -> str:
 
 
 def open_adapter(
-    path: Path,
-    models: Iterable[ModelSpec] = PUBLISHED_MODELS,
-    base: str | Path | None = None,
-    otherwise: str = "",
+    path: Path, models: Iterable[ModelSpec] = PUBLISHED_MODELS, base: str | Path | None = None, otherwise: str = ""
 ) -> OpenedAdapter:
     """Recognise an adapter and read it.
 
-    Args:
-        path: the file or folder.
-        models: the models it may be for.
-        base: the file or folder of the only model, for the message.
-        otherwise: what to do if it fits none, for the message.
+    `models` are those that it may be for; the place of the only one, and what to do if none fits, are for the message.
 
     Raises:
         WeightError: no such file, damaged, no adapter, one by another method, or one that fits none of the models.
@@ -188,26 +172,20 @@ def _updates(
     factors = plan.read(lambda name: read_value(file.tensors[name]))
     _check_finite(factors, str(file.path))
     updates, trained = dict[str, Update](), _diffusers_settings(file.metadata, TRAINED_KEY)
-    for name, tensors in factors.items():
-        part, _, layer = name.partition(".")
+    for name, own in factors.items():
+        (part, _, layer), is_told = name.partition("."), DOWN not in own or ALPHA in own
         if plan.form is OtherFormat.CUSTOM_DIFFUSION:
-            updates[name] = update_of({**tensors, ALPHA: np.array(rank_of(tensors))} if DOWN in tensors else tensors)
+            updates[name] = Update(own if is_told else {**own, ALPHA: np.array(rank_of(own))})
             continue
-        own = as_set(tensors, settings[part], layer, source)
-        is_told = DOWN not in tensors or ALPHA in tensors
-        updates[name] = update_of(own if is_told else as_trained(own, trained[part], layer, source))
+        as_said = as_set(own, settings[part], layer, source)
+        updates[name] = Update(as_said if is_told else as_trained(as_said, trained[part], layer, source))
     return updates
 
 
 def _check_finite(factors: Mapping[str, Mapping[str, np.ndarray]], source: str) -> None:
     """Stop at NaN, infinity, and what float32 cannot hold."""
-    bad = [
-        f"{layer}.{factor}"
-        for layer, tensors in factors.items()
-        for factor, value in tensors.items()
-        if not np.abs(value).max(initial=0) <= np.finfo(np.float32).max
-    ]
-    if bad:
+    named = ((f"{layer}.{name}", value) for layer, tensors in factors.items() for name, value in tensors.items())
+    if bad := [name for name, value in named if not np.abs(value).max(initial=0) <= np.finfo(np.float32).max]:
         raise WeightError(
             f"{source}: NaN or infinity in {len(bad)} of its tensors ({show_names(bad)}): the training that wrote it "
             "failed, or the file is damaged; use an earlier checkpoint, or download it again"
@@ -225,11 +203,7 @@ def _diffusers_settings(metadata: Mapping[str, str], where: str = METADATA_KEY) 
 
 
 def _files(path: Path) -> dict[Path, tuple[str | None, Path | None]]:
-    """The files that are meant by a file or folder, those of PEFT with part and folder; an adapter's after its words'.
-
-    Raises:
-        WeightError: a folder without an adapter and without words, or with several adapters.
-    """
+    """The files that a file or folder means, those of PEFT with part and folder; an adapter's after its words'."""
     weights, peft = _weights(path), _peft_folders(path)
     if len(weights) == 1 and not peft:
         return {weights[0]: (None, None)}
@@ -264,7 +238,7 @@ def _peft_folders(path: Path) -> dict[str | None, Path]:
 
 
 def _peft_weights(folder: Path) -> Path:
-    found = next((folder / name for name in PEFT_WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
-        raise WeightError(f"{folder}: {PEFT_WEIGHTS[0]} is missing; is the download complete?")
-    return found
+    for name in PEFT_WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightError(f"{folder}: {PEFT_WEIGHTS[0]} is missing; is the download complete?")

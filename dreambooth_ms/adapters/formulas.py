@@ -2,7 +2,8 @@
 
 LoRA (Hu et al., 2021, section 4.1), with a middle factor for convolutions (LoCon), and DoRA (Liu et al., 2024, eq. 5);
 LoHa (Hyeon-Woo et al., 2022, proposition 2) and LoKr (Yeh et al., 2024, section 3) as LyCORIS and peft have them; OFT
-(Qiu et al., 2023, section 3.3), of rows as LyCORIS' or of columns as peft's; IA3 (Liu et al., 2022); differences.
+(Qiu et al., 2023, section 3.3), of rows as LyCORIS' or of columns as peft's; IA3 (Liu et al., 2022); differences; whole
+weights in place of a layer's, as Custom Diffusion trains them (Kumari et al., 2023).
 
 Shapes: O output and I input channels, K side of a convolution's kernel, r rank. Weights are (O, I) or (O, I, K, K).
 """
@@ -16,12 +17,15 @@ import numpy as np
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.naming.update_kinds import (
     ALPHA,
+    BIAS,
     COLUMNS,
     DOWN,
     MAGNITUDE,
     MID,
+    OF_BIAS,
     TERMS,
     UP,
+    WEIGHT,
     is_decomposed,
     kind_of,
     rank_of,
@@ -31,10 +35,31 @@ Factors = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class FormulaUpdate:
-    """What the formula of their kind makes of a layer's tensors."""
+class Update:
+    """What an adapter makes of one layer: what the formula of their kind makes of its tensors."""
 
     factors: Factors
+    """By the names in `formats.naming.update_kinds`."""
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is B A and no more, so that it can stand beside a layer."""
+        return self.factors.keys() <= {DOWN, UP, ALPHA}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a weight in place of the layer's."""
+        return WEIGHT in self.factors
+
+    @property
+    def down(self) -> np.ndarray:
+        """A of a LoRA, (r, I) or (r, I, K, K)."""
+        return self.factors[DOWN]
+
+    @property
+    def up(self) -> np.ndarray:
+        """B of a LoRA, (O, r) or (O, r, 1, 1)."""
+        return self.factors[UP]
 
     @property
     def rank(self) -> int:
@@ -58,18 +83,17 @@ class FormulaUpdate:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Those that it changes."""
-        return ("weight", "bias") if "diff_b" in self.factors else ("weight",)
+        """Those of the layer that it changes, by their names in it."""
+        return (WEIGHT,) if self.factors.keys().isdisjoint(OF_BIAS) else (WEIGHT, BIAS)
 
-    def delta(self, value: np.ndarray, parameter: str = "weight") -> np.ndarray:
-        """What it adds to a parameter, float32.
-
-        Raises:
-            WeightError: it is for a layer of another size.
-        """
+    def delta(self, value: np.ndarray, parameter: str = WEIGHT) -> np.ndarray:
+        """What it adds to a parameter, in public form: float32 -> float32 of the same shape; WeightError if it is for a
+        layer of another size."""
         kind, f = kind_of(self.factors), {name: own.astype(np.float32) for name, own in self.factors.items()}
         try:
-            delta = (f["diff_b"] if parameter == "bias" else _FORMULAS[str(kind)](f, value)).reshape(value.shape)
+            if parameter == BIAS:
+                f = {"diff": f["diff_b"]} if "diff_b" in f else {WEIGHT: f[BIAS]}
+            delta = _FORMULAS[str(kind)](f, value).reshape(value.shape)
             return _decomposed(delta, f, value) if is_decomposed(f) else delta
         except ValueError as error:
             raise WeightError(f"the adapter does not fit the base: {error} for {value.shape}") from error
@@ -80,7 +104,7 @@ class FormulaUpdate:
 
 
 def _scale(f: Factors) -> np.float32:
-    return np.float32(FormulaUpdate(f).scale)
+    return np.float32(Update(f).scale)
 
 
 def lora(f: Factors, value: np.ndarray) -> np.ndarray:
@@ -178,6 +202,13 @@ def scaled(f: Factors, value: np.ndarray) -> np.ndarray:
     return value * f["ia3"].reshape(shape)
 
 
+def _instead(own: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """What a value in place of another adds to it."""
+    if own.shape != value.shape:
+        raise ValueError(own.shape)
+    return own - value
+
+
 _FORMULAS: Mapping[str, Callable[[Factors, np.ndarray], np.ndarray]] = {
     "lora": lora,
     "hada": loha,
@@ -185,5 +216,6 @@ _FORMULAS: Mapping[str, Callable[[Factors, np.ndarray], np.ndarray]] = {
     "oft": lambda f, value: (rotated_columns if "oft_R" in f else rotated_rows)(f, value),
     "ia3": scaled,
     "diff": lambda f, value: f["diff"],
+    "weight": lambda f, value: _instead(f[WEIGHT], value),
 }
 """By kind: a layer's tensors and its weight, float32 -> what is added to it, of as many elements."""

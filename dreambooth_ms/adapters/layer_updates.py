@@ -7,23 +7,17 @@ from dataclasses import dataclass
 from mindspore import nn
 
 from dreambooth_ms.adapters.formulas import factorised
-from dreambooth_ms.adapters.lora import (
-    AdaptedLayer,
-    Dropout,
-    LoraConv2d,
-    PrincipalDense,
-    check_rank,
-    layers_to_adapt,
-    lora_layer,
-)
+from dreambooth_ms.adapters.lora import Dropout, LoraConv2d, PrincipalDense, check_rank, layers_to_adapt, lora_layer
 from dreambooth_ms.adapters.reweighted import CHANGES, ReweightedLayer
 from dreambooth_ms.config.choices import AdapterKind
 from dreambooth_ms.config.ranges import Pattern, pattern
 from dreambooth_ms.config.train import MethodConfig
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.naming.formats import unet_layer
+from dreambooth_ms.formats.naming.update_kinds import DOWN, MAGNITUDE, MID, UP
 from dreambooth_ms.models.parameter_shapes import Shape
 from dreambooth_ms.models.specs import UNetSpec
+from dreambooth_ms.ops import Conv2d
 
 Targets = tuple[Mapping[str, Shape], Sequence[str]]
 """A network's parameters by name, and what the names of those of its layers end in that are adapted."""
@@ -42,40 +36,48 @@ class LayerUpdate:
     is_principal: bool = False
     """Whether it begins with the largest singular values of the weight."""
 
-    def layer(self, base: nn.Cell, dropout: Dropout | None) -> AdaptedLayer:
+    def layer(self, base: nn.Cell, dropout: Dropout | None) -> nn.Cell:
         """The base with it."""
         if self.kind in CHANGES:
-            return ReweightedLayer(base, CHANGES[self.kind](base, self.rank, self.alpha, self.size), self.alpha)
+            kernel = (base.kernel_size,) * 2 if isinstance(base, Conv2d) else ()
+            shapes = self.shapes((base.out_channels, base.in_channels, *kernel))
+            return ReweightedLayer(
+                base, CHANGES[self.kind](base, shapes, self.alpha / self.rank, self.size), self.alpha
+            )
         if self.has_middle:
             return LoraConv2d(base, self.rank, self.alpha, dropout, has_middle=True)
         return (PrincipalDense if self.is_principal else lora_layer)(base, self.rank, self.alpha, dropout)
 
-    def numbers(self, weight: Shape) -> int:
-        """How many are trained for a weight."""
-        rows, columns, kernel = weight[0], math.prod(weight[1:]), math.prod(weight[2:])
-        pair = self.rank * (rows + columns)
+    def shapes(self, weight: Shape) -> dict[str, Shape]:
+        """The factors for a weight, as matrices, by the names that files have for them."""
+        rows, columns, kernel, rank = weight[0], math.prod(weight[1:]), math.prod(weight[2:]), self.rank
+        pair: dict[str, Shape] = {DOWN: (rank, columns), UP: (rows, rank)}
         match self.kind:
             case "dora":
-                return pair + rows
+                return {**pair, MAGNITUDE: (rows,)}
             case "loha":
-                return 2 * pair
+                left, right = (rows, rank), (rank, columns)
+                return {"hada_w1_a": left, "hada_w2_a": left, "hada_w1_b": right, "hada_w2_b": right}
             case "lokr":
                 (a, c), (b, d) = (factorised(side, self.size) for side in weight[:2])
-                is_whole = self.rank >= max(c, d) / 2
-                return a * b + (c * d * kernel if is_whole else self.rank * (c + d * kernel))
+                if rank >= max(c, d) / 2:
+                    return {"lokr_w1": (a, b), "lokr_w2": (c, d * kernel)}
+                return {"lokr_w1": (a, b), "lokr_w2_a": (c, rank), "lokr_w2_b": (rank, d * kernel)}
             case "oft":
-                return columns * (self.size - 1) // 2
-        return self.rank * (rows + weight[1] + self.rank * kernel) if self.has_middle else pair
+                return {"oft_R": (columns // self.size, self.size * (self.size - 1) // 2)}
+        middle = {DOWN: (rank, weight[1]), MID: (rank, rank * kernel)} if self.has_middle else {}
+        return pair | middle
+
+    def numbers(self, weight: Shape) -> int:
+        """How many are trained for a weight."""
+        return sum(map(math.prod, self.shapes(weight).values()))
 
 
 def layer_updates(
     config: MethodConfig, networks: Mapping[str, Targets], unet: UNetSpec
 ) -> dict[str, dict[str, LayerUpdate]]:
-    """By network and layer. A layer whose rank or alpha is 0 by a pattern has none.
-
-    Raises:
-        ConfigError: a layer cannot have such an update, or a pattern fits none.
-    """
+    """By network and layer. A layer whose rank or alpha is 0 by a pattern has none. ConfigError if a layer cannot have
+    such an update, or a pattern fits none."""
     given = {flag: pattern(getattr(config, flag)) or {} for flag in ("rank_pattern", "alpha_pattern")}
     updates, names = dict[str, dict[str, LayerUpdate]](), list[str]()
     for network, (shapes, targets) in networks.items():

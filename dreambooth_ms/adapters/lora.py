@@ -26,10 +26,8 @@ from dreambooth_ms.randomness import generator, standard_normal
 
 
 class DropoutState(nn.Cell):
-    """What the dropouts of all layers share: how much they drop, and the number that their draws depend on.
-
-    Parameters, because a compiled graph would not see changed attributes.
-    """
+    """What the dropouts of all layers share: how much they drop, and the number that their draws depend on. Parameters,
+    because a compiled graph would not see changed attributes."""
 
     def __init__(self, rate: float, seed: int) -> None:
         super().__init__(auto_prefix=False)
@@ -53,11 +51,9 @@ class DropoutState(nn.Cell):
 
 
 class Dropout(nn.Cell):
-    """Drop each input with probability `rate` and scale up the others (Srivastava et al., 2014): (N, I) -> (N, I).
-
-    What is dropped is a hash of (draw, layer, position): the library's operators keep a state of their own, which a
-    resumed run would not have. The hash is lowbias32 (Wellons, 2018) in wrapping 32-bit integers.
-    """
+    """Drop each input with probability `rate` and scale up the others (Srivastava et al., 2014): (N, I) -> (N, I). What
+    is dropped is a hash of (draw, layer, position): the library's operators keep a state of their own, which a resumed
+    run would not have. The hash is lowbias32 (Wellons, 2018) in wrapping 32-bit integers."""
 
     def __init__(self, state: DropoutState, layer: str) -> None:
         super().__init__(auto_prefix=False)
@@ -90,10 +86,8 @@ def _positions(count: int, layer: int) -> Tensor:
 
 
 class AdaptedLayer(nn.Cell):
-    """A layer with an update: what all kinds have in common.
-
-    It holds the base layer's `weight` and `bias` under their own names, so the base's names do not change.
-    """
+    """A layer with an update: what all kinds have in common. It holds the base layer's `weight` and `bias` under their
+    own names, so the base's names do not change."""
 
     def __init__(self, base: Dense | Conv2d, alpha: float, scale: float) -> None:
         super().__init__()
@@ -113,17 +107,10 @@ class AdaptedLayer(nn.Cell):
         """What a file holds of it at present."""
         return {name: part.read() for name, part in self.parts.items()} | {ALPHA: np.array(self.alpha)}
 
-    def squared_change(self) -> Tensor:
-        """The sum of the squares of what is added to the weight at present: () float32."""
-        raise NotImplementedError
-
 
 class LoraLayer(AdaptedLayer):
     """A layer with A and B beside it, and perhaps a middle factor between them."""
 
-    lora_A: nn.Cell
-    lora_B: nn.Cell
-    lora_mid: nn.Cell
     has_middle = False
 
     def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, dropout: Dropout | None) -> None:
@@ -134,30 +121,22 @@ class LoraLayer(AdaptedLayer):
     def parts(self) -> dict[str, PublicParameter]:
         """A and B: (r, in) and (out, r), of a convolution (r, in, k, k) and (out, r, 1, 1); between them the middle."""
         cells = {DOWN: self.lora_A, UP: self.lora_B} | ({MID: self.lora_mid} if self.has_middle else {})
-        return {
-            n: PublicParameter(one.weight, getattr(one, "stored_layouts", {}).get("weight")) for n, one in cells.items()
-        }
+        layouts = {name: getattr(cell, "stored_layouts", {}).get("weight") for name, cell in cells.items()}
+        return {name: PublicParameter(cell.weight, layouts[name]) for name, cell in cells.items()}
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """A and B."""
         return self.parts[DOWN].read(), self.parts[UP].read()
 
     def set_factors(self, factor_a: np.ndarray, factor_b: np.ndarray) -> None:
-        """Fill the adapter, with A and B in the shapes of `factors`.
-
-        Raises:
-            WeightError: the factors are those of a layer of another size.
-        """
+        """Fill the adapter, with A and B in the shapes of `factors`; WeightError if they are of another size."""
         for weight, value in zip(self.parts.values(), (factor_a, factor_b), strict=True):
             if weight.shape != value.shape:
                 raise WeightError(f"the adapter does not fit the base: {value.shape} for {weight.shape}")
             weight.write(value)
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """A' (r, I) and B' (O, r), whose product is added, over the scale."""
-        raise NotImplementedError
-
     def squared_change(self) -> Tensor:
+        """The sum of the squares of what is added to the weight at present: () float32."""
         down_RI, up_OR = self.matrices()
         # Of the products' traces, without the product.
         squares_RR = times_transposed(down_RI, down_RI) * transposed_times(up_OR, up_OR)
@@ -174,6 +153,7 @@ class LoraDense(LoraLayer):
         self.lora_B = LoraMatrix(base.out_channels, rank)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
+        """A' (r, I) and B' (O, r), whose product is added, over the scale."""
         return self.lora_A.weight, self.lora_B.weight
 
     def added(self, inputs: Tensor) -> Tensor:
@@ -236,10 +216,8 @@ class PrincipalDense(LoraDense):
 
 
 class LoraConv2d(LoraLayer):
-    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise.
-
-    With `has_middle` a factor (r, r, k, k) between them has these, and A is pointwise, too.
-    """
+    """A convolution with an adapter: A has the base's kernel, stride and padding, and B is pointwise. With `has_middle`
+    a factor (r, r, k, k) between them has these, and A is pointwise, too."""
 
     def __init__(
         self, base: Conv2d, rank: int, alpha: float, dropout: Dropout | None = None, has_middle: bool = False
@@ -289,14 +267,8 @@ MakeLayer = Callable[[nn.Cell, Dropout | None], AdaptedLayer]
 def inject_lora(
     root: nn.Cell, rank: int, alpha: float, target_modules: Sequence[str], dropout: DropoutState | None = None
 ) -> dict[str, Any]:
-    """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else.
-
-    Returns:
-        The adapted layers by the public names of their base layers.
-
-    Raises:
-        ConfigError: as `layers_to_adapt`.
-    """
+    """Give every layer whose name ends in one of the targets an adapter of zeros; freeze everything else. Returns the
+    adapted layers by the public names of their base layers; raises as `layers_to_adapt`."""
     channels = {name: (cell.out_channels, cell.in_channels) for name, cell in adaptable_layers(root).items()}
     wanted = layers_to_adapt(channels, rank, target_modules)
     return inject(root, dict.fromkeys(wanted, lambda base, drop: lora_layer(base, rank, alpha, drop)), dropout)
@@ -321,26 +293,19 @@ def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_mod
         ConfigError: a target matches no linear layer and no convolution; or as `check_rank`.
     """
     chosen = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in target_modules}
-    unmatched = [target for target, names in chosen.items() if not names]
-    if unmatched:
+    if unmatched := ", ".join(target for target, names in chosen.items() if not names):
         # `to_q`, or `to_out.0`.
-        endings = sorted({re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers})
-        raise ConfigError(
-            f"--lora_target_modules: no layer is named {', '.join(unmatched)}; there are {', '.join(endings)}"
-        )
+        endings = ", ".join(sorted({re.findall(r"[^.]+(?:\.\d+)?$", name)[0] for name in layers}))
+        raise ConfigError(f"--lora_target_modules: no layer is named {unmatched}; there are {endings}")
     wanted = set(chain.from_iterable(chosen.values()))
     check_rank(rank, "rank", [layers[name] for name in wanted])
     return wanted
 
 
 def check_rank(rank: int, flag: str, layers: Collection[Sequence[int]]) -> None:
-    """Whether a rank fits layers, given by their channels.
-
-    Raises:
-        ConfigError: it is larger than one of them, so that more numbers would be trained than the layer has.
-    """
-    largest = min(map(min, layers), default=rank)
-    if rank > largest:
+    """ConfigError if a rank is larger than one of some layers, given by their channels, so that more numbers would be
+    trained than the layer has."""
+    if rank > (largest := min(map(min, layers), default=rank)):
         raise ConfigError(f"--{flag}: expected 1 to {largest}, the size of the smallest adapted layer, got {rank}")
 
 
@@ -376,11 +341,9 @@ ZERO_AT_START = (UP, "hada_w2_b", "lokr_w1", "oft_R")
 
 
 def initialise_lora(layers: Mapping[str, AdaptedLayer], seed: int, prefix: str = "") -> None:
-    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name).
-
-    A ~ N(0, 1 / r^2) as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers,
-    as in peft; DoRA's magnitudes are the norms of the base's rows. Those of PiSSA are singular values'.
-    """
+    """Fill fresh updates, which change nothing; each factor is a function of (seed, prefix + name). A ~ N(0, 1 / r^2)
+    as the published DreamBooth scripts start; others have the deviation of PyTorch's linear layers, as in peft; DoRA's
+    magnitudes are the norms of the base's rows. Those of PiSSA are singular values'."""
     for name, layer in layers.items():
         for factor, part in layer.parts.items():
             if factor == MAGNITUDE:

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, Update
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.errors import WeightError, count_of
+from dreambooth_ms.formats.naming.update_kinds import DOWN, UP
 
 KEPT = 0.6
 """Of the sum of a layer's singular values: those before the one at which it is reached are kept, as by the authors of
@@ -18,23 +19,18 @@ Custom Diffusion; or else the first."""
 def as_lora(
     adapter: Adapter, base: Callable[[str], np.ndarray], rank: int | None, source: Path
 ) -> tuple[Adapter, list[str]]:
-    """An adapter whose updates are all LoRAs, and what was lost, in words.
+    """An adapter whose updates are LoRAs of a rank, or of smaller ones that they have, and what was lost, in words.
 
-    Args:
-        adapter: without a rank, what is no whole weight in it stays as it is; so does a LoRA of no larger rank.
-        base: gives a layer's weight, float32: the base's, where what the update adds depends on it.
-        rank: of all updates; None: the singular values decide, of each layer by itself.
-        source: where it comes from, for the message.
+    Without a rank the singular values of each whole weight decide, and all else stays as it is. `base` gives a layer's
+    weight, float32: the base's, where what the update adds depends on it.
 
     Raises:
         WeightError: it has biases, or does not fit the base.
     """
     changed = {layer: own for layer, own in adapter.updates.items() if is_reduced(own, rank)}
     if biases := sum("bias" in own.parameters for own in changed.values()):
-        raise WeightError(
-            f"{source}: a LoRA has no place for its biases (of {count_of(biases, 'layer')}); `merge` makes it part "
-            "of a model, with --lora"
-        )
+        remedy = "`merge` makes it part of a model, with --lora"
+        raise WeightError(f"{source}: a LoRA has no place for its biases (of {count_of(biases, 'layer')}); {remedy}")
     updates, lost = low_rank(list(changed), lambda layer: changed[layer].delta(base(layer)), rank)
     notes = [lost if updates else f"No layer has a larger rank than {rank}: it stays as it is."]
     return Adapter.of({**adapter.updates, **updates}, adapter.words), notes
@@ -42,26 +38,21 @@ def as_lora(
 
 def is_reduced(update: Update, rank: int | None) -> bool:
     """Whether an update becomes a LoRA of a rank, or of the rank that its singular values decide."""
-    if rank is None:
-        return isinstance(update, Replacement)
-    return not (isinstance(update, LoraUpdate) and update.rank <= rank)
+    return update.is_whole if rank is None else not (update.is_lora and update.rank <= rank)
 
 
 def low_rank(
     layers: Collection[str], delta: Callable[[str], np.ndarray], rank: int | None, kept_share: float = KEPT
-) -> tuple[dict[str, LoraUpdate], str]:
+) -> tuple[dict[str, Update], str]:
     """LoRAs of some layers, by the singular values of what is added to them, and what was lost, in words.
 
-    Args:
-        layers: their names.
-        delta: gives what is added to a layer's weight, (O, I) or (O, I, K, K) float32.
-        rank: of all, where layers are large enough; None: `kept_share` of the sum of the singular values decides.
-        kept_share: greater than 0 and at most 1.
+    `delta` gives what is added to a weight, (O, I) or (O, I, K, K) float32. The rank is of all, where layers are large
+    enough; without one a share of the sum of the singular values decides, greater than 0 and at most 1.
 
     Raises:
         WeightError: what is added is not finite.
     """
-    updates, lost, total = dict[str, LoraUpdate](), 0.0, 0.0
+    updates, lost, total = dict[str, Update](), 0.0, 0.0
     for layer in tqdm(layers, desc="singular values", unit="layer"):
         own = delta(layer)
         if not np.isfinite(own).all():
@@ -71,7 +62,7 @@ def low_rank(
         roots = np.sqrt(values[:kept])
         down, up = roots[:, None] * right[:kept], left[:, :kept] * roots
         points = tuple(1 for _ in own.shape[2:])
-        updates[layer] = LoraUpdate(down.reshape(-1, *own.shape[1:]), up.reshape(*up.shape, *points))
+        updates[layer] = Update({DOWN: down.reshape(-1, *own.shape[1:]), UP: up.reshape(*up.shape, *points)})
         lost, total = lost + float((values[kept:] ** 2).sum()), total + float((values**2).sum())
     ranks = {update.rank for update in updates.values()} or {0}
     of = " to ".join(map(str, sorted({min(ranks), max(ranks)})))

@@ -1,7 +1,8 @@
 """What peft and diffusers keep beside the tensors of updates: ranks, alphas, and what else decides on a formula.
 
 peft writes one set of settings per folder (adapter_config.json), diffusers one per part into the file's metadata; the
-names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by layer.
+names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by layer. Here layers are named without their
+part, and `source` is the file or folder, for messages.
 """
 
 import math
@@ -30,31 +31,28 @@ _MOST_TERMS = 1000
 def as_set(tensors: Tensors, settings: Settings, layer: str, source: str) -> Tensors:
     """A layer's tensors, with what its part's settings say of it in them: alpha, and how a rotation is made of them.
 
-    Arguments are as for `settings_alpha`.
-
     Raises:
         WeightError: settings that are damaged, or that the tensors do not fit.
     """
-    rank, is_kronecker = rank_of(tensors), "lokr_w1" in tensors and "lokr_w2" in tensors
+    rank = rank_of(tensors)
     if DOWN in tensors and settings.get("use_dora") and MAGNITUDE not in tensors:
         raise WeightError(f"{source}: use_dora, but {layer} has no lora_magnitude_vector; download it again")
     if "oft_R" in tensors:
         return _rotation(tensors, settings, source)
-    if ALPHA in tensors or not (rank or is_kronecker):
+    if ALPHA in tensors or not (rank or "lokr_w1" in tensors):
         return tensors
     alpha = settings_alpha(settings, layer, rank or 1, source)
     if alpha is None:
         return tensors
-    if not rank:
-        # peft scales a product of two whole factors, too.
-        rank = _said(settings, "r", "rank_pattern", layer, source)
-        return {**tensors, "lokr_w1": tensors["lokr_w1"] * np.float32(alpha / _number(rank, "r", source))}
-    return {**tensors, ALPHA: np.array(alpha)}
+    if rank:
+        return {**tensors, ALPHA: np.array(alpha)}
+    # peft scales a product of two whole factors, too.
+    rank = _said(settings, "r", "rank_pattern", layer, source)
+    return {**tensors, "lokr_w1": tensors["lokr_w1"] * np.float32(alpha / _number(rank, "r", source))}
 
 
 def _rotation(tensors: Tensors, settings: Settings, source: str) -> Tensors:
-    """OFT's triangles of skew-symmetric matrices, with what bounds their norms applied, and the terms of their series
-    where these are not peft's default."""
+    """OFT's triangles, bounded, with the terms of their series where these are not peft's default."""
     rotations, terms = tensors["oft_R"], settings.get("num_cayley_neumann_terms", NEUMANN_TERMS)
     if not isinstance(terms, int) or not 0 < terms <= _MOST_TERMS:
         said = f"num_cayley_neumann_terms {terms!r} is not a number from 1 to {_MOST_TERMS}"
@@ -80,7 +78,7 @@ def as_trained(tensors: Tensors, settings: Settings, layer: str, source: str) ->
     The update stays the same, but for the rounding of B where the scale is no power of two.
 
     Raises:
-        WeightError: the settings are damaged; `source` is their file, for the message.
+        WeightError: the settings are damaged.
     """
     held, rank = len(tensors[DOWN]), _said(settings, "r", "rank_pattern", layer, source)
     alpha = settings_alpha(settings, layer, held, source)
@@ -95,8 +93,6 @@ def as_trained(tensors: Tensors, settings: Settings, layer: str, source: str) ->
 
 def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> float | None:
     """The alpha of a layer by its part's settings, such that its scale is alpha / r; None if they do not say.
-
-    The layer is named without the part; `source` is the file, for the message.
 
     Raises:
         WeightError: settings that are not numbers, or under which the factors mean something else.
@@ -115,13 +111,8 @@ def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> fl
 def peft_settings(
     layers: Mapping[str, Tensors], weights: Mapping[str, Shape], modules: Collection[str], source: str
 ) -> dict[str, Any]:
-    """The settings of a part whose updates are of one kind.
-
-    Args:
-        layers: each one's tensors, by the layer's public name, without the part.
-        weights: the shapes of their weights, which may have more.
-        modules: the names of all modules of the part.
-        source: where the updates come from, for the message.
+    """The settings of a part whose updates are of one kind: of the tensors of its layers, the shapes of their weights,
+    and the names of all its modules.
 
     Raises:
         WeightError: no settings make peft give tensors these shapes.
@@ -141,10 +132,8 @@ def peft_settings(
         own = _kronecker(layers, weights, ranks) if kind == "lokr" else {}
         own["use_effective_conv2d"] = not {"hada_t1", "lokr_t2"}.isdisjoint(names)
     if None in own.values():
-        raise WeightError(
-            f"{source}: no settings of peft give factors of these sizes; choose --format kohya, or make it a LoRA by "
-            "--rank"
-        )
+        remedy = "choose --format kohya, or make it a LoRA by --rank"
+        raise WeightError(f"{source}: no settings of peft give factors of these sizes; {remedy}")
     return scale | own
 
 
@@ -156,14 +145,13 @@ def _kronecker(layers: Mapping[str, Tensors], weights: Mapping[str, Shape], rank
         first, second = zip(*(factorised(side, factor) for side in weights[layer][:2]), strict=True)
         return first, both and ranks[layer] < max(first) / 2, ranks[layer] < max(second) / 2
 
-    held = {
-        layer: (own["lokr_w1"].shape, False)
-        if "lokr_w1" in own
-        else ((own["lokr_w1_a"] @ own["lokr_w1_b"]).shape, True)
+    shapes = {
+        layer: own["lokr_w1"].shape if "lokr_w1" in own else (len(own["lokr_w1_a"]), own["lokr_w1_b"].shape[1])
         for layer, own in layers.items()
     }
-    tried = (-1, *range(1, 1 + max(max(shape) for shape, _ in held.values())))
-    fitting = (one for one in tried if all(made(n, one) == (*held[n], "lokr_w2_a" in own) for n, own in layers.items()))
+    held = {layer: (shapes[layer], "lokr_w1_a" in own, "lokr_w2_a" in own) for layer, own in layers.items()}
+    tried = (-1, *range(1, 1 + max(map(max, shapes.values()))))
+    fitting = (factor for factor in tried if all(made(layer, factor) == own for layer, own in held.items()))
     return {"decompose_both": both, "decompose_factor": next(fitting, None)}
 
 
@@ -189,13 +177,9 @@ def _nearest_divisor(number: int, wanted: int) -> int:
 
 
 def lora_settings(layers: Mapping[str, tuple[int, float]], modules: Collection[str] = ()) -> dict[str, Any]:
-    """The settings of a part's LoRAs.
+    """The settings of a part's LoRAs, by the rank and alpha of each layer, and the names of all modules.
 
     Layers are named by the ends of their names: full names differ between versions of transformers.
-
-    Args:
-        layers: rank and alpha by the layer's public name, without the part.
-        modules: the names of all modules of the part.
     """
     (rank, _), (alpha, _) = (Counter(one).most_common(1)[0] for one in zip(*layers.values(), strict=True))
     # By both at once, because older versions of peft look for a layer in both patterns by one key.
@@ -225,10 +209,8 @@ def _ends(name: str) -> list[str]:
 
 
 def _said(settings: Settings, key: str, pattern: str, layer: str, source: str) -> Any:
-    """What settings say of a layer, by the first key of a pattern that its name ends with, or of all layers.
-
-    peft takes regular expressions in patterns, this only names.
-    """
+    """What settings say of a layer, by the first key of a pattern that its name ends with, or of all layers. peft takes
+    regular expressions in patterns, this only names."""
     exceptions = settings.get(pattern) or {}
     if not isinstance(exceptions, dict):
         raise WeightError(f"{source}: {pattern} is not an object; download it again")

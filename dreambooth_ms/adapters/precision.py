@@ -18,13 +18,9 @@ from dreambooth_ms.ops import Conv2d, Dense, Embedding
 
 
 def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
-    """From here on a denoiser's networks compute in `dtype`, and store in it what an adapter stands beside.
-
-    Without adapters nothing is frozen: the full method writes whole networks, also layers that have no gradient.
-
-    Raises:
-        WeightError: a weight is too large for the type.
-    """
+    """From here on a denoiser's networks compute in `dtype`, and store in it what an adapter stands beside; WeightError
+    if a weight is too large for it. Without adapters nothing is frozen: the full method writes whole networks, also
+    layers that have no gradient."""
     for _, cell in denoiser.cells_and_names():
         if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
             cell.compute_dtype = dtype

@@ -1,18 +1,20 @@
 """Layers whose weight is computed anew in each step, from the base's and trained factors: LoHa, LoKr, DoRA, OFT.
 
 What they add is that of `adapters.formulas`, where the sources stand; the factors have the names that they have there.
-Shapes: O output channels, I input channels times kernel, r rank, b side of a block. A convolution's weight is taken in
-two dimensions, in the order of this device's formulation.
+Shapes: O output channels, I input channels times kernel. A convolution's weight is a matrix here, in the order of this
+device's formulation.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.adapters.formulas import NEUMANN_TERMS, factorised, skew_basis
+from dreambooth_ms.adapters.formulas import NEUMANN_TERMS, skew_basis
 from dreambooth_ms.adapters.lora import AdaptedLayer, lora_layer, norms
+from dreambooth_ms.formats.naming.update_kinds import DOWN, MAGNITUDE, Shape, rank_of
 from dreambooth_ms.models.parameters import PublicParameter
 from dreambooth_ms.ops import Conv2d, Dense, total
 from dreambooth_ms.ops.layout import FlatLayout, StoredLayout
@@ -52,31 +54,30 @@ class ReweightedLayer(AdaptedLayer):
         return ops.reshape(y, x.shape[:-1] + (self.out_channels,))
 
 
+OF_COLUMNS = ("hada_w1_b", "hada_w2_b", "lokr_w2", "lokr_w2_b")
+"""Factors whose columns are those of a convolution's weight."""
+
+
 class Change(nn.Cell):
-    """The weight (O, I) float32 of a layer -> what is added to it, over the scale.
+    """The weight (O, I) float32 of a layer -> what is added to it, over the scale. It is made of the shapes of its
+    factors, the scale that those with a rank have, and the side of OFT's blocks."""
 
-    `size` is LoKr's factor, or the side of OFT's blocks.
-    """
-
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, size: int) -> None:
+    def __init__(self, base: Dense | Conv2d, shapes: Mapping[str, Shape], scale: float, side: int) -> None:
         super().__init__()
-        self.scale = alpha / rank
+        self.has_rank = rank_of(shapes) is not None
+        self.scale, self.side = scale if self.has_rank else 1.0, side
         self.rows, self.kernel = base.out_channels, getattr(base, "kernel_size", 1) ** 2
         self.columns = base.in_channels * self.kernel
-        on_cpu = bool(getattr(base, "stored_layouts", {}))
-        # Where factors stand in a convolution, and their columns are those of its weight.
-        self.flat = FlatLayout(base.kernel_size) if on_cpu else None
+        self.on_cpu = bool(getattr(base, "stored_layouts", {}))
         self.layouts: dict[str, StoredLayout | None] = {}
+        for name, shape in shapes.items():
+            setattr(self, name, empty_parameter(shape))
+            if self.on_cpu and name in OF_COLUMNS:
+                self.layouts[name] = FlatLayout(base.kernel_size)
 
 
 class HadamardChange(Change):
     """LoHa: (A1 B1) * (A2 B2)."""
-
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, size: int) -> None:
-        super().__init__(base, rank, alpha, size)
-        self.hada_w1_a, self.hada_w2_a = (empty_parameter((self.rows, rank)) for _ in range(2))
-        self.hada_w1_b, self.hada_w2_b = (empty_parameter((rank, self.columns)) for _ in range(2))
-        self.layouts = {"hada_w1_b": self.flat, "hada_w2_b": self.flat}
 
     def construct(self, weight_OI: Tensor) -> Tensor:
         return times(self.hada_w1_a, self.hada_w1_b) * times(self.hada_w2_a, self.hada_w2_b)
@@ -85,39 +86,22 @@ class HadamardChange(Change):
 class KroneckerChange(Change):
     """LoKr: kron(C, D), where D is a product of rank r unless that is no smaller."""
 
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, size: int) -> None:
-        super().__init__(base, rank, alpha, size)
-        (self.a, self.c), (self.b, self.d) = (factorised(n, size) for n in (self.rows, base.in_channels))
-        self.on_cpu = self.flat is not None
-        self.lokr_w1 = empty_parameter((self.a, self.b))
-        self.is_whole = rank >= max(self.c, self.d) / 2
-        if self.is_whole:
-            self.scale = 1.0
-            self.lokr_w2 = empty_parameter((self.c, self.d * self.kernel))
-            self.layouts = {"lokr_w2": self.flat}
-        else:
-            self.lokr_w2_a = empty_parameter((self.c, rank))
-            self.lokr_w2_b = empty_parameter((rank, self.d * self.kernel))
-            self.layouts = {"lokr_w2_b": self.flat}
-
     def construct(self, weight_OI: Tensor) -> Tensor:
-        right = self.lokr_w2 if self.is_whole else times(self.lokr_w2_a, self.lokr_w2_b)
+        right = times(self.lokr_w2_a, self.lokr_w2_b) if self.has_rank else self.lokr_w2
         product = times(ops.reshape(self.lokr_w1, (-1, 1)), ops.reshape(right, (1, -1)))
         # Taps stand before channels on CPU, after them elsewhere.
         taps, points = (self.kernel, 1) if self.on_cpu else (1, self.kernel)
-        product = ops.reshape(product, (self.a, self.b, self.c, taps, self.d, points))
+        product = ops.reshape(product, self.lokr_w1.shape + (right.shape[0], taps, -1, points))
         return ops.reshape(ops.transpose(product, (0, 2, 3, 1, 4, 5)), (self.rows, self.columns))
 
 
 class DecomposedChange(Change):
     """DoRA: the rows of W + alpha / r * B A at trained norms, less W; their own norms are constants to the gradient."""
 
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, size: int) -> None:
-        super().__init__(base, rank, alpha, size)
-        self.factors_scale, self.scale = self.scale, 1.0
-        pair = lora_layer(base, rank, alpha)
+    def __init__(self, base: Dense | Conv2d, shapes: Mapping[str, Shape], scale: float, side: int) -> None:
+        super().__init__(base, {MAGNITUDE: shapes[MAGNITUDE]}, scale, side)
+        self.factors_scale, pair = scale, lora_layer(base, shapes[DOWN][0], 1.0)
         self.lora_A, self.lora_B = pair.lora_A, pair.lora_B
-        self.dora_scale = empty_parameter((self.rows,))
         self.layouts = {name: part.layout for name, part in pair.parts.items()}
 
     def construct(self, weight_OI: Tensor) -> Tensor:
@@ -130,11 +114,9 @@ class DecomposedChange(Change):
 class RotatedChange(Change):
     """OFT: blocks of columns of a linear layer's weight, rotated, less these."""
 
-    def __init__(self, base: Dense | Conv2d, rank: int, alpha: float, size: int) -> None:
-        super().__init__(base, rank, alpha, size)
-        self.scale, self.side, self.count = 1.0, size, self.columns // size
-        self.oft_R = empty_parameter((self.count, size * (size - 1) // 2))
-        self.basis = _basis(size)
+    def __init__(self, base: Dense | Conv2d, shapes: Mapping[str, Shape], scale: float, side: int) -> None:
+        super().__init__(base, shapes, scale, side)
+        self.count, self.basis = self.columns // side, _basis(side)
 
     def construct(self, weight_OI: Tensor) -> Tensor:
         skew = ops.reshape(times(self.oft_R, self.basis), (self.count, self.side, self.side))

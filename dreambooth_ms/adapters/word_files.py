@@ -28,10 +28,8 @@ def word_file(folder: Path, word: str, suffix: str = ".safetensors") -> Path:
 def write_words(
     words: Words, folder: Path, dtype: DType, metadata: Mapping[str, str], suffix: str = ".safetensors"
 ) -> None:
-    """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names.
-
-    A single vector stands as (D,), as diffusers' Custom Diffusion writes it.
-    """
+    """Write a file for each word: of one text encoder the vectors by the word, of several by the encoders' names. A
+    single vector stands as (D,), as diffusers' Custom Diffusion writes it."""
     for word, vectors in words.items():
         path = word_file(folder, word, suffix)
         names = OF_SEVERAL if len(vectors) > 1 else dict.fromkeys(vectors, word)
@@ -42,11 +40,8 @@ def write_words(
 
 
 def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
-    """The words of a file, each with its vectors (n, D) for one text encoder after the other; bfloat16 as float32.
-
-    Raises:
-        WeightError: what stands for a word is no vectors.
-    """
+    """The words of a file, each with its vectors (n, D) for one text encoder after the other, bfloat16 as float32;
+    WeightError if something else stands for a word."""
     found: dict[str, list[np.ndarray]] = {}
     for name in sorted(file.tensors, key=lambda name: (name == OF_SEVERAL["text_encoder_2"], name)):
         word, tensor, shape = word_in(name, file.path.stem), file.tensors[name], file.tensors[name].shape
@@ -62,11 +57,7 @@ def read_words(file: TensorFile) -> dict[str, list[np.ndarray]]:
 
 
 def joined_words(adapters: Mapping[str, Adapter]) -> Words:
-    """The words of adapters, by the files or folders that these are from.
-
-    Raises:
-        WeightError: a word has several meanings.
-    """
+    """The words of adapters, by the files or folders that these are from; WeightError if one has several meanings."""
     words = dict[str, Mapping[str, np.ndarray]]()
     for path, adapter in adapters.items():
         for word, own in adapter.words.items():
@@ -78,11 +69,8 @@ def joined_words(adapters: Mapping[str, Adapter]) -> Words:
 def fitted_words(
     found: Mapping[str, Sequence[np.ndarray]], models: Sequence[ModelSpec], source: Path
 ) -> tuple[tuple[ModelSpec, ...], Words]:
-    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders.
-
-    Raises:
-        WeightError: there are none, or a word is of different numbers of tokens.
-    """
+    """The models whose text encoders are as wide as the vectors of words, and these by their text encoders; WeightError
+    if there are none, or a word is of different numbers of tokens."""
     fitting = tuple(models)
     for word, own in found.items():
         widths = [rows.shape[1] for rows in own]
@@ -97,5 +85,4 @@ def fitted_words(
 
 
 def _widths(model: ModelSpec) -> dict[str, int]:
-    """The width of each text encoder."""
     return {n: tower.transformer.hidden_size for n in PARTS[1:] if (tower := getattr(model, n))}

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dreambooth_ms.adapters.adapter import Adapter, Update, folded, folded_adapter
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY, scaled_updates
+from dreambooth_ms.adapters.adapter import Adapter, folded, folded_adapter
+from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, peft_settings
 from dreambooth_ms.atomic import check_room, new_folder
 from dreambooth_ms.errors import show_names
@@ -22,7 +23,7 @@ from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, lora_layers, shared_layers, write_plan
-from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP, Shape, kind_of, title_of
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, MAGNITUDE, UP, Shape, kind_of
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import ModelSpec
 
@@ -54,15 +55,9 @@ def write_adapter(
 ) -> None:
     """Write an adapter in a format; it appears whole or not at all. A file that has the name is replaced.
 
-    Args:
-        adapter: the adapter.
-        path: a folder for PEFT, with one folder per network where there are several; a folder or a file for diffusers
-            and kohya; else a file.
-        form: the format.
-        model: the model that it is for.
-        dtype: the type of the factors.
-        metadata: what else stands beside the tensors, in formats that have a place for it.
-        source: where the adapter comes from, for the message.
+    The path is a folder for PEFT, with one folder per network where there are several; a folder or a file for diffusers
+    and kohya; else a file. The metadata stand beside the tensors, in formats that have a place for them; `source` is
+    where the adapter comes from, for the message.
 
     Raises:
         WeightError: the format has no place for a layer, a factor is not finite in the type, or the place cannot be
@@ -87,9 +82,9 @@ def write_adapter(
             for part, tensors in files.items():
                 place = folder / part if len(files) > 1 else folder
                 write_safetensors(place / PEFT_WEIGHTS[0], tensors, {"format": "pt", **marks.get(part, {})})
+                common = TABLES["peft_settings"][kind_of(next(iter(kept.parts[part].values())).factors)]
                 more = {"auto_mapping": TABLES["peft_classes"][part]}
-                kind = str(kind_of(next(iter(kept.parts[part].values())).tensors()))
-                write_json(place / PEFT_CONFIG, TABLES["peft_settings"][kind] | settings[part] | more)
+                write_json(place / PEFT_CONFIG, common | settings[part] | more)
         return
     tensors, beside = stored(kept), {"format": "pt"}
     if form in FOLDED:
@@ -110,10 +105,8 @@ def write_adapter(
 
 
 def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
-    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion.
-
-    In .bin, diffusers looks for the layers of self-attention, too, with nothing in them.
-    """
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion. In .bin, diffusers looks for
+    the layers of self-attention, too, with nothing in them."""
     tensors: dict[str, StoredTensor | None] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")
@@ -126,14 +119,8 @@ def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, 
 
 
 def file_tensors(adapter: Adapter, form: LoraFormat, model: ModelSpec, source: str = "") -> Tensors:
-    """The tensors of a file in a format.
-
-    A format that keeps no alpha in the tensors (all but kohya's) must keep it beside them (`lora_settings`), or cannot
-    (mindone's): there the scale goes into the factors. PEFT keeps one part in a file.
-
-    Raises:
-        WeightError: layers that the format has no place for.
-    """
+    """The tensors of a file in a format; in mindone's, which has no place for an alpha, the scale is in the factors.
+    Raises as `write_plan`."""
     is_mindone, weights = form is LoraFormat.MINDONE, lora_layers(model)
     layers = {name: (folded(own) if is_mindone else own).tensors() for name, own in adapter.updates.items()}
     for name, own in layers.items():
@@ -158,22 +145,16 @@ def _norms_shape(form: LoraFormat, weight: Shape) -> Shape:
 def writing_notes(adapter: Adapter, form: LoraFormat) -> Iterator[str]:
     """What a user should know of an adapter in a format, one sentence each."""
     for part, layers in adapter.parts.items() if form in FOLDED else ():
-        own = {len(update.tensors()[DOWN]) for update in layers.values()}
-        if len(own) > 1:
+        if len(own := {update.rank for update in layers.values()}) > 1:
             yield f"{part}: ranks {min(own)} to {max(own)} are filled up to {max(own)}; older readers take one for all."
-    if form in KOHYAS:
-        strange = [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]
-        if strange:
-            count = f"{len(strange)} of {len(adapter.updates)} layers"
-            yield f"{count} are none that kohya's scripts adapt, and they leave them out ({show_names(strange)})."
+    if form in KOHYAS and (strange := [layer for layer in adapter.updates if _NOT_KOHYAS.search(layer)]):
+        count = f"{len(strange)} of {len(adapter.updates)} layers"
+        yield f"{count} are none that kohya's scripts adapt, and they leave them out ({show_names(strange)})."
 
 
 def _with_common_down(groups: Iterable[Sequence[str]], layers: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    """The same updates, with one A for the layers that the format keeps as one.
-
-    Their different A are stacked, and each B is widened by zeros for the rows of the others; what is not adapted gets
-    a B of zeros.
-    """
+    """The same updates, with one A for the layers that the format keeps as one: different A are stacked, and each B is
+    widened by zeros for the rows of the others, also that of a layer that is not adapted."""
     common = dict(layers)
     for group in groups:
         adapted = [name for name in group if DOWN in layers.get(name, ())]
@@ -205,12 +186,10 @@ def _settings(adapter: Adapter, model: ModelSpec, source: str) -> dict[str, dict
 
 def _kohyas_metadata(adapter: Adapter) -> dict[str, str]:
     """What made it, with the rank and alpha that most layers of its first network have."""
-    titles, first = {title_of(own.tensors()) for own in adapter.updates.values()}, next(iter(adapter.parts))
-    ranked = [own for name, own in scaled_updates(adapter).items() if name.startswith(f"{first}.")]
-    scales = zip(*((own.rank, own.alpha_or_rank) for own in ranked), strict=True)
-    common = (f"{Counter(values).most_common(1)[0][0]:g}" for values in scales)
-    own = {_KOHYAS[0]: "networks.lora" if titles == {"LoRA"} else "lycoris.kohya"}
-    return own | dict(zip(_KOHYAS[1:], common, strict=bool(ranked)))
+    module = "networks.lora" if all(own.is_lora for own in adapter.updates.values()) else "lycoris.kohya"
+    scales = [(own.rank, own.alpha_or_rank) for own in next(iter(adapter.parts.values())).values() if own.rank]
+    common = (f"{Counter(values).most_common(1)[0][0]:g}" for values in zip(*scales, strict=True))
+    return dict(zip(_KOHYAS, (module, *common), strict=bool(scales)))
 
 
 def _as_text(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
+from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
 from dreambooth_ms.adapters.reweighted import CHANGES
 from dreambooth_ms.atomic import check_room, write_bytes
 from dreambooth_ms.cli.output import tell

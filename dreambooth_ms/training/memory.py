@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
 from dreambooth_ms.adapters.lora import layers_to_adapt
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
 from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
 from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec

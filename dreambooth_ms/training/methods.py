@@ -1,24 +1,17 @@
 """The methods: what each trains of a base model, by which optimiser, and how its result is written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mindspore import Parameter, Tensor, nn
 
-from dreambooth_ms.adapters.adapter import Adapter, update_of
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
-from dreambooth_ms.adapters.lora import (
-    DropoutState,
-    PrincipalDense,
-    initialise_lora,
-    inject,
-    lora_trainables,
-    put_in_place,
-)
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.lora import DropoutState, PrincipalDense, initialise_lora, inject, put_in_place
 from dreambooth_ms.adapters.word_files import word_file, write_words
 from dreambooth_ms.adapters.writing import write_adapter, write_replacements
 from dreambooth_ms.config.choices import Method
@@ -28,7 +21,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.naming.update_kinds import UP
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-from dreambooth_ms.models.parameters import name_prefix, public_parameters
+from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.models.unet import UNet2DConditionModel
@@ -103,24 +96,20 @@ def lora(
     model = base.opened().spec
 
     def write(target: Path, step: int) -> None:
-        written = {part: {n: update_of(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
+        written = {part: {n: Update(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_adapter(Adapter(written), target / ADAPTER, form_of(config), model, dtype, metadata)
 
-    parameters = {part: {n: lora_trainables({n: cell}) for n, cell in own.items()} for part, own in layers.items()}
+    trained = {part: {n: cell.parts.values() for n, cell in own.items()} for part, own in layers.items()}
     cells = [cell for own in layers.values() for cell in own.values()]
     kept = [one for cell in cells if isinstance(cell, PrincipalDense) for one in cell.start()]
     more = {"result": ADAPTER, "dropout": dropout, "layers": cells, "kept": kept}
-    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, **more)
+    return _learner(unet, text_encoders, trained, write_part=write, write_result=write, **more)
 
 
 def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
-    """Of the layers that `lora` trains, by network.
-
-    Raises:
-        ConfigError: as `layer_updates`.
-    """
+    """Of the layers that `lora` trains, by network; raises as `layer_updates`."""
     spec, readers = base.denoiser.spec, base.text if config.train_text_encoder else ()
     texts = {one.name: (clip_text_shapes(one.spec), one.adapted_layers) for one in readers}
     return layer_updates(config, {"unet": (unet_shapes(spec), config.targets), **texts}, spec)
@@ -152,26 +141,24 @@ def full(
         write_networks(target, step)
 
     publics = {part: public_parameters(network) for part, network in networks.items()}
-    parameters = {part: {n: [one.parameter] for n, one in own.items()} for part, own in publics.items()}
-    return _learner(unet, text_encoders, parameters, write_part=write_networks, write_result=write_folder, result=MODEL)
+    trained = {part: {n: [one] for n, one in own.items()} for part, own in publics.items()}
+    return _learner(unet, text_encoders, trained, write_part=write_networks, write_result=write_folder, result=MODEL)
 
 
 def custom_diffusion(
     config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
 ) -> Learner:
     """Layers of the UNet's cross-attention, and new words (Kumari et al., 2023); the result is a file of each."""
-    freed = free_cross_attention(unet, config.freeze_model)
-    publics, words = public_parameters(unet), _words_of(base, text_encoders)
+    freed, words = free_cross_attention(unet, config.freeze_model), _words_of(base, text_encoders)
 
     def write(target: Path, step: int) -> None:
-        updates = {layer: Replacement(*(publics[name].read() for name in names)) for layer, names in freed.items()}
+        updates = {layer: Update({name: one.read() for name, one in own.items()}) for layer, own in freed.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
         write_replacements(updates, target / result, dtype, metadata)
 
-    parameters = {"unet": {n: [publics[own].parameter for own in names] for n, names in freed.items()}}
-    result = REPLACEMENTS.with_suffix(config.suffix)
-    return _learner(unet, text_encoders, parameters, write_part=write, write_result=write, result=result)
+    trained, result = {"unet": {n: own.values() for n, own in freed.items()}}, REPLACEMENTS.with_suffix(config.suffix)
+    return _learner(unet, text_encoders, trained, write_part=write, write_result=write, result=result)
 
 
 def textual_inversion(
@@ -220,7 +207,7 @@ def _words_of(base: ModelBundle, text_encoders: TextEncoders | None) -> Callable
 def _learner(
     unet: UNet2DConditionModel,
     text_encoders: TextEncoders | None,
-    parameters: Mapping[str, Mapping[str, Sequence[Parameter]]],
+    trained: Mapping[str, Mapping[str, Iterable[PublicParameter]]],
     **writing: Any,
 ) -> Learner:
     """Of the parameters of each network's layers, without what the prediction does not depend on, which would only
@@ -229,11 +216,11 @@ def _learner(
     for own in rows:
         own.requires_grad = True
     trainables = [
-        Trainable(parameter, "unet" if part == "unet" else "text_encoder")
-        for part, layers in parameters.items()
+        Trainable(one.parameter, "unet" if part == "unet" else "text_encoder")
+        for part, layers in trained.items()
         for layer, own in layers.items()
         if text_encoders is None or text_encoders.is_read(part, layer)
-        for parameter in own
+        for one in own
     ]
     trainables += [Trainable(own, "text_encoder") for own in rows]
     denoiser = unet if text_encoders is None else TextConditioned(unet, text_encoders)

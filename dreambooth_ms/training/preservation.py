@@ -11,6 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.adapters.lora import AdaptedLayer, LoraConv2d, LoraDense, LoraLayer
 from dreambooth_ms.data.batches import Batch
+from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.ops import look_up, part, total
 from dreambooth_ms.ops.graph import after
 from dreambooth_ms.ops.linear import batch_times, batch_times_transposed, batch_transposed_times
@@ -33,7 +34,7 @@ class Penalty(nn.Cell):
         plain = [one for one in learner.layers if type(one) in (LoraDense, LoraConv2d) and not one.has_middle]
         alike = _places([(one.rank, one.alpha) for one in plain])
         squares: list[nn.Cell] = [_LowRank([plain[place] for place in own]) for own in alike]
-        squares += [_Change(one) for one in learner.layers if one not in plain]
+        squares += [CellMethod(one.squared_change) for one in learner.layers if one not in plain]
         self.squares, self.weight = nn.CellList(squares or [_Difference(whole)], auto_prefix=False), weight
 
     def construct(self) -> Tensor:
@@ -41,17 +42,6 @@ class Penalty(nn.Cell):
         for square in self.squares[1:]:
             found = found + square()
         return found * self.weight
-
-
-class _Change(nn.Cell):
-    """() -> (), the sum of the squares of what a layer's update adds to its weight."""
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        super().__init__(auto_prefix=False)
-        self.layer = layer
-
-    def construct(self) -> Tensor:
-        return self.layer.squared_change()
 
 
 class _Difference(nn.Cell):
@@ -78,11 +68,9 @@ class _SquaredDifference(nn.Cell):
 
 
 class _LowRank(nn.Cell):
-    """() -> (), the sum of ||alpha / r * B A||_F^2 of layers of one rank and alpha.
-
-    Factors of one shape are one tensor: on CPU each operation on so small ones costs as much as its arithmetic, and
-    layer by layer the penalty takes a quarter of a small UNet's step (measured).
-    """
+    """() -> (), the sum of ||alpha / r * B A||_F^2 of layers of one rank and alpha. Factors of one shape are one
+    tensor: on CPU each operation on so small ones costs as much as its arithmetic, and layer by layer the penalty takes
+    a quarter of a small UNet's step (measured)."""
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         super().__init__(auto_prefix=False)
@@ -112,10 +100,6 @@ class _SquaredProducts(nn.Cell):
         self.order_of_downs, self.order_of_ups = (
             Tensor(np.argsort(others)[own].astype(np.int32)) for own, others in ((downs, ups), (ups, downs))
         )
-        self.starts_of_downs, self.starts_of_ups = (
-            tuple(int(end) - len(own) for end, own in zip(np.cumsum(list(map(len, places))), places, strict=True))
-            for places in (places_of_downs, places_of_ups)
-        )
 
     def construct(self, downs: tuple[Tensor, ...], ups: tuple[Tensor, ...]) -> Tensor:
         of_ups = ops.concat(_map(batch_transposed_times, ups, ups))
@@ -127,16 +111,15 @@ class _SquaredProducts(nn.Cell):
         """2 (B^T B) A and 2 B (A A^T)."""
         of_downs = look_up(ops.concat(_map(batch_times_transposed, downs, downs)), self.order_of_ups) * (2 * dout)
         of_ups = look_up(ops.concat(_map(batch_transposed_times, ups, ups)), self.order_of_downs) * (2 * dout)
-        ddowns = _map(ops.partial(_part_times, of_ups), self.starts_of_downs, downs)
-        return ddowns, _map(ops.partial(_times_part, of_downs), self.starts_of_ups, ups)
-
-
-def _part_times(products, start, stack):
-    return batch_times(part(products, start, stack.shape[0]), stack)
-
-
-def _times_part(products, start, stack):
-    return batch_times(stack, part(products, start, stack.shape[0]))
+        ddowns, dups, start = _NOTHING, _NOTHING, 0
+        for stack in downs:
+            ddowns = ddowns + (batch_times(part(of_ups, start, stack.shape[0]), stack),)
+            start = start + stack.shape[0]
+        start = 0
+        for stack in ups:
+            dups = dups + (batch_times(stack, part(of_downs, start, stack.shape[0])),)
+            start = start + stack.shape[0]
+        return ddowns, dups
 
 
 def _places(keys: Sequence[Hashable]) -> list[list[int]]:

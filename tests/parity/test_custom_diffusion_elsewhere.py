@@ -13,7 +13,8 @@ from mindspore import Tensor
 from safetensors.torch import load_file
 
 from dreambooth_ms.adapters.adapter import Adapter
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION, Replacement
+from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.cli.main import main
@@ -44,7 +45,7 @@ def trained(base, which):
     words = {
         word: {part: normal(1, width, seed=n) / 8 for part, width in widths.items()} for n, word in enumerate(WORDS, 5)
     }
-    return Adapter({"unet": {name: Replacement.of(own) for name, own in updates.items()}}, words)
+    return Adapter({"unet": {name: Update(own) for name, own in updates.items()}}, words)
 
 
 @pytest.fixture(scope="module", params=["sd crossattn_kv", "sd crossattn", "xl crossattn_kv"])

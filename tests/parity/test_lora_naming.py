@@ -15,12 +15,14 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate
+from dreambooth_ms.adapters.adapter import Adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.formats.model_config import write_text_config, write_unet_config
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat, factor_shapes, lora_layers, recognise_lora
 from tests.parity.reference import normal
 from tests.small_specs import SMALL
+from tests.whole_loras import lora_update
 
 FAMILIES = ["sd15", "sd21", "sdxl"]
 RANK = 2
@@ -32,7 +34,7 @@ def random_factors(model, choose):
     for seed, (layer, weight) in enumerate(lora_layers(model).items()):
         if choose(layer):
             down, up = factor_shapes(weight, RANK)
-            factors[layer] = LoraUpdate(normal(*down, seed=2 * seed), normal(*up, seed=2 * seed + 1), 1.0 + seed % 3)
+            factors[layer] = lora_update(normal(*down, seed=2 * seed), normal(*up, seed=2 * seed + 1), 1.0 + seed % 3)
     return factors
 
 
@@ -68,7 +70,7 @@ def assert_same(found, factors):
 def read(state, model):
     """Our reading of a file of torch tensors."""
     plan = recognise_lora({name: tuple(value.shape) for name, value in state.items()}, "a file", [model])
-    return {layer: LoraUpdate.of(own) for layer, own in plan.read(lambda name: state[name].numpy()).items()}
+    return {layer: Update(own) for layer, own in plan.read(lambda name: state[name].numpy()).items()}
 
 
 class TestDiffusers:
@@ -164,7 +166,7 @@ class TestPeft:
 
     def test_it_takes_our_names(self, adapted):
         saved = {name: value.clone() for name, value in get_peft_model_state_dict(adapted.network).items()}
-        doubled = {layer: LoraUpdate(2 * own.down, 2 * own.up) for layer, own in read(saved, adapted.model).items()}
+        doubled = {layer: lora_update(2 * own.down, 2 * own.up) for layer, own in read(saved, adapted.model).items()}
         written = tensors(LoraFormat.PEFT, adapted.model, doubled)
         assert written.keys() == saved.keys()
         result = set_peft_model_state_dict(adapted.network, written)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from dreambooth_ms.adapters.adapter import update_of
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
 from dreambooth_ms.adapters.lora import initialise_lora
 from dreambooth_ms.adapters.precision import compute_in
@@ -85,7 +85,7 @@ class TestALayer:
             changed = layer(x).asnumpy()
             assert relative_error(changed, answer) > 1e-2
             weight = PublicParameter(base.weight, getattr(base, "stored_layouts", {}).get("weight"))
-            delta = update_of(layer.tensors()).delta(weight.read())
+            delta = Update(layer.tensors()).delta(weight.read())
             squares = float(layer.squared_change().asnumpy())
             weight.write(weight.read() + delta)
             assert relative_error(base(x).asnumpy(), changed) < 1e-5

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, open_adapter
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.cli.main import main
@@ -122,7 +122,7 @@ def write_concept(folder, bundle, word, seed, layers=KV, prompt=None):
     updates = {}
     for number, layer in enumerate(name for name in names if name.endswith(layers)):
         base = read_value(tensors[f"unet.{layer}.weight"])
-        updates[layer] = Replacement((base + 0.05 * draws(*base.shape, seed=seed + number)).astype(np.float32))
+        updates[layer] = Update({"weight": (base + 0.05 * draws(*base.shape, seed=seed + number)).astype(np.float32)})
     folder.mkdir()
     write_replacements(updates, folder / CUSTOM_DIFFUSION, DType.F32, {})
     words = {reader.name: draws(1, reader.width, seed=seed).astype(np.float32) for reader in bundle.text}

@@ -8,8 +8,8 @@ import pytest
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.low_rank import as_lora
-from dreambooth_ms.adapters.replacement import Replacement
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.cli.main import main
@@ -38,7 +38,7 @@ def changed(base, ends=("attn2.to_k", "attn2.to_v"), with_bias=False):
             value = tensor.read()
             noise = rng.standard_normal(value.shape, dtype=np.float32) / 10
             updates.setdefault(layer, {})[parameter] = value + noise
-    return {layer: Replacement.of(own) for layer, own in updates.items()}
+    return {layer: Update(own) for layer, own in updates.items()}
 
 
 def words_of(counts):
@@ -69,7 +69,7 @@ class TestLowRank:
             rng = np.random.default_rng(0)
             left, right = (np.linalg.qr(rng.standard_normal((6, len(values))))[0] for _ in range(2))
             delta = (left * values @ right.T).astype(np.float32)
-            adapter = Adapter({"unet": {"a": Replacement(delta)}})
+            adapter = Adapter({"unet": {"a": Update({"weight": delta})}})
             lora, (note,) = as_lora(adapter, lambda layer: np.zeros((6, 6), np.float32), None, "x")
             own = lora.parts["unet"]["a"]
             assert own.rank == rank, values
@@ -81,7 +81,7 @@ class TestLowRank:
 
     def test_what_did_not_change_is_a_lora_of_zeros(self):
         weight = np.ones((4, 3), np.float32)
-        lora, (note,) = as_lora(Adapter({"unet": {"a": Replacement(weight)}}), lambda layer: weight, None, "x")
+        lora, (note,) = as_lora(Adapter({"unet": {"a": Update({"weight": weight})}}), lambda layer: weight, None, "x")
         assert not lora.parts["unet"]["a"].delta(weight).any()
         assert note == "As a LoRA it has rank 1: 0.00% of the squared norm of what was trained is lost."
 
@@ -98,7 +98,7 @@ class TestLowRank:
         ]
 
     def test_another_size_is_told(self):
-        adapter = Adapter({"unet": {"a": Replacement(np.ones((4, 3), np.float32))}})
+        adapter = Adapter({"unet": {"a": Update({"weight": np.ones((4, 3), np.float32)})}})
         with pytest.raises(WeightError, match=r"does not fit the base: \(4, 3\) for \(4, 4\)"):
             as_lora(adapter, lambda layer: np.ones((4, 4), np.float32), None, "x")
 

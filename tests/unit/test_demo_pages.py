@@ -19,7 +19,7 @@ from demo.processes import REPOSITORY
 from demo.training_plan import name_of
 from demo.training_view import whole_pictures
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION
-from dreambooth_ms.adapters.replacement import Replacement
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
 from dreambooth_ms.errors import ConfigError, WeightError
@@ -340,7 +340,7 @@ def write_concept(folder, words=("<new1>",), layers=True, width=64):
     write_words({word: {"text_encoder": np.ones((1, width), np.float32)} for word in words}, folder, DType.F32, {})
     if layers:
         layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-        replaced = {layer: Replacement(np.zeros((64, width), np.float32))}
+        replaced = {layer: Update({"weight": np.zeros((64, width), np.float32)})}
         write_replacements(replaced, folder / CUSTOM_DIFFUSION, DType.F32, {})
     return folder
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, side_by_side
+from dreambooth_ms.adapters.adapter import Adapter, side_by_side
 from dreambooth_ms.adapters.attach import attach
 from dreambooth_ms.adapters.lora import (
     DropoutState,
@@ -30,6 +30,7 @@ from dreambooth_ms.sampling.schedulers import Denoiser
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal, relative_error
 from tests.tiny_model import UNET
+from tests.whole_loras import lora_update
 from tools.formulation import use_formulation
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -131,7 +132,7 @@ class TestItsEffect:
         values = {name: parameter.read() for name, parameter in public_parameters(base).items()}
         for scale in (1.0, -0.5):
             set_scale(layer, scale)
-            update = LoraUpdate(*factors, alpha=3.0).delta(values["weight"])
+            update = lora_update(*factors, alpha=3.0).delta(values["weight"])
             load_strict(folded, values | {"weight": values["weight"] + np.float32(scale) * update}, "folded")
             with use_formulation(formulation):
                 x = from_public_layout(Tensor(normal(2, 6, 8, 10)))
@@ -158,7 +159,7 @@ def bits_of_a(layers):
 
 class TestItsStart:
     def test_b_is_zero_and_a_is_normal_with_deviation_one_over_the_rank(self, started):
-        updates = [LoraUpdate(*layer.factors()) for layer in started.values()]
+        updates = [lora_update(*layer.factors()) for layer in started.values()]
         assert not any(own.up.any() for own in updates)
         draws = np.concatenate([own.down.ravel() for own in updates])
         # Five standard deviations of the estimates from this many draws.
@@ -350,7 +351,7 @@ class TestDropout:
 def adapter(rank, alpha, seed, layers=("a", "b")):
     """Updates of layers from 6 to 5 channels."""
     return {
-        name: LoraUpdate(normal(rank, 6, seed=seed + i), normal(5, rank, seed=seed + i), alpha)
+        name: lora_update(normal(rank, 6, seed=seed + i), normal(5, rank, seed=seed + i), alpha)
         for i, name in enumerate(sorted(layers))
     }
 
@@ -410,7 +411,7 @@ class ThreeLayers(nn.Cell):
 class Twice:
     """An update of another kind: the layer's weight once more."""
 
-    parameters = ("weight",)
+    parameters, is_lora = ("weight",), False
 
     def delta(self, value, parameter):
         return value
@@ -420,7 +421,7 @@ def test_updates_of_any_kind_go_into_the_weight_beside_loras_on_the_same_layer()
     network, x = OneLayer(), Tensor(normal(2, 6))
     initialise(network, 0)
     weight, before = network.layer.weight.asnumpy().copy(), network(x).asnumpy()
-    lora = LoraUpdate(normal(2, 6), normal(5, 2))
+    lora = lora_update(normal(2, 6), normal(5, 2))
     attached = attach({"unet": network}, [Adapter({"unet": {"layer": own}}) for own in (Twice(), lora)])
     attached.set_scales([0.5, 2.0])
     assert relative_error(network.layer.weight, 1.5 * weight + 2 * lora.delta(ZERO)) < 1e-6
@@ -437,6 +438,6 @@ def test_updates_of_any_kind_go_into_the_weight_beside_loras_on_the_same_layer()
     ],
 )
 def test_what_does_not_fit_a_network_is_refused(layer, width, said):
-    own = {layer: LoraUpdate(normal(2, width), normal(5, 2))}
+    own = {layer: lora_update(normal(2, width), normal(5, 2))}
     with pytest.raises(WeightError, match=said):
         attach({"unet": OneLayer()}, [Adapter({"unet": own})])

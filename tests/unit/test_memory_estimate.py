@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
-from dreambooth_ms.adapters.replacement import CROSS_ATTENTION
 from dreambooth_ms.cli import training_needs
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.ranges import memory_size

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, folded
+from dreambooth_ms.adapters.adapter import Adapter, folded
 from dreambooth_ms.adapters.file import open_adapter
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import file_tensors
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.open import write_tensors
@@ -30,6 +31,7 @@ from dreambooth_ms.models.specs import PUBLISHED_MODELS, SD_15, SD_21, SDXL_BASE
 from tests.parity.reference import normal
 from tests.small_specs import PUBLISHED, SMALL
 from tests.stored_tensors import written_shapes
+from tests.whole_loras import lora_update
 
 FORMATS = list(LoraFormat)
 LIBRARIES = {
@@ -68,7 +70,7 @@ def random_factors(model, layers, rank=2, alpha=None, dtype=np.float32):
     factors = {}
     for seed, layer in enumerate(layers):
         down, up = factor_shapes(weights[layer], rank)
-        factors[layer] = LoraUpdate(
+        factors[layer] = lora_update(
             normal(*down, seed=2 * seed).astype(dtype), normal(*up, seed=2 * seed + 1).astype(dtype), alpha
         )
     return factors
@@ -77,7 +79,7 @@ def random_factors(model, layers, rank=2, alpha=None, dtype=np.float32):
 def read_back(form, model, file, parts=None):
     plan = read_plan(form, model, {name: tensor.shape for name, tensor in file.items()}, parts)
     assert plan.report.fits, plan.report.summary()
-    return {layer: LoraUpdate.of(own) for layer, own in plan.read(file.__getitem__).items()}
+    return {layer: Update(own) for layer, own in plan.read(file.__getitem__).items()}
 
 
 def named(form, model, factors):
@@ -174,7 +176,7 @@ class TestAlpha:
     def test_a_scale_of_one_changes_no_bit(self):
         layer = random_factors(SMALL["sdxl"], [Q], rank=3, alpha=3.0)[Q]
         assert folded(layer).up is layer.up
-        assert folded(LoraUpdate(layer.down, layer.up)).alpha == 3.0
+        assert folded(lora_update(layer.down, layer.up)).alpha == 3.0
 
     def test_without_it_the_rank_is_assumed_aloud(self, tmp_path):
         model = SD_15

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreambooth_ms.adapters.adapter import LoraUpdate
 from dreambooth_ms.adapters.file import holds_adapter, open_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.errors import WeightError
@@ -147,7 +146,7 @@ class TestCustomDiffusion:
         layers = opened.adapter.parts["unet"]
         assert {f"{layer}.weight" for layer in layers} == factors.keys()
         for layer, own in layers.items():
-            assert isinstance(own, LoraUpdate)
+            assert own.is_lora
             expected = factors[f"{layer}.weight"]["u"] @ factors[f"{layer}.weight"]["v"]
             assert np.allclose(own.delta(np.zeros(expected.shape, np.float32)), expected, atol=1e-5)
 

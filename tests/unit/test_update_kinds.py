@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from dreambooth_ms.adapters.adapter import Adapter, LoraUpdate, update_of
+from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.attach import attach
 from dreambooth_ms.adapters.file import open_adapter
-from dreambooth_ms.adapters.formulas import FormulaUpdate
+from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.commands import ExtractConfig
@@ -26,12 +26,13 @@ from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import open_model
 from tests.small_specs import PUBLISHED
 from tests.update_layers import LAYERS, error, kohya_names, weights_of
+from tests.whole_loras import lora_update
 from tests.whole_models import RUNNING, RUNNING_SDXL, random_model, write_model
 
 SQUARE, CROSS, POINT, CONV = LAYERS
 KINDS = ("LoRA", "DoRA", "LoHa", "LoKr", "OFT of rows", "IA3", "difference")
 MIXED = {SQUARE: "LoHa", CROSS: "DoRA", POINT: "LoKr", CONV: "LoHa"}
-ONE = LoraUpdate(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))
+ONE = lora_update(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ class TestPutOnNetworks:
         for name, layer in (("linear", CROSS), ("conv", CONV)):
             parameters[f"{name}.weight"].write(weights[layer])
         own = updates_by_hand({CROSS: kind, CONV: kind}, weights)
-        beside = LoraUpdate(np.ones((1, 64), np.float32), np.ones((32, 1), np.float32))
+        beside = lora_update(np.ones((1, 64), np.float32), np.ones((32, 1), np.float32))
         adapters = [Adapter({"unet": {"linear": own[CROSS], "conv": own[CONV]}}), Adapter({"unet": {"linear": beside}})]
         attach({"unet": network}, adapters).set_scales([0.5, 2.0])
         for name, layer, more in (("linear", CROSS, 2), ("conv", CONV, 0)):
@@ -155,7 +156,7 @@ def updates_by_hand(kinds, weights):
         tensors = {name.rpartition(".")[2]: value for name, value in kohya_names({layer: kind}, weights).items()}
         if "LoRA" in kind or "DoRA" in kind:
             tensors = {name.partition(".")[2]: value for name, value in kohya_names({layer: kind}, weights).items()}
-        updates[layer] = update_of({names.get(name, name): value for name, value in tensors.items()})
+        updates[layer] = Update({names.get(name, name): value for name, value in tensors.items()})
     return updates
 
 
@@ -217,12 +218,9 @@ class TestFormats:
             ({SQUARE: "IA3"}, "peft", "1 layer of IA3 have no place in the naming of peft; choose --format kohya or"),
             ({SQUARE: "DoRA", CROSS: "LoRA"}, "peft", "2 layers of DoRA and LoRA have no place"),
             ({SQUARE: "DoRA", CROSS: "LoRA"}, "diffusers_peft", "choose --format kohya or kohya_diffusers, or make it"),
-            ({SQUARE: "OFT"}, "kohya", "1 layer of OFT have no place in the naming of kohya; choose --format peft, or"),
-            (
-                {SQUARE: "OFT", CROSS: "IA3"},
-                "kohya",
-                "1 layer of OFT have no place in the naming of kohya; make it a LoRA by --rank",
-            ),
+            ({SQUARE: "OFT"}, "diffusers", "choose --format peft or kohya or kohya_diffusers, or make it a LoRA"),
+            ({SQUARE: "OFT", CROSS: "IA3"}, "peft", "2 layers of OFT and IA3 have no place in the naming of peft; "),
+            ({SQUARE: "OFT", CROSS: "IA3"}, "diffusers", "of diffusers; choose --format kohya or kohya_diffusers, or"),
         ],
     )
     def test_one_without_a_place_names_one_that_has(self, written, base, tmp_path, capsys, kinds, form, said):
@@ -231,6 +229,15 @@ class TestFormats:
         assert said in lines
         assert len(lines.splitlines()) == 1
         assert not target.exists()
+
+    def test_the_series_of_a_rotation_has_a_place_in_peft_alone(self, weights, tmp_path):
+        """In tensors nothing says it, and so beside another kind, which peft has no place for, there is none."""
+        exact = updates_by_hand({SQUARE: "OFT"}, weights)[SQUARE].tensors() | {"oft_terms": np.array(0)}
+        own = {SQUARE: Update(exact)} | updates_by_hand({CROSS: "IA3"}, weights)
+        for layers, remedy in (({SQUARE: own[SQUARE]}, "choose --format peft, or make"), (own, "of kohya; make it")):
+            with pytest.raises(WeightError, match=remedy):
+                write_adapter(Adapter({"unet": layers}), tmp_path / "a.safetensors", LoraFormat.KOHYA, RUNNING)
+        assert not any(tmp_path.iterdir())
 
     def test_sizes_that_no_settings_of_peft_give(self, written, base, tmp_path, capsys):
         def change(tensors):
@@ -250,7 +257,7 @@ class TestAsLora:
         convert(capsys, source, tmp_path / "out.safetensors", "kohya", base, "--rank", "99")
         before, after = updates_in(source), updates_in(tmp_path / "out.safetensors")
         for layer, own in before.items():
-            assert isinstance(after[layer], LoraUpdate)
+            assert after[layer].is_lora
             assert error(after[layer].delta(weights[layer]), own.delta(weights[layer])) < 1e-5, layer
 
     def test_of_a_lower_rank_it_is_the_nearest_and_what_is_lost_is_told(self, written, base, weights, tmp_path, capsys):
@@ -459,6 +466,6 @@ def test_settings_that_are_damaged(tmp_path, weights, kind, settings, said):
 
 def test_an_update_of_another_size_is_told():
     with pytest.raises(WeightError, match="does not fit the base"):
-        FormulaUpdate({"diff": np.ones((2, 3), np.float32)}).delta(np.ones((4, 3), np.float32))
+        Update({"diff": np.ones((2, 3), np.float32)}).delta(np.ones((4, 3), np.float32))
     with pytest.raises(WeightError, match="does not fit the base"):
         ONE.delta(np.ones((4, 2), np.float32))

@@ -52,24 +52,20 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
     """The naming of a model, as a whole, in a format."""
     shapes = model_shapes(model)
     extra = {name: shape for name, shape in _unused_shapes(form, model).items() if name not in shapes}
-    everything = shapes | extra
-    places = {name: spell(form, name, model) for name in everything}
+    places = {name: spell(form, name, model) for name in shapes | extra}
+    constants = [name for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2]
     return Naming(
-        shapes=everything,
+        shapes=shapes | extra,
         places=places,
         averages=_averages(form, places),
         optional=frozenset(extra),
-        constants={
-            name: LOGIT_SCALE for name in extra if name.endswith("logit_scale") and model.family is not Family.SD2
-        },
+        constants=dict.fromkeys(constants, LOGIT_SCALE),
     )
 
 
 def spell(form: Format, name: str, model: ModelSpec) -> list[Slot]:
-    """Where a format keeps a public parameter: first the place it is written to, then others that readers meet.
-
-    Empty if the format has no place for it.
-    """
+    """Where a format keeps a public parameter: first the place it is written to, then others that readers meet. Empty
+    if the format has no place for it."""
     if form is Format.DIFFUSERS:
         return _diffusers_slots(name)
     if form is Format.STABILITY:
@@ -121,10 +117,8 @@ def _averages(form: Format, places: dict[str, list[Slot]]) -> dict[str, Slot]:
 
 
 def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
-    """What OpenCLIP's towers hold besides: a temperature, and in SD 2 the last layer and a projection, all unused.
-
-    SD 2 reads the text before the last layer, so the public text encoder ends there, as mindone's does.
-    """
+    """What OpenCLIP's towers hold besides: a temperature, and in SD 2 the last layer and a projection, all unused. SD 2
+    reads the text before the last layer, so the public text encoder ends there, as mindone's does."""
     shapes: dict[str, Shape] = {}
     if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
         return shapes

@@ -77,10 +77,8 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALL_FACTORS = (DOWN, UP, *dict.fromkeys(TABLES["update_factors"].values()), "ia3", WEIGHT, BIAS)
 """What a layer may have, whatever its kind."""
 
-HELD: Mapping[LoraFormat, Mapping[str, str]] = {
-    form: TABLES["held_factors"].get(form.name, {DOWN: DOWN, UP: UP}) for form in LoraFormat
-}
-"""The factors that each format has a place for, and what they are called there; some call A and B otherwise."""
+HELD: Mapping[LoraFormat, Mapping[str, str]] = {form: TABLES["held_factors"][form.name] for form in LoraFormat}
+"""The factors that each format has a place for, and what they are called there."""
 
 _DOTTED, _UNDERSCORED = TABLES["lora_dotted"], TABLES["lora_underscored"]
 # How names of factors end: in the words of peft, kohya, diffusers or its attention processors; with a number, or the
@@ -129,8 +127,8 @@ def recognise_lora(
 ) -> LoraPlan:
     """The format of a LoRA, which models it is for, and how it is read.
 
-    `parts` is the one that a file of PEFT is for, where its folder says so; `source` is the file or folder, `base`
-    that of the only model it may be for, and `otherwise` what to do if none fits, for the message.
+    `parts` is the one that a file of PEFT is for, where its folder says so. For the message: the file or folder, that
+    of the only model it may be for, and what to do if none fits.
 
     Raises:
         WeightError: no LoRA, one by another method, or one that fits none of the models: the nearest is named.
@@ -149,8 +147,7 @@ def recognise_lora(
     if kinds := matching(TABLES["lora_for_others"], names):
         raise WeightError(f"{source}: this is a LoRA for {kinds[0]}; expected one for SD 1.x, SD 2.x or SDXL")
     plans = _plans(form, models, stored, parts)
-    fitting = [plan for plan in plans if plan.report.fits]
-    if fitting:
+    if fitting := [plan for plan in plans if plan.report.fits]:
         return replace(fitting[0], models=tuple(dict.fromkeys(model for plan in fitting for model in plan.models)))
     if not plans:
         raise WeightError(f"{source}: {kind} of {' and '.join(parts or ())}, which this model does not have")
@@ -175,10 +172,8 @@ def lora_format(names: Iterable[str]) -> AdapterFormat:
 def read_plan(
     form: AdapterFormat, model: ModelSpec, stored: Mapping[str, Shape], parts: tuple[str, ...] | None = None
 ) -> LoraPlan:
-    """Where the factors of every adapted layer are, with a report of what does not fit the model.
-
-    `parts` are those that it may adapt; one where the names do not tell it, as in PEFT's files.
-    """
+    """Where the factors of every adapted layer are, with a report of what does not fit the model. `parts` are those
+    that it may adapt; one where the names do not tell it, as in PEFT's files."""
     weights, by_path = lora_layers(model, parts), layers_by_path(model, parts)
     split = split_change if isinstance(form, OtherFormat) else split_name
     ia3 = {name.removesuffix("on_input") + "weight" for name in stored if name.endswith(".on_input")}
@@ -201,16 +196,15 @@ def read_plan(
         if not found:
             continue
         try:
-            fitting = _as_found(found, weight, stored)
+            if fitting := _as_found(found, weight, stored):
+                layers[name] = fitting
+                continue
         except KeyError as error:
             missing.append(f"{name}.{error.args[0]}")
             continue
-        if fitting:
-            layers[name] = fitting
-        else:
-            shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
-            own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
-            misshaped.append(f"{name}: a weight of {weight} has no {own}")
+        shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
+        own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
+        misshaped.append(f"{name}: a weight of {weight} has no {own}")
     return LoraPlan(form, (model,), layers, Report.of(places, missing, unknown, misshaped))
 
 
@@ -220,8 +214,7 @@ def write_plan(
     """What each tensor of a file is made of, for the layers that are adapted, in their order, each with its factors.
 
     The pieces are the public names of factors. Where a format keeps one A for several layers (`Assembly.shared`), these
-    must have one, and all be there (`shared_layers`). Layers are named by part, a dot and the public name; `source` is
-    the LoRA, for the message.
+    must have one, and all be there (`shared_layers`). `source` is the LoRA, for the message.
 
     Raises:
         WeightError: layers, or kinds of updates, that the format has no place for.
@@ -231,16 +224,13 @@ def write_plan(
     if strange := _strange(form, layers):
         titles = " and ".join(dict.fromkeys(title_of(layers[layer]) for layer in strange))
         others = [other.name.lower() for other in LoraFormat if not _strange(other, layers)]
-        advice = f"choose --format {' or '.join(others)}, or " if others else ""
-        raise WeightError(
-            f"{source}: {count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}; "
-            f"{advice}make it a LoRA by --rank"
-        )
+        remedy = f"choose --format {' or '.join(others)}, or make" if others else "make"
+        said = f"{count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}"
+        raise WeightError(f"{source}: {said}; {remedy} it a LoRA by --rank")
     slots = lora_slots(form, layers, model)
     naming = Naming(shapes={}, places={name: [slot] for name, slot in slots.items()})
     plan = naming.write_plan([f"{layer}.{factor}" for layer, own in layers.items() for factor in own])
-    homeless = [layer for layer in layers if not {f"{layer}.{DOWN}", f"{layer}.{UP}"}.isdisjoint(plan.left_out)]
-    if homeless:
+    if homeless := [n for n in layers if not {f"{n}.{DOWN}", f"{n}.{UP}"}.isdisjoint(plan.left_out)]:
         raise WeightError(
             f"{source}: a LoRA in the naming of {form.value} has no place for {len(homeless)} of "
             f"{count_of(len(layers), 'layer')} ({show_names(homeless)}); choose another format, or adapt other layers"
@@ -252,7 +242,8 @@ def _strange(form: LoraFormat, layers: Mapping[str, Collection[str]]) -> list[st
     """The layers whose factors a format has no place for. In peft's formats a network has one kind."""
     kinds = {(layer.partition(".")[0], title_of(own)) for layer, own in layers.items()}
     is_mixed = form in (LoraFormat.PEFT, LoraFormat.DIFFUSERS_PEFT) and len(kinds) > len({part for part, _ in kinds})
-    return [layer for layer, own in layers.items() if is_mixed or not set(own) <= {*HELD[form], *BESIDE}]
+    held = {*HELD[form], *(BESIDE if form is LoraFormat.PEFT else (ALPHA,))}
+    return [layer for layer, own in layers.items() if is_mixed or not set(own) <= held]
 
 
 def shared_layers(form: LoraFormat, model: ModelSpec) -> list[list[str]]:
@@ -276,11 +267,7 @@ def _plans(
 
 
 def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Shape]) -> dict[str, Slot] | None:
-    """The layer's slots as the file has them; None if their shapes make no update of the weight.
-
-    Raises:
-        KeyError: one is missing, with its name.
-    """
+    """The layer's slots as the file has them; None if their shapes make no update of the weight. Raises as `fits`."""
     slots, norms = dict(found), found.get(MAGNITUDE)
     # peft's (1, O, 1, 1) are of rows.
     if norms and stored[norms.name][:2] == (1, weight[1]) and "magnitude" not in norms.name:
@@ -301,18 +288,13 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
 
 
 def lora_layers(model: ModelSpec, parts: tuple[str, ...] | None = None) -> dict[str, Shape]:
-    """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight.
-
-    Only of some parts, or of all that LoRAs are made for, which the autoencoder is not.
-    """
-    wanted = PARTS if parts is None else parts
+    """Every layer that can be adapted, by its part, a dot and its name, with the shape of its weight. Only of some
+    parts, or of all that LoRAs are made for, which the autoencoder is not."""
+    wanted, weight = PARTS if parts is None else parts, re.compile(r".+(?<!_embedding)\.weight")
     return {
         name.removesuffix(".weight"): shape
         for name, shape in model_shapes(model).items()
-        if name.endswith(".weight")
-        and not name.endswith("_embedding.weight")
-        and len(shape) > 1
-        and name.partition(".")[0] in wanted
+        if weight.fullmatch(name) and len(shape) > 1 and name.partition(".")[0] in wanted
     }
 
 
@@ -345,11 +327,9 @@ def split_change(name: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def layers_by_path(model: ModelSpec, parts: tuple[str, ...] | None = None) -> Mapping[str, tuple[str, ...]]:
-    """What layers are called in files, whoever wrote them -> the layers.
-
-    Where it is several, they are one layer there: A is common to them, and B has a block of rows for each. Of one part
-    alone, names may leave out which it is, as peft's do.
-    """
+    """What layers are called in files, whoever wrote them -> the layers. Where it is several, they are one layer there:
+    A is common to them, and B has a block of rows for each. Of one part alone, names may leave out which it is, as
+    peft's do."""
     bare = ("",) if parts is not None and len(parts) == 1 else ()
     found, joined = dict[str, tuple[str, ...]](), dict[str, dict[int, str]]()
     for layer in lora_layers(model, parts):
@@ -374,33 +354,24 @@ def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
 def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
     """Where a format keeps the factors of a layer; empty where it has no place for it."""
     part, _, inner = layer.partition(".")
+    path, names, blocks = layer, HELD[form], {}
     match form:
-        case LoraFormat.DIFFUSERS_PEFT:
-            return _all(form, layer)
         case LoraFormat.PEFT:
-            return _all(form, f"base_model.model.{inner}")
+            path = f"base_model.model.{inner}"
         case LoraFormat.DIFFUSERS_PROCESSORS if part == "unet":
             found = re.fullmatch(r"(.+\.attn[12])\.to_(q|k|v|out)(?:\.0)?", layer)
-            return _pair(f"{found[1]}.processor.to_{found[2]}_lora", "down.weight", "up.weight") if found else {}
+            path = f"{found[1]}.processor.to_{found[2]}_lora" if found else ""
         case LoraFormat.DIFFUSERS | LoraFormat.DIFFUSERS_PROCESSORS:
-            return _pair(f"{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}", "down.weight", "up.weight")
+            path = f"{layer}.{'lora' if part == 'unet' else 'lora_linear_layer'}"
         case LoraFormat.MINDONE:
             # Of SDXL's second text encoder only the output projections have a place: q, k and v are one parameter
             # there. In SD 1 and SD 2 they are one layer, so A is common to the three and B has a block for each.
             place = next(iter(spell(Format.MINDONE, f"{layer}.weight", model)), Slot(""))
-            if not place.name.endswith(".weight"):
-                return {}
-            ends = () if model.family in (Family.SD1, Family.SD2) else (DOWN, UP)
-            slots = _pair(place.name.removesuffix(".weight"), *ends)
-            return {**slots, UP: replace(place, name=slots[UP].name)}
-    is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
-    prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
-    return _all(form, prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_"))
-
-
-def _all(form: LoraFormat, path: str) -> dict[str, Slot]:
-    return {factor: Slot(f"{path}.{name}") for factor, name in HELD[form].items()}
-
-
-def _pair(path: str, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, Slot]:
-    return {DOWN: Slot(f"{path}.{down}"), UP: Slot(f"{path}.{up}")}
+            path = place.name.removesuffix(".weight") if place.name.endswith(".weight") else ""
+            names = names if model.family in (Family.SD1, Family.SD2) else {DOWN: DOWN, UP: UP}
+            blocks = {UP: replace(place, name=f"{path}.{names[UP]}")}
+        case LoraFormat.KOHYA | LoraFormat.KOHYA_DIFFUSERS:
+            is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
+            prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
+            path = prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_")
+    return {factor: Slot(f"{path}.{name}") for factor, name in names.items()} | blocks if path else {}

@@ -96,10 +96,8 @@ class Assembly:
 
 
 def found_slot(slot: Slot, shape: Shape, stored: Shape) -> Slot | None:
-    """The slot with the layout that leads from the stored shape to the public one, or None if there is none.
-
-    Tools disagree on whether a 1x1 convolution is kept as a linear layer.
-    """
+    """The slot with the layout that leads from the stored shape to the public one, or None if there is none. Tools
+    disagree on whether a 1x1 convolution is kept as a linear layer."""
     layouts = [slot.layout]
     if slot.layout is not Layout.TRANSPOSED and len(shape) == 2:
         layouts += [Layout.AS_IS, Layout.CONVOLUTION]
@@ -121,20 +119,15 @@ Places = dict[str, list[Slot]]
 def locate(
     names: Iterable[str], held_by: Callable[[str], Mapping[str, Slot]], publics: Iterable[str]
 ) -> tuple[Places, tuple[str, ...]]:
-    """Find the public names that are held by the names of a file, by what each of these holds.
-
-    Returns:
-        The places of each public name, in the order of `publics`, and the names that hold none.
-    """
+    """The places of public names in a file, in the order of `publics`, and its names that hold none of them; by what a
+    name holds."""
     places: Places = {}
-    unknown = []
-    for name in names:
-        held = held_by(name)
-        for public, slot in held.items():
+    held = {name: held_by(name) for name in names}
+    for name, own in held.items():
+        for public, slot in own.items():
             places.setdefault(public, []).append(replace(slot, name=name))
-        if not held:
-            unknown.append(name)
-    return {public: places[public] for public in publics if public in places}, tuple(unknown)
+    unknown = tuple(name for name, own in held.items() if not own)
+    return {public: places[public] for public in publics if public in places}, unknown
 
 
 @dataclass(frozen=True)
@@ -180,11 +173,8 @@ class Report:
         return "; ".join(f"{len(names)} {kind} ({show(names)})" for kind, names, show in kinds if names) or "fits"
 
     def check(self, source: str, target: str, otherwise: str = "") -> None:
-        """Stop if anything does not fit.
-
-        Raises:
-            WeightError: the summary, with the file or folder, the networks that it is for, and what to do.
-        """
+        """If anything does not fit, a WeightError: the summary, with the file or folder, the networks that it is for,
+        and what to do."""
         if not self.fits:
             raise WeightError("; ".join(filter(None, (f"{source} does not fit {target}: {self.summary()}", otherwise))))
 
@@ -226,31 +216,23 @@ class Naming:
     def read_plan(
         self, stored: Mapping[str, Shape], parts: Collection[str] | None = None, averages: bool = False
     ) -> "ReadPlan":
-        """What is read from where, with a report of what does not fit.
-
-        Args:
-            stored: names and shapes of the file's tensors.
-            parts: the parts that are wanted; None for all that the model has.
-            averages: take the moving averages instead of the weights, for the parameters that have them.
-        """
+        """What is read from where, with a report of what does not fit, of a file's names and shapes. Of some parts, or
+        of all that the model has; with `averages` where the parameters have them."""
         wanted = parts_of(self.shapes) if parts is None else set(parts)
         places, unknown = self.locate(stored, averages)
         places = {name: found for name, found in places.items() if name.partition(".")[0] in wanted}
-        slots: dict[str, Slot] = {}
-        misshaped = []
-        for name, (slot, *_) in places.items():
-            shape = self.shapes[name]
-            fitting = found_slot(slot, shape, stored[slot.name])
-            if fitting:
-                slots[name] = fitting
-            else:
-                misshaped.append(f"{name}: expected {slot.stored_shape(shape)}, got {stored[slot.name]}")
+        slots = {name: found_slot(own[0], self.shapes[name], stored[own[0].name]) for name, own in places.items()}
+        misshaped = [
+            f"{name}: expected {own[0].stored_shape(self.shapes[name])}, got {stored[own[0].name]}"
+            for name, own in places.items()
+            if not slots[name]
+        ]
         averaged = {slot.name for slot in self.averages.values()}
         of_format = averaged | {slot.name for slot in self.slots.values()}
         plain = {name: self.plain(name) for name in unknown}
         known = dict.fromkeys(name for name, own in plain.items() if own in of_format or _IGNORABLE.fullmatch(own))
         return ReadPlan(
-            slots=slots,
+            slots={name: slot for name, slot in slots.items() if slot},
             ignored=tuple(known),
             averages=tuple(sorted(name for name in stored if self.plain(name) in averaged)),
             report=Report.of(
@@ -264,7 +246,7 @@ class Naming:
     def locate(self, names: Collection[str], averages: bool = False) -> tuple[Places, tuple[str, ...]]:
         """Find the public names that are held by the names of a file, whatever their shapes: as `locate`."""
         there = {name: [slot] for name, slot in self.averages.items() if averages and slot.name in names}
-        holders = self._backwards({**self.places, **there}) if there else self._holders
+        holders = (replace(self, places={**self.places, **there}) if there else self).holders
         return locate(names, lambda name: holders.get(self.plain(name), {}), self.shapes)
 
     def required(self, parts: Collection[str] | None = None) -> list[str]:
@@ -278,17 +260,12 @@ class Naming:
         return [part for part in parts_of(self.shapes) if part in held]
 
     def write_plan(self, names: Collection[str], parts: Collection[str] | None = None) -> "WritePlan":
-        """What is written where, in the order of the model.
-
-        Args:
-            names: the public names there are values for.
-            parts: the parts that are to be whole; None for those that any of the names belongs to.
-        """
+        """What is written where, in the order of the model, of the public names that there are values for. Some parts
+        are to be whole, or those that any of the names belongs to."""
         held = set(names)
         groups: dict[str, list[str]] = {}
-        for name, slot in self.slots.items():
-            if name in held:
-                groups.setdefault(slot.name, []).append(name)
+        for name in (name for name in self.slots if name in held):
+            groups.setdefault(self.slots[name].name, []).append(name)
         # Blocks of rows are written together or not at all.
         groups = {stored: group for stored, group in groups.items() if len(group) >= self.slots[group[0]].blocks}
         written = {name for group in groups.values() for name in group}
@@ -309,13 +286,10 @@ class Naming:
         return Assembly(tuple(ordered), slot.layout, shared=len(group) > slot.blocks)
 
     @cached_property
-    def _holders(self) -> dict[str, dict[str, Slot]]:
-        return self._backwards(self.places)
-
-    def _backwards(self, places: Mapping[str, Sequence[Slot]]) -> dict[str, dict[str, Slot]]:
+    def holders(self) -> dict[str, dict[str, Slot]]:
         """The rules read backwards: name in a file -> the public names it holds."""
         holders: dict[str, dict[str, Slot]] = {}
-        for public, slots in places.items():
+        for public, slots in self.places.items():
             for slot in slots:
                 holders.setdefault(self.plain(slot.name), {}).setdefault(public, slot)
         return holders

@@ -43,12 +43,8 @@ class Recognition:
 
 
 def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
-    """Format, family and sizes of a model.
-
-    Args:
-        stored: names and shapes of a file's tensors; for a folder in diffusers' layout the names of each part with the
-            part and a dot in front.
-        source: the file or folder, for the message.
+    """Format, family and sizes of a model, by names and shapes of a file's tensors; of a folder in diffusers' layout
+    with the part and a dot before the names.
 
     Raises:
         WeightError: it is something else, which the message names where it is known.
@@ -67,10 +63,7 @@ def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
 
 def recognise_vae(stored: Mapping[str, Shape], source: str) -> Recognition:
     """Format, sizes and naming of an autoencoder that is alone in a file; the rest of the model is SD 1.5's.
-
-    Raises:
-        WeightError: it is something else.
-    """
+    WeightError if it is something else."""
     names = [unwrapped(name) for name in stored]
     forms = matching(TABLES["vae_marks"], names)
     if not forms:
@@ -126,8 +119,7 @@ def _family(stored: Mapping[str, Shape], form: Format) -> Family:
     file = StoredModel(stored, form, SDXL_BASE)
     added = file.shape("unet.add_embedding.linear_1.weight")
     if added is None:
-        projection = file.shape("unet.mid_block.attentions.0.proj_in.weight")
-        return Family.SD2 if projection and len(projection) == 2 else Family.SD1
+        return Family.SD2 if len(file.shape("unet.mid_block.attentions.0.proj_in.weight") or ()) == 2 else Family.SD1
     found = matching(TABLES["sdxl_marks"], stored)
     return Family[found[0]] if found else Family.SDXL_REFINER if added[1:] == (2560,) else Family.SDXL
 
@@ -139,8 +131,7 @@ def _notes(stored: Mapping[str, Shape], model: ModelSpec, naming: Naming, predic
         yield "Playground v2.5: its latents have a mean and deviation of their own, in the same file."
     if use := TABLES["special_inputs"].get(model.unet.in_channels):
         yield f"Its UNet takes {model.unet.in_channels} channels: a model for {use}."
-    averages = {slot.name for slot in naming.averages.values()} & stored.keys()
-    if averages:
+    if averages := {slot.name for slot in naming.averages.values()} & stored.keys():
         yield f"Moving averages (EMA) of {count_of(len(averages), 'weight')} are there besides the weights."
     if with_channels(model, 4, 4) not in PUBLISHED_MODELS:
         yield "Its sizes are not those of a published model; heads and norm groups are assumed."
@@ -157,10 +148,8 @@ class StoredModel:
 
     def shape(self, name: str) -> Shape | None:
         """The public shape of a parameter, or None if the file does not hold it."""
-        for slot in spell(self.form, name, self.model):
-            if slot.name in self.stored:
-                return slot.public_shape(self.stored[slot.name])
-        return None
+        slots = (slot for slot in spell(self.form, name, self.model) if slot.name in self.stored)
+        return next((slot.public_shape(self.stored[slot.name]) for slot in slots), None)
 
     def size(self, name: str, axis: int = 0) -> int:
         """One side of a parameter; 0 if the file does not hold it."""
@@ -200,10 +189,8 @@ def _infer_unet(file: StoredModel) -> UNetSpec:
     levels = 1 + file.count("unet.down_blocks.{}.downsamplers.0.conv.weight")
     channels = tuple(file.size(f"unet.down_blocks.{level}.resnets.0.conv1.weight") for level in range(levels))
     block = "unet.{}.attentions.0.transformer_blocks"
-    depths = [
-        file.count(block.format(place) + ".{}.norm1.weight")
-        for place in (*(f"down_blocks.{level}" for level in range(levels)), "mid_block")
-    ]
+    places = [*map("down_blocks.{}".format, range(levels)), "mid_block"]
+    depths = [file.count(block.format(place) + ".{}.norm1.weight") for place in places]
     layers = tuple(max(depth, 1) for depth in (*depths[:-2], depths[-1]))
     heads = (8,) * levels if file.model.family is Family.SD1 else tuple(max(c // HEAD_WIDTH, 1) for c in channels)
     added = file.size("unet.add_embedding.linear_1.weight", axis=1) or None

@@ -62,26 +62,16 @@ def title_of(names: Collection[str]) -> str:
 
 
 def fits(kind: str, shapes: Shapes, weight: Shape) -> bool:
-    """Whether tensors of these shapes are an update of a weight of this one.
-
-    Raises:
-        KeyError: one is missing, with its name.
-    """
-    twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in _INSTEAD.items())
+    """Whether tensors of these shapes are an update of a weight of this one; KeyError with the name of one that is
+    missing."""
+    replaced = TABLES["update_instead"].items()
+    twice = any(one in shapes and not shapes.keys().isdisjoint(others) for one, others in replaced)
     if twice or not all(map(math.prod, shapes.values())):
         return False
     try:
         return norms_fit(shapes, weight) and _FITS[kind](shapes, (weight[0], math.prod(weight[1:])))
     except (IndexError, ValueError):  # One has fewer sides, or more.
         return False
-
-
-_INSTEAD = {
-    "lokr_w1": ("lokr_w1_a", "lokr_w1_b"),
-    "lokr_w2": ("lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    "oft_R": ("oft_blocks", "oft_rescale"),
-}
-"""Tensors, and those that others have in their place."""
 
 
 def norms_fit(shapes: Shapes, weight: Shape) -> bool:
@@ -95,10 +85,6 @@ def _product(a: Shape, b: Shape, core: Shape | None = None) -> Sides | None:
     if core:
         return (a[1], b[1] * math.prod(core[2:])) if (a[0], b[0]) == core[:2] else None
     return (a[0], math.prod(b[1:])) if a[1] == b[0] else None
-
-
-def _hada(s: Shapes, sides: Sides) -> bool:
-    return {_product(s[f"hada_w{n}_a"], s[f"hada_w{n}_b"], s.get(f"hada_t{n}")) for n in (1, 2)} == {sides}
 
 
 def _lokr(s: Shapes, sides: Sides) -> bool:
@@ -121,7 +107,9 @@ def _alike(name: str, of_bias: str) -> Callable[[Shapes, Sides], bool]:
 
 
 _FITS: Mapping[str, Callable[[Shapes, Sides], bool]] = {
-    "hada": _hada,
+    "hada": lambda s, sides: (
+        {_product(s[f"hada_w{n}_a"], s[f"hada_w{n}_b"], s.get(f"hada_t{n}")) for n in (1, 2)} == {sides}
+    ),
     "lokr": _lokr,
     "oft": _oft,
     "diff": _alike("diff", "diff_b"),
