@@ -12,7 +12,7 @@ quickstart: .venv/installed
 
 # Two at a time, each file by one of them: compiling, which most of the time goes into, uses one core.
 test: .venv/installed-tests
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 40
 
 # At real model size: about 20 GiB and a quarter of an hour.
 # Each in a process of its own: MindSpore keeps the weights of what it has compiled (measured), here of all models at once.
