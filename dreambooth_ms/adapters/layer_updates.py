@@ -41,9 +41,8 @@ class LayerUpdate:
         if self.kind in CHANGES:
             kernel = (base.kernel_size,) * 2 if isinstance(base, Conv2d) else ()
             shapes = self.shapes((base.out_channels, base.in_channels, *kernel))
-            return ReweightedLayer(
-                base, CHANGES[self.kind](base, shapes, self.alpha / self.rank, self.size), self.alpha
-            )
+            change = CHANGES[self.kind](base, shapes, self.alpha / self.rank, self.size)
+            return ReweightedLayer(base, change, self.alpha)
         if self.has_middle:
             return LoraConv2d(base, self.rank, self.alpha, dropout, has_middle=True)
         return (PrincipalDense if self.is_principal else lora_layer)(base, self.rank, self.alpha, dropout)
