@@ -122,9 +122,8 @@ class TextReader(Role):
 
     @classmethod
     def of_clip(cls, name: str, stored: StoredNetwork[ClipTextSpec], folder: Path, last_layer: bool) -> "TextReader":
-        """A text tower of CLIP in a file, which pools the text if it has a projection, with its tokenizer's folder.
-        With `last_layer` it yields the normalised states after its last layer (SD 1 and 2), else those before
-        (SDXL)."""
+        """A text tower of CLIP in a file, with its tokenizer's folder; it pools the text if it has a projection. With
+        `last_layer` it yields the normalised states after its last layer (SD 1, SD 2), else those before (SDXL)."""
         spec = stored.spec
         return cls(
             name=name,

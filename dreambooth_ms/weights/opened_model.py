@@ -130,7 +130,8 @@ class OpenedModel(TensorFile):
         return {**content, "prediction_type": told}
 
     def network(self, part: str, read: Callable[[Config], Spec]) -> StoredNetwork[Spec]:
-        """A network as its configuration says it; of a tower that it ends early in, the layers that it has."""
+        """A network as its configuration says it, WeightError if `read` refuses that; of a tower that it ends early in,
+        the layers that it has."""
         name, known = CONFIG.format(part), model_shapes(self.spec)
         spec = read_config(self.path / name, self.configuration(name), read)
         tensors = {name: own for name, own in self.of_part(part).items() if f"{part}.{name}" in known}
