@@ -553,7 +553,7 @@ def test_clip_is_loaded_as_it_was_saved(tmp_path):
     network = CLIPModel(spec)
     initialise(network, 0)
     model_folder.save_network(tmp_path, "clip", network, write_clip_config(spec))
-    saved, loaded = read_parameters(network), read_parameters(model_folder.load_clip(tmp_path / "clip"))
+    saved, loaded = read_parameters(network), read_parameters(model_folder.load_encoder(tmp_path / "clip", CLIPModel))
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
     assert loaded["logit_scale"].shape == ()
