@@ -55,13 +55,8 @@ def load_clip_embedder(folder: Path) -> Embedder:
 
 
 def load_dino_embedder(folder: Path) -> Embedder:
-    """The class token of DINO's vision transformer (Caron et al., 2021), from a folder in transformers' layout.
-
-    Pictures are cut as in the authors' own evaluation (`eval_knn.py`), at 224 px the middle of one of 256.
-
-    Raises:
-        WeightError: it holds no such model.
-    """
+    """The same of DINO's vision transformer (Caron et al., 2021): its class token. Pictures are cut as in the authors'
+    own evaluation (`eval_knn.py`): at 224 px the middle of one of 256."""
     vit = load_encoder(folder, ViTModel)
     size = vit.spec.image_size
     return Embedder("DINO", _picture_embedder(folder, vit, size, size * 8 // 7))

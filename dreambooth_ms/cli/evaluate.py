@@ -63,8 +63,9 @@ def run(argv: Sequence[str]) -> int:
     # New words are ordinary text to the base.
     reader = SamplingModel(bundle) if model.adapters.words else model
     base = [_pictures(model, replace(one, lora_scales=(0.0,)), "before", reader) for one in requests]
-    scales = tuple(weights.lora_scale)
-    adapted = [_pictures(model, replace(one, lora_scales=scales), "after", model) for one in requests]
+    adapted = [
+        _pictures(model, replace(one, lora_scales=tuple(weights.lora_scale)), "after", model) for one in requests
+    ]
 
     # CLIP does not know new words.
     unknown = re.compile("|".join(map(re.escape, model.adapters.words)))
@@ -145,8 +146,7 @@ def _measure(
     named: list[Any] = [embedder.pictures(photographs[flag]) if flag in photographs else None for flag in PHOTOGRAPHS]
     vectors = ([embedder.pictures(own) for own in of_seeds] for of_seeds in (base, adapted))
     before, after = ([Drawn(own[: len(texts)], own[len(texts) :]) for own in of_seeds] for of_seeds in vectors)
-    texts_ND = embedder.texts(texts) if embedder.texts else None
-    return measures(embedder.space, before, after, texts_ND, *named)
+    return measures(embedder.space, before, after, embedder.texts(texts) if embedder.texts else None, *named)
 
 
 def table(found: Sequence[Measure]) -> str:

@@ -90,6 +90,13 @@ class ComparisonConfig(GenerationConfig):
 class EvaluateConfig(Schema):
     """Compare a base model with its adapted self: same prompts, same noise."""
 
+    USUAL = (
+        *("pretrained_model_name_or_path", "lora", "embedding", "instance_data_dir", "held_out_data_dir", "prompt"),
+        *("class_prompt", "clip", "dino", "num_images_per_prompt", "num_seeds", "guidance_scale", "output_dir"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog --instance_data_dir photographs/dog \\
+    --prompt "a photo of sks dog" --class_prompt "a photo of a dog" --clip openai/clip-vit-base-patch32"""
+
     weights: WeightsConfig
     comparison: ComparisonConfig
     device: DeviceConfig = field(default_factory=DeviceConfig)

@@ -46,12 +46,9 @@ Network = TypeVar("Network", bound=nn.Cell)
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of a text tower of CLIP that get an update, as in diffusers' scripts."""
 
-# What some versions of the libraries wrote into weight files although it holds no knowledge: buffers, and for DINO what
-# ViTModel has behind it for others.
-BUFFERS = (
-    *("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
-    *("pooler.dense.weight", "pooler.dense.bias"),
-)
+# Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
+BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # Of ViTModel, which DINO did not train.
 
 
 @dataclass(frozen=True)
@@ -514,7 +511,7 @@ def load_encoder(folder: Path, kind: type[Network]) -> Network:
     network = kind(read_config(folder / "config.json", config, read))
     file = folder_layout.weight_file(folder, "encoder", None)
     tensors = {name: replace(own, label=f"{file}: {name}") for name, own in open_tensor_file(file).tensors.items()}
-    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS)
+    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS + POOLER)
     return network
 
 
