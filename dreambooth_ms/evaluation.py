@@ -1,5 +1,5 @@
 """How well a subject was learnt and what its class lost by it, as DreamBooth's authors measure it (Ruiz et al., 2023,
-section 4.2 and table 3): pictures and texts as vectors of length 1, and measures of these.
+section 4): pictures and texts as vectors of length 1, and measures of these.
 
 Shapes: N, M pictures or texts, K photographs, D width of a space.
 """
