@@ -12,6 +12,7 @@ from dreambooth_ms.models.parameters import initialise
 from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
+from dreambooth_ms.models.vit import ViTModel
 from dreambooth_ms.weights.bundle import save_network
 from tools.tiny_base.clip_config import write_clip_config
 from tools.tiny_base.tokenizer import write_tokenizer
@@ -152,3 +153,15 @@ def write_random_model(
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
     write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type), in_channels)
     return folder
+
+
+def write_random_dino(home: Path, seed: int = 0) -> Path:
+    """The folder `encoder` with a vision transformer as DINO's, for pictures of 28 pixels."""
+    spec = ClipVisionSpec(
+        transformer=replace(TEXT, hidden_act="gelu", layer_norm_eps=1e-12), image_size=28, patch_size=7
+    )
+    network, sizes = ViTModel(spec), {"image_size": spec.image_size, "patch_size": spec.patch_size}
+    initialise(network, seed)
+    save_network(home, "encoder", network, {"model_type": "vit", **vars(spec.transformer), **sizes})
+    write_json(home / "encoder" / "preprocessor_config.json", {"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+    return home / "encoder"

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -28,7 +28,7 @@ from dreambooth_ms.cli.evaluate import PURPOSE
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
-from dreambooth_ms.evaluation import Fidelity, load_image_embedder, measure
+from dreambooth_ms.evaluation import load_clip_embedder, similarity, similarity_in_turn
 from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
@@ -74,6 +74,13 @@ def main() -> None:
     write_sheet(arguments.folder / f"sheet-{arguments.subjects}.png", "Same prompts, same noise.", bench.rows)
 
 
+class Fidelity(NamedTuple):
+    """What `evaluate` calls CLIP-I and class drift."""
+
+    subject_similarity: float
+    class_drift: float
+
+
 class Bench:
     """Trains runs, each in a process of its own as a user would, and measures them as `evaluate` does.
 
@@ -89,7 +96,7 @@ class Bench:
         self._config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
         self.steps = steps or self._config["run"]["max_train_steps"]
         self._subjects = [SUBJECT, write_second_subject(folder / "second_subject")]
-        self._embed, self._prompts = load_image_embedder(BASE / "clip"), read_prompts(PROMPTS)
+        self._embed, self._prompts = load_clip_embedder(BASE / "clip").pictures, read_prompts(PROMPTS)
         self._photographs = [
             [np.asarray(open_picture(one.path)) for one in Source(folder, "").records(print)]
             for folder in self._subjects
@@ -185,7 +192,9 @@ class Bench:
 
     def figures(self, pictures: Pictures, base: Pictures, word: int = 0, subject: int = 0) -> Fidelity:
         """Of a word's pictures beside the photographs of a subject, and of those of the class."""
-        found = measure(self._embed, self._photographs[subject], pictures[word], pictures[-1], base[-1])
+        of_word, of_class, of_base = (self._embed(own) for own in (pictures[word], pictures[-1], base[-1]))
+        to_subject = similarity(of_word, self._embed(self._photographs[subject]))
+        found = Fidelity(to_subject, 1 - similarity_in_turn(of_class, of_base))
         print(f"word {word} beside subject {subject}: {found}", file=sys.stderr, flush=True)
         return found
 

@@ -23,6 +23,11 @@ EVALUATE = [
     "--prompt", "configs/inference/quickstart_prompts.txt",
     "--class_prompt", "a photo of a star",
     "--guidance_scale", "3",
+    # As good as 25 of ddim (docs/evaluation.md), so that there is time for as many pictures of the class.
+    "--scheduler", "dpm++_2m",
+    "--num_inference_steps", "12",
+    "--num_seeds", "1",
+    "--num_class_images", "30",
     "--batch_size", "12",
     "--output_dir", str(RUN),
 ]  # fmt: skip

@@ -1,8 +1,10 @@
 """`dreambooth-ms evaluate`: the same prompts and noise through the base and the adapted model -> sheet and figures."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,22 +12,33 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.config.commands import EvaluateConfig
+from dreambooth_ms.config.commands import ComparisonConfig, EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
-from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation import load_image_embedder, measure
+from dreambooth_ms.errors import ConfigError, DataError, show_names
+from dreambooth_ms.evaluation import Drawn, Embedder, Measure, load_clip_embedder, load_dino_embedder, measures
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.weights.hub import find_adapter, find_clip
+from dreambooth_ms.weights.bundle import ModelBundle
+from dreambooth_ms.weights.hub import find_adapter, find_encoder
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
 SHOWN = 6
 """Pictures of each kind on the sheet."""
+PHOTOGRAPHS = {"instance_data_dir": "photographs", "held_out_data_dir": "held out", "other_data_dir": "other subject"}
+"""Flags that name folders with photographs, and what their rows on the sheet are called."""
+SUMMARY = {
+    "subject_similarity": "CLIP-I",
+    "class_drift": "class drift, CLIP",
+    "class_subject_similarity": "PRES, CLIP",
+}
+"""Figures that stand at the top of the file, and which measures they are."""
+
+Pictures = list[np.ndarray]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,15 +47,8 @@ def run(argv: Sequence[str]) -> int:
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
     device = set_up(config.device)
     bundle = open_base(weights)
-    folder, background = Path(wanted.instance_data_dir), wanted.transparent_background
-    pictures = Source(folder, wanted.prompt, background=background).records(tell)
-    photographs = [np.asarray(open_picture(record.path, background)) for record in pictures]
-    if not wanted.clip and not (bundle.path / "clip").is_dir():
-        raise ConfigError(
-            f"--clip: {weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "
-            "openai/clip-vit-base-patch32"
-        )
-    embed = load_image_embedder(find_clip(wanted.clip) if wanted.clip else bundle.path / "clip")
+    photographs = _open_photographs(wanted)
+    embedders = _load_embedders(config, bundle)
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
@@ -50,38 +56,104 @@ def run(argv: Sequence[str]) -> int:
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     for note in model.adapters.notes:
         tell(note)
-    prompts = (*subject_prompts, *[wanted.class_prompt] * len(subject_prompts))
-    request = SampleRequest.of(wanted, prompts=prompts, purpose=PURPOSE)
+    of_subject = [prompt for prompt in subject_prompts for _ in range(wanted.num_images_per_prompt)]
+    prompts = (*of_subject, *[wanted.class_prompt] * wanted.num_class_images)
+    request = SampleRequest.of(wanted, prompts=prompts, num_images_per_prompt=1, purpose=PURPOSE)
+    requests = [replace(request, seed=(request.seed + number) % 2**64) for number in range(wanted.num_seeds)]
     # New words are ordinary text to the base.
     reader = SamplingModel(bundle) if model.adapters.words else model
-    base = _pictures(model, replace(request, lora_scales=(0.0,)), "before", reader)
-    adapted = _pictures(model, replace(request, lora_scales=tuple(weights.lora_scale)), "after", model)
-    count = len(subject_prompts) * wanted.num_images_per_prompt
-    before, after = (measure(embed, photographs, own[:count], own[count:], base[count:]) for own in (base, adapted))
-    captions = list(request.pictures.values())
-    rows = [
-        Row("photographs", photographs[:SHOWN]),
-        Row("base", base[:count][:SHOWN]),
-        Row("adapted", adapted[:count][:SHOWN], captions[:count][:SHOWN]),
-        Row("class, base", base[count:][:SHOWN]),
-        Row("class,\nadapted", adapted[count:][:SHOWN], captions[count:][:SHOWN]),
+    base = [_pictures(model, replace(one, lora_scales=(0.0,)), "before", reader) for one in requests]
+    adapted = [
+        _pictures(model, replace(one, lora_scales=tuple(weights.lora_scale)), "after", model) for one in requests
     ]
-    title = (
-        f"Same prompts, same noise.   subject similarity {before.subject_similarity:.3f} -> "
-        f"{after.subject_similarity:.3f}   class drift {after.class_drift:.3f}"
-    )
+
+    # CLIP does not know new words.
+    unknown = re.compile("|".join(map(re.escape, model.adapters.words)))
+    texts = [" ".join(unknown.sub("", prompt).split()) for prompt in of_subject]
+    found = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
+    by_name = {one.name: asdict(one) for one in found}
+    metrics = {
+        side: {key: by_name[name][of_model]["mean"] for key, name in SUMMARY.items()}
+        for side, of_model in (("before", "base"), ("after", "adapted"))
+    }
+    count = len(of_subject)
+    rows = [
+        *(Row(PHOTOGRAPHS[flag], own[:SHOWN]) for flag, own in photographs.items()),
+        Row("base", base[0][:count][:SHOWN]),
+        Row("adapted", adapted[0][:count][:SHOWN], prompts[:count][:SHOWN]),
+        Row("class, base", base[0][count:][:SHOWN]),
+        Row("class,\nadapted", adapted[0][count:][:SHOWN], prompts[count:][:SHOWN]),
+    ]
+    shown = *(own["subject_similarity"] for own in metrics.values()), metrics["after"]["class_drift"]
+    title = "Same prompts, same noise.   subject similarity {:.3f} -> {:.3f}   class drift {:.3f}".format(*shown)
     write_sheet(output / SHEET, title, rows)
-    write_json(output / METRICS, {"before": vars(before), "after": vars(after)})
+    write_json(output / METRICS, {**metrics, "seeds": [one.seed for one in requests], "measures": by_name})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
-    for name, value in vars(before).items():
-        print(f"{name.replace('_', ' '):26} {value:.3f} -> {vars(after)[name]:.3f}")
+    print(table(found))
     return 0
 
 
-def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: SamplingModel) -> list[np.ndarray]:
+def _open_photographs(wanted: ComparisonConfig) -> dict[str, Pictures]:
+    """Photographs by the flags of their folders.
+
+    Raises:
+        DataError: a folder has none, or damaged ones; or there are too few, or some are in two folders.
+    """
+    background = wanted.transparent_background
+    folders = {flag: Path(getattr(wanted, flag)) for flag in PHOTOGRAPHS if getattr(wanted, flag)}
+    found = {flag: Source(own, wanted.prompt, background=background).records(tell) for flag, own in folders.items()}
+    given, *others = found
+    if len(found[given]) < 2:
+        raise DataError(f"{folders[given]}: 1 photograph, expected two or more, which are compared; put another there")
+    digests = {record.digest for record in found[given]}
+    for flag in others:
+        if twice := [record.path.name for record in found[flag] if record.digest in digests]:
+            raise DataError(f"--{flag}: {show_names(twice)} is in --{given}, too; take it out of one of them")
+    return {flag: [np.asarray(open_picture(one.path, background)) for one in own] for flag, own in found.items()}
+
+
+def _load_embedders(config: EvaluateConfig, bundle: ModelBundle) -> list[Embedder]:
+    """What measures: DINO if it is named, and CLIP."""
+    wanted = config.comparison
+    if not wanted.clip and not (bundle.path / "clip").is_dir():
+        raise ConfigError(
+            f"--clip: {config.weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "
+            "openai/clip-vit-base-patch32"
+        )
+    clip = load_clip_embedder(find_encoder(wanted.clip) if wanted.clip else bundle.path / "clip")
+    if not clip.texts:
+        tell("CLIP-T is left out: --clip has no tokenizer")
+    return [*([load_dino_embedder(find_encoder(wanted.dino))] if wanted.dino else []), clip]
+
+
+def _pictures(model: SamplingModel, request: SampleRequest, name: str, reader: SamplingModel) -> Pictures:
     rows = reader.rows(request)
     model.load()
     # The noise that steps draw is that of seed 0, whatever the seed of the noise that pictures start from.
     finished = model.latents(replace(request, seed=0), rows)
-    shown = with_progress(finished, len(request.pictures), desc=name, unit="picture")
+    shown = with_progress(finished, len(request.pictures), desc=f"{name}, seed {request.seed}", unit="picture")
     return [model.picture(latents, number) for number, latents in shown]
+
+
+def _measure(
+    embedder: Embedder,
+    photographs: Mapping[str, Pictures],
+    base: Sequence[Pictures],
+    adapted: Sequence[Pictures],
+    texts: Sequence[str],
+) -> list[Measure]:
+    """What can be measured of pictures: from each seed one by each text, and then those of the class."""
+    named: list[Any] = [embedder.pictures(photographs[flag]) if flag in photographs else None for flag in PHOTOGRAPHS]
+    vectors = ([embedder.pictures(own) for own in of_seeds] for of_seeds in (base, adapted))
+    before, after = ([Drawn(own[: len(texts)], own[len(texts) :]) for own in of_seeds] for of_seeds in vectors)
+    return measures(embedder.space, before, after, embedder.texts(texts) if embedder.texts else None, *named)
+
+
+def table(found: Sequence[Measure]) -> str:
+    """Measures as text: means of the seeds, with their spread behind ±, in columns."""
+    rows: list[tuple[str, ...]] = [("", "better", "base", "adapted", "ceiling", "floor")]
+    for one in found:
+        bounds = ("-" if bound is None else f"{bound:.3f}" for bound in (one.ceiling, one.floor))
+        rows.append((one.name, one.better, str(one.base), str(one.adapted), *bounds))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows)

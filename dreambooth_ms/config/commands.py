@@ -59,7 +59,11 @@ class ComparisonConfig(GenerationConfig):
     """What base and adapted model are compared on."""
 
     instance_data_dir: Annotated[str, NOT_EMPTY, PATH]
-    """Folder with photographs of the subject."""
+    """Folder with photographs of the subject, two or more."""
+    held_out_data_dir: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """Folder with photographs of the subject that it was not trained on, to see that it was learnt, not memorised."""
+    other_data_dir: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """Folder with photographs of another subject of the class, whose fidelity is the floor. None: there is no floor."""
     transparent_background: Background = "white"
     """What they are put on where they are transparent: white, black, grey or #rrggbb."""
     prompt: Annotated[str, NOT_EMPTY]
@@ -69,8 +73,14 @@ class ComparisonConfig(GenerationConfig):
     clip: Annotated[str | None, NOT_EMPTY, PATH] = None
     """CLIP model that measures: a folder in transformers' layout, or a name on the Hugging Face hub, such as
     openai/clip-vit-base-patch32. None: the base model's own clip folder."""
+    dino: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """DINO model that measures too, named in the same way: papers have facebook/dino-vits16. None: CLIP alone does."""
     num_images_per_prompt: Annotated[int, at_least(1)] = 1
-    """Pictures per prompt; the class prompt gets as many as all others."""
+    """Pictures per prompt from each seed."""
+    num_class_images: Annotated[int, at_least(2)] = 16
+    """Pictures of the class prompt from each seed. Figures of a class need 48 or so over all seeds."""
+    num_seeds: Annotated[int, at_least(1)] = 3
+    """Seeds, from --seed on; the spread of a figure is that over these."""
     output_dir: Annotated[str, NOT_EMPTY, PATH] = "evaluation"
     """Folder for before_after.png and metrics.json."""
 
@@ -78,6 +88,13 @@ class ComparisonConfig(GenerationConfig):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Schema):
     """Compare base and adapted model, by the same prompts and noise."""
+
+    USUAL = (
+        *("pretrained_model_name_or_path", "lora", "embedding", "instance_data_dir", "held_out_data_dir", "prompt"),
+        *("class_prompt", "clip", "dino", "num_images_per_prompt", "num_seeds", "guidance_scale", "output_dir"),
+    )
+    EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog --instance_data_dir photographs/dog \\
+    --prompt "a photo of sks dog" --class_prompt "a photo of a dog" --clip openai/clip-vit-base-patch32"""
 
     weights: WeightsConfig
     comparison: ComparisonConfig

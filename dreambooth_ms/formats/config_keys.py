@@ -29,6 +29,7 @@ _SPECS: Mapping[str, tuple[type, ...]] = {
     "vae": (VaeSpec,),
     "text": (ClipTextSpec, TransformerSpec),
     "vision": (ClipVisionSpec, TransformerSpec),
+    "vit": (ClipVisionSpec, TransformerSpec),
     "scheduler": (NoiseScheduleSpec,),
 }
 """Whose fields are keys of a table, too."""

@@ -28,7 +28,7 @@ ABSENT = [None, None]
 
 WEIGHT_NAMES = {
     **dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"),
-    **dict.fromkeys(("text_encoder", "text_encoder_2", "clip"), "model"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "clip", "encoder"), "model"),
 }
 """What the weight files of a part are called, without the variant and the extension."""
 

@@ -170,8 +170,15 @@ def read_clip_config(config: Config) -> specs.ClipSpec:
     )
 
 
+def read_vit_config(config: Config) -> specs.ClipVisionSpec:
+    """transformers' ViTModel configuration -> spec."""
+    check_keys(config, "vit")
+    transformer = _read(TransformerSpec, config, "hidden_act", "layer_norm_eps")
+    return _read(specs.ClipVisionSpec, config, "image_size", "patch_size", transformer=transformer)
+
+
 def read_image_statistics(config: Config) -> list[list[float]]:
-    """Mean and deviation of the three colours, from the configuration of CLIP's preprocessing in transformers."""
+    """Mean and deviation of the three colours, from the configuration of a preprocessing in transformers."""
     statistics = {name: config[name] for name in ("image_mean", "image_std")}
     check_keys(statistics, "image statistics")
     _check_counts(statistics, 3)

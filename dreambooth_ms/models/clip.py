@@ -84,12 +84,15 @@ class CLIPModel(nn.Cell):
 
     def construct(self, ids_BS: Tensor, end_BS: Tensor, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Texts and images -> (B, E), (B, E). `end_BS` is 1 at each text's end token and 0 elsewhere."""
-        texts_BE = _unit(self.text_projection(_at_end(self.text_model(ids_BS), end_BS)))
-        return texts_BE, self.encode_image(pictures_B3HW)
+        return self.encode_text(ids_BS, end_BS), self.encode_image(pictures_B3HW)
+
+    def encode_text(self, ids_BS: Tensor, end_BS: Tensor) -> Tensor:
+        """Texts and where they end -> unit vectors (B, E)."""
+        return unit(self.text_projection(_at_end(self.text_model(ids_BS), end_BS)))
 
     def encode_image(self, pictures_B3HW: Tensor) -> Tensor:
         """Pictures, normalised as this model expects them -> unit vectors (B, E)."""
-        return _unit(self.visual_projection(self.vision_model(pictures_B3HW)))
+        return unit(self.visual_projection(self.vision_model(pictures_B3HW)))
 
 
 class TextTransformer(nn.Cell):
@@ -180,10 +183,15 @@ class VisionEmbeddings(nn.Cell):
 
     def construct(self, pictures_B3HW: Tensor) -> Tensor:
         patches_BPD = image_to_tokens(self.patch_embedding(from_public_layout(pictures_B3HW)))
-        batch, _, width = patches_BPD.shape
-        class_B1D = ops.broadcast_to(ops.reshape(self.class_embedding, (1, 1, width)), (batch, 1, width))
-        x_BPD = ops.concat((class_B1D, patches_BPD), 1)
-        return x_BPD + ops.broadcast_to(self.position_embedding.weight, x_BPD.shape)
+        return behind_class_token(patches_BPD, self.class_embedding, self.position_embedding.weight)
+
+
+def behind_class_token(patches_BPD: Tensor, token: Tensor, positions: Tensor) -> Tensor:
+    """Patches -> (B, 1 + P, D): the class token before them, and what stands for each place added."""
+    batch, _, width = patches_BPD.shape
+    class_B1D = ops.broadcast_to(ops.reshape(token, (1, 1, width)), (batch, 1, width))
+    x_BPD = ops.concat((class_B1D, patches_BPD), 1)
+    return x_BPD + ops.broadcast_to(positions, x_BPD.shape)
 
 
 class ClipEncoder(nn.Cell):
@@ -257,6 +265,7 @@ def _at_end(hidden_BSD: Tensor, end_BS: Tensor) -> Tensor:
     return ops.reshape(ops.bmm(end_B1S, hidden_BSD), (batch, width))
 
 
-def _unit(x_BE: Tensor) -> Tensor:
+def unit(x_BE: Tensor) -> Tensor:
+    """Vectors of length 1, in the same directions."""
     norm_B1 = ops.sqrt((x_BE * x_BE).sum(1, keepdims=True))
     return x_BE / ops.broadcast_to(norm_B1, x_BE.shape).astype(ms.float32)

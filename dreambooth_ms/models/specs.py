@@ -173,11 +173,16 @@ class ClipTextSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipVisionSpec:
-    """The image tower of CLIP."""
+    """A transformer of pictures: the image tower of CLIP, or DINO's."""
 
     transformer: TransformerSpec
     image_size: int = 224
     patch_size: int = 32
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        yield from self.transformer.problems()
+        yield from _indivisible("image_size", [self.image_size], "patch_size", self.patch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +196,7 @@ class ClipSpec:
     def problems(self) -> Iterator[str]:
         """Why no network has these sizes, a reason each."""
         yield from self.text.problems()
-        yield from self.vision.transformer.problems()
+        yield from self.vision.problems()
 
 
 class Family(Enum):

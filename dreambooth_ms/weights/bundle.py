@@ -31,6 +31,7 @@ from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, VaeSpec, Words
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
+from dreambooth_ms.models.vit import ViTModel
 from dreambooth_ms.weights.opened_model import OpenedModel, StoredNetwork, open_model, with_other_vae
 
 Network = TypeVar("Network", bound=nn.Cell)
@@ -40,6 +41,7 @@ CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # Of ViTModel, which DINO did not train.
 
 
 @dataclass(frozen=True)
@@ -430,19 +432,34 @@ def load_strict(
     }
     problems = [f"{len(names)} {kind} ({show_names(names, at_most=5)})" for kind, names in misfits.items() if names]
     if problems:
-        raise WeightError(f"{source} does not fit {type(root).__name__}: " + "; ".join(problems))
+        advice = "take its configuration and its weights from one model"
+        raise WeightError(f"{source} does not fit {type(root).__name__}: {'; '.join(problems)}; {advice}")
     for name, parameter in wanted.items():
         value = tensors[name]
         parameter.write(read_value(value) if isinstance(value, StoredTensor) else value)
 
 
-def load_clip(folder: Path) -> CLIPModel:
-    """Both towers from a folder in transformers' layout; WeightError if it holds no CLIP model."""
-    config = read_json(folder / "config.json", f"{folder} holds no CLIP model")
-    network = CLIPModel(read_config(folder / "config.json", config, model_config.read_clip_config))
-    file = folder_layout.weight_file(folder, "clip", None)
+_ENCODERS: Mapping[type[nn.Cell], tuple[str, str, str, Callable[[Config], Any]]] = {
+    CLIPModel: ("clip", "CLIP model", "openai/clip-vit-base-patch32", model_config.read_clip_config),
+    ViTModel: ("vit", "DINO model", "facebook/dino-vits16", model_config.read_vit_config),
+}
+"""What transformers calls their type and people call them, one of the hub, and what reads their configuration."""
+
+
+def load_encoder(folder: Path, kind: type[Network]) -> Network:
+    """Both towers of CLIP, or DINO's vision transformer, from a folder in transformers' layout.
+
+    Raises:
+        WeightError: it holds none, or its weights do not fit its configuration.
+    """
+    model_type, what, example, read = _ENCODERS[kind]
+    config = read_json(folder / "config.json", f"{folder} holds no {what}")
+    if (found := config.get("model_type", model_type)) != model_type:
+        raise WeightError(f"{folder} holds no {what} but one of the type {found}; name another, such as {example}")
+    network = kind(read_config(folder / "config.json", config, read))
+    file = folder_layout.weight_file(folder, "encoder", None)
     tensors = {name: replace(own, label=f"{file}: {name}") for name, own in open_tensor_file(file).tensors.items()}
-    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS)
+    load_strict(network, tensors, str(file), ignore_unexpected=BUFFERS + POOLER)
     return network
 
 

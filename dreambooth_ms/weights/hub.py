@@ -45,9 +45,9 @@ def find_vae(name: str) -> Path:
     return _find(name, lambda names: network_files(names, "vae", "vae/" if "vae/config.json" in names else ""))
 
 
-def find_clip(name: str) -> Path:
-    """The same for a CLIP model: a folder in transformers' layout."""
-    return _find(name, partial(network_files, network="clip"))
+def find_encoder(name: str) -> Path:
+    """The same for a CLIP model or DINO's: a folder in transformers' layout."""
+    return _find(name, partial(network_files, network="encoder"))
 
 
 def find_adapter(name: str) -> Path:

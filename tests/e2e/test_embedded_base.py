@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.evaluation import load_image_embedder
+from dreambooth_ms.evaluation import load_clip_embedder
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted
 from dreambooth_ms.sampling.model import SamplingModel, starting_noise
@@ -143,7 +143,7 @@ def test_custom_diffusion_learns_two_words_at_once_or_merged(base, tmp_path):
     target = str(tmp_path / "merged")
     assert main(["merge", "--base", str(BASE), "--concepts", *runs, "--target", target]) == 0
 
-    embed = load_image_embedder(BASE / "clip")
+    embed = load_clip_embedder(BASE / "clip").pictures
     photographs = [[np.asarray(Image.open(path)) for path in (tmp_path / own).glob("*")] for own in words.values()]
     for name in ("both", "merged"):
         files = {path.name for path in (tmp_path / name).glob("*.safetensors")}

@@ -20,7 +20,7 @@ from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
 from dreambooth_ms.training.run_folder import CONFIG
 from dreambooth_ms.training.run_lock import sign, take_lock
 from dreambooth_ms.training.trackers import HISTORY
-from tests.tiny_model import write_random_model
+from tests.tiny_model import write_random_dino, write_random_model
 
 PROGRAM = "dreambooth-ms: error: "
 UNET_WEIGHTS, UNET_CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
@@ -877,9 +877,40 @@ def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
         (["--instance_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
         (["--instance_data_dir", "dgo"], "dgo: no such folder; did you mean dog?; expected a folder with pictures"),
         (["--clip", "./clip"], "./clip: no such file or folder; check the path"),
+        (["--dino", "./dino"], "./dino: no such file or folder; check the path"),
+        (["--dino", "dog"], "dog holds no DINO model: config.json is missing; is the download complete?"),
+        (
+            ["--dino", "model/clip"],
+            "model/clip holds no DINO model but one of the type clip; name another, such as face",
+        ),
+        (
+            ["--clip", "encoder"],
+            "encoder holds no CLIP model but one of the type vit; name another, such as openai/clip",
+        ),
+        (
+            ["--dino", "wider"],
+            "wider/model.safetensors does not fit ViTModel: 21 of another shape (embeddings.cls_token: ",
+        ),
+        (["--dino", "odd"], "odd/config.json: image_size 28 is not a multiple of patch_size 8: no network has these"),
+        (["--dino", "unnormalised"], "unnormalised: preprocessor_config.json is missing; is the download complete?"),
+        (["--instance_data_dir", "one"], "one: 1 photograph, expected two or more, which are compared; put another"),
+        (
+            ["--held_out_data_dir", "one"],
+            "--held_out_data_dir: 0.png is in --instance_data_dir, too; take it out of one",
+        ),
+        (["--other_data_dir", "nowhere"], "nowhere: no such folder; expected a folder with pictures"),
+        (["--num_class_images", "1"], "--num_class_images: expected at least 2, got 1"),
     ],
 )
-def test_a_comparison_that_cannot_be_made(refused, flags, said):
+def test_a_comparison_that_cannot_be_made(place, refused, flags, said):
+    write_random_dino(place)
+    config = json.loads((place / "encoder" / "config.json").read_text())
+    for name, other in {"wider": {"hidden_size": 48}, "odd": {"patch_size": 8}, "unnormalised": {}}.items():
+        shutil.copytree(place / "encoder", place / name)
+        (place / name / "config.json").write_text(json.dumps(config | other))
+    (place / "unnormalised" / "preprocessor_config.json").unlink()
+    (place / "one").mkdir()
+    shutil.copy(place / "dog" / "0.png", place / "one")
     (line,) = refused(
         *("evaluate", "--pretrained_model_name_or_path", "model", "--prompt", "a star", "--class_prompt", "a photo"),
         *("--instance_data_dir", "dog", "--output_dir", "out"),

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.training.trackers import read_history
 from tests.picture_settings import read_settings
-from tests.tiny_model import write_random_model
+from tests.tiny_model import write_random_dino, write_random_model
 from tools.tiny_base.world import write_subject
 
 
@@ -110,7 +110,7 @@ def test_the_flags_of_the_guide_sample_from_a_picture_and_write_a_sheet(home):
     assert (settings["prompt"], settings["number"], settings["num_inference_steps"]) == ("a photo of sks star", 1, 4)
 
 
-def test_evaluation_writes_a_sheet_and_the_figures_before_and_after(home):
+def evaluate(home, name, **flags):
     status = run(
         "evaluate",
         weight=f"{home / 'base'},{home / 'run'}",
@@ -119,11 +119,49 @@ def test_evaluation_writes_a_sheet_and_the_figures_before_and_after(home):
         class_prompt="a photo of star",
         num_images_per_prompt=2,
         num_inference_steps=2,
-        output_dir=home / "run",
+        output_dir=home / name,
+        **flags,
     )
     assert status == 0
-    metrics = json.loads((home / "run" / "metrics.json").read_text())
+    return json.loads((home / name / "metrics.json").read_text())
+
+
+def test_evaluation_writes_a_sheet_and_the_figures_before_and_after(home, capsys):
+    metrics = evaluate(home, "run", num_seeds=1, num_class_images=2)
     assert metrics["before"]["class_drift"] == pytest.approx(0, abs=1e-6)
-    assert all(-1 <= value <= 2 for side in metrics.values() for value in side.values())
+    assert all(-1 <= value <= 2 for side in ("before", "after") for value in metrics[side].values())
+    assert metrics["seeds"] == [0]
+    assert list(metrics["measures"]) == ["CLIP-I", "CLIP-T", "PRES, CLIP", "DIV, CLIP", "class drift, CLIP"]
+    assert metrics["measures"]["CLIP-I"]["adapted"]["spread"] is None
+    assert f"CLIP-I             higher  {metrics['before']['subject_similarity']:.3f}" in capsys.readouterr().out
     with Image.open(home / "run" / "before_after.png") as sheet:
         assert min(sheet.size) > 400
+
+
+def test_evaluation_by_dino_too_beside_other_photographs_from_several_seeds(home):
+    held_out, other = home / "held out", home / "other"
+    with Image.open(next((home / "photographs").glob("*.png"))) as photograph:
+        for folder, picture in ((held_out, photograph.rotate(20)), (other, ImageOps.invert(photograph))):
+            folder.mkdir()
+            picture.save(folder / "0.png")
+    more = {"dino": write_random_dino(home), "held_out_data_dir": held_out, "other_data_dir": other}
+    metrics = evaluate(home, "measured", num_seeds=2, num_class_images=3, seed=2**64 - 1, **more)
+    alone = evaluate(home, "alone", num_seeds=1, num_class_images=3, seed=2**64 - 1)
+    found = metrics["measures"]
+    fidelity = ["DINO", "DINO, held out", "CLIP-I", "CLIP-I, held out"]
+    assert list(found) == [
+        *(*fidelity[:2], "PRES, DINO", "DIV, DINO", "class drift, DINO"),
+        *(*fidelity[2:], "CLIP-T", "PRES, CLIP", "DIV, CLIP", "class drift, CLIP"),
+    ]
+    assert metrics["seeds"] == [2**64 - 1, 0]
+    for name, one in found.items():
+        assert (one["floor"] is not None) == (one["ceiling"] is not None) == (name in fidelity)
+        for model in (one["base"], one["adapted"]):
+            assert model["mean"] == pytest.approx(np.mean(model["seeds"]))
+            assert model["spread"] == pytest.approx(abs(np.subtract(*model["seeds"])) / 2**0.5)
+    assert found["CLIP-I"]["adapted"]["seeds"][0] != found["CLIP-I"]["adapted"]["seeds"][1]
+    assert metrics["after"]["subject_similarity"] == found["CLIP-I"]["adapted"]["mean"]
+    # The first of several seeds is that seed alone.
+    assert alone["measures"]["CLIP-I"]["adapted"]["mean"] == pytest.approx(
+        found["CLIP-I"]["adapted"]["seeds"][0], abs=1e-6
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from mindspore import ParameterTuple, Tensor, nn, ops
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from dreambooth_ms.models.parameters import public_parameters
 
@@ -187,6 +187,13 @@ def small_clip(hidden_act: str, eos_token_id: int, seed: int = 0) -> CLIPModel:
     return _disturbed(
         CLIPModel(CLIPConfig(text_config=text | transformer, vision_config=vision | transformer, projection_dim=24))
     )
+
+
+def small_vit() -> ViTModel:
+    """transformers' vision transformer, for pictures of 28 pixels."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    return _disturbed(ViTModel(ViTConfig(**sizes, image_size=28, patch_size=4)))
 
 
 def small_text_encoder(seed: int = 0, kind: type = CLIPTextModel, **settings) -> CLIPTextModel:

@@ -11,7 +11,7 @@ from huggingface_hub import constants, errors
 from huggingface_hub.hf_api import RepoSibling
 
 from dreambooth_ms.errors import WeightError, near
-from dreambooth_ms.weights.hub import find_adapter, find_clip, find_model, find_vae
+from dreambooth_ms.weights.hub import find_adapter, find_encoder, find_model, find_vae
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIZE = 1000
@@ -218,8 +218,8 @@ def test_what_is_there_is_not_fetched_again(hub, capfd):
     [
         (find_vae, VAE, {"config.json", "diffusion_pytorch_model.safetensors"}),
         (find_vae, SDXL, {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"}),
-        (find_clip, CLIP, {"config.json", "preprocessor_config.json", "pytorch_model.bin"}),
-        (find_clip, LARGE_CLIP, {"config.json", "preprocessor_config.json", "model.safetensors"}),
+        (find_encoder, CLIP, {"config.json", "preprocessor_config.json", "pytorch_model.bin"}),
+        (find_encoder, LARGE_CLIP, {"config.json", "preprocessor_config.json", "model.safetensors"}),
         (find_adapter, PEFT_LORA, {"unet/adapter_config.json", "unet/adapter_model.safetensors"}),
         (find_adapter, OF_CUSTOM_DIFFUSION, OF_CUSTOM_DIFFUSION - {"README.md", "0.png", "<new2>.bin"}),
         (find_adapter, DIFFUSERS_LORA | {"<s0>.safetensors"}, {"pytorch_lora_weights.safetensors", "<s0>.safetensors"}),
@@ -403,7 +403,7 @@ def files(hub):
         Path(name).touch()
 
 
-@pytest.mark.parametrize("find", [find_model, find_vae, find_clip, find_adapter])
+@pytest.mark.parametrize("find", [find_model, find_vae, find_encoder, find_adapter])
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -388,6 +388,22 @@ class TestConfigurations:
         spec = ClipSpec(text=TEXT, vision=VISION, projection_dim=20)
         assert model_config.read_clip_config(written(write_clip_config(spec))) == spec
 
+    def test_dino_is_read_as_it_was_published(self):
+        """The configuration of facebook/dino-vits16."""
+        sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
+        sizes |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+        config = {
+            **{"architectures": ["ViTModel"], "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
+            **{"image_size": 224, "initializer_range": 0.02, "model_type": "vit", "num_channels": 3},
+            **{"patch_size": 16, "qkv_bias": True, "torch_dtype": "float32", "transformers_version": "4.11.0.dev0"},
+            **sizes,
+        }
+        expected = ClipVisionSpec(transformer=TransformerSpec(**sizes), image_size=224, patch_size=16)
+        assert model_config.read_vit_config(config) == expected
+        for wrong in ({"qkv_bias": False}, {"hidden_act": "relu"}, {"interpolate_pos_encoding": True}):
+            with pytest.raises(WeightError, match=next(iter(wrong))):
+                model_config.read_vit_config(config | wrong)
+
     def test_an_older_unet_has_the_same_number_of_heads_everywhere(self):
         config = model_config.write_unet_config(UNET) | {"attention_head_dim": 8}
         assert model_config.read_unet_config(config).num_heads == (8, 8)
@@ -553,7 +569,7 @@ def test_clip_is_loaded_as_it_was_saved(tmp_path):
     network = CLIPModel(spec)
     initialise(network, 0)
     model_folder.save_network(tmp_path, "clip", network, write_clip_config(spec))
-    saved, loaded = read_parameters(network), read_parameters(model_folder.load_clip(tmp_path / "clip"))
+    saved, loaded = read_parameters(network), read_parameters(model_folder.load_encoder(tmp_path / "clip", CLIPModel))
     assert loaded.keys() == saved.keys()
     assert all(np.array_equal(loaded[name], saved[name]) for name in saved)
     assert loaded["logit_scale"].shape == ()
