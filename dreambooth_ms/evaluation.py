@@ -159,7 +159,8 @@ def measures(
     other_KD: np.ndarray | None = None,
 ) -> list[Measure]:
     """What can be measured in a space, "DINO" or "CLIP", of what two models drew from the same seeds, by the prompts of
-    the subject's pictures and photographs: two or more of the subject, others that are held out, and another's.
+    the subject's pictures and photographs: of the subject, others that are held out, and another's. A single photograph
+    of the subject has no ceiling.
 
     DINO or CLIP-I   subject fidelity: similarity to photographs of the subject, those given or those held out
     CLIP-T           prompt fidelity: similarity of each picture to its prompt
@@ -172,12 +173,12 @@ def measures(
     def of(name: str, better: str, figure: Callable[[Drawn, Drawn], float], *bounds: float | None) -> Measure:
         return Measure(name, better, Figure.of(map(figure, base, base)), Figure.of(map(figure, adapted, base)), *bounds)
 
-    def fidelity(kind: str, to_KD: np.ndarray, ceiling: float) -> Measure:
+    def fidelity(kind: str, to_KD: np.ndarray, ceiling: float | None) -> Measure:
         name = f"CLIP-I{kind}" if space == "CLIP" else f"{space}{kind}"
         floor = None if other_KD is None else similarity(other_KD, to_KD)
         return of(name, "higher", lambda own, _: similarity(own.subject_ND, to_KD), ceiling, floor)
 
-    found = [fidelity("", given_KD, similarity_among(given_KD))]
+    found = [fidelity("", given_KD, similarity_among(given_KD) if len(given_KD) > 1 else None)]
     if held_out_KD is not None:
         found.append(fidelity(", held out", held_out_KD, similarity(given_KD, held_out_KD)))
     if texts_ND is not None:

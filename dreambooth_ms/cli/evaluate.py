@@ -97,14 +97,12 @@ def _open_photographs(wanted: ComparisonConfig) -> dict[str, Pictures]:
     """Photographs by the flags of their folders.
 
     Raises:
-        DataError: a folder has none, or damaged ones; or there are too few, or some are in two folders.
+        DataError: a folder has none, or damaged ones; or some are in two folders.
     """
     background = wanted.transparent_background
     folders = {flag: Path(getattr(wanted, flag)) for flag in PHOTOGRAPHS if getattr(wanted, flag)}
     found = {flag: Source(own, wanted.prompt, background=background).records(tell) for flag, own in folders.items()}
     given, *others = found
-    if len(found[given]) < 2:
-        raise DataError(f"{folders[given]}: 1 photograph, expected two or more, which are compared; put another there")
     digests = {record.digest for record in found[given]}
     for flag in others:
         if twice := [record.path.name for record in found[flag] if record.digest in digests]:

@@ -893,7 +893,6 @@ def test_pictures_that_cannot_be_sampled(place, refused, flags, said):
         ),
         (["--dino", "odd"], "odd/config.json: image_size 28 is not a multiple of patch_size 8: no network has these"),
         (["--dino", "unnormalised"], "unnormalised: preprocessor_config.json is missing; is the download complete?"),
-        (["--instance_data_dir", "one"], "one: 1 photograph, expected two or more, which are compared; put another"),
         (
             ["--held_out_data_dir", "one"],
             "--held_out_data_dir: 0.png is in --instance_data_dir, too; take it out of one",

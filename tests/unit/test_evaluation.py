@@ -90,6 +90,8 @@ def test_what_is_not_given_is_not_measured():
     found = measures("DINO", *drawn_from_two_seeds(), None, vectors(EAST, SLANTED))
     assert [one.name for one in found] == ["DINO", "PRES, DINO", "DIV, DINO", "class drift, DINO"]
     assert (found[0].ceiling, found[0].floor) == (pytest.approx(0.6), None)
+    of_one_photograph = measures("DINO", *drawn_from_two_seeds(), None, vectors(EAST))
+    assert (of_one_photograph[0].ceiling, of_one_photograph[0].adapted.seeds) == (None, pytest.approx((0.8, 1.0)))
 
 
 def test_the_table_has_a_line_for_each():
