@@ -1,0 +1,74 @@
+"""How like the subject the pictures of a run are, and what the class lost: by which its best checkpoint is chosen."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from mindspore import nn
+
+from dreambooth_ms.cli.training_job import Training, TrainingJob
+from dreambooth_ms.cli.validation import lent_model, validation_request
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.pictures import open_picture
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.evaluation import load_image_embedder, measure
+from dreambooth_ms.sampling.model import SamplingModel
+from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.training.loop import StepReport
+from dreambooth_ms.training.stopping import FIDELITY
+from dreambooth_ms.weights.bundle import ModelBundle
+from dreambooth_ms.weights.hub import find_clip
+
+PICTURES = 8
+"""Of the subject, and of the class."""
+
+
+def measuring_clip(config: TrainConfig, base: ModelBundle) -> Path | None:
+    """The folder of the CLIP model that --keep_best fidelity measures with; ConfigError if there is none."""
+    if config.stopping.keep_best != FIDELITY:
+        return None
+    if config.stopping.clip:
+        return find_clip(config.stopping.clip)
+    if not (base.path / "clip").is_dir():
+        raise ConfigError(
+            f"--keep_best fidelity: {base.path} has no CLIP model; name one by --clip, such as "
+            "openai/clip-vit-base-patch32"
+        )
+    return base.path / "clip"
+
+
+class MeasureFidelity:
+    """A hook: at every checkpoint and after the last step `evaluate`'s subject similarity minus class drift, of
+    pictures that always start from the same noise. The first process samples them."""
+
+    def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, clip: Path) -> None:
+        self._job, self._training = job, training
+        if not job.processes.is_first:
+            return
+        prompts = job.sources[0].prompt, job.config.prior.class_prompt or ""
+        self._request = replace(validation_request(job, prompts, PICTURES), batch_size=job.config.run.train_batch_size)
+        self._model, self._embed = lent_model(job, unet, training, self._request), load_image_embedder(clip)
+        records = (job.held_out or job.subjects)[0].records
+        self._photographs = [np.asarray(open_picture(one.path, one.background)) for one in records]
+        # Before its first step a training is the base, to the bit.
+        base = SamplingModel(job.trained_base) if job.done else self._model
+        with training.as_result():
+            self._of_base = _pictures(base, self._request)[PICTURES:]
+
+    def __call__(self, report: StepReport) -> StepReport | None:
+        """The report with the fidelity, if it is time."""
+        job, step = self._job, report.step
+        if step % job.config.run.checkpointing_steps and step != job.total and not report.ended:
+            return None
+        value = job.processes.from_first("the fidelity", self._value)
+        return replace(report, measured={**report.measured, FIDELITY: value})
+
+    def _value(self) -> float:
+        with self._training.as_result():
+            own = _pictures(self._model, self._request)
+        found = measure(self._embed, self._photographs, own[:PICTURES], own[PICTURES:], self._of_base)
+        return found.subject_similarity - found.class_drift
+
+
+def _pictures(model: SamplingModel, request: SampleRequest) -> list[np.ndarray]:
+    return [one.picture for one in model.sample(request)]
