@@ -13,7 +13,6 @@ from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation import load_image_embedder, measure
 from dreambooth_ms.sampling.model import SamplingModel
-from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.stopping import FIDELITY
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -51,9 +50,8 @@ class MeasureFidelity:
         records = (job.held_out or job.subjects)[0].records
         self._photographs = [np.asarray(open_picture(one.path, one.background)) for one in records]
         # Before its first step a training is the base, to the bit.
-        base = SamplingModel(job.trained_base) if job.done else self._model
-        with training.as_result():
-            self._of_base = _pictures(base, self._request)[PICTURES:]
+        base = SamplingModel(job.trained_base, mixed_precision=job.config.device.mixed_precision)
+        self._of_base = self._pictures(base if job.done else self._model)[PICTURES:]
 
     def __call__(self, report: StepReport) -> StepReport | None:
         """The report with the fidelity, if it is time."""
@@ -64,11 +62,10 @@ class MeasureFidelity:
         return replace(report, measured={**report.measured, FIDELITY: value})
 
     def _value(self) -> float:
-        with self._training.as_result():
-            own = _pictures(self._model, self._request)
+        own = self._pictures(self._model)
         found = measure(self._embed, self._photographs, own[:PICTURES], own[PICTURES:], self._of_base)
         return found.subject_similarity - found.class_drift
 
-
-def _pictures(model: SamplingModel, request: SampleRequest) -> list[np.ndarray]:
-    return [one.picture for one in model.sample(request)]
+    def _pictures(self, model: SamplingModel) -> list[np.ndarray]:
+        with self._training.as_result():
+            return [one.picture for one in model.sample(self._request)]

@@ -14,13 +14,13 @@ from dreambooth_ms.cli.training_concepts import (
     check_words,
     numbers_to_come,
     read_concepts,
-    read_held_out,
     sources_of,
     starting_words,
     tell_cut_prompts,
 )
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
+from dreambooth_ms.cli.validation_loss import read_held_out
 from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig

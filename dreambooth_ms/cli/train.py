@@ -13,19 +13,12 @@ from dreambooth_ms.cli.best import MeasureFidelity, measuring_clip
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
-from dreambooth_ms.cli.training_concepts import (
-    check_words,
-    numbers_to_come,
-    read_concepts,
-    read_held_out,
-    sources_of,
-    starting_words,
-)
+from dreambooth_ms.cli.training_concepts import check_words, numbers_to_come, read_concepts, sources_of, starting_words
 from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
-from dreambooth_ms.cli.validation_loss import MeasureLoss
+from dreambooth_ms.cli.validation_loss import MeasureLoss, read_held_out
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -64,12 +57,11 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model).with_clip_skip(config.method.clip_skip)
+        clip = measuring_clip(config, base)
     base = base.with_words(starting_words(config, base))
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
     base.schedule.trained(config.loss)
-    with processes.first_goes_ahead("the CLIP model"):
-        clip = measuring_clip(config, base)
     check_expected_memory(config, base, processes)
 
     with processes.first_goes_ahead("the data set"):
@@ -114,9 +106,10 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
             check_writable(Path(folder))
     result = result_of(output)
     finished = result if result and result.steps >= total else None
-    if result and checkpoint and (checkpoint.step >= total or settled(config.stopping, checkpoint.measured)):
-        total, best = checkpoint.step, best_step(config, checkpoint.measured, checkpoint.step)
-        finished = result if result.steps == best else finished
+    done, measured = (checkpoint.step, checkpoint.measured) if checkpoint else (0, ())
+    over = done >= total or settled(config.stopping, measured)
+    if over and result and result.steps == best_step(config, measured, done):
+        finished, total = result, done
     if not finished:
         job = replace(job, checkpoint=checkpoint)
         if config.run.profile and config.run.profile >= total - job.done:

@@ -16,8 +16,8 @@ from dreambooth_ms.config.train import CAPTIONS, OF_CUSTOM_DIFFUSION, TrainConfi
 from dreambooth_ms.data.captions import Captioning, Wording
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.data.pictures import told
-from dreambooth_ms.data.records import CLASS, HELD_OUT, INSTANCE, Concept, Source
-from dreambooth_ms.errors import ConfigError, DataError, Tell, count_of, show_names
+from dreambooth_ms.data.records import CLASS, INSTANCE, Concept, Source
+from dreambooth_ms.errors import ConfigError, Tell, count_of
 from dreambooth_ms.formats.files.open import read_value
 from dreambooth_ms.models.specs import TABLE, Words
 from dreambooth_ms.randomness import standard_normal
@@ -87,27 +87,6 @@ def read_concepts(sources: Sequence[Source], tell: Tell = tell) -> list[Concept]
     for source, concept in zip(there, concepts, strict=True) if is_several else ():
         tell(f"{concept.name}: {count_of(len(concept.records), 'picture')} of {source.folder}, {source.prompt!r}")
     return concepts
-
-
-def read_held_out(job: TrainingJob, tell: Tell = tell) -> tuple[Concept, ...]:
-    """The subject with the photographs of --held_out_data_dir, if it is given. Raises DataError if there are fewer than
-    two, damaged ones, or some that are trained on."""
-    folder = job.config.stopping.held_out_data_dir
-    if not folder or not job.subjects:
-        return ()
-    source = replace(job.sources[0], folder=Path(folder), masked=False)
-    records, trained = source.records(tell), {one.digest for one in job.subjects[0].records}
-    if len(records) < 2:
-        raise DataError(
-            f"--held_out_data_dir {folder}: 1 photograph, expected two or more, since one says more of its background "
-            "than of the subject; put another there, or leave the flag out"
-        )
-    if twice := [one.path.name for one in records if one.digest in trained]:
-        raise DataError(
-            f"--held_out_data_dir {folder}: {show_names(twice)} {'is' if len(twice) == 1 else 'are'} trained on, too; "
-            "take it out of one of the folders"
-        )
-    return (replace(source.concept, name=HELD_OUT, records=records),)
 
 
 def numbers_to_come(sources: Sequence[Source]) -> dict[str, list[int]]:

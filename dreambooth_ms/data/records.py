@@ -11,7 +11,7 @@ from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
 from dreambooth_ms.errors import DataError, Tell, count_of, near
 
-INSTANCE, CLASS, HELD_OUT = "instance", "class", "held out"
+INSTANCE, CLASS = "instance", "class"
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def save_checkpoint(
     if keep is not None:
         stays = {target, checkpoint_folder(folder, step if spared is None else spared)}
         others = [path for path in checkpoint_folders(folder) if path not in stays]
-        for old in others[: len(others) - (keep - 1)]:
+        for old in others[: max(len(others) - (keep - 1), 0)]:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
