@@ -24,16 +24,12 @@ PICTURES = 8
 
 def measuring_clip(config: TrainConfig, base: ModelBundle) -> Path | None:
     """The folder of the CLIP model that --keep_best fidelity measures with; ConfigError if there is none."""
-    if config.stopping.keep_best != FIDELITY:
+    wanted, own = config.stopping, base.path / "clip"
+    if wanted.keep_best != FIDELITY:
         return None
-    if config.stopping.clip:
-        return find_clip(config.stopping.clip)
-    if not (base.path / "clip").is_dir():
-        raise ConfigError(
-            f"--keep_best fidelity: {base.path} has no CLIP model; name one by --clip, such as "
-            "openai/clip-vit-base-patch32"
-        )
-    return base.path / "clip"
+    if not (wanted.clip or own.is_dir()):
+        raise ConfigError(f"--clip: {base.path} has no CLIP model; name one, such as openai/clip-vit-base-patch32")
+    return find_clip(wanted.clip) if wanted.clip else own
 
 
 class MeasureFidelity:

@@ -18,8 +18,7 @@ Measured: TypeAlias = dict[str, Any]
 
 
 def variance_ratio(losses: Sequence[float], newest: int) -> float:
-    """Variance of the `newest` losses over that of all, from 0 to 1 once the loss settles; NaN while they are as few,
-    or all the same.
+    """Variance of the newest losses over that of all; NaN while there are no more than so many, or all are the same.
 
     DVAR (Voronov et al., NeurIPS 2023, "Is This Loss Informative?"): of losses L_1 ... L_t on the same pictures, noise
     and timesteps, training ends at the first t with Var(L_(t-n+1) ... L_t) / Var(L_1 ... L_t) below a threshold.
@@ -50,8 +49,6 @@ def best_step(config: TrainConfig, measured: Sequence[Measured], now: int) -> in
     """The best step by --keep_best, of equals the first: of those that have a checkpoint, and `now`; that without."""
     by = config.stopping.keep_best
     name, sign = (LOSS, -1) if by == "loss" else (FIDELITY, 1)
-    there = [
-        one for one in measured if one["step"] == now or checkpoint_folder(config.output_dir, one["step"]).is_dir()
-    ]
-    scores = {one["step"]: sign * one[name] for one in there if by and np.isfinite(one.get(name, np.nan))}
-    return max(scores, key=scores.__getitem__, default=now)
+    scores = {one["step"]: sign * one[name] for one in measured if by and np.isfinite(one.get(name, np.nan))}
+    there = [step for step in scores if step == now or checkpoint_folder(config.output_dir, step).is_dir()]
+    return max(there, key=scores.__getitem__, default=now)

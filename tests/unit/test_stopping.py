@@ -13,10 +13,12 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.diffusion import EdmSpec, LossConfig, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.evaluation import Fidelity
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.training.checkpoint import checkpoint_folder, checkpoint_folders, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.loop import StepReport, train
 from dreambooth_ms.training.stopping import best_step, end_when_settled, settled, variance_ratio
+from tools import bench_stopping
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 
@@ -208,3 +210,28 @@ class TestSettings:
         flags = "--keep_best fidelity --class_prompt x --validation_seed 3 --validation_inference_steps 9 --clip y"
         config(*flags.split(), "--held_out_data_dir", "z", notes=notes)
         assert notes == []
+
+
+def test_the_tool_counts_what_ended_in_time_and_was_chosen_well(tmp_path):
+    def of(similarity, drift):
+        return Fidelity(similarity, drift, 0.0)
+
+    # Half of the steps for a loss of 1 %; more than half for one of 10 %, and the choice was a worse one.
+    good = bench_stopping.Outcome("star", 0, 100, 50, 70, {50: of(0.594, 0.1), 70: of(0.6, 0.1), 100: of(0.6, 0.2)})
+    bad = bench_stopping.Outcome("heart", 0, 100, 60, 30, {30: of(0.2, 0.0), 60: of(0.45, 0.1), 100: of(0.5, 0.2)})
+    assert bench_stopping.report([good, bad]).splitlines()[2:] == [
+        "| star | 0 | 50 of 100 | 0.594 (-1.0%) | 0.600 | 70 | 0.500 | 0.400 |",
+        "| heart | 0 | 60 of 100 | 0.450 (-10.0%) | 0.500 | 30 | 0.200 | 0.300 |",
+        "",
+        "ended within 50% of the steps: 1 of 2",
+        "lost at most 2% of the similarity by it: 1 of 2",
+        "the best is at least as good as the end: 1 of 2",
+        "similarity where it ended, mean: -5.5%",
+    ]
+    for subject in bench_stopping.SUBJECTS:
+        folder = bench_stopping.write_photographs(tmp_path, subject)
+        written = {path.read_bytes() for path in folder.rglob("*.png")}
+        assert len(written) == bench_stopping.TRAINED + bench_stopping.HELD_OUT
+        flags = bench_stopping.flags_of(subject, folder, tmp_path / "run", 600, 50, 0)
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        assert load(TrainConfig, words).stopping.keep_best == "fidelity"
