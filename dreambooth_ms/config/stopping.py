@@ -44,7 +44,7 @@ class StoppingConfig:
 
     validation_loss: Annotated[bool, Resume.MAY_CHANGE] = False
     """Measure the loss of 16 rows whose pictures, noise and timesteps stay the same, the latter spread over all."""
-    validation_loss_steps: Annotated[int, at_least(1), only_with("validation_loss")] = 10
+    validation_loss_steps: Annotated[int, at_least(1), only_with("validation_loss"), Resume.MAY_CHANGE] = 10
     """Optimiser steps from one such loss to the next; there is also one after the last step."""
     held_out_data_dir: Annotated[str | None, NOT_EMPTY, PATH, _COMPARED, _OF_ONE, Resume.BY_CONTENT] = None
     """Folder with two or more photographs of the subject that are not trained on, for this loss and for keep_best
