@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -222,15 +222,12 @@ class Training:
         scaling = self.step.scaler.state() if self.step.scaler else []
         return [*self.learner.parameters, *self.learner.kept, *moments, *averages, *scaling]
 
-    def result_weights(self) -> AbstractContextManager[None]:
-        """Inside, the networks hold what the run is judged by: the average, if one is kept."""
-        return self.average.in_place_of_weights() if self.average else nullcontext()
-
     @contextmanager
     def as_result(self) -> Iterator[None]:
-        """Inside, the networks are what the run is judged by, as they sample: nothing is dropped."""
-        dropout = self.learner.dropout
-        with self.result_weights(), dropout.off() if dropout else nullcontext():
+        """Inside, the networks are what the run is judged by: with the average, if one is kept, and without dropout."""
+        average, dropout = self.average, self.learner.dropout
+        weights = average.in_place_of_weights() if average else nullcontext()
+        with weights, dropout.off() if dropout else nullcontext():
             yield
 
     def keep_words(self, report: StepReport) -> None:
@@ -272,10 +269,10 @@ class Training:
             tell(f"the best is step {best}; what the last one left is in {checkpoint_folder(output, step)}")
             elsewhere = self.sharded.shapes() if self.sharded else {}
             restore(open_checkpoint(checkpoint_folder(output, best)), self.state(), elsewhere)
-        with self.result_weights():
+        with self.as_result():
             self.learner.write_result(output, best)
 
     def _write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
-        with self.result_weights():
+        with self.as_result():
             self.learner.write_part(target, step)

@@ -10,14 +10,11 @@ from dreambooth_ms.cli.training_job import VALIDATION_BATCHES, Training, Trainin
 from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.records import Concept
 from dreambooth_ms.diffusion import draw_columns
-from dreambooth_ms.errors import DataError, Tell, count_of, show_names
+from dreambooth_ms.errors import DataError, Tell, show_names
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.step import DiffusionLoss
 from dreambooth_ms.training.stopping import LOSS
-
-LEAST_HELD_OUT = 2
-"""A single photograph says as much of its background as of the subject."""
 
 
 def read_held_out(job: TrainingJob, tell: Tell = tell) -> tuple[Concept, ...]:
@@ -30,9 +27,9 @@ def read_held_out(job: TrainingJob, tell: Tell = tell) -> tuple[Concept, ...]:
     records, trained = source.records(tell), {one.digest for one in job.subjects[0].records}
     if twice := [one.path.name for one in records if one.digest in trained]:
         raise DataError(f"--held_out_data_dir {folder}: {show_names(twice)} trained on, too; keep them in one folder")
-    if len(records) < LEAST_HELD_OUT:
-        found = count_of(len(records), "photograph")
-        raise DataError(f"--held_out_data_dir {folder}: {found}, expected {LEAST_HELD_OUT} or more; put more there")
+    if len(records) < 2:
+        # It would say as much of its background as of the subject.
+        raise DataError(f"--held_out_data_dir {folder}: 1 photograph, expected two or more; put another there")
     return (replace(source.concept, name="held out", records=records),)
 
 

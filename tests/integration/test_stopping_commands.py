@@ -137,7 +137,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(home, tmp
     shutil.copy(home / "held_out" / "5.png", one)
     shutil.copytree(home / "base", bare, ignore=shutil.ignore_patterns("clip"))
     cases = [
-        (("--validation_loss", "--held_out_data_dir", str(one)), "1 photograph, expected 2 or more; put more there"),
+        (
+            ("--validation_loss", "--held_out_data_dir", str(one)),
+            "expected two or more; put another there",
+        ),
         (
             ("--validation_loss", "--held_out_data_dir", str(mixed)),
             "again.png trained on, too; keep them in one folder",
