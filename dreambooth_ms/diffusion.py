@@ -267,10 +267,14 @@ LOGNORMAL = -1.2, 1.2
 
 
 def draw_columns(
-    spec: NoiseScheduleSpec | EdmSpec, loss: LossConfig = DEFAULT
+    spec: NoiseScheduleSpec | EdmSpec, loss: LossConfig = DEFAULT, part: tuple[int, int] | None = None
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
     """The objective of a model: a generator for each row -> columns at drawn levels of noise. If `loss` says nothing,
-    timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1)."""
+    timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
+
+    With a `part`, its number and how many there are, the rows of all parts have one level of each of as many equal
+    sections of the range, and those of a part are spread over the whole of it; no level is preferred.
+    """
     count, is_edm = spec.num_train_timesteps, isinstance(spec, EdmSpec)
     if isinstance(spec, EdmSpec):
         levels, columns_at = spec.sigmas, partial(edm_at, spec)
@@ -285,8 +289,13 @@ def draw_columns(
             return float(np.exp(rng.normal(*LOGNORMAL)))
         return levels[rng.integers(low, high) if shares is None else rng.choice(count, p=shares)]
 
+    def section(row: int, rows: int, rng: np.random.Generator, number: int, parts: int) -> float:
+        return levels[low + int((high - low) * (row + (number + rng.random()) / parts) / rows)]
+
     def drawn(generators: Sequence[np.random.Generator]) -> Columns:
-        columns = columns_at(np.array([level(rng) for rng in generators]))
+        own = enumerate(generators)
+        found = [section(row, len(generators), rng, *part) if part else level(rng) for row, rng in own]
+        columns = columns_at(np.array(found))
         if is_edm and loss.edm_weighting == "none":
             columns = weighed_as_clean(columns, 1.0)
         if loss.do_edm_style_training and not is_edm:

@@ -4,9 +4,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from dreambooth_ms.cli.best import measuring_clip
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
     check_words,
@@ -18,6 +20,7 @@ from dreambooth_ms.cli.training_concepts import (
 )
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
+from dreambooth_ms.cli.validation_loss import read_held_out
 from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
@@ -57,7 +60,9 @@ def run(argv: Sequence[str]) -> int:
     if to_come := sum(map(len, numbers_to_come(sources).values())) if concepts else 0:
         notes.append(f"{count_of(to_come, 'class picture')} to be generated first")
     job = TrainingJob(ALONE, config, base, sources, concepts)
+    job = replace(job, held_out=attempt(lambda: read_held_out(job, notes.append)) or ())
     attempt(lambda: check_words(job))
+    attempt(lambda: measuring_clip(config, base))
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))
     tell_cut_prompts(job, class_prompts, notes.append)
     tokenizer, of_classes = base.text[0].tokenizer(), " ".join(class_prompts)

@@ -1,7 +1,7 @@
 """`dreambooth-ms train`: config -> concepts -> latents and embeddings -> batches -> steps -> checkpoints -> adapter."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
+from dreambooth_ms.cli.best import MeasureFidelity, measuring_clip
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
@@ -17,6 +18,7 @@ from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
+from dreambooth_ms.cli.validation_loss import MeasureLoss, read_held_out
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import BatchMaker
@@ -28,10 +30,11 @@ from dreambooth_ms.processes.launch import SCHEDULER, find_launch
 from dreambooth_ms.runtime.collective import collective_operations, serve_as_scheduler
 from dreambooth_ms.sampling.picture_file import class_picture_name
 from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folder, result_of
-from dreambooth_ms.training.content import base_digests, content_of
-from dreambooth_ms.training.loop import StepReport, stop_requests, train
+from dreambooth_ms.training.content import base_digests
+from dreambooth_ms.training.loop import Hook, StepReport, stop_requests, train
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, checkpoint_of, write_config
 from dreambooth_ms.training.run_lock import only_run_in
+from dreambooth_ms.training.stopping import Measured, best_step, end_when_settled, settled
 from dreambooth_ms.training.trackers import Tracker, draw_loss, profiled, read_history
 
 
@@ -54,6 +57,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model).with_clip_skip(config.method.clip_skip)
+        clip = measuring_clip(config, base)
     base = base.with_words(starting_words(config, base))
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)
@@ -63,6 +67,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     with processes.first_goes_ahead("the data set"):
         sources = sources_of(with_folder_of_data_set(config))
     job = TrainingJob(processes, config, base, sources, read_concepts(sources))
+    job = replace(job, held_out=read_held_out(job))
     check_words(job)
     if processes.is_first:
         for one in describe_concepts(job):
@@ -74,7 +79,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         digests, kept = found
         stack.enter_context(collective_operations(processes.launch))
         checkpoint = Checkpoint(Path(kept[0]), *kept[1:]) if kept else None
-        return train_and_save(*prepare_training(replace(job, base_digests=digests, checkpoint=checkpoint)))
+        return train_and_save(*prepare_training(replace(job, base_digests=digests, checkpoint=checkpoint)), clip)
 
 
 def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
@@ -94,12 +99,17 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
     check_writable(output)
     digests, missing = base_digests(job.base), numbers_to_come(job.sources)
     to_come = {one.concept.name: map(class_picture_name, missing.get(str(one.folder), ())) for one in job.sources}
-    check_data(config, checkpoint, content_of(digests, job.concepts, job.sources), to_come, tell)
+    job = replace(job, base_digests=digests)
+    check_data(config, checkpoint, job.content, to_come, tell)
     for folder, numbers in missing.items():
         if numbers:
             check_writable(Path(folder))
     result = result_of(output)
     finished = result if result and result.steps >= total else None
+    done, measured = (checkpoint.step, checkpoint.measured) if checkpoint else (0, ())
+    over = done >= total or settled(config.stopping, measured)
+    if over and result and result.steps == best_step(config, measured, done):
+        finished, total = result, done
     if not finished:
         job = replace(job, checkpoint=checkpoint)
         if config.run.profile and config.run.profile >= total - job.done:
@@ -114,10 +124,10 @@ def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:
         tell(f"{finished.path} is already there, trained for {count_of(total, 'step')}; nothing left to do")
         return None
     warn_of_little(job)
-    return [digests, checkpoint and (str(checkpoint.path), checkpoint.step, checkpoint.content)]
+    return [digests, checkpoint and (str(checkpoint.path), checkpoint.step, checkpoint.content, checkpoint.measured)]
 
 
-def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchMaker) -> int:
+def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchMaker, clip: Path | None = None) -> int:
     """Train what the method trains, save, and show; returns the exit status."""
     config, processes, output = job.config, job.processes, job.config.output_dir
     training = Training(job, unet)
@@ -127,44 +137,56 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     size, tensors = sum(parameter.size for parameter in parameters), count_of(len(parameters), "tensor")
     tell(f"training {count_of(size, 'parameter')} in {tensors} for {count_of(job.total, 'step')}")
 
+    ended = settled(config.stopping, training.measured)
+    end = job.done if ended else job.total
     with ExitStack() as stack:
         tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
-        hooks: list[Callable[[StepReport], object]] = [training.keep_words, training.update_average]
+        hooks: list[Hook] = [training.keep_words, training.update_average]
+        if config.stopping.validation_loss:
+            hooks.append(MeasureLoss(job, training, batches))
+        if config.stopping.early_stop:
+            hooks.append(partial(end_when_settled, config.stopping, training.measured))
+        if clip:
+            hooks.append(MeasureFidelity(job, unet, training, clip))
+        hooks.append(training.note)
         if tracker:
             hooks.append(stack.enter_context(closing(tracker)).log)
             hooks.append(stack.enter_context(closing(StepTimes(config, job.base))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
-        hooks.append(partial(_show_step, stack.enter_context(bar)))
+        hooks.append(partial(_show_step, stack.enter_context(bar), training.measured))
         hooks.append(training.save)
         if config.validation.validation_prompt:
             hooks.append(ShowValidation(job, unet, training, tracker))
         if tracker and config.run.profile:
             hooks.append(stack.enter_context(profiled(output / "profile", config.run.profile)))
         stop_asked = stack.enter_context(stop_requests())
-        stopped = train(
+        last = train(
             training.step,
             training.batches(batches),
             config.run.gradient_accumulation_steps,
             job.learning_rate,
-            range(job.done, job.total),
+            range(job.done, end),
             hooks,
             dropout.begin_batch if dropout else None,
             processes,
             stop_asked,
         )
-    if stopped:
-        tell(f"stopped; saved {checkpoint_folder(output, stopped.step)}. Run the same command again to go on")
+    if last and not last.ended:
+        tell(f"stopped; saved {checkpoint_folder(output, last.step)}. Run the same command again to go on")
         return INTERRUPTED_STATUS
+    step, ended = (last.step, last.ended) if last else (end, ended)
+    if ended:
+        tell(f"over after {count_of(step, 'step')}: {ended}")
     if processes.is_first:
-        with training.result_weights():
-            training.learner.write_result(output, job.total)
+        training.write_result(step)
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
     return 0
 
 
-def _show_step(bar: Any, report: StepReport) -> None:
-    """A hook: move tqdm's bar by a step, and show its losses."""
-    shown: dict[str, object] = {name: f"{value:.4f}" for name, value in report.concept_losses.items()}
+def _show_step(bar: Any, measured: Sequence[Measured], report: StepReport) -> None:
+    """A hook: move tqdm's bar by a step, and show its losses, and what was measured last."""
+    values = {**report.concept_losses, **(measured[-1] if measured else {})}
+    shown: dict[str, object] = {name: f"{value:.4f}" for name, value in values.items() if name != "step"}
     bar.set_postfix(shown | ({"skipped": report.skipped_steps} if report.skipped_steps else {}))
     bar.update()

@@ -3,8 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from mindspore import Parameter
 
 from dreambooth_ms.adapters.precision import compute_in
+from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.load import to_yaml
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import Batch, BatchMaker
@@ -23,14 +24,18 @@ from dreambooth_ms.ops.graph import set_between_runs
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.device import compute_dtype
-from dreambooth_ms.training.checkpoint import Checkpoint, restore, save_checkpoint
-from dreambooth_ms.training.content import content_of
+from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folder, open_checkpoint, restore, save_checkpoint
+from dreambooth_ms.training.content import Content, content_of
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser, learning_rate_factor
 from dreambooth_ms.training.preservation import BaseAnswers, Penalty
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
+from dreambooth_ms.training.stopping import Measured, best_step
 from dreambooth_ms.weights.bundle import ModelBundle
+
+VALIDATION_BATCHES, VALIDATION_ROWS = 4, 4
+"""Batches of the validation loss, and the rows of each: whatever a step has, so that it is the same to the bit."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class TrainingJob:
     """Of its concepts, the subjects first."""
     concepts: Sequence[Concept] = ()
     """The subjects, and the classes as far as they are there already."""
+    held_out: tuple[Concept, ...] = ()
+    """The subject again, with photographs that are not trained on, if there are such."""
     base_digests: Mapping[str, str] = field(default_factory=dict)
     """By the networks' names."""
     checkpoint: Checkpoint | None = None
@@ -53,6 +60,11 @@ class TrainingJob:
     def subjects(self) -> list[Concept]:
         """The concepts that are no classes."""
         return [one for one in self.concepts if one.group == INSTANCE]
+
+    @property
+    def content(self) -> Content:
+        """What the run learns from, and is validated on."""
+        return content_of(self.base_digests, [*self.concepts, *self.held_out], self.sources)
 
     @cached_property
     def pictures(self) -> int:
@@ -139,10 +151,21 @@ class TrainingJob:
         framing = Framing(self.sizes, data.center_crop, data.random_flip, self.config.augments, self.base.inpaints)
         return Plan(tuple(self.concepts), rows, framing, self.seed, self.batches_per_step)
 
+    @cached_property
+    def validation_plan(self) -> Plan:
+        """The rows of the validation loss, with draws of their own: pictures cropped in the middle, prompts as they are
+        written."""
+        own = [replace(one, name=f"validation {one.name}", wording=None) for one in self.held_out or self.subjects]
+        framing = replace(self.plan.framing, center_crop=True, random_flip=False, augments=False)
+        return Plan(tuple(own), VALIDATION_ROWS, framing, self.seed)
+
     def views(self) -> Iterator[View]:
         """What is encoded of each row of the rest of the run; one after the other, since a long run has millions."""
         batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
-        return (one for batch in batches for row in self.plan.rows(batch) for one in row.view.encoded)
+        parts = [(self.plan, batches)]
+        if self.config.stopping.validation_loss:
+            parts.append((self.validation_plan, range(VALIDATION_BATCHES)))
+        return (one for plan, own in parts for batch in own for row in plan.rows(batch) for one in row.view.encoded)
 
 
 class Training:
@@ -182,6 +205,7 @@ class Training:
         self.average = MovingAverage(parameters, method.ema_decay) if method.use_ema else None
         if job.checkpoint:
             restore(job.checkpoint, self.state(), self.sharded.shapes() if self.sharded else {})
+        self.measured: list[Measured] = list(job.checkpoint.measured) if job.checkpoint else []
         rows = text_encoders.new_rows().values() if text_encoders and job.steps_of_words < job.total else ()
         self.kept_words = [(one, one.asnumpy().copy()) for one in rows]
 
@@ -198,9 +222,13 @@ class Training:
         scaling = self.step.scaler.state() if self.step.scaler else []
         return [*self.learner.parameters, *self.learner.kept, *moments, *averages, *scaling]
 
-    def result_weights(self) -> AbstractContextManager[None]:
-        """Inside, the networks hold what the run is judged by: the average, if one is kept."""
-        return self.average.in_place_of_weights() if self.average else nullcontext()
+    @contextmanager
+    def as_result(self) -> Iterator[None]:
+        """Inside, the networks are what the run is judged by: with the average, if one is kept, and without dropout."""
+        average, dropout = self.average, self.learner.dropout
+        weights = average.in_place_of_weights() if average else nullcontext()
+        with weights, dropout.off() if dropout else nullcontext():
+            yield
 
     def keep_words(self, report: StepReport) -> None:
         """A hook: once new words were trained for their share of the run, put them back as they were then. Their
@@ -215,18 +243,36 @@ class Training:
         if self.average and not report.is_skipped:
             self.average.update(report.updates)
 
+    def note(self, report: StepReport) -> None:
+        """A hook: keep what was measured, which checkpoints hold and a resumed run knows."""
+        if report.measured:
+            self.measured.append({"step": report.step, **report.measured})
+
     def save(self, report: StepReport) -> None:
-        """A hook: save the run after every so many steps, and when it is asked to stop."""
+        """A hook: save the run after every so many steps, and when it is asked to stop or over early; with --keep_best
+        after its last step, too."""
         job, run, step = self.job, self.job.config.run, report.step
-        if step % run.checkpointing_steps and not report.stop_asked:
+        ends = report.stop_asked or report.ended or (step == job.total and job.config.stopping.keep_best)
+        if step % run.checkpointing_steps and not ends:
             return
         state, keep = self.state(of_all=True), run.checkpoints_total_limit
         if job.processes.is_first:
-            config, content = to_yaml(job.config), content_of(job.base_digests, job.concepts, job.sources)
-            save_checkpoint(job.config.output_dir, step, state, config, self._write_part, keep, content)
+            config, best = to_yaml(job.config), best_step(job.config, self.measured, step)
+            written = job.config.output_dir, step, state, config, self._write_part
+            save_checkpoint(*written, keep, job.content, self.measured, spared=best)
         job.processes.wait_for_all("the checkpoint")
+
+    def write_result(self, step: int) -> None:
+        """Write the result of a run whose last step this was, or of the best one; called by the first process."""
+        output, best = self.job.config.output_dir, best_step(self.job.config, self.measured, step)
+        if best != step:
+            tell(f"the best is step {best}; what the last one left is in {checkpoint_folder(output, step)}")
+            elsewhere = self.sharded.shapes() if self.sharded else {}
+            restore(open_checkpoint(checkpoint_folder(output, best)), self.state(), elsewhere)
+        with self.as_result():
+            self.learner.write_result(output, best)
 
     def _write_part(self, target: Path, step: int) -> None:
         """Write what was trained into the folder of a checkpoint."""
-        with self.result_weights():
+        with self.as_result():
             self.learner.write_part(target, step)

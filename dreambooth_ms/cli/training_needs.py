@@ -116,9 +116,11 @@ def check_expected_disk(job: TrainingJob, views: int = 0) -> None:
         tensors = base.opened().tensors.items()
         result += total_bytes({name: one for name, one in tensors if name.partition(".")[0] not in networks})
     count = job.total // run.checkpointing_steps - job.done // run.checkpointing_steps
+    count += bool(config.stopping.early_stop or config.stopping.keep_best)  # After the last step.
     if run.checkpoints_total_limit:
-        # An old one goes when the new one is whole.
-        count = min(count, max(run.checkpoints_total_limit + 1 - len(checkpoint_folders(config.output_dir)), 1))
+        # An old one goes when the new one is whole, but for the best.
+        most = run.checkpoints_total_limit + 1 + bool(config.stopping.keep_best)
+        count = min(count, max(most - len(checkpoint_folders(config.output_dir)), 1))
     fewer = ", or keep fewer by --checkpoints_total_limit" if count > 1 else ""
     advice = f"free some for {count_of(count, 'checkpoint') + ' and ' if count else ''}the result{fewer}"
     # Mean and log-variance.

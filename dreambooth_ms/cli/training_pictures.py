@@ -27,7 +27,7 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, class_picture_name, write_picture, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.sampling.schedulers import fitting_scheduler
-from dreambooth_ms.training.content import content_of, digests_of, in_order
+from dreambooth_ms.training.content import digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
 
@@ -51,9 +51,10 @@ def prepare_training(job: TrainingJob) -> tuple[TrainingJob, nn.Cell, BatchMaker
         unet = sample_class_pictures(job, missing, {text: embeddings(text) for text in class_prompts})
         job.processes.wait_for_all("the class pictures")
         job = replace(job, concepts=read_concepts(job.sources, lambda line: None))
-        check_data(job.config, job.checkpoint, content_of(job.base_digests, job.concepts, job.sources), {}, tell)
-    check_same_pictures(job.processes, job.concepts, job.sources)
-    job = replace(job, concepts=[in_order(concept, earlier) for concept in job.concepts])
+        check_data(job.config, job.checkpoint, job.content, {}, tell)
+    check_same_pictures(job.processes, [*job.concepts, *job.held_out], job.sources)
+    held_out = tuple(in_order(concept, earlier) for concept in job.held_out)
+    job = replace(job, concepts=[in_order(concept, earlier) for concept in job.concepts], held_out=held_out)
     texts: Callable[[str], PromptText] = embeddings
     if encodes_text:
         tokenizer = PromptTokenizer(base.text, warns=False)

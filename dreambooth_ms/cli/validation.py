@@ -1,6 +1,5 @@
 """Pictures during training: always the same prompts and noise, so that a person sees the subject being learnt."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,41 +42,23 @@ class ShowValidation:
     them, and one of each prompt through the run. The process that has the tracker samples them, one at a time."""
 
     def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
-        wanted, side = job.config.validation, job.config.data.resolution
+        wanted = job.config.validation
         assert wanted.validation_prompt is not None, "asked for by a prompt"
         self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
         self._training, self._tracker, self._processes = training, tracker, job.processes
-        self._request = SampleRequest(
-            prompts=wanted.validation_prompt,
-            negative_prompt=wanted.validation_negative_prompt,
-            num_images_per_prompt=wanted.num_validation_images,
-            height=side,
-            width=side,
-            seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
-            purpose=PURPOSE,
-            batch_size=1,
-            scheduler=fitting_scheduler(SCHEDULERS[wanted.validation_scheduler], job.base.schedule.config),
-            num_inference_steps=wanted.validation_inference_steps,
-            guidance_scale=wanted.validation_guidance_scale,
-            clip_skip=job.base.clip_skip,
-            **(_to_inpaint(job, job.concepts[0].records[0], (side, side)) if job.base.inpaints else {}),
-        )
-        self._model = SamplingModel(job.trained_base, denoiser=unet, text_encoders=training.learner.text_encoders)
+        self._request = validation_request(job, wanted.validation_prompt, wanted.num_validation_images)
         if tracker:
-            if not training.learner.text_encoders:
-                self._model.embeddings(self._request)  # So that the text encoders are gone before the first step.
-            self._model.load()
+            self._model = lent_model(job, unet, training, self._request)
 
     def __call__(self, report: StepReport) -> None:
         """Sample, write and log after this step, if it is time and the run goes on."""
         if report.step % self._every or report.stop_asked:
             return
         if self._tracker:
-            dropout = self._training.learner.dropout
             prompts = self._request.prompts
             # Each by itself: the numbers of its pictures, and so their noise, do not depend on the other prompts.
             requests = [replace(self._request, prompts=(prompt,)) for prompt in prompts]
-            with self._training.result_weights(), dropout.off() if dropout else nullcontext():
+            with self._training.as_result():
                 of_prompts = [list(self._model.sample(request)) for request in requests]
             samples = [sample for own in of_prompts for sample in own]
             more = {"step": report.step, "negative_prompt": self._request.negative_prompt}
@@ -89,6 +70,36 @@ class ShowValidation:
             write_strip(self._output, prompts, report.step)
             self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
         self._processes.wait_for_all("the validation pictures")
+
+
+def validation_request(job: TrainingJob, prompts: tuple[str, ...], count: int) -> SampleRequest:
+    """So many pictures of each prompt, as --validation_* says, one at a time."""
+    wanted, side = job.config.validation, job.config.data.resolution
+    return SampleRequest(
+        prompts=prompts,
+        negative_prompt=wanted.validation_negative_prompt,
+        num_images_per_prompt=count,
+        height=side,
+        width=side,
+        seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
+        purpose=PURPOSE,
+        batch_size=1,
+        scheduler=fitting_scheduler(SCHEDULERS[wanted.validation_scheduler], job.base.schedule.config),
+        num_inference_steps=wanted.validation_inference_steps,
+        guidance_scale=wanted.validation_guidance_scale,
+        clip_skip=job.base.clip_skip,
+        **(_to_inpaint(job, job.concepts[0].records[0], (side, side)) if job.base.inpaints else {}),
+    )
+
+
+def lent_model(job: TrainingJob, unet: nn.Cell, training: Training, request: SampleRequest) -> SamplingModel:
+    """What samples such a request with the networks of a training; unless these read text, its prompts are read."""
+    encoders = training.learner.text_encoders
+    model = SamplingModel(job.trained_base, denoiser=unet, text_encoders=encoders)
+    if not encoders:
+        model.embeddings(request)  # So that the text encoders are gone before the first step.
+    model.load()
+    return model
 
 
 def _to_inpaint(job: TrainingJob, record: Record, size: Size) -> dict[str, Any]:

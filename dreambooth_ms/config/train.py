@@ -27,6 +27,7 @@ from dreambooth_ms.config.ranges import (
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, ScheduleConfig
+from dreambooth_ms.config.stopping import StoppingConfig
 
 POLYNOMIAL_END_RATE = 1e-7
 """Where the polynomial schedule ends, as in diffusers."""
@@ -448,6 +449,7 @@ _OF_CLASS = no_effect(
     "without --with_prior_preservation or --prior_preservation base_output",
     lambda values: not values["with_prior_preservation"] and values["prior_preservation"] != "base_output",
 )
+_NAMES_CLASS = _OF_CLASS._replace(broken=lambda values: _OF_CLASS.broken(values) and values["keep_best"] != "fidelity")
 _ONE_FORM = Rule(
     lambda values: values["with_prior_preservation"],
     "--prior_preservation {prior_preservation}: --with_prior_preservation is class_images; give one of them",
@@ -500,7 +502,7 @@ class PriorConfig:
     """Weight of the class pictures' loss, or of the difference to the base's answers."""
     class_data_dir: Annotated[str | None, NOT_EMPTY, PATH, _PRIOR, _APART, Resume.BY_CONTENT] = None
     """Folder with the class pictures; those that are missing are generated into it."""
-    class_prompt: Annotated[str | None, NOT_EMPTY, _OF_CLASS] = None
+    class_prompt: Annotated[str | None, NOT_EMPTY, _NAMES_CLASS] = None
     """Prompt that names the class, without the rare token: "a photo of dog"."""
     class_negative_prompt: Annotated[str, _PRIOR] = ""
     """What generated class pictures should not show."""
@@ -530,6 +532,7 @@ class PriorConfig:
 
 
 _VALIDATES = only_with("validation_prompt")
+_SAMPLES = _VALIDATES._replace(broken=lambda values: _VALIDATES.broken(values) and values["keep_best"] != "fidelity")
 _GUIDES = no_effect("without guidance", when=lambda values: values["validation_guidance_scale"] <= 1)
 _BY_EPOCHS = no_effect("beside --validation_epochs", when=lambda values: values["validation_epochs"] is not None)
 
@@ -541,21 +544,21 @@ class ValidationConfig:
     validation_prompt: Annotated[tuple[str, ...] | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
     """Prompt of pictures that are generated during the training, or a text file with one per line; several by the flag
     once more. A base that inpaints draws the middle of the first subject's first picture anew. None: there are none."""
-    validation_negative_prompt: Annotated[str, _VALIDATES, _GUIDES, Resume.MAY_CHANGE] = ""
+    validation_negative_prompt: Annotated[str, _SAMPLES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated of each prompt each time, always from the same noise."""
-    validation_seed: Annotated[int | None, SEED, _VALIDATES, Resume.MAY_CHANGE] = None
+    validation_seed: Annotated[int | None, SEED, _SAMPLES, Resume.MAY_CHANGE] = None
     """Names that noise, which is the same for every prompt. None: the run's seed."""
-    validation_inference_steps: Annotated[int, STEPS, _VALIDATES, Resume.MAY_CHANGE] = 25
+    validation_inference_steps: Annotated[int, STEPS, _SAMPLES, Resume.MAY_CHANGE] = 25
     """Denoising steps of each picture."""
-    validation_guidance_scale: Annotated[float, at_least(0), _VALIDATES, Resume.MAY_CHANGE] = 7.5
+    validation_guidance_scale: Annotated[float, at_least(0), _SAMPLES, Resume.MAY_CHANGE] = 7.5
     """Classifier-free guidance of these pictures; 1 turns it off."""
     validation_steps: Annotated[int, at_least(1), _VALIDATES, _BY_EPOCHS, Resume.MAY_CHANGE] = 100
     """Optimiser steps from one validation to the next."""
     validation_epochs: Annotated[int | None, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = None
     """Passes over the pictures from one validation to the next, in place of validation_steps."""
-    validation_scheduler: Annotated[choices.ValidationScheduler, _VALIDATES, Resume.MAY_CHANGE] = (
+    validation_scheduler: Annotated[choices.ValidationScheduler, _SAMPLES, Resume.MAY_CHANGE] = (
         "DPMSolverMultistepScheduler"
     )
     """Sampling method, by the name of diffusers' class."""
@@ -694,6 +697,7 @@ class TrainConfig(Schema):
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    stopping: StoppingConfig = field(default_factory=StoppingConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)

@@ -49,6 +49,8 @@ class Checkpoint:
     step: int
     content: Content = field(default_factory=dict)
     """What it learnt from; empty where an earlier version wrote it."""
+    measured: Sequence[dict[str, Any]] = ()
+    """What was measured up to it, see `training.stopping.Measured`."""
     config: str = ""
     """Of its run, as YAML."""
 
@@ -61,8 +63,10 @@ def save_checkpoint(
     write_results: Callable[[Path, int], Any],
     keep: int | None = None,
     content: Content | None = None,
+    measured: Sequence[dict[str, Any]] = (),
+    spared: int | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>` into a run's folder, then remove the oldest ones beyond `keep`.
+    """Write `checkpoint-<step>` into a run's folder, then remove the oldest beyond `keep`, but not that of `spared`.
 
     The names of the `state`, trained parameters and moments, must be unique; `config` is YAML. `write_results` writes
     the weights for other tools, after so many steps, into a folder. `keep` None keeps all.
@@ -80,6 +84,7 @@ def save_checkpoint(
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in written}
         manifest = {"format": FORMAT, "step": step, "files": files, "config": config, "content": content or {}}
+        manifest |= {"measured": list(measured)} if measured else {}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
@@ -88,8 +93,9 @@ def save_checkpoint(
             target.rename(before)
     shutil.rmtree(before, ignore_errors=True)
     if keep is not None:
-        others = [path for path in checkpoint_folders(folder) if path != target]
-        for old in others[: len(others) - (keep - 1)]:
+        stays = {target, checkpoint_folder(folder, step if spared is None else spared)}
+        others = [path for path in checkpoint_folders(folder) if path not in stays]
+        for old in others[: max(len(others) - (keep - 1), 0)]:
             shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -133,6 +139,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
         content = {group: dict(digests) for group, digests in manifest.get("content", {}).items()}
+        measured = [dict(one) for one in manifest.get("measured", ())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightError(
             f"{path}: not a checkpoint of this program ({MANIFEST} is missing or damaged); "
@@ -148,7 +155,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if _fingerprint(path / name) == fingerprint:
                 continue
         raise WeightError(f"{path}: {name} is missing, cut short or changed; resume from another checkpoint")
-    return Checkpoint(path, step, content, str(manifest.get("config", "")))
+    return Checkpoint(path, step, content, measured, str(manifest.get("config", "")))
 
 
 def find_latest(folder: Path) -> Checkpoint | None:

@@ -3,9 +3,10 @@
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from types import FrameType
+from typing import TypeAlias
 
 import numpy as np
 from mindspore import Tensor
@@ -37,12 +38,19 @@ class StepReport:
     """Steps that were skipped so far, this one included."""
     loss_scale: float | None = None
     """What the loss was multiplied by in the backward pass; None in float32."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What hooks measured after the step, by name."""
+    ended: str = ""
+    """Why the run is over after this step, before its last one; empty: it is not."""
 
     @property
     def updates(self) -> int:
         """Steps that changed the weights: what schedules count."""
         return self.step - self.skipped_steps
 
+
+Hook: TypeAlias = Callable[[StepReport], StepReport | None]
+"""What is called with the report of each step; what it gives in its place, the hooks after it are called with."""
 
 OVERFLOWS = 30
 """After so many skipped steps in a row, a lower scale is not what helps."""
@@ -54,12 +62,13 @@ def train(
     batches_per_step: int,
     learning_rate: Callable[[int], float],
     steps: range,
-    hooks: Sequence[Callable[[StepReport], object]] = (),
+    hooks: Sequence[Hook] = (),
     begin_batch: Callable[[int], object] | None = None,
     processes: Processes = ALONE,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepReport | None:
-    """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop.
+    """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop, or
+    was over.
 
     Args:
         make_batch: the batch with a number counted from 0 over the whole run.
@@ -106,8 +115,8 @@ def train(
         overflows = overflows + 1 if report.is_skipped else 0
         check_finite(report, overflows)
         for hook in hooks:
-            hook(report)
-        if report.stop_asked:
+            report = hook(report) or report
+        if report.stop_asked or report.ended:
             return report
     return None
 

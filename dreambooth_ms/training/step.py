@@ -114,6 +114,8 @@ class DiffusionLoss(nn.Cell):
     `denoiser`: what it reads of the rows, in order -> prediction (B, C, H, W).
     """
 
+    title = "the loss"
+
     def __init__(self, denoiser: nn.Cell, extras: Sequence[str] = ()) -> None:
         super().__init__(auto_prefix=False)
         self.denoiser, self.compare = denoiser, WeightedError(extras)

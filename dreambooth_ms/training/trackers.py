@@ -52,6 +52,7 @@ class Tracker:
         """A hook: record the step."""
         losses = {f"{name}_loss": value for name, value in report.concept_losses.items()}
         values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+        values |= report.measured
         if report.loss_scale is not None:
             values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
         entries = [entry for name, value in values.items() for entry in summary.scalar(name, value).value]

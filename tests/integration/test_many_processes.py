@@ -33,6 +33,7 @@ STEPS = 10
 TOLERANCE = 1e-3
 
 WORD = ["--modifier_token", "<new1>", "--instance_prompt", "a photo of <new1> star"]
+VALIDATION = ["--validation_loss", "--validation_loss_steps", "5"]
 
 
 def launched(launcher, count=2):
@@ -137,7 +138,7 @@ def _distance(one, other):
 @pytest.fixture(scope="module")
 def two(place):
     """A LoRA of two processes under mpirun, which left its compiled graphs too; gives what it printed."""
-    return place.run("mpirun", train("sd", "two"), **dump_into("graphs"))
+    return place.run("mpirun", train("sd", "two", *VALIDATION), **dump_into("graphs"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def one(place, two):
     here = Path.cwd()
     os.chdir(place.root)
     try:
-        assert main(train("sd", "one", batch=2)) == 0
+        assert main(train("sd", "one", *VALIDATION, batch=2)) == 0
     finally:
         os.chdir(here)
 
@@ -192,6 +193,7 @@ class TestTheSameTraining:
     def test_the_loss_shown_is_that_of_all_rows(self, place, two, one):
         reported, expected = read_history(place.root / "two"), read_history(place.root / "one")
         assert [step["step"] for step in reported] == list(range(1, STEPS + 1))
+        assert [step["step"] for step in reported if "validation_loss" in step] == list(range(5, STEPS + 1, 5))
         for ours, theirs in zip(reported, expected, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5)
 
