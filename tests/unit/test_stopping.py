@@ -13,12 +13,12 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.diffusion import EdmSpec, LossConfig, NoiseScheduleSpec, draw_columns
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation import Fidelity
 from dreambooth_ms.randomness import generator
 from dreambooth_ms.training.checkpoint import checkpoint_folder, checkpoint_folders, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.loop import StepReport, train
 from dreambooth_ms.training.stopping import best_step, end_when_settled, settled, variance_ratio
 from tools import bench_stopping
+from tools.bench_methods import Fidelity
 
 REQUIRED = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "dog", "--instance_prompt", "a sks dog"]
 
@@ -214,7 +214,7 @@ class TestSettings:
 
 def test_the_tool_counts_what_ended_in_time_and_was_chosen_well(tmp_path):
     def of(similarity, drift):
-        return Fidelity(similarity, drift, 0.0)
+        return Fidelity(similarity, drift)
 
     # Half of the steps for a loss of 1 %; more than half for one of 10 %, and the choice was a worse one.
     good = bench_stopping.Outcome("star", 0, 100, 50, 70, {50: of(0.594, 0.1), 70: of(0.6, 0.1), 100: of(0.6, 0.2)})
