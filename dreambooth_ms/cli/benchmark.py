@@ -32,39 +32,36 @@ Run = dict[str, Any]
 def run(argv: Sequence[str]) -> int:
     """Do what a file asks for and is not done yet, and print the table; returns the exit status."""
     config = load(BenchmarkConfig, argv, tell)
-    runs = planned(config)
+    runs, figures = planned(config), list[dict[str, Any]]()
     for number, one in enumerate(runs, 1):
-        if _is_done(one):
-            continue
-        file = _figures_of(one)
-        tell(f"{file.parent}: run {number} of {len(runs)}")
-        write_bytes(Path(one["evaluate"]["prompt"]), "\n".join(one["prompts"]).encode())
-        for command in COMMANDS:
-            if status := _in_a_process(command, file.with_name(f"{command}.yaml"), one[command]):
-                return status
-        write_json(file, one | {"measures": read_json(file.with_name("metrics.json"))["measures"]})
-    text = table([read_json(_figures_of(one)) for one in runs])
+        found = figures_of(one)
+        if not found:
+            folder = Path(one["train"]["output_dir"])
+            tell(f"{folder}: run {number} of {len(runs)}")
+            write_bytes(Path(one["evaluate"]["prompt"]), "\n".join(one["prompts"]).encode())
+            for command in COMMANDS:
+                write_json(folder / f"{command}.yaml", one[command])
+                if status := in_a_process([command, "--config", str(folder / f"{command}.yaml")]):
+                    return status
+            found = one | {"measures": read_json(folder / "metrics.json")["measures"]}
+            write_json(folder / FIGURES, found)
+        figures.append(found)
+    text = table(figures)
     write_bytes(Path(config.teaching.output_dir, TABLE), text.encode())
     print(text, end="")
     return 0
 
 
 def planned(config: BenchmarkConfig) -> list[Run]:
-    """All runs of a benchmark, checked before any begins.
-
-    Raises:
-        ConfigError: flags are wrong, or a run is there by others, one line each.
-        DataError, WeightError: there are no such photographs or models.
-    """
+    """All runs of a benchmark, checked before any begins. Raises ConfigError of every wrong flag, one line each, or of
+    a run that is there by others; DataError and WeightError if there are no such photographs or models."""
     teaching, runs, problems = config.teaching, list[Run](), list[str]()
     subjects = read_subjects(Path(teaching.subjects_dir), teaching.subjects, teaching.prompts)
-    for subject, other in zip(subjects, [*subjects[1:], subjects[0]], strict=True):
-        folders = {"instance_data_dir": subject.folder}
+    for subject in subjects:
+        folders = {"instance_data_dir": str(subject.folder)}
         if teaching.held_out_data_dir:
-            folders["held_out_data_dir"] = Path(teaching.held_out_data_dir, subject.name)
-        if other is not subject:
-            folders["other_data_dir"] = other.folder
-        photographs_in(folders)
+            folders["held_out_data_dir"] = str(Path(teaching.held_out_data_dir, subject.name))
+        photographs_in(folders, "white", lambda note: None)
         for method, seed in product(teaching.methods, range(teaching.num_trainings)):
             runs.append(_run(config, subject, method, seed, folders, problems))
     if problems:
@@ -74,32 +71,29 @@ def planned(config: BenchmarkConfig) -> list[Run]:
         find_encoder(name)
     check_writable(Path(teaching.output_dir))
     for one in runs:
-        _is_done(one)
+        figures_of(one)
     return runs
 
 
 def _run(
-    config: BenchmarkConfig, subject: Subject, method: str, seed: int, folders: Mapping[str, Path], problems: list[str]
+    config: BenchmarkConfig, subject: Subject, method: str, seed: int, folders: Mapping[str, str], problems: list[str]
 ) -> Run:
     """A run with these photographs, by flags of `evaluate`; what is wrong with the file's own flags is noted."""
-    teaching, own = config.teaching, config.teaching.methods[method]
-    if not isinstance(own, dict):
-        problems.append(f"methods.{method}: expected flags of `train` with their values, got {own!r}; {{}} is none")
-        return {}
-    own = teaching.train | own
+    teaching, own = config.teaching, config.teaching.train | config.teaching.methods[method]
     token = str(own.get("modifier_token", teaching.token)).replace("+", " ")
     folder = f"{teaching.output_dir}/{subject.name}/{method}-{seed}"
     both = {name: one for name, one in (vars(config.model) | vars(config.device)).items() if one is not None}
-    both |= {"output_dir": folder, "class_prompt": teaching.class_prompt, "instance_data_dir": str(subject.folder)}
-    of_class = f"{teaching.output_dir}/class_images/{subject.class_name}"
-    to_train = {"instance_prompt": teaching.instance_prompt, "class_data_dir": of_class, "seed": seed}
-    to_evaluate = {name: str(one) for name, one in folders.items()} | {"prompt": f"{folder}/prompts.txt"}
-    to_evaluate |= {"token": token, "tuned" if own.get("method") == "full" else "lora": folder}
+    both |= {"output_dir": folder, "instance_data_dir": folders["instance_data_dir"]}
+    to_train: Run = {"instance_prompt": teaching.instance_prompt, "seed": seed}
+    if own.get("with_prior_preservation"):
+        to_train["class_data_dir"] = f"{teaching.output_dir}/class_images/{subject.class_name}"
+    if own.get("with_prior_preservation") or own.get("prior_preservation") == "base_output":
+        to_train["class_prompt"] = teaching.class_prompt
+    to_evaluate: Run = {**folders, "prompt": f"{folder}/prompts.txt", "token": token}
+    to_evaluate |= {"class_prompt": teaching.class_prompt, "tuned" if own.get("method") == "full" else "lora": folder}
+    sides = {"train": (f"methods.{method}", own, to_train), "evaluate": ("evaluate", teaching.evaluate, to_evaluate)}
     flags = {}
-    for command, where, said, more in (
-        ("train", f"methods.{method}", own, to_train),
-        ("evaluate", "evaluate", teaching.evaluate, to_evaluate),
-    ):
+    for command, (where, said, more) in sides.items():
         taken = [f"{where}: {name} is the benchmark's to give; leave it out" for name in said if name in both | more]
         named = both | more | said
         flags[command] = {k: subject.filled(one, token) if isinstance(one, str) else one for k, one in named.items()}
@@ -109,32 +103,26 @@ def _run(
     return {"subject": subject.name, "method": method, "seed": seed, "prompts": prompts, **flags}
 
 
-def _figures_of(run: Run) -> Path:
-    return Path(run["train"]["output_dir"], FIGURES)
-
-
-def _is_done(run: Run) -> bool:
-    """Whether its figures are there. Raises ConfigError if they come from other flags or prompts."""
-    file = _figures_of(run)
+def figures_of(run: Run) -> dict[str, Any] | None:
+    """A run with its measures; None if it is not done. Raises ConfigError if they come from other flags or prompts."""
+    file = Path(run["train"]["output_dir"], FIGURES)
     if not file.is_file():
-        return False
-    there, here = (
-        {f"{command} --{name}": value for command in COMMANDS for name, value in one[command].items()}
-        | {"prompts": one["prompts"]}
-        for one in (read_json(file), json.loads(json.dumps(run)))
-    )
-    if other := [name for name in there | here if there.get(name) != here.get(name)]:
-        listed = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in other)
-        raise ConfigError(f"{file}: is of another run ({listed}); remove {file.parent}, or give another --output_dir")
-    return True
+        return None
+    there, here = read_json(file), json.loads(json.dumps(run))
+    other = [name for name in here if there.get(name) != here[name] and name not in COMMANDS]
+    for command in COMMANDS:
+        old, new = there[command], here[command]
+        other += [f"{command} --{name}" for name in old | new if old.get(name) != new.get(name)]
+    if other:
+        advice = "remove it to evaluate anew, its folder to train anew, or give another --output_dir"
+        raise ConfigError(f"{file}: {', '.join(other)} changed since; {advice}")
+    return there
 
 
-def _in_a_process(command: str, file: Path, flags: Mapping[str, Any]) -> int:
-    """Do a command as users do it; returns its exit status. MindSpore keeps the weights of what it has compiled, so
-    that each model has a process of its own. Ctrl-C reaches that by itself, and it ends as it sees fit."""
-    write_json(file, flags)
-    line = [sys.executable, "-m", "dreambooth_ms", command, "--config", str(file)]
-    with subprocess.Popen(line, stdout=sys.stderr.fileno()) as process:
+def in_a_process(arguments: Sequence[str]) -> int:
+    """Do a command as users do it, all that it says on stderr; returns its exit status. MindSpore keeps the weights of
+    what it has compiled: so each model has a process. Ctrl-C reaches that by itself, and it ends as it sees fit."""
+    with subprocess.Popen([sys.executable, "-m", "dreambooth_ms", *arguments], stdout=2) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -142,31 +130,26 @@ def _in_a_process(command: str, file: Path, flags: Mapping[str, Any]) -> int:
 
 
 def table(figures: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of runs as Markdown: every measure of the base, of each method and of photographs."""
-    measures = figures[0]["measures"]
-    # Of the base and of photographs there is one figure for each subject.
-    one_each = [one for one in figures if (one["method"], one["seed"]) == (figures[0]["method"], figures[0]["seed"])]
+    """The figures of all runs, in their order, as Markdown: measures of the base, of each method, of photographs."""
+    measures, seeds = figures[0]["measures"], len({one["seed"] for one in figures})
+    methods = list(dict.fromkeys(one["method"] for one in figures))
     lines = [["method", *(f"{name} {'↑' if one['better'] == 'higher' else '↓'}" for name, one in measures.items())]]
     lines.append(["---"] * len(lines[0]))
-    of_methods = {one["method"]: [own for own in figures if own["method"] == one["method"]] for one in figures}
-    for label, runs, key in (
-        ("none", one_each, "base"),
-        *((method, runs, "adapted") for method, runs in of_methods.items()),
-        ("photographs", one_each, "ceiling"),
-        ("another subject", one_each, "floor"),
-    ):
-        values = ({(one["subject"], one["seed"]): one["measures"][name][key] for one in runs} for name in measures)
-        lines.append([label, *map(_cell, values)])
+    # What no method changes is the same beside each.
+    rows = [(method, method, "adapted") for method in methods]
+    for label, method, key in [("none", methods[0], "base"), *rows, ("photographs", methods[0], "ceiling")]:
+        own = [one["measures"] for one in figures if one["method"] == method]
+        found = ([one[name][key]["mean"] if key != "ceiling" else one[name][key] for one in own] for name in measures)
+        lines.append([label, *(_cell(np.array(values, float).reshape(-1, seeds)) for values in found)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{LEGEND}\n"
 
 
-def _cell(values: Mapping[tuple[str, int], Any]) -> str:
-    """The mean of what runs of subjects and seeds have, and its deviations."""
-    known = {key: one["mean"] if isinstance(one, dict) else one for key, one in values.items() if one is not None}
-    if not known:
+def _cell(values_SN: np.ndarray) -> str:
+    """The mean of what S subjects have from N seeds, NaN where they have nothing, and its deviations."""
+    known_SN = values_SN[~np.isnan(values_SN).any(1)]
+    if not known_SN.size:
         return "-"
-    text = f"{np.mean([*known.values()]):.3f}"
-    for place, form in ((1, " ± {:.3f}"), (0, " ({:.3f})")):
-        groups = [[one for key, one in known.items() if key[place] == of] for of in {key[place] for key in known}]
-        text += form.format(np.std([np.mean(own) for own in groups], ddof=1)) if len(groups) > 1 else ""
-    return text
+    over = {" ± {:.3f}": known_SN.mean(0), " ({:.3f})": known_SN.mean(1)}
+    return f"{known_SN.mean():.3f}" + "".join(
+        form.format(own.std(ddof=1)) for form, own in over.items() if own.size > 1
+    )

@@ -12,7 +12,7 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.config.commands import ComparisonConfig, EvaluateConfig
+from dreambooth_ms.config.commands import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import photographs_in
@@ -47,7 +47,9 @@ def run(argv: Sequence[str]) -> int:
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
     device = set_up(config.device)
     bundle = open_base(weights)
-    photographs = _open_photographs(wanted)
+    folders = {flag: own for flag in PHOTOGRAPHS if (own := getattr(wanted, flag))}
+    found = photographs_in(folders, wanted.transparent_background, tell).items()
+    photographs = {flag: [np.asarray(open_picture(one.path, one.background)) for one in own] for flag, own in found}
     embedders = _load_embedders(config, bundle)
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
@@ -65,15 +67,13 @@ def run(argv: Sequence[str]) -> int:
     of_base = SamplingModel(bundle, mixed_precision=device.mixed_precision) if wanted.tuned else model
     reader = SamplingModel(bundle) if model.adapters.words else of_base
     base = [_pictures(of_base, replace(one, lora_scales=(0.0,)), "before", reader) for one in requests]
-    adapted = [
-        _pictures(model, replace(one, lora_scales=tuple(weights.lora_scale)), "after", model) for one in requests
-    ]
+    adapted = [_pictures(model, replace(one, lora_scales=(*weights.lora_scale,)), "after", model) for one in requests]
 
     # CLIP does not know new words.
     unknown = re.compile("|".join(map(re.escape, [*model.adapters.words, *filter(None, [wanted.token])])))
     texts = [" ".join(unknown.sub("", prompt).split()) for prompt in of_subject]
-    found = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
-    by_name = {one.name: asdict(one) for one in found}
+    measured = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
+    by_name = {one.name: asdict(one) for one in measured}
     metrics = {
         side: {key: by_name[name][of_model]["mean"] for key, name in SUMMARY.items()}
         for side, of_model in (("before", "base"), ("after", "adapted"))
@@ -91,15 +91,8 @@ def run(argv: Sequence[str]) -> int:
     write_sheet(output / SHEET, title, rows)
     write_json(output / METRICS, {**metrics, "seeds": [one.seed for one in requests], "measures": by_name})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
-    print(table(found))
+    print(table(measured))
     return 0
-
-
-def _open_photographs(wanted: ComparisonConfig) -> dict[str, Pictures]:
-    """Photographs by the flags of their folders."""
-    folders = {flag: own for flag in PHOTOGRAPHS if (own := getattr(wanted, flag))}
-    found = photographs_in(folders, wanted.transparent_background, tell)
-    return {flag: [np.asarray(open_picture(one.path, one.background)) for one in own] for flag, own in found.items()}
 
 
 def _load_embedders(config: EvaluateConfig, bundle: ModelBundle) -> list[Embedder]:

@@ -55,10 +55,7 @@ class PrepareConfig(Schema):
     preparation: PreparationConfig
 
 
-_ADAPTED = Rule(
-    lambda values: values["lora"] or values["embedding"],
-    "--tuned: is compared as it is; leave out --lora and --embedding",
-)
+_ADAPTED = Rule(lambda values: values["lora"] or values["embedding"], "--tuned: leave out --lora and --embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +109,9 @@ class EvaluateConfig(Schema):
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 
-_NAMED = Range(
-    "one or more, with names of letters, digits, _ and -, but not none",
-    lambda named: named and all(re.fullmatch(r"(?!none$)\w[\w-]*", name) for name in named),
-)
+_FLAGS = Range("names, none of them none, with flags of `train` such as {rank: 8}", lambda named: named and all(
+    re.fullmatch(r"(?!none$)\w[\w-]*", name) and isinstance(flags, dict) for name, flags in named.items()
+))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +133,7 @@ class TeachingConfig:
     """Prompt of the photographs."""
     class_prompt: Annotated[str, NOT_EMPTY] = "a photo of {class}"
     """Prompt of the class."""
-    methods: Annotated[dict[str, Any], _NAMED]
+    methods: Annotated[dict[str, Any], _FLAGS]
     """Under a name of each method flags of `train`. The base without training is there by itself, as none."""
     train: dict[str, Any] = field(default_factory=dict)
     """Flags of `train` that all methods have. In any flag {token} and {class} are filled in."""

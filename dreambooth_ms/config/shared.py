@@ -64,7 +64,7 @@ class ScheduleConfig:
 _COMPARED = Rule(
     # Only `evaluate` has it.
     lambda values: "tuned" in values and not (values["lora"] or values["embedding"] or values["tuned"]),
-    "--lora: missing; name the adapter to compare the base with, or an --embedding, or a --tuned model",
+    "--lora: missing; name the adapter to compare the base with, or an --embedding, or a tuned model",
     of_default=True,
 )
 

@@ -127,14 +127,9 @@ class Source:
         return tuple(records)
 
 
-def photographs_in(
-    folders: Mapping[str, str | Path], background: str = "white", tell: Tell = lambda note: None
-) -> dict[str, tuple[Record, ...]]:
-    """Photographs by the flags of their folders, of which the first is that of those that are trained on.
-
-    Raises:
-        DataError: a folder has none, or damaged ones; or some are in the first, too.
-    """
+def photographs_in(folders: Mapping[str, str], background: str, tell: Tell) -> dict[str, tuple[Record, ...]]:
+    """Photographs by the flags of their folders. Raises DataError if a folder has none, or damaged ones; or if some are
+    in the first folder, too."""
     found = {flag: Source(Path(own), "", background=background).records(tell) for flag, own in folders.items()}
     given, *others = found
     digests = {record.digest for record in found[given]}

@@ -2,25 +2,22 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from dreambooth_ms.config.load import did_you_mean, in_one_line, suggestions
+from dreambooth_ms.config.load import in_one_line
 from dreambooth_ms.errors import ConfigError, near
 
 TOKEN, CLASS_NAME = "{token}", "{class}"
-"""What stands in a prompt for the name of a subject and for that of its class."""
 LISTS = ("prompts_and_classes.txt", "subjects.yaml", "subjects.json")
 LIVE = ("cat", "dog")
 """Classes of google/dreambooth that have the prompts for live subjects."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A subject of a set, whose prompts are still to be filled in."""
+class Subject(NamedTuple):
+    """A subject of a set, with prompts in which TOKEN stands for its name, and CLASS_NAME for that of its class."""
 
     name: str
     folder: Path
@@ -36,8 +33,7 @@ def read_subjects(folder: Path, chosen: Sequence[str], prompts: Sequence[str] | 
     """The subjects of a set, all or those that are chosen, with these prompts or those of the set.
 
     Its list is as in google/dreambooth, there or in `dataset`, or has `classes`, subject: class, and `prompts`, for all
-    or subject: prompts. Photographs are not looked for. Raises ConfigError if there is no list, or of every mistake in
-    it, one line each.
+    or subject: prompts. Photographs are not looked for. Raises ConfigError if there is no such list.
     """
     files = [place / name for place in (folder, folder / "dataset") for name in LISTS]
     file = next(filter(Path.is_file, files), None)
@@ -46,25 +42,18 @@ def read_subjects(folder: Path, chosen: Sequence[str], prompts: Sequence[str] | 
     try:
         text = file.read_text(encoding="utf-8-sig")
         content = _published(text) if file.suffix == ".txt" else yaml.safe_load(text)
-        classes, listed = {str(name): str(one) for name, one in content["classes"].items()}, content.get("prompts", ())
-        found = [
-            Subject(name, file.parent / name, classes[name], tuple(prompts or own or ()))
-            for name in chosen or classes
-            if name in classes
-            for own in [listed.get(name) if isinstance(listed, dict) else listed]
-        ]
+        classes, own = {str(name): str(one) for name, one in content["classes"].items()}, content.get("prompts") or ()
+        named = {name: tuple(prompts or (own.get(name) if isinstance(own, dict) else own) or ()) for name in classes}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = in_one_line(error)
-        raise ConfigError(f"{file}: expected classes and prompts as docs/learning.md has them ({reason})") from error
-    unknown = [name for name in chosen if name not in classes]
-    problems = [f"--subjects {name}: {file} has none{did_you_mean(suggestions(name, classes))}" for name in unknown]
-    problems += [
-        f"{file}: expected prompts of {one.name} with {TOKEN} in each, got {one.prompts}"
-        for one in found
-        if not one.prompts or any(TOKEN not in str(prompt) for prompt in one.prompts)
-    ]
-    if problems or not found:
-        raise ConfigError("\n".join(problems) or f"{file}: there is no subject in it")
+        raise ConfigError(
+            f"{file}: expected classes and prompts, see docs/learning.md ({in_one_line(error)})"
+        ) from error
+    if unknown := [name for name in chosen if name not in classes] or (not classes and ["any subject"]):
+        raise ConfigError(f"--subjects: {file} has not {', '.join(unknown)}; it has {', '.join(classes) or 'none'}")
+    found = [Subject(name, file.parent / name, classes[name], named[name]) for name in chosen or classes]
+    for one in found:
+        if not one.prompts or any(TOKEN not in str(prompt) for prompt in one.prompts):
+            raise ConfigError(f"{file}: expected prompts of {one.name} with {TOKEN} in each, got {one.prompts}")
     return found
 
 
