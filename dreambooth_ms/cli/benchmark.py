@@ -46,9 +46,8 @@ def run(argv: Sequence[str]) -> int:
             found = one | {"measures": read_json(folder / "metrics.json")["measures"]}
             write_json(folder / FIGURES, found)
         figures.append(found)
-    text = table(figures)
-    write_bytes(Path(config.teaching.output_dir, TABLE), text.encode())
-    print(text, end="")
+    write_bytes(Path(config.teaching.output_dir, TABLE), table(figures).encode())
+    print(table(figures), end="")
     return 0
 
 
@@ -66,7 +65,9 @@ def planned(config: BenchmarkConfig) -> list[Run]:
             runs.append(_run(config, subject, method, seed, folders, problems))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    find_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
+    base = find_model(config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant)
+    if not (teaching.evaluate.get("clip") or (base / "clip").is_dir()):
+        raise ConfigError(f"evaluate: clip: missing, {base} has none; name one, such as openai/clip-vit-base-patch32")
     for name in filter(None, map(teaching.evaluate.get, ("clip", "dino"))):
         find_encoder(name)
     check_writable(Path(teaching.output_dir))
@@ -149,7 +150,6 @@ def _cell(values_SN: np.ndarray) -> str:
     known_SN = values_SN[~np.isnan(values_SN).any(1)]
     if not known_SN.size:
         return "-"
-    over = {" ± {:.3f}": known_SN.mean(0), " ({:.3f})": known_SN.mean(1)}
-    return f"{known_SN.mean():.3f}" + "".join(
-        form.format(own.std(ddof=1)) for form, own in over.items() if own.size > 1
-    )
+    over = (" ± {:.3f}", known_SN.mean(0)), (" ({:.3f})", known_SN.mean(1))
+    deviations = [form.format(own.std(ddof=1)) for form, own in over if own.size > 1]
+    return f"{known_SN.mean():.3f}" + "".join(deviations)

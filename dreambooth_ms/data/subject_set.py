@@ -45,9 +45,7 @@ def read_subjects(folder: Path, chosen: Sequence[str], prompts: Sequence[str] | 
         classes, own = {str(name): str(one) for name, one in content["classes"].items()}, content.get("prompts") or ()
         named = {name: tuple(prompts or (own.get(name) if isinstance(own, dict) else own) or ()) for name in classes}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{file}: expected classes and prompts, see docs/learning.md ({in_one_line(error)})"
-        ) from error
+        raise ConfigError(f"{file}: no classes and prompts as in docs/learning.md ({in_one_line(error)})") from error
     if unknown := [name for name in chosen if name not in classes] or (not classes and ["any subject"]):
         raise ConfigError(f"--subjects: {file} has not {', '.join(unknown)}; it has {', '.join(classes) or 'none'}")
     found = [Subject(name, file.parent / name, classes[name], named[name]) for name in chosen or classes]

@@ -1,6 +1,8 @@
 """A benchmark's plan, what stops it, what it does again, and its table; its commands are recorded, not done."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,14 @@ import yaml
 from PIL import Image
 
 from dreambooth_ms.cli import benchmark
-from dreambooth_ms.cli.benchmark import LEGEND, table
+from dreambooth_ms.cli.benchmark import LEGEND, _run, table
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.data.subject_set import read_subjects
+from dreambooth_ms.config.commands import BenchmarkConfig
+from dreambooth_ms.config.load import load
+from dreambooth_ms.data.subject_set import Subject, read_subjects
 from dreambooth_ms.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 PUBLISHED = """Classes
 
 subject_name,class
@@ -52,7 +57,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "set" / "subjects.yaml").write_text(
         "classes: {rex: dog, tea: pot}\nprompts: ['a {token} {class} on a rug']"
     )
-    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "clip").mkdir(parents=True)
+    (tmp_path / "bare").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -188,6 +194,10 @@ def test_a_command_that_fails_ends_it_with_its_status(home, monkeypatch):
         (changed(prompts=["a {class}"]), ["set/subjects.yaml: expected prompts of rex with {token} in each, got"]),
         (changed(held_out_data_dir="set"), ["--held_out_data_dir: 0.png, 1.png is in --instance_data_dir, too;"]),
         (changed(held_out_data_dir="none"), ["none/rex: no such folder; expected a folder with pictures"]),
+        (FILE | {"model": {"pretrained_model_name_or_path": "bare"}}, [
+            "evaluate: clip: missing, bare has none; name one, such as openai/clip-vit-base-patch32",
+        ]),
+        (FILE | {"model": {"pretrained_model_name_or_path": "buse"}}, ["buse: no such file or folder; did you mean"]),
         (changed(evaluate={"dino": "nowhere/at/all"}), ["nowhere/at/all: no such file or folder"]),
     ],
 )  # fmt: skip
@@ -202,9 +212,7 @@ def test_what_is_wrong_is_said_before_any_training(home, done, capsys, content, 
 @pytest.mark.parametrize("text", ["- rex", "classes: [rex]", "classes: {rex: dog", "prompts: [a]", "3"])
 def test_a_list_of_subjects_that_is_none_is_one_line(home, text):
     (home / "set" / "subjects.yaml").write_text(text)
-    with pytest.raises(
-        ConfigError, match=r"^set/subjects.yaml: expected classes and prompts, see docs/learning.md \(.*\)$"
-    ):
+    with pytest.raises(ConfigError, match=r"^set/subjects.yaml: no classes and prompts as in docs/learning.md \(.*\)$"):
         read_subjects(Path("set"), [], None)
 
 
@@ -221,6 +229,20 @@ def test_the_published_list_has_prompts_for_objects_and_for_the_living(tmp_path)
     assert tom.prompts == ("a {token} {class} with a crown",)
     assert bear.filled(bear.prompts[1], "sks") == "a green sks stuffed animal"
     assert [one.name for one in read_subjects(tmp_path, ["tom"], ["{token}"])] == ["tom"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "benchmark").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_benchmarks_that_are_there_have_flags_that_are_known(path, tmp_path):
+    config = load(BenchmarkConfig, [str(path)], pytest.fail)
+    subject, problems = Subject("rex", tmp_path, "dog", ("a {token} {class}",)), []
+    for method in config.teaching.methods:
+        _run(config, subject, method, 0, {"instance_data_dir": str(tmp_path)}, problems)
+    assert not problems and len(config.teaching.methods) > 1
+
+
+def test_the_benchmark_itself_imports_no_mindspore():
+    program = "import sys, dreambooth_ms.cli.benchmark; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 def test_the_table_has_means_over_all_and_deviations_over_seeds_and_subjects():
