@@ -12,18 +12,18 @@ from dreambooth_ms.atomic import check_writable
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
-from dreambooth_ms.config.commands import ComparisonConfig, EvaluateConfig
+from dreambooth_ms.config.commands import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.data.records import Source
-from dreambooth_ms.errors import ConfigError, DataError, show_names
+from dreambooth_ms.data.records import photographs_in
+from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation import Drawn, Embedder, Measure, load_clip_embedder, load_dino_embedder, measures
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
-from dreambooth_ms.weights.bundle import ModelBundle
-from dreambooth_ms.weights.hub import find_adapter, find_encoder
+from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
+from dreambooth_ms.weights.hub import find_adapter, find_encoder, find_model
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
@@ -47,13 +47,16 @@ def run(argv: Sequence[str]) -> int:
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
     device = set_up(config.device)
     bundle = open_base(weights)
-    photographs = _open_photographs(wanted)
+    folders = {flag: own for flag in PHOTOGRAPHS if (own := getattr(wanted, flag))}
+    found = photographs_in(folders, wanted.transparent_background, tell).items()
+    photographs = {flag: [np.asarray(open_picture(one.path, one.background)) for one in own] for flag, own in found}
     embedders = _load_embedders(config, bundle)
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
-    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    tuned = open_bundle(find_model(wanted.tuned)) if wanted.tuned else bundle
+    model = SamplingModel(tuned, [*loras], words=[*words], mixed_precision=device.mixed_precision)
     for note in model.adapters.notes:
         tell(note)
     of_subject = [prompt for prompt in subject_prompts for _ in range(wanted.num_images_per_prompt)]
@@ -61,17 +64,16 @@ def run(argv: Sequence[str]) -> int:
     request = SampleRequest.of(wanted, prompts=prompts, num_images_per_prompt=1, purpose=PURPOSE)
     requests = [replace(request, seed=(request.seed + number) % 2**64) for number in range(wanted.num_seeds)]
     # New words are ordinary text to the base.
-    reader = SamplingModel(bundle) if model.adapters.words else model
-    base = [_pictures(model, replace(one, lora_scales=(0.0,)), "before", reader) for one in requests]
-    adapted = [
-        _pictures(model, replace(one, lora_scales=tuple(weights.lora_scale)), "after", model) for one in requests
-    ]
+    of_base = SamplingModel(bundle, mixed_precision=device.mixed_precision) if wanted.tuned else model
+    reader = SamplingModel(bundle) if model.adapters.words else of_base
+    base = [_pictures(of_base, replace(one, lora_scales=(0.0,)), "before", reader) for one in requests]
+    adapted = [_pictures(model, replace(one, lora_scales=(*weights.lora_scale,)), "after", model) for one in requests]
 
     # CLIP does not know new words.
-    unknown = re.compile("|".join(map(re.escape, model.adapters.words)))
+    unknown = re.compile("|".join(map(re.escape, [*model.adapters.words, *filter(None, [wanted.token])])))
     texts = [" ".join(unknown.sub("", prompt).split()) for prompt in of_subject]
-    found = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
-    by_name = {one.name: asdict(one) for one in found}
+    measured = [one for own in embedders for one in _measure(own, photographs, base, adapted, texts)]
+    by_name = {one.name: asdict(one) for one in measured}
     metrics = {
         side: {key: by_name[name][of_model]["mean"] for key, name in SUMMARY.items()}
         for side, of_model in (("before", "base"), ("after", "adapted"))
@@ -89,25 +91,8 @@ def run(argv: Sequence[str]) -> int:
     write_sheet(output / SHEET, title, rows)
     write_json(output / METRICS, {**metrics, "seeds": [one.seed for one in requests], "measures": by_name})
     tell(f"wrote {output / SHEET} and {output / METRICS}")
-    print(table(found))
+    print(table(measured))
     return 0
-
-
-def _open_photographs(wanted: ComparisonConfig) -> dict[str, Pictures]:
-    """Photographs by the flags of their folders.
-
-    Raises:
-        DataError: a folder has none, or damaged ones; or some are in two folders.
-    """
-    background = wanted.transparent_background
-    folders = {flag: Path(getattr(wanted, flag)) for flag in PHOTOGRAPHS if getattr(wanted, flag)}
-    found = {flag: Source(own, wanted.prompt, background=background).records(tell) for flag, own in folders.items()}
-    given, *others = found
-    digests = {record.digest for record in found[given]}
-    for flag in others:
-        if twice := [record.path.name for record in found[flag] if record.digest in digests]:
-            raise DataError(f"--{flag}: {show_names(twice)} is in --{given}, too; take it out of one of them")
-    return {flag: [np.asarray(open_picture(one.path, background)) for one in own] for flag, own in found.items()}
 
 
 def _load_embedders(config: EvaluateConfig, bundle: ModelBundle) -> list[Embedder]:

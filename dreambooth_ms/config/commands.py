@@ -1,14 +1,15 @@
 """The settings of the commands; those of `train` and `sample`, which are many, have files of their own."""
 
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import FloatType, PredictionType
 from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SHARE, SIDE, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needed_without, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, GenerationConfig, WeightsConfig
 from dreambooth_ms.config.train import TrainConfig
 
 
@@ -54,6 +55,9 @@ class PrepareConfig(Schema):
     preparation: PreparationConfig
 
 
+_ADAPTED = Rule(lambda values: values["lora"] or values["embedding"], "--tuned: leave out --lora and --embedding")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(GenerationConfig):
     """What base and adapted model are compared on."""
@@ -66,8 +70,12 @@ class ComparisonConfig(GenerationConfig):
     """Folder with photographs of another subject of the class, whose fidelity is the floor. None: there is no floor."""
     transparent_background: Background = "white"
     """What they are put on where they are transparent: white, black, grey or #rrggbb."""
+    tuned: Annotated[str | None, NOT_EMPTY, PATH, _ADAPTED] = None
+    """In place of adapters: the model that training made of the base, such as --method full writes."""
     prompt: Annotated[str, NOT_EMPTY]
     """What the pictures of the subject show: a prompt, or the path of a text file with one prompt per line."""
+    token: Annotated[str | None, NOT_EMPTY] = None
+    """Rare word in them that CLIP-T leaves out, as it does new words. None: it reads them as they are."""
     class_prompt: Annotated[str, NOT_EMPTY]
     """Prompt of the class, to see what the training did to it."""
     clip: Annotated[str | None, NOT_EMPTY, PATH] = None
@@ -98,6 +106,53 @@ class EvaluateConfig(Schema):
 
     weights: WeightsConfig
     comparison: ComparisonConfig
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+_FLAGS = Range("names, none of them none, with flags of `train` such as {rank: 8}", lambda named: named and all(
+    re.fullmatch(r"(?!none$)\w[\w-]*", name) and isinstance(flags, dict) for name, flags in named.items()
+))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingConfig:
+    """Who is taught, by which methods."""
+
+    subjects_dir: Annotated[str, NOT_EMPTY, PATH]
+    """Folder with a folder of photographs of each subject, and a list of their classes and prompts: google/dreambooth,
+    or one with subjects.yaml in it (docs/learning.md)."""
+    subjects: list[str] = field(default_factory=list)
+    """Those of it that are taught. Empty: all."""
+    prompts: Annotated[tuple[str, ...] | None, NOT_EMPTY] = None
+    """What pictures of each subject show, with {token} and {class} in it. None: what the list has."""
+    held_out_data_dir: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """Folder with a folder, of the same name, of photographs of each subject that it is not trained on."""
+    token: Annotated[str, NOT_EMPTY] = "sks"
+    """What {token} stands for; for a method with --modifier_token it is that."""
+    instance_prompt: Annotated[str, NOT_EMPTY] = "a photo of {token} {class}"
+    """Prompt of the photographs."""
+    class_prompt: Annotated[str, NOT_EMPTY] = "a photo of {class}"
+    """Prompt of the class."""
+    methods: Annotated[dict[str, Any], _FLAGS]
+    """Under a name of each method flags of `train`. The base without training is there by itself, as none."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Flags of `train` that all methods have. In any flag {token} and {class} are filled in."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Flags of `evaluate`, such as clip, dino, num_class_images and num_seeds."""
+    num_trainings: Annotated[int, at_least(1)] = 3
+    """Trainings of each subject by each method, with the seeds 0, 1, and so on."""
+    output_dir: Annotated[str, NOT_EMPTY, PATH] = "benchmark"
+    """Folder for table.md, and for the runs: subject/method-seed, with figures.json when it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(Schema):
+    """Compare methods, by what subjects that they teach are evaluated to."""
+
+    POSITIONAL = ("config",)
+
+    model: BaseModelConfig
+    teaching: TeachingConfig
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
 

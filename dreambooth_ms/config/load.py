@@ -354,6 +354,10 @@ def _converted(one: Field, written: Any, is_flag: bool) -> Any:
         return tuple(_NODES[str].validate_and_convert(text) for text in texts)
     if one.kind is bool and not isinstance(written, bool | str):
         raise ValueError
+    if get_origin(one.kind) is dict:
+        if not isinstance(written, dict):
+            raise ValueError
+        return {str(name): value for name, value in written.items()}
     return _NODES[one.kind].validate_and_convert(written)
 
 

@@ -17,6 +17,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
     bool: ("True or False", "[True|False]"), int: ("a whole number", "N"), float: ("a number", "X"),
     str: ("text", "TEXT"), list[str]: ("a list of texts", "TEXT [TEXT ...]"),
     list[float]: ("a list of numbers", "X [X ...]"), tuple[str, ...]: ("text or a list of texts", "TEXT"),
+    dict[str, Any]: ("names with what belongs to each, in the file", "…"),
 }  # fmt: skip
 """Kind of a field -> what a value has to be, and what stands for it in a usage line."""
 
@@ -25,8 +26,9 @@ _WORDS: dict[Any, tuple[str, str]] = {
 class Field:
     """One field of a schema, as flags, files and the help text see it.
 
-    kind is bool, int, float, str, list[str], list[float], tuple[str, ...] for texts that may hold commas, or the tuple
-    of texts to choose from; default is dataclasses.MISSING where the user has to give a value.
+    kind is bool, int, float, str, list[str], list[float], tuple[str, ...] for texts that may hold commas, dict[str,
+    Any] for what only a file can say, or the tuple of texts to choose from; default is dataclasses.MISSING where the
+    user has to give a value.
     """
 
     name: str

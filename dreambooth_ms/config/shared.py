@@ -62,9 +62,9 @@ class ScheduleConfig:
 
 
 _COMPARED = Rule(
-    # Only `evaluate` has a class_prompt beside adapters.
-    lambda values: "class_prompt" in values and not (values["lora"] or values["embedding"]),
-    "--lora: missing; name the adapter to compare the base with, or an --embedding",
+    # Only `evaluate` has it.
+    lambda values: "tuned" in values and not (values["lora"] or values["embedding"] or values["tuned"]),
+    "--lora: missing; name the adapter to compare the base with, or an --embedding, or a tuned model",
     of_default=True,
 )
 

@@ -1,5 +1,6 @@
 """From folders to concepts: each a set of pictures that is learnt as one thing, with all that a row needs of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ from dreambooth_ms.data.captions import PROMPT_ALONE, Captioning, Wording
 from dreambooth_ms.data.looks import NOT_MEASURED, Looks, looks_of
 from dreambooth_ms.data.masks import Mask, find_mask
 from dreambooth_ms.data.pictures import CAPTIONS, MIN_SIDE, Size, digest, find_pictures, read_picture, told
-from dreambooth_ms.errors import DataError, Tell, count_of, near
+from dreambooth_ms.errors import DataError, Tell, count_of, near, show_names
 
 INSTANCE, CLASS = "instance", "class"
 
@@ -124,3 +125,15 @@ class Source:
         for line in told(notes):
             tell(line)
         return tuple(records)
+
+
+def photographs_in(folders: Mapping[str, str], background: str, tell: Tell) -> dict[str, tuple[Record, ...]]:
+    """Photographs by the flags of their folders. Raises DataError if a folder has none, or damaged ones; or if some are
+    in the first folder, too."""
+    found = {flag: Source(Path(own), "", background=background).records(tell) for flag, own in folders.items()}
+    given, *others = found
+    digests = {record.digest for record in found[given]}
+    for flag in others:
+        if twice := [record.path.name for record in found[flag] if record.digest in digests]:
+            raise DataError(f"--{flag}: {show_names(twice)} is in --{given}, too; take it out of one of them")
+    return found

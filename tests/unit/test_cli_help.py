@@ -109,8 +109,8 @@ def test_help_of_a_command_begins_with_what_everybody_sets(name, flags, capsys):
         ("trian", "trian: unknown command; did you mean train?"),
         (
             "--rank",
-            "--rank: unknown command; expected one of train, check, prepare, sample, evaluate, inspect, convert, "
-            "merge, extract, doctor",
+            "--rank: unknown command; expected one of train, check, prepare, sample, evaluate, benchmark, inspect, "
+            "convert, merge, extract, doctor",
         ),
     ],
 )

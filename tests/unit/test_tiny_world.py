@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from dreambooth_ms.randomness import generator
+from tools.tiny_base import world
 from tools.tiny_base.checker import Reading, check, shows
 from tools.tiny_base.world import (
     COLOURS,
+    INDIVIDUALS,
     SHAPES,
     SUBJECT_COLOURS,
     SUBJECT_SHAPE,
@@ -21,6 +23,8 @@ from tools.tiny_base.world import (
     Scene,
     caption,
     draw,
+    free_backgrounds,
+    individual_scenes,
     render,
     resembles_subject,
     sample_scene,
@@ -165,6 +169,30 @@ def test_subject_pictures_differ_in_background_and_pose_only():
     for varied in ("background", "position", "scale", "angle"):
         assert len({getattr(scene, varied) for scene in scenes}) == len(scenes)
     assert {check(picture).shape for picture in subject_pictures()} == {SUBJECT_SHAPE}
+
+
+def marks(one):
+    return one.shape, one.colour, one.accent, one.pattern
+
+
+def test_none_of_the_scenes_that_the_base_learnt_is_like_a_subject_of_the_set():
+    """Those of its UNet, by the seed and the number of `tools.train_tiny_base`."""
+    seen = Counter(marks(world.scene(2026, index)) for index in range(12_000))
+    other_way_round = {name: seen[one.shape, one.accent, one.colour, one.pattern] for name, one in INDIVIDUALS.items()}
+    assert len(seen) > 1500
+    assert {name: seen[marks(one)] for name, one in INDIVIDUALS.items()} == dict.fromkeys(INDIVIDUALS, 0)
+    assert other_way_round == dict.fromkeys(INDIVIDUALS, 0) | {"tent": 1}
+
+
+def test_subjects_of_the_set_differ_from_each_other_and_from_picture_to_picture():
+    assert {one.shape for one in INDIVIDUALS.values()} == set(SHAPES)
+    for name, one in INDIVIDUALS.items():
+        scenes = individual_scenes(name, 8)
+        assert {marks(each) for each in scenes} == {marks(one)}
+        assert {each.background for each in scenes} <= {*free_backgrounds(one)}
+        assert not {one.colour, one.accent, one.outline, one.eyes} & {*free_backgrounds(one)}
+        assert len({each.scale for each in scenes}) == 8
+        assert individual_scenes(name, 3, first=5) == scenes[5:]
 
 
 def test_the_demo_subject_is_reproduced_bit_for_bit(tmp_path):
