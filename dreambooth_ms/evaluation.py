@@ -38,13 +38,9 @@ class Embedder:
 
 
 def load_clip_embedder(folder: Path) -> Embedder:
-    """CLIP's (Radford et al., 2021) from a folder in transformers' layout, a model's own or another.
-
-    Texts are read by the tokenizer on board if it has as many tokens, else by one in the folder or beside it.
-
-    Raises:
-        WeightError: it holds no CLIP model.
-    """
+    """CLIP's (Radford et al., 2021) from a folder in transformers' layout, a model's own or another; WeightError if it
+    holds none. Texts are read by the tokenizer on board if it has as many tokens, else by one in the folder or beside
+    it."""
     clip = load_encoder(folder, CLIPModel)
     spec, size, texts = clip.spec.text, clip.spec.vision.image_size, None
     places = [tokenizer_on_board()] if spec.vocab_size == SIZE else [folder, folder.parent / "tokenizer"]
@@ -109,6 +105,11 @@ def similarity_among(x_ND: np.ndarray) -> float:
 def similarity_in_turn(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
     """Mean cosine of each with the one at its place: DreamBooth's CLIP-T, of pictures and their prompts."""
     return float((x_ND * y_ND).sum(1).mean())
+
+
+def drift(x_ND: np.ndarray, y_ND: np.ndarray) -> float:
+    """1 - mean cosine of each with the one at its place; 0, not -0, of the same."""
+    return max(0.0, 1 - similarity_in_turn(x_ND, y_ND))
 
 
 class Drawn(NamedTuple):
@@ -187,5 +188,5 @@ def measures(
         *found,
         of(f"PRES, {space}", "lower", lambda own, _: similarity(own.class_MD, given_KD)),
         of(f"DIV, {space}", "higher", lambda own, _: 1 - similarity_among(own.class_MD)),
-        of(f"class drift, {space}", "lower", lambda own, old: 1 - similarity_in_turn(own.class_MD, old.class_MD)),
+        of(f"class drift, {space}", "lower", lambda own, old: drift(own.class_MD, old.class_MD)),
     ]

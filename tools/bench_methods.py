@@ -28,7 +28,7 @@ from dreambooth_ms.cli.evaluate import PURPOSE
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
-from dreambooth_ms.evaluation import load_clip_embedder, similarity, similarity_in_turn
+from dreambooth_ms.evaluation import drift, load_clip_embedder, similarity
 from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
@@ -194,7 +194,7 @@ class Bench:
         """Of a word's pictures beside the photographs of a subject, and of those of the class."""
         of_word, of_class, of_base = (self._embed(own) for own in (pictures[word], pictures[-1], base[-1]))
         to_subject = similarity(of_word, self._embed(self._photographs[subject]))
-        found = Fidelity(to_subject, 1 - similarity_in_turn(of_class, of_base))
+        found = Fidelity(to_subject, drift(of_class, of_base))
         print(f"word {word} beside subject {subject}: {found}", file=sys.stderr, flush=True)
         return found
 

@@ -24,7 +24,7 @@ from PIL import Image
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import Source
-from dreambooth_ms.evaluation import load_clip_embedder, similarity, similarity_in_turn
+from dreambooth_ms.evaluation import drift, load_clip_embedder, similarity
 from dreambooth_ms.runtime.device import set_up_device
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.request import SampleRequest
@@ -146,7 +146,7 @@ class Comparison:
         """Of the adapter in a folder."""
         own, count = self._sample(adapter), self._count
         to_subject = similarity(own[:count], self._embed(self._photographs))
-        return Fidelity(to_subject, 1 - similarity_in_turn(own[count:], self._base[count:]))
+        return Fidelity(to_subject, drift(own[count:], self._base[count:]))
 
     def _sample(self, *adapters: Path) -> np.ndarray:
         model = SamplingModel(open_bundle(BASE), adapters)

@@ -11,7 +11,7 @@ from dreambooth_ms.cli.validation import lent_model, validation_request
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.evaluation import load_clip_embedder, similarity, similarity_in_turn
+from dreambooth_ms.evaluation import drift, load_clip_embedder, similarity
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.stopping import FIDELITY
@@ -59,8 +59,7 @@ class MeasureFidelity:
 
     def _value(self) -> float:
         own = self._vectors(self._model)
-        drift = 1 - similarity_in_turn(own[PICTURES:], self._of_base)
-        return similarity(own[:PICTURES], self._photographs) - drift
+        return similarity(own[:PICTURES], self._photographs) - drift(own[PICTURES:], self._of_base)
 
     def _vectors(self, model: SamplingModel) -> np.ndarray:
         with self._training.as_result():
