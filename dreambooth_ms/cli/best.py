@@ -10,13 +10,12 @@ from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.validation import lent_model, validation_request
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.pictures import open_picture
-from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation import drift, load_clip_embedder, similarity
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.stopping import FIDELITY
 from dreambooth_ms.weights.bundle import ModelBundle
-from dreambooth_ms.weights.hub import find_encoder
+from dreambooth_ms.weights.hub import find_clip
 
 PICTURES = 8
 """Of the subject, and of the class."""
@@ -24,12 +23,9 @@ PICTURES = 8
 
 def measuring_clip(config: TrainConfig, base: ModelBundle) -> Path | None:
     """The folder of the CLIP model that --keep_best fidelity measures with; ConfigError if there is none."""
-    wanted, own = config.stopping, base.path / "clip"
-    if wanted.keep_best != FIDELITY:
+    if config.stopping.keep_best != FIDELITY:
         return None
-    if not (wanted.clip or own.is_dir()):
-        raise ConfigError(f"--clip: {base.path} has no CLIP model; name one, such as openai/clip-vit-base-patch32")
-    return find_encoder(wanted.clip) if wanted.clip else own
+    return find_clip(config.stopping.clip, base.path, config.model.pretrained_model_name_or_path)
 
 
 class MeasureFidelity:

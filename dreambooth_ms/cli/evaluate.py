@@ -16,14 +16,13 @@ from dreambooth_ms.config.commands import EvaluateConfig
 from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import photographs_in
-from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.evaluation import Drawn, Embedder, Measure, load_clip_embedder, load_dino_embedder, measures
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
-from dreambooth_ms.weights.hub import find_adapter, find_encoder, find_model
+from dreambooth_ms.weights.hub import find_adapter, find_clip, find_encoder, find_model
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
@@ -98,12 +97,7 @@ def run(argv: Sequence[str]) -> int:
 def _load_embedders(config: EvaluateConfig, bundle: ModelBundle) -> list[Embedder]:
     """What measures: DINO if it is named, and CLIP."""
     wanted = config.comparison
-    if not wanted.clip and not (bundle.path / "clip").is_dir():
-        raise ConfigError(
-            f"--clip: {config.weights.pretrained_model_name_or_path} has no CLIP model; name one, such as "
-            "openai/clip-vit-base-patch32"
-        )
-    clip = load_clip_embedder(find_encoder(wanted.clip) if wanted.clip else bundle.path / "clip")
+    clip = load_clip_embedder(find_clip(wanted.clip, bundle.path, config.weights.pretrained_model_name_or_path))
     if not clip.texts:
         tell("CLIP-T is left out: --clip has no tokenizer")
     return [*([load_dino_embedder(find_encoder(wanted.dino))] if wanted.dino else []), clip]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from dreambooth_ms.atomic import check_room
-from dreambooth_ms.errors import WeightError, explain, near, show_names
+from dreambooth_ms.errors import ConfigError, WeightError, explain, near, show_names
 from dreambooth_ms.formats.folder_layout import model_files, network_files
 from dreambooth_ms.formats.naming.lora_formats import PARTS
 
@@ -48,6 +48,13 @@ def find_vae(name: str) -> Path:
 def find_encoder(name: str) -> Path:
     """The same for a CLIP model or DINO's: a folder in transformers' layout."""
     return _find(name, partial(network_files, network="encoder"))
+
+
+def find_clip(name: str | None, base: Path, base_name: str) -> Path:
+    """The same for the CLIP model that measures: --clip, or that of the base; ConfigError if there is neither."""
+    if not name and not (base / "clip").is_dir():
+        raise ConfigError(f"--clip: {base_name} has no CLIP model; name one, such as openai/clip-vit-base-patch32")
+    return find_encoder(name) if name else base / "clip"
 
 
 def find_adapter(name: str) -> Path:
