@@ -282,7 +282,11 @@ class Training:
             moment.set_data(0 * moment)
         base = self.base()
         reports, gradients, per_step = [], [], batches.plan.batches_per_step
-        keep_gradients = lambda report: gradients or gradients.append(self.first_gradients())  # noqa: E731
+
+        def keep_gradients(report):
+            if report.step == 1:
+                gradients.append(self.first_gradients())
+
         hooks = [reports.append, keep_gradients]
         train(
             self.step_cell(per_step),
