@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from dreambooth_ms.randomness import generator
-from tools.tiny_base import world
-from tools.tiny_base.checker import Reading, check, shows
+from tools.tiny_base.checker import Marks, Reading, check, check_marks, shows
 from tools.tiny_base.world import (
+    CALM,
     COLOURS,
     INDIVIDUALS,
+    RICH,
     SHAPES,
     SUBJECT_COLOURS,
     SUBJECT_SHAPE,
@@ -158,7 +159,7 @@ def test_the_world_never_shows_the_subject():
 def test_a_draw_that_resembles_the_subject_is_drawn_again(monkeypatch):
     allowed = plain_scene(0)
     draws = iter([*subject_scenes(2), allowed])
-    monkeypatch.setattr("tools.tiny_base.world._sample_any_scene", lambda rng: next(draws))
+    monkeypatch.setattr("tools.tiny_base.world._sample_any_scene", lambda rng, shares: next(draws))
     assert sample_scene(np.random.default_rng(0)) == allowed
 
 
@@ -177,11 +178,22 @@ def marks(one):
 
 def test_none_of_the_scenes_that_the_base_learnt_is_like_a_subject_of_the_set():
     """Those of its UNet, by the seed and the number of `tools.train_tiny_base`."""
-    seen = Counter(marks(world.scene(2026, index)) for index in range(12_000))
-    other_way_round = {name: seen[one.shape, one.accent, one.colour, one.pattern] for name, one in INDIVIDUALS.items()}
-    assert len(seen) > 1500
+    stages = (CALM, 0), (RICH, 300_000)
+    scenes = [sample_scene(generator(2026, "scene", at + i), shares) for shares, at in stages for i in range(12_000)]
+    seen = Counter(marks(scene) for scene in scenes)
+    assert len(seen) > 1600
     assert {name: seen[marks(one)] for name, one in INDIVIDUALS.items()} == dict.fromkeys(INDIVIDUALS, 0)
-    assert other_way_round == dict.fromkeys(INDIVIDUALS, 0) | {"tent": 1}
+    assert not any(seen[one.shape, one.accent, one.colour, one.pattern] for one in INDIVIDUALS.values())
+
+
+@pytest.mark.parametrize("shares", [CALM, RICH])
+def test_shares_of_the_scenes_that_have_marks(shares):
+    scenes = [sample_scene(generator(8, "scene", index), shares) for index in range(2000)]
+    eyed = [scene.eyes is not None for scene in scenes if scene.size != "small"]
+    assert abs(np.mean([scene.accent is not None for scene in scenes]) - shares.patterned) < 0.03
+    assert abs(np.mean([scene.outline is not None for scene in scenes]) - shares.outlined) < 0.03
+    # Where neither black nor white shows on both colours, there are none.
+    assert shares.eyed - 0.04 < np.mean(eyed) < shares.eyed + 0.03
 
 
 def test_subjects_of_the_set_differ_from_each_other_and_from_picture_to_picture():
@@ -242,3 +254,42 @@ def test_checker_rejects_what_is_no_shape_of_the_world():
     pair[20:36, 8:24] = pair[20:36, 40:56] = COLOURS["yellow"]
     assert check(bar).shape is None
     assert check(pair).shape is None
+
+
+SUBJECT_MARKS = Marks("white", frozenset(SUBJECT_COLOURS), "black")
+WITHOUT_A_MARK = {
+    "nothing": ({}, {}),
+    "outline": ({"outline": None}, {"outline": None}),
+    "eyes": ({"eyes": None}, {"eyes": None}),
+    "second half": ({"pattern": "plain", "accent": None}, {"halves": None}),
+    "halves, but stripes": ({"pattern": "striped", "pattern_period": 12.0}, {"halves": None}),
+}
+"""What is missing -> how the scene is then, and what is read otherwise."""
+
+
+@pytest.mark.parametrize("soiled", [False, True])
+@pytest.mark.parametrize("missing", WITHOUT_A_MARK)
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_checker_reads_the_marks_of_the_subject(missing, size, soiled):
+    drawn, read = WITHOUT_A_MARK[missing]
+    free = [colour for colour in COLOURS if colour not in (*SUBJECT_COLOURS, "white", "black")]
+    for index, scene in enumerate(subject_scenes(len(free), seed=11)):
+        picture = render(replace(scene, background=free[index], size=size, **drawn))
+        assert check_marks(soil(picture, index) if soiled else picture) == replace(SUBJECT_MARKS, **read), free[index]
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_one_eye_is_none(side):
+    """The other one is painted over with the colour of its half."""
+    (scene,) = subject_scenes(1)
+    picture, without = render(scene), render(replace(scene, eyes=None))
+    middle = round(float(np.argwhere(np.any(picture != without, axis=-1))[:, 1].mean()))
+    covered = np.s_[:, :middle] if side < 0 else np.s_[:, middle:]
+    picture[covered] = without[covered]
+    assert check_marks(picture) == replace(SUBJECT_MARKS, eyes=None)
+
+
+def test_a_blank_picture_and_noise_have_no_marks():
+    noise = generator(5, "noise").integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for picture in (np.full((64, 64, 3), 200, np.uint8), noise):
+        assert check_marks(picture) == Marks(None, None, None)

@@ -1,7 +1,8 @@
 """A checker of drawn scenes that reads pixels and has nothing learned in it.
 
 It says which shape of which colour a picture of the world shows on which background, or that it is unsure. It is
-meant for plain scenes; of a patterned one it names the colour that covers most of the inside of the shape.
+meant for plain scenes; of a patterned one it names the colour that covers most of the inside of the shape. Of a subject
+that is split in two it reads the marks: the outline, the halves, and the eyes.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,30 @@ PALETTE_REACH = 35.0
 LIKENESS = 0.8
 """Least intersection over union with the best template."""
 
+OUTLINE_DEPTHS = (2, 3)
+"""Where an outline is sought, pixels from the border of the shape; the first is mixed with the background."""
+
+OUTLINE_SHARE = 0.7
+"""Share of those pixels that has the outline's colour."""
+
+INSIDE_DEPTH = 3
+CORE_DEPTHS = range(6, 64)
+"""Where halves and eyes are sought, but for the outline's pixels, and where there is no outline any more."""
+
+HALF_SHARE = 0.15
+"""Least share of the body, without the eyes, that a half covers; where the halves meet, pixels have other colours."""
+
+PARTED_SHARE = 0.85
+"""Share of the halves that is on its side of a straight line."""
+
+EYE_COLOURS = ("black", "white")
+
+EYE_AREA = (4, 80)
+"""Pixels of an eye in a picture of 64 x 64."""
+
+EYE_RATIO = 2.5
+"""Greatest ratio of the areas of the two eyes, and of the sides of an eye's bounding box."""
+
 TEMPLATE_SIDE = 32
 TEMPLATE_ANGLES = range(-25, 26, 5)
 
@@ -50,6 +75,15 @@ class Reading:
     shape: str | None
     colour: str | None
     background: str | None
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What tells a subject from others of its shape, by its colours; None where it is not there."""
+
+    outline: str | None
+    halves: frozenset[str] | None
+    eyes: str | None
 
 
 def check(image: np.ndarray) -> Reading:
@@ -73,6 +107,25 @@ def shows(image: np.ndarray, shape: str, colour: str) -> bool:
     """Whether the picture, uint8 (H, W, 3), RGB, shows this shape in this colour, on whatever background."""
     reading = check(image)
     return (reading.shape, reading.colour) == (shape, colour)
+
+
+def check_marks(image: np.ndarray) -> Marks:
+    """Read the marks of what a picture shows.
+
+    Args:
+        image: uint8 (H, W, 3), RGB, about 64 x 64.
+    """
+    lab = to_lab(image.astype(np.float64))
+    field = _fit_background(lab)
+    mask = None if field is None else _foreground(lab, field)
+    if mask is None:
+        return Marks(None, None, None)
+    # A half that is like the background is a hole in what differs from it.
+    names, depth = _colours(lab), _depth(~_piece_around(~mask, 0))
+    outline = _outline(names, depth)
+    inside = (depth >= INSIDE_DEPTH) & ((names != outline) if outline else True)
+    eyes, eye_pixels = _eyes(names, inside)
+    return Marks(outline, _halves(names, inside & ~_grown(eye_pixels)), eyes)
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -150,6 +203,67 @@ def _piece_around(mask: np.ndarray, pixel: int) -> np.ndarray:
         if (grown == piece).all():
             return piece
         piece = grown
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    return np.logical_or.reduce([mask, *_neighbours(mask)])
+
+
+def _colours(lab: np.ndarray) -> np.ndarray:
+    """The palette colour nearest to every pixel, by its name."""
+    distances = np.linalg.norm(lab[..., None, :] - _palette(), axis=-1)
+    return np.array(list(COLOURS))[distances.argmin(axis=-1)]
+
+
+def _commonest(names: np.ndarray) -> tuple[str | None, float]:
+    """The name that occurs most often, and its share."""
+    found, counts = np.unique(names, return_counts=True)
+    return (str(found[counts.argmax()]), counts.max() / counts.sum()) if len(found) else (None, 0.0)
+
+
+def _outline(names: np.ndarray, depth: np.ndarray) -> str | None:
+    """The colour all around a body of others."""
+    (ring, share), (core, _) = (_commonest(names[np.isin(depth, depths)]) for depths in (OUTLINE_DEPTHS, CORE_DEPTHS))
+    return ring if share >= OUTLINE_SHARE and ring != core else None
+
+
+def _eyes(names: np.ndarray, inside: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """The colour of two round spots side by side in the body, and the pixels of both; None without such a pair."""
+    for colour in EYE_COLOURS:
+        left, spots = inside & (names == colour), []
+        while left.any():
+            spot = _piece_around(left, int(left.argmax()))
+            left = left & ~spot
+            if spot.sum() >= EYE_AREA[0]:
+                spots.append(spot)
+        if len(spots) == 2 and _are_a_pair(*(np.nonzero(spot) for spot in spots)):
+            return colour, spots[0] | spots[1]
+    return None, np.zeros_like(inside)
+
+
+def _are_a_pair(one: tuple[np.ndarray, ...], other: tuple[np.ndarray, ...]) -> bool:
+    """Whether two spots, by the rows and columns of their pixels, are alike, round, and side by side."""
+    areas = sorted(len(rows) for rows, _ in (one, other))
+    sides = [sorted(np.ptp(along) + 1 for along in spot) for spot in (one, other)]
+    down, across = (abs(one[axis].mean() - other[axis].mean()) for axis in (0, 1))
+    is_even = all(most <= EYE_RATIO * least for least, most in (areas, *sides))
+    return bool(is_even and areas[1] <= EYE_AREA[1] and across > 2 * down)
+
+
+def _halves(names: np.ndarray, body: np.ndarray) -> frozenset[str] | None:
+    """The two colours of a body that a straight line parts; None if it is not so."""
+    found, counts = np.unique(names[body], return_counts=True)
+    if len(found) < 2:
+        return None
+    first, second = found[counts.argsort()[:-3:-1]]
+    places = [np.argwhere(body & (names == colour)) for colour in (first, second)]
+    if min(map(len, places)) < HALF_SHARE * body.sum():
+        return None
+    centres = [place.mean(axis=0) for place in places]
+    across, middle = centres[1] - centres[0], (centres[0] + centres[1]) / 2
+    parted = ((places[0] - middle) @ across < 0).sum() + ((places[1] - middle) @ across > 0).sum()
+    is_split = parted >= PARTED_SHARE * sum(map(len, places))
+    return frozenset((str(first), str(second))) if is_split else None
 
 
 def _main_colour(lab: np.ndarray, mask: np.ndarray) -> str | None:

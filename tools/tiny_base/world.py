@@ -81,6 +81,22 @@ Shift = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How many of the scenes have what tells individuals from each other."""
+
+    patterned: float
+    outlined: float
+    eyed: float
+    """Of those that are not small."""
+
+
+CALM = Shares(patterned=0.3, outlined=0.18, eyed=0.2)
+"""Mostly plain shapes: what is named is learnt first."""
+RICH = Shares(patterned=0.54, outlined=0.45, eyed=0.45)
+"""One in ten has a pattern, an outline and eyes; of the calm scenes, one in a hundred."""
+
+
+@dataclass(frozen=True)
 class Scene:
     """One picture: what it shows by name, and the jitters no caption mentions."""
 
@@ -130,24 +146,28 @@ INDIVIDUALS = {
 }
 """Subjects to compare methods on, by names for people, but for their backgrounds.
 
-They are found by counting: none of the 12,000 scenes of the embedded base's training has the shape, the colour, the
-accent and the pattern of one of them; and but for one like the tent, none has the two colours the other way round."""
+No scene of the world has the shape, the pattern and both colours of one of them (`resembles_subject`)."""
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, shares: Shares = CALM) -> Scene:
     """Draw a scene; the colours of shape, accent, outline and background all differ.
 
     Never a scene that `resembles_subject`: those are drawn again.
     """
     while True:
-        scene = _sample_any_scene(rng)
+        scene = _sample_any_scene(rng, shares)
         if not resembles_subject(scene):
             return scene
 
 
 def resembles_subject(scene: Scene) -> bool:
-    """Whether the scene has what is reserved for the subject: a star of both cyan and orange, in any pattern."""
-    return scene.shape == SUBJECT_SHAPE and {scene.colour, scene.accent} == set(SUBJECT_COLOURS)
+    """Whether the scene has what is reserved: a star of both cyan and orange, or shape, pattern and both colours of one
+    of `INDIVIDUALS`, either colour as the accent."""
+    return (scene.shape == SUBJECT_SHAPE and {scene.colour, scene.accent} == set(SUBJECT_COLOURS)) or any(
+        (scene.shape, scene.pattern) == (one.shape, one.pattern)
+        and {scene.colour, scene.accent} == {one.colour, one.accent}
+        for one in INDIVIDUALS.values()
+    )
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
@@ -203,14 +223,14 @@ def scene(seed: int, index: int) -> Scene:
     return sample_scene(generator(seed, "scene", index))
 
 
-def draw(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Picture and caption number `index` of the world of this seed.
+def draw(seed: int, index: int, shares: Shares = CALM) -> tuple[np.ndarray, str]:
+    """Picture and caption number `index` of the world of this seed and these shares.
 
     Returns:
         Picture, uint8 (64, 64, 3), RGB; its caption.
     """
     rng = generator(seed, "scene", index)
-    drawn = sample_scene(rng)
+    drawn = sample_scene(rng, shares)
     return render(drawn), caption(drawn, rng)
 
 
@@ -371,11 +391,11 @@ def _background(scene: Scene, x: Field, y: Field) -> Field:
     return np.clip(_shade(scene.background, scene.background_shift) + slope[..., None], 0, 255)
 
 
-def _sample_any_scene(rng: np.random.Generator) -> Scene:
+def _sample_any_scene(rng: np.random.Generator, shares: Shares) -> Scene:
     colour, background, accent, outline = (str(name) for name in rng.permutation(list(COLOURS))[:4])
     shape, size = str(rng.choice(SHAPES)), str(rng.choice(list(SIZES), p=[0.15, 0.25, 0.6]))
-    pattern = str(rng.choice(PATTERNS, p=[0.7, 0.1, 0.1, 0.1]))
-    eyed = size != "small" and rng.random() < 0.2
+    pattern = str(rng.choice(PATTERNS, p=[1 - shares.patterned, *[shares.patterned / 3] * 3]))
+    eyed = size != "small" and rng.random() < shares.eyed
     accent_shown = None if pattern == "plain" else accent
     return Scene(
         shape=shape,
@@ -385,7 +405,7 @@ def _sample_any_scene(rng: np.random.Generator) -> Scene:
         position=str(rng.choice(list(POSITIONS), p=[0.7, 0.075, 0.075, 0.075, 0.075])),
         pattern=pattern,
         accent=accent_shown,
-        outline=outline if rng.random() < 0.18 else None,
+        outline=outline if rng.random() < shares.outlined else None,
         eyes=_eye_colour(colour, accent_shown) if eyed else None,
         angle=rng.uniform(-8, 8),
         aspect=rng.uniform(0.92, 1.08),
