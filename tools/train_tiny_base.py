@@ -1,6 +1,8 @@
-"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE and CLIP, then the UNet and a better decoder.
+"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE and CLIP, then the UNet and a better decoder,
+all on calm scenes; then both autoencoder and UNet on rich ones, which makes them sharp.
 
     python -m tools.train_tiny_base               # stopped and started again, it goes on
+    python -m tools.train_tiny_base --sharpen     # the last two stages alone, from the weights in the folder
     python -m tools.train_tiny_base --only vae    # one stage; vae and clip can run side by side, then unet and decoder
     PYTHONPATH=. msrun --worker_num 2 --local_worker_num 2 --join True tools/train_tiny_base.py --only unet # half each
 
@@ -91,9 +93,9 @@ UNET = UNetSpec(
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
-KL_WEIGHT = 1e-3
-DECODER_NOISE = 0.15
-"""Deviation, where the latents' is 1.
+KL_WEIGHT = {"vae": 1e-3, "decoder": 1e-3, "sharp_vae": 2e-4}
+EXTRA_NOISE = {"vae": 0.0, "decoder": 0.15, "sharp_vae": 0.05}
+"""Deviation of what is added to the posterior's own noise, where the latents' is 1.
 The decoder learns to see through it, as the UNet's latents are not clean either."""
 POSTERIOR_DEVIATION = 0.02
 """Of the finished autoencoder, where the latents' is 1: as good as none, as in Stable Diffusion's own."""
@@ -110,7 +112,9 @@ ALIKE = 8
 at random most differ in colours already, and after 1000 steps the towers knew colours only (measured: of the variance
 of the last state of a prompt, the shape made 0.0%)."""
 
-FIRST_SCENE = {"vae": 0, "decoder": 100_000}
+FIRST_SCENE = {"vae": 0, "unet": 0, "decoder": 100_000, "sharp_vae": 200_000, "sharp_unet": 300_000}
+SHARES = {"sharp_vae": world.RICH, "sharp_unet": world.RICH}
+"""What the stages' scenes have, but for calm ones."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +140,18 @@ SCHEDULES = {
     "clip": Schedule(steps=1000, batch_size=64, learning_rate=1e-3, warmup=100),
     "clip_shapes": Schedule(steps=1600, batch_size=64, learning_rate=1e-3),
     "unet": Schedule(steps=13_000, batch_size=32, learning_rate=1.2e-3, hold=7000, warmup=100),
+    "sharp_vae": Schedule(steps=3500, batch_size=8, learning_rate=1e-3, hold=1500, warmup=100),
+    "sharp_unet": Schedule(steps=3600, batch_size=32, learning_rate=1e-3, hold=1600, warmup=100),
 }
 
 
 class VaeLoss(nn.Cell):
-    """Absolute and squared error of the reconstruction, and a little KL divergence from N(0, 1).
+    """Absolute and squared error of the reconstruction, and a little KL divergence from N(0, 1)."""
 
-    `extra_noise` is the deviation of what is added to the posterior's own noise.
-    """
-
-    def __init__(self, vae: AutoencoderKL, extra_noise: float = 0.0) -> None:
+    def __init__(self, vae: AutoencoderKL, stage: str) -> None:
         super().__init__(auto_prefix=False)
         self.vae = vae
-        self.extra_variance = extra_noise**2
+        self.extra_variance, self.kl_weight = EXTRA_NOISE[stage] ** 2, KL_WEIGHT[stage]
 
     def construct(self, pictures_B3HW: Tensor, noise_BChw: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.vae.encode(pictures_B3HW)
@@ -156,7 +159,7 @@ class VaeLoss(nn.Cell):
         difference = self.vae.decode(latents) - pictures_B3HW
         error = ops.abs(difference).mean() + 4.0 * (difference * difference).mean()
         divergence = 0.5 * (mean * mean + ops.exp(log_variance) - log_variance - 1.0).mean()
-        return (error + KL_WEIGHT * divergence) / PROCESSES.count, (difference * difference).mean()
+        return (error + self.kl_weight * divergence) / PROCESSES.count, (difference * difference).mean()
 
 
 class ContrastiveLoss(nn.Cell):
@@ -182,9 +185,9 @@ class ContrastiveLoss(nn.Cell):
         return loss, loss
 
 
-def pictures(indices: range | np.ndarray) -> tuple[np.ndarray, list[str]]:
+def pictures(indices: range | np.ndarray, shares: world.Shares = world.CALM) -> tuple[np.ndarray, list[str]]:
     """Pictures (B, 3, H, W) float32 in [-1, 1] and captions of these scenes of the world."""
-    drawn = [world.draw(SEED, int(index)) for index in indices]
+    drawn = [world.draw(SEED, int(index), shares) for index in indices]
     stacked = np.stack([picture for picture, _ in drawn]).transpose(0, 3, 1, 2)
     return stacked.astype(np.float32) / 127.5 - 1, [caption for _, caption in drawn]
 
@@ -277,7 +280,7 @@ def vae_batch(stage: str, step: int) -> tuple[np.ndarray, ...]:
     """Pictures and posterior noise of a step; each stage has pictures of its own."""
     size = SCHEDULES[stage].batch_size
     first = FIRST_SCENE[stage] + step * size
-    rows, _ = pictures(range(first, first + size))
+    rows, _ = pictures(range(first, first + size), SHARES.get(stage, world.CALM))
     latent_shape = (size, VAE.latent_channels, UNET.sample_size, UNET.sample_size)
     return rows, standard_normal(latent_shape, SEED, f"{stage} noise", step)
 
@@ -324,13 +327,14 @@ def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
 
 
 def encode_world(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
+    stage: str, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
 ) -> tuple[np.ndarray, np.ndarray, list[str], dict[str, np.ndarray]]:
-    """Posterior means and deviations of all scenes, their captions, and the embedding of each caption."""
+    """Posterior means and deviations of all scenes of a stage, their captions, and the embedding of each caption."""
     encoder, size = CellMethod(vae.encode), 100
     means, deviations, captions = [], [], []
     for start in range(0, NUM_SCENES, size):
-        rows, texts = pictures(range(start, start + size))
+        first = FIRST_SCENE[stage] + start
+        rows, texts = pictures(range(first, first + size), SHARES.get(stage, world.CALM))
         mean, log_variance = encoder(Tensor(rows))
         means.append(mean.asnumpy().astype(np.float32))
         deviations.append(np.exp(0.5 * log_variance.asnumpy()).astype(np.float32))
@@ -341,19 +345,23 @@ def encode_world(
 
 
 def train_unet(
-    network: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: PromptTokenizer
+    stage: str,
+    network: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: PromptTokenizer,
 ) -> None:
     """The denoiser, on the latents of this autoencoder."""
-    encoded = cache(lambda: encode_world(vae, text_encoder, tokenizer))
-    schedule, size = NoiseSchedule.from_spec(NOISE), SCHEDULES["unet"].batch_size
+    encoded = cache(lambda: encode_world(stage, vae, text_encoder, tokenizer))
+    schedule, size = NoiseSchedule.from_spec(NOISE), SCHEDULES[stage].batch_size
     per_epoch = NUM_SCENES // size
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         means, deviations, captions, embeddings = encoded()
         epoch, position = divmod(step, per_epoch)
-        order = generator(SEED, "order", epoch).permutation(NUM_SCENES)
+        order = generator(SEED, f"{stage} order", epoch).permutation(NUM_SCENES)
         order = order[position * size : (position + 1) * size]
-        rng = generator(SEED, "unet batch", step)
+        rng = generator(SEED, f"{stage} batch", step)
         shape = (size, *means.shape[1:])
         latents = means[order] + deviations[order] * rng.standard_normal(shape, np.float32)
         noise = rng.standard_normal(shape, np.float32)
@@ -370,7 +378,7 @@ def train_unet(
             np.stack([embeddings[prompt] for prompt in prompts]),
         )
 
-    fit("unet", network, DiffusionLoss(network), batch)
+    fit(stage, network, DiffusionLoss(network), batch)
 
 
 def equalise(vae: AutoencoderKL) -> None:
@@ -378,19 +386,36 @@ def equalise(vae: AutoencoderKL) -> None:
 
     As trained, their principal deviations are 2.6, 2.0, 0.30 and 0.14 (measured): the noise of the diffusion would
     drown what the two small ones hold, the course of outlines. The deviations become proportional to their fourth
-    roots, so that the small ones count, and still less than those that hold the colours. The map goes into the 1x1
-    convolutions on both sides of the latents, so pictures are encoded and decoded as before; the posterior's noise,
-    which has done its work, shrinks to `POSTERIOR_DEVIATION`.
+    roots, so that the small ones count, and still less than those that hold the colours.
     """
-    latents = vae.spec.latent_channels
-    encoder, (rows, _) = CellMethod(vae.encode), pictures(range(1000))
-    means = [encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, len(rows), 100)]
-    means_CN = _by_channel(np.concatenate(means))
+    means_CN = latent_means(vae)
     centre_C, (variances, directions) = means_CN.mean(1), np.linalg.eigh(np.cov(means_CN))
     wanted = variances**0.125
     wanted /= np.sqrt((wanted**2).mean())
-    forward = (directions * wanted / np.sqrt(variances)).T
-    named = public_parameters(vae)
+    map_latents(vae, (directions * wanted / np.sqrt(variances)).T, centre_C)
+
+
+def scale(vae: AutoencoderKL) -> None:
+    """Latents of mean 0, and of variance 1 over all channels; each channel stays what it was, as the UNet knows it."""
+    means_CN = latent_means(vae)
+    deviation = np.sqrt(means_CN.var(axis=1).mean())
+    map_latents(vae, np.eye(len(means_CN)) / deviation, means_CN.mean(1))
+
+
+def latent_means(vae: AutoencoderKL) -> np.ndarray:
+    """Posterior means of some scenes, (channels, all places of all)."""
+    encoder, (rows, _) = CellMethod(vae.encode), pictures(range(1000))
+    means = [encoder(Tensor(rows[i : i + 100]))[0].asnumpy() for i in range(0, len(rows), 100)]
+    return _by_channel(np.concatenate(means))
+
+
+def map_latents(vae: AutoencoderKL, forward: np.ndarray, centre_C: np.ndarray) -> None:
+    """Move the latents' centre to 0, then map them; what is decoded stays the same.
+
+    The map goes into the 1x1 convolutions on both sides of the latents; the posterior's noise, which has done its work,
+    shrinks to `POSTERIOR_DEVIATION`.
+    """
+    latents, named = vae.spec.latent_channels, public_parameters(vae)
     weight, bias = named["quant_conv.weight"], named["quant_conv.bias"]
     new_weight = np.zeros(weight.shape)
     new_weight[:latents] = np.einsum("ij,jklm->iklm", forward, weight.read()[:latents])
@@ -443,8 +468,12 @@ def train_as_one_of(processes: Processes) -> int:
 def train_stages() -> None:
     """All stages, or the one asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["vae", "clip", "unet", "decoder"], help="train this stage and no other")
-    only = parser.parse_args().only
+    parser.add_argument(
+        "--only", choices=[stage for stage in SCHEDULES if stage != "clip_shapes"], help="train this stage and no other"
+    )
+    parser.add_argument("--sharpen", action="store_true", help="from the folder's weights, the last two stages alone")
+    arguments = parser.parse_args()
+    only = arguments.only
     if PROCESSES.count > 1 and only in (None, "clip"):
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
@@ -452,26 +481,45 @@ def train_stages() -> None:
     reader = SimpleNamespace(tokenizer=lambda: ClipTokenizer(FOLDER / "tokenizer"), pooled_at=None)
     tokenizer = PromptTokenizer([cast(TextReader, reader)])
     vae, clip, unet = new_vae(), new_clip(vocabulary), new_unet()
-
-    if only in (None, "vae"):
-        fit("vae", vae, VaeLoss(vae), partial(vae_batch, "vae"))
-    if only in (None, "clip"):
-        for stage, key in (("clip", colours), ("clip_shapes", all_but_the_shape)):
-            fit(stage, clip, ContrastiveLoss(clip), partial(clip_batch, clip, tokenizer, stage, alike(key)))
-    if only in (None, "unet"):
-        restore("vae", vae)
-        equalise(vae)
-        restore("clip_shapes", clip)
-        train_unet(unet, vae, text_encoder_of(clip), tokenizer)
-    if only in (None, "decoder"):
-        # The encoder stays, and with it the latents that the UNet knows.
-        restore("vae", vae)
-        equalise(vae)
-        loss = VaeLoss(vae, DECODER_NOISE)
-        fit("decoder", vae, loss, partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
+    if arguments.sharpen:
+        for name, network in {"vae": vae, "clip": clip, "unet": unet}.items():
+            (file,) = (FOLDER / name).glob("*.safetensors")
+            load_strict(network, read_tensors(file)[0], name)
+    else:
+        train_calmly(only, vae, clip, unet, tokenizer)
+    if only in (None, "sharp_vae"):
+        fit("sharp_vae", vae, VaeLoss(vae, "sharp_vae"), partial(vae_batch, "sharp_vae"))
+    if only in (None, "sharp_unet"):
+        restore("sharp_vae", vae)
+        scale(vae)
+        train_unet("sharp_unet", unet, vae, text_encoder_of(clip), tokenizer)
     if only is None:
         write_folder(vae, clip, unet)
         print(f"wrote {FOLDER}")
+
+
+def train_calmly(
+    only: str | None, vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel, tokenizer: PromptTokenizer
+) -> None:
+    """The stages on calm scenes; the networks are left as the last of them leave them."""
+    if only in (None, "vae"):
+        fit("vae", vae, VaeLoss(vae, "vae"), partial(vae_batch, "vae"))
+    if only in (None, "clip"):
+        for stage, key in (("clip", colours), ("clip_shapes", all_but_the_shape)):
+            fit(stage, clip, ContrastiveLoss(clip), partial(clip_batch, clip, tokenizer, stage, alike(key)))
+    if only in ("vae", "clip"):
+        return
+    restore("vae", vae)
+    equalise(vae)
+    restore("clip_shapes", clip)
+    if only in (None, "unet"):
+        train_unet("unet", unet, vae, text_encoder_of(clip), tokenizer)
+    if only in (None, "decoder"):
+        # The encoder stays, and with it the latents that the UNet knows.
+        fit("decoder", vae, VaeLoss(vae, "decoder"), partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
+    if only in ("sharp_vae", "sharp_unet"):
+        restore("decoder", vae)
+        restore("unet", unet)
 
 
 if __name__ == "__main__":
