@@ -22,7 +22,8 @@ class NoiseScheduleSpec:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    """"squaredcos_cap_v2" reads neither `beta_start` nor `beta_end`."""
     trained_betas: tuple[float, ...] | None = None
     """In place of those that `beta_schedule` makes, one for each timestep."""
     rescale_betas_zero_snr: bool = False
@@ -74,12 +75,18 @@ class NoiseSchedule:
 
 
 def _betas(spec: NoiseScheduleSpec) -> np.ndarray:
-    """(T,) float64. `scaled_linear` is linear in the square root of beta (latent diffusion)."""
+    """(T,) float64. `scaled_linear` is linear in the square root of beta (latent diffusion); `squaredcos_cap_v2` is the
+    cosine of Nichol and Dhariwal (2021, eq. 17), where no beta is above 0.999."""
     if spec.trained_betas is not None:
         return np.array(spec.trained_betas, np.float64)
+    if spec.beta_schedule == "squaredcos_cap_v2":
+        times = np.arange(spec.num_train_timesteps + 1) / spec.num_train_timesteps
+        products = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - products[1:] / products[:-1], 0.999)
     power = {"linear": 1, "scaled_linear": 2}.get(spec.beta_schedule)
     if power is None:
-        raise ConfigError(f"beta_schedule {spec.beta_schedule!r}: expected scaled_linear or linear")
+        said = f"beta_schedule {spec.beta_schedule!r}"
+        raise ConfigError(f"{said}: expected scaled_linear, linear or squaredcos_cap_v2")
     start, end = (max(beta, 0.0) ** (1 / power) for beta in (spec.beta_start, spec.beta_end))
     return np.linspace(start, end, spec.num_train_timesteps, dtype=np.float64) ** power
 
