@@ -251,8 +251,24 @@ def pyramid_noise(noise_CHW: np.ndarray, rng: np.random.Generator, rounds: int, 
 
 def _enlarging(small: int, large: int) -> np.ndarray:
     """(large, small): linear interpolation between the centres of pixels, and at the edges the nearest."""
-    places = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(small)))
+    return _interpolating(np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1), small)
+
+
+def _interpolating(places: np.ndarray, size: int) -> np.ndarray:
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(size)))
+
+
+def low_resolution(
+    schedule: NoiseSchedule, levels_B: np.ndarray, small_BChw: np.ndarray, noise_BCHW: np.ndarray
+) -> np.ndarray:
+    """Small pictures, enlarged to the size of their noise and noisy at timesteps of their own (B, C, H, W) float32: a
+    second stage reads them behind its own noisy pictures, with the timesteps as class labels (DeepFloyd IF's unet.py).
+
+    The interpolation is bilinear and leaves the pixels of the corners in the corners, as torch's `align_corners=True`.
+    """
+    sides = zip(small_BChw.shape[2:], noise_BCHW.shape[2:], strict=True)
+    rows, columns = (_interpolating(np.linspace(0, small - 1, large), small) for small, large in sides)
+    return epsilon_at(schedule, levels_B).network_input(rows @ small_BChw @ columns.T, noise_BCHW)
 
 
 def perturbed(noise_CHW: np.ndarray, rng: np.random.Generator, gamma: float) -> np.ndarray:
