@@ -22,7 +22,8 @@ class NoiseScheduleSpec:
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    beta_schedule: Literal["scaled_linear", "linear"] = "scaled_linear"
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    """"squaredcos_cap_v2" reads neither `beta_start` nor `beta_end`."""
     trained_betas: tuple[float, ...] | None = None
     """In place of those that `beta_schedule` makes, one for each timestep."""
     rescale_betas_zero_snr: bool = False
@@ -74,12 +75,18 @@ class NoiseSchedule:
 
 
 def _betas(spec: NoiseScheduleSpec) -> np.ndarray:
-    """(T,) float64. `scaled_linear` is linear in the square root of beta (latent diffusion)."""
+    """(T,) float64. `scaled_linear` is linear in the square root of beta (latent diffusion); `squaredcos_cap_v2` is the
+    cosine of Nichol and Dhariwal (2021, eq. 17), where no beta is above 0.999."""
     if spec.trained_betas is not None:
         return np.array(spec.trained_betas, np.float64)
+    if spec.beta_schedule == "squaredcos_cap_v2":
+        times = np.arange(spec.num_train_timesteps + 1) / spec.num_train_timesteps
+        products = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - products[1:] / products[:-1], 0.999)
     power = {"linear": 1, "scaled_linear": 2}.get(spec.beta_schedule)
     if power is None:
-        raise ConfigError(f"beta_schedule {spec.beta_schedule!r}: expected scaled_linear or linear")
+        said = f"beta_schedule {spec.beta_schedule!r}"
+        raise ConfigError(f"{said}: expected scaled_linear, linear or squaredcos_cap_v2")
     start, end = (max(beta, 0.0) ** (1 / power) for beta in (spec.beta_start, spec.beta_end))
     return np.linspace(start, end, spec.num_train_timesteps, dtype=np.float64) ** power
 
@@ -244,8 +251,24 @@ def pyramid_noise(noise_CHW: np.ndarray, rng: np.random.Generator, rounds: int, 
 
 def _enlarging(small: int, large: int) -> np.ndarray:
     """(large, small): linear interpolation between the centres of pixels, and at the edges the nearest."""
-    places = np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1)
-    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(small)))
+    return _interpolating(np.clip((np.arange(large) + 0.5) * small / large - 0.5, 0, small - 1), small)
+
+
+def _interpolating(places: np.ndarray, size: int) -> np.ndarray:
+    return np.maximum(0, 1 - np.abs(places[:, None] - np.arange(size)))
+
+
+def low_resolution(
+    schedule: NoiseSchedule, levels_B: np.ndarray, small_BChw: np.ndarray, noise_BCHW: np.ndarray
+) -> np.ndarray:
+    """Small pictures, enlarged to the size of their noise and noisy at timesteps of their own (B, C, H, W) float32: a
+    second stage reads them behind its own noisy pictures, with the timesteps as class labels (DeepFloyd IF's unet.py).
+
+    The interpolation is bilinear and leaves the pixels of the corners in the corners, as torch's `align_corners=True`.
+    """
+    sides = zip(small_BChw.shape[2:], noise_BCHW.shape[2:], strict=True)
+    rows, columns = (_interpolating(np.linspace(0, small - 1, large), small) for small, large in sides)
+    return epsilon_at(schedule, levels_B).network_input(rows @ small_BChw @ columns.T, noise_BCHW)
 
 
 def perturbed(noise_CHW: np.ndarray, rng: np.random.Generator, gamma: float) -> np.ndarray:

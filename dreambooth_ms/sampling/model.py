@@ -110,8 +110,8 @@ class SamplingModel:
         """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
         self.adapters.scales(request)
         self._check_mask(request)
-        check_scheduler(request.scheduler, self.bundle.schedule.config, request.num_inference_steps)
         steps, strength = request.num_inference_steps, request.strength
+        check_scheduler(request.scheduler, self.bundle.schedule.config, steps, self.bundle.predicts_variance)
         if request.image is not None and int(steps * strength) < 1:
             raise ConfigError(
                 f"--strength {strength}: of {count_of(steps, 'step')} none is left; raise --strength or "
@@ -236,7 +236,7 @@ class SamplingModel:
         self._attached.set_scales(self.adapters.scales(request))
         key = guided, guided and request.guidance_rescale > 0
         if key not in self._denoisers:
-            self._denoisers[key] = Denoiser(network, *key)
+            self._denoisers[key] = Denoiser(network, *key, self.bundle.predicts_variance)
         denoiser = self._denoisers[key]
         read = tuple(map(Tensor, self._conditioning(request, rows, batch, guided).values()))
         guidance = Tensor([request.guidance_scale, request.guidance_rescale], ms.float32)

@@ -49,7 +49,11 @@ class SchedulerKind:
     """Whether it is for models that were trained in EDM's formulation."""
 
     def create(self, config: Config) -> Any:
-        """The scheduler for a model, by its configuration; its noise is the one that training follows."""
+        """The scheduler for a model, by its configuration; its noise is the one that training follows.
+
+        Dynamic thresholds (Saharia et al., 2022, section 2.3) and learned variances are mindone's: measured 8e-6 from
+        diffusers' in any of 12 steps, each row by itself. Where diffusers' class knows no thresholds, there are none.
+        """
         from mindone.diffusers import schedulers
 
         from dreambooth_ms.sampling import own_schedulers
@@ -75,8 +79,8 @@ SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file
 """By their names."""
 
 
-def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None:
-    """Raise ConfigError if a scheduler cannot take so many steps with a model.
+def check_scheduler(name: SamplingScheduler, config: Config, steps: int, predicts_variance: bool = False) -> None:
+    """Raise ConfigError if a scheduler cannot take so many steps with a model, which may predict the variance too.
 
     Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these.
     """
@@ -90,12 +94,22 @@ def check_scheduler(name: SamplingScheduler, config: Config, steps: int) -> None
             f"--scheduler {name}: this model was trained in EDM's formulation; use edm_dpm++_2m or edm_euler"
         )
     try:
-        SCHEDULERS[name].create(config).set_timesteps(steps)
+        scheduler = SCHEDULERS[name].create(config)
+        scheduler.set_timesteps(steps)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise ConfigError(
             f"--scheduler {name} with {steps} steps: does not follow this model's scheduler configuration "
             f"({' '.join(str(error).split())}); choose another --scheduler or --num_inference_steps"
         ) from error
+    if _reads_variance(scheduler) and not predicts_variance:
+        raise ConfigError(
+            f"--scheduler {name}: variance_type learned_range, and this model predicts no variance; write fixed_small "
+            "in its scheduler_config.json"
+        )
+
+
+def _reads_variance(scheduler: Any) -> bool:
+    return bool(scheduler.config.get("variance_type") == "learned_range")
 
 
 def fitting_scheduler(name: SamplingScheduler, config: Config) -> SamplingScheduler:
@@ -163,7 +177,10 @@ class Trajectory:
         return self._scheduler.scale_model_input(latents_BChw, timestep)
 
     def step(self, index: int, prediction_BChw: Tensor, latents_BChw: Tensor) -> Tensor:
-        """The latents after `timesteps[index]`."""
+        """The latents after `timesteps[index]`. A variance behind the prediction (B, 2 C, h, w) is read with
+        learned_range (Nichol and Dhariwal, 2021, eq. 15), and otherwise dropped."""
+        if prediction_BChw.shape[1] == 2 * latents_BChw.shape[1] and not _reads_variance(self._scheduler):
+            prediction_BChw, _ = equal_parts(prediction_BChw, 2, 1)
         timestep = self.timesteps[index]
         # Where nothing of the picture is left, a whole 1 may be rounded to more than all noise, and give NaN.
         more: dict[str, Any] = {"eta": min(self._eta, 1 - 2.0**-22)} if self._kind.takes_eta else {}
@@ -195,21 +212,29 @@ class Denoiser(CompiledCell):
     Latents (B, C, H, W), timesteps (B,), guidance (2,), conditioning -> (B, C, H, W). Latents of an inpainting model
     have mask and masked picture behind them (B, 2 C + 1, H, W). Where it is guided, the rows of the conditioning are
     2 B: the negative ones, then the positive ones. `guidance` is its scale and, where it is rescaled, how much: a share
-    of the result is brought back to the deviation of the positive prediction (Lin et al., 2024, eq. 15 and 16).
+    of the result is brought back to the deviation of the positive prediction (Lin et al., 2024, eq. 15 and 16). With
+    `variance`, the second half of the channels (B, 2 C, H, W) is the variance, and the positive one's stays as it is.
     """
 
     title = "the denoising step"
 
-    def __init__(self, unet: nn.Cell, guided: bool, rescaled: bool = False) -> None:
+    def __init__(self, unet: nn.Cell, guided: bool, rescaled: bool = False, variance: bool = False) -> None:
         super().__init__(auto_prefix=False)
         self.unet = unet
-        self.guided, self.rescaled = guided, rescaled
+        self.guided, self.rescaled, self.variance = guided, rescaled, variance
 
     def construct(self, latents: Tensor, timesteps_B: Tensor, guidance: Tensor, *conditioning: Tensor) -> Tensor:
         if not self.guided:
             return self.unet(latents, timesteps_B, *conditioning)
         prediction = self.unet(ops.concat((latents, latents)), ops.concat((timesteps_B, timesteps_B)), *conditioning)
         negative, positive = equal_parts(prediction, 2, 0)
+        if not self.variance:
+            return self.mixed(negative, positive, guidance)
+        positive, variance = equal_parts(positive, 2, 1)
+        return ops.concat((self.mixed(equal_parts(negative, 2, 1)[0], positive, guidance), variance), 1)
+
+    def mixed(self, negative: Tensor, positive: Tensor, guidance: Tensor) -> Tensor:
+        """The two predictions (B, C, H, W) as one."""
         scale, share = equal_parts(guidance, 2, 0)
         guided = negative + (positive - negative) * ops.broadcast_to(scale, negative.shape)
         if not self.rescaled:

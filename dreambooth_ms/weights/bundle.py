@@ -244,6 +244,11 @@ class ModelBundle:
         return bool(self.denoiser.spec.in_channels == 2 * self.codec.spec.latent_channels + 1)
 
     @property
+    def predicts_variance(self) -> bool:
+        """Whether the denoiser predicts, behind the noise, the variance of a step in as many channels."""
+        return bool(self.denoiser.spec.out_channels == 2 * self.codec.spec.latent_channels)
+
+    @property
     def picture_size(self) -> int:
         """Height and width the model was trained at, in pixels."""
         return self.denoiser.spec.sample_size * self.codec.spec.downsampling

@@ -576,7 +576,7 @@ def write(content):
         (
             SCHEDULER_CONFIG,
             change(beta_schedule="cosine"),
-            "scheduler/scheduler_config.json: beta_schedule: expected scaled_linear or linear, got 'cosine'; downlo",
+            "scheduler_config.json: beta_schedule: expected scaled_linear or linear or squaredcos_cap_v2, got 'cosine'",
         ),
         (
             SCHEDULER_CONFIG,

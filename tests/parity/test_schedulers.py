@@ -140,6 +140,8 @@ SETTINGS = {
     **SIGMAS,
     "trained betas": {"trained_betas": TRAINED_BETAS},
     "linear betas": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"},
+    "cosine, to the last timestep": {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "trailing"},
     "no offset": {"steps_offset": 0},
     "alpha to one": {"set_alpha_to_one": True},
     "clipped": {"clip_sample": True, "clip_sample_range": 0.5},

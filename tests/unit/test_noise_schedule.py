@@ -27,6 +27,7 @@ from tests.parity.reference import normal, relative_error
 SPECS = {
     "stable diffusion": NoiseScheduleSpec(),
     "linear": NoiseScheduleSpec(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
+    "cosine": NoiseScheduleSpec(beta_schedule="squaredcos_cap_v2"),
     "short": NoiseScheduleSpec(num_train_timesteps=50),
     "trained betas": NoiseScheduleSpec(trained_betas=tuple(0.001 + 1e-5 * number for number in range(1000))),
 }
@@ -115,8 +116,8 @@ def test_signal_and_noise_keep_the_variance():
 
 
 def test_an_unknown_schedule_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"squaredcos_cap_v2.*scaled_linear"):
-        NoiseSchedule.from_spec(NoiseScheduleSpec(beta_schedule="squaredcos_cap_v2"))
+    with pytest.raises(ConfigError, match=r"sigmoid.*scaled_linear, linear or squaredcos_cap_v2"):
+        NoiseSchedule.from_spec(NoiseScheduleSpec(beta_schedule="sigmoid"))
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0])

@@ -441,8 +441,8 @@ class TestConfigurations:
             ({"use_flow_sigmas": True}, "use_flow_sigmas True is not known, and may mean"),
             ({"timestep_type": "continuous"}, "timestep_type: expected discrete, got 'continuous'"),
             (
-                {"variance_type": "learned_range"},
-                "variance_type: expected null or fixed_small or .* got 'learned_range'",
+                {"variance_type": "learned"},
+                "variance_type: expected null or fixed_small or .* or learned_range, got 'learned'",
             ),
             ({"timestep_spacing": "cosine"}, "expected linspace or leading or trailing, got 'cosine'"),
             ({"steps_offset": "1"}, "steps_offset: expected 0 or a whole number above 0, got '1'"),
