@@ -51,10 +51,7 @@ def read_unet_config(config: Config) -> UNetSpec:
     has_attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
     simple = "Simple" in config.get("mid_block_type", "")
     if any(list(config[key]) != kinds for key, kinds in _block_types(simple, has_attention).items()):
-        raise WeightError(
-            "up_block_types is not down_block_types in reverse, or mid_block_type is of other blocks; "
-            "use SD 1.x, 2.x or SDXL"
-        )
+        raise WeightError("up_block_types is not down_block_types in reverse, or mid_block_type is of other blocks")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -68,8 +65,10 @@ def read_unet_config(config: Config) -> UNetSpec:
         num_heads=tuple(width // head for width, head in zip(channels, heads, strict=False)) if simple else heads,
         simple_blocks=simple,
     )
-    if simple:
-        _check_simple_blocks(config, spec, heads)
+    # diffusers takes the widths of heads in one order on both ways.
+    sizes = [size for size, attends in zip(channels, (*has_attention[:-1], True), strict=False) if attends]
+    if simple and (len({*heads}) > 1 or any(size % head for size in sizes for head in heads)):
+        raise WeightError(f"attention_head_dim: expected one divisor of {sizes}, got {config['attention_head_dim']}")
     for key in () if simple else OF_SIMPLE_BLOCKS:
         if (value := getattr(spec, key)) != getattr(UNetSpec, key):
             raise WeightError(f"{key}: expected {getattr(UNetSpec, key)} beside blocks of these types, got {value!r}")
@@ -78,21 +77,9 @@ def read_unet_config(config: Config) -> UNetSpec:
     return spec
 
 
-OF_SIMPLE_BLOCKS = (
-    *("act_fn", "cross_attention_norm", "mid_block_scale_factor", "only_cross_attention"),
-    *("resnet_out_scale_factor", "resnet_skip_time_act", "resnet_time_scale_shift"),
-)
+_UNET_KEYS = [one.name for one in fields(UNetSpec)]
+OF_SIMPLE_BLOCKS = _UNET_KEYS[_UNET_KEYS.index("simple_blocks") + 1 :]
 """Fields that count for those blocks alone: diffusers ignores some in others."""
-
-
-def _check_simple_blocks(config: Config, spec: UNetSpec, widths: Sequence[int]) -> None:
-    """Stop at what diffusers does otherwise: it takes the widths of heads in one order on both ways."""
-    attends = zip(spec.block_out_channels, (*spec.has_attention[:-1], True), strict=False)
-    sizes = [channels for channels, own in attends if own]
-    if len(set(widths)) > 1 or any(size % widths[0] for size in sizes):
-        raise WeightError(f"attention_head_dim: expected one divisor of {sizes}, got {config['attention_head_dim']}")
-    if config.get("mid_block_only_cross_attention") not in (None, spec.only_cross_attention):
-        raise WeightError("mid_block_only_cross_attention is not only_cross_attention; download it again")
 
 
 def _block_types(simple: bool, has_attention: Sequence[bool]) -> dict[str, list[str]]:

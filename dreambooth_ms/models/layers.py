@@ -10,7 +10,7 @@ from typing import Any
 from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width
-from dreambooth_ms.models.specs import TEXT_GROUPS, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import UNetSpec, VaeSpec
 from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, LayerNorm, MultiHeadAttention, average_pool, upsample_nearest
 from dreambooth_ms.ops.graph import shared
 from dreambooth_ms.ops.layout import add_per_channel, concat_channels, image_to_tokens, scale_and_shift, tokens_to_image
@@ -52,12 +52,11 @@ class ResnetBlock2D(nn.Cell):
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         y = self.conv1(y)
+        if self.has_time and not self.scale_shifts:
+            y = add_per_channel(y, self.time_emb_proj(skip_and_temb[-1]))
+        y = self.norm2(y)
         if self.scale_shifts:
-            y = self.act(scale_and_shift(self.norm2(y), self.time_emb_proj(skip_and_temb[-1])))
-        else:
-            if self.has_time:
-                y = add_per_channel(y, self.time_emb_proj(skip_and_temb[-1]))
-            y = self.norm2(y)
+            y = self.act(scale_and_shift(y, self.time_emb_proj(skip_and_temb[-1])))
         y = self.conv2(y)
         if self.has_shortcut:
             x = self.conv_shortcut(x)
@@ -203,7 +202,7 @@ class TextAndPixelAttention(Attention):
         if not self.sees_pixels:
             del self.to_k, self.to_v
         self.group_norm = GroupNorm(spec.norm_num_groups, channels, eps=1e-5)
-        self.norm_cross = TokenGroupNorm(TEXT_GROUPS, context, eps=1e-5) if spec.cross_attention_norm else None
+        self.norm_cross = TokenGroupNorm(spec.text_groups, context, eps=1e-5) if spec.cross_attention_norm else None
         self.add_k_proj, self.add_v_proj = Dense(context, channels), Dense(context, channels)
 
     def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:

@@ -35,10 +35,6 @@ class LayerKind(Enum):
     UNET_OUTPUT = "image -> prediction"
 
 
-_RESNETS = {LayerKind.DOWNSAMPLER: LayerKind.RESNET_DOWNSAMPLER, LayerKind.UPSAMPLER: LayerKind.RESNET_UPSAMPLER}
-"""Residual blocks that change the resolution, by what does it elsewhere."""
-
-
 @dataclass(frozen=True)
 class Layer:
     """A part of a network that has one result."""
@@ -140,9 +136,9 @@ class _Walk:
 
     def down(self) -> list[int]:
         """To the coarsest level; returns the number of each result on the way."""
-        results = []
+        results, depths = [], self.spec.layers_per_block
         for level in range(self.coarsest + 1):
-            results += [self.step(f"down_blocks.{level}", i, level) for i in range(self.depth(level))]
+            results += [self.step(f"down_blocks.{level}", i, level) for i in range(at_level(depths, level))]
             if level < self.coarsest:
                 results.append(self.sampler(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
         return results
@@ -155,20 +151,15 @@ class _Walk:
     def up(self, skips: list[int]) -> None:
         """To the finest level; each step takes the last skip, if there are any."""
         for block, level in enumerate(reversed(range(self.coarsest + 1))):
-            for i in range(self.depth(level) + 1):
+            for i in range(at_level(self.spec.layers_per_block, level) + 1):
                 self.step(f"up_blocks.{block}", i, level, *([skips.pop()] if skips else []))
             if level > 0:
                 self.sampler(LayerKind.UPSAMPLER, f"up_blocks.{block}.upsamplers.0", level - 1)
 
     def sampler(self, kind: LayerKind, name: str, level: int) -> int:
         """To another resolution, by a residual block where they do that."""
-        if self.spec.simple_blocks:
-            return self.add(_RESNETS[kind], name, level, others=self.time)
-        return self.add(kind, name, level)
-
-    def depth(self, level: int) -> int:
-        """Residual blocks of a resolution on the way down."""
-        return at_level(self.spec.layers_per_block, level)
+        kind, others = (LayerKind[f"RESNET_{kind.name}"], self.time) if self.spec.simple_blocks else (kind, ())
+        return self.add(kind, name, level, others=others)
 
     def step(self, block: str, i: int, level: int, *skip: int) -> int:
         """Through a residual block and, where a UNet's resolution has them, a transformer."""

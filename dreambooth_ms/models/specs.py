@@ -21,9 +21,6 @@ UNSAID_END = 2
 TABLE = "text_model.embeddings.token_embedding"
 """The name of a text tower's table of tokens."""
 
-TEXT_GROUPS = 32
-"""Of `cross_attention_norm`."""
-
 Words: TypeAlias = Mapping[str, Mapping[str, np.ndarray]]
 """New word -> the name of a text encoder -> its vectors (n, D) there, one for each of the tokens that it stands for."""
 
@@ -65,7 +62,6 @@ class UNetSpec:
     """What is added to the time embedding: "text_time" is pooled text and sizes (SDXL), "text" the text, pooled by
     attention (DeepFloyd IF)."""
     addition_embed_type_num_heads: int = 64
-    """Of that attention."""
     addition_time_embed_dim: int | None = None
     """Width that each of the sizes is encoded to."""
     projection_class_embeddings_input_dim: int | None = None
@@ -88,13 +84,13 @@ class UNetSpec:
     resnet_skip_time_act: bool = False
     """Whether residual blocks read the time embedding without an activation of their own."""
     resnet_out_scale_factor: float = 1
-    """What residual blocks divide their sum by,"""
     mid_block_scale_factor: float = 1
-    """and those in the middle."""
+    """What residual blocks divide their sum by, and those in the middle."""
     only_cross_attention: bool = False
     """Whether pixels attend to the text alone."""
     cross_attention_norm: Literal["group_norm"] | None = None
-    """How each attention normalises the text."""
+    """How each attention normalises the text, in so many groups:"""
+    text_groups: ClassVar[int] = 32
 
     @property
     def text_width(self) -> int:
@@ -132,11 +128,10 @@ class UNetSpec:
             sizes, heads = ([values[level] for level in attends] for values in (channels, self.num_heads))
             yield from _indivisible("block_out_channels", sizes, "attention_head_dim", *heads)
             yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", 2)
-        if self.addition_embed_type == "text":
-            heads = self.addition_embed_type_num_heads
-            yield from _indivisible("width of the text", [self.text_width], "addition_embed_type_num_heads", heads)
-        if self.cross_attention_norm:
-            yield from _indivisible("cross_attention_dim", [self.cross_attention_dim], "groups:", TEXT_GROUPS)
+        pools, pool_heads = self.addition_embed_type == "text", self.addition_embed_type_num_heads
+        yield from _indivisible("width of text", [self.text_width] * pools, "addition_embed_type_num_heads", pool_heads)
+        normed = [self.cross_attention_dim] * bool(self.cross_attention_norm)
+        yield from _indivisible("cross_attention_dim", normed, "groups:", self.text_groups)
         if not (self.resnet_out_scale_factor and self.mid_block_scale_factor):
             yield "resnet_out_scale_factor or mid_block_scale_factor is 0"
 

@@ -1,5 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1, 2 and XL and of DeepFloyd IF, with the module tree of diffusers'
-UNet2DConditionModel.
+"""The denoising UNet of Stable Diffusion and DeepFloyd IF, with the module tree of diffusers' UNet2DConditionModel.
 
 Shapes: B batch, C latent channels, H, W height and width of the latents, S text tokens, E text width, T time width,
 P width of pooled text, N add_time_ids.
@@ -61,9 +60,8 @@ class UNet2DConditionModel(nn.Cell):
         width, temb_dim = spec.block_out_channels[0], time_width(spec)
         self.time_proj = TimestepEncoding(width)
         self.time_embedding = TimestepEmbedding(width, temb_dim, spec.act_fn)
-        self.adds_class, self.adds_text = "class_labels" in self.input_names, spec.addition_embed_type == "text"
-        if self.adds_class:
-            self.class_embedding = TimestepEmbedding(width, temb_dim, spec.act_fn)
+        self.class_embedding = TimestepEmbedding(width, temb_dim, spec.act_fn) if spec.class_embed_type else None
+        self.adds_text = spec.addition_embed_type == "text"
         if self.adds_text:
             self.add_embedding = TextTimeEmbedding(spec.text_width, temb_dim, spec.addition_embed_type_num_heads)
         self.adds_text_and_sizes = "text_embeds" in self.input_names
@@ -74,9 +72,8 @@ class UNet2DConditionModel(nn.Cell):
         self.act = None if spec.resnet_skip_time_act else activation(spec.act_fn)
         self.encoder_hid_proj = Dense(spec.text_width, spec.cross_attention_dim) if spec.encoder_hid_dim else None
         self.conv_in = Conv2d(spec.in_channels, width)
-        layout = unet_layout(spec)
-        self.time_reads = next(layer.reads for layer in layout if layer.kind is LayerKind.TIME_EMBEDDING)
-        inner = [layer for layer in layout if layer.kind not in _OUTER]
+        self.time_reads = unet_layout(spec)[list(_OUTER).index(LayerKind.TIME_EMBEDDING)].reads
+        inner = [layer for layer in unet_layout(spec) if layer.kind not in _OUTER]
         cells = [self._attach(layer) for layer in inner]
         self.conv_norm_out = GroupNorm(spec.norm_num_groups, width, spec.norm_eps, spec.act_fn)
         self.conv_out = Conv2d(width, spec.out_channels)
@@ -109,7 +106,7 @@ class UNet2DConditionModel(nn.Cell):
         """Timesteps, and what the spec adds to them -> what residual blocks read, after their activation (B, T)."""
         dtype = self.compute_dtype
         temb_BT = self.time_embedding(self.time_proj(timesteps_B).astype(dtype))
-        if self.adds_class:
+        if self.class_embedding is not None:
             temb_BT = temb_BT + self.class_embedding(self.time_proj(added[0]).astype(dtype))
         if self.adds_text:
             temb_BT = temb_BT + self.add_embedding(added[-1].astype(dtype))
@@ -180,12 +177,11 @@ class AttentionPooling(nn.Cell):
         self.attend = shared(MultiHeadAttention, num_heads, width // num_heads)
 
     def construct(self, x_BSE: Tensor) -> Tensor:
-        mean_BE = mean(x_BSE, (1,))
-        mean_BE = mean_BE + ops.broadcast_to(self.positional_embedding.astype(x_BSE.dtype), mean_BE.shape)
-        mean_B1E = ops.reshape(mean_BE, (x_BSE.shape[0], 1, -1))
+        mean_B1E = mean(x_BSE, (1,), True)
+        mean_B1E = mean_B1E + ops.broadcast_to(self.positional_embedding.astype(x_BSE.dtype), mean_B1E.shape)
         all_BSE = ops.concat((mean_B1E, x_BSE), 1)
         pooled_B1E = self.attend(self.q_proj(mean_B1E), self.k_proj(all_BSE), self.v_proj(all_BSE))
-        return ops.reshape(pooled_B1E, mean_BE.shape)
+        return ops.reshape(pooled_B1E, (x_BSE.shape[0], -1))
 
 
 class Segments:

@@ -139,12 +139,10 @@ class _UpsampleRows(nn.Cell):
     """Nearest upsampling by `Gather` on rows of pixels: a copy of C contiguous numbers each, and no index table."""
 
     def construct(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        rows = ops.gather(ops.reshape(x, (batch, height * width, channels)), _parents(height, width), 1)
-        return ops.reshape(rows, (batch, 2 * height, 2 * width, channels))
+        return _repeated(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (ops.reshape(_square_sums(dout), x.shape),)
+        return (_square_sums(dout),)
 
 
 def average_pool() -> Any:
@@ -161,23 +159,26 @@ class _PoolRows(nn.Cell):
     """Average pooling by `Gather`, the adjoint of nearest upsampling."""
 
     def construct(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        return ops.reshape(_square_sums(x) * 0.25, (batch, height // 2, width // 2, channels))
+        return _square_sums(x) * 0.25
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        batch, height, width, channels = dout.shape
-        rows = ops.gather(ops.reshape(dout, (batch, height * width, channels)), _parents(height, width), 1)
-        return (ops.reshape(rows * 0.25, x.shape),)
+        return (_repeated(dout) * 0.25,)
+
+
+def _repeated(x: Tensor) -> Tensor:
+    batch, height, width, channels = x.shape
+    rows = ops.gather(ops.reshape(x, (batch, height * width, channels)), _parents(height, width), 1)
+    return ops.reshape(rows, (batch, 2 * height, 2 * width, channels))
 
 
 def _square_sums(x: Tensor) -> Tensor:
-    """Of every square of four pixels (B, 2 H, 2 W, C) the sum, as rows (B, H * W, C)."""
     batch, height, width, channels = x.shape
-    rows = ops.reshape(x, (batch, height * width, channels))
-    sums = ops.gather(rows, _children(height // 2, width // 2, 0), 1)
+    height, width = height // 2, width // 2
+    rows = ops.reshape(x, (batch, 4 * height * width, channels))
+    sums = ops.gather(rows, _children(height, width, 0), 1)
     for corner in range(1, 4):
-        sums = sums + ops.gather(rows, _children(height // 2, width // 2, corner), 1)
-    return sums
+        sums = sums + ops.gather(rows, _children(height, width, corner), 1)
+    return ops.reshape(sums, (batch, height, width, channels))
 
 
 @constexpr

@@ -86,8 +86,7 @@ def _over_columns(x_N1: Tensor, channels: int) -> Tensor:
 
 
 class GroupNorm(nn.Cell):
-    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `act_fn`, "silu" or "gelu",
-    and that after it.
+    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation, and `act_fn` after it, if any.
 
     The two are one cell because a backward pass of both needs only their input. On CPU sums over pixels are matrix
     products, and nothing is transposed; on Ascend it is the device's operator.
@@ -131,8 +130,7 @@ class _NormaliseGroups(nn.Cell):
 
     def __init__(self, num_groups: int, channels: int, eps: float, act_fn: str) -> None:
         super().__init__()
-        self.num_groups, self.channels, self.eps = num_groups, channels, eps
-        self.silu, self.gelu = act_fn == "silu", act_fn == "gelu"
+        self.num_groups, self.channels, self.eps, self.act_fn = num_groups, channels, eps, act_fn
         self.silu_grad = SiLUGrad()
 
     def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int) -> Triple:
@@ -144,9 +142,9 @@ class _NormaliseGroups(nn.Cell):
         # Broadcasting keeps an index table on CPU, but of (B, C) it is small.
         scale_NC = over_pixels(rstd_BC * weight_C, pixels)
         y_NC = bias_add(centred_NC * scale_NC, bias_C)
-        if self.silu:
+        if self.act_fn == "silu":
             y_NC = ops.silu(y_NC)
-        if self.gelu:
+        if self.act_fn == "gelu":
             y_NC = y_NC * linear.normal_cdf(y_NC)
         return y_NC, mean_BC, rstd_BC
 
@@ -158,9 +156,9 @@ class _NormaliseGroups(nn.Cell):
         x_NC, mean_BC, rstd_BC = after(x_NC, dy_NC), after(out[1], dy_NC), after(out[2], dy_NC)
         centred_NC = x_NC - over_pixels(mean_BC, pixels)
         scale_NC = over_pixels(rstd_BC * weight_C, pixels)
-        if self.silu:
+        if self.act_fn == "silu":
             dy_NC = self.silu_grad(dy_NC, bias_add(centred_NC * scale_NC, bias_C))
-        if self.gelu:
+        if self.act_fn == "gelu":
             y_NC = bias_add(centred_NC * scale_NC, bias_C)
             dy_NC = dy_NC * linear.gelu_slope(y_NC, linear.normal_cdf(y_NC))
         dbias_BC = self._pixel_sum(dy_NC, batch)

@@ -23,10 +23,8 @@ SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
 Ranks = Mapping[str, int | None]
 """Of a network: how many numbers are trained of each layer's update; None where its weights themselves are trained."""
 
-ATTENTION_ENDS = (
-    *(".to_q", ".to_k", ".to_v", ".to_out.0", ".add_k_proj", ".add_v_proj"),
-    *(".q_proj", ".k_proj", ".v_proj", ".out_proj"),
-)
+_TEXT_ENDS, _UNET_ENDS = (".q_proj", ".k_proj", ".v_proj", ".out_proj"), (".to_q", ".to_k", ".to_v", ".to_out.0")
+ATTENTION_ENDS = (*_UNET_ENDS, ".add_k_proj", ".add_v_proj", *_TEXT_ENDS)
 """Layers whose updates keep no more than the inputs of attention,"""
 OF_TEXT = CROSS_ATTENTION["crossattn_kv"]
 """and nothing of a picture's size."""
@@ -280,8 +278,7 @@ def unet_segment(layer: Layer, work: Workload, trained: Trained) -> SegmentMemor
             # Queries, keys, values and the result by head, keys and values of the text also before they are joined; of
             # what is trained two inputs. The norm's input is the layer's.
             inside = number * (4 * out + 4 * work.rows * TEXT_TOKENS * layer.out_channels)
-            if trained is not Trained.NOTHING:
-                inside += 2 * out * (FLOAT32 if trained is Trained.ATTENTION else number)
+            inside += 2 * out * {Trained.NOTHING: 0, Trained.ATTENTION: FLOAT32, Trained.ALL: number}[trained]
             tokens = pixels // work.rows
             scores = scores_at_a_time(work.unet.num_heads[layer.level] * work.rows, tokens, tokens + TEXT_TOKENS)
             return SegmentMemory(number * out, inside, FLOAT32 * 3 * scores + number * 5 * out)
