@@ -94,11 +94,13 @@ def _block_types(simple: bool, has_attention: Sequence[bool]) -> dict[str, list[
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
-    blocks: dict[str, Any] = _block_types(spec.simple_blocks, spec.has_attention)
-    blocks["attention_head_dim"] = list(spec.num_heads)
+    blocks: dict[str, Any] = {
+        **_block_types(spec.simple_blocks, spec.has_attention),
+        "attention_head_dim": list(spec.num_heads),
+    }
     if spec.simple_blocks:
-        blocks["attention_head_dim"] = spec.block_out_channels[-1] // spec.num_heads[-1]
-        blocks["mid_block_type"] = "UNetMidBlock2DSimpleCrossAttn"
+        width = spec.block_out_channels[-1] // spec.num_heads[-1]
+        blocks |= {"attention_head_dim": width, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
     config = _config_of("unet", spec, _class_name="UNet2DConditionModel", **blocks)
     return {key: value for key, value in config.items() if key not in ("has_attention", "num_heads", "simple_blocks")}
 

@@ -21,7 +21,7 @@ from dreambooth_ms.training.step import DiffusionLoss, loss_and_gradients
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import (
     ValueAndGradients,
-    _disturbed,
+    disturbed,
     gradients_of,
     normal,
     public_gradients,
@@ -67,16 +67,16 @@ SWITCHED = STAGE_2 | {
 """What they leave as it is by default, and a text of another width."""
 FORMS = {"stage 1": STAGE_1, "stage 2": STAGE_2, "switched": SWITCHED}
 
-# Float32 sums in another order, through some twenty layers: measured 1e-6.
+# Float32 sums in another order, through some twenty layers: measured 2e-6.
 FORWARD = 1e-4
-# The same through twice the layers: measured 1e-5.
+# The same through twice the layers, with norms of single channels: measured 3e-4, at a bias that one takes away.
 GRADIENT = 1e-3
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 
 
 def reference_unet(form):
     torch.manual_seed(0)
-    return _disturbed(Reference(**form))
+    return disturbed(Reference(**form))
 
 
 def inputs_of(spec):
@@ -135,13 +135,16 @@ def test_all_gradients_are_diffusers(compared):
 
 @pytest.fixture(scope="module")
 def adapted():
-    """A step with a LoRA of every projection, and diffusers' with the update in its weights."""
+    """A step with a LoRA of every projection, and diffusers' with the update in its weights.
+
+    Small updates: with three times as large ones torch's own gradients are 3e-4 away from those in float64.
+    """
     reference = reference_unet(SWITCHED | {"only_cross_attention": False})
     network = ours_of(reference)
     layers, rng = inject_lora(network, 2, 3.0, TARGETS), np.random.default_rng(0)
     weights = dict(reference.named_parameters())
     for name, layer in layers.items():
-        down, up = (0.3 * rng.standard_normal(factor.shape, dtype=np.float32) for factor in layer.factors())
+        down, up = (0.1 * rng.standard_normal(factor.shape, dtype=np.float32) for factor in layer.factors())
         layer.set_factors(down, up)
         weights[f"{name}.weight"].data += 1.5 * torch.tensor(up @ down)
     inputs, target, weight = inputs_of(network.spec), normal(2, 6, 8, 12, seed=1), np.array([1, 0.5], np.float32)
