@@ -51,6 +51,30 @@ REFINER_UNET = replace(
     cross_attention_dim=SDXL_TEXT_2.hidden_size,
     projection_class_embeddings_input_dim=POOLED + 5 * 8,
 )
+# DeepFloyd IF's second stage, in the same size.
+IF_UNET = replace(
+    UNET,
+    in_channels=6,
+    out_channels=6,
+    block_out_channels=(16, 32),
+    has_attention=(False, True),
+    num_heads=(2, 4),
+    cross_attention_dim=32,
+    layers_per_block=(1, 2),
+    addition_embed_type="text",
+    addition_embed_type_num_heads=2,
+    class_embed_type="timestep",
+    encoder_hid_dim=24,
+    time_embedding_dim=40,
+    time_embedding_act_fn="gelu",
+    simple_blocks=True,
+    act_fn="gelu",
+    resnet_time_scale_shift="scale_shift",
+    resnet_skip_time_act=True,
+    resnet_out_scale_factor=1.414,
+    mid_block_scale_factor=1.414,
+    cross_attention_norm="group_norm",
+)
 
 
 def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:

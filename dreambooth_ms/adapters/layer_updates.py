@@ -16,7 +16,7 @@ from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.formats.naming.formats import unet_layer
 from dreambooth_ms.formats.naming.update_kinds import DOWN, MAGNITUDE, MID, UP
 from dreambooth_ms.models.parameter_shapes import Shape
-from dreambooth_ms.models.specs import UNetSpec
+from dreambooth_ms.models.specs import UNetSpec, at_level
 from dreambooth_ms.ops import Conv2d
 
 Targets = tuple[Mapping[str, Shape], Sequence[str]]
@@ -133,7 +133,8 @@ def _said(flag: str, given: Pattern, layer: str, weight: Shape, unet: UNetSpec |
     if not unet or math.prod(weight[2:]) > 1:
         return None
     # As kohya's scripts number the blocks: SDXL's time embedding is the first, and each of the middle is one.
-    blocks, xl = len(unet.block_out_channels) * (unet.layers_per_block + 1), bool(unet.addition_embed_type)
+    levels, xl = range(len(unet.block_out_channels)), bool(unet.addition_embed_type)
+    blocks = sum(at_level(unet.layers_per_block, level) + 1 for level in levels)
     starts = {"input_blocks": int(xl), "middle_block": xl + blocks, "output_blocks": xl + blocks + (3 if xl else 1)}
     expected = starts["output_blocks"] + blocks + xl
     if len(given) != expected:

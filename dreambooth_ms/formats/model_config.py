@@ -48,34 +48,61 @@ def read_config(path: Path, content: Config, read: Callable[[Config], Spec], che
 def read_unet_config(config: Config) -> UNetSpec:
     """diffusers' UNet2DConditionModel configuration -> spec; WeightError if it asks for what these networks lack."""
     check_keys(config, "unet")
-    has_attention = tuple(kind.startswith("CrossAttn") for kind in config["down_block_types"])
-    if [kind.startswith("CrossAttn") for kind in reversed(config["up_block_types"])] != list(has_attention):
-        raise WeightError("up_block_types is not down_block_types in reverse; use SD 1.x, 2.x or SDXL")
+    has_attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
+    simple = "Simple" in config.get("mid_block_type", "")
+    if any(list(config[key]) != kinds for key, kinds in _block_types(simple, has_attention).items()):
+        raise WeightError("up_block_types is not down_block_types in reverse, or mid_block_type is of other blocks")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
-    return _read(
+    heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
+    spec = _read(
         UNetSpec,
         config,
         *("layers_per_block", "in_channels", "out_channels", "sample_size"),
         block_out_channels=channels,
         has_attention=has_attention,
-        num_heads=(heads,) * len(channels) if isinstance(heads, int) else tuple(heads),
+        num_heads=tuple(width // head for width, head in zip(channels, heads, strict=False)) if simple else heads,
+        simple_blocks=simple,
     )
+    # diffusers takes the widths of heads in one order on both ways.
+    sizes = [size for size, attends in zip(channels, (*has_attention[:-1], True), strict=False) if attends]
+    if simple and (len({*heads}) > 1 or any(size % head for size in sizes for head in heads)):
+        raise WeightError(f"attention_head_dim: expected one divisor of {sizes}, got {config['attention_head_dim']}")
+    for key in () if simple else OF_SIMPLE_BLOCKS:
+        if (value := getattr(spec, key)) != getattr(UNetSpec, key):
+            raise WeightError(f"{key}: expected {getattr(UNetSpec, key)} beside blocks of these types, got {value!r}")
+    if config.get("encoder_hid_dim_type") and not spec.encoder_hid_dim:
+        raise WeightError("encoder_hid_dim_type is given without encoder_hid_dim; download it again")
+    return spec
+
+
+_UNET_KEYS = [one.name for one in fields(UNetSpec)]
+OF_SIMPLE_BLOCKS = _UNET_KEYS[_UNET_KEYS.index("simple_blocks") + 1 :]
+"""Fields that count for those blocks alone: diffusers ignores some in others."""
+
+
+def _block_types(simple: bool, has_attention: Sequence[bool]) -> dict[str, list[str]]:
+    """diffusers' names of the blocks, on both ways."""
+    attend = "SimpleCrossAttn" if simple else "CrossAttn"
+    down, up = ("ResnetDownsample", "ResnetUpsample") if simple else ("Down", "Up")
+    return {
+        "down_block_types": [f"{attend}DownBlock2D" if own else f"{down}Block2D" for own in has_attention],
+        "up_block_types": [f"{attend}UpBlock2D" if own else f"{up}Block2D" for own in reversed(has_attention)],
+    }
 
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
-    config = _config_of(
-        "unet",
-        spec,
-        _class_name="UNet2DConditionModel",
-        attention_head_dim=list(spec.num_heads),
-        down_block_types=[f"{'CrossAttn' * attends}DownBlock2D" for attends in spec.has_attention],
-        up_block_types=[f"{'CrossAttn' * attends}UpBlock2D" for attends in reversed(spec.has_attention)],
-    )
-    del config["has_attention"], config["num_heads"]
-    return config
+    blocks: dict[str, Any] = {
+        **_block_types(spec.simple_blocks, spec.has_attention),
+        "attention_head_dim": list(spec.num_heads),
+    }
+    if spec.simple_blocks:
+        width = spec.block_out_channels[-1] // spec.num_heads[-1]
+        blocks |= {"attention_head_dim": width, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
+    config = _config_of("unet", spec, _class_name="UNet2DConditionModel", **blocks)
+    return {key: value for key, value in config.items() if key not in ("has_attention", "num_heads", "simple_blocks")}
 
 
 def read_vae_config(config: Config) -> VaeSpec:

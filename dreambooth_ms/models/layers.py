@@ -11,42 +11,56 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width
 from dreambooth_ms.models.specs import UNetSpec, VaeSpec
-from dreambooth_ms.ops import Conv2d, Dense, GatedGelu, GroupNorm, LayerNorm, MultiHeadAttention, upsample_nearest
+from dreambooth_ms.ops import Conv2d, Dense, GroupNorm, LayerNorm, MultiHeadAttention, average_pool, upsample_nearest
 from dreambooth_ms.ops.graph import shared
-from dreambooth_ms.ops.layout import add_per_channel, concat_channels, image_to_tokens, tokens_to_image
+from dreambooth_ms.ops.layout import add_per_channel, concat_channels, image_to_tokens, scale_and_shift, tokens_to_image
+from dreambooth_ms.ops.linear import GatedGelu, activation
+from dreambooth_ms.ops.norm import TokenGroupNorm
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
 
 class ResnetBlock2D(nn.Cell):
-    """Residual block: image[, skip to concatenate by channels][, SiLU of the time embedding (B, E)] -> image.
+    """Residual block: image[, skip to concatenate by channels][, time embedding after an activation (B, E)] -> image.
 
-    The autoencoder's have no time embedding.
+    The autoencoder's have no time embedding. One that changes the resolution does so behind its first norm.
     """
 
     def __init__(self, layer: Layer, spec: UNetSpec | VaeSpec) -> None:
         super().__init__()
         in_channels, out_channels = layer.in_channels, layer.out_channels
         self.has_skip, self.has_time = layer.kind is LayerKind.SKIP_RESNET, len(layer.reads) > 1
-        self.norm1 = GroupNorm(spec.norm_num_groups, in_channels, spec.norm_eps, silu=True)
+        self.scale_shifts, groups = spec.resnet_time_scale_shift == "scale_shift", spec.norm_num_groups
+        self.norm1 = GroupNorm(groups, in_channels, spec.norm_eps, spec.act_fn)
+        resample = {LayerKind.RESNET_DOWNSAMPLER: average_pool, LayerKind.RESNET_UPSAMPLER: upsample_nearest}
+        self.resample = resample[layer.kind]() if layer.kind in resample else None
         self.conv1 = Conv2d(in_channels, out_channels)
         if self.has_time:
-            self.time_emb_proj = Dense(time_width(spec), out_channels)
-        self.norm2 = GroupNorm(spec.norm_num_groups, out_channels, spec.norm_eps, silu=True)
+            self.time_emb_proj = Dense(time_width(spec), out_channels * (1 + self.scale_shifts))
+        self.norm2 = GroupNorm(groups, out_channels, spec.norm_eps, "" if self.scale_shifts else spec.act_fn)
+        self.act = activation(spec.act_fn)
         self.conv2 = Conv2d(out_channels, out_channels)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
             self.conv_shortcut = Conv2d(in_channels, out_channels, kernel_size=1)
+        in_middle = layer.name.startswith("mid_block.")
+        self.scale = 1 / (spec.mid_block_scale_factor if in_middle else spec.resnet_out_scale_factor)
 
     def construct(self, x: Tensor, *skip_and_temb: Tensor) -> Tensor:
         if self.has_skip:
             x = concat_channels(x, skip_and_temb[0])
-        y = self.conv1(self.norm1(x))
-        if self.has_time:
+        y = self.norm1(x)
+        if self.resample is not None:
+            x, y = self.resample(x), self.resample(y)
+        y = self.conv1(y)
+        if self.has_time and not self.scale_shifts:
             y = add_per_channel(y, self.time_emb_proj(skip_and_temb[-1]))
-        y = self.conv2(self.norm2(y))
+        y = self.norm2(y)
+        if self.scale_shifts:
+            y = self.act(scale_and_shift(y, self.time_emb_proj(skip_and_temb[-1])))
+        y = self.conv2(y)
         if self.has_shortcut:
             x = self.conv_shortcut(x)
-        return x + y
+        return x + y if self.scale == 1 else (x + y) * self.scale
 
 
 class Downsample2D(nn.Cell):
@@ -177,11 +191,38 @@ class PixelAttention(Attention):
         return x + tokens_to_image(super().construct(tokens_BLC, tokens_BLC), x)
 
 
+class TextAndPixelAttention(Attention):
+    """Attention of an image's pixels to the tokens of a text (B, S, E) and, behind them, to each other; with
+    `only_cross_attention` to the text alone. Added to the image."""
+
+    def __init__(self, layer: Layer, spec: UNetSpec) -> None:
+        channels, context = layer.out_channels, spec.cross_attention_dim
+        super().__init__(channels, channels, spec.num_heads[layer.level], qkv_bias=True)
+        self.sees_pixels = not spec.only_cross_attention
+        if not self.sees_pixels:
+            del self.to_k, self.to_v
+        self.group_norm = GroupNorm(spec.norm_num_groups, channels, eps=1e-5)
+        self.norm_cross = TokenGroupNorm(spec.text_groups, context, eps=1e-5) if spec.cross_attention_norm else None
+        self.add_k_proj, self.add_v_proj = Dense(context, channels), Dense(context, channels)
+
+    def construct(self, x: Tensor, context_BSE: Tensor) -> Tensor:
+        if self.norm_cross is not None:
+            context_BSE = self.norm_cross(context_BSE)
+        tokens_BLC = image_to_tokens(self.group_norm(x))
+        k, v = self.add_k_proj(context_BSE), self.add_v_proj(context_BSE)
+        if self.sees_pixels:
+            k, v = ops.concat((k, self.to_k(tokens_BLC)), 1), ops.concat((v, self.to_v(tokens_BLC)), 1)
+        return x + tokens_to_image(self.to_out[0](self.attend(self.to_q(tokens_BLC), k, v)), x)
+
+
 LAYERS: dict[LayerKind, Callable[[Layer, Any], nn.Cell]] = {
     LayerKind.CONV: lambda layer, _: Conv2d(layer.in_channels, layer.out_channels),
-    LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, silu=True),
+    LayerKind.NORM: lambda layer, spec: GroupNorm(spec.norm_num_groups, layer.in_channels, spec.norm_eps, spec.act_fn),
     LayerKind.RESNET: ResnetBlock2D,
     LayerKind.SKIP_RESNET: ResnetBlock2D,
+    LayerKind.RESNET_DOWNSAMPLER: ResnetBlock2D,
+    LayerKind.RESNET_UPSAMPLER: ResnetBlock2D,
+    LayerKind.TEXT_AND_PIXEL_ATTENTION: TextAndPixelAttention,
     LayerKind.DOWNSAMPLER: Downsample2D,
     LayerKind.UPSAMPLER: Upsample2D,
     LayerKind.PIXEL_ATTENTION: PixelAttention,

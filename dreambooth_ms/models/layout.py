@@ -9,7 +9,7 @@ Values are numbered in the order of their making: first the inputs, then the res
 from dataclasses import dataclass
 from enum import Enum
 
-from dreambooth_ms.models.specs import UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import UNetSpec, VaeSpec, at_level
 
 
 class LayerKind(Enum):
@@ -21,14 +21,17 @@ class LayerKind(Enum):
     UPSAMPLER = "image -> image of twice the height and width"
     RESNET = "image[, time embedding] -> image"
     SKIP_RESNET = "image, skip, time embedding -> image; the first two are concatenated by channels"
+    RESNET_DOWNSAMPLER = "image, time embedding -> image of half the height and width"
+    RESNET_UPSAMPLER = "image, time embedding -> image of twice the height and width"
     PIXEL_ATTENTION = "image -> image, by attention of all pixels"
+    TEXT_AND_PIXEL_ATTENTION = "image, text -> image, by one attention of all pixels to both"
     TRANSFORMER = "image, text -> image"
     TRANSFORMER_INPUT = "image -> tokens"
     TRANSFORMER_BLOCK = "tokens, text -> tokens"
     TRANSFORMER_OUTPUT = "tokens, the image that they came from -> image"
     UNET_INPUT = "noisy latents -> image"
     TIME_EMBEDDING = "timesteps, what is added to them -> time embedding"
-    TEXT = "text -> text in the dtype of the transformers"
+    TEXT = "text -> text in the dtype and width of the transformers"
     UNET_OUTPUT = "image -> prediction"
 
 
@@ -58,13 +61,13 @@ class Layer:
 
 def unet_inputs(spec: UNetSpec) -> tuple[str, ...]:
     """What a UNet takes, in order, by diffusers' names."""
-    names = ("sample", "timestep", "encoder_hidden_states")
+    names = ("sample", "timestep", "encoder_hidden_states", *("class_labels",) * (spec.class_embed_type == "timestep"))
     return (*names, "text_embeds", "time_ids") if spec.addition_embed_type == "text_time" else names
 
 
 def time_width(spec: UNetSpec) -> int:
     """Width of the time embedding."""
-    return 4 * spec.block_out_channels[0]
+    return spec.time_embedding_dim or 4 * spec.block_out_channels[0]
 
 
 def unet_layout(spec: UNetSpec) -> tuple[Layer, ...]:
@@ -73,9 +76,12 @@ def unet_layout(spec: UNetSpec) -> tuple[Layer, ...]:
     width, context = spec.block_out_channels[0], spec.cross_attention_dim
     walk = _Walk(spec, len(unet_inputs(spec)), spec.in_channels)
     x = walk.add(LayerKind.UNET_INPUT, "conv_in", 0, width)
-    parts = ("time_embedding", "add_embedding") if added else ("time_embedding",)
-    time = Layer(LayerKind.TIME_EMBEDDING, "", 0, width, time_width(spec), (timestep, *added), parts)
-    walk.layers += [time, Layer(LayerKind.TEXT, "", 0, context, context, (text,))]
+    others = {"class_embedding": spec.class_embed_type, "add_embedding": spec.addition_embed_type}
+    parts = ("time_embedding", *(name for name, kind in others.items() if kind))
+    reads = (timestep, *added, *(text,) * (spec.addition_embed_type == "text"))
+    time = Layer(LayerKind.TIME_EMBEDDING, "", 0, width, time_width(spec), reads, parts)
+    projection = ("encoder_hid_proj",) if spec.encoder_hid_dim else ()
+    walk.layers += [time, Layer(LayerKind.TEXT, "", 0, spec.text_width, context, (text,), projection)]
     walk.time, walk.text = (x + 1,), (x + 2,)
     skips = [x, *walk.down()]
     walk.middle()
@@ -130,11 +136,11 @@ class _Walk:
 
     def down(self) -> list[int]:
         """To the coarsest level; returns the number of each result on the way."""
-        results = []
+        results, depths = [], self.spec.layers_per_block
         for level in range(self.coarsest + 1):
-            results += [self.step(f"down_blocks.{level}", i, level) for i in range(self.spec.layers_per_block)]
+            results += [self.step(f"down_blocks.{level}", i, level) for i in range(at_level(depths, level))]
             if level < self.coarsest:
-                results.append(self.add(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
+                results.append(self.sampler(LayerKind.DOWNSAMPLER, f"down_blocks.{level}.downsamplers.0", level + 1))
         return results
 
     def middle(self) -> None:
@@ -145,10 +151,15 @@ class _Walk:
     def up(self, skips: list[int]) -> None:
         """To the finest level; each step takes the last skip, if there are any."""
         for block, level in enumerate(reversed(range(self.coarsest + 1))):
-            for i in range(self.spec.layers_per_block + 1):
+            for i in range(at_level(self.spec.layers_per_block, level) + 1):
                 self.step(f"up_blocks.{block}", i, level, *([skips.pop()] if skips else []))
             if level > 0:
-                self.add(LayerKind.UPSAMPLER, f"up_blocks.{block}.upsamplers.0", level - 1)
+                self.sampler(LayerKind.UPSAMPLER, f"up_blocks.{block}.upsamplers.0", level - 1)
+
+    def sampler(self, kind: LayerKind, name: str, level: int) -> int:
+        """To another resolution, by a residual block where they do that."""
+        kind, others = (LayerKind[f"RESNET_{kind.name}"], self.time) if self.spec.simple_blocks else (kind, ())
+        return self.add(kind, name, level, others=others)
 
     def step(self, block: str, i: int, level: int, *skip: int) -> int:
         """Through a residual block and, where a UNet's resolution has them, a transformer."""
@@ -165,6 +176,8 @@ class _Walk:
         """A transformer of a single block is a layer; in a deep one, as SDXL has them, each block is."""
         if isinstance(self.spec, VaeSpec):
             self.add(LayerKind.PIXEL_ATTENTION, name, level)
+        elif self.spec.simple_blocks:
+            self.add(LayerKind.TEXT_AND_PIXEL_ATTENTION, name, level, others=self.text)
         elif (depth := self.spec.transformer_layers(level)) == 1:
             self.add(LayerKind.TRANSFORMER, name, level, others=self.text)
         else:

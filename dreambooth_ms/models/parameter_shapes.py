@@ -77,17 +77,20 @@ def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
             return _norm(out)
         case LayerKind.DOWNSAMPLER | LayerKind.UPSAMPLER:
             return {"conv": _conv(in_, out)}
-        case LayerKind.RESNET | LayerKind.SKIP_RESNET:
-            return _resnet(in_, out, time_width(spec) if spec else None)
+        case LayerKind.RESNET | LayerKind.SKIP_RESNET | LayerKind.RESNET_DOWNSAMPLER | LayerKind.RESNET_UPSAMPLER:
+            return _resnet(in_, out, spec)
         case LayerKind.PIXEL_ATTENTION:
             return {"group_norm": _norm(out), **_attention(out, out, bias=True)}
         case LayerKind.TEXT:
-            return {}
+            return {name: _linear(in_, out) for name in layer.parts}
         case LayerKind.UNET_OUTPUT:
             return {"conv_norm_out": _norm(in_), "conv_out": _conv(in_, out)}
     if layer.kind is LayerKind.TIME_EMBEDDING:
-        widths = {"time_embedding": in_, "add_embedding": spec.projection_class_embeddings_input_dim}
-        return {name: {"linear_1": _linear(w, out), "linear_2": _linear(out, out)} for name, w in widths.items() if w}
+        widths = dict.fromkeys(layer.parts, in_) | {"add_embedding": spec.projection_class_embeddings_input_dim}
+        trees = {name: {"linear_1": _linear(w, out), "linear_2": _linear(out, out)} for name, w in widths.items() if w}
+        return trees | ({"add_embedding": _pooled(spec.text_width, out)} if spec.addition_embed_type == "text" else {})
+    if layer.kind is LayerKind.TEXT_AND_PIXEL_ATTENTION:
+        return _text_and_pixel_attention(out, spec)
     projection = _linear(out, out) if spec.use_linear_projection else _conv(out, out, 1)
     entrance, block, exit_ = {"norm": _norm(out), "proj_in": projection}, _block(out, spec), {"proj_out": projection}
     return {
@@ -98,10 +101,10 @@ def _layer(layer: Layer, spec: UNetSpec | None) -> Tree:
     }[layer.kind]
 
 
-def _resnet(in_: int, out: int, time: int | None) -> Tree:
+def _resnet(in_: int, out: int, spec: UNetSpec | None) -> Tree:
     tree = {"norm1": _norm(in_), "conv1": _conv(in_, out)}
-    if time:
-        tree["time_emb_proj"] = _linear(time, out)
+    if spec:
+        tree["time_emb_proj"] = _linear(time_width(spec), out * (1 + (spec.resnet_time_scale_shift == "scale_shift")))
     tree |= {"norm2": _norm(out), "conv2": _conv(out, out)}
     return tree | ({} if in_ == out else {"conv_shortcut": _conv(in_, out, 1)})
 
@@ -115,6 +118,19 @@ def _block(width: int, spec: UNetSpec) -> Tree:
         "norm3": _norm(width),
         "ff.net": {"0": {"proj": _linear(width, 8 * width)}, "2": _linear(4 * width, width)},
     }
+
+
+def _text_and_pixel_attention(width: int, spec: UNetSpec) -> Tree:
+    context, tree = spec.cross_attention_dim, {"group_norm": _norm(width), **_attention(width, width, bias=True)}
+    if spec.only_cross_attention:
+        del tree["to_k"], tree["to_v"]
+    norm = {"norm_cross": _norm(context)} if spec.cross_attention_norm else {}
+    return tree | norm | {name: _linear(context, width) for name in ("add_k_proj", "add_v_proj")}
+
+
+def _pooled(width: int, time: int) -> Tree:
+    pool = {"positional_embedding": (1, width)} | {f"{x}_proj": _linear(width, width) for x in "qkv"}
+    return {"norm1": _norm(width), "pool": pool, "proj": _linear(width, time), "norm2": _norm(time)}
 
 
 def _attention(width: int, source: int, bias: bool) -> Tree:

@@ -32,16 +32,22 @@ def _indivisible(name: str, sizes: Sequence[int], divisor_name: str, *divisors: 
             yield f"{name} {size} is not a multiple of {divisor_name} {divisor}"
 
 
+def at_level(value: int | tuple[int, ...], level: int) -> int:
+    """What is said once for all resolutions or for each."""
+    return value if isinstance(value, int) else value[level]
+
+
 @dataclass(frozen=True, kw_only=True)
 class UNetSpec:
     """The denoising UNet. Tuples have one entry per resolution, from the finest to the coarsest."""
 
     block_out_channels: tuple[int, ...]
     has_attention: tuple[bool, ...]
-    """Whether the blocks of this resolution hold transformers."""
+    """Whether the blocks of this resolution hold transformers, or what stands in their place."""
     num_heads: tuple[int, ...]
     cross_attention_dim: int
-    layers_per_block: int = 2
+    layers_per_block: int | tuple[int, ...] = 2
+    """Residual blocks on the way down, for all resolutions or for each; there is one more on the way up."""
     use_linear_projection: bool = False
     """Whether the transformers' projections are linear layers (SD 2) or 1x1 convolutions (SD 1)."""
     in_channels: int = 4
@@ -53,16 +59,47 @@ class UNetSpec:
     transformer_layers_per_block: int | tuple[int, ...] = 1
     """Transformer blocks in each transformer, for all resolutions or for each; the middle has the last one's."""
     addition_embed_type: str | None = None
-    """"text_time" if pooled text and sizes are added to the time embedding (SDXL)."""
+    """What is added to the time embedding: "text_time" is pooled text and sizes (SDXL), "text" the text, pooled by
+    attention (DeepFloyd IF)."""
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int | None = None
     """Width that each of the sizes is encoded to."""
     projection_class_embeddings_input_dim: int | None = None
     """Width of pooled text plus encoded sizes."""
+    class_embed_type: Literal["timestep"] | None = None
+    """"timestep" if a second timestep is read, as the level of noise in the small picture (IF's second stage)."""
+    encoder_hid_dim: int | None = None
+    """Width of the text that it reads, if that is projected to `cross_attention_dim` first."""
+    time_embedding_dim: int | None = None
+    """Width of the time embedding; None: four times that of the finest resolution."""
+    time_embedding_act_fn: Literal["silu", "gelu"] | None = None
+    """What the sum of all embeddings goes through, beside what residual blocks do with it."""
+
+    simple_blocks: bool = False
+    """Whether its blocks are diffusers' "SimpleCrossAttn" and "Resnet" ones: residual blocks change the resolution, and
+    one attention to text and pixels stands in place of a transformer. Others have what follows as it is here."""
+    act_fn: Literal["silu", "gelu"] = "silu"
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """Whether the time embedding is added within a residual block, or scales and shifts what is normalised."""
+    resnet_skip_time_act: bool = False
+    """Whether residual blocks read the time embedding without an activation of their own."""
+    resnet_out_scale_factor: float = 1
+    mid_block_scale_factor: float = 1
+    """What residual blocks divide their sum by, and those in the middle."""
+    only_cross_attention: bool = False
+    """Whether pixels attend to the text alone."""
+    cross_attention_norm: Literal["group_norm"] | None = None
+    """How each attention normalises the text, in so many groups:"""
+    text_groups: ClassVar[int] = 32
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text that it reads."""
+        return self.encoder_hid_dim or self.cross_attention_dim
 
     def transformer_layers(self, level: int) -> int:
         """Transformer blocks in each transformer of a resolution."""
-        layers = self.transformer_layers_per_block
-        return layers if isinstance(layers, int) else layers[level]
+        return at_level(self.transformer_layers_per_block, level)
 
     def num_add_time_ids(self, pooled_width: int) -> int:
         """add_time_ids of a picture that are read with pooled text of this width: 6 in SDXL, 5 in its refiner.
@@ -76,9 +113,10 @@ class UNetSpec:
 
     def problems(self) -> Iterator[str]:
         """Why no network has these sizes, a reason each, by the names in configurations."""
-        channels, depths = self.block_out_channels, self.transformer_layers_per_block
+        channels = self.block_out_channels
         by_level = {"down_block_types": self.has_attention, "attention_head_dim": self.num_heads}
-        by_level |= {"transformer_layers_per_block": channels if isinstance(depths, int) else depths}
+        depths = {name: getattr(self, name) for name in ("transformer_layers_per_block", "layers_per_block")}
+        by_level |= {name: own for name, own in depths.items() if not isinstance(own, int)}
         uneven = {name: len(values) for name, values in by_level.items() if len(values) != len(channels)}
         yield from (f"{name} has {n} entries, block_out_channels {len(channels)}" for name, n in uneven.items())
         if not channels:
@@ -90,6 +128,12 @@ class UNetSpec:
             sizes, heads = ([values[level] for level in attends] for values in (channels, self.num_heads))
             yield from _indivisible("block_out_channels", sizes, "attention_head_dim", *heads)
             yield from _indivisible("block_out_channels", channels[:1], "sine and cosine:", 2)
+        pools, pool_heads = self.addition_embed_type == "text", self.addition_embed_type_num_heads
+        yield from _indivisible("width of text", [self.text_width] * pools, "addition_embed_type_num_heads", pool_heads)
+        normed = [self.cross_attention_dim] * bool(self.cross_attention_norm)
+        yield from _indivisible("cross_attention_dim", normed, "groups:", self.text_groups)
+        if not (self.resnet_out_scale_factor and self.mid_block_scale_factor):
+            yield "resnet_out_scale_factor or mid_block_scale_factor is 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +146,11 @@ class VaeSpec:
     latent_channels: int = 4
     norm_num_groups: int = 32
     norm_eps: ClassVar[float] = 1e-6
+    simple_blocks: ClassVar[bool] = False
+    act_fn: ClassVar[str] = "silu"
+    resnet_time_scale_shift: ClassVar[str] = "default"
+    resnet_out_scale_factor: ClassVar[float] = 1
+    mid_block_scale_factor: ClassVar[float] = 1
     scaling_factor: float = 0.18215
     latents_mean: tuple[float, ...] | None = None
     """Mean of each latent channel, which is taken off before scaling (Playground v2.5). None: 0."""

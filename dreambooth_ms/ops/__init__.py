@@ -13,6 +13,6 @@ from dreambooth_ms.ops.anywhere import SumOfSquares, bitwise_and, equal_parts, e
 from dreambooth_ms.ops.attention import MultiHeadAttention
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
-from dreambooth_ms.ops.layout import upsample_nearest
+from dreambooth_ms.ops.layout import average_pool, upsample_nearest
 from dreambooth_ms.ops.linear import Dense, Embedding, GatedGelu, Gelu, QuickGelu
 from dreambooth_ms.ops.norm import GroupNorm, LayerNorm

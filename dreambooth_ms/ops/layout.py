@@ -11,6 +11,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
+from dreambooth_ms.ops import ascend
+from dreambooth_ms.ops.anywhere import equal_parts
 from dreambooth_ms.ops.graph import on_ascend, shared
 from dreambooth_ms.ops.linear import transposed_times
 from dreambooth_ms.runtime.device import Formulation, formulation
@@ -89,12 +91,23 @@ def concat_channels(x: Tensor, y: Tensor) -> Tensor:
 
 def add_per_channel(x: Tensor, bias_BC: Tensor) -> Tensor:
     """An image plus one number per row and channel, (B, C)."""
-    batch, channels = bias_BC.shape
+    return x + _at_every_pixel(bias_BC, x)
+
+
+def scale_and_shift(x: Tensor, by_BE: Tensor) -> Tensor:
+    """x * (1 + scale) + shift with both, in this order, of each row and channel: (B, 2 C)."""
+    scale_BC, shift_BC = equal_parts(by_BE, 2, 1)
+    return x * _at_every_pixel(scale_BC + 1, x) + _at_every_pixel(shift_BC, x)
+
+
+def _at_every_pixel(values_BC: Tensor, like: Tensor) -> Tensor:
+    """(B, C) -> an image of the shape of `like`."""
+    batch, channels = values_BC.shape
     if on_ascend():
-        return x + ops.broadcast_to(ops.reshape(bias_BC, (batch, channels, 1, 1)), x.shape)
+        return ops.broadcast_to(ops.reshape(values_BC, (batch, channels, 1, 1)), like.shape)
     # Broadcasting inside `+` keeps an index table; `broadcast_to` takes longer than a product (measured).
-    of_pixels_NC = over_pixels(bias_BC.astype(ms.float32), x.size // (batch * channels))
-    return x + ops.reshape(of_pixels_NC, x.shape).astype(x.dtype)
+    of_pixels_NC = over_pixels(values_BC.astype(ms.float32), like.size // (batch * channels))
+    return ops.reshape(of_pixels_NC, like.shape).astype(like.dtype)
 
 
 def over_pixels(x_BC: Tensor, pixels: int) -> Tensor:
@@ -126,17 +139,46 @@ class _UpsampleRows(nn.Cell):
     """Nearest upsampling by `Gather` on rows of pixels: a copy of C contiguous numbers each, and no index table."""
 
     def construct(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        rows = ops.gather(ops.reshape(x, (batch, height * width, channels)), _parents(height, width), 1)
-        return ops.reshape(rows, (batch, 2 * height, 2 * width, channels))
+        return _repeated(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        batch, height, width, channels = x.shape
-        rows = ops.reshape(dout, (batch, 4 * height * width, channels))
-        dx = ops.gather(rows, _children(height, width, 0), 1)
-        for corner in range(1, 4):
-            dx = dx + ops.gather(rows, _children(height, width, corner), 1)
-        return (ops.reshape(dx, x.shape),)
+        return (_square_sums(dout),)
+
+
+def average_pool() -> Any:
+    """What makes of an image one of half its even height and width: every square of four becomes its mean."""
+    return shared(_PoolRows) if formulation() is Formulation.CPU else _pool_squares
+
+
+def _pool_squares(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return ascend.mean(ops.reshape(x, (batch, channels, height // 2, 2, width // 2, 2)), (3, 5), False)
+
+
+class _PoolRows(nn.Cell):
+    """Average pooling by `Gather`, the adjoint of nearest upsampling."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return _square_sums(x) * 0.25
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        return (_repeated(dout) * 0.25,)
+
+
+def _repeated(x: Tensor) -> Tensor:
+    batch, height, width, channels = x.shape
+    rows = ops.gather(ops.reshape(x, (batch, height * width, channels)), _parents(height, width), 1)
+    return ops.reshape(rows, (batch, 2 * height, 2 * width, channels))
+
+
+def _square_sums(x: Tensor) -> Tensor:
+    batch, height, width, channels = x.shape
+    height, width = height // 2, width // 2
+    rows = ops.reshape(x, (batch, 4 * height * width, channels))
+    sums = ops.gather(rows, _children(height, width, 0), 1)
+    for corner in range(1, 4):
+        sums = sums + ops.gather(rows, _children(height, width, corner), 1)
+    return ops.reshape(sums, (batch, height, width, channels))
 
 
 @constexpr

@@ -83,11 +83,11 @@ class Gelu(nn.Cell):
     """
 
     def construct(self, x: Tensor) -> Tensor:
-        return x * _normal_cdf(x)
+        return x * normal_cdf(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         x = after(x, dout)
-        return (dout * _gelu_slope(x, _normal_cdf(x)),)
+        return (dout * gelu_slope(x, normal_cdf(x)),)
 
 
 class GatedGelu(nn.Cell):
@@ -98,13 +98,13 @@ class GatedGelu(nn.Cell):
 
     def construct(self, x_NE: Tensor) -> Tensor:
         value_ND, gate_ND = equal_parts(x_NE, 2, 1)
-        return value_ND * gate_ND * _normal_cdf(gate_ND)
+        return value_ND * gate_ND * normal_cdf(gate_ND)
 
     def bprop(self, x_NE: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         value_ND, gate_ND = equal_parts(after(x_NE, dout), 2, 1)
-        cdf_ND = _normal_cdf(gate_ND)
+        cdf_ND = normal_cdf(gate_ND)
         dvalue_ND = dout * gate_ND * cdf_ND
-        dgate_ND = dout * value_ND * _gelu_slope(gate_ND, cdf_ND)
+        dgate_ND = dout * value_ND * gelu_slope(gate_ND, cdf_ND)
         return (ops.concat((dvalue_ND, dgate_ND), 1),)
 
 
@@ -115,12 +115,17 @@ class QuickGelu(nn.Cell):
         return x * ops.sigmoid(x * 1.702)
 
 
-def _normal_cdf(x: Tensor) -> Tensor:
+def activation(name: str) -> Any:
+    """What applies an `act_fn`, "silu" or "gelu"."""
+    return shared(Gelu) if name == "gelu" else ops.silu
+
+
+def normal_cdf(x: Tensor) -> Tensor:
     """Phi(x), the distribution function of the standard normal."""
     return ops.erf(x * math.sqrt(0.5)) * 0.5 + 0.5
 
 
-def _gelu_slope(x: Tensor, cdf: Tensor) -> Tensor:
+def gelu_slope(x: Tensor, cdf: Tensor) -> Tensor:
     """Derivative of x * Phi(x), from x and Phi(x)."""
     return cdf + x * ops.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
 

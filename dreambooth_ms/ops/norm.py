@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 
-from dreambooth_ms.ops import ascend
+from dreambooth_ms.ops import ascend, linear
 from dreambooth_ms.ops.graph import after, constant, shared
 from dreambooth_ms.ops.layout import members, over_pixels
 from dreambooth_ms.ops.linear import bias_add, empty_parameter, times, times_transposed
@@ -86,18 +86,19 @@ def _over_columns(x_N1: Tensor, channels: int) -> Tensor:
 
 
 class GroupNorm(nn.Cell):
-    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation; with `silu`, and SiLU after it.
+    """Group normalisation (Wu and He, 2018) of an image, in this device's formulation, and `act_fn` after it, if any.
 
     The two are one cell because a backward pass of both needs only their input. On CPU sums over pixels are matrix
     products, and nothing is transposed; on Ascend it is the device's operator.
     """
 
-    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool = False) -> None:
+    def __init__(self, num_groups: int, channels: int, eps: float, act_fn: str = "") -> None:
         super().__init__()
-        self.num_groups, self.channels, self.eps, self.silu = num_groups, channels, eps, silu
+        self.num_groups, self.channels, self.eps = num_groups, channels, eps
+        self.act = linear.activation(act_fn) if act_fn else None
         self.weight, self.bias = empty_parameter((channels,)), empty_parameter((channels,))
         self.channels_last = formulation() is Formulation.CPU
-        self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, silu)
+        self.normalise = shared(_NormaliseGroups, num_groups, channels, eps, act_fn)
 
     def construct(self, x: Tensor) -> Tensor:
         if self.channels_last:
@@ -105,7 +106,16 @@ class GroupNorm(nn.Cell):
             y_NC, _, _ = self.normalise(x_NC, self.weight, self.bias, x.shape[0])
             return ops.reshape(y_NC, x.shape).astype(x.dtype)
         y = ops.group_norm(x.astype(ms.float32), self.num_groups, self.weight, self.bias, self.eps)
-        return (ops.silu(y) if self.silu else y).astype(x.dtype)
+        return (y if self.act is None else self.act(y)).astype(x.dtype)
+
+
+class TokenGroupNorm(GroupNorm):
+    """The same of tokens, (B, S, C)."""
+
+    def construct(self, x_BSC: Tensor) -> Tensor:
+        if self.channels_last:
+            return super().construct(x_BSC)
+        return ops.transpose(super().construct(ops.transpose(x_BSC, (0, 2, 1))), (0, 2, 1))
 
 
 class _NormaliseGroups(nn.Cell):
@@ -118,9 +128,9 @@ class _NormaliseGroups(nn.Cell):
     sum over pixels, and its way back to them, are one product each.
     """
 
-    def __init__(self, num_groups: int, channels: int, eps: float, silu: bool) -> None:
+    def __init__(self, num_groups: int, channels: int, eps: float, act_fn: str) -> None:
         super().__init__()
-        self.num_groups, self.channels, self.eps, self.silu = num_groups, channels, eps, silu
+        self.num_groups, self.channels, self.eps, self.act_fn = num_groups, channels, eps, act_fn
         self.silu_grad = SiLUGrad()
 
     def construct(self, x_NC: Tensor, weight_C: Tensor, bias_C: Tensor, batch: int) -> Triple:
@@ -132,8 +142,10 @@ class _NormaliseGroups(nn.Cell):
         # Broadcasting keeps an index table on CPU, but of (B, C) it is small.
         scale_NC = over_pixels(rstd_BC * weight_C, pixels)
         y_NC = bias_add(centred_NC * scale_NC, bias_C)
-        if self.silu:
+        if self.act_fn == "silu":
             y_NC = ops.silu(y_NC)
+        if self.act_fn == "gelu":
+            y_NC = y_NC * linear.normal_cdf(y_NC)
         return y_NC, mean_BC, rstd_BC
 
     def bprop(
@@ -144,8 +156,11 @@ class _NormaliseGroups(nn.Cell):
         x_NC, mean_BC, rstd_BC = after(x_NC, dy_NC), after(out[1], dy_NC), after(out[2], dy_NC)
         centred_NC = x_NC - over_pixels(mean_BC, pixels)
         scale_NC = over_pixels(rstd_BC * weight_C, pixels)
-        if self.silu:
+        if self.act_fn == "silu":
             dy_NC = self.silu_grad(dy_NC, bias_add(centred_NC * scale_NC, bias_C))
+        if self.act_fn == "gelu":
+            y_NC = bias_add(centred_NC * scale_NC, bias_C)
+            dy_NC = dy_NC * linear.gelu_slope(y_NC, linear.normal_cdf(y_NC))
         dbias_BC = self._pixel_sum(dy_NC, batch)
         dweight_BC = self._pixel_sum(dy_NC * centred_NC, batch) * rstd_BC
         mean_dy_BC = self._group_mean(dbias_BC * weight_C, pixels)

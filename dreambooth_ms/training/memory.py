@@ -23,7 +23,8 @@ SMALL = (LayerKind.TIME_EMBEDDING, LayerKind.TEXT, LayerKind.UNET_OUTPUT)
 Ranks = Mapping[str, int | None]
 """Of a network: how many numbers are trained of each layer's update; None where its weights themselves are trained."""
 
-ATTENTION_ENDS = (".to_q", ".to_k", ".to_v", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj")
+_TEXT_ENDS, _UNET_ENDS = (".q_proj", ".k_proj", ".v_proj", ".out_proj"), (".to_q", ".to_k", ".to_v", ".to_out.0")
+ATTENTION_ENDS = (*_UNET_ENDS, ".add_k_proj", ".add_v_proj", *_TEXT_ENDS)
 """Layers whose updates keep no more than the inputs of attention,"""
 OF_TEXT = CROSS_ATTENTION["crossattn_kv"]
 """and nothing of a picture's size."""
@@ -258,11 +259,13 @@ def unet_segment(layer: Layer, work: Workload, trained: Trained) -> SegmentMemor
     # Inputs of the projections before and behind a transformer's blocks.
     projections = 2 * number * out if trains_all else 0
     match layer.kind:
-        case LayerKind.RESNET | LayerKind.SKIP_RESNET:
+        case LayerKind.RESNET | LayerKind.SKIP_RESNET | LayerKind.RESNET_DOWNSAMPLER | LayerKind.RESNET_UPSAMPLER:
             # The second norm's input; with a skip, the first one's is a tensor of its own.
             norms = out + (in_ if layer.kind is LayerKind.SKIP_RESNET else 0)
             if work.on_ascend:
                 norms = 2 * (in_ + out)  # Both, and the inputs of SiLU after them.
+            if work.unet.resnet_time_scale_shift == "scale_shift":
+                norms += 3 * out  # What is scaled, by what, and what the activation reads.
             inputs = in_ + out if trains_all else 0
             return SegmentMemory(number * out, FLOAT32 * norms + number * inputs, convolution)
         case LayerKind.TRANSFORMER_BLOCK:
@@ -271,6 +274,14 @@ def unet_segment(layer: Layer, work: Workload, trained: Trained) -> SegmentMemor
             block = _transformer_block(layer, work, trained, pixels)
             # The projection's result, which the block's first norm reads, is inside too.
             return replace(block, inside=block.inside + projections + FLOAT32 * out)
+        case LayerKind.TEXT_AND_PIXEL_ATTENTION:
+            # Queries, keys, values and the result by head, keys and values of the text also before they are joined; of
+            # what is trained two inputs. The norm's input is the layer's.
+            inside = number * (4 * out + 4 * work.rows * TEXT_TOKENS * layer.out_channels)
+            inside += 2 * out * {Trained.NOTHING: 0, Trained.ATTENTION: FLOAT32, Trained.ALL: number}[trained]
+            tokens = pixels // work.rows
+            scores = scores_at_a_time(work.unet.num_heads[layer.level] * work.rows, tokens, tokens + TEXT_TOKENS)
+            return SegmentMemory(number * out, inside, FLOAT32 * 3 * scores + number * 5 * out)
         case LayerKind.TRANSFORMER_INPUT:
             return SegmentMemory(number * out, projections + (FLOAT32 * out if work.on_ascend else 0))
         case LayerKind.TRANSFORMER_OUTPUT:

@@ -559,12 +559,12 @@ def write(content):
         (
             UNET_CONFIG,
             change(class_embed_type="projection"),
-            "unet/config.json: class_embed_type 'projection' is not known, and may mean another network; use SD 1.x",
+            "unet/config.json: class_embed_type: expected timestep or null, got 'projection'; download it again",
         ),
         (
             UNET_CONFIG,
             change(down_block_types=["KDownBlock2D"]),
-            "unet/config.json: down_block_types: expected a list, each CrossAttnDownBlock2D or DownBlock2D, got ['K",
+            "unet/config.json: down_block_types: expected a list, each CrossAttnDownBlock2D or DownBlock2D or Simple",
         ),
         ("vae/config.json", change(latent_channels=...), "vae/config.json: 'latent_channels' is missing; download"),
         ("text_encoder/config.json", change(vocab_size=...), "text_encoder/config.json: 'vocab_size' is missing"),

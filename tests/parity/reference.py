@@ -141,7 +141,7 @@ def worst_gradient_error(ours: dict[str, np.ndarray], reference: dict[str, np.nd
 def small_unet(form: dict, layers_per_block: int = 1, seed: int = 0) -> UNet2DConditionModel:
     """diffusers' UNet in one of the two forms above: two resolutions, one layer each unless stated otherwise."""
     torch.manual_seed(seed)
-    return _disturbed(
+    return disturbed(
         UNet2DConditionModel(
             sample_size=16, cross_attention_dim=24, norm_num_groups=8, layers_per_block=layers_per_block, **form
         )
@@ -151,7 +151,7 @@ def small_unet(form: dict, layers_per_block: int = 1, seed: int = 0) -> UNet2DCo
 def small_vae(seed: int = 0) -> AutoencoderKL:
     """diffusers' autoencoder: two resolutions, one layer each."""
     torch.manual_seed(seed)
-    return _disturbed(
+    return disturbed(
         AutoencoderKL(
             block_out_channels=(16, 32),
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -184,7 +184,7 @@ def small_clip(hidden_act: str, eos_token_id: int, seed: int = 0) -> CLIPModel:
         "patch_size": 4,
         "projection_dim": 24,
     }
-    return _disturbed(
+    return disturbed(
         CLIPModel(CLIPConfig(text_config=text | transformer, vision_config=vision | transformer, projection_dim=24))
     )
 
@@ -193,7 +193,7 @@ def small_vit() -> ViTModel:
     """transformers' vision transformer, for pictures of 28 pixels."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
-    return _disturbed(ViTModel(ViTConfig(**sizes, image_size=28, patch_size=4)))
+    return disturbed(ViTModel(ViTConfig(**sizes, image_size=28, patch_size=4)))
 
 
 def small_text_encoder(seed: int = 0, kind: type = CLIPTextModel, **settings) -> CLIPTextModel:
@@ -201,10 +201,10 @@ def small_text_encoder(seed: int = 0, kind: type = CLIPTextModel, **settings) ->
     torch.manual_seed(seed)
     sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
     words = {"vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 59}
-    return _disturbed(kind(CLIPTextConfig(**sizes | words | settings)))
+    return disturbed(kind(CLIPTextConfig(**sizes | words | settings)))
 
 
-def _disturbed(module: torch.nn.Module) -> torch.nn.Module:
+def disturbed(module: torch.nn.Module) -> torch.nn.Module:
     """Move norms and biases away from one and zero, where a forgotten or exchanged one would not be seen."""
     with torch.no_grad():
         for parameter in module.parameters():

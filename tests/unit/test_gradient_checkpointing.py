@@ -201,13 +201,26 @@ def test_compiled_with_dropout_and_mask_the_gradients_of_a_lora_are_bit_for_bit_
         assert np.array_equal(again, value)
 
 
-def test_what_is_computed_again_is_not_merged_with_the_forward_pass(tmp_path):
-    """In a process of its own, because MindSpore reads the switches of its dump once."""
-    dump = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path), "MS_DEV_DUMP_IR_PASSES": "graph_build"}
-    command = [sys.executable, "-m", "tests.unit.test_gradient_checkpointing"]
+def operations(folder, network, recomputed):
+    """How often each operation is in the graph of a LoRA step.
+
+    In a process of its own, because MindSpore reads the switches of its dump once.
+    """
+    dump = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(folder), "MS_DEV_DUMP_IR_PASSES": "graph_build"}
+    command = [sys.executable, "-m", "tests.unit.test_gradient_checkpointing", network, recomputed]
     subprocess.run(command, cwd=Path(__file__).parents[2], env=os.environ | dump, check=True, capture_output=True)
-    (executed,) = tmp_path.glob("graph_build_*.ir")
-    counts = Counter(re.findall(r" = PrimFunc_(\w+)\(", executed.read_text(encoding="utf-8")))
+    (executed,) = folder.glob("graph_build_*.ir")
+    return Counter(re.findall(r" = PrimFunc_(\w+)\(", executed.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(("network", "expected"), {"sd": 2116, "sdxl": 2971}.items())
+def test_other_families_blocks_cost_stable_diffusion_no_operation(network, expected, tmp_path):
+    """Counted before there were any."""
+    assert operations(tmp_path, network, "").total() == expected
+
+
+def test_what_is_computed_again_is_not_merged_with_the_forward_pass(tmp_path):
+    counts = operations(tmp_path, "sd", "recomputed")
     # Four transformers with two attentions: forward, again, and in the attention's own backward pass. The feed-forward
     # part's own result is read by nothing on the way back, so that it is computed in the first and the last alone.
     assert (counts["Softmax"], counts["Erf"]) == (3 * 8, 2 * 4)
@@ -215,5 +228,7 @@ def test_what_is_computed_again_is_not_merged_with_the_forward_pass(tmp_path):
 
 if __name__ == "__main__":
     set_up_device("CPU", 0)
-    its_denoiser, its_trainables, its_segments = trained_network(UNET, "lora", with_text=False)
-    Gradients(DiffusionLoss(its_denoiser), its_trainables, its_segments)(*inputs(UNET, with_text=False))
+    its_spec = {"sd": UNET, "sdxl": DEEP_SDXL}[sys.argv[1]]
+    its_denoiser, its_trainables, its_segments = trained_network(its_spec, "lora", with_text=False)
+    its_cell = Gradients(DiffusionLoss(its_denoiser), its_trainables, its_segments if sys.argv[2] else None)
+    its_cell(*inputs(its_spec, with_text=False))

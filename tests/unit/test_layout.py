@@ -7,9 +7,9 @@ import pytest
 from dreambooth_ms.models.layout import LayerKind, unet_inputs, unet_layout, vae_layout
 from dreambooth_ms.models.parameter_shapes import unet_shapes
 from tests.small_specs import SMALL
-from tests.tiny_model import SDXL_UNET, UNET
+from tests.tiny_model import IF_UNET, SDXL_UNET, UNET
 
-UNETS = [UNET, SDXL_UNET, *(model.unet for model in SMALL.values())]
+UNETS = [UNET, SDXL_UNET, IF_UNET, *(model.unet for model in SMALL.values())]
 
 
 @pytest.mark.parametrize("spec", UNETS)

@@ -32,9 +32,9 @@ from dreambooth_ms.training.memory import (
 )
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.small_specs import SMALL
+from tests.tiny_model import IF_UNET, write_random_model
 from tests.tiny_model import SDXL_UNET as TINY_SDXL
 from tests.tiny_model import UNET as TINY
-from tests.tiny_model import write_random_model
 from tools.formulation import use_formulation
 
 GIB = 2**30
@@ -134,14 +134,15 @@ def test_gradients_grow_while_activations_are_freed():
     assert peak_with_gradients(segments, recomputed=True) == max(1 + 50 + 5 + 7 + 200, 100 + 210)
 
 
-@pytest.mark.parametrize("unet", [TINY, TINY_SDXL, SMALL["sd21"].unet, SMALL["sdxl"].unet])
+@pytest.mark.parametrize("unet", [TINY, TINY_SDXL, IF_UNET, SMALL["sd21"].unet, SMALL["sdxl"].unet])
 def test_the_segments_are_those_of_the_network(unet):
     """But for the time embedding, the text and the prediction, which are small."""
     large = [layer for layer in unet_layout(unet) if layer.kind not in memory.SMALL]
     assert len(large) == len(Segments(UNet2DConditionModel(unet)).segments) - 3
+    assert all(unet_segment(layer, lora(unet), Trained.ATTENTION).result > 0 for layer in large)
 
 
-@pytest.mark.parametrize("unet", [TINY, SMALL["sdxl"].unet])
+@pytest.mark.parametrize("unet", [TINY, IF_UNET, SMALL["sdxl"].unet])
 def test_the_trained_numbers_are_those_of_the_adapters(unet):
     trainables = lora_trainables(inject_lora(UNet2DConditionModel(unet), 2, 2.0, TARGETS))
     work = lora(unet, rank=2)

@@ -6,9 +6,16 @@ import torch
 from mindspore import Tensor, nn
 
 from dreambooth_ms.ops import Dense, Embedding, GatedGelu, Gelu, GroupNorm, LayerNorm, QuickGelu
-from dreambooth_ms.ops.layout import add_per_channel, from_public_layout, to_public_layout, upsample_nearest
+from dreambooth_ms.ops.layout import (
+    add_per_channel,
+    average_pool,
+    from_public_layout,
+    scale_and_shift,
+    to_public_layout,
+    upsample_nearest,
+)
 from dreambooth_ms.ops.linear import BiasAdd
-from dreambooth_ms.ops.norm import MAX_SMALL_ROWS
+from dreambooth_ms.ops.norm import MAX_SMALL_ROWS, TokenGroupNorm
 from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import InputGradients, ValueAndGradients, normal, public_gradients, relative_error
@@ -61,19 +68,31 @@ def assert_same_without_weights(cell, function, *arrays):
 
 
 @BOTH_FORMULATIONS
-@pytest.mark.parametrize("silu", [False, True], ids=["norm", "norm and SiLU"])
-def test_group_norm_is_torchs(written_for, silu):
+@pytest.mark.parametrize("act_fn", ["", "silu", "gelu"])
+def test_group_norm_is_torchs(written_for, act_fn):
     """Rows and groups of very unlike size, so that statistics of another row or group would show."""
 
     def reference(x, weight, bias):
         y = torch.nn.functional.group_norm(x, 4, weight, bias, eps=1e-5)
-        return torch.nn.functional.silu(y) if silu else y
+        return getattr(torch.nn.functional, act_fn)(y) if act_fn else y
 
     x = normal(2, 12, 5, 7) * np.array([1, 4], np.float32)[:, None, None, None]
     x[:, 3:6] *= 10
     weights = {"inner.weight": normal(12), "inner.bias": normal(12, seed=1)}
     with use_formulation(written_for):
-        assert_same(OnPublicImage(lambda: GroupNorm(4, 12, eps=1e-5, silu=silu)), x, weights, reference)
+        assert_same(OnPublicImage(lambda: GroupNorm(4, 12, eps=1e-5, act_fn=act_fn)), x, weights, reference)
+
+
+@BOTH_FORMULATIONS
+def test_group_norm_of_tokens_is_torchs(written_for):
+    def reference(x, weight, bias):
+        return torch.nn.functional.group_norm(x.transpose(1, 2), 4, weight, bias, eps=1e-5).transpose(1, 2)
+
+    x = normal(2, 7, 12) * np.array([1, 4], np.float32)[:, None, None]
+    x[..., 3:6] *= 10
+    with use_formulation(written_for):
+        cell = TokenGroupNorm(4, 12, eps=1e-5)
+        assert_same(cell, x, {"weight": normal(12), "bias": normal(12, seed=1)}, reference)
 
 
 def test_group_norm_adds_eps_to_the_variance():
@@ -175,6 +194,28 @@ def test_upsampling_repeats_every_pixel(written_for):
             lambda x: torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"),
             normal(2, 3, 4, 5),
         )
+
+
+@BOTH_FORMULATIONS
+def test_pooling_is_the_mean_of_every_square(written_for):
+    with use_formulation(written_for):
+        pool = OnPublicImage(average_pool)
+        assert_same_without_weights(pool, lambda x: torch.nn.functional.avg_pool2d(x, 2), normal(2, 3, 4, 6))
+
+
+class ScaledAndShifted(nn.Cell):
+    def construct(self, x, by):
+        return to_public_layout(scale_and_shift(from_public_layout(x), by))
+
+
+@BOTH_FORMULATIONS
+def test_every_channel_is_scaled_and_shifted(written_for):
+    def reference(x, by):
+        scale, shift = by[:, :, None, None].chunk(2, 1)
+        return x * (1 + scale) + shift
+
+    with use_formulation(written_for):
+        assert_same_without_weights(ScaledAndShifted(), reference, normal(2, 3, 4, 5), normal(2, 6))
 
 
 @BOTH_FORMULATIONS

@@ -20,7 +20,7 @@ from dreambooth_ms.runtime.device import set_up_device
 class Network(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.norm, self.layer_norm = GroupNorm(2, 8, 1e-5, silu=True), LayerNorm(8)
+        self.norm, self.layer_norm = GroupNorm(2, 8, 1e-5, act_fn="silu"), LayerNorm(8)
         self.attend, self.gelu = MultiHeadAttention(2, 4), GatedGelu()
 
     def construct(self, x_BHWC):

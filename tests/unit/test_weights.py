@@ -50,7 +50,7 @@ from dreambooth_ms.ops.linear import empty_parameter
 from dreambooth_ms.weights import bundle as model_folder
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import normal
-from tests.tiny_model import POOLED, write_random_sdxl
+from tests.tiny_model import IF_UNET, POOLED, write_random_sdxl
 from tests.whole_models import tokenizer_folders
 from tools.tiny_base.clip_config import write_clip_config
 from tools.tiny_base.initialise import RESIDUAL_ENDS, initialise_for_training
@@ -354,8 +354,8 @@ ODD = [None, [16, 16], "16", 16.0, -1, 0, 10**12, float("nan"), {}, True, ...]
 class TestConfigurations:
     @pytest.mark.parametrize(
         "spec",
-        [UNET, SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET],
-        ids=["tiny", "sd15", "sd21", "sdxl", "refiner"],
+        [UNET, SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET, IF_UNET],
+        ids=["tiny", "sd15", "sd21", "sdxl", "refiner", "if"],
     )
     def test_a_unet_is_read_as_it_was_written(self, spec):
         assert model_config.read_unet_config(written(model_config.write_unet_config(spec))) == spec
@@ -470,6 +470,8 @@ class TestConfigurations:
             ("unet", write_unet, {"sample_size": None}, "sample_size: expected a whole number above 0, got None"),
             ("unet", write_unet, {"sample_size": [16, 16]}, "sample_size: expected a whole number above 0, got"),
             ("unet", write_unet, {"num_class_embeds": 10}, "num_class_embeds 10 is not known, and may mean another"),
+            ("unet", write_unet, {"act_fn": "gelu"}, "act_fn: expected silu beside blocks of these types, got 'gelu'"),
+            ("unet", write_unet, {"only_cross_attention": True}, "only_cross_attention: expected False beside blocks"),
             ("unet", write_unet, {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types is not down_block"),
             ("unet", write_unet, {"cross_attention_dim": [8, 8]}, "cross_attention_dim: expected a whole number"),
             ("vae", write_vae, {"use_quant_conv": False}, "use_quant_conv: expected True, got False"),

@@ -19,7 +19,7 @@ from functools import lru_cache
 from dreambooth_ms.formats.naming import TABLES
 from dreambooth_ms.formats.naming.plan import Layout, Naming, Shape, Slot
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, model_shapes
-from dreambooth_ms.models.specs import Family, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import Family, ModelSpec, UNetSpec, VaeSpec, at_level
 
 
 class Format(Enum):
@@ -145,7 +145,7 @@ def unet_layer(layer: str, spec: UNetSpec) -> str:
     if way == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(index)}.{rest}"
     # A way up has one residual block more in each resolution; on the way down the downsampler fills its place.
-    last = spec.layers_per_block
+    last = at_level(spec.layers_per_block, 0)
     number = int(level) * (last + 1) + (last if kind.endswith("samplers") else int(index))
     if kind == "downsamplers":
         return f"input_blocks.{1 + number}.0.op"
