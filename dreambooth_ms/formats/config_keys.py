@@ -12,7 +12,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.specs import ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec, read_table
+from dreambooth_ms.models.specs import (
+    ClipTextSpec,
+    ClipVisionSpec,
+    RobertaSpec,
+    T5Spec,
+    TransformerSpec,
+    UNetSpec,
+    VaeSpec,
+    read_table,
+)
 
 _LARGEST, _MOST = 1e38, 1_000_000
 """Numbers that can be calculated with in float32, NaN and infinity left out; and sizes that networks have."""
@@ -28,6 +37,8 @@ _SPECS: Mapping[str, tuple[type, ...]] = {
     "unet": (UNetSpec,),
     "vae": (VaeSpec,),
     "text": (ClipTextSpec, TransformerSpec),
+    "t5": (T5Spec,),
+    "roberta": (RobertaSpec, TransformerSpec),
     "vision": (ClipVisionSpec, TransformerSpec),
     "vit": (ClipVisionSpec, TransformerSpec),
     "scheduler": (NoiseScheduleSpec,),

@@ -52,8 +52,12 @@ class CLIPTextModel(nn.Cell):
 
     def add_words(self, rows_WD: np.ndarray) -> None:
         """Let ids from the size of the vocabulary on stand for these vectors."""
-        embeddings = self.text_model.embeddings
-        embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, rows_WD)
+        self.text_model.embeddings.token_embedding = ExtendedEmbedding(self.words, rows_WD)
+
+    @property
+    def words(self) -> "Embedding | ExtendedEmbedding":
+        """The table of tokens."""
+        return self.text_model.embeddings.token_embedding
 
     @property
     def most_skipped(self) -> int:
