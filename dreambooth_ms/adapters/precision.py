@@ -12,7 +12,7 @@ from dreambooth_ms.adapters.lora import AdaptedLayer
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType, is_finite
 from dreambooth_ms.formats.files.stored import raw_bytes
-from dreambooth_ms.models.clip import ExtendedEmbedding
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Conv2d, Dense, Embedding
 
 

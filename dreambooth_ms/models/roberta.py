@@ -9,74 +9,47 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.models.clip import ExtendedEmbedding
 from dreambooth_ms.models.layers import attach
-from dreambooth_ms.models.specs import RobertaSpec
+from dreambooth_ms.models.specs import RobertaSpec, TransformerSpec
+from dreambooth_ms.models.words import TextEncoder
 from dreambooth_ms.ops import BiasedAttention, Dense, Embedding, Gelu, LayerNorm, hidden_keys, look_up, part, shared
 from dreambooth_ms.ops.linear import times
 
 
-class RobertaSeriesModelWithTransformation(nn.Cell):
+class RobertaSeriesModelWithTransformation(TextEncoder):
     """Token ids (B, S) -> projected states (B, S, E); what fills up a text has some, too."""
 
-    most_skipped = 0
-    """How many layers `read` can leave out."""
+    table = "roberta.embeddings.word_embeddings"
 
     def __init__(self, spec: RobertaSpec) -> None:
         super().__init__()
-        self.spec, width = spec, spec.transformer.hidden_size
-        self.roberta = RobertaEncoder(spec)
+        self.spec, width, layers = spec, spec.transformer.hidden_size, spec.transformer.num_hidden_layers
+        # The pre-transformation reads the states before the last layer, which is only for its teacher.
+        self.layers_read = layers - spec.has_pre_transformation
+        attach(self, "roberta.embeddings", RobertaEmbeddings(spec))
+        attach(self, "roberta.encoder.layer", nn.CellList([RobertaLayer(spec.transformer) for _ in range(layers)]))
         self.transformation = Dense(width, spec.project_dim)
         if spec.has_pre_transformation:
             self.transformation_pre = Dense(width, spec.project_dim)
             self.pre_LN = LayerNorm(width, spec.transformer.layer_norm_eps)
 
-    def construct(self, ids_BS: Tensor) -> Tensor:
-        return self.read(ids_BS, (), 0)[0]
-
     def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, ...]:
-        """What a denoiser reads, (states (B, S, E),); it pools nothing, and leaves out no more layers than its own."""
-        x_BSD = self.roberta(ids_BS)
+        """What a denoiser reads: (states (B, S, E),)."""
+        visible_BS, bias_MSS = (ids_BS != self.spec.pad_token_id).astype(ms.float32), None
+        if self.spec.use_attention_mask:
+            bias_MSS = hidden_keys(visible_BS, self.spec.transformer.num_attention_heads)
+        x_BSD = self.roberta.embeddings(ids_BS, visible_BS)
+        for number, layer in enumerate(self.roberta.encoder.layer):
+            if number < self.layers_read:
+                x_BSD = layer(x_BSD, bias_MSS)
         if self.spec.has_pre_transformation:
             return (self.transformation_pre(self.pre_LN(x_BSD)),)
         return (self.transformation(x_BSD),)
 
-    @property
-    def words(self) -> Embedding | ExtendedEmbedding:
-        """The table of tokens."""
-        return self.roberta.embeddings.word_embeddings
-
-    def add_words(self, rows_WD: np.ndarray) -> None:
-        """Let ids from the size of the vocabulary on stand for these vectors."""
-        self.roberta.embeddings.word_embeddings = ExtendedEmbedding(self.words, rows_WD)
-
     def is_read(self, parameter: str, skip: int) -> bool:
-        """Whether what `read` yields depends on a parameter: before a pre-transformation the last layer is left out."""
-        last = self.spec.transformer.num_hidden_layers - 1
-        unread = ("transformation.", f"roberta.encoder.layer.{last}.")
+        """Whether what `read` yields depends on a parameter."""
+        unread = ("transformation.", f"roberta.encoder.layer.{self.layers_read}.")
         return not (self.spec.has_pre_transformation and parameter.startswith(unread))
-
-
-class RobertaEncoder(nn.Cell):
-    """Token ids (B, S) -> the states (B, S, D) that are projected."""
-
-    def __init__(self, spec: RobertaSpec) -> None:
-        super().__init__()
-        tower = spec.transformer
-        self.spec, self.layers_read = spec, tower.num_hidden_layers - spec.has_pre_transformation
-        self.embeddings = RobertaEmbeddings(spec)
-        attach(self, "encoder.layer", nn.CellList([RobertaLayer(spec) for _ in range(tower.num_hidden_layers)]))
-
-    def construct(self, ids_BS: Tensor) -> Tensor:
-        visible_BS = (ids_BS != self.spec.pad_token_id).astype(ms.float32)
-        bias_MSS = None
-        if self.spec.use_attention_mask:
-            bias_MSS = hidden_keys(visible_BS, self.spec.transformer.num_attention_heads)
-        x_BSD = self.embeddings(ids_BS, visible_BS)
-        for number, layer in enumerate(self.encoder.layer):
-            if number < self.layers_read:
-                x_BSD = layer(x_BSD, bias_MSS)
-        return x_BSD
 
 
 class RobertaEmbeddings(nn.Cell):
@@ -103,9 +76,8 @@ class RobertaEmbeddings(nn.Cell):
 class RobertaLayer(nn.Cell):
     """Self-attention and feed-forward, each added to its input before a norm: (B, S, D), bias or None -> (B, S, D)."""
 
-    def __init__(self, spec: RobertaSpec) -> None:
+    def __init__(self, tower: TransformerSpec) -> None:
         super().__init__()
-        tower = spec.transformer
         width, inner, eps = tower.hidden_size, tower.intermediate_size, tower.layer_norm_eps
         for name in ("query", "key", "value"):
             attach(self, f"attention.self.{name}", Dense(width, width))

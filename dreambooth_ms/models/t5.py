@@ -1,7 +1,9 @@
 """The encoder of T5 v1.1 (Raffel et al., 2020; Shazeer, 2020) with the module tree of transformers' T5EncoderModel.
 
-Shapes: B texts, S tokens, D width of the states, K buckets, N heads, M = B * N. States between layers are float32, and
-so is the last product of each feed-forward part: in float16 those of the published model overflow.
+Shapes: B texts, S tokens, D width of the states, F of the feed-forward part, K buckets, N heads, M = B * N.
+
+States between layers are float32, and so is the last product of each feed-forward part: in float16 those of the
+published model overflow.
 """
 
 import mindspore as ms
@@ -9,13 +11,14 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import constexpr
 
-from dreambooth_ms.models.clip import ExtendedEmbedding
+from dreambooth_ms.models.layers import attach
 from dreambooth_ms.models.specs import T5Spec
+from dreambooth_ms.models.words import TextEncoder
 from dreambooth_ms.ops import BiasedAttention, Dense, Embedding, RmsNorm, TanhGelu, hidden_keys, shared
 from dreambooth_ms.ops.linear import transposed_times
 
 
-class T5EncoderModel(nn.Cell):
+class T5EncoderModel(TextEncoder):
     """Token ids (B, S) -> normalised states (B, S, D) after the last layer; what fills up a text has states, too.
 
     Args:
@@ -23,131 +26,70 @@ class T5EncoderModel(nn.Cell):
         use_attention_mask: whether no token sees what fills up a text (token 0).
     """
 
-    most_skipped = 0
-    """How many layers `read` can leave out."""
+    table = "shared"
 
     def __init__(self, spec: T5Spec, use_attention_mask: bool = False) -> None:
         super().__init__()
         self.spec, self.use_attention_mask = spec, use_attention_mask
         self.shared = Embedding(spec.vocab_size, spec.d_model)
-        self.encoder = T5Stack(spec)
-
-    def construct(self, ids_BS: Tensor) -> Tensor:
-        return self.read(ids_BS, (), 0)[0]
+        attach(self, "encoder.block", nn.CellList([T5Block(spec) for _ in range(spec.num_layers)]))
+        # All layers attend with the bias of the first.
+        name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+        self.position_bias = attach(self, name, PositionBias(spec))
+        attach(self, "encoder.final_layer_norm", RmsNorm(spec.d_model, spec.layer_norm_epsilon))
 
     def read(self, ids_BS: Tensor, ends: tuple[Tensor, ...], skip: int) -> tuple[Tensor, ...]:
-        """What a denoiser reads, (states (B, S, D),); it pools nothing, and leaves out no layer."""
-        hidden_MSS = None
+        """What a denoiser reads: (states (B, S, D),)."""
+        bias_MSS = self.position_bias(*ids_BS.shape)
         if self.use_attention_mask:
             visible_BS = (ids_BS != self.spec.pad_token_id).astype(ms.float32)
-            hidden_MSS = hidden_keys(visible_BS, self.spec.num_heads)
-        return (self.encoder(self.shared(ids_BS).astype(ms.float32), hidden_MSS),)
-
-    @property
-    def words(self) -> Embedding | ExtendedEmbedding:
-        """The table of tokens."""
-        return self.shared
-
-    def add_words(self, rows_WD: np.ndarray) -> None:
-        """Let ids from the size of the vocabulary on stand for these vectors."""
-        self.shared = ExtendedEmbedding(self.shared, rows_WD)
-
-    def is_read(self, parameter: str, skip: int) -> bool:
-        """Whether what `read` yields depends on a parameter."""
-        return True
-
-
-class T5Stack(nn.Cell):
-    """States (B, S, D), and a bias that hides keys or None -> (B, S, D). The first layer's bias is that of all."""
-
-    def __init__(self, spec: T5Spec) -> None:
-        super().__init__()
-        self.block = nn.CellList([T5Block(spec, number == 0) for number in range(spec.num_layers)])
-        self.final_layer_norm = RmsNorm(spec.d_model, spec.layer_norm_epsilon)
-
-    def construct(self, x_BSD: Tensor, hidden_MSS: Tensor | None) -> Tensor:
-        batch, length, _ = x_BSD.shape
-        bias_MSS = self.block[0].layer[0].SelfAttention.position_bias(batch, length)
-        if hidden_MSS is not None:
-            bias_MSS = bias_MSS + hidden_MSS
-        for block in self.block:
+            bias_MSS = bias_MSS + hidden_keys(visible_BS, self.spec.num_heads)
+        x_BSD = self.shared(ids_BS).astype(ms.float32)
+        for block in self.encoder.block:
             x_BSD = block(x_BSD, bias_MSS)
-        return self.final_layer_norm(x_BSD)
+        return (self.encoder.final_layer_norm(x_BSD),)
 
 
 class T5Block(nn.Cell):
-    """Self-attention and feed-forward."""
+    """Self-attention without a scale, and feed-forward, each behind a norm and added to its input.
 
-    def __init__(self, spec: T5Spec, is_first: bool) -> None:
+    States (B, S, D) float32, what is added to scores (M, S, S) -> (B, S, D) float32.
+    """
+
+    def __init__(self, spec: T5Spec) -> None:
         super().__init__()
-        self.layer = nn.CellList([T5LayerSelfAttention(spec, is_first), T5LayerFF(spec)])
-
-    def construct(self, x_BSD: Tensor, bias_MSS: Tensor) -> Tensor:
-        return self.layer[1](self.layer[0](x_BSD, bias_MSS))
-
-
-class T5LayerSelfAttention(nn.Cell):
-    """Behind a norm, and added to its input."""
-
-    def __init__(self, spec: T5Spec, is_first: bool) -> None:
-        super().__init__()
-        self.SelfAttention = T5Attention(spec, is_first)
-        self.layer_norm = RmsNorm(spec.d_model, spec.layer_norm_epsilon)
-
-    def construct(self, x_BSD: Tensor, bias_MSS: Tensor) -> Tensor:
-        return x_BSD + self.SelfAttention(self.layer_norm(x_BSD), bias_MSS).astype(ms.float32)
-
-
-class T5Attention(nn.Cell):
-    """Multi-head self-attention without a scale: (B, S, D), bias (M, S, S) -> (B, S, D)."""
-
-    def __init__(self, spec: T5Spec, has_bias: bool) -> None:
-        super().__init__()
-        inner = spec.num_heads * spec.d_kv
-        self.q = Dense(spec.d_model, inner, has_bias=False)
-        self.k = Dense(spec.d_model, inner, has_bias=False)
-        self.v = Dense(spec.d_model, inner, has_bias=False)
-        self.o = Dense(inner, spec.d_model, has_bias=False)
+        width, inner = spec.d_model, spec.num_heads * spec.d_kv
+        for name in ("q", "k", "v"):
+            attach(self, f"layer.0.SelfAttention.{name}", Dense(width, inner, has_bias=False))
+        attach(self, "layer.0.SelfAttention.o", Dense(inner, width, has_bias=False))
+        attach(self, "layer.0.layer_norm", RmsNorm(width, spec.layer_norm_epsilon))
+        for name in ("wi_0", "wi_1"):
+            attach(self, f"layer.1.DenseReluDense.{name}", Dense(width, spec.d_ff, has_bias=False))
+        attach(self, "layer.1.DenseReluDense.wo", Dense(spec.d_ff, width, has_bias=False))
+        attach(self, "layer.1.layer_norm", RmsNorm(width, spec.layer_norm_epsilon))
         self.attend = shared(BiasedAttention, spec.num_heads, spec.d_kv, 1.0)
-        self.num_heads, self.max_distance = spec.num_heads, spec.relative_attention_max_distance
-        if has_bias:
-            self.relative_attention_bias = Embedding(spec.relative_attention_num_buckets, spec.num_heads)
-
-    def construct(self, x_BSD: Tensor, bias_MSS: Tensor) -> Tensor:
-        return self.o(self.attend(self.q(x_BSD), self.k(x_BSD), self.v(x_BSD), bias_MSS))
-
-    def position_bias(self, batch: int, length: int) -> Tensor:
-        """What is added to scores for the distances of the tokens, (M, S, S) float32."""
-        bias_KN = self.relative_attention_bias.weight.astype(ms.float32)
-        bias = transposed_times(bias_KN, _is_in_bucket(length, bias_KN.shape[0], self.max_distance))
-        bias = ops.broadcast_to(ops.reshape(bias, (1, -1)), (batch, self.num_heads * length * length))
-        return ops.reshape(bias, (-1, length, length))
-
-
-class T5LayerFF(nn.Cell):
-    """Behind a norm, and added to its input."""
-
-    def __init__(self, spec: T5Spec) -> None:
-        super().__init__()
-        self.DenseReluDense = T5DenseGatedActDense(spec)
-        self.layer_norm = RmsNorm(spec.d_model, spec.layer_norm_epsilon)
-
-    def construct(self, x_BSD: Tensor) -> Tensor:
-        return x_BSD + self.DenseReluDense(self.layer_norm(x_BSD))
-
-
-class T5DenseGatedActDense(nn.Cell):
-    """The feed-forward part of a layer: (B, S, D) -> (B, S, D) float32."""
-
-    def __init__(self, spec: T5Spec) -> None:
-        super().__init__()
-        self.wi_0 = Dense(spec.d_model, spec.d_ff, has_bias=False)
-        self.wi_1 = Dense(spec.d_model, spec.d_ff, has_bias=False)
-        self.wo = Dense(spec.d_ff, spec.d_model, has_bias=False)
         self.activation = shared(TanhGelu)
 
-    def construct(self, x_BSD: Tensor) -> Tensor:
-        return self.wo(self.activation(self.wi_0(x_BSD).astype(ms.float32)) * self.wi_1(x_BSD).astype(ms.float32))
+    def construct(self, x_BSD: Tensor, bias_MSS: Tensor) -> Tensor:
+        own, y_BSD = self.layer[0].SelfAttention, self.layer[0].layer_norm(x_BSD)
+        y_BSD = own.o(self.attend(own.q(y_BSD), own.k(y_BSD), own.v(y_BSD), bias_MSS))
+        x_BSD = x_BSD + y_BSD.astype(ms.float32)
+        own, y_BSD = self.layer[1].DenseReluDense, self.layer[1].layer_norm(x_BSD)
+        gate_BSF = self.activation(own.wi_0(y_BSD).astype(ms.float32))
+        return x_BSD + own.wo(gate_BSF * own.wi_1(y_BSD).astype(ms.float32))
+
+
+class PositionBias(Embedding):
+    """What is added to scores for the distance of two tokens: numbers of texts and of tokens -> (M, S, S) float32."""
+
+    def __init__(self, spec: T5Spec) -> None:
+        super().__init__(spec.relative_attention_num_buckets, spec.num_heads)
+        self.max_distance = spec.relative_attention_max_distance
+
+    def construct(self, batch: int, length: int) -> Tensor:
+        in_bucket = _is_in_bucket(length, self.weight.shape[0], self.max_distance)
+        bias_1P = ops.reshape(transposed_times(self.weight.astype(ms.float32), in_bucket), (1, -1))
+        return ops.reshape(ops.broadcast_to(bias_1P, (batch, bias_1P.shape[1])), (-1, length, length))
 
 
 def position_buckets(length: int, count: int, max_distance: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.clip import ExtendedEmbedding
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import equal_parts
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
