@@ -84,6 +84,7 @@ class ClipTokenizer:
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
+        self._room = self.length - len(self._start) - 1
 
     def _open(self, folder: Path) -> Any:
         from transformers import CLIPTokenizerFast
@@ -101,11 +102,6 @@ class ClipTokenizer:
         plain.no_truncation()
         plain.no_padding()
         return lambda text: plain.encode(text, add_special_tokens=False).ids
-
-    @property
-    def _room(self) -> int:
-        """Tokens of a text without marks."""
-        return self.length - len(self._start) - 1
 
     @property
     def first_and_end(self) -> tuple[int, int]:

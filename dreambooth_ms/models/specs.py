@@ -189,10 +189,8 @@ class T5Spec:
 
     def problems(self) -> Iterator[str]:
         """Why no network has these sizes, a reason each."""
-        buckets = self.relative_attention_num_buckets
-        yield from _indivisible("relative_attention_num_buckets", [buckets], "near and far, before and after:", 4)
-        if self.relative_attention_max_distance <= buckets // 4:
-            yield "relative_attention_max_distance is not above a quarter of relative_attention_num_buckets"
+        buckets = [self.relative_attention_num_buckets]
+        yield from _indivisible("relative_attention_num_buckets", buckets, "near and far, before and after:", 4)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,8 @@ from dreambooth_ms.ops.linear import transposed_times
 
 
 class T5EncoderModel(TextEncoder):
-    """Token ids (B, S) -> normalised states (B, S, D) after the last layer; what fills up a text has states, too.
-
-    Args:
-        spec: its sizes.
-        use_attention_mask: whether no token sees what fills up a text (token 0).
-    """
+    """Token ids (B, S) -> normalised states (B, S, D) after the last layer; what fills up a text (token 0) has states,
+    too, but with `use_attention_mask` no token sees it."""
 
     table = "shared"
 
@@ -87,25 +83,23 @@ class PositionBias(Embedding):
         self.max_distance = spec.relative_attention_max_distance
 
     def construct(self, batch: int, length: int) -> Tensor:
-        in_bucket = _is_in_bucket(length, self.weight.shape[0], self.max_distance)
+        in_bucket = in_buckets(length, self.weight.shape[0], self.max_distance)
         bias_1P = ops.reshape(transposed_times(self.weight.astype(ms.float32), in_bucket), (1, -1))
         return ops.reshape(ops.broadcast_to(bias_1P, (batch, bias_1P.shape[1])), (-1, length, length))
 
 
-def position_buckets(length: int, count: int, max_distance: int) -> np.ndarray:
-    """The bucket of each query's distance to each key, (S, S) int: of its sign, and exact below a quarter of the
-    buckets, then in logarithmic steps up to `max_distance` (Raffel et al., 2020, section 2.1)."""
-    distance = np.arange(length)[None] - np.arange(length)[:, None]
-    half, exact = count // 2, count // 4
-    # In float32, as transformers does: at 8, 16, 32 and so on the last bit decides.
-    far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(exact))
-    far = exact + (far / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)).astype(int)
-    steps = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(far, half - 1))
-    return half * (distance > 0) + steps
-
-
 @constexpr
-def _is_in_bucket(length: int, count: int, max_distance: int) -> Tensor:
-    """(K, S * S) float32: 1 where a distance is in a bucket. A product with it is a lookup, and so is its gradient."""
-    buckets = position_buckets(length, count, max_distance).reshape(1, -1)
-    return Tensor(buckets == np.arange(count)[:, None], ms.float32)
+def in_buckets(length: int, count: int, max_distance: int) -> Tensor:
+    """1 where the distance of a query to a key is in a bucket, 0 elsewhere: (K, S * S) float32. A product with it is a
+    lookup, and so is its gradient.
+
+    There are buckets for each sign, exact below a quarter of them, then in logarithmic steps up to `max_distance`
+    (Raffel et al., 2020, section 2.1).
+    """
+    distance = np.arange(length)[None] - np.arange(length)[:, None]
+    half, exact, steps = count // 2, count // 4, np.abs(distance)
+    # In float32, as transformers does: at powers of 2 the last bit decides.
+    far = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(exact)) / np.float32(np.log(max_distance / exact))
+    far = np.minimum(exact + (far * np.float32(half - exact)).astype(int), half - 1)
+    buckets = half * (distance > 0) + np.where(steps < exact, steps, far)
+    return Tensor(buckets.reshape(1, -1) == np.arange(count)[:, None], ms.float32)

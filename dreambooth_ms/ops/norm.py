@@ -37,10 +37,8 @@ class LayerNorm(nn.Cell):
 
 
 class RmsNorm(nn.Cell):
-    """Division by the root mean square (Zhang and Sennrich, 2019) of the last axis, and a scale: (..., C) -> (..., C).
-
-    What it gives is of `compute_dtype`, whatever is normalised.
-    """
+    """Division by the root mean square (Zhang and Sennrich, 2019) of the last axis, and a scale: (..., C) -> (..., C),
+    in `compute_dtype`."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()

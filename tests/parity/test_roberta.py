@@ -15,6 +15,7 @@ from dreambooth_ms.formats.model_config import read_config, read_roberta_config,
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
 from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import (
     ValueAndGradients,
@@ -25,6 +26,7 @@ from tests.parity.reference import (
     weights_of,
     worst_gradient_error,
 )
+from tools.formulation import use_formulation
 
 # Float32 sums in another order, through three layers: measured below 1e-6.
 FORWARD = 1e-5
@@ -76,6 +78,12 @@ def test_states_and_gradients_are_diffusers(masked, pre):
     assert backward < GRADIENT, name
     with torch.no_grad():
         assert relative_error(result, states_of(reference, not masked)) > 1e-3, "the mask makes no difference here"
+
+
+def test_the_other_formulation_gives_the_same(pynative):
+    reference = small_roberta()
+    with use_formulation(Formulation.ASCEND), torch.no_grad():
+        assert relative_error(ours(reference)(Tensor(IDS)), states_of(reference, True)) < FORWARD
 
 
 def test_it_is_a_reader_of_the_toolkit_and_computes_in_float16(pynative):

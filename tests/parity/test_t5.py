@@ -16,6 +16,7 @@ from dreambooth_ms.models import t5
 from dreambooth_ms.models.parameters import public_parameters
 from dreambooth_ms.models.specs import T5Spec
 from dreambooth_ms.models.text import TextEncoders
+from dreambooth_ms.runtime.device import Formulation
 from dreambooth_ms.weights.bundle import load_strict
 from tests.parity.reference import (
     ValueAndGradients,
@@ -27,6 +28,7 @@ from tests.parity.reference import (
     weights_of,
     worst_gradient_error,
 )
+from tools.formulation import use_formulation
 
 # Float32 sums in another order, through two layers: measured below 1e-6.
 FORWARD = 1e-5
@@ -67,11 +69,18 @@ def test_states_and_gradients_are_transformers(masked):
     assert relative_error(result, otherwise) > 1e-2, "the mask makes no difference here"
 
 
+def test_the_other_formulation_gives_the_same(pynative):
+    reference = small_t5()
+    with use_formulation(Formulation.ASCEND), torch.no_grad():
+        states = ours(reference, use_attention_mask=True)(Tensor(IDS))
+        assert relative_error(states, reference(torch.tensor(IDS), mask_of(IDS)).last_hidden_state) < FORWARD
+
+
 @pytest.mark.parametrize(("count", "distance"), [(32, 128), (8, 20)])
 def test_buckets_of_distances_are_transformers(count, distance):
     places = torch.arange(200)
     expected = T5Attention._relative_position_bucket(places[None] - places[:, None], True, count, distance)
-    found = t5.position_buckets(200, count, distance)
+    found = t5.in_buckets(200, count, distance).asnumpy().argmax(0).reshape(200, 200)
     assert np.array_equal(found, expected.numpy())
     assert not np.array_equal(found, found.T), "before and after are not alike"
 
