@@ -12,8 +12,7 @@ from dreambooth_ms.adapters.lora import AdaptedLayer
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.files.dtypes import DType, is_finite
 from dreambooth_ms.formats.files.stored import raw_bytes
-from dreambooth_ms.models.clip import ExtendedEmbedding, TextEmbeddings
-from dreambooth_ms.models.unet import UNet2DConditionModel
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Conv2d, Dense, Embedding
 
 
@@ -22,7 +21,7 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
     if a weight is too large for it. Without adapters nothing is frozen: the full method writes whole networks, also
     layers that have no gradient."""
     for _, cell in denoiser.cells_and_names():
-        if isinstance(cell, UNet2DConditionModel | TextEmbeddings):
+        if hasattr(cell, "compute_dtype"):
             cell.compute_dtype = dtype
             # If it was compiled before, such as to sample class pictures, it would go on as it was.
             cell.compile_cache.clear()

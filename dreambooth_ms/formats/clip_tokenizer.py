@@ -13,19 +13,20 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dreambooth_ms.atomic import write_bytes
-from dreambooth_ms.errors import WeightError, show_names
+from dreambooth_ms.errors import UserError, WeightError, show_names
 from dreambooth_ms.formats.config_keys import KEYS, check_keys
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.model_config import read_config
@@ -53,16 +54,19 @@ class ClipTokenizer:
         vocab_size: tokens that it knows; WeightError if the files have more, or are no tokenizer of CLIP.
     """
 
+    of = "CLIP"
+
     def __init__(self, folder: Path, longest: int = LENGTH, vocab_size: int = SIZE) -> None:
         # It announces at import that there is no PyTorch; the tokenizers need none.
-        from transformers import CLIPTokenizerFast
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         try:
-            self._tokenizer = CLIPTokenizerFast.from_pretrained(str(folder))
+            self._tokenizer = self._open(folder)
+        except UserError:
+            raise
         except Exception as error:  # The library for tokenizers knows no other.
-            raise WeightError(f"{folder}: no tokenizer of CLIP ({' '.join(str(error).split())})") from error
+            raise WeightError(f"{folder}: no tokenizer of {self.of} ({' '.join(str(error).split())})") from error
         if len(self._tokenizer) > vocab_size:
             raise WeightError(
                 f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
@@ -74,23 +78,35 @@ class ClipTokenizer:
             word: [added[token] for token in takewhile(added.__contains__, tokens_of_word(word))] for word in added
         }
         """New words -> the ids of the tokens that each stands for."""
-        self._plain = self._tokenizer.backend_tokenizer
-        if self.words:
-            # It would find them in lower-cased text.
-            content = json.loads(self._plain.to_str())
-            content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
-            self._plain = Tokenizer.from_str(json.dumps(content))
-        self._plain.no_truncation()
-        self._plain.no_padding()
+        self._encode = self._encoder()
+        *self._start, self._end = self._tokenizer.build_inputs_with_special_tokens([])
         told = self._tokenizer.model_max_length
         # Some say nothing, 10^30 or another tower's length.
         self.length: int = int(told) if 3 <= told < longest else longest
         """Tokens of a text, start and end included."""
+        self._room = self.length - len(self._start) - 1
+
+    def _open(self, folder: Path) -> Any:
+        from transformers import CLIPTokenizerFast
+
+        return CLIPTokenizerFast.from_pretrained(str(folder))
+
+    def _encoder(self) -> Callable[[str], list[int]]:
+        """What gives the ids of a text without new words and marks."""
+        plain, special = self._tokenizer.backend_tokenizer, self._tokenizer.all_special_tokens
+        if self.words:
+            # It would find them in lower-cased text.
+            content = json.loads(plain.to_str())
+            content["added_tokens"] = [one for one in content["added_tokens"] if one["content"] in special]
+            plain = Tokenizer.from_str(json.dumps(content))
+        plain.no_truncation()
+        plain.no_padding()
+        return lambda text: plain.encode(text, add_special_tokens=False).ids
 
     @property
     def first_and_end(self) -> tuple[int, int]:
         """The id that follows those of its folder, and that of its end token."""
-        return len(self._tokenizer), self._tokenizer.eos_token_id
+        return len(self._tokenizer), self._end
 
     def with_words(self, counts: Mapping[str, int]) -> "ClipTokenizer":
         """The same with new words, each of so many tokens, whose ids follow the table's; WeightError if it has one."""
@@ -104,22 +120,21 @@ class ClipTokenizer:
 
     def lost(self, prompt: str) -> str | None:
         """What one text of full length leaves out of a prompt; None if it fits."""
-        ids = self.tokens(prompt)[self.length - 2 :]
+        ids = self.tokens(prompt)[self._room :]
         names = {number: word for word, numbers in self.words.items() for number in numbers}
         runs = groupby(ids, lambda number: names.get(number))
         return " ".join(word or self._tokenizer.decode([*own]) for word, own in runs) or None
 
     def num_pieces(self, prompt: str) -> int:
         """In how many pieces a prompt fits, each between a start and an end token."""
-        return max(1, -(-len(self.tokens(prompt)) // (self.length - 2)))
+        return max(1, -(-len(self.tokens(prompt)) // self._room))
 
     def pieces(self, prompt: str, count: int) -> np.ndarray:
         """A prompt cut into texts of full length, one after the other: (N, S) int32; the last ones may be empty."""
-        room, ids, own = self.length - 2, self.tokens(prompt), self._tokenizer
-        filler = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
-        rows = np.full((count, self.length), filler, np.int32)
+        room, ids, filler = self._room, self.tokens(prompt), self._tokenizer.pad_token_id
+        rows = np.full((count, self.length), self._end if filler is None else filler, np.int32)
         for row, first in zip(rows, range(0, count * room, room), strict=True):
-            piece = [own.bos_token_id, *ids[first : first + room], own.eos_token_id]
+            piece = [*self._start, *ids[first : first + room], self._end]
             row[: len(piece)] = piece
         return rows
 
@@ -127,7 +142,7 @@ class ClipTokenizer:
         """The ids of a text of any length, without marks."""
         longest_first = sorted(self.words, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", prompt) if self.words else [prompt]
-        read = (self.words.get(part) or self._plain.encode(part, add_special_tokens=False).ids for part in parts)
+        read = (self.words.get(part) or self._encode(part) for part in parts)
         return list(chain.from_iterable(read))
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.models.specs import ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec, read_table
+from dreambooth_ms.models import specs
+from dreambooth_ms.models.specs import TransformerSpec, read_table
 
 _LARGEST, _MOST = 1e38, 1_000_000
 """Numbers that can be calculated with in float32, NaN and infinity left out; and sizes that networks have."""
@@ -25,11 +26,13 @@ _KINDS |= {"lists of sizes and 0": tuple[Literal[0] | int, ...]}
 TABLES = read_table(Path(__file__).with_name("config_keys.yaml"))
 """As that file has them."""
 _SPECS: Mapping[str, tuple[type, ...]] = {
-    "unet": (UNetSpec,),
-    "vae": (VaeSpec,),
-    "text": (ClipTextSpec, TransformerSpec),
-    "vision": (ClipVisionSpec, TransformerSpec),
-    "vit": (ClipVisionSpec, TransformerSpec),
+    "unet": (specs.UNetSpec,),
+    "vae": (specs.VaeSpec,),
+    "text": (specs.ClipTextSpec, TransformerSpec),
+    "t5": (specs.T5Spec,),
+    "roberta": (specs.RobertaSpec, TransformerSpec),
+    "vision": (specs.ClipVisionSpec, TransformerSpec),
+    "vit": (specs.ClipVisionSpec, TransformerSpec),
     "scheduler": (NoiseScheduleSpec,),
 }
 """Whose fields are keys of a table, too."""

@@ -32,7 +32,7 @@ WEIGHT_NAMES = {
 }
 """What the weight files of a part are called, without the variant and the extension."""
 
-_TEXT_FILE = re.compile(r"(scheduler|tokenizer|tokenizer_2)/[^/]+\.(json|txt)")
+_TEXT_FILE = re.compile(r"(scheduler|tokenizer|tokenizer_2)/[^/]+\.(json|txt|model)")
 """Configurations and vocabularies."""
 _PICKLE_NAMES = {"model": "pytorch_model"}
 _VARIANT = re.compile(

@@ -184,6 +184,32 @@ def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]
     }
 
 
+def read_t5_config(config: Config) -> specs.T5Spec:
+    """transformers' T5EncoderModel configuration, or that of a whole T5 -> spec; WeightError if it is no T5 v1.1."""
+    # Without the key it is the first T5, with another feed-forward part.
+    check_keys({"feed_forward_proj": "relu", **config}, "t5")
+    return _read(specs.T5Spec, config)
+
+
+def write_t5_config(spec: specs.T5Spec) -> dict[str, Any]:
+    """The inverse of `read_t5_config`."""
+    return _config_of("t5", spec, architectures=["T5EncoderModel"])
+
+
+def read_roberta_config(config: Config) -> specs.RobertaSpec:
+    """FlagAI's RobertaSeriesModelWithTransformation configuration -> spec."""
+    check_keys(config, "roberta")
+    # Of these, transformers' XLM-R and our tower say otherwise where nothing is said.
+    tower = _read(TransformerSpec, config, "hidden_act", "layer_norm_eps")
+    return _read(specs.RobertaSpec, config, transformer=tower)
+
+
+def write_roberta_config(spec: specs.RobertaSpec) -> dict[str, Any]:
+    """The inverse of `read_roberta_config`."""
+    config = _config_of("roberta", spec, architectures=["RobertaSeriesModelWithTransformation"])
+    return {**config, **vars(config.pop("transformer"))}
+
+
 def read_clip_config(config: Config) -> specs.ClipSpec:
     """transformers' CLIPModel configuration -> spec."""
     check_keys(config, "clip")

@@ -1,22 +1,22 @@
 """CLIP (Radford et al., 2021) with the module tree of transformers' CLIPModel and its text models.
 
-Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space; V tokens of a table, W
-new words in it.
+Shapes: B batch, S text tokens, P image patches, D width of a tower, E width of the shared space.
 """
 
 import re
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
-from dreambooth_ms.models.specs import UNSAID_END, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
-from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, look_up, part, shared
+from dreambooth_ms.models.specs import TABLE, UNSAID_END, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec
+from dreambooth_ms.models.words import TextEncoder
+from dreambooth_ms.ops import Conv2d, Dense, Embedding, LayerNorm, MultiHeadAttention, part, shared
 from dreambooth_ms.ops.layout import from_public_layout, image_to_tokens
-from dreambooth_ms.ops.linear import Gelu, QuickGelu, empty_parameter, times
+from dreambooth_ms.ops.linear import Gelu, QuickGelu, empty_parameter
 
 
-class CLIPTextModel(nn.Cell):
+class CLIPTextModel(TextEncoder):
     """Token ids (B, S) -> normalised hidden states (B, S, D); of one that pools, what `read` yields.
 
     Args:
@@ -24,6 +24,8 @@ class CLIPTextModel(nn.Cell):
         last_layer: whether `read` yields the normalised states, as SD 1 and 2 take them, or those before the last layer
             without a norm, as SDXL does, and any that pools.
     """
+
+    table = TABLE
 
     def __init__(self, spec: ClipTextSpec, last_layer: bool = True) -> None:
         super().__init__()
@@ -49,11 +51,6 @@ class CLIPTextModel(nn.Cell):
         if not self.pools:
             return (states_BSD,)
         return states_BSD, self.text_projection(_at_end(self.text_model.final_layer_norm(last_BSD), ends[0]))
-
-    def add_words(self, rows_WD: np.ndarray) -> None:
-        """Let ids from the size of the vocabulary on stand for these vectors."""
-        embeddings = self.text_model.embeddings
-        embeddings.token_embedding = ExtendedEmbedding(embeddings.token_embedding, rows_WD)
 
     @property
     def most_skipped(self) -> int:
@@ -125,33 +122,6 @@ class TextEmbeddings(nn.Cell):
         x_BSD = self.token_embedding(ids_BS)
         positions_SD = part(self.position_embedding.weight, 0, x_BSD.shape[1])
         return (x_BSD + ops.broadcast_to(positions_SD, x_BSD.shape)).astype(self.compute_dtype)
-
-
-class ExtendedEmbedding(nn.Cell):
-    """A table of vectors with the rows of new words behind it, whose ids go on from the table's own.
-
-    Ids (...,) int32 below V + W -> (..., D) float32.
-
-    The table keeps its parameter and its name. What is looked up in the new rows is a product, so that their gradient
-    is one.
-    """
-
-    def __init__(self, base: Embedding, rows_WD: np.ndarray) -> None:
-        super().__init__()
-        self.weight, self.size = base.weight, base.weight.shape[0]
-        self.new_rows = Parameter(Tensor(rows_WD, ms.float32))
-        self.numbers_1W = Tensor(np.arange(self.size, self.size + len(rows_WD), dtype=np.int32)[None])
-
-    def construct(self, ids: Tensor) -> Tensor:
-        ids_N1 = ops.reshape(ids, (-1, 1))
-        count, width = ids_N1.shape[0], self.weight.shape[1]
-        known_N = ops.reshape(ops.minimum(ids_N1, self.size - 1), (-1,))
-        old_ND = look_up(self.weight, known_N).astype(ms.float32)
-        shape = (count, self.numbers_1W.shape[1])
-        chosen_NW = (ops.broadcast_to(ids_N1, shape) == ops.broadcast_to(self.numbers_1W, shape)).astype(ms.float32)
-        new_ND = times(chosen_NW, self.new_rows)
-        is_old_ND = ops.broadcast_to(ids_N1 < self.size, (count, width))
-        return ops.reshape(ops.select(is_old_ND, old_ND, new_ND), ids.shape + (width,))
 
 
 class VisionTransformer(nn.Cell):

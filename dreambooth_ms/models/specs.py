@@ -221,6 +221,56 @@ class ClipTextSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class T5Spec:
+    """The encoder of T5 v1.1, which DeepFloyd IF reads."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    """Width of a head."""
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    pad_token_id: ClassVar[int] = 0
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        buckets = [self.relative_attention_num_buckets]
+        yield from _indivisible("relative_attention_num_buckets", buckets, "near and far, before and after:", 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobertaSpec:
+    """XLM-R with a projection, which AltDiffusion reads."""
+
+    transformer: TransformerSpec
+    vocab_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    project_dim: int
+    """Width of the states that it gives."""
+    use_attention_mask: bool = True
+    """Whether no token sees what fills up a short text."""
+    has_pre_transformation: bool = False
+    """Whether it gives the states before the last layer, normalised (AltDiffusion-m18)."""
+    pad_token_id: ClassVar[int] = 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it has positions for: the first ones are for what fills up a text."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
+    def problems(self) -> Iterator[str]:
+        """Why no network has these sizes, a reason each."""
+        yield from self.transformer.problems()
+        if self.longest < 3:
+            yield f"max_position_embeddings {self.max_position_embeddings} leaves no room for a text"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipVisionSpec:
     """A transformer of pictures: the image tower of CLIP, or DINO's."""
 

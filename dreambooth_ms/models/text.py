@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from dreambooth_ms.errors import ConfigError
-from dreambooth_ms.models.clip import ExtendedEmbedding
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import equal_parts
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 
@@ -23,6 +23,7 @@ class TextEncoders(CompiledCell):
         read(ids (B, S), ends, skip) -> (states (B, S, D),) or (states, pooled (B, P)), `skip` layers early
         most_skipped                 how many layers it can leave out
         is_read(parameter, skip)     whether what it then yields depends on a parameter
+        words                        its table of tokens, which `add_words(rows (W, D))` extends
 
     Args:
         networks: the encoders, by the names of their folders.
@@ -57,7 +58,7 @@ class TextEncoders(CompiledCell):
 
     def new_rows(self) -> dict[str, Parameter]:
         """The vectors (W, D) of new words, by the names of the encoders' folders."""
-        tables = {name: network.text_model.embeddings.token_embedding for name, network in self.networks().items()}
+        tables = {name: network.words for name, network in self.networks().items()}
         return {name: table.new_rows for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
     def networks(self) -> dict[str, nn.Cell]:

@@ -10,9 +10,9 @@ Networks are built from these cells and never name an axis of an image themselve
 """
 
 from dreambooth_ms.ops.anywhere import SumOfSquares, bitwise_and, equal_parts, exclusive_or, look_up, mean, part, total
-from dreambooth_ms.ops.attention import MultiHeadAttention
+from dreambooth_ms.ops.attention import BiasedAttention, MultiHeadAttention, hidden_keys
 from dreambooth_ms.ops.conv import Conv2d, Padding, convolution
 from dreambooth_ms.ops.graph import shared
 from dreambooth_ms.ops.layout import average_pool, upsample_nearest
-from dreambooth_ms.ops.linear import Dense, Embedding, GatedGelu, Gelu, QuickGelu
-from dreambooth_ms.ops.norm import GroupNorm, LayerNorm
+from dreambooth_ms.ops.linear import Dense, Embedding, GatedGelu, Gelu, QuickGelu, TanhGelu
+from dreambooth_ms.ops.norm import GroupNorm, LayerNorm, RmsNorm

@@ -96,6 +96,21 @@ class GatherInterchange(nn.Cell):
         return ops.gather(dout, interchanged(inner, outer), 1), 0, 0
 
 
+class BiasedAttention(MultiHeadAttention):
+    """softmax(scale q k^T + bias) v, with bias (M, L, S) float32 or None; for texts, whose scores are few."""
+
+    def __init__(self, num_heads: int, head_dim: int, scale: float) -> None:
+        super().__init__(num_heads, head_dim)
+        self.scale, self.softmax = scale, ops.Softmax(-1)
+
+    def construct(self, q: Tensor, k: Tensor, v: Tensor, bias_MLS: Tensor | None) -> Tensor:
+        scores = batch_times_transposed(self._split_heads(q) * self.scale, self._split_heads(k)).astype(ms.float32)
+        if bias_MLS is not None:
+            scores = scores + bias_MLS
+        out_MLD = batch_times(self.softmax(scores).astype(v.dtype), self._split_heads(v))
+        return self._interchanged(out_MLD, q.shape[0], self.num_heads, q.shape[1], q.shape)
+
+
 class SlicedAttention(nn.Cell):
     """Attention of M independent heads: (M, L, D), (M, S, D), (M, S, D) -> (M, L, D).
 
@@ -159,6 +174,13 @@ class SlicedAttention(nn.Cell):
         if self.causal:
             scores = scores + ops.broadcast_to(_causal_mask(first_row, scaled_q.shape[1], k.shape[1]), scores.shape)
         return self.softmax(scores).astype(scaled_q.dtype)
+
+
+def hidden_keys(visible_BS: Tensor, num_heads: int) -> Tensor:
+    """The bias (B * N, S, S) float32 that hides keys from all queries; visible (B, S) is 1 at the others, 0 there."""
+    batch, length = visible_BS.shape
+    bias = ops.reshape((visible_BS - 1) * float(np.finfo(np.float32).max), (batch, 1, 1, length))
+    return ops.reshape(ops.broadcast_to(bias, (batch, num_heads, length, length)), (-1, length, length))
 
 
 def _concat(parts: tuple[Tensor, ...], axis: int) -> Tensor:

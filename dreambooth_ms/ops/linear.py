@@ -115,6 +115,13 @@ class QuickGelu(nn.Cell):
         return x * ops.sigmoid(x * 1.702)
 
 
+class TanhGelu(nn.Cell):
+    """GELU's approximation by tanh (Hendrycks and Gimpel, 2016, section 2); (1 + tanh z) / 2 is sigmoid(2 z)."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x * ops.sigmoid((x + x * x * x * 0.044715) * math.sqrt(8 / math.pi))
+
+
 def activation(name: str) -> Any:
     """What applies an `act_fn`, "silu" or "gelu"."""
     return shared(Gelu) if name == "gelu" else ops.silu

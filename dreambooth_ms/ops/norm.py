@@ -7,6 +7,7 @@ from mindspore.ops import constexpr
 from mindspore.ops.auto_generate import LayerNormGrad, SiLUGrad
 
 from dreambooth_ms.ops import ascend, linear
+from dreambooth_ms.ops.anywhere import mean
 from dreambooth_ms.ops.graph import after, constant, shared
 from dreambooth_ms.ops.layout import members, over_pixels
 from dreambooth_ms.ops.linear import bias_add, empty_parameter, times, times_transposed
@@ -33,6 +34,21 @@ class LayerNorm(nn.Cell):
         else:
             y_NC = self.on_ascend(x_NC, self.weight, self.bias, self.eps)
         return ops.reshape(y_NC, x.shape).astype(x.dtype)
+
+
+class RmsNorm(nn.Cell):
+    """Division by the root mean square (Zhang and Sennrich, 2019) of the last axis, and a scale: (..., C) -> (..., C),
+    in `compute_dtype`."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps, self.compute_dtype = empty_parameter((channels,)), eps, ms.float32
+
+    def construct(self, x: Tensor) -> Tensor:
+        x_NC = ops.reshape(x, (-1, x.shape[-1])).astype(ms.float32)
+        rms_N1 = ops.rsqrt(mean(x_NC * x_NC, (1,), True) + self.eps)
+        y_NC = x_NC * _over_columns(rms_N1, x_NC.shape[1]) * ops.broadcast_to(self.weight, x_NC.shape)
+        return ops.reshape(y_NC, x.shape).astype(self.compute_dtype)
 
 
 MAX_SMALL_ROWS = 1 << 15

@@ -5,8 +5,19 @@ from dataclasses import replace
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.deprecated.alt_diffusion import RobertaSeriesModelWithTransformation
+from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import RobertaSeriesConfig
 from mindspore import ParameterTuple, Tensor, nn, ops
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from dreambooth_ms.models.parameters import public_parameters
 
@@ -202,6 +213,24 @@ def small_text_encoder(seed: int = 0, kind: type = CLIPTextModel, **settings) ->
     sizes = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
     words = {"vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 59}
     return disturbed(kind(CLIPTextConfig(**sizes | words | settings)))
+
+
+def small_t5(**settings) -> T5EncoderModel:
+    """transformers' encoder of T5 v1.1: two layers, heads whose widths do not add up to the states' width."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
+    buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    config = T5Config(**sizes | buckets | settings, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    return disturbed(T5EncoderModel(config))
+
+
+def small_roberta(**settings) -> RobertaSeriesModelWithTransformation:
+    """diffusers' text encoder of AltDiffusion: three layers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+    words = {"vocab_size": 60, "max_position_embeddings": 20, "type_vocab_size": 2, "project_dim": 24}
+    config = RobertaSeriesConfig(**sizes | words | settings, layer_norm_eps=1e-5)
+    return disturbed(RobertaSeriesModelWithTransformation(config))
 
 
 def disturbed(module: torch.nn.Module) -> torch.nn.Module:

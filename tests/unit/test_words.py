@@ -17,7 +17,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.conditioning import PromptTokenizer
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.formats.clip_tokenizer import END, SIZE, ClipTokenizer, tokenizer_on_board
-from dreambooth_ms.models.clip import ExtendedEmbedding
+from dreambooth_ms.models.words import ExtendedEmbedding
 from dreambooth_ms.ops import Embedding
 from dreambooth_ms.processes.group import ALONE
 from dreambooth_ms.weights.bundle import open_bundle
