@@ -50,8 +50,6 @@ def read_unet_config(config: Config) -> UNetSpec:
     check_keys(config, "unet")
     has_attention = tuple("CrossAttn" in kind for kind in config["down_block_types"])
     simple = "Simple" in config.get("mid_block_type", "")
-    if any(list(config[key]) != kinds for key, kinds in _block_types(simple, has_attention).items()):
-        raise WeightError("up_block_types is not down_block_types in reverse, or mid_block_type is of other blocks")
     channels = tuple(config["block_out_channels"])
     # diffusers names the number of heads "attention_head_dim" in SD 1 and 2, for historical reasons.
     heads = config.get("num_attention_heads") or config["attention_head_dim"]
@@ -65,6 +63,8 @@ def read_unet_config(config: Config) -> UNetSpec:
         num_heads=tuple(width // head for width, head in zip(channels, heads, strict=False)) if simple else heads,
         simple_blocks=simple,
     )
+    if any(list(config[key]) != kinds for key, kinds in _block_types(spec).items()):
+        raise WeightError("up_block_types is not down_block_types in reverse, or mid_block_type is of other blocks")
     # diffusers takes the widths of heads in one order on both ways.
     sizes = [size for size, attends in zip(channels, (*has_attention[:-1], True), strict=False) if attends]
     if simple and (len({*heads}) > 1 or any(size % head for size in sizes for head in heads)):
@@ -82,26 +82,23 @@ OF_SIMPLE_BLOCKS = _UNET_KEYS[_UNET_KEYS.index("simple_blocks") + 1 :]
 """Fields that count for those blocks alone: diffusers ignores some in others."""
 
 
-def _block_types(simple: bool, has_attention: Sequence[bool]) -> dict[str, list[str]]:
+def _block_types(spec: UNetSpec) -> dict[str, list[str]]:
     """diffusers' names of the blocks, on both ways."""
-    attend = "SimpleCrossAttn" if simple else "CrossAttn"
-    down, up = ("ResnetDownsample", "ResnetUpsample") if simple else ("Down", "Up")
+    attend = "SimpleCrossAttn" if spec.simple_blocks else "CrossAttn"
+    down, up = ("ResnetDownsample", "ResnetUpsample") if spec.simple_blocks else ("Down", "Up")
     return {
-        "down_block_types": [f"{attend}DownBlock2D" if own else f"{down}Block2D" for own in has_attention],
-        "up_block_types": [f"{attend}UpBlock2D" if own else f"{up}Block2D" for own in reversed(has_attention)],
+        "down_block_types": [f"{attend}DownBlock2D" if own else f"{down}Block2D" for own in spec.has_attention],
+        "up_block_types": [f"{attend}UpBlock2D" if own else f"{up}Block2D" for own in reversed(spec.has_attention)],
     }
 
 
 def write_unet_config(spec: UNetSpec) -> dict[str, Any]:
     """The inverse of `read_unet_config`."""
-    blocks: dict[str, Any] = {
-        **_block_types(spec.simple_blocks, spec.has_attention),
-        "attention_head_dim": list(spec.num_heads),
-    }
+    own: dict[str, Any] = {"attention_head_dim": list(spec.num_heads)}
     if spec.simple_blocks:
         width = spec.block_out_channels[-1] // spec.num_heads[-1]
-        blocks |= {"attention_head_dim": width, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
-    config = _config_of("unet", spec, _class_name="UNet2DConditionModel", **blocks)
+        own = {"attention_head_dim": width, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}
+    config = _config_of("unet", spec, _class_name="UNet2DConditionModel", **_block_types(spec), **own)
     return {key: value for key, value in config.items() if key not in ("has_attention", "num_heads", "simple_blocks")}
 
 
