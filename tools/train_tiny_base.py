@@ -1,8 +1,7 @@
-"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE and CLIP, then the UNet and a better decoder,
-all on calm scenes; then both autoencoder and UNet on rich ones, which makes them sharp.
+"""Train the embedded base, checkpoints/tiny-shapes, from scratch: a VAE and CLIP, then the UNet and a better decoder.
 
     python -m tools.train_tiny_base               # stopped and started again, it goes on
-    python -m tools.train_tiny_base --sharpen     # the last two stages alone, from the weights in the folder
+    python -m tools.train_tiny_base --sharpen     # from the folder's weights on: autoencoder and UNet, on rich scenes
     python -m tools.train_tiny_base --only vae    # one stage; vae and clip can run side by side, then unet and decoder
     PYTHONPATH=. msrun --worker_num 2 --local_worker_num 2 --join True tools/train_tiny_base.py --only unet # half each
 
@@ -466,14 +465,16 @@ def train_as_one_of(processes: Processes) -> int:
 
 
 def train_stages() -> None:
-    """All stages, or the one asked for."""
+    """All stages from scratch, or those that sharpen; or the one of them that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", choices=[stage for stage in SCHEDULES if stage != "clip_shapes"], help="train this stage and no other"
     )
-    parser.add_argument("--sharpen", action="store_true", help="from the folder's weights, the last two stages alone")
+    parser.add_argument("--sharpen", action="store_true", help="from the folder's weights, sharp_vae and sharp_unet")
     arguments = parser.parse_args()
     only = arguments.only
+    if only and arguments.sharpen != only.startswith("sharp_"):
+        parser.error("--only sharp_vae and --only sharp_unet go with --sharpen, the other stages do not")
     if PROCESSES.count > 1 and only in (None, "clip"):
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
@@ -485,23 +486,30 @@ def train_stages() -> None:
         for name, network in {"vae": vae, "clip": clip, "unet": unet}.items():
             (file,) = (FOLDER / name).glob("*.safetensors")
             load_strict(network, read_tensors(file)[0], name)
+        sharpen(only, vae, clip, unet, tokenizer)
     else:
-        train_calmly(only, vae, clip, unet, tokenizer)
+        train_from_scratch(only, vae, clip, unet, tokenizer)
+    if only is None:
+        write_folder(vae, clip, unet)
+        print(f"wrote {FOLDER}")
+
+
+def sharpen(
+    only: str | None, vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel, tokenizer: PromptTokenizer
+) -> None:
+    """The stages on rich scenes, of finished networks."""
     if only in (None, "sharp_vae"):
         fit("sharp_vae", vae, VaeLoss(vae, "sharp_vae"), partial(vae_batch, "sharp_vae"))
     if only in (None, "sharp_unet"):
         restore("sharp_vae", vae)
         scale(vae)
         train_unet("sharp_unet", unet, vae, text_encoder_of(clip), tokenizer)
-    if only is None:
-        write_folder(vae, clip, unet)
-        print(f"wrote {FOLDER}")
 
 
-def train_calmly(
+def train_from_scratch(
     only: str | None, vae: AutoencoderKL, clip: CLIPModel, unet: UNet2DConditionModel, tokenizer: PromptTokenizer
 ) -> None:
-    """The stages on calm scenes; the networks are left as the last of them leave them."""
+    """The stages on calm scenes."""
     if only in (None, "vae"):
         fit("vae", vae, VaeLoss(vae, "vae"), partial(vae_batch, "vae"))
     if only in (None, "clip"):
@@ -517,9 +525,6 @@ def train_calmly(
     if only in (None, "decoder"):
         # The encoder stays, and with it the latents that the UNet knows.
         fit("decoder", vae, VaeLoss(vae, "decoder"), partial(vae_batch, "decoder"), ("decoder.", "post_quant_conv."))
-    if only in ("sharp_vae", "sharp_unet"):
-        restore("decoder", vae)
-        restore("unet", unet)
 
 
 if __name__ == "__main__":
