@@ -72,6 +72,8 @@ def read_unet_config(config: Config) -> UNetSpec:
     for key in () if simple else OF_SIMPLE_BLOCKS:
         if (value := getattr(spec, key)) != getattr(UNetSpec, key):
             raise WeightError(f"{key}: expected {getattr(UNetSpec, key)} beside blocks of these types, got {value!r}")
+    if config.get("mid_block_only_cross_attention") is False and spec.only_cross_attention:
+        raise WeightError("mid_block_only_cross_attention: expected null beside only_cross_attention, got False")
     if config.get("encoder_hid_dim_type") and not spec.encoder_hid_dim:
         raise WeightError("encoder_hid_dim_type is given without encoder_hid_dim; download it again")
     return spec

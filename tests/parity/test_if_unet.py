@@ -252,7 +252,11 @@ REFUSED = {
     ),
     "SD's middle": ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type is of other blocks"),
     "another way up": ({"up_block_types": list(STAGE_1["down_block_types"])}, "up_block_types: expected a list, each"),
-    "another middle": ({"mid_block_only_cross_attention": True}, "mid_block_only_cross_attention: expected null, got"),
+    "another middle": ({"mid_block_only_cross_attention": True}, "mid_block_only_cross_attention: expected null or"),
+    "a middle of its own": (
+        {"only_cross_attention": True, "mid_block_only_cross_attention": False},
+        "mid_block_only_cross_attention: expected null beside only_cross_attention",
+    ),
     "no width": ({"encoder_hid_dim": None, "encoder_hid_dim_type": "text_proj"}, "is given without encoder_hid_dim"),
     "heads of pooling": ({"addition_embed_type_num_heads": 5}, "width of text 32 is not a multiple of addition"),
     "groups": ({"cross_attention_dim": 24}, "cross_attention_dim 24 is not a multiple of groups: 32"),

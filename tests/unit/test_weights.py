@@ -404,6 +404,10 @@ class TestConfigurations:
             with pytest.raises(WeightError, match=next(iter(wrong))):
                 model_config.read_vit_config(config | wrong)
 
+    def test_what_says_no_of_blocks_that_it_has_not_is_read(self):
+        config = model_config.write_unet_config(UNET) | {"mid_block_only_cross_attention": False}
+        assert model_config.read_unet_config(config) == UNET
+
     def test_an_older_unet_has_the_same_number_of_heads_everywhere(self):
         config = model_config.write_unet_config(UNET) | {"attention_head_dim": 8}
         assert model_config.read_unet_config(config).num_heads == (8, 8)
