@@ -501,7 +501,9 @@ def sharpen(
     if only in (None, "sharp_vae"):
         fit("sharp_vae", vae, VaeLoss(vae, "sharp_vae"), partial(vae_batch, "sharp_vae"))
     if only in (None, "sharp_unet"):
-        restore("sharp_vae", vae)
+        # By itself, it goes on with the folder's autoencoder.
+        if only is None or (WORK / "sharp_vae.state.safetensors").is_file():
+            restore("sharp_vae", vae)
         scale(vae)
         train_unet("sharp_unet", unet, vae, text_encoder_of(clip), tokenizer)
 
