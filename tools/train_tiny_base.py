@@ -358,7 +358,7 @@ def train_unet(
     def batch(step: int) -> tuple[np.ndarray, ...]:
         means, deviations, captions, embeddings = encoded()
         epoch, position = divmod(step, per_epoch)
-        order = generator(SEED, f"{stage} order", epoch).permutation(NUM_SCENES)
+        order = generator(SEED, "order", epoch).permutation(NUM_SCENES)
         order = order[position * size : (position + 1) * size]
         rng = generator(SEED, f"{stage} batch", step)
         shape = (size, *means.shape[1:])

@@ -199,7 +199,7 @@ def _piece_around(mask: np.ndarray, pixel: int) -> np.ndarray:
     piece = np.zeros_like(mask)
     piece.flat[pixel] = mask.flat[pixel]
     while True:
-        grown = mask & np.logical_or.reduce([piece, *_neighbours(piece)])
+        grown = mask & _grown(piece)
         if (grown == piece).all():
             return piece
         piece = grown
