@@ -1,15 +1,39 @@
 """Random Stable Diffusion pipelines of a few thousand weights, in the real folder layout."""
 
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import sentencepiece
 
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.formats.folder_layout import write_json
-from dreambooth_ms.formats.model_config import pipeline_configs, write_text_config, write_unet_config, write_vae_config
+from dreambooth_ms.formats.model_config import (
+    pipeline_configs,
+    write_roberta_config,
+    write_t5_config,
+    write_text_config,
+    write_unet_config,
+    write_vae_config,
+)
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import initialise
-from dreambooth_ms.models.specs import SD_15, ClipSpec, ClipTextSpec, ClipVisionSpec, TransformerSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
+from dreambooth_ms.models.specs import (
+    SD_15,
+    ClipSpec,
+    ClipTextSpec,
+    ClipVisionSpec,
+    RobertaSpec,
+    T5Spec,
+    TransformerSpec,
+    UNetSpec,
+    VaeSpec,
+)
+from dreambooth_ms.models.t5 import T5EncoderModel
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.models.vit import ViTModel
@@ -75,6 +99,25 @@ IF_UNET = replace(
     mid_block_scale_factor=1.414,
     cross_attention_norm="group_norm",
 )
+
+IF_SCHEDULER = {
+    "_class_name": "DDPMScheduler",
+    "beta_end": 0.02,
+    "beta_schedule": "squaredcos_cap_v2",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.95,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.5,
+    "steps_offset": 0,
+    "thresholding": True,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "variance_type": "learned_range",
+}
+"""As the folders of its first stage have it."""
 
 
 def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:
@@ -176,6 +219,81 @@ def write_random_model(
     preprocessing = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     write_json(folder / "clip" / "preprocessor_config.json", preprocessing)
     write_pipeline(folder, NoiseScheduleSpec(prediction_type=prediction_type), in_channels)
+    return folder
+
+
+SENTENCES = [
+    "a photo of a dog on the beach",
+    "a photo of a cat in a bucket",
+    "une photo d'un chien sur la plage",
+    "ein Foto von einem Hund am Strand",
+    "一只狗在海滩上的照片",
+    "The quick brown fox jumps over the lazy dog, twice!",
+]
+"""What small tokenizers of sentencepiece learn from."""
+SENTENCEPIECE = {
+    "t5": ("spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
+    "xlm-r": ("sentencepiece.bpe.model", {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}),
+}
+"""The file of each, and what it keeps at which id of sentencepiece."""
+
+
+def write_sentencepiece(folder: Path, form: str) -> int:
+    """A tokenizer of T5 or XLM-R; gives how many ids there may be."""
+    (name, ids), model = SENTENCEPIECE[form], io.BytesIO()
+    sizes = {"vocab_size": 90, "hard_vocab_limit": False, "minloglevel": 2}
+    sentences = iter(SENTENCES * 20)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **sizes, **ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(model.getvalue())
+    write_json(folder / "tokenizer_config.json", {"model_max_length": 512})
+    return 210
+
+
+def write_random_if(folder: Path, seed: int = 0, second: bool = False, **unet: Any) -> Path:
+    """A model folder of DeepFloyd IF: a first stage of 32 x 32 pixels, or a second one of 64 x 64."""
+    own = {} if second else {"in_channels": 3, "class_embed_type": None}
+    spec = replace(IF_UNET, sample_size=64 if second else 32, **own | unet)
+    vocabulary = write_sentencepiece(folder / "tokenizer", "t5")
+    text = T5Spec(vocab_size=vocabulary, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
+    parts = (
+        ("unet", UNet2DConditionModel(spec), write_unet_config(spec)),
+        ("text_encoder", T5EncoderModel(text), write_t5_config(text)),
+    )
+    for part, network, config in parts:
+        initialise(network, seed)
+        save_network(folder, part, network, config)
+    schedulers = {"scheduler": {**IF_SCHEDULER, "sample_max_value": 1.0 if second else 1.5}}
+    schedulers |= {"image_noising_scheduler": IF_SCHEDULER | {"variance_type": "fixed_small"}} if second else {}
+    for name, config in schedulers.items():
+        write_json(folder / name / "scheduler_config.json", config)
+    index = {"_class_name": "IFSuperResolutionPipeline" if second else "IFPipeline", "_diffusers_version": "0.39.0"}
+    index |= {name: ["diffusers", "DDPMScheduler"] for name in schedulers}
+    index |= {"text_encoder": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "T5Tokenizer"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "requires_safety_checker": False}
+    absent = {name: [None, None] for name in ("safety_checker", "feature_extractor", "watermarker")}
+    write_json(folder / "model_index.json", index | absent)
+    return folder
+
+
+def write_random_alt(folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """A model folder of AltDiffusion, in the sizes of `write_random_model`; `settings` are of its text encoder."""
+    write_random_model(folder, seed)
+    shutil.rmtree(folder / "tokenizer")
+    shutil.rmtree(folder / "text_encoder")
+    sizes = {"max_position_embeddings": 100, "type_vocab_size": 1, "project_dim": TEXT.hidden_size}
+    sizes["vocab_size"] = write_sentencepiece(folder / "tokenizer", "xlm-r")
+    text = RobertaSpec(transformer=replace(TEXT, num_hidden_layers=2, hidden_act="gelu"), **sizes | settings)
+    network = RobertaSeriesModelWithTransformation(text)
+    initialise(network, seed)
+    save_network(folder, "text_encoder", network, write_roberta_config(text))
+    index = json.loads((folder / "model_index.json").read_text())
+    own = {
+        "_class_name": "AltDiffusionPipeline",
+        "text_encoder": ["alt_diffusion", "RobertaSeriesModelWithTransformation"],
+        "tokenizer": ["transformers", "XLMRobertaTokenizer"],
+    }
+    write_json(folder / "model_index.json", index | own)
     return folder
 
 

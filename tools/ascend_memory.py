@@ -51,7 +51,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
     from dreambooth_ms.config.train import LossScalingConfig
     from dreambooth_ms.models.clip import CLIPTextModel
     from dreambooth_ms.models.parameters import public_parameters
-    from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE
+    from dreambooth_ms.models.specs import SD_15, SD_21, SDXL_BASE, ClipTextSpec
     from dreambooth_ms.models.text import TextEncoders
     from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
     from dreambooth_ms.runtime.device import compute_dtype
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace) -> tuple[Any, list[Any], Any]:
 
     spec = {"sd15": SD_15, "sd21": SD_21, "sdxl": SDXL_BASE}[args.model]
     unet, encoders = UNet2DConditionModel(spec.unet), None
-    texts = [one for one in (spec.text_encoder, spec.text_encoder_2) if one and args.train_text_encoder]
+    texts = [own for own in spec.networks.values() if isinstance(own, ClipTextSpec) and args.train_text_encoder]
     if texts:
         towers = [CLIPTextModel(one, last_layer=len(texts) == 1 or bool(one.projection_dim)) for one in texts]
         encoders = TextEncoders(dict(zip(("text_encoder", "text_encoder_2"), towers, strict=False)))

@@ -136,7 +136,7 @@ def _said(flag: str, given: Pattern, layer: str, weight: Shape, unet: UNetSpec |
     levels, xl = range(len(unet.block_out_channels)), bool(unet.addition_embed_type)
     blocks = sum(at_level(unet.layers_per_block, level) + 1 for level in levels)
     starts = {"input_blocks": int(xl), "middle_block": xl + blocks, "output_blocks": xl + blocks + (3 if xl else 1)}
-    expected = starts["output_blocks"] + blocks + xl
+    expected = 0 if unet.simple_blocks else starts["output_blocks"] + blocks + xl
     if len(given) != expected:
         raise ConfigError(f"--{flag}: this base has {expected} blocks, by kohya's count, got {len(given)} numbers")
     group, number, *_ = unet_layer(layer, unet).split(".")

@@ -12,7 +12,7 @@ from dreambooth_ms.formats.files.open import read_value, write_as_named
 from dreambooth_ms.formats.files.stored import StoredTensor, TensorFile
 from dreambooth_ms.formats.naming.lora_formats import PARTS
 from dreambooth_ms.formats.naming.recognise import word_in
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, Words
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ClipTextSpec, ModelSpec, Words
 
 OF_SEVERAL = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """What the vectors of SDXL's text encoders are called in a file of both, as kohya's scripts and other programs do."""
@@ -85,4 +85,5 @@ def fitted_words(
 
 
 def _widths(model: ModelSpec) -> dict[str, int]:
-    return {n: tower.transformer.hidden_size for n in PARTS[1:] if (tower := getattr(model, n))}
+    towers = {name: getattr(model, name) for name in PARTS[1:]}
+    return {name: own.transformer.hidden_size for name, own in towers.items() if isinstance(own, ClipTextSpec)}

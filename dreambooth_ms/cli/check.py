@@ -19,7 +19,7 @@ from dreambooth_ms.cli.training_concepts import (
     tell_cut_prompts,
 )
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
+from dreambooth_ms.cli.training_needs import StepTimes, check_base, check_expected_disk, check_expected_memory
 from dreambooth_ms.cli.validation_loss import read_held_out
 from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load
@@ -53,6 +53,7 @@ def run(argv: Sequence[str]) -> int:
     as_json, device = wanted.pop("report").json, set_up(wanted["device"])
     config = TrainConfig(**wanted | {"device": device})
     base = open_base(config.model)
+    check_base(config, base)
     base = base.with_words(starting_words(config, base))
     base.schedule.trained(config.loss)
     sources = attempt(lambda: sources_of(with_folder_of_data_set(config), notes.append)) or ()

@@ -14,7 +14,7 @@ from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture, read_picture
 from dreambooth_ms.errors import ConfigError, DataError, count_of, near, show_names
-from dreambooth_ms.sampling.model import SamplingModel, sample_refined
+from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.hub import find_adapter
@@ -40,10 +40,11 @@ def run(argv: Sequence[str]) -> int:
         if not any(word in prompt for word in own for prompt in (*request.prompts, request.negative_prompt)):
             tell(f"--embedding {path}: no prompt holds {show_names([*own])}")
     bundle.latent_shape(*model.size(request))  # An impossible size ends here, before any work.
-    refiner = None
-    if config.refinement.refiner is not None:
-        refiner_base = BaseModelConfig(pretrained_model_name_or_path=config.refinement.refiner, variant=weights.variant)
-        refiner = SamplingModel(open_base(refiner_base), mixed_precision=device.mixed_precision)
+    enlargement, second = config.enlargement, config.refinement.refiner or config.enlargement.super_resolution
+    if second is not None:
+        opened = open_base(BaseModelConfig(pretrained_model_name_or_path=second, variant=weights.variant))
+        on_it = enlargement.super_resolution_lora if enlargement.super_resolution else ()
+        follower = SamplingModel(opened, [*map(find_adapter, on_it)], mixed_precision=device.mixed_precision)
     check_writable(output)
 
     with progress(total=0, desc="sampling", unit="step") as bar:
@@ -51,13 +52,16 @@ def run(argv: Sequence[str]) -> int:
         def show(report: StepReport) -> None:
             if report.step == 1 and report.rows.start == 0:
                 bar.total += -(-report.total // request.batch_size) * report.steps
-                bar.set_description("refining" if report.stage == "refiner" else "sampling")
+                doing = {"refiner": "refining", "second stage": "enlarging"}
+                bar.set_description(doing.get(report.stage, "sampling"))
             bar.update()
 
-        if refiner is None:
+        if second is None:
             samples = model.sample(request, show)
+        elif enlargement.super_resolution:
+            samples = sample_enlarged(model, follower, request, enlargement, show)
         else:
-            samples = sample_refined(model, refiner, request, config.refinement, show)
+            samples = sample_refined(model, follower, request, config.refinement, show)
         written = _write_pictures(config, samples)
     names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
     tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
@@ -79,6 +83,7 @@ def request_of(config: SampleConfig, prompts: Sequence[str]) -> SampleRequest:
         strength=start.strength or (1.0 if start.mask else SampleRequest.strength),
         lora_scales=tuple(config.weights.lora_scale) if config.weights.lora else None,
         sizes=config.sizes,
+        noise_level=config.enlargement.noise_level,
         whole_up_to=wanted.vae_whole_up_to,
     )
 

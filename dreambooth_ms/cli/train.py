@@ -15,7 +15,13 @@ from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import check_words, numbers_to_come, read_concepts, sources_of, starting_words
 from dreambooth_ms.cli.training_job import Training, TrainingJob
-from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
+from dreambooth_ms.cli.training_needs import (
+    StepTimes,
+    check_base,
+    check_expected_disk,
+    check_expected_memory,
+    warn_of_little,
+)
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.cli.validation_loss import MeasureLoss, read_held_out
@@ -58,6 +64,7 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model).with_clip_skip(config.method.clip_skip)
         clip = measuring_clip(config, base)
+    check_base(config, base)
     base = base.with_words(starting_words(config, base))
     # An impossible --resolution, or a base that cannot be trained, ends here, before any work.
     base.latent_shape(config.data.resolution, config.data.resolution)

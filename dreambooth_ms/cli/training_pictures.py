@@ -19,6 +19,7 @@ from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, embed_p
 from dreambooth_ms.data.pictures import frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.plan import Plan, table_of_sizes, taking_turns
 from dreambooth_ms.data.records import CLASS, Concept, Source
+from dreambooth_ms.data.second_stage import SecondStage, small_ones, twice
 from dreambooth_ms.diffusion import draw_columns
 from dreambooth_ms.errors import DataError, count_of
 from dreambooth_ms.models.layers import CellMethod
@@ -27,6 +28,7 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, class_picture_name, write_picture, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.sampling.schedulers import fitting_scheduler
+from dreambooth_ms.sampling.super_resolution import noise_of_small
 from dreambooth_ms.training.content import digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
@@ -155,9 +157,17 @@ def encode_pictures(job: TrainingJob, cache: ContentCache, texts: Callable[[str]
         scaled=base.codec.spec.scaled,
         loss=loss,
         num_add_time_ids=base.num_add_time_ids,
+        second_stage=second_stage_of(job) if base.enlarges else None,
         masked=job.masked,
         unmasked_weight=data.unmasked_weight,
     )
+
+
+def second_stage_of(job: TrainingJob) -> SecondStage:
+    """What a second stage reads of rows; WeightError if the model does not say how small pictures are noisy."""
+    if not job.config.loss.low_res_conditioning:
+        return twice
+    return small_ones(noise_of_small(job.base.noise_of_small))
 
 
 def write_crops(plan: Plan, interpolation: Interpolation, path: Path) -> None:

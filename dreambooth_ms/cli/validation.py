@@ -1,8 +1,10 @@
 """Pictures during training: always the same prompts and noise, so that a person sees the subject being learnt."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mindspore import nn
 from PIL import Image
 
@@ -13,6 +15,8 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.holes import middle_hole
 from dreambooth_ms.data.pictures import Size, frame_of, open_picture, resize_and_crop
 from dreambooth_ms.data.records import Record
+from dreambooth_ms.data.second_stage import ENLARGED
+from dreambooth_ms.sampling.autoencoder import fitted
 from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, validation_name, write_picture, write_sheet, write_strip
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
@@ -73,12 +77,14 @@ class ShowValidation:
 
 
 def validation_request(job: TrainingJob, prompts: tuple[str, ...], count: int) -> SampleRequest:
-    """So many pictures of each prompt, as --validation_* says, one at a time."""
+    """So many pictures of each prompt, or one for each that is enlarged, as --validation_* says, one at a time."""
     wanted, side = job.config.validation, job.config.data.resolution
+    small = [_small(job, Path(path)) for path in wanted.validation_images]
     return SampleRequest(
         prompts=prompts,
         negative_prompt=wanted.validation_negative_prompt,
-        num_images_per_prompt=count,
+        num_images_per_prompt=len(small) or count,
+        small=np.stack(small) if small else None,
         height=side,
         width=side,
         seed=job.seed if wanted.validation_seed is None else wanted.validation_seed,
@@ -100,6 +106,12 @@ def lent_model(job: TrainingJob, unet: nn.Cell, training: Training, request: Sam
         model.embeddings(request)  # So that the text encoders are gone before the first step.
     model.load()
     return model
+
+
+def _small(job: TrainingJob, path: Path) -> np.ndarray:
+    """A picture (3, h, w) that the base enlarges to the size of the training."""
+    side = job.config.data.resolution // ENLARGED
+    return fitted(open_picture(path, job.config.data.transparent_background), side, side)
 
 
 def _to_inpaint(job: TrainingJob, record: Record, size: Size) -> dict[str, Any]:

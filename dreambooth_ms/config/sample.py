@@ -4,7 +4,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, Range, at_least
+from dreambooth_ms.config.ranges import (
+    INNER_SHARE,
+    NOT_EMPTY,
+    PART,
+    PATH,
+    SCORE,
+    SHARE,
+    SIDE,
+    STEPS,
+    Range,
+    at_least,
+)
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, ScheduleConfig, WeightsConfig
@@ -155,6 +166,29 @@ class TimestepsConfig(ScheduleConfig):
     """Which of the base's timesteps the steps are at. None: as it says, or trailing with --rescale_betas_zero_snr."""
 
 
+_ENLARGES = only_with("super_resolution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig:
+    """A second stage, such as DeepFloyd IF's, that enlarges the pictures of a first one to four times their sides. With
+    such a model alone, --image is what is enlarged."""
+
+    super_resolution: Annotated[str | None, NOT_EMPTY, PATH, _WHOLE_PICTURE] = None
+    """The model: a folder, or a name on the Hugging Face hub, in the base's --variant. None: pictures stay as they
+    are."""
+    super_resolution_prompt: Annotated[str | None, NOT_EMPTY, _ENLARGES] = None
+    """What it reads: without the rare token, "a dog", if it has not been taught the subject. None: the prompt."""
+    super_resolution_lora: Annotated[list[str], PATH, _ENLARGES] = field(default_factory=list)
+    """Adapters on it, named as those of --lora."""
+    super_resolution_steps: Annotated[int, STEPS, _ENLARGES] = 50
+    """Its denoising steps."""
+    super_resolution_guidance_scale: Annotated[float, at_least(0), _ENLARGES] = 4.0
+    """Its classifier-free guidance; 1 turns it off."""
+    noise_level: Annotated[int, at_least(0)] = 250
+    """Timestep of the noise that it sees on small pictures, of 1000: with more it makes up more of the details."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Schema):
     """Generate pictures with a base model and its adapters."""
@@ -172,6 +206,7 @@ class SampleConfig(Schema):
     sizes: SizesConfig = field(default_factory=SizesConfig)
     timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     refinement: RefinerConfig = field(default_factory=RefinerConfig)
+    enlargement: SuperResolutionConfig = field(default_factory=SuperResolutionConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     @property

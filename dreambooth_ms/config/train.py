@@ -194,11 +194,16 @@ _NO_WORD = Rule(
     "--method custom_diffusion trains no new word without --modifier_token: prompts are read by the words of the base",
     is_note=True,
 )
+_SAVES_TEXT = Rule(
+    lambda values: values["train_text_encoder"],
+    "--skip_save_text_encoder: --train_text_encoder trains it; leave one of them out",
+)
 _NOT_PICKLED = Rule(
     lambda values: values["method"] != "custom_diffusion" and not values["modifier_token"],
     "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
 )
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+_IF_TARGETS = ["to_q", "to_out.0", "add_k_proj", "add_v_proj"]
 _CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"]
 _RANKED, _LOCON = not_with("adapter", "oft"), only_with("adapter", "locon")
 _BLOCKS = Range("from 2 to 64", lambda value: 2 <= value <= 64)
@@ -218,6 +223,11 @@ class MethodConfig:
     """What custom_diffusion trains of cross-attention: keys and values, or with crossattn all of it, for faces."""
     train_text_encoder: Annotated[bool, _HIGH_FOR_TEXT, _FROZEN_TEXT] = False
     """Also train the text encoder (both, for SDXL), in the same way as the UNet."""
+    tokenizer_max_length: Annotated[int | None, at_least(1)] = None
+    """Tokens of a prompt; only as many are taken as the base reads in sampling, too, 77. None: these."""
+    text_encoder_use_attention_mask: bool = False
+    """Hide from the tokens of a short prompt what fills it up. That follows the base, in training as in sampling: so it
+    is with DeepFloyd IF and AltDiffusion, with or without this, and others refuse it."""
     clip_skip: Annotated[int, at_least(0)] = 0
     """Layers left out at the end of the text encoders, in training, class and validation pictures; `sample` needs the
     same. Counted from 0 as in diffusers: 1 is what kohya's and the guides' trainers call --clip_skip 2. Their count
@@ -258,16 +268,21 @@ class MethodConfig:
     from is exact in any case. None: fp32 for what was trained, and the base's own for the rest of a model."""
     no_safe_serialization: Annotated[bool, _NOT_PICKLED, Resume.MAY_CHANGE] = False
     """Write custom_diffusion's weights and new words as PyTorch's .bin, which diffusers' load_attn_procs asks for."""
+    skip_save_text_encoder: Annotated[bool, only_with("method", "full"), _SAVES_TEXT, Resume.MAY_CHANGE] = False
+    """Write the model of full without its text encoder, which with DeepFloyd IF is most of it."""
     use_ema: bool = False
     """Keep a moving average of the trained weights, and use it for validation and as the result."""
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
 
-    @property
-    def targets(self) -> list[str]:
-        """The ends of names of layers of the UNet that get an update; convolutions, if no others are named."""
-        convolves = (self.adapter == "locon" or self.conv_rank) and self.lora_target_modules == _LORA_TARGETS
-        return self.lora_target_modules + (_CONVOLUTIONS if convolves else [])
+    def targets(self, has_if_blocks: bool = False, reads_pixels: bool = True) -> list[str]:
+        """The ends of names of layers of the UNet that get an update; convolutions, if no others are named. Attention
+        in the blocks of IF has layers of its own for the text, and none for pixels if it does not read these."""
+        own = self.lora_target_modules
+        if own != _LORA_TARGETS:
+            return own
+        attention = [*_IF_TARGETS, *("to_k", "to_v") * reads_pixels] if has_if_blocks else own
+        return attention + (_CONVOLUTIONS if self.adapter == "locon" or self.conv_rank else [])
 
     @property
     def suffix(self) -> str:
@@ -546,6 +561,8 @@ class ValidationConfig:
     once more. A base that inpaints draws the middle of the first subject's first picture anew. None: there are none."""
     validation_negative_prompt: Annotated[str, _SAMPLES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
+    validation_images: Annotated[list[str], PATH, _VALIDATES, Resume.MAY_CHANGE] = field(default_factory=list)
+    """For a base that enlarges pictures (IF's second stage): small pictures that are enlarged for each prompt."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated of each prompt each time, always from the same noise."""
     validation_seed: Annotated[int | None, SEED, _SAMPLES, Resume.MAY_CHANGE] = None
@@ -633,6 +650,13 @@ class LossConfig(ScheduleConfig):
     edm_weighting: Literal["none", "edm"] = "none"
     """How errors of the clean picture count with such a base: all the same, as in diffusers' script, or as in the EDM
     paper, more where there is little noise."""
+
+    class_labels_conditioning: Literal["timesteps"] | None = None
+    """What a base that enlarges pictures (IF's second stage) reads for the noise of the small one: the timestep of its
+    own noise, unless low_res_conditioning. None: the same."""
+    low_res_conditioning: bool = False
+    """Such a base reads the picture made small, with noise of a level of its own, as it was trained and as it is
+    sampled with. Without it, as in diffusers' scripts, it reads its own noisy picture twice."""
 
     @property
     def offset_strength(self) -> float:

@@ -11,6 +11,7 @@ from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioni
 from dreambooth_ms.data.holes import beside_noise
 from dreambooth_ms.data.masks import mask_of_latents
 from dreambooth_ms.data.plan import Plan, Row, View
+from dreambooth_ms.data.second_stage import SecondStage
 from dreambooth_ms.diffusion import DEFAULT, Columns, perturbed, pyramid_noise
 
 
@@ -19,8 +20,8 @@ class Batch:
     """The rows of one batch: what a denoiser reads, what it should answer, and how its errors count."""
 
     inputs: dict[str, np.ndarray]
-    """By the denoiser's `input_names`, in their order: sample (B, C, H, W), or (B, 2 C + 1, H, W) with holes, timestep
-    (B,), conditioning (B, ...)."""
+    """By the denoiser's `input_names`, in their order: sample (B, C, H, W), or with holes (B, 2 C + 1, H, W), or of a
+    second stage (B, 2 C, H, W); timestep (B,), conditioning (B, ...)."""
     target: np.ndarray
     """(B, C, H, W)."""
     weight: np.ndarray
@@ -75,6 +76,8 @@ class BatchMaker:
     """What noise it is: a random constant added to each channel (Guttenberg, 2023), a pyramid, a perturbation."""
     num_add_time_ids: int = 0
     """add_time_ids of each row: 6 for SDXL, 5 for its refiner."""
+    second_stage: SecondStage | None = None
+    """What a denoiser that enlarges reads besides."""
     masked: bool = False
     """Whether rows have masks; what has none counts everywhere."""
     unmasked_weight: float = 0.0
@@ -92,9 +95,13 @@ class BatchMaker:
         read = conditioning([self.texts(view.prompt) for view in views], ids)
         names = [row.concept.name for row in rows]
         batch = Batch.of(replace(columns, weight=weights), clean, noise, read, names, read_noise)
-        sample = np.concatenate((batch.inputs["sample"], beside), axis=1)
+        noisy, labels = batch.inputs["sample"], {}
+        if self.second_stage:
+            draws = [self.plan.draws(row.concept, row.number) for row in rows]
+            beside, labels["class_labels"] = self.second_stage(noisy, batch.inputs["timestep"], clean, draws)
+        inputs = batch.inputs | {"sample": np.concatenate((noisy, beside), axis=1)} | labels
         masks = {"mask": self._masks(rows, batch.target.shape)} if self.masked else {}
-        return replace(batch, inputs=batch.inputs | {"sample": sample}, extras=masks | batch.extras)
+        return replace(batch, inputs=inputs, extras=masks | batch.extras)
 
     def _row(self, row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Of a row clean latents, what is read beside them, noise, and the noise that is read: each (C, H, W)."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import Tensor
 
+from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.clip import end_positions
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.weights.bundle import ModelBundle, TextReader
@@ -65,6 +66,11 @@ class PromptTokenizer:
     tells what is lost of a prompt."""
 
     def __init__(self, readers: Sequence[TextReader], warns: bool = True) -> None:
+        if not readers:
+            raise WeightError(
+                "this model holds no text encoder; put text_encoder and tokenizer of the one that it was trained from "
+                "into its folder, and name them in model_index.json"
+            )
         self._tokenizers = [reader.tokenizer() for reader in readers]
         self._pooled_at, self._warns = readers[-1].pooled_at, warns
         self.length: int = self._tokenizers[0].length

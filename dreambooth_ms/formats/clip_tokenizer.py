@@ -220,6 +220,7 @@ def tokenizer_on_board(pad_token: str = END) -> Path:
 
 
 def pad_tokens(model: ModelSpec) -> dict[str, str | None]:
-    """A model's text encoders -> what their tokenizers fill a short prompt with; None if their words are not CLIP's."""
-    specs, tokens = vars(model), FAMILIES[model.family.value]["pad_tokens"]
+    """A model's text encoders, of families with CLIP's -> what their tokenizers fill a short prompt with; None if their
+    words are others."""
+    specs, tokens = vars(model), FAMILIES.get(model.family.value, {}).get("pad_tokens", {})
     return {part: token if specs[part].vocab_size == SIZE else None for part, token in tokens.items() if specs[part]}

@@ -14,6 +14,8 @@ from dreambooth_ms.errors import WeightError, show_names
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+NOISING = "image_noising_scheduler/scheduler_config.json"
+"""Of a second stage: how its small pictures are noisy."""
 CONFIG = "{}/config.json"
 """Of a network, by the name of its folder."""
 
@@ -32,7 +34,7 @@ WEIGHT_NAMES = {
 }
 """What the weight files of a part are called, without the variant and the extension."""
 
-_TEXT_FILE = re.compile(r"(scheduler|tokenizer|tokenizer_2)/[^/]+\.(json|txt|model)")
+_TEXT_FILE = re.compile(r"(scheduler|image_noising_scheduler|tokenizer|tokenizer_2)/[^/]+\.(json|txt|model)")
 """Configurations and vocabularies."""
 _PICKLE_NAMES = {"model": "pytorch_model"}
 _VARIANT = re.compile(

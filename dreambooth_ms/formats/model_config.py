@@ -159,15 +159,6 @@ def read_projected_text_config(config: Config) -> ClipTextSpec:
     return replace(read_text_config(config), projection_dim=config["projection_dim"])
 
 
-NETWORK_READERS: Mapping[str, Callable[[Config], Any]] = {
-    "unet": read_unet_config,
-    "vae": read_vae_config,
-    "text_encoder": read_text_config,
-    "text_encoder_2": read_projected_text_config,
-}
-"""By the names of the networks' folders."""
-
-
 def write_text_config(spec: ClipTextSpec, projection_dim: int) -> dict[str, Any]:
     """The inverse of `read_text_config`, or of `read_projected_text_config` for a spec with a projection."""
     return {
@@ -206,7 +197,36 @@ def read_roberta_config(config: Config) -> specs.RobertaSpec:
 def write_roberta_config(spec: specs.RobertaSpec) -> dict[str, Any]:
     """The inverse of `read_roberta_config`."""
     config = _config_of("roberta", spec, architectures=["RobertaSeriesModelWithTransformation"])
-    return {**config, **vars(config.pop("transformer"))}
+    return vars(config.pop("transformer")) | config
+
+
+def read_any_text_config(config: Config) -> specs.TextSpec:
+    """The configuration of a text encoder of whatever kind it says it is -> spec; if it says none, CLIP's."""
+    return _reader_of_text(config)(config)
+
+
+def _reader_of_text(config: Config) -> Callable[[Config], Any]:
+    said, kinds = str((config.get("model_type"), config.get("architectures"))), _OTHER_TEXTS.items()
+    return next((read for kind, read in kinds if kind.lower() in said.lower()), read_text_config)
+
+
+_OTHER_TEXTS: Mapping[str, Callable[[Config], Any]] = {"T5": read_t5_config, "RobertaSeries": read_roberta_config}
+
+NETWORK_READERS: Mapping[str, Callable[[Config], Any]] = {
+    "unet": read_unet_config,
+    "vae": read_vae_config,
+    "text_encoder": read_any_text_config,
+    "text_encoder_2": read_projected_text_config,
+}
+"""By the names of the networks' folders."""
+
+
+def family_of(configs: Mapping[str, Config]) -> Family | None:
+    """The family that the configurations of a folder's networks tell: DeepFloyd IF by its UNet's blocks, AltDiffusion
+    by its text encoder. None: names and shapes tell it."""
+    if "Simple" in str(configs.get("unet", {}).get("mid_block_type")):
+        return Family.IF
+    return Family.ALT if _reader_of_text(configs.get("text_encoder", {})) is read_roberta_config else None
 
 
 def read_clip_config(config: Config) -> specs.ClipSpec:

@@ -13,8 +13,9 @@ class SentencePieceTokenizer(ClipTokenizer):
     """Prompts -> the token ids that T5 or XLM-R reads, by transformers' slow tokenizers, as diffusers' pipelines have
     them; all else as with CLIP.
 
-    T5 has `spiece.model`, ids of sentencepiece and </s> at the end; XLM-R has `sentencepiece.bpe.model`, ids that are
-    one more, and <s> and </s> around a text. ConfigError where the package is not installed.
+    T5 has `spiece.model`, ids of sentencepiece and </s> at the end, and reads lower case; XLM-R has
+    `sentencepiece.bpe.model`, ids that are one more, and <s> and </s> around a text. ConfigError where the package is
+    not installed.
     """
 
     of = "T5 or XLM-R"
@@ -36,4 +37,7 @@ class SentencePieceTokenizer(ClipTokenizer):
         )
 
     def _encoder(self) -> Callable[[str], list[int]]:
-        return lambda text: self._tokenizer.encode(text, add_special_tokens=False)
+        # As diffusers' pipelines of IF have T5 read a prompt that is not cleaned.
+        lowers = "spiece.model" in self._tokenizer.vocab_files_names.values()
+        as_read = (lambda text: text.lower().strip()) if lowers else str
+        return lambda text: self._tokenizer.encode(as_read(text), add_special_tokens=False)

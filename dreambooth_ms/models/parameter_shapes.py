@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dreambooth_ms.models.layout import Layer, LayerKind, time_width, unet_layout, vae_layout
-from dreambooth_ms.models.specs import ClipTextSpec, ModelSpec, UNetSpec, VaeSpec
+from dreambooth_ms.models.specs import ClipTextSpec, ModelSpec, RobertaSpec, T5Spec, TextSpec, UNetSpec, VaeSpec
 
 Shape = tuple[int, ...]
 Tree = dict[str, Any]
@@ -15,9 +15,8 @@ Tree = dict[str, Any]
 
 def model_shapes(model: ModelSpec) -> dict[str, Shape]:
     """Every parameter of a model. Names begin with the network: "unet.", "vae.", "text_encoder.", "text_encoder_2."."""
-    networks = {"unet": unet_shapes(model.unet), "vae": vae_shapes(model.vae)}
-    texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
-    networks |= {part: clip_text_shapes(spec) for part, spec in texts.items() if spec}
+    kinds = {"unet": unet_shapes, "vae": vae_shapes}
+    networks = {part: kinds.get(part, text_shapes)(spec) for part, spec in model.networks.items()}
     return {f"{part}.{name}": shape for part, shapes in networks.items() for name, shape in shapes.items()}
 
 
@@ -32,6 +31,16 @@ def vae_shapes(spec: VaeSpec) -> dict[str, Shape]:
     between = {"quant_conv": _conv(2 * latents, 2 * latents, 1), "post_quant_conv": _conv(latents, latents, 1)}
     encoder, decoder = (_layers(side, layers) for side, layers in sides.items())
     return encoder | dict(_named("", between)) | decoder
+
+
+def text_shapes(spec: TextSpec) -> dict[str, Shape]:
+    """The parameters of a text encoder."""
+    match spec:
+        case T5Spec():
+            return dict(_named("", _t5(spec)))
+        case RobertaSpec():
+            return dict(_named("", _roberta(spec)))
+    return clip_text_shapes(spec)
 
 
 def clip_text_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
@@ -53,6 +62,43 @@ def clip_text_shapes(spec: ClipTextSpec) -> dict[str, Shape]:
     }
     projection = {"text_projection": _linear(width, spec.projection_dim, bias=False)} if spec.projection_dim else {}
     return dict(_named("", {"text_model": model, **projection}))
+
+
+def _t5(spec: T5Spec) -> Tree:
+    """transformers' T5EncoderModel."""
+    width, heads, norm = spec.d_model, spec.num_heads, {"layer_norm": {"weight": (spec.d_model,)}}
+    inner = {name: _linear(width, heads * spec.d_kv, bias=False) for name in "qkv"}
+    attention = inner | {"o": _linear(heads * spec.d_kv, width, bias=False)}
+    # All layers attend with the bias of the first.
+    biased = attention | {"relative_attention_bias": {"weight": (spec.relative_attention_num_buckets, heads)}}
+    gate = {name: _linear(width, spec.d_ff, bias=False) for name in ("wi_0", "wi_1")}
+    feed_forward = {"DenseReluDense": gate | {"wo": _linear(spec.d_ff, width, bias=False)}} | norm
+    blocks = {
+        str(i): {"layer": {"0": {"SelfAttention": attention if i else biased} | norm, "1": feed_forward}}
+        for i in range(spec.num_layers)
+    }
+    encoder = {"block": blocks, "final_layer_norm": {"weight": (width,)}}
+    return {"shared": {"weight": (spec.vocab_size, width)}, "encoder": encoder}
+
+
+def _roberta(spec: RobertaSpec) -> Tree:
+    """FlagAI's RobertaSeriesModelWithTransformation."""
+    width, inner = spec.transformer.hidden_size, spec.transformer.intermediate_size
+    counts = {"word": spec.vocab_size, "position": spec.max_position_embeddings, "token_type": spec.type_vocab_size}
+    tables = {f"{name}_embeddings": {"weight": (count, width)} for name, count in counts.items()}
+    layer = {
+        "attention": {
+            "self": {name: _linear(width, width) for name in ("query", "key", "value")},
+            "output": {"dense": _linear(width, width), "LayerNorm": _norm(width)},
+        },
+        "intermediate": {"dense": _linear(width, inner)},
+        "output": {"dense": _linear(inner, width), "LayerNorm": _norm(width)},
+    }
+    layers = {str(i): layer for i in range(spec.transformer.num_hidden_layers)}
+    tree = {"roberta": {"embeddings": tables | {"LayerNorm": _norm(width)}, "encoder": {"layer": layers}}}
+    projections = ("transformation", *("transformation_pre",) * spec.has_pre_transformation)
+    before = {"pre_LN": _norm(width)} if spec.has_pre_transformation else {}
+    return tree | {name: _linear(width, spec.project_dim) for name in projections} | before
 
 
 def _named(path: str, part: Tree | Shape) -> Iterator[tuple[str, Shape]]:

@@ -186,6 +186,10 @@ class VaeSpec:
         return np.array(otherwise if values is None else values, np.float32).reshape(-1, 1, 1)
 
 
+PIXELS = VaeSpec(block_out_channels=(1,), layers_per_block=0, latent_channels=3, norm_num_groups=1, scaling_factor=1.0)
+"""In place of an autoencoder's: of pictures as they are, whose pixels are the latents (DeepFloyd IF)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerSpec:
     """The transformer inside either tower of CLIP."""
@@ -305,6 +309,11 @@ class Family(Enum):
     SD2 = "SD 2.x"
     SDXL = "SDXL base"
     SDXL_REFINER = "SDXL refiner"
+    ALT = "AltDiffusion"
+    IF = "DeepFloyd IF"
+
+
+TextSpec: TypeAlias = ClipTextSpec | T5Spec | RobertaSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,8 +323,14 @@ class ModelSpec:
     family: Family
     unet: UNetSpec
     vae: VaeSpec
-    text_encoder: ClipTextSpec | None = None
+    """PIXELS: it has none."""
+    text_encoder: TextSpec | None = None
     text_encoder_2: ClipTextSpec | None = None
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """The specs of those that it has, by the names of their folders."""
+        return {name: own for name, own in vars(self).items() if name != "family" and own not in (None, PIXELS)}
 
 
 FAMILIES = read_table(Path(__file__).with_name("families.yaml"))
@@ -331,8 +346,10 @@ def values_of(table: Mapping[str, Any]) -> dict[str, Any]:
     return own | {name: kind(**values_of(own[name])) for name, kind in _KINDS.items() if name in own}
 
 
-PUBLISHED_MODELS = tuple(ModelSpec(family=one, **values_of(FAMILIES[one.value]["networks"])) for one in Family)
-"""One model of each family, with the sizes it was published with."""
+PUBLISHED_MODELS = tuple(
+    ModelSpec(family=one, **values_of(FAMILIES[one.value]["networks"])) for one in Family if one.value in FAMILIES
+)
+"""One model of each family that names and shapes tell, with the sizes it was published with."""
 
 SD_15, SD_21, SDXL_BASE, SDXL_REFINER = PUBLISHED_MODELS
 SD_15_UNET, SD_21_UNET, SDXL_UNET, SDXL_REFINER_UNET = (model.unet for model in PUBLISHED_MODELS)

@@ -72,6 +72,6 @@ class TextEncoders(CompiledCell):
 
 def check_clip_skip(clip_skip: int, most_skipped: Sequence[int]) -> None:
     """Raise ConfigError if an encoder cannot leave out so many layers, by how many each can."""
-    most = min(most_skipped)
+    most = min(most_skipped, default=0)
     if clip_skip > most:
         raise ConfigError(f"--clip_skip: expected 0 to {most}, as its text encoders have layers, got {clip_skip}")

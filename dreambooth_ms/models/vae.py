@@ -69,6 +69,18 @@ class LayerChain(nn.Cell):
         return x
 
 
+class Pixels(nn.Cell):
+    """In place of an autoencoder: pictures (B, C, H, W) are their latents, without a variance."""
+
+    def encode(self, pictures_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures -> these and the logarithm of no variance: exp(-200) is 0 in float32."""
+        return pictures_BCHW, ops.full_like(pictures_BCHW, -400.0)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """As they are."""
+        return latents_BCHW * 1.0
+
+
 MAX_TAPS = 1 << 24
 """A band is as high as its convolution's gathered taps stay below so many numbers (64 MiB in float32)."""
 MAX_SUMMED = 1 << 20

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from dreambooth_ms.data.pictures import to_array
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models.layers import CellMethod
-from dreambooth_ms.models.vae import BandedDecoder
+from dreambooth_ms.models.vae import AutoencoderKL, BandedDecoder
 from dreambooth_ms.randomness import standard_normal
 from dreambooth_ms.runtime.device import Formulation, formulation
 from dreambooth_ms.weights.bundle import Codec
@@ -41,7 +41,7 @@ class PictureCodec:
         _, height, width = latents.shape
         pixels, (whole, in_bands) = height * width * self._codec.spec.downsampling**2, self.decoders
         latents_1Chw = Tensor(np.ascontiguousarray(self._codec.spec.unscaled(latents))[None])
-        if pixels <= (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2:
+        if in_bands is None or pixels <= (whole_up_to or WHOLE_UP_TO[formulation()]) ** 2:
             decoded_3HW = whole(latents_1Chw).asnumpy()[0]
         else:
             decoded_3HW = in_bands(latents_1Chw)[0]
@@ -66,10 +66,10 @@ class PictureCodec:
             yield self._codec.spec.scaled(mean + np.exp(np.float32(0.5) * log_variance) * draw)
 
     @cached_property
-    def decoders(self) -> tuple[CellMethod, BandedDecoder]:
-        """Of whole pictures, and of pictures in bands of rows."""
-        vae = self._codec.load(encodes=False)
-        return CellMethod(vae.decode), BandedDecoder(vae)
+    def decoders(self) -> tuple[CellMethod, BandedDecoder | None]:
+        """Of whole pictures, and of pictures in bands of rows, if an autoencoder decodes them."""
+        codec = self._codec.load(encodes=False)
+        return CellMethod(codec.decode), BandedDecoder(codec) if isinstance(codec, AutoencoderKL) else None
 
     @cached_property
     def _encoder(self) -> CellMethod:

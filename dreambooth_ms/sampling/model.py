@@ -17,9 +17,10 @@ from mindspore import Tensor, nn, ops
 
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
-from dreambooth_ms.config.sample import RefinerConfig
+from dreambooth_ms.config.sample import RefinerConfig, SuperResolutionConfig
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.data.holes import beside_noise, masked
+from dreambooth_ms.data.second_stage import ENLARGED
 from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.randomness import standard_normal
@@ -28,6 +29,7 @@ from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
 from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
+from dreambooth_ms.sampling.super_resolution import low_resolution
 from dreambooth_ms.weights.bundle import ModelBundle
 
 REST = "latents of the masked picture"
@@ -48,7 +50,10 @@ class Rows:
     start: np.ndarray | None = None
     """Latents (N, C, h, w) of the pictures that they start from."""
     beside: np.ndarray | None = None
-    """Channels (N, 1 + C, h, w) that an inpainting denoiser reads behind noisy latents (`data.holes.beside_noise`)."""
+    """Channels that a denoiser reads behind noisy latents: (N, 1 + C, h, w) one that inpaints
+    (`data.holes.beside_noise`), (N, C, h, w) a second stage (`super_resolution`)."""
+    class_labels: np.ndarray | None = None
+    """(N,) of a second stage."""
 
 
 class SamplingModel:
@@ -106,8 +111,9 @@ class SamplingModel:
             picture = self.picture(latents, number, request.whole_up_to)
             yield Sample(number, picture, self.picture_settings(request, number))
 
-    def rows(self, request: SampleRequest) -> Rows:
-        """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents."""
+    def rows(self, request: SampleRequest, texts: Mapping[str, PromptText] | None = None) -> Rows:
+        """The rows of a request: noise drawn, the picture that it starts from in latents, and prompts encoded, if
+        `texts` does not have them, by a model with such text encoders."""
         self.adapters.scales(request)
         self._check_mask(request)
         steps, strength = request.num_inference_steps, request.strength
@@ -119,11 +125,15 @@ class SamplingModel:
             )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)
-        texts, start, beside = self.embeddings(request), None, None
+        texts, start, beside, labels = texts or self.embeddings(request), None, None, None
         grey = np.zeros((3, height, width), np.float32)
         picture = grey if request.image is None else fitted(request.image, height, width)
         # Inpainting all the way begins with noise alone, as in diffusers' pipeline.
-        if request.image is not None and (request.mask is None or strength < 1):
+        if self.bundle.enlarges:
+            small, numbers = self._small(request, height, width), [*request.pictures]
+            noise = request.noise_level, self.bundle.noise_of_small, request.seed
+            beside, labels = low_resolution(small, (height, width), *noise, numbers)
+        elif request.image is not None and (request.mask is None or strength < 1):
             start = np.stack(list(self._codec.latents(picture, request.seed, request.pictures)))
         if self.bundle.inpaints:
             mask = np.ones((height, width), bool)
@@ -137,6 +147,7 @@ class SamplingModel:
             negative=texts[request.negative_prompt],
             start=start,
             beside=beside,
+            class_labels=labels,
         )
 
     def latents(
@@ -192,6 +203,7 @@ class SamplingModel:
             "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),
+            **({"noise_level": request.noise_level} if self.bundle.enlarges else {}),
             **self.bundle.schedule.changes,
             **(request.sizes.told() if self.bundle.num_add_time_ids else {}),
             **{"prompt": request.pictures[number], "number": number, "height": height, "width": width},
@@ -216,6 +228,18 @@ class SamplingModel:
         self._codec = PictureCodec(self.bundle.codec)
         self._text.release()
         gc.collect()
+
+    def _small(self, request: SampleRequest, height: int, width: int) -> np.ndarray:
+        """The pictures (N, 3, h, w) that a second stage enlarges to this size."""
+        if request.small is not None:
+            return request.small
+        if request.image is None:
+            raise ConfigError(
+                f"--image: missing; {self.bundle.path} enlarges pictures: name a small one, or sample with a first "
+                "stage and name this model with --super_resolution"
+            )
+        small = fitted(request.image, height // ENLARGED, width // ENLARGED)
+        return np.repeat(small[None], len(request.pictures), axis=0)
 
     def _check_mask(self, request: SampleRequest) -> None:
         image, mask = request.image, request.mask
@@ -261,7 +285,10 @@ class SamplingModel:
         scored = [(rows.negative, sizes.negative_aesthetic_score)] * len(batch) if guided else []
         scored += [(rows.prompts[row], sizes.aesthetic_score) for row in batch]
         ids_with = partial(add_time_ids, self.bundle.num_add_time_ids, original, crop, target)
-        return conditioning([prompt for prompt, _ in scored], [ids_with(score) for _, score in scored])
+        read = conditioning([prompt for prompt, _ in scored], [ids_with(score) for _, score in scored])
+        if rows.class_labels is not None:
+            read["class_labels"] = np.tile(rows.class_labels[batch], 1 + guided)
+        return read
 
 
 def sample_refined(
@@ -314,6 +341,61 @@ def sample_refined(
     for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
         picture = refiner.picture(latents, number, request.whole_up_to)
         yield Sample(number, picture, base.picture_settings(request, number) | more)
+
+
+def sample_enlarged(
+    base: SamplingModel,
+    second: SamplingModel,
+    request: SampleRequest,
+    wanted: SuperResolutionConfig,
+    on_step: OnStep | None = None,
+    stopped: Stopped | None = None,
+    release: bool = True,
+) -> Iterator[Sample]:
+    """The pictures of a request, sampled by a first stage that denoises pixels and enlarged by a second one, as with
+    DeepFloyd IF. Prompts are read by the first one; with `release`, its memory is given back after that.
+
+    Raises:
+        ConfigError: the two do not go together.
+    """
+    first, last = base.bundle, second.bundle
+    if not last.enlarges or first.enlarges or first.codec.spec != last.codec.spec:
+        raise ConfigError(
+            f"--super_resolution {last.path}: expected a second stage, which enlarges pictures, and {first.path} as a "
+            "first one, which samples pixels; give two models as DeepFloyd IF's"
+        )
+    if first.denoiser.spec.text_width != last.denoiser.spec.text_width:
+        raise ConfigError(f"--super_resolution {last.path}: reads text of another width than {first.path}")
+    prompt = wanted.super_resolution_prompt
+    own = replace(
+        request,
+        prompts=(prompt,) * len(request.prompts) if prompt else request.prompts,
+        image=None,
+        height=None if request.height is None else request.height * ENLARGED,
+        width=None if request.width is None else request.width * ENLARGED,
+        num_inference_steps=wanted.super_resolution_steps,
+        guidance_scale=wanted.super_resolution_guidance_scale,
+        noise_level=wanted.noise_level,
+        lora_scales=None,
+        purpose=f"{request.purpose}, enlarged",
+    )
+    last.latent_shape(*second.size(own))
+    texts = base.embeddings(own)
+    small = [latents for _, latents in base.latents(request, base.rows(request), "base", on_step, stopped)]
+    if release:
+        base.release()
+    if len(small) < len(request.pictures):
+        return
+    own = replace(own, small=np.stack(small))
+    rows = second.rows(own, texts)
+    second.load()
+    more = second.picture_settings(own, 0)
+    more = {name: more[name] for name in ("height", "width", "noise_level")} | {
+        "super_resolution": str(last.path),
+        **{name: value for name, value in vars(wanted).items() if name not in ("super_resolution", "noise_level")},
+    }
+    for number, latents in second.latents(own, rows, "second stage", on_step, stopped):
+        yield Sample(number, second.picture(latents, number), base.picture_settings(request, number) | more)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:

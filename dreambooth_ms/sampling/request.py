@@ -35,6 +35,10 @@ class SampleRequest(GenerationConfig):
     """Of `image` and as large, for a base that inpaints: what is white is drawn anew. None: all is."""
     strength: float = 0.75
     """How far from `image` to go, as a share of the steps: 0 keeps it, 1 keeps nothing of it."""
+    small: np.ndarray | None = None
+    """Pictures (N, 3, h, w) from -1 to 1, in the order of `pictures`, that a second stage enlarges; None: `image`."""
+    noise_level: int = 250
+    """Timestep of the noise that a second stage sees on them."""
     denoising_start: float | None = None
     """Share of the noise's range, from all noise, that another model has gone through before."""
     denoising_end: float | None = None
@@ -74,7 +78,7 @@ class StepReport(NamedTuple):
     total: int
     """Pictures of the request."""
     stage: str
-    """"base", or "refiner"."""
+    """"base", "refiner", or "second stage"."""
     latents: np.ndarray
     """(B, C, h, w) after the step."""
 

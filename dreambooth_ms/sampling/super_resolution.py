@@ -15,6 +15,14 @@ from dreambooth_ms.randomness import standard_normal
 PURPOSE = "noise of the small pictures"
 
 
+def noise_of_small(config: Config) -> diffusion.NoiseSchedule:
+    """The noise of a configuration of `image_noising_scheduler`; WeightError if it is not mixed with pictures."""
+    spec = read_scheduler_config(config)
+    if not isinstance(spec, diffusion.NoiseScheduleSpec):
+        raise WeightError("image_noising_scheduler: is of EDM's formulation; take the original model's")
+    return diffusion.NoiseSchedule.from_spec(spec)
+
+
 def low_resolution(
     small_NChw: np.ndarray, size: tuple[int, int], noise_level: int, config: Config, seed: int, numbers: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -35,12 +43,9 @@ def low_resolution(
         ConfigError: there is no such level.
         WeightError: the configuration is of no noise that is mixed with a picture.
     """
-    spec = read_scheduler_config(config)
-    if not isinstance(spec, diffusion.NoiseScheduleSpec):
-        raise WeightError("image_noising_scheduler: is of EDM's formulation; take the original model's")
-    if not 0 <= noise_level < spec.num_train_timesteps:
-        raise ConfigError(f"--noise_level {noise_level}: expected 0 to {spec.num_train_timesteps - 1}; 250 is usual")
+    schedule = noise_of_small(config)
+    if not 0 <= noise_level < (count := len(schedule.alphas_cumprod)):
+        raise ConfigError(f"--noise_level {noise_level}: expected 0 to {count - 1}; 250 is usual")
     shape, levels_N = (small_NChw.shape[1], *size), np.full(len(small_NChw), noise_level)
     noise_NCHW = np.stack([standard_normal(shape, seed, PURPOSE, row=number) for number in numbers])
-    schedule = diffusion.NoiseSchedule.from_spec(spec)
     return diffusion.low_resolution(schedule, levels_N, small_NChw, noise_NCHW), levels_N.astype(np.float32)

@@ -9,8 +9,8 @@ from enum import Enum
 from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
 from dreambooth_ms.adapters.lora import layers_to_adapt
 from dreambooth_ms.models.layout import Layer, LayerKind, unet_layout
-from dreambooth_ms.models.parameter_shapes import Shape, clip_text_shapes, unet_shapes
-from dreambooth_ms.models.specs import ClipTextSpec, UNetSpec
+from dreambooth_ms.models.parameter_shapes import Shape, text_shapes, unet_shapes
+from dreambooth_ms.models.specs import ClipTextSpec, RobertaSpec, UNetSpec
 from dreambooth_ms.ops.attention import fused_head, scores_at_a_time
 from dreambooth_ms.ops.conv import MAX_TAPS
 
@@ -24,7 +24,8 @@ Ranks = Mapping[str, int | None]
 """Of a network: how many numbers are trained of each layer's update; None where its weights themselves are trained."""
 
 _TEXT_ENDS, _UNET_ENDS = (".q_proj", ".k_proj", ".v_proj", ".out_proj"), (".to_q", ".to_k", ".to_v", ".to_out.0")
-ATTENTION_ENDS = (*_UNET_ENDS, ".add_k_proj", ".add_v_proj", *_TEXT_ENDS)
+_XLM_R_ENDS = (".query", ".key", ".value", ".attention.output.dense")
+ATTENTION_ENDS = (*_UNET_ENDS, ".add_k_proj", ".add_v_proj", *_TEXT_ENDS, *_XLM_R_ENDS)
 """Layers whose updates keep no more than the inputs of attention,"""
 OF_TEXT = CROSS_ATTENTION["crossattn_kv"]
 """and nothing of a picture's size."""
@@ -69,7 +70,7 @@ class Workload:
     """What decides how much memory a training needs."""
 
     unet: UNetSpec
-    text_encoders: Sequence[ClipTextSpec] = ()
+    text_encoders: Sequence[ClipTextSpec | RobertaSpec] = ()
     """Those in the step: trained, or with new words."""
     ranks: Sequence[Ranks]
     """Of the UNet, then of each text encoder."""
@@ -101,7 +102,7 @@ class Workload:
     @property
     def shapes(self) -> list[dict[str, Shape]]:
         """Of the UNet's parameters, then of each text encoder's."""
-        return [unet_shapes(self.unet), *map(clip_text_shapes, self.text_encoders)]
+        return [unet_shapes(self.unet), *map(text_shapes, self.text_encoders)]
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -233,10 +234,10 @@ def peak_with_gradients(segments: Sequence[SegmentMemory], recomputed: bool) -> 
     return peak
 
 
-def text_segment(spec: ClipTextSpec, work: Workload, trained: Trained) -> SegmentMemory:
+def text_segment(spec: ClipTextSpec | RobertaSpec, work: Workload, trained: Trained) -> SegmentMemory:
     """A trained text encoder, which is one segment."""
     tower = spec.transformer
-    tokens = work.rows * spec.max_position_embeddings
+    tokens = work.rows * min(TEXT_TOKENS, spec.max_position_embeddings)
     one = tokens * tower.hidden_size
     # Of a layer: both norms' inputs; queries, keys, values and the result by head; the inner width before and after the
     # activation and its slope. What is trained keeps its inputs, adapters in float32.

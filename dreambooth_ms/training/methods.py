@@ -17,10 +17,11 @@ from dreambooth_ms.adapters.writing import write_adapter, write_replacements
 from dreambooth_ms.config.choices import Method
 from dreambooth_ms.config.train import MethodConfig, TrainConfig
 from dreambooth_ms.formats.files.dtypes import DTYPES
+from dreambooth_ms.formats.folder_layout import TOKENIZERS
 from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.formats.naming.update_kinds import UP
-from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
+from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
 from dreambooth_ms.models.parameters import PublicParameter, name_prefix, public_parameters
 from dreambooth_ms.models.specs import Words
 from dreambooth_ms.models.text import TextEncoders
@@ -111,8 +112,9 @@ def lora(
 def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
     """Of the layers that `lora` trains, by network; raises as `layer_updates`."""
     spec, readers = base.denoiser.spec, base.text if config.train_text_encoder else ()
-    texts = {one.name: (clip_text_shapes(one.spec), one.adapted_layers) for one in readers}
-    return layer_updates(config, {"unet": (unet_shapes(spec), config.targets), **texts}, spec)
+    texts = {one.name: (text_shapes(one.spec), one.adapted_layers) for one in readers}
+    targets = config.targets(spec.simple_blocks, not spec.only_cross_attention)
+    return layer_updates(config, {"unet": (unet_shapes(spec), targets), **texts}, spec)
 
 
 def form_of(config: MethodConfig) -> LoraFormat:
@@ -135,7 +137,8 @@ def full(
 
     def write_folder(target: Path, step: int) -> None:
         # Weights have plain names whatever variant they were, so that the result loads without naming one.
-        planned = plan_model(base.opened(), Format.DIFFUSERS, dtype if config.save_precision else None)
+        model = base.opened().without(TOKENIZERS if config.skip_save_text_encoder else ())
+        planned = plan_model(model, Format.DIFFUSERS, dtype if config.save_precision else None)
         kept = {name: tensor for name, tensor in planned.tensors.items() if name.partition(".")[0] not in networks}
         replace(planned, tensors=kept).write_parts(target)
         write_networks(target, step)

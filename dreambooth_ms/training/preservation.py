@@ -151,7 +151,8 @@ class BaseAnswers(CompiledCell):
         def make(number: int) -> Batch:
             batch = make_batch(number)
             rows, target = [at for at, name in enumerate(batch.concepts) if name in concepts], batch.target.copy()
-            target[rows] = self(*(Tensor(of_rows[rows]) for of_rows in batch.inputs.values())).asnumpy()
+            answers = self(*(Tensor(of_rows[rows]) for of_rows in batch.inputs.values())).asnumpy()
+            target[rows] = answers[:, : target.shape[1]]  # A variance behind them is not trained.
             return replace(batch, target=target)
 
         return make

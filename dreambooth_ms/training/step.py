@@ -9,7 +9,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from dreambooth_ms.config.train import LossScalingConfig
 from dreambooth_ms.models.unet import Segments
-from dreambooth_ms.ops import SumOfSquares, mean
+from dreambooth_ms.ops import SumOfSquares, equal_parts, mean
 from dreambooth_ms.runtime.collective import SumOverProcesses
 from dreambooth_ms.runtime.compiled_cell import CompiledCell
 from dreambooth_ms.training.optimisers import Optimiser, state, zeros_like
@@ -93,6 +93,9 @@ class WeightedError(nn.Cell):
     def construct(
         self, prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor, *extras: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if prediction_BCHW.shape[1] > target_BCHW.shape[1]:
+            # The variance, which is not trained.
+            prediction_BCHW = equal_parts(prediction_BCHW, 2, 1)[0]
         difference = prediction_BCHW - target_BCHW
         squares = difference * difference
         if self.has_c:

@@ -19,18 +19,22 @@ from dreambooth_ms.config.train import LossConfig
 from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseScheduleSpec
 from dreambooth_ms.errors import ConfigError, WeightError, show_names
 from dreambooth_ms.formats import clip_tokenizer, folder_layout, model_config
+from dreambooth_ms.formats.clip_tokenizer import LENGTH
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.open import open_tensor_file, read_value, recognise
 from dreambooth_ms.formats.files.safetensors_file import write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor
 from dreambooth_ms.formats.folder_layout import TOKENIZERS, read_json, write_json
 from dreambooth_ms.formats.model_config import Config, read_config
+from dreambooth_ms.formats.sentencepiece_tokenizer import SentencePieceTokenizer
 from dreambooth_ms.models.clip import CLIPModel, CLIPTextModel
 from dreambooth_ms.models.parameters import public_parameters, read_parameters
-from dreambooth_ms.models.specs import UNSAID_END, ClipTextSpec, VaeSpec, Words
+from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
+from dreambooth_ms.models.specs import PIXELS, UNSAID_END, ClipTextSpec, RobertaSpec, T5Spec, VaeSpec, Words
+from dreambooth_ms.models.t5 import T5EncoderModel
 from dreambooth_ms.models.text import TextEncoders, check_clip_skip
 from dreambooth_ms.models.unet import UNet2DConditionModel
-from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL
+from dreambooth_ms.models.vae import DECODER_LAYERS, ENCODER_LAYERS, AutoencoderKL, Pixels
 from dreambooth_ms.models.vit import ViTModel
 from dreambooth_ms.weights.opened_model import OpenedModel, StoredNetwork, open_model, with_other_vae
 
@@ -38,6 +42,8 @@ Network = TypeVar("Network", bound=nn.Cell)
 
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of a text tower of CLIP that get an update, as in diffusers' scripts."""
+XLM_R_TARGETS = ("query", "key", "value", "attention.output.dense")
+"""The same layers of XLM-R."""
 
 # Buffers that some versions of the libraries wrote into weight files although they hold no knowledge.
 BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -76,6 +82,11 @@ class Codec(Role):
 
         return cls(stored.spec, load, stored.digest)
 
+    @classmethod
+    def of_pixels(cls) -> "Codec":
+        """None: the denoiser's latents are the pixels."""
+        return cls(PIXELS, lambda encodes=True, decodes=True: Pixels(), lambda: "pixels")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader(Role):
@@ -93,7 +104,7 @@ class TextReader(Role):
     most_skipped: int = 0
     """How many of its last layers can be left out."""
     adapted_layers: tuple[str, ...]
-    """The ends of the names of the layers that an adapter changes."""
+    """The ends of the names of the layers that an adapter changes; none: it is not trained."""
     tokenizer: Callable[[], Any]
     """Gives what has the methods of `ClipTokenizer`."""
     words: Mapping[str, slice] = field(default_factory=dict)
@@ -137,6 +148,26 @@ class TextReader(Role):
             adapted_layers=CLIP_TARGETS,
             tokenizer=partial(clip_tokenizer.ClipTokenizer, folder, spec.max_position_embeddings, spec.vocab_size),
             load=lambda: fill(CLIPTextModel(spec, last_layer), stored),
+            digest=stored.digest,
+        )
+
+    @classmethod
+    def of_sentences(cls, name: str, stored: StoredNetwork[T5Spec | RobertaSpec], folder: Path) -> "TextReader":
+        """T5's encoder, which reads lower case, or XLM-R, with its tokenizer's folder. A text is cut and filled up to
+        what diffusers' pipelines read, and no token sees what fills it up, if the model does not say otherwise."""
+        spec = stored.spec
+        if isinstance(spec, T5Spec):
+            longest, width, layers, cell = LENGTH, spec.d_model, (), partial(T5EncoderModel, spec, True)
+        else:
+            longest, width, layers = min(LENGTH, spec.longest), spec.project_dim, XLM_R_TARGETS
+            cell = partial(RobertaSeriesModelWithTransformation, spec)
+        return cls(
+            name=name,
+            spec=spec,
+            width=width,
+            adapted_layers=layers,
+            tokenizer=partial(SentencePieceTokenizer, folder, longest, spec.vocab_size),
+            load=lambda: fill(cell(), stored),
             digest=stored.digest,
         )
 
@@ -210,7 +241,7 @@ class Schedule:
             )
         if model_config.is_edm(self.config) and not is_edm:
             return {}, [f"{path}: does not say that its base was trained in EDM's formulation; SDXL's give noise"]
-        known = {"prediction_type", "rescale_betas_zero_snr"} - self.changes.keys()
+        known = {"prediction_type", "rescale_betas_zero_snr", "variance_type"} - self.changes.keys()
         changes = {key: {"True": True}.get(value, value) for key, value in said.items() if key in known}
         return changes, [f"{path}: was trained with {key} {value}, and is sampled so" for key, value in changes.items()]
 
@@ -244,6 +275,16 @@ class ModelBundle:
         return bool(self.denoiser.spec.in_channels == 2 * self.codec.spec.latent_channels + 1)
 
     @property
+    def enlarges(self) -> bool:
+        """Whether the denoiser reads, beside noisy pictures, small ones: it is a second stage."""
+        return bool(self.denoiser.spec.in_channels == 2 * self.codec.spec.latent_channels)
+
+    @property
+    def noise_of_small(self) -> Config:
+        """The configuration of the scheduler by which a second stage's small pictures are noisy."""
+        return self.opened().configuration(folder_layout.NOISING)
+
+    @property
     def predicts_variance(self) -> bool:
         """Whether the denoiser predicts, behind the noise, the variance of a step in as many channels."""
         return bool(self.denoiser.spec.out_channels == 2 * self.codec.spec.latent_channels)
@@ -268,7 +309,7 @@ class ModelBundle:
     @property
     def words(self) -> Mapping[str, slice]:
         """New words that its text readers read, each with its rows among those of all."""
-        return self.text[0].words
+        return self.text[0].words if self.text else {}
 
     def opened(self) -> OpenedModel:
         """The tensors of the whole model by public name, none of which is read; for a model from a file or folder."""
@@ -316,20 +357,22 @@ class ModelBundle:
         _ = self.schedule.spec
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
-        if unet.out_channels != latent_channels or not (self.inpaints or unet.in_channels == latent_channels):
+        is_known = self.inpaints or self.enlarges == (unet.class_embed_type is not None)
+        is_known &= self.inpaints or self.enlarges or unet.in_channels == latent_channels
+        if not (is_known and (self.predicts_variance or unet.out_channels == latent_channels)):
             raise WeightError(
                 f"{self.path}: its unet takes {unet.in_channels} channels and gives {unet.out_channels}, a picture has "
                 f"{latent_channels}; use a text-to-image or an inpainting model, not one for depth or upscaling"
             )
         width = sum(reader.width for reader in self.text)
-        if unet.cross_attention_dim != width:
+        if self.text and unet.text_width != width:
             raise WeightError(
-                f"{self.path}: its unet reads text of width {unet.cross_attention_dim}, its {names} "
+                f"{self.path}: its unet reads text of width {unet.text_width}, its {names} "
                 f"{'gives' if len(self.text) == 1 else 'give'} {width}; take both from one model"
             )
         pools = any(reader.pooled_width for reader in self.text)
         # SDXL's base reads 6, its refiner 5.
-        if not (self.num_add_time_ids in (5, 6) if pools else unet.addition_embed_type is None):
+        if not (self.num_add_time_ids in (5, 6) if pools else unet.addition_embed_type in (None, "text")):
             raise WeightError(
                 f"{self.path}: its unet reads {self.num_add_time_ids} add_time_ids beside the text of its {names}; "
                 "use SD 1.x, 2.x, SDXL or its refiner"
@@ -350,20 +393,25 @@ def open_bundle(path: Path, variant: str | None = None, vae: Path | None = None)
     """
     model, tokenizers = _opened(path, variant, unused=("vae",) if vae else ())
     unet = model.network("unet", model_config.read_unet_config)
+    has_pixels = model.spec.vae == PIXELS
+    if vae and has_pixels:
+        raise WeightError(f"{path}: denoises pixels, without an autoencoder; leave {vae} out")
     if vae:
         model = with_other_vae(model, vae, unet.spec.sample_size)
     is_xl = "text_encoder_2" in tokenizers
     text = []
     for name, folder in tokenizers.items():
         stored = model.network(name, model_config.NETWORK_READERS[name])
-        text.append(TextReader.of_clip(name, stored, folder, last_layer=not is_xl))
+        is_clip = isinstance(stored.spec, ClipTextSpec)
+        reader = partial(TextReader.of_clip, last_layer=not is_xl) if is_clip else TextReader.of_sentences
+        text.append(reader(name, stored, folder))
     scheduler = model.configuration(folder_layout.SCHEDULER)
     source = path if path.is_file() or model_config.is_edm(scheduler) else path / folder_layout.SCHEDULER
     force_zeros = model.configuration(folder_layout.INDEX).get("force_zeros_for_empty_prompt", True)
     bundle = ModelBundle(
         path=path,
         denoiser=Denoiser(unet.spec, lambda: fill(UNet2DConditionModel(unet.spec), unet), unet.digest),
-        codec=Codec.of_vae(model.network("vae", model_config.read_vae_config)),
+        codec=Codec.of_pixels() if has_pixels else Codec.of_vae(model.network("vae", model_config.read_vae_config)),
         text=tuple(text),
         schedule=Schedule(source, scheduler),
         zeros_for_empty_prompt=is_xl and bool(force_zeros),
@@ -389,10 +437,9 @@ def _opened(path: Path, variant: str | None, unused: Collection[str]) -> tuple[O
         advice = "is the download complete?" if is_folder else "convert it into a folder and put them into that"
         raise WeightError(f"{path}: holds no {' and no '.join(lacking)}; {advice}")
     if is_folder:
-        folders = {name: path / TOKENIZERS[name] for name in tokens}
-        for folder in folders.values():
-            clip_tokenizer.check_clip_tokenizer(folder)
-        return model, folders
+        for name in tokens:
+            clip_tokenizer.check_clip_tokenizer(path / TOKENIZERS[name])
+        return model, {name: path / TOKENIZERS[name] for name in model.spec.networks if name in TOKENIZERS}
     if None in tokens.values():
         raise WeightError(f"{path}: its words are not CLIP's; convert it into a folder and put its tokenizer into that")
     if model.prediction_type is None:

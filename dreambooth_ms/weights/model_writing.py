@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.atomic import check_free, check_room, check_writable, new_folder
-from dreambooth_ms.errors import UserError, count_of
+from dreambooth_ms.errors import UserError, WeightError, count_of
 from dreambooth_ms.formats import folder_layout
 from dreambooth_ms.formats.clip_tokenizer import add_words, pad_tokens, write_clip_tokenizer
 from dreambooth_ms.formats.files.dtypes import DType
@@ -93,6 +93,8 @@ def plan_model(model: OpenedModel, form: Format, dtype: DType | None = None) -> 
         WeightError: names are missing, unexpected, mis-shaped or there twice.
     """
     model.check()
+    if form is not Format.DIFFUSERS and model.spec.family.value not in FAMILIES:
+        raise WeightError(f"{model.path}: {model.spec.family.value} is kept in folders alone; name one as the target")
     plan = naming_of(form, model.spec).write_plan(list(model.tensors), model.parts)
     plan.report.check(str(model.path), f"a model of {model.spec.family.value}")
     tensors = {
@@ -202,7 +204,7 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
             for path in (folder / name).glob(f"*.{variant}.*"):
                 path.replace(path.with_name(path.name.replace(f".{variant}.", ".")))
     components = [name for name, of in index.items() if isinstance(of, list)]
-    absent = [name for name in components if name not in there.union(model.parts)]
+    absent = [name for name in components if name not in (there - {*folder_layout.NETWORKS}).union(model.parts)]
     write_json(folder / INDEX, {**index, **dict.fromkeys(absent, folder_layout.ABSENT)})
 
 

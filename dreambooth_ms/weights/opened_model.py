@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,11 +19,11 @@ from dreambooth_ms.formats.files.safetensors_file import parse_json_object
 from dreambooth_ms.formats.files.stored import Container, StoredTensor, TensorFile, raw_bytes
 from dreambooth_ms.formats.folder_layout import ABSENT, CONFIG, INDEX, NETWORKS, SCHEDULER, read_json, weight_file
 from dreambooth_ms.formats.model_config import Config, folder_configs, read_config
-from dreambooth_ms.formats.naming.formats import Format
+from dreambooth_ms.formats.naming.formats import Format, naming_of
 from dreambooth_ms.formats.naming.plan import ReadPlan, Report, Shape, Slot
 from dreambooth_ms.formats.naming.recognise import Recognition, recognise_model, recognise_vae
 from dreambooth_ms.models.parameter_shapes import model_shapes
-from dreambooth_ms.models.specs import PLAYGROUND_25_VAE, Family, ModelSpec
+from dreambooth_ms.models.specs import PIXELS, PLAYGROUND_25_VAE, SD_15, Family, ModelSpec
 
 LATENT_STATISTICS = ("edm_mean", "edm_std")
 """Where Playground v2.5's single file has the mean and the deviation of its latents, by channel."""
@@ -94,7 +94,7 @@ class OpenedModel(TensorFile):
     @property
     def missing_parts(self) -> list[str]:
         """The networks that the family has and the file has not."""
-        return [part for part in NETWORKS if part not in self.parts and getattr(self.spec, part) is not None]
+        return [part for part in self.spec.networks if part not in self.parts]
 
     @property
     def assumed_prediction(self) -> str:
@@ -109,6 +109,11 @@ class OpenedModel(TensorFile):
         """The tensors of a network by their names in it."""
         prefix = f"{part}."
         return {name.removeprefix(prefix): own for name, own in self.tensors.items() if name.startswith(prefix)}
+
+    def without(self, parts: Collection[str]) -> "OpenedModel":
+        """The same without some of its networks."""
+        tensors = {name: own for name, own in self.tensors.items() if name.partition(".")[0] not in parts}
+        return replace(self, tensors=tensors, parts=tuple(part for part in self.parts if part not in parts))
 
     @property
     def configuration_names(self) -> list[str]:
@@ -191,8 +196,24 @@ def open_model(
         # It must be of the kind that its name says.
         opened = open_tensor_file(network, Container.SAFETENSORS if network.suffix == ".safetensors" else None)
         stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
-    configurations = {name: read_json(path / name) for name in (SCHEDULER, VAE_CONFIG) if (path / name).exists()}
-    return model_of(TensorFile(path, Container.FOLDER, stored), files, {INDEX: index, **configurations})
+    named_by = {SCHEDULER, *map(CONFIG.format, ("unet", "vae", "text_encoder"))}
+    configurations = {name: read_json(path / name) for name in named_by if (path / name).exists()}
+    family = model_config.family_of({part: configurations.get(CONFIG.format(part), {}) for part in there})
+    recognise = partial(_recognise_folder, path, there, family) if family else recognise_model
+    kept = {INDEX: index, **{name: own for name, own in configurations.items() if name in (SCHEDULER, VAE_CONFIG)}}
+    return model_of(TensorFile(path, Container.FOLDER, stored), files, kept, recognise=recognise)
+
+
+def _recognise_folder(path: Path, parts: Sequence[str], family: Family, *_: Any) -> Recognition:
+    """A model of a family that its configurations tell, whose sizes these tell, too."""
+    names = {part: CONFIG.format(part) for part in parts}
+    read = {
+        part: read_config(path / n, read_json(path / n), model_config.NETWORK_READERS[part])
+        for part, n in names.items()
+    }
+    usual: dict[str, Any] = {"unet": SD_15.unet, "vae": PIXELS if family is Family.IF else SD_15.vae}
+    spec = ModelSpec(family=family, **usual | read)
+    return Recognition(Format.DIFFUSERS, spec, naming_of(Format.DIFFUSERS, spec), None, ())
 
 
 def model_of(

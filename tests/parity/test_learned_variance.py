@@ -18,26 +18,9 @@ from dreambooth_ms.weights.bundle import Codec, ModelBundle, Schedule
 from dreambooth_ms.weights.bundle import Denoiser as Role
 from tests.parity.reference import normal, relative_error
 from tests.parity.test_schedulers import REFERENCES, reference_scheduler, request
+from tests.tiny_model import IF_SCHEDULER
 from tests.unit.test_bundle_roles import READER, UNET_OF_PIXELS, PixelSpec
 
-# As the folders of its first stage have it; in its second one `sample_max_value` is 1.
-STAGE_I = {
-    "_class_name": "DDPMScheduler",
-    "beta_end": 0.02,
-    "beta_schedule": "squaredcos_cap_v2",
-    "beta_start": 0.0001,
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.95,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.5,
-    "steps_offset": 0,
-    "thresholding": True,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "variance_type": "learned_range",
-}
 FIXED = {"variance_type": "fixed_small"}
 OPEN = {"sample_max_value": 50.0}
 """No quantile is cut, so that each row has its own."""
@@ -79,26 +62,26 @@ def largest_error(ours, theirs):
 @pytest.mark.parametrize("variance", [{}, FIXED], ids=["learned", "fixed"])
 @pytest.mark.parametrize("limit", [1.0, 1.5, 50.0])
 def test_ancestral_steps_are_diffusers(limit, variance, monkeypatch):
-    ours, theirs = trajectories("ddpm", STAGE_I | variance | {"sample_max_value": limit}, monkeypatch)
+    ours, theirs = trajectories("ddpm", IF_SCHEDULER | variance | {"sample_max_value": limit}, monkeypatch)
     print(f"{limit}, {variance}: {largest_error(ours, theirs):.1e}")
     assert largest_error(ours, theirs) < 1e-5
 
 
 def test_the_variance_and_the_thresholds_are_seen(monkeypatch):
     """What the test above compares would differ without them, and the quantile is another one in each row."""
-    learned, _ = trajectories("ddpm", STAGE_I | OPEN, monkeypatch)
+    learned, _ = trajectories("ddpm", IF_SCHEDULER | OPEN, monkeypatch)
     for other in (FIXED, {"thresholding": False}, {"dynamic_thresholding_ratio": 0.5}, {"sample_max_value": 1.5}):
-        assert relative_error(trajectories("ddpm", STAGE_I | OPEN | other, monkeypatch)[0], learned) > 0.01, other
-    swapped, _ = trajectories("ddpm", STAGE_I | OPEN, monkeypatch, variance=VARIANCE[::-1].copy())
+        assert relative_error(trajectories("ddpm", IF_SCHEDULER | OPEN | other, monkeypatch)[0], learned) > 0.01, other
+    swapped, _ = trajectories("ddpm", IF_SCHEDULER | OPEN, monkeypatch, variance=VARIANCE[::-1].copy())
     assert relative_error(swapped, learned) > 0.01
-    alone, _ = trajectories("ddpm", STAGE_I | OPEN, monkeypatch, rows=(1,))
+    alone, _ = trajectories("ddpm", IF_SCHEDULER | OPEN, monkeypatch, rows=(1,))
     assert np.array_equal(alone[:, 0], learned[:, 1])
 
 
 @pytest.mark.parametrize("name", [name for name in REFERENCES if name != "ddpm" and not SCHEDULERS[name].edm])
 def test_other_schedulers_drop_the_variance(name, monkeypatch):
     """They threshold where diffusers' do: its other ones pass over what the configuration says of it."""
-    ours, theirs = trajectories(name, STAGE_I, monkeypatch)
+    ours, theirs = trajectories(name, IF_SCHEDULER, monkeypatch)
     print(f"{name}: {largest_error(ours, theirs):.1e}")
     assert largest_error(ours, theirs) < 1e-5
 
@@ -107,10 +90,10 @@ def test_other_schedulers_drop_the_variance(name, monkeypatch):
     "name", ["ddim", "dpm++_2m", "dpm++_2m_karras", "dpm++_2s", "dpm++_sde", "unipc", "deis", "lcm"]
 )
 def test_each_row_is_thresholded_by_itself(name, monkeypatch):
-    ours, theirs = trajectories(name, STAGE_I | OPEN, monkeypatch)
+    ours, theirs = trajectories(name, IF_SCHEDULER | OPEN, monkeypatch)
     print(f"{name}: {largest_error(ours, theirs):.1e}")
     assert largest_error(ours, theirs) < 1e-5
-    plain, _ = trajectories(name, STAGE_I | {"thresholding": False, "clip_sample": False}, monkeypatch)
+    plain, _ = trajectories(name, IF_SCHEDULER | {"thresholding": False, "clip_sample": False}, monkeypatch)
     assert relative_error(plain, ours) > 0.01
 
 
@@ -139,16 +122,16 @@ def test_guidance_keeps_the_variance_of_the_text(rescaled):
 
 def test_a_model_without_a_variance_is_told_before_the_work():
     with pytest.raises(ConfigError, match=r"ddpm: variance_type learned_range, .* predicts no variance; write fixed_"):
-        check_scheduler("ddpm", STAGE_I, 5)
-    check_scheduler("ddpm", STAGE_I, 5, predicts_variance=True)
-    check_scheduler("ddpm", STAGE_I | FIXED, 5)
+        check_scheduler("ddpm", IF_SCHEDULER, 5)
+    check_scheduler("ddpm", IF_SCHEDULER, 5, predicts_variance=True)
+    check_scheduler("ddpm", IF_SCHEDULER | FIXED, 5)
     for name in REFERENCES:
         if name != "ddpm" and not SCHEDULERS[name].edm:
-            check_scheduler(name, STAGE_I, 5)
+            check_scheduler(name, IF_SCHEDULER, 5)
 
 
 def test_the_cosine_is_written_and_read_again():
-    spec = read_scheduler_config(STAGE_I)
+    spec = read_scheduler_config(IF_SCHEDULER)
     assert spec.beta_schedule == "squaredcos_cap_v2"
     assert read_scheduler_config(write_scheduler_config(spec)) == spec
 
@@ -164,7 +147,7 @@ class Pixels(nn.Cell):
 @pytest.mark.parametrize("variance", [{}, FIXED], ids=["learned", "fixed"])
 def test_a_model_samples_with_the_variance_that_it_predicts(variance, tmp_path, monkeypatch):
     """Guided, from a bundle whose denoiser has twice the channels of its pictures."""
-    config = STAGE_I | variance
+    config = IF_SCHEDULER | variance
     bundle = ModelBundle(
         path=tmp_path,
         denoiser=Role(replace(UNET_OF_PIXELS, out_channels=6), None, None),

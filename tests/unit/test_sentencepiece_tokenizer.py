@@ -1,26 +1,15 @@
 """The tokenizers of T5 and XLM-R give the ids of transformers' slow ones, on small models that are trained here."""
 
-import io
-import json
-
 import numpy as np
 import pytest
-import sentencepiece
 from transformers import T5Tokenizer, XLMRobertaTokenizer
 
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats import sentencepiece_tokenizer
 from dreambooth_ms.formats.folder_layout import model_files
 from dreambooth_ms.formats.sentencepiece_tokenizer import SentencePieceTokenizer
+from tests.tiny_model import SENTENCEPIECE, write_sentencepiece
 
-SENTENCES = [
-    "a photo of a dog on the beach",
-    "a photo of a cat in a bucket",
-    "une photo d'un chien sur la plage",
-    "ein Foto von einem Hund am Strand",
-    "一只狗在海滩上的照片",
-    "The quick brown fox jumps over the lazy dog, twice!",
-]
 PROMPTS = (
     "",
     "a photo of sks dog",
@@ -33,35 +22,24 @@ PROMPTS = (
     "<s> <pad> <mask> dog",
     " ".join(["a photo of a dog"] * 30),
 )
-# What each of the two keeps at which id of sentencepiece, and the file.
-FORMS = {
-    "t5": (T5Tokenizer, "spiece.model", {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}),
-    "xlm-r": (XLMRobertaTokenizer, "sentencepiece.bpe.model", {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}),
-}
+FORMS = {"t5": T5Tokenizer, "xlm-r": XLMRobertaTokenizer}
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request, tmp_path_factory):
     """A folder with a tokenizer, and transformers' own of it."""
-    kind, name, ids = FORMS[request.param]
-    folder, model = tmp_path_factory.mktemp(request.param), io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=model,
-        vocab_size=90,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **ids,
-    )
-    (folder / name).write_bytes(model.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
+    kind, folder = FORMS[request.param], tmp_path_factory.mktemp(request.param)
+    write_sentencepiece(folder, request.param)
+    name = SENTENCEPIECE[request.param][0]
     return folder, kind.from_pretrained(str(folder)), name
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_ids_are_those_of_transformers(form, prompt):
     folder, reference, _ = form
-    expected = reference(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+    # So T5 reads them in diffusers' pipelines.
+    read = prompt.lower().strip() if isinstance(reference, T5Tokenizer) else prompt
+    expected = reference(read, padding="max_length", max_length=77, truncation=True).input_ids
     (ids,) = SentencePieceTokenizer(folder).pieces(prompt, 1)
     assert ids.tolist() == expected
     assert reference.eos_token_id in expected

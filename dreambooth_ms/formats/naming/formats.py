@@ -66,8 +66,9 @@ def naming_of(form: Format, model: ModelSpec) -> Naming:
 def spell(form: Format, name: str, model: ModelSpec) -> list[Slot]:
     """Where a format keeps a public parameter: first the place it is written to, then others that readers meet. Empty
     if the format has no place for it."""
-    if form is Format.DIFFUSERS:
-        return _diffusers_slots(name)
+    if form is Format.DIFFUSERS or model.family.name not in TABLES["towers"]:
+        # Others are kept in folders alone.
+        return _diffusers_slots(name) if form is Format.DIFFUSERS else []
     if form is Format.STABILITY:
         return _stability_slots(name, model)
     is_sd = model.family in (Family.SD1, Family.SD2)
@@ -122,7 +123,7 @@ def _unused_shapes(form: Format, model: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     if form is Format.DIFFUSERS or (form is Format.MINDONE and model.family is Family.SD2):
         return shapes
-    for part, prefix in TABLES["towers"][model.family.name].items():
+    for part, prefix in TABLES["towers"].get(model.family.name, {}).items():
         tower = getattr(model, part)
         if tower and prefix.endswith(_OPENCLIP):
             shapes[f"{part}.logit_scale"] = ()

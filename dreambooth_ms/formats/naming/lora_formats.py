@@ -344,7 +344,7 @@ def _paths(layer: str, model: ModelSpec, bare: tuple[str, ...]) -> set[str]:
     part, _, inner = layer.partition(".")
     weights = (slot.name for slot in spell(Format.DIFFUSERS, f"{layer}.weight", model))
     names = {weight.removeprefix(f"{part}.").removesuffix(".weight") for weight in weights}
-    if part == "unet":
+    if part == "unet" and not model.unet.simple_blocks:
         names.add(unet_layer(inner, model.unet))
     names |= {pattern.sub(other, name) for pattern, other in _PROCESSORS for name in names}
     dotted = {prefix + name for prefix in (*_DOTTED[part], *bare) for name in names}
@@ -371,7 +371,8 @@ def _slots(form: LoraFormat, layer: str, model: ModelSpec) -> dict[str, Slot]:
             names = names if model.family in (Family.SD1, Family.SD2) else {DOWN: DOWN, UP: UP}
             blocks = {UP: replace(place, name=f"{path}.{names[UP]}")}
         case LoraFormat.KOHYA | LoraFormat.KOHYA_DIFFUSERS:
-            is_stability = form is LoraFormat.KOHYA and part == "unet" and model.unet.addition_embed_type
+            is_xl = model.unet.addition_embed_type == "text_time"
+            is_stability = form is LoraFormat.KOHYA and part == "unet" and is_xl
             prefix = "lora_te_" if part == "text_encoder" and not model.text_encoder_2 else _UNDERSCORED[part][0]
             path = prefix + (unet_layer(inner, model.unet) if is_stability else inner).replace(".", "_")
     return {factor: Slot(f"{path}.{name}") for factor, name in names.items()} | blocks if path else {}
