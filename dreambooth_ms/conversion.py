@@ -44,7 +44,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import AdapterFormat, LoraFormat, OtherFormat, lora_layers
 from dreambooth_ms.formats.naming.recognise import with_channels
 from dreambooth_ms.formats.naming.update_kinds import BESIDE, needs_base, title_of
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, UNetSpec, VaeSpec, Words
+from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, T5Spec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
@@ -392,6 +392,8 @@ def _size_of(part: str, model: ModelSpec) -> str:
     if isinstance(spec, VaeSpec):
         own = ", mean and deviation of their own" if spec.latents_mean else ""
         return f", scale of the latents {spec.scaling_factor:g}{own}"
+    if isinstance(spec, T5Spec):
+        return f", {count_of(spec.num_layers, 'layer')} of width {spec.d_model}"
     return f", {count_of(spec.transformer.num_hidden_layers, 'layer')} of width {spec.transformer.hidden_size}"
 
 

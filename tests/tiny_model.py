@@ -252,8 +252,8 @@ def write_sentencepiece(folder: Path, form: str) -> int:
 
 def write_random_if(folder: Path, seed: int = 0, second: bool = False, **unet: Any) -> Path:
     """A model folder of DeepFloyd IF: a first stage of 32 x 32 pixels, or a second one of 64 x 64."""
-    own = {} if second else {"in_channels": 3, "class_embed_type": None}
-    spec = replace(IF_UNET, sample_size=64 if second else 32, **own | unet)
+    own: dict[str, Any] = {} if second else {"in_channels": 3, "class_embed_type": None}
+    spec = replace(IF_UNET, **{"sample_size": 64 if second else 32} | own | unet)
     vocabulary = write_sentencepiece(folder / "tokenizer", "t5")
     text = T5Spec(vocab_size=vocabulary, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
     parts = (
@@ -276,9 +276,9 @@ def write_random_if(folder: Path, seed: int = 0, second: bool = False, **unet: A
     return folder
 
 
-def write_random_alt(folder: Path, seed: int = 0, **settings: Any) -> Path:
+def write_random_alt(folder: Path, seed: int = 0, levels: int = 2, **settings: Any) -> Path:
     """A model folder of AltDiffusion, in the sizes of `write_random_model`; `settings` are of its text encoder."""
-    write_random_model(folder, seed)
+    write_random_model(folder, seed, levels=levels)
     shutil.rmtree(folder / "tokenizer")
     shutil.rmtree(folder / "text_encoder")
     sizes = {"max_position_embeddings": 100, "type_vocab_size": 1, "project_dim": TEXT.hidden_size}
