@@ -234,10 +234,14 @@ class ModelFacts:
     """The folder of its tokenizer; None for a single file, whose words are CLIP's."""
     inpaints: bool = False
     """Whether it draws a part of a picture anew."""
+    enlarges: bool = False
+    """Whether it is a second stage, which enlarges pictures."""
 
     @property
     def guidance(self) -> float:
         """Where the slider of the guidance starts. The embedded base was measured best at 3 (its README)."""
+        if self.family is Family.IF:
+            return 4.0 if self.enlarges else 7.0
         return 3.0 if self.picture_size <= 64 else 5.0 if self.family is Family.SDXL else 7.5
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -281,7 +285,8 @@ def _described(path: Path, changed: int) -> ModelFacts:
     factor = spec.vae.downsampling
     step = factor * 2 ** (len(spec.unet.block_out_channels) - 1)
     inpaints = spec.unet.in_channels == 2 * spec.vae.latent_channels + 1
-    return ModelFacts(path, spec.family, sample_size * factor, step, tokenizer, inpaints)
+    enlarges = spec.unet.class_embed_type is not None
+    return ModelFacts(path, spec.family, sample_size * factor, step, tokenizer, inpaints, enlarges)
 
 
 @dataclass(frozen=True)
@@ -305,14 +310,19 @@ def read_run(folder: Path) -> Run | None:
     return Run(folder, config.model.pretrained_model_name_or_path, prompt, config.prior.class_prompt)
 
 
-def find_refiners(shelf: Shelf) -> list[Path]:
-    """SDXL's refiners among the models."""
-    return [path for path in shelf.models if _family(path) is Family.SDXL_REFINER]
+def find_followers(facts: ModelFacts, shelf: Shelf) -> list[Path]:
+    """The models that go on from a model's pictures: SDXL's refiners, or of IF the second stages."""
+    known = {path: own for path in shelf.models if (own := _facts(path))}
+    if facts.family is Family.IF and not facts.enlarges:
+        return [path for path, own in known.items() if own.enlarges]
+    # A refiner would change what a mask keeps.
+    takes_one = facts.family is Family.SDXL and not facts.inpaints
+    return [path for path, own in known.items() if takes_one and own.family is Family.SDXL_REFINER]
 
 
-def _family(path: Path) -> Family | None:
+def _facts(path: Path) -> ModelFacts | None:
     try:
-        return describe(path).family
+        return describe(path)
     except (WeightError, OSError):
         return None
 

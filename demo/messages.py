@@ -18,6 +18,7 @@ class ModelChoice:
     base: str
     loras: tuple[str, ...] = ()
     refiner: str | None = None
+    """What goes on from the base's pictures: SDXL's refiner, or a second stage, which enlarges them."""
     changed: frozenset[tuple[str, int]] = frozenset()
     """Each of them with the time of its last change: a LoRA that was trained on is another one."""
     embeddings: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ class Step:
     """Of the picture."""
     side: Side
     stage: str
-    """"base", or "refiner"."""
+    """"base", "refiner", or "second stage"."""
     step: int
     """Steps done of this picture in this stage, this one included."""
     steps: int

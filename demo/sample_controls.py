@@ -8,7 +8,7 @@ from pathlib import Path
 import streamlit as st
 
 from demo import session, uploads
-from demo.library import ModelFacts, Shelf, choose, find_refiners, kind_of
+from demo.library import ModelFacts, Shelf, choose, describe, find_followers, kind_of
 from demo.messages import ModelChoice, PictureRequest
 from dreambooth_ms.config.choices import SamplingScheduler
 from dreambooth_ms.errors import ConfigError, UserError
@@ -33,6 +33,8 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
 }
 """As the page calls them; the page takes no models of EDM's formulation, so none of their schedulers."""
 LARGEST_SEED = 2**31 - 1
+ENLARGING_STARTS = 0.2
+"""Share of the time that a first stage takes, about."""
 _HUB_LORA = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*){1,3}")
 
 
@@ -41,7 +43,7 @@ def controls(facts: ModelFacts, shelf: Shelf) -> PictureRequest:
     loras, scales = _loras(shelf)
     embeddings = _embeddings(shelf)
     _lora_upload()
-    refiner, refiner_start = _refiner(facts, shelf)
+    refiner, refiner_start = _follower(facts, shelf)
     request = _settings(facts)
     model = choose(str(facts.path), loras, refiner, embeddings)
     return replace(request, model=model, lora_scales=scales, refiner_start=refiner_start)
@@ -136,21 +138,21 @@ def _choose_lora(path: str) -> None:
     st.session_state["add_embedding" if _is_embedding(path) else "add_lora"] = path
 
 
-def _refiner(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
-    """The model that finishes the pictures, and from where on."""
-    # A refiner would change what a mask keeps.
-    takes_one = facts.family is Family.SDXL and not facts.inpaints
-    refiners = [str(path) for path in find_refiners(shelf)] if takes_one else []
-    if not refiners:
+def _follower(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
+    """The model that finishes or enlarges the pictures, and from where on."""
+    followers = {str(path): describe(path) for path in find_followers(facts, shelf)}
+    if not followers:
         return None, PictureRequest.refiner_start
     refiner = st.selectbox(
-        "Refiner",
-        [None, *refiners],
+        "Second stage" if facts.family is Family.IF else "Refiner",
+        [None, *followers],
         format_func=lambda name: session.label(name) if name else "None",
         key="sample_refiner",
         persist_state="session",
     )
     start = PictureRequest.refiner_start
+    if refiner and followers[refiner].enlarges:
+        return refiner, ENLARGING_STARTS
     if refiner:
         start = st.slider(
             "The refiner takes over after", 0.5, 0.95, step=0.05, key="sample_refiner_start", persist_state="session"

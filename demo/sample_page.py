@@ -54,7 +54,7 @@ def show() -> None:
         with left:
             _negative_prompt(facts)
         with right:
-            request = _picture_to_start_from(request, facts.inpaints)
+            request = _picture_to_start_from(request, facts)
         _button(request)
         _show_networks(request)
     show_result()
@@ -123,17 +123,21 @@ def _negative_prompt(facts: ModelFacts) -> None:
         _show_length(negative, facts)
 
 
-def _picture_to_start_from(request: PictureRequest, inpaints: bool) -> PictureRequest:
-    """The request with the picture that it starts from, if there is one; a model that inpaints needs a mask of it."""
+def _picture_to_start_from(request: PictureRequest, facts: ModelFacts) -> PictureRequest:
+    """The request with the picture that it starts from, if there is one; a model that inpaints needs a mask of it, and
+    a second stage enlarges it."""
+    inpaints, enlarges, strength = facts.inpaints, facts.enlarges, PictureRequest.strength
     name, key = ("Draw a part of a picture anew", "_mask") if inpaints else ("Start from a picture", "")
-    with st.expander(name, expanded=inpaints or bool(st.session_state.get("sample_picture"))):
+    name = "The small picture to enlarge" if enlarges else name
+    with st.expander(name, expanded=inpaints or enlarges or bool(st.session_state.get("sample_picture"))):
         left, right = st.columns([2, 1], vertical_alignment="center")
         with left:
             picture = _uploader("Picture", "sample_picture", shows_label=inpaints)
             own_mask = _uploader("Mask, white where it is drawn anew", "sample_mask") if inpaints else None
-            strength = st.slider(
-                "How far to go from it", 0.05, 1.0, step=0.05, key=f"sample{key}_strength", persist_state="session"
-            )
+            if not enlarges:
+                strength = st.slider(
+                    "How far to go from it", 0.05, 1.0, step=0.05, key=f"sample{key}_strength", persist_state="session"
+                )
         try:
             image, mask = _read(picture, "white"), _read(own_mask, "black")
         except UserError as error:
@@ -143,6 +147,8 @@ def _picture_to_start_from(request: PictureRequest, inpaints: bool) -> PictureRe
             left.caption("Give a picture, and a mask of the same size. Without them all of a picture is generated.")
             return request
         if image is None:
+            if enlarges:
+                left.caption("This model enlarges pictures: give one, or choose it behind a first stage.")
             return request
         size = request.width, request.height
         shown = fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)

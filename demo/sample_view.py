@@ -86,8 +86,8 @@ def _progress_text(job: Job) -> str:
         words.insert(0, f"picture {step.number + 1} of {request.count}")
     if step.side == "base":
         words.insert(0, "without the LoRAs")
-    if step.stage == "refiner":
-        words.insert(0, "refiner")
+    if step.stage != "base":
+        words.insert(0, step.stage)
     if job.seconds_left is not None:
         words.append(f"about {_duration(job.seconds_left)} left")
     line = ", ".join(words)

@@ -9,10 +9,10 @@ from PIL import Image
 
 from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Side, Start, Step
 from dreambooth_ms.cli.device import described, open_base, set_up
-from dreambooth_ms.config.sample import RefinerConfig
+from dreambooth_ms.config.sample import RefinerConfig, SuperResolutionConfig
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.sampling.model import SamplingModel, sample_refined
+from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, sample_refined
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.bundle import ModelBundle
 
@@ -73,6 +73,9 @@ class Sampler:
     ) -> Iterator[Sample]:
         if self._refiner is None or request.model.refiner is None:
             return self._model.sample(sample_request, steps, cancelled)
+        if self._refiner.bundle.enlarges:
+            wanted = SuperResolutionConfig(super_resolution=request.model.refiner)
+            return sample_enlarged(self._model, self._refiner, sample_request, wanted, steps, cancelled, release=False)
         refinement = RefinerConfig(denoising_end=request.refiner_start)
         return sample_refined(self._model, self._refiner, sample_request, refinement, steps, cancelled, release=False)
 
@@ -91,7 +94,7 @@ class Sampler:
 
     def _preview(self, report: StepReport) -> np.ndarray | None:
         """The picture as it is after a step; None where it cannot be shown yet."""
-        model = self._refiner if report.stage == "refiner" and self._refiner else self._model
+        model = self._refiner if report.stage != "base" and self._refiner else self._model
         try:
             picture = Image.fromarray(model.picture(report.latents[0], report.rows.start))
         except WeightError:

@@ -143,6 +143,9 @@ def _base(places: Places, models: list[Path]) -> ModelFacts | None:
     if facts and facts.family is Family.SDXL_REFINER:
         session.show_error(f"{session.label(str(facts.path))}: SDXL's refiner; choose a base model")
         return None
+    if facts and facts.enlarges:
+        session.show_error(f"{session.label(str(facts.path))}: a second stage; `dreambooth-ms train` teaches it")
+        return None
     return facts
 
 

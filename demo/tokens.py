@@ -3,6 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from dreambooth_ms.formats.clip_tokenizer import END, LENGTH, tokenizer_on_board
@@ -21,7 +22,15 @@ def count_tokens(prompt: str, folder: Path | None) -> int:
         prompt: any text.
         folder: the model's tokenizer; None for CLIP's own.
     """
+    for name in ("spiece.model", "sentencepiece.bpe.model"):
+        if folder and (folder / name).exists():
+            return len(_sentencepiece(folder / name).encode(prompt))
     return len(_tokenizer(folder or tokenizer_on_board()).encode(prompt, add_special_tokens=False).ids)
+
+
+@lru_cache(maxsize=4)
+def _sentencepiece(file: Path) -> SentencePieceProcessor:
+    return SentencePieceProcessor(model_file=str(file))
 
 
 @lru_cache(maxsize=4)

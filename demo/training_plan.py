@@ -22,6 +22,8 @@ SMALL, PRESETS = (
     "quickstart.yaml",
     {
         Family.SD1: ("sd_v1_5_dreambooth_lora.yaml",),
+        Family.ALT: ("sd_v1_5_dreambooth_lora.yaml",),
+        Family.IF: ("if_1_dreambooth_lora.yaml",),
         Family.SD2: ("sd_v2_1_dreambooth_lora.yaml",),
         Family.SDXL: (
             "sd_xl_base_finetune_dreambooth_lora_910b.yaml",
@@ -66,7 +68,8 @@ class Preset:
 
 def preset_files(facts: ModelFacts) -> list[Path]:
     """The configurations that are made for a model, the most usual first."""
-    return [CONFIGS / name for name in ((SMALL,) if facts.picture_size <= 64 else PRESETS[facts.family])]
+    is_small = facts.picture_size <= 64 and facts.family is not Family.IF
+    return [CONFIGS / name for name in ((SMALL,) if is_small else PRESETS[facts.family])]
 
 
 @lru_cache(maxsize=16)

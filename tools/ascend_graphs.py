@@ -149,6 +149,34 @@ def training_other_kinds() -> list[Graph]:
     return [(step, (toy_networks.normal("image", 2, 24, 8, 6).astype(ms.float16),))]
 
 
+def training_if() -> list[Graph]:
+    """A whole step of DeepFloyd IF's second stage, all trained, with adapters; and of XLM-R before SD 1's UNet, whose
+    text encoder alone is trained."""
+    from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.unet import UNet2DConditionModel
+    from dreambooth_ms.training.methods import TextConditioned
+    from dreambooth_ms.training.optimisers import AdamW, Hyperparameters
+    from dreambooth_ms.training.step import DiffusionLoss, TrainStep
+    from dreambooth_ms.weights.bundle import XLM_R_TARGETS
+
+    unet = UNet2DConditionModel(toy_networks.IF_UNET)
+    inject_lora(unet, 2, 2.0, ["to_q", "add_k_proj"])
+    trainables = [parameter for parameter in unet.get_parameters() if parameter.shape]
+    step = TrainStep(DiffusionLoss(unet), trainables, AdamW(trainables, Hyperparameters()), 1.0)
+    label, text = toy_networks.normal("label", 2), toy_networks.normal("T5", 2, toy_networks.TOKENS, 24)
+    batch = toy_networks.batch(3, encoder_hidden_states=text, class_labels=label)
+    twice = batch.inputs["sample"].repeat(2, axis=1)
+    of_if = (step, replace(batch, inputs=batch.inputs | {"sample": twice}).tensors())
+
+    encoders = _xlm_r()
+    (encoder,) = encoders.networks().values()
+    trained = lora_trainables(inject_lora(encoder, 2, 2.0, XLM_R_TARGETS))
+    reading = TextConditioned(UNet2DConditionModel(toy_networks.SD_UNET), encoders)
+    step = TrainStep(DiffusionLoss(reading), trained, AdamW(trained, Hyperparameters()), 1.0)
+    return [of_if, (step, toy_networks.batch(input_ids=_token_ids()).tensors())]
+
+
 def optimisers() -> list[Graph]:
     """The updates of the other optimisers, and of AdamW where two processes share its state (ZeRO 1).
 
@@ -211,6 +239,20 @@ def sampling_sd() -> list[Graph]:
     return [(_sd_text_encoders(), (_token_ids(),)), _denoising(toy_networks.SD_UNET), _denoising(inpainting)]
 
 
+def sampling_if() -> list[Graph]:
+    """T5's encoder, XLM-R with a pre-transformation, and a guided denoising step of IF's second stage, which predicts
+    the variance, in half precision."""
+    from dreambooth_ms.cli import toy_networks
+    from dreambooth_ms.models.specs import T5Spec
+    from dreambooth_ms.models.t5 import T5EncoderModel
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    t5 = _named(T5EncoderModel(T5Spec(vocab_size=WORDS, **sizes), use_attention_mask=True))
+    label = toy_networks.normal("labels", 2)
+    ids = _token_ids()
+    return [(t5, (ids,)), (_xlm_r(True), (ids,)), _denoising(toy_networks.IF_UNET, label)]
+
+
 def fused_attention() -> list[Graph]:
     """Ascend's fused attention and its gradient: of a head whose size is a multiple of 16, and of SD 1's of 40."""
     return [_attention_gradient(16), _attention_gradient(40)]
@@ -226,9 +268,11 @@ GRAPHS: dict[str, Callable[[], list[Graph]]] = {
     "training SD": training_sd,
     "recomputing": recomputing,
     "training other kinds": training_other_kinds,
+    "training IF": training_if,
     "optimisers": optimisers,
     "sampling SDXL": sampling_sdxl,
     "sampling SD": sampling_sd,
+    "sampling IF": sampling_if,
     "fused attention": fused_attention,
     "wide attention": wide_attention,
 }
@@ -277,6 +321,17 @@ def _sd_text_encoders() -> Any:
     return _named(CLIPTextModel(_text_spec()))
 
 
+def _xlm_r(has_pre_transformation: bool = False) -> Any:
+    """AltDiffusion's text encoder, as wide as SD 1's."""
+    from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
+    from dreambooth_ms.models.specs import RobertaSpec
+
+    own = {"max_position_embeddings": 100, "type_vocab_size": 1, "project_dim": 32}
+    transformer = replace(_text_spec().transformer, hidden_act="gelu")
+    spec = RobertaSpec(transformer=transformer, vocab_size=WORDS, **own, has_pre_transformation=has_pre_transformation)
+    return _named(RobertaSeriesModelWithTransformation(spec))
+
+
 def _named(*networks: Any) -> Any:
     """All text encoders, each with its parameters' public names."""
     from dreambooth_ms.models.parameters import public_parameters
@@ -314,7 +369,7 @@ def _update(trainables: Sequence[Any], optimiser: Any, sum_gradients: Any = None
     return _UpdateFromSums(sums, update), ()
 
 
-def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
+def _denoising(spec: Any, *others: Any) -> Graph:
     """A guided denoising step of a UNet, in half precision."""
     import mindspore as ms
 
@@ -329,8 +384,9 @@ def _denoising(spec: Any, *pooled_and_sizes: Any) -> Graph:
     compute_in(unet, ms.float16)
     latents = toy_networks.normal("latents", 1, spec.in_channels, toy_networks.SIDE, toy_networks.SIDE)
     number = toy_networks.normal("numbers", 2)
-    text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, spec.cross_attention_dim)
-    return Denoiser(unet, guided=True, rescaled=True), (latents, number[:1], number[:2], text, *pooled_and_sizes)
+    text = toy_networks.normal("text", toy_networks.ROWS, toy_networks.TOKENS, spec.text_width)
+    denoiser = Denoiser(unet, guided=True, rescaled=True, variance=spec.out_channels == 6)
+    return denoiser, (latents, number[:1], number[:2], text, *others)
 
 
 def _attention_gradient(head_dim: int) -> Graph:

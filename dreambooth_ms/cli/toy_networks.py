@@ -14,9 +14,10 @@ from dreambooth_ms.randomness import standard_normal
 ROWS, TOKENS, SIDE, POOLED, SEED = 2, 77, 8, 24, 0
 """Rows of a batch, tokens of a text, side of the latents, and width of pooled text."""
 
-_SD, _SDXL = map(values_of, read_table(Path(__file__).with_name("toy_networks.yaml")).values())
+_SD, _SDXL, _IF = map(values_of, read_table(Path(__file__).with_name("toy_networks.yaml")).values())
 SD_UNET: UNetSpec = _SD["unet"]
 SDXL_UNET: UNetSpec = _SDXL["unet"]
+IF_UNET: UNetSpec = _IF["unet"]
 VAE: VaeSpec = _SD["vae"]
 LATENTS = (1, VAE.latent_channels, SIDE, SIDE)
 """Shape of those of one picture."""
@@ -27,11 +28,11 @@ def normal(name: str, *shape: int) -> Tensor:
     return Tensor(standard_normal(shape, SEED, name), ms.float32)
 
 
-def batch(**conditioning: Tensor) -> Batch:
+def batch(channels: int = SD_UNET.in_channels, **conditioning: Tensor) -> Batch:
     """Two rows of a batch that predicts noise, with this conditioning."""
     signal, ones = np.array([0.9, 0.3]), np.ones(ROWS)
     columns = Columns(signal, np.sqrt(1 - signal**2), 0 * ones, ones, np.array([120, 700]), ones / ROWS)
-    shape = (ROWS, SD_UNET.in_channels, SIDE, SIDE)
+    shape = (ROWS, channels, SIDE, SIDE)
     clean, noise = (normal(name, *shape).asnumpy() for name in ("latents", "noise"))
     named = {name: rows.asnumpy() for name, rows in conditioning.items()}
     return Batch.of(columns, clean, noise, named, ["toy"] * ROWS)

@@ -19,12 +19,12 @@ simulated = pytest.mark.skipif(
     bool(ascend_stubs.missing_tools()), reason=f"needs {', '.join(ascend_stubs.TOOLS)} (Debian: g++, binutils)"
 )
 
-FUSED = {"sampling SD": 16, "sampling SDXL": 8, "fused attention": 2}
+FUSED = {"sampling SD": 16, "sampling SDXL": 8, "sampling IF": 5, "fused attention": 2}
 """Attentions that are one kernel, forward: those of UNets in half precision, of which SD has one that inpaints, too."""
 CAUSAL = {"sampling SD": 2, "sampling SDXL": 3}
 """Those of text encoders, which are not fused; of SDXL's first one the last layer is not computed."""
-UNFUSED = {"sampling SDXL": 2}
-"""Those of the autoencoder, which computes in float32."""
+UNFUSED = {"sampling SDXL": 2, "sampling IF": 3}
+"""Those of the autoencoder, which computes in float32, and of T5 and XLM-R."""
 
 TRAIN = (
     "train --instance_data_dir photographs --instance_prompt star --resolution 32 --train_batch_size 1 --seed 1 "
