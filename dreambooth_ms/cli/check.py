@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from dreambooth_ms.cli.base_flags import check_base
 from dreambooth_ms.cli.best import measuring_clip
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.training_concepts import (
@@ -19,7 +20,7 @@ from dreambooth_ms.cli.training_concepts import (
     tell_cut_prompts,
 )
 from dreambooth_ms.cli.training_job import TrainingJob
-from dreambooth_ms.cli.training_needs import StepTimes, check_base, check_expected_disk, check_expected_memory
+from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory
 from dreambooth_ms.cli.validation_loss import read_held_out
 from dreambooth_ms.config.commands import CheckConfig
 from dreambooth_ms.config.load import load

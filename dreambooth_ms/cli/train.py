@@ -9,19 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_ms.atomic import check_writable
+from dreambooth_ms.cli.base_flags import check_base
 from dreambooth_ms.cli.best import MeasureFidelity, measuring_clip
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
 from dreambooth_ms.cli.training_concepts import check_words, numbers_to_come, read_concepts, sources_of, starting_words
 from dreambooth_ms.cli.training_job import Training, TrainingJob
-from dreambooth_ms.cli.training_needs import (
-    StepTimes,
-    check_base,
-    check_expected_disk,
-    check_expected_memory,
-    warn_of_little,
-)
+from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
 from dreambooth_ms.cli.training_pictures import prepare_training
 from dreambooth_ms.cli.validation import ShowValidation, with_prompts_read
 from dreambooth_ms.cli.validation_loss import MeasureLoss, read_held_out

@@ -21,10 +21,9 @@ from dreambooth_ms.cli.output import tell
 from dreambooth_ms.cli.training_job import TrainingJob
 from dreambooth_ms.config.ranges import memory_size
 from dreambooth_ms.config.train import TrainConfig
-from dreambooth_ms.errors import ConfigError, DeviceError, Tell, WeightError, count_of
+from dreambooth_ms.errors import DeviceError, Tell, WeightError, count_of
 from dreambooth_ms.formats.files.stored import total_bytes
 from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
-from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.ascend import card_memory
 from dreambooth_ms.runtime.compile_cache import default_folder
@@ -58,45 +57,6 @@ def check_expected_memory(
         there = f"there are {memory.gib(limit)} GiB"
         raise DeviceError(f"{expected}{each}, and {there}; what needs less: {', '.join(advice)}")
     return expected.parts
-
-
-def check_base(config: TrainConfig, base: ModelBundle) -> None:
-    """Raise ConfigError, a line for each, of flags that ask of a base what it does not do."""
-    method, validation, prior = config.method, config.validation, config.prior
-    of_second_stage = {
-        "class_labels_conditioning": config.loss.class_labels_conditioning,
-        "low_res_conditioning": config.loss.low_res_conditioning,
-        "validation_images": validation.validation_images,
-    }
-    specs = [reader.spec for reader in base.text]
-    hides = bool(specs) and not isinstance(specs[0], ClipTextSpec) and getattr(specs[0], "use_attention_mask", True)
-    longest = base.text[0].tokenizer().length if base.text and method.tokenizer_max_length else None
-    fixed = [reader.name for reader in base.text if not reader.adapted_layers]
-    has_words = config.words.words and not all(isinstance(spec, ClipTextSpec) for spec in specs)
-    wrong = {
-        f"--{', --'.join(name for name, own in of_second_stage.items() if own)}: is for a second stage, which enlarges "
-        f"pictures, and {base.path} is none; leave it out": any(of_second_stage.values()) and not base.enlarges,
-        "--validation_images: missing; this base enlarges pictures, name small ones beside --validation_prompt": (
-            base.enlarges and validation.validation_prompt and not validation.validation_images
-        ),
-        f"--class_data_dir: this base enlarges pictures and generates none; put {prior.num_class_images} photographs "
-        "of the class there and give --real_prior": base.enlarges
-        and prior.with_prior_preservation
-        and not prior.real_prior,
-        "--keep_best fidelity: samples pictures from noise, and this base enlarges pictures; give loss": (
-            base.enlarges and config.stopping.keep_best == "fidelity"
-        ),
-        f"--text_encoder_use_attention_mask: the text encoders of {base.path} see what fills up a prompt, in sampling, "
-        "too; leave it out": method.text_encoder_use_attention_mask and not hides,
-        f"--tokenizer_max_length {method.tokenizer_max_length}: a prompt is {longest} tokens with this base, in "
-        f"sampling, too; give {longest} or leave it out": longest and longest != method.tokenizer_max_length,
-        f"--train_text_encoder: {' and '.join(fixed)} of {base.path} is T5, which is read as it is; leave it out": (
-            method.train_text_encoder and fixed
-        ),
-        f"--modifier_token: new words are for CLIP, and {base.path} reads text otherwise; leave it out": has_words,
-    }
-    if found := [line for line, is_so in wrong.items() if is_so]:
-        raise ConfigError("\n".join(found))
 
 
 def machine_memory() -> int:

@@ -103,6 +103,8 @@ class TextReader(Role):
     """The token where a text ends and is pooled; None: it is not."""
     most_skipped: int = 0
     """How many of its last layers can be left out."""
+    hides_filling: bool = False
+    """Whether no token sees what fills up a short text."""
     adapted_layers: tuple[str, ...]
     """The ends of the names of the layers that an adapter changes; none: it is not trained."""
     tokenizer: Callable[[], Any]
@@ -165,6 +167,7 @@ class TextReader(Role):
             name=name,
             spec=spec,
             width=width,
+            hides_filling=isinstance(spec, T5Spec) or spec.use_attention_mask,
             adapted_layers=layers,
             tokenizer=partial(SentencePieceTokenizer, folder, longest, spec.vocab_size),
             load=lambda: fill(cell(), stored),

@@ -1,0 +1,53 @@
+"""Flags that ask of a base what it does not do."""
+
+from collections.abc import Iterator
+
+from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.models.specs import ClipTextSpec
+from dreambooth_ms.weights.bundle import ModelBundle
+
+
+def check_base(config: TrainConfig, base: ModelBundle) -> None:
+    """Raise ConfigError, a line for each, if there are such flags."""
+    if found := [*_of_text(config, base), *(_of_second_stage if base.enlarges else _of_others)(config, base)]:
+        raise ConfigError("\n".join(found))
+
+
+def _of_text(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
+    method, wanted = config.method, config.method.tokenizer_max_length
+    for reader in base.text:
+        if method.text_encoder_use_attention_mask and not reader.hides_filling:
+            yield (
+                f"--text_encoder_use_attention_mask: {reader.name} of {base.path} sees what fills up a prompt, in "
+                "sampling, too; leave it out"
+            )
+        if wanted and wanted != (longest := reader.tokenizer().length):
+            yield (
+                f"--tokenizer_max_length {wanted}: a prompt is {longest} tokens with this base, in sampling, too; give "
+                f"{longest} or leave it out"
+            )
+        if method.train_text_encoder and not reader.adapted_layers:
+            yield f"--train_text_encoder: {reader.name} of {base.path} is T5, which is read as it is; leave it out"
+        if config.words.words and not isinstance(reader.spec, ClipTextSpec):
+            yield f"--modifier_token: new words are for CLIP, and {base.path} reads text otherwise; leave it out"
+
+
+def _of_second_stage(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
+    validation, prior = config.validation, config.prior
+    if validation.validation_prompt and not validation.validation_images:
+        yield "--validation_images: missing; this base enlarges pictures, name small ones beside --validation_prompt"
+    if prior.with_prior_preservation and not prior.real_prior:
+        yield (
+            f"--class_data_dir: this base enlarges pictures and generates none; put {prior.num_class_images} "
+            "photographs of the class there and give --real_prior"
+        )
+    if config.stopping.keep_best == "fidelity":
+        yield "--keep_best fidelity: samples pictures from noise, and this base enlarges pictures; give loss"
+
+
+def _of_others(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
+    asked = vars(config.loss) | vars(config.validation)
+    for name in ("class_labels_conditioning", "low_res_conditioning", "validation_images"):
+        if asked[name]:
+            yield f"--{name}: is for a second stage, which enlarges pictures, and {base.path} is none; leave it out"
