@@ -11,6 +11,7 @@ last graph of the front end, before the backend takes over.
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,8 @@ class Use:
 
     count: int = 0
     dtypes: set[str] = field(default_factory=set)
-    graphs: set[str] = field(default_factory=set)
+    graphs: Counter[str] = field(default_factory=Counter)
+    """How often in each graph."""
 
 
 _NODE = re.compile(r"^  %\d+\([^)]*\) = (?:PrimFunc_)?(\w+)\(.*\n      : \((.*)\) -> \((.*)\)$", re.MULTILINE)
@@ -68,7 +70,7 @@ def audited(chosen: Sequence[str]) -> tuple[dict[str, Use], dict[str, Report]]:
                     known = total.setdefault(primitive, Use())
                     known.count += use.count
                     known.dtypes |= use.dtypes
-                    known.graphs.add(name)
+                    known.graphs[name] += use.count
     return total, reports
 
 
