@@ -167,6 +167,7 @@ class TimestepsConfig(ScheduleConfig):
 
 
 _ENLARGES = only_with("super_resolution")
+_ONE_MORE = excludes("refiner", message="and --refiner are two models that go on from the pictures; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class SuperResolutionConfig:
     """A second stage, such as DeepFloyd IF's, that enlarges the pictures of a first one to four times their sides. With
     such a model alone, --image is what is enlarged."""
 
-    super_resolution: Annotated[str | None, NOT_EMPTY, PATH, _WHOLE_PICTURE] = None
+    super_resolution: Annotated[str | None, NOT_EMPTY, PATH, _ONE_MORE] = None
     """The model: a folder, or a name on the Hugging Face hub, in the base's --variant. None: pictures stay as they
     are."""
     super_resolution_prompt: Annotated[str | None, NOT_EMPTY, _ENLARGES] = None

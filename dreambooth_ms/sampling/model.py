@@ -315,11 +315,8 @@ def sample_refined(
         )
     check_scheduler(request.scheduler, refiner.bundle.schedule.config, request.num_inference_steps)
     end = refinement.base_share
-    begun = base.latents(replace(request, denoising_end=end), base.rows(request), "base", on_step, stopped)
-    start = [latents for _, latents in begun]
-    if release:
-        base.release()
-    if len(start) < len(request.pictures):
+    start = _begun(base, replace(request, denoising_end=end), on_step, stopped, release)
+    if start is None:
         return
     height, width = base.size(request)
     own = replace(
@@ -334,12 +331,10 @@ def sample_refined(
         # Other noise than the one that the base has just taken away.
         purpose=f"{request.purpose}, refined",
     )
-    rows = replace(refiner.rows(own), start=np.stack(start))
-    refiner.load()
+    rows = replace(refiner.rows(own), start=start)
     more = {"refiner": str(refiner.bundle.path), "denoising_end": end}
     more |= {"refiner_strength": refinement.refiner_strength} if end is None else {}
-    for number, latents in refiner.latents(own, rows, "refiner", on_step, stopped):
-        picture = refiner.picture(latents, number, request.whole_up_to)
+    for number, picture in _ended(refiner, own, rows, "refiner", on_step, stopped):
         yield Sample(number, picture, base.picture_settings(request, number) | more)
 
 
@@ -379,23 +374,40 @@ def sample_enlarged(
         lora_scales=None,
         purpose=f"{request.purpose}, enlarged",
     )
-    last.latent_shape(*second.size(own))
+    height, width = second.size(own)
+    last.latent_shape(height, width)
     texts = base.embeddings(own)
-    small = [latents for _, latents in base.latents(request, base.rows(request), "base", on_step, stopped)]
-    if release:
-        base.release()
-    if len(small) < len(request.pictures):
+    small = _begun(base, request, on_step, stopped, release)
+    if small is None:
         return
-    own = replace(own, small=np.stack(small))
-    rows = second.rows(own, texts)
-    second.load()
-    more = second.picture_settings(own, 0)
-    more = {name: more[name] for name in ("height", "width", "noise_level")} | {
-        "super_resolution": str(last.path),
-        **{name: value for name, value in vars(wanted).items() if name not in ("super_resolution", "noise_level")},
-    }
-    for number, latents in second.latents(own, rows, "second stage", on_step, stopped):
-        yield Sample(number, second.picture(latents, number), base.picture_settings(request, number) | more)
+    rows = second.rows(replace(own, small=small), texts)
+    more = vars(wanted) | {"super_resolution": str(last.path), "height": height, "width": width}
+    for number, picture in _ended(second, own, rows, "second stage", on_step, stopped):
+        yield Sample(number, picture, base.picture_settings(request, number) | more)
+
+
+def _begun(
+    first: SamplingModel, request: SampleRequest, on_step: OnStep | None, stopped: Stopped | None, release: bool
+) -> np.ndarray | None:
+    """The latents (N, C, h, w) that another model goes on from; None if it was stopped."""
+    latents = [own for _, own in first.latents(request, first.rows(request), "base", on_step, stopped)]
+    if release:
+        first.release()
+    return np.stack(latents) if len(latents) == len(request.pictures) else None
+
+
+def _ended(
+    last: SamplingModel,
+    request: SampleRequest,
+    rows: Rows,
+    stage: str,
+    on_step: OnStep | None,
+    stopped: Stopped | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and picture of what the other model makes of them."""
+    last.load()
+    for number, latents in last.latents(request, rows, stage, on_step, stopped):
+        yield number, last.picture(latents, number, request.whole_up_to)
 
 
 def starting_noise(numbers: Iterable[int], latent_shape: tuple[int, int, int], seed: int, purpose: str) -> np.ndarray:
