@@ -111,8 +111,9 @@ ALIKE = 8
 at random most differ in colours already, and after 1000 steps the towers knew colours only (measured: of the variance
 of the last state of a prompt, the shape made 0.0%)."""
 
-FIRST_SCENE = {"vae": 0, "unet": 0, "decoder": 100_000, "sharp_vae": 200_000, "sharp_unet": 300_000}
-SHARES = {"sharp_vae": world.RICH, "sharp_unet": world.RICH}
+FIRST_SCENE = {"vae": 0, "unet": 0, "decoder": 100_000, "sharp_vae": 200_000}
+FIRST_SCENE |= {"sharp_unet": 300_000, "sharp_unet_again": 400_000}
+SHARES = {"sharp_vae": world.RICH, "sharp_unet": world.RICH, "sharp_unet_again": world.MIXED}
 """What the stages' scenes have, but for calm ones."""
 
 
@@ -141,6 +142,7 @@ SCHEDULES = {
     "unet": Schedule(steps=13_000, batch_size=32, learning_rate=1.2e-3, hold=7000, warmup=100),
     "sharp_vae": Schedule(steps=3500, batch_size=8, learning_rate=1e-3, hold=1500, warmup=100),
     "sharp_unet": Schedule(steps=3600, batch_size=32, learning_rate=1e-3, hold=1600, warmup=100),
+    "sharp_unet_again": Schedule(steps=9000, batch_size=32, learning_rate=1e-3, hold=3600, warmup=100),
 }
 
 
@@ -360,7 +362,7 @@ def train_unet(
         epoch, position = divmod(step, per_epoch)
         order = generator(SEED, "order", epoch).permutation(NUM_SCENES)
         order = order[position * size : (position + 1) * size]
-        rng = generator(SEED, f"{stage} batch", step)
+        rng = generator(SEED, f"{stage.removesuffix('_again')} batch", step)
         shape = (size, *means.shape[1:])
         latents = means[order] + deviations[order] * rng.standard_normal(shape, np.float32)
         noise = rng.standard_normal(shape, np.float32)
@@ -470,11 +472,11 @@ def train_stages() -> None:
     parser.add_argument(
         "--only", choices=[stage for stage in SCHEDULES if stage != "clip_shapes"], help="train this stage and no other"
     )
-    parser.add_argument("--sharpen", action="store_true", help="from the folder's weights, sharp_vae and sharp_unet")
+    parser.add_argument("--sharpen", action="store_true", help="from the folder's weights, the stages called sharp")
     arguments = parser.parse_args()
     only = arguments.only
     if only and arguments.sharpen != only.startswith("sharp_"):
-        parser.error("--only sharp_vae and --only sharp_unet go with --sharpen, the other stages do not")
+        parser.error("--only with a stage that is called sharp goes with --sharpen, with others it does not")
     if PROCESSES.count > 1 and only in (None, "clip"):
         parser.error("several processes train one stage, and not clip, whose loss is no sum over rows")
     WORK.mkdir(parents=True, exist_ok=True)
@@ -500,12 +502,13 @@ def sharpen(
     """The stages on rich scenes, of finished networks."""
     if only in (None, "sharp_vae"):
         fit("sharp_vae", vae, VaeLoss(vae, "sharp_vae"), partial(vae_batch, "sharp_vae"))
-    if only in (None, "sharp_unet"):
-        # By itself, it goes on with the folder's autoencoder.
-        if only is None or (WORK / "sharp_vae.state.safetensors").is_file():
-            restore("sharp_vae", vae)
-        scale(vae)
-        train_unet("sharp_unet", unet, vae, text_encoder_of(clip), tokenizer)
+    for stage in ("sharp_unet", "sharp_unet_again"):
+        if only in (None, stage):
+            # By itself, it goes on with the folder's autoencoder.
+            if only is None or (WORK / "sharp_vae.state.safetensors").is_file():
+                restore("sharp_vae", vae)
+            scale(vae)
+            train_unet(stage, unet, vae, text_encoder_of(clip), tokenizer)
 
 
 def train_from_scratch(

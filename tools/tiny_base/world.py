@@ -94,6 +94,8 @@ CALM = Shares(patterned=0.3, outlined=0.18, eyed=0.2)
 """Mostly plain shapes: what is named is learnt first."""
 RICH = Shares(patterned=0.54, outlined=0.45, eyed=0.45)
 """One in ten has a pattern, an outline and eyes; of the calm scenes, one in a hundred."""
+MIXED = Shares(patterned=0.45, outlined=0.35, eyed=0.4)
+"""Between the two: a third has none of them but, perhaps, eyes."""
 
 
 @dataclass(frozen=True)
