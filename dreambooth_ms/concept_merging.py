@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dreambooth_ms.adapters.cross_attention import CROSS_ATTENTION
-from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, open_adapter
+from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.word_files import write_words
 from dreambooth_ms.adapters.writing import write_replacements
@@ -32,12 +32,8 @@ RIDGE, EXACT = 1e-6, 1e-4
 
 
 def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequence[str]) -> Iterator[str]:
-    """Write results of Custom Diffusion as one, into a new folder, and yield what the user should know.
-
-    Raises:
-        WeightError: one is no such result, or changes other layers; their words cannot be told apart; or anything is
-            wrong with the target.
-    """
+    """Write results of Custom Diffusion as one, into a new folder, and yield what the user should know. WeightError if
+    one is no such result, or changes other layers; their words cannot be told apart; or the target is wrong."""
     target, dtype = Path(wanted.target), DTYPES[wanted.dtype or "fp32"]
     check_free(target)
     concepts, phrases, words, updates = [], list[str](), {}, {}
@@ -69,7 +65,7 @@ def merge_concepts(wanted: MergingConfig, bundle: ModelBundle, captions: Sequenc
         updates[layer] = Update({"weight": (base + sum(own)).astype(np.float32)})
     with new_folder(target) as folder:
         write_words(words, folder, dtype, {})
-        write_replacements(updates, folder / CUSTOM_DIFFUSION, dtype, {})
+        write_replacements(updates, folder, dtype, {})
     yield f"wrote {target}: {count_of(len(concepts), 'concept')} in {count_of(len(updates), 'layer')}"
 
 
@@ -77,10 +73,8 @@ def projections(captions_RD: np.ndarray, concepts: Sequence[np.ndarray]) -> list
     """What of each concept's change is kept: W = W_0 + sum of (W_i - W_0) P_i, with P_i (D, D) in float64.
 
     Of all W that are W_i on the states (N, D) of each concept, the one nearest to W_0 on the captions (eq. 4 and 5):
-    with their second moments G and all states C, P_i = C_i^T K_i, where K = (C G^-1 C^T)^-1 C G^-1.
-
-    Raises:
-        WeightError: the states depend on each other.
+    with their second moments G and all states C, P_i = C_i^T K_i, where K = (C G^-1 C^T)^-1 C G^-1. WeightError if the
+    states depend on each other.
     """
     captions, C = captions_RD.astype(np.float64), np.concatenate(concepts).astype(np.float64)
     moments = captions.T @ captions

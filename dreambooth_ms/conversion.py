@@ -1,8 +1,8 @@
 """Any format -> any other, of models and adapters alike: what a source is, which format a target asks for, and the way
 between, on which adapters may become part of a model, weight by weight.
 
-What writes yields what the user should know, line by line; when these end it is written. On a WeightError nothing is
-left of the target.
+What writes yields what the user should know, line by line; when these end it is written. A WeightError says what is
+wrong with a source or the target, of which then nothing is left.
 """
 
 import math
@@ -19,14 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dreambooth_ms.adapters.adapter import Adapter
-from dreambooth_ms.adapters.file import (
-    CUSTOM_DIFFUSION,
-    FILE_NAME,
-    PEFT_CONFIG,
-    OpenedAdapter,
-    holds_adapter,
-    open_adapter,
-)
+from dreambooth_ms.adapters.file import NAMED_FORMATS, PEFT_CONFIG, OpenedAdapter, holds_adapter, open_adapter
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.low_rank import as_lora, is_reduced, low_rank
 from dreambooth_ms.adapters.word_files import joined_words, word_file, write_words
@@ -76,11 +69,7 @@ Form = TypeVar("Form", Format, AdapterFormat)
 
 
 def convert(wanted: ConversionConfig) -> Iterator[str]:
-    """Write the model or the LoRA of a source in another format.
-
-    Raises:
-        WeightError: anything is wrong with the source or the target.
-    """
+    """Write the model or the LoRA of a source in another format."""
     source, target = Path(wanted.source), Path(wanted.target)
     check_free(target)
     kind, of_others = "model", ("alpha", "base", "rank")
@@ -99,11 +88,8 @@ def convert(wanted: ConversionConfig) -> Iterator[str]:
 
 
 def extract(wanted: ExtractionConfig) -> Iterator[str]:
-    """Write a LoRA of what a model differs by from the one that it was trained from.
-
-    Raises:
-        WeightError: anything is wrong with a model or the target, the models are of different sizes, or do not differ.
-    """
+    """Write a LoRA of what a model differs by from the one that it was trained from; WeightError also if the two are of
+    different sizes, or do not differ."""
     target = Path(wanted.target)
     check_free(target)
     base, tuned = (open_model(Path(path)) for path in (wanted.base, wanted.tuned))
@@ -148,8 +134,7 @@ def _write_adapter(opened: OpenedAdapter, target: Path, dtype_name: str | None, 
         if isinstance(form, LoraFormat):
             write_adapter(adapter, place, form, opened.model, dtype, opened.metadata, source=opened.path)
         elif form is OtherFormat.CUSTOM_DIFFUSION:
-            file = place if is_file else place / CUSTOM_DIFFUSION
-            write_replacements(adapter.parts["unet"], file, dtype, opened.metadata)
+            write_replacements(adapter.parts["unet"], place, dtype, opened.metadata)
         write_words(adapter.words, target.parent if is_file else place, dtype, {})
     yield from (*notes, *(writing_notes(adapter, form) if isinstance(form, LoraFormat) else ()))
     yield f"wrote {target}: {describe_adapter(opened)}"
@@ -185,11 +170,7 @@ def _fitting_adapter(form: AdapterFormat, opened: OpenedAdapter, wanted: Convers
 
 
 def merge(wanted: MergingConfig) -> Iterator[str]:
-    """Write a model with LoRAs merged into it.
-
-    Raises:
-        WeightError: anything is wrong with a source or the target, or a LoRA is for another model.
-    """
+    """Write a model with LoRAs merged into it; WeightError also if one is for another model."""
     check_free(Path(wanted.target))
     model = open_model(Path(wanted.base), wanted.variant)
     model.check()
@@ -207,10 +188,7 @@ def merged(
     """The model with the sum of the adapters, each times `scale`, in its weights; nothing is read yet.
 
     A weight is summed in float32 and rounded once, to `dtype` or to its own type. With a scale of 0 nothing changes, to
-    the bit.
-
-    Raises:
-        WeightError: an adapter is for a network that the model does not hold.
+    the bit. WeightError if an adapter is for a network that the model does not hold.
     """
     updates: dict[tuple[str, str], list[Update]] = {}
     for opened in adapters:
@@ -300,10 +278,8 @@ def model_format_of(target: Path, form: str | None) -> Format:
     that is not written."""
     if fitting := _fitting(target, form, MODEL_FORMATS, "for LoRAs only; for a model"):
         return fitting[0]
-    raise WeightError(
-        f"{target}: {target.suffix} is no kind of file that is written; end it in .safetensors or .ckpt (MindSpore), "
-        "or give the name of a folder without an extension"
-    )
+    remedy = "end it in .safetensors or .ckpt (MindSpore), or give the name of a folder without an extension"
+    raise WeightError(f"{target}: {target.suffix} is no kind of file that is written; {remedy}")
 
 
 def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
@@ -311,8 +287,8 @@ def adapter_format_of(target: Path, form: str | None) -> AdapterFormat:
     fitting = _fitting(target, form, ADAPTER_FORMATS, "for models only; for a LoRA")
     if len(fitting) == 1:
         return fitting[0]
-    if target.name in (FILE_NAME, CUSTOM_DIFFUSION):
-        return LoraFormat.DIFFUSERS if target.name == FILE_NAME else OtherFormat.CUSTOM_DIFFUSION
+    if target.name in NAMED_FORMATS:
+        return NAMED_FORMATS[target.name]
     open_ended = "peft or diffusers" if not target.suffix else "kohya or diffusers"
     raise WeightError(f"{target}: may be {open_ended}; say which with --format ({', '.join(ADAPTER_FORMATS)})")
 
@@ -335,10 +311,8 @@ def _fitting(target: Path, form: str | None, formats: Mapping[str, Form], otherw
 def describe_source(path: Path, base: str | None = None, variant: str | None = None) -> Iterator[str]:
     """One line per fact about a model, a LoRA or an autoencoder; what takes reading all values comes last.
 
-    `base` is the model that a LoRA is for, `variant` says which of a folder's files are looked at.
-
-    Raises:
-        WeightError: no such file, damaged, or none of these; says what it is instead where it is known.
+    `base` is the model that a LoRA is for, `variant` says which of a folder's files are looked at. WeightError if it is
+    not there, damaged, or none of these: says what it is instead where that is known.
     """
     if holds_adapter(path):
         yield from _adapter(open_lora(path, base))

@@ -36,10 +36,7 @@ def attach(networks: Mapping[str, nn.Cell], adapters: Sequence[Adapter]) -> Atta
     """Put the sum of a model's adapters on some of its networks, by the names of their folders, as they were trained.
 
     A LoRA stands beside a linear layer, with its scale as a parameter of the graph. Every other update is added to the
-    layer's weight.
-
-    Raises:
-        WeightError: an adapter has layers that the network has not, or of another size.
+    layer's weight. WeightError if an adapter has layers that the network has not, or of another size.
     """
     layers: list[SetScales] = []
     for part, network in networks.items():

@@ -32,6 +32,8 @@ from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
+NAMED_FORMATS = {FILE_NAME: LoraFormat.DIFFUSERS, CUSTOM_DIFFUSION: OtherFormat.CUSTOM_DIFFUSION}
+"""By the names that diffusers gives to their files."""
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha, in a file's metadata."""
@@ -80,9 +82,9 @@ class OpenedAdapter:
     @property
     def notes(self) -> list[str]:
         """What is assumed of the layers whose alpha stands neither in the tensors nor beside them."""
-        ranked = scaled_updates(self.adapter)
-        silent = sum(own.alpha is None for own in ranked.values())
-        ranks = ", ".join(map(str, sorted({own.rank for own in ranked.values()})))
+        ranked = [own for own in self.adapter.updates.values() if own.rank]
+        silent = sum(own.alpha is None for own in ranked)
+        ranks = ", ".join(map(str, sorted({own.rank for own in ranked})))
         said = (
             f"no alpha in the file for {silent} of {count_of(len(ranked), 'layer')}: it is taken as the rank ({ranks})."
         )
@@ -94,14 +96,10 @@ class OpenedAdapter:
         """The adapter with an alpha for the layers whose file does not hold one; None leaves it at the rank."""
         if alpha is None:
             return self
-        silent = {name: own for name, own in scaled_updates(self.adapter).items() if own.alpha is None}
+        updates = self.adapter.updates
+        silent = {name: own for name, own in updates.items() if own.rank and own.alpha is None}
         known = {name: Update({**own.factors, ALPHA: np.array(alpha)}) for name, own in silent.items()}
-        return replace(self, adapter=Adapter.of(self.adapter.updates | known, self.adapter.words))
-
-
-def scaled_updates(adapter: Adapter) -> dict[str, Update]:
-    """Those that have a rank, by part, a dot and the layer's name."""
-    return {name: own for name, own in adapter.updates.items() if own.rank}
+        return replace(self, adapter=Adapter.of(updates | known, self.adapter.words))
 
 
 def holds_adapter(path: Path) -> bool:

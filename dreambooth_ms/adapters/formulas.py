@@ -15,21 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dreambooth_ms.errors import WeightError
-from dreambooth_ms.formats.naming.update_kinds import (
-    ALPHA,
-    BIAS,
-    COLUMNS,
-    DOWN,
-    MAGNITUDE,
-    MID,
-    OF_BIAS,
-    TERMS,
-    UP,
-    WEIGHT,
-    is_decomposed,
-    kind_of,
-    rank_of,
-)
+from dreambooth_ms.formats.naming import update_kinds
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, BIAS, COLUMNS, DOWN, MAGNITUDE, MID, TERMS, UP, WEIGHT
 
 Factors = Mapping[str, np.ndarray]
 
@@ -64,7 +51,7 @@ class Update:
     @property
     def rank(self) -> int:
         """r, by which alpha is divided; 0 where there is none."""
-        return rank_of(self.factors) or 0
+        return update_kinds.rank_of(self.factors) or 0
 
     @property
     def alpha(self) -> float | None:
@@ -84,17 +71,18 @@ class Update:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Those of the layer that it changes, by their names in it."""
-        return (WEIGHT,) if self.factors.keys().isdisjoint(OF_BIAS) else (WEIGHT, BIAS)
+        return (WEIGHT,) if self.factors.keys().isdisjoint(update_kinds.OF_BIAS) else (WEIGHT, BIAS)
 
     def delta(self, value: np.ndarray, parameter: str = WEIGHT) -> np.ndarray:
         """What it adds to a parameter, in public form: float32 -> float32 of the same shape; WeightError if it is for a
         layer of another size."""
-        kind, f = kind_of(self.factors), {name: own.astype(np.float32) for name, own in self.factors.items()}
+        f = {name: own.astype(np.float32) for name, own in self.factors.items()}
+        formula = _FORMULAS[str(update_kinds.kind_of(f))]
         try:
             if parameter == BIAS:
                 f = {"diff": f["diff_b"]} if "diff_b" in f else {WEIGHT: f[BIAS]}
-            delta = _FORMULAS[str(kind)](f, value).reshape(value.shape)
-            return _decomposed(delta, f, value) if is_decomposed(f) else delta
+            delta = formula(f, value).reshape(value.shape)
+            return _decomposed(delta, f, value) if update_kinds.is_decomposed(f) else delta
         except ValueError as error:
             raise WeightError(f"the adapter does not fit the base: {error} for {value.shape}") from error
 

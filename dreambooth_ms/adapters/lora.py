@@ -287,11 +287,8 @@ def inject(root: nn.Cell, makers: Mapping[str, MakeLayer], dropout: DropoutState
 
 
 def layers_to_adapt(layers: Mapping[str, tuple[int, int]], rank: int, target_modules: Sequence[str]) -> set[str]:
-    """Those of a network's layers, given by their channels, whose names end in one of the targets.
-
-    Raises:
-        ConfigError: a target matches no linear layer and no convolution; or as `check_rank`.
-    """
+    """Those of a network's layers, given by their channels, whose names end in one of the targets. ConfigError if one
+    matches no linear layer and no convolution; or as `check_rank`."""
     chosen = {target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in target_modules}
     if unmatched := ", ".join(target for target, names in chosen.items() if not names):
         # `to_q`, or `to_out.0`.

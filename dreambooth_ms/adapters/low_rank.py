@@ -22,10 +22,8 @@ def as_lora(
     """An adapter whose updates are LoRAs of a rank, or of smaller ones that they have, and what was lost, in words.
 
     Without a rank the singular values of each whole weight decide, and all else stays as it is. `base` gives a layer's
-    weight, float32: the base's, where what the update adds depends on it.
-
-    Raises:
-        WeightError: it has biases, or does not fit the base.
+    weight, float32: the base's, where what the update adds depends on it. WeightError if the adapter has biases, or
+    does not fit the base.
     """
     changed = {layer: own for layer, own in adapter.updates.items() if is_reduced(own, rank)}
     if biases := sum("bias" in own.parameters for own in changed.values()):
@@ -47,10 +45,8 @@ def low_rank(
     """LoRAs of some layers, by the singular values of what is added to them, and what was lost, in words.
 
     `delta` gives what is added to a weight, (O, I) or (O, I, K, K) float32. The rank is of all, where layers are large
-    enough; without one a share of the sum of the singular values decides, greater than 0 and at most 1.
-
-    Raises:
-        WeightError: what is added is not finite.
+    enough; without one a share of the sum of the singular values decides, greater than 0 and at most 1. WeightError if
+    what is added is not finite.
     """
     updates, lost, total = dict[str, Update](), 0.0, 0.0
     for layer in tqdm(layers, desc="singular values", unit="layer"):

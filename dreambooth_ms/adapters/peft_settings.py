@@ -2,7 +2,7 @@
 
 peft writes one set of settings per folder (adapter_config.json), diffusers one per part into the file's metadata; the
 names are the same. `rank_pattern` and `alpha_pattern` hold the exceptions by layer. Here layers are named without their
-part, and `source` is the file or folder, for messages.
+part, and `source` is the file or folder, for messages: a WeightError where settings are damaged.
 """
 
 import math
@@ -29,11 +29,8 @@ _MOST_TERMS = 1000
 
 
 def as_set(tensors: Tensors, settings: Settings, layer: str, source: str) -> Tensors:
-    """A layer's tensors, with what its part's settings say of it in them: alpha, and how a rotation is made of them.
-
-    Raises:
-        WeightError: settings that are damaged, or that the tensors do not fit.
-    """
+    """A layer's tensors, with what its part's settings say of it in them: alpha, and how a rotation is made of them;
+    WeightError also if they do not fit these."""
     rank = rank_of(tensors)
     if DOWN in tensors and settings.get("use_dora") and MAGNITUDE not in tensors:
         raise WeightError(f"{source}: use_dora, but {layer} has no lora_magnitude_vector; download it again")
@@ -73,13 +70,8 @@ def _number(value: Any, name: str, source: str) -> float:
 
 
 def as_trained(tensors: Tensors, settings: Settings, layer: str, source: str) -> Tensors:
-    """Folded factors with the rank and alpha that settings say of the layer; as they are where they do not fit it.
-
-    The update stays the same, but for the rounding of B where the scale is no power of two.
-
-    Raises:
-        WeightError: the settings are damaged.
-    """
+    """Folded factors with the rank and alpha that settings say of the layer; as they are where they do not fit it. The
+    update stays the same, but for the rounding of B where the scale is no power of two."""
     held, rank = len(tensors[DOWN]), _said(settings, "r", "rank_pattern", layer, source)
     alpha = settings_alpha(settings, layer, held, source)
     fits = isinstance(rank, int) and 0 < rank <= held and float(tensors.get(ALPHA, held)) == held
@@ -93,10 +85,7 @@ def as_trained(tensors: Tensors, settings: Settings, layer: str, source: str) ->
 
 def settings_alpha(settings: Settings, layer: str, rank: int, source: str) -> float | None:
     """The alpha of a layer by its part's settings, such that its scale is alpha / r; None if they do not say.
-
-    Raises:
-        WeightError: settings that are not numbers, or under which the factors mean something else.
-    """
+    WeightError also for settings under which the factors mean something else."""
     if settings.get("lora_bias"):
         raise WeightError(f"{source}: trained with lora_bias, which is not supported; use a LoRA of factors A and B")
     alpha = _said(settings, "lora_alpha" if "lora_alpha" in settings else "alpha", "alpha_pattern", layer, source)
@@ -112,11 +101,7 @@ def peft_settings(
     layers: Mapping[str, Tensors], weights: Mapping[str, Shape], modules: Collection[str], source: str
 ) -> dict[str, Any]:
     """The settings of a part whose updates are of one kind: of the tensors of its layers, the shapes of their weights,
-    and the names of all its modules.
-
-    Raises:
-        WeightError: no settings make peft give tensors these shapes.
-    """
+    and the names of all its modules. WeightError if none make peft give tensors these shapes."""
     kind, names = kind_of(next(iter(layers.values()))), {name for own in layers.values() for name in own}
     if kind == "oft":
         scale, own = {"target_modules": shortest_ends(layers, modules)}, _rotations(layers, weights)

@@ -30,7 +30,5 @@ def compute_in(denoiser: nn.Cell, dtype: ms.Type) -> None:
                 if parameter is not None and not parameter.requires_grad and parameter.dtype != dtype:
                     parameter.set_dtype(dtype)
                     if dtype == ms.float16 and not is_finite(raw_bytes(parameter.asnumpy()), DType.F16):
-                        raise WeightError(
-                            f"{parameter.name} of the base holds a number that is too large for fp16; "
-                            "use --mixed_precision no"
-                        )
+                        what = "a number that is too large for fp16; use --mixed_precision no"
+                        raise WeightError(f"{parameter.name} of the base holds {what}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.adapters.adapter import Adapter, folded, folded_adapter
-from dreambooth_ms.adapters.file import FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
+from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME, METADATA_KEY, PEFT_CONFIG, PEFT_WEIGHTS, TWICE_KEY
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.peft_settings import TRAINED_KEY, peft_settings
 from dreambooth_ms.atomic import check_room, new_folder
@@ -105,8 +105,9 @@ def write_adapter(
 
 
 def write_replacements(updates: Mapping[str, Update], path: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
-    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion. In .bin, diffusers looks for
-    the layers of self-attention, too, with nothing in them."""
+    """Write layers of a UNet's cross-attention as a file of diffusers' Custom Diffusion, or into a folder. In .bin,
+    diffusers looks for the layers of self-attention, too, with nothing in them."""
+    path = path / CUSTOM_DIFFUSION if path.is_dir() else path
     tensors: dict[str, StoredTensor | None] = {}
     for layer, update in updates.items():
         attention, _, which = layer.partition(".to_")

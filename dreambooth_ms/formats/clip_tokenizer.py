@@ -67,10 +67,8 @@ class ClipTokenizer:
             raise
         except Exception as error:  # The library for tokenizers knows no other.
             raise WeightError(f"{folder}: no tokenizer of {self.of} ({' '.join(str(error).split())})") from error
-        if len(self._tokenizer) > vocab_size:
-            raise WeightError(
-                f"{folder}: {len(self._tokenizer)} tokens, its text encoder knows {vocab_size}; take both from a model"
-            )
+        if (size := len(self._tokenizer)) > vocab_size:
+            raise WeightError(f"{folder}: {size} tokens, its text encoder knows {vocab_size}; take both from a model")
         special = self._tokenizer.all_special_tokens
         self._vocab_size = vocab_size
         added = {word: number for word, number in self._tokenizer.get_added_vocab().items() if word not in special}

@@ -1,6 +1,6 @@
 """What the keys of a model's configurations may hold: a table for each, in which a key has the type of its values.
 
-The keys that have no field in a spec stand in config_keys.yaml.
+config_keys.yaml has them, and says which specs have a field for a key.
 """
 
 import reprlib
@@ -13,7 +13,6 @@ from typing import Any, Literal, Union, get_args, get_origin
 from dreambooth_ms.diffusion import NoiseScheduleSpec
 from dreambooth_ms.errors import WeightError
 from dreambooth_ms.models import specs
-from dreambooth_ms.models.specs import TransformerSpec, read_table
 
 _LARGEST, _MOST = 1e38, 1_000_000
 """Numbers that can be calculated with in float32, NaN and infinity left out; and sizes that networks have."""
@@ -23,25 +22,16 @@ _KINDS = {"0": Literal[0], "flags": bool, "null": None, "numbers": float, "objec
 _KINDS |= {"lists of numbers": tuple[float, ...], "lists of sizes": tuple[int, ...]}
 _KINDS |= {"lists of sizes and 0": tuple[Literal[0] | int, ...]}
 """By their names in config_keys.yaml, where "or" stands between several."""
-TABLES = read_table(Path(__file__).with_name("config_keys.yaml"))
+TABLES = specs.read_table(Path(__file__).with_name("config_keys.yaml"))
 """As that file has them."""
-_SPECS: Mapping[str, tuple[type, ...]] = {
-    "unet": (specs.UNetSpec,),
-    "vae": (specs.VaeSpec,),
-    "text": (specs.ClipTextSpec, TransformerSpec),
-    "t5": (specs.T5Spec,),
-    "roberta": (specs.RobertaSpec, TransformerSpec),
-    "vision": (specs.ClipVisionSpec, TransformerSpec),
-    "vit": (specs.ClipVisionSpec, TransformerSpec),
-    "scheduler": (NoiseScheduleSpec,),
-}
-"""Whose fields are keys of a table, too."""
+_SPECS: Mapping[str, Any] = {**vars(specs), "NoiseScheduleSpec": NoiseScheduleSpec}
+"""Where a table's "fields of" are found."""
 
 
 def _keys(table: str) -> Mapping[str, Any]:
     own = TABLES[table]
     keys: dict[str, Any] = dict.fromkeys(own.get("anything", ()), Any)
-    keys |= {field.name: field.type for spec in _SPECS.get(table, ()) for field in fields(spec)}  # type: ignore[arg-type]
+    keys |= {field.name: field.type for spec in own.get("fields of", ()) for field in fields(_SPECS[spec])}
     keys |= {key: Literal.__getitem__((value,)) for key, value in own.get("written", {}).items()}
     for kind in own:
         if _KINDS.keys() >= {*kind.split(" or ")}:
@@ -63,15 +53,11 @@ def check_keys(config: Mapping[str, Any], table: str) -> None:
     keys = KEYS[table]
     for key, value in config.items():
         if key not in keys and not (key.startswith("_") or _is_off(value)):
-            raise WeightError(
-                f"{key} {reprlib.repr(value)} is not known, and may mean another network; use SD 1.x, 2.x or SDXL, "
-                "or take the key out if it means nothing"
-            )
+            remedy = "use SD 1.x, 2.x or SDXL, or take the key out if it means nothing"
+            raise WeightError(f"{key} {reprlib.repr(value)} is not known, and may mean another network; {remedy}")
         if key in keys and not _fits(value, keys[key]):
-            raise WeightError(
-                f"{key}: expected {_words(keys[key])}, got {reprlib.repr(value)}; "
-                "download it again, or use SD 1.x, 2.x or SDXL"
-            )
+            remedy = "download it again, or use SD 1.x, 2.x or SDXL"
+            raise WeightError(f"{key}: expected {_words(keys[key])}, got {reprlib.repr(value)}; {remedy}")
 
 
 def _is_off(value: Any) -> bool:

@@ -24,15 +24,16 @@ class StoredLayout:
 
     kernel_size: int
 
-    def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
+    def store(self, weight: np.ndarray) -> np.ndarray:
         """Public form -> stored form."""
-        return np.ascontiguousarray(weight_OIKK.transpose(0, 2, 3, 1)).reshape(weight_OIKK.shape[0], -1)
+        k, rows = self.kernel_size, len(weight)
+        return np.ascontiguousarray(weight.reshape(rows, -1, k, k).transpose(0, 2, 3, 1)).reshape(rows, -1)
 
     def restore(self, weight: np.ndarray) -> np.ndarray:
         """Stored form -> public form."""
-        k = self.kernel_size
+        k, rows = self.kernel_size, len(weight)
         # A copy also where nothing moves: what is read must not change with the parameter.
-        return weight.reshape(weight.shape[0], k, k, -1).transpose(0, 3, 1, 2).copy()
+        return weight.reshape(rows, k, k, -1).transpose(0, 3, 1, 2).copy().reshape(self.public_shape(weight.shape))
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the public form of a stored weight."""
@@ -42,12 +43,6 @@ class StoredLayout:
 
 class FlatLayout(StoredLayout):
     """The same of a matrix whose columns are those of such a weight: its public form is (r, I * k * k)."""
-
-    def store(self, weight_OIKK: np.ndarray) -> np.ndarray:
-        return super().store(weight_OIKK.reshape(len(weight_OIKK), -1, self.kernel_size, self.kernel_size))
-
-    def restore(self, weight: np.ndarray) -> np.ndarray:
-        return super().restore(weight).reshape(weight.shape)
 
     def public_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape

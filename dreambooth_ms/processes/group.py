@@ -71,10 +71,8 @@ def run_in_group(
     """Do the work of one process of a run, and return its exit status.
 
     Of several processes none outlives another's failure, and each ends here, with the status of the work or of the
-    failure, of which one prints a line by `complain`. One that is alive is waited for `exchange_seconds`.
-
-    Raises:
-        UserError: the only process made a mistake, or the processes could not connect.
+    failure, of which one prints a line by `complain`. One that is alive is waited for `exchange_seconds`. UserError if
+    the only process made a mistake, or the processes could not connect.
     """
     if launch is None:
         return work(ALONE)

@@ -51,11 +51,8 @@ def is_launched(environment: Mapping[str, str]) -> bool:
 
 
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
-    """The place that the launcher gave this process; None if it was started by itself.
-
-    Raises:
-        DeviceError: the launcher leaves open the rank, or the machine of rank 0.
-    """
+    """The place that the launcher gave this process; None if it was started by itself. DeviceError if the launcher
+    leaves open the rank, or the machine of rank 0."""
     if _MSRUN not in environment:
         return _from_mpirun(environment) if _MPIRUN in environment else None
     host, port = environment["MS_SCHED_HOST"], int(environment["MS_SCHED_PORT"])

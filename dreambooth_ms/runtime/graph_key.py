@@ -46,10 +46,7 @@ class NotDescribable(Exception):
 
 def graph_key(cell: nn.Cell, inputs: tuple[Any, ...], settings: object = None) -> str:
     """The digest of everything that decides the graph of a call; `settings` are what `surroundings` does not know.
-
-    Raises:
-        NotDescribable: the cell holds something unknown, or the sources are not those that were imported.
-    """
+    NotDescribable if the cell holds something unknown, or the sources are not those that were imported."""
     description = _Description()
     for part in (settings, surroundings(), _shapes(inputs), cell):
         description.add(part)

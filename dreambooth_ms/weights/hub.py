@@ -33,9 +33,7 @@ def find_model(name: str, revision: str | None = None, variant: str | None = Non
     """The folder or file of a model: a path, `owner/model`, or `owner/model/file.safetensors`.
 
     Of one on the hub, at a branch, tag or commit, what is read of it is downloaded once, in a variant of its weights.
-
-    Raises:
-        WeightError: it is neither here nor on the hub, the hub does not give it, or the disk lacks room.
+    WeightError if it is neither here nor on the hub, the hub does not give it, or the disk lacks room.
     """
     return _find(name, partial(model_files, variant=variant), revision)
 

@@ -27,11 +27,8 @@ _LONGEST_HEADER = 1 << 40
 
 
 def recognise(path: Path) -> Container:
-    """The kind of a file or folder.
-
-    Raises:
-        WeightError: no such file, or its content is of no kind that holds tensors; says what it seems to be.
-    """
+    """The kind of a file or folder; WeightError if there is none, or its content is of no kind that holds tensors: says
+    what it seems to be."""
     # Of os.path, because that of pathlib raises on names that are too long.
     if os.path.isdir(path):
         return Container.FOLDER
@@ -53,11 +50,8 @@ def recognise(path: Path) -> Container:
 
 
 def open_tensor_file(path: Path, container: Container | None = None) -> TensorFile:
-    """Open a file as one of a kind, or as what its content says; no tensor is read.
-
-    Raises:
-        WeightError: no such file, a folder, damaged, or of another kind or none that holds tensors.
-    """
+    """Open a file as one of a kind, or as what its content says; no tensor is read. WeightError if it is not there, a
+    folder, damaged, or of another kind or none that holds tensors."""
     container = container or recognise(path)
     if container is Container.FOLDER:
         raise WeightError(f"{path}: a folder; name a file in it, or the index of a sharded model")

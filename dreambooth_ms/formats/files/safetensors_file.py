@@ -131,10 +131,8 @@ def write_safetensors(
     """Write a file atomically; one tensor at a time is in memory.
 
     Tensors are written in the order given, but those of wider elements come first, as the safetensors library does
-    it: so every value is aligned.
-
-    Raises:
-        WeightError: the disk lacks room, the folder cannot be written to, or a tensor cannot be read.
+    it: so every value is aligned. WeightError if the disk lacks room, the folder cannot be written to, or a tensor
+    cannot be read.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header = _header(ordered, metadata or {})

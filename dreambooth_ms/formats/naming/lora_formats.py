@@ -16,26 +16,11 @@ from typing import TypeAlias
 import numpy as np
 
 from dreambooth_ms.errors import WeightError, count_of, show_names
-from dreambooth_ms.formats.naming import TABLES
+from dreambooth_ms.formats.naming import TABLES, update_kinds
 from dreambooth_ms.formats.naming.formats import Format, naming_of, spell, unet_layer
 from dreambooth_ms.formats.naming.plan import Naming, Report, Shape, Slot, WritePlan, found_slot, locate, unwrapped
 from dreambooth_ms.formats.naming.recognise import OTHER_METHODS, kind_of_change, matching, other_kind, word_in
-from dreambooth_ms.formats.naming.update_kinds import (
-    ALPHA,
-    BESIDE,
-    BIAS,
-    COLUMNS,
-    DOWN,
-    MAGNITUDE,
-    MID,
-    OF_BIAS,
-    UP,
-    WEIGHT,
-    fits,
-    kind_of,
-    norms_fit,
-    title_of,
-)
+from dreambooth_ms.formats.naming.update_kinds import ALPHA, BIAS, COLUMNS, DOWN, MAGNITUDE, MID, OF_BIAS, UP, WEIGHT
 from dreambooth_ms.models.parameter_shapes import model_shapes
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
@@ -203,7 +188,7 @@ def read_plan(
             missing.append(f"{name}.{error.args[0]}")
             continue
         shapes = " and ".join(str(stored[slot.name]) for slot in found.values())
-        own = f"update by {shapes}" if kind_of(found) else f"update of several kinds ({', '.join(found)})"
+        own = f"update by {shapes}" if update_kinds.kind_of(found) else f"update of several kinds ({', '.join(found)})"
         misshaped.append(f"{name}: a weight of {weight} has no {own}")
     return LoraPlan(form, (model,), layers, Report.of(places, missing, unknown, misshaped))
 
@@ -222,7 +207,7 @@ def write_plan(
     parts = {layer.partition(".")[0] for layer in layers}
     assert form is not LoraFormat.PEFT or len(parts) == 1, "a folder is a part's"
     if strange := _strange(form, layers):
-        titles = " and ".join(dict.fromkeys(title_of(layers[layer]) for layer in strange))
+        titles = " and ".join(dict.fromkeys(update_kinds.title_of(layers[layer]) for layer in strange))
         others = [other.name.lower() for other in LoraFormat if not _strange(other, layers)]
         remedy = f"choose --format {' or '.join(others)}, or make" if others else "make"
         said = f"{count_of(len(strange), 'layer')} of {titles} have no place in the naming of {form.value}"
@@ -240,9 +225,9 @@ def write_plan(
 
 def _strange(form: LoraFormat, layers: Mapping[str, Collection[str]]) -> list[str]:
     """The layers whose factors a format has no place for. In peft's formats a network has one kind."""
-    kinds = {(layer.partition(".")[0], title_of(own)) for layer, own in layers.items()}
+    kinds = {(layer.partition(".")[0], update_kinds.title_of(own)) for layer, own in layers.items()}
     is_mixed = form in (LoraFormat.PEFT, LoraFormat.DIFFUSERS_PEFT) and len(kinds) > len({part for part, _ in kinds})
-    held = {*HELD[form], *(BESIDE if form is LoraFormat.PEFT else (ALPHA,))}
+    held = {*HELD[form], *(update_kinds.BESIDE if form is LoraFormat.PEFT else (ALPHA,))}
     return [layer for layer, own in layers.items() if is_mixed or not set(own) <= held]
 
 
@@ -272,17 +257,17 @@ def _as_found(found: Mapping[str, Slot], weight: Shape, stored: Mapping[str, Sha
     # peft's (1, O, 1, 1) are of rows.
     if norms and stored[norms.name][:2] == (1, weight[1]) and "magnitude" not in norms.name:
         slots[COLUMNS] = slots.pop(MAGNITUDE)
-    shapes, kind = {factor: stored[slot.name] for factor, slot in slots.items()}, kind_of(slots)
+    shapes, kind = {factor: stored[slot.name] for factor, slot in slots.items()}, update_kinds.kind_of(slots)
     if not kind or math.prod(shapes.get(ALPHA, ())) != 1:
         return None
     if kind != "lora":
-        return slots if fits(kind, shapes, weight) else None
+        return slots if update_kinds.fits(kind, shapes, weight) else None
     rank, points = next(iter(shapes[DOWN]), 0), tuple(1 for _ in weight[2:])
     around = (*weight[:2], *points) if MID in found else weight
     expected = dict(zip((DOWN, UP), factor_shapes(around, rank), strict=True))
     expected |= {MID: (rank, rank, *weight[2:])} if MID in found else {}
     own = {factor: found_slot(found[factor], shape, shapes[factor]) for factor, shape in expected.items()}
-    if not (rank and norms_fit(shapes, weight) and all(own.values())):
+    if not (rank and update_kinds.norms_fit(shapes, weight) and all(own.values())):
         return None
     return {**slots, **{factor: slot for factor, slot in own.items() if slot}}
 

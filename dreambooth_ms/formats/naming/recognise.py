@@ -44,11 +44,7 @@ class Recognition:
 
 def recognise_model(stored: Mapping[str, Shape], source: str) -> Recognition:
     """Format, family and sizes of a model, by names and shapes of a file's tensors; of a folder in diffusers' layout
-    with the part and a dot before the names.
-
-    Raises:
-        WeightError: it is something else, which the message names where it is known.
-    """
+    with the part and a dot before the names. WeightError if it is something else, named where it is known."""
     cleaned = {unwrapped(name): shape for name, shape in stored.items()}
     form = _form(cleaned)
     if form is None:
