@@ -16,14 +16,10 @@ TEMPORARY_PREFIX = ".partial-"
 
 @contextmanager
 def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
-    """A path to write to; on leaving, what was written takes the target's name in one step.
-
-    On any error the partial file is removed and what had the target's name before is untouched. `size` is how many
-    bytes it will have, as far as that is known: a disk that lacks room is told at once.
-
-    Raises:
-        WeightError: the folder cannot be written to, or the disk is full.
-    """
+    """A path to write to; on leaving, what was written takes the target's name in one step. On any error the partial
+    file is removed and what had the target's name before is untouched. `size` is how many bytes it will have, if that
+    is known: a disk that lacks room is told at once. Raises WeightError if the folder cannot be written to or the disk
+    is full."""
     check_room(target, size)
     partial = target.parent / f"{TEMPORARY_PREFIX}{token_hex(4)}{target.suffix}"
     with writing(f"{target}:"):
@@ -66,11 +62,8 @@ def check_free(path: Path, other: str = "another name") -> None:
 
 @contextmanager
 def new_folder(path: Path, advice: str = "choose another place") -> Iterator[Path]:
-    """A folder to write into, which takes its name when all of it is written; on any error nothing is left.
-
-    Raises:
-        WeightError: the place cannot be written to, or the disk is full.
-    """
+    """A folder to write into, which takes its name when all of it is written; on any error nothing is left. Raises
+    WeightError if the place cannot be written to, or the disk is full."""
     with writing(f"{path}:", advice):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as name:

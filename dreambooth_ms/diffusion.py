@@ -263,9 +263,8 @@ def low_resolution(
 ) -> np.ndarray:
     """Small pictures, enlarged to the size of their noise and noisy at timesteps of their own (B, C, H, W) float32: a
     second stage reads them behind its own noisy pictures, with the timesteps as class labels (DeepFloyd IF's unet.py).
-
-    The interpolation is bilinear and leaves the pixels of the corners in the corners, as torch's `align_corners=True`.
-    """
+    The interpolation is bilinear and leaves the pixels of the corners in the corners, as torch's
+    `align_corners=True`."""
     sides = zip(small_BChw.shape[2:], noise_BCHW.shape[2:], strict=True)
     rows, columns = (_interpolating(np.linspace(0, small - 1, large), small) for small, large in sides)
     return epsilon_at(schedule, levels_B).network_input(rows @ small_BChw @ columns.T, noise_BCHW)
@@ -293,11 +292,9 @@ def draw_columns(
     spec: NoiseScheduleSpec | EdmSpec, loss: LossConfig = DEFAULT, part: tuple[int, int] | None = None
 ) -> Callable[[Sequence[np.random.Generator]], Columns]:
     """The objective of a model: a generator for each row -> columns at drawn levels of noise. If `loss` says nothing,
-    timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1).
-
-    With a `part`, its number and how many there are, the rows of all parts have one level of each of as many equal
-    sections of the range, and those of a part are spread over the whole of it; no level is preferred.
-    """
+    timesteps of the model's noise are drawn evenly (Ho et al., 2020, algorithm 1). With a `part`, its number and how
+    many there are, the rows of all parts have one level of each of as many equal sections of the range, and those of a
+    part are spread over the whole of it; no level is preferred."""
     count, is_edm = spec.num_train_timesteps, isinstance(spec, EdmSpec)
     if isinstance(spec, EdmSpec):
         levels, columns_at = spec.sigmas, partial(edm_at, spec)

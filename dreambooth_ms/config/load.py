@@ -73,13 +73,9 @@ def _print(note: str) -> None:
 
 def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
     """A configuration from the flags and the files that they name; `tell` takes what the user should know about it.
-
     `argv` is without the names of program and command. Booleans: `--flag`, `--flag True`, `--no-flag`. Lists: `--name a
-    b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas.
-
-    Raises:
-        ConfigError: every mistake found, one line each.
-    """
+    b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas. Raises ConfigError of all
+    mistakes, a line each."""
     known = schema_fields(schema)
     flags = read_flags(argv, known, schema.POSITIONAL)
     layers = [read_file(one, schema) for one in flags if one.name == "config"]

@@ -24,12 +24,9 @@ _WORDS: dict[Any, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a schema, as flags, files and the help text see it.
-
-    kind is bool, int, float, str, list[str], list[float], tuple[str, ...] for texts that may hold commas, dict[str,
-    Any] for what only a file can say, or the tuple of texts to choose from; default is dataclasses.MISSING where the
-    user has to give a value.
-    """
+    """One field of a schema, as flags, files and the help text see it. `kind` is bool, int, float, str, list[str],
+    list[float], tuple[str, ...] for texts that may hold commas, dict[str, Any] for what only a file can say, or the
+    tuple of texts to choose from; `default` is dataclasses.MISSING where the user has to give a value."""
 
     name: str
     section: str

@@ -118,11 +118,9 @@ def posterior_lookup(
     progress: Callable[[Sequence[View]], Iterable[View]],
 ) -> Lookup[View, np.ndarray]:
     """View -> mean and log-variance (2, C, h, w) of its posterior; of one with a hole, of the masked picture.
-
     `encoder_digest` identifies the autoencoder's weights; `load_encoder` is called only if something is missing, and
     gives pictures (1, 3, H, W) -> (2, C, h, w); `progress` wraps the loop over what is missing. What it gives raises
-    DataError of a picture that is encoded to NaN, infinity or black.
-    """
+    DataError of a picture that is encoded to NaN, infinity or black."""
 
     def keys(view: View) -> tuple[str]:
         frame = view.frame

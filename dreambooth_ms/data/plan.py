@@ -83,11 +83,9 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The rows of every batch: `batch_size` of each group of concepts, in the order of the groups.
-
-    Sizes take turns by the pictures that the first group has of them, its concepts by their pictures and repeats; each
-    concept is gone through in an order of each epoch of its own. Another group of as many concepts goes along with it.
-    """
+    """The rows of every batch: `batch_size` of each group of concepts, in the order of the groups. Sizes take turns by
+    the pictures that the first group has of them, its concepts by their pictures and repeats; each concept is gone
+    through in an order of each epoch of its own. Another group of as many concepts goes along with it."""
 
     concepts: tuple[Concept, ...]
     batch_size: int

@@ -30,11 +30,9 @@ class Subject(NamedTuple):
 
 
 def read_subjects(folder: Path, chosen: Sequence[str], prompts: Sequence[str] | None) -> list[Subject]:
-    """The subjects of a set, all or those that are chosen, with these prompts or those of the set.
-
-    Its list is as in google/dreambooth, there or in `dataset`, or has `classes`, subject: class, and `prompts`, for all
-    or subject: prompts. Photographs are not looked for. Raises ConfigError if there is no such list.
-    """
+    """The subjects of a set, all or those that are chosen, with these prompts or those of the set. Its list is as in
+    google/dreambooth, there or in `dataset`, or has `classes`, subject: class, and `prompts`, for all or subject:
+    prompts. Photographs are not looked for. Raises ConfigError if there is no such list."""
     files = [place / name for place in (folder, folder / "dataset") for name in LISTS]
     file = next(filter(Path.is_file, files), None)
     if file is None:

@@ -40,10 +40,7 @@ def first_free_number(folder: Path) -> int:
 
 def missing_numbers(folder: Path, wanted: int) -> list[int]:
     """Numbers of the class pictures still to sample, so that the folder will hold `wanted`, the user's own included.
-
-    Raises:
-        DataError: the path is taken by a file.
-    """
+    Raises DataError if the path is taken by a file."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"--class_data_dir {folder}: expected a folder, got a file")
     held = {p.name for p in folder.glob("*") if looks_like_a_picture(p)}

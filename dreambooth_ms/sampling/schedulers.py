@@ -49,11 +49,9 @@ class SchedulerKind:
     """Whether it is for models that were trained in EDM's formulation."""
 
     def create(self, config: Config) -> Any:
-        """The scheduler for a model, by its configuration; its noise is the one that training follows.
-
-        Dynamic thresholds (Saharia et al., 2022, section 2.3) and learned variances are mindone's: measured 8e-6 from
-        diffusers' in any of 12 steps, each row by itself. Where diffusers' class knows no thresholds, there are none.
-        """
+        """The scheduler for a model, by its configuration; its noise is the one that training follows. Dynamic
+        thresholds (Saharia et al., 2022, section 2.3) and learned variances are mindone's: measured 8e-6 from
+        diffusers' in any of 12 steps, each row by itself. Where diffusers' class has no thresholds, there are none."""
         from mindone.diffusers import schedulers
 
         from dreambooth_ms.sampling import own_schedulers
@@ -81,9 +79,7 @@ SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file
 
 def check_scheduler(name: SamplingScheduler, config: Config, steps: int, predicts_variance: bool = False) -> None:
     """Raise ConfigError if a scheduler cannot take so many steps with a model, which may predict the variance too.
-
-    Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these.
-    """
+    Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these."""
     if SCHEDULERS[name].edm and not is_edm(config):
         raise ConfigError(
             f"--scheduler {name}: is for models trained in EDM's formulation, and this one is not; use euler or "

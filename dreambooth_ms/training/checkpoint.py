@@ -66,14 +66,10 @@ def save_checkpoint(
     measured: Sequence[dict[str, Any]] = (),
     spared: int | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>` into a run's folder, then remove the oldest beyond `keep`, but not that of `spared`.
-
-    The names of the `state`, trained parameters and moments, must be unique; `config` is YAML. `write_results` writes
-    the weights for other tools, after so many steps, into a folder. `keep` None keeps all.
-
-    Raises:
-        WeightError: the folder cannot be written to, or the disk is full. What existed before is untouched.
-    """
+    """Write `checkpoint-<step>` into a run's folder, then remove the oldest beyond `keep`, if that is a number, but not
+    that of `spared`. The names of the `state`, trained parameters and moments, must be unique; `config` is YAML.
+    `write_results` writes the weights for other tools, after so many steps, into a folder. Raises WeightError if the
+    folder cannot be written to, or the disk is full; what existed before is untouched then."""
     target = checkpoint_folder(folder, step)
     before = target.with_name(target.name + REPLACED)
     remove_leftovers(folder)
@@ -108,13 +104,8 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 def restore(
     checkpoint: Checkpoint, state: Sequence[Parameter], elsewhere: Mapping[str, tuple[int, ...]] | None = None
 ) -> None:
-    """Set the parameters to the checkpoint's values, bit for bit.
-
-    `elsewhere` are names and shapes of what other processes keep of it; those in `state` may be among them.
-
-    Raises:
-        WeightError: the checkpoint belongs to another training.
-    """
+    """Set the parameters to the checkpoint's values, bit for bit. `elsewhere` are names and shapes of what other
+    processes keep of it; those in `state` may be among them. Raises WeightError if it belongs to another training."""
     tensors, _ = read_tensors(checkpoint.path / STATE)
     wanted = {**(elsewhere or {}), **{parameter.name: tuple(parameter.shape) for parameter in state}}
     held = {name: tensor.shape for name, tensor in tensors.items()}
@@ -130,11 +121,8 @@ def restore(
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Check a checkpoint's files against its manifest.
-
-    Raises:
-        WeightError: no checkpoint, a cut or changed file, or a format of another version.
-    """
+    """Check a checkpoint's files against its manifest. Raises WeightError if it is none, a file is cut or changed, or
+    its format is of another version."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])

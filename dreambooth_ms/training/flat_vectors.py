@@ -218,11 +218,9 @@ class _VectorOfProdigy(FlatVector):
 
 class Prodigy(VectorOptimiser):
     """Adam that estimates its own step size (Mishchenko and Defazio, 2024). The learning rate is a factor, usually 1.
-
     Algorithm 4 of the paper, with the numerator and denominator of the estimate d over d0, weight decay, bias
     correction and the safeguard of the authors' own program. The estimate is one for all parameters, which must have
-    the values that training starts from, and one learning rate.
-    """
+    the values that training starts from, and one learning rate."""
 
     kind = _VectorOfProdigy
 

@@ -68,7 +68,7 @@ def train(
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> StepReport | None:
     """Take steps, and call every hook with the report of each; returns that of the step after which it was to stop, or
-    was over.
+    was over. Raises DataError if the loss is NaN or infinite; with loss scaling, in many steps in a row.
 
     Args:
         make_batch: the batch with a number counted from 0 over the whole run.
@@ -78,9 +78,6 @@ def train(
         begin_batch: called with the number of each batch before it is computed.
         processes: those that take each step together; its batches are dealt out to them, and each reports the whole.
         stop_asked: whether this process was asked to stop; the step's hooks are still called.
-
-    Raises:
-        DataError: the loss is NaN or infinite; with loss scaling, in many steps in a row.
     """
     scaler, overflows, of_all = step_cell.scaler, 0, batches_per_step * processes.count
     compiled: set[tuple[int, ...]] = set()
@@ -157,9 +154,7 @@ def concept_means(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C and SIGTERM are noted, so that a step is finished first; a second one raises KeyboardInterrupt.
-
-    Yields whether the program was asked to stop.
-    """
+    Yields whether the program was asked to stop."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -77,11 +77,9 @@ class Optimiser(nn.Cell):
 
 
 class AdamW(Optimiser):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2) on float32 parameters.
-
-    One fused kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction,
-    which therefore enters through the numbers of a step.
-    """
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2) on float32 parameters. One fused
+    kernel updates a parameter: var -= lr' (m / (sqrt(v) + eps') + decay' var). It knows no bias correction, which
+    therefore enters through the numbers of a step."""
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
         self.first_moments = ParameterTuple([zeros_like(p, "first_moment") for p in parameters])
@@ -133,10 +131,8 @@ DECAY_POWER = -0.8
 
 class Adafactor(Optimiser):
     """Adafactor (Shazeer and Stern, 2018): second moments of a matrix as one number for each row and each column.
-
     Algorithms 4 and 5 of the paper with a learning rate from outside and without the first moment, as fine-tuning uses
-    it. A convolution is the matrix of its output channels, a vector one row.
-    """
+    it. A convolution is the matrix of its output channels, a vector one row."""
 
     def make_moments(self, parameters: Sequence[Parameter]) -> None:
         self.scale_parameter = self.hyperparameters.scale_parameter
@@ -214,10 +210,8 @@ def part_bounds(sizes: Sequence[int], count: int) -> list[int]:
 
 class ShardedOptimiser(nn.Cell):
     """An optimiser of all trainables, of whose state this process keeps a part: ZeRO 1 (Rajbhandari et al., 2020,
-    section 5.1). It updates its part of the parameters, and takes the others' updated parts from them.
-
-    `trainables` are the same on every process; `make` gives the optimiser of start … stop - 1 of them.
-    """
+    section 5.1). It updates its part of the parameters, and takes the others' updated parts from them. `trainables` are
+    the same on every process; `make` gives the optimiser of start … stop - 1 of them."""
 
     def __init__(
         self, trainables: Sequence[Parameter], make: Callable[[int, int], Optimiser], processes: Processes
@@ -251,11 +245,9 @@ class ShardedOptimiser(nn.Cell):
 
 
 def learning_rate_factor(config: OptimiserConfig, step: int, total_steps: int, base_learning_rate: float) -> float:
-    """The factor on the base learning rate for one optimiser step, as in diffusers.optimization.
-
-    `step` is how many were taken before, `total_steps` the length of the run with its warm-up. All schedules but
-    `constant` rise linearly from 0 over the warm-up; `polynomial` ends at an absolute rate.
-    """
+    """The factor on the base learning rate for one optimiser step, as in diffusers.optimization. `step` is how many
+    were taken before, `total_steps` the length of the run with its warm-up. All schedules but `constant` rise linearly
+    from 0 over the warm-up; `polynomial` ends at an absolute rate."""
     warmup_steps, end = config.lr_warmup_steps, POLYNOMIAL_END_RATE / base_learning_rate
     if config.lr_scheduler != "constant" and step < warmup_steps:
         return step / warmup_steps

@@ -17,10 +17,8 @@ _NOTHING: tuple[Any, ...] = ()
 
 
 class RecomputedGradients(nn.Cell):
-    """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time.
-
-    `compare`: prediction, target, weights, so many extras -> the loss and what is reported beside it.
-    """
+    """What `ops.value_and_grad` of a loss gives, with one segment's activations in memory at a time. `compare`:
+    prediction, target, weights, so many extras -> the loss and what is reported beside it."""
 
     def __init__(self, compare: nn.Cell, num_extras: int, denoiser: Segments, trainables: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)

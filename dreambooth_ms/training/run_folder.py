@@ -25,11 +25,8 @@ CONFIG = "config.yaml"
 
 def settle_config(config: TrainConfig) -> TrainConfig:
     """The configuration with its learning rate, and with a seed: if none was given, that of the folder, or a drawn one.
-
-    Raises:
-        ConfigError: the folder holds a run with another configuration, and every difference is named; or weights of
-            another program.
-    """
+    Raises ConfigError if the folder holds a run with another configuration, naming every difference, or weights of
+    another program."""
     earlier, output = _earlier_run(config), config.output_dir
     if earlier is None and (foreign := result_of(output)):
         raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
@@ -56,13 +53,8 @@ def check_data(
     config: TrainConfig, checkpoint: Checkpoint | None, now: Content, to_come: Mapping[str, Iterable[str]], tell: Tell
 ) -> None:
     """Stop if a run would go on with other pictures or weights than it began with; with --accept_changed_data tell it.
-
     Where no checkpoint knows its content, paths count. `to_come`: files of class pictures that are yet to be sampled,
-    by their concepts.
-
-    Raises:
-        ConfigError: something is not what it was, and every change is named.
-    """
+    by their concepts. Raises ConfigError of every change."""
     if checkpoint and checkpoint.content:
         found = changes(checkpoint.content, now, to_come)
     else:
@@ -108,11 +100,8 @@ def _was_trained(folder: Path) -> bool:
 
 
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
-    """`settle_config` for one of several processes: rank 0 looks into the folder.
-
-    Raises:
-        ConfigError: as `settle_config`; or these processes were not meant to train together.
-    """
+    """`settle_config` for one of several processes: rank 0 looks into the folder. Raises ConfigError as that does, or
+    if these processes were not meant to train together."""
     _check_processes(processes, config)
     config = replace(config, processes=replace(config.processes, num_processes=processes.count))
     for rank, others in enumerate(processes.exchange("the configuration", to_yaml(config))):

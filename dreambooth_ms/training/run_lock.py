@@ -46,12 +46,8 @@ def runner_of(folder: Path) -> Runner | None:
 
 
 def take_lock(folder: Path) -> IO[bytes]:
-    """A folder's lock, for as long as the file is open in this process or in one that inherits it.
-
-    Raises:
-        ConfigError: another process has it.
-        OSError: the folder cannot be written to, or its file system has no locks.
-    """
+    """A folder's lock, for as long as the file is open in this process or in one that inherits it. Raises ConfigError
+    if another process has it, and OSError if the folder cannot be written to, or its file system has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     for _ in range(5):
         file = (folder / LOCK).open("a+b", buffering=0)
@@ -76,11 +72,8 @@ def sign(file: IO[bytes], process_id: int) -> None:
 
 @contextmanager
 def only_run_in(folder: Path, tell: Tell) -> Iterator[None]:
-    """Inside, no other training begins in the folder, which can be written to. That it can't be locked is told.
-
-    Raises:
-        ConfigError: one has begun.
-    """
+    """Inside, no other training begins in the folder, which can be written to. That it can't be locked is told. Raises
+    ConfigError if one has begun."""
     inherited = os.environ.pop(INHERITED, None)
     try:
         file = os.fdopen(int(inherited), "a+b", buffering=0) if inherited else take_lock(folder)

@@ -19,10 +19,8 @@ Measured: TypeAlias = dict[str, Any]
 
 def variance_ratio(losses: Sequence[float], newest: int) -> float:
     """Variance of the newest losses over that of all; NaN while there are no more than so many, or all are the same.
-
     DVAR (Voronov et al., NeurIPS 2023, "Is This Loss Informative?"): of losses L_1 ... L_t on the same pictures, noise
-    and timesteps, training ends at the first t with Var(L_(t-n+1) ... L_t) / Var(L_1 ... L_t) below a threshold.
-    """
+    and timesteps, training ends at the first t with Var(L_(t-n+1) ... L_t) / Var(L_1 ... L_t) below a threshold."""
     whole = np.var(losses) if len(losses) > newest else 0.0
     return float(np.var(losses[-newest:]) / whole) if whole else float("nan")
 

@@ -27,14 +27,10 @@ _INK, _GRID = (60, 60, 60), (225, 225, 225)
 
 
 class Tracker:
-    """Writes every step's report to `history.jsonl` and to TensorBoard.
-
-    Reports of steps after `done` that an interrupted run had written are dropped, as those steps are taken again.
-    tensorboardX's own writer is a thread, which a full disk ends, and the training would wait for it forever.
-
-    Raises:
-        WeightError: the folder cannot be written to, or the disk is full.
-    """
+    """Writes every step's report to `history.jsonl` and to TensorBoard. Reports of steps after `done` that an
+    interrupted run had written are dropped, as those steps are taken again. tensorboardX's own writer is a thread,
+    which a full disk ends, and the training would wait for it forever. Raises WeightError if the folder cannot be
+    written to, or the disk is full."""
 
     def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
         self._folder = folder
@@ -139,10 +135,8 @@ def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
 
 @contextmanager
 def profiled(folder: Path, steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A hook by which MindSpore records so many steps after the first, which compiles, in a new folder inside this one.
-
-    Of a run that ends earlier it writes what there is.
-    """
+    """A hook by which MindSpore records so many steps after the first, which compiles, in a new folder inside this one;
+    of a run that ends earlier what there is."""
     plan, handler = schedule(wait=1, active=steps, repeat=1), tensorboard_trace_handler(str(folder))
     recorder = profile(schedule=plan, on_trace_ready=handler)
 
