@@ -152,13 +152,9 @@ def describe_usual(schema: type[Schema]) -> str:
 def _lines(schema: type, fields_of_it: Iterable[Field]) -> Iterator[str]:
     owners = sections(schema)
     for one in fields_of_it:
-        text = f"{field_documentation(owners[one.section])[one.name]} {_constraints(one)}"
+        allowed = [one.range.expected] if one.range and one.kind in (int, float) else []
+        default = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
+        value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
+        text = f"{field_documentation(owners[one.section])[one.name]} ({'; '.join([*allowed, value])})"
         yield f"  --{one.name} {one.placeholder}"
         yield textwrap.fill(text, 100, break_on_hyphens=False, initial_indent=" " * 8, subsequent_indent=" " * 8)
-
-
-def _constraints(one: Field) -> str:
-    allowed = [one.range.expected] if one.range and one.kind in (int, float) else []
-    default = ",".join(map(str, one.default)) if isinstance(one.default, list) else one.default
-    value = "required" if default is MISSING else "default: empty" if default == "" else f"default: {default}"
-    return f"({'; '.join([*allowed, value])})"

@@ -4,6 +4,7 @@ its field."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ def _whole(value: Any, change: Callable[[int], int]) -> Any:
 
 
 CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    **{name: partial(lambda sides, value: sides[_true(value)], own) for name, own in _TABLES["switches"].items()},
     "clip_stop_at_last_layers": lambda value: {"clip_skip": _whole(value, lambda count: count - 1)},
-    "half": lambda value: {"dtype": "fp16" if _true(value) else None},
     "optimizer": lambda value: (
         {"optimizer": "AdamW", "use_8bit_adam": True} if squeezed(value) == "adamw8bit" else {"optimizer": value}
     ),
@@ -44,21 +45,16 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
         if squeezed(value) in ("true", "false", "classimages")
         else {"prior_preservation": value} | ({"with_prior_preservation": False} if _true(value) else {})
     ),
-    "random_crop": lambda value: {"center_crop": not _true(value)},
     "reg_data_dir": lambda value: {"reg_data_dir": value} | ({"with_prior_preservation": True} if _true(value) else {}),
     "resolution": lambda value: {
         "resolution": re.sub(r"^\[?(\d+), ?\1\]?$", r"\1", str(value)) if isinstance(value, str | list) else value
     },
-    "save_unet_half": lambda value: {"save_precision": "fp16" if _true(value) else None},
     "stop_at_clip_layer": lambda value: {"clip_skip": _whole(value, lambda layer: -layer - 1)},
     "timestep_range": lambda value: (
         dict(zip(("min_timestep", "max_timestep"), both, strict=True))
         if len(both := re.findall(r"[\w.-]+", str(value))) == 2
         else {"min_timestep": value}
     ),
-    "use_dora": lambda value: {"adapter": "dora"} if _true(value) else {},
-    "use_lora": lambda value: {"method": "lora" if _true(value) else "full"},
-    "v_parameterization": lambda value: {"prediction_type": "v_prediction" if _true(value) else None},
 }
 """A flag whose value says it in another way -> what it sets here. A1111 counts the text encoder's layers from 1,
 ComfyUI from -1; kohya's sides of a square are two numbers, and its range of timesteps two flags."""
