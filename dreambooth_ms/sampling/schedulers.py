@@ -80,15 +80,11 @@ SCHEDULERS = {name: SchedulerKind(**row) for name, row in read_table(Path(__file
 def check_scheduler(name: SamplingScheduler, config: Config, steps: int, predicts_variance: bool = False) -> None:
     """Raise ConfigError if a scheduler cannot take so many steps with a model, which may predict the variance too.
     Models that were trained in EDM's formulation are sampled with by EDM's schedulers, and only these."""
-    if SCHEDULERS[name].edm and not is_edm(config):
-        raise ConfigError(
-            f"--scheduler {name}: is for models trained in EDM's formulation, and this one is not; use euler or "
-            "dpm++_2m_karras"
-        )
-    if is_edm(config) and not SCHEDULERS[name].edm:
-        raise ConfigError(
-            f"--scheduler {name}: this model was trained in EDM's formulation; use edm_dpm++_2m or edm_euler"
-        )
+    if SCHEDULERS[name].edm != is_edm(config):
+        wrong = "is for models trained in EDM's formulation, and this one is not; use euler or dpm++_2m_karras"
+        if is_edm(config):
+            wrong = "this model was trained in EDM's formulation; use edm_dpm++_2m or edm_euler"
+        raise ConfigError(f"--scheduler {name}: {wrong}")
     try:
         scheduler = SCHEDULERS[name].create(config)
         scheduler.set_timesteps(steps)
