@@ -16,10 +16,9 @@ TEMPORARY_PREFIX = ".partial-"
 
 @contextmanager
 def atomic_path(target: Path, size: int = 0) -> Iterator[Path]:
-    """A path to write to; on leaving, what was written takes the target's name in one step. On any error the partial
-    file is removed and what had the target's name before is untouched. `size` is how many bytes it will have, if that
-    is known: a disk that lacks room is told at once. Raises WeightError if the folder cannot be written to or the disk
-    is full."""
+    """A path to write to; on leaving, what was written takes the target's name in one step. On any error that is
+    removed, and what had the name before is untouched. `size` is how many bytes it will have, if that is known: a disk
+    that lacks room is told at once. Raises WeightError if the folder cannot be written to or the disk is full."""
     check_room(target, size)
     partial = target.parent / f"{TEMPORARY_PREFIX}{token_hex(4)}{target.suffix}"
     with writing(f"{target}:"):

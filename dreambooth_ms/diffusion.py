@@ -263,8 +263,7 @@ def low_resolution(
 ) -> np.ndarray:
     """Small pictures, enlarged to the size of their noise and noisy at timesteps of their own (B, C, H, W) float32: a
     second stage reads them behind its own noisy pictures, with the timesteps as class labels (DeepFloyd IF's unet.py).
-    The interpolation is bilinear and leaves the pixels of the corners in the corners, as torch's
-    `align_corners=True`."""
+    Interpolation is bilinear and leaves the pixels of the corners there, as torch's `align_corners=True`."""
     sides = zip(small_BChw.shape[2:], noise_BCHW.shape[2:], strict=True)
     rows, columns = (_interpolating(np.linspace(0, small - 1, large), small) for small, large in sides)
     return epsilon_at(schedule, levels_B).network_input(rows @ small_BChw @ columns.T, noise_BCHW)

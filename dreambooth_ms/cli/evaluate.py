@@ -30,11 +30,7 @@ SHOWN = 6
 """Pictures of each kind on the sheet."""
 PHOTOGRAPHS = {"instance_data_dir": "photographs", "held_out_data_dir": "held out", "other_data_dir": "other subject"}
 """Flags that name folders with photographs, and what their rows on the sheet are called."""
-SUMMARY = {
-    "subject_similarity": "CLIP-I",
-    "class_drift": "class drift, CLIP",
-    "class_subject_similarity": "PRES, CLIP",
-}
+SUMMARY = {"subject_similarity": "CLIP-I", "class_drift": "class drift, CLIP", "class_subject_similarity": "PRES, CLIP"}
 """Figures that stand at the top of the file, and which measures they are."""
 
 Pictures = list[np.ndarray]

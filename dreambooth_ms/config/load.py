@@ -72,10 +72,10 @@ def _print(note: str) -> None:
 
 
 def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
-    """A configuration from the flags and the files that they name; `tell` takes what the user should know about it.
-    `argv` is without the names of program and command. Booleans: `--flag`, `--flag True`, `--no-flag`. Lists: `--name a
-    b`, `--name a,b`, or the flag once more, which alone makes a list of texts with commas. Raises ConfigError of all
-    mistakes, a line each."""
+    """A configuration from flags and the files that they name; `tell` takes what the user should know about it. `argv`
+    has no names of program and command. Booleans: `--flag`, `--flag True`, `--no-flag`. Lists: `--name a b`, `--name
+    a,b`, or the flag once more, which alone makes a list of texts with commas. Raises ConfigError of all mistakes, a
+    line each."""
     known = schema_fields(schema)
     flags = read_flags(argv, known, schema.POSITIONAL)
     layers = [read_file(one, schema) for one in flags if one.name == "config"]
@@ -364,8 +364,7 @@ def split(value: Any) -> list[str]:
 
 
 def at_home(path: Any) -> Any:
-    """A path, or a list of them, with ~ as the home folder; None stays as it is. Raises ConfigError if there is
-    none."""
+    """A path or a list of paths with ~ as the home folder; None stays as it is. Raises ConfigError if there is none."""
     if isinstance(path, list):
         return [at_home(one) for one in path]
     whole = os.path.expanduser(path) if path else path

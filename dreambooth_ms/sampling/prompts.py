@@ -18,9 +18,9 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 class ModelAdapters:
     """Adapters of any format, read at once, to be put on the networks of their base as these are loaded; and new words,
-    those of the adapters and those of `embeddings`. `schedule` is what they were trained with, where the base has it
-    otherwise, and `notes` are for the user. Raises WeightError if an adapter is none, or is for another base; or a word
-    has several meanings."""
+    theirs and those of `embeddings`. `schedule` is what they were trained with, where the base has it otherwise, and
+    `notes` are for the user. Raises WeightError if an adapter is none or for another base, or a word has several
+    meanings."""
 
     def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path], embeddings: Sequence[str | Path] = ()) -> None:
         self.paths, self.embeddings = (tuple(map(str, own)) for own in (paths, embeddings))

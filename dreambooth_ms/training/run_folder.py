@@ -102,15 +102,6 @@ def _was_trained(folder: Path) -> bool:
 def agree_on_config(processes: Processes, config: TrainConfig) -> TrainConfig:
     """`settle_config` for one of several processes: rank 0 looks into the folder. Raises ConfigError as that does, or
     if these processes were not meant to train together."""
-    _check_processes(processes, config)
-    config = replace(config, processes=replace(config.processes, num_processes=processes.count))
-    for rank, others in enumerate(processes.exchange("the configuration", to_yaml(config))):
-        if others != to_yaml(config):
-            raise ConfigError(f"rank {rank} was started with other flags than rank {processes.rank}")
-    return _settled(config, processes.from_first("the run's seed", lambda: settle_config(config).run.seed))
-
-
-def _check_processes(processes: Processes, config: TrainConfig) -> None:
     wanted, launch = config.processes, processes.launch
     if wanted.is_parallel and launch is None:
         raise ConfigError(
@@ -123,6 +114,11 @@ def _check_processes(processes: Processes, config: TrainConfig) -> None:
         )
     if wanted.num_processes not in (None, processes.count):
         raise ConfigError(f"--num_processes {wanted.num_processes}: {processes.count} were started")
+    config = replace(config, processes=replace(config.processes, num_processes=processes.count))
+    for rank, others in enumerate(processes.exchange("the configuration", to_yaml(config))):
+        if others != to_yaml(config):
+            raise ConfigError(f"rank {rank} was started with other flags than rank {processes.rank}")
+    return _settled(config, processes.from_first("the run's seed", lambda: settle_config(config).run.seed))
 
 
 def write_config(config: TrainConfig) -> None:
