@@ -1,7 +1,5 @@
 """What a field goes with. It stands at the field: `ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999`.
-
-A rule looks at the values of all fields, by name, and but for few only where its own field differs from its default.
-"""
+A rule looks at the values of all fields, by name, and but for few only where its own field differs from its default."""
 
 from collections.abc import Callable, Mapping
 from enum import Enum

@@ -1,8 +1,6 @@
-"""Posterior parameters and text embeddings, computed once and kept on disk by the content they came from.
-
-A key is a digest of everything that decides the value (the picture's bytes, the crop, the network's weights), so that
-a cache can't go stale. Values are looked up when a batch is made.
-"""
+"""Posterior parameters and text embeddings, computed once and kept on disk by the content they came from. A key is a
+digest of everything that decides the value (the picture's bytes, the crop, the network's weights), so that a cache
+can't go stale. Values are looked up when a batch is made."""
 
 import hashlib
 import json

@@ -1,8 +1,6 @@
 """What an inpainting model reads beside noisy latents: where a picture is drawn anew, and latents of the rest of it.
-
 Its network takes 2 C + 1 channels: noisy latents, mask, latents of the masked picture. Holes are drawn as diffusers'
-research project `dreambooth_inpaint` draws its masks. Shapes: H, W of a picture, C, h, w of its latents.
-"""
+research project `dreambooth_inpaint` draws its masks. Shapes: H, W of a picture, C, h, w of its latents."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,6 @@
 """Optimisers without a fused kernel, on many tensors as a few long vectors: AdamW with moments of 8 bits, and Prodigy.
-
 Each of their some thirty operations costs about as much as the arithmetic of a small tensor on CPU
-(docs/performance.md), so small tensors are joined. Vectors wait for each other, so that only one exists at a time.
-"""
+(docs/performance.md), so small tensors are joined. Vectors wait for each other, so that only one exists at a time."""
 
 from collections.abc import Callable, Sequence
 from itertools import groupby

@@ -1,8 +1,6 @@
-"""Gradient checkpointing (Chen et al., 2016): the backward pass computes each segment's activations again.
-
-It goes from segment to segment, and each is differentiated alone. MindSpore's `Cell.recompute` takes what a cell's own
-`bprop` computes for a part of the forward pass, so that activations stay (measured on CPU).
-"""
+"""Gradient checkpointing (Chen et al., 2016): the backward pass computes each segment's activations again. It goes from
+segment to segment, and each is differentiated alone. MindSpore's `Cell.recompute` takes what a cell's own `bprop`
+computes for a part of the forward pass, so that activations stay (measured on CPU)."""
 
 from collections.abc import Sequence
 from typing import Any

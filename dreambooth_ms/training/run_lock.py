@@ -1,7 +1,5 @@
-"""Who trains in a run's folder: a lock on a file in it, which the operating system takes away with the process.
-
-The page looks at it too, so nothing heavy is imported.
-"""
+"""Who trains in a run's folder: a lock on a file in it, which the operating system takes away with the process. The
+page looks at it too, so nothing heavy is imported."""
 
 import fcntl
 import os
