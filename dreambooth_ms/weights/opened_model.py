@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -198,19 +198,17 @@ def open_model(
         stored |= {f"{part}.{name}": tensor for name, tensor in opened.tensors.items()}
     named_by = {SCHEDULER, *map(CONFIG.format, ("unet", "vae", "text_encoder"))}
     configurations = {name: read_json(path / name) for name in named_by if (path / name).exists()}
-    family = model_config.family_of({part: configurations.get(CONFIG.format(part), {}) for part in there})
-    recognise = partial(_recognise_folder, path, there, family) if family else recognise_model
-    kept = {INDEX: index, **{name: own for name, own in configurations.items() if name in (SCHEDULER, VAE_CONFIG)}}
-    return model_of(TensorFile(path, Container.FOLDER, stored), files, kept, recognise=recognise)
+    said = {part: configurations.get(CONFIG.format(part), {}) for part in there}
+    family = model_config.family_of(said)
+    recognise = partial(_recognise_folder, path, said, family) if family else recognise_model
+    file, known = TensorFile(path, Container.FOLDER, stored), {INDEX: index, **configurations}
+    return model_of(file, files, known, recognise=recognise)
 
 
-def _recognise_folder(path: Path, parts: Sequence[str], family: Family, *_: Any) -> Recognition:
+def _recognise_folder(path: Path, configs: Mapping[str, Config], family: Family, *_: Any) -> Recognition:
     """A model of a family that its configurations tell, whose sizes these tell, too."""
-    names = {part: CONFIG.format(part) for part in parts}
-    read = {
-        part: read_config(path / n, read_json(path / n), model_config.NETWORK_READERS[part])
-        for part, n in names.items()
-    }
+    readers = model_config.NETWORK_READERS
+    read = {part: read_config(path / CONFIG.format(part), own, readers[part]) for part, own in configs.items()}
     usual: dict[str, Any] = {"unet": SD_15.unet, "vae": PIXELS if family is Family.IF else SD_15.vae}
     spec = ModelSpec(family=family, **usual | read)
     return Recognition(Format.DIFFUSERS, spec, naming_of(Format.DIFFUSERS, spec), None, ())
