@@ -79,7 +79,7 @@ class ShowValidation:
 def validation_request(job: TrainingJob, prompts: tuple[str, ...], count: int) -> SampleRequest:
     """So many pictures of each prompt, or one for each that is enlarged, as --validation_* says, one at a time."""
     wanted, side = job.config.validation, job.config.data.resolution
-    small = [_small(job, Path(path)) for path in wanted.validation_images]
+    small = [_small(job, Path(path)) for path in wanted.validation_images or ()]
     return SampleRequest(
         prompts=prompts,
         negative_prompt=wanted.validation_negative_prompt,

@@ -322,7 +322,7 @@ def read_value(one: Field, written: Any, is_flag: bool) -> Any:
         raise ConfigError("??? stands for a value that is still to be given")
     if any(map(_NO_TEXT.search, texts)):
         raise ConfigError(f"expected text in UTF-8, got {written!r}; rename a file or folder that is called so")
-    if one.optional and (written is None or written in ("None", "null")):
+    if one.optional and (written is None or written in ("None", "null", ["None"])):
         return None
     if one.kind is str and not isinstance(written, str | None):
         raise ConfigError(f"expected text, got {written!r}; put it in quotes")

@@ -561,8 +561,9 @@ class ValidationConfig:
     once more. A base that inpaints draws the middle of the first subject's first picture anew. None: there are none."""
     validation_negative_prompt: Annotated[str, _SAMPLES, _GUIDES, Resume.MAY_CHANGE] = ""
     """What these pictures should not show."""
-    validation_images: Annotated[list[str], PATH, _VALIDATES, Resume.MAY_CHANGE] = field(default_factory=list)
-    """For a base that enlarges pictures (IF's second stage): small pictures that are enlarged for each prompt."""
+    validation_images: Annotated[list[str] | None, PATH, _VALIDATES, Resume.MAY_CHANGE] = None
+    """For a base that enlarges pictures (IF's second stage): small pictures that are enlarged for each prompt. None:
+    there are none."""
     num_validation_images: Annotated[int, at_least(1), _VALIDATES, Resume.MAY_CHANGE] = 4
     """Pictures generated of each prompt each time, always from the same noise."""
     validation_seed: Annotated[int | None, SEED, _SAMPLES, Resume.MAY_CHANGE] = None

@@ -9,6 +9,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError
 
 PATHS = {"source", "target", "base", "lora", "image", "mask", "refiner", "clip", "report", "resume_from_checkpoint"}
+PATHS |= {"validation_images", "super_resolution", "super_resolution_lora"}
 PATHS |= {"concepts_list", "dataset_name", "embedding", "concepts", "regularization_prompts", "tuned", "dino"}
 REQUIRED = [
     "--pretrained_model_name_or_path",
