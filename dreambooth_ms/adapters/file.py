@@ -32,7 +32,10 @@ from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
-NAMED_FORMATS = {FILE_NAME: LoraFormat.DIFFUSERS, CUSTOM_DIFFUSION: OtherFormat.CUSTOM_DIFFUSION}
+NAMED_FORMATS: Mapping[str, LoraFormat | OtherFormat] = {
+    FILE_NAME: LoraFormat.DIFFUSERS,
+    CUSTOM_DIFFUSION: OtherFormat.CUSTOM_DIFFUSION,
+}
 """By the names that diffusers gives to their files."""
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 METADATA_KEY = "lora_adapter_metadata"
