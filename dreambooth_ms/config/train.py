@@ -203,7 +203,7 @@ _NOT_PICKLED = Rule(
     "--no_safe_serialization: LoRAs and models are safetensors; leave it out. `convert` writes other formats",
 )
 _LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
-_IF_TARGETS = ["to_q", "to_out.0", "add_k_proj", "add_v_proj"]
+_IF_TARGETS = ["add_k_proj", "add_v_proj"]
 _CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "conv", "proj_in", "proj_out"]
 _RANKED, _LOCON = not_with("adapter", "oft"), only_with("adapter", "locon")
 _BLOCKS = Range("from 2 to 64", lambda value: 2 <= value <= 64)
@@ -275,14 +275,17 @@ class MethodConfig:
     ema_decay: Annotated[float, DECAY, only_with("use_ema")] = 0.9999
     """Decay of the moving average; in the first steps it is (1 + step) / (10 + step)."""
 
-    def targets(self, has_if_blocks: bool = False, reads_pixels: bool = True) -> list[str]:
-        """The ends of names of layers of the UNet that get an update; convolutions, if no others are named. Attention
-        in the blocks of IF has layers of its own for the text, and none for pixels if it does not read these."""
-        own = self.lora_target_modules
-        if own != _LORA_TARGETS:
-            return own
-        attention = [*_IF_TARGETS, *("to_k", "to_v") * reads_pixels] if has_if_blocks else own
-        return attention + (_CONVOLUTIONS if self.adapter == "locon" or self.conv_rank else [])
+    @property
+    def targets(self) -> list[str]:
+        """The ends of names of layers of the UNet that get an update; convolutions, if no others are named."""
+        convolves = (self.adapter == "locon" or self.conv_rank) and self.lora_target_modules == _LORA_TARGETS
+        return self.lora_target_modules + (_CONVOLUTIONS if convolves else [])
+
+    def targets_in_if(self, reads_pixels: bool) -> list[str]:
+        """The same in IF's blocks, whose attention reads text by layers of its own, and pixels or not."""
+        if self.lora_target_modules != _LORA_TARGETS:
+            return self.targets
+        return [one for one in self.targets if reads_pixels or one not in ("to_k", "to_v")] + _IF_TARGETS
 
     @property
     def suffix(self) -> str:

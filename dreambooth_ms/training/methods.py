@@ -113,7 +113,7 @@ def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, L
     """Of the layers that `lora` trains, by network; raises as `layer_updates`."""
     spec, readers = base.denoiser.spec, base.text if config.train_text_encoder else ()
     texts = {one.name: (text_shapes(one.spec), one.adapted_layers) for one in readers}
-    targets = config.targets(spec.simple_blocks, not spec.only_cross_attention)
+    targets = config.targets_in_if(not spec.only_cross_attention) if spec.simple_blocks else config.targets
     return layer_updates(config, {"unet": (unet_shapes(spec), targets), **texts}, spec)
 
 

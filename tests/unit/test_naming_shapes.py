@@ -120,7 +120,7 @@ class TestAgainstTheReferences:
         shapes = unet_shapes(spec)
         assert shapes == shapes_of(module)
         assert sum(map(math.prod, shapes.values())) == weights
-        ranks = ranks_of(shapes, 4, MethodConfig().targets(has_if_blocks=True))
+        ranks = ranks_of(shapes, 4, MethodConfig().targets_in_if(reads_pixels=True))
         assert (sum(ranks.values()), 2 * len(ranks)) == (of_lora, 264)
 
     def test_t5_has_transformers_parameters(self):
