@@ -28,7 +28,6 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, class_picture_name, write_picture, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.sampling.schedulers import fitting_scheduler
-from dreambooth_ms.sampling.super_resolution import noise_of_small
 from dreambooth_ms.training.content import digests_of, in_order
 from dreambooth_ms.training.run_folder import check_data
 
@@ -167,7 +166,7 @@ def second_stage_of(job: TrainingJob) -> SecondStage:
     """What a second stage reads of rows; WeightError if the model does not say how small pictures are noisy."""
     if not job.config.loss.low_res_conditioning:
         return twice
-    return small_ones(noise_of_small(job.base.noise_of_small))
+    return small_ones(job.base.noise_of_small)
 
 
 def write_crops(plan: Plan, interpolation: Interpolation, path: Path) -> None:

@@ -1,12 +1,15 @@
-"""What a second stage, which enlarges pictures, reads beside its noisy ones in training. Shapes: B rows, C, H, W of
-pictures."""
+"""What a second stage, which enlarges pictures, reads beside its noisy ones. Shapes: B rows, N pictures of a request, C
+channels; H, W of the second stage's pictures, h, w of small ones."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dreambooth_ms.diffusion import NoiseSchedule, low_resolution
+from dreambooth_ms.errors import ConfigError
+from dreambooth_ms.randomness import standard_normal
 
+PURPOSE = "noise of the small pictures"
 ENLARGED = 4
 """How many times each side is, as IF's."""
 
@@ -39,3 +42,21 @@ def small_ones(schedule: NoiseSchedule) -> SecondStage:
         return low_resolution(schedule, levels, small, np.stack(noise)), levels.astype(np.float32)
 
     return beside
+
+
+def of_request(
+    small_NChw: np.ndarray,
+    size: tuple[int, int],
+    level: int,
+    schedule: NoiseSchedule,
+    seed: int,
+    numbers: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is read in sampling: small pictures from -1 to 1, noisy at one level and enlarged to `size`, (N, C, H, W)
+    float32, and class labels (N,) float32. The noise is a function of the seed and of a picture's own number among
+    `numbers`. ConfigError if there is no such level."""
+    if not 0 <= level < (count := len(schedule.alphas_cumprod)):
+        raise ConfigError(f"--noise_level {level}: expected 0 to {count - 1}; 250 is usual")
+    levels_N = np.full(len(small_NChw), level)
+    noise = [standard_normal((small_NChw.shape[1], *size), seed, PURPOSE, row=number) for number in numbers]
+    return low_resolution(schedule, levels_N, small_NChw, np.stack(noise)), levels_N.astype(np.float32)

@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from dreambooth_ms.adapters.attach import AttachedAdapters, attach
 from dreambooth_ms.adapters.precision import compute_in
 from dreambooth_ms.config.sample import RefinerConfig, SuperResolutionConfig
+from dreambooth_ms.data import second_stage
 from dreambooth_ms.data.conditioning import PromptText, add_time_ids, conditioning
 from dreambooth_ms.data.holes import beside_noise, masked
 from dreambooth_ms.data.second_stage import ENLARGED
@@ -29,7 +30,6 @@ from dreambooth_ms.sampling.autoencoder import PictureCodec, fitted, fitted_size
 from dreambooth_ms.sampling.prompts import ModelAdapters, PromptReader
 from dreambooth_ms.sampling.request import STEP_SETTINGS, OnStep, Sample, SampleRequest, StepReport, Stopped
 from dreambooth_ms.sampling.schedulers import Denoiser, Trajectory, check_scheduler
-from dreambooth_ms.sampling.super_resolution import low_resolution
 from dreambooth_ms.weights.bundle import ModelBundle
 
 REST = "latents of the masked picture"
@@ -51,7 +51,7 @@ class Rows:
     """Latents (N, C, h, w) of the pictures that they start from."""
     beside: np.ndarray | None = None
     """Channels that a denoiser reads behind noisy latents: (N, 1 + C, h, w) one that inpaints
-    (`data.holes.beside_noise`), (N, C, h, w) a second stage (`super_resolution`)."""
+    (`data.holes.beside_noise`), (N, C, h, w) a second stage (`data.second_stage`)."""
     class_labels: np.ndarray | None = None
     """(N,) of a second stage."""
 
@@ -132,7 +132,7 @@ class SamplingModel:
         if self.bundle.enlarges:
             small, numbers = self._small(request, height, width), [*request.pictures]
             noise = request.noise_level, self.bundle.noise_of_small, request.seed
-            beside, labels = low_resolution(small, (height, width), *noise, numbers)
+            beside, labels = second_stage.of_request(small, (height, width), *noise, numbers)
         elif request.image is not None and (request.mask is None or strength < 1):
             start = np.stack(list(self._codec.latents(picture, request.seed, request.pictures)))
         if self.bundle.inpaints:

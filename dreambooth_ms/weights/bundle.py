@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import nn
 
 from dreambooth_ms.config.train import LossConfig
-from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseScheduleSpec
+from dreambooth_ms.diffusion import DEFAULT, EdmSpec, NoiseSchedule, NoiseScheduleSpec
 from dreambooth_ms.errors import ConfigError, WeightError, show_names
 from dreambooth_ms.formats import clip_tokenizer, folder_layout, model_config
 from dreambooth_ms.formats.clip_tokenizer import LENGTH
@@ -283,9 +283,13 @@ class ModelBundle:
         return bool(self.denoiser.spec.in_channels == 2 * self.codec.spec.latent_channels)
 
     @property
-    def noise_of_small(self) -> Config:
-        """The configuration of the scheduler by which a second stage's small pictures are noisy."""
-        return self.opened().configuration(folder_layout.NOISING)
+    def noise_of_small(self) -> NoiseSchedule:
+        """That of a second stage's small pictures; WeightError if it is missing, or not mixed with a picture."""
+        name = folder_layout.NOISING
+        spec = read_config(self.path / name, self.opened().configuration(name), model_config.read_scheduler_config)
+        if isinstance(spec, EdmSpec):
+            raise WeightError(f"{self.path / name}: is of EDM's formulation; take the original model's")
+        return NoiseSchedule.from_spec(spec)
 
     @property
     def predicts_variance(self) -> bool:

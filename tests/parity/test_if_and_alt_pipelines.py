@@ -15,12 +15,12 @@ from transformers import XLMRobertaTokenizer
 from dreambooth_ms.adapters.file import FILE_NAME, open_adapter
 from dreambooth_ms.adapters.writing import write_adapter
 from dreambooth_ms.config.sample import SuperResolutionConfig
+from dreambooth_ms.data import second_stage
 from dreambooth_ms.errors import ConfigError, WeightError
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.formats.naming.lora_formats import LoraFormat
 from dreambooth_ms.randomness import standard_normal
-from dreambooth_ms.sampling import super_resolution
 from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, starting_noise
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import MARKS, open_bundle
@@ -90,7 +90,7 @@ def sampled_by_diffusers(folder, monkeypatch, small=None, lora=None, **changes):
         # The module has the name of a class beside it.
         give_noise(monkeypatch, sys.modules[type(pipeline).__module__], start)
         return pipeline(**settings()).images[0]
-    of_small = standard_normal((3, *LARGE), SEED, super_resolution.PURPOSE, row=0)[None]
+    of_small = standard_normal((3, *LARGE), SEED, second_stage.PURPOSE, row=0)[None]
     give_noise(monkeypatch, enlarging, start, of_small)
     return pipeline(image=torch.tensor(small)[None], noise_level=100, **settings(LARGE)).images[0]
 

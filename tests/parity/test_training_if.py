@@ -16,7 +16,6 @@ from dreambooth_ms.data.batches import BatchMaker
 from dreambooth_ms.data.conditioning import PromptText
 from dreambooth_ms.data.second_stage import small_ones, twice
 from dreambooth_ms.diffusion import draw_columns
-from dreambooth_ms.sampling.super_resolution import noise_of_small
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.parity.reference import normal, relative_error, worst_gradient_error
 from tests.parity.test_training import (
@@ -88,7 +87,7 @@ def compared(request, tmp_path_factory):
     plan = plan_of(case.batch_size, case.prior, case.batches_per_step)
     known = known_records(plan)
     texts = {caption: PromptText(normal(*TEXT, seed=20 + i)) for i, one in enumerate(known) for caption in one.captions}
-    beside = small_ones(noise_of_small(bundle.noise_of_small)) if trained.low_res else twice
+    beside = small_ones(bundle.noise_of_small) if trained.low_res else twice
     batches = BatchMaker(
         plan=plan,
         posteriors=lambda view: np.stack([normal(*PIXELS, seed=known.index(view.record)), np.full(PIXELS, -400.0)]),
