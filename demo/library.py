@@ -242,7 +242,12 @@ class ModelFacts:
         """Where the slider of the guidance starts. The embedded base was measured best at 3 (its README)."""
         if self.family is Family.IF:
             return 4.0 if self.enlarges else 7.0
-        return 3.0 if self.picture_size <= 64 else 5.0 if self.family is Family.SDXL else 7.5
+        return 3.0 if self.is_small else 5.0 if self.family is Family.SDXL else 7.5
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is as small as the embedded base."""
+        return self.picture_size <= 64 and self.family is not Family.IF
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(width, height) by name: of about as many pixels as the model was trained at, for each shape."""

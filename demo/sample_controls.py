@@ -33,8 +33,6 @@ SCHEDULERS: dict[SamplingScheduler, str] = {
 }
 """As the page calls them; the page takes no models of EDM's formulation, so none of their schedulers."""
 LARGEST_SEED = 2**31 - 1
-ENLARGING_STARTS = 0.2
-"""Share of the time that a first stage takes, about."""
 _HUB_LORA = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*){1,3}")
 
 
@@ -151,9 +149,7 @@ def _follower(facts: ModelFacts, shelf: Shelf) -> tuple[str | None, float]:
         persist_state="session",
     )
     start = PictureRequest.refiner_start
-    if refiner and followers[refiner].enlarges:
-        return refiner, ENLARGING_STARTS
-    if refiner:
+    if refiner and not followers[refiner].enlarges:
         start = st.slider(
             "The refiner takes over after", 0.5, 0.95, step=0.05, key="sample_refiner_start", persist_state="session"
         )

@@ -151,7 +151,7 @@ def _picture_to_start_from(request: PictureRequest, facts: ModelFacts) -> Pictur
                 left.caption("This model enlarges pictures: give one, or choose it behind a first stage.")
             return request
         size = request.width, request.height
-        shown = fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        shown = fitted = image if enlarges else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
         request = replace(request, image=np.asarray(fitted), strength=strength)
         if mask is not None:
             mask = ImageOps.fit(mask, size, Image.Resampling.LANCZOS)

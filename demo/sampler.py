@@ -20,6 +20,8 @@ Send = Callable[[Any], None]
 
 PREVIEW_SHARE = 0.2
 """Of the time, for showing the picture as it forms."""
+FIRST_STAGE = 0.2
+"""Share of the time that a first stage takes, about, before a second one enlarges its pictures."""
 PREVIEW_SIDE = 512
 """Larger previews are made smaller before they are sent."""
 
@@ -56,7 +58,9 @@ class Sampler:
         if compiled not in self._compiled:
             send(Phase(asked.job, "Compiling for this size, which is done once"))
         for side in request.sides:
-            steps = _StepSender(asked.job, request, side, self._preview, send)
+            enlarges = self._refiner is not None and self._refiner.bundle.enlarges
+            base_share = FIRST_STAGE if enlarges else request.refiner_start
+            steps = _StepSender(asked.job, request, side, self._preview, send, base_share)
             for sample in self._samples(request, self._sample_request(request, side), steps, cancelled):
                 send(Picture(asked.job, sample.number, side, sample.picture, self._settings(sample)))
             if cancelled():
@@ -119,6 +123,7 @@ class _StepSender:
         side: the part of it that is being sampled.
         preview: gives the picture after a step.
         send: takes the steps.
+        base_share: of the time that the base takes, about, if another model goes on from its pictures.
     """
 
     def __init__(
@@ -128,8 +133,9 @@ class _StepSender:
         side: Side,
         preview: Callable[[StepReport], np.ndarray | None],
         send: Send,
+        base_share: float,
     ) -> None:
-        self._job, self._request, self._side = job, request, side
+        self._job, self._request, self._side, self._base_share = job, request, side, base_share
         self._preview, self._send = preview, send
         self._shown = 0
         self._next_preview = 0.0
@@ -152,7 +158,7 @@ class _StepSender:
         """0 to 1 of the whole request."""
         of_stage = (report.rows.start + report.step / report.steps) / report.total
         if self._request.model.refiner:
-            start = self._request.refiner_start
+            start = self._base_share
             of_stage = start * of_stage if report.stage == "base" else start + (1 - start) * of_stage
         sides = self._request.sides
         return (sides.index(self._side) + of_stage) / len(sides)

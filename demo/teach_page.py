@@ -98,7 +98,7 @@ def _new_training(places: Places) -> None:
             advise("teach_model")
     if facts is None or preset is None:
         return
-    small = facts.picture_size <= 64
+    small = facts.is_small
     with right:
         method = _method()
         new_words, initial_words = _new_words(len(blocks), small) if method in BY_WORDS else ([], [])
@@ -227,7 +227,7 @@ def _wishes(facts: ModelFacts, preset: Preset, prompts: Sequence[str], method: M
     )
     validation = _follows(
         "Generate during training",
-        f"teach_validation {facts.picture_size <= 64}",
+        f"teach_validation {facts.is_small}",
         "\n".join(prompts),
         "Prompts to watch the subjects being learnt by, one in each line; empty to generate nothing.",
         is_long=True,

@@ -68,8 +68,7 @@ class Preset:
 
 def preset_files(facts: ModelFacts) -> list[Path]:
     """The configurations that are made for a model, the most usual first."""
-    is_small = facts.picture_size <= 64 and facts.family is not Family.IF
-    return [CONFIGS / name for name in ((SMALL,) if is_small else PRESETS[facts.family])]
+    return [CONFIGS / name for name in ((SMALL,) if facts.is_small else PRESETS[facts.family])]
 
 
 @lru_cache(maxsize=16)

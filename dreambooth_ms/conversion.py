@@ -37,7 +37,7 @@ from dreambooth_ms.formats.naming.formats import Format
 from dreambooth_ms.formats.naming.lora_formats import AdapterFormat, LoraFormat, OtherFormat, lora_layers
 from dreambooth_ms.formats.naming.recognise import with_channels
 from dreambooth_ms.formats.naming.update_kinds import BESIDE, needs_base, title_of
-from dreambooth_ms.models.specs import PUBLISHED_MODELS, ModelSpec, T5Spec, UNetSpec, VaeSpec, Words
+from dreambooth_ms.models.specs import FAMILIES, PUBLISHED_MODELS, ModelSpec, T5Spec, UNetSpec, VaeSpec, Words
 from dreambooth_ms.weights.model_writing import plan_model
 from dreambooth_ms.weights.opened_model import OpenedModel, open_lone_vae, open_model
 
@@ -332,7 +332,8 @@ def describe_source(path: Path, base: str | None = None, variant: str | None = N
 
 def _model(model: OpenedModel) -> Iterator[str]:
     yield f"format: {model.form.value}, {model.container.value}"
-    sizes = "" if _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS) else ", not in a published size"
+    is_known = model.spec.family.value not in FAMILIES or _sizes(model.spec) in map(_sizes, PUBLISHED_MODELS)
+    sizes = "" if is_known else ", not in a published size"
     yield f"family: {model.spec.family.value}{sizes}"
     snr, said = ", zero terminal SNR" if model.zero_snr else "", model.prediction_type or "not told"
     yield f"predicts: {PREDICTIONS.get(said, said)}{snr}"
@@ -362,7 +363,7 @@ def _sizes(model: ModelSpec) -> ModelSpec:
 def _size_of(part: str, model: ModelSpec) -> str:
     spec = getattr(model, part)
     if isinstance(spec, UNetSpec):
-        return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.cross_attention_dim}"
+        return f", channels {'-'.join(map(str, spec.block_out_channels))}, text of width {spec.text_width}"
     if isinstance(spec, VaeSpec):
         own = ", mean and deviation of their own" if spec.latents_mean else ""
         return f", scale of the latents {spec.scaling_factor:g}{own}"

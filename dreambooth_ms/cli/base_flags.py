@@ -1,31 +1,37 @@
 """Flags that ask of a base what it does not do."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from dreambooth_ms.config.train import TrainConfig
+from dreambooth_ms.data.conditioning import PromptTokenizer
+from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.errors import ConfigError
 from dreambooth_ms.models.specs import ClipTextSpec
 from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def check_base(config: TrainConfig, base: ModelBundle) -> None:
-    """Raise ConfigError, a line for each, if there are such flags."""
+    """Raise ConfigError, a line for each, if there are such flags; and as what reads the base's tokenizers, or
+    pictures that it is to enlarge."""
     if found := [*_of_text(config, base), *(_of_second_stage if base.enlarges else _of_others)(config, base)]:
         raise ConfigError("\n".join(found))
 
 
 def _of_text(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
-    method, wanted = config.method, config.method.tokenizer_max_length
+    method, wanted, longest = config.method, config.method.tokenizer_max_length, PromptTokenizer(base.text).length
+    if wanted and wanted != longest:
+        yield (
+            f"--tokenizer_max_length {wanted}: a prompt is {longest} tokens with this base, in sampling, too; give "
+            f"{longest} or leave it out"
+        )
+    if method.method == "custom_diffusion" and base.denoiser.spec.simple_blocks:
+        yield f"--method custom_diffusion: trains cross-attention of SD and SDXL, which {base.path} has not; use lora"
     for reader in base.text:
         if method.text_encoder_use_attention_mask and not reader.hides_filling:
             yield (
                 f"--text_encoder_use_attention_mask: {reader.name} of {base.path} sees what fills up a prompt, in "
                 "sampling, too; leave it out"
-            )
-        if wanted and wanted != (longest := reader.tokenizer().length):
-            yield (
-                f"--tokenizer_max_length {wanted}: a prompt is {longest} tokens with this base, in sampling, too; give "
-                f"{longest} or leave it out"
             )
         if method.train_text_encoder and not reader.adapted_layers:
             yield f"--train_text_encoder: {reader.name} of {base.path} is T5, which is read as it is; leave it out"
@@ -35,6 +41,8 @@ def _of_text(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
 
 def _of_second_stage(config: TrainConfig, base: ModelBundle) -> Iterator[str]:
     validation, prior = config.validation, config.prior
+    for path in validation.validation_images or ():
+        open_picture(Path(path))
     if validation.validation_prompt and not validation.validation_images:
         yield "--validation_images: missing; this base enlarges pictures, name small ones beside --validation_prompt"
     if prior.with_prior_preservation and not prior.real_prior:

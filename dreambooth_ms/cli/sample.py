@@ -34,8 +34,6 @@ def run(argv: Sequence[str]) -> int:
         )
     loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
     model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
-    for note in model.adapters.notes:
-        tell(note)
     for path, own in model.adapters.words_alone.items():
         if not any(word in prompt for word in own for prompt in (*request.prompts, request.negative_prompt)):
             tell(f"--embedding {path}: no prompt holds {show_names([*own])}")
@@ -45,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
         opened = open_base(BaseModelConfig(pretrained_model_name_or_path=second, variant=weights.variant))
         on_it = enlargement.super_resolution_lora if enlargement.super_resolution else ()
         follower = SamplingModel(opened, [*map(find_adapter, on_it)], mixed_precision=device.mixed_precision)
+    for note in (*model.adapters.notes, *(follower.adapters.notes if second else ())):
+        tell(note)
     check_writable(output)
 
     with progress(total=0, desc="sampling", unit="step") as bar:

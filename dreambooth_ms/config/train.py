@@ -603,6 +603,7 @@ _NO_RANGE = Rule(
     "--max_timestep {max_timestep}: expected more than --min_timestep {min_timestep}",
 )
 _IN_RANGE = only_with("timestep_bias_strategy", "range")
+_OWN_LEVELS = excludes("class_labels_conditioning", message="small pictures have levels of their own; give one of them")
 _BIASED = not_with("timestep_bias_strategy", "none")
 _HUBER = only_with("loss_type", "huber", "smooth_l1")
 
@@ -658,7 +659,7 @@ class LossConfig(ScheduleConfig):
     class_labels_conditioning: Literal["timesteps"] | None = None
     """What a base that enlarges pictures (IF's second stage) reads for the noise of the small one: the timestep of its
     own noise, unless low_res_conditioning. None: the same."""
-    low_res_conditioning: bool = False
+    low_res_conditioning: Annotated[bool, _OWN_LEVELS] = False
     """Such a base reads the picture made small, with noise of a level of its own, as it was trained and as it is
     sampled with. Without it, as in diffusers' scripts, it reads its own noisy picture twice."""
 

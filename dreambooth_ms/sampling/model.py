@@ -112,27 +112,32 @@ class SamplingModel:
             yield Sample(number, picture, self.picture_settings(request, number))
 
     def rows(self, request: SampleRequest, texts: Mapping[str, PromptText] | None = None) -> Rows:
-        """The rows of a request: noise drawn, the picture that it starts from in latents, and prompts encoded, if
-        `texts` does not have them, by a model with such text encoders."""
+        """The rows of a request: prompts encoded, noise drawn, and the picture that it starts from in latents. `texts`:
+        the prompts, if another model has encoded them already."""
         self.adapters.scales(request)
         self._check_mask(request)
         steps, strength = request.num_inference_steps, request.strength
         check_scheduler(request.scheduler, self.bundle.schedule.config, steps, self.bundle.predicts_variance)
-        if request.image is not None and int(steps * strength) < 1:
+        if request.image is not None and not self.bundle.enlarges and int(steps * strength) < 1:
             raise ConfigError(
                 f"--strength {strength}: of {count_of(steps, 'step')} none is left; raise --strength or "
                 "--num_inference_steps"
             )
         height, width = self.size(request)
         shape = self.bundle.latent_shape(height, width)
+        if self.bundle.enlarges and request.small is None and request.image is None:
+            raise ConfigError(
+                f"--image: missing; {self.bundle.path} enlarges pictures: name a small one, or sample with a first "
+                "stage and name this model with --super_resolution"
+            )
         texts, start, beside, labels = texts or self.embeddings(request), None, None, None
         grey = np.zeros((3, height, width), np.float32)
         picture = grey if request.image is None else fitted(request.image, height, width)
-        # Inpainting all the way begins with noise alone, as in diffusers' pipeline.
         if self.bundle.enlarges:
-            small, numbers = self._small(request, height, width), [*request.pictures]
-            noise = request.noise_level, self.bundle.noise_of_small, request.seed
-            beside, labels = second_stage.of_request(small, (height, width), *noise, numbers)
+            small, level, numbers = self._small(request, height, width), request.noise_level, [*request.pictures]
+            schedule = self.bundle.noise_of_small
+            beside, labels = second_stage.of_request(small, (height, width), level, schedule, request.seed, numbers)
+        # Inpainting all the way begins with noise alone, as in diffusers' pipeline.
         elif request.image is not None and (request.mask is None or strength < 1):
             start = np.stack(list(self._codec.latents(picture, request.seed, request.pictures)))
         if self.bundle.inpaints:
@@ -233,11 +238,7 @@ class SamplingModel:
         """The pictures (N, 3, h, w) that a second stage enlarges to this size."""
         if request.small is not None:
             return request.small
-        if request.image is None:
-            raise ConfigError(
-                f"--image: missing; {self.bundle.path} enlarges pictures: name a small one, or sample with a first "
-                "stage and name this model with --super_resolution"
-            )
+        assert request.image is not None, "rows looks for it"
         small = fitted(request.image, height // ENLARGED, width // ENLARGED)
         return np.repeat(small[None], len(request.pictures), axis=0)
 
@@ -315,7 +316,8 @@ def sample_refined(
         )
     check_scheduler(request.scheduler, refiner.bundle.schedule.config, request.num_inference_steps)
     end = refinement.base_share
-    start = _begun(base, replace(request, denoising_end=end), on_step, stopped, release)
+    begun = replace(request, denoising_end=end)
+    start = _begun(base, begun, base.rows(begun), on_step, stopped, release)
     if start is None:
         return
     height, width = base.size(request)
@@ -361,23 +363,24 @@ def sample_enlarged(
         )
     if first.denoiser.spec.text_width != last.denoiser.spec.text_width:
         raise ConfigError(f"--super_resolution {last.path}: reads text of another width than {first.path}")
-    prompt = wanted.super_resolution_prompt
+    prompt, (height, width) = wanted.super_resolution_prompt, (ENLARGED * side for side in base.size(request))
     own = replace(
         request,
         prompts=(prompt,) * len(request.prompts) if prompt else request.prompts,
         image=None,
-        height=None if request.height is None else request.height * ENLARGED,
-        width=None if request.width is None else request.width * ENLARGED,
+        height=height,
+        width=width,
         num_inference_steps=wanted.super_resolution_steps,
         guidance_scale=wanted.super_resolution_guidance_scale,
         noise_level=wanted.noise_level,
         lora_scales=None,
         purpose=f"{request.purpose}, enlarged",
     )
-    height, width = second.size(own)
     last.latent_shape(height, width)
-    texts = base.embeddings(own)
-    small = _begun(base, request, on_step, stopped, release)
+    check_scheduler(own.scheduler, last.schedule.config, own.num_inference_steps, last.predicts_variance)
+    # All at once, because the text encoders are loaded anew each time.
+    texts = base.embeddings(replace(request, prompts=(*request.prompts, *own.prompts)))
+    small = _begun(base, request, base.rows(request, texts), on_step, stopped, release)
     if small is None:
         return
     rows = second.rows(replace(own, small=small), texts)
@@ -387,10 +390,15 @@ def sample_enlarged(
 
 
 def _begun(
-    first: SamplingModel, request: SampleRequest, on_step: OnStep | None, stopped: Stopped | None, release: bool
+    first: SamplingModel,
+    request: SampleRequest,
+    rows: Rows,
+    on_step: OnStep | None,
+    stopped: Stopped | None,
+    release: bool,
 ) -> np.ndarray | None:
     """The latents (N, C, h, w) that another model goes on from; None if it was stopped."""
-    latents = [own for _, own in first.latents(request, first.rows(request), "base", on_step, stopped)]
+    latents = [own for _, own in first.latents(request, rows, "base", on_step, stopped)]
     if release:
         first.release()
     return np.stack(latents) if len(latents) == len(request.pictures) else None

@@ -84,7 +84,7 @@ class Codec(Role):
 
     @classmethod
     def of_pixels(cls) -> "Codec":
-        """None: the denoiser's latents are the pixels."""
+        """Of a model without an autoencoder: its latents are the pixels."""
         return cls(PIXELS, lambda encodes=True, decodes=True: Pixels(), lambda: "pixels")
 
 
@@ -361,7 +361,7 @@ class ModelBundle:
     def check(self) -> None:
         """Stop, by a WeightError, where what the denoiser takes of latents, text and add_time_ids is not what codec and
         readers give, or the schedule is not known."""
-        _ = self.schedule.spec
+        _ = self.schedule.spec, self.enlarges and self.source and self.noise_of_small
         unet, latent_channels = self.denoiser.spec, self.codec.spec.latent_channels
         names = " and ".join(reader.name for reader in self.text)
         is_known = self.inpaints or self.enlarges == (unet.class_embed_type is not None)

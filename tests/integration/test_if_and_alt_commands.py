@@ -3,6 +3,7 @@ what is refused."""
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.formats.folder_layout import read_json
+from dreambooth_ms.formats.folder_layout import read_json, write_json
 from dreambooth_ms.sampling.picture_file import validation_pictures
 from dreambooth_ms.training.checkpoint import STATE
 from tests.picture_settings import read_settings
@@ -99,6 +100,12 @@ def home(tmp_path_factory):
     write_random_if(home / "if1", **level)
     write_random_if(home / "if2", second=True, only_cross_attention=True, **level, sample_size=32)
     write_random_alt(home / "alt", levels=1)
+    for name in ("bare", "damaged"):
+        shutil.copytree(home / "if1", home / name)
+    index = read_json(home / "bare" / "model_index.json")
+    write_json(home / "bare" / "model_index.json", index | {"text_encoder": [None, None]})
+    (home / "damaged" / "tokenizer" / "spiece.model").write_bytes(b"?")
+    shutil.copytree(home / "if2", home / "silent", ignore=lambda *_: ["image_noising_scheduler"])
     write_subject(home / "dog")
     (home / "dog_downsized").mkdir()
     for number in (1, 2):
@@ -186,6 +193,8 @@ def test_what_was_trained_samples_one_stage_behind_the_other(home, runs):
     small = "--image", "dog_downsized/1.png", "--noise_level", "100"
     assert sample("enlarged", "--weight", str(runs["IF stage II full"]), *small) == 0
     assert Image.open(home / "enlarged" / "00000.png").size == (32, 32)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (128, 128)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(home):
@@ -224,6 +233,16 @@ PLAIN = "--instance_data_dir dog --instance_prompt 'a sks dog' --max_train_steps
         ("if1", "--train_text_encoder --text_encoder_lr 1e-5", "--train_text_encoder: text_encoder of if1 is T5"),
         ("if1", "--tokenizer_max_length 512", "--tokenizer_max_length 512: a prompt is 77 tokens with this base"),
         ("alt", "--train_new_words --modifier_token <new>", "--modifier_token: new words are for CLIP"),
+        ("if1", "--method custom_diffusion", "--method custom_diffusion: trains cross-attention of SD"),
+        ("if2", "--validation_prompt x --validation_images nosuch.png", "nosuch.png"),
+        ("bare", "", "this model holds no text encoder"),
+        ("damaged", "", "spiece.model: no model of sentencepiece"),
+        (
+            "if2 --class_labels_conditioning timesteps",
+            "--low_res_conditioning",
+            "small pictures have levels of their own",
+        ),
+        ("silent", "", "image_noising_scheduler: scheduler_config.json is missing"),
         ("if1", "--pretrained_vae_model_name_or_path alt", "if1: denoises pixels, without an autoencoder"),
     ],
 )
