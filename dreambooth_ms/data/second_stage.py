@@ -45,18 +45,13 @@ def small_ones(schedule: NoiseSchedule) -> SecondStage:
 
 
 def of_request(
-    small_NChw: np.ndarray,
-    size: tuple[int, int],
-    level: int,
-    schedule: NoiseSchedule,
-    seed: int,
-    numbers: Sequence[int],
+    small_NChw: np.ndarray, size: tuple[int, int], level: int, noise: NoiseSchedule, seed: int, numbers: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is read in sampling: small pictures from -1 to 1, noisy at one level and enlarged to `size`, (N, C, H, W)
     float32, and class labels (N,) float32. The noise is a function of the seed and of a picture's own number among
     `numbers`. ConfigError if there is no such level."""
-    if not 0 <= level < (count := len(schedule.alphas_cumprod)):
+    if not 0 <= level < (count := len(noise.alphas_cumprod)):
         raise ConfigError(f"--noise_level {level}: expected 0 to {count - 1}; 250 is usual")
     levels_N = np.full(len(small_NChw), level)
-    noise = [standard_normal((small_NChw.shape[1], *size), seed, PURPOSE, row=number) for number in numbers]
-    return low_resolution(schedule, levels_N, small_NChw, np.stack(noise)), levels_N.astype(np.float32)
+    drawn = [standard_normal((small_NChw.shape[1], *size), seed, PURPOSE, row=number) for number in numbers]
+    return low_resolution(noise, levels_N, small_NChw, np.stack(drawn)), levels_N.astype(np.float32)
