@@ -326,7 +326,7 @@ def _xlm_r(has_pre_transformation: bool = False) -> Any:
     from dreambooth_ms.models.roberta import RobertaSeriesModelWithTransformation
     from dreambooth_ms.models.specs import RobertaSpec
 
-    own = {"max_position_embeddings": 100, "type_vocab_size": 1, "project_dim": 32}
+    own: dict[str, Any] = {"max_position_embeddings": 100, "type_vocab_size": 1, "project_dim": 32}
     transformer = replace(_text_spec().transformer, hidden_act="gelu")
     spec = RobertaSpec(transformer=transformer, vocab_size=WORDS, **own, has_pre_transformation=has_pre_transformation)
     return _named(RobertaSeriesModelWithTransformation(spec))

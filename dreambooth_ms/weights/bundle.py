@@ -157,9 +157,9 @@ class TextReader(Role):
     def of_sentences(cls, name: str, stored: StoredNetwork[T5Spec | RobertaSpec], folder: Path) -> "TextReader":
         """T5's encoder, which reads lower case, or XLM-R, with its tokenizer's folder. A text is cut and filled up to
         what diffusers' pipelines read, and no token sees what fills it up, if the model does not say otherwise."""
-        spec = stored.spec
+        spec, layers = stored.spec, tuple[str, ...]()
         if isinstance(spec, T5Spec):
-            longest, width, layers, cell = LENGTH, spec.d_model, (), partial(T5EncoderModel, spec, True)
+            longest, width, cell = LENGTH, spec.d_model, partial(T5EncoderModel, spec, True)
         else:
             longest, width, layers = min(LENGTH, spec.longest), spec.project_dim, XLM_R_TARGETS
             cell = partial(RobertaSeriesModelWithTransformation, spec)
