@@ -306,7 +306,9 @@ def test_ddim_adds_noise_as_diffusers_does_with_eta(eta, said, monkeypatch):
     for index, timestep in enumerate(reference.timesteps):
         noise = torch.tensor(RowNoise(SEED, index, [0, 1]).standard_normal(start.shape))
         prediction = 0.1 * expected + torch.tensor(field)
-        expected = reference.step(prediction, timestep, expected, eta=eta, variance_noise=noise).prev_sample
+        # At a whole 1, diffusers' own first step from nothing is NaN on some processors (seen on an Intel Xeon).
+        below = min(eta, 1 - 2.0**-22)
+        expected = reference.step(prediction, timestep, expected, eta=below, variance_noise=noise).prev_sample
         latents = trajectory.step(index, latents * 0.1 + Tensor(field), latents)
         assert np.isfinite(expected.numpy()).all()
         # The first step from nothing takes the root of a difference of equal numbers: of float32's last bits.
