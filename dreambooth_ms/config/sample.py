@@ -4,18 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dreambooth_ms.config.choices import SD_XL_BASE_RATIOS
-from dreambooth_ms.config.ranges import (
-    INNER_SHARE,
-    NOT_EMPTY,
-    PART,
-    PATH,
-    SCORE,
-    SHARE,
-    SIDE,
-    STEPS,
-    Range,
-    at_least,
-)
+from dreambooth_ms.config.ranges import INNER_SHARE, NOT_EMPTY, PART, PATH, SCORE, SHARE, SIDE, STEPS, Range, at_least
 from dreambooth_ms.config.rules import Rule, excludes, needs, no_effect, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
 from dreambooth_ms.config.shared import Background, DeviceConfig, GenerationConfig, ScheduleConfig, WeightsConfig

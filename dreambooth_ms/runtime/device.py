@@ -35,15 +35,18 @@ _formulation = Formulation.CPU
 def set_up_device(target: str, ms_mode: int, deterministic: bool = True, jit_level: str | None = None) -> str:
     """Choose the device and how it computes, as `DeviceConfig` has it; returns the one in use, "CPU" or "Ascend".
 
-    Call it once, before any cell is built and before processes communicate. DeviceError if Ascend was asked for and
-    there is none.
+    Call it once, before any cell is built and before processes communicate.
+
+    Raises:
+        DeviceError: Ascend was asked for and there is none.
     """
     global _formulation
     ascend = find_ascend()
     if target == "Ascend" and not ascend.is_usable:
-        doctor = "`dreambooth-ms doctor --device_target Ascend` tells what to look at"
-        remedy = f"{doctor}; use --device_target CPU or auto to do without"
-        raise DeviceError(f"--device_target Ascend: {ascend.obstacle or NO_CARD}; {remedy}")
+        raise DeviceError(
+            f"--device_target Ascend: {ascend.obstacle or NO_CARD}; `dreambooth-ms doctor "
+            "--device_target Ascend` tells what to look at; use --device_target CPU or auto to do without"
+        )
     device = "Ascend" if target != "CPU" and ascend.is_usable else "CPU"
     ms.set_device(device)
     if device == "CPU":
@@ -77,11 +80,16 @@ def settled_precision(mixed_precision: Precision | None) -> Precision | None:
 
 
 def compute_dtype(mixed_precision: str | None) -> ms.Type:
-    """What a settled `--mixed_precision` lets networks compute in; None is no. DeviceError for bf16 on CPU, where
-    MindSpore has no kernels for it (measured)."""
+    """What a settled `--mixed_precision` lets networks compute in; None is no.
+
+    Raises:
+        DeviceError: bf16 on CPU, where MindSpore has no kernels for it (measured).
+    """
     if mixed_precision == "bf16" and _formulation is Formulation.CPU:
-        remedy = "use fp16 there to try mixed precision out, or no, which is faster"
-        raise DeviceError(f"--mixed_precision bf16: the CPU cannot compute in bfloat16; {remedy}")
+        raise DeviceError(
+            "--mixed_precision bf16: the CPU cannot compute in bfloat16; use fp16 there to try mixed precision out, or "
+            "no, which is faster"
+        )
     return {"fp16": ms.float16, "bf16": ms.bfloat16}.get(mixed_precision or "no", ms.float32)
 
 
