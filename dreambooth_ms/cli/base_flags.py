@@ -12,8 +12,7 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 
 def check_base(config: TrainConfig, base: ModelBundle) -> None:
-    """Raise ConfigError, a line for each, if there are such flags; and as what reads the base's tokenizers, or
-    pictures that it is to enlarge."""
+    """Raise ConfigError, a line for each, if there are; and as what reads tokenizers, and pictures to enlarge."""
     if found := [*_of_text(config, base), *(_of_second_stage if base.enlarges else _of_others)(config, base)]:
         raise ConfigError("\n".join(found))
 

@@ -42,6 +42,9 @@ def check_expected_memory(
     would need less. `--max_device_memory` is of each process. All processes must ask at the same time."""
     run, expected = config.run, memory.estimate(_workload(config, folder, processes.count))
     tell(str(expected))
+    read = (math.prod(shape) for one in folder.text for shape in text_shapes(one.spec).values())
+    if (reading := memory.FLOAT32 * sum(read)) > expected.total:
+        tell(f"expected memory before that, while prompts are read: {memory.gib(reading)} GiB")
     advice = [] if run.gradient_checkpointing else ["--gradient_checkpointing"]
     advice += [f"a --train_batch_size below {run.train_batch_size}"] if run.train_batch_size > 1 else []
     advice += [f"a --resolution below {config.data.resolution}"]

@@ -79,7 +79,8 @@ class ShowValidation:
 def validation_request(job: TrainingJob, prompts: tuple[str, ...], count: int) -> SampleRequest:
     """So many pictures of each prompt, or one for each that is enlarged, as --validation_* says, one at a time."""
     wanted, side = job.config.validation, job.config.data.resolution
-    small = [_small(job, Path(path)) for path in wanted.validation_images or ()]
+    read = (open_picture(Path(path), job.config.data.transparent_background) for path in wanted.validation_images or ())
+    small = [fitted(picture, side // ENLARGED, side // ENLARGED) for picture in read]
     return SampleRequest(
         prompts=prompts,
         negative_prompt=wanted.validation_negative_prompt,
@@ -106,12 +107,6 @@ def lent_model(job: TrainingJob, unet: nn.Cell, training: Training, request: Sam
         model.embeddings(request)  # So that the text encoders are gone before the first step.
     model.load()
     return model
-
-
-def _small(job: TrainingJob, path: Path) -> np.ndarray:
-    """A picture (3, h, w) that the base enlarges to the size of the training."""
-    side = job.config.data.resolution // ENLARGED
-    return fitted(open_picture(path, job.config.data.transparent_background), side, side)
 
 
 def _to_inpaint(job: TrainingJob, record: Record, size: Size) -> dict[str, Any]:
