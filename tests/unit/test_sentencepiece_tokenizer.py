@@ -63,7 +63,7 @@ def test_lengths_and_what_is_lost(form):
 
 def test_new_words_are_found_as_transformers_does(form):
     folder, _, name = form
-    reference = FORMS["t5" if name == "spiece.model" else "xlm-r"][0].from_pretrained(str(folder))
+    reference = FORMS["t5" if name == "spiece.model" else "xlm-r"].from_pretrained(str(folder))
     reference.add_tokens(["<new1>", "sks dog"])
     first, prompt = len(reference) - 2, "a photo of <new1>, and of sks dog on the beach<new1>"
     tokenizer = SentencePieceTokenizer(folder, vocab_size=first).with_words({"<new1>": 1, "sks dog": 1})
