@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace as Base
 
 import pytest
 
@@ -14,7 +15,7 @@ from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import DeviceError
 from dreambooth_ms.models.layout import unet_layout
 from dreambooth_ms.models.parameter_shapes import clip_text_shapes, unet_shapes
-from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET
+from dreambooth_ms.models.specs import CLIP_L_TEXT, OPENCLIP_H_TEXT, SD_15_UNET, SD_21_UNET, SDXL_UNET, T5Spec
 from dreambooth_ms.models.unet import Segments, UNet2DConditionModel
 from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.runtime.device import Formulation
@@ -212,12 +213,23 @@ def check(monkeypatch):
     monkeypatch.setattr(training_needs, "_workload", lambda *of: None)
     monkeypatch.setattr(memory, "estimate", lambda work: expected)
 
-    def check(limit, processes=1):
+    def check(limit, processes=1, readers=()):
         monkeypatch.setattr(training_needs, "machine_memory", lambda: limit)
-        group = Processes(0, processes, exchange=lambda what, value: [value] * processes)
-        training_needs.check_expected_memory(load(TrainConfig, FLAGS), None, group)
+        group, base = Processes(0, processes, exchange=lambda what, value: [value] * processes), Base(text=readers)
+        said: list[str] = []
+        training_needs.check_expected_memory(load(TrainConfig, FLAGS), base, group, said.append)
+        return said
 
     return check
+
+
+def test_what_reads_prompts_is_told_where_it_takes_more_than_a_step(check):
+    """T5 of DeepFloyd IF, which is gone before the first step."""
+    t5 = T5Spec(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    assert check(8 * GIB, readers=[Base(spec=t5)])[1:] == [
+        "expected memory before that, while prompts are read: 17.7 GiB"
+    ]
+    assert not check(8 * GIB, readers=[Base(spec=CLIP_L_TEXT)])[1:]
 
 
 def test_what_does_not_fit_is_refused(check):
