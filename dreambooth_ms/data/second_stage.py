@@ -50,7 +50,8 @@ def of_request(
     """What is read in sampling: small pictures from -1 to 1, noisy at one level and enlarged to `size`, (N, C, H, W)
     float32, and class labels (N,) float32. The noise is a function of the seed and of a picture's own number among
     `numbers`. ConfigError if there is no such level."""
-    if not 0 <= level < (count := len(noise.alphas_cumprod)):
+    count = len(noise.alphas_cumprod)
+    if not 0 <= level < count:
         raise ConfigError(f"--noise_level {level}: expected 0 to {count - 1}; 250 is usual")
     levels_N = np.full(len(small_NChw), level)
     drawn = [standard_normal((small_NChw.shape[1], *size), seed, PURPOSE, row=number) for number in numbers]
