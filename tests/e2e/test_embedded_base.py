@@ -138,7 +138,7 @@ def test_custom_diffusion_learns_two_words_at_once_or_merged(base, tmp_path):
     train("both", "star+star", "--modifier_token", "<new1>+<new2>", *several)
     for word, colour in words.items():
         one = ["--instance_prompt", f"a photo of a {word} star", "--instance_data_dir", str(tmp_path / colour)]
-        train(f"{colour}_run", "star", "--modifier_token", word, "--max_train_steps", "50", *one)
+        train(f"{colour}_run", "star", "--modifier_token", word, "--max_train_steps", "120", *one)
     runs = [str(tmp_path / f"{colour}_run") for colour in words.values()]
     target = str(tmp_path / "merged")
     assert main(["merge", "--base", str(BASE), "--concepts", *runs, "--target", target]) == 0
