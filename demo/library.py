@@ -317,12 +317,14 @@ def read_run(folder: Path) -> Run | None:
 
 def find_followers(facts: ModelFacts, shelf: Shelf) -> list[Path]:
     """The models that go on from a model's pictures: SDXL's refiners, or of IF the second stages."""
-    known = {path: own for path in shelf.models if (own := _facts(path))}
-    if facts.family is Family.IF and not facts.enlarges:
-        return [path for path, own in known.items() if own.enlarges]
+    is_first_stage = facts.family is Family.IF and not facts.enlarges
     # A refiner would change what a mask keeps.
-    takes_one = facts.family is Family.SDXL and not facts.inpaints
-    return [path for path, own in known.items() if takes_one and own.family is Family.SDXL_REFINER]
+    if not is_first_stage and (facts.family is not Family.SDXL or facts.inpaints):
+        return []
+    known = {path: own for path in shelf.models if (own := _facts(path))}
+    return [
+        path for path, own in known.items() if (own.enlarges if is_first_stage else own.family is Family.SDXL_REFINER)
+    ]
 
 
 def _facts(path: Path) -> ModelFacts | None:
