@@ -3,6 +3,7 @@
     python -m tools.bench_step                     # the embedded base's size; needs tests/requirements.txt
     python -m tools.bench_step --size sd15         # Stable Diffusion 1.5 at 512 px
     python -m tools.bench_step --size sdxl --pairs 1 --steps 2    # SDXL base at 512 px
+    python -m tools.bench_step --size if1 --pairs 1 --steps 2     # stage I of DeepFloyd IF, M, at 64 px
     python -m tools.bench_step --method full
     python -m tools.bench_step --processes 2       # two of ours beside one of the peer with the rows of both
     python -m tools.bench_step --size sdxl --resolution 1024 --gradient_checkpointing --only ours --steps 1
@@ -52,6 +53,27 @@ SAME_LOSS = 1e-3
 """How far the losses of the first step may differ, as a part of the loss; sums are taken in another order."""
 
 
+IF_1_M = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": [192, 384, 576, 768],
+    "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3],
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"],
+    "layers_per_block": 3,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 768,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": 4096,
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 64,
+    "resnet_time_scale_shift": "scale_shift",
+    "act_fn": "gelu",
+}
+"""UNet of DeepFloyd IF's first stage, M: 371,605,830 parameters. The widths are from memory of its config.json."""
+
+
 @dataclass(frozen=True)
 class Size:
     """A UNet and the pictures that it is made for."""
@@ -76,6 +98,7 @@ SIZES = {
         downsampling=8,
     ),
     "sdxl": Size(SDXL_UNET, resolution=512, downsampling=8),
+    "if1": Size(read_unet_config(IF_1_M), resolution=64, downsampling=1),
 }
 """`tiny` is the size of the embedded base; `sd15-half` has half the widths of SD 1.5."""
 
@@ -150,7 +173,7 @@ def _draw_part(job: Job, step: int) -> Rows:
         standard_normal(latent_shape, SEED, "bench latents", step),
         standard_normal(latent_shape, SEED, "bench noise", step),
         generator(SEED, "bench timesteps", step).integers(1000, size=2, dtype=np.int32),
-        standard_normal((2, TEXT_TOKENS, job.unet.cross_attention_dim), SEED, "bench text", step),
+        standard_normal((2, TEXT_TOKENS, job.unet.text_width), SEED, "bench text", step),
         standard_normal((2, pooled_width), SEED, "bench pooled", step),
         np.array(sizes, np.float32),
     )
@@ -260,7 +283,7 @@ def build_peer(job: Job, mark: Callable[[str], None], processes: Processes = ALO
         added = {"text_embeds": pooled, "time_ids": sizes} if sizes.numel() else None
         noisy = scheduler.add_noise(latents, noise, timesteps.long())
         with torch.autocast("cpu", torch.float16, enabled=half):
-            prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample.float()
+            prediction = unet(noisy, timesteps, text, added_cond_kwargs=added).sample.float()[:, : noise.shape[1]]
         of_subject, of_class = prediction.chunk(2)
         noise_of_subject, noise_of_class = noise.chunk(2)
         loss = torch.nn.functional.mse_loss(of_subject, noise_of_subject)

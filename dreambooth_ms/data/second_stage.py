@@ -50,9 +50,14 @@ def of_request(
     """What is read in sampling: small pictures from -1 to 1, noisy at one level and enlarged to `size`, (N, C, H, W)
     float32, and class labels (N,) float32. The noise is a function of the seed and of a picture's own number among
     `numbers`. ConfigError if there is no such level."""
-    count = len(noise.alphas_cumprod)
-    if not 0 <= level < count:
-        raise ConfigError(f"--noise_level {level}: expected 0 to {count - 1}; 250 is usual")
+    check_level(level, noise)
     levels_N = np.full(len(small_NChw), level)
     drawn = [standard_normal((small_NChw.shape[1], *size), seed, PURPOSE, row=number) for number in numbers]
     return low_resolution(noise, levels_N, small_NChw, np.stack(drawn)), levels_N.astype(np.float32)
+
+
+def check_level(level: int, noise: NoiseSchedule) -> None:
+    """Raise ConfigError if there is no such level of noise."""
+    count = len(noise.alphas_cumprod)
+    if not 0 <= level < count:
+        raise ConfigError(f"--noise_level {level}: expected 0 to {count - 1}; 250 is usual")

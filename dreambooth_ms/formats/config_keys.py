@@ -54,13 +54,13 @@ def check_keys(config: Mapping[str, Any], table: str) -> None:
     for key, value in config.items():
         if key not in keys and not (key.startswith("_") or _is_off(value)):
             raise WeightError(
-                f"{key} {reprlib.repr(value)} is not known, and may mean another network; use SD 1.x, 2.x or SDXL, "
-                "or take the key out if it means nothing"
+                f"{key} {reprlib.repr(value)} is not known, and may mean another network; "
+                "use SD 1.x, 2.x, SDXL, IF or AltDiffusion, or take the key out if it means nothing"
             )
         if key in keys and not _fits(value, keys[key]):
             raise WeightError(
                 f"{key}: expected {_words(keys[key])}, got {reprlib.repr(value)}; "
-                "download it again, or use SD 1.x, 2.x or SDXL"
+                "download it again, or use SD 1.x, 2.x, SDXL, IF or AltDiffusion"
             )
 
 

@@ -273,7 +273,7 @@ def read_scheduler_config(config: Config) -> NoiseScheduleSpec | EdmSpec:
     if kind not in BETAS:
         raise WeightError(
             f"{name}: for models that are trained in another way (flow matching, or one that is not known); "
-            "use SD 1.x, 2.x or SDXL"
+            "use SD 1.x, 2.x, SDXL, IF or AltDiffusion"
         )
     check_keys(config, "scheduler")
     switches = [key for key in ("karras", "exponential", "beta") if config.get(f"use_{key}_sigmas")]

@@ -377,6 +377,7 @@ def sample_enlarged(
         purpose=f"{request.purpose}, enlarged",
     )
     last.latent_shape(height, width)
+    second_stage.check_level(wanted.noise_level, last.noise_of_small)
     check_scheduler(own.scheduler, last.schedule.config, own.num_inference_steps, last.predicts_variance)
     # All at once, because the text encoders are loaded anew each time.
     texts = base.embeddings(replace(request, prompts=(*request.prompts, *own.prompts)))

@@ -187,7 +187,8 @@ def open_model(
         raise WeightError(f"{path}: a folder keeps no moving averages (EMA) beside its weights; leave out --use_ema")
     index = read_json(path / INDEX, f"{path} is not a model folder in diffusers' layout")
     if "unet" not in index:
-        raise WeightError(f"{path}: {index.get('_class_name')} is another kind of model; use SD 1.x, SD 2.x or SDXL")
+        kind = index.get("_class_name")
+        raise WeightError(f"{path}: {kind} is another kind of model; use SD 1.x, 2.x, SDXL, IF or AltDiffusion")
     named = [part for part in NETWORKS if index.get(part, ABSENT) != ABSENT and part not in (unused or ())]
     there = named if unused is not None else [part for part in named if (path / part).is_dir()]
     files = {part: weight_file(path / part, part, variant) for part in there}

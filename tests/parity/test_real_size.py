@@ -20,6 +20,7 @@ from transformers import CLIPTextModel as ReferenceText
 from transformers import CLIPTextModelWithProjection as ReferenceProjectedText
 
 from dreambooth_ms.adapters.lora import inject_lora, lora_trainables
+from dreambooth_ms.formats.model_config import read_unet_config
 from dreambooth_ms.models.clip import CLIPTextModel, end_positions
 from dreambooth_ms.models.layers import CellMethod
 from dreambooth_ms.models.parameters import public_parameters
@@ -37,7 +38,8 @@ from dreambooth_ms.models.specs import (
 from dreambooth_ms.models.unet import UNet2DConditionModel
 from dreambooth_ms.models.vae import AutoencoderKL
 from dreambooth_ms.weights.bundle import BUFFERS, load_strict
-from tests.parity.reference import normal, relative_error, weights_of
+from tests.parity.reference import disturbed, normal, relative_error, weights_of
+from tools.bench_step import IF_1_M
 
 pytestmark = pytest.mark.real
 
@@ -200,6 +202,19 @@ def test_the_unet_of_sdxl_at_256_pixels_is_diffusers(spec, published):
     for name, weight in weights.items():
         weight.write(drawn_weight(name, shapes[name]))
     assert_close("UNet", network(*map(Tensor, inputs)), expected)
+
+
+def test_the_first_unet_of_if_is_diffusers():
+    pictures, timesteps, text = normal(1, 3, 64, 64), np.array([501], np.int32), normal(1, 77, 4096)
+    reference = disturbed(ReferenceUNet(**IF_1_M).eval())
+    with torch.no_grad():
+        expected = reference(torch.tensor(pictures), torch.tensor(timesteps), torch.tensor(text)).sample.numpy()
+    network = UNet2DConditionModel(read_unet_config(dict(reference.config)))
+    assert sum(weight.size for weight in network.get_parameters()) == 371_605_830
+    load_strict(network, weights_of(reference), "diffusers")
+    del reference
+    gc.collect()
+    assert_close("UNet", network(Tensor(pictures), Tensor(timesteps), Tensor(text)), expected)
 
 
 def drawn_weight(name, shape):

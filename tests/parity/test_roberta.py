@@ -136,3 +136,14 @@ def test_another_model_is_refused(tmp_path, change, message):
     config = {key: value for key, value in config.items() if value is not ...}
     with pytest.raises(WeightError, match=message):
         read_config(tmp_path / "config.json", config, read_roberta_config)
+
+
+@pytest.mark.real
+def test_a_layer_of_the_published_width_is_diffusers():
+    """12.6 M parameters, and a table of 60 tokens."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 16}
+    reference = small_roberta(**sizes, project_dim=768)
+    with torch.no_grad():
+        error = relative_error(ours(reference)(Tensor(IDS)), states_of(reference, True))
+    print(f"a layer of XLM-R large: {error:.1e}")
+    assert error < FORWARD
