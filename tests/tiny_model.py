@@ -250,10 +250,11 @@ def write_sentencepiece(folder: Path, form: str) -> int:
     return 210
 
 
-def write_random_if(folder: Path, seed: int = 0, second: bool = False, **unet: Any) -> Path:
+def write_random_if(folder: Path, seed: int = 0, second: bool = False, levels: int = 2, **unet: Any) -> Path:
     """A model folder of DeepFloyd IF: a first stage of 32 x 32 pixels, or a second one of 64 x 64."""
     own: dict[str, Any] = {} if second else {"in_channels": 3, "class_embed_type": None}
-    spec = replace(IF_UNET, **{"sample_size": 64 if second else 32} | own | unet)
+    own |= {"layers_per_block": (1,)} if levels == 1 else {}
+    spec = replace(of_levels(IF_UNET, levels), **{"sample_size": 64 if second else 32} | own | unet)
     vocabulary = write_sentencepiece(folder / "tokenizer", "t5")
     text = T5Spec(vocab_size=vocabulary, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
     parts = (

@@ -48,7 +48,9 @@ def plain_prompts(count):
 
 def test_nine_of_ten_samples_show_the_shape_and_colour_of_their_prompt(base):
     rows = plain_prompts(64)
-    pictures = sampled(base, [prompt for _, _, prompt in rows], purpose="base quality", batch_size=32)
+    pictures = sampled(
+        base, [prompt for _, _, prompt in rows], purpose="base quality", batch_size=32, num_inference_steps=20
+    )
     right = [shows(picture, shape, colour) for (shape, colour, _), picture in zip(rows, pictures, strict=True)]
     missed = [prompt for (_, _, prompt), is_right in zip(rows, right, strict=True) if not is_right]
     print(f"{sum(right)} of {len(right)} right; missed: {missed}")

@@ -13,10 +13,10 @@ from tests.tiny_model import write_random_model
 KINDS = {
     "PiSSA and LoRA+": "--init_lora_weights pissa --loraplus_lr_ratio 4 --use_rslora True --train_text_encoder True",
     "LoCon": "--adapter locon --lora_target_modules to_q conv1 proj_in --rank_pattern {'to_q':2} --conv_alpha 1",
-    "DoRA": "--adapter dora",
-    "LoHa": "--adapter loha",
-    "LoKr": "--adapter lokr --rank 2 --lokr_factor 4",
-    "OFT": "--adapter oft --oft_block_size 8",
+    "DoRA": "--adapter dora --lora_target_modules to_q to_v",
+    "LoHa": "--adapter loha --lora_target_modules to_k to_out.0",
+    "LoKr": "--adapter lokr --lora_target_modules to_q to_v --rank 2 --lokr_factor 4",
+    "OFT": "--adapter oft --lora_target_modules to_q to_v --oft_block_size 8",
 }
 RANKS = {"PiSSA and LoRA+": {8}, "LoCon": {2, 4}, "LoKr": {0, 2}, "OFT": {0}}
 """Of what each writes, 0 where there is none; else 4."""

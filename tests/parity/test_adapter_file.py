@@ -98,7 +98,7 @@ def settings_of(updates):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("model"))
+    return write_random_model(tmp_path_factory.mktemp("model"), levels=1)
 
 
 @pytest.fixture(scope="module")

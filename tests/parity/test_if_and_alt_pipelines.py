@@ -39,11 +39,11 @@ LATENTS = 1e-3
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     return {
-        "first": write_random_if(home / "first"),
-        "second": write_random_if(home / "second", second=True, only_cross_attention=True),
-        "alt": write_random_alt(home / "alt"),
-        "m18": write_random_alt(home / "m18", has_pre_transformation=True),
-        "unmasked": write_random_alt(home / "unmasked", use_attention_mask=False),
+        "first": write_random_if(home / "first", levels=1),
+        "second": write_random_if(home / "second", second=True, levels=1, only_cross_attention=True),
+        "alt": write_random_alt(home / "alt", levels=1),
+        "m18": write_random_alt(home / "m18", levels=1, has_pre_transformation=True),
+        "unmasked": write_random_alt(home / "unmasked", levels=1, use_attention_mask=False),
     }
 
 
@@ -148,7 +148,7 @@ def test_what_does_not_go_together_is_said(models):
 
 
 def test_a_second_stage_without_text_encoder_is_read_by_the_first_one(models, folders, tmp_path):
-    folder = write_random_if(tmp_path / "second", second=True, only_cross_attention=True)
+    folder = write_random_if(tmp_path / "second", second=True, levels=1, only_cross_attention=True)
     index = read_json(folder / "model_index.json")
     write_json(folder / "model_index.json", index | {"text_encoder": [None, None]})
     bundle = open_bundle(folder)

@@ -33,7 +33,7 @@ STEP = 42
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("base"))
+    return write_random_model(tmp_path_factory.mktemp("base"), levels=1)
 
 
 @pytest.fixture(scope="module")
