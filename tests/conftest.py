@@ -21,7 +21,7 @@ def device(tmp_path_factory):
     if "PYTEST_XDIST_WORKER" in os.environ:
         temporary = temporary.parent
     os.environ["XDG_CACHE_HOME"] = str(temporary / "cache")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     set_up_device("CPU", 0)
 
 
@@ -29,8 +29,8 @@ def device(tmp_path_factory):
 def given_back(device):
     """A file's graphs are gone before the next file's are compiled.
 
-    MindSpore keeps graphs with their weights, 8 GB of them after a whole run, looks through all at each compilation, and
-    has all objects collected before: a third of the time at the end (measured). What is left then is not looked at again.
+    MindSpore keeps graphs with their weights, 8 GB of them after a whole run, looks through all at each compilation,
+    and has all objects collected before: a third of the time at the end (measured). What stays is not looked at again.
     """
     yield
     gc.collect()

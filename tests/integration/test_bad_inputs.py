@@ -34,7 +34,7 @@ SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 def shared(tmp_path_factory):
     """A model and three photographs."""
     shared = tmp_path_factory.mktemp("shared")
-    write_random_model(shared / "model", levels=1)
+    write_random_model(shared / "model")
     (shared / "dog").mkdir()
     for number in range(3):
         (shared / "dog" / f"{number}.png").write_bytes(encoded("PNG", seed=number))

@@ -197,17 +197,20 @@ def test_what_was_trained_samples_one_stage_behind_the_other(home, runs):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(home):
-    """Stage II, on small pictures, with photographs of the class."""
-    words = "--pretrained_model_name_or_path if2 --instance_data_dir dog --instance_prompt 'a sks dog' --resolution 32 "
-    words += (
-        "--train_batch_size 1 --low_res_conditioning --with_prior_preservation --real_prior --class_data_dir reals "
-    )
+    """Stage II, on small pictures that have captions, masks and a size of their own, with photographs of the class."""
+    words = "--pretrained_model_name_or_path if2 --instance_data_dir captioned --use_txt_as_label --mask_dir masks "
+    words += "--resolution 32 --use_aspect_ratio_bucket --max_buckets 1 --train_batch_size 1 --low_res_conditioning "
+    words += "--with_prior_preservation --real_prior --class_data_dir reals "
     words += "--class_prompt 'a dog' --num_class_images 2 --checkpointing_steps 1 --seed 1"
-    (home / "reals").mkdir()
+    for folder, caption in (("captioned", "a sks dog, {}"), ("reals", "a dog, {}")):
+        (home / folder).mkdir()
+        for number in (3, 4):
+            with Image.open(home / "dog" / f"{number}.png") as picture:
+                picture.crop((0, 0, 64, 40)).save(home / folder / f"{number}.png")
+            (home / folder / f"{number}.txt").write_text(caption.format(number))
+    (home / "masks").mkdir()
     for number in (3, 4):
-        with Image.open(home / "dog" / f"{number}.png") as picture:
-            picture.save(home / "reals" / f"{number}.png")
-        (home / "reals" / f"{number}.txt").write_text(f"a dog, {number}")
+        Image.linear_gradient("L").resize((64, 40)).save(home / "masks" / f"{number}.png")
     for steps, output in (("2", "whole"), ("1", "parts"), ("2", "parts")):
         assert main(["train", *shlex.split(words), "--max_train_steps", steps, "--output_dir", output]) == 0
     whole, parts = (load_file(home / output / "checkpoint-2" / STATE) for output in ("whole", "parts"))
@@ -230,6 +233,7 @@ PLAIN = "--instance_data_dir dog --instance_prompt 'a sks dog' --max_train_steps
             "--class_data_dir: this base enlarges pictures and generates none",
         ),
         ("if1", "--train_text_encoder --text_encoder_lr 1e-5", "--train_text_encoder: text_encoder of if1 is T5"),
+        ("if1", "--resolution 64", "--resolution 64: if1 was trained on pictures of 32 px; give 32"),
         ("if1", "--tokenizer_max_length 512", "--tokenizer_max_length 512: a prompt is 77 tokens with this base"),
         ("alt", "--train_new_words --modifier_token <new>", "--modifier_token: new words are for CLIP"),
         ("if1", "--method custom_diffusion", "--method custom_diffusion: trains cross-attention of SD"),

@@ -43,7 +43,7 @@ LATENTS = 1e-4
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     return {
-        "sd1": write_random_model(home / "sd1", levels=1),
+        "sd1": write_random_model(home / "sd1"),
         "base": write_random_sdxl(home / "base", levels=1),
         "refiner": write_random_sdxl(home / "refiner", refiner=True, levels=1),
     }

@@ -515,8 +515,8 @@ def compared(request, training_of):
 
 
 def levels_of(case):
-    """Of the UNet: both for the first case of what is trained; the others are there for their rows, or their text."""
-    return 2 if not case.trained.words and case is next(one for one in CASES if one.trained == case.trained) else 1
+    """Of the UNet: both for some of what trains every layer; the others are there for their rows, or their text."""
+    return 2 if case.trained in (LORA_OF_ALL_LAYERS, FULL, SDXL_FULL) else 1
 
 
 def in_one_batch(case):
