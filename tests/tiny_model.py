@@ -121,14 +121,15 @@ IF_SCHEDULER = {
 
 
 def of_levels(unet: UNetSpec, levels: int) -> UNetSpec:
-    """The UNet with its two resolutions, or with the one that has transformers alone: half the time to compile."""
+    """The UNet with its two resolutions; or with the one that has transformers alone, half the time to compile; or, of
+    no level, with one that has a transformer in the middle alone, half of that."""
     if levels == 2:
         return unet
     kept = unet.has_attention.index(True)
     return replace(
         unet,
         block_out_channels=(unet.block_out_channels[0],),
-        has_attention=(True,),
+        has_attention=(levels == 1,),
         num_heads=(unet.num_heads[kept],),
         transformer_layers_per_block=unet.transformer_layers(kept),
     )
@@ -253,7 +254,7 @@ def write_sentencepiece(folder: Path, form: str) -> int:
 def write_random_if(folder: Path, seed: int = 0, second: bool = False, levels: int = 2, **unet: Any) -> Path:
     """A model folder of DeepFloyd IF: a first stage of 32 x 32 pixels, or a second one of 64 x 64."""
     own: dict[str, Any] = {} if second else {"in_channels": 3, "class_embed_type": None}
-    own |= {"layers_per_block": (1,)} if levels == 1 else {}
+    own |= {"layers_per_block": (1,)} if levels < 2 else {}
     spec = replace(of_levels(IF_UNET, levels), **{"sample_size": 64 if second else 32} | own | unet)
     vocabulary = write_sentencepiece(folder / "tokenizer", "t5")
     text = T5Spec(vocab_size=vocabulary, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=4)

@@ -103,8 +103,7 @@ class TrainingJob:
 
     @property
     def trained_base(self) -> ModelBundle:
-        """The base as it is denoised after the training."""
-        # The variance that IF predicts does not follow what it learns, as diffusers' scripts have it.
+        """The base as it is denoised after the training: the variance that IF predicts does not follow it."""
         fixed = {"variance_type": "fixed_small"} if self.base.predicts_variance else {}
         return self.base.with_schedule({**self.config.loss.changes, **fixed})
 

@@ -236,7 +236,9 @@ class Schedule:
     def as_marked(self, metadata: Mapping[str, str], path: Path) -> tuple[Config, list[str]]:
         """The changes with which an adapter was trained, by its metadata, and what a user should know of it. What was
         changed already stays as it is. WeightError if it was trained in EDM's formulation, and the model was not."""
-        said = {key.removeprefix(MARKS): value for key, value in metadata.items() if key.startswith(MARKS)}
+        # The variance that IF predicts does not follow what is learnt, whoever trains an adapter.
+        unsaid = {"variance_type": "fixed_small"} if self.config.get("variance_type") == "learned_range" else {}
+        said = unsaid | {key.removeprefix(MARKS): own for key, own in metadata.items() if key.startswith(MARKS)}
         is_edm = said.pop("_class_name", None)
         if is_edm and not model_config.is_edm(self.config):
             raise WeightError(

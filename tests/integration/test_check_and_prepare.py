@@ -22,7 +22,7 @@ from tests.unit.test_looks import scene
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("base"), levels=1)
+    return write_random_model(tmp_path_factory.mktemp("base"), levels=0)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def run(command, **values):
 def home(tmp_path_factory):
     """A base, photographs beside a stray file, and a run of two steps on them."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1)
+    write_random_model(home / "base", levels=0)
     write_subject(home / "photographs")
     (home / "photographs" / "notes.txt").write_text("not a picture")
     status = run(

@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     """Of SD 1, of whose text layers two can be left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny_model, "TEXT", replace(tiny_model.TEXT, num_hidden_layers=3))
-        return tiny_model.write_random_model(tmp_path_factory.mktemp("base"), levels=1)
+        return tiny_model.write_random_model(tmp_path_factory.mktemp("base"), levels=0)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def lora(folder, seed):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    base = str(write_random_model(folder / "base", levels=1))
+    base = str(write_random_model(folder / "base", levels=0))
     return ModelChoice(base, (lora(folder / "one", 1), lora(folder / "two", 2)))
 
 
@@ -122,7 +122,7 @@ def test_a_size_that_does_not_fit_is_a_sentence(sampler, model):
 
 def test_the_refiner_finishes_the_pictures_of_the_base(tmp_path):
     base, refiner = (
-        write_random_sdxl(tmp_path / name, refiner=name == "refiner", levels=1) for name in ("base", "refiner")
+        write_random_sdxl(tmp_path / name, refiner=name == "refiner", levels=0) for name in ("base", "refiner")
     )
     both = ModelChoice(str(base), refiner=str(refiner))
     sampler = Sampler(both, lambda message: None, 1)

@@ -96,9 +96,9 @@ FEW = "--validation_inference_steps=2 --num_validation_images=1 --infer_steps=2 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_random_if(home / "if1", levels=1)
-    write_random_if(home / "if2", second=True, levels=1, only_cross_attention=True, sample_size=32)
-    write_random_alt(home / "alt", levels=1)
+    write_random_if(home / "if1", levels=0)
+    write_random_if(home / "if2", second=True, levels=0, only_cross_attention=True, sample_size=32)
+    write_random_alt(home / "alt", levels=0)
     for name in ("bare", "damaged"):
         shutil.copytree(home / "if1", home / name)
     index = read_json(home / "bare" / "model_index.json")

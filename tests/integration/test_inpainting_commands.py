@@ -19,7 +19,7 @@ from tools.tiny_base.world import write_subject
 def home(tmp_path_factory):
     """A base, photographs and a mask of one."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1, in_channels=9)
+    write_random_model(home / "base", levels=0, in_channels=9)
     write_subject(home / "photographs")
     with Image.open(next((home / "photographs").glob("*.png"))) as photograph:
         photograph.save(home / "photograph.png")
@@ -166,7 +166,7 @@ def test_what_cannot_be_drawn_is_refused(home, monkeypatch, capsys, more, said):
 
 
 def test_another_base_takes_no_mask(home, capsys):
-    write_random_model(home / "plain", levels=1)
+    write_random_model(home / "plain", levels=0)
     status, pictures = inpaint(home, home / "plain", "none")
     assert (status, pictures) == (2, [])
     assert "plain is no base for inpainting, its UNet takes 4 channels and not 9; name one" in capsys.readouterr().err

@@ -55,8 +55,8 @@ class Place:
 
     def __init__(self, root):
         self.root = root
-        write_random_model(root / "sd", levels=1)
-        write_random_sdxl(root / "sdxl", levels=1)
+        write_random_model(root / "sd", levels=0)
+        write_random_sdxl(root / "sdxl", levels=0)
         for folder, count in (("dog", 3), ("class", 2)):
             (root / folder).mkdir()
             for number in range(count):

@@ -22,7 +22,7 @@ def test_only_the_unet_is_in_memory_when_training_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "train", look_instead_of_training)
     write_subject(tmp_path / "photographs")
     arguments = {
-        "pretrained_model_name_or_path": write_random_model(tmp_path / "base", levels=1),
+        "pretrained_model_name_or_path": write_random_model(tmp_path / "base", levels=0),
         "instance_data_dir": tmp_path / "photographs",
         "instance_prompt": "a photo of sks star",
         "class_data_dir": tmp_path / "class",

@@ -224,7 +224,7 @@ def held_files(folder):
 def home(tmp_path_factory):
     """A base model and three photographs."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "model", levels=1)
+    write_random_model(home / "model", levels=0)
     (home / "dog").mkdir()
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)

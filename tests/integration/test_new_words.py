@@ -52,7 +52,7 @@ def train(name):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1)
+    write_random_model(home / "base", levels=0)
     write_subject(home / "photographs")
     write_subject(home / "class")
     return home

@@ -19,7 +19,7 @@ WIDTH = 24
 def home(tmp_path_factory):
     """A base, a folder of Custom Diffusion with a word, an embedding alone, and photographs."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1)
+    write_random_model(home / "base", levels=0)
     rng = np.random.default_rng(0)
     weights = {
         f"{name.removeprefix('unet.').partition('.to_')[0]}.processor.to_{kind}_custom_diffusion.weight": tensor.shape

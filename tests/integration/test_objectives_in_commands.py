@@ -38,12 +38,12 @@ def changed(path, **values):
 def home(tmp_path_factory):
     """SDXL, the same as Playground, SD, and photographs."""
     home = tmp_path_factory.mktemp("home")
-    write_random_sdxl(home / "sdxl", levels=1)
+    write_random_sdxl(home / "sdxl", levels=0)
     shutil.copytree(home / "sdxl", home / "playground")
     changed(home / "playground" / "vae" / "config.json", **STATISTICS)
     write_json(home / "playground" / SCHEDULER, dict(EDM_SCHEDULER))
     changed(home / "playground" / INDEX, scheduler=["diffusers", EDM_SCHEDULER["_class_name"]])
-    write_random_model(home / "sd", levels=1)
+    write_random_model(home / "sd", levels=0)
     (home / "photographs").mkdir()
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)

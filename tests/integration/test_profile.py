@@ -17,7 +17,7 @@ STEPS, RECORDED = 4, 2
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1)
+    write_random_model(home / "base", levels=0)
     write_subject(home / "photographs")
     return home
 

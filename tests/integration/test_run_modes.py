@@ -40,7 +40,7 @@ class Place:
 
     def __init__(self, root):
         self.root = root
-        write_random_model(root / "model", levels=1)
+        write_random_model(root / "model", levels=0)
         for group, count in (("dog", 3), ("class", 2)):
             (root / group).mkdir()
             for i in range(count):
@@ -208,7 +208,7 @@ def test_other_pictures_or_weights_are_refused_by_name(place, resumed, monkeypat
     shutil.copytree("dog", "fewer")
     (place.root / "fewer" / "1.png").unlink()
     shutil.copytree("class", "others")
-    write_random_model(place.root / "other", seed=1, levels=1)
+    write_random_model(place.root / "other", seed=1, levels=0)
     for steps in (STEPS, STEPS + 3):
         other = "instance: 2.png, 9.png removed; instance: 0.png added; instance: 1.png changed"
         for flag, folder, said in (

@@ -21,8 +21,8 @@ from tests.tiny_model import write_random_sdxl
 def home(tmp_path_factory):
     """A base, photographs of different sizes, an autoencoder alone in its folder, and a run of two steps."""
     home = tmp_path_factory.mktemp("home")
-    write_random_sdxl(home / "base", levels=1)
-    shutil.copytree(write_random_sdxl(home / "other", seed=1, levels=1) / "vae", home / "vae")
+    write_random_sdxl(home / "base", levels=0)
+    shutil.copytree(write_random_sdxl(home / "other", seed=1, levels=0) / "vae", home / "vae")
     (home / "photographs").mkdir()
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 256, (40 + 9 * i, 50, 3), np.uint8)
@@ -73,7 +73,7 @@ def test_a_checkpoint_keeps_the_two_text_encoders_apart(home):
 
 def test_a_picture_is_sampled_with_the_adapter_and_refined(home):
     """At the model's own size."""
-    write_random_sdxl(home / "refiner", refiner=True, levels=1)
+    write_random_sdxl(home / "refiner", refiner=True, levels=0)
     status = main(
         [
             *("sample", "--weight", f"{home / 'base'},{home / 'run'}", "--prompt", "a photo of star"),

@@ -25,7 +25,7 @@ BEST = ("--keep_best", "fidelity", "--class_prompt", "a photo of star", "--valid
 def home(tmp_path_factory):
     """A base, five photographs and three that are held out."""
     home = tmp_path_factory.mktemp("home")
-    write_random_model(home / "base", levels=1)
+    write_random_model(home / "base", levels=0)
     for number, picture in enumerate(subject_pictures(8)):
         path = home / ("held_out" if number > 4 else "photographs") / f"{number}.png"
         path.parent.mkdir(exist_ok=True)

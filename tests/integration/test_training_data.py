@@ -16,7 +16,7 @@ from tools.tiny_base.world import write_subject
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("base"), levels=1)
+    return write_random_model(tmp_path_factory.mktemp("base"), levels=0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ STAR, SNOW = "a photo of sks star", "a photo of a star, in the snow"
 
 @pytest.fixture
 def home(tmp_path):
-    write_random_model(tmp_path / "base", levels=1)
+    write_random_model(tmp_path / "base", levels=0)
     write_subject(tmp_path / "photographs")
     (tmp_path / "prompts.txt").write_text(f"{SNOW}\n\n{STAR}\n{SNOW}\n", encoding="utf-8")
     return tmp_path

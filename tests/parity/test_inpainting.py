@@ -35,8 +35,8 @@ from tests.tiny_model import write_random_model, write_random_sdxl
 def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     return {
-        "sd1": write_random_model(home / "sd1", levels=1, in_channels=9),
-        "sdxl": write_random_sdxl(home / "sdxl", levels=1, in_channels=9),
+        "sd1": write_random_model(home / "sd1", levels=0, in_channels=9),
+        "sdxl": write_random_sdxl(home / "sdxl", levels=0, in_channels=9),
     }
 
 
@@ -110,7 +110,7 @@ def test_a_picture_does_not_depend_on_its_batch(models, picture, mask):
 
 
 def test_a_mask_that_cannot_be_used_is_refused(models, picture, mask, tmp_path):
-    plain = SamplingModel(open_bundle(write_random_model(tmp_path / "plain", levels=1)))
+    plain = SamplingModel(open_bundle(write_random_model(tmp_path / "plain", levels=0)))
     with pytest.raises(ConfigError, match=r"plain is no base for inpainting, its UNet takes 4 channels and not 9; "):
         plain.rows(request(image=picture, mask=mask))
     with pytest.raises(ConfigError, match=r"--mask: 48x32 pixels, its --image 32x48; give both in the same size"):

@@ -59,7 +59,7 @@ def training(request, tmp_path_factory):
     """The case and our training of it."""
     case = request.param
     folder = tmp_path_factory.mktemp("model")
-    path = (write_random_sdxl if case.trained.sdxl else write_random_model)(folder, levels=1)
+    path = (write_random_sdxl if case.trained.sdxl else write_random_model)(folder, levels=0)
     return case, HalfTraining(path, case.trained)
 
 

@@ -122,7 +122,7 @@ def change_of_weights(start):
 
 @pytest.fixture(scope="module")
 def training_of(tmp_path_factory):
-    path = write_random_model(tmp_path_factory.mktemp("model"), levels=1)
+    path = write_random_model(tmp_path_factory.mktemp("model"), levels=0)
     return cache(lambda kind, trained: kind(path, trained))
 
 

@@ -44,8 +44,8 @@ def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("models")
     return {
         "sd1": write_random_model(home / "sd1"),
-        "base": write_random_sdxl(home / "base", levels=1),
-        "refiner": write_random_sdxl(home / "refiner", refiner=True, levels=1),
+        "base": write_random_sdxl(home / "base", levels=0),
+        "refiner": write_random_sdxl(home / "refiner", refiner=True, levels=0),
     }
 
 
@@ -56,7 +56,7 @@ def models(folders):
 
 @pytest.fixture(scope="module")
 def edm_base(tmp_path_factory):
-    folder = write_random_sdxl(tmp_path_factory.mktemp("edm") / "base", levels=1)
+    folder = write_random_sdxl(tmp_path_factory.mktemp("edm") / "base", levels=0)
     changes = {
         "scheduler/scheduler_config.json": model_config.EDM_SCHEDULER,
         "vae/config.json": {"latents_mean": [-1.6, 2.0, 4.0, 0.3], "latents_std": [8.4, 6.0, 9.5, 5.2]},

@@ -336,7 +336,7 @@ def test_the_noise_of_eta_is_a_function_of_seed_picture_and_step():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("model"), levels=1)
+    return write_random_model(tmp_path_factory.mktemp("model"), levels=0)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ class InTorch(Reference):
 def compared(request, tmp_path_factory):
     case = CASES[request.param]
     trained = case.trained
-    folder = write_random_if(tmp_path_factory.mktemp("model"), second=trained.second, levels=1)
+    folder = write_random_if(tmp_path_factory.mktemp("model"), second=trained.second, levels=0)
     training, bundle = Training(folder, trained), open_bundle(folder)
     plan = plan_of(case.batch_size, case.prior, case.batches_per_step)
     known = known_records(plan)

@@ -67,7 +67,7 @@ def concepts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("model"), levels=1, in_channels=9)
+    return write_random_model(tmp_path_factory.mktemp("model"), levels=0, in_channels=9)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory):
     """By whether differences are squared."""
-    path, made = write_random_sdxl(tmp_path_factory.mktemp("sdxl"), levels=1), {True: None, False: None}
+    path, made = write_random_sdxl(tmp_path_factory.mktemp("sdxl"), levels=0), {True: None, False: None}
     for squared in made:
         made[squared] = Training(path, SDXL)
         made[squared].loss = DiffusionLoss(made[squared].learner.denoiser, () if squared else ("huber_c",))

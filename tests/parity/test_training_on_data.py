@@ -80,7 +80,7 @@ def plan(tmp_path_factory):
 def compared(request, plan, tmp_path_factory):
     """Our run and torch's."""
     trained = request.param
-    training = Training(write_random_model(tmp_path_factory.mktemp("model"), levels=1), trained)
+    training = Training(write_random_model(tmp_path_factory.mktemp("model"), levels=0), trained)
     training.loss = DiffusionLoss(training.learner.denoiser, ("mask",))
     known = [record for concept in plan.concepts for record in concept.records]
 

@@ -413,6 +413,9 @@ def test_an_adapter_says_how_it_was_trained_and_flags_count_more():
     changes, _ = own.changed({"prediction_type": "v_prediction"}).as_marked(marks, path)
     assert changes == {"rescale_betas_zero_snr": True}
     assert own.as_marked({"dreambooth_ms.schedule.beta_end": "0.5", "other": "x"}, path) == ({}, [])
+    said = ["dog: was trained with variance_type fixed_small, and is sampled so"]
+    of_if = Schedule(Path("base"), SD | {"variance_type": "learned_range"})
+    assert of_if.as_marked({}, path) == ({"variance_type": "fixed_small"}, said)
 
 
 def test_adapters_of_edm_and_of_ddpm_are_told_apart():
