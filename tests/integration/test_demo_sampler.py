@@ -10,7 +10,7 @@ from dreambooth_ms.sampling.request import SampleRequest
 from tests.tiny_model import write_random_model, write_random_sdxl
 from tests.whole_loras import write_run_lora
 
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 def lora(folder, seed):
