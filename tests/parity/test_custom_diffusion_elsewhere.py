@@ -52,7 +52,7 @@ def trained(base, which):
 def run(request, tmp_path_factory):
     family, which = request.param.split()
     home = tmp_path_factory.mktemp(family)
-    base = (write_random_sdxl if family == "xl" else write_random_model)(home / "base", levels=0)
+    base = (write_random_sdxl if family == "xl" else write_random_model)(home / "base", levels=1)
     adapter = trained(base, which)
     for suffix in (".safetensors", ".bin"):
         write_replacements(adapter.parts["unet"], home / "run" / (CUSTOM_DIFFUSION + suffix), DType.F32, {"a": "b"})
