@@ -516,7 +516,7 @@ def compared(request, training_of):
 
 def levels_of(case):
     """Of the UNet: both for some of what trains every layer; the others are there for their rows, or their text."""
-    return 2 if case.trained in (LORA_OF_ALL_LAYERS, FULL, SDXL_FULL) else 0
+    return 2 if case.trained in (LORA_OF_ALL_LAYERS, FULL, SDXL_FULL) else 1
 
 
 def in_one_batch(case):
