@@ -1,5 +1,6 @@
 """All that the page uses of the toolkit to sample: one model, loaded and compiled once, and requests to it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from dreambooth_ms.cli.device import described, open_base, set_up
 from dreambooth_ms.config.sample import RefinerConfig, SuperResolutionConfig
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.parameter_shapes import text_shapes, unet_shapes
 from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, sample_refined
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -24,6 +26,13 @@ FIRST_STAGE = 0.2
 """Share of the time that a first stage takes, about, before a second one enlarges its pictures."""
 PREVIEW_SIDE = 512
 """Larger previews are made smaller before they are sent."""
+
+
+def keeps_text_encoders(base: ModelBundle) -> bool:
+    """Whether they stay in memory for prompts to come: not where they take more than the UNet, as T5 does in DeepFloyd
+    IF, which is read again for each new prompt."""
+    of_text = (math.prod(shape) for one in base.text for shape in text_shapes(one.spec).values())
+    return sum(of_text) <= sum(map(math.prod, unet_shapes(base.denoiser.spec).values()))
 
 
 class Sampler:
@@ -41,7 +50,10 @@ class Sampler:
     def __init__(self, model: ModelChoice, send: Send, job: int) -> None:
         send(Phase(job, "Loading the model"))
         send(Phase(job, f"Loading the model, to compute {described(set_up(DeviceConfig()))}"))
-        self._model = SamplingModel(_open(model.base), model.loras, words=model.embeddings, keep_text_encoders=True)
+        base = _open(model.base)
+        self._model = SamplingModel(
+            base, model.loras, words=model.embeddings, keep_text_encoders=keeps_text_encoders(base)
+        )
         self._refiner = SamplingModel(_open(model.refiner), keep_text_encoders=True) if model.refiner else None
         self._compiled: set[tuple[object, ...]] = set()
 

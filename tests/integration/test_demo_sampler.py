@@ -1,12 +1,18 @@
 """What the page's sampling process does with the toolkit, on models of a few thousand weights."""
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from demo.messages import ModelChoice, Phase, Picture, PictureRequest, Start, Step
-from demo.sampler import Sampler
+from demo.sampler import Sampler, keeps_text_encoders
 from dreambooth_ms.errors import WeightError
+from dreambooth_ms.models.specs import T5Spec
 from dreambooth_ms.sampling.request import SampleRequest
+from dreambooth_ms.weights.bundle import open_bundle
 from tests.tiny_model import write_random_model, write_random_sdxl
 from tests.whole_loras import write_run_lora
 
@@ -113,6 +119,13 @@ def test_a_cancellation_ends_it_between_two_steps(sampler, model):
     assert not finished
     assert len(sent[Step]) == 3
     assert not sent[Picture]
+
+
+def test_text_encoders_stay_in_memory_unless_they_are_the_larger_part(model):
+    base = open_bundle(Path(model.base))
+    t5 = T5Spec(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    assert keeps_text_encoders(base)
+    assert not keeps_text_encoders(replace(base, text=(SimpleNamespace(spec=t5),)))
 
 
 def test_a_size_that_does_not_fit_is_a_sentence(sampler, model):
