@@ -1,44 +1,70 @@
-"""Host memory that is given back goes to the system, with GNU's allocator."""
+"""Host memory that is given back goes to the system, with GNU's allocator.
+
+Each in a process of its own: in one that has run other tests, an array finds room between what they left.
+"""
 
 import ctypes
+import subprocess
 import sys
-from pathlib import Path
+import textwrap
 
-import numpy as np
 import pytest
 
 from dreambooth_ms.runtime import device
 from dreambooth_ms.runtime.device import give_back_freed_memory, keep_arrays_apart, uncompiled
 
-pytestmark = pytest.mark.skipif(
+gnu = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="not GNU's allocator"
 )
-MIB = 1 << 20
+BEGINNING = """
+from pathlib import Path
+import numpy as np
+from dreambooth_ms.runtime.device import keep_arrays_apart, set_up_device, uncompiled
+
+def resident():  # MiB of this process
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+
+def arrays():
+    return [np.ones(1 << 20, np.float32) for _ in range(12)]
+
+set_up_device("CPU", 0)
+keep_arrays_apart()
+held = arrays()
+del held
+before = resident()
+"""
 
 
-def resident():
-    """MiB of this process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+def grown(program):
+    """MiB that a program has more than before, at each of its `resident()`."""
+    code = BEGINNING + textwrap.dedent(program) + "\nprint(*(one - before for one in measured))\n"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return [float(number) for number in ended.stdout.split()]
 
 
-def test_arrays_go_back_at_once(device):
-    keep_arrays_apart()
-    before = resident()
-    arrays = [np.ones(MIB, np.float32) for _ in range(12)]
-    assert resident() > before + 40
-    arrays.clear()
-    assert resident() < before + 10
+@gnu
+def test_arrays_go_back_at_once():
+    held, left = grown("""
+        held = arrays()
+        measured = [resident()]
+        held.clear()
+        measured.append(resident())
+    """)
+    assert held > 40
+    assert left < 10
 
 
-def test_arrays_that_were_kept_go_back_in_the_end(device):
-    before = resident()
-    with uncompiled():
-        arrays = [np.ones(MIB, np.float32) for _ in range(12)]
-        arrays.clear()
-        kept = resident()
-    assert kept > before + 30
-    assert resident() < before + 10
+@gnu
+def test_arrays_that_were_kept_go_back_in_the_end():
+    kept, left = grown("""
+        with uncompiled():
+            held = arrays()
+            held.clear()
+            measured = [resident()]
+        measured.append(resident())
+    """)
+    assert kept > 30
+    assert left < 10
 
 
 def test_another_allocator_is_left_alone(monkeypatch):
