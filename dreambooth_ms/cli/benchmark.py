@@ -14,6 +14,7 @@ from dreambooth_ms.atomic import check_writable, write_bytes
 from dreambooth_ms.cli.output import tell
 from dreambooth_ms.config.commands import BenchmarkConfig, EvaluateConfig
 from dreambooth_ms.config.load import Setting, build, load
+from dreambooth_ms.config.schema import schema_fields
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.data.records import photographs_in
 from dreambooth_ms.data.subject_set import Subject, read_subjects
@@ -99,6 +100,9 @@ def _run(
         named = both | more | said
         flags[command] = {k: subject.filled(one, token) if isinstance(one, str) else one for k, one in named.items()}
         wrong = build(COMMANDS[command], [[Setting(*one, where) for one in flags[command].items()]])[1]
+        fields = schema_fields(COMMANDS[command])
+        secret = [name for name in said if name in fields and fields[name].is_secret]
+        problems += [f"{where}: {name} would be written into files of the runs; set HF_TOKEN" for name in secret]
         problems += taken or [line if line.startswith(where) else f"{where}: {line}" for line in wrong]
     prompts = [subject.filled(prompt, token) for prompt in subject.prompts]
     return {"subject": subject.name, "method": method, "seed": seed, "prompts": prompts, **flags}

@@ -27,7 +27,7 @@ def schema_of(name: str) -> type[Schema]:
 COMMANDS = {
     name: (schema_of(name).__doc__ or "").removesuffix(".")
     for name in ["train", "check", "prepare", "sample", "evaluate", "benchmark"]
-    + ["inspect", "convert", "merge", "extract", "doctor"]
+    + ["inspect", "convert", "merge", "extract", "push", "doctor"]
 }
 """Name -> summary. Each has a schema in `config`, and its `run` in `cli`, or is a function of `cli/conversion.py`."""
 

@@ -14,6 +14,7 @@ from dreambooth_ms.cli.best import MeasureFidelity, measuring_clip
 from dreambooth_ms.cli.check import describe_concepts, in_short
 from dreambooth_ms.cli.device import open_base, set_up
 from dreambooth_ms.cli.output import be_quiet, complain, progress, tell
+from dreambooth_ms.cli.push import push, repository_for
 from dreambooth_ms.cli.training_concepts import check_words, numbers_to_come, read_concepts, sources_of, starting_words
 from dreambooth_ms.cli.training_job import Training, TrainingJob
 from dreambooth_ms.cli.training_needs import StepTimes, check_expected_disk, check_expected_memory, warn_of_little
@@ -56,6 +57,10 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
+    repository: str | None = None
+    if config.publishing.push_to_hub:
+        own = config.output_dir, config.publishing
+        repository = processes.from_first("the repository on the hub", lambda: repository_for(*own))
     with processes.first_goes_ahead("the base model"):
         base = open_base(config.model).with_clip_skip(config.method.clip_skip)
         clip = measuring_clip(config, base)
@@ -75,13 +80,16 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
         for one in describe_concepts(job):
             tell(in_short(one) + (" (`dreambooth-ms check` names them)" if one["odd"] else ""))
     with ExitStack() as stack:
-        found = processes.from_first("the run's folder", lambda: _open_folder(stack, job))
-        if found is None:
-            return 0
-        digests, kept = found
-        stack.enter_context(collective_operations(processes.launch))
-        checkpoint = Checkpoint(Path(kept[0]), *kept[1:]) if kept else None
-        return train_and_save(*prepare_training(replace(job, base_digests=digests, checkpoint=checkpoint)), clip)
+        status, found = 0, processes.from_first("the run's folder", lambda: _open_folder(stack, job))
+        if found is not None:
+            digests, kept = found
+            stack.enter_context(collective_operations(processes.launch))
+            checkpoint = Checkpoint(Path(kept[0]), *kept[1:]) if kept else None
+            job = replace(job, base_digests=digests, checkpoint=checkpoint)
+            status = train_and_save(*prepare_training(job), clip)
+        if repository and status == 0 and processes.is_first:
+            push(config.output_dir, config.publishing, repository)
+    return status
 
 
 def _open_folder(stack: ExitStack, job: TrainingJob) -> list[Any] | None:

@@ -9,7 +9,14 @@ from dreambooth_ms.config.ranges import FINITE, NOT_EMPTY, PATH, SHARE, SIDE, Ra
 from dreambooth_ms.config.rules import Rule, excludes, needed_without, only_with
 from dreambooth_ms.config.sample import SampleConfig  # noqa: F401 - every command's schema is found here.
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, GenerationConfig, WeightsConfig
+from dreambooth_ms.config.shared import (
+    Background,
+    BaseModelConfig,
+    DeviceConfig,
+    GenerationConfig,
+    HubConfig,
+    WeightsConfig,
+)
 from dreambooth_ms.config.train import TrainConfig
 
 
@@ -300,6 +307,25 @@ class MergeConfig(Schema):
     """Merge LoRAs into a model, or concepts into one."""
 
     merging: MergingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicationConfig:
+    """What is uploaded."""
+
+    folder: Annotated[str, NOT_EMPTY, PATH]
+    """The --output_dir of a training: its result, a model card and the last validation pictures are uploaded, never
+    checkpoints, photographs, logs or caches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Schema):
+    """Upload what was trained to the Hugging Face hub."""
+
+    POSITIONAL = ("folder",)
+
+    publication: PublicationConfig
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,13 +117,12 @@ def build(
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration by section, as text that loads again to an equal configuration."""
-    return OmegaConf.to_yaml(
-        {
-            section: {name: _escaped(value) for name, value in vars(getattr(config, section)).items()}
-            for section in sections(type(config))
-        }
-    )
+    """The resolved configuration by section, as text that loads again to an equal configuration, without secrets."""
+    values: dict[str, dict[str, Any]] = {section: {} for section in sections(type(config))}
+    for name, one in schema_fields(type(config)).items():
+        if not one.is_secret:
+            values[one.section][name] = _escaped(getattr(getattr(config, one.section), name))
+    return OmegaConf.to_yaml(values)
 
 
 def _escaped(value: Any) -> Any:

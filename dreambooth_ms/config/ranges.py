@@ -37,6 +37,8 @@ SIDE = Range("a multiple of 8, at least 32", lambda value: value >= 32 and value
 SEED = Range("from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
 PATH = "path"
 """Marks a field that holds a path, or several, in which ~ is the home folder."""
+SECRET = "secret"
+"""Marks a field whose value is written into no file."""
 COLOUR = Range(
     "white, black, grey or #rrggbb", lambda name: bool(re.fullmatch(r"white|black|gr[ae]y|#[0-9a-fA-F]{6}", name))
 )

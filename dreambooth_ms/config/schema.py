@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from dreambooth_ms.config.ranges import PATH, Range
+from dreambooth_ms.config.ranges import PATH, SECRET, Range
 from dreambooth_ms.config.rules import Resume, Rule
 
 _WORDS: dict[Any, tuple[str, str]] = {
@@ -37,6 +37,7 @@ class Field:
     rules: tuple[Rule, ...]
     resume: Resume | None
     is_path: bool
+    is_secret: bool
 
     @property
     def expected(self) -> str:
@@ -117,6 +118,7 @@ def _read_hint(hint: Any) -> dict[str, Any]:
         "rules": tuple(mark for mark in marks if isinstance(mark, Rule)),
         "resume": next((mark for mark in marks if isinstance(mark, Resume)), None),
         "is_path": PATH in marks,
+        "is_secret": SECRET in marks,
     }
 
 

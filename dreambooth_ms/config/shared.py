@@ -1,11 +1,24 @@
 """Sections that several commands have, and fields that sections share."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from dreambooth_ms.config.choices import PredictionType, SamplingScheduler
-from dreambooth_ms.config.ranges import COLOUR, FINITE, NOT_EMPTY, PART, PATH, SEED, STEPS, ZERO_OR_ONE, Range, at_least
-from dreambooth_ms.config.rules import Resume, Rule, only_with, refused_with
+from dreambooth_ms.config.ranges import (
+    COLOUR,
+    FINITE,
+    NOT_EMPTY,
+    PART,
+    PATH,
+    SECRET,
+    SEED,
+    STEPS,
+    ZERO_OR_ONE,
+    Range,
+    at_least,
+)
+from dreambooth_ms.config.rules import Resume, Rule, no_effect, only_with, refused_with
 
 Background: TypeAlias = Annotated[str, COLOUR]
 """What a picture is put on where it is transparent."""
@@ -89,6 +102,28 @@ class WeightsConfig(BaseModelConfig):
     embedding: Annotated[list[str], PATH] = field(default_factory=list)
     """Embeddings of new words (textual inversion): files or folders, or owner/name or owner/name/file on the Hugging
     Face hub. The word of a file that names none is the file's name. Words have no strength."""
+
+
+_REPOSITORY = Range(
+    "name or owner/name", lambda name: re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*(?<!\.git)", name) and ".." not in name
+)
+
+# `push` has no such flag.
+_PUSHED = no_effect("without --push_to_hub", when=lambda values: not values.get("push_to_hub", True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Publishing on the Hugging Face hub: the result, a model card and pictures."""
+
+    hub_model_id: Annotated[str | None, _REPOSITORY, _PUSHED, Resume.MAY_CHANGE] = None
+    """Repository to upload to, made if it is not there: owner/name, or a name of your own account. None: the name of
+    the run's folder."""
+    hub_token: Annotated[str | None, NOT_EMPTY, SECRET, _PUSHED, Resume.MAY_CHANGE] = None
+    """Token that may write; it is written into no file, but other users of the machine see it in the list of processes.
+    None: HF_TOKEN, or that of `hf auth login`."""
+    hub_private_repo: Annotated[bool, _PUSHED, Resume.MAY_CHANGE] = False
+    """Make the repository private, if it is not there yet."""
 
 
 @dataclass(frozen=True, kw_only=True)

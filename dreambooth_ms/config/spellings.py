@@ -37,6 +37,8 @@ def _whole(value: Any, change: Callable[[int], int]) -> Any:
 CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
     **{name: partial(lambda sides, value: sides[_true(value)], own) for name, own in _TABLES["switches"].items()},
     "clip_stop_at_last_layers": lambda value: {"clip_skip": _whole(value, lambda count: count - 1)},
+    "huggingface_repo_id": lambda value: {"hub_model_id": value, "push_to_hub": _true(value)},
+    "huggingface_repo_visibility": lambda value: {"hub_private_repo": squeezed(value) != "public"},
     "optimizer": lambda value: (
         {"optimizer": "AdamW", "use_8bit_adam": True} if squeezed(value) == "adamw8bit" else {"optimizer": value}
     ),

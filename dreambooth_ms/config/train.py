@@ -26,7 +26,7 @@ from dreambooth_ms.config.ranges import (
 )
 from dreambooth_ms.config.rules import Resume, Rule, excludes, needs, no_effect, not_with, only_with, refused_with
 from dreambooth_ms.config.schema import Schema
-from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, ScheduleConfig
+from dreambooth_ms.config.shared import Background, BaseModelConfig, DeviceConfig, HubConfig, ScheduleConfig
 from dreambooth_ms.config.stopping import StoppingConfig
 
 POLYNOMIAL_END_RATE = 1e-7
@@ -706,6 +706,15 @@ class ProcessesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishingConfig(HubConfig):
+    """What is uploaded to the Hugging Face hub in the end."""
+
+    push_to_hub: Annotated[bool, Resume.MAY_CHANGE] = False
+    """Upload the result, a model card and the last validation pictures; account and repository are checked before any
+    work. Later, or again: dreambooth-ms push."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Schema):
     """Teach a base model a subject from a few pictures."""
 
@@ -731,6 +740,7 @@ class TrainConfig(Schema):
     loss: LossConfig = field(default_factory=LossConfig)
     loss_scaling: LossScalingConfig = field(default_factory=LossScalingConfig)
     processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    publishing: PublishingConfig = field(default_factory=PublishingConfig)
 
     def missing(self) -> list[str]:
         """What there is of a subject that no flag gives."""

@@ -27,7 +27,7 @@ def settle_config(config: TrainConfig) -> TrainConfig:
     """The configuration with its learning rate, and with a seed: if none was given, that of the folder, or a drawn one.
     Raises ConfigError if the folder holds a run with another configuration, naming every difference, or weights of
     another program."""
-    earlier, output = _earlier_run(config), config.output_dir
+    earlier, output = config_of_run(config.output_dir), config.output_dir
     if earlier is None and (foreign := result_of(output)):
         raise ConfigError(f"{foreign.path}: would be replaced, and is of no run there; choose another --output_dir")
     config = _settled(config, earlier.run.seed if earlier else draw_seed())
@@ -58,7 +58,7 @@ def check_data(
     if checkpoint and checkpoint.content:
         found = changes(checkpoint.content, now, to_come)
     else:
-        earlier = _earlier_run(config) if _was_trained(config.output_dir) else None
+        earlier = config_of_run(config.output_dir) if _was_trained(config.output_dir) else None
         found = _differences(earlier, config, Resume.BY_CONTENT) if earlier else []
     if found and not config.run.accept_changed_data:
         where = checkpoint.path if checkpoint else config.output_dir
@@ -83,15 +83,16 @@ def check_method(config: TrainConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _earlier_run(config: TrainConfig) -> TrainConfig | None:
-    file = config.output_dir / CONFIG
+def config_of_run(folder: Path, advice: str = "choose another --output_dir") -> TrainConfig | None:
+    """The configuration of a folder's run; None if it has none. Raises ConfigError, with advice, if that is another."""
+    file = folder / CONFIG
     if not os.path.isfile(file):
         return None
     try:
         return _settled(load(TrainConfig, ["--config", str(file)], tell=lambda note: None), None)
     except ConfigError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{file}: not the configuration of a run ({reason}); choose another --output_dir") from error
+        raise ConfigError(f"{file}: not the configuration of a run ({reason}); {advice}") from error
 
 
 def _was_trained(folder: Path) -> bool:

@@ -1,4 +1,5 @@
-"""From what a user names to a file or folder on this machine: what is here, or a name on the Hugging Face hub."""
+"""From what a user names to a file or folder on this machine: what is here, or a name on the Hugging Face hub, or on
+ModelScope's."""
 
 import glob
 import os
@@ -10,10 +11,11 @@ from pathlib import Path
 from threading import Event, Thread
 
 from tqdm import tqdm
+from yaml import YAMLError
 
 from dreambooth_ms.adapters.file import CUSTOM_DIFFUSION, FILE_NAME, PEFT_CONFIG, PEFT_WEIGHTS
 from dreambooth_ms.atomic import check_room
-from dreambooth_ms.errors import ConfigError, WeightError, explain, near, show_names
+from dreambooth_ms.errors import ConfigError, UserError, WeightError, explain, near, show_names
 from dreambooth_ms.formats.folder_layout import model_files, network_files
 from dreambooth_ms.formats.naming.lora_formats import PARTS
 
@@ -21,7 +23,14 @@ Choose = Callable[[Collection[str]], list[str]]
 """All paths in a repository -> those of the files that are used; a WeightError says what it lacks."""
 
 _SUFFIX = r"\.(?:safetensors|ckpt|pt|pth|bin)"
-_HUB_NAME = re.compile(rf"(?![^/]*/[^/]*{_SUFFIX}$)(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[^\\]+{_SUFFIX}))?")
+_HUB_NAME = re.compile(
+    rf"(?![^/]*/[^/]*{_SUFFIX}$)(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w.-]*))?"
+    rf"(?:/(?P<file>[^\\]+{_SUFFIX}))?"
+)
+_MODELSCOPE = "modelscope:"
+"""Before names on the hub of that name."""
+CARD = "README.md"
+"""The model card of a repository."""
 _SD2 = ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
 _MOVED = {f"stabilityai/{name}": f"sd2-community/{name}" for name in _SD2} | {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -29,10 +38,16 @@ _MOVED = {f"stabilityai/{name}": f"sd2-community/{name}" for name in _SD2} | {
 """Models that guides name and that are no longer there, and their copies."""
 
 
-def find_model(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder or file of a model: a path, `owner/model`, or `owner/model/file.safetensors`.
+def is_hub_name(name: str) -> bool:
+    """Whether a name is of the form that repositories of the hub have, and of nothing here."""
+    return _HUB_NAME.fullmatch(name) is not None and not os.path.exists(os.path.expanduser(name))
 
-    Of one on the hub, at a branch, tag or commit, what is read of it is downloaded once, in a variant of its weights.
+
+def find_model(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The folder or file of a model: a path, `owner/model`, `owner/model@revision`, or either with
+    `/file.safetensors`; with `modelscope:` before it on ModelScope.
+
+    Of one on a hub, at a branch, tag or commit, what is read of it is downloaded once, in a variant of its weights.
     WeightError if it is neither here nor on the hub, the hub does not give it, or the disk lacks room.
     """
     return _find(name, partial(model_files, variant=variant), revision)
@@ -85,7 +100,9 @@ def _adapter_files(names: Collection[str]) -> list[str]:
     files = sorted(name for name in weights if "/" not in name) or weights
     # Of a word in .bin and in .safetensors the latter.
     words = {Path(name).stem: name for name in files if re.fullmatch(rf"<[^/]+>{_SUFFIX}", name)}
-    files = [name for name in files if Path(name).stem not in words]
+    # Kohya's scripts write dog-000010.safetensors after the tenth epoch, and dog.safetensors after the last.
+    earlier = [name for name in files if re.sub(r"-\d{6}(?=\.\w+$)", "", name) in {*files} - {name}]
+    files = [name for name in files if Path(name).stem not in words and name not in earlier]
     best = [name for name in (FILE_NAME, CUSTOM_DIFFUSION) if name in files][:1]
     best = best or [name for name in files if name.endswith(".safetensors")] or files
     if len(best) > 1 or not (best or words):
@@ -110,7 +127,7 @@ def _find(name: str, choose: Choose, revision: str | None = None) -> Path:
 def _find_on_hub(
     name: str, choose: Choose, revision: str | None = None, kind: str = "model", cache: str | None = None
 ) -> tuple[Path, list[str]]:
-    named = _HUB_NAME.fullmatch(name)
+    named = _HUB_NAME.fullmatch(name.removeprefix(_MODELSCOPE))
     # Where there is a folder `models`, `models/dgo` is a slip of the pen.
     if named is None or (os.path.isdir(name.split("/")[0]) and (named["file"] or near(name))):
         expected = "check the path" if re.search(r"[^\w -]", name) else f"a name on the hub has the form owner/{kind}"
@@ -122,8 +139,9 @@ def _find_on_hub(
             raise WeightError(f"there is no such file; it has {show_names(sorted(names))}")
         return [file]
 
+    fetch = _fetch_from_modelscope if name.startswith(_MODELSCOPE) else _fetch
     try:
-        return _fetch(repository, one_file if file else choose, revision, kind, cache)
+        return fetch(repository, one_file if file else choose, named["revision"] or revision, kind, cache)
     except WeightError as error:
         raise WeightError(f"{name}: {error}{near(name)}") from error
 
@@ -142,24 +160,66 @@ def _fetch(
         about = getattr(HfApi(), f"{kind}_info")
         info = about(repository, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (OSError, ValueError) as error:
-        return _from_cache(download, choose, _reason(error, repository, revision, kind))
+        return _from_cache(download, choose, hub_reason(error, repository, revision, kind))
     there = {file.rfilename: file for file in info.siblings or []}
     files = choose(there)
     folder = Path(cache or constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}")
     root = folder / "snapshots" / str(info.sha)
     if lacking := [there[name] for name in files if not (root / name).is_file()]:
         # Another commit may have the same files.
-        blobs = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
-        size = sum(size for blob, size in blobs if not (folder / "blobs" / blob).is_file())
+        named = ((file.lfs.sha256 if file.lfs else file.blob_id or "", file.size or 0) for file in lacking)
+        size = sum(size for name, size in named if not (folder / "blobs" / name).is_file())
         check_room(folder, size, "free some space and try again, or name another disk with HF_HOME")
-        try:
-            with _progress(f"downloading {repository}", folder / "blobs", size):
-                download(allow_patterns=[glob.escape(one) for one in files])
-        except (OSError, ValueError) as error:
-            if explain(error):
-                raise
-            raise WeightError(_reason(error, repository, revision, kind)) from error
+        blobs, done = folder / "blobs", False
+        with _progress(f"downloading {repository}", blobs, size):
+            while not done:
+                before = _held(blobs)
+                try:
+                    download(allow_patterns=[glob.escape(one) for one in files])
+                    done = True
+                except (OSError, ValueError) as error:
+                    if explain(error):
+                        raise
+                    # A connection that is cut is made again, and goes on where it was, as long as that brings more.
+                    if _held(blobs) <= before:
+                        raise WeightError(hub_reason(error, repository, revision, kind)) from error
     return root, files
+
+
+def _fetch_from_modelscope(
+    repository: str, choose: Choose, revision: str | None, kind: str, cache: str | None
+) -> tuple[Path, list[str]]:
+    """The same from ModelScope, by its own client, which has a cache and a progress bar."""
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub.api import HubApi
+    except ImportError as error:
+        raise WeightError("ModelScope's client is not installed; pip install modelscope") from error
+    if kind != "model":
+        raise WeightError(f"a {kind} is taken from the Hugging Face hub or a folder; download it first")
+    try:
+        files = choose({one["Path"] for one in HubApi().get_model_files(repository, revision=revision, recursive=True)})
+        patterns = [glob.escape(one) for one in files]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)), files
+    except UserError:
+        raise
+    except Exception as error:  # Its errors have no class of their own.
+        raise WeightError(f"ModelScope does not give it ({next(iter(str(error).splitlines()), error)})") from error
+
+
+def base_of_card(name: str) -> str | None:
+    """The base model that an adapter's model card names, beside it or on the hub; None if nothing says one."""
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    path, named = Path(name).expanduser(), _HUB_NAME.fullmatch(name)
+    base = None
+    with suppress(OSError, ValueError, TypeError, YAMLError):
+        if os.path.exists(path):
+            file = (path if path.is_dir() else path.parent) / CARD
+        elif named:
+            file = Path(hf_hub_download(named["repository"], CARD, revision=named["revision"]))
+        base = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.base_model
+    return base if isinstance(base, str) and _HUB_NAME.fullmatch(base) else None
 
 
 def _from_cache(download: Callable[..., str], choose: Choose, reason: str) -> tuple[Path, list[str]]:
@@ -174,8 +234,10 @@ def _from_cache(download: Callable[..., str], choose: Choose, reason: str) -> tu
         raise WeightError(f"{reason} (its copy in the cache is not whole: {error})") from error
 
 
-def _reason(error: Exception, repository: str, revision: str | None, kind: str) -> str:
-    """Why the hub did not give something, and what to do about it."""
+def hub_reason(
+    error: Exception, repository: str, revision: str | None = None, kind: str = "model", doing: str = "read"
+) -> str:
+    """Why the hub did not let somebody read or write something, and what to do about it."""
     from huggingface_hub import constants, errors
 
     hub, status = constants.ENDPOINT, getattr(getattr(error, "response", None), "status_code", None)
@@ -192,10 +254,16 @@ def _reason(error: Exception, repository: str, revision: str | None, kind: str) 
         if isinstance(error, one):
             return reason
     if status in (401, 403):
-        refused = "does not know your token" if status == 401 else "does not let your token read it"
-        return f"the hub {refused} ({status}): {log_in}, with a token that may read it"
+        refused = "does not know your token" if status == 401 else f"does not let your token {doing} it"
+        return f"the hub {refused} ({status}): {log_in}, with a token that may {doing} it"
+    if status == 429:
+        return "the hub answered 429 (too many requests); wait some minutes and try again"
     if status:
         return f"the hub answered {status}; try again later"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return f"there is no token: {log_in}, with a token that may {doing} it"
+    if constants.HF_HUB_OFFLINE and doing == "write":
+        return "HF_HUB_OFFLINE forbids to upload it; unset that"
     if constants.HF_HUB_OFFLINE:
         return "not in the hub's cache, and HF_HUB_OFFLINE forbids to download it; unset that once"
     if isinstance(error, PermissionError):
@@ -206,22 +274,24 @@ def _reason(error: Exception, repository: str, revision: str | None, kind: str) 
     )
 
 
+def _held(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    total = 0
+    for path in folder.glob("*"):
+        with suppress(OSError):  # One that has just been given its name.
+            total += path.stat().st_size
+    return total
+
+
 @contextmanager
 def _progress(what: str, folder: Path, size: int) -> Iterator[None]:
     """Inside, a progress bar of so many bytes follows the files in a folder as they grow, whatever writes them."""
 
-    def held() -> int:
-        total = 0
-        for path in folder.glob("*"):
-            with suppress(OSError):  # One that has just been given its name.
-                total += path.stat().st_size
-        return total
-
     def watch() -> None:
         while not ended.wait(0.5):
-            bar.update(min(held() - before, size) - bar.n)
+            bar.update(min(_held(folder) - before, size) - bar.n)
 
-    before, ended, watcher = held(), Event(), Thread(target=watch, daemon=True)
+    before, ended, watcher = _held(folder), Event(), Thread(target=watch, daemon=True)
     with tqdm(desc=what, total=size, unit="B", unit_scale=True) as bar:
         watcher.start()
         try:

@@ -238,6 +238,7 @@ def test_of_others_too(hub, find, files, fetched):
         ("owner/name", KOHYA_LORA, "dog [v1].safetensors"),
         ("owner/name", {"README.md", "learned_embeds.bin", "learned_embeds.safetensors"}, "learned_embeds.safetensors"),
         ("owner/name", {"README.md", "<dog>.bin"}, "<dog>.bin"),
+        ("owner/name", MANY_LORAS, "dog.safetensors"),
         ("owner/name/dog-000002.safetensors", MANY_LORAS, "dog-000002.safetensors"),
         (f"owner/name/{IN_CHECKPOINT}", DIFFUSERS_LORA, IN_CHECKPOINT),
     ],
@@ -267,9 +268,8 @@ def test_a_model_may_be_one_file_of_a_repository(hub):
         (
             find_adapter,
             "",
-            MANY_LORAS,
-            "it holds several files (dog-000001.safetensors, dog-000002.safetensors, dog.safetensors); "
-            "name one, as owner/name/file",
+            MANY_LORAS - {"dog.safetensors"},
+            "it holds several files (dog-000001.safetensors, dog-000002.safetensors); name one, as owner/name/file",
         ),
         (find_adapter, "", {"README.md"}, "it holds no file of weights"),
         (
