@@ -4,19 +4,27 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 from dreambooth_ms.cli.output import bars_paused, is_quiet, tell
+from dreambooth_ms.config.commands import EvaluateConfig
+from dreambooth_ms.config.load import load
+from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
-from dreambooth_ms.errors import count_of
+from dreambooth_ms.conversion import trained_base
+from dreambooth_ms.errors import ConfigError, count_of
 from dreambooth_ms.runtime.ascend import card_name, find_ascend
 from dreambooth_ms.runtime.compile_cache import Outlook
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
 from dreambooth_ms.runtime.device import Formulation, compute_dtype, formulation, set_up_device, settled_precision
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
-from dreambooth_ms.weights.hub import find_model, find_vae
+from dreambooth_ms.weights.hub import base_of_card, find_adapter, find_model, find_vae
+
+Config = TypeVar("Config", SampleConfig, EvaluateConfig)
 
 _CLOCK = """
 import select, sys, time
@@ -60,6 +68,31 @@ def open_base(base: BaseModelConfig) -> ModelBundle:
     for note in bundle.notes:
         tell(f"{bundle.path}: {note}")
     return bundle
+
+
+def load_with_weights(schema: type[Config], argv: Sequence[str]) -> Config:
+    """`load` for what takes a base model and adapters; where the base is all that is missing, the message names the one
+    that the first adapter's run or model card names."""
+    try:
+        return load(schema, argv, tell)
+    except ConfigError as error:
+        names: list[str] = []
+        with suppress(ConfigError):
+            weights = load(schema, [*argv, "--pretrained_model_name_or_path", "?"], lambda note: None).weights
+            names = [*weights.lora, *weights.embedding]
+        for name in names:
+            if base := trained_base(Path(name)) or base_of_card(name):
+                raise ConfigError(f"{error}; {name} was trained on {base}") from error
+        raise
+
+
+def found_adapters(names: Iterable[str]) -> list[Path]:
+    """The files or folders of adapters, see `find_adapter`; which file of a repository it is is told."""
+    found = [(name, find_adapter(name)) for name in names]
+    for name, path in found:
+        if path.is_file() and not (os.path.exists(os.path.expanduser(name)) or name.endswith(path.name)):
+            tell(f"{name}: its {path.name}")
+    return [path for _, path in found]
 
 
 @contextmanager

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.device import open_base, set_up
+from dreambooth_ms.cli.device import found_adapters, load_with_weights, open_base, set_up
 from dreambooth_ms.cli.output import tell, with_progress
 from dreambooth_ms.cli.sample import read_prompts
 from dreambooth_ms.config.commands import EvaluateConfig
-from dreambooth_ms.config.load import load
 from dreambooth_ms.data.pictures import open_picture
 from dreambooth_ms.data.records import photographs_in
 from dreambooth_ms.evaluation import Drawn, Embedder, Measure, load_clip_embedder, load_dino_embedder, measures
@@ -22,7 +21,7 @@ from dreambooth_ms.sampling.model import SamplingModel
 from dreambooth_ms.sampling.picture_file import Row, write_sheet
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle, open_bundle
-from dreambooth_ms.weights.hub import find_adapter, find_clip, find_encoder, find_model
+from dreambooth_ms.weights.hub import find_clip, find_encoder, find_model
 
 PURPOSE = "evaluation"
 SHEET, METRICS = "before_after.png", "metrics.json"
@@ -38,7 +37,7 @@ Pictures = list[np.ndarray]
 
 def run(argv: Sequence[str]) -> int:
     """Compare base and adapted model by a command line; returns the exit status."""
-    config = load(EvaluateConfig, argv, tell)
+    config = load_with_weights(EvaluateConfig, argv)
     wanted, weights, output = config.comparison, config.weights, Path(config.comparison.output_dir)
     device = set_up(config.device)
     bundle = open_base(weights)
@@ -49,9 +48,9 @@ def run(argv: Sequence[str]) -> int:
     subject_prompts = read_prompts(wanted.prompt)
     check_writable(output)
 
-    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
+    loras, words = found_adapters(weights.lora), found_adapters(weights.embedding)
     tuned = open_bundle(find_model(wanted.tuned)) if wanted.tuned else bundle
-    model = SamplingModel(tuned, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    model = SamplingModel(tuned, loras, words=words, mixed_precision=device.mixed_precision)
     for note in model.adapters.notes:
         tell(note)
     of_subject = [prompt for prompt in subject_prompts for _ in range(wanted.num_images_per_prompt)]

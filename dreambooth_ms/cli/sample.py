@@ -7,9 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
-from dreambooth_ms.cli.device import open_base, set_up
+from dreambooth_ms.cli.device import found_adapters, load_with_weights, open_base, set_up
 from dreambooth_ms.cli.output import progress, tell
-from dreambooth_ms.config.load import load
 from dreambooth_ms.config.sample import SD_XL_BASE_RATIOS, SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig
 from dreambooth_ms.data.pictures import open_picture, read_picture
@@ -17,12 +16,11 @@ from dreambooth_ms.errors import ConfigError, DataError, count_of, near, show_na
 from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
-from dreambooth_ms.weights.hub import find_adapter
 
 
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
-    config = load(SampleConfig, argv)
+    config = load_with_weights(SampleConfig, argv)
     weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
     device = set_up(config.device)
@@ -32,8 +30,8 @@ def run(argv: Sequence[str]) -> int:
             f"--mask: missing; {bundle.path} inpaints: name a picture with --image, and with --mask one of its size "
             "that is white where it is drawn anew"
         )
-    loras, words = map(find_adapter, weights.lora), map(find_adapter, weights.embedding)
-    model = SamplingModel(bundle, [*loras], words=[*words], mixed_precision=device.mixed_precision)
+    loras, words = found_adapters(weights.lora), found_adapters(weights.embedding)
+    model = SamplingModel(bundle, loras, words=words, mixed_precision=device.mixed_precision)
     for path, own in model.adapters.words_alone.items():
         if not any(word in prompt for word in own for prompt in (*request.prompts, request.negative_prompt)):
             tell(f"--embedding {path}: no prompt holds {show_names([*own])}")
@@ -42,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     if second is not None:
         opened = open_base(BaseModelConfig(pretrained_model_name_or_path=second, variant=weights.variant))
         on_it = enlargement.super_resolution_lora if enlargement.super_resolution else ()
-        follower = SamplingModel(opened, [*map(find_adapter, on_it)], mixed_precision=device.mixed_precision)
+        follower = SamplingModel(opened, found_adapters(on_it), mixed_precision=device.mixed_precision)
     for note in (*model.adapters.notes, *(follower.adapters.notes if second else ())):
         tell(note)
     check_writable(output)

@@ -105,7 +105,8 @@ class WeightsConfig(BaseModelConfig):
 
 
 _REPOSITORY = Range(
-    "name or owner/name", lambda name: re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*(?<!\.git)", name) and ".." not in name
+    "name or owner/name",
+    lambda name: bool(re.fullmatch(r"(\w[\w-]*/)?\w[\w.-]*(?<!\.git)", name)) and ".." not in name,
 )
 
 # `push` has no such flag.

@@ -402,7 +402,7 @@ def test_photographs_of_the_class_that_are_not_there(place, train_refused):
         (["--mixed_precision", "fp8"], "--mixed_precision: expected one of no, fp16, bf16, auto, or None, got 'fp8'"),
         (["--mixed_precision", "bf16"], "--mixed_precision bf16: the CPU cannot compute in bfloat16; use fp16"),
         (["--loss_scale_factor", "1"], "--loss_scale_factor: expected greater than 1, got 1.0"),
-        (["--push_to_hub"], f"--push_to_hub: {REFUSED['push_to_hub'].reason}"),
+        (["--sample_at_first"], f"--sample_at_first: {REFUSED['sample_at_first'].reason}"),
         (["--report_to", "wandb"], f"--report_to: {REFUSED['report_to'].reason}"),
         (["--device_target", "GPU"], "--device_target: expected one of auto, CPU, Ascend, got 'GPU'"),
         (
@@ -418,9 +418,9 @@ def test_a_wrong_flag(train_refused, flags, said):
 
 
 def test_all_wrong_flags_are_reported_at_once(train_refused):
-    lines = train_refused("--rnak", "8", "--resolution", "wide", "--push_to_hub", "--lora_dropout", "2", seed=-1)
+    lines = train_refused("--rnak", "8", "--resolution", "wide", "--sample_at_first", "--lora_dropout", "2", seed=-1)
     assert [line.split(":")[0] for line in lines] == [
-        *("--rnak", "--resolution", "--push_to_hub", "--lora_dropout", "--seed"),
+        *("--rnak", "--resolution", "--sample_at_first", "--lora_dropout", "--seed"),
     ]
 
 
@@ -452,7 +452,7 @@ def test_what_is_required_is_asked_for_by_every_command(refused):
         ),
         (b"lora_target_modules: [{a: 1}]", "run.yaml: lora_target_modules: expected a list of texts, got [{'a': 1}]"),
         (b'class_prompt: "a\\0b"', "run.yaml: class_prompt: expected text in UTF-8, got 'a\\x00b'"),
-        (b"push_to_hub: true", "run.yaml: push_to_hub: nothing is uploaded; publish the files of --output_dir"),
+        (b"sample_at_first: true", "run.yaml: sample_at_first: dreambooth-ms sample shows what the base model makes"),
     ],
 )
 def test_a_wrong_configuration_file(place, train_refused, text, said):

@@ -268,7 +268,16 @@ def test_what_was_uploaded_is_found_again_at_a_revision_and_by_its_base(hub, run
     assert (root / LORA).read_bytes() == (run_folder / LORA).read_bytes()
     assert base_of_card(f"{OWNER}/star") == base_of_card(str(run_folder)) == "owner/base"
     assert base_of_card("nobody/nothing") is None
-    assert main(["inspect", str(run_folder / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("place", ["the hub", "a run", "a card"])
+def test_where_no_base_is_given_that_of_the_training_is_offered(hub, run_folder, capfd, place):
+    assert push(run_folder) == 0
+    if place == "a card":
+        (run_folder / "config.yaml").unlink()
+    name = f"{OWNER}/star" if place == "the hub" else str(run_folder)
+    assert main(["sample", "--lora", name, "--prompt", "x"]) == 2
+    assert f"--pretrained_model_name_or_path: required; {name} was trained on owner/base" in capfd.readouterr().err
 
 
 def test_a_file_at_a_revision(hub):
