@@ -24,7 +24,7 @@ FULL_SCRIPT: dict[str, Any] = {
     "text_encoder_use_attention_mask": False, "validation_prompt": None, "num_validation_images": 4,
     "validation_steps": 100, "validation_images": None, "validation_scheduler": "DPMSolverMultistepScheduler",
     "class_labels_conditioning": None, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
-    "logging_dir": "logs", "report_to": "tensorboard", "mixed_precision": None, "prior_generation_precision": None,
+    "logging_dir": "logs", "report_to": ["tensorboard"], "mixed_precision": None, "prior_generation_precision": None,
     "allow_tf32": False, "local_rank": -1, "enable_xformers_memory_efficient_attention": False,
 }  # fmt: skip
 _NOT_IN_LORA_SCRIPT = (
@@ -80,7 +80,7 @@ TEXTUAL_INVERSION_SCRIPT: dict[str, Any] = {
     "lr_warmup_steps": 500, "lr_num_cycles": 1, "dataloader_num_workers": 0, "use_8bit_adam": False, "adam_beta1": 0.9,
     "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "push_to_hub": False, "hub_token": None,
     "hub_model_id": None, "logging_dir": "logs", "mixed_precision": None, "allow_tf32": False,
-    "report_to": "tensorboard", "validation_prompt": None, "num_validation_images": 4, "validation_steps": 100,
+    "report_to": ["tensorboard"], "validation_prompt": None, "num_validation_images": 4, "validation_steps": 100,
     "validation_epochs": None, "local_rank": -1, "checkpointing_steps": 500, "checkpoints_total_limit": None,
     "resume_from_checkpoint": None, "enable_xformers_memory_efficient_attention": False,
     "no_safe_serialization": False,

@@ -32,6 +32,7 @@ from dreambooth_ms.data.records import CLASS, INSTANCE
 from dreambooth_ms.errors import UserError, count_of, show_names
 from dreambooth_ms.formats.clip_tokenizer import SIZE, ClipTokenizer
 from dreambooth_ms.processes.group import ALONE
+from dreambooth_ms.training.trackers import installed_trackers
 
 MUCH = 0.4
 """Above this share so much of a picture is cut off that the subject may be."""
@@ -65,6 +66,7 @@ def run(argv: Sequence[str]) -> int:
     job = replace(job, held_out=attempt(lambda: read_held_out(job, notes.append)) or ())
     attempt(lambda: check_words(job))
     attempt(lambda: measuring_clip(config, base))
+    attempt(lambda: installed_trackers(config.run.report_to))
     prompts, class_prompts = ([one.prompt for one in sources if one.concept.group == of] for of in (INSTANCE, CLASS))
     tell_cut_prompts(job, class_prompts, notes.append)
     tokenizer, of_classes = base.text[0].tokenizer(), " ".join(class_prompts)

@@ -33,11 +33,12 @@ from dreambooth_ms.runtime.collective import collective_operations, serve_as_sch
 from dreambooth_ms.sampling.picture_file import class_picture_name
 from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folder, result_of
 from dreambooth_ms.training.content import base_digests
+from dreambooth_ms.training.history import History, draw_loss, profiled, read_history
 from dreambooth_ms.training.loop import Hook, StepReport, stop_requests, train
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, checkpoint_of, write_config
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stopping import Measured, best_step, end_when_settled, settled
-from dreambooth_ms.training.trackers import Tracker, draw_loss, profiled, read_history
+from dreambooth_ms.training.trackers import Trackers, installed_trackers
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,6 +55,8 @@ def run_as_one_of(processes: Processes, argv: Sequence[str]) -> int:
     if not processes.is_first:
         be_quiet()
     wanted = with_prompts_read(load(TrainConfig, argv, tell))
+    if processes.is_first:
+        installed_trackers(wanted.run.report_to)  # One that is not ends here.
     # A run keeps the precision that it began with.
     config = agree_on_config(processes, replace(wanted, device=set_up(wanted.device)))
     sources_of(config, lambda note: None)  # A list that is wrong ends here, before anything is fetched.
@@ -150,7 +153,10 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
     ended = settled(config.stopping, training.measured)
     end = job.done if ended else job.total
     with ExitStack() as stack:
-        tracker = Tracker(output, config.run.logging_dir, job.done) if processes.is_first else None
+        trackers = None
+        if processes.is_first:
+            history = stack.enter_context(closing(History(output, job.done)))
+            trackers = stack.enter_context(closing(Trackers(config, job.done, history.reached, tell)))
         hooks: list[Hook] = [training.keep_words, training.update_average]
         if config.stopping.validation_loss:
             hooks.append(MeasureLoss(job, training, batches))
@@ -159,15 +165,15 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         if clip:
             hooks.append(MeasureFidelity(job, unet, training, clip))
         hooks.append(training.note)
-        if tracker:
-            hooks.append(stack.enter_context(closing(tracker)).log)
+        if trackers:
+            hooks += [history.log, trackers.log]
             hooks.append(stack.enter_context(closing(StepTimes(config, job.base))).measure)
         bar = progress(total=job.total, initial=job.done, desc="training", unit="step")
         hooks.append(partial(_show_step, stack.enter_context(bar), training.measured))
         hooks.append(training.save)
         if config.validation.validation_prompt:
-            hooks.append(ShowValidation(job, unet, training, tracker))
-        if tracker and config.run.profile:
+            hooks.append(ShowValidation(job, unet, training, trackers))
+        if trackers and config.run.profile:
             hooks.append(stack.enter_context(profiled(output / "profile", config.run.profile)))
         stop_asked = stack.enter_context(stop_requests())
         last = train(

@@ -22,7 +22,7 @@ from dreambooth_ms.sampling.picture_file import Row, validation_name, write_pict
 from dreambooth_ms.sampling.request import SampleRequest, settings_of_training
 from dreambooth_ms.sampling.schedulers import fitting_scheduler
 from dreambooth_ms.training.loop import StepReport
-from dreambooth_ms.training.trackers import Tracker
+from dreambooth_ms.training.trackers import Trackers
 
 PURPOSE, FOLDER = "validation", "validation"
 
@@ -43,22 +43,22 @@ def with_prompts_read(config: TrainConfig) -> TrainConfig:
 
 class ShowValidation:
     """A hook: after every so many steps the pictures of --validation_prompt, with the weights as they are; a sheet of
-    them, and one of each prompt through the run. The process that has the tracker samples them, one at a time."""
+    them, and one of each prompt through the run. The process that has the trackers samples them, one at a time."""
 
-    def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, tracker: Tracker | None) -> None:
+    def __init__(self, job: TrainingJob, unet: nn.Cell, training: Training, trackers: Trackers | None) -> None:
         wanted = job.config.validation
         assert wanted.validation_prompt is not None, "asked for by a prompt"
         self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
-        self._training, self._tracker, self._processes = training, tracker, job.processes
+        self._training, self._trackers, self._processes = training, trackers, job.processes
         self._request = validation_request(job, wanted.validation_prompt, wanted.num_validation_images)
-        if tracker:
+        if trackers:
             self._model = lent_model(job, unet, training, self._request)
 
     def __call__(self, report: StepReport) -> None:
         """Sample, write and log after this step, if it is time and the run goes on."""
         if report.step % self._every or report.stop_asked:
             return
-        if self._tracker:
+        if self._trackers:
             prompts = self._request.prompts
             # Each by itself: the numbers of its pictures, and so their noise, do not depend on the other prompts.
             requests = [replace(self._request, prompts=(prompt,)) for prompt in prompts]
@@ -72,7 +72,8 @@ class ShowValidation:
             rows = [Row(prompt, [one.picture for one in own]) for prompt, own in zip(prompts, of_prompts, strict=True)]
             write_sheet(self._output / f"step-{report.step:06d}.png", f"After step {report.step}", rows)
             write_strip(self._output, prompts, report.step)
-            self._tracker.log_pictures(report.step, FOLDER, [sample.picture for sample in samples])
+            captions = [row.label for row in rows for _ in row.pictures]
+            self._trackers.images(report.step, FOLDER, [sample.picture for sample in samples], captions)
         self._processes.wait_for_all("the validation pictures")
 
 

@@ -48,6 +48,7 @@ CONVERTED: dict[str, Callable[[Any], dict[str, Any]]] = {
         else {"prior_preservation": value} | ({"with_prior_preservation": False} if _true(value) else {})
     ),
     "reg_data_dir": lambda value: {"reg_data_dir": value} | ({"with_prior_preservation": True} if _true(value) else {}),
+    "report_to": lambda value: {"report_to": re.findall(r"[\w-]+", str(value).lower())},
     "resolution": lambda value: {
         "resolution": re.sub(r"^\[?(\d+), ?\1\]?$", r"\1", str(value)) if isinstance(value, str | list) else value
     },

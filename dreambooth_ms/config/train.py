@@ -42,7 +42,17 @@ FOLDERS: dict[choices.Method, str] = {
     "custom_diffusion": "custom-diffusion-model",
     "textual_inversion": "text-inversion-model",
 }
-"""The default learning rates and folders of the methods, as in diffusers' scripts and guides."""
+PROJECTS: dict[choices.Method, str] = {
+    "lora": "dreambooth-lora", "full": "dreambooth", "custom_diffusion": "custom-diffusion",
+    "textual_inversion": "textual_inversion",
+}  # fmt: skip
+"""The default learning rates, folders and trackers' projects of the methods, as in diffusers' scripts and guides."""
+
+_TRACKERS = {"tensorboard", "wandb", "swanlab", "trackio"}
+_SHOWN_AT = Range(
+    "one or several of tensorboard, wandb, swanlab and trackio, or all, or none",
+    lambda names: names in (["all"], ["none"]) or (bool(names) and _TRACKERS.issuperset(names)),
+)
 
 LEAST_PRODIGY_RATE = 0.1
 """Below it the learning rate is likely to be meant for another optimiser; diffusers warns there too."""
@@ -382,6 +392,14 @@ class RunConfig:
     """Go on from a checkpoint although pictures, or the base's weights, are not what they were."""
     logging_dir: Annotated[str, NOT_EMPTY, PATH, Resume.MAY_CHANGE] = "logs"
     """Folder for the TensorBoard log, inside output_dir."""
+    report_to: Annotated[list[str], _SHOWN_AT, Resume.MAY_CHANGE] = field(default_factory=lambda: ["tensorboard"])
+    """Where the run is shown: tensorboard, wandb, swanlab or trackio, several of them, all that are installed, or none.
+    One that fails does not stop the training."""
+    tracker_project_name: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
+    """Project of wandb, swanlab and trackio. None: dreambooth-lora, dreambooth, custom-diffusion or textual_inversion,
+    by the method."""
+    tracker_run_name: Annotated[str | None, NOT_EMPTY, Resume.MAY_CHANGE] = None
+    """What the run is called there. None: as output_dir is."""
     profile: Annotated[int | None, at_least(1), Resume.MAY_CHANGE] = None
     """Let MindSpore's profiler record so many steps after the first into output_dir/profile. None: it does not."""
 

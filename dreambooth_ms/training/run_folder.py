@@ -18,7 +18,7 @@ from dreambooth_ms.processes.group import Processes
 from dreambooth_ms.randomness import draw_seed
 from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folders, find_latest, open_checkpoint, result_of
 from dreambooth_ms.training.content import Content, changes
-from dreambooth_ms.training.trackers import HISTORY
+from dreambooth_ms.training.history import HISTORY
 
 CONFIG = "config.yaml"
 

@@ -1,149 +1,162 @@
-"""What a run leaves to look at: a TensorBoard log, a line of JSON per step, the loss as a picture, a profile."""
+"""Where a run is shown while it goes on: TensorBoard's files, and services, each by its own library. A run never
+depends on them; its own record is `history.jsonl`."""
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
-from decimal import Decimal
-from itertools import cycle
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from secrets import token_hex
+from textwrap import indent, shorten
 from typing import Any
 
 import numpy as np
-from mindspore.profiler import profile, schedule, tensorboard_trace_handler
-from PIL import Image, ImageDraw, ImageFont
+import yaml
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dreambooth_ms.atomic import atomic_path, write_bytes, writing
+from dreambooth_ms.atomic import write_bytes
+from dreambooth_ms.config.load import to_yaml
+from dreambooth_ms.config.train import PROJECTS, TrainConfig
+from dreambooth_ms.errors import ConfigError, Tell
+from dreambooth_ms.training.history import values_of, writing_log
 from dreambooth_ms.training.loop import StepReport
 
-HISTORY = "history.jsonl"
-_COLOURS = ((34, 94, 168), (217, 95, 2), (27, 158, 119), (117, 112, 179), (231, 41, 138))
-"""Of the concepts in their order; after the last the first comes again."""
-_INK, _GRID = (60, 60, 60), (225, 225, 225)
+TENSORBOARD, IDS = "tensorboard", "trackers.json"
+"""IDS is in a run's folder: service -> the id by which it knows the run, and the last step that it was sent before."""
 
 
-class Tracker:
-    """Writes every step's report to `history.jsonl` and to TensorBoard. Reports of steps after `done` that an
-    interrupted run had written are dropped, as those steps are taken again. tensorboardX's own writer is a thread,
-    which a full disk ends, and the training would wait for it forever. Raises WeightError if the folder cannot be
-    written to, or the disk is full."""
+class TensorBoard:
+    """Writes files that TensorBoard reads, of a run that goes on after `done` steps. tensorboardX's own writer is a
+    thread, which a full disk ends, and the training would wait for it forever. Raises WeightError if the folder cannot
+    be made."""
 
-    def __init__(self, folder: Path, logging_dir: str, done: int) -> None:
-        self._folder = folder
-        kept = [line for line in read_history(folder) if line["step"] <= done]
-        write_bytes(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        with self._writing():
-            self._file = (folder / HISTORY).open("a", encoding="utf-8")
-            (folder / logging_dir).mkdir(parents=True, exist_ok=True)
-            self._board = EventsWriter(str(folder / logging_dir / "events"), f".{done}")
-            # Hides what an interrupted run had logged of later steps.
-            self._show(done + 1, file_version="brain.Event:2")
-            self._show(done + 1, session_log=SessionLog(status=SessionLog.START))
+    name = TENSORBOARD
 
-    def log(self, report: StepReport) -> None:
-        """A hook: record the step."""
-        losses = {f"{name}_loss": value for name, value in report.concept_losses.items()}
-        values = {"loss": report.loss, **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
-        values |= report.measured
-        if report.loss_scale is not None:
-            values |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
+    def __init__(self, config: TrainConfig, done: int) -> None:
+        self._folder, self._done = config.output_dir / config.run.logging_dir, done
+        with writing_log(config.output_dir):
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self._board = EventsWriter(str(self._folder / "events"), f".{self._done}")
+        # Hides what an interrupted run had logged of later steps.
+        self._show(self._done + 1, file_version="brain.Event:2")
+        self._show(self._done + 1, session_log=SessionLog(status=SessionLog.START))
+        # Markdown leaves lines as they are that are indented.
+        text = indent(yaml.safe_dump(config, sort_keys=False), "    ")
+        self._show(self._done, summary=summary.text("config", text))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         entries = [entry for name, value in values.items() for entry in summary.scalar(name, value).value]
-        with self._writing():
-            self._file.write(json.dumps({"step": report.step, **values}) + "\n")
-            self._file.flush()
-            self._show(report.step, summary=summary.Summary(value=entries))
+        self._show(step, summary=summary.Summary(value=entries))
 
-    def log_pictures(self, step: int, name: str, pictures: Sequence[np.ndarray]) -> None:
-        """Show pictures, each (H, W, 3) uint8, as they were after a step."""
-        with self._writing():
-            for number, picture in enumerate(pictures):
-                self._show(step, summary=summary.image(f"{name}/{number}", picture, dataformats="HWC"))
+    def images(self, step: int, tag: str, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            shown = summary.image(f"{tag}/{number}", picture, dataformats="HWC")
+            shown.value[0].metadata.summary_description = caption
+            self._show(step, summary=shown)
 
-    def close(self) -> None:
-        """Close both files; all that was logged is in them."""
-        for file in (self._file, self._board):
-            with suppress(OSError):
-                file.close()
+    def finish(self) -> None:
+        with suppress(OSError):
+            self._board.close()
 
     def _show(self, step: int, **content: Any) -> None:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))
         self._board.flush()
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return writing(f"{self._folder}: the log", "free some space and resume")
+
+SERVICES: dict[str, Callable[[str, str, str], dict[str, Any]]] = {
+    "wandb": lambda name, own, folder: {"name": name, "id": own, "dir": folder, "settings": {"console": "off"}},
+    "swanlab": lambda name, own, folder: {"experiment_name": name, "id": own, "logdir": f"{folder}/swanlog"},
+    "trackio": lambda name, own, folder: {"name": f"{name}-{own[:6]}"},
+}
+"""Service -> what its `init` is given beside what all are, of a run's name, id and folder. trackio has names alone."""
 
 
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """The reports of a run so far; a last line that was cut short is left out."""
-    path = folder / HISTORY
-    if not path.is_file():
-        return []
-    lines: list[dict[str, float]] = []
-    with suppress(ValueError):
-        lines.extend(map(json.loads, path.read_text(encoding="utf-8", errors="replace").splitlines()))
-    return lines
+class Service:
+    """A library that has wandb's calls: init, log, Image, finish. A run that goes on is the same run there, and what an
+    interrupted one had sent, up to step `reached`, is not sent again."""
+
+    def __init__(self, name: str, config: TrainConfig, reached: int) -> None:
+        self.name, self._config, self._reached = name, config, reached
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        self._library, run, folder = import_module(self.name), self._config.run, self._config.output_dir
+        kept: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            kept = json.loads((folder / IDS).read_bytes())
+        # An id that every version of swanlab takes. A run keeps the name that it began with.
+        first = [token_hex(16)[:21], run.tracker_run_name or folder.absolute().name, 0]
+        own, name, sent = kept.get(self.name, first)
+        self._sent = max(sent, self._reached) if self.name in kept else 0
+        write_bytes(folder / IDS, json.dumps(kept | {self.name: [own, name, self._sent]}).encode())
+        project = run.tracker_project_name or PROJECTS[self._config.method.method]
+        more = SERVICES[self.name](name, own, str(folder))
+        self._library.init(project=project, config=config, resume="allow", **more)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        if step > self._sent:
+            self._library.log(values, step=step)
+
+    def images(self, step: int, tag: str, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        shown = [self._library.Image(one, caption=own) for one, own in zip(pictures, captions, strict=True)]
+        self.scalars(step, {f"{tag}/{number}": picture for number, picture in enumerate(shown)})
+
+    def finish(self) -> None:
+        self._library.finish()
 
 
-def round_ticks(highest: float) -> list[tuple[float, str]]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 up to a number, at most eight, with their labels."""
-    power = Decimal(10) ** (Decimal(highest).adjusted() - 1)
-    step = next(step for factor in (1, 2, 5, 10, 20) if highest <= 7 * (step := factor * power)).normalize()
-    return [(float(number * step), f"{number * step:f}") for number in range(int(Decimal(highest) / step) + 1)]
+def installed_trackers(wanted: Sequence[str]) -> list[str]:
+    """The trackers that --report_to names. Raises ConfigError if one of them is not installed."""
+    # A folder of that name, such as wandb leaves, is a package without an origin.
+    there = [TENSORBOARD, *(name for name in SERVICES if (spec := find_spec(name)) and spec.origin)]
+    named = there if wanted == ["all"] else [name for name in dict.fromkeys(wanted) if name != "none"]
+    if missing := " ".join(name for name in named if name not in there):
+        raise ConfigError(f"--report_to {missing}: not installed; pip install {missing}")
+    return named
 
 
-def draw_loss(history: Iterable[dict[str, float]], path: Path) -> None:
-    """Draw each concept's loss over the steps that it was in, pale as it was and strong as a mean over a tenth of them,
-    without steps whose loss overflowed."""
-    lines = [line for line in history if np.isfinite(line["loss"])]
-    # A step may have rows of some concepts only.
-    names = dict.fromkeys(key for line in lines for key in line if key.endswith("_loss"))
-    curves = {name: np.array([(line["step"], line[name]) for line in lines if name in line]).T for name in names}
-    highest = max((values.max() for _, values in curves.values()), default=1.0) * 1.05 or 1.0
-    last = max((line["step"] for line in lines), default=1)
-    image = Image.new("RGB", (960, 480), "white")
-    left, top, right, bottom = 70, 44, image.width - 24, image.height - 44
-    canvas, font = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(15)
+class Trackers:
+    """Those that --report_to names, of a run that goes on after `done` steps and was once logged up to `reached`. One
+    that fails is told once, and left out from then on: the training goes on without it."""
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        across = (step - 1) / max(last - 1, 1)
-        return left + across * (right - left), bottom - value / highest * (bottom - top)
+    def __init__(self, config: TrainConfig, done: int, reached: int, tell: Tell) -> None:
+        self._tell, self._last = tell, time.monotonic()
+        names = installed_trackers(config.run.report_to)
+        # Each has start(config), scalars, images and finish, and may raise whatever its library raises.
+        self._own: list[TensorBoard | Service] = [Service(one, config, reached) for one in names if one in SERVICES]
+        if TENSORBOARD in names:
+            self._own.append(TensorBoard(config, done))
+        values = yaml.safe_load(to_yaml(config))
+        self._each(lambda one: one.start(values))
 
-    for tick, label in round_ticks(highest):
-        y = place(1, tick)[1]
-        canvas.line((left, y, right, y), fill=_GRID)
-        canvas.text((left - 8, y), label, fill=_INK, font=font, anchor="rm")
-    for tick, _ in round_ticks(last):
-        if tick >= 1 and tick.is_integer():
-            canvas.text((place(tick, 0)[0], bottom + 8), f"{tick:.0f}", fill=_INK, font=font, anchor="mt")
-    canvas.text(((left + right) / 2, image.height - 6), "step", fill=_INK, font=font, anchor="mb")
-    x = float(left)
-    for (name, (steps, values)), colour in zip(curves.items(), cycle(_COLOURS), strict=False):
-        label, half = name.replace("_loss", " loss"), max(len(values) // 20, 1)
-        means = [values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))]
-        for heights, fill, width in ((values, (*colour, 60), 1), (means, colour, 3)):
-            canvas.line(list(map(place, steps, heights)), fill=fill, width=width)
-        canvas.rectangle((x, 16, x + 16, 28), fill=colour)
-        canvas.text((x + 24, 22), label, fill=_INK, font=font, anchor="lm")
-        x += 48 + canvas.textlength(label, font=font)
-    with atomic_path(path) as partial:
-        image.save(partial, format="PNG")
+    def log(self, report: StepReport) -> None:
+        """A hook: show the step, and the seconds since the last one."""
+        before, self._last = self._last, time.monotonic()
+        values = values_of(report) | {"step_seconds": self._last - before}
+        self._each(lambda one: one.scalars(report.step, values))
 
+    def images(self, step: int, tag: str, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+        """Show pictures, each (H, W, 3) uint8, as they were after a step, each with its caption."""
+        self._each(lambda one: one.images(step, tag, pictures, captions))
 
-@contextmanager
-def profiled(folder: Path, steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A hook by which MindSpore records so many steps after the first, which compiles, in a new folder inside this one;
-    of a run that ends earlier what there is."""
-    plan, handler = schedule(wait=1, active=steps, repeat=1), tensorboard_trace_handler(str(folder))
-    recorder = profile(schedule=plan, on_trace_ready=handler)
+    def close(self) -> None:
+        """End all of them."""
+        self._each(lambda one: one.finish())
 
-    def record(_: StepReport) -> None:
-        with redirect_stdout(sys.stderr):  # MindSpore says what it writes; stdout is left to results.
-            recorder.step()
-
-    yield record
-    with redirect_stdout(sys.stderr):
-        recorder.stop()
+    def _each(self, call: Callable[[TensorBoard | Service], None]) -> None:
+        # Libraries send the command line, which may hold a token. What they print is no result.
+        words, sys.argv = sys.argv, sys.argv[:1]
+        for one in list(self._own):
+            try:
+                with redirect_stdout(sys.stderr):
+                    call(one)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - libraries fail in their own ways.
+                self._own.remove(one)
+                reason = shorten(str(error), 200) or type(error).__name__
+                self._tell(f"{one.name}: {reason}; the training goes on without it")
+        sys.argv = words

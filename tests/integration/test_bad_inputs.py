@@ -17,9 +17,9 @@ from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.config.spellings import REFUSED, VALUES
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
+from dreambooth_ms.training.history import HISTORY
 from dreambooth_ms.training.run_folder import CONFIG
 from dreambooth_ms.training.run_lock import sign, take_lock
-from dreambooth_ms.training.trackers import HISTORY
 from tests.tiny_model import write_random_dino, write_random_model
 
 PROGRAM = "dreambooth-ms: error: "
@@ -403,7 +403,11 @@ def test_photographs_of_the_class_that_are_not_there(place, train_refused):
         (["--mixed_precision", "bf16"], "--mixed_precision bf16: the CPU cannot compute in bfloat16; use fp16"),
         (["--loss_scale_factor", "1"], "--loss_scale_factor: expected greater than 1, got 1.0"),
         (["--sample_at_first"], f"--sample_at_first: {REFUSED['sample_at_first'].reason}"),
-        (["--report_to", "wandb"], f"--report_to: {REFUSED['report_to'].reason}"),
+        (
+            ["--report_to", "comet_ml"],
+            "--report_to: expected one or several of tensorboard, wandb, swanlab and",
+        ),
+        (["--wandb_api_key", "secret"], f"--wandb_api_key: {REFUSED['wandb_api_key'].reason}"),
         (["--device_target", "GPU"], "--device_target: expected one of auto, CPU, Ascend, got 'GPU'"),
         (
             ["--device_target", "Ascend"],

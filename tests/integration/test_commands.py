@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from demo.sampling_without_streamlit import sample_flags
 from dreambooth_ms.cli.main import main
-from dreambooth_ms.training.trackers import read_history
+from dreambooth_ms.training.history import read_history
 from tests.picture_settings import read_settings
 from tests.tiny_model import write_random_dino, write_random_model
 from tools.tiny_base.world import write_subject

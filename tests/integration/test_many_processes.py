@@ -21,7 +21,7 @@ from dreambooth_ms.adapters.file import FILE_NAME
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.training.checkpoint import MANIFEST, STATE, find_latest
-from dreambooth_ms.training.trackers import read_history
+from dreambooth_ms.training.history import read_history
 from tests.tiny_model import write_random_model, write_random_sdxl
 
 REPOSITORY = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ from dreambooth_ms.cli.main import main
 from dreambooth_ms.data.batches import Batch
 from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.training.checkpoint import STATE, checkpoint_folders, find_latest, open_checkpoint, save_checkpoint
+from dreambooth_ms.training.history import HISTORY, read_history
 from dreambooth_ms.training.loop import StepReport, stop_requests
-from dreambooth_ms.training.trackers import HISTORY, read_history
 from tests.tiny_model import write_random_model
 
 REPOSITORY = Path(__file__).parents[2]

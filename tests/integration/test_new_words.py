@@ -9,7 +9,7 @@ import pytest
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.files.open import read_tensors
 from dreambooth_ms.training.checkpoint import REPLACEMENTS, STATE
-from dreambooth_ms.training.trackers import HISTORY, read_history
+from dreambooth_ms.training.history import HISTORY, read_history
 from tests.tiny_model import write_random_model
 from tools.tiny_base.world import write_subject
 

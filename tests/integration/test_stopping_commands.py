@@ -12,7 +12,7 @@ from dreambooth_ms.cli import validation_loss
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.formats.files.open import read_metadata, read_tensors
 from dreambooth_ms.training.checkpoint import STEP_KEY, checkpoint_folders, open_checkpoint, result_of
-from dreambooth_ms.training.trackers import read_history
+from dreambooth_ms.training.history import read_history
 from tests.tiny_model import write_random_model
 from tools.tiny_base.world import subject_pictures
 

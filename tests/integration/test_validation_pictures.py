@@ -6,8 +6,10 @@ from PIL import Image
 
 from dreambooth_ms.cli.main import main
 from dreambooth_ms.sampling.picture_file import validation_pictures
+from dreambooth_ms.training.history import read_history
 from tests.picture_settings import read_settings
 from tests.tiny_model import write_random_model
+from tests.tracker_stubs import logged, services  # noqa: F401 - a fixture
 from tools.tiny_base.world import write_subject
 
 STAR, SNOW = "a photo of sks star", "a photo of a star, in the snow"
@@ -73,3 +75,28 @@ def test_a_file_that_is_not_there_ends_before_any_work(home, capsys):
     assert train(home, "run", 1, "--validation_prompt", str(home / "none.txt")) == 2
     assert f"--validation_prompt {home / 'none.txt'}: no such file" in capsys.readouterr().err
     assert not (home / "run").exists()
+
+
+def test_a_service_is_sent_pictures_with_their_prompts_and_follows_a_run_that_goes_on(home, services, capsys):  # noqa: F811
+    prompts = ("--validation_prompt", STAR, "--validation_prompt", SNOW)
+    shown = ("--report_to", "tensorboard", "wandb", "swanlab")
+    services["swanlab"].fails_at.add("init")
+    assert train(home, "run", 1, *prompts, *shown) == 0
+    assert train(home, "run", 2, *prompts, *shown, "--tracker_project_name", "stars") == 0
+    said = capsys.readouterr()
+    assert said.err.count("swanlab: no init without a network; the training goes on without it") == 2  # Once a run.
+    first, second = (values for call, values, _ in services["wandb"].calls if call == "init")
+    assert (first["id"], first["name"]) == (second["id"], "run")
+    assert (first["project"], second["project"]) == ("dreambooth-lora", "stars")
+    assert first["config"]["validation"]["validation_prompt"] == [STAR, SNOW]
+    sent = logged(services["wandb"])
+    for line in read_history(home / "run"):
+        step = line.pop("step")
+        assert line.items() <= sent[step].items()
+        own = [sent[step][f"validation/{number}"] for number in range(4)]
+        assert [one.caption for one in own] == [STAR, STAR, SNOW, SNOW]
+        for prompt, pair in ((STAR, own[:2]), (SNOW, own[2:])):
+            files = pictures(home / "run", step, prompt)
+            assert all(np.array_equal(one.data, file) for one, file in zip(pair, files, strict=True))
+    assert {*sent} == {1, 2}
+    assert len([*(home / "run" / "logs").iterdir()]) == 2

@@ -283,6 +283,8 @@ def values_of(one):
         valid = number[str].map("{}{{CAPTION}}".format)
     if one.name in ("rank_pattern", "alpha_pattern"):
         valid = st.sampled_from(['{"to_q": 8}', '{"attn2.to_k": 0.5, "to_v": 0}', "4,8,2", "[1, 2.5]"])
+    if one.name == "report_to":
+        valid = st.sampled_from([["all"], ["none"], ["wandb"], ["tensorboard", "trackio", "swanlab"]])
     if one.name == "sd_xl_base_ratios":
         valid = st.sampled_from(sorted(SD_XL_BASE_RATIOS))
     if one.name in ("resolution", "height", "width", "vae_whole_up_to"):
@@ -787,6 +789,9 @@ OUTSIDE = {
     "output_dir": [""],
     "resume_from_checkpoint": [""],
     "logging_dir": [""],
+    "report_to": ["comet_ml", "wandb,comet_ml", "none,wandb", "true"],
+    "tracker_project_name": [""],
+    "tracker_run_name": [""],
     "lora_target_modules": [""],
     "lora_dropout": ["1", "-0.1", "nan"],
     "ema_decay": ["1", "-0.1"],

@@ -31,7 +31,7 @@ from demo.training_view import POINTS, curve_table
 from dreambooth_ms.config.load import load
 from dreambooth_ms.config.train import TrainConfig
 from dreambooth_ms.errors import ConfigError, DataError
-from dreambooth_ms.training.trackers import draw_loss
+from dreambooth_ms.training.history import draw_loss
 
 EMBEDDED = REPOSITORY / "checkpoints" / "tiny-shapes"
 

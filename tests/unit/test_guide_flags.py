@@ -90,13 +90,7 @@ COMMANDS = {
     ),
     # The same for LoRA, as written there
     f"{TRAIN} --checkpointing_steps=100 --report_to=wandb --validation_prompt='A dog' --validation_epochs=50 --seed=0 "
-    "--push_to_hub": (
-        [
-            "--report_to: not in this version: the run is logged to TensorBoard only",
-            "--push_to_hub: nothing is uploaded; publish the files of --output_dir with huggingface-cli",
-        ],
-        [],
-    ),
+    "--push_to_hub": ([], []),
     # Custom Diffusion, several concepts
     f"--method custom_diffusion {BASE} --concepts_list=list.json --with_prior_preservation --real_prior "
     "--prior_loss_weight=1.0 --resolution=512 --train_batch_size=2 --learning_rate=1e-5 --lr_warmup_steps=0 "
@@ -176,6 +170,12 @@ def test_a_command_of_a_guide_is_answered(command):
         ("--save_precision float", {"save_precision": "fp32"}),
         ("--clip_stop_at_last_layers 2", {"clip_skip": 1}),
         ("--train_data_repeats 4", {"repeats": 4}),
+        ("--report_to wandb", {"report_to": ["wandb"]}),
+        ("--log_with tensorboard", {"report_to": ["tensorboard"]}),
+        ("--wandb", {"report_to": ["wandb"]}),
+        ("--wandb False", {"report_to": ["tensorboard"]}),
+        ("--log_tracker_name pets --wandb_run_name Rex", {"tracker_project_name": "pets", "tracker_run_name": "Rex"}),
+        ("--wandb_project SD-Dreambooth-HF", {"tracker_project_name": "SD-Dreambooth-HF"}),
     ],
 )  # fmt: skip
 def test_what_is_written_in_another_way_is_converted(flags, fields):

@@ -22,9 +22,9 @@ from dreambooth_ms.processes.group import ALONE, Processes
 from dreambooth_ms.training import run_lock
 from dreambooth_ms.training.checkpoint import MANIFEST, Checkpoint, open_checkpoint, save_checkpoint
 from dreambooth_ms.training.content import changes, content_of, digests_of, in_order
+from dreambooth_ms.training.history import HISTORY, round_ticks
 from dreambooth_ms.training.run_folder import check_data, settle_config, write_config
 from dreambooth_ms.training.run_lock import INHERITED, LOCK, Runner, only_run_in, runner_of, sign, take_lock
-from dreambooth_ms.training.trackers import HISTORY, round_ticks
 from dreambooth_ms.weights.bundle import open_bundle
 from tests.tiny_model import write_random_model
 
