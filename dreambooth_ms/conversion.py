@@ -63,6 +63,12 @@ RUN_CONFIG = "config.yaml"
 LONGEST_VALUE = 200
 """Characters of a metadata value that are shown."""
 
+_TRAINED = {
+    "on": "ss_sd_model_name", "which is": "ss_base_model_version", "at": "modelspec.resolution", "steps": "ss_steps",
+    "by": "modelspec.trigger_phrase", "words": "modelspec.tags",
+}  # fmt: skip
+"""What of an adapter's metadata tells the most."""
+
 PREDICTIONS = {"epsilon": "noise (epsilon)", "v_prediction": "velocity (v_prediction)"}
 
 Form = TypeVar("Form", Format, AdapterFormat)
@@ -390,6 +396,8 @@ def _adapter(opened: OpenedAdapter) -> Iterator[str]:
         yield f"{part}: {count} in {count_of(len(layers), 'layer')}{of}"
     for word, own in adapter.words.items():
         yield f"word {word}: " + ", ".join(f"{count_of(len(v), 'vector')} for {name}" for name, v in own.items())
+    if trained := [f"{word} {opened.metadata[name]}" for word, name in _TRAINED.items() if name in opened.metadata]:
+        yield f"trained: {', '.join(trained)}".replace("\n", " ")
     yield from _metadata(opened.metadata)
     yield "missing: nothing"
     yield from (f"note: {note}" for note in opened.notes)

@@ -31,6 +31,8 @@ from dreambooth_ms.formats.naming.update_kinds import ALPHA, DOWN, rank_of, titl
 from dreambooth_ms.models.specs import PUBLISHED_MODELS, Family, ModelSpec
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+"""The same LoRA in kohya's names, beside the other one, which is read."""
 CUSTOM_DIFFUSION = "pytorch_custom_diffusion_weights.safetensors"
 NAMED_FORMATS: Mapping[str, LoraFormat | OtherFormat] = {
     FILE_NAME: LoraFormat.DIFFUSERS,

@@ -18,7 +18,7 @@ from dreambooth_ms.errors import show_names
 from dreambooth_ms.formats.files.dtypes import DType
 from dreambooth_ms.formats.files.mindspore_ckpt import write_mindspore_ckpt
 from dreambooth_ms.formats.files.open import write_as_named
-from dreambooth_ms.formats.files.safetensors_file import write_safetensors
+from dreambooth_ms.formats.files.safetensors_file import LORA_HASHES, lora_hashes, write_safetensors
 from dreambooth_ms.formats.files.stored import StoredTensor, total_bytes
 from dreambooth_ms.formats.folder_layout import write_json
 from dreambooth_ms.formats.naming import TABLES
@@ -34,7 +34,7 @@ FOLDED = (LoraFormat.DIFFUSERS, LoraFormat.DIFFUSERS_PEFT, LoraFormat.DIFFUSERS_
 """Formats some of whose readers take alpha for the rank."""
 
 _KOHYAS = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
-_OWN_METADATA = ("format", METADATA_KEY, TRAINED_KEY, TWICE_KEY, *_KOHYAS)
+_OWN_METADATA = ("format", METADATA_KEY, TRAINED_KEY, TWICE_KEY, *_KOHYAS, *LORA_HASHES)
 """What is written anew, whatever the file said that an adapter comes from."""
 
 _SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -96,7 +96,10 @@ def write_adapter(
     beside |= {name: value for name, value in (metadata or {}).items() if name not in _OWN_METADATA}
     if form is LoraFormat.MINDONE:
         write_mindspore_ckpt(path, tensors)
-    elif path.suffix == ".safetensors":
+        return
+    # Programs that look for these do so beside what kohya's scripts write.
+    beside |= lora_hashes(tensors, beside) if any(name.startswith("ss_") for name in beside) else {}
+    if path.suffix == ".safetensors":
         write_safetensors(path, tensors, beside)
     else:
         check_room(path, total_bytes(tensors))

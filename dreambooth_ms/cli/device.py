@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from dreambooth_ms.cli.output import bars_paused, is_quiet, tell
 from dreambooth_ms.config.commands import EvaluateConfig
-from dreambooth_ms.config.load import load
+from dreambooth_ms.config.load import Reads, load
 from dreambooth_ms.config.sample import SampleConfig
 from dreambooth_ms.config.shared import BaseModelConfig, DeviceConfig
 from dreambooth_ms.conversion import trained_base
-from dreambooth_ms.errors import ConfigError, count_of
+from dreambooth_ms.errors import ConfigError, UserError, count_of
 from dreambooth_ms.runtime.ascend import card_name, find_ascend
 from dreambooth_ms.runtime.compile_cache import Outlook
 from dreambooth_ms.runtime.compiled_cell import watch_compilations
@@ -70,15 +70,16 @@ def open_base(base: BaseModelConfig) -> ModelBundle:
     return bundle
 
 
-def load_with_weights(schema: type[Config], argv: Sequence[str]) -> Config:
+def load_with_weights(schema: type[Config], argv: Sequence[str], read: Reads | None = None) -> Config:
     """`load` for what takes a base model and adapters; where the base is all that is missing, the message names the one
     that the first adapter's run or model card names."""
     try:
-        return load(schema, argv, tell)
+        return load(schema, argv, tell, read)
     except ConfigError as error:
         names: list[str] = []
-        with suppress(ConfigError):
-            weights = load(schema, [*argv, "--pretrained_model_name_or_path", "?"], lambda note: None).weights
+        with suppress(UserError):
+            with_base = [*argv, "--pretrained_model_name_or_path", "?"]
+            weights = load(schema, with_base, lambda note: None, read).weights
             names = [*weights.lora, *weights.embedding]
         for name in names:
             if base := trained_base(Path(name)) or base_of_card(name):

@@ -1,9 +1,12 @@
 """`dreambooth-ms sample`: base model, adapters and prompts -> PNG files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from dreambooth_ms.atomic import check_writable
@@ -15,14 +18,26 @@ from dreambooth_ms.data.pictures import open_picture, read_picture
 from dreambooth_ms.errors import ConfigError, DataError, count_of, near, show_names
 from dreambooth_ms.sampling.model import SamplingModel, sample_enlarged, sample_refined
 from dreambooth_ms.sampling.picture_file import first_free_number, grid, write_picture
+from dreambooth_ms.sampling.picture_text import PictureText, read_picture_text
 from dreambooth_ms.sampling.request import Sample, SampleRequest, StepReport
 
 
 def run(argv: Sequence[str]) -> int:
     """Sample the pictures of a command line; returns the exit status."""
-    config = load_with_weights(SampleConfig, argv)
+    repeated: list[PictureText] = []
+
+    def read_like(path: str) -> Mapping[str, Any]:
+        repeated.append(read_picture_text(Path(path)))
+        for note in repeated[-1].notes:
+            tell(f"--like {path}: {note}")
+        return repeated[-1].values
+
+    config = load_with_weights(SampleConfig, argv, read_like)
     weights, output = config.weights, Path(config.pictures.output_dir)
     request = request_of(config, read_prompts(config.pictures.prompt))
+    if repeated:
+        numbers = range(repeated[-1].number, repeated[-1].number + len(request.pictures))
+        request = replace(request, numbers=tuple(numbers), purpose=repeated[-1].purpose, fills_batch=True)
     device = set_up(config.device)
     bundle = open_base(weights).with_schedule(config.timesteps.changes)
     if bundle.inpaints and request.mask is None:
@@ -60,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
             samples = sample_enlarged(model, follower, request, enlargement, show)
         else:
             samples = sample_refined(model, follower, request, config.refinement, show)
-        written = _write_pictures(config, samples)
+        written = _write_pictures(replace(config, device=device), samples)
     names = " to ".join(dict.fromkeys((written[0].name, written[-1].name)))
     tell(f"wrote {count_of(len(written), 'picture')} to {output}, {names}")
     return 0
@@ -117,15 +132,18 @@ def _write_pictures(config: SampleConfig, samples: Iterable[Sample]) -> list[Pat
     wanted, per_prompt = config.pictures, config.num_images_per_prompt
     folder, columns = Path(wanted.output_dir), wanted.num_cols or (1 if wanted.num_rows else None)
     inputs = {name: getattr(config.start, name) for name in ("image", "mask", "transparent_background")}
-    first, written, sheet = first_free_number(folder), [], []
+    inputs |= {"mixed_precision": config.device.mixed_precision, **vars(config.weights)}
+    first, written, sheet = first_free_number(folder), list[Path](), list[np.ndarray]()
     for sample in samples:
-        number, settings = first + sample.number, {**sample.settings, **inputs, **vars(config.weights)}
+        number, settings = first + len(written), {**sample.settings, **inputs}
         written.append(folder / f"{number:05d}.png")
         write_picture(written[-1], sample.picture, settings)
         sheet.append(sample.picture)
         if len(sheet) == per_prompt:
             if columns:
                 path = folder / f"grid-{number + 1 - per_prompt:05d}.png"
-                write_picture(path, grid(sheet, columns), settings)
+                of_sheet = {"num_rows": per_prompt // columns, "num_cols": columns}
+                of_sheet["number"] = sample.number + 1 - per_prompt
+                write_picture(path, grid(sheet, columns), settings | of_sheet)
             sheet = []
     return written

@@ -35,6 +35,7 @@ from dreambooth_ms.training.checkpoint import Checkpoint, checkpoint_folder, res
 from dreambooth_ms.training.content import base_digests
 from dreambooth_ms.training.history import History, draw_loss, profiled, read_history
 from dreambooth_ms.training.loop import Hook, StepReport, stop_requests, train
+from dreambooth_ms.training.methods import readers_of
 from dreambooth_ms.training.run_folder import agree_on_config, check_data, check_method, checkpoint_of, write_config
 from dreambooth_ms.training.run_lock import only_run_in
 from dreambooth_ms.training.stopping import Measured, best_step, end_when_settled, settled
@@ -197,6 +198,8 @@ def train_and_save(job: TrainingJob, unet: UNet2DConditionModel, batches: BatchM
         training.write_result(step)
         draw_loss(read_history(output), output / "loss.png")
         tell(f"wrote {output / training.learner.result}")
+        if config.method.method == "lora" and "ss_base_model_version" in job.metadata:
+            tell(readers_of(config.method, output))
     return 0
 
 

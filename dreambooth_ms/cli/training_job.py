@@ -30,6 +30,7 @@ from dreambooth_ms.training.loop import StepReport
 from dreambooth_ms.training.methods import METHODS, choose_optimiser
 from dreambooth_ms.training.optimisers import ShardedOptimiser, learning_rate_factor
 from dreambooth_ms.training.preservation import BaseAnswers, Penalty
+from dreambooth_ms.training.run_metadata import run_metadata
 from dreambooth_ms.training.step import AccumulatingTrainStep, DiffusionLoss, LossScaler, MovingAverage, TrainStep
 from dreambooth_ms.training.stopping import Measured, best_step
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -160,6 +161,11 @@ class TrainingJob:
         framing = replace(self.plan.framing, center_crop=True, random_flip=False, augments=False)
         return Plan(tuple(own), VALIDATION_ROWS, framing, self.seed)
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What its LoRA says of it to other programs."""
+        return run_metadata(self.config, self.trained_base, self.sources, self.concepts, self.total)
+
     def views(self) -> Iterator[View]:
         """What is encoded of each row of the rest of the run; one after the other, since a long run has millions."""
         batches = range(self.done * self.batches_per_step, self.total * self.batches_per_step)
@@ -176,7 +182,8 @@ class Training:
         self.job = job
         config, processes, method = job.config, job.processes, job.config.method
         text_encoders = job.base.load_text_encoders() if config.encodes_text else None
-        self.learner = METHODS[method.method](method, job.trained_base, unet, text_encoders, job.seed)
+        more = {"of_run": lambda: job.metadata} if method.method == "lora" else {}
+        self.learner = METHODS[method.method](method, job.trained_base, unet, text_encoders, job.seed, **more)
         parameters, trainables = self.learner.parameters, self.learner.trainables
         compute_in(self.learner.denoiser, compute_dtype(config.device.mixed_precision))
         # The optimiser, if this process keeps a part of its state.

@@ -50,6 +50,7 @@ class ShowValidation:
         assert wanted.validation_prompt is not None, "asked for by a prompt"
         self._output, self._every = job.config.output_dir / FOLDER, job.validation_interval
         self._training, self._trackers, self._processes = training, trackers, job.processes
+        self._base = job.config.model.pretrained_model_name_or_path
         self._request = validation_request(job, wanted.validation_prompt, wanted.num_validation_images)
         if trackers:
             self._model = lent_model(job, unet, training, self._request)
@@ -65,7 +66,7 @@ class ShowValidation:
             with self._training.as_result():
                 of_prompts = [list(self._model.sample(request)) for request in requests]
             samples = [sample for own in of_prompts for sample in own]
-            more = {"step": report.step, "negative_prompt": self._request.negative_prompt}
+            more = {"step": report.step, "pretrained_model_name_or_path": self._base}
             for number, sample in enumerate(samples):
                 path = self._output / validation_name(report.step, number)
                 write_picture(path, sample.picture, settings_of_training(sample) | more)

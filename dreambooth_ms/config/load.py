@@ -8,11 +8,11 @@ loads again. `${…}` is plain text in a flag; in a file it refers to that file,
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from itertools import chain, pairwise
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import BooleanNode, FloatNode, IntegerNode, OmegaConf, StringNode, ValueNode
@@ -23,6 +23,7 @@ from dreambooth_ms.config.schema import Field, Schema, schema_fields, sections
 from dreambooth_ms.errors import ConfigError, Tell
 
 Config = TypeVar("Config", bound=Schema)
+Reads: TypeAlias = Callable[[str], Mapping[str, Any]]
 
 _MINDONE = (("env", {"mode"}), ("model", {"params", "pretrained", "target"}), ("optim", {"base_learning_rate"}))
 """Sections of mindone's own files, and what stands in them."""
@@ -71,15 +72,20 @@ def _print(note: str) -> None:
     sys.stderr.write(f"dreambooth-ms: note: {note}\n")
 
 
-def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print) -> Config:
+def load(schema: type[Config], argv: Sequence[str], tell: Tell = _print, read: Reads | None = None) -> Config:
     """A configuration from flags and the files that they name; `tell` takes what the user should know about it. `argv`
     has no names of program and command. Booleans: `--flag`, `--flag True`, `--no-flag`. Lists: `--name a b`, `--name
-    a,b`, or the flag once more, which alone makes a list of texts with commas. Raises ConfigError of all mistakes, a
-    line each."""
+    a,b`, or the flag once more, which alone makes a list of texts with commas. `read` gives the values of the picture
+    that --like names, which stand beneath all others. Raises ConfigError of all mistakes, a line each."""
     known = schema_fields(schema)
     flags = read_flags(argv, known, schema.POSITIONAL)
     layers = [read_file(one, schema) for one in flags if one.name == "config"]
     layers.append([one for one in flags if one.name != "config"])
+    named = [one.value for layer in layers for one in layer if one.name == "like" and isinstance(one.value, str)]
+    if read and named:
+        given = {canonical(one.name, known) for layer in layers for one in layer}
+        values = read(at_home(named[-1]))
+        layers.insert(0, [Setting(name, own, named[-1]) for name, own in values.items() if name not in given])
     config, problems, notes = build(schema, layers)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -20,7 +20,10 @@ class PicturesConfig(GenerationConfig):
     """The pictures to make."""
 
     prompt: Annotated[str, NOT_EMPTY]
-    """What the pictures show: a prompt, or the path of a text file with one prompt per line."""
+    """What the pictures show: a prompt, or the path of a text file with one prompt per line. Not required with like."""
+    like: Annotated[str | None, NOT_EMPTY, PATH] = None
+    """A picture to repeat: its settings, base and adapters stand for the flags that are not given, its noise too. Of a
+    picture of A1111's kind its prompts, sampler, steps, guidance, seed and size."""
     negative_prompt: Annotated[str, _GUIDED] = ""
     """What the pictures should not show. Empty: nothing; SDXL is then guided by zeros where the model asks for it."""
     num_images_per_prompt: Annotated[int, at_least(1), _BY_SHEET] = 1
@@ -186,6 +189,7 @@ class SampleConfig(Schema):
     USUAL = (
         *("pretrained_model_name_or_path", "prompt", "lora", "lora_scale", "negative_prompt", "num_images_per_prompt"),
         *("embedding", "height", "width", "num_inference_steps", "guidance_scale", "scheduler", "seed", "output_dir"),
+        "like",
     )
     EXAMPLE = """--pretrained_model_name_or_path sd15 --lora runs/dog \\
     --prompt "a photo of sks dog in a bucket" --num_images_per_prompt 4 --output_dir outputs"""

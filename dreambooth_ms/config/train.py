@@ -64,7 +64,9 @@ CAPTIONS = ("{CAPTION}", "{TXT_PROMPT}")
 """What stands in --prompt_template for a picture's own caption."""
 
 _NAMELESS = Rule(
-    lambda values: values["class_prompt"] and _words(values["instance_prompt"]) <= _words(values["class_prompt"]),
+    lambda values: (
+        values["class_prompt"] and {*words_in(values["instance_prompt"])} <= {*words_in(values["class_prompt"])}
+    ),
     "--instance_prompt {instance_prompt!r} has no word that --class_prompt {class_prompt!r} has not: the subject has "
     'no name of its own; add a rare word, as in "a photo of sks dog"',
     is_note=True,
@@ -92,8 +94,9 @@ _AUGMENTED = Rule(
 )
 
 
-def _words(prompt: str) -> set[str]:
-    return set(re.findall(r"\w+", prompt.lower()))
+def words_in(prompt: str) -> list[str]:
+    """The words of a prompt, in small letters."""
+    return re.findall(r"\w+", prompt.lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +279,9 @@ class MethodConfig:
     save_precision: Annotated[choices.FloatType | None, Resume.MAY_CHANGE] = None
     """Type of the numbers of the result, and of what lies beside a checkpoint for other programs; what a run goes on
     from is exact in any case. None: fp32 for what was trained, and the base's own for the rest of a model."""
+    output_kohya_format: Annotated[bool, _LORA, Resume.MAY_CHANGE] = False
+    """Write the LoRA once more, in kohya's names for A1111, Forge and ComfyUI: pytorch_lora_weights_kohya.safetensors.
+    The files of loha, lokr, oft and use_tucker have these names without it."""
     no_safe_serialization: Annotated[bool, _NOT_PICKLED, Resume.MAY_CHANGE] = False
     """Write custom_diffusion's weights and new words as PyTorch's .bin, which diffusers' load_attn_procs asks for."""
     skip_save_text_encoder: Annotated[bool, only_with("method", "full"), _SAVES_TEXT, Resume.MAY_CHANGE] = False

@@ -165,7 +165,7 @@ class SamplingModel:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Number and latents (C, h, w) of each picture, as soon as its batch is done; `stage` is of the reports."""
         numbers, total = np.array([*request.pictures]), len(rows.noise)
-        size = min(request.batch_size, total)
+        size = request.batch_size if request.fills_batch else min(request.batch_size, total)
         for first in range(0, total, size):
             batch = range(first, min(first + size, total))
             filled = np.resize(batch, size)  # All batches have one size; what fills the last one up is not given out.
@@ -201,10 +201,14 @@ class SamplingModel:
         """What makes a picture again, as plain values."""
         height, width = self.size(request)
         own = ("negative_prompt", "num_images_per_prompt", "clip_skip", "support_long_prompts", "whole_up_to")
+        rows = request.batch_size if request.fills_batch else min(request.batch_size, len(request.pictures))
         return {
             "pretrained_model_name_or_path": str(self.bundle.path),
             "lora": list(self.adapters.paths),
             "lora_scale": list(self.adapters.scales(request)),
+            "lora_hashes": list(self.adapters.hashes),
+            "rows": rows,
+            "purpose": request.purpose,
             "embedding": list(self.adapters.embeddings),
             **{name: getattr(request, name) for name in own + STEP_SETTINGS},
             **({} if request.image is None else {"strength": request.strength}),

@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from dreambooth_ms.atomic import atomic_path
 from dreambooth_ms.data.pictures import looks_like_a_picture
 from dreambooth_ms.errors import DataError
+from dreambooth_ms.sampling.picture_text import PARAMETERS_KEY, SETTINGS_KEY, parameters_of
 
-SETTINGS_KEY = "dreambooth_ms"
 MARGIN, GAP, LABEL_WIDTH, LINE, CELL = 24, 10, 200, 18, 160
 STRIP, MOST_COLUMNS = "over_time.png", 12
 """The file that shows each prompt through the run, and how many validations it shows."""
@@ -26,9 +26,11 @@ INK, PALE = (40, 40, 40), (120, 120, 120)
 
 
 def write_picture(path: Path, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
-    """Write (H, W, 3) uint8 as PNG; `settings` go into its text chunk as JSON."""
+    """Write (H, W, 3) uint8 as PNG; `settings` go into its text chunk as JSON, and in another one as A1111 has it."""
     information = PngInfo()
     information.add_text(SETTINGS_KEY, json.dumps(settings, sort_keys=True, ensure_ascii=False))
+    if "prompt" in settings:
+        information.add_text(PARAMETERS_KEY, parameters_of(settings))
     with atomic_path(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG", pnginfo=information)
 

@@ -11,6 +11,7 @@ from dreambooth_ms.adapters.file import open_adapter
 from dreambooth_ms.adapters.word_files import joined_words
 from dreambooth_ms.data.conditioning import PromptText, PromptTokenizer, encode_prompts
 from dreambooth_ms.errors import ConfigError, WeightError, count_of
+from dreambooth_ms.formats.files.safetensors_file import LORA_HASHES
 from dreambooth_ms.models.text import TextEncoders
 from dreambooth_ms.sampling.request import SampleRequest
 from dreambooth_ms.weights.bundle import ModelBundle
@@ -18,9 +19,9 @@ from dreambooth_ms.weights.bundle import ModelBundle
 
 class ModelAdapters:
     """Adapters of any format, read at once, to be put on the networks of their base as these are loaded; and new words,
-    theirs and those of `embeddings`. `schedule` is what they were trained with, where the base has it otherwise, and
-    `notes` are for the user. Raises WeightError if an adapter is none or for another base, or a word has several
-    meanings."""
+    theirs and those of `embeddings`. `schedule` is what they were trained with, where the base has it otherwise,
+    `hashes` are what other programs know them by, or empty, and `notes` are for the user. Raises WeightError if an
+    adapter is none or for another base, or a word has several meanings."""
 
     def __init__(self, bundle: ModelBundle, paths: Sequence[str | Path], embeddings: Sequence[str | Path] = ()) -> None:
         self.paths, self.embeddings = (tuple(map(str, own)) for own in (paths, embeddings))
@@ -29,6 +30,7 @@ class ModelAdapters:
         opened = [open_adapter(Path(path), models, bundle.path) for path in named]
         found = [one.adapter for one in opened]
         self.opened = found[: len(self.paths)]
+        self.hashes = tuple(one.metadata.get(LORA_HASHES[0], "") for one in opened[: len(self.paths)])
         self.schedule: dict[str, Any] = {}
         self.notes: list[str] = []
         for one in opened:

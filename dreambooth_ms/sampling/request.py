@@ -25,6 +25,8 @@ class SampleRequest(GenerationConfig):
     height: int | None = None
     """In pixels; None: that of the picture it starts from, or the model's own."""
     width: int | None = None
+    fills_batch: bool = False
+    """Whether fewer pictures than `batch_size` are computed with as many rows, since these decide how it is rounded."""
     purpose: str = "sample"
     """Pictures of different purposes start from different noise."""
     guidance_rescale: float = 0.0
@@ -100,7 +102,8 @@ STEP_SETTINGS = ("scheduler", "num_inference_steps", "guidance_scale", "guidance
 
 def settings_of_training(sample: Sample) -> dict[str, Any]:
     """What says how a training sampled a picture: always from noise and all the way."""
-    names = (*STEP_SETTINGS, "clip_skip", "strength", "denoising_start", "denoising_end", "prompt", "number")
+    of_way = ("clip_skip", "strength", "denoising_start", "denoising_end", "purpose", "height", "width")
+    names = (*STEP_SETTINGS, *of_way, "prompt", "negative_prompt", "number")
     return {name: sample.settings.get(name) for name in names}
 
 

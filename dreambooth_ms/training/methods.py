@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from mindspore import Parameter, Tensor, nn
 
 from dreambooth_ms.adapters.adapter import Adapter
 from dreambooth_ms.adapters.cross_attention import free_cross_attention
+from dreambooth_ms.adapters.file import FILE_NAME, KOHYA_NAME
 from dreambooth_ms.adapters.formulas import Update
 from dreambooth_ms.adapters.layer_updates import LayerUpdate, layer_updates
 from dreambooth_ms.adapters.lora import DropoutState, PrincipalDense, initialise_lora, inject, put_in_place
@@ -86,9 +88,14 @@ class TextConditioned(nn.Cell):
 
 
 def lora(
-    config: MethodConfig, base: ModelBundle, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, seed: int
+    config: MethodConfig,
+    base: ModelBundle,
+    unet: UNet2DConditionModel,
+    text_encoders: TextEncoders | None,
+    seed: int,
+    of_run: Callable[[], Mapping[str, str]] | None = None,
 ) -> Learner:
-    """Low-rank updates of the attention layers; the result is one small file."""
+    """Low-rank updates of the attention layers; the result is one small file, with the metadata of its run."""
     dropout = DropoutState(config.lora_dropout, seed) if config.lora_dropout else None
     layers, words, updates = {}, _words_of(base, text_encoders), updates_of(config, base)
     for name, network in _networks(config, unet, text_encoders).items():
@@ -96,17 +103,21 @@ def lora(
         initialise_lora(layers[name], seed, name_prefix(network))
     model = base.opened().spec
 
-    def write(target: Path, step: int) -> None:
+    def write(target: Path, step: int, is_result: bool = False) -> None:
         written = {part: {n: Update(cell.tensors()) for n, cell in own.items()} for part, own in layers.items()}
         metadata, dtype = {STEP_KEY: str(step), **base.schedule.marks}, DTYPES[config.save_precision or "fp32"]
         write_words(words(), target, dtype, metadata, config.suffix)
+        metadata |= {**of_run(), "ss_steps": str(step)} if of_run else {}
+        if is_result and config.output_kohya_format and form_of(config) is not LoraFormat.KOHYA:
+            write_adapter(Adapter(written), target / KOHYA_NAME, LoraFormat.KOHYA, model, dtype, metadata)
+        # It comes last: a result is known by it.
         write_adapter(Adapter(written), target / ADAPTER, form_of(config), model, dtype, metadata)
 
     trained = {part: {n: cell.parts.values() for n, cell in own.items()} for part, own in layers.items()}
     cells = [cell for own in layers.values() for cell in own.values()]
     kept = [one for cell in cells if isinstance(cell, PrincipalDense) for one in cell.start()]
     more = {"result": ADAPTER, "dropout": dropout, "layers": cells, "kept": kept}
-    return _learner(unet, text_encoders, trained, write_part=write, write_result=write, **more)
+    return _learner(unet, text_encoders, trained, write_part=write, write_result=partial(write, is_result=True), **more)
 
 
 def updates_of(config: MethodConfig, base: ModelBundle) -> dict[str, dict[str, LayerUpdate]]:
@@ -121,6 +132,16 @@ def form_of(config: MethodConfig) -> LoraFormat:
     """In which an adapter's file is written: that which the most programs read of those with a place for its kind."""
     forms = {"dora": LoraFormat.DIFFUSERS_PEFT} | dict.fromkeys(("loha", "lokr", "oft"), LoraFormat.KOHYA)
     return LoraFormat.KOHYA if config.use_tucker else forms.get(config.adapter, LoraFormat.DIFFUSERS)
+
+
+def readers_of(config: MethodConfig, folder: Path) -> str:
+    """Which programs read the LoRA that was written into a folder, for the user."""
+    file, kohyas = folder / FILE_NAME, folder / KOHYA_NAME
+    if form_of(config) is LoraFormat.KOHYA:
+        return "ComfyUI, A1111 and Forge read it as it is"
+    if config.output_kohya_format:
+        return f"diffusers reads it; ComfyUI, A1111 and Forge: {kohyas}"
+    return f"diffusers reads it; for ComfyUI, A1111 and Forge: dreambooth-ms convert {file} {kohyas} --format kohya"
 
 
 def full(

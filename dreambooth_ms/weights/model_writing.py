@@ -211,13 +211,16 @@ def _copy_the_rest(model: OpenedModel, folder: Path) -> None:
 def _metadata(model: OpenedModel) -> dict[str, str]:
     """What other tools look for in a single file."""
     kept = {name: value for name, value in model.metadata.items() if name != opened_model.CONFIGURATIONS_METADATA}
-    architecture = FAMILIES[model.spec.family.value]["architecture"]
-    if model.spec.family is Family.SD2 and model.prediction_type:
-        architecture += "-768-v" if model.prediction_type == "v_prediction" else "-512"
-    own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture}
-    if predicts := model.prediction_type:
-        own[opened_model.PREDICTION_METADATA] = {"v_prediction": "v"}.get(predicts, predicts)
-    return kept | own | {"format": "pt"}
+    return kept | model_spec(model.spec.family, model.prediction_type) | {"format": "pt"}
+
+
+def model_spec(family: Family, predicts: str | None, kind: str = "") -> dict[str, str]:
+    """What Stability's ModelSpec 1.0.0 has for a model of a family, or for a `kind` of adapter of it (`/lora`)."""
+    architecture = FAMILIES[family.value]["architecture"]
+    if family is Family.SD2 and predicts:
+        architecture += "-768-v" if predicts == "v_prediction" else "-512"
+    own = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": architecture + kind}
+    return own | ({opened_model.PREDICTION_METADATA: {"v_prediction": "v"}.get(predicts, predicts)} if predicts else {})
 
 
 def _notes(model: OpenedModel, form: Format, plan: WritePlan, unsaid_keys: Sequence[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ The format is described at https://github.com/huggingface/safetensors#format. A 
 index says which tensor is in which: `<stem>.safetensors.index.json`.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from dreambooth_ms.formats.files.stored import Container, FileRange, Progress, S
 
 METADATA_NAME = "__metadata__"
 WEIGHT_MAP = "weight_map"
+LORA_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 MAX_SHARD_BYTES = 10 * 10**9
 """diffusers' own."""
@@ -28,6 +30,7 @@ MAX_JSON_BYTES = 25_000_000
 """Parsed, `[],[],…` takes 24 times its size; the header of an SDXL model has 0.3 MB."""
 
 _MAX_DIGITS = 20
+_LEGACY_HASH = slice(0x100000, 0x110000)
 
 
 def read_safetensors(source: FileRange) -> TensorFile:
@@ -134,7 +137,7 @@ def write_safetensors(
     it: so every value is aligned. WeightError if the disk lacks room, the folder cannot be written to, or a tensor
     cannot be read.
     """
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    ordered = _ordered(tensors)
     header = _header(ordered, metadata or {})
     size = len(header) + stored.total_bytes(ordered)
     with atomic_path(path, size) as partial_path, partial_path.open("wb") as file:
@@ -143,6 +146,23 @@ def write_safetensors(
             tensor.write_to(file)
             if progress is not None:
                 progress(tensor.byte_count)
+
+
+def _ordered(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def lora_hashes(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """What other programs know the file of a LoRA by, for its metadata: SHA-256 of its tensors' bytes, by kohya's name
+    and by the Stability ModelSpec's; and A1111's older hash, of 64 KiB in the file without metadata but `ss_`."""
+    ordered, whole = _ordered(tensors), hashlib.sha256()
+    start = bytearray(_header(ordered, {name: own for name, own in metadata.items() if name.startswith("ss_")}))
+    for tensor in ordered.values():
+        values = stored.raw_bytes(tensor.read())
+        whole.update(values)
+        start += values[: max(_LEGACY_HASH.stop - len(start), 0)]
+    legacy = hashlib.sha256(start[_LEGACY_HASH]).hexdigest()[:8]
+    return dict(zip(LORA_HASHES, (whole.hexdigest(), legacy, f"0x{whole.hexdigest()}"), strict=True))
 
 
 def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
